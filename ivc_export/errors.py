@@ -1,0 +1,5 @@
+"""The one exception for what a user can mend."""
+
+
+class UserError(Exception):
+    """One clear sentence that says what is wrong and what to do; the commands print it and exit with code 2."""

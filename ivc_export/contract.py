@@ -1,0 +1,399 @@
+"""The contract between the graphs and whatever runs them: tensors, axes, operators and the manifest's schema.
+
+Everything else (graph builders, runtimes, the manifest, graphs/README.md) takes names, dtypes and shapes from here.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ivc_export.errors import UserError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+OPSET = 17
+IVC_DOMAIN = "ivc"
+IVC_VERSION = 1
+IR_VERSION = 8  # the lowest that knows functions: TensorRT 8.6's parser is of its time
+
+GraphName = Literal["vision", "prefix", "decoder"]
+FloatName = Literal["float32", "float16", "bfloat16"]
+GRAPH_NAMES: tuple[GraphName, ...] = ("vision", "prefix", "decoder")
+
+FLOATS: dict[FloatName, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+
+OPERATORS = frozenset(
+    (
+        *("Add", "And", "Cast", "Concat", "Constant", "Cos", "Div", "Equal", "Erf", "Expand", "Gather", "Gemm"),
+        *("Greater", "GreaterOrEqual", "LayerNormalization", "Less", "MatMul", "Max", "Mul", "Not", "Or", "Range"),
+        *("ReduceMean", "ReduceSum", "Reshape", "ScatterElements", "Shape", "Sigmoid", "Sin", "Slice", "Softmax"),
+        *("Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
+    )
+)
+"""Operators of the default domain that a portable or native graph may use: opset 17, read by TensorRT 8.6 and later."""
+
+AXES = {
+    "B": "frames of one size in `vision`; the literal 1 in `prefix` and `decoder`",
+    "S": "rows of this run: text and visual tokens",
+    "L": "visual tokens of this run",
+    "T": "the other tokens of this run; S = L + T",
+    "Q": "text rows that vote for visual tokens, at least 1",
+    "M": "rows kept: M = T + keep_count",
+    "P": "rows of a cache: its exact length, or a buffer's capacity",
+    "R": "rows whose logits are wanted",
+    "seeds": "visual tokens chosen as seeds: max(1, round(0.01 L)), half to even",
+    "patches": "patches of one frame",
+    "visual": "visual tokens of one frame: patches / merge_size^2",
+    "axes": "axes of a position: 3 for M-RoPE (time, row, column)",
+    "patch_dim": "values of one patch: channels x frames x height x width",
+    "hidden": "hidden size",
+    "kv_heads": "heads of keys and values",
+    "head_dim": "values of one head",
+    "vocab": "vocabulary size",
+}
+
+
+class Frozen(BaseModel):
+    """Base of every record: immutable, and no field that the schema does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DecoderSizes(Frozen):
+    """Sizes of the language decoder."""
+
+    layers: int = Field(gt=1)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0, multiple_of=2)
+    vocab_size: int = Field(gt=0)
+    rms_norm_epsilon: float = Field(gt=0)
+    qkv_bias: bool
+    tied_embeddings: bool
+    max_positions: int = Field(gt=0)
+
+
+class RotarySizes(Frozen):
+    """Rotary embedding: frequency j is `theta ** (-2 j / head_dim)`, and `sections[a]` of them turn with axis a."""
+
+    theta: float = Field(gt=0)
+    sections: tuple[int, ...] = Field(min_length=1)
+
+
+class SelectionRule(Frozen):
+    """IVC-Prune's constants for a family; `round` is half to even throughout."""
+
+    ivc_fraction: float = Field(ge=0, le=1)
+    seed_divisor: int = Field(gt=0, multiple_of=2)
+    query_offset: int = Field(ge=0)
+    """Text votes from row `end + query_offset` on, where `end` is the row behind the last picture."""
+
+
+class Preprocessing(Frozen):
+    """How a picture becomes patches. Pixel counts are of the resized picture; mean and std are per RGB channel."""
+
+    patch_size: int = Field(gt=0)
+    merge_size: int = Field(gt=0)
+    temporal_patch_size: int = Field(gt=0)
+    min_pixels: int = Field(gt=0)
+    max_pixels: int = Field(gt=0)
+    rescale_factor: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: Literal["bicubic"] = "bicubic"
+
+
+class SpecialTokens(Frozen):
+    """Token ids that a runtime must know."""
+
+    image: int
+    vision_start: int
+    vision_end: int
+    stop: tuple[int, ...]
+
+
+class TensorInfo(Frozen):
+    """One input or output of a graph: symbolic axes are strings."""
+
+    name: str
+    dtype: Literal["float32", "float16", "bfloat16", "int32"]
+    shape: tuple[int | str, ...]
+
+
+class GraphInfo(Frozen):
+    """One graph of the bundle."""
+
+    file: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+class WeightFile(Frozen):
+    """A safetensors file of the bundle; `sha256` is of the whole file, `header_sha256` of its header alone."""
+
+    file: str
+    size: int
+    header_sha256: str
+    sha256: str | None
+
+
+class EmbeddingTable(Frozen):
+    """Where the token embeddings lie: row-major [vocab, hidden] at byte `offset` of `file`."""
+
+    file: str
+    offset: int
+    dtype: FloatName
+    shape: tuple[int, int]
+
+
+class Manifest(Frozen):
+    """manifest.json: everything that a runtime needs to know about a bundle."""
+
+    schema_version: int
+    family: str
+    dtype: FloatName
+    lowering: Literal["portable", "native"]
+    selection_layer: int = Field(gt=0)
+    calibrated: bool
+    default_ratio: float = Field(gt=0, le=1)
+    max_visual: int = Field(gt=0)
+    decoder: DecoderSizes
+    rotary: RotarySizes
+    selection: SelectionRule
+    preprocessing: Preprocessing
+    tokens: SpecialTokens
+    graphs: dict[GraphName, GraphInfo]
+    embedding: EmbeddingTable
+    weights: tuple[WeightFile, ...]
+    versions: dict[str, str]
+
+
+class Layers(enum.Enum):
+    """The layers for which a tensor exists, once each, `{i}` in its name being the layer's number."""
+
+    NONE = enum.auto()
+    BELOW = enum.auto()  # layers 0..k-1, which see every token
+    ABOVE = enum.auto()  # layers k..N-1, which see kept tokens
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a graph; dtype "graph" is the one that the graph computes in."""
+
+    name: str
+    dtype: Literal["graph", "float32", "int32"]
+    axes: tuple[str | int, ...]
+    about: str
+    layers: Layers = Layers.NONE
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """Inputs and outputs of a graph, in order."""
+
+    about: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+_CACHE = (1, "kv_heads", "P", "head_dim")
+_NEW = (1, "kv_heads", "S", "head_dim")
+_KEPT = (1, "kv_heads", "M", "head_dim")
+_PAST_LENGTH = TensorSpec("past_length", "int32", (1,), "valid rows of the caches; the others are masked, but finite")
+_POSITION_IDS = TensorSpec("position_ids", "int32", ("axes", 1, "S"), "rotary positions of this run's rows, unpruned")
+
+GRAPHS: dict[GraphName, GraphSpec] = {
+    "vision": GraphSpec(
+        "One picture, or B frames of one size, to visual tokens. No frame sees another.",
+        inputs=(
+            TensorSpec("pixel_values", "graph", ("B", "patches", "patch_dim"), "normalised pixels, a row a patch"),
+            TensorSpec("patch_position", "int32", ("patches", 2), "row and column of each patch, in merge-block order"),
+        ),
+        outputs=(TensorSpec("image_embeds", "graph", ("B", "visual", "hidden"), "one row a visual token"),),
+    ),
+    "prefix": GraphSpec(
+        "Layers 0..k-1 over every row, and the selection of visual tokens by the values of layer k-1.",
+        inputs=(
+            TensorSpec("inputs_embeds", "graph", (1, "S", "hidden"), "token embeddings, visual rows in their places"),
+            _POSITION_IDS,
+            TensorSpec("visual_index", "int32", ("L",), "rows that hold visual tokens, ascending"),
+            TensorSpec("text_index", "int32", ("T",), "all other rows, ascending"),
+            TensorSpec("query_index", "int32", ("Q",), "text rows that vote"),
+            TensorSpec(
+                "ivc_priority", "float32", ("L",), "0, or for IVC tokens at least 2 and larger for better ranks"
+            ),
+            TensorSpec("keep_count", "int32", (1,), "visual tokens to keep, 1..L; a shape input in TensorRT"),
+            _PAST_LENGTH,
+            TensorSpec("past_key.{i}", "graph", _CACHE, "cached keys, after rotation", Layers.BELOW),
+            TensorSpec("past_value.{i}", "graph", _CACHE, "cached values", Layers.BELOW),
+        ),
+        outputs=(
+            TensorSpec("hidden_states", "graph", (1, "S", "hidden"), "after layer k-1"),
+            TensorSpec("new_key.{i}", "graph", _NEW, "keys of this run's rows", Layers.BELOW),
+            TensorSpec("new_value.{i}", "graph", _NEW, "values of this run's rows", Layers.BELOW),
+            TensorSpec("keep_index", "int32", ("M",), "rows to keep, ascending: all text and the chosen visual tokens"),
+            TensorSpec("token_score", "float32", ("L",), "score of each visual token, before seeds and priorities"),
+            TensorSpec("seed_index", "int32", ("seeds",), "seeds, best first, as positions within visual_index"),
+        ),
+    ),
+    "decoder": GraphSpec(
+        "Drops the rows that were not kept, also from the keys and values of the layers below; then layers k..N-1.",
+        inputs=(
+            TensorSpec("hidden_states", "graph", (1, "S", "hidden"), "from prefix"),
+            TensorSpec("keep_index", "int32", ("M",), "from prefix"),
+            TensorSpec("logit_index", "int32", ("R",), "rows of the kept sequence whose logits are wanted"),
+            _POSITION_IDS,
+            _PAST_LENGTH,
+            TensorSpec("new_key.{i}", "graph", _NEW, "from prefix", Layers.BELOW),
+            TensorSpec("new_value.{i}", "graph", _NEW, "from prefix", Layers.BELOW),
+            TensorSpec("past_key.{i}", "graph", _CACHE, "cached keys, after rotation", Layers.ABOVE),
+            TensorSpec("past_value.{i}", "graph", _CACHE, "cached values", Layers.ABOVE),
+        ),
+        outputs=(
+            TensorSpec("logits", "float32", (1, "R", "vocab"), "next-token logits"),
+            TensorSpec("compact_key.{i}", "graph", _KEPT, "kept keys, to append to the cache", Layers.BELOW),
+            TensorSpec("compact_value.{i}", "graph", _KEPT, "kept values, to append to the cache", Layers.BELOW),
+            TensorSpec("new_key.{i}", "graph", _KEPT, "keys, to append to the cache", Layers.ABOVE),
+            TensorSpec("new_value.{i}", "graph", _KEPT, "values, to append to the cache", Layers.ABOVE),
+        ),
+    ),
+}
+
+
+def kept_tokens(visual: int, ratio: float) -> int:
+    """Visual tokens to keep of one picture: `round(ratio * visual)`, half to even, at least 1.
+
+    The at-least-1 is `keep_count`'s lower bound; it matters only for `ratio * visual < 0.5`.
+    """
+    return max(1, round(ratio * visual))
+
+
+def expand_layers(specs: tuple[TensorSpec, ...], layers: int, selection_layer: int) -> list[tuple[str, TensorSpec]]:
+    """Write out `{i}`: key and value of one layer, then of the next, where neighbours exist for the same layers."""
+    numbers = {
+        Layers.NONE: range(1),
+        Layers.BELOW: range(selection_layer),
+        Layers.ABOVE: range(selection_layer, layers),
+    }
+    expanded = []
+    for which, group in itertools.groupby(specs, key=lambda spec: spec.layers):
+        members = tuple(group)
+        expanded += [(spec.name.format(i=i), spec) for i in numbers[which] for spec in members]
+    return expanded
+
+
+def graph_info(
+    name: GraphName,
+    dtype: FloatName,
+    decoder: DecoderSizes,
+    rotary: RotarySizes,
+    preprocessing: Preprocessing,
+    selection_layer: int,
+) -> GraphInfo:
+    """Write out the inputs and outputs of graph `name` for a model of these sizes, cut at `selection_layer`."""
+    sizes: dict[str | int, int] = {
+        "hidden": decoder.hidden_size,
+        "kv_heads": decoder.kv_heads,
+        "head_dim": decoder.head_dim,
+        "vocab": decoder.vocab_size,
+        "axes": len(rotary.sections),
+        "patch_dim": 3 * preprocessing.temporal_patch_size * preprocessing.patch_size**2,
+    }
+
+    def infos(specs: tuple[TensorSpec, ...]) -> tuple[TensorInfo, ...]:
+        return tuple(
+            TensorInfo(
+                name=tensor_name,
+                dtype=dtype if spec.dtype == "graph" else spec.dtype,
+                shape=tuple(sizes.get(axis, axis) for axis in spec.axes),
+            )
+            for tensor_name, spec in expand_layers(specs, decoder.layers, selection_layer)
+        )
+
+    spec = GRAPHS[name]
+    return GraphInfo(file=f"{name}.onnx", inputs=infos(spec.inputs), outputs=infos(spec.outputs))
+
+
+def verify(name: GraphName, model: ir.Model, info: GraphInfo) -> None:
+    """Check a built graph against the contract: inputs and outputs, operators, functions, versions.
+
+    Raises:
+        AssertionError: the graph breaks the contract; a bug of the builder, not of the user.
+    """
+    for kind, values, tensors in (
+        ("input", model.graph.inputs, info.inputs),
+        ("output", model.graph.outputs, info.outputs),
+    ):
+        found = [
+            (v.name, v.dtype, [d.value if isinstance(d, ir.SymbolicDim) else d for d in v.shape or ()]) for v in values
+        ]
+        wanted = [(t.name, data_type(t.dtype), list(t.shape)) for t in tensors]
+        if found != wanted:
+            raise AssertionError(f"{name}: the {kind}s are {found}, the contract says {wanted}")
+    functions = {identifier[:2] for identifier in model.functions}
+    nodes = [*model.graph.all_nodes(), *(n for f in model.functions.values() for n in f.all_nodes())]
+    for node in nodes:
+        known = node.op_type in OPERATORS if node.domain == "" else (node.domain, node.op_type) in functions
+        if not known:
+            raise AssertionError(
+                f"{name}: {node.domain or 'ai.onnx'}::{node.op_type} is not an operator of the contract"
+            )
+    if model.opset_imports.get("") != OPSET or model.ir_version != IR_VERSION:
+        raise AssertionError(f"{name}: opset {model.opset_imports.get('')} and IR version {model.ir_version}")
+
+
+def data_type(name: str) -> ir.DataType:
+    """ONNX element type of a dtype's name in the manifest."""
+    return ir.DataType.INT32 if name == "int32" else FLOATS[name]  # type: ignore[index]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of the bundle in `folder`.
+
+    Raises:
+        UserError: no bundle is there, or its manifest is damaged, of another version, or leaves the bundle.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} is not a bundle (it has no {MANIFEST}): make one with ivc-export")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{path} has schema version {version}, and this ivc-export reads {SCHEMA_VERSION}: "
+                f"{'upgrade ivc-export' if version > SCHEMA_VERSION else 'export the model again'}"
+            )
+        manifest = Manifest.model_validate(content)
+    except (ValueError, KeyError, TypeError) as error:
+        detail = error.errors()[0] if isinstance(error, ValidationError) else None
+        where = f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" if detail else str(error)
+        raise UserError(f"{path} is damaged ({where}): export the model again") from error
+    files = [g.file for g in manifest.graphs.values()] + [w.file for w in manifest.weights] + [manifest.embedding.file]
+    for file in files:
+        if not (folder / file).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path} names {file}, which is outside the bundle: export the model again")
+        if not (folder / file).is_file():
+            raise UserError(f"{folder / file} is missing: copy the whole bundle, or export the model again")
+    for weights in manifest.weights:
+        size = (folder / weights.file).stat().st_size
+        if size != weights.size:
+            raise UserError(
+                f"{folder / weights.file} has {size:,} bytes and the manifest says {weights.size:,}: "
+                "copy the bundle again, or export the model again"
+            )
+    return manifest

@@ -1,0 +1,129 @@
+"""A checkpoint folder in Hugging Face's layout: its JSON files and its tensors, read lazily."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ivc_export.errors import UserError
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `length` bytes at byte `offset` of `file`, row-major."""
+
+    name: str
+    file: Path
+    offset: int
+    length: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def header_bytes(file: Path) -> bytes:
+    """The JSON header of a safetensors file, as stored."""
+    with file.open("rb") as stream:
+        (size,) = struct.unpack("<Q", stream.read(8))
+        return stream.read(size)
+
+
+def header_sha256(file: Path) -> str:
+    """SHA-256 of the header: names, dtypes, shapes and offsets of every tensor, but not their values."""
+    return hashlib.sha256(header_bytes(file)).hexdigest()
+
+
+def read_index(file: Path) -> dict[str, StoredTensor]:
+    """Tensors of one safetensors file by name.
+
+    Raises:
+        UserError: the file is missing, truncated or not a safetensors file.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} is missing: download the whole checkpoint")
+    try:
+        with safe_open(file, framework="numpy"):  # checks lengths, overlaps and the end of the file
+            header = json.loads(header_bytes(file))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read ({error}): download it again, or check the disk") from error
+    start = 8 + len(header_bytes(file))
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            name,
+            file,
+            start + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+            _DTYPES.get(entry["dtype"], entry["dtype"]),
+            tuple(entry["shape"]),
+        )
+        for name, entry in header.items()
+    }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local checkpoint folder."""
+
+    folder: Path
+
+    @staticmethod
+    def open(folder: Path) -> Checkpoint:
+        """Open `folder`.
+
+        Raises:
+            UserError: it is no folder, or has no config.json.
+        """
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder} is not a folder: give a checkpoint folder with config.json and safetensors files"
+            )
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} has no config.json: give a checkpoint folder in Hugging Face's layout")
+        return Checkpoint(folder)
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """The content of a JSON file of the folder, or None if there is none.
+
+        Raises:
+            UserError: the file is not a JSON object.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON ({error}): download it again") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{path} should hold a JSON object: download it again")
+        return content
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return self.json("config.json") or {}
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files: one, or the shards that the index names."""
+        index = self.json("model.safetensors.index.json")
+        if index is None:
+            return [self.folder / "model.safetensors"]
+        names = sorted(set(index.get("weight_map", {}).values()))
+        if not names:
+            raise UserError(f"{self.folder / 'model.safetensors.index.json'} names no shards: download it again")
+        return [self.folder / Path(name).name for name in names]
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor of the checkpoint by its stored name."""
+        return {name: tensor for file in self.weight_files for name, tensor in read_index(file).items()}

@@ -1,0 +1,183 @@
+"""ONNX building blocks: each adds a few nodes to a graph and says its shapes.
+
+Rows are two-dimensional ([rows, hidden]), so that every linear layer is one Gemm on the checkpoint's own weight.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from ivc_export.builder import FLOAT, INT32, Graph
+from ivc_export.contract import DecoderSizes, RotarySizes
+
+MASKED = -3e4
+"""Added to the scores of masked keys: finite in every dtype, and far below any real score."""
+
+
+def linear(g: Graph, x: ir.Value, name: str, out: int, features: int, bias: bool) -> ir.Value:
+    """`x W^T + b`. x: [rows, features]; W: [out, features], as stored; returns [rows, out]."""
+    inputs = [x, g.weight(f"{name}.weight", (out, features))]
+    if bias:
+        inputs.append(g.weight(f"{name}.bias", (out,)))
+    return g.op("Gemm", *inputs, transB=1)
+
+
+def rms_norm(g: Graph, x: ir.Value, name: str, size: int, epsilon: float) -> ir.Value:
+    """Root-mean-square norm over the last axis, computed in float32; the weight is applied in the graph's dtype.
+
+    x: [rows, size]; returns the same shape. Source: Zhang and Sennrich 2019, eq. 4; Qwen2RMSNorm in transformers.
+    """
+    y = g.to_float32(x)
+    variance = g.op("ReduceMean", g.op("Mul", y, y), axes=[-1], keepdims=1)
+    deviation = g.op("Sqrt", g.op("Add", variance, g.constant(epsilon, FLOAT)))
+    return g.op("Mul", g.to_graph_dtype(g.op("Div", y, deviation)), g.weight(f"{name}.weight", (size,)))
+
+
+def layer_norm(g: Graph, x: ir.Value, name: str, size: int, epsilon: float) -> ir.Value:
+    """Layer norm over the last axis, with statistics in float32. x: [rows, size]; returns the same shape."""
+    weight, bias = g.weight(f"{name}.weight", (size,)), g.weight(f"{name}.bias", (size,))
+    return g.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=epsilon)
+
+
+def silu(g: Graph, x: ir.Value) -> ir.Value:
+    """`x sigmoid(x)`."""
+    return g.op("Mul", x, g.op("Sigmoid", x))
+
+
+def quick_gelu(g: Graph, x: ir.Value) -> ir.Value:
+    """`x sigmoid(1.702 x)`."""
+    return g.op("Mul", x, g.op("Sigmoid", g.op("Mul", x, g.scalar(1.702))))
+
+
+def gelu(g: Graph, x: ir.Value) -> ir.Value:
+    """`x (1 + erf(x / sqrt 2)) / 2`, the exact form."""
+    erf = g.op("Erf", g.op("Mul", x, g.scalar(math.sqrt(0.5))))
+    return g.op("Mul", g.op("Mul", x, g.scalar(0.5)), g.op("Add", erf, g.scalar(1.0)))
+
+
+def rotary_frequencies(head_dim: int, rotary: RotarySizes) -> np.ndarray:
+    """Frequencies by axis, float64 [axes, head_dim / 2]: zero where another axis turns the pair.
+
+    Source: Su et al. 2021, section 3.2.2; sections as Wang et al. 2024 (Qwen2-VL), M-RoPE.
+    """
+    table = np.zeros((len(rotary.sections), head_dim // 2))
+    start = 0
+    for axis, length in enumerate(rotary.sections):
+        j = np.arange(start, start + length)
+        table[axis, start : start + length] = rotary.theta ** (-2.0 * j / head_dim)
+        start += length
+    return table
+
+
+def rotary_angles(g: Graph, positions: ir.Value, frequencies: np.ndarray) -> tuple[ir.Value, ir.Value]:
+    """Cosine and sine of the rotary angles, float32 [rows, pairs].
+
+    positions: int32 [axes, rows]; frequencies: [axes, pairs]. The sum over axes is of elementwise products: a
+    MatMul might run in TF32, which cannot hold a position times a frequency.
+    """
+    turns = g.op("Unsqueeze", g.cast(positions, FLOAT), g.ints(2))
+    table = g.constant(frequencies[:, None, :], FLOAT)
+    angles = g.op("ReduceSum", g.op("Mul", turns, table), g.ints(0), keepdims=0)
+    return g.op("Cos", angles), g.op("Sin", angles)
+
+
+def rotate(g: Graph, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
+    """Rotate the pairs (j, j + head_dim / 2) of `x` [..., rows, head_dim] by angles [rows, head_dim / 2]."""
+    a, b = g.op_with_outputs(2, "Split", x, axis=-1)
+    first = g.op("Sub", g.op("Mul", a, cos), g.op("Mul", b, sin))
+    second = g.op("Add", g.op("Mul", b, cos), g.op("Mul", a, sin))
+    return g.op("Concat", first, second, axis=-1)
+
+
+def attend(g: Graph, q: ir.Value, k: ir.Value, v: ir.Value, head_dim: int, mask: ir.Value | None = None) -> ir.Value:
+    """Scaled dot-product attention with the softmax in float32.
+
+    q: [a, b, rows, head_dim]; k, v: [a, b or 1, keys, head_dim]; mask: float32 [rows, keys], added; returns q's shape.
+    The queries are scaled before the product, so that float16 scores do not overflow.
+    """
+    scaled = g.op("Mul", q, g.scalar(head_dim**-0.5))
+    scores = g.to_float32(g.op("MatMul", scaled, g.transpose(k, 0, 1, 3, 2)))
+    if mask is not None:
+        scores = g.op("Add", scores, mask)
+    return g.op("MatMul", g.to_graph_dtype(g.op("Softmax", scores, axis=-1)), v)
+
+
+def causal_mask(g: Graph, rows: ir.Value, past: ir.Value, past_length: ir.Value) -> ir.Value:
+    """What each row must not see: float32 [S, P + S], 0 or MASKED.
+
+    rows: S, past: P, both int64 [1]; past_length: int32 [1]. Row s sees cache rows below past_length, and rows of this
+    run up to itself. Rows count, never position ids: those do not ascend over a picture.
+    """
+    run, cache = g.cast(rows, INT32), g.cast(past, INT32)
+    zero, one = g.constant(0, INT32), g.constant(1, INT32)
+
+    def counting(length: ir.Value) -> ir.Value:
+        return g.op("Range", zero, g.op("Squeeze", length, g.ints(0)), one)
+
+    column = counting(g.op("Add", cache, run))
+    row = g.op("Add", g.op("Unsqueeze", counting(run), g.ints(1)), cache)
+    cached = g.op("Less", column, past_length)
+    earlier = g.op("And", g.op("GreaterOrEqual", column, cache), g.op("Not", g.op("Less", row, column)))
+    return g.op("Where", g.op("Or", cached, earlier), g.constant(0.0, FLOAT), g.constant(MASKED, FLOAT))
+
+
+class DecoderStack:
+    """Decoder layers that share rotary angles and a mask; one layer a call.
+
+    position_ids: int32 [axes, 1, rows]; past_key: any cache input of the graph, for its number of rows.
+    """
+
+    def __init__(
+        self, g: Graph, sizes: DecoderSizes, rotary: RotarySizes, position_ids: ir.Value, past_key: ir.Value
+    ) -> None:
+        self.g, self.sizes = g, sizes
+        with g.scope("rotary"):
+            positions = g.op("Squeeze", position_ids, g.ints(1))
+            cos, sin = rotary_angles(g, positions, rotary_frequencies(sizes.head_dim, rotary))
+            self.cos, self.sin = g.to_graph_dtype(cos), g.to_graph_dtype(sin)
+        with g.scope("mask"):
+            rows, past = g.extent(position_ids, 2), g.extent(past_key, 2)
+            self.mask = causal_mask(g, rows, past, g.inputs["past_length"])
+
+    def layer(self, number: int, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Add layer `number`.
+
+        x: [rows, hidden]. Returns the next x, and this run's keys (rotated) and values [1, kv_heads, rows, head_dim].
+        """
+        g, s, name = self.g, self.sizes, f"model.layers.{number}"
+        with g.scope(f"layers.{number}"):
+            normed = rms_norm(g, x, f"{name}.input_layernorm", s.hidden_size, s.rms_norm_epsilon)
+            attended, key, value = self._attention(number, normed)
+            x = g.op("Add", x, attended)
+            normed = rms_norm(g, x, f"{name}.post_attention_layernorm", s.hidden_size, s.rms_norm_epsilon)
+            return g.op("Add", x, self._mlp(f"{name}.mlp", normed)), key, value
+
+    def _attention(self, number: int, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        g, s, name = self.g, self.sizes, f"model.layers.{number}.self_attn"
+        with g.scope("attention"):
+
+            def heads(projection: str, count: int) -> ir.Value:
+                y = linear(g, x, f"{name}.{projection}", count * s.head_dim, s.hidden_size, s.qkv_bias)
+                return g.transpose(g.reshape(y, 1, -1, count, s.head_dim), 0, 2, 1, 3)
+
+            q = rotate(g, heads("q_proj", s.heads), self.cos, self.sin)
+            key = rotate(g, heads("k_proj", s.kv_heads), self.cos, self.sin)
+            value = heads("v_proj", s.kv_heads)
+            keys = g.op("Concat", g.inputs[f"past_key.{number}"], key, axis=2)
+            values = g.op("Concat", g.inputs[f"past_value.{number}"], value, axis=2)
+            # grouped queries: [kv_heads, group, rows, head_dim] against [kv_heads, 1, P + rows, head_dim]
+            grouped = g.reshape(q, s.kv_heads, s.heads // s.kv_heads, -1, s.head_dim)
+            keys, values = (g.reshape(cache, s.kv_heads, 1, -1, s.head_dim) for cache in (keys, values))
+            y = attend(g, grouped, keys, values, s.head_dim, self.mask)
+            rows = g.reshape(g.transpose(y, 2, 0, 1, 3), -1, s.heads * s.head_dim)
+            return linear(g, rows, f"{name}.o_proj", s.hidden_size, s.heads * s.head_dim, bias=False), key, value
+
+    def _mlp(self, name: str, x: ir.Value) -> ir.Value:
+        g, s = self.g, self.sizes
+        with g.scope("mlp"):
+            gate = silu(g, linear(g, x, f"{name}.gate_proj", s.intermediate_size, s.hidden_size, bias=False))
+            up = linear(g, x, f"{name}.up_proj", s.intermediate_size, s.hidden_size, bias=False)
+            return linear(g, g.op("Mul", gate, up), f"{name}.down_proj", s.hidden_size, s.intermediate_size, bias=False)

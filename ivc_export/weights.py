@@ -1,0 +1,104 @@
+"""The checkpoint's tensors as external data of the graphs, and their way into a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ivc_export import contract
+from ivc_export.checkpoint import Checkpoint, StoredTensor, header_sha256
+from ivc_export.errors import UserError
+
+FOLDER = "weights"
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint's tensors under canonical names (`model.*`, `visual.*`, `lm_head.weight`)."""
+
+    tensors: Mapping[str, StoredTensor]
+    dtype: contract.FloatName
+
+    def find(self, name: str, shape: Sequence[int]) -> StoredTensor:
+        """The stored tensor `name`.
+
+        Raises:
+            UserError: it is missing, misshapen, or of another dtype than the rest.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise UserError(
+                f"the checkpoint has no tensor {name}: download it again, or check that config.json is its own"
+            )
+        if tensor.shape != tuple(shape):
+            raise UserError(
+                f"{tensor.name} in {tensor.file.name} has shape {list(tensor.shape)}, and config.json asks for "
+                f"{list(shape)}: check that both belong to the same checkpoint"
+            )
+        if tensor.dtype != self.dtype:
+            raise UserError(
+                f"{tensor.name} in {tensor.file.name} is {tensor.dtype} and other tensors are {self.dtype}: "
+                "save the checkpoint in one of float32, float16 and bfloat16"
+            )
+        return tensor
+
+    def external(self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None) -> ir.ExternalTensor:
+        """The tensor `name` as external data of a graph that lies beside the folder `weights`."""
+        stored = self.find(name, stored_shape or shape)
+        return ir.ExternalTensor(
+            f"{FOLDER}/{stored.file.name}",
+            stored.offset,
+            stored.length,
+            contract.FLOATS[self.dtype],
+            shape=ir.Shape(shape),
+            name=name,
+        )
+
+
+def main_dtype(tensors: Mapping[str, StoredTensor]) -> contract.FloatName:
+    """The dtype of the checkpoint's matrices.
+
+    Raises:
+        UserError: it is none that a graph computes in (a quantised checkpoint, say).
+    """
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.length
+    dtype = max(sizes, key=lambda name: sizes[name], default="nothing")
+    for known in contract.FLOATS:
+        if known == dtype:
+            return known
+    raise UserError(f"the checkpoint's weights are {dtype}: give one in float32, float16 or bfloat16")
+
+
+def copy_weights(
+    checkpoint: Checkpoint, folder: Path, progress: Callable[[int], None]
+) -> tuple[contract.WeightFile, ...]:
+    """Copy the checkpoint's safetensors files to `folder`/weights, hashing them on the way.
+
+    progress: called with the number of bytes copied since the last call.
+    """
+    target = folder / FOLDER
+    target.mkdir()
+    files = []
+    for source in checkpoint.weight_files:
+        digest = hashlib.sha256()
+        with source.open("rb") as reader, (target / source.name).open("wb") as writer:
+            while chunk := reader.read(_CHUNK):
+                digest.update(chunk)
+                writer.write(chunk)
+                progress(len(chunk))
+        files.append(
+            contract.WeightFile(
+                file=f"{FOLDER}/{source.name}",
+                size=source.stat().st_size,
+                header_sha256=header_sha256(source),
+                sha256=digest.hexdigest(),
+            )
+        )
+    return tuple(files)

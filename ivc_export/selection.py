@@ -1,0 +1,129 @@
+"""IVC-Prune's choice of visual tokens: the host's part, the same in NumPy, and the schema of the `ivc` operators.
+
+Source: IVC-Prune (arXiv 2602.03060), sections 3.2 and 3.3, and its official code (FireRedTeam/IVC-Prune). Where that
+leaves an order among equals open, the lowest index comes first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx.parser
+import onnx_ir as ir
+
+from ivc_export import contract
+from ivc_export.builder import Graph
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+SEED_PRIORITY = 1e30
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What SelectTokens returns: kept rows ascending, score and seeds of the visual tokens."""
+
+    keep_index: Ints
+    token_score: Floats
+    seed_index: Ints
+
+
+@cache
+def operator(name: str) -> ir.Function:
+    """The `ivc` operator `name` as a function of standard operators, from graphs/ops/`name`.onnxtxt."""
+    package = Path(__file__).parent
+    folders = (package / "ops", package.parent / "graphs" / "ops")  # installed, or in the repository
+    text = next(folder for folder in folders if folder.is_dir()).joinpath(f"{name}.onnxtxt").read_text(encoding="utf-8")
+    return ir.serde.deserialize_function(onnx.parser.parse_function(text))
+
+
+def select_tokens(g: Graph, rule: contract.SelectionRule, values: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Add a SelectTokens node on `values` [1, kv_heads, S, head_dim]; returns keep_index, token_score, seed_index."""
+    names = ("ivc_priority", "visual_index", "text_index", "query_index", "keep_count")
+    inputs = [values, *(g.inputs[name] for name in names)]
+    keep_index, token_score, seed_index = g.op_with_outputs(
+        3, "SelectTokens", *inputs, domain=contract.IVC_DOMAIN, seed_divisor=rule.seed_divisor
+    )
+    return keep_index, token_score, seed_index
+
+
+def compact_gather(g: Graph, x: ir.Value, keep_index: ir.Value, axis: int) -> ir.Value:
+    """Add a CompactGather node: the rows `keep_index` of `x` along `axis`."""
+    return g.op("CompactGather", x, keep_index, domain=contract.IVC_DOMAIN, axis=axis)
+
+
+def descending(score: npt.NDArray[Any]) -> Ints:
+    """Indices by falling score, equal scores by rising index."""
+    return np.argsort(-score, kind="stable").astype(np.int32)
+
+
+def ivc_priority(positions: Ints, rotary: contract.RotarySizes, head_dim: int, rule: contract.SelectionRule) -> Floats:
+    """Priorities of one picture's implicit-visual-coordinate tokens; they depend on positions alone.
+
+    positions: int32 [axes, L]. Returns float32 [L]: 0 for other tokens; for IVC tokens 2 and more, larger for better
+    ranks. The `round(ivc_fraction L)` tokens with the largest mean cosine (rotation near identity) and as many with
+    the largest mean sine (near 90 degrees) are taken alternately, cosine first. Means are over axes and frequencies,
+    before M-RoPE mixes its sections, in float64 and rounded to 9 decimals: tokens (r, c) and (c, r) tie, and rounding
+    makes them tie exactly.
+
+    Source: arXiv 2602.03060, section 3.2.
+    """
+    frequencies = rotary.theta ** (-2.0 * np.arange(head_dim // 2) / head_dim)
+    angles = positions[:, :, None].astype(np.float64) * frequencies
+    count = round(rule.ivc_fraction * positions.shape[1])
+    best = [descending(np.round(part.mean(axis=(0, 2)), 9))[:count] for part in (np.cos(angles), np.sin(angles))]
+    order = list(dict.fromkeys(int(token) for pair in zip(*best, strict=True) for token in pair))
+    priority = np.zeros(positions.shape[1], np.float32)
+    priority[order] = np.arange(len(order) + 1, 1, -1)
+    return priority
+
+
+def token_scores(values: Floats, visual_index: Ints, query_index: Ints, seed_divisor: int) -> tuple[Floats, Ints]:
+    """Score of each visual token by the value vectors of layer k-1, and the seeds, best first.
+
+    values: float32 [kv_heads, S, head_dim]. Returns float32 [L] and int32 [seeds], positions within `visual_index`.
+    Source: arXiv 2602.03060, section 3.3; no rotation, no causal mask, softmax over the visual tokens.
+    """
+    visual = values[:, visual_index]
+
+    def votes(queries: Floats) -> Floats:
+        scores = queries @ visual.transpose(0, 2, 1) / np.sqrt(np.float32(values.shape[-1]))
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        by_row: Floats = np.mean(weights / weights.sum(axis=-1, keepdims=True), axis=0)
+        return by_row
+
+    by_text = votes(values[:, query_index])
+    seeds = max(1, round(len(visual_index) / seed_divisor))
+    seed_index = descending(by_text.mean(axis=0))[:seeds]
+    by_seeds = votes(visual[:, seed_index])
+    return np.concatenate([by_text, by_seeds]).mean(axis=0), seed_index
+
+
+def kept_rows(
+    token_score: Floats, seed_index: Ints, priority: Floats, visual_index: Ints, text_index: Ints, keep_count: int
+) -> Ints:
+    """Rows to keep, ascending: all text, then seeds, IVC tokens and the rest by score, `keep_count` visual tokens."""
+    final = np.maximum(token_score, priority)
+    final[seed_index] = SEED_PRIORITY * np.arange(len(seed_index), 0, -1, dtype=np.float32)
+    return np.sort(np.concatenate([text_index, visual_index[descending(final)[:keep_count]]])).astype(np.int32)
+
+
+def select(
+    values: Floats,
+    priority: Floats,
+    visual_index: Ints,
+    text_index: Ints,
+    query_index: Ints,
+    keep_count: int,
+    seed_divisor: int,
+) -> Selected:
+    """SelectTokens in NumPy. values: float32 [kv_heads, S, head_dim]; the others as in the contract."""
+    token_score, seed_index = token_scores(values, visual_index, query_index, seed_divisor)
+    keep_index = kept_rows(token_score, seed_index, priority, visual_index, text_index, keep_count)
+    return Selected(keep_index, token_score, seed_index)

@@ -1,0 +1,28 @@
+"""The prefix decoder's graph: the layers that see every token, and the selection."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ivc_export.builder import Graph
+from ivc_export.families import Model
+from ivc_export.layers import DecoderStack
+from ivc_export.selection import operator, select_tokens
+from ivc_export.weights import Weights
+
+
+def prefix_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Model:
+    """Layers 0..selection_layer-1 over all rows, then SelectTokens on the values of the last of them."""
+    g = Graph(model.graph_info("prefix", weights.dtype, selection_layer), weights.dtype, weights)
+    stack = DecoderStack(g, model.decoder, model.rotary, g.inputs["position_ids"], g.inputs["past_key.0"])
+    x = g.reshape(g.inputs["inputs_embeds"], -1, model.decoder.hidden_size)
+    for i in range(selection_layer):
+        x, key, value = stack.layer(i, x)
+        g.output(f"new_key.{i}", key)
+        g.output(f"new_value.{i}", value)
+    g.output("hidden_states", g.op("Unsqueeze", x, g.ints(0)))
+    with g.scope("select"):
+        selected = select_tokens(g, model.selection, value)
+    for name, tensor in zip(("keep_index", "token_score", "seed_index"), selected, strict=True):
+        g.output(name, tensor)
+    return g.model("prefix", [operator("SelectTokens")])

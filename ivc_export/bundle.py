@@ -1,0 +1,95 @@
+"""A bundle on disk, and the staging that lets one appear only when it is whole."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from ivc_export.contract import MANIFEST, Manifest, read_manifest
+from ivc_export.errors import UserError
+
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An exported model: three graphs, weights, and the manifest that describes them."""
+
+    folder: Path
+    manifest: Manifest
+
+    @staticmethod
+    def load(folder: Path | str) -> Bundle:
+        """Open the bundle in `folder`.
+
+        Raises:
+            UserError: it is none, is damaged, or is of another version.
+        """
+        return Bundle(Path(folder), read_manifest(Path(folder)))
+
+    def missing_processor_files(self) -> list[str]:
+        """Files that a prompt needs to become tokens, and that the bundle lacks."""
+        return [name for name in (TOKENIZER, CHAT_TEMPLATE) if not (self.folder / name).is_file()]
+
+    @cached_property
+    def embedding_table(self) -> npt.NDArray[Any]:
+        """Token embeddings [vocab, hidden] in the checkpoint's dtype, mapped from the weight file."""
+        table = self.manifest.embedding
+        dtype = np.dtype(ml_dtypes.bfloat16 if table.dtype == "bfloat16" else table.dtype)
+        return np.memmap(self.folder / table.file, dtype, "r", table.offset, table.shape)
+
+    def embed(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Rows of the embedding table for `tokens`, in float32 [len(tokens), hidden]."""
+        return self.embedding_table[tokens].astype(np.float32)
+
+
+@contextmanager
+def staged_folder(target: Path, force: bool) -> Iterator[Path]:
+    """Yield a new folder beside `target` that becomes `target` if the block succeeds, and vanishes if it does not.
+
+    Raises:
+        UserError: something is at `target` and `force` is not set, or it is not a bundle, or nothing can be written.
+    """
+    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if occupied and not (target / MANIFEST).is_file():
+        raise UserError(f"{target} exists and is not a bundle: name another output folder")
+    if occupied and not force:
+        raise UserError(f"{target} exists: name another output folder, or replace it with --force")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise UserError(
+            f"nothing can be written beside {target} ({error.strerror}): name another output folder"
+        ) from error
+    try:
+        yield staging
+        staging.chmod(0o755)
+        if target.exists():
+            old = staging.with_suffix(".old")
+            target.rename(old)
+            try:
+                staging.rename(target)
+            except OSError:
+                old.rename(target)
+                raise
+            shutil.rmtree(old)
+        else:
+            staging.rename(target)
+    except OSError as error:
+        raise UserError(
+            f"writing {target} failed ({error.strerror or error}): free space or name another folder"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,28 @@
+"""Lowering: what turns the portable graphs into graphs for one runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import onnx_ir as ir
+
+from ivc_export.passes.inline_ivc_functions import InlineIvcFunctionsPass
+from ivc_export.passes.widen_floats import WidenFloatsPass
+
+Lowering = Literal["portable", "native"]
+
+LOWERINGS: Mapping[Lowering, Callable[[], tuple[ir.passes.PassBase, ...]]] = {
+    "portable": lambda: (),  # keeps ivc nodes and their bodies: onnxruntime inlines them
+    "native": lambda: (InlineIvcFunctionsPass(),),  # standard operators only: any TensorRT, no plugin
+}
+
+
+def lower(model: ir.Model, lowering: Lowering) -> ir.Model:
+    """Apply the passes of `lowering` to a portable graph, in place."""
+    for one in LOWERINGS[lowering]():
+        model = one(model).model
+    return model
+
+
+__all__ = ["LOWERINGS", "InlineIvcFunctionsPass", "Lowering", "WidenFloatsPass", "lower"]

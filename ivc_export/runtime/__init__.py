@@ -1,0 +1,1 @@
+"""Running a bundle: prompts and pictures to tensors, sessions, caches, generation."""

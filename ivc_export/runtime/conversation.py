@@ -1,0 +1,128 @@
+"""A conversation over one compacted cache: prefill, decode steps and later turns are the same two calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ivc_export.families import Picture
+from ivc_export.recipe import check_ratio
+from ivc_export.runtime.cache import KVCache
+from ivc_export.runtime.plan import Run, plan_run
+from ivc_export.runtime.session import Session
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one run gave.
+
+    image_embeds: float32 [visual, hidden], one for each picture. prefix, decoder: the graphs' outputs by name.
+    keep_index: int32 [M], the rows that went on.
+    """
+
+    run: Run
+    image_embeds: tuple[npt.NDArray[np.float32], ...]
+    prefix: Mapping[str, npt.NDArray[Any]]
+    decoder: Mapping[str, npt.NDArray[Any]]
+    keep_index: npt.NDArray[np.int32]
+
+    @property
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Next-token logits of the last row, float32 [vocab]."""
+        logits: npt.NDArray[np.float32] = self.decoder["logits"][0, 0]
+        return logits
+
+
+@dataclass
+class Timings:
+    """Seconds by stage, summed over runs."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to `name`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Conversation:
+    """Runs of one session that share a cache.
+
+    What an earlier turn pruned is gone: a later question about the same picture sees the tokens that the first
+    question kept.
+
+    ratio: fraction of visual tokens kept; None takes the bundle's default.
+    capacity: rows of fixed cache buffers, or None for caches of exact length.
+
+    Raises:
+        UserError: the ratio is out of range.
+    """
+
+    def __init__(self, session: Session, ratio: float | None = None, capacity: int | None = None) -> None:
+        manifest = session.bundle.manifest
+        self.session = session
+        self.ratio = check_ratio(manifest.default_ratio if ratio is None else ratio)
+        self.cache = KVCache(manifest.decoder, capacity)
+        self.next_position = 0
+        self.timings = Timings()
+
+    def run(
+        self,
+        tokens: Sequence[int] | npt.NDArray[Any],
+        pictures: Sequence[Picture] = (),
+        keep_index: npt.NDArray[np.int32] | None = None,
+    ) -> Step:
+        """Run `tokens`, image tokens included, over the cache, and append the kept rows to it.
+
+        keep_index: rows to keep instead of those that the prefix graph chooses, to replay another run.
+
+        Raises:
+            UserError: see plan_run and KVCache.append.
+        """
+        bundle, cut = self.session.bundle, self.session.bundle.manifest.selection_layer
+        plan = plan_run(
+            bundle.manifest, np.asarray(tokens, np.int32), [p.grid for p in pictures], self.next_position, self.ratio
+        )
+        embeds = bundle.embed(plan.tokens)
+        with self.timings.stage("vision"):
+            images = tuple(self.session.run("vision", picture.inputs)["image_embeds"][0] for picture in pictures)
+        if images:
+            embeds[plan.visual_index] = np.concatenate(images)
+        layers = range(bundle.manifest.decoder.layers)
+        past = {i: {n: self.cache[n] for n in (f"past_key.{i}", f"past_value.{i}")} for i in layers}
+        past_length = np.array([self.cache.length], np.int32)
+        stage = "prefill" if plan.rows > 1 else "decode"
+        with self.timings.stage(f"{stage}.prefix"):
+            feeds = {
+                "inputs_embeds": embeds[None],
+                "position_ids": plan.position_ids,
+                "visual_index": plan.visual_index,
+                "text_index": plan.text_index,
+                "query_index": plan.query_index,
+                "ivc_priority": plan.ivc_priority,
+                "keep_count": np.array([plan.keep_count], np.int32),
+                "past_length": past_length,
+            }
+            prefix = self.session.run("prefix", feeds | {n: a for i in layers[:cut] for n, a in past[i].items()})
+        keep_index = prefix["keep_index"] if keep_index is None else keep_index
+        with self.timings.stage(f"{stage}.decoder"):
+            feeds = {
+                "hidden_states": prefix["hidden_states"],
+                "keep_index": keep_index,
+                "logit_index": np.array([len(keep_index) - 1], np.int32),
+                "position_ids": plan.position_ids,
+                "past_length": past_length,
+            }
+            feeds |= {name: array for name, array in prefix.items() if name.startswith("new_")}
+            decoder = self.session.run("decoder", feeds | {n: a for i in layers[cut:] for n, a in past[i].items()})
+        self.cache.append(decoder)
+        self.next_position = plan.next_position
+        return Step(plan, images, prefix, decoder, keep_index)

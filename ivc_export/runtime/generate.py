@@ -1,0 +1,149 @@
+"""Answers: sampling, stopping, and chats that go on over the compacted cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+
+from ivc_export.errors import UserError
+from ivc_export.families import Picture
+from ivc_export.runtime.conversation import Conversation, Step
+from ivc_export.runtime.processor import Message, Processor, user_message
+from ivc_export.runtime.session import Session
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: greedily at temperature 0, else from the smallest set of mass `top_p`.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature {self.temperature} is out of range: give 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top-p {self.top_p} is out of range: give a probability mass above 0 and up to 1")
+        if self.max_tokens < 1:
+            raise UserError(f"max tokens {self.max_tokens} is out of range: give at least 1")
+        if self.seed < 0:
+            raise UserError(f"seed {self.seed} is out of range: give 0 or more")
+
+    def draw(self, logits: npt.NDArray[np.float32], generator: np.random.Generator) -> int:
+        """A token id. logits: [vocab]."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        scaled = (logits.astype(np.float64) - logits.max()) / self.temperature
+        probability = np.exp(scaled) / np.exp(scaled).sum()
+        order = np.argsort(-probability, kind="stable")
+        mass = np.cumsum(probability[order])
+        nucleus = order[: int(np.searchsorted(mass, self.top_p)) + 1]
+        return int(generator.choice(nucleus, p=probability[nucleus] / probability[nucleus].sum()))
+
+
+GREEDY = Sampling()
+
+
+def generate(
+    conversation: Conversation,
+    tokens: Sequence[int],
+    pictures: Sequence[Picture] = (),
+    sampling: Sampling = GREEDY,
+    stop: Sequence[int] | None = None,
+) -> Iterator[int]:
+    """Run `tokens` and yield the ids that follow, the stop token included, as each is drawn.
+
+    stop: ids that end the answer; None takes the bundle's. The last id yielded is not in the cache yet.
+    """
+    yield from continue_from(conversation, conversation.run(tokens, pictures), sampling, stop)
+
+
+def continue_from(
+    conversation: Conversation, step: Step, sampling: Sampling = GREEDY, stop: Sequence[int] | None = None
+) -> Iterator[int]:
+    """Yield the ids that follow `step`, the conversation's last run; as `generate`."""
+    stop = conversation.session.bundle.manifest.tokens.stop if stop is None else stop
+    generator = np.random.default_rng(sampling.seed)
+    for left in reversed(range(sampling.max_tokens)):
+        token = sampling.draw(step.logits, generator)
+        yield token
+        if token in stop or not left:
+            return
+        step = conversation.run([token])
+
+
+class Chat:
+    """Questions and answers over one compacted cache, with a picture in any turn.
+
+    Each turn runs only what the chat template adds to the conversation so far. What an earlier turn pruned is gone.
+
+    ratio, capacity: as Conversation's.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        ratio: float | None = None,
+        capacity: int | None = None,
+        sampling: Sampling = GREEDY,
+    ) -> None:
+        self.processor = Processor(session.bundle)
+        self.conversation = Conversation(session, ratio, capacity)
+        self.sampling = sampling
+        self.messages: list[Message] = []
+        self.tokens: list[int] = []
+        """Ids of the last answer, stop token included."""
+        self.step: Step | None = None
+        """The last turn's prefill."""
+        self._told = ""  # the text that the cache holds, and the last answer's
+
+    def ask(self, text: str, images: Sequence[Path | PIL.Image.Image] = ()) -> Iterator[str]:
+        """Ask, and yield the answer piece by piece.
+
+        Raises:
+            UserError: the prompt is empty, a picture cannot be read, or the conversation grows too long.
+        """
+        if not text.strip():
+            raise UserError("the prompt is empty: give some text")
+        pictures = [self.processor.picture(image) for image in images]
+        messages = [*self.messages, user_message(text, len(images))]
+        rendered = self.processor.render(messages)
+        if not rendered.startswith(self._told):
+            raise UserError(
+                "the chat template rewrites earlier turns, which a compacted cache cannot: start a new chat"
+            )
+        addition = self.processor.encode(rendered.removeprefix(self._told), pictures)
+        # The last id drawn is not in the cache. A stop token is in the template's addition; any other is not.
+        unseen = [t for t in self.tokens[-1:] if t not in self.conversation.session.bundle.manifest.tokens.stop]
+        self.step = self.conversation.run([*unseen, *addition], pictures)
+        self.tokens = []
+        try:
+            drawn = continue_from(self.conversation, self.step, self.sampling)
+            yield from self.processor.stream(self._record(drawn))
+        finally:  # also where the caller stops listening
+            answer = self.processor.decode(self.tokens)
+            self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+            self._told = rendered + answer
+
+    def _record(self, tokens: Iterator[int]) -> Iterator[int]:
+        for token in tokens:
+            self.tokens.append(token)
+            yield token
+
+    @property
+    def finish(self) -> str:
+        """Why the last answer ended: "stop" or "length"."""
+        stop: tuple[int, ...] = self.conversation.session.bundle.manifest.tokens.stop
+        return "stop" if self.tokens and self.tokens[-1] in stop else "length"

@@ -1,0 +1,104 @@
+"""One run of prefix and decoder, planned on the host: who is visual, who votes, where rows stand, what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ivc_export import families
+from ivc_export.contract import Manifest, kept_tokens
+from ivc_export.errors import UserError
+from ivc_export.families import Grid
+from ivc_export.selection import ivc_priority
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The prefix graph's inputs that come from the prompt alone; names as in the contract."""
+
+    tokens: Ints
+    grids: tuple[Grid, ...]
+    position_ids: Ints
+    visual_index: Ints
+    text_index: Ints
+    query_index: Ints
+    ivc_priority: npt.NDArray[np.float32]
+    keep_count: int
+    next_position: int
+
+    @property
+    def rows(self) -> int:
+        """S, the rows of this run."""
+        return len(self.tokens)
+
+
+def plan_run(manifest: Manifest, tokens: Ints, grids: Sequence[Grid], start: int, ratio: float) -> Run:
+    """Plan a run of `tokens` from position `start` on, each picture's image tokens being `grids[i].visual` of them.
+
+    tokens: int32 [S]. Without a picture the first row stands in for a visual token that is kept, so that the graphs
+    see the same inputs; a decode step is such a run of one row.
+
+    Raises:
+        UserError: nothing to run, an id beyond the vocabulary, image tokens that do not match the pictures, or a
+            position that the model does not know.
+    """
+    if len(tokens) == 0:
+        raise UserError("the prompt is empty: give some text")
+    if tokens.min() < 0 or tokens.max() >= manifest.decoder.vocab_size:
+        raise UserError(
+            f"token id {tokens.max()} is beyond the vocabulary of {manifest.decoder.vocab_size}: "
+            "the tokenizer belongs to another model"
+        )
+    visual = np.flatnonzero(tokens == manifest.tokens.image).astype(np.int32)
+    if len(visual) != sum(grid.visual for grid in grids):
+        raise UserError(
+            f"the prompt holds {len(visual)} image tokens and its pictures give {sum(grid.visual for grid in grids)}: "
+            "write no image tokens into the text, and name each picture once"
+        )
+    positions, next_position = families.of(manifest.family).positions(segments(len(tokens), visual, grids), start)
+    if next_position > manifest.decoder.max_positions:
+        raise UserError(
+            f"the conversation reaches position {next_position:,}, and this model knows "
+            f"{manifest.decoder.max_positions:,}: shorten it, or use smaller pictures"
+        )
+    everything = np.arange(len(tokens), dtype=np.int32)
+    if not grids:
+        return Run(
+            tokens, (), positions[:, None], everything[:1], everything[1:], everything[-1:], np.zeros(1, np.float32), 1,
+            next_position,
+        )  # fmt: skip
+    voting = everything[visual[-1] + 1 + manifest.selection.query_offset :]
+    return Run(
+        tokens=tokens,
+        grids=tuple(grids),
+        position_ids=positions[:, None],
+        visual_index=visual,
+        text_index=np.setdiff1d(everything, visual),
+        query_index=voting if len(voting) else everything[-1:],
+        ivc_priority=np.concatenate(
+            [
+                ivc_priority(positions[:, rows], manifest.rotary, manifest.decoder.head_dim, manifest.selection)
+                for rows in np.split(visual, np.cumsum([grid.visual for grid in grids])[:-1])
+            ]
+        ),
+        keep_count=sum(kept_tokens(grid.visual, ratio) for grid in grids),
+        next_position=next_position,
+    )
+
+
+def segments(rows: int, visual: Ints, grids: Sequence[Grid]) -> list[int | Grid]:
+    """Text lengths and pictures in the order of the rows."""
+    found: list[int | Grid] = []
+    row = seen = 0
+    for grid in grids:
+        start = int(visual[seen])
+        if visual[seen + grid.visual - 1] != start + grid.visual - 1:
+            raise UserError("a picture's image tokens do not stand together: write no image tokens into the text")
+        found += [start - row, grid]
+        row, seen = start + grid.visual, seen + grid.visual
+    return [*found, rows - row]

@@ -1,0 +1,129 @@
+"""Prompts and pictures to tokens and tensors, without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+import PIL.Image
+import PIL.ImageOps
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from ivc_export import families
+from ivc_export.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle
+from ivc_export.errors import UserError
+from ivc_export.families import Picture
+
+Message = Mapping[str, Any]
+
+
+class Processor:
+    """A bundle's tokenizer, chat template and picture settings.
+
+    Raises:
+        UserError: the bundle was exported from a folder without tokenizer or chat template, or they are damaged.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        missing = bundle.missing_processor_files()
+        if missing:
+            raise UserError(
+                f"{bundle.folder} has no {' and no '.join(missing)}: put the model's own files into the "
+                "checkpoint folder and export again"
+            )
+        try:
+            self.tokenizer = Tokenizer.from_file(str(bundle.folder / TOKENIZER))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise UserError(f"{bundle.folder / TOKENIZER} cannot be read ({error}): export the model again") from error
+        self.template = self._template((bundle.folder / CHAT_TEMPLATE).read_text(encoding="utf-8"))
+
+    def _template(self, source: str) -> jinja2.Template:
+        def raise_exception(message: str) -> None:
+            raise UserError(f"the chat template refuses the conversation: {message}")
+
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = raise_exception
+        path = self.bundle.folder / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            token = config.get(name)
+            environment.globals[name] = token.get("content") if isinstance(token, dict) else token
+        try:
+            return environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{CHAT_TEMPLATE} of the bundle is damaged ({error}): export the model again") from error
+
+    def picture(self, image: Path | PIL.Image.Image) -> Picture:
+        """A picture file, or an opened picture, ready for the vision graph; larger ones are scaled to `max_visual`.
+
+        Raises:
+            UserError: it is no picture, or too elongated.
+        """
+        manifest = self.bundle.manifest
+        picture = families.of(manifest.family).picture(open_picture(image), manifest.preprocessing)
+        if picture.grid.visual > manifest.max_visual:
+            raise UserError(
+                f"the picture gives {picture.grid.visual} visual tokens, and this bundle takes {manifest.max_visual}: "
+                "crop it to a less elongated shape"
+            )
+        return picture
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation up to where the assistant speaks."""
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template cannot render the conversation ({error})") from error
+
+    def encode(self, text: str, pictures: Sequence[Picture] = ()) -> list[int]:
+        """Token ids of `text`, its i-th image token repeated once for each visual token of picture i."""
+        image = self.bundle.manifest.tokens.image
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if ids.count(image) != len(pictures):
+            raise UserError(
+                f"the prompt holds {ids.count(image)} image tokens and there are {len(pictures)} pictures: "
+                "write no image tokens into the text"
+            )
+        counts = iter(picture.grid.visual for picture in pictures)
+        return [token for i in ids for token in ([i] * next(counts) if i == image else [i])]
+
+    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Pieces of text as soon as the tokens so far make whole characters; special tokens are left out."""
+        decoder = DecodeStream(skip_special_tokens=True)
+        for token in tokens:
+            piece = decoder.step(self.tokenizer, token)
+            if piece:
+                yield piece
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, special tokens left out."""
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text
+
+
+def open_picture(image: Path | PIL.Image.Image) -> PIL.Image.Image:
+    """An RGB picture, turned as its EXIF orientation says.
+
+    Raises:
+        UserError: the file is missing or is no picture.
+    """
+    if isinstance(image, Path) and not image.is_file():
+        raise UserError(f"there is no picture at {image}: check the path")
+    try:
+        opened = PIL.Image.open(image) if isinstance(image, Path) else image
+        return PIL.ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise UserError(f"{image} cannot be read as a picture ({error}): give a PNG or JPEG file") from error
+
+
+def user_message(text: str, pictures: int) -> Message:
+    """A user's message: pictures first, then text, in the form that chat templates take."""
+    return {"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}

@@ -1,0 +1,139 @@
+"""ivc-run: ask a bundle about pictures, on onnxruntime."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ivc_export import __version__
+from ivc_export.bundle import Bundle
+from ivc_export.cli import run_command
+from ivc_export.errors import UserError
+from ivc_export.report.overlay import count_kinds, overlay
+from ivc_export.runtime.generate import Chat, Sampling
+from ivc_export.runtime.processor import open_picture
+from ivc_export.runtime.session import OnnxSession, widening_note
+
+CHAT_HELP = "/image FILE adds a picture to your next question, /quit ends the chat"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    p = argparse.ArgumentParser(prog="ivc-run", description="Ask an exported model about pictures, on onnxruntime.")
+    p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
+    p.add_argument("--image", type=Path, action="append", default=[], help="a picture; give it again for more")
+    p.add_argument("--prompt", help="the question")
+    p.add_argument("--chat", action="store_true", help=f"go on with questions from standard input; {CHAT_HELP}")
+    p.add_argument("--ratio", type=float, help="fraction of visual tokens kept (default: the bundle's)")
+    p.add_argument("--max-tokens", type=int, default=128, help="tokens an answer at most (default: 128)")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    p.add_argument("--top-p", type=float, default=1.0, help="probability mass to draw from (default: 1)")
+    p.add_argument("--seed", type=int, default=0, help="of the random draws (default: 0)")
+    p.add_argument("--show", type=Path, metavar="PNG", help="draw which tokens were kept over the picture")
+    p.add_argument("--json", action="store_true", help="print one JSON object an answer, and no text")
+    p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return p
+
+
+def command(arguments: Sequence[str] | None) -> int:
+    """Answer one question, or chat."""
+    options = parser().parse_args(arguments)
+    if options.prompt is None and not options.chat:
+        raise UserError("there is no question: give one with --prompt, or chat with --chat")
+    if options.show and not options.show.absolute().parent.is_dir():
+        raise UserError(f"the folder of {options.show} does not exist: make it, or write the picture elsewhere")
+    bundle = Bundle.load(options.bundle)
+    console = Console(stderr=True, highlight=False)
+    note = widening_note(bundle)
+    if note:
+        console.print(note, markup=False)
+    sampling = Sampling(options.temperature, options.top_p, options.seed, options.max_tokens)
+    with console.status("opening the graphs"):
+        chat = Chat(OnnxSession(bundle), options.ratio, sampling=sampling)
+    if options.prompt is not None:
+        answer(chat, options.prompt, options.image, options)
+    if options.chat:
+        go_on(chat, [] if options.prompt is not None else options.image, options, console)
+    return 0
+
+
+def go_on(chat: Chat, images: list[Path], options: argparse.Namespace, console: Console) -> None:
+    """Questions from standard input until it ends; a mistake costs one question, not the chat."""
+    if sys.stdin.isatty():
+        console.print(CHAT_HELP, style="dim")
+    while True:
+        if sys.stdin.isatty():
+            console.print("> ", end="")
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/quit":
+            return
+        try:
+            if line.startswith("/image "):
+                path = Path(line.removeprefix("/image ").strip())
+                chat.processor.picture(path)
+                images = [*images, path]
+            elif line.strip():
+                answer(chat, line.strip(), images, options)
+                images = []
+        except UserError as error:
+            if not sys.stdin.isatty():
+                raise
+            console.print(f"error: {error}", markup=False, style="red")
+
+
+def answer(chat: Chat, prompt: str, images: Sequence[Path], options: argparse.Namespace) -> None:
+    """Ask, print the answer as it comes, and draw the picture if asked to."""
+    chat.conversation.timings.seconds.clear()
+    pieces = []
+    for piece in chat.ask(prompt, images):
+        pieces.append(piece)
+        if not options.json:
+            print(piece, end="", flush=True)
+    print(json.dumps(record(chat, "".join(pieces))) if options.json else "", flush=True)
+    if options.show and images and chat.step is not None:
+        save_overlay(chat, images, options.show)
+
+
+def record(chat: Chat, text: str) -> dict[str, Any]:
+    """What --json prints."""
+    assert chat.step is not None
+    seconds = chat.conversation.timings.seconds
+    steps = max(len(chat.tokens) - 1, 1)
+    decode = sum(seconds.get(f"decode.{part}", 0.0) for part in ("prefix", "decoder"))
+    counts = count_kinds(chat.step)
+    total = sum(counts.values())
+    return {
+        "text": text,
+        "tokens": chat.tokens,
+        "finish": chat.finish,
+        "ratio": chat.conversation.ratio,
+        "visual_tokens": {"total": total, "kept": total - counts["pruned"]} | counts,
+        "prompt_tokens": chat.step.run.rows,
+        "cache": {"rows": chat.conversation.cache.length, "bytes": chat.conversation.cache.bytes_used},
+        "milliseconds": {stage: round(1000 * value, 3) for stage, value in seconds.items()}
+        | {"decode_per_token": round(1000 * decode / steps, 3)},
+    }
+
+
+def save_overlay(chat: Chat, images: Sequence[Path], path: Path) -> None:
+    """Write the picture of kept tokens.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    assert chat.step is not None
+    try:
+        overlay([open_picture(image) for image in images], chat.step).save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be written ({error}): give a .png file in a folder of yours") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run_command(command, arguments)

@@ -1,0 +1,189 @@
+"""IVC-Prune on stock transformers models, in PyTorch: the oracle that bundles are checked against.
+
+It shares no code with the graphs: positions come from transformers, the selection is written again in PyTorch, and
+the layers are transformers' own modules, called one by one with a cache that is compacted in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ivc_export.contract import SelectionRule
+from ivc_export.errors import UserError
+
+
+@dataclass(frozen=True)
+class ReferencePicture:
+    """A picture as transformers takes it: pixel_values [patches, patch_dim], grid (1, rows, columns) in patches."""
+
+    pixel_values: torch.Tensor
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ReferenceTurn:
+    """What one run gave; keys and values by layer, of the kept rows, [1, kv_heads, M, head_dim].
+
+    image_embeds: [visual, hidden] of all pictures; hidden_states: [1, S, hidden] at the cut; full_keys, full_values:
+    of the layers below the cut, before compaction; logits: [vocab] of the last row.
+    """
+
+    image_embeds: torch.Tensor | None
+    hidden_states: torch.Tensor
+    full_keys: list[torch.Tensor]
+    full_values: list[torch.Tensor]
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    token_score: torch.Tensor
+    seed_index: torch.Tensor
+    keep_index: torch.Tensor
+    logits: torch.Tensor
+
+
+class Reference:
+    """A stock model that prunes visual tokens at layer `selection_layer`, keeping `ratio` of each picture's.
+
+    It computes in float32 on the CPU with eager attention, whatever the checkpoint's dtype.
+
+    Raises:
+        UserError: transformers cannot load `folder`.
+    """
+
+    def __init__(self, folder: Path, selection_layer: int, ratio: float, rule: SelectionRule) -> None:
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            self.model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            ).eval()
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"transformers cannot load {folder} ({reason}): give the checkpoint that was exported"
+            ) from error
+        self.decoder: Any = self.model.model.language_model
+        self.selection_layer, self.ratio, self.rule = selection_layer, ratio, rule
+        self.cache = transformers.DynamicCache(config=self.decoder.config)
+        self.next_position = 0
+
+    @torch.no_grad()
+    def run(self, tokens: Sequence[int], pictures: Sequence[ReferencePicture] = ()) -> ReferenceTurn:
+        """Run `tokens`, image tokens included, over the cache."""
+        ids = torch.tensor([list(tokens)])
+        visual = torch.nonzero(ids[0] == self.model.config.image_token_id)[:, 0]
+        embeds, images = self.decoder.embed_tokens(ids), None
+        grids = torch.tensor([picture.grid for picture in pictures]) if pictures else None
+        if pictures:
+            pixels = torch.cat([picture.pixel_values for picture in pictures])
+            images = torch.cat(list(self.model.model.get_image_features(pixels, grids).pooler_output))
+            embeds[0, visual] = images
+        kinds = (ids == self.model.config.image_token_id).int()
+        positions, _ = self.model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
+        positions = positions + self.next_position
+        self.next_position = int(positions.max()) + 1
+        past = self._past_rows()
+        hidden = self._layers(embeds, positions, range(self.selection_layer))
+        full_keys = [self.cache.layers[i].keys[:, :, past:] for i in range(self.selection_layer)]
+        full_values = [self.cache.layers[i].values[:, :, past:] for i in range(self.selection_layer)]
+        rows = torch.arange(ids.shape[1])
+        if pictures:
+            merge = self.model.config.vision_config.spatial_merge_size**2
+            counts = [t * h * w // merge for t, h, w in (picture.grid for picture in pictures)]
+            score, seeds, keep = self._select(full_values[-1][0], positions[:, 0], visual, counts)
+        else:
+            score, seeds, keep = torch.ones(1), torch.zeros(1, dtype=torch.long), rows
+        for layer in self.cache.layers[: self.selection_layer]:
+            kept = torch.cat([torch.arange(past), past + keep])
+            layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
+        last = self._layers(
+            hidden[:, keep], positions[:, :, keep], range(self.selection_layer, len(self.decoder.layers))
+        )
+        logits = self.model.lm_head(self.decoder.norm(last[:, -1]))[0]
+        return ReferenceTurn(
+            image_embeds=images,
+            hidden_states=hidden,
+            full_keys=full_keys,
+            full_values=full_values,
+            keys=[layer.keys[:, :, past:] for layer in self.cache.layers],
+            values=[layer.values[:, :, past:] for layer in self.cache.layers],
+            token_score=score,
+            seed_index=seeds,
+            keep_index=keep,
+            logits=logits,
+        )
+
+    def _past_rows(self) -> int:
+        """Rows that the cache holds, the same for every layer."""
+        return int(self.cache.get_seq_length())
+
+    def _layers(self, hidden: torch.Tensor, positions: torch.Tensor, numbers: range) -> torch.Tensor:
+        """Run the layers `numbers` over hidden [1, rows, hidden], every row seeing the cache and earlier rows."""
+        rows = hidden.shape[1]
+        layer = self.cache.layers[numbers.start] if numbers.start < len(self.cache.layers) else None
+        past = layer.get_seq_length() if layer is not None else 0
+        mask = torch.full((rows, past + rows), torch.finfo(torch.float32).min).triu(past + 1)[None, None]
+        rotary = self.decoder.rotary_emb(hidden, positions)
+        for number in numbers:
+            hidden = self.decoder.layers[number](
+                hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=self.cache, use_cache=True
+            )
+        return hidden
+
+    def _select(
+        self, values: torch.Tensor, positions: torch.Tensor, visual: torch.Tensor, counts: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Score, seeds and kept rows. values: [kv_heads, S, head_dim], of the last full layer; positions: [axes, S]."""
+        rows = torch.arange(values.shape[1])
+        queries = rows[int(visual[-1]) + 1 + self.rule.query_offset :]
+        score, seeds = token_scores(values, visual, queries if len(queries) else rows[-1:], self.rule.seed_divisor)
+        theta = self.decoder.config.rope_parameters["rope_theta"]
+        coordinates: list[int] = []
+        for part in torch.split(torch.arange(len(visual)), list(counts)):
+            best = ivc_tokens(positions[:, visual[part]], theta, values.shape[-1], self.rule.ivc_fraction)
+            coordinates += [int(part[token]) for token in best]
+        budget = sum(max(1, round(self.ratio * count)) for count in counts)
+        chosen = visual[fill(score, seeds.tolist(), coordinates, budget)]
+        text = torch.ones(values.shape[1], dtype=torch.bool)
+        text[visual] = False
+        return score, seeds, torch.cat([rows[text], chosen]).sort().values
+
+
+def token_scores(
+    values: torch.Tensor, visual: torch.Tensor, queries: torch.Tensor, seed_divisor: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores [L] and seeds of visual tokens. values: [kv_heads, S, head_dim]. Source: arXiv 2602.03060, section 3.3."""
+    keys = values[:, visual]
+
+    def votes(rows: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(rows @ keys.mT / values.shape[-1] ** 0.5, dim=-1).mean(dim=0)
+
+    by_text = votes(values[:, queries])
+    count = max(1, round(len(visual) / seed_divisor))
+    seeds = torch.argsort(by_text.mean(dim=0), descending=True, stable=True)[:count]
+    return torch.cat([by_text, votes(keys[:, seeds])]).mean(dim=0), seeds
+
+
+def ivc_tokens(positions: torch.Tensor, theta: float, head_dim: int, fraction: float) -> list[int]:
+    """IVC tokens of one picture, best first: by mean cosine and mean sine in turn. positions: [axes, L].
+
+    Source: arXiv 2602.03060, section 3.2.
+    """
+    frequencies = theta ** (-2.0 * torch.arange(head_dim // 2, dtype=torch.float64) / head_dim)
+    angles = positions[:, :, None].double() * frequencies
+    count = round(fraction * positions.shape[1])
+    lists = [
+        torch.argsort(torch.round(part.mean(dim=(0, 2)), decimals=9), descending=True, stable=True)[:count].tolist()
+        for part in (angles.cos(), angles.sin())
+    ]
+    return list(dict.fromkeys(token for pair in zip(*lists, strict=True) for token in pair))
+
+
+def fill(score: torch.Tensor, seeds: list[int], coordinates: list[int], budget: int) -> torch.Tensor:
+    """The first `budget` visual tokens of: seeds, IVC tokens, all others by score."""
+    rest = torch.argsort(score, descending=True, stable=True).tolist()
+    return torch.tensor(list(dict.fromkeys([*seeds, *coordinates, *rest]))[:budget])

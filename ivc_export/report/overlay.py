@@ -1,0 +1,77 @@
+"""Kept tokens over the picture: pruned ones dimmed, IVC tokens, seeds and foreground framed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+from ivc_export.families import Grid
+from ivc_export.runtime.conversation import Step
+
+COLOURS = {"seed": (230, 57, 70), "ivc": (29, 132, 255), "foreground": (46, 174, 92), "pruned": (120, 120, 120)}
+LABELS = {"seed": "seeds", "ivc": "IVC tokens", "foreground": "foreground", "pruned": "pruned"}
+SHORT_SIDE = 560
+LEGEND = 34
+
+
+def kinds(step: Step) -> list[str]:
+    """What each visual token of a run is: "seed", "ivc", "foreground" or "pruned"."""
+    kept = np.isin(step.run.visual_index, step.keep_index)
+    found: list[str] = np.where(kept, np.where(step.run.ivc_priority > 0, "ivc", "foreground"), "pruned").tolist()
+    for seed in step.prefix["seed_index"]:
+        if kept[seed]:
+            found[seed] = "seed"
+    return found
+
+
+def count_kinds(step: Step) -> dict[str, int]:
+    """How many visual tokens of each kind a run had; all zero without a picture."""
+    found = kinds(step) if step.run.grids else []
+    return {kind: found.count(kind) for kind in COLOURS}
+
+
+def overlay(images: Sequence[PIL.Image.Image], step: Step) -> PIL.Image.Image:
+    """Draw the pictures of a run side by side, each with its tokens, and a legend below. images: RGB."""
+    found = kinds(step)
+    panels, start = [], 0
+    for image, grid in zip(images, step.run.grids, strict=True):
+        panels.append(panel(image, grid, found[start : start + grid.visual]))
+        start += grid.visual
+    width = sum(p.width for p in panels) + 8 * (len(panels) - 1)
+    canvas = PIL.Image.new("RGB", (max(width, SHORT_SIDE), max(p.height for p in panels) + LEGEND), "white")
+    left = 0
+    for drawn in panels:
+        canvas.paste(drawn, (left, 0))
+        left += drawn.width + 8
+    draw_legend(canvas, count_kinds(step))
+    return canvas
+
+
+def panel(image: PIL.Image.Image, grid: Grid, found: Sequence[str]) -> PIL.Image.Image:
+    """One picture at a whole number of pixels a token."""
+    cell = max(8, round(SHORT_SIDE / min(grid)))
+    drawn = image.resize((grid.columns * cell, grid.rows * cell), PIL.Image.Resampling.BICUBIC)
+    draw = PIL.ImageDraw.Draw(drawn, "RGBA")
+    for token, kind in enumerate(found):
+        row, column = divmod(token, grid.columns)
+        box = (column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1)
+        if kind == "pruned":
+            draw.rectangle(box, fill=(245, 245, 245, 200))
+        else:
+            draw.rectangle(box, outline=COLOURS[kind], width=max(1, cell // 14))
+    return drawn
+
+
+def draw_legend(canvas: PIL.Image.Image, counts: dict[str, int]) -> None:
+    """Names, colours and counts in the strip at the bottom."""
+    draw, left, top = PIL.ImageDraw.Draw(canvas), 8, canvas.height - LEGEND + 9
+    font = PIL.ImageFont.load_default(15)
+    for kind, colour in COLOURS.items():
+        label = f"{LABELS[kind]} {counts[kind]}"
+        draw.rectangle((left, top, left + 15, top + 15), fill=colour)
+        draw.text((left + 22, top - 1), label, fill="black", font=font)
+        left += 40 + round(draw.textlength(label, font=font))

@@ -1,0 +1,1 @@
+"""A small model and pictures to try the commands on."""

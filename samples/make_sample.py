@@ -1,0 +1,161 @@
+"""Make the sample: a tiny Qwen2-VL checkpoint with seeded random weights, and the picture that goes with it.
+
+    python -m samples.make_sample FOLDER
+
+The model is untrained, so its answers are noise; its files are what a real checkpoint's are.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16, which safetensors writes)
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import PIL.Image
+import PIL.ImageDraw
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ivc_export import families
+from ivc_export.checkpoint import StoredTensor
+from ivc_export.contract import FloatName
+from ivc_export.decoder import decoder_graph
+from ivc_export.prefix import prefix_graph
+from ivc_export.vision import vision_graph
+from ivc_export.weights import Weights
+
+SPECIAL_TOKENS = (  # from id 500 on, as the tiny configuration says
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+)
+FIRST_SPECIAL = 500
+STOP = [507, 505]
+TEXT = (
+    "What is in the picture? Where is the small red ring? How many blue squares are there? Is the circle left of the "
+    "triangle? Read the code. Describe the scene. Point to the largest shape. Which colour is it? Yes or no? "
+    "You are a helpful assistant. There are three green triangles above the yellow star, and one orange cross below it."
+)
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if loop.first and message.role != 'system' -%}
+<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}
+<|vision_start|><|image_pad|><|vision_end|>
+{%- else -%}
+{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+
+
+class RecordingWeights(Weights):
+    """Weights that grant every request and remember it: what a family's graphs ask for is what a checkpoint holds."""
+
+    def __init__(self) -> None:
+        super().__init__({}, "float32")
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def external(self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None) -> ir.ExternalTensor:
+        """Remember the stored shape."""
+        self.shapes[name] = tuple(stored_shape or shape)
+        return ir.ExternalTensor("none", 0, 0, ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
+
+    def find(self, name: str, shape: Sequence[int]) -> StoredTensor:
+        """Nothing is stored."""
+        raise NotImplementedError
+
+
+def random_tensors(config: dict[str, Any], seed: int) -> dict[str, npt.NDArray[np.float32]]:
+    """Seeded weights for a configuration, scaled so that activations neither vanish nor explode."""
+    family = families.of(config["model_type"])
+    model, weights = family.read(config, None), RecordingWeights()
+    vision_graph(family, model, weights)
+    prefix_graph(model, weights, 1)
+    decoder_graph(model, weights, 1)
+    weights.external("model.embed_tokens.weight", (model.decoder.vocab_size, model.decoder.hidden_size))
+    generator = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in sorted(weights.shapes.items()):
+        noise = generator.standard_normal(shape, np.float32)
+        if len(shape) > 1:
+            tensors[name] = noise * np.float32(np.prod(shape[1:]) ** -0.5)
+        else:
+            tensors[name] = noise * np.float32(0.1) + np.float32(not name.endswith("bias"))
+    return tensors
+
+
+def make_tokenizer() -> Tokenizer:
+    """A byte-level BPE tokenizer with Qwen's special tokens at the ids of the tiny configuration."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=FIRST_SPECIAL, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    fillers = [f"<|unused_{i}|>" for i in range(tokenizer.get_vocab_size(), FIRST_SPECIAL)]
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (*fillers, *SPECIAL_TOKENS)])
+    return tokenizer
+
+
+def make_checkpoint(
+    folder: Path, config: dict[str, Any] | None = None, dtype: FloatName = "float32", seed: int = 0
+) -> Path:
+    """Write a checkpoint in transformers 4.4x's layout, with tokenizer and processor files, and return its folder."""
+    config = dict(config or families.of("qwen2_vl").tiny) | {"torch_dtype": dtype}
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: array.astype(dtype) for name, array in random_tensors(config, seed).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    make_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    for name, content in {
+        "config.json": config,
+        "generation_config.json": {"eos_token_id": STOP},
+        "preprocessor_config.json": {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280, "resample": 3},
+    }.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def draw_picture() -> PIL.Image.Image:
+    """A few shapes on a shaded ground, 448 x 336."""
+    ground = np.linspace(232, 200, 336)[:, None, None] * np.array([1.0, 0.98, 0.94])
+    image = PIL.Image.fromarray(np.broadcast_to(ground, (336, 448, 3)).astype(np.uint8))
+    draw = PIL.ImageDraw.Draw(image)
+    draw.rectangle((40, 60, 150, 170), fill=(38, 84, 168))
+    draw.ellipse((210, 40, 330, 160), outline=(200, 40, 44), width=18)
+    draw.polygon(((330, 290), (420, 290), (375, 200)), fill=(44, 140, 80))
+    draw.ellipse((80, 220, 150, 290), fill=(236, 180, 40))
+    draw.line((190, 300, 290, 220), fill=(90, 60, 130), width=14)
+    return image
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    print(make_checkpoint(Path(sys.argv[1])))

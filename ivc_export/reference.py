@@ -142,10 +142,11 @@ class Reference:
         queries = rows[int(visual[-1]) + 1 + self.rule.query_offset :]
         score, seeds = token_scores(values, visual, queries if len(queries) else rows[-1:], self.rule.seed_divisor)
         theta = self.decoder.config.rope_parameters["rope_theta"]
-        coordinates: list[int] = []
+        ranked = []  # (rank within its picture, token): the best of each picture come first
         for part in torch.split(torch.arange(len(visual)), list(counts)):
             best = ivc_tokens(positions[:, visual[part]], theta, values.shape[-1], self.rule.ivc_fraction)
-            coordinates += [int(part[token]) for token in best]
+            ranked += [(rank, int(part[token])) for rank, token in enumerate(best)]
+        coordinates = [token for _, token in sorted(ranked)]
         budget = sum(max(1, round(self.ratio * count)) for count in counts)
         chosen = visual[fill(score, seeds.tolist(), coordinates, budget)]
         text = torch.ones(values.shape[1], dtype=torch.bool)

@@ -22,7 +22,11 @@ from ivc_export.builder import Graph
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
+IVC_PRIORITY = 2.0**15
+"""Of a picture's best IVC token; the next has 1 less. The best of several pictures are equal."""
+
 SEED_PRIORITY = 1e30
+"""Of the last seed; each before it has as much more."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,10 @@ def descending(score: npt.NDArray[Any]) -> Ints:
 def ivc_priority(positions: Ints, rotary: contract.RotarySizes, head_dim: int, rule: contract.SelectionRule) -> Floats:
     """Priorities of one picture's implicit-visual-coordinate tokens; they depend on positions alone.
 
-    positions: int32 [axes, L]. Returns float32 [L]: 0 for other tokens; for IVC tokens 2 and more, larger for better
-    ranks. The `round(ivc_fraction L)` tokens with the largest mean cosine (rotation near identity) and as many with
-    the largest mean sine (near 90 degrees) are taken alternately, cosine first. Means are over axes and frequencies,
-    before M-RoPE mixes its sections, in float64 and rounded to 9 decimals: tokens (r, c) and (c, r) tie, and rounding
+    positions: int32 [axes, L]. Returns float32 [L]: 0, or for IVC tokens IVC_PRIORITY and less. These are the
+    `round(ivc_fraction L)` tokens with the largest mean cosine (rotation near identity) and as many with the largest
+    mean sine (near 90 degrees), taken alternately, cosine first. Means are over axes and frequencies, before M-RoPE
+    mixes its sections, in float64 and rounded to 9 decimals: tokens (r, c) and (c, r) tie mathematically, and rounding
     makes them tie exactly.
 
     Source: arXiv 2602.03060, section 3.2.
@@ -80,7 +84,7 @@ def ivc_priority(positions: Ints, rotary: contract.RotarySizes, head_dim: int, r
     best = [descending(np.round(part.mean(axis=(0, 2)), 9))[:count] for part in (np.cos(angles), np.sin(angles))]
     order = list(dict.fromkeys(int(token) for pair in zip(*best, strict=True) for token in pair))
     priority = np.zeros(positions.shape[1], np.float32)
-    priority[order] = np.arange(len(order) + 1, 1, -1)
+    priority[order] = IVC_PRIORITY - np.arange(len(order))
     return priority
 
 

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from ivc_export.bundle import Bundle
+from ivc_export.export import export
+from ivc_export.families import Grid, Picture
+from ivc_export.recipe import ExportRecipe
+from ivc_export.runtime.session import OnnxSession
+from samples.make_sample import make_checkpoint
+
+GOLDENS = Path(__file__).parent / "goldens"
+SHAPES = Path(__file__).parent.parent / "samples" / "pictures" / "shapes.png"
+
+LOGIT_TOLERANCE = 1e-4
+"""Logits in float32 against the official code and PyTorch: order of summation; 16 steps measured at 2e-5."""
+
+SCORE_TOLERANCE = 1e-6
+"""Selection scores in float32, which are means of probabilities: order of summation; measured below 2e-7."""
+
+PIXEL_TOLERANCE = 1e-6
+"""Normalised pixels: both sides round once in float32 after the same resize."""
+
+
+def patch_positions(grid: Grid, merge: int = 2) -> npt.NDArray[np.int32]:
+    """Row and column of each patch, merge blocks row-major: written out as loops, unlike the product's code."""
+    return np.array(
+        [
+            (merge * row + y, merge * column + x)
+            for row in range(grid.rows)
+            for column in range(grid.columns)
+            for y in range(merge)
+            for x in range(merge)
+        ],
+        np.int32,
+    )
+
+
+def random_picture(grid: Grid, seed: int) -> Picture:
+    pixels = np.random.default_rng(seed).standard_normal((1, 4 * grid.visual, 1176), np.float32)
+    return Picture({"pixel_values": pixels, "patch_position": patch_positions(grid)}, grid)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A whole-model golden: the official code's inputs and outputs."""
+
+    folder: Path
+    data: dict[str, npt.NDArray[np.float32]]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [int(token) for token in self.data["input_ids"][0]]
+
+    @property
+    def picture(self) -> Picture:
+        _, rows, columns = (int(x) for x in self.data["image_grid_thw"][0])
+        grid = Grid(rows // 2, columns // 2)
+        inputs = {"pixel_values": self.data["pixel_values"][None], "patch_position": patch_positions(grid)}
+        return Picture(inputs, grid)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    folder = GOLDENS / "model" / "qwen2_vl"
+    return Golden(folder, dict(np.load(folder / "input-00.npz")))
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    output = tmp_path_factory.mktemp("golden") / "bundle"
+    return export(ExportRecipe(golden.folder, output, layer=int(golden.data["ivcp_k"])))
+
+
+@pytest.fixture(scope="session")
+def golden_session(golden_bundle: Bundle) -> OnnxSession:
+    return OnnxSession(golden_bundle)
+
+
+@pytest.fixture(scope="session")
+def sample_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("sample") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def sample_bundle(sample_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export(ExportRecipe(sample_checkpoint, tmp_path_factory.mktemp("sample") / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def sample_session(sample_bundle: Bundle) -> OnnxSession:
+    return OnnxSession(sample_bundle)

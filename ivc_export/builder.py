@@ -83,8 +83,8 @@ class Graph:
         raise AssertionError("unreachable: there are more names than constants")
 
     def scalar(self, value: float) -> ir.Value:
-        """A constant of the graph's dtype without axes."""
-        return self.constant(value, self.dtype)
+        """A constant without axes, stored in float32 and cast, so that a graph cast to another dtype has it exactly."""
+        return self.to_graph_dtype(self.constant(value, FLOAT))
 
     def ints(self, *values: int) -> ir.Value:
         """A one-dimensional int64 constant, as shapes and axes are."""

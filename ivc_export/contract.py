@@ -361,6 +361,14 @@ def data_type(name: str) -> ir.DataType:
     return ir.DataType.INT32 if name == "int32" else FLOATS[name]  # type: ignore[index]
 
 
+def first_problem(error: Exception) -> str:
+    """An exception in one line: a validation error's first field and what is wrong with it, or the message."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    detail = error.errors()[0]
+    return f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}"
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of the bundle in `folder`.
 
@@ -380,9 +388,7 @@ def read_manifest(folder: Path) -> Manifest:
             )
         manifest = Manifest.model_validate(content)
     except (ValueError, KeyError, TypeError) as error:
-        detail = error.errors()[0] if isinstance(error, ValidationError) else None
-        where = f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" if detail else str(error)
-        raise UserError(f"{path} is damaged ({where}): export the model again") from error
+        raise UserError(f"{path} is damaged ({first_problem(error)}): export the model again") from error
     files = [g.file for g in manifest.graphs.values()] + [w.file for w in manifest.weights] + [manifest.embedding.file]
     for file in files:
         if not (folder / file).resolve().is_relative_to(folder.resolve()):

@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+from pydantic import ValidationError
 
 from ivc_export import __version__, contract, families
 from ivc_export.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle, staged_folder
@@ -39,7 +40,7 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
     """
     checkpoint = Checkpoint.open(recipe.model)
     family = families.of(checkpoint.config.get("model_type"))
-    model = family.read(checkpoint.config, processor_config(checkpoint))
+    model = read_model(checkpoint, family)
     layer, calibrated = selection_layer(recipe, family, model)
     weights = canonical_weights(checkpoint, family)
     with staged_folder(recipe.output, recipe.force) as folder:
@@ -94,6 +95,19 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
         (folder / contract.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         progress("done", 1, 1)
     return Bundle.load(recipe.output)
+
+
+def read_model(checkpoint: Checkpoint, family: Family) -> Model:
+    """The checkpoint's configuration, digested.
+
+    Raises:
+        UserError: a value is missing or out of range.
+    """
+    try:
+        return family.read(checkpoint.config, processor_config(checkpoint))
+    except (ValidationError, TypeError, AttributeError) as error:
+        problem = contract.first_problem(error)
+        raise UserError(f"config.json does not describe a model ({problem}): give the checkpoint's own file") from error
 
 
 def selection_layer(recipe: ExportRecipe, family: Family, model: Model) -> tuple[int, bool]:

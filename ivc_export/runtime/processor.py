@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,8 @@ def open_picture(image: Path | PIL.Image.Image) -> PIL.Image.Image:
     if isinstance(image, Path) and not image.is_file():
         raise UserError(f"there is no picture at {image}: check the path")
     try:
-        opened = PIL.Image.open(image) if isinstance(image, Path) else image
-        return PIL.ImageOps.exif_transpose(opened).convert("RGB")
+        with PIL.Image.open(image) if isinstance(image, Path) else nullcontext(image) as opened:
+            return PIL.ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise UserError(f"{image} cannot be read as a picture ({error}): give a PNG or JPEG file") from error
 

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from ivc_export import families
+from ivc_export.bundle import Bundle
+from ivc_export.errors import UserError
+from ivc_export.export import export
+from ivc_export.families import Grid
+from ivc_export.parity import check
+from ivc_export.recipe import ExportRecipe
+from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.session import OnnxSession
+from samples.make_sample import make_checkpoint
+from tests.conftest import random_picture
+
+TINY = dict(families.of("qwen2_vl").tiny)
+
+
+def logits(bundle: Bundle) -> Any:
+    tokens = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]
+    return Conversation(OnnxSession(bundle)).run(tokens, [random_picture(Grid(4, 5), 0)]).logits
+
+
+def exported(checkpoint: Path) -> Bundle:
+    return export(ExportRecipe(checkpoint, checkpoint.with_name(f"{checkpoint.name}-ivc")))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_transformers_saves_is_the_same_model(tmp_path: Path, tied: bool) -> None:
+    """The layout of transformers 4.4x, saved again by transformers 5 (text_config, other names), whole and sharded."""
+    old = make_checkpoint(tmp_path / "old", {**TINY, "tie_word_embeddings": tied})
+    model = transformers.AutoModelForImageTextToText.from_pretrained(old, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "new")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
+    assert "text_config" in json.loads((tmp_path / "new" / "config.json").read_text())
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    wanted = logits(exported(old))
+    for name in ("new", "sharded"):
+        np.testing.assert_array_equal(logits(exported(tmp_path / name)), wanted)
+    assert check(exported_bundle(tmp_path / "new"), tmp_path / "new", steps=1).passed
+
+
+def exported_bundle(checkpoint: Path) -> Bundle:
+    return Bundle.load(checkpoint.with_name(f"{checkpoint.name}-ivc"))
+
+
+def new_prefix(match: re.Match[str]) -> str:
+    return "model.language_model." if match[0] else "model."
+
+
+def test_names_of_later_versions_are_known(tmp_path: Path) -> None:
+    """transformers 4.52 and later: model.language_model.* and model.visual.*."""
+    old = make_checkpoint(tmp_path / "old")
+    new = make_checkpoint(tmp_path / "new")
+    renamed = {
+        name if name == "lm_head.weight" else re.sub("^model\\.|^(?=visual)", new_prefix, name): array
+        for name, array in load_file(old / "model.safetensors").items()
+    }
+    save_file(renamed, new / "model.safetensors")
+    assert "model.language_model.norm.weight" in renamed and "model.visual.merger.ln_q.bias" in renamed
+    np.testing.assert_array_equal(logits(exported(new)), logits(exported(old)))
+
+
+def rewrite(checkpoint: Path, **changes: Any) -> None:
+    """Change config.json; None removes a key."""
+    path = checkpoint / "config.json"
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def drop(checkpoint: Path, name: str) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors.pop(name)
+    save_file(tensors, checkpoint / "model.safetensors")
+
+
+def replace(checkpoint: Path, name: str, array: Any) -> None:
+    save_file(load_file(checkpoint / "model.safetensors") | {name: array}, checkpoint / "model.safetensors")
+
+
+def truncate(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+NORM = "model.norm.weight"
+BAD: list[tuple[str, Any]] = [
+    ("has no config.json", lambda c: (c / "config.json").unlink()),
+    ("not valid JSON", lambda c: (c / "config.json").write_text("{")),
+    (
+        "'qwen9_vl' of config.json is not supported: this version exports qwen2_vl",
+        lambda c: rewrite(c, model_type="qwen9_vl"),
+    ),
+    ("config.json has no hidden_size", lambda c: rewrite(c, hidden_size=None)),
+    ("config.json is inconsistent: hidden_size is 62", lambda c: rewrite(c, hidden_size=62)),
+    ("config.json is inconsistent: num_attention_heads is 4", lambda c: rewrite(c, num_key_value_heads=3)),
+    ("mrope_section", lambda c: rewrite(c, rope_scaling={"type": "mrope", "mrope_section": [2, 3]})),
+    ("rope type 'yarn'", lambda c: rewrite(c, rope_scaling={"type": "yarn", "factor": 4})),
+    ("config.json does not describe a model .layers", lambda c: rewrite(c, num_hidden_layers=-1)),
+    ("sliding-window", lambda c: rewrite(c, use_sliding_window=True, max_window_layers=0)),
+    ("model.safetensors is missing", lambda c: (c / "model.safetensors").unlink()),
+    ("model.safetensors cannot be read", truncate),
+    ("model.safetensors cannot be read", lambda c: (c / "model.safetensors").write_bytes(b"")),
+    ("no tensor model.norm.weight", lambda c: drop(c, NORM)),
+    (r"shape \[3\], and config.json asks for \[64\]", lambda c: replace(c, NORM, np.ones(3, np.float32))),
+    ("is float16 and other tensors are float32", lambda c: replace(c, NORM, np.ones(64, np.float16))),
+    ("weights are I64", lambda c: save_file({"x": np.ones(9, np.int64)}, c / "model.safetensors")),
+    ("names no shards", lambda c: (c / "model.safetensors.index.json").write_text("{}")),
+]
+
+
+@pytest.mark.parametrize(("sentence", "damage"), BAD, ids=[sentence[:40] for sentence, _ in BAD])
+def test_a_bad_checkpoint_is_refused_and_leaves_nothing(tmp_path: Path, sentence: str, damage: Any) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    damage(checkpoint)
+    with pytest.raises(UserError, match=sentence):
+        export(ExportRecipe(checkpoint, tmp_path / "bundle"))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_the_default_layer_is_in_proportion_and_uncalibrated(sample_bundle: Bundle) -> None:
+    assert (sample_bundle.manifest.selection_layer, sample_bundle.manifest.calibrated) == (2, False)
+    sizes = sample_bundle.manifest.decoder.model_copy(update={"layers": 28})
+    assert families.of("qwen2_vl").default_layer(sizes).layer == 16

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from ivc_export.errors import UserError
+from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.generate import Chat, Sampling, generate
+from ivc_export.runtime.processor import Processor, user_message
+from ivc_export.runtime.session import OnnxSession
+from tests.conftest import SHAPES
+
+SHORT = Sampling(max_tokens=6)
+
+
+def test_a_chat_feeds_what_the_template_adds(sample_session: OnnxSession) -> None:
+    """The cache after two turns holds the whole rendered conversation, but for what was pruned and the last id."""
+    chat, processor = Chat(sample_session, 0.5, sampling=SHORT), Processor(sample_session.bundle)
+    first = "".join(chat.ask("Where is the ring?", [SHAPES]))
+    tokens = chat.tokens
+    assert (len(tokens), chat.finish) == (6, "length")
+    assert chat.conversation.cache.length == chat.step.run.rows - 96 + 5  # type: ignore[union-attr]
+    rows = chat.conversation.cache.length
+    second = "".join(chat.ask("And now?", [SHAPES]))
+    assert first and second
+    messages = [
+        user_message("Where is the ring?", 1),
+        {"role": "assistant", "content": first},
+        user_message("And now?", 1),
+    ]
+    rendered = processor.render(messages).removeprefix(processor.render(messages[:1]) + first)
+    added = [tokens[-1], *processor.encode(rendered, [processor.picture(SHAPES)])]
+    assert chat.step is not None
+    assert chat.step.run.tokens.tolist() == added
+    assert chat.conversation.cache.length == rows + len(added) - 96 + 5
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+
+
+def test_a_chat_abandoned_mid_answer_goes_on(sample_session: OnnxSession) -> None:
+    chat = Chat(sample_session, sampling=SHORT)
+    answer = chat.ask("Where?", [SHAPES])
+    next(answer)
+    answer.close()  # type: ignore[attr-defined]
+    said = len(chat.tokens)
+    assert 0 < said < 6
+    assert "".join(chat.ask("Again?"))
+    assert chat.step is not None and chat.step.run.tokens[0] != 507
+
+
+def test_the_same_question_has_the_same_answer(sample_session: OnnxSession) -> None:
+    for sampling in (SHORT, Sampling(temperature=0.8, top_p=0.9, seed=3, max_tokens=6)):
+        answers = {"".join(Chat(sample_session, sampling=sampling).ask("Where?", [SHAPES])) for _ in range(2)}
+        assert len(answers) == 1
+
+
+def test_stop_tokens_end_an_answer_and_are_not_run(sample_session: OnnxSession) -> None:
+    free = list(generate(Conversation(sample_session), [1, 2, 3], sampling=SHORT, stop=()))
+    conversation = Conversation(sample_session)
+    stopped = list(generate(conversation, [1, 2, 3], sampling=SHORT, stop=(free[2],)))
+    assert stopped == [*itertools.takewhile(lambda token: token != free[2], free), free[2]]
+    assert conversation.cache.length == 3 + len(stopped) - 1
+
+
+def test_sampling_draws_from_the_nucleus() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    generator = np.random.default_rng(0)
+    for top_p, allowed in ((0.4, {0}), (0.6, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
+        sampling = Sampling(temperature=1.0, top_p=top_p)
+        assert {sampling.draw(logits, generator) for _ in range(400)} == allowed
+    draws = [Sampling(temperature=1.0).draw(logits, generator) for _ in range(4000)]
+    np.testing.assert_allclose(np.bincount(draws) / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    assert Sampling().draw(logits, generator) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top-p"),
+        ({"max_tokens": 0}, "max tokens"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_sampling_out_of_range(values: dict[str, float], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        Sampling(**values)  # type: ignore[arg-type]
+
+
+def test_an_empty_question_is_refused(sample_session: OnnxSession) -> None:
+    with pytest.raises(UserError, match="empty"):
+        next(iter(Chat(sample_session).ask("  ")))
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.01, float("nan")])
+def test_ratios_out_of_range(sample_session: OnnxSession, ratio: float) -> None:
+    with pytest.raises(UserError, match="out of range"):
+        Conversation(sample_session, ratio)

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "ivc_export"
+ORDER = [  # from the bottom up; a module imports from its own line or from lower ones
+    {"errors"},
+    {"recipe", "contract", "checkpoint"},
+    {"weights"},
+    {"builder"},
+    {"layers", "selection"},
+    {"families"},
+    {"vision", "prefix", "decoder", "bundle"},
+    {"passes"},
+    {"export", "runtime", "reference"},
+    {"parity", "report"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+HEAVY = {"torch": {"reference", "parity"}, "transformers": {"reference"}, "tensorrt": set()}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, as dotted names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "ivc_export" else {module}
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if own == "__init__":
+            continue
+        for module in imported(path):
+            parts = module.split(".")
+            if parts[0] == "ivc_export" and len(parts) > 1 and parts[1] != "__version__":
+                assert LEVEL[parts[1]] <= LEVEL[own], (
+                    f"{path.relative_to(PACKAGE)} imports {module}, which lies above it"
+                )
+
+
+def test_heavy_packages_are_imported_where_they_belong() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for module in imported(path):
+            assert own in HEAVY.get(module.split(".")[0], {own}), f"{path} imports {module}"
+
+
+def test_no_family_is_named_outside_its_file() -> None:
+    names = {path.stem for path in (PACKAGE / "families").glob("*.py")} - {"__init__"}
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "families":
+            assert not [name for name in names if name in path.read_text(encoding="utf-8")], path
+
+
+def test_the_commands_start_without_torch() -> None:
+    code = "import sys, ivc_export.cli.export, ivc_export.cli.run, ivc_export.cli.check; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

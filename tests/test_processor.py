@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import transformers
+from tokenizers import Tokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from ivc_export.bundle import Bundle
+from ivc_export.errors import UserError
+from ivc_export.families import Grid, of
+from ivc_export.families.qwen2_vl import positions
+from ivc_export.runtime.processor import Processor, open_picture, user_message
+from samples.make_sample import CHAT_TEMPLATE
+from tests.conftest import PIXEL_TOLERANCE, SHAPES, patch_positions
+
+SIZES = [(448, 336), (28, 28), (30, 200), (1999, 701), (5, 3), (640, 480), (56, 4000)]
+
+
+def noise(size: tuple[int, int], mode: str = "RGB") -> PIL.Image.Image:
+    pixels = np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return PIL.Image.fromarray(pixels).convert(mode)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("max_visual", [1280, 64])
+def test_pixels_equal_the_official_processors(sample_bundle: Bundle, size: tuple[int, int], max_visual: int) -> None:
+    image = noise(size)
+    preprocessing = sample_bundle.manifest.preprocessing.model_copy(update={"max_pixels": max_visual * 28 * 28})
+    picture = of("qwen2_vl").picture(image, preprocessing)
+    official = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=max_visual * 28 * 28)
+    wanted = official(image, return_tensors="np")
+    _, rows, columns = wanted["image_grid_thw"][0]
+    assert picture.grid == Grid(rows // 2, columns // 2)
+    assert np.abs(picture.inputs["pixel_values"][0] - wanted["pixel_values"]).max() < PIXEL_TOLERANCE
+    np.testing.assert_array_equal(picture.inputs["patch_position"], patch_positions(picture.grid))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_other_colour_modes_become_rgb(mode: str) -> None:
+    assert open_picture(noise((40, 40), mode)).mode == "RGB"
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    noise((60, 30)).save(tmp_path / "turned.jpg", exif=exif)
+    assert open_picture(tmp_path / "turned.jpg").size == (30, 60)
+
+
+def test_pictures_that_cannot_be(sample_bundle: Bundle, tmp_path: Path) -> None:
+    processor = Processor(sample_bundle)
+    (tmp_path / "text.png").write_text("not a picture")
+    whole = SHAPES.read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    for name, sentence in (
+        ("none.png", "no picture at"),
+        ("text.png", "cannot be read as a picture"),
+        ("half.png", "cannot be read as a picture"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            processor.picture(tmp_path / name)
+    with pytest.raises(UserError, match="too elongated"):
+        processor.picture(noise((2100, 10)))
+    long = Bundle(sample_bundle.folder, sample_bundle.manifest.model_copy(update={"max_visual": 40}))
+    with pytest.raises(UserError, match="60 visual tokens, and this bundle takes 40"):
+        Processor(long).picture(noise((28 * 60, 28)))
+
+
+def test_the_chat_template_renders_as_transformers_does(sample_bundle: Bundle) -> None:
+    turns = [user_message("Where?", 2), {"role": "assistant", "content": "Here."}, user_message("And now?", 0)]
+    official = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_file(f"{sample_bundle.folder}/tokenizer.json")
+    )
+    for count in (1, 3):
+        wanted = official.apply_chat_template(
+            turns[:count], chat_template=CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True
+        )
+        assert Processor(sample_bundle).render(turns[:count]) == wanted
+        assert "<|image_pad|><|vision_end|>" in wanted
+
+
+def test_image_tokens_repeat_once_for_each_visual_token(sample_bundle: Bundle) -> None:
+    processor = Processor(sample_bundle)
+    pictures = [processor.picture(SHAPES), processor.picture(noise((56, 84)))]
+    tokens = processor.encode(processor.render([user_message("Where?", 2)]), pictures)
+    assert [pictures[0].grid.visual, pictures[1].grid.visual] == [192, 6]
+    assert tokens.count(503) == 198
+    first = tokens.index(500)
+    assert tokens[first : first + 3] == [500, 503, 503]
+    assert tokens[first + 193 : first + 195] == [501, 500]
+    with pytest.raises(UserError, match="write no image tokens"):
+        processor.encode(processor.render([user_message("<|image_pad|>", 0)]))
+
+
+def test_streamed_pieces_join_to_the_whole_text(sample_bundle: Bundle) -> None:
+    processor = Processor(sample_bundle)
+    tokens = processor.encode("Größe: 3 µm – “yes” 字")
+    assert "".join(processor.stream([*tokens, 507])) == processor.decode([*tokens, 507]) == "Größe: 3 µm – “yes” 字"
+
+
+def test_positions_equal_transformers(sample_checkpoint: Path) -> None:
+    import torch
+
+    model: Any = transformers.AutoModelForImageTextToText.from_pretrained(sample_checkpoint).model
+    grids = [Grid(3, 5), Grid(7, 2)]
+    ids = torch.tensor([[1, 2, 500, *[503] * 15, 501, 4, 500, *[503] * 14, 501, 9, 9]])
+    wanted, delta = model.get_rope_index(
+        ids, mm_token_type_ids=(ids == 503).int(), image_grid_thw=torch.tensor([(1, 2 * r, 2 * c) for r, c in grids])
+    )
+    found, after = positions([3, grids[0], 3, grids[1], 3], 0)
+    np.testing.assert_array_equal(found, wanted[:, 0].numpy())
+    assert after == ids.shape[1] + int(delta)
+    np.testing.assert_array_equal(positions([grids[0], 4], 7)[0], positions([grids[0], 4], 0)[0] + 7)
+
+
+def test_damaged_processor_files_say_so(sample_bundle: Bundle, golden_bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no tokenizer.json and no chat_template.jinja.*export again"):
+        Processor(golden_bundle)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(UserError, match=r"tokenizer.json cannot be read"):
+        Processor(Bundle(tmp_path, sample_bundle.manifest))
+    (tmp_path / "tokenizer.json").write_bytes((sample_bundle.folder / "tokenizer.json").read_bytes())
+    with pytest.raises(UserError, match=r"chat_template.jinja of the bundle is damaged"):
+        Processor(Bundle(tmp_path, sample_bundle.manifest))
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no systems') }}")
+    with pytest.raises(UserError, match="refuses the conversation: no systems"):
+        Processor(Bundle(tmp_path, sample_bundle.manifest)).render([])

@@ -1,0 +1,66 @@
+"""TensorRT-RTX parses and compiles the native graphs, on a machine without a GPU. It does not run them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from ivc_export.bundle import Bundle
+from ivc_export.contract import GRAPH_NAMES, GraphName
+from ivc_export.passes import lower
+
+trt = pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13")
+
+Extents = dict[str, tuple[int, int, int]]
+PREFILL: Extents = {  # minimum, optimum, maximum of each symbolic axis
+    "B": (1, 1, 1),
+    "patches": (4, 768, 5120),
+    "visual": (1, 192, 1280),
+    "L": (1, 192, 1280),
+    "T": (0, 40, 512),
+    "S": (1, 232, 1792),
+    "Q": (1, 20, 512),
+    "M": (1, 136, 1792),
+    "P": (0, 0, 1024),
+    "R": (1, 1, 1),
+    "keep_count": (1, 96, 1280),
+}
+DECODE: Extents = dict.fromkeys(PREFILL, (1, 1, 1)) | {"T": (0, 0, 0), "P": (1024, 1024, 1024)}
+
+
+def profile(builder: Any, model: ir.Model, extents: Extents) -> Any:
+    found = builder.create_optimization_profile()
+    for value in model.graph.inputs:
+        axes = [axis if isinstance(axis, int) else str(axis.value) for axis in value.shape or ()]
+        if value.name == "keep_count":
+            found.set_shape_input(value.name, *[[extent] for extent in extents["keep_count"]])
+        else:
+            shapes = [[axis if isinstance(axis, int) else extents[axis][i] for axis in axes] for i in range(3)]
+            found.set_shape(value.name, *shapes)
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["SM86", "SM120"])
+@pytest.mark.parametrize("name", GRAPH_NAMES)
+def test_native_graphs_compile(sample_bundle: Bundle, name: GraphName, architecture: str) -> None:
+    model = lower(ir.load(sample_bundle.folder / f"{name}.onnx"), "native")
+    path: Path = sample_bundle.folder / f"{name}.{architecture}.onnx"
+    ir.save(model, path)
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
+    try:
+        parsed = parser.parse_from_file(str(path))
+    finally:
+        path.unlink()
+    assert parsed, [str(parser.get_error(i)) for i in range(parser.num_errors)]
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, architecture), 0)
+    for extents in (PREFILL,) if name == "vision" else (PREFILL, DECODE):
+        config.add_optimization_profile(profile(builder, model, extents))
+    engine = builder.build_serialized_network(network, config)
+    assert engine is not None and engine.nbytes > 0

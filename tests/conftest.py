@@ -65,6 +65,13 @@ class Golden:
         return Picture(inputs, grid)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests recorded, also where they ran in other processes."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")
+
+
 @pytest.fixture(scope="session")
 def golden() -> Golden:
     folder = GOLDENS / "model" / "qwen2_vl"

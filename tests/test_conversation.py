@@ -153,3 +153,14 @@ def test_frames_of_one_size_run_as_one_batch(golden_session: OnnxSession) -> Non
     for picture, found in zip(pictures, batch, strict=True):
         alone: npt.NDArray[np.float32] = golden_session.run("vision", picture.inputs)["image_embeds"][0]
         assert np.abs(found - alone).max() < LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 1), Grid(1, 30), Grid(40, 2), Grid(17, 13)], ids=str)
+def test_the_vision_encoder_takes_every_grid(golden: Golden, golden_session: OnnxSession, grid: Grid) -> None:
+    picture = random_picture(grid, 5)
+    found = golden_session.run("vision", picture.inputs)["image_embeds"][0]
+    given = reference_picture(picture, 2)
+    model = oracle(golden, golden_session, 1.0).model.model
+    with torch.no_grad():
+        (wanted,) = model.get_image_features(given.pixel_values, torch.tensor([given.grid])).pooler_output
+    assert np.abs(found - wanted.numpy()).max() < LOGIT_TOLERANCE

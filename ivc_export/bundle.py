@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from ivc_export.contract import MANIFEST, Manifest, read_manifest
+from ivc_export import contract
+from ivc_export.contract import MANIFEST, SCHEMA_VERSION, Manifest
 from ivc_export.errors import UserError
 
 TOKENIZER = "tokenizer.json"
@@ -54,6 +56,42 @@ class Bundle:
         return self.embedding_table[tokens].astype(np.float32)
 
 
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of the bundle in `folder`.
+
+    Raises:
+        UserError: no bundle is there, or its manifest is damaged, of another version, or leaves the bundle.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} is not a bundle (it has no {MANIFEST}): make one with ivc-export")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{path} has schema version {version}, and this ivc-export reads {SCHEMA_VERSION}: "
+                f"{'upgrade ivc-export' if version > SCHEMA_VERSION else 'export the model again'}"
+            )
+        manifest = Manifest.model_validate(content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({contract.first_problem(error)}): export the model again") from error
+    files = [g.file for g in manifest.graphs.values()] + [w.file for w in manifest.weights] + [manifest.embedding.file]
+    for file in files:
+        if not (folder / file).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path} names {file}, which is outside the bundle: export the model again")
+        if not (folder / file).is_file():
+            raise UserError(f"{folder / file} is missing: copy the whole bundle, or export the model again")
+    for weights in manifest.weights:
+        size = (folder / weights.file).stat().st_size
+        if size != weights.size:
+            raise UserError(
+                f"{folder / weights.file} has {size:,} bytes and the manifest says {weights.size:,}: "
+                "copy the bundle again, or export the model again"
+            )
+    return manifest
+
+
 @contextmanager
 def staged_folder(target: Path, force: bool) -> Iterator[Path]:
     """Yield a new folder beside `target` that becomes `target` if the block succeeds, and vanishes if it does not.
@@ -88,8 +126,6 @@ def staged_folder(target: Path, force: bool) -> Iterator[Path]:
         else:
             staging.rename(target)
     except OSError as error:
-        raise UserError(
-            f"writing {target} failed ({error.strerror or error}): free space or name another folder"
-        ) from error
+        raise UserError(f"writing {target} failed ({error}): free space or name another folder") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import enum
 import itertools
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from ivc_export.errors import UserError
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -367,39 +363,3 @@ def first_problem(error: Exception) -> str:
         return str(error)
     detail = error.errors()[0]
     return f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}"
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check the manifest of the bundle in `folder`.
-
-    Raises:
-        UserError: no bundle is there, or its manifest is damaged, of another version, or leaves the bundle.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{folder} is not a bundle (it has no {MANIFEST}): make one with ivc-export")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise UserError(
-                f"{path} has schema version {version}, and this ivc-export reads {SCHEMA_VERSION}: "
-                f"{'upgrade ivc-export' if version > SCHEMA_VERSION else 'export the model again'}"
-            )
-        manifest = Manifest.model_validate(content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({first_problem(error)}): export the model again") from error
-    files = [g.file for g in manifest.graphs.values()] + [w.file for w in manifest.weights] + [manifest.embedding.file]
-    for file in files:
-        if not (folder / file).resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{path} names {file}, which is outside the bundle: export the model again")
-        if not (folder / file).is_file():
-            raise UserError(f"{folder / file} is missing: copy the whole bundle, or export the model again")
-    for weights in manifest.weights:
-        size = (folder / weights.file).stat().st_size
-        if size != weights.size:
-            raise UserError(
-                f"{folder / weights.file} has {size:,} bytes and the manifest says {weights.size:,}: "
-                "copy the bundle again, or export the model again"
-            )
-    return manifest

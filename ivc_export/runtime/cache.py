@@ -30,6 +30,10 @@ class KVCache:
         """The array of a graph input `past_key.i` or `past_value.i`."""
         return self._arrays[name]
 
+    def inputs(self, layers: range) -> dict[str, npt.NDArray[np.float32]]:
+        """The graph inputs `past_key.i` and `past_value.i` of `layers`."""
+        return {name: self[name] for i in layers for name in (f"past_key.{i}", f"past_value.{i}")}
+
     def append(self, outputs: Mapping[str, npt.NDArray[Any]]) -> None:
         """Append what the decoder gives: `compact_*` of the layers below the cut and `new_*` of those above.
 

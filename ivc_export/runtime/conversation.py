@@ -87,42 +87,36 @@ class Conversation:
         Raises:
             UserError: see plan_run and KVCache.append.
         """
-        bundle, cut = self.session.bundle, self.session.bundle.manifest.selection_layer
-        plan = plan_run(
-            bundle.manifest, np.asarray(tokens, np.int32), [p.grid for p in pictures], self.next_position, self.ratio
-        )
+        bundle, m = self.session.bundle, self.session.bundle.manifest
+        grids = [picture.grid for picture in pictures]
+        plan = plan_run(m, np.asarray(tokens, np.int32), grids, self.next_position, self.ratio)
         embeds = bundle.embed(plan.tokens)
         with self.timings.stage("vision"):
             images = tuple(self.session.run("vision", picture.inputs)["image_embeds"][0] for picture in pictures)
         if images:
             embeds[plan.visual_index] = np.concatenate(images)
-        layers = range(bundle.manifest.decoder.layers)
-        past = {i: {n: self.cache[n] for n in (f"past_key.{i}", f"past_value.{i}")} for i in layers}
-        past_length = np.array([self.cache.length], np.int32)
+        both = {"position_ids": plan.position_ids, "past_length": np.array([self.cache.length], np.int32)}
         stage = "prefill" if plan.rows > 1 else "decode"
         with self.timings.stage(f"{stage}.prefix"):
             feeds = {
                 "inputs_embeds": embeds[None],
-                "position_ids": plan.position_ids,
                 "visual_index": plan.visual_index,
                 "text_index": plan.text_index,
                 "query_index": plan.query_index,
                 "ivc_priority": plan.ivc_priority,
                 "keep_count": np.array([plan.keep_count], np.int32),
-                "past_length": past_length,
             }
-            prefix = self.session.run("prefix", feeds | {n: a for i in layers[:cut] for n, a in past[i].items()})
+            prefix = self.session.run("prefix", both | feeds | self.cache.inputs(range(m.selection_layer)))
         keep_index = prefix["keep_index"] if keep_index is None else keep_index
         with self.timings.stage(f"{stage}.decoder"):
             feeds = {
                 "hidden_states": prefix["hidden_states"],
                 "keep_index": keep_index,
                 "logit_index": np.array([len(keep_index) - 1], np.int32),
-                "position_ids": plan.position_ids,
-                "past_length": past_length,
             }
             feeds |= {name: array for name, array in prefix.items() if name.startswith("new_")}
-            decoder = self.session.run("decoder", feeds | {n: a for i in layers[cut:] for n, a in past[i].items()})
+            above = range(m.selection_layer, m.decoder.layers)
+            decoder = self.session.run("decoder", both | feeds | self.cache.inputs(above))
         self.cache.append(decoder)
         self.next_position = plan.next_position
         return Step(plan, images, prefix, decoder, keep_index)

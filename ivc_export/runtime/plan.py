@@ -66,27 +66,24 @@ def plan_run(manifest: Manifest, tokens: Ints, grids: Sequence[Grid], start: int
             f"the conversation reaches position {next_position:,}, and this model knows "
             f"{manifest.decoder.max_positions:,}: shorten it, or use smaller pictures"
         )
-    everything = np.arange(len(tokens), dtype=np.int32)
-    if not grids:
-        return Run(
-            tokens, (), positions[:, None], everything[:1], everything[1:], everything[-1:], np.zeros(1, np.float32), 1,
-            next_position,
-        )  # fmt: skip
-    voting = everything[visual[-1] + 1 + manifest.selection.query_offset :]
+    rows = np.arange(len(tokens), dtype=np.int32)
+    if grids:
+        voting = rows[visual[-1] + 1 + manifest.selection.query_offset :]
+        pictures = np.split(visual, np.cumsum([grid.visual for grid in grids])[:-1])
+        sizes = (manifest.rotary, manifest.decoder.head_dim, manifest.selection)
+        priority = np.concatenate([ivc_priority(positions[:, picture], *sizes) for picture in pictures])
+        keep_count = sum(kept_tokens(grid.visual, ratio) for grid in grids)
+    else:
+        visual, voting, priority, keep_count = rows[:1], rows[:0], np.zeros(1, np.float32), 1
     return Run(
         tokens=tokens,
         grids=tuple(grids),
         position_ids=positions[:, None],
         visual_index=visual,
-        text_index=np.setdiff1d(everything, visual),
-        query_index=voting if len(voting) else everything[-1:],
-        ivc_priority=np.concatenate(
-            [
-                ivc_priority(positions[:, rows], manifest.rotary, manifest.decoder.head_dim, manifest.selection)
-                for rows in np.split(visual, np.cumsum([grid.visual for grid in grids])[:-1])
-            ]
-        ),
-        keep_count=sum(kept_tokens(grid.visual, ratio) for grid in grids),
+        text_index=np.setdiff1d(rows, visual),
+        query_index=voting if len(voting) else rows[-1:],
+        ivc_priority=priority,
+        keep_count=keep_count,
         next_position=next_position,
     )
 

@@ -22,6 +22,7 @@ from ivc_export.errors import UserError
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+PREPROCESSOR = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest.model_validate(content)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({contract.first_problem(error)}): export the model again") from error
+    if set(manifest.graphs) != set(contract.GRAPH_NAMES):
+        raise UserError(f"{path} is damaged (it names {len(manifest.graphs)} graphs of 3): export the model again")
     files = [g.file for g in manifest.graphs.values()] + [w.file for w in manifest.weights] + [manifest.embedding.file]
     for file in files:
         if not (folder / file).resolve().is_relative_to(folder.resolve()):
@@ -99,6 +102,7 @@ def staged_folder(target: Path, force: bool) -> Iterator[Path]:
     Raises:
         UserError: something is at `target` and `force` is not set, or it is not a bundle, or nothing can be written.
     """
+    target = target.resolve()
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if occupied and not (target / MANIFEST).is_file():
         raise UserError(f"{target} exists and is not a bundle: name another output folder")
@@ -108,24 +112,25 @@ def staged_folder(target: Path, force: bool) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     except OSError as error:
-        raise UserError(
-            f"nothing can be written beside {target} ({error.strerror}): name another output folder"
-        ) from error
+        raise UserError(f"nothing can be written beside {target} ({error.strerror}): name another output") from error
     try:
         yield staging
         staging.chmod(0o755)
-        if target.exists():
-            old = staging.with_suffix(".old")
-            target.rename(old)
-            try:
-                staging.rename(target)
-            except OSError:
-                old.rename(target)
-                raise
-            shutil.rmtree(old)
-        else:
-            staging.rename(target)
-    except OSError as error:
-        raise UserError(f"writing {target} failed ({error}): free space or name another folder") from error
+        put_in_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def put_in_place(staging: Path, target: Path) -> None:
+    """Rename `staging` to `target`, and what was there away; put that back if anything goes wrong in between."""
+    if not target.exists():
+        staging.rename(target)
+        return
+    old = staging.with_name(f"{staging.name}.old")
+    target.rename(old)
+    try:
+        staging.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

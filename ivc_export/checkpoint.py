@@ -90,21 +90,33 @@ class Checkpoint:
             raise UserError(f"{folder} has no config.json: give a checkpoint folder in Hugging Face's layout")
         return Checkpoint(folder)
 
+    def text(self, name: str) -> str | None:
+        """The content of a text file of the folder, or None if there is none.
+
+        Raises:
+            UserError: the file is not UTF-8.
+        """
+        path = self.folder / name
+        try:
+            return path.read_text(encoding="utf-8") if path.is_file() else None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text: download it again") from error
+
     def json(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file of the folder, or None if there is none.
 
         Raises:
             UserError: the file is not a JSON object.
         """
-        path = self.folder / name
-        if not path.is_file():
+        text = self.text(name)
+        if text is None:
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(text)
         except ValueError as error:
-            raise UserError(f"{path} is not valid JSON ({error}): download it again") from error
+            raise UserError(f"{self.folder / name} is not valid JSON ({error}): download it again") from error
         if not isinstance(content, dict):
-            raise UserError(f"{path} should hold a JSON object: download it again")
+            raise UserError(f"{self.folder / name} should hold a JSON object: download it again")
         return content
 
     @cached_property
@@ -114,14 +126,15 @@ class Checkpoint:
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The safetensors files: one, or the shards that the index names."""
-        index = self.json("model.safetensors.index.json")
-        if index is None:
-            return [self.folder / "model.safetensors"]
-        names = sorted(set(index.get("weight_map", {}).values()))
-        if not names:
+        """The safetensors files: one, or else the shards that the index names."""
+        single, index = self.folder / "model.safetensors", self.json("model.safetensors.index.json")
+        if index is None or single.is_file():
+            return [single]
+        weight_map = index.get("weight_map")
+        shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        if not shards or not all(isinstance(name, str) for name in shards):
             raise UserError(f"{self.folder / 'model.safetensors.index.json'} names no shards: download it again")
-        return [self.folder / Path(name).name for name in names]
+        return [self.folder / Path(name).name for name in sorted(shards)]
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:

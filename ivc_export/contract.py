@@ -64,7 +64,7 @@ AXES = {
 class Frozen(BaseModel):
     """Base of every record: immutable, and no field that the schema does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DecoderSizes(Frozen):
@@ -144,7 +144,7 @@ class WeightFile(Frozen):
     file: str
     size: int
     header_sha256: str
-    sha256: str | None
+    sha256: str
 
 
 class EmbeddingTable(Frozen):
@@ -162,7 +162,6 @@ class Manifest(Frozen):
     schema_version: int
     family: str
     dtype: FloatName
-    lowering: Literal["portable", "native"]
     selection_layer: int = Field(gt=0)
     calibrated: bool
     default_ratio: float = Field(gt=0, le=1)

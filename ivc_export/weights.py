@@ -77,27 +77,28 @@ def main_dtype(tensors: Mapping[str, StoredTensor]) -> contract.FloatName:
 
 
 def copy_weights(
-    checkpoint: Checkpoint, folder: Path, progress: Callable[[int], None]
+    checkpoint: Checkpoint, folder: Path, progress: Callable[[int, int], None]
 ) -> tuple[contract.WeightFile, ...]:
     """Copy the checkpoint's safetensors files to `folder`/weights, hashing them on the way.
 
-    progress: called with the number of bytes copied since the last call.
+    progress: called with the bytes copied so far and their total.
     """
     target = folder / FOLDER
     target.mkdir()
+    done, total = 0, sum(file.stat().st_size for file in checkpoint.weight_files)
     files = []
     for source in checkpoint.weight_files:
-        digest = hashlib.sha256()
+        digest, before = hashlib.sha256(), done
         with source.open("rb") as reader, (target / source.name).open("wb") as writer:
             while chunk := reader.read(_CHUNK):
                 digest.update(chunk)
-                writer.write(chunk)
-                progress(len(chunk))
+                done += writer.write(chunk)
+                progress(done, total)
         files.append(
             contract.WeightFile(
                 file=f"{FOLDER}/{source.name}",
-                size=source.stat().st_size,
-                header_sha256=header_sha256(source),
+                size=done - before,
+                header_sha256=header_sha256(target / source.name),
                 sha256=digest.hexdigest(),
             )
         )

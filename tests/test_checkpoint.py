@@ -38,7 +38,8 @@ def exported(checkpoint: Path) -> Bundle:
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_transformers_saves_is_the_same_model(tmp_path: Path, tied: bool) -> None:
     """The layout of transformers 4.4x, saved again by transformers 5 (text_config, other names), whole and sharded."""
-    old = make_checkpoint(tmp_path / "old", {**TINY, "tie_word_embeddings": tied})
+    config = {**TINY, "tie_word_embeddings": tied, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
+    old = make_checkpoint(tmp_path / "old", config)
     model = transformers.AutoModelForImageTextToText.from_pretrained(old, dtype=torch.float32)
     model.save_pretrained(tmp_path / "new")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
@@ -93,8 +94,33 @@ def truncate(checkpoint: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def index(checkpoint: Path, content: dict[str, Any]) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
 NORM = "model.norm.weight"
+
+
+def rewrite_vision(checkpoint: Path, **changes: Any) -> None:
+    rewrite(checkpoint, vision_config={**TINY["vision_config"], **changes})
+
+
+def write(checkpoint: Path, name: str, content: bytes) -> None:
+    (checkpoint / name).write_bytes(content)
+
+
 BAD: list[tuple[str, Any]] = [
+    ("do not describe a model", lambda c: rewrite(c, num_attention_heads=0)),
+    ("do not describe a model", lambda c: rewrite_vision(c, num_heads=0)),
+    ("do not describe a model .depth", lambda c: rewrite_vision(c, depth=0)),
+    ("do not describe a model", lambda c: rewrite_vision(c, mlp_ratio="a")),
+    ("do not describe a model .rms_norm_epsilon", lambda c: rewrite(c, rms_norm_eps=float("inf"))),
+    ("do not describe a model", lambda c: rewrite(c, image_token_id="x")),
+    ("do not describe a model", lambda c: write(c, "generation_config.json", b'{"eos_token_id": ["a"]}')),
+    ("do not describe a model", lambda c: write(c, "preprocessor_config.json", b'{"size": "large"}')),
+    ("preprocessor_config.json should hold a JSON object", lambda c: write(c, "preprocessor_config.json", b"[]")),
+    ("chat_template.jinja is not UTF-8 text", lambda c: write(c, "chat_template.jinja", b"\xff")),
     ("has no config.json", lambda c: (c / "config.json").unlink()),
     ("not valid JSON", lambda c: (c / "config.json").write_text("{")),
     (
@@ -106,7 +132,7 @@ BAD: list[tuple[str, Any]] = [
     ("config.json is inconsistent: num_attention_heads is 4", lambda c: rewrite(c, num_key_value_heads=3)),
     ("mrope_section", lambda c: rewrite(c, rope_scaling={"type": "mrope", "mrope_section": [2, 3]})),
     ("rope type 'yarn'", lambda c: rewrite(c, rope_scaling={"type": "yarn", "factor": 4})),
-    ("config.json does not describe a model .layers", lambda c: rewrite(c, num_hidden_layers=-1)),
+    ("do not describe a model .layers", lambda c: rewrite(c, num_hidden_layers=-1)),
     ("sliding-window", lambda c: rewrite(c, use_sliding_window=True, max_window_layers=0)),
     ("model.safetensors is missing", lambda c: (c / "model.safetensors").unlink()),
     ("model.safetensors cannot be read", truncate),
@@ -115,11 +141,14 @@ BAD: list[tuple[str, Any]] = [
     (r"shape \[3\], and config.json asks for \[64\]", lambda c: replace(c, NORM, np.ones(3, np.float32))),
     ("is float16 and other tensors are float32", lambda c: replace(c, NORM, np.ones(64, np.float16))),
     ("weights are I64", lambda c: save_file({"x": np.ones(9, np.int64)}, c / "model.safetensors")),
-    ("names no shards", lambda c: (c / "model.safetensors.index.json").write_text("{}")),
+    ("names no shards", lambda c: index(c, {})),
+    ("names no shards", lambda c: index(c, {"weight_map": ["a"]})),
+    ("names no shards", lambda c: index(c, {"weight_map": {"a": None}})),
+    ("model-2.safetensors is missing", lambda c: index(c, {"weight_map": {"a": "model-2.safetensors"}})),
 ]
 
 
-@pytest.mark.parametrize(("sentence", "damage"), BAD, ids=[sentence[:40] for sentence, _ in BAD])
+@pytest.mark.parametrize(("sentence", "damage"), BAD, ids=range(len(BAD)))
 def test_a_bad_checkpoint_is_refused_and_leaves_nothing(tmp_path: Path, sentence: str, damage: Any) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     damage(checkpoint)
@@ -132,3 +161,43 @@ def test_the_default_layer_is_in_proportion_and_uncalibrated(sample_bundle: Bund
     assert (sample_bundle.manifest.selection_layer, sample_bundle.manifest.calibrated) == (2, False)
     sizes = sample_bundle.manifest.decoder.model_copy(update={"layers": 28})
     assert families.of("qwen2_vl").default_layer(sizes).layer == 16
+
+
+def test_a_stored_head_counts_whatever_config_says(tmp_path: Path) -> None:
+    """As transformers 5 does; without one, tied embeddings serve as the head."""
+    checkpoint = make_checkpoint(tmp_path / "c")  # untied: it stores a head
+    rewrite(checkpoint, tie_word_embeddings=True)
+    bundle = exported(checkpoint)
+    assert not bundle.manifest.decoder.tied_embeddings
+    assert check(bundle, checkpoint, steps=1).passed
+
+
+def test_a_whole_file_counts_before_a_stale_index(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c")
+    (checkpoint / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+    )
+    assert [weights.file for weights in exported(checkpoint).manifest.weights] == ["weights/model.safetensors"]
+
+
+def test_templates_and_settings_are_found_where_other_versions_keep_them(tmp_path: Path) -> None:
+    for number, name in enumerate(("chat_template.json", "tokenizer_config.json")):
+        checkpoint = make_checkpoint(tmp_path / str(number))
+        (checkpoint / "chat_template.jinja").rename(checkpoint / "template")
+        (checkpoint / "preprocessor_config.json").unlink()
+        write(checkpoint, name, json.dumps({"chat_template": "a template"}).encode())
+        write(
+            checkpoint,
+            "processor_config.json",
+            b'{"image_processor": {"size": {"shortest_edge": 6272, "longest_edge": 78400}}}',
+        )
+        bundle = exported(checkpoint)
+        assert (bundle.folder / "chat_template.jinja").read_text() == "a template"
+        preprocessing = bundle.manifest.preprocessing
+        assert (preprocessing.min_pixels, preprocessing.max_pixels) == (6272, 78400)
+
+
+def test_stop_tokens_come_from_generation_config_or_else_config(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c")
+    (checkpoint / "generation_config.json").unlink()
+    assert exported(checkpoint).manifest.tokens.stop == (507,)

@@ -65,6 +65,7 @@ def test_manifests_that_cannot_be_read(golden_bundle: Bundle, tmp_path: Path) ->
         ("damaged.*selection_layer", {"selection_layer": 0}),
         ("damaged.*surprise", {"surprise": 1}),
         ("outside the bundle", {"weights": [weights | {"file": "../weights.safetensors"}]}),
+        ("names 0 graphs of 3", {"graphs": {}}),
         ("is missing", {"weights": [weights | {"file": "weights/other.safetensors"}]}),
         ("copy the bundle again", {"weights": [weights | {"size": 5}]}),
     ]

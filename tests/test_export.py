@@ -70,6 +70,33 @@ def test_force_replaces_a_bundle_and_nothing_else(sample_checkpoint: Path, tmp_p
     export(ExportRecipe(sample_checkpoint, tmp_path / "empty"))
 
 
+def test_force_replaces_what_a_link_points_to(sample_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    export(ExportRecipe(sample_checkpoint, tmp_path / "link"))
+    export(ExportRecipe(sample_checkpoint, tmp_path / "link", ratio=0.25, force=True))
+    assert (tmp_path / "link").is_symlink()
+    assert Bundle.load(tmp_path / "real").manifest.default_ratio == 0.25
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_an_interrupt_between_the_renames_restores_the_older_bundle(
+    sample_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(export(ExportRecipe(sample_checkpoint, tmp_path / "bundle")).folder)
+    rename = Path.rename
+
+    def interrupted(source: Path, target: Path) -> Path:
+        if ".partial-" in source.name and not source.name.endswith(".old"):
+            raise KeyboardInterrupt
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(ExportRecipe(sample_checkpoint, tmp_path / "bundle", ratio=0.25, force=True))
+    assert files(tmp_path / "bundle") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -93,3 +120,6 @@ def test_recipes_that_cannot_be(golden: Golden, tmp_path: Path, changes: dict[st
 def test_max_visual_caps_pictures(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "c")
     assert export(ExportRecipe(checkpoint, tmp_path / "b", max_visual=100)).manifest.preprocessing.max_pixels == 78400
+    (checkpoint / "preprocessor_config.json").write_text('{"min_pixels": 200000, "max_pixels": 900000}')
+    preprocessing = export(ExportRecipe(checkpoint, tmp_path / "c2", max_visual=100)).manifest.preprocessing
+    assert (preprocessing.min_pixels, preprocessing.max_pixels) == (78400, 78400)

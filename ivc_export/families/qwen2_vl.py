@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import PIL.Image
+from pydantic import Field
 
 from ivc_export import contract
 from ivc_export.builder import Graph
@@ -23,14 +23,13 @@ LAYER_NORM_EPSILON = 1e-6
 ASPECT_LIMIT = 200  # as the official image processor
 
 
-@dataclass(frozen=True)
-class VisionSizes:
+class VisionSizes(contract.Frozen):
     """Sizes of the vision encoder."""
 
-    depth: int
-    embed_dim: int
-    heads: int
-    mlp_size: int
+    depth: int = Field(gt=0)
+    embed_dim: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    mlp_size: int = Field(gt=0)
 
     @property
     def head_dim(self) -> int:

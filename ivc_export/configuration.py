@@ -1,0 +1,83 @@
+"""What the JSON files of a checkpoint say, digested."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from ivc_export import contract, families
+from ivc_export.bundle import CHAT_TEMPLATE
+from ivc_export.checkpoint import Checkpoint
+from ivc_export.errors import UserError
+from ivc_export.families import Family, Model
+from ivc_export.weights import Weights, main_dtype
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One checkpoint's family, sizes, tokens, and what it says of pictures and chats; None where it says nothing."""
+
+    family: Family
+    model: Model
+    weights: Weights
+    tokens: contract.SpecialTokens
+    processor: dict[str, Any] | None
+    chat_template: str | None
+
+
+def read_configuration(checkpoint: Checkpoint) -> Configuration:
+    """Digest config.json, generation_config.json, the processor's files and the names of the tensors.
+
+    Raises:
+        UserError: a file or a value is missing, damaged or out of range.
+    """
+    family = families.of(checkpoint.config.get("model_type"))
+    processor = processor_config(checkpoint)
+    try:
+        model = family.read(checkpoint.config, processor)
+        tokens = contract.SpecialTokens(
+            image=model.image_token,
+            vision_start=model.vision_start_token,
+            vision_end=model.vision_end_token,
+            stop=stop_tokens(checkpoint),
+        )
+    except (ValidationError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"the JSON files of {checkpoint.folder} do not describe a model ({contract.first_problem(error)}): "
+            "give the checkpoint's own files"
+        ) from error
+    tensors = {family.canonical_name(name): tensor for name, tensor in checkpoint.tensors.items()}
+    if "lm_head.weight" in tensors:  # as transformers 5: a stored head counts, whatever config.json says
+        model = replace(model, decoder=model.decoder.model_copy(update={"tied_embeddings": False}))
+    weights = Weights(tensors, main_dtype(tensors))
+    return Configuration(family, model, weights, tokens, processor, chat_template(checkpoint))
+
+
+def processor_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The image processor's settings: its own file, or its part of transformers 5's processor_config.json."""
+    own = checkpoint.json("preprocessor_config.json")
+    return own if own is not None else (checkpoint.json("processor_config.json") or {}).get("image_processor")
+
+
+def chat_template(checkpoint: Checkpoint) -> str | None:
+    """The chat template, from whichever file holds it."""
+    own = checkpoint.text(CHAT_TEMPLATE)
+    if own is not None:
+        return own
+    for file in ("chat_template.json", "tokenizer_config.json"):
+        template = (checkpoint.json(file) or {}).get("chat_template")
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def stop_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """End-of-sequence ids: generation_config.json's, or else config.json's."""
+    config = checkpoint.config
+    for source in (checkpoint.json("generation_config.json") or {}, config, config.get("text_config") or {}):
+        ids = source.get("eos_token_id")
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    return ()

@@ -15,6 +15,8 @@ import torch
 
 from ivc_export import families
 from ivc_export.bundle import Bundle
+from ivc_export.checkpoint import Checkpoint
+from ivc_export.configuration import read_configuration
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
 from ivc_export.reference import Reference, ReferencePicture, ReferenceTurn
@@ -76,22 +78,36 @@ def largest_error(found: npt.NDArray[Any], wanted: torch.Tensor) -> float:
 
 def close(name: str, kind: str, pairs: Sequence[tuple[npt.NDArray[Any], torch.Tensor]]) -> Comparison:
     """Compare pairs of tensors by the tolerance of `kind`."""
+    tolerance = TOLERANCE[kind][0]
     error = max(largest_error(found, wanted) for found, wanted in pairs)
-    return Comparison(name, error, TOLERANCE[kind][0], error <= TOLERANCE[kind][0])
+    if not np.isfinite(error):
+        return Comparison(name, None, tolerance, False, "another shape, or not finite")
+    return Comparison(name, error, tolerance, error <= tolerance)
 
 
 def same_rows(
-    found: npt.NDArray[np.int32], turn: ReferenceTurn, visual: npt.NDArray[np.int32], error: float
+    found: npt.NDArray[np.int32],
+    wanted: npt.NDArray[np.int32],
+    visual: npt.NDArray[np.int32],
+    score: npt.NDArray[np.float32],
+    error: float,
 ) -> Comparison:
-    """Compare keep_index exactly; rows that differ only within the measured error of the score are a tie."""
-    flipped = np.setxor1d(found, turn.keep_index.numpy())
-    if len(flipped) == 0:
+    """Compare keep_index exactly; visual rows exchanged for others whose scores differ within the error are a tie.
+
+    visual: rows that hold visual tokens; score: the reference's, of each; error: measured between the two scores,
+    and no more than the tolerance of scores counts.
+    """
+    if np.array_equal(found, wanted):
         return Comparison("keep_index", None, None, True, f"{len(found)} rows, equal")
-    scores = turn.token_score.numpy()[np.isin(visual, flipped)]
-    gap = float(scores.max() - scores.min())
-    tie = gap <= 2 * error
-    what = f"{len(flipped)} rows differ, their scores by {gap:.1e}"
-    return Comparison("keep_index", None, None, tie, what + (", within the score's error: a tie" if tie else ""))
+    flipped = np.setxor1d(found, wanted)
+    note = f"{len(found)} rows against {len(wanted)}, {len(flipped)} in one only"
+    exchanged = len(found) == len(wanted) and bool(np.all(np.diff(found) > 0)) and bool(np.isin(flipped, visual).all())
+    if exchanged:
+        gap = float(np.ptp(score[np.isin(visual, flipped)]))
+        if gap <= 2 * min(error, TOLERANCE["token_score"][0]):
+            return Comparison("keep_index", None, None, True, f"{note}, their scores {gap:.1e} apart: a tie")
+        note += f", their scores {gap:.1e} apart"
+    return Comparison("keep_index", None, None, False, note)
 
 
 def synthetic_prompt(bundle: Bundle, seed: int = 0) -> tuple[list[int], list[Picture]]:
@@ -130,19 +146,18 @@ def check(
         UserError: the checkpoint cannot be loaded, or is not the bundle's.
     """
     m = bundle.manifest
+    if steps < 0:
+        raise UserError(f"{steps} decode steps cannot be compared: give 0 or more")
+    check_same_model(bundle, checkpoint)
     tokens, pictures = prompt or synthetic_prompt(bundle)
     progress("opening both models")
     conversation = Conversation(OnnxSession(bundle), ratio)
     reference = Reference(checkpoint, m.selection_layer, conversation.ratio, m.selection)
-    if len(reference.decoder.layers) != m.decoder.layers:
-        raise UserError(
-            f"{checkpoint} has {len(reference.decoder.layers)} layers, the bundle {m.decoder.layers}: "
-            "name the checkpoint that was exported"
-        )
     progress("prefill")
     turn = reference.run(tokens, [reference_picture(p, m.preprocessing.merge_size) for p in pictures])
     step = conversation.run(tokens, pictures, keep_index=turn.keep_index.numpy().astype(np.int32))
     comparisons = compare_prefill(step, turn, m.selection_layer)
+    kept = int(np.isin(step.keep_index, step.run.visual_index).sum()) if pictures else 0
     for number in range(steps):
         progress(f"decode step {number + 1} of {steps}")
         teacher = [int(turn.logits.argmax())]
@@ -155,10 +170,29 @@ def check(
         backend="onnxruntime-cpu",
         ratio=conversation.ratio,
         visual_tokens=visual,
-        kept_tokens=visual and conversation.cache.length - steps - (len(tokens) - visual),
+        kept_tokens=kept,
         comparisons=tuple(comparisons),
         versions={name: version(name) for name in ("onnxruntime", "torch", "transformers")},
     )
+
+
+def check_same_model(bundle: Bundle, checkpoint: Path) -> None:
+    """Compare what the checkpoint's JSON files say with the manifest, before anything is loaded.
+
+    Raises:
+        UserError: the checkpoint is damaged, or is another model.
+    """
+    configuration, m = read_configuration(Checkpoint.open(checkpoint)), bundle.manifest
+    for what, found, wanted in (
+        ("family", configuration.family.model_type, m.family),
+        ("decoder", configuration.model.decoder, m.decoder),
+        ("rotary embedding", configuration.model.rotary, m.rotary),
+        ("image token", configuration.tokens.image, m.tokens.image),
+    ):
+        if found != wanted:
+            raise UserError(
+                f"{checkpoint} has another {what} than {bundle.folder}: name the checkpoint that was exported"
+            )
 
 
 def compare_prefill(step: Step, turn: ReferenceTurn, cut: int) -> list[Comparison]:
@@ -175,7 +209,9 @@ def compare_prefill(step: Step, turn: ReferenceTurn, cut: int) -> list[Compariso
     )
     scores = close("token_score", "token_score", [(prefix["token_score"], turn.token_score)])
     found.append(scores)
-    found.append(same_rows(prefix["keep_index"], turn, step.run.visual_index, scores.error or 0.0))
+    wanted = turn.keep_index.numpy()
+    score = turn.token_score.numpy()
+    found.append(same_rows(prefix["keep_index"], wanted, step.run.visual_index, score, scores.error or 0.0))
     compacted = [
         (decoder[f"compact_{kind}.{i}"], (turn.keys if kind == "key" else turn.values)[i])
         for i in range(cut)

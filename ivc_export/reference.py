@@ -61,7 +61,7 @@ class Reference:
             self.model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
             ).eval()
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # transformers and what it calls raise almost anything
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"transformers cannot load {folder} ({reason}): give the checkpoint that was exported"
@@ -75,15 +75,15 @@ class Reference:
     def run(self, tokens: Sequence[int], pictures: Sequence[ReferencePicture] = ()) -> ReferenceTurn:
         """Run `tokens`, image tokens included, over the cache."""
         ids = torch.tensor([list(tokens)])
-        visual = torch.nonzero(ids[0] == self.model.config.image_token_id)[:, 0]
+        is_image = (ids == self.model.config.image_token_id) & bool(pictures)  # else an id like any other
+        visual = torch.nonzero(is_image[0])[:, 0]
         embeds, images = self.decoder.embed_tokens(ids), None
         grids = torch.tensor([picture.grid for picture in pictures]) if pictures else None
         if pictures:
             pixels = torch.cat([picture.pixel_values for picture in pictures])
             images = torch.cat(list(self.model.model.get_image_features(pixels, grids).pooler_output))
             embeds[0, visual] = images
-        kinds = (ids == self.model.config.image_token_id).int()
-        positions, _ = self.model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
+        positions, _ = self.model.model.get_rope_index(ids, mm_token_type_ids=is_image.int(), image_grid_thw=grids)
         positions = positions + self.next_position
         self.next_position = int(positions.max()) + 1
         past = self._past_rows()

@@ -14,8 +14,10 @@ ORDER = [  # from the bottom up; a module imports from its own line or from lowe
     {"layers", "selection"},
     {"families"},
     {"vision", "prefix", "decoder", "bundle"},
-    {"passes"},
-    {"export", "runtime", "reference"},
+    {"passes", "configuration"},
+    {"export"},
+    {"runtime"},
+    {"reference"},
     {"parity", "report"},
     {"cli"},
 ]
@@ -47,6 +49,11 @@ def test_imports_go_one_way() -> None:
                 assert LEVEL[parts[1]] <= LEVEL[own], (
                     f"{path.relative_to(PACKAGE)} imports {module}, which lies above it"
                 )
+
+
+def test_the_reference_shares_no_code_with_what_it_checks() -> None:
+    own = {module for module in imported(PACKAGE / "reference.py") if module.startswith("ivc_export")}
+    assert own == {"ivc_export.contract", "ivc_export.errors"}
 
 
 def test_heavy_packages_are_imported_where_they_belong() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 
 from ivc_export.bundle import Bundle
-from tests.conftest import LOGIT_TOLERANCE, Golden, patch_positions
+from tests.conftest import LOGIT_TOLERANCE, Golden
 
 
 def test_a_moved_bundle_runs_from_its_manifest_alone(golden: Golden, golden_bundle: Bundle, tmp_path: Path) -> None:
@@ -58,7 +58,12 @@ def test_a_moved_bundle_runs_from_its_manifest_alone(golden: Golden, golden_bund
             cache[name] = np.concatenate([cache[name], new], axis=2)
         return decoder["logits"][0, 0], prefix["keep_index"]
 
-    feeds = {"pixel_values": golden.data["pixel_values"][None], "patch_position": patch_positions(golden.picture.grid)}
+    blocks = [int(extent) // 2 for extent in golden.data["image_grid_thw"][0, 1:]]
+    patches = np.mgrid[: 2 * blocks[0], : 2 * blocks[1]].reshape(2, blocks[0], 2, blocks[1], 2).transpose(1, 3, 2, 4, 0)
+    feeds = {
+        "pixel_values": golden.data["pixel_values"][None],
+        "patch_position": patches.reshape(-1, 2).astype(np.int32),
+    }
     image = run("vision", feeds)["image_embeds"][0]
     positions = golden.data["position_ids"]
     logits, keep = turn(golden.data["input_ids"][0], positions, 0, image)

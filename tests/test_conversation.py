@@ -62,6 +62,14 @@ def test_turns_with_pictures_equal_the_reference(
         assert conversation.next_position == reference.next_position
 
 
+def test_exact_and_fixed_caches_give_the_same_logits(golden_session: OnnxSession) -> None:
+    exact, fixed = Conversation(golden_session, 0.5), Conversation(golden_session, 0.5, capacity=512)
+    for tokens, pictures in TURNS:
+        assert np.abs(exact.run(tokens, pictures).logits - fixed.run(tokens, pictures).logits).max() < LOGIT_TOLERANCE
+    for name in ("past_key.0", "past_value.5"):
+        assert np.abs(exact.cache[name] - fixed.cache[name][:, :, : fixed.cache.length]).max() < LOGIT_TOLERANCE
+
+
 def test_compaction_equals_masked_attention(golden: Golden, golden_session: OnnxSession) -> None:
     """One stock forward pass over all turns at once, no cache, a mask by layer: what is pruned is not seen later."""
     conversation = Conversation(golden_session, 0.5)
@@ -120,6 +128,13 @@ def test_a_run_is_planned_as_the_contract_says(golden_session: OnnxSession) -> N
     assert lone.query_index.tolist() == [6]  # nobody behind the picture may vote: the last token does
 
 
+def test_a_drawn_image_token_is_a_row_like_any_other(golden: Golden, golden_session: OnnxSession) -> None:
+    conversation, reference = Conversation(golden_session), oracle(golden, golden_session, 0.5)
+    for tokens in ([1, IMAGE, 2], [IMAGE]):
+        step, turn = conversation.run(tokens), reference.run(tokens)
+        assert np.abs(step.logits - turn.logits.numpy()).max() < LOGIT_TOLERANCE
+
+
 def test_budgets_of_pictures_add_up(golden_session: OnnxSession) -> None:
     grids = [Grid(1, 5), Grid(1, 5)]  # round(2.5) is 2, twice; round(5.0) would be 5
     run = planned(golden_session, [*[IMAGE] * 5, END, *[IMAGE] * 5, END, 1, 2], grids)
@@ -131,7 +146,8 @@ def test_budgets_of_pictures_add_up(golden_session: OnnxSession) -> None:
     [
         ([], [], "the prompt is empty"),
         ([1, 512], [], "beyond the vocabulary of 512"),
-        ([1, IMAGE, 2], [], "holds 1 image tokens and its pictures give 0"),
+        ([1, -2], [], "token id -2"),
+        ([1, IMAGE, 2], [Grid(2, 2)], "holds 1 image tokens and its pictures give 4"),
         ([IMAGE, IMAGE, 1, IMAGE, IMAGE], [Grid(2, 2)], "do not stand together"),
         ([1] * 5000, [], "knows 4,096"),
     ],

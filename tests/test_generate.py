@@ -31,10 +31,10 @@ def test_a_chat_feeds_what_the_template_adds(sample_session: OnnxSession) -> Non
         user_message("And now?", 1),
     ]
     rendered = processor.render(messages).removeprefix(processor.render(messages[:1]) + first)
-    added = [tokens[-1], *processor.encode(rendered, [processor.picture(SHAPES)])]
+    added = processor.encode(rendered, [processor.picture(SHAPES)])
     assert chat.step is not None
     assert chat.step.run.tokens.tolist() == added
-    assert chat.conversation.cache.length == rows + len(added) - 96 + 5
+    assert chat.conversation.cache.length == rows + 1 + len(added) - 96 + 5  # 1: the last id of the first answer
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
 
 
@@ -46,7 +46,7 @@ def test_a_chat_abandoned_mid_answer_goes_on(sample_session: OnnxSession) -> Non
     said = len(chat.tokens)
     assert 0 < said < 6
     assert "".join(chat.ask("Again?"))
-    assert chat.step is not None and chat.step.run.tokens[0] != 507
+    assert len(chat.tokens) == 6
 
 
 def test_the_same_question_has_the_same_answer(sample_session: OnnxSession) -> None:
@@ -63,6 +63,21 @@ def test_stop_tokens_end_an_answer_and_are_not_run(sample_session: OnnxSession) 
     assert conversation.cache.length == 3 + len(stopped) - 1
 
 
+def test_an_answer_ends_at_the_models_last_position(sample_session: OnnxSession) -> None:
+    conversation = Conversation(sample_session)
+    conversation.run([5] * 4093)
+    assert len(list(generate(conversation, [6], sampling=Sampling(max_tokens=50), stop=()))) == 3
+    with pytest.raises(UserError, match="knows 4,096"):
+        conversation.run([7])
+
+
+def test_an_answer_of_image_tokens_does_not_end_the_chat(sample_session: OnnxSession) -> None:
+    chat = Chat(sample_session, sampling=SHORT)
+    assert "".join(chat.ask("Where?", [SHAPES]))
+    chat.tokens[-1] = 503  # as if the model had drawn it last
+    assert "".join(chat.ask("And here?", [SHAPES]))
+
+
 def test_sampling_draws_from_the_nucleus() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     generator = np.random.default_rng(0)
@@ -72,6 +87,7 @@ def test_sampling_draws_from_the_nucleus() -> None:
     draws = [Sampling(temperature=1.0).draw(logits, generator) for _ in range(4000)]
     np.testing.assert_allclose(np.bincount(draws) / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03)
     assert Sampling().draw(logits, generator) == 0
+    assert Sampling(temperature=1e-310).draw(logits, generator) == 0
 
 
 @pytest.mark.parametrize(

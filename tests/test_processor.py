@@ -84,6 +84,65 @@ def test_the_chat_template_renders_as_transformers_does(sample_bundle: Bundle) -
         assert "<|image_pad|><|vision_end|>" in wanted
 
 
+OTHER_TEMPLATE = """\
+{% set seen = namespace(n=0) %}
+{% for message in messages %}
+  {% if loop.first and message['role'] != 'system' %}
+<|im_start|>system
+Be brief.<|im_end|>
+  {% endif %}
+<|im_start|>{{ message['role'] }}
+  {% if message['content'] is string %}
+{{ message['content'] }}<|im_end|>
+  {% else %}
+    {% for part in message['content'] %}
+      {% if part['type'] == 'image' or 'image' in part %}
+        {% set seen.n = seen.n + 1 %}
+{% if number_pictures %}Picture {{ seen.n }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>
+      {% elif 'text' in part %}
+{{ part['text'] }}
+      {% endif %}
+    {% endfor %}
+<|im_end|>
+  {% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}
+{{ bos_token }}{{ {'a': '‹é>'}|tojson }}{{ strftime_now('%Y')|length }}
+"""
+"""The forms that published templates use: counters, contents as strings and lists, unset names, filters."""
+
+
+@pytest.mark.parametrize("config", [None, "{}", '{"bos_token": null}', '{"bos_token": {"content": "<s>"}}'])
+def test_other_templates_render_as_transformers_does(sample_bundle: Bundle, tmp_path: Path, config: str | None) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((sample_bundle.folder / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(OTHER_TEMPLATE, encoding="utf-8")
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(config)
+    tokens = {"bos_token": "<s>"} if config is not None and "<s>" in config else {}
+    official = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_file(f"{tmp_path}/tokenizer.json"), **tokens
+    )
+    turns = [user_message("Where?", 2), {"role": "assistant", "content": "Here."}, user_message("And now?", 1)]
+    wanted = official.apply_chat_template(
+        turns, chat_template=OTHER_TEMPLATE, tokenize=False, add_generation_prompt=True
+    )
+    assert Processor(Bundle(tmp_path, sample_bundle.manifest)).render(turns) == wanted
+
+
+def test_training_settings_of_a_tokenizer_do_not_cut_prompts(sample_bundle: Bundle, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(f"{sample_bundle.folder}/tokenizer.json")
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("x")
+    prompt = "Where is the small red ring?"
+    wanted = Processor(sample_bundle).encode(prompt)
+    assert Processor(Bundle(tmp_path, sample_bundle.manifest)).encode(prompt) == wanted
+    assert len(wanted) > 4
+
+
 def test_image_tokens_repeat_once_for_each_visual_token(sample_bundle: Bundle) -> None:
     processor = Processor(sample_bundle)
     pictures = [processor.picture(SHAPES), processor.picture(noise((56, 84)))]
@@ -126,8 +185,15 @@ def test_damaged_processor_files_say_so(sample_bundle: Bundle, golden_bundle: Bu
     with pytest.raises(UserError, match=r"tokenizer.json cannot be read"):
         Processor(Bundle(tmp_path, sample_bundle.manifest))
     (tmp_path / "tokenizer.json").write_bytes((sample_bundle.folder / "tokenizer.json").read_bytes())
-    with pytest.raises(UserError, match=r"chat_template.jinja of the bundle is damaged"):
+    with pytest.raises(UserError, match=r"chat_template.jinja or tokenizer_config.json of .* is damaged"):
         Processor(Bundle(tmp_path, sample_bundle.manifest))
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no systems') }}")
     with pytest.raises(UserError, match="refuses the conversation: no systems"):
         Processor(Bundle(tmp_path, sample_bundle.manifest)).render([])
+    (tmp_path / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    with pytest.raises(UserError, match="cannot render the conversation"):
+        Processor(Bundle(tmp_path, sample_bundle.manifest)).render([])
+    for content in ("[]", "{"):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(UserError, match="is damaged"):
+            Processor(Bundle(tmp_path, sample_bundle.manifest))

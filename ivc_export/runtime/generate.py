@@ -45,7 +45,8 @@ class Sampling:
         """A token id. logits: [vocab]."""
         if self.temperature == 0:
             return int(logits.argmax())
-        scaled = (logits.astype(np.float64) - logits.max()) / self.temperature
+        with np.errstate(over="ignore"):  # at a tiny temperature all but the best are at -inf
+            scaled = (logits.astype(np.float64) - logits.max()) / self.temperature
         probability = np.exp(scaled) / np.exp(scaled).sum()
         order = np.argsort(-probability, kind="stable")
         mass = np.cumsum(probability[order])
@@ -73,13 +74,14 @@ def generate(
 def continue_from(
     conversation: Conversation, step: Step, sampling: Sampling = GREEDY, stop: Sequence[int] | None = None
 ) -> Iterator[int]:
-    """Yield the ids that follow `step`, the conversation's last run; as `generate`."""
-    stop = conversation.session.bundle.manifest.tokens.stop if stop is None else stop
+    """Yield the ids that follow `step`, the conversation's last run, up to the model's last position; as `generate`."""
+    manifest = conversation.session.bundle.manifest
+    stop = manifest.tokens.stop if stop is None else stop
     generator = np.random.default_rng(sampling.seed)
     for left in reversed(range(sampling.max_tokens)):
         token = sampling.draw(step.logits, generator)
         yield token
-        if token in stop or not left:
+        if token in stop or not left or conversation.next_position >= manifest.decoder.max_positions:
             return
         step = conversation.run([token])
 
@@ -117,18 +119,20 @@ class Chat:
         """
         if not text.strip():
             raise UserError("the prompt is empty: give some text")
-        pictures = [self.processor.picture(image) for image in images]
+        timings = self.conversation.timings
+        with timings.stage("pictures"):
+            pictures = [self.processor.picture(image) for image in images]
         messages = [*self.messages, user_message(text, len(images))]
-        rendered = self.processor.render(messages)
-        if not rendered.startswith(self._told):
-            raise UserError(
-                "the chat template rewrites earlier turns, which a compacted cache cannot: start a new chat"
-            )
-        addition = self.processor.encode(rendered.removeprefix(self._told), pictures)
+        with timings.stage("tokens"):
+            rendered = self.processor.render(messages)
+            if not rendered.startswith(self._told):
+                raise UserError("the chat template rewrites earlier turns, which a cache cannot: start a new chat")
+            addition = self.processor.encode(rendered.removeprefix(self._told), pictures)
         # The last id drawn is not in the cache. A stop token is in the template's addition; any other is not.
-        unseen = [t for t in self.tokens[-1:] if t not in self.conversation.session.bundle.manifest.tokens.stop]
-        self.step = self.conversation.run([*unseen, *addition], pictures)
+        if self.tokens and self.finish == "length":
+            self.conversation.run(self.tokens[-1:])
         self.tokens = []
+        self.step = self.conversation.run(addition, pictures)
         try:
             drawn = continue_from(self.conversation, self.step, self.sampling)
             yield from self.processor.stream(self._record(drawn))

@@ -49,12 +49,14 @@ def plan_run(manifest: Manifest, tokens: Ints, grids: Sequence[Grid], start: int
     """
     if len(tokens) == 0:
         raise UserError("the prompt is empty: give some text")
-    if tokens.min() < 0 or tokens.max() >= manifest.decoder.vocab_size:
+    unknown = tokens[(tokens < 0) | (tokens >= manifest.decoder.vocab_size)]
+    if len(unknown):
         raise UserError(
-            f"token id {tokens.max()} is beyond the vocabulary of {manifest.decoder.vocab_size}: "
+            f"token id {unknown[0]} is beyond the vocabulary of {manifest.decoder.vocab_size}: "
             "the tokenizer belongs to another model"
         )
-    visual = np.flatnonzero(tokens == manifest.tokens.image).astype(np.int32)
+    # without a picture an image token is a row like any other: a model may draw one
+    visual = np.flatnonzero((tokens == manifest.tokens.image) & bool(grids)).astype(np.int32)
     if len(visual) != sum(grid.visual for grid in grids):
         raise UserError(
             f"the prompt holds {len(visual)} image tokens and its pictures give {sum(grid.visual for grid in grids)}: "

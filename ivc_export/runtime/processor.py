@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,13 @@ class Processor:
             self.tokenizer = Tokenizer.from_file(str(bundle.folder / TOKENIZER))
         except Exception as error:  # tokenizers raises plain Exception
             raise UserError(f"{bundle.folder / TOKENIZER} cannot be read ({error}): export the model again") from error
-        self.template = self._template((bundle.folder / CHAT_TEMPLATE).read_text(encoding="utf-8"))
+        self.tokenizer.no_truncation()  # settings of some training run
+        self.tokenizer.no_padding()
+        self.template = self._template()
 
-    def _template(self, source: str) -> jinja2.Template:
+    def _template(self) -> jinja2.Template:
+        """The chat template, in an environment like transformers'."""
+
         def raise_exception(message: str) -> None:
             raise UserError(f"the chat template refuses the conversation: {message}")
 
@@ -52,15 +58,21 @@ class Processor:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = raise_exception
-        path = self.bundle.folder / "tokenizer_config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            token = config.get(name)
-            environment.globals[name] = token.get("content") if isinstance(token, dict) else token
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         try:
-            return environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise UserError(f"{CHAT_TEMPLATE} of the bundle is damaged ({error}): export the model again") from error
+            path = self.bundle.folder / "tokenizer_config.json"
+            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+                token = config.get(name)
+                if token is not None:
+                    environment.globals[name] = token["content"] if isinstance(token, dict) else token
+            return environment.from_string((self.bundle.folder / CHAT_TEMPLATE).read_text(encoding="utf-8"))
+        except (jinja2.TemplateError, ValueError, AttributeError, KeyError) as error:
+            raise UserError(
+                f"{CHAT_TEMPLATE} or tokenizer_config.json of {self.bundle.folder} is damaged ({error}): "
+                "export the model again"
+            ) from error
 
     def picture(self, image: Path | PIL.Image.Image) -> Picture:
         """A picture file, or an opened picture, ready for the vision graph; larger ones are scaled to `max_visual`.
@@ -81,13 +93,18 @@ class Processor:
         """The text of a conversation up to where the assistant speaks."""
         try:
             return self.template.render(messages=messages, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
+        except UserError:
+            raise
+        except Exception as error:  # a template is a program
             raise UserError(f"the chat template cannot render the conversation ({error})") from error
 
     def encode(self, text: str, pictures: Sequence[Picture] = ()) -> list[int]:
         """Token ids of `text`, its i-th image token repeated once for each visual token of picture i."""
         image = self.bundle.manifest.tokens.image
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError as error:  # lone surrogates, from bytes that were no text
+            raise UserError("the prompt is not UTF-8 text: write it in UTF-8") from error
         if ids.count(image) != len(pictures):
             raise UserError(
                 f"the prompt holds {ids.count(image)} image tokens and there are {len(pictures)} pictures: "
@@ -119,9 +136,11 @@ def open_picture(image: Path | PIL.Image.Image) -> PIL.Image.Image:
     if isinstance(image, Path) and not image.is_file():
         raise UserError(f"there is no picture at {image}: check the path")
     try:
-        with PIL.Image.open(image) if isinstance(image, Path) else nullcontext(image) as opened:
-            return PIL.ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # beyond twice the limit it refuses
+            with PIL.Image.open(image) if isinstance(image, Path) else nullcontext(image) as opened:
+                return PIL.ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception as error:  # damaged files make Pillow's readers raise almost anything
         raise UserError(f"{image} cannot be read as a picture ({error}): give a PNG or JPEG file") from error
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
+from rich.filesize import decimal
 
 from ivc_export.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, GraphName
@@ -44,18 +45,28 @@ class OnnxSession:
         options.log_severity_level = 3  # errors only
         options.intra_op_num_threads = threads or 0
         source: str | bytes = str(path)
-        if self.bundle.manifest.dtype != "float32":
-            source = ir.to_proto(WidenFloatsPass()(ir.load(path)).model).SerializeToString()
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
+            if self.bundle.manifest.dtype != "float32":
+                source = ir.to_proto(WidenFloatsPass()(ir.load(path)).model).SerializeToString()
+                options.add_session_config_entry(
+                    "session.model_external_initializers_file_folder_path", str(path.parent)
+                )
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions share no public base class
+        except Exception as error:  # neither onnxruntime's exceptions nor protobuf's share a public base class
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} does not open in onnxruntime ({reason}): export the model again") from error
 
     def run(self, name: GraphName, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
-        """Run graph `name` on arrays in host memory."""
-        outputs = self._sessions[name].run(None, dict(feeds))
+        """Run graph `name` on arrays in host memory.
+
+        Raises:
+            UserError: onnxruntime cannot, most often for lack of memory.
+        """
+        try:
+            outputs = self._sessions[name].run(None, dict(feeds))
+        except Exception as error:  # as above
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{name} cannot run ({reason}): if memory is short, use a smaller picture") from error
         return dict(zip(self._outputs[name], outputs, strict=True))
 
 
@@ -63,7 +74,5 @@ def widening_note(bundle: Bundle) -> str | None:
     """What opening an OnnxSession will cost beyond the weights' own size, or None if nothing."""
     if bundle.manifest.dtype == "float32":
         return None
-    size = 2 * sum(file.size for file in bundle.manifest.weights) / 2**30
-    return (
-        f"onnxruntime's CPU provider computes in float32: {bundle.manifest.dtype} weights widen to about {size:.1f} GiB"
-    )
+    size = decimal(2 * sum(file.size for file in bundle.manifest.weights))
+    return f"onnxruntime's CPU provider computes in float32: {bundle.manifest.dtype} weights widen to about {size}"

@@ -1,4 +1,4 @@
-"""Time SelectTokens' body on onnxruntime's CPU provider, and the same in NumPy.
+"""Time SelectTokens' body on onnxruntime's CPU provider, the same in NumPy, and the host's ranking of IVC tokens.
 
     python -m benchmarks.select_tokens
 
@@ -18,9 +18,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from tests.test_selection import Case, body_model
+from ivc_export.contract import RotarySizes
+from ivc_export.families import Grid
+from ivc_export.families.qwen2_vl import positions
+from ivc_export.selection import ivc_priority
+from tests.test_selection import RULE, Case, body_model
 
 RESULT = Path(__file__).parent / "results" / "select_tokens-cpu.json"
+ROTARY = RotarySizes(theta=1e6, sections=(16, 24, 24))
 HEADS, SIZE, TEXT, REPEATS = 2, 128, 40, 9  # Qwen2-VL-2B's value vectors
 
 
@@ -48,14 +53,16 @@ def main() -> None:
     """Measure and write."""
     session = onnxruntime.InferenceSession(body_model().SerializeToString())
     rows = []
-    for visual in (1, 256, 1024, 4096):
+    for visual in (1, 256, 1024, 1280, 4096):
         one = case(visual)
+        picture, _ = positions([Grid(max(1, visual // 32), min(visual, 32))], 15)
         feeds = one.feeds
         rows.append(
             {
                 "visual_tokens": visual,
                 "onnxruntime_ms": median(lambda feeds=feeds: session.run(None, feeds)),  # type: ignore[misc]
                 "numpy_ms": median(one.in_numpy),
+                "ivc_priority_ms": median(lambda picture=picture: ivc_priority(picture, ROTARY, SIZE, RULE)),  # type: ignore[misc]
             }
         )
         print(rows[-1])

@@ -79,9 +79,13 @@ def ivc_priority(positions: Ints, rotary: contract.RotarySizes, head_dim: int, r
     Source: arXiv 2602.03060, section 3.2.
     """
     frequencies = rotary.theta ** (-2.0 * np.arange(head_dim // 2) / head_dim)
-    angles = positions[:, :, None].astype(np.float64) * frequencies
+    values, inverse = np.unique(positions, return_inverse=True)  # a picture has few: its rows and columns
+    angles = values[:, None] * frequencies
     count = round(rule.ivc_fraction * positions.shape[1])
-    best = [descending(np.round(part.mean(axis=(0, 2)), 9))[:count] for part in (np.cos(angles), np.sin(angles))]
+    best = []
+    for part in (np.cos(angles), np.sin(angles)):
+        mean = part.mean(axis=1)[inverse].reshape(positions.shape).mean(axis=0)
+        best.append(descending(np.round(mean, 9))[:count])
     order = list(dict.fromkeys(int(token) for pair in zip(*best, strict=True) for token in pair))
     priority = np.zeros(positions.shape[1], np.float32)
     priority[order] = IVC_PRIORITY - np.arange(len(order))

@@ -222,9 +222,10 @@ def test_ivc_tokens_tie_across_the_diagonal_and_rank_by_index() -> None:
     assert priority[ranked[-1]] >= 2
     assert ranked[0] == 0  # the first token of a picture is not rotated at all
     rank = {int(token): i for i, token in enumerate(ranked)}
-    assert any(
-        12 * c + r in rank and rank[12 * r + c] < rank[12 * c + r] for r, c in [divmod(t, 12) for t in rank] if r < c
-    )
+    mirrored = [(t, 12 * (t % 12) + t // 12) for t in rank if t // 12 < t % 12]
+    both = [(token, mirror) for token, mirror in mirrored if mirror in rank]
+    assert len(both) > 3
+    assert all(rank[token] < rank[mirror] for token, mirror in both)
 
 
 def test_the_reference_picks_the_same_ivc_tokens() -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import numpy as np
+import PIL.Image
 
-from ivc_export.report.overlay import COLOURS, count_kinds, kinds, overlay
+from ivc_export.families import Grid
+from ivc_export.report.overlay import COLOURS, count_kinds, kinds, overlay, panel
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.processor import Processor, open_picture, user_message
 from ivc_export.runtime.session import OnnxSession
@@ -31,3 +33,8 @@ def test_every_token_is_drawn_as_what_it_is(sample_session: OnnxSession) -> None
     assert sum(count_kinds(step).values()) == 192
     assert count_kinds(step)["pruned"] == 96
     assert {found[i] for i in step.prefix["seed_index"]} == {"seed"}
+
+
+def test_an_elongated_picture_is_drawn_at_a_sane_size() -> None:
+    drawn = panel(PIL.Image.new("RGB", (5600, 28)), Grid(1, 200), ["ivc"] * 200)
+    assert drawn.size == (1600, 8)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ivc_export.cli import check, export, run
+from ivc_export import cli
 from samples.make_sample import make_checkpoint
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"ivc-export": export.main, "ivc-run": run.main, "ivc-check": check.main}
+COMMANDS = {"ivc-export": cli.ivc_export, "ivc-run": cli.ivc_run, "ivc-check": cli.ivc_check}
 
 
 def blocks(language: str) -> list[str]:

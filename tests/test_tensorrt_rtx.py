@@ -7,12 +7,11 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+import tensorrt_rtx as trt
 
 from ivc_export.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, GraphName
 from ivc_export.passes import lower
-
-trt = pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13")
 
 Extents = dict[str, tuple[int, int, int]]
 PREFILL: Extents = {  # minimum, optimum, maximum of each symbolic axis

@@ -1,26 +1,61 @@
-"""The commands, one file each."""
+"""The commands, one file each. Their modules are imported late, so that Ctrl-C is met while they load."""
 
 from __future__ import annotations
 
+import importlib
+import io
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 
 from ivc_export.errors import UserError
 
 
-def run_command(command: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None) -> int:
-    """Run a command: a UserError becomes its sentence on standard error and exit code 2, Ctrl-C exit code 130."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+def make_console(stderr: bool = True) -> Console:
+    """A console that prints text as it is: no wrapping, no colours of its own, no emoji out of a path."""
+    return Console(stderr=stderr, soft_wrap=True, highlight=False, emoji=False)
+
+
+def run_command(name: str, arguments: Sequence[str] | None) -> int:
+    """Run `command` of ivc_export.cli.`name` and return its exit code.
+
+    What the user can mend becomes one sentence on standard error and exit code 2, Ctrl-C exit code 130.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     try:
-        return command(arguments)
+        code: int = importlib.import_module(f"ivc_export.cli.{name}").command(arguments)
+        sys.stdout.flush()
+        return code
     except UserError as error:
-        console.print(f"error: {error}", markup=False, style="red")
+        make_console().print(f"error: {error}", markup=False, style="red")
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush into
+        return 141
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sentence = f"error: {where}{error.strerror or error}: check the path, its permissions and the free space"
+        make_console().print(sentence, markup=False, style="red")
         return 2
     except KeyboardInterrupt:
-        console.print("interrupted", markup=False)
+        make_console().print("interrupted")
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 141
+
+
+def ivc_export(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ivc-export."""
+    return run_command("export", arguments)
+
+
+def ivc_run(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ivc-run."""
+    return run_command("run", arguments)
+
+
+def ivc_check(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ivc-check."""
+    return run_command("check", arguments)

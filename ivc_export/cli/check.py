@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from ivc_export import __version__
 from ivc_export.bundle import Bundle
-from ivc_export.cli import run_command
+from ivc_export.cli import make_console
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
 from ivc_export.runtime.processor import Processor, user_message
@@ -41,22 +40,19 @@ def command(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"ivc-check needs {' and '.join(missing)}: pip install 'ivc-export[check]'")
+        raise UserError(f"ivc-check needs {' and '.join(missing)}: install ivc-export[check], its extra with both")
     from ivc_export.parity import check
 
     bundle = Bundle.load(options.bundle)
     prompt = own_prompt(bundle, options.prompt, options.image)
-    console = Console(highlight=False)
-    with Console(stderr=True).status("checking") as status:
+    console = make_console(stderr=False)
+    with make_console().status("checking") as status:
         report = check(bundle, options.against, prompt, options.ratio, options.steps, status.update)
     console.print(table(report))
     path = bundle.folder / "report" / "parity.json"
-    try:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): make the bundle writable") from error
-    console.print(f"{'passed' if report.passed else 'FAILED'}; the report is {path}", soft_wrap=True)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    console.print(f"{'passed' if report.passed else 'FAILED'}; the report is {path}", markup=False)
     return 0 if report.passed else 1
 
 
@@ -86,8 +82,3 @@ def table(report: ParityReport) -> Table:
         verdict = "[green]ok[/]" if c.passed else "[red]FAILED[/]"
         found.add_row(c.name, error, tolerance, f"{verdict} {c.note}".strip())
     return found
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    return run_command(command, arguments)

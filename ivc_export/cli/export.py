@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ivc_export import __version__
-from ivc_export.bundle import Bundle
-from ivc_export.cli import run_command
+from ivc_export.bundle import PREPROCESSOR, Bundle
+from ivc_export.cli import make_console
 from ivc_export.contract import Manifest
 from ivc_export.export import export
 from ivc_export.recipe import ExportRecipe
@@ -35,7 +37,7 @@ def command(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     output = options.output or Path(f"{options.model.resolve().name}-ivc")
     recipe = ExportRecipe(options.model, output, options.ratio, options.layer, options.max_visual, options.force)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = make_console()
     columns = (
         TextColumn("{task.description:8}"),
         BarColumn(),
@@ -58,8 +60,8 @@ def command(arguments: Sequence[str] | None) -> int:
 def describe(bundle: Bundle, console: Console) -> None:
     """What was written, and what the user should know about it."""
     m = bundle.manifest
-    size = sum(file.size for file in m.weights) / 2**20
-    console.print(f"[bold]{bundle.folder}[/]: {m.family}, {m.dtype}, {size:,.1f} MiB of weights")
+    size = decimal(sum(file.size for file in m.weights))
+    console.print(f"[bold]{escape(str(bundle.folder))}[/]: {m.family}, {m.dtype}, {size} of weights")
     console.print(
         f"layers below {m.selection_layer} of {m.decoder.layers} see every token, the others and every layer's cache "
         f"{m.default_ratio:.0%} of the visual ones: at most {saved_prefill(m):.0%} of the decoder's prefill is saved, "
@@ -73,6 +75,10 @@ def describe(bundle: Bundle, console: Console) -> None:
             f"[yellow]the checkpoint has no {' and no '.join(missing)}[/]: ivc-run will not work; the graphs and "
             "ivc-check do"
         )
+    if not (bundle.folder / PREPROCESSOR).is_file():
+        console.print(
+            f"[yellow]the checkpoint has no {PREPROCESSOR}[/]: pictures are scaled by the family's own settings"
+        )
     if not m.tokens.stop:
         console.print("[yellow]the checkpoint names no end-of-sequence token[/]: answers end at the token limit")
 
@@ -80,8 +86,3 @@ def describe(bundle: Bundle, console: Console) -> None:
 def saved_prefill(m: Manifest) -> float:
     """The part of the decoder's prefill that pruning saves at most, where nearly all tokens are visual."""
     return (1 - m.default_ratio) * (m.decoder.layers - m.selection_layer) / m.decoder.layers
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    return run_command(command, arguments)

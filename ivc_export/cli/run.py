@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ivc_export import __version__
 from ivc_export.bundle import Bundle
-from ivc_export.cli import run_command
+from ivc_export.cli import make_console
 from ivc_export.errors import UserError
 from ivc_export.report.overlay import count_kinds, overlay
 from ivc_export.runtime.generate import Chat, Sampling
@@ -46,21 +46,37 @@ def command(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     if options.prompt is None and not options.chat:
         raise UserError("there is no question: give one with --prompt, or chat with --chat")
-    if options.show and not options.show.absolute().parent.is_dir():
-        raise UserError(f"the folder of {options.show} does not exist: make it, or write the picture elsewhere")
+    if options.show:
+        check_show(options.show, bool(options.image) or options.chat)
     bundle = Bundle.load(options.bundle)
-    console = Console(stderr=True, highlight=False)
+    console = make_console()
     note = widening_note(bundle)
     if note:
         console.print(note, markup=False)
     sampling = Sampling(options.temperature, options.top_p, options.seed, options.max_tokens)
     with console.status("opening the graphs"):
         chat = Chat(OnnxSession(bundle), options.ratio, sampling=sampling)
+    for image in options.image:
+        open_picture(image)
     if options.prompt is not None:
         answer(chat, options.prompt, options.image, options)
     if options.chat:
         go_on(chat, [] if options.prompt is not None else options.image, options, console)
     return 0
+
+
+def check_show(path: Path, pictures: bool) -> None:
+    """Refuse, before any work, a --show that cannot be written.
+
+    Raises:
+        UserError: there will be no picture to draw on, or no such folder or format.
+    """
+    if not pictures:
+        raise UserError("there is no picture for --show to draw on: give one with --image")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"the folder of {path} does not exist: make it, or write the picture elsewhere")
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"{path} does not end in .png, .jpg or .webp: give it one of these endings")
 
 
 def go_on(chat: Chat, images: list[Path], options: argparse.Namespace, console: Console) -> None:
@@ -74,10 +90,13 @@ def go_on(chat: Chat, images: list[Path], options: argparse.Namespace, console: 
         if not line or line.strip() == "/quit":
             return
         try:
-            if line.startswith("/image "):
-                path = Path(line.removeprefix("/image ").strip())
-                chat.processor.picture(path)
+            command, _, rest = line.strip().partition(" ")
+            if command == "/image":
+                path = Path(rest.strip())
+                open_picture(path)
                 images = [*images, path]
+            elif command.startswith("/"):
+                raise UserError(f"there is no {command}: {CHAT_HELP}")
             elif line.strip():
                 answer(chat, line.strip(), images, options)
                 images = []
@@ -97,7 +116,7 @@ def answer(chat: Chat, prompt: str, images: Sequence[Path], options: argparse.Na
             print(piece, end="", flush=True)
     print(json.dumps(record(chat, "".join(pieces))) if options.json else "", flush=True)
     if options.show and images and chat.step is not None:
-        save_overlay(chat, images, options.show)
+        overlay([open_picture(image) for image in images], chat.step).save(options.show)
 
 
 def record(chat: Chat, text: str) -> dict[str, Any]:
@@ -119,21 +138,3 @@ def record(chat: Chat, text: str) -> dict[str, Any]:
         "milliseconds": {stage: round(1000 * value, 3) for stage, value in seconds.items()}
         | {"decode_per_token": round(1000 * decode / steps, 3)},
     }
-
-
-def save_overlay(chat: Chat, images: Sequence[Path], path: Path) -> None:
-    """Write the picture of kept tokens.
-
-    Raises:
-        UserError: it cannot be written there.
-    """
-    assert chat.step is not None
-    try:
-        overlay([open_picture(image) for image in images], chat.step).save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be written ({error}): give a .png file in a folder of yours") from error
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    return run_command(command, arguments)

@@ -14,7 +14,7 @@ from ivc_export.runtime.conversation import Step
 
 COLOURS = {"seed": (230, 57, 70), "ivc": (29, 132, 255), "foreground": (46, 174, 92), "pruned": (120, 120, 120)}
 LABELS = {"seed": "seeds", "ivc": "IVC tokens", "foreground": "foreground", "pruned": "pruned"}
-SHORT_SIDE = 560
+SHORT_SIDE, LONG_SIDE = 560, 1680
 LEGEND = 34
 
 
@@ -53,7 +53,7 @@ def overlay(images: Sequence[PIL.Image.Image], step: Step) -> PIL.Image.Image:
 
 def panel(image: PIL.Image.Image, grid: Grid, found: Sequence[str]) -> PIL.Image.Image:
     """One picture at a whole number of pixels a token."""
-    cell = max(8, round(SHORT_SIDE / min(grid)))
+    cell = max(4, round(min(SHORT_SIDE / min(grid), LONG_SIDE / max(grid))))
     drawn = image.resize((grid.columns * cell, grid.rows * cell), PIL.Image.Resampling.BICUBIC)
     draw = PIL.ImageDraw.Draw(drawn, "RGBA")
     for token, kind in enumerate(found):

@@ -15,7 +15,6 @@ from ivc_export.weights import Weights
 FLOAT = ir.DataType.FLOAT
 INT32 = ir.DataType.INT32
 INT64 = ir.DataType.INT64
-BOOL = ir.DataType.BOOL
 
 
 class Graph:
@@ -32,7 +31,8 @@ class Graph:
         self.inputs = {t.name: ir.val(t.name, dtype=contract.data_type(t.dtype), shape=t.shape) for t in info.inputs}
         self._outputs: dict[str, ir.Value] = {}
         self._tape = ir.tape.Tape()
-        self._initializers: dict[str, ir.Value] = {}
+        self._weights: dict[str, ir.Value] = {}
+        self._constants: dict[tuple[ir.DataType, tuple[int, ...], bytes], ir.Value] = {}
         self._scope: list[str] = []
         self._counts: dict[str, int] = {}
 
@@ -51,13 +51,16 @@ class Graph:
         self, outputs: int, op_type: str, *inputs: ir.Value, domain: str = "", **attributes: Any
     ) -> Sequence[ir.Value]:
         """Add a node with several outputs, and return them."""
-        stem = "/".join([*self._scope, op_type])
-        number = self._counts[stem] = self._counts.get(stem, -1) + 1
-        name = f"{stem}_{number}" if number else stem
+        name = self._unique("/".join([*self._scope, op_type]))
         values = self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=outputs, domain=domain, name=name)
         for i, value in enumerate(values):
             value.name = f"{name}:{i}" if outputs > 1 else name
         return values
+
+    def _unique(self, stem: str) -> str:
+        """`stem`, or with a number where it has been given before."""
+        number = self._counts[stem] = self._counts.get(stem, -1) + 1
+        return f"{stem}_{number}" if number else stem
 
     def output(self, name: str, value: ir.Value) -> None:
         """Make `value` the graph's output `name`."""
@@ -68,19 +71,13 @@ class Graph:
     def constant(self, value: Any, dtype: ir.DataType) -> ir.Value:
         """A small constant, stored in the graph, once for equal values."""
         array = np.asarray(value, dtype.numpy())
-        text = ",".join(f"{x:.9g}" if dtype.is_floating_point() else str(x) for x in array.ravel()[:4].tolist())
-        stem = f"{dtype.name.lower()}[{'x'.join(map(str, array.shape))}]({text}{',...' if array.size > 4 else ''})"
-        for number in range(len(self._initializers) + 1):
-            name = f"{stem}_{number}" if number else stem
-            known = self._initializers.get(name)
-            if known is None:
-                tensor = ir.Tensor(array, dtype=dtype, name=name)
-                self._initializers[name] = ir.val(name, const_value=tensor)
-                return self._initializers[name]
-            assert known.const_value is not None
-            if np.array_equal(known.const_value.numpy(), array):
-                return known
-        raise AssertionError("unreachable: there are more names than constants")
+        key = (dtype, array.shape, array.tobytes())
+        if key not in self._constants:
+            text = ",".join(f"{x:.9g}" if dtype.is_floating_point() else str(x) for x in array.ravel()[:4].tolist())
+            stem = f"{dtype.name.lower()}[{'x'.join(map(str, array.shape))}]({text}{',...' if array.size > 4 else ''})"
+            name = self._unique(stem)
+            self._constants[key] = ir.val(name, const_value=ir.Tensor(array, dtype=dtype, name=name))
+        return self._constants[key]
 
     def scalar(self, value: float) -> ir.Value:
         """A constant without axes, stored in float32 and cast, so that a graph cast to another dtype has it exactly."""
@@ -92,10 +89,9 @@ class Graph:
 
     def weight(self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None) -> ir.Value:
         """A tensor of the checkpoint, left where it lies; `stored_shape` if it is stored with other axes."""
-        if name not in self._initializers:
-            tensor = self.weights.external(name, shape, stored_shape)
-            self._initializers[name] = ir.val(name, const_value=tensor)
-        return self._initializers[name]
+        if name not in self._weights:
+            self._weights[name] = ir.val(name, const_value=self.weights.external(name, shape, stored_shape))
+        return self._weights[name]
 
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
         """Cast `x` to `dtype`."""
@@ -127,7 +123,7 @@ class Graph:
             list(self.inputs.values()),
             [self._outputs[t.name] for t in self.info.outputs],
             nodes=self._tape.nodes,
-            initializers=list(self._initializers.values()),
+            initializers=[*self._weights.values(), *self._constants.values()],
             opset_imports={"": contract.OPSET} | ({contract.IVC_DOMAIN: contract.IVC_VERSION} if functions else {}),
             name=name,
         )

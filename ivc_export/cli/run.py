@@ -16,6 +16,7 @@ from ivc_export.bundle import Bundle
 from ivc_export.cli import make_console
 from ivc_export.errors import UserError
 from ivc_export.report.overlay import count_kinds, overlay
+from ivc_export.runtime.conversation import Timings
 from ivc_export.runtime.generate import Chat, Sampling
 from ivc_export.runtime.processor import open_picture
 from ivc_export.runtime.session import OnnxSession, widening_note
@@ -108,7 +109,7 @@ def go_on(chat: Chat, images: list[Path], options: argparse.Namespace, console: 
 
 def answer(chat: Chat, prompt: str, images: Sequence[Path], options: argparse.Namespace) -> None:
     """Ask, print the answer as it comes, and draw the picture if asked to."""
-    chat.conversation.timings.seconds.clear()
+    chat.conversation.timings = Timings()
     pieces = []
     for piece in chat.ask(prompt, images):
         pieces.append(piece)
@@ -122,9 +123,8 @@ def answer(chat: Chat, prompt: str, images: Sequence[Path], options: argparse.Na
 def record(chat: Chat, text: str) -> dict[str, Any]:
     """What --json prints."""
     assert chat.step is not None
-    seconds = chat.conversation.timings.seconds
-    steps = max(len(chat.tokens) - 1, 1)
-    decode = sum(seconds.get(f"decode.{part}", 0.0) for part in ("prefix", "decoder"))
+    seconds, runs = chat.conversation.timings.seconds, chat.conversation.timings.runs
+    decode = sum(seconds.get(f"decode.{part}", 0.0) for part in ("prefix", "decoder")) / runs.get("decode.decoder", 1)
     counts = count_kinds(chat.step)
     total = sum(counts.values())
     return {
@@ -136,5 +136,5 @@ def record(chat: Chat, text: str) -> dict[str, Any]:
         "prompt_tokens": chat.step.run.rows,
         "cache": {"rows": chat.conversation.cache.length, "bytes": chat.conversation.cache.bytes_used},
         "milliseconds": {stage: round(1000 * value, 3) for stage, value in seconds.items()}
-        | {"decode_per_token": round(1000 * decode / steps, 3)},
+        | {"decode_per_token": round(1000 * decode, 3)},
     }

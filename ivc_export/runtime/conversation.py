@@ -41,9 +41,10 @@ class Step:
 
 @dataclass
 class Timings:
-    """Seconds by stage, summed over runs."""
+    """Seconds by stage, summed over its runs, and how many these were."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    runs: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -51,6 +52,7 @@ class Timings:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.runs[name] = self.runs.get(name, 0) + 1
 
 
 class Conversation:

@@ -51,10 +51,10 @@ def read_index(file: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{file} is missing: download the whole checkpoint")
     try:
         with safe_open(file, framework="numpy"):  # checks lengths, overlaps and the end of the file
-            header = json.loads(header_bytes(file))
+            stored = header_bytes(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read ({error}): download it again, or check the disk") from error
-    start = 8 + len(header_bytes(file))
+    header, start = json.loads(stored), 8 + len(stored)
     header.pop("__metadata__", None)
     return {
         name: StoredTensor(

@@ -112,6 +112,16 @@ class Preprocessing(Frozen):
     std: tuple[float, float, float]
     resample: Literal["bicubic"] = "bicubic"
 
+    @property
+    def patch_dim(self) -> int:
+        """Values of one patch: channels x frames x height x width."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def token_side(self) -> int:
+        """Pixels along one side of a visual token."""
+        return self.patch_size * self.merge_size
+
 
 class SpecialTokens(Frozen):
     """Token ids that a runtime must know."""
@@ -306,7 +316,7 @@ def graph_info(
         "head_dim": decoder.head_dim,
         "vocab": decoder.vocab_size,
         "axes": len(rotary.sections),
-        "patch_dim": 3 * preprocessing.temporal_patch_size * preprocessing.patch_size**2,
+        "patch_dim": preprocessing.patch_dim,
     }
 
     def infos(specs: tuple[TensorSpec, ...]) -> tuple[TensorInfo, ...]:

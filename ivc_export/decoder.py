@@ -23,11 +23,7 @@ def decoder_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Mo
             for kind in ("key", "value"):
                 g.output(f"compact_{kind}.{i}", compact_gather(g, g.inputs[f"new_{kind}.{i}"], keep, axis=2))
     stack = DecoderStack(g, sizes, model.rotary, positions, g.inputs[f"past_key.{selection_layer}"])
-    x = g.reshape(hidden, -1, sizes.hidden_size)
-    for i in range(selection_layer, sizes.layers):
-        x, key, value = stack.layer(i, x)
-        g.output(f"new_key.{i}", key)
-        g.output(f"new_value.{i}", value)
+    x, _ = stack.layers(range(selection_layer, sizes.layers), hidden)
     with g.scope("lm_head"):
         rows = g.op("Gather", x, g.inputs["logit_index"], axis=0)
         normed = rms_norm(g, rows, "model.norm", sizes.hidden_size, sizes.rms_norm_epsilon)

@@ -54,8 +54,8 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
         copy_processor_files(checkpoint, configuration, folder)
         manifest = make_manifest(recipe, configuration, layer, calibrated, files)
         (folder / contract.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        Bundle.load(folder)
-    return Bundle.load(recipe.output)
+        manifest = Bundle.load(folder).manifest  # as it will be read
+    return Bundle(recipe.output, manifest)
 
 
 def selection_layer(recipe: ExportRecipe, configuration: Configuration) -> tuple[int, bool]:
@@ -138,5 +138,5 @@ def make_manifest(
 
 def capped(preprocessing: contract.Preprocessing, max_visual: int) -> contract.Preprocessing:
     """Lower max_pixels so that a picture gives at most `max_visual` tokens."""
-    most = min(preprocessing.max_pixels, max_visual * (preprocessing.patch_size * preprocessing.merge_size) ** 2)
+    most = min(preprocessing.max_pixels, max_visual * preprocessing.token_side**2)
     return preprocessing.model_copy(update={"max_pixels": most, "min_pixels": min(preprocessing.min_pixels, most)})

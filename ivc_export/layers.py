@@ -125,7 +125,7 @@ def causal_mask(g: Graph, rows: ir.Value, past: ir.Value, past_length: ir.Value)
 
 
 class DecoderStack:
-    """Decoder layers that share rotary angles and a mask; one layer a call.
+    """Decoder layers that share rotary angles and a mask.
 
     position_ids: int32 [axes, 1, rows]; past_key: any cache input of the graph, for its number of rows.
     """
@@ -142,11 +142,19 @@ class DecoderStack:
             rows, past = g.extent(position_ids, 2), g.extent(past_key, 2)
             self.mask = causal_mask(g, rows, past, g.inputs["past_length"])
 
-    def layer(self, number: int, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Add layer `number`.
+    def layers(self, numbers: range, hidden: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Add the layers `numbers`, whose keys (rotated) and values become the outputs new_key.i and new_value.i.
 
-        x: [rows, hidden]. Returns the next x, and this run's keys (rotated) and values [1, kv_heads, rows, head_dim].
+        hidden: [1, rows, hidden]. Returns [rows, hidden], and the last layer's values [1, kv_heads, rows, head_dim].
         """
+        x = value = self.g.reshape(hidden, -1, self.sizes.hidden_size)
+        for number in numbers:
+            x, key, value = self._layer(number, x)
+            self.g.output(f"new_key.{number}", key)
+            self.g.output(f"new_value.{number}", value)
+        return x, value
+
+    def _layer(self, number: int, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         g, s, name = self.g, self.sizes, f"model.layers.{number}"
         with g.scope(f"layers.{number}"):
             normed = rms_norm(g, x, f"{name}.input_layernorm", s.hidden_size, s.rms_norm_epsilon)

@@ -15,14 +15,10 @@ def prefix_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Mod
     """Layers 0..selection_layer-1 over all rows, then SelectTokens on the values of the last of them."""
     g = Graph(model.graph_info("prefix", weights.dtype, selection_layer), weights.dtype, weights)
     stack = DecoderStack(g, model.decoder, model.rotary, g.inputs["position_ids"], g.inputs["past_key.0"])
-    x = g.reshape(g.inputs["inputs_embeds"], -1, model.decoder.hidden_size)
-    for i in range(selection_layer):
-        x, key, value = stack.layer(i, x)
-        g.output(f"new_key.{i}", key)
-        g.output(f"new_value.{i}", value)
+    x, values = stack.layers(range(selection_layer), g.inputs["inputs_embeds"])
     g.output("hidden_states", g.op("Unsqueeze", x, g.ints(0)))
     with g.scope("select"):
-        selected = select_tokens(g, model.selection, value)
+        selected = select_tokens(g, model.selection, values)
     for name, tensor in zip(("keep_index", "token_score", "seed_index"), selected, strict=True):
         g.output(name, tensor)
     return g.model("prefix", [operator("SelectTokens")])

@@ -86,7 +86,7 @@ class Reference:
         positions, _ = self.model.model.get_rope_index(ids, mm_token_type_ids=is_image.int(), image_grid_thw=grids)
         positions = positions + self.next_position
         self.next_position = int(positions.max()) + 1
-        past = self._past_rows()
+        past = self.cache.get_seq_length()
         hidden = self._layers(embeds, positions, range(self.selection_layer))
         full_keys = [self.cache.layers[i].keys[:, :, past:] for i in range(self.selection_layer)]
         full_values = [self.cache.layers[i].values[:, :, past:] for i in range(self.selection_layer)]
@@ -117,15 +117,10 @@ class Reference:
             logits=logits,
         )
 
-    def _past_rows(self) -> int:
-        """Rows that the cache holds, the same for every layer."""
-        return int(self.cache.get_seq_length())
-
     def _layers(self, hidden: torch.Tensor, positions: torch.Tensor, numbers: range) -> torch.Tensor:
         """Run the layers `numbers` over hidden [1, rows, hidden], every row seeing the cache and earlier rows."""
         rows = hidden.shape[1]
-        layer = self.cache.layers[numbers.start] if numbers.start < len(self.cache.layers) else None
-        past = layer.get_seq_length() if layer is not None else 0
+        past = self.cache.get_seq_length(numbers.start)
         mask = torch.full((rows, past + rows), torch.finfo(torch.float32).min).triu(past + 1)[None, None]
         rotary = self.decoder.rotary_emb(hidden, positions)
         for number in numbers:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 from rich.console import Console
 
 from ivc_export import __version__
@@ -50,6 +51,7 @@ def command(arguments: Sequence[str] | None) -> int:
     if options.show:
         check_show(options.show, bool(options.image) or options.chat)
     bundle = Bundle.load(options.bundle)
+    images = [open_picture(image) for image in options.image]
     console = make_console()
     note = widening_note(bundle)
     if note:
@@ -57,12 +59,10 @@ def command(arguments: Sequence[str] | None) -> int:
     sampling = Sampling(options.temperature, options.top_p, options.seed, options.max_tokens)
     with console.status("opening the graphs"):
         chat = Chat(OnnxSession(bundle), options.ratio, sampling=sampling)
-    for image in options.image:
-        open_picture(image)
     if options.prompt is not None:
-        answer(chat, options.prompt, options.image, options)
+        answer(chat, options.prompt, images, options)
     if options.chat:
-        go_on(chat, [] if options.prompt is not None else options.image, options, console)
+        go_on(chat, [] if options.prompt is not None else images, options, console)
     return 0
 
 
@@ -80,7 +80,7 @@ def check_show(path: Path, pictures: bool) -> None:
         raise UserError(f"{path} does not end in .png, .jpg or .webp: give it one of these endings")
 
 
-def go_on(chat: Chat, images: list[Path], options: argparse.Namespace, console: Console) -> None:
+def go_on(chat: Chat, images: list[PIL.Image.Image], options: argparse.Namespace, console: Console) -> None:
     """Questions from standard input until it ends; a mistake costs one question, not the chat."""
     if sys.stdin.isatty():
         console.print(CHAT_HELP, style="dim")
@@ -93,9 +93,7 @@ def go_on(chat: Chat, images: list[Path], options: argparse.Namespace, console: 
         try:
             command, _, rest = line.strip().partition(" ")
             if command == "/image":
-                path = Path(rest.strip())
-                open_picture(path)
-                images = [*images, path]
+                images = [*images, open_picture(Path(rest.strip()))]
             elif command.startswith("/"):
                 raise UserError(f"there is no {command}: {CHAT_HELP}")
             elif line.strip():
@@ -107,7 +105,7 @@ def go_on(chat: Chat, images: list[Path], options: argparse.Namespace, console: 
             console.print(f"error: {error}", markup=False, style="red")
 
 
-def answer(chat: Chat, prompt: str, images: Sequence[Path], options: argparse.Namespace) -> None:
+def answer(chat: Chat, prompt: str, images: Sequence[PIL.Image.Image], options: argparse.Namespace) -> None:
     """Ask, print the answer as it comes, and draw the picture if asked to."""
     chat.conversation.timings = Timings()
     pieces = []
@@ -117,7 +115,7 @@ def answer(chat: Chat, prompt: str, images: Sequence[Path], options: argparse.Na
             print(piece, end="", flush=True)
     print(json.dumps(record(chat, "".join(pieces))) if options.json else "", flush=True)
     if options.show and images and chat.step is not None:
-        overlay([open_picture(image) for image in images], chat.step).save(options.show)
+        overlay(images, chat.step).save(options.show)
 
 
 def record(chat: Chat, text: str) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def vision(g: Graph, model: Model) -> ir.Value:
     """
     sizes: VisionSizes = model.vision
     merge = model.preprocessing.merge_size
-    patch_dim = 3 * model.preprocessing.temporal_patch_size * model.preprocessing.patch_size**2
+    patch_dim = model.preprocessing.patch_dim
     stored = (sizes.embed_dim, 3, model.preprocessing.temporal_patch_size, *[model.preprocessing.patch_size] * 2)
     frames = g.extent(g.inputs["pixel_values"], 0)
     with g.scope("rotary"):
@@ -187,7 +187,7 @@ def resized(height: int, width: int, p: contract.Preprocessing) -> tuple[int, in
         raise UserError(
             f"a picture of {width} x {height} is too elongated: crop it to an aspect ratio below {ASPECT_LIMIT}"
         )
-    unit = p.patch_size * p.merge_size
+    unit = p.token_side
     rows, columns = round(height / unit), round(width / unit)
     if rows * columns * unit**2 > p.max_pixels:
         scale = math.sqrt(height * width / p.max_pixels)

@@ -12,6 +12,11 @@ from ivc_export.contract import DecoderSizes
 from ivc_export.errors import UserError
 
 
+def input_names(layers: range) -> list[str]:
+    """Names of the graph inputs that caches of `layers` feed."""
+    return [f"past_{kind}.{i}" for i in layers for kind in ("key", "value")]
+
+
 class KVCache:
     """Keys and values of all layers, float32 [1, kv_heads, P, head_dim] each.
 
@@ -23,8 +28,7 @@ class KVCache:
         self.length = 0
         self.capacity = capacity
         shape = (1, sizes.kv_heads, capacity or 0, sizes.head_dim)
-        names = [f"past_{kind}.{i}" for i in range(sizes.layers) for kind in ("key", "value")]
-        self._arrays: dict[str, npt.NDArray[np.float32]] = {name: np.zeros(shape, np.float32) for name in names}
+        self._arrays = {name: np.zeros(shape, np.float32) for name in input_names(range(sizes.layers))}
 
     def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
         """The array of a graph input `past_key.i` or `past_value.i`."""
@@ -32,7 +36,7 @@ class KVCache:
 
     def inputs(self, layers: range) -> dict[str, npt.NDArray[np.float32]]:
         """The graph inputs `past_key.i` and `past_value.i` of `layers`."""
-        return {name: self[name] for i in layers for name in (f"past_key.{i}", f"past_value.{i}")}
+        return {name: self[name] for name in input_names(layers)}
 
     def append(self, outputs: Mapping[str, npt.NDArray[Any]]) -> None:
         """Append what the decoder gives: `compact_*` of the layers below the cut and `new_*` of those above.

@@ -93,9 +93,10 @@ class Conversation:
         grids = [picture.grid for picture in pictures]
         plan = plan_run(m, np.asarray(tokens, np.int32), grids, self.next_position, self.ratio)
         embeds = bundle.embed(plan.tokens)
-        with self.timings.stage("vision"):
-            images = tuple(self.session.run("vision", picture.inputs)["image_embeds"][0] for picture in pictures)
-        if images:
+        images: tuple[npt.NDArray[np.float32], ...] = ()
+        if pictures:
+            with self.timings.stage("vision"):
+                images = tuple(self.session.run("vision", picture.inputs)["image_embeds"][0] for picture in pictures)
             embeds[plan.visual_index] = np.concatenate(images)
         both = {"position_ids": plan.position_ids, "past_length": np.array([self.cache.length], np.int32)}
         stage = "prefill" if plan.rows > 1 else "decode"

@@ -109,7 +109,7 @@ class Chat:
         """Ids of the last answer, stop token included."""
         self.step: Step | None = None
         """The last turn's prefill."""
-        self._told = ""  # the text that the cache holds, and the last answer's
+        self._prompt = self._answer = ""  # what the last turn's prefill had been told so far, and what came of it
 
     def ask(self, text: str, images: Sequence[Path | PIL.Image.Image] = ()) -> Iterator[str]:
         """Ask, and yield the answer piece by piece.
@@ -125,9 +125,7 @@ class Chat:
         messages = [*self.messages, user_message(text, len(images))]
         with timings.stage("tokens"):
             rendered = self.processor.render(messages)
-            if not rendered.startswith(self._told):
-                raise UserError("the chat template rewrites earlier turns, which a cache cannot: start a new chat")
-            addition = self.processor.encode(rendered.removeprefix(self._told), pictures)
+            addition = self.processor.encode(self._added(rendered), pictures, begin=not self._prompt)
         # The last id drawn is not in the cache. A stop token is in the template's addition; any other is not.
         if self.tokens and self.finish == "length":
             self.conversation.run(self.tokens[-1:])
@@ -139,7 +137,21 @@ class Chat:
         finally:  # also where the caller stops listening
             answer = self.processor.decode(self.tokens)
             self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-            self._told = rendered + answer
+            self._prompt, self._answer = rendered, answer
+
+    def _added(self, rendered: str) -> str:
+        """What the template adds behind the last answer, around which it may set or strip blanks.
+
+        Raises:
+            UserError: it changed more than that.
+        """
+        if rendered.startswith(self._prompt):
+            rest = rendered.removeprefix(self._prompt)
+            for answer in (self._answer, self._answer.strip()):
+                before, _, added = rest.partition(answer) if answer else ("", "", rest)
+                if answer in rest and not before.strip():
+                    return added
+        raise UserError("the chat template rewrites earlier turns, which a cache cannot: start a new chat")
 
     def _record(self, tokens: Iterator[int]) -> Iterator[int]:
         for token in tokens:

@@ -14,17 +14,19 @@ from ivc_export.errors import UserError
 from ivc_export.families import Family, Model
 from ivc_export.weights import Weights, main_dtype
 
+TEMPLATE_FILES = ("chat_template.json", "tokenizer_config.json")
+
 
 @dataclass(frozen=True)
 class Configuration:
-    """One checkpoint's family, sizes, tokens, and what it says of pictures and chats; None where it says nothing."""
+    """One checkpoint's family, sizes, tokens, chat template, and what it says of pictures; None if it says nothing."""
 
     family: Family
     model: Model
     weights: Weights
     tokens: contract.SpecialTokens
     processor: dict[str, Any] | None
-    chat_template: str | None
+    chat_template: str
 
 
 def read_configuration(checkpoint: Checkpoint) -> Configuration:
@@ -41,6 +43,7 @@ def read_configuration(checkpoint: Checkpoint) -> Configuration:
             image=model.image_token,
             vision_start=model.vision_start_token,
             vision_end=model.vision_end_token,
+            template_marks=family.template_marks,
             stop=stop_tokens(checkpoint),
         )
     except (ValidationError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -52,7 +55,7 @@ def read_configuration(checkpoint: Checkpoint) -> Configuration:
     if "lm_head.weight" in tensors:  # as transformers 5: a stored head counts, whatever config.json says
         model = replace(model, decoder=model.decoder.model_copy(update={"tied_embeddings": False}))
     weights = Weights(tensors, main_dtype(tensors))
-    return Configuration(family, model, weights, tokens, processor, chat_template(checkpoint))
+    return Configuration(family, model, weights, tokens, processor, chat_template(checkpoint, family))
 
 
 def processor_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -61,22 +64,19 @@ def processor_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return own if own is not None else (checkpoint.json("processor_config.json") or {}).get("image_processor")
 
 
-def chat_template(checkpoint: Checkpoint) -> str | None:
-    """The chat template, from whichever file holds it."""
-    own = checkpoint.text(CHAT_TEMPLATE)
-    if own is not None:
-        return own
-    for file in ("chat_template.json", "tokenizer_config.json"):
-        template = (checkpoint.json(file) or {}).get("chat_template")
-        if isinstance(template, str):
-            return template
-    return None
+def chat_template(checkpoint: Checkpoint, family: Family) -> str:
+    """The chat template, from whichever file holds it; the family's, if none is there or it cannot show pictures."""
+    templates = [checkpoint.text(CHAT_TEMPLATE)]
+    templates += [(checkpoint.json(file) or {}).get("chat_template") for file in TEMPLATE_FILES]
+    own = next((template for template in templates if isinstance(template, str)), "")
+    return own if "image" in own else family.chat_template
 
 
 def stop_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
     """End-of-sequence ids: generation_config.json's, or else config.json's."""
     config = checkpoint.config
-    for source in (checkpoint.json("generation_config.json") or {}, config, config.get("text_config") or {}):
+    texts = [config.get(key) or {} for key in ("text_config", "llm_config")]
+    for source in (checkpoint.json("generation_config.json") or {}, config, *texts):
         ids = source.get("eos_token_id")
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (int(ids),)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import enum
 import itertools
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ivc_export.errors import UserError
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -48,11 +51,14 @@ AXES = {
     "Q": "text rows that vote for visual tokens, at least 1",
     "M": "rows kept: M = T + keep_count",
     "P": "rows of a cache: its exact length, or a buffer's capacity",
+    "W": "the same of a layer whose cache keeps every row",
+    "H": "thumbnail tokens of this run: the last tile of each picture",
     "R": "rows whose logits are wanted",
-    "seeds": "visual tokens chosen as seeds: max(1, round(0.01 L)), half to even",
+    "seeds": "visual tokens chosen as seeds: max(1, round(0.01 L)), half to even; of H where there are tiles",
     "patches": "patches of one frame",
-    "visual": "visual tokens of one frame: patches / merge_size^2",
-    "axes": "axes of a position: 3 for M-RoPE (time, row, column)",
+    "visual": "visual tokens of one frame: patches / merge_size^2, or tile_side^2",
+    "height": "pixels along a side of the fixed-size vision encoder's input",
+    "axes": "axes of a position: 3 for M-RoPE (time, row, column), else 1",
     "patch_dim": "values of one patch: channels x frames x height x width",
     "hidden": "hidden size",
     "kv_heads": "heads of keys and values",
@@ -79,6 +85,8 @@ class DecoderSizes(Frozen):
     vocab_size: int = Field(gt=0)
     rms_norm_epsilon: float = Field(gt=0)
     qkv_bias: bool
+    fused_qkv: bool = False
+    """One weight for queries, keys and values: by key-value head, its queries, its key, its value."""
     tied_embeddings: bool
     max_positions: int = Field(gt=0)
 
@@ -94,23 +102,36 @@ class SelectionRule(Frozen):
     """IVC-Prune's constants for a family; `round` is half to even throughout."""
 
     ivc_fraction: float = Field(ge=0, le=1)
+    """Of each picture's tokens, or of each tile's: as many by mean cosine, and as many by mean sine."""
     seed_divisor: int = Field(gt=0, multiple_of=2)
     query_offset: int = Field(ge=0)
     """Text votes from row `end + query_offset` on, where `end` is the row behind the last picture."""
+    softmax: Literal["visual", "all"] = "visual"
+    """What a vote is shared among: the visual tokens, or every row of the run."""
+    tiles: bool = False
+    """Whether pictures are tiles with a thumbnail, by which tokens are chosen (SelectTileTokens)."""
+    whole_layers: tuple[int, ...] = ()
+    """Layers whose cache keeps every row, also of pruned tokens: it has a length of its own."""
 
 
-class Preprocessing(Frozen):
-    """How a picture becomes patches. Pixel counts are of the resized picture; mean and std are per RGB channel."""
+class Scaling(Frozen):
+    """How pixels are scaled: times rescale_factor, minus mean, by std, the latter two per RGB channel."""
 
+    rescale_factor: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: Literal["bicubic"] = "bicubic"
+
+
+class PatchPreprocessing(Scaling):
+    """How a picture becomes patches, at its own size. Pixel counts are of the resized picture."""
+
+    kind: Literal["patches"] = "patches"
     patch_size: int = Field(gt=0)
     merge_size: int = Field(gt=0)
     temporal_patch_size: int = Field(gt=0)
     min_pixels: int = Field(gt=0)
     max_pixels: int = Field(gt=0)
-    rescale_factor: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    resample: Literal["bicubic"] = "bicubic"
 
     @property
     def patch_dim(self) -> int:
@@ -122,13 +143,53 @@ class Preprocessing(Frozen):
         """Pixels along one side of a visual token."""
         return self.patch_size * self.merge_size
 
+    def capped(self, max_visual: int) -> PatchPreprocessing:
+        """With max_pixels such that a picture gives at most `max_visual` tokens."""
+        most = min(self.max_pixels, max_visual * self.token_side**2)
+        return self.model_copy(update={"max_pixels": most, "min_pixels": min(self.min_pixels, most)})
+
+
+class TilePreprocessing(Scaling):
+    """How a picture becomes one tile of fixed size, or several and a thumbnail of the whole."""
+
+    kind: Literal["tiles"] = "tiles"
+    tile_pixels: int = Field(gt=0)
+    """Pixels along one side of a tile."""
+    tile_side: int = Field(gt=0)
+    """Visual tokens along one side of a tile."""
+    min_tiles: int = Field(gt=0)
+    max_tiles: int = Field(gt=0)
+    """Without the thumbnail, which a picture of several tiles has behind them."""
+    fit: Literal["crop", "stretch"]
+    """Whether the middle of the picture is cut out, or all of it is stretched to the tiles."""
+
+    def capped(self, max_visual: int) -> TilePreprocessing:
+        """With max_tiles such that a picture gives at most `max_visual` tokens.
+
+        Raises:
+            UserError: one tile has more.
+        """
+        tile = self.tile_side**2
+        if max_visual < tile:
+            raise UserError(
+                f"max_visual {max_visual} is too small: a picture gives this model at least {tile} visual tokens"
+            )
+        most = max(1, min(self.max_tiles, max_visual // tile - 1))  # a single tile has no thumbnail
+        return self.model_copy(update={"max_tiles": most, "min_tiles": min(self.min_tiles, most)})
+
+
+Preprocessing = Annotated[PatchPreprocessing | TilePreprocessing, Field(discriminator="kind")]
+
 
 class SpecialTokens(Frozen):
     """Token ids that a runtime must know."""
 
     image: int
-    vision_start: int
-    vision_end: int
+    vision_start: int | None
+    vision_end: int | None
+    """Before and behind a picture's image tokens; None where the family has no such tokens."""
+    template_marks: bool
+    """Whether the chat template writes vision_start and vision_end, or a runtime does beside the image tokens."""
     stop: tuple[int, ...]
 
 
@@ -192,18 +253,21 @@ class Layers(enum.Enum):
 
     NONE = enum.auto()
     BELOW = enum.auto()  # layers 0..k-1, which see every token
+    COMPACTED = enum.auto()  # those of them whose cache is compacted: all, for most families
+    WHOLE = enum.auto()  # those of them whose cache keeps every row
     ABOVE = enum.auto()  # layers k..N-1, which see kept tokens
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of a graph; dtype "graph" is the one that the graph computes in."""
+    """A tensor of a graph; dtype "graph" is the one that the graph computes in, `only` names who has the tensor."""
 
     name: str
     dtype: Literal["graph", "float32", "int32"]
     axes: tuple[str | int, ...]
     about: str
     layers: Layers = Layers.NONE
+    only: Literal["", "patches", "tiles", "tile rule"] = ""
 
 
 @dataclass(frozen=True)
@@ -219,14 +283,30 @@ _CACHE = (1, "kv_heads", "P", "head_dim")
 _NEW = (1, "kv_heads", "S", "head_dim")
 _KEPT = (1, "kv_heads", "M", "head_dim")
 _PAST_LENGTH = TensorSpec("past_length", "int32", (1,), "valid rows of the caches; the others are masked, but finite")
+_WHOLE_LENGTH = TensorSpec("past_length.{i}", "int32", (1,), "the same of a layer that is kept whole", Layers.WHOLE)
 _POSITION_IDS = TensorSpec("position_ids", "int32", ("axes", 1, "S"), "rotary positions of this run's rows, unpruned")
 
 GRAPHS: dict[GraphName, GraphSpec] = {
     "vision": GraphSpec(
         "One picture, or B frames of one size, to visual tokens. No frame sees another.",
         inputs=(
-            TensorSpec("pixel_values", "graph", ("B", "patches", "patch_dim"), "normalised pixels, a row a patch"),
-            TensorSpec("patch_position", "int32", ("patches", 2), "row and column of each patch, in merge-block order"),
+            TensorSpec(
+                "pixel_values",
+                "graph",
+                ("B", "patches", "patch_dim"),
+                "normalised pixels, a row a patch",
+                only="patches",
+            ),
+            TensorSpec(
+                "patch_position",
+                "int32",
+                ("patches", 2),
+                "row and column of each patch, in merge-block order",
+                only="patches",
+            ),
+            TensorSpec(
+                "pixel_values", "graph", ("B", 3, "height", "height"), "normalised pixels, B tiles", only="tiles"
+            ),
         ),
         outputs=(TensorSpec("image_embeds", "graph", ("B", "visual", "hidden"), "one row a visual token"),),
     ),
@@ -242,7 +322,22 @@ GRAPHS: dict[GraphName, GraphSpec] = {
                 "ivc_priority", "float32", ("L",), "0, or for IVC tokens at least 2 and larger for better ranks"
             ),
             TensorSpec("keep_count", "int32", (1,), "visual tokens to keep, 1..L; a shape input in TensorRT"),
+            TensorSpec(
+                "thumbnail_index",
+                "int32",
+                ("H",),
+                "thumbnail tokens, as positions within visual_index",
+                only="tile rule",
+            ),
+            TensorSpec(
+                "tile_map",
+                "int32",
+                ("L",),
+                "for each visual token, the position within thumbnail_index of the one that shows the same place",
+                only="tile rule",
+            ),
             _PAST_LENGTH,
+            _WHOLE_LENGTH,
             TensorSpec("past_key.{i}", "graph", _CACHE, "cached keys, after rotation", Layers.BELOW),
             TensorSpec("past_value.{i}", "graph", _CACHE, "cached values", Layers.BELOW),
         ),
@@ -263,15 +358,15 @@ GRAPHS: dict[GraphName, GraphSpec] = {
             TensorSpec("logit_index", "int32", ("R",), "rows of the kept sequence whose logits are wanted"),
             _POSITION_IDS,
             _PAST_LENGTH,
-            TensorSpec("new_key.{i}", "graph", _NEW, "from prefix", Layers.BELOW),
-            TensorSpec("new_value.{i}", "graph", _NEW, "from prefix", Layers.BELOW),
+            TensorSpec("new_key.{i}", "graph", _NEW, "from prefix", Layers.COMPACTED),
+            TensorSpec("new_value.{i}", "graph", _NEW, "from prefix", Layers.COMPACTED),
             TensorSpec("past_key.{i}", "graph", _CACHE, "cached keys, after rotation", Layers.ABOVE),
             TensorSpec("past_value.{i}", "graph", _CACHE, "cached values", Layers.ABOVE),
         ),
         outputs=(
             TensorSpec("logits", "float32", (1, "R", "vocab"), "next-token logits"),
-            TensorSpec("compact_key.{i}", "graph", _KEPT, "kept keys, to append to the cache", Layers.BELOW),
-            TensorSpec("compact_value.{i}", "graph", _KEPT, "kept values, to append to the cache", Layers.BELOW),
+            TensorSpec("compact_key.{i}", "graph", _KEPT, "kept keys, to append to the cache", Layers.COMPACTED),
+            TensorSpec("compact_value.{i}", "graph", _KEPT, "kept values, to append to the cache", Layers.COMPACTED),
             TensorSpec("new_key.{i}", "graph", _KEPT, "keys, to append to the cache", Layers.ABOVE),
             TensorSpec("new_value.{i}", "graph", _KEPT, "values, to append to the cache", Layers.ABOVE),
         ),
@@ -287,17 +382,26 @@ def kept_tokens(visual: int, ratio: float) -> int:
     return max(1, round(ratio * visual))
 
 
-def expand_layers(specs: tuple[TensorSpec, ...], layers: int, selection_layer: int) -> list[tuple[str, TensorSpec]]:
+def expand_layers(
+    specs: tuple[TensorSpec, ...], layers: int, selection_layer: int, whole_layers: Collection[int] = ()
+) -> list[tuple[str, TensorSpec]]:
     """Write out `{i}`: key and value of one layer, then of the next, where neighbours exist for the same layers."""
+    below = range(selection_layer)
     numbers = {
         Layers.NONE: range(1),
-        Layers.BELOW: range(selection_layer),
+        Layers.BELOW: below,
+        Layers.COMPACTED: [i for i in below if i not in whole_layers],
+        Layers.WHOLE: [i for i in below if i in whole_layers],
         Layers.ABOVE: range(selection_layer, layers),
     }
     expanded = []
     for which, group in itertools.groupby(specs, key=lambda spec: spec.layers):
         members = tuple(group)
-        expanded += [(spec.name.format(i=i), spec) for i in numbers[which] for spec in members]
+        for i in numbers[which]:
+            for spec in members:
+                if which is Layers.BELOW and i in whole_layers:
+                    spec = replace(spec, axes=tuple("W" if axis == "P" else axis for axis in spec.axes))
+                expanded.append((spec.name.format(i=i), spec))
     return expanded
 
 
@@ -306,6 +410,7 @@ def graph_info(
     dtype: FloatName,
     decoder: DecoderSizes,
     rotary: RotarySizes,
+    selection: SelectionRule,
     preprocessing: Preprocessing,
     selection_layer: int,
 ) -> GraphInfo:
@@ -316,17 +421,22 @@ def graph_info(
         "head_dim": decoder.head_dim,
         "vocab": decoder.vocab_size,
         "axes": len(rotary.sections),
-        "patch_dim": preprocessing.patch_dim,
     }
+    if isinstance(preprocessing, PatchPreprocessing):
+        sizes["patch_dim"] = preprocessing.patch_dim
+    else:
+        sizes |= {"height": preprocessing.tile_pixels, "visual": preprocessing.tile_side**2}
+    has = {"", preprocessing.kind} | ({"tile rule"} if selection.tiles else set())
 
     def infos(specs: tuple[TensorSpec, ...]) -> tuple[TensorInfo, ...]:
+        own = tuple(spec for spec in specs if spec.only in has)
         return tuple(
             TensorInfo(
                 name=tensor_name,
                 dtype=dtype if spec.dtype == "graph" else spec.dtype,
                 shape=tuple(sizes.get(axis, axis) for axis in spec.axes),
             )
-            for tensor_name, spec in expand_layers(specs, decoder.layers, selection_layer)
+            for tensor_name, spec in expand_layers(own, decoder.layers, selection_layer, selection.whole_layers)
         )
 
     spec = GRAPHS[name]

@@ -20,10 +20,12 @@ def decoder_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Mo
         hidden = compact_gather(g, g.inputs["hidden_states"], keep, axis=1)
         positions = compact_gather(g, g.inputs["position_ids"], keep, axis=2)
         for i in range(selection_layer):
+            if i in model.selection.whole_layers:
+                continue
             for kind in ("key", "value"):
                 g.output(f"compact_{kind}.{i}", compact_gather(g, g.inputs[f"new_{kind}.{i}"], keep, axis=2))
-    stack = DecoderStack(g, sizes, model.rotary, positions, g.inputs[f"past_key.{selection_layer}"])
-    x, _ = stack.layers(range(selection_layer, sizes.layers), hidden)
+    stack = DecoderStack(g, sizes, model.rotary, positions, range(selection_layer, sizes.layers), ())
+    x, _ = stack.layers(hidden)
     with g.scope("lm_head"):
         rows = g.op("Gather", x, g.inputs["logit_index"], axis=0)
         normed = rms_norm(g, rows, "model.norm", sizes.hidden_size, sizes.rms_norm_epsilon)

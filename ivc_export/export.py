@@ -88,8 +88,7 @@ def save_graph(graph: ir.Model, path: Path) -> None:
 
 def copy_processor_files(checkpoint: Checkpoint, configuration: Configuration, folder: Path) -> None:
     """Write what the checkpoint says of text and pictures, under one name each; the manifest holds the settings."""
-    if configuration.chat_template is not None:
-        (folder / CHAT_TEMPLATE).write_text(configuration.chat_template, encoding="utf-8")
+    (folder / CHAT_TEMPLATE).write_text(configuration.chat_template, encoding="utf-8")
     if configuration.processor is not None:
         write_json(folder / PREPROCESSOR, configuration.processor)
     write_json(folder / "config.json", checkpoint.config)
@@ -120,12 +119,12 @@ def make_manifest(
         dtype=weights.dtype,
         selection_layer=layer,
         calibrated=calibrated,
-        default_ratio=recipe.ratio,
+        default_ratio=configuration.family.default_ratio if recipe.ratio is None else recipe.ratio,
         max_visual=recipe.max_visual,
         decoder=model.decoder,
         rotary=model.rotary,
         selection=model.selection,
-        preprocessing=capped(model.preprocessing, recipe.max_visual),
+        preprocessing=model.preprocessing.capped(recipe.max_visual),
         tokens=configuration.tokens,
         graphs={name: model.graph_info(name, weights.dtype, layer) for name in contract.GRAPH_NAMES},
         embedding=contract.EmbeddingTable(
@@ -134,9 +133,3 @@ def make_manifest(
         weights=files,
         versions={"ivc-export": __version__, "onnx": version("onnx"), "onnx-ir": version("onnx-ir")},
     )
-
-
-def capped(preprocessing: contract.Preprocessing, max_visual: int) -> contract.Preprocessing:
-    """Lower max_pixels so that a picture gives at most `max_visual` tokens."""
-    most = min(preprocessing.max_pixels, max_visual * preprocessing.token_side**2)
-    return preprocessing.model_copy(update={"max_pixels": most, "min_pixels": min(preprocessing.min_pixels, most)})

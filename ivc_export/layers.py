@@ -6,6 +6,7 @@ Rows are two-dimensional ([rows, hidden]), so that every linear layer is one Gem
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -125,30 +126,43 @@ def causal_mask(g: Graph, rows: ir.Value, past: ir.Value, past_length: ir.Value)
 
 
 class DecoderStack:
-    """Decoder layers that share rotary angles and a mask.
+    """The decoder layers `numbers`, which share rotary angles and masks.
 
-    position_ids: int32 [axes, 1, rows]; past_key: any cache input of the graph, for its number of rows.
+    position_ids: int32 [axes, 1, rows]. Caches are as long as each other, but for those of layers in `whole`.
     """
 
     def __init__(
-        self, g: Graph, sizes: DecoderSizes, rotary: RotarySizes, position_ids: ir.Value, past_key: ir.Value
+        self,
+        g: Graph,
+        sizes: DecoderSizes,
+        rotary: RotarySizes,
+        position_ids: ir.Value,
+        numbers: range,
+        whole: Collection[int],
     ) -> None:
-        self.g, self.sizes = g, sizes
+        self.g, self.sizes, self.numbers = g, sizes, numbers
         with g.scope("rotary"):
             positions = g.op("Squeeze", position_ids, g.ints(1))
             cos, sin = rotary_angles(g, positions, rotary_frequencies(sizes.head_dim, rotary))
             self.cos, self.sin = g.to_graph_dtype(cos), g.to_graph_dtype(sin)
+        self.masks: dict[int, ir.Value] = {}
         with g.scope("mask"):
-            rows, past = g.extent(position_ids, 2), g.extent(past_key, 2)
-            self.mask = causal_mask(g, rows, past, g.inputs["past_length"])
+            rows = g.extent(position_ids, 2)
+            compacted = [i for i in numbers if i not in whole]
+            if compacted:
+                past = g.extent(g.inputs[f"past_key.{compacted[0]}"], 2)
+                self.masks |= dict.fromkeys(compacted, causal_mask(g, rows, past, g.inputs["past_length"]))
+            for i in sorted({*numbers} - {*compacted}):
+                past = g.extent(g.inputs[f"past_key.{i}"], 2)
+                self.masks[i] = causal_mask(g, rows, past, g.inputs[f"past_length.{i}"])
 
-    def layers(self, numbers: range, hidden: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Add the layers `numbers`, whose keys (rotated) and values become the outputs new_key.i and new_value.i.
+    def layers(self, hidden: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Add the layers, whose keys (rotated) and values become the outputs new_key.i and new_value.i.
 
         hidden: [1, rows, hidden]. Returns [rows, hidden], and the last layer's values [1, kv_heads, rows, head_dim].
         """
         x = value = self.g.reshape(hidden, -1, self.sizes.hidden_size)
-        for number in numbers:
+        for number in self.numbers:
             x, key, value = self._layer(number, x)
             self.g.output(f"new_key.{number}", key)
             self.g.output(f"new_value.{number}", value)
@@ -167,19 +181,28 @@ class DecoderStack:
         g, s, name = self.g, self.sizes, f"model.layers.{number}.self_attn"
         with g.scope("attention"):
 
-            def heads(projection: str, count: int) -> ir.Value:
-                y = linear(g, x, f"{name}.{projection}", count * s.head_dim, s.hidden_size, s.qkv_bias)
+            def project(projection: str, count: int) -> ir.Value:
+                return linear(g, x, f"{name}.{projection}", count * s.head_dim, s.hidden_size, s.qkv_bias)
+
+            def heads(y: ir.Value, count: int) -> ir.Value:
                 return g.transpose(g.reshape(y, 1, -1, count, s.head_dim), 0, 2, 1, 3)
 
-            q = rotate(g, heads("q_proj", s.heads), self.cos, self.sin)
-            key = rotate(g, heads("k_proj", s.kv_heads), self.cos, self.sin)
-            value = heads("v_proj", s.kv_heads)
+            if s.fused_qkv:  # by key-value head: its queries, its key, its value
+                group = s.heads // s.kv_heads
+                fused = g.reshape(project("qkv_proj", s.heads + 2 * s.kv_heads), -1, s.kv_heads, group + 2, s.head_dim)
+                parts: Iterator[ir.Value] = iter(g.op_with_outputs(3, "Split", fused, g.ints(group, 1, 1), axis=2))
+            else:
+                counts = {"q_proj": s.heads, "k_proj": s.kv_heads, "v_proj": s.kv_heads}
+                parts = (project(part, count) for part, count in counts.items())
+            q = rotate(g, heads(next(parts), s.heads), self.cos, self.sin)
+            key = rotate(g, heads(next(parts), s.kv_heads), self.cos, self.sin)
+            value = heads(next(parts), s.kv_heads)
             keys = g.op("Concat", g.inputs[f"past_key.{number}"], key, axis=2)
             values = g.op("Concat", g.inputs[f"past_value.{number}"], value, axis=2)
             # grouped queries: [kv_heads, group, rows, head_dim] against [kv_heads, 1, P + rows, head_dim]
             grouped = g.reshape(q, s.kv_heads, s.heads // s.kv_heads, -1, s.head_dim)
             keys, values = (g.reshape(cache, s.kv_heads, 1, -1, s.head_dim) for cache in (keys, values))
-            y = attend(g, grouped, keys, values, s.head_dim, self.mask)
+            y = attend(g, grouped, keys, values, s.head_dim, self.masks[number])
             rows = g.reshape(g.transpose(y, 2, 0, 1, 3), -1, s.heads * s.head_dim)
             return linear(g, rows, f"{name}.o_proj", s.hidden_size, s.heads * s.head_dim, bias=False), key, value
 

@@ -115,16 +115,18 @@ def synthetic_prompt(bundle: Bundle, seed: int = 0) -> tuple[list[int], list[Pic
     m, generator = bundle.manifest, np.random.default_rng(seed)
     noise = PIL.Image.fromarray(generator.integers(0, 256, (280, 336, 3), np.uint8))
     picture = families.of(m.family).picture(noise, m.preprocessing)
-    special = [m.tokens.image, m.tokens.vision_start, m.tokens.vision_end, *m.tokens.stop]
+    before, behind = ([t] if t is not None else [] for t in (m.tokens.vision_start, m.tokens.vision_end))
+    special = [m.tokens.image, *before, *behind, *m.tokens.stop]
     words = np.setdiff1d(generator.integers(0, m.decoder.vocab_size, 64), special).tolist()
-    image = [m.tokens.vision_start, *[m.tokens.image] * picture.grid.visual, m.tokens.vision_end]
+    image = [*before, *[m.tokens.image] * picture.grid.visual, *behind]
     return [*words[:20], *image, *words[20:]], [picture]
 
 
-def reference_picture(picture: Picture, merge_size: int) -> ReferencePicture:
+def reference_picture(bundle: Bundle, picture: Picture) -> ReferencePicture:
     """The same picture for transformers."""
-    grid = (1, picture.grid.rows * merge_size, picture.grid.columns * merge_size)
-    return ReferencePicture(torch.from_numpy(picture.inputs["pixel_values"][0]), grid)
+    m = bundle.manifest
+    inputs = families.of(m.family).stock_inputs(picture, m.preprocessing)
+    return ReferencePicture({name: torch.from_numpy(array) for name, array in inputs.items()}, *picture.grid)
 
 
 def check(
@@ -154,7 +156,7 @@ def check(
     conversation = Conversation(OnnxSession(bundle), ratio)
     reference = Reference(checkpoint, m.selection_layer, conversation.ratio, m.selection)
     progress("prefill")
-    turn = reference.run(tokens, [reference_picture(p, m.preprocessing.merge_size) for p in pictures])
+    turn = reference.run(tokens, [reference_picture(bundle, picture) for picture in pictures])
     step = conversation.run(tokens, pictures, keep_index=turn.keep_index.numpy().astype(np.int32))
     comparisons = compare_prefill(step, turn, m.selection_layer)
     kept = int(np.isin(step.keep_index, step.run.visual_index).sum()) if pictures else 0
@@ -216,8 +218,10 @@ def compare_prefill(step: Step, turn: ReferenceTurn, cut: int) -> list[Compariso
         (decoder[f"compact_{kind}.{i}"], (turn.keys if kind == "key" else turn.values)[i])
         for i in range(cut)
         for kind in ("key", "value")
+        if f"compact_{kind}.{i}" in decoder
     ]
-    found.append(close(f"compacted keys and values of layers 0 to {cut - 1}", "keys and values", compacted))
+    if compacted:
+        found.append(close(f"compacted keys and values below layer {cut}", "keys and values", compacted))
     for i in range(cut, len(turn.keys)):
         pairs = [(decoder[f"new_key.{i}"], turn.keys[i]), (decoder[f"new_value.{i}"], turn.values[i])]
         found.append(close(f"keys and values of layer {i}", "keys and values", pairs))

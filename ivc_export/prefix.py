@@ -7,18 +7,21 @@ import onnx_ir as ir
 from ivc_export.builder import Graph
 from ivc_export.families import Model
 from ivc_export.layers import DecoderStack
-from ivc_export.selection import operator, select_tokens
+from ivc_export.selection import operator, select_tokens, selection_operator
 from ivc_export.weights import Weights
 
 
 def prefix_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Model:
-    """Layers 0..selection_layer-1 over all rows, then SelectTokens on the values of the last of them."""
+    """Layers 0..selection_layer-1 over all rows, then the selection by the values of the last of them."""
     g = Graph(model.graph_info("prefix", weights.dtype, selection_layer), weights.dtype, weights)
-    stack = DecoderStack(g, model.decoder, model.rotary, g.inputs["position_ids"], g.inputs["past_key.0"])
-    x, values = stack.layers(range(selection_layer), g.inputs["inputs_embeds"])
+    rule = model.selection
+    stack = DecoderStack(
+        g, model.decoder, model.rotary, g.inputs["position_ids"], range(selection_layer), rule.whole_layers
+    )
+    x, values = stack.layers(g.inputs["inputs_embeds"])
     g.output("hidden_states", g.op("Unsqueeze", x, g.ints(0)))
     with g.scope("select"):
-        selected = select_tokens(g, model.selection, values)
+        selected = select_tokens(g, rule, values)
     for name, tensor in zip(("keep_index", "token_score", "seed_index"), selected, strict=True):
         g.output(name, tensor)
-    return g.model("prefix", [operator("SelectTokens")])
+    return g.model("prefix", [operator(selection_operator(rule))])

@@ -25,19 +25,20 @@ class ExportRecipe:
 
     model: checkpoint folder in Hugging Face's layout.
     output: the bundle's folder; it must not exist unless `force` is set, which replaces an older bundle.
-    ratio: the default fraction of visual tokens kept; every run can choose another.
+    ratio: the default fraction of visual tokens kept; every run can choose another. None takes the family's.
     layer: layers below it see every token; None takes the family's default.
     max_visual: visual tokens of one picture at most; larger pictures are scaled down.
     """
 
     model: Path
     output: Path
-    ratio: float = 0.5
+    ratio: float | None = None
     layer: int | None = None
     max_visual: int = 1280
     force: bool = False
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio)
+        if self.ratio is not None:
+            check_ratio(self.ratio)
         if self.max_visual < 4:
             raise UserError(f"max_visual {self.max_visual} is too small: give at least 4 visual tokens a picture")

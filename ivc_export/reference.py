@@ -6,7 +6,7 @@ the layers are transformers' own modules, called one by one with a cache that is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,25 @@ from ivc_export.errors import UserError
 
 @dataclass(frozen=True)
 class ReferencePicture:
-    """A picture as transformers takes it: pixel_values [patches, patch_dim], grid (1, rows, columns) in patches."""
+    """A picture as transformers takes it, and its visual tokens.
 
-    pixel_values: torch.Tensor
-    grid: tuple[int, int, int]
+    inputs: what get_image_features takes, by name, pictures along the first axis.
+    rows, columns: of visual tokens. tile: 0, or the tokens along a side of a tile: they come tile by tile, and behind
+    several tiles a thumbnail of one.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    rows: int
+    columns: int
+    tile: int = 0
+
+    @property
+    def blocks(self) -> list[int]:
+        """Numbers of tokens within which IVC tokens are chosen."""
+        if not self.tile:
+            return [self.rows * self.columns]
+        tiles = (self.rows // self.tile) * (self.columns // self.tile)
+        return [self.tile * self.tile] * (tiles if tiles == 1 else tiles + 1)
 
 
 @dataclass(frozen=True)
@@ -78,28 +93,26 @@ class Reference:
         is_image = (ids == self.model.config.image_token_id) & bool(pictures)  # else an id like any other
         visual = torch.nonzero(is_image[0])[:, 0]
         embeds, images = self.decoder.embed_tokens(ids), None
-        grids = torch.tensor([picture.grid for picture in pictures]) if pictures else None
+        inputs = {name: torch.cat([p.inputs[name] for p in pictures]) for p in pictures[:1] for name in p.inputs}
         if pictures:
-            pixels = torch.cat([picture.pixel_values for picture in pictures])
-            images = torch.cat(list(self.model.model.get_image_features(pixels, grids).pooler_output))
+            features = self.model.model.get_image_features(**inputs).pooler_output
+            images = torch.cat([picture.reshape(-1, embeds.shape[-1]) for picture in features])
             embeds[0, visual] = images
-        positions, _ = self.model.model.get_rope_index(ids, mm_token_type_ids=is_image.int(), image_grid_thw=grids)
-        positions = positions + self.next_position
+        positions = self._positions(ids, is_image, inputs) + self.next_position
         self.next_position = int(positions.max()) + 1
-        past = self.cache.get_seq_length()
+        past = [self.cache.get_seq_length(i) for i in range(len(self.decoder.layers))]
         hidden = self._layers(embeds, positions, range(self.selection_layer))
-        full_keys = [self.cache.layers[i].keys[:, :, past:] for i in range(self.selection_layer)]
-        full_values = [self.cache.layers[i].values[:, :, past:] for i in range(self.selection_layer)]
+        full_keys = [self.cache.layers[i].keys[:, :, past[i] :] for i in range(self.selection_layer)]
+        full_values = [self.cache.layers[i].values[:, :, past[i] :] for i in range(self.selection_layer)]
         rows = torch.arange(ids.shape[1])
         if pictures:
-            merge = self.model.config.vision_config.spatial_merge_size**2
-            counts = [t * h * w // merge for t, h, w in (picture.grid for picture in pictures)]
-            score, seeds, keep = self._select(full_values[-1][0], positions[:, 0], visual, counts)
+            score, seeds, keep = self._select(full_values[-1][0], positions[:, 0], visual, pictures)
         else:
             score, seeds, keep = torch.ones(1), torch.zeros(1, dtype=torch.long), rows
-        for layer in self.cache.layers[: self.selection_layer]:
-            kept = torch.cat([torch.arange(past), past + keep])
-            layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
+        for i in range(self.selection_layer):
+            if i not in self.rule.whole_layers:
+                layer, kept = self.cache.layers[i], torch.cat([torch.arange(past[i]), past[i] + keep])
+                layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
         last = self._layers(
             hidden[:, keep], positions[:, :, keep], range(self.selection_layer, len(self.decoder.layers))
         )
@@ -109,40 +122,52 @@ class Reference:
             hidden_states=hidden,
             full_keys=full_keys,
             full_values=full_values,
-            keys=[layer.keys[:, :, past:] for layer in self.cache.layers],
-            values=[layer.values[:, :, past:] for layer in self.cache.layers],
+            keys=[layer.keys[:, :, start:] for start, layer in zip(past, self.cache.layers, strict=True)],
+            values=[layer.values[:, :, start:] for start, layer in zip(past, self.cache.layers, strict=True)],
             token_score=score,
             seed_index=seeds,
             keep_index=keep,
             logits=logits,
         )
 
+    def _positions(self, ids: torch.Tensor, is_image: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Rotary positions [axes, 1, S] from 0 on: transformers' own where a model has some, else the rows counted."""
+        if not hasattr(self.model.model, "get_rope_index"):
+            return torch.arange(ids.shape[1])[None, None]
+        geometry = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
+        positions: torch.Tensor = self.model.model.get_rope_index(ids, mm_token_type_ids=is_image.int(), **geometry)[0]
+        return positions
+
     def _layers(self, hidden: torch.Tensor, positions: torch.Tensor, numbers: range) -> torch.Tensor:
         """Run the layers `numbers` over hidden [1, rows, hidden], every row seeing the cache and earlier rows."""
         rows = hidden.shape[1]
-        past = self.cache.get_seq_length(numbers.start)
-        mask = torch.full((rows, past + rows), torch.finfo(torch.float32).min).triu(past + 1)[None, None]
-        rotary = self.decoder.rotary_emb(hidden, positions)
+        rotary = self.decoder.rotary_emb(hidden, positions if len(positions) > 1 else positions[0])
         for number in numbers:
+            past = self.cache.get_seq_length(number)
+            mask = torch.full((rows, past + rows), torch.finfo(torch.float32).min).triu(past + 1)[None, None]
             hidden = self.decoder.layers[number](
                 hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=self.cache, use_cache=True
             )
         return hidden
 
     def _select(
-        self, values: torch.Tensor, positions: torch.Tensor, visual: torch.Tensor, counts: Sequence[int]
+        self,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        visual: torch.Tensor,
+        pictures: Sequence[ReferencePicture],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Score, seeds and kept rows. values: [kv_heads, S, head_dim], of the last full layer; positions: [axes, S]."""
         rows = torch.arange(values.shape[1])
         queries = rows[int(visual[-1]) + 1 + self.rule.query_offset :]
         score, seeds = token_scores(values, visual, queries if len(queries) else rows[-1:], self.rule.seed_divisor)
         theta = self.decoder.config.rope_parameters["rope_theta"]
-        ranked = []  # (rank within its picture, token): the best of each picture come first
-        for part in torch.split(torch.arange(len(visual)), list(counts)):
+        ranked = []  # (rank within its block, token): the best of each block come first
+        for part in torch.split(torch.arange(len(visual)), [n for picture in pictures for n in picture.blocks]):
             best = ivc_tokens(positions[:, visual[part]], theta, values.shape[-1], self.rule.ivc_fraction)
             ranked += [(rank, int(part[token])) for rank, token in enumerate(best)]
         coordinates = [token for _, token in sorted(ranked)]
-        budget = sum(max(1, round(self.ratio * count)) for count in counts)
+        budget = sum(max(1, round(self.ratio * sum(picture.blocks))) for picture in pictures)
         chosen = visual[fill(score, seeds.tolist(), coordinates, budget)]
         text = torch.ones(values.shape[1], dtype=torch.bool)
         text[visual] = False

@@ -47,12 +47,17 @@ def operator(name: str) -> ir.Function:
     return ir.serde.deserialize_function(onnx.parser.parse_function(text))
 
 
+def selection_operator(rule: contract.SelectionRule) -> str:
+    """The `ivc` operator that chooses by `rule`."""
+    return "SelectTokens"
+
+
 def select_tokens(g: Graph, rule: contract.SelectionRule, values: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Add a SelectTokens node on `values` [1, kv_heads, S, head_dim]; returns keep_index, token_score, seed_index."""
+    """Add the rule's operator on `values` [1, kv_heads, S, head_dim]: keep_index, token_score, seed_index."""
     names = ("ivc_priority", "visual_index", "text_index", "query_index", "keep_count")
     inputs = [values, *(g.inputs[name] for name in names)]
     keep_index, token_score, seed_index = g.op_with_outputs(
-        3, "SelectTokens", *inputs, domain=contract.IVC_DOMAIN, seed_divisor=rule.seed_divisor
+        3, selection_operator(rule), *inputs, domain=contract.IVC_DOMAIN, seed_divisor=rule.seed_divisor
     )
     return keep_index, token_score, seed_index
 

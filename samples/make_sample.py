@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,47 +30,12 @@ from ivc_export.prefix import prefix_graph
 from ivc_export.vision import vision_graph
 from ivc_export.weights import Weights
 
-SPECIAL_TOKENS = (  # from id 500 on, as the tiny configuration says
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-)
-FIRST_SPECIAL = 500
-STOP = [507, 505]
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>", "</s>")
 TEXT = (
     "What is in the picture? Where is the small red ring? How many blue squares are there? Is the circle left of the "
     "triangle? Read the code. Describe the scene. Point to the largest shape. Which colour is it? Yes or no? "
     "You are a helpful assistant. There are three green triangles above the yellow star, and one orange cross below it."
 )
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if loop.first and message.role != 'system' -%}
-<|im_start|>system
-You are a helpful assistant.<|im_end|>
-{% endif -%}
-<|im_start|>{{ message.role }}
-{% if message.content is string -%}
-{{ message.content }}
-{%- else -%}
-{%- for part in message.content -%}
-{%- if part.type == 'image' -%}
-<|vision_start|><|image_pad|><|vision_end|>
-{%- else -%}
-{{ part.text }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}
-<|im_start|>assistant
-{% endif -%}
-"""
 
 
 class RecordingWeights(Weights):
@@ -90,7 +55,7 @@ class RecordingWeights(Weights):
         raise NotImplementedError
 
 
-def random_tensors(config: dict[str, Any], seed: int) -> dict[str, npt.NDArray[np.float32]]:
+def random_tensors(config: Mapping[str, Any], seed: int) -> dict[str, npt.NDArray[np.float32]]:
     """Seeded weights for a configuration, scaled so that activations neither vanish nor explode."""
     family = families.of(config["model_type"])
     model, weights = family.read(config, None), RecordingWeights()
@@ -109,34 +74,38 @@ def random_tensors(config: dict[str, Any], seed: int) -> dict[str, npt.NDArray[n
     return tensors
 
 
-def make_tokenizer() -> Tokenizer:
-    """A byte-level BPE tokenizer with Qwen's special tokens at the ids of the tiny configuration."""
+def make_tokenizer(special: Mapping[int, str]) -> Tokenizer:
+    """A byte-level BPE tokenizer with `special` tokens at the ids that the tiny configuration says."""
+    first = min(special)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=FIRST_SPECIAL, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=first, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator([TEXT], trainer)
-    fillers = [f"<|unused_{i}|>" for i in range(tokenizer.get_vocab_size(), FIRST_SPECIAL)]
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (*fillers, *SPECIAL_TOKENS)])
+    fillers = [f"<|unused_{i}|>" for i in range(tokenizer.get_vocab_size(), first)]
+    tokens = [*fillers, *(special[i] for i in sorted(special))]
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in tokens])
     return tokenizer
 
 
 def make_checkpoint(
-    folder: Path, config: dict[str, Any] | None = None, dtype: FloatName = "float32", seed: int = 0
+    folder: Path, config: Mapping[str, Any] | None = None, dtype: FloatName = "float32", seed: int = 0
 ) -> Path:
     """Write a checkpoint in transformers 4.4x's layout, with tokenizer and processor files, and return its folder."""
     config = dict(config or families.of("qwen2_vl").tiny) | {"torch_dtype": dtype}
+    family = families.of(config["model_type"])
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: array.astype(dtype) for name, array in random_tensors(config, seed).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    make_tokenizer().save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    make_tokenizer(family.tiny_tokens).save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(family.chat_template, encoding="utf-8")
+    stop = sorted((i for i, token in family.tiny_tokens.items() if token in STOP_TOKENS), reverse=True)
     for name, content in {
         "config.json": config,
-        "generation_config.json": {"eos_token_id": STOP},
-        "preprocessor_config.json": {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280, "resample": 3},
+        "generation_config.json": {"eos_token_id": stop},
+        "preprocessor_config.json": {"resample": 3},
     }.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return folder

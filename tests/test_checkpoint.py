@@ -185,16 +185,16 @@ def test_templates_and_settings_are_found_where_other_versions_keep_them(tmp_pat
         checkpoint = make_checkpoint(tmp_path / str(number))
         (checkpoint / "chat_template.jinja").rename(checkpoint / "template")
         (checkpoint / "preprocessor_config.json").unlink()
-        write(checkpoint, name, json.dumps({"chat_template": "a template"}).encode())
+        write(checkpoint, name, json.dumps({"chat_template": "an image"}).encode())
         write(
             checkpoint,
             "processor_config.json",
             b'{"image_processor": {"size": {"shortest_edge": 6272, "longest_edge": 78400}}}',
         )
         bundle = exported(checkpoint)
-        assert (bundle.folder / "chat_template.jinja").read_text() == "a template"
-        preprocessing = bundle.manifest.preprocessing
-        assert (preprocessing.min_pixels, preprocessing.max_pixels) == (6272, 78400)
+        assert (bundle.folder / "chat_template.jinja").read_text() == "an image"
+        preprocessing = bundle.manifest.preprocessing.model_dump()
+        assert (preprocessing["min_pixels"], preprocessing["max_pixels"]) == (6272, 78400)
 
 
 def test_stop_tokens_come_from_generation_config_or_else_config(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_turns_with_pictures_equal_the_reference(
     conversation, reference = Conversation(golden_session, ratio, capacity), oracle(golden, golden_session, ratio)
     for tokens, pictures in TURNS:
         step = conversation.run(tokens, pictures)
-        turn = reference.run(tokens, [reference_picture(p, 2) for p in pictures])
+        turn = reference.run(tokens, [reference_picture(golden_session.bundle, p) for p in pictures])
         np.testing.assert_array_equal(step.keep_index, turn.keep_index.numpy())
         assert np.abs(step.logits - turn.logits.numpy()).max() < LOGIT_TOLERANCE
         assert conversation.next_position == reference.next_position
@@ -175,8 +175,8 @@ def test_frames_of_one_size_run_as_one_batch(golden_session: OnnxSession) -> Non
 def test_the_vision_encoder_takes_every_grid(golden: Golden, golden_session: OnnxSession, grid: Grid) -> None:
     picture = random_picture(grid, 5)
     found = golden_session.run("vision", picture.inputs)["image_embeds"][0]
-    given = reference_picture(picture, 2)
+    given = reference_picture(golden_session.bundle, picture)
     model = oracle(golden, golden_session, 1.0).model.model
     with torch.no_grad():
-        (wanted,) = model.get_image_features(given.pixel_values, torch.tensor([given.grid])).pooler_output
+        (wanted,) = model.get_image_features(**given.inputs).pooler_output
     assert np.abs(found - wanted.numpy()).max() < LOGIT_TOLERANCE

@@ -17,7 +17,19 @@ from ivc_export.vision import vision_graph
 from samples.make_sample import RecordingWeights
 
 ROOT = Path(__file__).parent.parent
-LAYERS = {Layers.NONE: "", Layers.BELOW: ", i < k", Layers.ABOVE: ", i >= k"}
+LAYERS = {
+    Layers.NONE: "",
+    Layers.BELOW: ", i < k",
+    Layers.COMPACTED: ", i < k",
+    Layers.WHOLE: ", i < k kept whole",
+    Layers.ABOVE: ", i >= k",
+}
+ONLY = {
+    "": "",
+    "patches": "; encoders of any picture size",
+    "tiles": "; encoders of fixed size",
+    "tile rule": "; rules with tiles",
+}
 
 
 def graphs_readme() -> str:
@@ -30,7 +42,9 @@ def graphs_readme() -> str:
         f"Opset {contract.OPSET}, IR version {contract.IR_VERSION}, operator domain `{contract.IVC_DOMAIN}` version "
         f"{contract.IVC_VERSION}. k is the selection layer, N the number of layers. `graph` is the dtype that a graph "
         "computes in, the checkpoint's own in a portable graph. `ops/` holds the bodies of the `ivc` operators, "
-        "`listings/` a line for each node of every tiny family's graphs.",
+        "`listings/` a line for each node of every tiny family's graphs. The manifest's `whole_layers` names layers "
+        "whose cache keeps every row: their past axis is W, and instead of `compact_*` a runtime appends the prefix's "
+        "`new_*`.",
         "",
     ]
     for name, spec in GRAPHS.items():
@@ -57,7 +71,8 @@ def row(direction: str, tensor: TensorSpec) -> str:
     """One tensor's line."""
     shape = ", ".join(map(str, tensor.axes))
     name = tensor.name.replace("{i}", "i")
-    return f"| {direction} | `{name}`{LAYERS[tensor.layers]} | {tensor.dtype} | [{shape}] | {tensor.about} |"
+    about = f"{tensor.about}{ONLY[tensor.only]}"
+    return f"| {direction} | `{name}`{LAYERS[tensor.layers]} | {tensor.dtype} | [{shape}] | {about} |"
 
 
 def listing(model: ir.Model) -> str:

@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="ivc-export", description="Export a vision-language model with IVC-Prune inside.")
     p.add_argument("--model", type=Path, required=True, help="checkpoint folder in Hugging Face's layout")
     p.add_argument("--output", type=Path, help="bundle folder (default: the model folder's name with -ivc)")
-    p.add_argument("--ratio", type=float, default=0.5, help="default fraction of visual tokens kept (default: 0.5)")
+    p.add_argument("--ratio", type=float, help="default fraction of visual tokens kept (default: the family's)")
     p.add_argument("--layer", type=int, help="layers below this one see every token (default: the family's)")
     p.add_argument("--max-visual", type=int, default=1280, help="visual tokens a picture at most (default: 1280)")
     p.add_argument("--force", action="store_true", help="replace an older bundle")

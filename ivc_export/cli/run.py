@@ -115,7 +115,7 @@ def answer(chat: Chat, prompt: str, images: Sequence[PIL.Image.Image], options: 
             print(piece, end="", flush=True)
     print(json.dumps(record(chat, "".join(pieces))) if options.json else "", flush=True)
     if options.show and images and chat.step is not None:
-        overlay(images, chat.step).save(options.show)
+        overlay([chat.processor.shown(image) for image in images], chat.step).save(options.show)
 
 
 def record(chat: Chat, text: str) -> dict[str, Any]:

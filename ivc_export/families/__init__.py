@@ -20,15 +20,36 @@ from ivc_export.errors import UserError
 
 
 class Grid(NamedTuple):
-    """A picture's visual tokens: rows by columns, row-major."""
+    """A picture's visual tokens: rows by columns, row-major.
+
+    tile: where it is not 0, tokens come tile by tile, of tile x tile tokens each, tiles and the tokens within them
+    row-major; behind several tiles comes a thumbnail of the whole picture, of one tile.
+    """
 
     rows: int
     columns: int
+    tile: int = 0
+
+    @property
+    def blocks(self) -> list[int]:
+        """Number of visual tokens of each tile, thumbnail included; without tiles, of the picture."""
+        if not self.tile:
+            return [self.rows * self.columns]
+        tiles = self.rows * self.columns // self.tile**2
+        return [self.tile**2] * (tiles + (tiles > 1))
 
     @property
     def visual(self) -> int:
         """Number of visual tokens."""
-        return self.rows * self.columns
+        return sum(self.blocks)
+
+    @property
+    def cells(self) -> npt.NDArray[np.int32]:
+        """Row and column of each visual token but the thumbnail's, in their order, int32 [rows * columns, 2]."""
+        side = self.tile or max(self.rows, self.columns)
+        row, column = np.mgrid[: self.rows, : self.columns].reshape(2, -1)
+        order = np.lexsort((column, row, column // side, row // side))
+        return np.stack([row[order], column[order]], axis=1).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -51,15 +72,16 @@ class Model:
     selection: contract.SelectionRule
     preprocessing: contract.Preprocessing
     image_token: int
-    vision_start_token: int
-    vision_end_token: int
+    vision_start_token: int | None
+    vision_end_token: int | None
     vision: Any
 
     def graph_info(
         self, name: contract.GraphName, dtype: contract.FloatName, selection_layer: int
     ) -> contract.GraphInfo:
         """Inputs and outputs of graph `name` for this model."""
-        return contract.graph_info(name, dtype, self.decoder, self.rotary, self.preprocessing, selection_layer)
+        sizes = (self.decoder, self.rotary, self.selection, self.preprocessing)
+        return contract.graph_info(name, dtype, *sizes, selection_layer)
 
 
 @dataclass(frozen=True)
@@ -81,7 +103,13 @@ class Family:
     picture: an RGB picture to the vision graph's inputs.
     positions: rotary positions of text (its number of tokens) and pictures in order, from the first free position on;
         returns int32 [axes, rows] and the next free position.
+    stock_inputs: a Picture as transformers' get_image_features takes it, by name, pictures along the first axis.
+    chat_template: of the family, for checkpoints that come with none, or with one that cannot show pictures.
+    template_marks: whether chat templates write the tokens before and behind a picture's image tokens.
+    hub: aliases that --model takes, to hub ids.
     tiny: config.json of a model small enough for tests.
+    tiny_tokens: special tokens of that model by id.
+    default_ratio: fraction of visual tokens kept when the user names none.
     """
 
     model_type: str
@@ -91,7 +119,13 @@ class Family:
     default_layer: Callable[[contract.DecoderSizes], DefaultLayer]
     picture: Callable[[PIL.Image.Image, contract.Preprocessing], Picture]
     positions: Callable[[Sequence[int | Grid], int], tuple[npt.NDArray[np.int32], int]]
+    stock_inputs: Callable[[Picture, contract.Preprocessing], dict[str, npt.NDArray[Any]]]
+    chat_template: str
+    template_marks: bool
+    hub: Mapping[str, str]
     tiny: Mapping[str, Any]
+    tiny_tokens: Mapping[int, str]
+    default_ratio: float = 0.5
 
 
 def names() -> list[str]:
@@ -123,3 +157,88 @@ def required(config: Mapping[str, Any], key: str) -> Any:
     if config.get(key) is None:
         raise UserError(f"config.json has no {key}: give the checkpoint's own config.json")
     return config[key]
+
+
+def check_divides(*facts: tuple[str, int, int]) -> None:
+    """Check that in each (name, whole, part) the part divides the whole.
+
+    Raises:
+        UserError: one does not.
+    """
+    for what, whole, part in facts:
+        if whole % part:
+            raise UserError(f"config.json is inconsistent: {what} is {whole}, which {part} does not divide")
+
+
+def read_decoder(text: Mapping[str, Any], tied: bool, qkv_bias: bool) -> contract.DecoderSizes:
+    """Sizes of a decoder of Llama's kind (Llama, Qwen2, InternLM2), by the keys that all of them use.
+
+    Raises:
+        UserError: a size is missing or fits no other, or attention slides over a window.
+    """
+    if text.get("use_sliding_window") and text.get("max_window_layers", 0) < required(text, "num_hidden_layers"):
+        raise UserError(
+            "config.json asks for sliding-window attention, which is not supported: set use_sliding_window to false"
+        )
+    hidden, heads = required(text, "hidden_size"), required(text, "num_attention_heads")
+    kv_heads = text.get("num_key_value_heads") or heads
+    if not text.get("head_dim"):
+        check_divides(("hidden_size", hidden, 2 * heads))
+    check_divides(("num_attention_heads", heads, kv_heads))
+    return contract.DecoderSizes(
+        layers=required(text, "num_hidden_layers"),
+        hidden_size=hidden,
+        intermediate_size=required(text, "intermediate_size"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=text.get("head_dim") or hidden // heads,
+        vocab_size=required(text, "vocab_size"),
+        rms_norm_epsilon=text.get("rms_norm_eps", 1e-6),
+        qkv_bias=qkv_bias,
+        tied_embeddings=tied,
+        max_positions=text.get("max_position_embeddings", 32768),
+    )
+
+
+def scaled_layer(sizes: contract.DecoderSizes, published: Mapping[int, int], layer: int, layers: int) -> DefaultLayer:
+    """The published selection layer for this many layers, or else `layer` of `layers` in proportion, uncalibrated."""
+    if sizes.layers in published:
+        return DefaultLayer(published[sizes.layers], calibrated=True)
+    return DefaultLayer(min(sizes.layers - 1, max(1, round(sizes.layers * layer / layers))), calibrated=False)
+
+
+def check_bicubic(processor: Mapping[str, Any]) -> None:
+    """Check that the image processor scales as `picture` does.
+
+    Raises:
+        UserError: it does not.
+    """
+    if processor.get("resample", PIL.Image.Resampling.BICUBIC) != PIL.Image.Resampling.BICUBIC:
+        raise UserError("the image processor's resample is not bicubic (3), which is all that this version knows")
+
+
+def scaled_pixels(
+    image: PIL.Image.Image, width: int, height: int, scaling: contract.Scaling
+) -> npt.NDArray[np.float32]:
+    """A picture resized and normalised, float32 [height, width, 3]."""
+    resized = image.convert("RGB").resize((width, height), PIL.Image.Resampling.BICUBIC)
+    mean, std = np.array(scaling.mean, np.float32), np.array(scaling.std, np.float32)
+    pixels: npt.NDArray[np.float32] = (
+        np.asarray(resized, np.float32) * np.float32(scaling.rescale_factor) - mean
+    ) / std
+    return pixels
+
+
+def shown(image: PIL.Image.Image, preprocessing: contract.Preprocessing) -> PIL.Image.Image:
+    """The part of a picture that its visual tokens cover."""
+    if not isinstance(preprocessing, contract.TilePreprocessing) or preprocessing.fit == "stretch":
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def counted_positions(segments: Sequence[int | Grid], start: int) -> tuple[npt.NDArray[np.int32], int]:
+    """One-dimensional rotary positions, which count text and visual tokens alike; as Family.positions."""
+    rows = sum(part.visual if isinstance(part, Grid) else part for part in segments)
+    return np.arange(start, start + rows, dtype=np.int32)[None], start + rows

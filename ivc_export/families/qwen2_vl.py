@@ -15,7 +15,19 @@ from pydantic import Field
 from ivc_export import contract
 from ivc_export.builder import Graph
 from ivc_export.errors import UserError
-from ivc_export.families import DefaultLayer, Family, Grid, Model, Picture, required
+from ivc_export.families import (
+    DefaultLayer,
+    Family,
+    Grid,
+    Model,
+    Picture,
+    check_bicubic,
+    check_divides,
+    read_decoder,
+    required,
+    scaled_layer,
+    scaled_pixels,
+)
 from ivc_export.layers import attend, gelu, layer_norm, linear, quick_gelu, rotary_angles, rotate
 
 VISION_THETA = 10000.0
@@ -39,53 +51,36 @@ class VisionSizes(contract.Frozen):
 
 def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
     """Digest config.json (flat as transformers 4.4x writes it, or with text_config) and the processor's file."""
-    text = config.get("text_config") or config
     vision = required(config, "vision_config")
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "mrope"):
-        raise UserError(f"rope type {rope_type!r} of config.json is not supported: this version exports plain M-RoPE")
-    if text.get("use_sliding_window") and text.get("max_window_layers", 0) < required(text, "num_hidden_layers"):
-        raise UserError(
-            "config.json asks for sliding-window attention, which is not supported: set use_sliding_window to false"
-        )
-    hidden, heads = required(text, "hidden_size"), required(text, "num_attention_heads")
-    kv_heads = text.get("num_key_value_heads") or heads
     sizes = VisionSizes(
         depth=required(vision, "depth"),
         embed_dim=required(vision, "embed_dim"),
         heads=required(vision, "num_heads"),
         mlp_size=int(required(vision, "embed_dim") * vision.get("mlp_ratio", 4)),
     )
+    check_divides(("vision_config.embed_dim", sizes.embed_dim, 4 * sizes.heads))
+    return read_around(sizes, config, processor)
+
+
+def read_around(sizes: Any, config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
+    """Digest all but the vision encoder's `sizes`."""
+    text = config.get("text_config") or config
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "mrope"):
+        raise UserError(f"rope type {rope_type!r} of config.json is not supported: this version exports plain M-RoPE")
+    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    decoder = read_decoder(text, tied, qkv_bias=True)
     sections = tuple(rope.get("mrope_section", (16, 24, 24)))
-    for what, whole, part in (
-        ("hidden_size", hidden, 2 * heads),
-        ("num_attention_heads", heads, kv_heads),
-        ("vision_config.embed_dim", sizes.embed_dim, 4 * sizes.heads),
-    ):
-        if whole % part:
-            raise UserError(f"config.json is inconsistent: {what} is {whole}, which {part} does not divide")
-    if len(sections) != 3 or 2 * sum(sections) != hidden // heads:
+    if len(sections) != 3 or 2 * sum(sections) != decoder.head_dim:
         raise UserError(
-            f"config.json is inconsistent: mrope_section {list(sections)} does not fill {hidden // heads // 2}"
+            f"config.json is inconsistent: mrope_section {list(sections)} does not fill {decoder.head_dim // 2}"
         )
     return Model(
-        decoder=contract.DecoderSizes(
-            layers=required(text, "num_hidden_layers"),
-            hidden_size=hidden,
-            intermediate_size=required(text, "intermediate_size"),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=hidden // heads,
-            vocab_size=required(text, "vocab_size"),
-            rms_norm_epsilon=text.get("rms_norm_eps", 1e-6),
-            qkv_bias=True,
-            tied_embeddings=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-            max_positions=text.get("max_position_embeddings", 32768),
-        ),
+        decoder=decoder,
         rotary=contract.RotarySizes(theta=rope.get("rope_theta", text.get("rope_theta", 1e6)), sections=sections),
         selection=contract.SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2),
-        preprocessing=read_preprocessing(vision, processor or {}),
+        preprocessing=read_preprocessing(required(config, "vision_config"), processor or {}),
         image_token=config.get("image_token_id", 151655),
         vision_start_token=config.get("vision_start_token_id", 151652),
         vision_end_token=config.get("vision_end_token_id", 151653),
@@ -93,12 +88,11 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
     )
 
 
-def read_preprocessing(vision: Mapping[str, Any], processor: Mapping[str, Any]) -> contract.Preprocessing:
+def read_preprocessing(vision: Mapping[str, Any], processor: Mapping[str, Any]) -> contract.PatchPreprocessing:
     """The image processor's settings; where its file is silent, Qwen2-VL's own."""
     size = processor.get("size") or {}
-    if processor.get("resample", PIL.Image.Resampling.BICUBIC) != PIL.Image.Resampling.BICUBIC:
-        raise UserError("the image processor's resample is not bicubic (3), which is all that this version knows")
-    return contract.Preprocessing(
+    check_bicubic(processor)
+    return contract.PatchPreprocessing(
         patch_size=vision.get("patch_size", 14),
         merge_size=vision.get("spatial_merge_size", 2),
         temporal_patch_size=vision.get("temporal_patch_size", 2),
@@ -124,29 +118,40 @@ def vision(g: Graph, model: Model) -> ir.Value:
     Source: Qwen2VisionTransformerPretrainedModel in transformers.
     """
     sizes: VisionSizes = model.vision
-    merge = model.preprocessing.merge_size
-    patch_dim = model.preprocessing.patch_dim
-    stored = (sizes.embed_dim, 3, model.preprocessing.temporal_patch_size, *[model.preprocessing.patch_size] * 2)
+    p = model.preprocessing
+    assert isinstance(p, contract.PatchPreprocessing)
     frames = g.extent(g.inputs["pixel_values"], 0)
     with g.scope("rotary"):
-        quarter = sizes.head_dim // 4
-        frequencies = VISION_THETA ** (-np.arange(quarter) / quarter)
-        table = np.stack([np.pad(frequencies, (0, quarter)), np.pad(frequencies, (quarter, 0))])
-        cos, sin = rotary_angles(g, g.transpose(g.inputs["patch_position"], 1, 0), table)
+        cos, sin = rotary_angles(g, g.transpose(g.inputs["patch_position"], 1, 0), frequencies(sizes.head_dim))
     with g.scope("patch_embed"):
-        patches = g.reshape(g.inputs["pixel_values"], -1, patch_dim)
-        kernel = g.weight("visual.patch_embed.proj.weight", (sizes.embed_dim, patch_dim), stored)
-        x = g.op("Gemm", patches, kernel, transB=1)
+        x = patch_rows(g, p, sizes.embed_dim)
         head_shape = g.op("Concat", frames, g.ints(-1, sizes.heads, sizes.head_dim), axis=0)
     for i in range(sizes.depth):
         with g.scope(f"blocks.{i}"):
             x = block(g, sizes, f"visual.blocks.{i}", x, cos, sin, head_shape)
     with g.scope("merger"):
-        merged = sizes.embed_dim * merge**2
+        merged = sizes.embed_dim * p.merge_size**2
         x = layer_norm(g, x, "visual.merger.ln_q", sizes.embed_dim, LAYER_NORM_EPSILON)
         x = linear(g, g.reshape(x, -1, merged), "visual.merger.mlp.0", merged, merged, bias=True)
         x = linear(g, gelu(g, x), "visual.merger.mlp.2", model.decoder.hidden_size, merged, bias=True)
         return g.op("Reshape", x, g.op("Concat", frames, g.ints(-1, model.decoder.hidden_size), axis=0))
+
+
+def frequencies(head_dim: int) -> npt.NDArray[np.float64]:
+    """Rotary frequencies of the encoder, [2, head_dim / 2]: the first half of the pairs turns with rows."""
+    quarter = head_dim // 4
+    table = VISION_THETA ** (-np.arange(quarter) / quarter)
+    return np.stack([np.pad(table, (0, quarter)), np.pad(table, (quarter, 0))])
+
+
+def patch_rows(g: Graph, p: contract.PatchPreprocessing, width: int) -> ir.Value:
+    """Embedded patches [B patches, width]: the convolution over one patch is a Gemm on the same bytes."""
+    kernel = g.weight(
+        "visual.patch_embed.proj.weight",
+        (width, p.patch_dim),
+        (width, 3, p.temporal_patch_size, p.patch_size, p.patch_size),
+    )
+    return g.op("Gemm", g.reshape(g.inputs["pixel_values"], -1, p.patch_dim), kernel, transB=1)
 
 
 def block(
@@ -175,10 +180,10 @@ def block(
 
 def default_layer(sizes: contract.DecoderSizes) -> DefaultLayer:
     """16 of 28, and in proportion: none is published for Qwen2-VL, so this is uncalibrated."""
-    return DefaultLayer(min(sizes.layers - 1, max(1, round(sizes.layers * 16 / 28))), calibrated=False)
+    return scaled_layer(sizes, {}, 16, 28)
 
 
-def resized(height: int, width: int, p: contract.Preprocessing) -> tuple[int, int]:
+def resized(height: int, width: int, p: contract.PatchPreprocessing) -> tuple[int, int]:
     """The size that a picture is scaled to: multiples of patch x merge, within min_pixels and max_pixels.
 
     Source: smart_resize of Qwen2VLImageProcessor in transformers.
@@ -203,10 +208,9 @@ def picture(image: PIL.Image.Image, p: contract.Preprocessing) -> Picture:
 
     Source: Qwen2VLImageProcessor in transformers; a still picture repeats over the temporal patch.
     """
+    assert isinstance(p, contract.PatchPreprocessing)
     height, width = resized(image.height, image.width, p)
-    scaled = image.convert("RGB").resize((width, height), PIL.Image.Resampling.BICUBIC)
-    mean, std = np.array(p.mean, np.float32), np.array(p.std, np.float32)
-    pixels = (np.asarray(scaled, np.float32) * np.float32(p.rescale_factor) - mean) / std
+    pixels = scaled_pixels(image, width, height, p)
     rows, columns = height // p.patch_size, width // p.patch_size
     blocks = (rows // p.merge_size, p.merge_size, columns // p.merge_size, p.merge_size)
     # [row block, row, y, column block, column, x, channel] -> [row block, column block, row, column, channel, y, x]
@@ -230,12 +234,55 @@ def positions(segments: Sequence[int | Grid], start: int) -> tuple[npt.NDArray[n
         if isinstance(segment, Grid):
             rows, columns = np.mgrid[: segment.rows, : segment.columns].reshape(2, -1)
             parts.append(start + np.stack([np.zeros_like(rows), rows, columns]))
-            start += max(segment)
+            start += max(segment.rows, segment.columns)
         else:
             parts.append(np.broadcast_to(np.arange(start, start + segment), (3, segment)))
             start += segment
     return np.concatenate(parts, axis=1).astype(np.int32), start
 
+
+def stock_inputs(picture: Picture, p: contract.Preprocessing) -> dict[str, npt.NDArray[Any]]:
+    """Patches, and the grid of patches (time, rows, columns)."""
+    assert isinstance(p, contract.PatchPreprocessing)
+    grid = np.array([(1, p.merge_size * picture.grid.rows, p.merge_size * picture.grid.columns)])
+    return {"pixel_values": picture.inputs["pixel_values"][0], "image_grid_thw": grid}
+
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if loop.first and message.role != 'system' -%}
+<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}
+<|vision_start|><|image_pad|><|vision_end|>
+{%- else -%}
+{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+
+TINY_TOKENS = {
+    500: "<|vision_start|>",
+    501: "<|vision_end|>",
+    502: "<|vision_pad|>",
+    503: "<|image_pad|>",
+    504: "<|video_pad|>",
+    505: "<|endoftext|>",
+    506: "<|im_start|>",
+    507: "<|im_end|>",
+}
 
 FAMILY = Family(
     model_type="qwen2_vl",
@@ -245,6 +292,11 @@ FAMILY = Family(
     default_layer=default_layer,
     picture=picture,
     positions=positions,
+    stock_inputs=stock_inputs,
+    chat_template=CHAT_TEMPLATE,
+    template_marks=True,
+    hub={"qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct", "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct"},
+    tiny_tokens=TINY_TOKENS,
     tiny={
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",

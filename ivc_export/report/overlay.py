@@ -35,11 +35,18 @@ def count_kinds(step: Step) -> dict[str, int]:
 
 
 def overlay(images: Sequence[PIL.Image.Image], step: Step) -> PIL.Image.Image:
-    """Draw the pictures of a run side by side, each with its tokens, and a legend below. images: RGB."""
+    """Draw the pictures of a run side by side, each with its tokens, thumbnails beside them, and a legend below.
+
+    images: RGB, of each picture the part that its tokens cover.
+    """
     found = kinds(step)
     panels, start = [], 0
     for image, grid in zip(images, step.run.grids, strict=True):
-        panels.append(panel(image, grid, found[start : start + grid.visual]))
+        own = found[start : start + grid.visual]
+        panels.append(panel(image, grid, own))
+        thumbnail = own[grid.rows * grid.columns :]
+        if thumbnail:
+            panels.append(panel(image, Grid(grid.tile, grid.tile), thumbnail))
         start += grid.visual
     width = sum(p.width for p in panels) + 8 * (len(panels) - 1)
     canvas = PIL.Image.new("RGB", (max(width, SHORT_SIDE), max(p.height for p in panels) + LEGEND), "white")
@@ -52,12 +59,11 @@ def overlay(images: Sequence[PIL.Image.Image], step: Step) -> PIL.Image.Image:
 
 
 def panel(image: PIL.Image.Image, grid: Grid, found: Sequence[str]) -> PIL.Image.Image:
-    """One picture at a whole number of pixels a token."""
-    cell = max(4, round(min(SHORT_SIDE / min(grid), LONG_SIDE / max(grid))))
+    """One picture at a whole number of pixels a token; `found` may go on with its thumbnail's tokens."""
+    cell = max(4, round(min(SHORT_SIDE / min(grid[:2]), LONG_SIDE / max(grid[:2]))))
     drawn = image.resize((grid.columns * cell, grid.rows * cell), PIL.Image.Resampling.BICUBIC)
     draw = PIL.ImageDraw.Draw(drawn, "RGBA")
-    for token, kind in enumerate(found):
-        row, column = divmod(token, grid.columns)
+    for (row, column), kind in zip(grid.cells.tolist(), found, strict=False):
         box = (column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1)
         if kind == "pruned":
             draw.rectangle(box, fill=(245, 245, 245, 200))

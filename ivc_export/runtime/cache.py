@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,45 +21,62 @@ class KVCache:
     """Keys and values of all layers, float32 [1, kv_heads, P, head_dim] each.
 
     capacity: None keeps arrays of the exact length; a number keeps zeroed buffers of so many rows, whose rows at or
-    beyond `length` the graphs mask: static shapes, at the price of computing over the whole buffer.
+    beyond their length the graphs mask: static shapes, at the price of computing over the whole buffer.
+    whole: layers that keep every row, also of pruned tokens.
     """
 
-    def __init__(self, sizes: DecoderSizes, capacity: int | None = None) -> None:
-        self.length = 0
+    def __init__(self, sizes: DecoderSizes, capacity: int | None = None, whole: Collection[int] = ()) -> None:
         self.capacity = capacity
+        self.whole = frozenset(whole)
+        self._lengths = dict.fromkeys(range(sizes.layers), 0)
         shape = (1, sizes.kv_heads, capacity or 0, sizes.head_dim)
         self._arrays = {name: np.zeros(shape, np.float32) for name in input_names(range(sizes.layers))}
+
+    @property
+    def length(self) -> int:
+        """Rows of every layer but the whole ones."""
+        return self._lengths[max(self._lengths)]  # the last layer is never whole
 
     def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
         """The array of a graph input `past_key.i` or `past_value.i`."""
         return self._arrays[name]
 
-    def inputs(self, layers: range) -> dict[str, npt.NDArray[np.float32]]:
-        """The graph inputs `past_key.i` and `past_value.i` of `layers`."""
-        return {name: self[name] for name in input_names(layers)}
+    def inputs(self, layers: range) -> dict[str, npt.NDArray[Any]]:
+        """The graph inputs `past_key.i` and `past_value.i` of `layers`, and their lengths."""
+        lengths = {"past_length": self.length} | {
+            f"past_length.{i}": self._lengths[i] for i in layers if i in self.whole
+        }
+        found: dict[str, npt.NDArray[Any]] = {name: np.array([length], np.int32) for name, length in lengths.items()}
+        return found | {name: self[name] for name in input_names(layers)}
 
     def append(self, outputs: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Append what the decoder gives: `compact_*` of the layers below the cut and `new_*` of those above.
+        """Append what prefix and decoder give: `compact_*` of the layers that have it, `new_*` of the others.
 
         Raises:
             UserError: the buffers are full.
         """
-        rows = 0
+        rows = {}
         for name, past in self._arrays.items():
-            suffix = name.removeprefix("past_")
+            suffix, layer = name.removeprefix("past_"), layer_of(name)
             new = outputs[f"compact_{suffix}" if f"compact_{suffix}" in outputs else f"new_{suffix}"]
-            rows = new.shape[2]
+            start, rows[layer] = self._lengths[layer], new.shape[2]
             if self.capacity is None:
                 self._arrays[name] = np.concatenate([past, new], axis=2)
-            elif self.length + rows > self.capacity:
+            elif start + rows[layer] > self.capacity:
                 raise UserError(
-                    f"the cache holds {self.capacity} rows, {self.length + rows} are needed: give it a larger capacity"
+                    f"the cache holds {self.capacity} rows, {start + rows[layer]} are needed: give it a larger capacity"
                 )
             else:
-                past[:, :, self.length : self.length + rows] = new
-        self.length += rows
+                past[:, :, start : start + rows[layer]] = new
+        for layer, more in rows.items():
+            self._lengths[layer] += more
 
     @property
     def bytes_used(self) -> int:
         """Bytes of the valid rows."""
-        return sum(array.nbytes // max(array.shape[2], 1) * self.length for array in self._arrays.values())
+        return sum(a.nbytes // max(a.shape[2], 1) * self._lengths[layer_of(name)] for name, a in self._arrays.items())
+
+
+def layer_of(name: str) -> int:
+    """The layer's number at the end of a tensor's name."""
+    return int(name.rpartition(".")[2])

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ivc_export.families import Picture
 from ivc_export.recipe import check_ratio
-from ivc_export.runtime.cache import KVCache
+from ivc_export.runtime.cache import KVCache, layer_of
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.session import Session
 
@@ -72,7 +72,7 @@ class Conversation:
         manifest = session.bundle.manifest
         self.session = session
         self.ratio = check_ratio(manifest.default_ratio if ratio is None else ratio)
-        self.cache = KVCache(manifest.decoder, capacity)
+        self.cache = KVCache(manifest.decoder, capacity, manifest.selection.whole_layers)
         self.next_position = 0
         self.timings = Timings()
 
@@ -96,9 +96,10 @@ class Conversation:
         images: tuple[npt.NDArray[np.float32], ...] = ()
         if pictures:
             with self.timings.stage("vision"):
-                images = tuple(self.session.run("vision", picture.inputs)["image_embeds"][0] for picture in pictures)
+                runs = (self.session.run("vision", picture.inputs)["image_embeds"] for picture in pictures)
+                images = tuple(tiles.reshape(-1, tiles.shape[-1]) for tiles in runs)
             embeds[plan.visual_index] = np.concatenate(images)
-        both = {"position_ids": plan.position_ids, "past_length": np.array([self.cache.length], np.int32)}
+        both = {"position_ids": plan.position_ids}
         stage = "prefill" if plan.rows > 1 else "decode"
         with self.timings.stage(f"{stage}.prefix"):
             feeds = {
@@ -108,6 +109,7 @@ class Conversation:
                 "query_index": plan.query_index,
                 "ivc_priority": plan.ivc_priority,
                 "keep_count": np.array([plan.keep_count], np.int32),
+                **plan.tiles,
             }
             prefix = self.session.run("prefix", both | feeds | self.cache.inputs(range(m.selection_layer)))
         keep_index = prefix["keep_index"] if keep_index is None else keep_index
@@ -117,9 +119,10 @@ class Conversation:
                 "keep_index": keep_index,
                 "logit_index": np.array([len(keep_index) - 1], np.int32),
             }
-            feeds |= {name: array for name, array in prefix.items() if name.startswith("new_")}
+            compacted = [name for name in prefix if name.startswith("new_") and layer_of(name) not in self.cache.whole]
+            feeds |= {name: prefix[name] for name in compacted}
             above = range(m.selection_layer, m.decoder.layers)
             decoder = self.session.run("decoder", both | feeds | self.cache.inputs(above))
-        self.cache.append(decoder)
+        self.cache.append(prefix | decoder)
         self.next_position = plan.next_position
         return Step(plan, images, prefix, decoder, keep_index)

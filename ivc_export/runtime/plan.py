@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,8 @@ class Run:
     query_index: Ints
     ivc_priority: npt.NDArray[np.float32]
     keep_count: int
+    tiles: Mapping[str, Ints]
+    """thumbnail_index and tile_map, where the graph takes them."""
     next_position: int
 
     @property
@@ -71,9 +73,9 @@ def plan_run(manifest: Manifest, tokens: Ints, grids: Sequence[Grid], start: int
     rows = np.arange(len(tokens), dtype=np.int32)
     if grids:
         voting = rows[visual[-1] + 1 + manifest.selection.query_offset :]
-        pictures = np.split(visual, np.cumsum([grid.visual for grid in grids])[:-1])
+        blocks = np.split(visual, np.cumsum([block for grid in grids for block in grid.blocks])[:-1])
         sizes = (manifest.rotary, manifest.decoder.head_dim, manifest.selection)
-        priority = np.concatenate([ivc_priority(positions[:, picture], *sizes) for picture in pictures])
+        priority = np.concatenate([ivc_priority(positions[:, block], *sizes) for block in blocks])
         keep_count = sum(kept_tokens(grid.visual, ratio) for grid in grids)
     else:
         visual, voting, priority, keep_count = rows[:1], rows[:0], np.zeros(1, np.float32), 1
@@ -86,8 +88,31 @@ def plan_run(manifest: Manifest, tokens: Ints, grids: Sequence[Grid], start: int
         query_index=voting if len(voting) else rows[-1:],
         ivc_priority=priority,
         keep_count=keep_count,
+        tiles=tile_inputs(grids) if manifest.selection.tiles else {},
         next_position=next_position,
     )
+
+
+def tile_inputs(grids: Sequence[Grid]) -> dict[str, Ints]:
+    """The thumbnails' tokens, and for every visual token which of them shows the same place; names as in the contract.
+
+    A thumbnail token (r, c) covers r h .. r h + h - 1 and c w .. c w + w - 1 of the tokens of h x w tiles.
+    """
+    if not grids:  # one row stands in for a visual token
+        return {"thumbnail_index": np.zeros(1, np.int32), "tile_map": np.zeros(1, np.int32)}
+    thumbnails, maps, start, before = [], [], 0, 0
+    for grid in grids:
+        thumbnail = np.arange(grid.tile**2)
+        if len(grid.blocks) > 1:
+            row, column = grid.cells.T
+            maps.append(before + row * grid.tile // grid.rows * grid.tile + column * grid.tile // grid.columns)
+        maps.append(before + thumbnail)
+        thumbnails.append(start + grid.visual - len(thumbnail) + thumbnail)
+        start, before = start + grid.visual, before + len(thumbnail)
+    return {
+        "thumbnail_index": np.concatenate(thumbnails).astype(np.int32),
+        "tile_map": np.concatenate(maps).astype(np.int32),
+    }
 
 
 def segments(rows: int, visual: Ints, grids: Sequence[Grid]) -> list[int | Grid]:

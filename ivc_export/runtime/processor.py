@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 import PIL.Image
 import PIL.ImageOps
@@ -23,6 +26,17 @@ from ivc_export.errors import UserError
 from ivc_export.families import Picture
 
 Message = Mapping[str, Any]
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` around what an assistant says, which marks it for training; here it shows what is inside."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """The nodes inside."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class Processor:
@@ -55,7 +69,7 @@ class Processor:
             raise UserError(f"the chat template refuses the conversation: {message}")
 
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
         )
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -67,6 +81,7 @@ class Processor:
                 token = config.get(name)
                 if token is not None:
                     environment.globals[name] = token["content"] if isinstance(token, dict) else token
+            self.bos = str(environment.globals.get("bos_token", ""))
             return environment.from_string((self.bundle.folder / CHAT_TEMPLATE).read_text(encoding="utf-8"))
         except (jinja2.TemplateError, ValueError, AttributeError, KeyError) as error:
             raise UserError(
@@ -89,6 +104,10 @@ class Processor:
             )
         return picture
 
+    def shown(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        """The part of a picture that its visual tokens cover."""
+        return families.shown(image, self.bundle.manifest.preprocessing)
+
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a conversation up to where the assistant speaks."""
         try:
@@ -98,11 +117,22 @@ class Processor:
         except Exception as error:  # a template is a program
             raise UserError(f"the chat template cannot render the conversation ({error})") from error
 
-    def encode(self, text: str, pictures: Sequence[Picture] = ()) -> list[int]:
-        """Token ids of `text`, its i-th image token repeated once for each visual token of picture i."""
-        image = self.bundle.manifest.tokens.image
+    def encode(self, text: str, pictures: Sequence[Picture] = (), begin: bool = True) -> list[int]:
+        """Token ids of `text`, its i-th image token repeated once for each visual token of picture i.
+
+        begin: whether a conversation begins here, so that the tokenizer adds what that takes, unless it is written.
+        """
+        special = self.bundle.manifest.tokens
+        image, start, end = special.image, special.vision_start, special.vision_end
+
+        def shown(count: int) -> list[int]:
+            if special.template_marks or start is None or end is None:
+                return [image] * count
+            return [start, *[image] * count, end]
+
+        begin = begin and not (self.bos and text.startswith(self.bos))
         try:
-            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=begin).ids
         except TypeError as error:  # lone surrogates, from bytes that were no text
             raise UserError("the prompt is not UTF-8 text: write it in UTF-8") from error
         if ids.count(image) != len(pictures):
@@ -111,7 +141,7 @@ class Processor:
                 "write no image tokens into the text"
             )
         counts = iter(picture.grid.visual for picture in pictures)
-        return [token for i in ids for token in ([i] * next(counts) if i == image else [i])]
+        return [token for i in ids for token in (shown(next(counts)) if i == image else [i])]
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """Pieces of text as soon as the tokens so far make whole characters; special tokens are left out."""

@@ -40,6 +40,22 @@ class ReferencePicture:
         tiles = (self.rows // self.tile) * (self.columns // self.tile)
         return [self.tile * self.tile] * (tiles if tiles == 1 else tiles + 1)
 
+    @property
+    def shown(self) -> list[int]:
+        """For each token of a picture in tiles, the token of its thumbnail that shows the same place."""
+        side, high, wide = self.tile, self.rows // self.tile, self.columns // self.tile
+        thumbnail = sum(self.blocks) - side * side
+        found = [thumbnail + token for token in range(side * side)]
+        if high * wide == 1:
+            return found
+        tiles = []
+        for tile in range(high * wide):
+            for token in range(side * side):
+                row = tile // wide * side + token // side  # on the canvas that the tiles make up
+                column = tile % wide * side + token % side
+                tiles.append(thumbnail + row // high * side + column // wide)
+        return tiles + found
+
 
 @dataclass(frozen=True)
 class ReferenceTurn:
@@ -160,7 +176,19 @@ class Reference:
         """Score, seeds and kept rows. values: [kv_heads, S, head_dim], of the last full layer; positions: [axes, S]."""
         rows = torch.arange(values.shape[1])
         queries = rows[int(visual[-1]) + 1 + self.rule.query_offset :]
-        score, seeds = token_scores(values, visual, queries if len(queries) else rows[-1:], self.rule.seed_divisor)
+        text = torch.ones(values.shape[1], dtype=torch.bool)
+        text[visual] = False
+        shown: list[int] = []  # for rules with tiles: the thumbnail token that shows the same place, of each token
+        for picture in pictures if self.rule.tiles else ():
+            shown += [len(shown) + token for token in picture.shown]
+        score, seeds = token_scores(
+            values,
+            visual,
+            queries if len(queries) else rows[-1:],
+            self.rule.seed_divisor,
+            others=rows[text] if self.rule.softmax == "all" else rows[:0],
+            shown=shown,
+        )
         theta = self.decoder.config.rope_parameters["rope_theta"]
         ranked = []  # (rank within its block, token): the best of each block come first
         for part in torch.split(torch.arange(len(visual)), [n for picture in pictures for n in picture.blocks]):
@@ -168,25 +196,33 @@ class Reference:
             ranked += [(rank, int(part[token])) for rank, token in enumerate(best)]
         coordinates = [token for _, token in sorted(ranked)]
         budget = sum(max(1, round(self.ratio * sum(picture.blocks))) for picture in pictures)
-        chosen = visual[fill(score, seeds.tolist(), coordinates, budget)]
-        text = torch.ones(values.shape[1], dtype=torch.bool)
-        text[visual] = False
+        chosen = visual[fill(score, seeds.tolist(), coordinates, budget, shown)]
         return score, seeds, torch.cat([rows[text], chosen]).sort().values
 
 
 def token_scores(
-    values: torch.Tensor, visual: torch.Tensor, queries: torch.Tensor, seed_divisor: int
+    values: torch.Tensor,
+    visual: torch.Tensor,
+    queries: torch.Tensor,
+    seed_divisor: int,
+    others: torch.Tensor | None = None,
+    shown: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores [L] and seeds of visual tokens. values: [kv_heads, S, head_dim]. Source: arXiv 2602.03060, section 3.3."""
-    keys = values[:, visual]
+    """Scores [L] and seeds of visual tokens. values: [kv_heads, S, head_dim]. Source: arXiv 2602.03060, section 3.3.
 
-    def votes(rows: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(rows @ keys.mT / values.shape[-1] ** 0.5, dim=-1).mean(dim=0)
+    others: rows that share votes with the visual tokens. shown: see `fill`; only thumbnails are seeds.
+    """
+    rows = visual if others is None else torch.cat([visual, others])
 
-    by_text = votes(values[:, queries])
-    count = max(1, round(len(visual) / seed_divisor))
-    seeds = torch.argsort(by_text.mean(dim=0), descending=True, stable=True)[:count]
-    return torch.cat([by_text, votes(keys[:, seeds])]).mean(dim=0), seeds
+    def votes(queries: torch.Tensor) -> torch.Tensor:
+        shares = torch.softmax(values[:, queries] @ values[:, rows].mT / values.shape[-1] ** 0.5, dim=-1)
+        return shares.mean(dim=0)[:, : len(visual)]
+
+    by_text = votes(queries)
+    order = torch.argsort(by_text.mean(dim=0), descending=True, stable=True).tolist()
+    allowed = [token for token in order if not shown or shown[token] == token]
+    seeds = torch.tensor(allowed[: max(1, round(len(allowed) / seed_divisor))])
+    return torch.cat([by_text, votes(visual[seeds])]).mean(dim=0), seeds
 
 
 def ivc_tokens(positions: torch.Tensor, theta: float, head_dim: int, fraction: float) -> list[int]:
@@ -204,7 +240,20 @@ def ivc_tokens(positions: torch.Tensor, theta: float, head_dim: int, fraction: f
     return list(dict.fromkeys(token for pair in zip(*lists, strict=True) for token in pair))
 
 
-def fill(score: torch.Tensor, seeds: list[int], coordinates: list[int], budget: int) -> torch.Tensor:
-    """The first `budget` visual tokens of: seeds, IVC tokens, all others by score."""
+def fill(
+    score: torch.Tensor, seeds: list[int], coordinates: list[int], budget: int, shown: Sequence[int] = ()
+) -> torch.Tensor:
+    """The first `budget` visual tokens of: seeds, IVC tokens, all others by score.
+
+    shown: where pictures are tiles, the token of its thumbnail that shows the same place as each token (a thumbnail's
+    shows itself). The thumbnails' tokens then have their share of the budget; those of it that are no IVC tokens, and
+    what they show in the tiles, come before the thumbnails' others, and these before the tiles' others.
+    """
     rest = torch.argsort(score, descending=True, stable=True).tolist()
+    if shown:
+        thumbnails = [token for token in rest if shown[token] == token]
+        share = budget * len(thumbnails) // len(shown)
+        ivc = {token for token in coordinates if shown[token] == token}
+        foreground = {*[token for token in thumbnails if token not in ivc][: max(0, share - len(ivc))]}
+        rest = [*[token for token in rest if shown[token] in foreground], *thumbnails, *rest]
     return torch.tensor(list(dict.fromkeys([*seeds, *coordinates, *rest]))[:budget])

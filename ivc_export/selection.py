@@ -6,6 +6,7 @@ leaves an order among equals open, the lowest index comes first.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -49,15 +50,20 @@ def operator(name: str) -> ir.Function:
 
 def selection_operator(rule: contract.SelectionRule) -> str:
     """The `ivc` operator that chooses by `rule`."""
-    return "SelectTokens"
+    return "SelectTileTokens" if rule.tiles else "SelectTokens"
 
 
 def select_tokens(g: Graph, rule: contract.SelectionRule, values: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Add the rule's operator on `values` [1, kv_heads, S, head_dim]: keep_index, token_score, seed_index."""
-    names = ("ivc_priority", "visual_index", "text_index", "query_index", "keep_count")
+    names = ["ivc_priority", "visual_index", "text_index", "query_index", "keep_count"]
+    attributes = {"seed_divisor": rule.seed_divisor}
+    if rule.tiles:
+        names += ["thumbnail_index", "tile_map"]
+    else:
+        attributes["softmax_all"] = int(rule.softmax == "all")
     inputs = [values, *(g.inputs[name] for name in names)]
     keep_index, token_score, seed_index = g.op_with_outputs(
-        3, selection_operator(rule), *inputs, domain=contract.IVC_DOMAIN, seed_divisor=rule.seed_divisor
+        3, selection_operator(rule), *inputs, domain=contract.IVC_DOMAIN, **attributes
     )
     return keep_index, token_score, seed_index
 
@@ -97,25 +103,51 @@ def ivc_priority(positions: Ints, rotary: contract.RotarySizes, head_dim: int, r
     return priority
 
 
-def token_scores(values: Floats, visual_index: Ints, query_index: Ints, seed_divisor: int) -> tuple[Floats, Ints]:
+def token_scores(
+    values: Floats, visual_index: Ints, query_index: Ints, seed_divisor: int, others: Ints, candidates: Ints
+) -> tuple[Floats, Ints]:
     """Score of each visual token by the value vectors of layer k-1, and the seeds, best first.
 
-    values: float32 [kv_heads, S, head_dim]. Returns float32 [L] and int32 [seeds], positions within `visual_index`.
-    Source: arXiv 2602.03060, section 3.3; no rotation, no causal mask, softmax over the visual tokens.
+    values: float32 [kv_heads, S, head_dim]. others: rows that share a vote with the visual tokens. candidates:
+    positions within `visual_index` that may be seeds. Returns float32 [L] and int32 [seeds], positions likewise.
+    Source: arXiv 2602.03060, section 3.3; no rotation, no causal mask.
     """
-    visual = values[:, visual_index]
+    keys = values[:, np.concatenate([visual_index, others])]
 
     def votes(queries: Floats) -> Floats:
-        scores = queries @ visual.transpose(0, 2, 1) / np.sqrt(np.float32(values.shape[-1]))
+        scores = queries @ keys.transpose(0, 2, 1) / np.sqrt(np.float32(values.shape[-1]))
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         by_row: Floats = np.mean(weights / weights.sum(axis=-1, keepdims=True), axis=0)
-        return by_row
+        return by_row[:, : len(visual_index)]
 
     by_text = votes(values[:, query_index])
-    seeds = max(1, round(len(visual_index) / seed_divisor))
-    seed_index = descending(by_text.mean(axis=0))[:seeds]
-    by_seeds = votes(visual[:, seed_index])
+    seeds = max(1, round(len(candidates) / seed_divisor))
+    seed_index = candidates[descending(by_text.mean(axis=0)[candidates])[:seeds]]
+    by_seeds = votes(keys[:, seed_index])
     return np.concatenate([by_text, by_seeds]).mean(axis=0), seed_index
+
+
+def tile_scores(
+    token_score: Floats, priority: Floats, keep_count: int, thumbnail_index: Ints, tile_map: Ints
+) -> Floats:
+    """Numbers below 1 that order visual tokens behind the IVC tokens, float32 [L].
+
+    First the foreground: the thumbnails' tokens that are best by score, as many as make up the thumbnails' share of
+    the budget together with their IVC tokens, and the tiles' tokens that these show. Then the thumbnails' others, then
+    the tiles' others; each by score. The official code ends with the thumbnail and may keep fewer than the budget.
+    """
+    length = len(token_score)
+    share = keep_count * len(thumbnail_index) // length
+    best = descending(np.maximum(token_score, priority)[thumbnail_index])[:share]
+    chosen = np.zeros(len(thumbnail_index), bool)
+    chosen[best] = priority[thumbnail_index[best]] == 0
+    tier = np.zeros(length, np.int32)
+    tier[thumbnail_index] = 1
+    tier[chosen[tile_map]] = 2
+    rank = np.empty(length, np.int32)
+    rank[descending(token_score)] = np.arange(length)
+    scores: Floats = ((tier + 1) * length - rank).astype(np.float32) / np.float32(4 * length)
+    return scores
 
 
 def kept_rows(
@@ -134,9 +166,16 @@ def select(
     text_index: Ints,
     query_index: Ints,
     keep_count: int,
-    seed_divisor: int,
+    rule: contract.SelectionRule,
+    tiles: Mapping[str, Ints] | None = None,
 ) -> Selected:
-    """SelectTokens in NumPy. values: float32 [kv_heads, S, head_dim]; the others as in the contract."""
-    token_score, seed_index = token_scores(values, visual_index, query_index, seed_divisor)
-    keep_index = kept_rows(token_score, seed_index, priority, visual_index, text_index, keep_count)
+    """The rule's operator in NumPy. values: float32 [kv_heads, S, head_dim]; the others as in the contract.
+
+    tiles: thumbnail_index and tile_map, for a rule with tiles.
+    """
+    others = text_index if rule.softmax == "all" else text_index[:0]
+    candidates = tiles["thumbnail_index"] if tiles else np.arange(len(visual_index), dtype=np.int32)
+    token_score, seed_index = token_scores(values, visual_index, query_index, rule.seed_divisor, others, candidates)
+    order = tile_scores(token_score, priority, keep_count, **tiles) if tiles else token_score
+    keep_index = kept_rows(order, seed_index, priority, visual_index, text_index, keep_count)
     return Selected(keep_index, token_score, seed_index)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,15 @@ class Golden:
         return [int(token) for token in self.data["input_ids"][0]]
 
     @property
+    def kept(self) -> int:
+        """Visual tokens that the official code kept."""
+        return len(self.data["keep_indices"]) - len(self.tokens) + int(self.data["visual_len"])
+
+    @property
     def picture(self) -> Picture:
+        if "image_grid_thw" not in self.data:  # of fixed size
+            side = math.isqrt(int(self.data["visual_len"]))
+            return Picture({"pixel_values": self.data["pixel_values"]}, Grid(side, side))
         _, rows, columns = (int(x) for x in self.data["image_grid_thw"][0])
         grid = Grid(rows // 2, columns // 2)
         inputs = {"pixel_values": self.data["pixel_values"][None], "patch_position": patch_positions(grid)}

@@ -3,20 +3,40 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ivc_export.export import export
+from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.generate import Sampling, generate
 from ivc_export.runtime.session import OnnxSession
-from tests.conftest import LOGIT_TOLERANCE, Golden
+from tests.conftest import GOLDENS, LOGIT_TOLERANCE, Golden
+
+FOLDERS = sorted((GOLDENS / "model").iterdir())
 
 
-@pytest.mark.parametrize("capacity", [None, 192], ids=["exact-length", "fixed-capacity"])
-@pytest.mark.parametrize(("kind", "ratio"), [("pruned", 0.5), ("unpruned", 1.0)])
+@pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return Golden(request.param, dict(np.load(request.param / "input-00.npz")))
+
+
+@pytest.fixture(scope="module")
+def golden_session(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> OnnxSession:
+    output = tmp_path_factory.mktemp("golden") / "bundle"
+    return OnnxSession(export(ExportRecipe(golden.folder, output, layer=int(golden.data["ivcp_k"]))))
+
+
+def ratio(golden: Golden, kind: str) -> float:
+    """The ratio that keeps as many visual tokens as the official code did."""
+    return 1.0 if kind == "unpruned" else golden.kept / int(golden.data["visual_len"])
+
+
+@pytest.mark.parametrize("capacity", [None, 640], ids=["exact-length", "fixed-capacity"])
+@pytest.mark.parametrize("kind", ["pruned", "unpruned"])
 def test_the_model_equals_the_official_code(
-    golden: Golden, golden_session: OnnxSession, kind: str, ratio: float, capacity: int | None
+    golden: Golden, golden_session: OnnxSession, kind: str, capacity: int | None
 ) -> None:
-    conversation = Conversation(golden_session, ratio, capacity)
+    conversation = Conversation(golden_session, ratio(golden, kind), capacity)
     step = conversation.run(golden.tokens, [golden.picture])
-    np.testing.assert_array_equal(step.run.position_ids[:, 0], golden.data["position_ids"])
+    np.testing.assert_array_equal(step.run.position_ids[:, 0], np.atleast_2d(golden.data["position_ids"]))
     rows = golden.data["keep_indices"] if kind == "pruned" else np.arange(len(golden.tokens))
     np.testing.assert_array_equal(step.keep_index, rows)
     assert conversation.cache.length == len(rows)
@@ -27,7 +47,7 @@ def test_the_model_equals_the_official_code(
 
 
 def test_every_cache_holds_as_many_rows_as_the_official_ones(golden: Golden, golden_session: OnnxSession) -> None:
-    conversation = Conversation(golden_session)
+    conversation = Conversation(golden_session, ratio(golden, "pruned"))
     conversation.run(golden.tokens, [golden.picture])
     for layer, rows in enumerate(golden.data["prefill_kv_lengths"]):
         for kind in ("key", "value"):
@@ -35,9 +55,13 @@ def test_every_cache_holds_as_many_rows_as_the_official_ones(golden: Golden, gol
 
 
 def test_greedy_generation_gives_the_official_tokens(golden: Golden, golden_session: OnnxSession) -> None:
-    for kind, ratio in (("pruned", 0.5), ("unpruned", 1.0)):
+    for kind in ("pruned", "unpruned"):
         drawn = generate(
-            Conversation(golden_session, ratio), golden.tokens, [golden.picture], Sampling(max_tokens=16), stop=()
+            Conversation(golden_session, ratio(golden, kind)),
+            golden.tokens,
+            [golden.picture],
+            Sampling(max_tokens=16),
+            stop=(),
         )
         assert list(drawn) == golden.data[f"{kind}_tokens"].tolist()
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ import onnxruntime
 import pytest
 import torch
 
-from ivc_export import reference, selection
+from ivc_export import families, reference, selection
 from ivc_export.contract import OPSET, RotarySizes, SelectionRule, kept_tokens
 from ivc_export.families import Grid
 from ivc_export.families.qwen2_vl import positions
-from ivc_export.runtime.plan import tile_inputs
+from ivc_export.runtime.plan import plan_run, tile_inputs
 from tests.conftest import GOLDENS, SCORE_TOLERANCE
+from tests.family_cases import CASES
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -130,24 +132,46 @@ class Case:
         return np.sort(np.concatenate([self.text, self.visual[chosen.numpy()]]))
 
 
-@pytest.mark.parametrize("path", sorted((GOLDENS / "selection").glob("qwen-*.npz")), ids=lambda p: p.stem)
-def test_selection_equals_the_official_code(path: Path, select_onnx: Runner) -> None:
-    golden = np.load(path)
+SELECTIONS = [
+    (name, path)
+    for name, family in CASES.items()
+    if family.selection
+    for path in sorted((GOLDENS / "selection").glob(f"{family.selection}-*.npz"))
+]
+
+
+@pytest.mark.parametrize(("name", "path"), SELECTIONS, ids=[f"{name}-{path.stem}" for name, path in SELECTIONS])
+def test_selection_equals_the_official_code(name: str, path: Path, run_rule: dict[str, Runner]) -> None:
+    golden, family = np.load(path), families.of(name)
+    model, grid = family.read(family.tiny, None), CASES[name].grid(golden)
     start, length, rows = int(golden["visual_start"]), int(golden["visual_len"]), len(golden["values"])
-    position_ids, _ = positions([start, Grid(*map(int, golden["grid"])), rows - start - length], 0)
-    np.testing.assert_array_equal(position_ids, golden["positions"])
-    visual = np.arange(start, start + length, dtype=np.int32)
-    rotary = RotarySizes(theta=float(golden["rope_theta"]), sections=(1, 1, 1))
+    kept = len(golden["keep_indices"]) - (rows - length)
+    tokens = np.zeros(rows, np.int32)
+    tokens[start : start + length] = model.image_token
+    manifest: Any = SimpleNamespace(
+        family=name,
+        decoder=model.decoder.model_copy(update={"head_dim": golden["values"].shape[-1]}),
+        rotary=model.rotary.model_copy(update={"theta": float(golden["rope_theta"])}),
+        selection=model.selection,
+        tokens=SimpleNamespace(image=model.image_token),
+    )
+    run = plan_run(manifest, tokens, [grid], 0, kept / length)
+    np.testing.assert_array_equal(run.position_ids[:, 0], np.atleast_2d(golden["positions"]))
+    assert run.keep_count == kept
+    assert family.default_ratio != 0.5 or kept == kept_tokens(length, 0.5)
     case = Case(
         values=np.ascontiguousarray(golden["values"].transpose(1, 0, 2)),
-        priority=selection.ivc_priority(position_ids[:, visual], rotary, golden["values"].shape[-1], RULE),
-        visual=visual,
-        text=np.setdiff1d(np.arange(rows, dtype=np.int32), visual),
-        query=np.arange(start + length + RULE.query_offset, rows, dtype=np.int32),
-        keep_count=kept_tokens(length, 0.5),
+        priority=run.ivc_priority,
+        visual=run.visual_index,
+        text=run.text_index,
+        query=run.query_index,
+        keep_count=kept,
+        rule=model.selection,
+        grid=grid if model.selection.tiles else None,
     )
+    rule = "tiles" if model.selection.tiles else model.selection.softmax
     allowed = [] if golden["robust"] else golden["fragile_indices"].tolist()
-    for found in (case.in_numpy().keep_index, select_onnx(case.feeds)[0]):
+    for found in (case.in_numpy().keep_index, run_rule[rule](case.feeds)[0], case.torch_fill(*case.in_torch())):
         assert set(np.setxor1d(found, golden["keep_indices"])) <= set(allowed)
         assert len(found) == len(golden["keep_indices"])
 

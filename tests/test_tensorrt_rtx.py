@@ -9,9 +9,13 @@ import onnx_ir as ir
 import pytest
 import tensorrt_rtx as trt
 
+from ivc_export import families
 from ivc_export.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, GraphName
+from ivc_export.export import export
 from ivc_export.passes import lower
+from ivc_export.recipe import ExportRecipe
+from samples.make_sample import make_checkpoint
 
 Extents = dict[str, tuple[int, int, int]]
 PREFILL: Extents = {  # minimum, optimum, maximum of each symbolic axis
@@ -20,14 +24,16 @@ PREFILL: Extents = {  # minimum, optimum, maximum of each symbolic axis
     "visual": (1, 192, 1280),
     "L": (1, 192, 1280),
     "T": (0, 40, 512),
+    "H": (1, 16, 1280),
     "S": (1, 232, 1792),
     "Q": (1, 20, 512),
     "M": (1, 136, 1792),
     "P": (0, 0, 1024),
+    "W": (0, 0, 1024),
     "R": (1, 1, 1),
     "keep_count": (1, 96, 1280),
 }
-DECODE: Extents = dict.fromkeys(PREFILL, (1, 1, 1)) | {"T": (0, 0, 0), "P": (1024, 1024, 1024)}
+DECODE: Extents = dict.fromkeys(PREFILL, (1, 1, 1)) | {"T": (0, 0, 0), "P": (1024, 1024, 1024), "W": (1024, 1024, 1024)}
 
 
 def profile(builder: Any, model: ir.Model, extents: Extents) -> Any:
@@ -42,11 +48,18 @@ def profile(builder: Any, model: ir.Model, extents: Extents) -> Any:
     return found
 
 
+@pytest.fixture(scope="module", params=families.names())
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint = make_checkpoint(folder / "checkpoint", families.of(request.param).tiny)
+    return export(ExportRecipe(checkpoint, folder / "bundle"))
+
+
 @pytest.mark.parametrize("architecture", ["SM86", "SM120"])
 @pytest.mark.parametrize("name", GRAPH_NAMES)
-def test_native_graphs_compile(sample_bundle: Bundle, name: GraphName, architecture: str) -> None:
-    model = lower(ir.load(sample_bundle.folder / f"{name}.onnx"), "native")
-    path: Path = sample_bundle.folder / f"{name}.{architecture}.onnx"
+def test_native_graphs_compile(bundle: Bundle, name: GraphName, architecture: str) -> None:
+    model = lower(ir.load(bundle.folder / f"{name}.onnx"), "native")
+    path: Path = bundle.folder / f"{name}.{architecture}.onnx"
     ir.save(model, path)
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(0)

@@ -1,0 +1,36 @@
+"""What the tests need to know of each family beyond its own file: one entry a family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from ivc_export.families import Grid
+
+
+@dataclass(frozen=True)
+class FamilyCase:
+    """One family's test data.
+
+    selection: stem of its selection goldens, under tests/goldens/selection/; None where another family's cover it.
+    grid: the picture of such a golden.
+    official: transformers' image processor, for a manifest's preprocessing.
+    stock: whether transformers has the model.
+    """
+
+    selection: str | None
+    grid: Callable[[Mapping[str, Any]], Grid]
+    official: Callable[[Any], Any]
+    stock: bool = True
+
+
+CASES: dict[str, FamilyCase] = {
+    "qwen2_vl": FamilyCase(
+        selection="qwen",
+        grid=lambda golden: Grid(*map(int, golden["grid"])),
+        official=lambda p: Qwen2VLImageProcessorPil(min_pixels=p.min_pixels, max_pixels=p.max_pixels),
+    ),
+}

@@ -1,0 +1,194 @@
+"""What works for one family works for every one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import PIL.Image
+import pytest
+
+from ivc_export import cli, contract, families
+from ivc_export.bundle import Bundle
+from ivc_export.export import export
+from ivc_export.families import Family, Picture
+from ivc_export.parity import check, reference_picture
+from ivc_export.passes import lower
+from ivc_export.recipe import ExportRecipe
+from ivc_export.reference import Reference
+from ivc_export.report.overlay import count_kinds, overlay
+from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.generate import Chat, Sampling
+from ivc_export.runtime.processor import Processor, open_picture
+from ivc_export.runtime.session import OnnxSession
+from samples.make_sample import make_checkpoint
+from tests.conftest import LOGIT_TOLERANCE, PIXEL_TOLERANCE, SHAPES
+from tests.family_cases import CASES, FamilyCase
+
+STOCK = [name for name, case in CASES.items() if case.stock]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family's tiny model, exported."""
+
+    family: Family
+    case: FamilyCase
+    checkpoint: Path
+
+    @cached_property
+    def bundle(self) -> Bundle:
+        return export(ExportRecipe(self.checkpoint, self.checkpoint.with_name("bundle"), max_visual=400))
+
+    @cached_property
+    def session(self) -> OnnxSession:
+        return OnnxSession(self.bundle)
+
+    def picture(self, width: int, height: int) -> Picture:
+        noise = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+        return self.family.picture(PIL.Image.fromarray(noise), self.bundle.manifest.preprocessing)
+
+    def shown(self, picture: Picture) -> list[int]:
+        tokens = self.bundle.manifest.tokens
+        marked = [tokens.vision_start, *[tokens.image] * picture.grid.visual, tokens.vision_end]
+        return [token for token in marked if token is not None]
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, Tiny]:
+    return {}
+
+
+@pytest.fixture
+def tiny(request: pytest.FixtureRequest, built: dict[str, Tiny], tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    name: str = request.param
+    if name not in built:
+        checkpoint = make_checkpoint(tmp_path_factory.mktemp(name) / "checkpoint", families.of(name).tiny)
+        built[name] = Tiny(families.of(name), CASES[name], checkpoint)
+    return built[name]
+
+
+every_family = pytest.mark.parametrize("tiny", CASES, indirect=True)
+every_stock_family = pytest.mark.parametrize("tiny", STOCK, indirect=True)
+
+
+def test_every_family_has_an_entry() -> None:
+    assert sorted(CASES) == families.names()
+
+
+def test_aliases_are_unique() -> None:
+    aliases = [alias for name in CASES for alias in families.of(name).hub]
+    assert len(aliases) == len(set(aliases))
+
+
+@every_stock_family
+@pytest.mark.parametrize("ratio", [None, 1.0, 0.15])
+def test_bundles_equal_pytorch(tiny: Tiny, ratio: float | None) -> None:
+    report = check(tiny.bundle, tiny.checkpoint, ratio=ratio, steps=2)
+    assert report.passed, [c for c in report.comparisons if not c.passed]
+    wanted = tiny.family.default_ratio if ratio is None else ratio
+    assert report.kept_tokens == round(wanted * report.visual_tokens)
+
+
+@every_stock_family
+@pytest.mark.parametrize("capacity", [None, 1600], ids=["exact-length", "fixed-capacity"])
+def test_turns_with_pictures_equal_the_reference(tiny: Tiny, capacity: int | None) -> None:
+    m = tiny.bundle.manifest
+    conversation = Conversation(tiny.session, 0.4, capacity)
+    reference = Reference(tiny.checkpoint, m.selection_layer, 0.4, m.selection)
+    wide, high = tiny.picture(280, 120), tiny.picture(100, 230)
+    words = np.random.default_rng(0).integers(0, 490, 40).tolist()
+    turns: list[tuple[list[int], list[Picture]]] = [
+        ([*words[:9], *tiny.shown(wide), *words[9:15]], [wide]),
+        ([17], []),
+        ([*words[20:24], *tiny.shown(high), *words[25:27], *tiny.shown(wide), *words[30:]], [high, wide]),
+        (words[:5], []),
+        ([99], []),
+    ]
+    for tokens, pictures in turns:
+        step = conversation.run(tokens, pictures)
+        turn = reference.run(tokens, [reference_picture(tiny.bundle, picture) for picture in pictures])
+        np.testing.assert_array_equal(step.keep_index, turn.keep_index.numpy())
+        assert np.abs(step.logits - turn.logits.numpy()).max() < LOGIT_TOLERANCE
+        assert conversation.next_position == reference.next_position
+
+
+@every_family
+@pytest.mark.parametrize("size", [(448, 336), (113, 340), (700, 90), (31, 29)], ids=str)
+def test_pixels_equal_the_official_processors(tiny: Tiny, size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image, preprocessing = PIL.Image.fromarray(noise), tiny.bundle.manifest.preprocessing
+    picture = tiny.family.picture(image, preprocessing)
+    found = tiny.family.stock_inputs(picture, preprocessing)["pixel_values"]
+    wanted = tiny.case.official(preprocessing)(image, return_tensors="np")["pixel_values"]
+    assert found.shape == wanted.shape
+    assert np.abs(found - wanted).max() < PIXEL_TOLERANCE
+    assert picture.grid.visual <= tiny.bundle.manifest.max_visual
+
+
+@every_family
+def test_a_chat_shows_pictures_in_any_turn(tiny: Tiny) -> None:
+    chat = Chat(tiny.session, 0.3, sampling=Sampling(max_tokens=4))
+    image = open_picture(SHAPES)
+    for images in ([image], [], [image, image]):
+        assert "".join(chat.ask("Where is the ring?", images))
+        assert chat.step is not None
+        visual = sum(grid.visual for grid in chat.step.run.grids)
+        assert visual == len(images) * tiny.family.picture(image, tiny.bundle.manifest.preprocessing).grid.visual
+        counts = count_kinds(chat.step)
+        assert visual - counts["pruned"] == len(images) * round(0.3 * visual / max(1, len(images)))
+        if images:
+            drawn = overlay([chat.processor.shown(image) for image in images], chat.step)
+            assert drawn.width > 500
+    assert len(chat.messages) == 6
+
+
+@every_family
+def test_every_token_has_its_place_in_the_picture(tiny: Tiny) -> None:
+    """A patch of another colour changes the embeddings of the tokens that lie there more than those of any others."""
+    plain = PIL.Image.new("RGB", (448, 448), "white")
+    changed = plain.copy()
+    changed.paste("black", (336, 112, 448, 224))
+    embeds = []
+    for image in (plain, changed):
+        picture = tiny.family.picture(image, tiny.bundle.manifest.preprocessing)
+        found = tiny.session.run("vision", picture.inputs)["image_embeds"]
+        embeds.append(found.reshape(-1, found.shape[-1]))
+    grid = picture.grid
+    change = np.abs(embeds[1] - embeds[0]).mean(axis=1)
+    inside = np.array([c / grid.columns >= 0.75 and 0.25 <= r / grid.rows < 0.5 for r, c in grid.cells])
+    assert change[: len(inside)][inside].mean() > 1.5 * change[: len(inside)][~inside].mean()
+
+
+@every_family
+def test_the_commands_take_every_family(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = tmp_path / "kept.png"
+    question = ["--image", str(SHAPES), "--prompt", "Where?", "--max-tokens", "3", "--ratio", "0.25", "--json"]
+    assert cli.ivc_run([str(tiny.bundle.folder), *question, "--show", str(shown)]) == 0
+    visual = json.loads(capsys.readouterr().out)["visual_tokens"]
+    assert visual["kept"] == round(0.25 * visual["total"]) > 0
+    assert open_picture(shown).width > 500
+
+
+@every_family
+def test_native_graphs_keep_the_contract(tiny: Tiny) -> None:
+    for name, info in tiny.bundle.manifest.graphs.items():
+        model = lower(ir.load(tiny.bundle.folder / info.file), "native")
+        assert not model.functions
+        contract.verify(name, model, info)
+
+
+@every_family
+def test_the_familys_template_marks_each_picture_once(tiny: Tiny) -> None:
+    processor = Processor(tiny.bundle)
+    picture = processor.picture(SHAPES)
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Compare."}]
+    tokens = processor.encode(processor.render([{"role": "user", "content": content}]), [picture, picture])
+    marked = tiny.shown(picture)
+    found = [i for i in range(len(tokens)) if tokens[i : i + len(marked)] == marked]
+    assert len(found) == 2
+    assert tokens.count(marked[0]) == (2 if len(set(marked)) > 1 else 2 * len(marked))

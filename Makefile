@@ -21,7 +21,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-generate: $(VENV)/installed-dev  ## write graphs/README.md and graphs/listings/ anew
+generate: $(VENV)/installed-dev  ## write graphs/README.md, graphs/listings/ and docs/families.md anew
 	$(BIN)/python -m tools.generate
 
 $(VENV)/bin/python:

@@ -1,4 +1,4 @@
-"""Write the generated files: graphs/README.md from the contract, graphs/listings/ from every tiny family.
+"""Write the generated files: graphs/README.md from the contract, graphs/listings/ and docs/families.md from families.
 
 python -m tools.generate
 """
@@ -15,6 +15,7 @@ from ivc_export.decoder import decoder_graph
 from ivc_export.prefix import prefix_graph
 from ivc_export.vision import vision_graph
 from samples.make_sample import RecordingWeights
+from tools.families_doc import families_doc
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
@@ -119,7 +120,7 @@ def listings() -> dict[str, str]:
 
 def generated() -> dict[Path, str]:
     """Every generated file's path and content."""
-    files = {ROOT / "graphs" / "README.md": graphs_readme()}
+    files = {ROOT / "graphs" / "README.md": graphs_readme(), ROOT / "docs" / "families.md": families_doc()}
     return files | {ROOT / "graphs" / "listings" / name: content for name, content in listings().items()}
 
 

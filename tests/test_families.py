@@ -11,6 +11,8 @@ import numpy as np
 import onnx_ir as ir
 import PIL.Image
 import pytest
+import torch
+import transformers
 
 from ivc_export import cli, contract, families
 from ivc_export.bundle import Bundle
@@ -115,6 +117,42 @@ def test_turns_with_pictures_equal_the_reference(tiny: Tiny, capacity: int | Non
         np.testing.assert_array_equal(step.keep_index, turn.keep_index.numpy())
         assert np.abs(step.logits - turn.logits.numpy()).max() < LOGIT_TOLERANCE
         assert conversation.next_position == reference.next_position
+
+
+@every_stock_family
+def test_the_vision_encoder_takes_pictures_of_any_shape(tiny: Tiny) -> None:
+    m = tiny.bundle.manifest
+    model = Reference(tiny.checkpoint, 1, 1.0, m.selection).model.model
+    for size in ((28, 28), (40, 700), (700, 40), (333, 170), (113, 225)):
+        picture = tiny.picture(*size)
+        found = tiny.session.run("vision", picture.inputs)["image_embeds"]
+        with torch.no_grad():
+            wanted = model.get_image_features(**reference_picture(tiny.bundle, picture).inputs).pooler_output
+        assert np.abs(found.reshape(-1, found.shape[-1]) - torch.cat(list(wanted)).numpy()).max() < LOGIT_TOLERANCE
+
+
+@every_family
+def test_frames_of_one_size_run_as_one_batch(tiny: Tiny) -> None:
+    picture = tiny.picture(120, 100)
+    pixels = picture.inputs["pixel_values"]
+    batch = np.concatenate([pixels, 2 * pixels, -pixels])
+    found = tiny.session.run("vision", {**picture.inputs, "pixel_values": batch})["image_embeds"]
+    alone = tiny.session.run("vision", {**picture.inputs, "pixel_values": -pixels})["image_embeds"]
+    assert np.abs(found[2 * len(pixels) :] - alone).max() < LOGIT_TOLERANCE
+
+
+@every_stock_family
+def test_what_transformers_saves_is_the_same_model(tiny: Tiny, tmp_path: Path) -> None:
+    """Names and config.json of transformers 5, against those of 4.4x."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tiny.checkpoint, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    saved = export(ExportRecipe(tmp_path / "saved", tmp_path / "bundle", max_visual=400))
+    assert saved.manifest.decoder == tiny.bundle.manifest.decoder
+    assert saved.manifest.tokens.image == tiny.bundle.manifest.tokens.image
+    picture = tiny.picture(120, 100)
+    tokens = [1, 2, *tiny.shown(picture), 7, 8, 9, 10]
+    wanted = Conversation(tiny.session, 0.5).run(tokens, [picture]).logits
+    np.testing.assert_array_equal(Conversation(OnnxSession(saved), 0.5).run(tokens, [picture]).logits, wanted)
 
 
 @every_family

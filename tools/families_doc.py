@@ -29,9 +29,9 @@ def families_doc() -> str:
         f"Visual tokens are those of a picture of {width} x {height} pixels at the default `--max-visual` of "
         f"{ExportRecipe.max_visual:,}. What is saved is computed, not measured: for a prompt of that picture and "
         f"{TEXT} text tokens at the family's default ratio, the arithmetic of the decoder's layers in prefill (the "
-        "vision encoder and the layers below k see every token, and lm_head one row), and the bytes of keys and values "
-        "in 16 bits. k is the selection layer when none is named; where it is not published for a model, it is taken in "
-        "proportion from one that is, and marked with *: nobody has measured it.",
+        "vision encoder and the layers below k see every token, and lm_head one row), and the bytes of keys and "
+        "values in 16 bits. k is the selection layer when none is named; where none is published for a model, it is "
+        "taken in proportion from one that is, and marked with *: nobody has measured it.",
         "",
         "| `--model` | checkpoint | model_type | layers | k | ratio | visual tokens | prefill saved | cache saved |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -36,7 +36,19 @@ FLOATS: dict[FloatName, ir.DataType] = {
 OPERATORS = frozenset(
     (
         *("Add", "And", "Cast", "Concat", "Constant", "Cos", "Div", "Equal", "Erf", "Expand", "Gather", "Gemm"),
-        *("Greater", "GreaterOrEqual", "LayerNormalization", "Less", "MatMul", "Max", "Mul", "Not", "Or", "Range"),
+        *(
+            "Greater",
+            "GreaterOrEqual",
+            "LayerNormalization",
+            "Less",
+            "MatMul",
+            "Max",
+            "Min",
+            "Mul",
+            "Not",
+            "Or",
+            "Range",
+        ),
         *("ReduceMean", "ReduceSum", "Reshape", "ScatterElements", "Shape", "Sigmoid", "Sin", "Slice", "Softmax"),
         *("Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
     )

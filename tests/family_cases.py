@@ -33,4 +33,9 @@ CASES: dict[str, FamilyCase] = {
         grid=lambda golden: Grid(*map(int, golden["grid"])),
         official=lambda p: Qwen2VLImageProcessorPil(min_pixels=p.min_pixels, max_pixels=p.max_pixels),
     ),
+    "qwen2_5_vl": FamilyCase(  # the official code that made the goldens is this family's
+        selection="qwen",
+        grid=lambda golden: Grid(*map(int, golden["grid"])),
+        official=lambda p: Qwen2VLImageProcessorPil(min_pixels=p.min_pixels, max_pixels=p.max_pixels),
+    ),
 }

@@ -1,0 +1,272 @@
+"""Qwen2.5-VL (Bai et al. 2025, arXiv 2502.13923): Qwen2-VL with windowed attention in most encoder blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+from pydantic import Field
+
+from ivc_export import contract
+from ivc_export.builder import FLOAT, INT32, Graph
+from ivc_export.errors import UserError
+from ivc_export.families import DefaultLayer, Family, Model, check_divides, required, scaled_layer
+from ivc_export.families.qwen2_vl import (
+    CHAT_TEMPLATE,
+    TINY_TOKENS,
+    canonical_name,
+    frequencies,
+    patch_rows,
+    picture,
+    positions,
+    read_around,
+    stock_inputs,
+)
+from ivc_export.layers import MASKED, attend, gelu, linear, rms_norm, rotary_angles, rotate, silu
+
+RMS_NORM_EPSILON = 1e-6
+
+
+class VisionSizes(contract.Frozen):
+    """Sizes of the vision encoder; `window` is a window's side in patches."""
+
+    depth: int = Field(gt=0)
+    embed_dim: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    mlp_size: int = Field(gt=0)
+    window: int = Field(gt=0)
+    full_blocks: tuple[int, ...]
+
+    @property
+    def head_dim(self) -> int:
+        """Values of one head."""
+        return self.embed_dim // self.heads
+
+
+def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
+    """Digest config.json (flat as transformers 4.4x writes it, or with text_config) and the processor's file."""
+    vision = required(config, "vision_config")
+    patch, merge = vision.get("patch_size", 14), vision.get("spatial_merge_size", 2)
+    sizes = VisionSizes(
+        depth=required(vision, "depth"),
+        embed_dim=required(vision, "hidden_size"),
+        heads=required(vision, "num_heads"),
+        mlp_size=required(vision, "intermediate_size"),
+        window=vision.get("window_size", 112) // (patch * merge) * merge,
+        full_blocks=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
+    )
+    check_divides(("vision_config.hidden_size", sizes.embed_dim, 4 * sizes.heads))
+    if vision.get("hidden_act", "silu") != "silu":
+        raise UserError(f"vision_config.hidden_act {vision['hidden_act']!r} of config.json is not supported: only silu")
+    return read_around(sizes, config, processor)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How patches are laid out for windowed attention.
+
+    Sorted by window, patches are cut into blocks of as many as a full window has. A window's patches stand together,
+    so they lie in one block or two neighbouring ones, and a block's queries need its own keys and its neighbours' only:
+    memory grows with the picture, not with its square, and every shape follows from the number of patches.
+
+    order: int32 [(blocks + 2) block], the patch at each place, with a block of padding before and behind.
+    slot: int32 [patches], each patch's place behind the padding.
+    neighbours: int32 [blocks, 3 block], the places whose keys a block's queries see.
+    mask: float32 [blocks, block, 3 block], 0 within a window, else MASKED.
+    size: patches of a block. cos, sin: float32 [(blocks + 2) block, head_dim / 2], of the places.
+    """
+
+    order: ir.Value
+    slot: ir.Value
+    neighbours: ir.Value
+    mask: ir.Value
+    size: int
+    cos: ir.Value
+    sin: ir.Value
+
+
+def windows(g: Graph, sizes: VisionSizes, cos: ir.Value, sin: ir.Value) -> Windows:
+    """Lay patches out by window; windows are aligned to the picture's top left, and cut off at its other sides."""
+    position, size, side = g.inputs["patch_position"], sizes.window**2, g.constant([sizes.window], INT32)
+    zero, one, block = g.constant(0, INT32), g.constant(1, INT32), g.constant([size], INT32)
+
+    def counting(length: ir.Value) -> ir.Value:
+        return g.op("Range", zero, g.op("Squeeze", length, g.ints(0)), one)
+
+    def column(of: ir.Value, number: int) -> ir.Value:
+        return g.op("Gather", of, g.constant(number, INT32), axis=1)
+
+    # slot of patch (r, c) in window (i, j) of a picture of h x w: the windows above and those to the left come before,
+    # then the rows above within the window. The picture's last patch, in merge-block order too, is (h - 1, w - 1).
+    last = g.op("Slice", position, g.ints(-1), g.ints(2**31 - 1), g.ints(0))
+    extent = g.op("Add", last, one)
+    window = g.op("Div", position, side)
+    origin = g.op("Mul", window, side)
+    within = g.op("Sub", position, origin)
+    spans = g.op("Min", g.op("Sub", extent, origin), side)  # height and width of the patch's window
+    above = g.op("Mul", column(origin, 0), column(extent, 1))
+    left = g.op("Mul", column(origin, 1), column(spans, 0))
+    inside = g.op("Add", g.op("Mul", column(within, 0), column(spans, 1)), column(within, 1))
+    slot = g.op("Add", g.op("Add", above, left), inside)
+    # a number for each window: windows in a row are fewer than patches
+    patches = g.cast(g.extent(position, 0), INT32)
+    number = g.op("Add", g.op("Mul", column(window, 0), patches), column(window, 1))
+
+    blocks = g.op("Div", g.op("Add", patches, g.constant([size - 1], INT32)), block)
+    places = g.op("Mul", g.op("Add", blocks, g.constant([2], INT32)), block)
+    length = g.cast(places, ir.DataType.INT64)
+    place = g.op("Add", slot, block)
+    order = g.op("ScatterElements", g.op("Expand", zero, length), place, counting(patches), axis=0)
+    number = g.op("ScatterElements", g.op("Expand", g.constant(-1, INT32), length), place, number, axis=0)
+    start = g.op("Unsqueeze", g.op("Mul", counting(blocks), block), g.ints(1))
+    neighbours = g.op("Add", start, g.constant(range(3 * size), INT32))
+    own = g.op("Add", start, g.constant(range(size, 2 * size), INT32))
+    same = g.op(
+        "Equal",
+        g.op("Unsqueeze", g.op("Gather", number, own, axis=0), g.ints(2)),
+        g.op("Unsqueeze", g.op("Gather", number, neighbours, axis=0), g.ints(1)),
+    )
+    mask = g.op("Where", same, g.constant(0.0, FLOAT), g.constant(MASKED, FLOAT))
+    cos, sin = (g.op("Gather", table, order, axis=0) for table in (cos, sin))
+    return Windows(order, slot, neighbours, mask, size, cos, sin)
+
+
+def vision(g: Graph, model: Model) -> ir.Value:
+    """Encoder blocks with two-dimensional rotary positions, most of them windowed, then the merger of 2 x 2 patches.
+
+    Patches keep their order: attention is the same in any, so nothing is sorted back at the end.
+    Source: Qwen2_5_VisionTransformerPretrainedModel in transformers.
+    """
+    sizes: VisionSizes = model.vision
+    p = model.preprocessing
+    assert isinstance(p, contract.PatchPreprocessing)
+    frames = g.extent(g.inputs["pixel_values"], 0)
+    with g.scope("rotary"):
+        cos, sin = rotary_angles(g, g.transpose(g.inputs["patch_position"], 1, 0), frequencies(sizes.head_dim))
+    with g.scope("windows"):
+        layout = windows(g, sizes, cos, sin)
+    with g.scope("patch_embed"):
+        x = patch_rows(g, p, sizes.embed_dim)
+    for i in range(sizes.depth):
+        name = f"visual.blocks.{i}"
+        with g.scope(f"blocks.{i}"):
+            with g.scope("attention"):
+                y = rms_norm(g, x, f"{name}.norm1", sizes.embed_dim, RMS_NORM_EPSILON)
+                qkv = linear(g, y, f"{name}.attn.qkv", 3 * sizes.embed_dim, sizes.embed_dim, bias=True)
+                if i in sizes.full_blocks:
+                    y = full_attention(g, sizes, qkv, frames, cos, sin)
+                else:
+                    y = windowed_attention(g, sizes, qkv, frames, layout)
+                y = linear(g, y, f"{name}.attn.proj", sizes.embed_dim, sizes.embed_dim, bias=True)
+                x = g.op("Add", x, y)
+            with g.scope("mlp"):
+                y = rms_norm(g, x, f"{name}.norm2", sizes.embed_dim, RMS_NORM_EPSILON)
+                gate = silu(g, linear(g, y, f"{name}.mlp.gate_proj", sizes.mlp_size, sizes.embed_dim, bias=True))
+                up = linear(g, y, f"{name}.mlp.up_proj", sizes.mlp_size, sizes.embed_dim, bias=True)
+                y = g.op("Mul", gate, up)
+                y = linear(g, y, f"{name}.mlp.down_proj", sizes.embed_dim, sizes.mlp_size, bias=True)
+                x = g.op("Add", x, y)
+    with g.scope("merger"):
+        merged = sizes.embed_dim * p.merge_size**2
+        x = rms_norm(g, x, "visual.merger.ln_q", sizes.embed_dim, RMS_NORM_EPSILON)
+        x = linear(g, g.reshape(x, -1, merged), "visual.merger.mlp.0", merged, merged, bias=True)
+        x = linear(g, gelu(g, x), "visual.merger.mlp.2", model.decoder.hidden_size, merged, bias=True)
+        return g.op("Reshape", x, g.op("Concat", frames, g.ints(-1, model.decoder.hidden_size), axis=0))
+
+
+def split_heads(
+    g: Graph, sizes: VisionSizes, qkv: ir.Value, frames: ir.Value, cos: ir.Value, sin: ir.Value
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Queries and keys, rotated, and values, [B, heads, rows, head_dim] each. qkv: [B rows, 3 embed_dim]."""
+    shape = g.op("Concat", frames, g.ints(-1, sizes.heads, sizes.head_dim), axis=0)
+    parts = g.op_with_outputs(3, "Split", qkv, axis=-1)
+    q, k, v = (g.transpose(g.op("Reshape", part, shape), 0, 2, 1, 3) for part in parts)
+    q, k = (g.to_graph_dtype(rotate(g, g.to_float32(part), cos, sin)) for part in (q, k))
+    return q, k, v
+
+
+def full_attention(
+    g: Graph, sizes: VisionSizes, qkv: ir.Value, frames: ir.Value, cos: ir.Value, sin: ir.Value
+) -> ir.Value:
+    """Attention of every patch to every patch of its frame. qkv: [B patches, 3 embed_dim]; returns [.., embed_dim]."""
+    y = attend(g, *split_heads(g, sizes, qkv, frames, cos, sin), sizes.head_dim)
+    return g.reshape(g.transpose(y, 0, 2, 1, 3), -1, sizes.embed_dim)
+
+
+def windowed_attention(g: Graph, sizes: VisionSizes, qkv: ir.Value, frames: ir.Value, layout: Windows) -> ir.Value:
+    """Attention of every patch to those of its window. qkv: [B patches, 3 embed_dim]; returns [.., embed_dim]."""
+    size, width = layout.size, sizes.embed_dim
+    framed = g.op("Reshape", qkv, g.op("Concat", frames, g.ints(-1, 3 * width), axis=0))
+    placed = g.reshape(g.op("Gather", framed, layout.order, axis=1), -1, 3 * width)
+    q, k, v = split_heads(g, sizes, placed, frames, layout.cos, layout.sin)
+    q = g.op("Slice", q, g.ints(size), g.ints(-size), g.ints(2))
+    by_head = g.op("Mul", frames, g.ints(sizes.heads))
+
+    def blocked(x: ir.Value, rows: int) -> ir.Value:
+        return g.op("Reshape", x, g.op("Concat", by_head, g.ints(-1, rows, sizes.head_dim), axis=0))
+
+    k, v = (blocked(g.op("Gather", x, layout.neighbours, axis=2), 3 * size) for x in (k, v))
+    y = attend(g, blocked(q, size), k, v, sizes.head_dim, layout.mask)
+    heads = g.op("Reshape", y, g.op("Concat", frames, g.ints(sizes.heads, -1, sizes.head_dim), axis=0))
+    rows = g.op("Reshape", g.transpose(heads, 0, 2, 1, 3), g.op("Concat", frames, g.ints(-1, width), axis=0))
+    return g.reshape(g.op("Gather", rows, layout.slot, axis=1), -1, width)
+
+
+def default_layer(sizes: contract.DecoderSizes) -> DefaultLayer:
+    """22 of 36 for 3B and 16 of 28 for 7B, as the official evaluation; others in proportion."""
+    return scaled_layer(sizes, {36: 22, 28: 16}, 16, 28)
+
+
+FAMILY = Family(
+    model_type="qwen2_5_vl",
+    read=read,
+    canonical_name=canonical_name,
+    vision=vision,
+    default_layer=default_layer,
+    picture=picture,
+    positions=positions,
+    stock_inputs=stock_inputs,
+    chat_template=CHAT_TEMPLATE,
+    template_marks=True,
+    hub={"qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct", "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct"},
+    tiny_tokens=TINY_TOKENS,
+    tiny={
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": 505,
+        "eos_token_id": 507,
+        "use_sliding_window": False,
+        "image_token_id": 503,
+        "video_token_id": 504,
+        "vision_start_token_id": 500,
+        "vision_end_token_id": 501,
+        "vision_config": {
+            "model_type": "qwen2_5_vl",
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "out_hidden_size": 64,
+            "num_heads": 2,
+            "hidden_act": "silu",
+            "in_channels": 3,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
+    },
+)

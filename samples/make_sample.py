@@ -97,7 +97,8 @@ def make_checkpoint(
     config = dict(config or families.of("qwen2_vl").tiny) | {"torch_dtype": dtype}
     family = families.of(config["model_type"])
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: array.astype(dtype) for name, array in random_tensors(config, seed).items()}
+    arrays = random_tensors(config, seed)
+    tensors = {family.stored_name(name): array.astype(dtype) for name, array in arrays.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     make_tokenizer(family.tiny_tokens).save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(family.chat_template, encoding="utf-8")

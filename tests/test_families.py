@@ -173,8 +173,8 @@ def test_a_chat_shows_pictures_in_any_turn(tiny: Tiny) -> None:
     chat = Chat(tiny.session, 0.3, sampling=Sampling(max_tokens=4))
     image = open_picture(SHAPES)
     for images in ([image], [], [image, image]):
-        assert "".join(chat.ask("Where is the ring?", images))
-        assert chat.step is not None
+        list(chat.ask("Where is the ring?", images))
+        assert chat.tokens and chat.step is not None
         visual = sum(grid.visual for grid in chat.step.run.grids)
         assert visual == len(images) * tiny.family.picture(image, tiny.bundle.manifest.preprocessing).grid.visual
         counts = count_kinds(chat.step)

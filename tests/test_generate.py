@@ -78,6 +78,31 @@ def test_an_answer_of_image_tokens_does_not_end_the_chat(sample_session: OnnxSes
     assert "".join(chat.ask("And here?", [SHAPES]))
 
 
+@pytest.mark.parametrize(
+    ("answer", "rest", "added"),
+    [
+        ("It is.", "It is.<|im_end|>\nuser", "<|im_end|>\nuser"),
+        ("It is.", " It is. USER: And now?", " USER: And now?"),  # Llama's templates write the blanks themselves
+        ("It is.\n", "It is.<|im_end|>", "<|im_end|>"),  # others strip them
+        ("", "<|im_end|>", "<|im_end|>"),
+        ("It is.", "It was.<|im_end|>", None),
+        ("is", "It is.", None),
+    ],
+)
+def test_a_template_may_set_blanks_around_an_answer(
+    sample_session: OnnxSession, answer: str, rest: str, added: str | None
+) -> None:
+    chat = Chat(sample_session)
+    chat._prompt, chat._answer = "Where? ASSISTANT:", answer
+    if added is None:
+        with pytest.raises(UserError, match="rewrites earlier turns"):
+            chat._added(f"Where? ASSISTANT:{rest}")
+    else:
+        assert chat._added(f"Where? ASSISTANT:{rest}") == added
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        chat._added(f"Who? ASSISTANT:{rest}")
+
+
 def test_sampling_draws_from_the_nucleus() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     generator = np.random.default_rng(0)

@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 import transformers
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ivc_export.bundle import Bundle
@@ -108,6 +109,7 @@ Be brief.<|im_end|>
 {% if add_generation_prompt %}
 <|im_start|>assistant
 {% endif %}
+{% generation %}{{ 'said' }}{% endgeneration %}
 {{ bos_token }}{{ {'a': '‹é>'}|tojson }}{{ strftime_now('%Y')|length }}
 """
 """The forms that published templates use: counters, contents as strings and lists, unset names, filters."""
@@ -140,6 +142,18 @@ def test_training_settings_of_a_tokenizer_do_not_cut_prompts(sample_bundle: Bund
     wanted = Processor(sample_bundle).encode(prompt)
     assert Processor(Bundle(tmp_path, sample_bundle.manifest)).encode(prompt) == wanted
     assert len(wanted) > 4
+
+
+def test_a_conversation_begins_as_the_tokenizer_says(sample_bundle: Bundle, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(f"{sample_bundle.folder}/tokenizer.json")
+    tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $0", special_tokens=[("<|endoftext|>", 505)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("x")
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<|endoftext|>"}')
+    processor = Processor(Bundle(tmp_path, sample_bundle.manifest))
+    text = processor.encode("Where?", begin=False)
+    assert 505 not in text
+    assert processor.encode("Where?") == processor.encode("<|endoftext|>Where?") == [505, *text]
 
 
 def test_image_tokens_repeat_once_for_each_visual_token(sample_bundle: Bundle) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,6 +98,7 @@ class Family:
 
     read: config.json, and the image processor's configuration if there is one, to a Model.
     canonical_name: a tensor's name in the checkpoint to ours (`model.*`, `visual.*`, `lm_head.weight`).
+    stored_name: the inverse, as transformers 4.4x names it, or the family's own code.
     vision: builds the encoder between the vision graph's inputs and `image_embeds`, which it returns.
     default_layer: the selection layer for a model of these sizes.
     picture: an RGB picture to the vision graph's inputs.
@@ -115,6 +116,7 @@ class Family:
     model_type: str
     read: Callable[[Mapping[str, Any], Mapping[str, Any] | None], Model]
     canonical_name: Callable[[str], str]
+    stored_name: Callable[[str], str]
     vision: Callable[[Graph, Model], ir.Value]
     default_layer: Callable[[contract.DecoderSizes], DefaultLayer]
     picture: Callable[[PIL.Image.Image, contract.Preprocessing], Picture]
@@ -236,6 +238,28 @@ def shown(image: PIL.Image.Image, preprocessing: contract.Preprocessing) -> PIL.
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
+
+
+def renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    """`name` with the first of the (old, new) prefixes that it has replaced."""
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def read_rotary(text: Mapping[str, Any], head_dim: int) -> contract.RotarySizes:
+    """One-dimensional rotary positions, which "dynamic" scaling leaves as they are up to the model's last position.
+
+    Raises:
+        UserError: they are scaled in another way.
+    """
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "dynamic"):
+        raise UserError(f"rope type {rope_type!r} of config.json is not supported: this version exports plain RoPE")
+    theta = rope.get("rope_theta", text.get("rope_theta", 10000.0))
+    return contract.RotarySizes(theta=theta, sections=(head_dim // 2,))
 
 
 def counted_positions(segments: Sequence[int | Grid], start: int) -> tuple[npt.NDArray[np.int32], int]:

@@ -223,6 +223,7 @@ FAMILY = Family(
     model_type="qwen2_5_vl",
     read=read,
     canonical_name=canonical_name,
+    stored_name=str,
     vision=vision,
     default_layer=default_layer,
     picture=picture,

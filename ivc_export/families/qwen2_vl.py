@@ -24,6 +24,7 @@ from ivc_export.families import (
     check_bicubic,
     check_divides,
     read_decoder,
+    renamed,
     required,
     scaled_layer,
     scaled_pixels,
@@ -106,10 +107,7 @@ def read_preprocessing(vision: Mapping[str, Any], processor: Mapping[str, Any]) 
 
 def canonical_name(name: str) -> str:
     """Names of transformers 4.4x (`model.*`, `visual.*`) stay; those of 4.52 and later lose their prefixes."""
-    for stored, canonical in (("model.language_model.", "model."), ("model.visual.", "visual.")):
-        if name.startswith(stored):
-            return canonical + name.removeprefix(stored)
-    return name
+    return renamed(name, (("model.language_model.", "model."), ("model.visual.", "visual.")))
 
 
 def vision(g: Graph, model: Model) -> ir.Value:
@@ -288,6 +286,7 @@ FAMILY = Family(
     model_type="qwen2_vl",
     read=read,
     canonical_name=canonical_name,
+    stored_name=str,
     vision=vision,
     default_layer=default_layer,
     picture=picture,

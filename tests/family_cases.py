@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ivc_export.families import Grid
@@ -37,5 +38,12 @@ CASES: dict[str, FamilyCase] = {
         selection="qwen",
         grid=lambda golden: Grid(*map(int, golden["grid"])),
         official=lambda p: Qwen2VLImageProcessorPil(min_pixels=p.min_pixels, max_pixels=p.max_pixels),
+    ),
+    "llava": FamilyCase(
+        selection="llava",
+        grid=lambda golden: Grid(24, 24),
+        official=lambda p: CLIPImageProcessorPil(
+            size={"shortest_edge": p.tile_pixels}, crop_size={"height": p.tile_pixels, "width": p.tile_pixels}
+        ),
     ),
 }

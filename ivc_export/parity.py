@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ivc_export.checkpoint import Checkpoint
 from ivc_export.configuration import read_configuration
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
-from ivc_export.reference import Reference, ReferencePicture, ReferenceTurn
+from ivc_export.reference import Reference, ReferenceLayout, ReferencePicture, ReferenceTurn
 from ivc_export.runtime.conversation import Conversation, Step
 from ivc_export.runtime.session import OnnxSession
 
@@ -129,6 +130,12 @@ def reference_picture(bundle: Bundle, picture: Picture) -> ReferencePicture:
     return ReferencePicture({name: torch.from_numpy(array) for name, array in inputs.items()}, *picture.grid)
 
 
+def reference_layout(bundle: Bundle, checkpoint: Path) -> ReferenceLayout | None:
+    """The checkpoint's layout for transformers, where it cannot load the folder."""
+    stock, config = families.of(bundle.manifest.family).stock_layout, Checkpoint.open(checkpoint).config
+    return ReferenceLayout(stock.config(config), partial(stock.tensors, config)) if stock else None
+
+
 def check(
     bundle: Bundle,
     checkpoint: Path,
@@ -154,7 +161,8 @@ def check(
     tokens, pictures = prompt or synthetic_prompt(bundle)
     progress("opening both models")
     conversation = Conversation(OnnxSession(bundle), ratio)
-    reference = Reference(checkpoint, m.selection_layer, conversation.ratio, m.selection)
+    layout = reference_layout(bundle, checkpoint)
+    reference = Reference(checkpoint, m.selection_layer, conversation.ratio, m.selection, layout)
     progress("prefill")
     turn = reference.run(tokens, [reference_picture(bundle, picture) for picture in pictures])
     step = conversation.run(tokens, pictures, keep_index=turn.keep_index.numpy().astype(np.int32))

@@ -6,11 +6,12 @@ the layers are transformers' own modules, called one by one with a cache that is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import transformers
 
@@ -58,6 +59,17 @@ class ReferencePicture:
 
 
 @dataclass(frozen=True)
+class ReferenceLayout:
+    """How transformers would have a checkpoint that it cannot load.
+
+    config: config.json. tensors: a stored name and tensor to names and tensors.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
 class ReferenceTurn:
     """What one run gave; keys and values by layer, of the kept rows, [1, kv_heads, M, head_dim].
 
@@ -86,12 +98,26 @@ class Reference:
         UserError: transformers cannot load `folder`.
     """
 
-    def __init__(self, folder: Path, selection_layer: int, ratio: float, rule: SelectionRule) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        selection_layer: int,
+        ratio: float,
+        rule: SelectionRule,
+        layout: ReferenceLayout | None = None,
+    ) -> None:
         transformers.utils.logging.disable_progress_bar()
+        options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
+        source: Path | None = folder
+        loader: Any = transformers.AutoModelForImageTextToText
         try:
-            self.model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-            ).eval()
+            if layout is not None:
+                files = sorted(folder.glob("*.safetensors"))
+                stored = (pair for file in files for pair in safetensors.torch.load_file(file).items())
+                state = {own: part for name, tensor in stored for own, part in layout.tensors(name, tensor).items()}
+                options |= {"config": transformers.AutoConfig.for_model(**layout.config), "state_dict": state}
+                source, loader = None, getattr(transformers, layout.config["architectures"][0])
+            self.model: Any = loader.from_pretrained(source, **options).eval()
         except Exception as error:  # transformers and what it calls raise almost anything
             reason = str(error).splitlines()[0]
             raise UserError(

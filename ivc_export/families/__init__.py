@@ -93,6 +93,18 @@ class DefaultLayer:
 
 
 @dataclass(frozen=True)
+class StockLayout:
+    """A layout that transformers knows instead of the family's own.
+
+    config: config.json as transformers would have it. tensors: config.json, a tensor's name and the tensor (NumPy's or
+    torch's) to those that transformers would have, by name.
+    """
+
+    config: Callable[[Mapping[str, Any]], dict[str, Any]]
+    tensors: Callable[[Mapping[str, Any], str, Any], dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything particular to one family.
 
@@ -111,6 +123,7 @@ class Family:
     tiny: config.json of a model small enough for tests.
     tiny_tokens: special tokens of that model by id.
     default_ratio: fraction of visual tokens kept when the user names none.
+    stock_layout: for checkpoints that transformers cannot load as they are.
     """
 
     model_type: str
@@ -128,6 +141,7 @@ class Family:
     tiny: Mapping[str, Any]
     tiny_tokens: Mapping[int, str]
     default_ratio: float = 0.5
+    stock_layout: StockLayout | None = None
 
 
 def names() -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ivc_export.families import Grid
@@ -19,13 +20,18 @@ class FamilyCase:
     selection: stem of its selection goldens, under tests/goldens/selection/; None where another family's cover it.
     grid: the picture of such a golden.
     official: transformers' image processor, for a manifest's preprocessing.
-    stock: whether transformers has the model.
     """
 
     selection: str | None
     grid: Callable[[Mapping[str, Any]], Grid]
     official: Callable[[Any], Any]
-    stock: bool = True
+
+
+def tiles(p: Any) -> Any:
+    """transformers' image processor for pictures in tiles."""
+    size = {"height": p.tile_pixels, "width": p.tile_pixels}
+    limits = {"min_patches": p.min_tiles, "max_patches": p.max_tiles}
+    return GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, image_mean=p.mean, image_std=p.std, **limits)
 
 
 CASES: dict[str, FamilyCase] = {
@@ -46,4 +52,10 @@ CASES: dict[str, FamilyCase] = {
             size={"shortest_edge": p.tile_pixels}, crop_size={"height": p.tile_pixels, "width": p.tile_pixels}
         ),
     ),
+    "internvl": FamilyCase(
+        selection="internvl",
+        grid=lambda golden: Grid(16 * int(golden["aspect_ratio"][1]), 16 * int(golden["aspect_ratio"][0]), 16),
+        official=tiles,
+    ),
+    "internvl_chat": FamilyCase(selection=None, grid=lambda golden: Grid(0, 0), official=tiles),
 }

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,9 +17,10 @@ import transformers
 
 from ivc_export import cli, contract, families
 from ivc_export.bundle import Bundle
+from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.families import Family, Picture
-from ivc_export.parity import check, reference_picture
+from ivc_export.parity import check, reference_layout, reference_picture
 from ivc_export.passes import lower
 from ivc_export.recipe import ExportRecipe
 from ivc_export.reference import Reference
@@ -31,7 +33,7 @@ from samples.make_sample import make_checkpoint
 from tests.conftest import LOGIT_TOLERANCE, PIXEL_TOLERANCE, SHAPES
 from tests.family_cases import CASES, FamilyCase
 
-STOCK = [name for name, case in CASES.items() if case.stock]
+STOCK = [name for name in CASES if families.of(name).stock_layout is None]
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def test_aliases_are_unique() -> None:
     assert len(aliases) == len(set(aliases))
 
 
-@every_stock_family
+@every_family
 @pytest.mark.parametrize("ratio", [None, 1.0, 0.15])
 def test_bundles_equal_pytorch(tiny: Tiny, ratio: float | None) -> None:
     report = check(tiny.bundle, tiny.checkpoint, ratio=ratio, steps=2)
@@ -96,12 +98,13 @@ def test_bundles_equal_pytorch(tiny: Tiny, ratio: float | None) -> None:
     assert report.kept_tokens == round(wanted * report.visual_tokens)
 
 
-@every_stock_family
+@every_family
 @pytest.mark.parametrize("capacity", [None, 1600], ids=["exact-length", "fixed-capacity"])
 def test_turns_with_pictures_equal_the_reference(tiny: Tiny, capacity: int | None) -> None:
     m = tiny.bundle.manifest
     conversation = Conversation(tiny.session, 0.4, capacity)
-    reference = Reference(tiny.checkpoint, m.selection_layer, 0.4, m.selection)
+    layout = reference_layout(tiny.bundle, tiny.checkpoint)
+    reference = Reference(tiny.checkpoint, m.selection_layer, 0.4, m.selection, layout)
     wide, high = tiny.picture(280, 120), tiny.picture(100, 230)
     words = np.random.default_rng(0).integers(0, 490, 40).tolist()
     turns: list[tuple[list[int], list[Picture]]] = [
@@ -119,10 +122,11 @@ def test_turns_with_pictures_equal_the_reference(tiny: Tiny, capacity: int | Non
         assert conversation.next_position == reference.next_position
 
 
-@every_stock_family
+@every_family
 def test_the_vision_encoder_takes_pictures_of_any_shape(tiny: Tiny) -> None:
     m = tiny.bundle.manifest
-    model = Reference(tiny.checkpoint, 1, 1.0, m.selection).model.model
+    layout = reference_layout(tiny.bundle, tiny.checkpoint)
+    model = Reference(tiny.checkpoint, 1, 1.0, m.selection, layout).model.model
     for size in ((28, 28), (40, 700), (700, 40), (333, 170), (113, 225)):
         picture = tiny.picture(*size)
         found = tiny.session.run("vision", picture.inputs)["image_embeds"]
@@ -210,6 +214,37 @@ def test_the_commands_take_every_family(tiny: Tiny, tmp_path: Path, capsys: pyte
     visual = json.loads(capsys.readouterr().out)["visual_tokens"]
     assert visual["kept"] == round(0.25 * visual["total"]) > 0
     assert open_picture(shown).width > 500
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("qwen2_5_vl", {"vision_config": {"hidden_act": "gelu"}}, "hidden_act 'gelu'"),
+    ("qwen2_5_vl", {"vision_config": {"hidden_size": 30}}, "does not divide"),
+    ("llava", {"text_config": {"model_type": "mistral"}}, "text_config.model_type 'mistral'"),
+    ("llava", {"text_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}}, "rope type 'linear'"),
+    ("llava", {"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
+    ("llava", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy 'full'"),
+    ("llava", {"vision_config": {"hidden_act": "relu"}}, "hidden_act 'relu'"),
+    ("internvl", {"text_config": {"model_type": "qwen3"}}, "text_config.model_type 'qwen3'"),
+    ("internvl", {"vision_config": {"use_qk_norm": True}}, "vision_config.use_qk_norm True"),
+    ("internvl", {"vision_config": {"image_size": [112, 224]}}, "only squares"),
+    ("internvl", {"downsample_ratio": 0.25}, "downsample_ratio 0.25"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "sentence"), BAD, ids=[f"{n}: {s}" for n, _, s in BAD])
+def test_what_is_not_supported_says_so(name: str, changes: dict[str, Any], sentence: str) -> None:
+    tiny: Any = families.of(name).tiny
+    merged = {key: {**tiny[key], **value} if isinstance(value, dict) else value for key, value in changes.items()}
+    with pytest.raises(UserError, match=sentence):
+        families.of(name).read({**tiny, **merged}, None)
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_a_picture_of_fixed_size_needs_its_tokens(tmp_path: Path, name: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", families.of(name).tiny)
+    with pytest.raises(UserError, match="max_visual 12 is too small: a picture gives this model at least"):
+        export(ExportRecipe(checkpoint, tmp_path / "b", max_visual=12))
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 @every_family

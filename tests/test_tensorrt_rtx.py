@@ -19,7 +19,7 @@ from samples.make_sample import make_checkpoint
 
 Extents = dict[str, tuple[int, int, int]]
 PREFILL: Extents = {  # minimum, optimum, maximum of each symbolic axis
-    "B": (1, 1, 1),
+    "B": (1, 1, 4),
     "patches": (4, 768, 5120),
     "visual": (1, 192, 1280),
     "L": (1, 192, 1280),

@@ -162,7 +162,12 @@ class PatchPreprocessing(Scaling):
 
 
 class TilePreprocessing(Scaling):
-    """How a picture becomes one tile of fixed size, or several and a thumbnail of the whole."""
+    """How a picture becomes one tile of fixed size, or several and a thumbnail of the whole.
+
+    Of the shapes of min_tiles to max_tiles tiles, fewest first, the one closest to the picture's aspect ratio is taken
+    (width / height, by absolute difference); a later one of the same difference takes its place if the picture has
+    more than half as many pixels as it has.
+    """
 
     kind: Literal["tiles"] = "tiles"
     tile_pixels: int = Field(gt=0)

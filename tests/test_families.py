@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +18,13 @@ import transformers
 
 from ivc_export import cli, contract, families
 from ivc_export.bundle import Bundle
+from ivc_export.decoder import decoder_graph
 from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.families import Family, Picture
 from ivc_export.parity import check, reference_layout, reference_picture
 from ivc_export.passes import lower
+from ivc_export.prefix import prefix_graph
 from ivc_export.recipe import ExportRecipe
 from ivc_export.reference import Reference
 from ivc_export.report.overlay import count_kinds, overlay
@@ -29,9 +32,11 @@ from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.generate import Chat, Sampling
 from ivc_export.runtime.processor import Processor, open_picture
 from ivc_export.runtime.session import OnnxSession
-from samples.make_sample import make_checkpoint
+from ivc_export.vision import vision_graph
+from samples.make_sample import RecordingWeights, make_checkpoint
 from tests.conftest import LOGIT_TOLERANCE, PIXEL_TOLERANCE, SHAPES
 from tests.family_cases import CASES, FamilyCase
+from tools.families_doc import CONFIGS
 
 STOCK = [name for name in CASES if families.of(name).stock_layout is None]
 
@@ -87,6 +92,31 @@ def test_every_family_has_an_entry() -> None:
 def test_aliases_are_unique() -> None:
     aliases = [alias for name in CASES for alias in families.of(name).hub]
     assert len(aliases) == len(set(aliases))
+
+
+PARAMETERS = {  # as the hub counts them
+    "qwen2-vl-2b": 2_208_985_600,
+    "qwen2-vl-7b": 8_291_375_616,
+    "qwen2.5-vl-3b": 3_754_622_976,
+    "qwen2.5-vl-7b": 8_292_166_656,
+    "llava-1.5-7b": 7_063_427_072 - 12_598_272,  # without CLIP's last layer and norm, which give no features
+    "internvl2.5-2b": 2_205_754_368,
+    "internvl2.5-4b": 3_712_637_952,
+    "internvl2.5-8b": 8_075_365_376,
+}
+
+
+@pytest.mark.parametrize("alias", PARAMETERS)
+def test_graphs_of_published_checkpoints_hold_all_of_their_parameters(alias: str) -> None:
+    config = json.loads((CONFIGS / f"{alias}.json").read_text(encoding="utf-8"))
+    family, weights = families.of(config["model_type"]), RecordingWeights()
+    model = family.read(config, None)
+    assert alias in family.hub
+    weights.external("model.embed_tokens.weight", (model.decoder.vocab_size, model.decoder.hidden_size))
+    vision_graph(family, model, weights)
+    prefix_graph(model, weights, 16)
+    decoder_graph(model, weights, 16)
+    assert sum(math.prod(shape) for shape in weights.shapes.values()) == PARAMETERS[alias]
 
 
 @every_family
@@ -245,6 +275,18 @@ def test_a_picture_of_fixed_size_needs_its_tokens(tmp_path: Path, name: str) -> 
     with pytest.raises(UserError, match="max_visual 12 is too small: a picture gives this model at least"):
         export(ExportRecipe(checkpoint, tmp_path / "b", max_visual=12))
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@every_family
+def test_narrow_checkpoints_run_widened(tiny: Tiny, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", tiny.family.tiny, dtype="bfloat16")
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "b", max_visual=400))
+    assert bundle.manifest.dtype == "bfloat16"
+    picture = tiny.picture(120, 100)
+    tokens = [1, 2, *tiny.shown(picture), 7, 8, 9, 10]
+    found = Conversation(OnnxSession(bundle), 0.5).run(tokens, [picture]).logits
+    wide = Conversation(tiny.session, 0.5).run(tokens, [picture]).logits
+    assert np.corrcoef(found, wide)[0, 1] > 0.99  # the weights differ by their rounding
 
 
 @every_family

@@ -67,6 +67,8 @@ def describe(bundle: Bundle, console: Console) -> None:
         f"{m.default_ratio:.0%} of the visual ones: at most {saved_prefill(m):.0%} of the decoder's prefill is saved, "
         f"{1 - m.default_ratio:.0%} of the visual cache, and nothing in the vision encoder"
     )
+    for layer in m.selection.whole_layers:
+        console.print(f"the cache of layer {layer} keeps every visual token, as in the official code")
     if not m.calibrated:
         console.print("[yellow]this layer is not calibrated[/]: nobody has measured which one suits this model best")
     missing = bundle.missing_processor_files()

@@ -6,7 +6,8 @@ A picture is cut into tiles of the closest aspect ratio, each of 256 visual toke
 them. Tokens are chosen in the thumbnail, as many as its share of the budget, and each chooses the tiles' tokens in its
 place; implicit visual coordinates are chosen in every tile. Where that makes less than the budget, the thumbnail's
 other tokens follow by score. The official code ends there, and keeps less than its ratio of many tiles; here the tiles'
-other tokens follow by score, so that the budget is always met.
+other tokens follow by score, so that the budget is always met. The default `--max-visual` of 1,280 allows four tiles;
+3,328 allows twelve, as the checkpoints' own processors do.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
         qkv_bias=vision.get("attention_bias", False),
         fused_qkv=False,
     )
-    settings = processor or {}
+    settings = processor or {}  # its crop_to_patches does not count: InternVLProcessor always cuts into tiles
     tiles = (settings.get("min_patches") or 1, settings.get("max_patches") or 12)
     return make_model(decoder, text, sizes, settings, tiles, config.get("image_token_id", 151667))
 

@@ -94,6 +94,31 @@ def rotate(g: Graph, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
     return g.op("Concat", first, second, axis=-1)
 
 
+def rotated_heads(
+    g: Graph, qkv: ir.Value, head_shape: ir.Value, cos: ir.Value, sin: ir.Value
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Queries and keys, rotated in float32, and values, [B, heads, rows, head_dim] each.
+
+    qkv: [B rows, 3 heads head_dim]; head_shape: int64 [4], (B, -1, heads, head_dim); cos, sin: [rows, head_dim / 2].
+    """
+
+    def heads(part: ir.Value) -> ir.Value:
+        return g.transpose(g.op("Reshape", part, head_shape), 0, 2, 1, 3)
+
+    def turned(part: ir.Value) -> ir.Value:
+        return g.to_graph_dtype(rotate(g, g.to_float32(heads(part)), cos, sin))
+
+    q, k, v = g.op_with_outputs(3, "Split", qkv, axis=-1)
+    return turned(q), turned(k), heads(v)
+
+
+def gated_mlp(g: Graph, x: ir.Value, name: str, size: int, inner: int, bias: bool) -> ir.Value:
+    """`down(silu(gate(x)) up(x))`. x: [rows, size]; returns the same shape. Source: Shazeer 2020, eq. 6 (SwiGLU)."""
+    gate = silu(g, linear(g, x, f"{name}.gate_proj", inner, size, bias))
+    up = linear(g, x, f"{name}.up_proj", inner, size, bias)
+    return linear(g, g.op("Mul", gate, up), f"{name}.down_proj", size, inner, bias)
+
+
 def attend(g: Graph, q: ir.Value, k: ir.Value, v: ir.Value, head_dim: int, mask: ir.Value | None = None) -> ir.Value:
     """Scaled dot-product attention with the softmax in float32.
 
@@ -254,7 +279,9 @@ class DecoderStack:
             attended, key, value = self._attention(number, normed)
             x = g.op("Add", x, attended)
             normed = rms_norm(g, x, f"{name}.post_attention_layernorm", s.hidden_size, s.rms_norm_epsilon)
-            return g.op("Add", x, self._mlp(f"{name}.mlp", normed)), key, value
+            with g.scope("mlp"):
+                y = gated_mlp(g, normed, f"{name}.mlp", s.hidden_size, s.intermediate_size, bias=False)
+            return g.op("Add", x, y), key, value
 
     def _attention(self, number: int, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         g, s, name = self.g, self.sizes, f"model.layers.{number}.self_attn"
@@ -284,10 +311,3 @@ class DecoderStack:
             y = attend(g, grouped, keys, values, s.head_dim, self.masks[number])
             rows = g.reshape(g.transpose(y, 2, 0, 1, 3), -1, s.heads * s.head_dim)
             return linear(g, rows, f"{name}.o_proj", s.hidden_size, s.heads * s.head_dim, bias=False), key, value
-
-    def _mlp(self, name: str, x: ir.Value) -> ir.Value:
-        g, s = self.g, self.sizes
-        with g.scope("mlp"):
-            gate = silu(g, linear(g, x, f"{name}.gate_proj", s.intermediate_size, s.hidden_size, bias=False))
-            up = linear(g, x, f"{name}.up_proj", s.intermediate_size, s.hidden_size, bias=False)
-            return linear(g, g.op("Mul", gate, up), f"{name}.down_proj", s.hidden_size, s.intermediate_size, bias=False)

@@ -24,7 +24,7 @@ from ivc_export.families.qwen2_vl import (
     read_around,
     stock_inputs,
 )
-from ivc_export.layers import MASKED, attend, gelu, linear, rms_norm, rotary_angles, rotate, silu
+from ivc_export.layers import MASKED, attend, gated_mlp, gelu, linear, rms_norm, rotary_angles, rotated_heads
 
 RMS_NORM_EPSILON = 1e-6
 
@@ -149,6 +149,7 @@ def vision(g: Graph, model: Model) -> ir.Value:
         layout = windows(g, sizes, cos, sin)
     with g.scope("patch_embed"):
         x = patch_rows(g, p, sizes.embed_dim)
+        head_shape = g.op("Concat", frames, g.ints(-1, sizes.heads, sizes.head_dim), axis=0)
     for i in range(sizes.depth):
         name = f"visual.blocks.{i}"
         with g.scope(f"blocks.{i}"):
@@ -156,17 +157,14 @@ def vision(g: Graph, model: Model) -> ir.Value:
                 y = rms_norm(g, x, f"{name}.norm1", sizes.embed_dim, RMS_NORM_EPSILON)
                 qkv = linear(g, y, f"{name}.attn.qkv", 3 * sizes.embed_dim, sizes.embed_dim, bias=True)
                 if i in sizes.full_blocks:
-                    y = full_attention(g, sizes, qkv, frames, cos, sin)
+                    y = full_attention(g, sizes, qkv, head_shape, cos, sin)
                 else:
-                    y = windowed_attention(g, sizes, qkv, frames, layout)
+                    y = windowed_attention(g, sizes, qkv, head_shape, frames, layout)
                 y = linear(g, y, f"{name}.attn.proj", sizes.embed_dim, sizes.embed_dim, bias=True)
                 x = g.op("Add", x, y)
             with g.scope("mlp"):
                 y = rms_norm(g, x, f"{name}.norm2", sizes.embed_dim, RMS_NORM_EPSILON)
-                gate = silu(g, linear(g, y, f"{name}.mlp.gate_proj", sizes.mlp_size, sizes.embed_dim, bias=True))
-                up = linear(g, y, f"{name}.mlp.up_proj", sizes.mlp_size, sizes.embed_dim, bias=True)
-                y = g.op("Mul", gate, up)
-                y = linear(g, y, f"{name}.mlp.down_proj", sizes.embed_dim, sizes.mlp_size, bias=True)
+                y = gated_mlp(g, y, f"{name}.mlp", sizes.embed_dim, sizes.mlp_size, bias=True)
                 x = g.op("Add", x, y)
     with g.scope("merger"):
         merged = sizes.embed_dim * p.merge_size**2
@@ -176,31 +174,22 @@ def vision(g: Graph, model: Model) -> ir.Value:
         return g.op("Reshape", x, g.op("Concat", frames, g.ints(-1, model.decoder.hidden_size), axis=0))
 
 
-def split_heads(
-    g: Graph, sizes: VisionSizes, qkv: ir.Value, frames: ir.Value, cos: ir.Value, sin: ir.Value
-) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Queries and keys, rotated, and values, [B, heads, rows, head_dim] each. qkv: [B rows, 3 embed_dim]."""
-    shape = g.op("Concat", frames, g.ints(-1, sizes.heads, sizes.head_dim), axis=0)
-    parts = g.op_with_outputs(3, "Split", qkv, axis=-1)
-    q, k, v = (g.transpose(g.op("Reshape", part, shape), 0, 2, 1, 3) for part in parts)
-    q, k = (g.to_graph_dtype(rotate(g, g.to_float32(part), cos, sin)) for part in (q, k))
-    return q, k, v
-
-
 def full_attention(
-    g: Graph, sizes: VisionSizes, qkv: ir.Value, frames: ir.Value, cos: ir.Value, sin: ir.Value
+    g: Graph, sizes: VisionSizes, qkv: ir.Value, head_shape: ir.Value, cos: ir.Value, sin: ir.Value
 ) -> ir.Value:
     """Attention of every patch to every patch of its frame. qkv: [B patches, 3 embed_dim]; returns [.., embed_dim]."""
-    y = attend(g, *split_heads(g, sizes, qkv, frames, cos, sin), sizes.head_dim)
+    y = attend(g, *rotated_heads(g, qkv, head_shape, cos, sin), sizes.head_dim)
     return g.reshape(g.transpose(y, 0, 2, 1, 3), -1, sizes.embed_dim)
 
 
-def windowed_attention(g: Graph, sizes: VisionSizes, qkv: ir.Value, frames: ir.Value, layout: Windows) -> ir.Value:
+def windowed_attention(
+    g: Graph, sizes: VisionSizes, qkv: ir.Value, head_shape: ir.Value, frames: ir.Value, layout: Windows
+) -> ir.Value:
     """Attention of every patch to those of its window. qkv: [B patches, 3 embed_dim]; returns [.., embed_dim]."""
     size, width = layout.size, sizes.embed_dim
     framed = g.op("Reshape", qkv, g.op("Concat", frames, g.ints(-1, 3 * width), axis=0))
     placed = g.reshape(g.op("Gather", framed, layout.order, axis=1), -1, 3 * width)
-    q, k, v = split_heads(g, sizes, placed, frames, layout.cos, layout.sin)
+    q, k, v = rotated_heads(g, placed, head_shape, layout.cos, layout.sin)
     q = g.op("Slice", q, g.ints(size), g.ints(-size), g.ints(2))
     by_head = g.op("Mul", frames, g.ints(sizes.heads))
 

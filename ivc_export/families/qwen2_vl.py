@@ -29,7 +29,7 @@ from ivc_export.families import (
     scaled_layer,
     scaled_pixels,
 )
-from ivc_export.layers import attend, gelu, layer_norm, linear, quick_gelu, rotary_angles, rotate
+from ivc_export.layers import attend, gelu, layer_norm, linear, quick_gelu, rotary_angles, rotated_heads
 
 VISION_THETA = 10000.0
 LAYER_NORM_EPSILON = 1e-6
@@ -157,18 +157,10 @@ def block(
 ) -> ir.Value:
     """One encoder block. x: [B patches, embed_dim]; head_shape: int64 [4], (B, -1, heads, head_dim)."""
     width = sizes.embed_dim
-
-    def heads(part: ir.Value) -> ir.Value:
-        return g.transpose(g.op("Reshape", part, head_shape), 0, 2, 1, 3)
-
-    def turned(part: ir.Value) -> ir.Value:
-        return g.to_graph_dtype(rotate(g, g.to_float32(heads(part)), cos, sin))
-
     with g.scope("attention"):
         y = layer_norm(g, x, f"{name}.norm1", width, LAYER_NORM_EPSILON)
         qkv = linear(g, y, f"{name}.attn.qkv", 3 * width, width, bias=True)
-        q, k, v = g.op_with_outputs(3, "Split", qkv, axis=-1)
-        y = g.transpose(attend(g, turned(q), turned(k), heads(v), sizes.head_dim), 0, 2, 1, 3)
+        y = g.transpose(attend(g, *rotated_heads(g, qkv, head_shape, cos, sin), sizes.head_dim), 0, 2, 1, 3)
         x = g.op("Add", x, linear(g, g.reshape(y, -1, width), f"{name}.attn.proj", width, width, bias=True))
     with g.scope("mlp"):
         y = layer_norm(g, x, f"{name}.norm2", width, LAYER_NORM_EPSILON)

@@ -7,7 +7,8 @@ them. Tokens are chosen in the thumbnail, as many as its share of the budget, an
 place; implicit visual coordinates are chosen in every tile. Where that makes less than the budget, the thumbnail's
 other tokens follow by score. The official code ends there, and keeps less than its ratio of many tiles; here the tiles'
 other tokens follow by score, so that the budget is always met. The default `--max-visual` of 1,280 allows four tiles;
-3,328 allows twelve, as the checkpoints' own processors do.
+3,328 allows twelve, as the checkpoints' own processors do. Scores come from the values that layer k-1 caches, as in the
+other families; the official code projects that layer's input anew, without its norm.
 """
 
 from __future__ import annotations
@@ -330,6 +331,7 @@ FAMILY = Family(
             "vocab_size": 512,
             "rms_norm_eps": 1e-6,
             "rope_theta": 1e6,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
             "max_position_embeddings": 4096,
             "bos_token_id": 500,
             "eos_token_id": 505,

@@ -197,6 +197,16 @@ def test_templates_and_settings_are_found_where_other_versions_keep_them(tmp_pat
         assert (preprocessing["min_pixels"], preprocessing["max_pixels"]) == (6272, 78400)
 
 
+def test_a_template_that_cannot_show_pictures_is_replaced_by_the_familys(tmp_path: Path) -> None:
+    for number, content in enumerate((b"{{ messages[0].content }}", None)):
+        checkpoint = make_checkpoint(tmp_path / str(number))
+        (checkpoint / "chat_template.jinja").unlink()
+        if content is not None:
+            write(checkpoint, "chat_template.jinja", content)
+        found = (exported(checkpoint).folder / "chat_template.jinja").read_text()
+        assert found == families.of("qwen2_vl").chat_template
+
+
 def test_stop_tokens_come_from_generation_config_or_else_config(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "c")
     (checkpoint / "generation_config.json").unlink()

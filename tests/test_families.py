@@ -128,6 +128,14 @@ def test_bundles_equal_pytorch(tiny: Tiny, ratio: float | None) -> None:
     assert report.kept_tokens == round(wanted * report.visual_tokens)
 
 
+def test_a_cut_behind_the_layer_that_is_kept_whole(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", families.of("llava").tiny)
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "b", layer=1))
+    assert not [t.name for t in bundle.manifest.graphs["decoder"].outputs if t.name.startswith("compact_")]
+    report = check(bundle, checkpoint, steps=2)
+    assert report.passed, [c for c in report.comparisons if not c.passed]
+
+
 @every_family
 @pytest.mark.parametrize("capacity", [None, 1600], ids=["exact-length", "fixed-capacity"])
 def test_turns_with_pictures_equal_the_reference(tiny: Tiny, capacity: int | None) -> None:

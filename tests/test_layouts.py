@@ -79,6 +79,18 @@ def test_a_qwen2_decoder_equals_transformers_layout(tmp_path: Path) -> None:
     assert report.passed, [c for c in report.comparisons if not c.passed]
 
 
+def test_what_older_versions_wrote_does_not_reach_transformers() -> None:
+    old = {
+        "attn_implementation": "flash_attention_2",
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+        "id2label": {},
+    }
+    assert FAMILY.stock_layout is not None
+    found = FAMILY.stock_layout.config({**TINY, "llm_config": {**TINY["llm_config"], **old}})["text_config"]
+    assert not {*old} & {*found}
+    assert (found["model_type"], found["attention_bias"], found["rope_theta"]) == ("llama", False, 1000000)
+
+
 def test_fused_weights_are_split_by_key_value_head() -> None:
     """Rows numbered by what they are: head, then queries 0 and 1, key 2, value 3 of each key-value head."""
     stock, config = FAMILY.stock_layout, TINY

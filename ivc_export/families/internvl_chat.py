@@ -107,6 +107,12 @@ def stored_name(name: str) -> str:
     return renamed(name, PREFIXES)
 
 
+TEXT_KEYS = (  # that mean the same in both layouts; the original files hold many others, of older transformers
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("vocab_size", "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings", "hidden_act"),
+)
+
+
 def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the original layout as transformers' layout has it."""
     text, vision, model = config["llm_config"], config["vision_config"], read(config, None)
@@ -114,13 +120,12 @@ def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
     own: dict[str, Any] = {"model_type": "qwen2"}
     if model.decoder.fused_qkv:
         own = {"model_type": "llama", "attention_bias": model.decoder.qkv_bias}
-    dropped = ("architectures", "auto_map", "model_type", "rope_scaling", "torch_dtype", "_name_or_path", "bias")
     return {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
         "image_token_id": model.image_token,
         "tie_word_embeddings": model.decoder.tied_embeddings,
-        "text_config": {key: value for key, value in text.items() if key not in dropped} | own,
+        "text_config": {key: text[key] for key in TEXT_KEYS if key in text} | own,
         "vision_config": {
             "model_type": "internvl_vision",
             "hidden_size": sizes.width,

@@ -149,12 +149,15 @@ class GraphInfo(Frozen):
 
 
 class WeightFile(Frozen):
-    """A safetensors file of the bundle; `sha256` is of the whole file, `header_sha256` of its header alone."""
+    """A safetensors file of the bundle; `header_sha256` is of its header alone.
+
+    `sha256` is of the whole file, or None where that was linked and nothing has read it.
+    """
 
     file: str
     size: int
     header_sha256: str
-    sha256: str
+    sha256: str | None
 
 
 class EmbeddingTable(Frozen):
@@ -172,6 +175,8 @@ class Manifest(Frozen):
     schema_version: int
     family: str
     dtype: FloatName
+    lowering: str
+    """Which runtimes the graphs were lowered for: "portable" is none, and every lowering begins there."""
     selection_layer: int = Field(gt=0)
     calibrated: bool
     default_ratio: float = Field(gt=0, le=1)

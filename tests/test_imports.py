@@ -8,12 +8,13 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "ivc_export"
 ORDER = [  # from the bottom up; a module imports from its own line or from lower ones
     {"errors"},
-    {"recipe", "contract", "checkpoint"},
-    {"weights"},
+    {"contract", "checkpoint"},
+    {"recipe", "staging", "weights"},
+    {"placement"},
     {"builder"},
     {"layers", "selection"},
     {"families"},
-    {"vision", "prefix", "decoder", "bundle"},
+    {"vision", "prefix", "decoder", "bundle", "hub"},
     {"passes", "configuration"},
     {"export"},
     {"runtime"},

@@ -81,7 +81,9 @@ class Family:
     picture: an RGB picture to the vision graph's inputs.
     positions: rotary positions of text (its number of tokens) and pictures in order, from the first free position on;
         returns int32 [axes, rows] and the next free position.
+    hub: aliases that --model takes, to hub ids.
     tiny: config.json of a model small enough for tests.
+    unused: beginnings of (canonical) names of tensors that checkpoints hold and no graph takes.
     """
 
     model_type: str
@@ -91,7 +93,9 @@ class Family:
     default_layer: Callable[[contract.DecoderSizes], DefaultLayer]
     picture: Callable[[PIL.Image.Image, contract.Preprocessing], Picture]
     positions: Callable[[Sequence[int | Grid], int], tuple[npt.NDArray[np.int32], int]]
+    hub: Mapping[str, str]
     tiny: Mapping[str, Any]
+    unused: Sequence[str] = ()
 
 
 def names() -> list[str]:

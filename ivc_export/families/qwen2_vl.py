@@ -245,6 +245,7 @@ FAMILY = Family(
     default_layer=default_layer,
     picture=picture,
     positions=positions,
+    hub={"qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct", "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct"},
     tiny={
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",

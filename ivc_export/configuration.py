@@ -98,3 +98,9 @@ def stop_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (int(ids),)
     return ()
+
+
+def capped(preprocessing: contract.Preprocessing, max_visual: int) -> contract.Preprocessing:
+    """Lower max_pixels so that a picture gives at most `max_visual` tokens."""
+    most = min(preprocessing.max_pixels, max_visual * preprocessing.token_side**2)
+    return preprocessing.model_copy(update={"max_pixels": most, "min_pixels": min(preprocessing.min_pixels, most)})

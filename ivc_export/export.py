@@ -14,7 +14,7 @@ import onnx_ir as ir
 from ivc_export import __version__, contract
 from ivc_export.bundle import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, Bundle, read_manifest
 from ivc_export.checkpoint import Checkpoint
-from ivc_export.configuration import Configuration, Description, read_configuration, read_description
+from ivc_export.configuration import Configuration, Description, capped, read_configuration, read_description
 from ivc_export.decoder import decoder_graph
 from ivc_export.errors import UserError
 from ivc_export.families import Family
@@ -182,9 +182,3 @@ def make_manifest(
         weights=files,
         versions={"ivc-export": __version__, "onnx": version("onnx"), "onnx-ir": version("onnx-ir")},
     )
-
-
-def capped(preprocessing: contract.Preprocessing, max_visual: int) -> contract.Preprocessing:
-    """Lower max_pixels so that a picture gives at most `max_visual` tokens."""
-    most = min(preprocessing.max_pixels, max_visual * preprocessing.token_side**2)
-    return preprocessing.model_copy(update={"max_pixels": most, "min_pixels": min(preprocessing.min_pixels, most)})

@@ -72,3 +72,23 @@ def main_dtype(tensors: Mapping[str, StoredTensor]) -> contract.FloatName:
         if known == dtype:
             return known
     raise UserError(f"the checkpoint's weights are {dtype}: give one in float32, float16 or bfloat16")
+
+
+class PlannedWeights(Weights):
+    """Weights of a model of which only the sizes are known: every request is granted and remembered.
+
+    What a family's graphs ask for is what a checkpoint of it holds.
+    """
+
+    def __init__(self, dtype: contract.FloatName = "float32") -> None:
+        super().__init__({}, dtype)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def external(self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None) -> ir.ExternalTensor:
+        """A tensor that lies nowhere."""
+        self.shapes[name] = tuple(stored_shape or shape)
+        return ir.ExternalTensor("none", 0, 0, contract.FLOATS[self.dtype], shape=ir.Shape(shape), name=name)
+
+    def find(self, name: str, shape: Sequence[int]) -> StoredTensor:
+        """Nothing is stored."""
+        raise NotImplementedError

@@ -23,7 +23,11 @@ def test_export_run_and_check_from_the_shell(
     bundle, picture = str(tmp_path / "bundle"), tmp_path / "kept.png"
     assert cli.ivc_export(["--model", str(sample_checkpoint), "--ratio", "0.5", "--output", bundle]) == 0
     message = capsys.readouterr().err
-    assert "qwen2_vl, float32" in message and "not calibrated" in message and "at most 25% of the decoder" in message
+    assert (
+        "qwen2_vl, float32" in message
+        and "not calibrated" in message
+        and "999 visual tokens the others keep 500" in message
+    )
     question = [bundle, "--image", str(SHAPES), "--prompt", "Where is the ring?", "--max-tokens", "5"]
     assert cli.ivc_run([*question, "--show", str(picture)]) == 0
     text = capsys.readouterr().out

@@ -17,6 +17,7 @@ ORDER = [  # from the bottom up; a module imports from its own line or from lowe
     {"vision", "prefix", "decoder", "bundle", "hub"},
     {"passes", "configuration"},
     {"export"},
+    {"estimate"},
     {"runtime"},
     {"reference"},
     {"parity", "report"},

@@ -14,7 +14,7 @@ from ivc_export.contract import AXES, GRAPHS, Layers, TensorSpec
 from ivc_export.decoder import decoder_graph
 from ivc_export.prefix import prefix_graph
 from ivc_export.vision import vision_graph
-from samples.make_sample import RecordingWeights
+from ivc_export.weights import PlannedWeights
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {Layers.NONE: "", Layers.BELOW: ", i < k", Layers.ABOVE: ", i >= k"}
@@ -90,7 +90,7 @@ def listings() -> dict[str, str]:
     """File name to content, for the three graphs of every tiny family."""
     found = {}
     for name in families.names():
-        family, weights = families.of(name), RecordingWeights()
+        family, weights = families.of(name), PlannedWeights()
         model = family.read(family.tiny, None)
         layer = family.default_layer(model.decoder).layer
         for graph in (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -16,9 +18,21 @@ from ivc_export.errors import UserError
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
-def make_console(stderr: bool = True) -> Console:
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are sentences like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the arguments.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message}: {self.prog} --help lists the options")
+
+
+def make_console(stderr: bool = True, quiet: bool = False) -> Console:
     """A console that prints text as it is: no wrapping, no colours of its own, no emoji out of a path."""
-    return Console(stderr=stderr, soft_wrap=True, highlight=False, emoji=False)
+    return Console(stderr=stderr, soft_wrap=True, highlight=False, emoji=False, quiet=quiet)
 
 
 def run_command(name: str, arguments: Sequence[str] | None) -> int:

@@ -1,0 +1,308 @@
+"""What a model costs at an export's ratio and layer, from its configuration alone.
+
+The three graphs are built without weights and their shapes inferred for a picture and a prompt, so the figures are of
+the graphs that an export writes, whatever the family:
+
+- FLOPs: two for each multiply-add of `Gemm` (2 m n k) and `MatMul` (2 batch m n k). Element-wise operators, norms and
+  softmax are left out.
+- KV cache: bytes of the rows that the decoder's outputs append, in the graphs' dtype.
+- Peak activations: the most bytes that intermediate tensors take while the nodes run in order, each living from its
+  node to its last reader. Masks and ranks, whose extents depend on data, are left out: they have no heads, so scores
+  outweigh them. Runtimes that fuse attention need less.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import onnx
+import onnx.shape_inference
+import onnx_ir as ir
+import PIL.Image
+
+from ivc_export import contract
+from ivc_export.bundle import Bundle
+from ivc_export.checkpoint import Checkpoint
+from ivc_export.configuration import Description, capped, read_description
+from ivc_export.contract import kept_tokens
+from ivc_export.decoder import decoder_graph
+from ivc_export.errors import UserError
+from ivc_export.export import selection_layer
+from ivc_export.families import Family, Picture
+from ivc_export.hub import open_checkpoint
+from ivc_export.passes import lower
+from ivc_export.prefix import prefix_graph
+from ivc_export.recipe import ExportRecipe
+from ivc_export.vision import vision_graph
+from ivc_export.weights import EMBEDDING, PlannedWeights
+
+TEXT = 64
+"""Text tokens of the prompt; half of them vote."""
+
+PIXELS = 100_000_000
+
+GIB = 2**30
+ALIASES = frozenset(("Reshape", "Squeeze", "Unsqueeze"))
+"""Operators whose output is their input's memory."""
+
+
+class Size(NamedTuple):
+    """A picture's size in pixels."""
+
+    width: int
+    height: int
+
+
+class Device(NamedTuple):
+    """A device, its memory, and what of it the system and the runtime's context take, in GiB."""
+
+    name: str
+    memory: float
+    reserved: float
+
+
+DEVICES = (
+    *(Device(f"Jetson {name}", memory, 1.5) for name, memory in (
+        ("Orin Nano 4 GB", 4), ("Orin Nano 8 GB", 8), ("Orin NX 8 GB", 8), ("Orin NX 16 GB", 16),
+        ("AGX Orin 32 GB", 32), ("AGX Orin 64 GB", 64), ("Thor 128 GB", 128),
+    )),
+    *(Device(f"GPU {memory} GB", memory, 0.75) for memory in (8, 12, 16, 24, 48, 80)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One answer's prefill. flops and activation_bytes by graph; cache_bytes of all layers."""
+
+    flops: Mapping[contract.GraphName, int]
+    activation_bytes: Mapping[contract.GraphName, int]
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class PictureEstimate:
+    """One picture and a question: with pruning, and with every token kept."""
+
+    picture: Size
+    visual_tokens: int
+    kept_tokens: int
+    text_tokens: int
+    pruned: Cost
+    unpruned: Cost
+
+    def saved(self, *graphs: contract.GraphName) -> float:
+        """The part of the FLOPs of `graphs` that pruning saves."""
+        pruned, unpruned = (sum(cost.flops[name] for name in graphs) for cost in (self.pruned, self.unpruned))
+        return 1 - pruned / unpruned
+
+    @property
+    def saved_cache(self) -> float:
+        """The part of the KV cache that pruning saves."""
+        return 1 - self.pruned.cache_bytes / self.unpruned.cache_bytes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an export buys."""
+
+    family: str
+    dtype: contract.FloatName
+    layers: int
+    selection_layer: int
+    calibrated: bool
+    ratio: float
+    weight_bytes: int
+    pictures: tuple[PictureEstimate, ...]
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the largest of the pictures needs: weights, cache, and the activations of one graph at a time."""
+        costs = [picture.pruned for picture in self.pictures]
+        return self.weight_bytes + max(c.cache_bytes + max(c.activation_bytes.values()) for c in costs)
+
+    def fits(self) -> dict[str, bool]:
+        """Whether devices hold it, by their names."""
+        return {d.name: self.memory_bytes <= (d.memory - d.reserved) * GIB for d in DEVICES}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The estimate as plain data."""
+        return asdict(self) | {"memory_bytes": self.memory_bytes, "fits": self.fits()}
+
+
+def estimate_recipe(recipe: ExportRecipe, pictures: Sequence[Size]) -> Estimate:
+    """What `recipe` would buy; reads JSON files alone, and writes nothing but them to the hub's cache.
+
+    Raises:
+        UserError: what the user can mend in the recipe, the checkpoint's JSON files or the pictures' sizes.
+    """
+    checkpoint = open_checkpoint(recipe.model, recipe.revision)
+    description = read_description(checkpoint)
+    layer, calibrated = selection_layer(recipe, description)
+    dtype = recipe.float_name or stated_dtype(checkpoint.config)
+    preprocessing = capped(description.model.preprocessing, recipe.max_visual)
+    return estimate(description, preprocessing, layer, calibrated, recipe.ratio, dtype, pictures)
+
+
+def estimate_bundle(bundle: Bundle, pictures: Sequence[Size]) -> Estimate:
+    """What a bundle buys; it holds the checkpoint's JSON files.
+
+    Raises:
+        UserError: these are damaged.
+    """
+    m = bundle.manifest
+    description = read_description(Checkpoint.open(bundle.folder))
+    description = replace(description, model=replace(description.model, decoder=m.decoder))
+    ratio, layer = m.default_ratio, m.selection_layer
+    return estimate(description, m.preprocessing, layer, m.calibrated, ratio, m.dtype, pictures)
+
+
+def stated_dtype(config: Mapping[str, Any]) -> contract.FloatName:
+    """The dtype that config.json says the weights have; float32 where it is silent, as transformers takes it."""
+    text = config.get("text_config") or {}
+    for stated in (config.get("dtype"), config.get("torch_dtype"), text.get("dtype"), text.get("torch_dtype")):
+        for name in contract.FLOATS:
+            if stated == name:
+                return name
+    return "float32"
+
+
+def estimate(
+    description: Description,
+    preprocessing: contract.Preprocessing,
+    layer: int,
+    calibrated: bool,
+    ratio: float,
+    dtype: contract.FloatName,
+    pictures: Sequence[Size],
+) -> Estimate:
+    """Count on the model's graphs. preprocessing: the description's, or with a lower cap."""
+    weights, model = PlannedWeights(dtype), description.model
+    built = {
+        "vision": vision_graph(description.family, model, weights),
+        "prefix": prefix_graph(model, weights, layer),
+        "decoder": decoder_graph(model, weights, layer),
+    }
+    weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
+    graphs = {name: ir.to_proto(lower(graph, "native")) for name, graph in built.items()}
+    size = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
+    return Estimate(
+        family=description.family.model_type,
+        dtype=dtype,
+        layers=model.decoder.layers,
+        selection_layer=layer,
+        calibrated=calibrated,
+        ratio=ratio,
+        weight_bytes=size * sum(math.prod(shape) for shape in weights.shapes.values()),
+        pictures=tuple(one_picture(graphs, description, preprocessing, size, ratio) for size in pictures),
+    )
+
+
+def one_picture(
+    graphs: Mapping[str, onnx.ModelProto],
+    description: Description,
+    preprocessing: contract.Preprocessing,
+    size: Size,
+    ratio: float,
+) -> PictureEstimate:
+    """Count for one picture."""
+    picture = blank(description.family, preprocessing, size)
+    visual = picture.grid.visual
+    kept = kept_tokens(visual, ratio)
+    shapes = {name: array.shape for name, array in picture.inputs.items()}
+    vision = count(graphs["vision"], {}, shapes)
+    axes = {"S": visual + TEXT, "L": visual, "T": TEXT, "Q": TEXT // 2, "P": 0, "R": 1}
+    axes["seeds"] = max(1, round(visual / description.model.selection.seed_divisor))
+    prefix = count(graphs["prefix"], axes | {"M": TEXT + kept})
+
+    def cost(rows: int) -> Cost:
+        decoder = count(graphs["decoder"], axes | {"M": rows})
+        found = {"vision": vision, "prefix": prefix, "decoder": decoder}
+        return Cost(
+            flops={name: found[name].flops for name in contract.GRAPH_NAMES},
+            activation_bytes={name: found[name].peak_bytes for name in contract.GRAPH_NAMES},
+            cache_bytes=decoder.cache_bytes,
+        )
+
+    return PictureEstimate(size, visual, kept, TEXT, cost(TEXT + kept), cost(TEXT + visual))
+
+
+def blank(family: Family, preprocessing: contract.Preprocessing, size: Size) -> Picture:
+    """A picture of that size, as the family prepares it.
+
+    Raises:
+        UserError: it is too large, too small or too elongated.
+    """
+    if min(size) < 1 or size.width * size.height > PIXELS:
+        raise UserError(f"a picture of {size.width}x{size.height} is out of range: give 1 to {PIXELS:,} pixels")
+    return family.picture(PIL.Image.new("RGB", size), preprocessing)
+
+
+class Count(NamedTuple):
+    """What one graph takes at concrete sizes."""
+
+    flops: int
+    peak_bytes: int
+    cache_bytes: int
+
+
+def count(graph: onnx.ModelProto, axes: Mapping[str, int], shapes: Mapping[str, Sequence[int]] | None = None) -> Count:
+    """Count on a graph of standard operators.
+
+    axes: extents of symbolic axes; shapes: of inputs, by name, instead.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    for value in (*model.graph.input, *model.graph.output):
+        for axis, dimension in enumerate(value.type.tensor_type.shape.dim):
+            if shapes and value.name in shapes:
+                dimension.dim_value = shapes[value.name][axis]
+            elif dimension.dim_param in axes:
+                dimension.dim_value = axes[dimension.dim_param]
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    found: dict[str, tuple[tuple[int, ...], int]] = {}
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        tensor = value.type.tensor_type
+        found[value.name] = tuple(d.dim_value for d in tensor.shape.dim), tensor.elem_type
+    for tensor in inferred.initializer:
+        found[tensor.name] = tuple(tensor.dims), tensor.data_type
+    known = {name: shape for name, (shape, _) in found.items()}
+    flops = sum(flops_of(node, known) for node in inferred.node)
+    sizes = {name: math.prod(shape) * ir.DataType(dtype).itemsize for name, (shape, dtype) in found.items()}
+    cache = sum(int(sizes[o.name]) for o in inferred.output if o.name.startswith(("compact_", "new_")))
+    return Count(flops, peak(inferred, sizes), cache)
+
+
+def flops_of(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Two for each multiply-add of a matrix product, whose left side is never transposed; 0 for other operators."""
+    if node.op_type not in ("MatMul", "Gemm"):
+        return 0
+    flops = 2 * math.prod(shapes[node.output[0]]) * shapes[node.input[0]][-1]
+    assert flops > 0, f"{node.name}: the shapes of a product are unknown"
+    return flops
+
+
+def peak(graph: onnx.GraphProto, sizes: Mapping[str, float]) -> int:
+    """Most bytes alive at once: a tensor lives from its node to its last reader, inputs and outputs throughout."""
+    ends = {name: number for number, node in enumerate(graph.node) for name in node.input}
+    owner: dict[str, str] = {}  # the tensor whose memory another one is
+    for number, node in enumerate(graph.node):
+        if node.op_type in ALIASES:
+            first = owner.get(node.input[0], node.input[0])
+            owner[node.output[0]] = first
+            ends[first] = max(ends.get(first, number), ends.get(node.output[0], number))
+    kept = {value.name for value in (*graph.input, *graph.output)} | {i.name for i in graph.initializer}
+    kept |= {owner[name] for name in kept if name in owner}
+    alive = most = sum(sizes[value.name] for value in graph.input)
+    dying: dict[int, list[str]] = {}
+    for number, node in enumerate(graph.node):
+        for name in node.output:
+            if name and name not in owner:
+                alive += sizes[name]
+                if name not in kept:
+                    dying.setdefault(ends.get(name, number), []).append(name)
+        most = max(most, alive)
+        alive -= sum(sizes[name] for name in dying.pop(number, ()))
+    return int(most)

@@ -134,7 +134,8 @@ def progress_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]
     try:
         yield progress
     finally:
-        bars.stop()
+        if tasks:
+            bars.stop()
 
 
 def record(bundle: Bundle, seconds: float) -> dict[str, Any]:

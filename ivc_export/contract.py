@@ -70,7 +70,7 @@ class Frozen(BaseModel):
 class DecoderSizes(Frozen):
     """Sizes of the language decoder."""
 
-    layers: int = Field(gt=1)
+    layers: int = Field(gt=1, le=1000)
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
     heads: int = Field(gt=0)

@@ -122,7 +122,7 @@ def progress_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]
         TextColumn("{task.percentage:3.0f}%"),
         TimeElapsedColumn(),
     )
-    bars = Progress(*columns, console=console, transient=True)
+    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     tasks: dict[str, TaskID] = {}
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -134,8 +134,7 @@ def progress_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]
     try:
         yield progress
     finally:
-        if tasks:
-            bars.stop()
+        bars.stop()
 
 
 def record(bundle: Bundle, seconds: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,11 @@ from ivc_export.errors import UserError
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 PREPROCESSOR = "preprocessor_config.json"
+FLOAT_DTYPES: dict[contract.FloatName, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,7 @@ class Bundle:
     def embedding_table(self) -> npt.NDArray[Any]:
         """Token embeddings [vocab, hidden] in the checkpoint's dtype, mapped from the weight file."""
         table = self.manifest.embedding
-        dtype = np.dtype(ml_dtypes.bfloat16 if table.dtype == "bfloat16" else table.dtype)
-        return np.memmap(self.folder / table.file, dtype, "r", table.offset, table.shape)
+        return np.memmap(self.folder / table.file, FLOAT_DTYPES[table.dtype], "r", table.offset, table.shape)
 
     def embed(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Rows of the embedding table for `tokens`, in float32 [len(tokens), hidden]."""
@@ -82,7 +87,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path} is damaged (it names {len(manifest.graphs)} graphs of 3): export the model again")
     files = [g.file for g in manifest.graphs.values()] + [w.file for w in manifest.weights] + [manifest.embedding.file]
     for file in files:
-        if not (folder / file).resolve().is_relative_to(folder.resolve()):
+        if "\0" in file or not (folder / file).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{path} names {file}, which is outside the bundle: export the model again")
         if not (folder / file).is_file():
             raise UserError(f"{folder / file} is missing: copy the whole bundle, or export the model again")
@@ -97,4 +102,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise UserError(
                 f"{folder / weights.file} changed after the export (its header is another): export the model again"
             )
+    table = manifest.embedding
+    end = table.offset + math.prod(table.shape) * FLOAT_DTYPES[table.dtype].itemsize
+    if min(table.offset, *table.shape) < 0 or end > (folder / table.file).stat().st_size:
+        raise UserError(f"{path} is damaged (the embedding table is not within its file): export the model again")
     return manifest

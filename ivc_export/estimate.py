@@ -5,7 +5,8 @@ the graphs that an export writes, whatever the family:
 
 - FLOPs: two for each multiply-add of `Gemm` (2 m n k) and `MatMul` (2 batch m n k). Element-wise operators, norms and
   softmax are left out.
-- KV cache: bytes of the rows that the decoder's outputs append, in the graphs' dtype.
+- KV cache: bytes of what a runtime appends after a prefill: the decoder's `compact_*` and `new_*`, and the prefix's
+  `new_*` of layers that the decoder does not compact.
 - Peak activations: the most bytes that intermediate tensors take while the nodes run in order, each living from its
   node to its last reader. Masks and ranks, whose extents depend on data, are left out: they have no heads, so scores
   outweigh them. Runtimes that fuse attention need less.
@@ -223,7 +224,7 @@ def one_picture(
         return Cost(
             flops={name: found[name].flops for name in contract.GRAPH_NAMES},
             activation_bytes={name: found[name].peak_bytes for name in contract.GRAPH_NAMES},
-            cache_bytes=decoder.cache_bytes,
+            cache_bytes=cache_bytes(prefix.outputs, decoder.outputs),
         )
 
     return PictureEstimate(size, visual, kept, TEXT, cost(TEXT + kept), cost(TEXT + visual))
@@ -240,12 +241,19 @@ def blank(family: Family, preprocessing: contract.Preprocessing, size: Size) -> 
     return family.picture(PIL.Image.new("RGB", size), preprocessing)
 
 
+def cache_bytes(prefix: Mapping[str, int], decoder: Mapping[str, int]) -> int:
+    """Bytes that a prefill appends to the caches. prefix, decoder: bytes of their outputs by name."""
+    appended = sum(size for name, size in decoder.items() if name.startswith(("compact_", "new_")))
+    compacted = {name.replace("compact_", "new_", 1) for name in decoder}
+    return appended + sum(s for name, s in prefix.items() if name.startswith("new_") and name not in compacted)
+
+
 class Count(NamedTuple):
-    """What one graph takes at concrete sizes."""
+    """What one graph takes at concrete sizes; outputs: bytes by name."""
 
     flops: int
     peak_bytes: int
-    cache_bytes: int
+    outputs: Mapping[str, int]
 
 
 def count(graph: onnx.ModelProto, axes: Mapping[str, int], shapes: Mapping[str, Sequence[int]] | None = None) -> Count:
@@ -271,8 +279,7 @@ def count(graph: onnx.ModelProto, axes: Mapping[str, int], shapes: Mapping[str, 
     known = {name: shape for name, (shape, _) in found.items()}
     flops = sum(flops_of(node, known) for node in inferred.node)
     sizes = {name: math.prod(shape) * ir.DataType(dtype).itemsize for name, (shape, dtype) in found.items()}
-    cache = sum(int(sizes[o.name]) for o in inferred.output if o.name.startswith(("compact_", "new_")))
-    return Count(flops, peak(inferred, sizes), cache)
+    return Count(flops, peak(inferred, sizes), {o.name: int(sizes[o.name]) for o in inferred.output})
 
 
 def flops_of(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:

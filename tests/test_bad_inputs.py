@@ -246,6 +246,16 @@ def leaving(place: Place) -> None:
     path.write_text(content)
 
 
+def null_byte(place: Place) -> None:
+    path = place.bundle / "manifest.json"
+    path.write_text(path.read_text().replace("prefix.onnx", "prefix\\u0000.onnx"))
+
+
+def embedding(place: Place, **changes: Any) -> None:
+    stored = json.loads((place.bundle / "manifest.json").read_text())["embedding"]
+    manifest(place, embedding=stored | changes)
+
+
 def other_header(place: Place) -> None:
     """Weights of the same size, that another tool wrote over the linked file."""
     path = place.bundle / "weights" / "model.safetensors"
@@ -293,6 +303,9 @@ RUNS: list[tuple[str, Prepare, list[str], str]] = [
     ("newer manifest", lambda p: manifest(p, schema_version=99), ASK, "schema version 99, .* upgrade ivc-export"),
     ("older manifest", lambda p: manifest(p, schema_version=0), ASK, "schema version 0, .* export the model again"),
     ("manifest leaves the bundle", leaving, ASK, "which is outside the bundle"),
+    ("null byte in a path", null_byte, ASK, "which is outside the bundle"),
+    ("embeddings beyond the file", lambda p: embedding(p, offset=10**9), ASK, "is damaged (the embedding table"),
+    ("embeddings before the file", lambda p: embedding(p, offset=-8), ASK, "is damaged (the embedding table"),
     ("missing graph", lambda p: (p.bundle / "prefix.onnx").unlink(), ASK, "prefix.onnx is missing"),
     ("damaged graph", lambda p: (p.bundle / "prefix.onnx").write_bytes(b"x"), ASK, "does not open in onnxruntime"),
     ("weights shrank", lambda p: truncate(p.bundle / "weights" / "model.safetensors"), ASK, "and the manifest says"),

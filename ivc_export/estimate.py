@@ -4,12 +4,12 @@ The three graphs are built without weights and their shapes inferred for a pictu
 the graphs that an export writes, whatever the family:
 
 - FLOPs: two for each multiply-add of `Gemm` (2 m n k) and `MatMul` (2 batch m n k). Element-wise operators, norms and
-  softmax are left out.
+  softmax are left out, and the selection, whose votes are one part in 100,000 of the prefix.
 - KV cache: bytes of what a runtime appends after a prefill: the decoder's `compact_*` and `new_*`, and the prefix's
   `new_*` of layers that the decoder does not compact.
 - Peak activations: the most bytes that intermediate tensors take while the nodes run in order, each living from its
-  node to its last reader. Masks and ranks, whose extents depend on data, are left out: they have no heads, so scores
-  outweigh them. Runtimes that fuse attention need less.
+  node to its last reader. Masks, whose extents depend on data, and what is inside the selection are left out: they have
+  no heads, so scores outweigh them. Runtimes that fuse attention need less.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from ivc_export.errors import UserError
 from ivc_export.export import selection_layer
 from ivc_export.families import Family, Picture
 from ivc_export.hub import open_checkpoint
-from ivc_export.passes import lower
 from ivc_export.prefix import prefix_graph
 from ivc_export.recipe import ExportRecipe
 from ivc_export.vision import vision_graph
@@ -187,7 +186,7 @@ def estimate(
         "decoder": decoder_graph(model, weights, layer),
     }
     weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
-    graphs = {name: ir.to_proto(lower(graph, "native")) for name, graph in built.items()}
+    graphs = {name: ir.to_proto(graph) for name, graph in built.items()}
     size = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
     return Estimate(
         family=description.family.model_type,
@@ -257,7 +256,7 @@ class Count(NamedTuple):
 
 
 def count(graph: onnx.ModelProto, axes: Mapping[str, int], shapes: Mapping[str, Sequence[int]] | None = None) -> Count:
-    """Count on a graph of standard operators.
+    """Count on a graph; operators of our own count nothing.
 
     axes: extents of symbolic axes; shapes: of inputs, by name, instead.
     """

@@ -8,8 +8,7 @@ the graphs that an export writes, whatever the family:
 - KV cache: bytes of what a runtime appends after a prefill: the decoder's `compact_*` and `new_*`, and the prefix's
   `new_*` of layers that the decoder does not compact.
 - Peak activations: the most bytes that intermediate tensors take while the nodes run in order, each living from its
-  node to its last reader. Masks, whose extents depend on data, and what is inside the selection are left out: they have
-  no heads, so scores outweigh them. Runtimes that fuse attention need less.
+  node to its last reader, without what is inside the selection. Runtimes that fuse attention need less.
 """
 
 from __future__ import annotations
@@ -20,15 +19,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import onnx
-import onnx.shape_inference
 import onnx_ir as ir
 import PIL.Image
+from onnx_ir.passes.common import InlinePass
 
 from ivc_export import contract
 from ivc_export.bundle import Bundle
 from ivc_export.checkpoint import Checkpoint
 from ivc_export.configuration import Description, capped, read_description
 from ivc_export.contract import kept_tokens
+from ivc_export.counting import count
 from ivc_export.decoder import decoder_graph
 from ivc_export.errors import UserError
 from ivc_export.export import selection_layer
@@ -45,8 +45,7 @@ TEXT = 64
 PIXELS = 100_000_000
 
 GIB = 2**30
-ALIASES = frozenset(("Reshape", "Squeeze", "Unsqueeze"))
-"""Operators whose output is their input's memory."""
+COMPACT = InlinePass(lambda function: function.name == "CompactGather")
 
 
 class Size(NamedTuple):
@@ -186,7 +185,7 @@ def estimate(
         "decoder": decoder_graph(model, weights, layer),
     }
     weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
-    graphs = {name: ir.to_proto(graph) for name, graph in built.items()}
+    graphs = {name: ir.to_proto(COMPACT(graph).model) for name, graph in built.items()}
     size = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
     return Estimate(
         family=description.family.model_type,
@@ -211,8 +210,7 @@ def one_picture(
     picture = blank(description.family, preprocessing, size)
     visual = picture.grid.visual
     kept = kept_tokens(visual, ratio)
-    shapes = {name: array.shape for name, array in picture.inputs.items()}
-    vision = count(graphs["vision"], {}, shapes)
+    vision = count(graphs["vision"], {}, picture.inputs)
     axes = {"S": visual + TEXT, "L": visual, "T": TEXT, "Q": TEXT // 2, "P": 0, "R": 1}
     axes["seeds"] = max(1, round(visual / description.model.selection.seed_divisor))
     prefix = count(graphs["prefix"], axes | {"M": TEXT + kept})
@@ -245,70 +243,3 @@ def cache_bytes(prefix: Mapping[str, int], decoder: Mapping[str, int]) -> int:
     appended = sum(size for name, size in decoder.items() if name.startswith(("compact_", "new_")))
     compacted = {name.replace("compact_", "new_", 1) for name in decoder}
     return appended + sum(s for name, s in prefix.items() if name.startswith("new_") and name not in compacted)
-
-
-class Count(NamedTuple):
-    """What one graph takes at concrete sizes; outputs: bytes by name."""
-
-    flops: int
-    peak_bytes: int
-    outputs: Mapping[str, int]
-
-
-def count(graph: onnx.ModelProto, axes: Mapping[str, int], shapes: Mapping[str, Sequence[int]] | None = None) -> Count:
-    """Count on a graph; operators of our own count nothing.
-
-    axes: extents of symbolic axes; shapes: of inputs, by name, instead.
-    """
-    model = onnx.ModelProto()
-    model.CopyFrom(graph)
-    for value in (*model.graph.input, *model.graph.output):
-        for axis, dimension in enumerate(value.type.tensor_type.shape.dim):
-            if shapes and value.name in shapes:
-                dimension.dim_value = shapes[value.name][axis]
-            elif dimension.dim_param in axes:
-                dimension.dim_value = axes[dimension.dim_param]
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    found: dict[str, tuple[tuple[int, ...], int]] = {}
-    for value in (*inferred.input, *inferred.value_info, *inferred.output):
-        tensor = value.type.tensor_type
-        found[value.name] = tuple(d.dim_value for d in tensor.shape.dim), tensor.elem_type
-    for tensor in inferred.initializer:
-        found[tensor.name] = tuple(tensor.dims), tensor.data_type
-    known = {name: shape for name, (shape, _) in found.items()}
-    flops = sum(flops_of(node, known) for node in inferred.node)
-    sizes = {name: math.prod(shape) * ir.DataType(dtype).itemsize for name, (shape, dtype) in found.items()}
-    return Count(flops, peak(inferred, sizes), {o.name: int(sizes[o.name]) for o in inferred.output})
-
-
-def flops_of(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Two for each multiply-add of a matrix product, whose left side is never transposed; 0 for other operators."""
-    if node.op_type not in ("MatMul", "Gemm"):
-        return 0
-    flops = 2 * math.prod(shapes[node.output[0]]) * shapes[node.input[0]][-1]
-    assert flops > 0, f"{node.name}: the shapes of a product are unknown"
-    return flops
-
-
-def peak(graph: onnx.GraphProto, sizes: Mapping[str, float]) -> int:
-    """Most bytes alive at once: a tensor lives from its node to its last reader, inputs and outputs throughout."""
-    ends = {name: number for number, node in enumerate(graph.node) for name in node.input}
-    owner: dict[str, str] = {}  # the tensor whose memory another one is
-    for number, node in enumerate(graph.node):
-        if node.op_type in ALIASES:
-            first = owner.get(node.input[0], node.input[0])
-            owner[node.output[0]] = first
-            ends[first] = max(ends.get(first, number), ends.get(node.output[0], number))
-    kept = {value.name for value in (*graph.input, *graph.output)} | {i.name for i in graph.initializer}
-    kept |= {owner[name] for name in kept if name in owner}
-    alive = most = sum(sizes[value.name] for value in graph.input)
-    dying: dict[int, list[str]] = {}
-    for number, node in enumerate(graph.node):
-        for name in node.output:
-            if name and name not in owner:
-                alive += sizes[name]
-                if name not in kept:
-                    dying.setdefault(ends.get(name, number), []).append(name)
-        most = max(most, alive)
-        alive -= sum(sizes[name] for name in dying.pop(number, ()))
-    return int(most)

@@ -17,7 +17,8 @@ from onnx import TensorProto, helper
 from ivc_export import cli, contract, families
 from ivc_export.bundle import Bundle
 from ivc_export.contract import GraphName
-from ivc_export.estimate import TEXT, Size, count, estimate_bundle, estimate_recipe
+from ivc_export.counting import count
+from ivc_export.estimate import TEXT, Size, estimate_bundle, estimate_recipe
 from ivc_export.export import export
 from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime.conversation import Conversation

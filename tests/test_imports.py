@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "ivc_export"
 ORDER = [  # from the bottom up; a module imports from its own line or from lower ones
     {"errors"},
     {"contract", "checkpoint"},
-    {"recipe", "staging", "weights"},
+    {"recipe", "staging", "weights", "counting"},
     {"placement"},
     {"builder"},
     {"layers", "selection"},

@@ -14,7 +14,7 @@ the graphs that an export writes, whatever the family:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -211,7 +211,7 @@ def one_picture(
     visual = picture.grid.visual
     kept = kept_tokens(visual, ratio)
     vision = count(graphs["vision"], {}, picture.inputs)
-    axes = {"S": visual + TEXT, "L": visual, "T": TEXT, "Q": TEXT // 2, "P": 0, "R": 1}
+    axes = {"S": visual + TEXT, "L": visual, "T": TEXT, "Q": TEXT // 2, "R": 1, **empty_caches(graphs.values())}
     axes["seeds"] = max(1, round(visual / description.model.selection.seed_divisor))
     prefix = count(graphs["prefix"], axes | {"M": TEXT + kept})
 
@@ -225,6 +225,12 @@ def one_picture(
         )
 
     return PictureEstimate(size, visual, kept, TEXT, cost(TEXT + kept), cost(TEXT + visual))
+
+
+def empty_caches(graphs: Iterable[onnx.ModelProto]) -> dict[str, int]:
+    """0 for the symbolic axes of cache inputs."""
+    caches = [value for graph in graphs for value in graph.graph.input if value.name.startswith("past_")]
+    return {d.dim_param: 0 for value in caches for d in value.type.tensor_type.shape.dim if d.dim_param}
 
 
 def blank(family: Family, preprocessing: contract.Preprocessing, size: Size) -> Picture:

@@ -1,12 +1,9 @@
-"""A bundle on disk, and the staging that lets one appear only when it is whole."""
+"""A bundle on disk."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +13,19 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from ivc_export import contract
+from ivc_export import contract, staging
+from ivc_export.checkpoint import header_sha256
 from ivc_export.contract import MANIFEST, SCHEMA_VERSION, Manifest
 from ivc_export.errors import UserError
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 PREPROCESSOR = "preprocessor_config.json"
+FLOAT_DTYPES: dict[contract.FloatName, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,12 @@ class Bundle:
         """Open the bundle in `folder`.
 
         Raises:
-            UserError: it is none, is damaged, or is of another version.
+            UserError: it is none, is unfinished or damaged, its weights changed, or it is of another version.
         """
+        if staging.is_unfinished(Path(folder)):
+            raise UserError(
+                f"{folder} is what an export left that was killed: export the model again, which removes it"
+            )
         return Bundle(Path(folder), read_manifest(Path(folder)))
 
     def missing_processor_files(self) -> list[str]:
@@ -49,8 +56,7 @@ class Bundle:
     def embedding_table(self) -> npt.NDArray[Any]:
         """Token embeddings [vocab, hidden] in the checkpoint's dtype, mapped from the weight file."""
         table = self.manifest.embedding
-        dtype = np.dtype(ml_dtypes.bfloat16 if table.dtype == "bfloat16" else table.dtype)
-        return np.memmap(self.folder / table.file, dtype, "r", table.offset, table.shape)
+        return np.memmap(self.folder / table.file, FLOAT_DTYPES[table.dtype], "r", table.offset, table.shape)
 
     def embed(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Rows of the embedding table for `tokens`, in float32 [len(tokens), hidden]."""
@@ -81,7 +87,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path} is damaged (it names {len(manifest.graphs)} graphs of 3): export the model again")
     files = [g.file for g in manifest.graphs.values()] + [w.file for w in manifest.weights] + [manifest.embedding.file]
     for file in files:
-        if not (folder / file).resolve().is_relative_to(folder.resolve()):
+        if "\0" in file or not (folder / file).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{path} names {file}, which is outside the bundle: export the model again")
         if not (folder / file).is_file():
             raise UserError(f"{folder / file} is missing: copy the whole bundle, or export the model again")
@@ -92,45 +98,12 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{folder / weights.file} has {size:,} bytes and the manifest says {weights.size:,}: "
                 "copy the bundle again, or export the model again"
             )
+        if header_sha256(folder / weights.file) != weights.header_sha256:
+            raise UserError(
+                f"{folder / weights.file} changed after the export (its header is another): export the model again"
+            )
+    table = manifest.embedding
+    end = table.offset + math.prod(table.shape) * FLOAT_DTYPES[table.dtype].itemsize
+    if min(table.offset, *table.shape) < 0 or end > (folder / table.file).stat().st_size:
+        raise UserError(f"{path} is damaged (the embedding table is not within its file): export the model again")
     return manifest
-
-
-@contextmanager
-def staged_folder(target: Path, force: bool) -> Iterator[Path]:
-    """Yield a new folder beside `target` that becomes `target` if the block succeeds, and vanishes if it does not.
-
-    Raises:
-        UserError: something is at `target` and `force` is not set, or it is not a bundle, or nothing can be written.
-    """
-    target = target.resolve()
-    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if occupied and not (target / MANIFEST).is_file():
-        raise UserError(f"{target} exists and is not a bundle: name another output folder")
-    if occupied and not force:
-        raise UserError(f"{target} exists: name another output folder, or replace it with --force")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise UserError(f"nothing can be written beside {target} ({error.strerror}): name another output") from error
-    try:
-        yield staging
-        staging.chmod(0o755)
-        put_in_place(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def put_in_place(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target`, and what was there away; put that back if anything goes wrong in between."""
-    if not target.exists():
-        staging.rename(target)
-        return
-    old = staging.with_name(f"{staging.name}.old")
-    target.rename(old)
-    try:
-        staging.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

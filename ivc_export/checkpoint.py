@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ivc_export.errors import UserError
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORED_NAMES = {ours: stored for stored, ours in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class StoredTensor:
 
 
 def header_bytes(file: Path) -> bytes:
-    """The JSON header of a safetensors file, as stored."""
+    """The JSON header of a safetensors file, as stored; less than it says where the file ends before."""
     with file.open("rb") as stream:
-        (size,) = struct.unpack("<Q", stream.read(8))
-        return stream.read(size)
+        size = int.from_bytes(stream.read(8), "little")
+        return stream.read(min(size, file.stat().st_size))
 
 
 def header_sha256(file: Path) -> str:

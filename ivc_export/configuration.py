@@ -18,19 +18,25 @@ TEMPLATE_FILES = ("chat_template.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
-class Configuration:
-    """One checkpoint's family, sizes, tokens, chat template, and what it says of pictures; None if it says nothing."""
+class Description:
+    """What the JSON files say: family, sizes, tokens, and of pictures and chats; None where they say nothing."""
 
     family: Family
     model: Model
-    weights: Weights
     tokens: contract.SpecialTokens
     processor: dict[str, Any] | None
     chat_template: str
 
 
-def read_configuration(checkpoint: Checkpoint) -> Configuration:
-    """Digest config.json, generation_config.json, the processor's files and the names of the tensors.
+@dataclass(frozen=True)
+class Configuration(Description):
+    """One checkpoint: what its JSON files say, as far as its tensors agree, and the tensors."""
+
+    weights: Weights
+
+
+def read_description(checkpoint: Checkpoint) -> Description:
+    """Digest config.json, generation_config.json and the processor's files; no tensor file is looked at.
 
     Raises:
         UserError: a file or a value is missing, damaged or out of range.
@@ -51,11 +57,22 @@ def read_configuration(checkpoint: Checkpoint) -> Configuration:
             f"the JSON files of {checkpoint.folder} do not describe a model ({contract.first_problem(error)}): "
             "give the checkpoint's own files"
         ) from error
-    tensors = {family.canonical_name(name): tensor for name, tensor in checkpoint.tensors.items()}
+    return Description(family, model, tokens, processor, chat_template(checkpoint, family))
+
+
+def read_configuration(checkpoint: Checkpoint) -> Configuration:
+    """Digest the JSON files, and the names, dtypes and shapes of the tensors.
+
+    Raises:
+        UserError: a file or a value is missing, damaged or out of range.
+    """
+    d = read_description(checkpoint)
+    tensors = {d.family.canonical_name(name): tensor for name, tensor in checkpoint.tensors.items()}
+    model = d.model
     if "lm_head.weight" in tensors:  # as transformers 5: a stored head counts, whatever config.json says
         model = replace(model, decoder=model.decoder.model_copy(update={"tied_embeddings": False}))
     weights = Weights(tensors, main_dtype(tensors))
-    return Configuration(family, model, weights, tokens, processor, chat_template(checkpoint, family))
+    return Configuration(d.family, model, d.tokens, d.processor, d.chat_template, weights)
 
 
 def processor_config(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -88,7 +88,7 @@ class Frozen(BaseModel):
 class DecoderSizes(Frozen):
     """Sizes of the language decoder."""
 
-    layers: int = Field(gt=1)
+    layers: int = Field(gt=1, le=1000)
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
     heads: int = Field(gt=0)
@@ -227,12 +227,15 @@ class GraphInfo(Frozen):
 
 
 class WeightFile(Frozen):
-    """A safetensors file of the bundle; `sha256` is of the whole file, `header_sha256` of its header alone."""
+    """A safetensors file of the bundle; `header_sha256` is of its header alone.
+
+    `sha256` is of the whole file, or None where that was linked and nothing has read it.
+    """
 
     file: str
     size: int
     header_sha256: str
-    sha256: str
+    sha256: str | None
 
 
 class EmbeddingTable(Frozen):
@@ -250,6 +253,8 @@ class Manifest(Frozen):
     schema_version: int
     family: str
     dtype: FloatName
+    lowering: str
+    """Which runtimes the graphs were lowered for: "portable" is none, and every lowering begins there."""
     selection_layer: int = Field(gt=0)
     calibrated: bool
     default_ratio: float = Field(gt=0, le=1)

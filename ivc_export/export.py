@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,15 +12,23 @@ import onnx
 import onnx_ir as ir
 
 from ivc_export import __version__, contract
-from ivc_export.bundle import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, Bundle, staged_folder
+from ivc_export.bundle import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, Bundle, read_manifest
 from ivc_export.checkpoint import Checkpoint
-from ivc_export.configuration import Configuration, read_configuration
+from ivc_export.configuration import Configuration, Description, read_configuration, read_description
 from ivc_export.decoder import decoder_graph
 from ivc_export.errors import UserError
+from ivc_export.families import Family
+from ivc_export.hub import open_checkpoint
+from ivc_export.passes import LOWERINGS, Lowering, lower
+from ivc_export.placement import converted, place_weights, plan_conversions
 from ivc_export.prefix import prefix_graph
 from ivc_export.recipe import ExportRecipe
+from ivc_export.staging import check_free, staged_folder
 from ivc_export.vision import vision_graph
-from ivc_export.weights import FOLDER, copy_weights
+from ivc_export.weights import EMBEDDING, FOLDER, Weights
+
+BUFFERS = ("rotary_emb.inv_freq", "position_ids")
+"""Ends of names of tensors that old checkpoints hold and every graph computes."""
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, and how much of how much of it is done."""
@@ -37,28 +45,50 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
         UserError: what the user can mend in the recipe or the checkpoint.
         OSError: a file cannot be read or written; nothing is left, and an older bundle is as it was.
     """
-    checkpoint = Checkpoint.open(recipe.model)
+    lowering = lowering_of(recipe)
+    check_free(recipe.output.resolve(), recipe.force)
+    checkpoint = open_checkpoint(recipe.model, recipe.revision)
+    layer, calibrated = selection_layer(recipe, read_description(checkpoint))  # before weights are downloaded
     configuration = read_configuration(checkpoint)
-    model, weights = configuration.model, configuration.weights
-    layer, calibrated = selection_layer(recipe, configuration)
+    conversions = plan_conversions(checkpoint.tensors.values(), recipe.float_name)
+    model, weights = configuration.model, converted(configuration.weights, conversions, recipe.float_name)
     with staged_folder(recipe.output, recipe.force) as folder:
         graphs: dict[contract.GraphName, ir.Model] = {
             "vision": vision_graph(configuration.family, model, weights),
             "prefix": prefix_graph(model, weights, layer),
             "decoder": decoder_graph(model, weights, layer),
         }
+        check_all_used(weights, configuration.family, graphs.values())
         for number, (name, graph) in enumerate(graphs.items(), 1):
-            save_graph(graph, folder / f"{name}.onnx")
+            save_graph(lower(graph, lowering), folder / f"{name}.onnx")
             progress("graphs", number, len(graphs))
-        files = copy_weights(checkpoint, folder, lambda done, total: progress("weights", done, total))
+        files = place_weights(
+            checkpoint.weight_files,
+            conversions,
+            recipe.weights,
+            folder,
+            lambda done, total: progress("weights", done, total),
+        )
         copy_processor_files(checkpoint, configuration, folder)
-        manifest = make_manifest(recipe, configuration, layer, calibrated, files)
+        manifest = make_manifest(recipe, configuration, weights, layer, calibrated, files)
         (folder / contract.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        manifest = Bundle.load(folder).manifest  # as it will be read
+        manifest = read_manifest(folder)  # as it will be read
     return Bundle(recipe.output, manifest)
 
 
-def selection_layer(recipe: ExportRecipe, configuration: Configuration) -> tuple[int, bool]:
+def lowering_of(recipe: ExportRecipe) -> Lowering:
+    """The recipe's lowering.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    for name in LOWERINGS:
+        if name == recipe.lowering:
+            return name
+    raise UserError(f"lowering {recipe.lowering!r} is unknown: give one of {', '.join(LOWERINGS)}")
+
+
+def selection_layer(recipe: ExportRecipe, configuration: Description) -> tuple[int, bool]:
     """The layer to cut at, and whether it is calibrated.
 
     Raises:
@@ -74,6 +104,22 @@ def selection_layer(recipe: ExportRecipe, configuration: Configuration) -> tuple
             f"so --layer takes 1 to {layers - 1} (its default is {default.layer})"
         )
     return recipe.layer, default.calibrated and recipe.layer == default.layer
+
+
+def check_all_used(weights: Weights, family: Family, graphs: Iterable[ir.Model]) -> None:
+    """Refuse a checkpoint with tensors that no graph takes: it is larger than its config.json says.
+
+    Raises:
+        UserError: there are such tensors.
+    """
+    used = {EMBEDDING, *(name for graph in graphs for name in graph.graph.initializers)}
+    extra = [name for name in weights.tensors if name not in used and not name.endswith(BUFFERS)]
+    extra = [name for name in extra if not name.startswith(tuple(family.unused))]
+    if extra:
+        raise UserError(
+            f"config.json does not account for {len(extra)} tensors of the checkpoint ({extra[0]} is one): "
+            "check that both belong to the same checkpoint"
+        )
 
 
 def save_graph(graph: ir.Model, path: Path) -> None:
@@ -105,18 +151,20 @@ def write_json(path: Path, content: object) -> None:
 def make_manifest(
     recipe: ExportRecipe,
     configuration: Configuration,
+    weights: Weights,
     layer: int,
     calibrated: bool,
     files: tuple[contract.WeightFile, ...],
 ) -> contract.Manifest:
     """The manifest of the bundle."""
-    model, weights = configuration.model, configuration.weights
+    model = configuration.model
     shape = (model.decoder.vocab_size, model.decoder.hidden_size)
-    embedding = weights.find("model.embed_tokens.weight", shape)
+    embedding = weights.find(EMBEDDING, shape)
     return contract.Manifest(
         schema_version=contract.SCHEMA_VERSION,
         family=configuration.family.model_type,
         dtype=weights.dtype,
+        lowering=recipe.lowering,
         selection_layer=layer,
         calibrated=calibrated,
         default_ratio=configuration.family.default_ratio if recipe.ratio is None else recipe.ratio,

@@ -1,20 +1,18 @@
-"""The checkpoint's tensors as external data of the graphs, and their way into a bundle."""
+"""The checkpoint's tensors as external data of the graphs."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx_ir as ir
 
 from ivc_export import contract
-from ivc_export.checkpoint import Checkpoint, StoredTensor, header_sha256
+from ivc_export.checkpoint import StoredTensor
 from ivc_export.errors import UserError
 
 FOLDER = "weights"
-_CHUNK = 1 << 24
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Weights:
         if tensor.dtype != self.dtype:
             raise UserError(
                 f"{tensor.name} in {tensor.file.name} is {tensor.dtype} and other tensors are {self.dtype}: "
-                "save the checkpoint in one of float32, float16 and bfloat16"
+                "convert them all with --dtype fp32, fp16 or bf16"
             )
         return tensor
 
@@ -76,30 +74,21 @@ def main_dtype(tensors: Mapping[str, StoredTensor]) -> contract.FloatName:
     raise UserError(f"the checkpoint's weights are {dtype}: give one in float32, float16 or bfloat16")
 
 
-def copy_weights(
-    checkpoint: Checkpoint, folder: Path, progress: Callable[[int, int], None]
-) -> tuple[contract.WeightFile, ...]:
-    """Copy the checkpoint's safetensors files to `folder`/weights, hashing them on the way.
+class PlannedWeights(Weights):
+    """Weights of a model of which only the sizes are known: every request is granted and remembered.
 
-    progress: called with the bytes copied so far and their total.
+    What a family's graphs ask for is what a checkpoint of it holds.
     """
-    target = folder / FOLDER
-    target.mkdir()
-    done, total = 0, sum(file.stat().st_size for file in checkpoint.weight_files)
-    files = []
-    for source in checkpoint.weight_files:
-        digest, before = hashlib.sha256(), done
-        with source.open("rb") as reader, (target / source.name).open("wb") as writer:
-            while chunk := reader.read(_CHUNK):
-                digest.update(chunk)
-                done += writer.write(chunk)
-                progress(done, total)
-        files.append(
-            contract.WeightFile(
-                file=f"{FOLDER}/{source.name}",
-                size=done - before,
-                header_sha256=header_sha256(target / source.name),
-                sha256=digest.hexdigest(),
-            )
-        )
-    return tuple(files)
+
+    def __init__(self, dtype: contract.FloatName = "float32") -> None:
+        super().__init__({}, dtype)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def external(self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None) -> ir.ExternalTensor:
+        """A tensor that lies nowhere."""
+        self.shapes[name] = tuple(stored_shape or shape)
+        return ir.ExternalTensor("none", 0, 0, contract.FLOATS[self.dtype], shape=ir.Shape(shape), name=name)
+
+    def find(self, name: str, shape: Sequence[int]) -> StoredTensor:
+        """Nothing is stored."""
+        raise NotImplementedError

@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16, which safetensors writes)
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 import PIL.Image
 import PIL.ImageDraw
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ivc_export import families
-from ivc_export.checkpoint import StoredTensor
 from ivc_export.contract import FloatName
 from ivc_export.decoder import decoder_graph
 from ivc_export.prefix import prefix_graph
 from ivc_export.vision import vision_graph
-from ivc_export.weights import Weights
+from ivc_export.weights import EMBEDDING, PlannedWeights
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>", "</s>")
 TEXT = (
@@ -38,31 +36,14 @@ TEXT = (
 )
 
 
-class RecordingWeights(Weights):
-    """Weights that grant every request and remember it: what a family's graphs ask for is what a checkpoint holds."""
-
-    def __init__(self) -> None:
-        super().__init__({}, "float32")
-        self.shapes: dict[str, tuple[int, ...]] = {}
-
-    def external(self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None) -> ir.ExternalTensor:
-        """Remember the stored shape."""
-        self.shapes[name] = tuple(stored_shape or shape)
-        return ir.ExternalTensor("none", 0, 0, ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
-
-    def find(self, name: str, shape: Sequence[int]) -> StoredTensor:
-        """Nothing is stored."""
-        raise NotImplementedError
-
-
 def random_tensors(config: Mapping[str, Any], seed: int) -> dict[str, npt.NDArray[np.float32]]:
     """Seeded weights for a configuration, scaled so that activations neither vanish nor explode."""
     family = families.of(config["model_type"])
-    model, weights = family.read(config, None), RecordingWeights()
+    model, weights = family.read(config, None), PlannedWeights()
     vision_graph(family, model, weights)
     prefix_graph(model, weights, 1)
     decoder_graph(model, weights, 1)
-    weights.external("model.embed_tokens.weight", (model.decoder.vocab_size, model.decoder.hidden_size))
+    weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
     generator = np.random.default_rng(seed)
     tensors = {}
     for name, shape in sorted(weights.shapes.items()):

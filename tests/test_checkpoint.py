@@ -13,7 +13,6 @@ from safetensors.numpy import load_file, save_file
 
 from ivc_export import families
 from ivc_export.bundle import Bundle
-from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.families import Grid
 from ivc_export.parity import check
@@ -73,88 +72,8 @@ def test_names_of_later_versions_are_known(tmp_path: Path) -> None:
 
 
 def rewrite(checkpoint: Path, **changes: Any) -> None:
-    """Change config.json; None removes a key."""
     path = checkpoint / "config.json"
-    content = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-
-def drop(checkpoint: Path, name: str) -> None:
-    tensors = load_file(checkpoint / "model.safetensors")
-    tensors.pop(name)
-    save_file(tensors, checkpoint / "model.safetensors")
-
-
-def replace(checkpoint: Path, name: str, array: Any) -> None:
-    save_file(load_file(checkpoint / "model.safetensors") | {name: array}, checkpoint / "model.safetensors")
-
-
-def truncate(checkpoint: Path) -> None:
-    path = checkpoint / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def index(checkpoint: Path, content: dict[str, Any]) -> None:
-    (checkpoint / "model.safetensors").unlink()
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(content))
-
-
-NORM = "model.norm.weight"
-
-
-def rewrite_vision(checkpoint: Path, **changes: Any) -> None:
-    rewrite(checkpoint, vision_config={**TINY["vision_config"], **changes})
-
-
-def write(checkpoint: Path, name: str, content: bytes) -> None:
-    (checkpoint / name).write_bytes(content)
-
-
-BAD: list[tuple[str, Any]] = [
-    ("do not describe a model", lambda c: rewrite(c, num_attention_heads=0)),
-    ("do not describe a model", lambda c: rewrite_vision(c, num_heads=0)),
-    ("do not describe a model .depth", lambda c: rewrite_vision(c, depth=0)),
-    ("do not describe a model", lambda c: rewrite_vision(c, mlp_ratio="a")),
-    ("do not describe a model .rms_norm_epsilon", lambda c: rewrite(c, rms_norm_eps=float("inf"))),
-    ("do not describe a model", lambda c: rewrite(c, image_token_id="x")),
-    ("do not describe a model", lambda c: write(c, "generation_config.json", b'{"eos_token_id": ["a"]}')),
-    ("do not describe a model", lambda c: write(c, "preprocessor_config.json", b'{"size": "large"}')),
-    ("preprocessor_config.json should hold a JSON object", lambda c: write(c, "preprocessor_config.json", b"[]")),
-    ("chat_template.jinja is not UTF-8 text", lambda c: write(c, "chat_template.jinja", b"\xff")),
-    ("has no config.json", lambda c: (c / "config.json").unlink()),
-    ("not valid JSON", lambda c: (c / "config.json").write_text("{")),
-    (
-        "'qwen9_vl' of config.json is not supported: this version exports qwen2_vl",
-        lambda c: rewrite(c, model_type="qwen9_vl"),
-    ),
-    ("config.json has no hidden_size", lambda c: rewrite(c, hidden_size=None)),
-    ("config.json is inconsistent: hidden_size is 62", lambda c: rewrite(c, hidden_size=62)),
-    ("config.json is inconsistent: num_attention_heads is 4", lambda c: rewrite(c, num_key_value_heads=3)),
-    ("mrope_section", lambda c: rewrite(c, rope_scaling={"type": "mrope", "mrope_section": [2, 3]})),
-    ("rope type 'yarn'", lambda c: rewrite(c, rope_scaling={"type": "yarn", "factor": 4})),
-    ("do not describe a model .layers", lambda c: rewrite(c, num_hidden_layers=-1)),
-    ("sliding-window", lambda c: rewrite(c, use_sliding_window=True, max_window_layers=0)),
-    ("model.safetensors is missing", lambda c: (c / "model.safetensors").unlink()),
-    ("model.safetensors cannot be read", truncate),
-    ("model.safetensors cannot be read", lambda c: (c / "model.safetensors").write_bytes(b"")),
-    ("no tensor model.norm.weight", lambda c: drop(c, NORM)),
-    (r"shape \[3\], and config.json asks for \[64\]", lambda c: replace(c, NORM, np.ones(3, np.float32))),
-    ("is float16 and other tensors are float32", lambda c: replace(c, NORM, np.ones(64, np.float16))),
-    ("weights are I64", lambda c: save_file({"x": np.ones(9, np.int64)}, c / "model.safetensors")),
-    ("names no shards", lambda c: index(c, {})),
-    ("names no shards", lambda c: index(c, {"weight_map": ["a"]})),
-    ("names no shards", lambda c: index(c, {"weight_map": {"a": None}})),
-    ("model-2.safetensors is missing", lambda c: index(c, {"weight_map": {"a": "model-2.safetensors"}})),
-]
-
-
-@pytest.mark.parametrize(("sentence", "damage"), BAD, ids=range(len(BAD)))
-def test_a_bad_checkpoint_is_refused_and_leaves_nothing(tmp_path: Path, sentence: str, damage: Any) -> None:
-    checkpoint = make_checkpoint(tmp_path / "checkpoint")
-    damage(checkpoint)
-    with pytest.raises(UserError, match=sentence):
-        export(ExportRecipe(checkpoint, tmp_path / "bundle"))
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_the_default_layer_is_in_proportion_and_uncalibrated(sample_bundle: Bundle) -> None:
@@ -185,11 +104,9 @@ def test_templates_and_settings_are_found_where_other_versions_keep_them(tmp_pat
         checkpoint = make_checkpoint(tmp_path / str(number))
         (checkpoint / "chat_template.jinja").rename(checkpoint / "template")
         (checkpoint / "preprocessor_config.json").unlink()
-        write(checkpoint, name, json.dumps({"chat_template": "an image"}).encode())
-        write(
-            checkpoint,
-            "processor_config.json",
-            b'{"image_processor": {"size": {"shortest_edge": 6272, "longest_edge": 78400}}}',
+        (checkpoint / name).write_text(json.dumps({"chat_template": "an image"}))
+        (checkpoint / "processor_config.json").write_text(
+            '{"image_processor": {"size": {"shortest_edge": 6272, "longest_edge": 78400}}}'
         )
         bundle = exported(checkpoint)
         assert (bundle.folder / "chat_template.jinja").read_text() == "an image"
@@ -198,11 +115,11 @@ def test_templates_and_settings_are_found_where_other_versions_keep_them(tmp_pat
 
 
 def test_a_template_that_cannot_show_pictures_is_replaced_by_the_familys(tmp_path: Path) -> None:
-    for number, content in enumerate((b"{{ messages[0].content }}", None)):
+    for number, content in enumerate(("{{ messages[0].content }}", None)):
         checkpoint = make_checkpoint(tmp_path / str(number))
         (checkpoint / "chat_template.jinja").unlink()
         if content is not None:
-            write(checkpoint, "chat_template.jinja", content)
+            (checkpoint / "chat_template.jinja").write_text(content)
         found = (exported(checkpoint).folder / "chat_template.jinja").read_text()
         assert found == families.of("qwen2_vl").chat_template
 

@@ -70,6 +70,13 @@ def test_exact_and_fixed_caches_give_the_same_logits(golden_session: OnnxSession
         assert np.abs(exact.cache[name] - fixed.cache[name][:, :, : fixed.cache.length]).max() < LOGIT_TOLERANCE
 
 
+def test_weights_that_stay_in_the_memory_map_give_the_same_logits(golden_session: OnnxSession) -> None:
+    mapped = Conversation(OnnxSession(golden_session.bundle, prepacking=False), 0.5)
+    packed = Conversation(golden_session, 0.5)
+    for tokens, pictures in TURNS[:3]:
+        assert np.abs(mapped.run(tokens, pictures).logits - packed.run(tokens, pictures).logits).max() < LOGIT_TOLERANCE
+
+
 def test_compaction_equals_masked_attention(golden: Golden, golden_session: OnnxSession) -> None:
     """One stock forward pass over all turns at once, no cache, a mask by layer: what is pruned is not seen later."""
     conversation = Conversation(golden_session, 0.5)

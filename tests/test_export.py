@@ -79,24 +79,6 @@ def test_force_replaces_what_a_link_points_to(sample_checkpoint: Path, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 
 
-def test_an_interrupt_between_the_renames_restores_the_older_bundle(
-    sample_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = files(export(ExportRecipe(sample_checkpoint, tmp_path / "bundle")).folder)
-    rename = Path.rename
-
-    def interrupted(source: Path, target: Path) -> Path:
-        if ".partial-" in source.name and not source.name.endswith(".old"):
-            raise KeyboardInterrupt
-        return rename(source, target)
-
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        export(ExportRecipe(sample_checkpoint, tmp_path / "bundle", ratio=0.25, force=True))
-    assert files(tmp_path / "bundle") == before
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-
-
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -33,7 +33,8 @@ from ivc_export.runtime.generate import Chat, Sampling
 from ivc_export.runtime.processor import Processor, open_picture
 from ivc_export.runtime.session import OnnxSession
 from ivc_export.vision import vision_graph
-from samples.make_sample import RecordingWeights, make_checkpoint
+from ivc_export.weights import PlannedWeights
+from samples.make_sample import make_checkpoint
 from tests.conftest import LOGIT_TOLERANCE, PIXEL_TOLERANCE, SHAPES
 from tests.family_cases import CASES, FamilyCase
 from tools.families_doc import CONFIGS
@@ -109,7 +110,7 @@ PARAMETERS = {  # as the hub counts them
 @pytest.mark.parametrize("alias", PARAMETERS)
 def test_graphs_of_published_checkpoints_hold_all_of_their_parameters(alias: str) -> None:
     config = json.loads((CONFIGS / f"{alias}.json").read_text(encoding="utf-8"))
-    family, weights = families.of(config["model_type"]), RecordingWeights()
+    family, weights = families.of(config["model_type"]), PlannedWeights()
     model = family.read(config, None)
     assert alias in family.hub
     weights.external("model.embed_tokens.weight", (model.decoder.vocab_size, model.decoder.hidden_size))

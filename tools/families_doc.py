@@ -6,15 +6,15 @@ import importlib
 import json
 from pathlib import Path
 
-import PIL.Image
-
-from ivc_export import contract, families
-from ivc_export.families import Family, Model
+from ivc_export import families
+from ivc_export.contract import GraphName
+from ivc_export.estimate import TEXT, Size, estimate
+from ivc_export.families import Family
 from ivc_export.recipe import ExportRecipe
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "data" / "configs"
-PICTURE, TEXT = (1024, 768), 64
-BYTES = 2  # of a key's or value's number, in float16 and bfloat16
+PICTURE = Size(1024, 768)
+DECODER: tuple[GraphName, ...] = ("prefix", "decoder")
 
 
 def families_doc() -> str:
@@ -27,9 +27,9 @@ def families_doc() -> str:
         "`tests/data/configs/`; edit those instead.",
         "",
         f"Visual tokens are those of a picture of {width} x {height} pixels at the default `--max-visual` of "
-        f"{ExportRecipe.max_visual:,}. What is saved is computed, not measured: for a prompt of that picture and "
-        f"{TEXT} text tokens at the family's default ratio, the arithmetic of the decoder's layers in prefill (the "
-        "vision encoder and the layers below k see every token, and lm_head one row), and the bytes of keys and "
+        f"{ExportRecipe.max_visual:,}. What is saved is computed, not measured, as `ivc-export --dry-run` does it: for "
+        f"a prompt of that picture and {TEXT} text tokens at the family's default ratio, the arithmetic of prefix and "
+        "decoder in prefill (the vision encoder and the layers below k see every token), and the bytes of keys and "
         "values in 16 bits. k is the selection layer when none is named; where none is published for a model, it is "
         "taken in proportion from one that is, and marked with *: nobody has measured it.",
         "",
@@ -48,37 +48,21 @@ def row(family: Family, alias: str, hub_id: str) -> str:
     """One checkpoint's line."""
     config = json.loads((CONFIGS / f"{alias}.json").read_text(encoding="utf-8"))
     model = family.read(config, None)
-    layer = family.default_layer(model.decoder)
+    layer, ratio = family.default_layer(model.decoder), family.default_ratio
     preprocessing = model.preprocessing.capped(ExportRecipe.max_visual)
-    visual = family.picture(PIL.Image.new("RGB", PICTURE), preprocessing).grid.visual
-    kept = contract.kept_tokens(visual, family.default_ratio)
-    full = model.decoder.layers * layer_flops(model.decoder, visual + TEXT)
-    below = layer.layer * layer_flops(model.decoder, visual + TEXT)
-    pruned = below + (model.decoder.layers - layer.layer) * layer_flops(model.decoder, kept + TEXT)
+    found = estimate(family, model, preprocessing, layer.layer, layer.calibrated, ratio, "bfloat16", [PICTURE])
+    (picture,) = found.pictures
+    pruned, full = (sum(cost.flops[name] for name in DECODER) for cost in (picture.pruned, picture.unpruned))
+    kept, cache = picture.pruned.cache_bytes, picture.unpruned.cache_bytes
     cells = [
         f"`{alias}`",
         hub_id,
         family.model_type,
         str(model.decoder.layers),
         f"{layer.layer}{'' if layer.calibrated else '*'}",
-        f"{family.default_ratio:g}",
-        f"{visual:,}",
-        f"{(full - pruned) / 1e12:.2f} of {full / 1e12:.2f} TFLOP ({1 - pruned / full:.0%})",
-        saved_cache(model, visual - kept, visual + TEXT),
+        f"{ratio:g}",
+        f"{picture.visual_tokens:,}",
+        f"{(full - pruned) / 1e12:.2f} of {full / 1e12:.2f} TFLOP ({picture.saved(*DECODER):.0%})",
+        f"{(cache - kept) / 2**20:.1f} of {cache / 2**20:.1f} MiB ({picture.saved_cache:.0%})",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def layer_flops(sizes: contract.DecoderSizes, rows: int) -> int:
-    """Multiplications and additions of one decoder layer over `rows` rows: its weights, and causal attention."""
-    width = sizes.heads * sizes.head_dim
-    weights = sizes.hidden_size * (2 * width + 2 * sizes.kv_heads * sizes.head_dim + 3 * sizes.intermediate_size)
-    return 2 * rows * weights + 2 * rows * rows * width
-
-
-def saved_cache(model: Model, pruned: int, rows: int) -> str:
-    """Bytes of keys and values that are not kept, of all that there would be."""
-    sizes, whole = model.decoder, len(model.selection.whole_layers)
-    row_bytes = 2 * sizes.kv_heads * sizes.head_dim * BYTES
-    saved, full = pruned * row_bytes * (sizes.layers - whole), rows * row_bytes * sizes.layers
-    return f"{saved / 2**20:.1f} of {full / 2**20:.1f} MiB ({saved / full:.0%})"

@@ -14,7 +14,7 @@ from ivc_export.contract import AXES, GRAPHS, Layers, TensorSpec
 from ivc_export.decoder import decoder_graph
 from ivc_export.prefix import prefix_graph
 from ivc_export.vision import vision_graph
-from samples.make_sample import RecordingWeights
+from ivc_export.weights import PlannedWeights
 from tools.families_doc import families_doc
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +106,7 @@ def listings() -> dict[str, str]:
     """File name to content, for the three graphs of every tiny family."""
     found = {}
     for name in families.names():
-        family, weights = families.of(name), RecordingWeights()
+        family, weights = families.of(name), PlannedWeights()
         model = family.read(family.tiny, None)
         layer = family.default_layer(model.decoder).layer
         for graph in (

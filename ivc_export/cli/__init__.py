@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from rich.console import Console
 
 from ivc_export.errors import UserError
 
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 
-def make_console(stderr: bool = True) -> Console:
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are sentences like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the arguments.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message}: {self.prog} --help lists the options")
+
+
+def make_console(stderr: bool = True, quiet: bool = False) -> Console:
     """A console that prints text as it is: no wrapping, no colours of its own, no emoji out of a path."""
-    return Console(stderr=stderr, soft_wrap=True, highlight=False, emoji=False)
+    return Console(stderr=stderr, soft_wrap=True, highlight=False, emoji=False, quiet=quiet)
 
 
 def run_command(name: str, arguments: Sequence[str] | None) -> int:
     """Run `command` of ivc_export.cli.`name` and return its exit code.
 
-    What the user can mend becomes one sentence on standard error and exit code 2, Ctrl-C exit code 130.
+    What the user can mend becomes one sentence on standard error and exit code 2, Ctrl-C exit code 130; the signals
+    that ask a process to end are met as Ctrl-C is, with exit codes 143 (SIGTERM) and 129 (SIGHUP).
     """
+    handlers = {number: signal.signal(number, end) for number in ENDING if signal.getsignal(number) == signal.SIG_DFL}
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
@@ -44,6 +63,14 @@ def run_command(name: str, arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         make_console().print("interrupted")
         return 130
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def end(number: int, frame: object) -> None:
+    """Unwind, so that nothing is left half-written, and exit as a shell says of a process that the signal ended."""
+    sys.exit(128 + number)
 
 
 def ivc_export(arguments: Sequence[str] | None = None) -> int:

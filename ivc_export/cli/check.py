@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from ivc_export import __version__
 from ivc_export.bundle import Bundle
-from ivc_export.cli import make_console
+from ivc_export.cli import Parser, make_console
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
 from ivc_export.runtime.processor import Processor, user_message
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
     from ivc_export.parity import ParityReport
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's options."""
-    p = argparse.ArgumentParser(prog="ivc-check", description="Compare a bundle with its checkpoint on PyTorch.")
+    p = Parser(prog="ivc-check", description="Compare a bundle with its checkpoint on PyTorch.")
     p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
     p.add_argument("--against", type=Path, required=True, help="the checkpoint folder that was exported")
     p.add_argument("--image", type=Path, action="append", default=[], help="a picture (default: a random one)")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ivc_export import __version__
 from ivc_export.bundle import Bundle
-from ivc_export.cli import make_console
+from ivc_export.cli import Parser, make_console
 from ivc_export.errors import UserError
 from ivc_export.report.overlay import count_kinds, overlay
 from ivc_export.runtime.conversation import Timings
@@ -25,9 +25,9 @@ from ivc_export.runtime.session import OnnxSession, widening_note
 CHAT_HELP = "/image FILE adds a picture to your next question, /quit ends the chat"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's options."""
-    p = argparse.ArgumentParser(prog="ivc-run", description="Ask an exported model about pictures, on onnxruntime.")
+    p = Parser(prog="ivc-run", description="Ask an exported model about pictures, on onnxruntime.")
     p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
     p.add_argument("--image", type=Path, action="append", default=[], help="a picture; give it again for more")
     p.add_argument("--prompt", help="the question")

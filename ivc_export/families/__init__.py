@@ -124,6 +124,7 @@ class Family:
     tiny_tokens: special tokens of that model by id.
     default_ratio: fraction of visual tokens kept when the user names none.
     stock_layout: for checkpoints that transformers cannot load as they are.
+    unused: beginnings of (canonical) names of tensors that checkpoints hold and no graph takes.
     """
 
     model_type: str
@@ -142,6 +143,7 @@ class Family:
     tiny_tokens: Mapping[int, str]
     default_ratio: float = 0.5
     stock_layout: StockLayout | None = None
+    unused: Sequence[str] = ()
 
 
 def names() -> list[str]:

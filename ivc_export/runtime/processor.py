@@ -27,6 +27,12 @@ from ivc_export.families import Picture
 
 Message = Mapping[str, Any]
 
+PIXELS = 80_000_000
+"""Pixels of a picture file at most: 240 MB of memory; a model sees a million."""
+
+RGB_MODES = frozenset(("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"))
+"""Pillow's modes that become RGB without a colour profile and without losing bits."""
+
 
 class GenerationTag(jinja2.ext.Extension):
     """`{% generation %}` around what an assistant says, which marks it for training; here it shows what is inside."""
@@ -140,6 +146,11 @@ class Processor:
                 f"the prompt holds {ids.count(image)} image tokens and there are {len(pictures)} pictures: "
                 "write no image tokens into the text"
             )
+        if pictures and ids[::-1].index(image) <= self.bundle.manifest.selection.query_offset:
+            raise UserError(
+                "no text follows the picture, and only that can choose its tokens: put the question behind it, in the "
+                "prompt or in the chat template"
+            )
         counts = iter(picture.grid.visual for picture in pictures)
         return [token for i in ids for token in (shown(next(counts)) if i == image else [i])]
 
@@ -161,7 +172,7 @@ def open_picture(image: Path | PIL.Image.Image) -> PIL.Image.Image:
     """An RGB picture, turned as its EXIF orientation says.
 
     Raises:
-        UserError: the file is missing or is no picture.
+        UserError: the file is missing, is no picture, or one whose meaning would be guessed; see check_picture.
     """
     if isinstance(image, Path) and not image.is_file():
         raise UserError(f"there is no picture at {image}: check the path")
@@ -169,9 +180,31 @@ def open_picture(image: Path | PIL.Image.Image) -> PIL.Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # beyond twice the limit it refuses
             with PIL.Image.open(image) if isinstance(image, Path) else nullcontext(image) as opened:
+                check_picture(opened, str(image) if isinstance(image, Path) else "the picture")
                 return PIL.ImageOps.exif_transpose(opened).convert("RGB")
+    except UserError:
+        raise
     except Exception as error:  # damaged files make Pillow's readers raise almost anything
         raise UserError(f"{image} cannot be read as a picture ({error}): give a PNG or JPEG file") from error
+
+
+def check_picture(image: PIL.Image.Image, name: str) -> None:
+    """Refuse, before pixels are decoded, what would be answered about wrongly, or take the machine's memory.
+
+    Raises:
+        UserError: it is one pixel, too large, animated, or in colours that only a profile can turn into RGB.
+    """
+    width, height = image.size
+    if max(width, height) < 2:
+        raise UserError(f"{name} is a single pixel, which shows nothing: give a larger picture")
+    if width * height > PIXELS:
+        raise UserError(
+            f"{name} has {width * height / 1e6:.0f} megapixels, and {PIXELS / 1e6:.0f} are read at most: scale it down"
+        )
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones put previews behind the picture
+        raise UserError(f"{name} has {image.n_frames} frames: give one of them as a picture")  # type: ignore[attr-defined]
+    if image.mode not in RGB_MODES:
+        raise UserError(f"{name} has colours of mode {image.mode}: convert it to RGB with 8 bits a channel")
 
 
 def user_message(text: str, pictures: int) -> Message:

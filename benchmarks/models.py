@@ -1,0 +1,83 @@
+"""Checkpoints of true sizes with random weights, for measurements."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
+import numpy as np
+
+from ivc_export import families
+from ivc_export.contract import FloatName
+from ivc_export.decoder import decoder_graph
+from ivc_export.prefix import prefix_graph
+from ivc_export.vision import vision_graph
+from ivc_export.weights import EMBEDDING, PlannedWeights
+
+BLOCK = 1 << 24
+
+
+def qwen2_vl_2b(layers: int = 28, depth: int = 32) -> dict[str, Any]:
+    """config.json of Qwen2-VL-2B-Instruct's sizes, 2.2 B parameters, or of fewer layers."""
+    tiny = families.of("qwen2_vl").tiny
+    return {
+        **tiny,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+        "vision_config": {
+            **tiny["vision_config"],
+            "depth": depth,
+            "embed_dim": 1280,
+            "num_heads": 16,
+            "mlp_ratio": 4,
+            "hidden_size": 1536,
+        },
+    }
+
+
+def make_large_checkpoint(folder: Path, config: dict[str, Any], dtype: FloatName = "bfloat16") -> Path:
+    """Write a checkpoint of that configuration, a piece at a time: one block of noise, scaled for each tensor.
+
+    It has no tokenizer: prompts are token ids.
+    """
+    folder.mkdir(parents=True)
+    family = families.of(config["model_type"])
+    model, weights = family.read(config, None), PlannedWeights()
+    vision_graph(family, model, weights)
+    prefix_graph(model, weights, 1)
+    decoder_graph(model, weights, 1)
+    weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
+    size, start, header = np.dtype(dtype).itemsize, 0, {}
+    stored = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
+    for name, shape in sorted(weights.shapes.items()):
+        end = start + size * math.prod(shape)
+        header[name] = {"dtype": stored, "shape": shape, "data_offsets": (start, end)}
+        start = end
+    noise = np.random.default_rng(0).standard_normal(BLOCK, np.float32)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as writer:
+        writer.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in sorted(weights.shapes.items()):
+            if len(shape) > 1:
+                scale, shift = math.prod(shape[1:]) ** -0.5, 0.0
+            else:
+                scale, shift = 0.1, float(not name.endswith("bias"))
+            left = math.prod(shape)
+            block = (noise[: min(left, BLOCK)] * np.float32(scale) + np.float32(shift)).astype(dtype).view(np.uint8)
+            while left:
+                count = min(left, BLOCK)
+                writer.write(block[: count * size].data)
+                left -= count
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}, indent=2), encoding="utf-8")
+    return folder

@@ -1,0 +1,146 @@
+"""What a graph takes at concrete sizes: its products, and the memory of its tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx.numpy_helper
+import onnx.shape_inference
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+ALIASES = frozenset(("Reshape", "Squeeze", "Unsqueeze"))
+"""Operators whose output is their input's memory."""
+
+Value = npt.NDArray[Any]
+
+
+class Count(NamedTuple):
+    """What one graph takes at concrete sizes; outputs: bytes by name."""
+
+    flops: int
+    peak_bytes: int
+    outputs: Mapping[str, int]
+
+
+class Tensors:
+    """Shapes and dtypes of a graph's tensors, by name, and the values of those integers that can be known.
+
+    Extents may depend on integers that nodes compute (from shapes, or from a picture's patch positions), so integer
+    nodes whose inputs are known are evaluated, and the shapes of all others are inferred one by one.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.types: dict[str, onnx.TypeProto] = {}
+        self.values: dict[str, Value] = {}
+        self._opsets = {opset.domain: opset.version for opset in model.opset_import}
+        for value in (*model.graph.input, *model.graph.output):
+            self.types[value.name] = value.type
+        for tensor in model.graph.initializer:
+            self.types[tensor.name] = onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
+            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+                self.values[tensor.name] = onnx.numpy_helper.to_array(tensor)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Extents; -1 where one is not known."""
+        dims = self.types[name].tensor_type.shape.dim
+        return tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims)
+
+    def size(self, name: str) -> int:
+        """Bytes; 0 where an extent is not known."""
+        if name not in self.types or -1 in self.shape(name):
+            return 0
+        return int(math.prod(self.shape(name)) * ir.DataType(self.types[name].tensor_type.elem_type).itemsize)
+
+    def know(self, name: str, value: Value) -> None:
+        """Remember a value, if it is of integers, and its type."""
+        self.types[name] = onnx.helper.make_tensor_type_proto(int(ir.DataType.from_numpy(value.dtype)), value.shape)
+        if value.dtype.kind in "iub":
+            self.values[name] = value
+
+    def add(self, node: onnx.NodeProto) -> None:
+        """Find out about a node's outputs; those of operators of our own must be the graph's outputs."""
+        inputs = [name for name in node.input if name]
+        if node.op_type == "Shape" and -1 not in self.shape(inputs[0]):
+            self.know(node.output[0], np.array(self.shape(inputs[0]), np.int64))
+        elif not node.domain and all(name in self.values and self.values[name].dtype.kind in "iub" for name in inputs):
+            found = ReferenceEvaluator(node, opsets=self._opsets).run(
+                None, {name: self.values[name] for name in inputs}
+            )
+            for name, value in zip(node.output, found, strict=True):
+                self.know(name, np.asarray(value))
+        elif not node.domain:
+            data = {name: onnx.numpy_helper.from_array(self.values[name]) for name in inputs if name in self.values}
+            inferred = onnx.shape_inference.infer_node_outputs(
+                onnx.defs.get_schema(node.op_type, self._opsets[""]),
+                node,
+                {name: self.types[name] for name in inputs},
+                data,
+                opset_imports=[onnx.helper.make_opsetid(*opset) for opset in self._opsets.items()],
+            )
+            for name, found in inferred.items():
+                if name not in self.types or all(d.HasField("dim_value") for d in found.tensor_type.shape.dim):
+                    self.types[name] = found
+
+
+def count(
+    graph: onnx.ModelProto, axes: Mapping[str, int], inputs: Mapping[str, npt.NDArray[Any]] | None = None
+) -> Count:
+    """Count on a graph in which operators of our own, whose inside counts nothing, give outputs of the graph alone.
+
+    axes: extents of symbolic axes; inputs: arrays whose shapes, and values if they are integers, are taken instead.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    for value in (*model.graph.input, *model.graph.output):
+        for axis, dimension in enumerate(value.type.tensor_type.shape.dim):
+            if inputs and value.name in inputs:
+                dimension.dim_value = inputs[value.name].shape[axis]
+            elif dimension.dim_param in axes:
+                dimension.dim_value = axes[dimension.dim_param]
+    tensors = Tensors(model)
+    for name, array in (inputs or {}).items():
+        if array.dtype.kind in "iub":
+            tensors.know(name, array)
+    for node in model.graph.node:
+        tensors.add(node)
+    flops = sum(flops_of(node, tensors) for node in model.graph.node)
+    return Count(flops, peak(model.graph, tensors), {o.name: tensors.size(o.name) for o in model.graph.output})
+
+
+def flops_of(node: onnx.NodeProto, tensors: Tensors) -> int:
+    """Two for each multiply-add of a matrix product, whose left side is never transposed; 0 for other operators."""
+    if node.op_type not in ("MatMul", "Gemm"):
+        return 0
+    flops = 2 * math.prod(tensors.shape(node.output[0])) * tensors.shape(node.input[0])[-1]
+    assert flops > 0, f"{node.name}: the shapes of a product are unknown"
+    return flops
+
+
+def peak(graph: onnx.GraphProto, tensors: Tensors) -> int:
+    """Most bytes alive at once: a tensor lives from its node to its last reader, inputs and outputs throughout."""
+    ends = {name: number for number, node in enumerate(graph.node) for name in node.input}
+    owner: dict[str, str] = {}  # the tensor whose memory another one is
+    for number, node in enumerate(graph.node):
+        if node.op_type in ALIASES:
+            first = owner.get(node.input[0], node.input[0])
+            owner[node.output[0]] = first
+            ends[first] = max(ends.get(first, number), ends.get(node.output[0], number))
+    kept = {value.name for value in (*graph.input, *graph.output)} | {i.name for i in graph.initializer}
+    kept |= {owner[name] for name in kept if name in owner}
+    alive = most = sum(tensors.size(value.name) for value in graph.input)
+    dying: dict[int, list[str]] = {}
+    for number, node in enumerate(graph.node):
+        for name in node.output:
+            if name and name not in owner:
+                alive += tensors.size(name)
+                if name not in kept:
+                    dying.setdefault(ends.get(name, number), []).append(name)
+        most = max(most, alive)
+        alive -= sum(tensors.size(name) for name in dying.pop(number, ()))
+    return most

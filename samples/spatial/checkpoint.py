@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from samples.make_sample import CHAT_TEMPLATE
+from ivc_export.families.qwen2_vl import CHAT_TEMPLATE
 from samples.spatial.batches import DEVIATION, MEAN, UNIT
 from samples.spatial.held_out import MOST_VISUAL
 from samples.spatial.language import SPECIAL_TOKENS, TOKEN, make_tokenizer

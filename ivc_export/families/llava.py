@@ -266,6 +266,7 @@ FAMILY = Family(
     vision=vision,
     default_layer=default_layer,
     default_ratio=0.3,
+    unused=("visual.encoder.layers.", "visual.post_layernorm."),  # behind the feature layer
     picture=picture,
     positions=counted_positions,
     stock_inputs=stock_inputs,

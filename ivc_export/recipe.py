@@ -28,6 +28,7 @@ class ExportRecipe:
     ratio: the default fraction of visual tokens kept; every run can choose another.
     layer: layers below it see every token; None takes the family's default.
     max_visual: visual tokens of one picture at most; larger pictures are scaled down.
+    testdata: whether to write testdata/, inputs and outputs of every graph for one picture and prompt.
     """
 
     model: Path
@@ -36,6 +37,7 @@ class ExportRecipe:
     layer: int | None = None
     max_visual: int = 1280
     force: bool = False
+    testdata: bool = False
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)

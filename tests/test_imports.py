@@ -8,15 +8,16 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "ivc_export"
 ORDER = [  # from the bottom up; a module imports from its own line or from lower ones
     {"errors"},
-    {"recipe", "contract", "checkpoint"},
+    {"recipe", "contract", "checkpoint", "recording"},
     {"weights"},
     {"builder"},
     {"layers", "selection"},
     {"families"},
     {"vision", "prefix", "decoder", "bundle"},
     {"passes", "configuration"},
-    {"export"},
     {"runtime"},
+    {"testdata"},
+    {"export"},
     {"reference"},
     {"parity", "report"},
     {"cli"},

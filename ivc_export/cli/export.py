@@ -27,6 +27,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ratio", type=float, default=0.5, help="default fraction of visual tokens kept (default: 0.5)")
     p.add_argument("--layer", type=int, help="layers below this one see every token (default: the family's)")
     p.add_argument("--max-visual", type=int, default=1280, help="visual tokens a picture at most (default: 1280)")
+    p.add_argument(
+        "--testdata", action="store_true", help="add inputs and outputs of every graph, to test a runtime by"
+    )
     p.add_argument("--force", action="store_true", help="replace an older bundle")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
@@ -36,7 +39,9 @@ def command(arguments: Sequence[str] | None) -> int:
     """Export, with progress, and say what came of it."""
     options = parser().parse_args(arguments)
     output = options.output or Path(f"{options.model.resolve().name}-ivc")
-    recipe = ExportRecipe(options.model, output, options.ratio, options.layer, options.max_visual, options.force)
+    recipe = ExportRecipe(
+        options.model, output, options.ratio, options.layer, options.max_visual, options.force, options.testdata
+    )
     console = make_console()
     columns = (
         TextColumn("{task.description:8}"),

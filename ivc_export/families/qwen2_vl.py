@@ -204,7 +204,8 @@ def picture(image: PIL.Image.Image, p: contract.Preprocessing) -> Picture:
     Source: Qwen2VLImageProcessor in transformers; a still picture repeats over the temporal patch.
     """
     height, width = resized(image.height, image.width, p)
-    scaled = image.convert("RGB").resize((width, height), PIL.Image.Resampling.BICUBIC)
+    bicubic = PIL.Image.Resampling.BICUBIC  # rows first, whatever Pillow prefers: 13 chooses the order by the shape
+    scaled = image.convert("RGB").resize((width, image.height), bicubic).resize((width, height), bicubic)
     mean, std = np.array(p.mean, np.float32), np.array(p.std, np.float32)
     pixels = (np.asarray(scaled, np.float32) * np.float32(p.rescale_factor) - mean) / std
     rows, columns = height // p.patch_size, width // p.patch_size

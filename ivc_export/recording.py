@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ivc_export.contract import Manifest
 from ivc_export.errors import UserError
 
 INDEX = "index.json"
@@ -29,6 +30,12 @@ class Key(NamedTuple):
     def file(self) -> str:
         """The tensor's file within the folder."""
         return f"{self.stage}/{self.graph}/{self.role}/{self.name}.bin"
+
+
+def identity(m: Manifest) -> dict[str, Any]:
+    """What a recorded run and the bundle that it is compared with must share."""
+    headers = {file.file: file.header_sha256 for file in m.weights}
+    return {"family": m.family, "dtype": m.dtype, "selection_layer": m.selection_layer, "weights": headers}
 
 
 @dataclass(frozen=True)

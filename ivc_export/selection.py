@@ -92,24 +92,30 @@ def ivc_priority(positions: Ints, rotary: contract.RotarySizes, head_dim: int, r
     return priority
 
 
-def token_scores(values: Floats, visual_index: Ints, query_index: Ints, seed_divisor: int) -> tuple[Floats, Ints]:
+def votes(values: Floats, visual_index: Ints, rows: Ints) -> Floats:
+    """How each of `rows` divides its vote over the visual tokens: float32 [rows, L], every row of sum 1.
+
+    values: float32 [kv_heads, S, head_dim]. Source: arXiv 2602.03060, section 3.3; no rotation, no causal mask, softmax
+    over the visual tokens.
+    """
+    scores = values[:, rows] @ values[:, visual_index].transpose(0, 2, 1) / np.sqrt(np.float32(values.shape[-1]))
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    by_row: Floats = np.mean(weights / weights.sum(axis=-1, keepdims=True), axis=0)
+    return by_row
+
+
+def token_scores(
+    values: Floats, visual_index: Ints, query_index: Ints, seed_divisor: int, seed_index: Ints | None = None
+) -> tuple[Floats, Ints]:
     """Score of each visual token by the value vectors of layer k-1, and the seeds, best first.
 
-    values: float32 [kv_heads, S, head_dim]. Returns float32 [L] and int32 [seeds], positions within `visual_index`.
-    Source: arXiv 2602.03060, section 3.3; no rotation, no causal mask, softmax over the visual tokens.
+    values: float32 [kv_heads, S, head_dim]; seed_index: seeds to take instead of those that the text votes for.
+    Returns float32 [L] and int32 [seeds], positions within `visual_index`.
     """
-    visual = values[:, visual_index]
-
-    def votes(queries: Floats) -> Floats:
-        scores = queries @ visual.transpose(0, 2, 1) / np.sqrt(np.float32(values.shape[-1]))
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        by_row: Floats = np.mean(weights / weights.sum(axis=-1, keepdims=True), axis=0)
-        return by_row
-
-    by_text = votes(values[:, query_index])
-    seeds = max(1, round(len(visual_index) / seed_divisor))
-    seed_index = descending(by_text.mean(axis=0))[:seeds]
-    by_seeds = votes(visual[:, seed_index])
+    by_text = votes(values, visual_index, query_index)
+    if seed_index is None:
+        seed_index = descending(by_text.mean(axis=0))[: max(1, round(len(visual_index) / seed_divisor))]
+    by_seeds = votes(values, visual_index, visual_index[seed_index])
     return np.concatenate([by_text, by_seeds]).mean(axis=0), seed_index
 
 

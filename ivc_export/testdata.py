@@ -30,7 +30,7 @@ class RecordingSession:
     """A session that remembers the inputs and outputs of every run under the stage that is set."""
 
     def __init__(self, session: Session) -> None:
-        self.session, self.bundle = session, session.bundle
+        self.session, self.bundle, self.backend, self.dtype = session, session.bundle, session.backend, session.dtype
         self.stage = "prefill"
         self.tensors: dict[Key, npt.NDArray[Any]] = {}
 

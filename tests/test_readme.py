@@ -26,7 +26,7 @@ def test_the_commands_and_the_program_run(
     (tmp_path / "samples").symlink_to(ROOT / "samples")
     make_checkpoint(tmp_path / "demo" / "checkpoint")
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(lines) == 5
+    assert len(lines) == 6
     for line in lines:
         name, *arguments = shlex.split(line)
         assert COMMANDS[name](arguments) == 0, line

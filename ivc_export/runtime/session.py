@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 from rich.filesize import decimal
 
 from ivc_export.bundle import Bundle
-from ivc_export.contract import GRAPH_NAMES, GraphName
+from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.errors import UserError
 from ivc_export.passes import WidenFloatsPass
 
@@ -22,6 +23,10 @@ class Session(Protocol):
     """The three graphs of a bundle, ready to run."""
 
     bundle: Bundle
+    backend: str
+    """What runs the graphs, by the name that parity's tolerances know."""
+    dtype: FloatName
+    """What they compute in."""
 
     def run(self, name: GraphName, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Run graph `name`; inputs and outputs by the contract's names, floats in float32."""
@@ -32,10 +37,18 @@ class OnnxSession:
     """A bundle in onnxruntime's CPU provider, which computes in float32: other dtypes are widened when it opens.
 
     threads: intra-op threads; None takes onnxruntime's default, one a core.
+    dtype: "float16" leaves a float16 bundle's graphs as they are, to see what float16 does to a model: the provider
+        then rounds to float16 after each operator, slowly.
+
+    Raises:
+        UserError: the graphs cannot be opened, or not in this dtype.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        self.bundle = bundle
+    backend = "onnxruntime-cpu"
+
+    def __init__(self, bundle: Bundle, threads: int | None = None, dtype: FloatName = "float32") -> None:
+        check_dtype(bundle, dtype)
+        self.bundle, self.dtype = bundle, dtype
         self._sessions = {name: self._open(name, threads) for name in GRAPH_NAMES}
         self._outputs = {name: [o.name for o in s.get_outputs()] for name, s in self._sessions.items()}
 
@@ -46,7 +59,7 @@ class OnnxSession:
         options.intra_op_num_threads = threads or 0
         source: str | bytes = str(path)
         try:
-            if self.bundle.manifest.dtype != "float32":
+            if self.bundle.manifest.dtype != self.dtype:
                 source = ir.to_proto(WidenFloatsPass()(ir.load(path)).model).SerializeToString()
                 options.add_session_config_entry(
                     "session.model_external_initializers_file_folder_path", str(path.parent)
@@ -62,12 +75,29 @@ class OnnxSession:
         Raises:
             UserError: onnxruntime cannot, most often for lack of memory.
         """
+        if self.dtype == "float16":
+            narrow = {t.name for t in self.bundle.manifest.graphs[name].inputs if t.dtype == "float16"}
+            feeds = {key: array.astype(np.float16) if key in narrow else array for key, array in feeds.items()}
         try:
             outputs = self._sessions[name].run(None, dict(feeds))
         except Exception as error:  # as above
             reason = str(error).splitlines()[0]
             raise UserError(f"{name} cannot run ({reason}): if memory is short, use a smaller picture") from error
+        outputs = [array.astype(np.float32) if array.dtype == np.float16 else array for array in outputs]
         return dict(zip(self._outputs[name], outputs, strict=True))
+
+
+def check_dtype(bundle: Bundle, dtype: FloatName) -> None:
+    """Check that onnxruntime's CPU provider can compute this bundle in `dtype`.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if dtype != "float32" and (dtype, dtype) != ("float16", bundle.manifest.dtype):
+        raise UserError(
+            f"onnxruntime's CPU provider cannot compute a {bundle.manifest.dtype} bundle in {dtype}: take float32, "
+            "or float16 with a float16 bundle"
+        )
 
 
 def widening_note(bundle: Bundle) -> str | None:

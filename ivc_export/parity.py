@@ -18,8 +18,9 @@ from ivc_export.contract import FloatName
 from ivc_export.errors import UserError
 from ivc_export.recording import Recording, identity
 from ivc_export.runtime.conversation import Conversation, Step
+from ivc_export.runtime.plan import Run
 from ivc_export.runtime.session import OnnxSession, Session
-from ivc_export.selection import Selected, kept_rows, select, token_scores, votes
+from ivc_export.selection import Selected, select, votes
 from ivc_export.testdata import draw_picture, make_prompt
 
 Array = npt.NDArray[Any]
@@ -190,20 +191,30 @@ def compare_selection(
     In reduced precision near-ties may fall otherwise than in the reference. The first comparison, which no precision
     blurs, keeps a wrong index from passing for one.
     """
-    name, divisor, run = f"new_value.{m.selection_layer - 1}", m.selection.seed_divisor, step.run
+    name, run = f"new_value.{m.selection_layer - 1}", step.run
     own, values = step.prefix[name][0], wanted[name][0]
-    rows = (run.visual_index, run.text_index, run.query_index)
-    in_numpy = select(own, run.ivc_priority, *rows, run.keep_count, divisor)
     reference = Selected(*(wanted[key] for key in ("keep_index", "token_score", "seed_index")))
-    suffix = ", of the graph's own values"
+    in_numpy, suffix = choose(own, run, m.selection), ", of the graph's own values"
     return [
-        *compare_choice(step, own, own, in_numpy, divisor, tolerance["selection"], suffix),
-        *compare_choice(step, own, values, reference, divisor, tolerance["token_score"], ""),
+        *compare_choice(step, own, own, in_numpy, m.selection, tolerance["selection"], suffix),
+        *compare_choice(step, own, values, reference, m.selection, tolerance["token_score"], ""),
     ]
 
 
+def choose(values: Floats, run: Run, rule: contract.SelectionRule, seed_index: Ints | None = None) -> Selected:
+    """The choice in NumPy by `values` [kv_heads, S, head_dim], with the seeds given or its own."""
+    rows = (run.visual_index, run.text_index, run.query_index)
+    return select(values, run.ivc_priority, *rows, run.keep_count, rule.seed_divisor, seed_index)
+
+
 def compare_choice(
-    step: Step, own: Floats, values: Floats, wanted: Selected, seed_divisor: int, tolerance: float, suffix: str
+    step: Step,
+    own: Floats,
+    values: Floats,
+    wanted: Selected,
+    rule: contract.SelectionRule,
+    tolerance: float,
+    suffix: str,
 ) -> list[Comparison]:
     """Seeds, scores and kept rows against those `wanted`.
 
@@ -214,21 +225,15 @@ def compare_choice(
     shapes = (seeds.shape, score.shape) == (wanted.seed_index.shape, wanted.token_score.shape)
     if not shapes or own.shape != values.shape or not np.isin(seeds, np.arange(len(score))).all():
         return [Comparison(f"seed_index{suffix}", None, None, False, "another shape, or not of the visual tokens")]
-    replayed, _ = token_scores(values, run.visual_index, run.query_index, seed_divisor, seeds)
+    replayed = choose(values, run, rule, seeds)
     text = [votes(v, run.visual_index, run.query_index).mean(axis=0) for v in (own, values)]
-    error = min(tolerance, max(largest(text[0] - text[1]), largest(score - replayed)))
+    error = min(tolerance, max(largest(text[0] - text[1]), largest(score - replayed.token_score)))
     found = same_seeds(f"seed_index{suffix}", seeds, wanted.seed_index, text[1], error)
-    oracle, keep_index = wanted.token_score, wanted.keep_index
-    if not np.array_equal(seeds, wanted.seed_index):
-        rows = (run.visual_index, run.text_index)
-        oracle, keep_index = replayed, kept_rows(replayed, seeds, run.ivc_priority, *rows, run.keep_count)
-    scores = close(f"token_score{suffix}", tolerance, [(score, oracle)])
+    oracle = wanted if np.array_equal(seeds, wanted.seed_index) else replayed
+    scores = close(f"token_score{suffix}", tolerance, [(score, oracle.token_score)])
     free = np.setdiff1d(np.flatnonzero(run.ivc_priority == 0), seeds)
-    error = min(tolerance, scores.error or 0.0)
-    kept = same_rows(
-        f"keep_index{suffix}", step.prefix["keep_index"], keep_index, run.visual_index, oracle, free, error
-    )
-    return [found, scores, kept]
+    rows = (step.prefix["keep_index"], oracle.keep_index, run.visual_index, oracle.token_score)
+    return [found, scores, same_rows(f"keep_index{suffix}", *rows, free, min(tolerance, scores.error or 0.0))]
 
 
 def same_seeds(name: str, found: Ints, wanted: Ints, score: Floats, error: float) -> Comparison:

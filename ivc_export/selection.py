@@ -136,8 +136,12 @@ def select(
     query_index: Ints,
     keep_count: int,
     seed_divisor: int,
+    seed_index: Ints | None = None,
 ) -> Selected:
-    """SelectTokens in NumPy. values: float32 [kv_heads, S, head_dim]; the others as in the contract."""
-    token_score, seed_index = token_scores(values, visual_index, query_index, seed_divisor)
+    """SelectTokens in NumPy. values: float32 [kv_heads, S, head_dim]; the others as in the contract.
+
+    seed_index: seeds to take instead of those that the text votes for.
+    """
+    token_score, seed_index = token_scores(values, visual_index, query_index, seed_divisor, seed_index)
     keep_index = kept_rows(token_score, seed_index, priority, visual_index, text_index, keep_count)
     return Selected(keep_index, token_score, seed_index)

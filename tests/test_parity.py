@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ivc_export.bundle import Bundle
+from ivc_export.contract import SelectionRule
 from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.oracle import record
@@ -140,6 +141,7 @@ def test_a_recorded_run_of_another_model_is_refused(sample_bundle: Bundle, tmp_p
 
 
 VISUAL, TEXT = 200, 20
+RULE = SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2)
 
 
 def choice(values: Floats, seed: int = 0) -> tuple[Run, Selected]:
@@ -155,7 +157,7 @@ def choice(values: Floats, seed: int = 0) -> tuple[Run, Selected]:
 def compared(run: Run, found: Selected, own: Floats, values: Floats, wanted: Selected, tolerance: float) -> list[Any]:
     outputs = {"keep_index": found.keep_index, "token_score": found.token_score, "seed_index": found.seed_index}
     step = Step(run, (), outputs, {}, found.keep_index)
-    return compare_choice(step, own, values, wanted, 100, tolerance, "")
+    return compare_choice(step, own, values, wanted, RULE, tolerance, "")
 
 
 def random_values(seed: int) -> tuple[Floats, Floats]:

@@ -57,6 +57,7 @@ class OnnxSession:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
         options.intra_op_num_threads = threads or 0
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # three pools would spin on each other
         source: str | bytes = str(path)
         try:
             if self.bundle.manifest.dtype != self.dtype:

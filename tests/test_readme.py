@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -60,6 +61,17 @@ def test_every_command_and_program_of_a_page_runs(
 def test_readme_and_getting_started_have_examples() -> None:
     counts = {page.name: len(examples(page)) for page in PAGES}
     assert counts["README.md"] >= 2 and counts["getting-started.md"] >= 7
+
+
+def test_readmes_speed_is_the_measured_one() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    content = json.loads((ROOT / "benchmarks" / "results" / "cpu_generate.json").read_text())
+    rows = {row["ratio"]: row for row in content["rows"] if (row["model"], row["threads"]) == ("0.2B", 1)}
+    first, token = ([rows[r][key]["times_faster"] for r in (1.0, 0.5)] for key in ("time_to_first_token", "per_token"))
+    said = re.search(
+        r"first token ([\d.]+) times.*?and ([\d.]+) times.*?decodes ([\d.]+) and ([\d.]+) times", text, re.DOTALL
+    )
+    assert said is not None and [float(number) for number in said.groups()] == [*first, *token]
 
 
 def test_pictures_and_pages_that_readme_names_exist() -> None:

@@ -5,7 +5,7 @@ MODEL := demo/checkpoint
 BUNDLE := demo/checkpoint-ivc
 PICTURE := samples/pictures/shapes.png
 
-.PHONY: demo test lint generate clean
+.PHONY: demo test lint docs generate clean
 
 demo: $(VENV)/installed  ## set up, export the sample, ask about a picture, draw which tokens were kept
 	$(BIN)/python -m samples.make_sample $(MODEL)
@@ -21,7 +21,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-generate: $(VENV)/installed-dev  ## write graphs/README.md, graphs/listings/ and docs/families.md anew
+docs: $(VENV)/installed-dev  ## build the documentation site into site/, warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+generate: $(VENV)/installed-dev  ## write graphs/README.md, graphs/listings/ and the generated pages of docs/ anew
 	$(BIN)/python -m tools.generate
 
 $(VENV)/bin/python:
@@ -38,4 +41,4 @@ $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml
 	@touch $@ $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) demo build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo site build dist .mypy_cache .pytest_cache .ruff_cache

@@ -229,13 +229,13 @@ class GraphInfo(Frozen):
 class WeightFile(Frozen):
     """A safetensors file of the bundle; `header_sha256` is of its header alone.
 
-    `sha256` is of the whole file, or None where that was linked and nothing has read it.
+    `sha256`, of the whole file, is None until somebody has read it: `ivc-check --weights` does.
     """
 
     file: str
     size: int
     header_sha256: str
-    sha256: str | None
+    sha256: str | None = None
 
 
 class EmbeddingTable(Frozen):

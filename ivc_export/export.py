@@ -73,6 +73,11 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
         manifest = make_manifest(recipe, configuration, weights, layer, calibrated, files)
         (folder / contract.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         manifest = read_manifest(folder)  # as it will be read
+        if recipe.testdata:
+            from ivc_export.testdata import write_testdata  # with onnxruntime, which nothing else here needs
+
+            write_testdata(Bundle(folder, manifest))
+            progress("testdata", 1, 1)
     return Bundle(recipe.output, manifest)
 
 

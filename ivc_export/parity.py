@@ -1,10 +1,9 @@
-"""A bundle against PyTorch: every tensor that passes between the graphs, and the logits."""
+"""A bundle against a recorded run of its checkpoint: every tensor that passes between the graphs, and the logits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,46 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
-import torch
 
-from ivc_export import families
+from ivc_export import contract, families
 from ivc_export.bundle import Bundle
-from ivc_export.checkpoint import Checkpoint
-from ivc_export.configuration import read_configuration
+from ivc_export.contract import FloatName
 from ivc_export.errors import UserError
-from ivc_export.families import Picture
-from ivc_export.reference import Reference, ReferenceLayout, ReferencePicture, ReferenceTurn
+from ivc_export.recording import Recording, identity
 from ivc_export.runtime.conversation import Conversation, Step
-from ivc_export.runtime.session import OnnxSession
+from ivc_export.runtime.plan import Run
+from ivc_export.runtime.session import OnnxSession, Session
+from ivc_export.selection import Selected, select, sharers, votes
+from ivc_export.testdata import draw_picture, make_prompt
 
-TOLERANCE: dict[str, tuple[float, str]] = {
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+_SELECTION = (1e-6, "the operator against NumPy on the same values, in float32 always; 9e-8 in 500 random cases")
+_FLOAT32 = {
     "image_embeds": (1e-4, "order of summation; 2e-6 measured on small models"),
     "hidden_states": (1e-4, "order of summation; 3e-6 measured on small models"),
     "keys and values": (1e-4, "order of summation; 3e-6 measured on small models"),
     "token_score": (1e-6, "probabilities, absolute; 1e-8 measured on small models"),
     "logits": (1e-4, "order of summation; 16 steps measured at 2e-5"),
+    "selection": _SELECTION,
 }
-"""Largest error in float32, and why. Errors are relative to the reference's largest magnitude where that exceeds 1."""
+_FLOAT16 = {
+    "image_embeds": (5e-3, "rounding to 11 bits after each operator; 8e-4 measured on small models"),
+    "hidden_states": (5e-3, "rounding to 11 bits after each operator; 1e-3 measured on small models"),
+    "keys and values": (5e-3, "rounding to 11 bits after each operator; 1.5e-3 measured on small models"),
+    "token_score": (1e-4, "probabilities, absolute, of values in float16; 3e-5 measured on small models"),
+    "logits": (5e-3, "rounding to 11 bits after each operator; 1.4e-3 measured on small models"),
+    "selection": _SELECTION,
+}
+TOLERANCE: Mapping[tuple[str, FloatName], Mapping[str, tuple[float, str]]] = {
+    ("onnxruntime-cpu", "float32"): _FLOAT32,
+    ("onnxruntime-cpu", "float16"): _FLOAT16,
+}
+"""By what runs the graphs and the dtype that they compute in: the largest error, and why. The reference computes in
+float32 on the same weights, rounded to the bundle's dtype. Errors are relative to the reference's largest magnitude
+where that exceeds 1."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,7 @@ class ParityReport:
     bundle: str
     reference: str
     backend: str
+    dtype: str
     ratio: float
     visual_tokens: int
     kept_tokens: int
@@ -68,170 +88,211 @@ class ParityReport:
         return asdict(self) | {"passed": self.passed}
 
 
-def largest_error(found: npt.NDArray[Any], wanted: torch.Tensor) -> float:
-    """Largest absolute error, relative to the reference's largest magnitude where that exceeds 1."""
-    reference = wanted.numpy()
-    if found.shape != reference.shape:
-        return float("inf")
-    error = float(np.abs(found - reference).max(initial=0) / max(1.0, float(np.abs(reference).max(initial=0))))
-    return error if np.isfinite(error) else float("inf")
+def check(bundle: Bundle, checkpoint: Path, ratio: float | None = None, steps: int = 8) -> ParityReport:
+    """Compare a bundle on onnxruntime with its checkpoint on PyTorch, both in float32, by a prompt of its own.
+
+    ratio: None takes the bundle's default.
+
+    Raises:
+        UserError: see oracle.record and compare.
+    """
+    from ivc_export.oracle import record  # with torch, which comparing alone does not need
+
+    image = draw_picture()
+    _, tokens, _ = make_prompt(bundle, image)
+    ratio = bundle.manifest.default_ratio if ratio is None else ratio
+    return compare(OnnxSession(bundle), record(bundle, checkpoint, tokens, [image], ratio, steps), [image])[0]
 
 
-def close(name: str, kind: str, pairs: Sequence[tuple[npt.NDArray[Any], torch.Tensor]]) -> Comparison:
-    """Compare pairs of tensors by the tolerance of `kind`."""
-    tolerance = TOLERANCE[kind][0]
+def compare(
+    session: Session,
+    reference: Recording,
+    images: Sequence[PIL.Image.Image] = (),
+    progress: Callable[[str], None] = lambda stage: None,
+) -> tuple[ParityReport, Step]:
+    """Compare a bundle with a recorded run of the same prompt and pictures; returns the bundle's prefill as well.
+
+    The prefix graph's choice is compared first; the decoder then runs on the reference's choice, and decode steps on
+    the reference's tokens, so that one difference does not hide the others.
+
+    reference: see oracle.record.
+
+    Raises:
+        UserError: the recorded run is of another model, or nothing is known about this backend's precision.
+    """
+    bundle, m, facts = session.bundle, session.bundle.manifest, reference.facts
+    if facts["model"] != identity(m):
+        raise UserError(
+            f"the recorded run is not of {bundle.folder}: check the bundle against its checkpoint where there is torch"
+        )
+    tolerances = TOLERANCE.get((session.backend, session.dtype))
+    if tolerances is None:
+        raise UserError(f"no tolerance is known for {session.backend} in {session.dtype}: take another precision")
+    tolerance = {kind: bound for kind, (bound, _) in tolerances.items()}
+    pictures = [families.of(m.family).picture(image, m.preprocessing) for image in images]
+    progress("prefill")
+    conversation = Conversation(session, facts["ratio"])
+    keep_index = reference.of("prefill", "prefix")["keep_index"]
+    prefill = conversation.run(facts["prompt_tokens"], pictures, keep_index)
+    comparisons = compare_prefill(prefill, reference, m, tolerance)
+    for number, token in enumerate(facts["drawn_tokens"], 1):
+        progress(f"decode step {number} of {len(facts['drawn_tokens'])}")
+        step = conversation.run([token])
+        wanted = reference.of(f"decode-{number}", "decoder")["logits"]
+        comparisons.append(close(f"logits of decode step {number}", tolerance["logits"], [(step.logits, wanted[0, 0])]))
+    report = ParityReport(
+        bundle=str(bundle.folder),
+        reference=facts["checkpoint"],
+        backend=session.backend,
+        dtype=session.dtype,
+        ratio=conversation.ratio,
+        visual_tokens=sum(picture.grid.visual for picture in pictures),
+        kept_tokens=int(np.isin(keep_index, prefill.run.visual_index).sum()) if pictures else 0,
+        comparisons=tuple(comparisons),
+        versions={**m.versions, "onnxruntime": version("onnxruntime"), **facts["versions"]},
+    )
+    return report, prefill
+
+
+def compare_prefill(
+    step: Step, reference: Recording, m: contract.Manifest, tolerance: Mapping[str, float]
+) -> list[Comparison]:
+    """Everything that passes between the graphs in one prefill."""
+    cut, found = m.selection_layer, []
+    vision, wanted = reference.of("prefill", "vision"), reference.of("prefill", "prefix")
+    if vision:
+        pair = (np.concatenate(step.image_embeds), vision["image_embeds"])
+        found.append(close("image_embeds", tolerance["image_embeds"], [pair]))
+
+    def layers(title: str, names: Sequence[str], graph: Mapping[str, Array], oracle: Mapping[str, Array]) -> Comparison:
+        return close(title, tolerance["keys and values"], [(graph[name], oracle[name]) for name in names])
+
+    for i in range(cut):
+        names = (f"new_key.{i}", f"new_value.{i}")
+        found.append(layers(f"keys and values of layer {i}", names, step.prefix, wanted))
+    pair = (step.prefix["hidden_states"], wanted["hidden_states"])
+    found.append(close(f"hidden_states before layer {cut}", tolerance["hidden_states"], [pair]))
+    found += compare_selection(step, wanted, m, tolerance)
+    wanted = reference.of("prefill", "decoder")
+    if compact := [name for name in wanted if name.startswith("compact_")]:
+        found.append(layers(f"compacted keys and values below layer {cut}", compact, step.decoder, wanted))
+    for i in range(cut, m.decoder.layers):
+        names = (f"new_key.{i}", f"new_value.{i}")
+        found.append(layers(f"keys and values of layer {i}", names, step.decoder, wanted))
+    found.append(close("logits of prefill", tolerance["logits"], [(step.logits, wanted["logits"][0, 0])]))
+    return found
+
+
+def compare_selection(
+    step: Step, wanted: Mapping[str, Array], m: contract.Manifest, tolerance: Mapping[str, float]
+) -> list[Comparison]:
+    """The choice, twice: against NumPy on the graph's own values, and against the reference.
+
+    In reduced precision near-ties may fall otherwise than in the reference. The first comparison, which no precision
+    blurs, keeps a wrong index from passing for one.
+    """
+    name, run = f"new_value.{m.selection_layer - 1}", step.run
+    own, values = step.prefix[name][0], wanted[name][0]
+    reference = Selected(*(wanted[key] for key in ("keep_index", "token_score", "seed_index")))
+    in_numpy, suffix = choose(own, run, m.selection), ", of the graph's own values"
+    return [
+        *compare_choice(step, own, own, in_numpy, m.selection, tolerance["selection"], suffix),
+        *compare_choice(step, own, values, reference, m.selection, tolerance["token_score"], ""),
+    ]
+
+
+def choose(values: Floats, run: Run, rule: contract.SelectionRule, seed_index: Ints | None = None) -> Selected:
+    """The choice in NumPy by `values` [kv_heads, S, head_dim], with the seeds given or its own."""
+    rows = (run.visual_index, run.text_index, run.query_index)
+    return select(values, run.ivc_priority, *rows, run.keep_count, rule, run.tiles, seed_index)
+
+
+def compare_choice(
+    step: Step,
+    own: Floats,
+    values: Floats,
+    wanted: Selected,
+    rule: contract.SelectionRule,
+    tolerance: float,
+    suffix: str,
+) -> list[Comparison]:
+    """Seeds, scores and kept rows against those `wanted`.
+
+    own: the graph's values of layer k-1; values: those that `wanted` was chosen by; both [kv_heads, S, head_dim].
+    Where seeds tie, those of the graph are replayed on `values`, since their votes are in every score.
+    """
+    run, seeds, score = step.run, step.prefix["seed_index"], step.prefix["token_score"]
+    shapes = (seeds.shape, score.shape) == (wanted.seed_index.shape, wanted.token_score.shape)
+    if not shapes or own.shape != values.shape or not np.isin(seeds, np.arange(len(score))).all():
+        return [Comparison(f"seed_index{suffix}", None, None, False, "another shape, or not of the visual tokens")]
+    replayed = choose(values, run, rule, seeds)
+    others = sharers(rule, run.text_index)
+    text = [votes(v, run.visual_index, run.query_index, others).mean(axis=0) for v in (own, values)]
+    error = min(tolerance, max(largest(text[0] - text[1]), largest(score - replayed.token_score)))
+    found = same_seeds(f"seed_index{suffix}", seeds, wanted.seed_index, text[1], error)
+    oracle = wanted if np.array_equal(seeds, wanted.seed_index) else replayed
+    scores = close(f"token_score{suffix}", tolerance, [(score, oracle.token_score)])
+    free = np.setdiff1d(np.flatnonzero(run.ivc_priority == 0), seeds)
+    rows = (step.prefix["keep_index"], oracle.keep_index, run.visual_index, oracle.token_score)
+    return [found, scores, same_rows(f"keep_index{suffix}", *rows, free, min(tolerance, scores.error or 0.0))]
+
+
+def same_seeds(name: str, found: Ints, wanted: Ints, score: Floats, error: float) -> Comparison:
+    """Compare seeds in their order; another seed in a place is a tie where both scores differ within the error.
+
+    score: the text's votes, which rank the seeds, by the reference; error: measured between them and the graph's.
+    If no score is off by more, the i-th best of one side is within twice that of the i-th best of the other.
+    """
+    if np.array_equal(found, wanted):
+        return Comparison(name, None, None, True, f"{count(len(found), 'seed')}, equal")
+    gap = largest(score[found] - score[wanted])
+    note = f"{int((found != wanted).sum())} of {count(len(found), 'seed')} differ, their scores {gap:.1e} apart"
+    tied = gap <= 2 * error and len(np.unique(found)) == len(found)
+    return Comparison(name, None, None, tied, f"{note}: a tie" if tied else note)
+
+
+def same_rows(
+    name: str, found: Ints, wanted: Ints, visual: Ints, score: Floats, free: Ints, error: float
+) -> Comparison:
+    """Compare keep_index exactly; visual rows exchanged for others whose scores differ within the error are a tie.
+
+    visual: rows that hold visual tokens; score: the reference's, of each; free: the tokens that scores decide about,
+    as positions within visual_index, neither seeds nor IVC tokens; error: measured between the two scores.
+    """
+    if np.array_equal(found, wanted):
+        return Comparison(name, None, None, True, f"{len(found)} rows, equal")
+    flipped = np.setxor1d(found, wanted)
+    note = f"{len(found)} rows against {len(wanted)}, {len(flipped)} in one only"
+    exchanged = len(found) == len(wanted) and bool(np.all(np.diff(found) > 0))
+    if exchanged and bool(np.isin(flipped, visual[free]).all()):
+        gap = float(np.ptp(score[np.isin(visual, flipped)]))
+        tied = gap <= 2 * error
+        note += f", their scores {gap:.1e} apart{': a tie' if tied else ''}"
+        return Comparison(name, None, None, tied, note)
+    return Comparison(name, None, None, False, note)
+
+
+def close(name: str, tolerance: float, pairs: Sequence[tuple[Array, Array]]) -> Comparison:
+    """Compare pairs of tensors, found and wanted."""
     error = max(largest_error(found, wanted) for found, wanted in pairs)
     if not np.isfinite(error):
         return Comparison(name, None, tolerance, False, "another shape, or not finite")
     return Comparison(name, error, tolerance, error <= tolerance)
 
 
-def same_rows(
-    found: npt.NDArray[np.int32],
-    wanted: npt.NDArray[np.int32],
-    visual: npt.NDArray[np.int32],
-    score: npt.NDArray[np.float32],
-    error: float,
-) -> Comparison:
-    """Compare keep_index exactly; visual rows exchanged for others whose scores differ within the error are a tie.
-
-    visual: rows that hold visual tokens; score: the reference's, of each; error: measured between the two scores,
-    and no more than the tolerance of scores counts.
-    """
-    if np.array_equal(found, wanted):
-        return Comparison("keep_index", None, None, True, f"{len(found)} rows, equal")
-    flipped = np.setxor1d(found, wanted)
-    note = f"{len(found)} rows against {len(wanted)}, {len(flipped)} in one only"
-    exchanged = len(found) == len(wanted) and bool(np.all(np.diff(found) > 0)) and bool(np.isin(flipped, visual).all())
-    if exchanged:
-        gap = float(np.ptp(score[np.isin(visual, flipped)]))
-        if gap <= 2 * min(error, TOLERANCE["token_score"][0]):
-            return Comparison("keep_index", None, None, True, f"{note}, their scores {gap:.1e} apart: a tie")
-        note += f", their scores {gap:.1e} apart"
-    return Comparison("keep_index", None, None, False, note)
+def largest_error(found: Array, wanted: Array) -> float:
+    """Largest absolute error, relative to the reference's largest magnitude where that exceeds 1."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    error = largest(found - wanted) / max(1.0, largest(wanted))
+    return error if np.isfinite(error) else float("inf")
 
 
-def synthetic_prompt(bundle: Bundle, seed: int = 0) -> tuple[list[int], list[Picture]]:
-    """A seeded prompt that needs no tokenizer: random text around one picture of noise, 336 x 280 pixels."""
-    m, generator = bundle.manifest, np.random.default_rng(seed)
-    noise = PIL.Image.fromarray(generator.integers(0, 256, (280, 336, 3), np.uint8))
-    picture = families.of(m.family).picture(noise, m.preprocessing)
-    before, behind = ([t] if t is not None else [] for t in (m.tokens.vision_start, m.tokens.vision_end))
-    special = [m.tokens.image, *before, *behind, *m.tokens.stop]
-    words = np.setdiff1d(generator.integers(0, m.decoder.vocab_size, 64), special).tolist()
-    image = [*before, *[m.tokens.image] * picture.grid.visual, *behind]
-    return [*words[:20], *image, *words[20:]], [picture]
+def largest(array: Array) -> float:
+    """The largest magnitude, 0 of nothing."""
+    return float(np.abs(array).max(initial=0))
 
 
-def reference_picture(bundle: Bundle, picture: Picture) -> ReferencePicture:
-    """The same picture for transformers."""
-    m = bundle.manifest
-    inputs = families.of(m.family).stock_inputs(picture, m.preprocessing)
-    return ReferencePicture({name: torch.from_numpy(array) for name, array in inputs.items()}, *picture.grid)
-
-
-def reference_layout(bundle: Bundle, checkpoint: Path) -> ReferenceLayout | None:
-    """The checkpoint's layout for transformers, where it cannot load the folder."""
-    stock, config = families.of(bundle.manifest.family).stock_layout, Checkpoint.open(checkpoint).config
-    return ReferenceLayout(stock.config(config), partial(stock.tensors, config)) if stock else None
-
-
-def check(
-    bundle: Bundle,
-    checkpoint: Path,
-    prompt: tuple[Sequence[int], Sequence[Picture]] | None = None,
-    ratio: float | None = None,
-    steps: int = 8,
-    progress: Callable[[str], None] = lambda stage: None,
-) -> ParityReport:
-    """Compare a bundle on onnxruntime with the checkpoint on PyTorch, in float32.
-
-    The prefix graph's choice is compared first; the decoder then runs on the reference's choice, and decode steps on
-    the reference's tokens, so that one difference does not hide the others.
-
-    prompt: token ids and pictures; None takes a seeded random one. ratio: None takes the bundle's default.
-
-    Raises:
-        UserError: the checkpoint cannot be loaded, or is not the bundle's.
-    """
-    m = bundle.manifest
-    if steps < 0:
-        raise UserError(f"{steps} decode steps cannot be compared: give 0 or more")
-    check_same_model(bundle, checkpoint)
-    tokens, pictures = prompt or synthetic_prompt(bundle)
-    progress("opening both models")
-    conversation = Conversation(OnnxSession(bundle), ratio)
-    layout = reference_layout(bundle, checkpoint)
-    reference = Reference(checkpoint, m.selection_layer, conversation.ratio, m.selection, layout)
-    progress("prefill")
-    turn = reference.run(tokens, [reference_picture(bundle, picture) for picture in pictures])
-    step = conversation.run(tokens, pictures, keep_index=turn.keep_index.numpy().astype(np.int32))
-    comparisons = compare_prefill(step, turn, m.selection_layer)
-    kept = int(np.isin(step.keep_index, step.run.visual_index).sum()) if pictures else 0
-    for number in range(steps):
-        progress(f"decode step {number + 1} of {steps}")
-        teacher = [int(turn.logits.argmax())]
-        turn, step = reference.run(teacher), conversation.run(teacher)
-        comparisons.append(close(f"logits of decode step {number + 1}", "logits", [(step.logits, turn.logits)]))
-    visual = sum(picture.grid.visual for picture in pictures)
-    return ParityReport(
-        bundle=str(bundle.folder),
-        reference=str(checkpoint),
-        backend="onnxruntime-cpu",
-        ratio=conversation.ratio,
-        visual_tokens=visual,
-        kept_tokens=kept,
-        comparisons=tuple(comparisons),
-        versions={name: version(name) for name in ("onnxruntime", "torch", "transformers")},
-    )
-
-
-def check_same_model(bundle: Bundle, checkpoint: Path) -> None:
-    """Compare what the checkpoint's JSON files say with the manifest, before anything is loaded.
-
-    Raises:
-        UserError: the checkpoint is damaged, or is another model.
-    """
-    configuration, m = read_configuration(Checkpoint.open(checkpoint)), bundle.manifest
-    for what, found, wanted in (
-        ("family", configuration.family.model_type, m.family),
-        ("decoder", configuration.model.decoder, m.decoder),
-        ("rotary embedding", configuration.model.rotary, m.rotary),
-        ("image token", configuration.tokens.image, m.tokens.image),
-    ):
-        if found != wanted:
-            raise UserError(
-                f"{checkpoint} has another {what} than {bundle.folder}: name the checkpoint that was exported"
-            )
-
-
-def compare_prefill(step: Step, turn: ReferenceTurn, cut: int) -> list[Comparison]:
-    """Everything that passes between the graphs in one prefill."""
-    prefix, decoder = step.prefix, step.decoder
-    found = []
-    if turn.image_embeds is not None:
-        found.append(close("image_embeds", "image_embeds", [(np.concatenate(step.image_embeds), turn.image_embeds)]))
-    for i, (key, value) in enumerate(zip(turn.full_keys, turn.full_values, strict=True)):
-        pairs = [(prefix[f"new_key.{i}"], key), (prefix[f"new_value.{i}"], value)]
-        found.append(close(f"keys and values of layer {i}", "keys and values", pairs))
-    found.append(
-        close(f"hidden_states before layer {cut}", "hidden_states", [(prefix["hidden_states"], turn.hidden_states)])
-    )
-    scores = close("token_score", "token_score", [(prefix["token_score"], turn.token_score)])
-    found.append(scores)
-    wanted = turn.keep_index.numpy()
-    score = turn.token_score.numpy()
-    found.append(same_rows(prefix["keep_index"], wanted, step.run.visual_index, score, scores.error or 0.0))
-    compacted = [
-        (decoder[f"compact_{kind}.{i}"], (turn.keys if kind == "key" else turn.values)[i])
-        for i in range(cut)
-        for kind in ("key", "value")
-        if f"compact_{kind}.{i}" in decoder
-    ]
-    if compacted:
-        found.append(close(f"compacted keys and values below layer {cut}", "keys and values", compacted))
-    for i in range(cut, len(turn.keys)):
-        pairs = [(decoder[f"new_key.{i}"], turn.keys[i]), (decoder[f"new_value.{i}"], turn.values[i])]
-        found.append(close(f"keys and values of layer {i}", "keys and values", pairs))
-    found.append(close("logits of prefill", "logits", [(step.logits, turn.logits)]))
-    return found
+def count(number: int, noun: str) -> str:
+    """A number and its noun."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

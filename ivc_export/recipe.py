@@ -39,6 +39,7 @@ class ExportRecipe:
     weights: whether the weight files are copied, or hard-linked, which takes neither time nor space, but lets a change
         of the checkpoint's file change the bundle.
     lowering: what the graphs are made for; one of passes.LOWERINGS.
+    testdata: whether to write testdata/, inputs and outputs of every graph for one picture and prompt.
     """
 
     model: Path | str
@@ -51,6 +52,7 @@ class ExportRecipe:
     dtype: Dtype = "checkpoint"
     weights: Placing = "copy"
     lowering: str = "portable"
+    testdata: bool = False
 
     def __post_init__(self) -> None:
         if self.ratio is not None:

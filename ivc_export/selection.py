@@ -103,27 +103,43 @@ def ivc_priority(positions: Ints, rotary: contract.RotarySizes, head_dim: int, r
     return priority
 
 
+def sharers(rule: contract.SelectionRule, text_index: Ints) -> Ints:
+    """Rows that share a vote with the visual tokens."""
+    return text_index if rule.softmax == "all" else text_index[:0]
+
+
+def votes(values: Floats, visual_index: Ints, rows: Ints, others: Ints) -> Floats:
+    """How each of `rows` divides its vote over the visual tokens and `others`: float32 [rows, L], the visual part.
+
+    values: float32 [kv_heads, S, head_dim]. Source: arXiv 2602.03060, section 3.3; no rotation, no causal mask.
+    """
+    keys = values[:, np.concatenate([visual_index, others])]
+    scores = values[:, rows] @ keys.transpose(0, 2, 1) / np.sqrt(np.float32(values.shape[-1]))
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    by_row: Floats = np.mean(weights / weights.sum(axis=-1, keepdims=True), axis=0)
+    return by_row[:, : len(visual_index)]
+
+
 def token_scores(
-    values: Floats, visual_index: Ints, query_index: Ints, seed_divisor: int, others: Ints, candidates: Ints
+    values: Floats,
+    visual_index: Ints,
+    query_index: Ints,
+    seed_divisor: int,
+    others: Ints,
+    candidates: Ints,
+    seed_index: Ints | None = None,
 ) -> tuple[Floats, Ints]:
     """Score of each visual token by the value vectors of layer k-1, and the seeds, best first.
 
     values: float32 [kv_heads, S, head_dim]. others: rows that share a vote with the visual tokens. candidates:
-    positions within `visual_index` that may be seeds. Returns float32 [L] and int32 [seeds], positions likewise.
-    Source: arXiv 2602.03060, section 3.3; no rotation, no causal mask.
+    positions within `visual_index` that may be seeds. seed_index: seeds to take instead of those that the text votes
+    for. Returns float32 [L] and int32 [seeds], positions likewise.
     """
-    keys = values[:, np.concatenate([visual_index, others])]
-
-    def votes(queries: Floats) -> Floats:
-        scores = queries @ keys.transpose(0, 2, 1) / np.sqrt(np.float32(values.shape[-1]))
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        by_row: Floats = np.mean(weights / weights.sum(axis=-1, keepdims=True), axis=0)
-        return by_row[:, : len(visual_index)]
-
-    by_text = votes(values[:, query_index])
-    seeds = max(1, round(len(candidates) / seed_divisor))
-    seed_index = candidates[descending(by_text.mean(axis=0)[candidates])[:seeds]]
-    by_seeds = votes(keys[:, seed_index])
+    by_text = votes(values, visual_index, query_index, others)
+    if seed_index is None:
+        seeds = max(1, round(len(candidates) / seed_divisor))
+        seed_index = candidates[descending(by_text.mean(axis=0)[candidates])[:seeds]]
+    by_seeds = votes(values, visual_index, visual_index[seed_index], others)
     return np.concatenate([by_text, by_seeds]).mean(axis=0), seed_index
 
 
@@ -168,14 +184,18 @@ def select(
     keep_count: int,
     rule: contract.SelectionRule,
     tiles: Mapping[str, Ints] | None = None,
+    seed_index: Ints | None = None,
 ) -> Selected:
     """The rule's operator in NumPy. values: float32 [kv_heads, S, head_dim]; the others as in the contract.
 
-    tiles: thumbnail_index and tile_map, for a rule with tiles.
+    tiles: thumbnail_index and tile_map, for a rule with tiles. seed_index: seeds to take instead of those that the text
+    votes for.
     """
-    others = text_index if rule.softmax == "all" else text_index[:0]
+    others = sharers(rule, text_index)
     candidates = tiles["thumbnail_index"] if tiles else np.arange(len(visual_index), dtype=np.int32)
-    token_score, seed_index = token_scores(values, visual_index, query_index, rule.seed_divisor, others, candidates)
+    token_score, seed_index = token_scores(
+        values, visual_index, query_index, rule.seed_divisor, others, candidates, seed_index
+    )
     order = tile_scores(token_score, priority, keep_count, **tiles) if tiles else token_score
     keep_index = kept_rows(order, seed_index, priority, visual_index, text_index, keep_count)
     return Selected(keep_index, token_score, seed_index)

@@ -102,7 +102,8 @@ def test_check_without_torch_names_the_extra(
     assert cli.ivc_check([str(golden_bundle.folder), "--against", str(golden.folder)]) == 2
     assert (
         capsys.readouterr().err
-        == "error: ivc-check needs torch and transformers: install ivc-export[check], its extra with both\n"
+        == "error: ivc-check --against needs torch and transformers: install ivc-export[check], its extra with both, "
+        "or use --onnx-only on a bundle that was checked elsewhere\n"
     )
 
 

@@ -11,7 +11,7 @@ import transformers
 
 from ivc_export.errors import UserError
 from ivc_export.families import Grid, Picture
-from ivc_export.parity import reference_picture
+from ivc_export.oracle import reference_picture
 from ivc_export.reference import Reference
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.plan import plan_run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from ivc_export import cli
+from ivc_export.export import export
+from ivc_export.recipe import ExportRecipe
 from tests.conftest import SHAPES
 
 ROOT = Path(__file__).parent.parent
@@ -41,5 +45,20 @@ def test_the_commands_work_without_torch(environment: Path, sample_checkpoint: P
     assert checked.returncode == 2
     assert (
         checked.stderr
-        == "error: ivc-check needs torch and transformers: install ivc-export[check], its extra with both\n"
+        == "error: ivc-check --against needs torch and transformers: install ivc-export[check], its extra with both, "
+        "or use --onnx-only on a bundle that was checked elsewhere\n"
     )
+
+
+def test_a_bundle_checked_elsewhere_is_checked_without_torch(
+    environment: Path, sample_checkpoint: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    export(ExportRecipe(sample_checkpoint, bundle))
+    checked = shell(environment, "ivc-check", bundle, "--onnx-only")
+    assert checked.returncode == 2 and "holds no run to compare with" in checked.stderr
+    assert cli.ivc_check([str(bundle), "--against", str(sample_checkpoint), "--steps", "2"]) == 0
+    checked = shell(environment, "ivc-check", bundle, "--onnx-only", "--weights")
+    assert checked.returncode == 0, checked.stderr
+    assert "logits of decode step 2" in checked.stdout and "install matplotlib" in checked.stdout
+    assert json.loads((bundle / "report" / "parity.json").read_text())["passed"] is True

@@ -16,7 +16,7 @@ from ivc_export.errors import UserError
 from ivc_export.families import Grid, of
 from ivc_export.families.qwen2_vl import CHAT_TEMPLATE, positions
 from ivc_export.runtime.processor import Processor, open_picture, user_message
-from tests.conftest import PIXEL_TOLERANCE, SHAPES, patch_positions
+from tests.conftest import PIXEL_TOLERANCE, SHAPES, patch_positions, rows_first
 
 SIZES = [(448, 336), (28, 28), (30, 200), (1999, 701), (5, 3), (640, 480), (56, 4000)]
 
@@ -28,12 +28,16 @@ def noise(size: tuple[int, int], mode: str = "RGB") -> PIL.Image.Image:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("max_visual", [1280, 64])
-def test_pixels_equal_the_official_processors(sample_bundle: Bundle, size: tuple[int, int], max_visual: int) -> None:
+def test_pixels_equal_the_official_processors(
+    sample_bundle: Bundle, size: tuple[int, int], max_visual: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = noise(size)
     preprocessing = sample_bundle.manifest.preprocessing.model_copy(update={"max_pixels": max_visual * 28 * 28})
     picture = of("qwen2_vl").picture(image, preprocessing)
     official = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=max_visual * 28 * 28)
-    wanted = official(image, return_tensors="np")
+    with monkeypatch.context() as patched:
+        patched.setattr(PIL.Image.Image, "resize", rows_first)
+        wanted = official(image, return_tensors="np")
     _, rows, columns = wanted["image_grid_thw"][0]
     assert picture.grid == Grid(rows // 2, columns // 2)
     assert np.abs(picture.inputs["pixel_values"][0] - wanted["pixel_values"]).max() < PIXEL_TOLERANCE

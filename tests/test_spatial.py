@@ -11,8 +11,9 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from ivc_export import families
 from samples.spatial import train as training
-from samples.spatial.batches import Batch, Batches, frame
+from samples.spatial.batches import Batch, Batches, frame, normalise
 from samples.spatial.checkpoint import FILES, load_network
 from samples.spatial.held_out import Answering, Pruning, held_out, scale, scores
 from samples.spatial.language import make_tokenizer
@@ -76,17 +77,16 @@ def test_a_box_counts_from_half_an_overlap_on() -> None:
     assert is_correct(pointing, "(200,100)") and not is_correct(pointing, "(201,100)")
 
 
-def test_pictures_are_scaled_as_the_image_processor_scales_them() -> None:
-    processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(MODEL)
+def test_pictures_are_scaled_as_a_bundle_scales_them() -> None:
+    family, preprocessor = families.of("qwen2_vl"), FILES["preprocessor_config.json"]
+    preprocessing = family.read(CONFIG, preprocessor).preprocessing
     for example in held_out("calibration", 2):
         rows, columns = example.grid
-        found = processor(images=example.picture, return_tensors="np")
-        assert found["image_grid_thw"].tolist() == [[1, 2 * rows, 2 * columns]]
-        pixels = torch.from_numpy(np.array(scale(example.picture, rows, columns), np.float32))
-        mean, deviation = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
-        patches = patches_of(((pixels / 255 - mean) / deviation).permute(2, 0, 1)[None])[0]
-        wanted = found["pixel_values"].reshape(-1, 3, 2, 14, 14)[:, :, 0].reshape(len(patches), -1)
-        np.testing.assert_allclose(patches.numpy(), wanted, atol=1e-5)
+        wanted = family.picture(example.picture, preprocessing)
+        assert (wanted.grid.rows, wanted.grid.columns) == (rows, columns)
+        pixels = normalise(torch.from_numpy(scale(example.picture, rows, columns)[None]))
+        frames = patches_of(pixels)[0].view(-1, 3, 1, 196).repeat(1, 1, 2, 1).flatten(1)
+        np.testing.assert_allclose(frames.numpy(), wanted.inputs["pixel_values"][0], atol=1e-6)
 
 
 def test_labels_name_what_a_token_shows() -> None:

@@ -1,62 +1,159 @@
-"""ivc-check: a bundle against PyTorch."""
+"""ivc-check: a bundle against PyTorch, or against what PyTorch gave elsewhere, and its weight files."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import PIL.Image
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ivc_export import __version__
 from ivc_export.bundle import Bundle
 from ivc_export.cli import Parser, make_console
 from ivc_export.errors import UserError
-from ivc_export.families import Picture
-from ivc_export.runtime.processor import Processor, user_message
+from ivc_export.integrity import verify_weights
+from ivc_export.parity import ParityReport, compare
+from ivc_export.recording import INDEX, Recording
+from ivc_export.runtime.conversation import Step
+from ivc_export.runtime.processor import Processor, open_picture, user_message
+from ivc_export.runtime.session import OnnxSession, check_dtype
+from ivc_export.testdata import draw_picture, make_prompt
 
-if TYPE_CHECKING:
-    from ivc_export.parity import ParityReport
+REPORT, REFERENCE = "report", "report/reference"
+PROMPT_OPTIONS = ("image", "prompt", "ratio", "steps")
+STEPS = 8
+
+Images = list[PIL.Image.Image]
 
 
 def parser() -> Parser:
     """The command's options."""
-    p = Parser(prog="ivc-check", description="Compare a bundle with its checkpoint on PyTorch.")
+    p = Parser(
+        prog="ivc-check", description="Compare a bundle with its checkpoint on PyTorch, and verify its weight files."
+    )
     p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
-    p.add_argument("--against", type=Path, required=True, help="the checkpoint folder that was exported")
-    p.add_argument("--image", type=Path, action="append", default=[], help="a picture (default: a random one)")
-    p.add_argument("--prompt", help="a question (default: random tokens)")
+    p.add_argument("--against", type=Path, metavar="CHECKPOINT", help="the checkpoint folder that was exported")
+    p.add_argument("--onnx-only", action="store_true", help="compare with the run that --against left in the bundle")
+    p.add_argument("--weights", action="store_true", help="verify the weight files by their sha256, or add it")
+    p.add_argument(
+        "--image", type=Path, action="append", help="a picture; give it again for more (default: a drawn one)"
+    )
+    p.add_argument("--prompt", help="a question (default: one about the drawn picture)")
     p.add_argument("--ratio", type=float, help="fraction of visual tokens kept (default: the bundle's)")
-    p.add_argument("--steps", type=int, default=8, help="decode steps to compare (default: 8)")
+    p.add_argument("--steps", type=int, help=f"decode steps to compare (default: {STEPS})")
+    p.add_argument(
+        "--precision",
+        choices=("float32", "float16"),
+        default="float32",
+        help="what the graphs compute in; float16 shows what it costs a float16 bundle (default: float32)",
+    )
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
 
 def command(arguments: Sequence[str] | None) -> int:
-    """Check, print a table, write report/parity.json; 1 if anything is out of tolerance."""
+    """Check, print a table, write report/parity.json and parity.html; 1 if anything is out of tolerance."""
     options = parser().parse_args(arguments)
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"ivc-check needs {' and '.join(missing)}: install ivc-export[check], its extra with both")
-    from ivc_export.parity import check
-
-    bundle = Bundle.load(options.bundle)
-    prompt = own_prompt(bundle, options.prompt, options.image)
-    console = make_console(stderr=False)
+    check_options(options)
+    bundle, console = Bundle.load(options.bundle), make_console(stderr=False)
+    if options.weights:
+        bundle = verify(bundle, console)
+    if not options.against and not options.onnx_only:
+        return 0
+    check_dtype(bundle, options.precision)
     with make_console().status("checking") as status:
-        report = check(bundle, options.against, prompt, options.ratio, options.steps, status.update)
+        reference, images = stored(bundle) if options.onnx_only else recorded(bundle, options, status.update)
+        session = OnnxSession(bundle, dtype=options.precision)
+        report, step = compare(session, reference, images, status.update)
+        status.update("writing the report")
+        page = write_report(bundle, report, step, images)
     console.print(table(report))
-    path = bundle.folder / "report" / "parity.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    console.print(f"{'passed' if report.passed else 'FAILED'}; the report is {path}", markup=False)
+    console.print(f"{'passed' if report.passed else 'FAILED'}; the report is {page}", markup=False)
+    if page.suffix != ".html":
+        console.print("for report/parity.html, with plots, install matplotlib", markup=False)
     return 0 if report.passed else 1
 
 
-def own_prompt(bundle: Bundle, text: str | None, images: Sequence[Path]) -> tuple[list[int], list[Picture]] | None:
-    """The user's prompt as token ids and pictures, or None if there is none.
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse what cannot go together, before any work.
+
+    Raises:
+        UserError: there is nothing to do, or an option has no meaning beside another, or torch is missing.
+    """
+    if options.onnx_only:
+        given = [f"--{name}" for name in ("against", *PROMPT_OPTIONS) if getattr(options, name) is not None]
+        if given:
+            raise UserError(f"--onnx-only compares with the stored run, as it was: leave out {' and '.join(given)}")
+    elif options.against:
+        missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(
+                f"ivc-check --against needs {' and '.join(missing)}: install ivc-export[check], its extra with both, "
+                "or use --onnx-only on a bundle that was checked elsewhere"
+            )
+    elif not options.weights:
+        raise UserError("there is nothing to check: give --against CHECKPOINT, --onnx-only or --weights")
+
+
+def verify(bundle: Bundle, console: Console) -> Bundle:
+    """Verify the weight files, with progress, and say what came of it."""
+    lacking = [file.file for file in bundle.manifest.weights if file.sha256 is None]
+    total = sum(file.size for file in bundle.manifest.weights)
+    columns = (TextColumn("sha256"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    errors = make_console()
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("sha256", total=total)
+        bundle = verify_weights(bundle, lambda done, total: bar.update(task, completed=done, total=total))
+    found = f"sha256 added to the manifest for {', '.join(lacking)}" if lacking else "sha256 as in the manifest"
+    files = len(bundle.manifest.weights)
+    console.print(f"{files} weight file{'s' if files > 1 else ''}, {decimal(total)}: {found}", markup=False)
+    return bundle
+
+
+def recorded(bundle: Bundle, options: argparse.Namespace, progress: Callable[[str], None]) -> tuple[Recording, Images]:
+    """Run the checkpoint on PyTorch, and leave the run in the bundle for machines without torch."""
+    from ivc_export.oracle import record
+
+    tokens, images = question(bundle, options.prompt, options.image or [])
+    ratio = bundle.manifest.default_ratio if options.ratio is None else options.ratio
+    steps = STEPS if options.steps is None else options.steps
+    recording = record(bundle, options.against, tokens, images, ratio, steps, progress)
+    folder = bundle.folder / REFERENCE
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    names = [f"picture-{number}.png" for number in range(len(images))]
+    for name, image in zip(names, images, strict=True):
+        image.save(folder / name)
+    recording = Recording({**recording.facts, "pictures": names}, recording.tensors)
+    recording.write(folder)
+    return recording, images
+
+
+def stored(bundle: Bundle) -> tuple[Recording, Images]:
+    """The run that `recorded` left in the bundle.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    folder = bundle.folder / REFERENCE
+    if not (folder / INDEX).is_file():
+        raise UserError(
+            f"{folder} holds no run to compare with: run ivc-check --against where there is torch, and copy the bundle"
+        )
+    recording = Recording.read(folder)
+    return recording, [open_picture(folder / name) for name in recording.facts["pictures"]]
+
+
+def question(bundle: Bundle, text: str | None, images: Sequence[Path]) -> tuple[list[int], Images]:
+    """The user's prompt, or one about a drawn picture, as token ids and pictures.
 
     Raises:
         UserError: pictures without a question, or a bundle without tokenizer.
@@ -64,16 +161,33 @@ def own_prompt(bundle: Bundle, text: str | None, images: Sequence[Path]) -> tupl
     if text is None:
         if images:
             raise UserError("there is a picture and no question: give one with --prompt")
-        return None
+        image = draw_picture()
+        return make_prompt(bundle, image)[1], [image]
     processor = Processor(bundle)
-    pictures = [processor.picture(image) for image in images]
-    return processor.encode(processor.render([user_message(text, len(images))]), pictures), pictures
+    opened = [open_picture(image) for image in images]
+    pictures = [processor.picture(image) for image in opened]
+    return processor.encode(processor.render([user_message(text, len(images))]), pictures), opened
+
+
+def write_report(bundle: Bundle, report: ParityReport, step: Step, images: Images) -> Path:
+    """Write parity.json, and parity.html where there is matplotlib; returns the better of both."""
+    path = bundle.folder / REPORT / "parity.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    page = path.with_suffix(".html")
+    page.unlink(missing_ok=True)
+    if importlib.util.find_spec("matplotlib") is None:
+        return path
+    from ivc_export.report.page import parity_page
+
+    page.write_text(parity_page(bundle, report, step, images), encoding="utf-8")
+    return page
 
 
 def table(report: ParityReport) -> Table:
     """The comparisons as a table."""
     kept = f"{report.kept_tokens} of {report.visual_tokens} visual tokens kept"
-    found = Table(title=f"{report.backend} against PyTorch, float32, ratio {report.ratio}: {kept}")
+    found = Table(title=f"{report.backend}, {report.dtype}, against PyTorch, float32, ratio {report.ratio}: {kept}")
     for heading, side in (("tensor", "left"), ("error", "right"), ("tolerance", "right"), ("", "left")):
         found.add_column(heading, justify=side)  # type: ignore[arg-type]
     for c in report.comparisons:

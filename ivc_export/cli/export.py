@@ -55,6 +55,9 @@ def parser() -> Parser:
     p.add_argument(
         "--lowering", choices=tuple(LOWERINGS), default="portable", help="native: graphs of standard operators only"
     )
+    p.add_argument(
+        "--testdata", action="store_true", help="add inputs and outputs of every graph, to test a runtime by"
+    )
     p.add_argument("--force", action="store_true", help="replace an older bundle")
     p.add_argument("--dry-run", action="store_true", help="say what the export would buy, and write nothing")
     p.add_argument(
@@ -91,6 +94,7 @@ def command(arguments: Sequence[str] | None) -> int:
         dtype=options.dtype,
         weights=options.weights,
         lowering=options.lowering,
+        testdata=options.testdata,
     )
     console = make_console(quiet=options.quiet or options.json)
     if console.quiet:

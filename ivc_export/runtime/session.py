@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 from rich.filesize import decimal
 
 from ivc_export.bundle import Bundle
-from ivc_export.contract import GRAPH_NAMES, GraphName
+from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.errors import UserError
 from ivc_export.passes import WidenFloatsPass
 
@@ -23,6 +24,10 @@ class Session(Protocol):
     """The three graphs of a bundle, ready to run."""
 
     bundle: Bundle
+    backend: str
+    """What runs the graphs, by the name that parity's tolerances know."""
+    dtype: FloatName
+    """What they compute in."""
 
     def run(self, name: GraphName, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Run graph `name`; inputs and outputs by the contract's names, floats in float32."""
@@ -35,13 +40,23 @@ class OnnxSession:
     threads: intra-op threads; None takes onnxruntime's default, one a core.
     prepacking: whether onnxruntime may copy weights into the layout that its kernels like best; without, they stay in
         the memory map, where the system can share and drop them, and runs are slower.
+    dtype: "float16" leaves a float16 bundle's graphs as they are, to see what float16 does to a model: the provider
+        then rounds to float16 after each operator, slowly.
+
+    Raises:
+        UserError: the graphs cannot be opened, or not in this dtype.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, prepacking: bool = True) -> None:
-        self.bundle = bundle
+    backend = "onnxruntime-cpu"
+
+    def __init__(
+        self, bundle: Bundle, threads: int | None = None, prepacking: bool = True, dtype: FloatName = "float32"
+    ) -> None:
+        check_dtype(bundle, dtype)
+        self.bundle, self.dtype = bundle, dtype
         self._threads, self._prepacking = threads, prepacking
         # side by side, unless weights are widened: that would hold several widened graphs' temporary copies at once
-        with ThreadPoolExecutor(len(GRAPH_NAMES) if bundle.manifest.dtype == "float32" else 1) as pool:
+        with ThreadPoolExecutor(len(GRAPH_NAMES) if bundle.manifest.dtype == dtype else 1) as pool:
             self._sessions = dict(zip(GRAPH_NAMES, pool.map(self._open, GRAPH_NAMES), strict=True))
         self._outputs = {name: [o.name for o in s.get_outputs()] for name, s in self._sessions.items()}
 
@@ -52,9 +67,10 @@ class OnnxSession:
         options.intra_op_num_threads = self._threads or 0
         if not self._prepacking:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # three pools would spin on each other
         source: str | bytes = str(path)
         try:
-            if self.bundle.manifest.dtype != "float32":
+            if self.bundle.manifest.dtype != self.dtype:
                 source = ir.to_proto(WidenFloatsPass()(ir.load(path)).model).SerializeToString()
                 options.add_session_config_entry(
                     "session.model_external_initializers_file_folder_path", str(path.parent)
@@ -70,12 +86,29 @@ class OnnxSession:
         Raises:
             UserError: onnxruntime cannot, most often for lack of memory.
         """
+        if self.dtype == "float16":
+            narrow = {t.name for t in self.bundle.manifest.graphs[name].inputs if t.dtype == "float16"}
+            feeds = {key: array.astype(np.float16) if key in narrow else array for key, array in feeds.items()}
         try:
             outputs = self._sessions[name].run(None, dict(feeds))
         except Exception as error:  # as above
             reason = str(error).splitlines()[0]
             raise UserError(f"{name} cannot run ({reason}): if memory is short, use a smaller picture") from error
+        outputs = [array.astype(np.float32) if array.dtype == np.float16 else array for array in outputs]
         return dict(zip(self._outputs[name], outputs, strict=True))
+
+
+def check_dtype(bundle: Bundle, dtype: FloatName) -> None:
+    """Check that onnxruntime's CPU provider can compute this bundle in `dtype`.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if dtype != "float32" and (dtype, dtype) != ("float16", bundle.manifest.dtype):
+        raise UserError(
+            f"onnxruntime's CPU provider cannot compute a {bundle.manifest.dtype} bundle in {dtype}: take float32, "
+            "or float16 with a float16 bundle"
+        )
 
 
 def widening_note(bundle: Bundle) -> str | None:

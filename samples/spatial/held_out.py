@@ -282,5 +282,6 @@ class Answering:
 
 
 def scale(picture: PIL.Image.Image, rows: int, columns: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Pixels of a picture scaled to rows x columns visual tokens, as the image processor does it."""
-    return np.asarray(picture.resize((columns * UNIT, rows * UNIT), PIL.Image.Resampling.BICUBIC))
+    """Pixels of a picture scaled to rows x columns visual tokens as a bundle does it: rows of pixels first."""
+    bicubic, width, height = PIL.Image.Resampling.BICUBIC, columns * UNIT, rows * UNIT
+    return np.array(picture.resize((width, picture.height), bicubic).resize((width, height), bicubic))

@@ -1,0 +1,83 @@
+"""Tensors of a run in a folder, for programs in any language: raw little-endian files and a JSON index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ivc_export.contract import Manifest
+from ivc_export.errors import UserError
+
+INDEX = "index.json"
+FORMAT = 1
+
+
+class Key(NamedTuple):
+    """Which tensor: of the prefill or a decode step, of which graph, and its name in the contract."""
+
+    stage: str
+    graph: str
+    role: Literal["inputs", "outputs"]
+    name: str
+
+    @property
+    def file(self) -> str:
+        """The tensor's file within the folder."""
+        return f"{self.stage}/{self.graph}/{self.role}/{self.name}.bin"
+
+
+def identity(m: Manifest) -> dict[str, Any]:
+    """What a recorded run and the bundle that it is compared with must share."""
+    headers = {file.file: file.header_sha256 for file in m.weights}
+    return {"family": m.family, "dtype": m.dtype, "selection_layer": m.selection_layer, "weights": headers}
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One run. facts: what the index says beside the tensors, as plain data."""
+
+    facts: Mapping[str, Any]
+    tensors: Mapping[Key, npt.NDArray[Any]]
+
+    def of(self, stage: str, graph: str, role: Literal["inputs", "outputs"] = "outputs") -> dict[str, npt.NDArray[Any]]:
+        """The inputs or outputs of one graph in one stage, by name."""
+        return {key.name: array for key, array in self.tensors.items() if key[:3] == (stage, graph, role)}
+
+    def write(self, folder: Path) -> None:
+        """Write to `folder`, which may exist; the index comes last, so that a folder with one is whole."""
+        entries = []
+        for key, array in self.tensors.items():
+            path = folder / key.file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
+            entries.append({**key._asdict(), "dtype": str(array.dtype), "shape": array.shape, "file": key.file})
+        facts = {"format": FORMAT, **self.facts}
+        lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)},\n" for name, value in facts.items()]
+        rows = ",\n".join(f" {json.dumps(entry)}" for entry in entries)
+        (folder / INDEX).write_text("{\n" + "".join(lines) + f'"tensors": [\n{rows}\n]\n}}\n', encoding="utf-8")
+
+    @staticmethod
+    def read(folder: Path) -> Recording:
+        """Read what `write` wrote.
+
+        Raises:
+            UserError: the folder holds no recording, or a damaged one, or one of another format.
+        """
+        try:
+            facts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            if facts["format"] != FORMAT:
+                raise UserError(f"{folder} is of another version of ivc-export: record it again")
+            tensors = {}
+            for entry in facts.pop("tensors"):
+                key = Key(entry["stage"], entry["graph"], entry["role"], entry["name"])
+                dtype = np.dtype(entry["dtype"]).newbyteorder("<")
+                tensors[key] = np.fromfile(folder / key.file, dtype).reshape(entry["shape"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder} holds no whole recording ({error}): record it again") from error
+        return Recording(facts, tensors)

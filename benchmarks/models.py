@@ -46,9 +46,10 @@ def qwen2_vl_2b(layers: int = 28, depth: int = 32) -> dict[str, Any]:
 
 
 def make_large_checkpoint(folder: Path, config: dict[str, Any], dtype: FloatName = "bfloat16") -> Path:
-    """Write a checkpoint of that configuration, a piece at a time: one block of noise, scaled for each tensor.
+    """Write a checkpoint of that configuration, a piece at a time: noise, scaled for each tensor.
 
-    It has no tokenizer: prompts are token ids.
+    Each tensor begins elsewhere in the noise: onnxruntime keeps equal weights once. It has no tokenizer: prompts are
+    token ids.
     """
     folder.mkdir(parents=True)
     family = families.of(config["model_type"])
@@ -63,18 +64,23 @@ def make_large_checkpoint(folder: Path, config: dict[str, Any], dtype: FloatName
         end = start + size * math.prod(shape)
         header[name] = {"dtype": stored, "shape": shape, "data_offsets": (start, end)}
         start = end
-    noise = np.random.default_rng(0).standard_normal(BLOCK, np.float32)
+    noise = np.random.default_rng(0).standard_normal(BLOCK + 1009 * len(header), np.float32)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with (folder / "model.safetensors").open("wb") as writer:
         writer.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in sorted(weights.shapes.items()):
+        for number, (name, shape) in enumerate(sorted(weights.shapes.items())):
             if len(shape) > 1:
                 scale, shift = math.prod(shape[1:]) ** -0.5, 0.0
             else:
                 scale, shift = 0.1, float(not name.endswith("bias"))
             left = math.prod(shape)
-            block = (noise[: min(left, BLOCK)] * np.float32(scale) + np.float32(shift)).astype(dtype).view(np.uint8)
+            first = 1009 * number
+            block = (
+                (noise[first : first + min(left, BLOCK)] * np.float32(scale) + np.float32(shift))
+                .astype(dtype)
+                .view(np.uint8)
+            )
             while left:
                 count = min(left, BLOCK)
                 writer.write(block[: count * size].data)

@@ -12,8 +12,8 @@ if(TensorRT_INCLUDE_DIR)
   # 8.6 and 10.0 define NV_TENSORRT_MAJOR as a number, later ones through TRT_MAJOR_ENTERPRISE
   file(STRINGS "${TensorRT_INCLUDE_DIR}/NvInferVersion.h" _lines REGEX "#define (NV_TENSORRT|TRT)_[A-Z_]+ ")
   foreach(part IN ITEMS MAJOR MINOR PATCH)
-    if(_lines MATCHES "NV_TENSORRT_${part} ([0-9]+)" OR _lines MATCHES "TRT_${part}_ENTERPRISE ([0-9]+)")
-      list(APPEND _version ${CMAKE_MATCH_1})
+    if(_lines MATCHES "(NV_TENSORRT_${part}|TRT_${part}_ENTERPRISE) ([0-9]+)")
+      list(APPEND _version ${CMAKE_MATCH_2})
     endif()
   endforeach()
   list(JOIN _version "." TensorRT_VERSION)
@@ -30,7 +30,7 @@ foreach(name IN ITEMS nvinfer nvonnxparser)
     add_library(TensorRT::${name} UNKNOWN IMPORTED)
     set_target_properties(TensorRT::${name} PROPERTIES
       IMPORTED_LOCATION "${_library}"
-      INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${TensorRT_INCLUDE_DIR}") # its headers are not ours to warn about
+      INTERFACE_INCLUDE_DIRECTORIES "${TensorRT_INCLUDE_DIR}")
   endif()
 endforeach()
 mark_as_advanced(TensorRT_INCLUDE_DIR TensorRT_LIBRARY TensorRT_PARSER_LIBRARY)

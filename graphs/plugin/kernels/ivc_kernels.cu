@@ -114,8 +114,9 @@ cudaError_t ivcSelectTokens(const IvcSelection* s, const void* values, const flo
     float* tokenScore, int32_t* seedIndex, void* workspace, cudaStream_t stream) {
     if (!possible(*s)) return cudaErrorInvalidValue;
     if (s->visual == 1 && s->softmax == IVC_SOFTMAX_VISUAL) {
-        onlyTokenKernel<<<ceilDiv(s->rows, kChooseThreads), kChooseThreads, 0, stream>>>(
-            s->rows, keepIndex, tokenScore, seedIndex);
+        const int32_t rows = smaller(s->rows, s->text + s->keepCount);
+        onlyTokenKernel<<<ceilDiv(rows, kChooseThreads), kChooseThreads, 0, stream>>>(
+            rows, keepIndex, tokenScore, seedIndex);
         return cudaGetLastError();
     }
     const cudaError_t scored =

@@ -15,7 +15,7 @@ typedef enum { IVC_SOFTMAX_VISUAL = 0, IVC_SOFTMAX_ALL = 1 } IvcSoftmax;
 // Extents and attributes of one SelectTokens call; names as in graphs/README.md.
 typedef struct {
     int32_t kvHeads;      // > 0
-    int32_t rows;         // S = L + T
+    int32_t rows;         // S: L + T
     int32_t headDim;      // D > 0
     int32_t visual;       // L > 0
     int32_t text;         // T >= 0

@@ -16,8 +16,8 @@ inline int32_t seedCount(int32_t visual, int32_t divisor) {
 }
 
 inline bool possible(const IvcSelection& s) {
-    return s.kvHeads > 0 && s.headDim > 0 && s.visual > 0 && s.text >= 0 && s.rows == s.visual + s.text &&
-           s.queries > 0 && s.keepCount > 0 && s.seedDivisor > 0 && s.seedDivisor % 2 == 0 &&
+    return s.kvHeads > 0 && s.rows > 0 && s.headDim > 0 && s.visual > 0 && s.text >= 0 && s.queries > 0 &&
+           s.keepCount > 0 && s.seedDivisor > 0 && s.seedDivisor % 2 == 0 &&
            (s.type == IVC_FLOAT32 || s.type == IVC_FLOAT16 || s.type == IVC_BFLOAT16) &&
            (s.softmax == IVC_SOFTMAX_VISUAL || s.softmax == IVC_SOFTMAX_ALL);
 }
@@ -70,12 +70,12 @@ struct Keeping {
     int32_t* keepIndex;
     uint32_t* keys;
     uint8_t* kept;
-    int32_t visual, text, seeds, keepCount;
+    int32_t rows, visual, text, seeds, keepCount;
 };
 
 // keepIndex: all text rows and the keepCount best visual ones, ascending.
 IVC_BLOCK void keepRows(const Team& team, Choice& c, const Keeping& k) {
-    const int32_t rows = k.visual + k.text;
+    const int32_t rows = k.rows;
     team.each([&](int thread) {
         for (int32_t i = thread; i < k.visual; i += team.threads()) {
             const float score = k.tokenScore[i], priority = k.priority[i];
@@ -155,8 +155,8 @@ struct Scratch {
 
     Keeping keeping(const float* tokenScore, const int32_t* seedIndex, const float* priority,
         const int32_t* visualIndex, const int32_t* textIndex, int32_t* keepIndex) const {
-        return {tokenScore, seedIndex, priority, visualIndex, textIndex, keepIndex, keys, kept, s.visual, s.text,
-            seeds, smaller(s.keepCount, s.visual)};
+        return {tokenScore, seedIndex, priority, visualIndex, textIndex, keepIndex, keys, kept, s.rows, s.visual,
+            s.text, seeds, smaller(s.keepCount, s.visual)};
     }
 
    private:

@@ -8,13 +8,17 @@ from typing import Literal
 import onnx_ir as ir
 
 from ivc_export.passes.inline_ivc_functions import InlineIvcFunctionsPass
+from ivc_export.passes.retype_floats import RetypeFloatsPass
+from ivc_export.passes.use_plugin import UsePluginPass
 from ivc_export.passes.widen_floats import WidenFloatsPass
+from ivc_export.passes.widen_residuals import WidenResidualsPass
 
-Lowering = Literal["portable", "native"]
+Lowering = Literal["portable", "native", "plugin"]
 
 LOWERINGS: Mapping[Lowering, Callable[[], tuple[ir.passes.PassBase, ...]]] = {
     "portable": lambda: (),  # keeps ivc nodes and their bodies: onnxruntime inlines them
     "native": lambda: (InlineIvcFunctionsPass(),),  # standard operators only: any TensorRT, no plugin
+    "plugin": lambda: (UsePluginPass(),),  # nodes without bodies: TensorRT with our plugin library
 }
 
 
@@ -25,4 +29,13 @@ def lower(model: ir.Model, lowering: Lowering) -> ir.Model:
     return model
 
 
-__all__ = ["LOWERINGS", "InlineIvcFunctionsPass", "Lowering", "WidenFloatsPass", "lower"]
+__all__ = [
+    "LOWERINGS",
+    "InlineIvcFunctionsPass",
+    "Lowering",
+    "RetypeFloatsPass",
+    "UsePluginPass",
+    "WidenFloatsPass",
+    "WidenResidualsPass",
+    "lower",
+]

@@ -121,11 +121,11 @@ class SelectTokens {
 };
 
 // CompactGatherN(keep_index [M], x_1 .. x_n) -> y_1 .. y_n: the rows keep_index of each x along its axis.
-// Attributes: axes, one a tensor; integers, 1 for a tensor of int32 and 0 for one of the graph's floating-point type.
+// Attributes: axes, one a tensor; kinds, 0 for a tensor of the graph's floating-point type, 1 for int32, 2 for float32.
 class CompactGatherN {
    public:
     static constexpr const char* kName = "CompactGatherN";
-    static constexpr const char* kAttributes[] = {"axes", "integers"};
+    static constexpr const char* kAttributes[] = {"axes", "kinds"};
 
     explicit CompactGatherN(const Attributes& attributes) : attributes_(attributes) {}
 
@@ -135,13 +135,14 @@ class CompactGatherN {
 
     int32_t outputs() const { return static_cast<int32_t>(attributes_[0].size()); }
 
-    // All floating-point tensors are of one type: with a choice for each, a builder would try 2^n combinations.
+    // All tensors of kind 0 are of one type: with a choice for each, a builder would try 2^n combinations.
     bool supports(int32_t position, const PluginTensorDesc* tensors) const {
         const auto& t = tensors[position];
         if (t.format != nvinfer1::TensorFormat::kLINEAR) return false;
         if (position == 0) return t.type == DataType::kINT32;
         const int32_t index = (position - 1) % outputs();
-        if (attributes_[1][index]) return t.type == DataType::kINT32;
+        const int32_t kind = attributes_[1][index];
+        if (kind != 0) return t.type == (kind == 1 ? DataType::kINT32 : DataType::kFLOAT);
         for (int32_t i = 0; i < outputs(); ++i) {
             if (!attributes_[1][i] && i + 1 < position) return t.type == tensors[i + 1].type;
         }

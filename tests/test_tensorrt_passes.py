@@ -127,8 +127,8 @@ def test_gathers_by_different_indices_are_not_fused(golden_bundle: Bundle) -> No
         UsePluginPass()(model)
 
 
-def tiny_graphs(dtype: FloatName) -> list[ir.Model]:
-    family = families.of("qwen2_vl")
+def tiny_graphs(dtype: FloatName, name: str = "qwen2_vl") -> list[ir.Model]:
+    family = families.of(name)
     model = family.read(family.tiny, None)
 
     class Typed(RecordingWeights):
@@ -137,7 +137,9 @@ def tiny_graphs(dtype: FloatName) -> list[ir.Model]:
 
     weights = Typed()
     object.__setattr__(weights, "dtype", dtype)
-    return [vision_graph(family, model, weights), prefix_graph(model, weights, 2), decoder_graph(model, weights, 2)]
+    layer = family.default_layer(model.decoder).layer
+    graphs = prefix_graph(model, weights, layer), decoder_graph(model, weights, layer)
+    return [vision_graph(family, model, weights), *graphs]
 
 
 @pytest.mark.parametrize("to", FLOATS)

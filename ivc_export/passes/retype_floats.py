@@ -42,11 +42,11 @@ class RetypeFloatsPass(ir.passes.InPlacePass):
             self._follow(node, wide)
         for value in (*graph.inputs, *graph.outputs):
             if value in wide and not wide[value]:
-                value.dtype = self.dtype
+                value.type = ir.TensorType(self.dtype)
         for value in graph.initializers.values():
             if value in wide and not wide[value]:
                 value.const_value = converted(value.const_value, self.dtype)
-                value.dtype = self.dtype
+                value.type = ir.TensorType(self.dtype)
         return ir.passes.PassResult(model, True)
 
     def _follow(self, node: ir.Node, wide: dict[ir.Value, bool]) -> None:

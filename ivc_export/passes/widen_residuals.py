@@ -31,7 +31,7 @@ class WidenResidualsPass(ir.passes.InPlacePass):
         wide: set[ir.Value] = set()
         for value in model.graph.inputs:
             if value.name in WIDE_RESIDUALS and value.dtype == self.narrow:
-                value.dtype = FLOAT
+                value.type = ir.TensorType(FLOAT)
                 wide.add(value)
         for node in list(model.graph):
             if node.graph is None:
@@ -43,7 +43,7 @@ class WidenResidualsPass(ir.passes.InPlacePass):
                     wide.add(self._widen(value, node))
         for value in model.graph.outputs:
             if value in wide:
-                value.dtype = FLOAT
+                value.type = ir.TensorType(FLOAT)
         return ir.passes.PassResult(model, True)
 
     def _starts(self, value: ir.Value) -> bool:

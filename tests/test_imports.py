@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "ivc_export"
 ORDER = [  # from the bottom up; a module imports from its own line or from lower ones
     {"errors"},
-    {"contract", "checkpoint"},
+    {"contract", "checkpoint", "memory"},
     {"recipe", "staging", "weights", "counting"},
     {"placement"},
     {"builder"},
@@ -17,7 +17,7 @@ ORDER = [  # from the bottom up; a module imports from its own line or from lowe
     {"vision", "prefix", "decoder", "bundle", "hub"},
     {"passes", "configuration"},
     {"export"},
-    {"estimate"},
+    {"estimate", "engine"},
     {"runtime"},
     {"reference"},
     {"parity", "report"},

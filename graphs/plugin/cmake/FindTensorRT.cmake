@@ -11,6 +11,7 @@ find_library(TensorRT_PARSER_LIBRARY nvonnxparser HINTS ${_roots} PATH_SUFFIXES 
 if(TensorRT_INCLUDE_DIR)
   # 8.6 and 10.0 define NV_TENSORRT_MAJOR as a number, later ones through TRT_MAJOR_ENTERPRISE
   file(STRINGS "${TensorRT_INCLUDE_DIR}/NvInferVersion.h" _lines REGEX "#define (NV_TENSORRT|TRT)_[A-Z_]+ ")
+  set(_version "")
   foreach(part IN ITEMS MAJOR MINOR PATCH)
     if(_lines MATCHES "(NV_TENSORRT_${part}|TRT_${part}_ENTERPRISE) ([0-9]+)")
       list(APPEND _version ${CMAKE_MATCH_2})

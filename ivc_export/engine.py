@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import importlib
 import json
 import shlex
 import shutil
@@ -12,9 +10,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 from rich.filesize import decimal
@@ -25,10 +23,8 @@ from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.errors import UserError
 from ivc_export.memory import activation_bytes, available_bytes
 from ivc_export.passes import RetypeFloatsPass, WidenResidualsPass, lower
+from ivc_export.trt import Extents, Options, Target, compile_graph, load_plugin, load_tensorrt, major, own_capability
 
-Target = Literal["tensorrt", "tensorrt-rtx"]
-MODULES: Mapping[Target, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-PACKAGES: Mapping[Target, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
 FOLDER = "engines"
 RECORD = "build.json"
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
@@ -94,32 +90,34 @@ class EngineRecipe:
         return self.max_visual + self.max_text + self.max_new
 
 
-Extents = dict[str, tuple[int, int, int]]
-"""Minimum, optimum and maximum of each symbolic axis, and of keep_count's value."""
-
-
 def profiles(bundle: Bundle, name: GraphName, recipe: EngineRecipe) -> dict[str, Extents]:
     """A graph's optimization profiles: `prefill`, over caches of any length, and `decode`, over full buffers.
 
     Vision has `prefill` alone. Minima, optima and maxima each fit together, so that S = L + T.
     """
-    side = bundle.manifest.preprocessing.merge_size**2
+    m = bundle.manifest
     visual, text = recipe.opt_visual, recipe.opt_text
     most, longest, capacity = recipe.max_visual, recipe.max_text, recipe.capacity
+    frame = m.graphs["vision"].outputs[0].shape[1]  # tokens of a frame: a number where frames are of one size
+    frames = (1, max(1, visual // frame), max(1, most // frame)) if isinstance(frame, int) else (1, 1, 1)
+    patches = getattr(m.preprocessing, "merge_size", 1) ** 2  # of a visual token, where pictures are cut into patches
     prefill: Extents = {
-        "B": (1, 1, 1),
-        "patches": (side, side * visual, side * most),
+        "B": frames,
+        "patches": (patches, patches * visual, patches * most),
         "visual": (1, visual, most),
         "L": (1, visual, most),
+        "H": (1, visual, most),
         "T": (0, text, longest),
         "S": (1, visual + text, most + longest),
         "Q": (1, max(1, text // 2), longest),
         "M": (1, max(1, visual // 2) + text, most + longest),
         "P": (0, 0, capacity),
+        "W": (0, 0, capacity),
         "R": (1, 1, 1),
         "keep_count": (1, max(1, visual // 2), most),
     }
-    decode: Extents = dict.fromkeys(prefill, (1, 1, 1)) | {"T": (0, 0, 0), "P": (capacity, capacity, capacity)}
+    decode: Extents = dict.fromkeys(prefill, (1, 1, 1)) | {"T": (0, 0, 0)}
+    decode |= dict.fromkeys(("P", "W"), (capacity, capacity, capacity))
     return {"prefill": prefill} if name == "vision" else {"prefill": prefill, "decode": decode}
 
 
@@ -174,25 +172,6 @@ def check_memory(found: Estimate, recipe: EngineRecipe) -> None:
             f"swap, use --dtype fp16, or lower --max-visual {recipe.max_visual} (the {largest} graph takes "
             f"{decimal(found.activations[largest])}); --force builds anyway"
         )
-
-
-def load_tensorrt(target: Target) -> Any:
-    """The Python package of `target`.
-
-    Raises:
-        UserError: it is not installed, or does not load.
-    """
-    try:
-        module: ModuleType = importlib.import_module(MODULES[target])
-    except ImportError as error:
-        hint = " (on a Jetson, JetPack's python3-libnvinfer)" if target == "tensorrt" else ""
-        raise UserError(f"{target} does not load ({error}): install {PACKAGES[target]}{hint}") from error
-    return module
-
-
-def major(trt: Any) -> int:
-    """TensorRT's major version."""
-    return int(trt.__version__.split(".")[0])
 
 
 def build_dtype(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str) -> FloatName:
@@ -273,7 +252,21 @@ def build(
         }
         (work / "done").mkdir()
         for name in GRAPH_NAMES:
-            plan = build_one(trt, recipe, capability, dtype, bundle, name, models.pop(name), work, progress)
+            plan = compile_graph(
+                trt,
+                models.pop(name),
+                profiles(bundle, name, recipe).values(),
+                Options(
+                    recipe.target,
+                    capability,
+                    recipe.workspace,
+                    recipe.optimization_level,
+                    recipe.timing_cache,
+                    dtype == "float32",
+                ),
+                work,
+                partial(progress, name),
+            )
             (work / "done" / f"{name}.plan").write_bytes(plan)
             record["engines"][name] = {
                 "file": f"{name}.plan",
@@ -309,193 +302,6 @@ def put_in_place(new: Path, folder: Path) -> None:
         if old.exists():
             old.rename(folder)
         raise
-
-
-def load_plugin(path: Path) -> None:
-    """Load our plugin's library, which registers its operators.
-
-    Raises:
-        UserError: it is missing, or does not load.
-    """
-    try:
-        ctypes.CDLL(str(path.resolve()), mode=ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        raise UserError(f"the plugin does not load ({error}): build it with cmake from graphs/plugin") from error
-
-
-def own_capability(trt: Any) -> str:
-    """This machine's compute capability, from the CUDA driver.
-
-    Raises:
-        UserError: there is no GPU.
-    """
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-        parts = [ctypes.c_int(), ctypes.c_int()]
-        device = ctypes.c_int()
-        failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
-        for part, attribute in zip(
-            parts, (75, 76), strict=True
-        ):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-            failed = failed or driver.cuDeviceGetAttribute(ctypes.byref(part), attribute, device)
-    except OSError:
-        failed = 1
-    if failed:
-        raise UserError(
-            "TensorRT builds on the GPU that its engines are for, and there is none: build there, or use "
-            "--target tensorrt-rtx, which needs no GPU to build"
-        )
-    return f"{parts[0].value}.{parts[1].value}"
-
-
-def build_one(
-    trt: Any,
-    recipe: EngineRecipe,
-    capability: str,
-    dtype: FloatName,
-    bundle: Bundle,
-    name: GraphName,
-    model: ir.Model,
-    work: Path,
-    progress: Progress,
-) -> bytes:
-    """Build one engine, and return it serialised.
-
-    Raises:
-        UserError: TensorRT refuses the graph.
-    """
-    path = work / f"{name}.onnx"
-    converted = any(isinstance(v.const_value, ir.LazyTensor) for v in model.graph.initializers.values())
-    ir.save(model, path, external_data=f"{name}.data" if converted else None)
-    logger = make_logger(trt)
-    builder = trt.Builder(logger)
-    weak = recipe.target == "tensorrt" and major(trt) < 10
-    flags = trt.NetworkDefinitionCreationFlag
-    network = builder.create_network(1 << int(flags.EXPLICIT_BATCH if weak else flags.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(path)):
-        raise UserError(f"TensorRT {trt.__version__} does not read the {name} graph ({parser.get_error(0)})")
-    config = builder.create_builder_config()
-    configure(trt, config, recipe, dtype)
-    if weak:
-        fix_precisions(trt, network, config)
-    if recipe.target == "tensorrt-rtx":
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), 0)
-    for extents in profiles(bundle, name, recipe).values():
-        config.add_optimization_profile(make_profile(builder, model, extents))
-    if hasattr(trt, "IProgressMonitor"):
-        config.progress_monitor = make_monitor(trt, lambda *state: progress(name, *state))
-    cache = read_timing_cache(config, recipe.timing_cache)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise UserError(
-            f"TensorRT {trt.__version__} cannot build the {name} graph ({logger.last}): see docs/tensorrt.md"
-        )
-    if cache is not None and recipe.timing_cache is not None:
-        recipe.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
-    for file in work.glob(f"{name}.*"):
-        file.unlink()
-    return bytes(memoryview(plan))
-
-
-def configure(trt: Any, config: Any, recipe: EngineRecipe, dtype: FloatName) -> None:
-    """Workspace, optimization level, and no TF32 where float32 is asked for."""
-    if recipe.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, recipe.workspace)
-    config.builder_optimization_level = recipe.optimization_level
-    if dtype == "float32":
-        config.clear_flag(trt.BuilderFlag.TF32)
-
-
-def fix_precisions(trt: Any, network: Any, config: Any) -> None:
-    """Leave TensorRT 8.6's weakly typed builder one choice: the graph's dtypes, and linear formats.
-
-    Otherwise it tries every mix of formats of inputs and outputs, and compiles the whole graph for each.
-    """
-    config.set_flag(trt.BuilderFlag.FP16)
-    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    linear = 1 << int(trt.TensorFormat.LINEAR)
-    for tensor in (
-        *(network.get_input(i) for i in range(network.num_inputs)),
-        *(network.get_output(i) for i in range(network.num_outputs)),
-    ):
-        tensor.allowed_formats = linear
-    floats = (trt.DataType.FLOAT, trt.DataType.HALF)
-    for layer in (network.get_layer(i) for i in range(network.num_layers)):
-        dtypes = [layer.get_output(i).dtype for i in range(layer.num_outputs)]
-        if dtypes and all(dtype in floats for dtype in dtypes) and layer.type != trt.LayerType.CONSTANT:
-            layer.precision = dtypes[0]
-            for i, dtype in enumerate(dtypes):
-                layer.set_output_type(i, dtype)
-
-
-def make_profile(builder: Any, model: ir.Model, extents: Extents) -> Any:
-    """An optimization profile of a graph."""
-    found = builder.create_optimization_profile()
-    for value in model.graph.inputs:
-        if value.name == "keep_count":
-            found.set_shape_input(value.name, *[[extent] for extent in extents["keep_count"]])
-            continue
-        axes = [axis if isinstance(axis, int) else str(axis.value) for axis in value.shape or ()]
-        shapes = [[axis if isinstance(axis, int) else extents[axis][i] for axis in axes] for i in range(3)]
-        found.set_shape(value.name, *shapes)
-    return found
-
-
-def make_logger(trt: Any) -> Any:
-    """A logger that keeps the last error, and prints none."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """As trt.Logger, silent."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.last = "no reason given"
-
-        def log(self, severity: Any, message: str) -> None:
-            """Keep an error."""
-            if severity <= trt.ILogger.ERROR:
-                self.last = message.splitlines()[0]
-
-    return Logger()
-
-
-def make_monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
-    """A progress monitor that hands on each phase's steps."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """TensorRT calls it from its own threads."""
-
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            """A phase begins."""
-            self.steps[phase] = steps
-            progress(phase, 0, steps)
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            """A step is done; go on."""
-            progress(phase, step + 1, self.steps.get(phase, step + 1))
-            return True
-
-        def phase_finish(self, phase: str) -> None:
-            """A phase ends."""
-            steps = self.steps.pop(phase, 1)
-            progress(phase, steps, steps)
-
-    return Monitor()
-
-
-def read_timing_cache(config: Any, path: Path | None) -> Any:
-    """Give a build the timing cache in `path`, an empty one if there is no file; None if none is wanted."""
-    if path is None:
-        return None
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
 
 
 def find_engines(bundle: Bundle, target: Target, capability: str, trt: Any) -> Path:

@@ -149,10 +149,10 @@ def test_a_failed_build_leaves_older_engines(built: Bundle, tmp_path: Path, monk
     bundle = Bundle.load(shutil.copytree(built.folder, tmp_path / "bundle"))
     before = sorted(path.relative_to(bundle.folder) for path in bundle.folder.rglob("*"))
 
-    def fail(*arguments: Any) -> bytes:
+    def fail(*arguments: Any, **options: Any) -> bytes:
         raise UserError("TensorRT cannot build it")
 
-    monkeypatch.setattr(engine, "build_one", fail)
+    monkeypatch.setattr(engine, "compile_graph", fail)
     with pytest.raises(UserError, match="cannot build"):
         build(bundle, RTX)
     assert sorted(path.relative_to(bundle.folder) for path in bundle.folder.rglob("*")) == before

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from ivc_export import contract
+from ivc_export import contract, families
 from ivc_export.bundle import Bundle
 from ivc_export.cli import ivc_run
 from ivc_export.contract import GRAPH_NAMES, GraphName
 from ivc_export.errors import UserError
+from ivc_export.export import export
 from ivc_export.families import Grid
+from ivc_export.parity import synthetic_prompt
 from ivc_export.passes import lower
 from ivc_export.passes.join_decode import join_decode
+from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.fused import FusedConversation, FusedSession
 from ivc_export.runtime.generate import Chat, Sampling
 from ivc_export.runtime.session import OnnxSession
+from samples.make_sample import make_checkpoint
 from tests.conftest import LOGIT_TOLERANCE, SCORE_TOLERANCE, SHAPES, Golden, random_picture
 
 PROMPT = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]
@@ -132,3 +138,16 @@ def test_run_without_a_gpu_is_one_sentence(sample_bundle: Bundle, capsys: pytest
 def test_a_missing_provider_is_one_sentence(golden_bundle: Bundle) -> None:
     with pytest.raises(UserError, match="has no CUDA provider: install onnxruntime-gpu"):
         FusedSession(golden_bundle, "cuda")
+
+
+@pytest.mark.parametrize("family", families.names())
+def test_every_family_runs_fused(family: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", dict(families.of(family).tiny))
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle"))
+    tokens, pictures = synthetic_prompt(bundle)
+    portable, found = Conversation(OnnxSession(bundle)), FusedConversation(FusedSession(bundle, "cpu"), capacity=700)
+    for more in (tokens, [5], [6], [7]):
+        given = pictures if more is tokens else []
+        wanted, step = portable.run(more, given), found.run(more, given)
+        np.testing.assert_array_equal(step.keep_index, wanted.keep_index)
+        assert np.abs(step.logits - wanted.logits).max() < LOGIT_TOLERANCE

@@ -66,7 +66,7 @@ def check(model: ir.Model, table: dict[str, Any]) -> None:
 
 def test_the_table_knows_every_operator_of_the_contract() -> None:
     for version in ("8.6", "10.3"):
-        assert set(TABLE[version]["operators"]) == OPERATORS
+        assert set(TABLE[version]["operators"]) >= OPERATORS
 
 
 @pytest.mark.parametrize(("version", "dtype"), DTYPES)

@@ -18,9 +18,21 @@ from ivc_export.contract import FLOATS
 from ivc_export.decoder import decoder_graph
 from ivc_export.passes import WidenResidualsPass, lower
 from ivc_export.prefix import prefix_graph
+from ivc_export.trt import Extents, Options, compile_graph
 from samples.make_sample import RecordingWeights
-from tests.test_tensorrt_rtx import DECODE, PREFILL, profile
 
+PREFILL: Extents = {  # minimum, optimum, maximum of each symbolic axis
+    "L": (1, 576, 1280),
+    "T": (0, 64, 512),
+    "S": (1, 640, 1792),
+    "Q": (1, 32, 512),
+    "M": (1, 352, 1792),
+    "P": (0, 0, 2304),
+    "R": (1, 1, 1),
+    "keep_count": (1, 288, 1280),
+}
+DECODE: Extents = dict.fromkeys(PREFILL, (1, 1, 1)) | {"T": (0, 0, 0), "P": (2304, 2304, 2304)}
+EXTENTS = (PREFILL, DECODE)
 SIZES = {
     "hidden_size": 1536,
     "intermediate_size": 8960,
@@ -47,39 +59,32 @@ class ZeroWeights(RecordingWeights):
 
 
 @pytest.fixture(scope="module")
-def layer_pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("layers")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layers")
+
+
+@pytest.fixture(scope="module")
+def layer_pair(folder: Path) -> dict[str, ir.Model]:
     family, weights = families.of("qwen2_vl"), ZeroWeights()
     model = family.read({**family.tiny, **SIZES}, None)
-    paths = {}
+    models = {}
     for graph in (prefix_graph(model, weights, 1), decoder_graph(model, weights, 1)):
-        for variant, lowered in (
-            ("float16", lower(graph.clone(), "native")),
-            ("wide residuals", lower(WidenResidualsPass()(graph).model, "native")),
-        ):
-            path = paths[f"{graph.graph.name} {variant}"] = folder / f"{graph.graph.name}.{variant}.onnx"
-            ir.save(lowered, path)
+        models[f"{graph.graph.name} float16"] = lower(graph.clone(), "native")
+        models[f"{graph.graph.name} wide residuals"] = lower(WidenResidualsPass()(graph).model, "native")
     with (folder / "zeros").open("wb") as file:
         file.truncate(weights.size)
-    return paths
+    return models
 
 
 @pytest.mark.parametrize(
-    ("graph", "architecture"),
+    ("graph", "capability"),
     [
-        *((f"{name} float16", sm) for name in ("prefix", "decoder") for sm in ("SM86", "SM89", "SM120")),
-        *((f"{name} wide residuals", "SM86") for name in ("prefix", "decoder")),
+        *((f"{name} float16", sm) for name in ("prefix", "decoder") for sm in ("8.6", "8.9", "12.0")),
+        *((f"{name} wide residuals", "8.6") for name in ("prefix", "decoder")),
     ],
 )
-def test_layers_of_true_size_compile(layer_pair: dict[str, Path], graph: str, architecture: str) -> None:
-    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
-    assert parser.parse_from_file(str(layer_pair[graph])), [str(parser.get_error(i)) for i in range(parser.num_errors)]
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, architecture), 0)
-    for extents in (PREFILL, DECODE):
-        config.add_optimization_profile(profile(builder, ir.load(layer_pair[graph]), extents))
-    engine = builder.build_serialized_network(network, config)
-    assert engine is not None and engine.nbytes > 50e6  # one layer's weights at least
+def test_layers_of_true_size_compile(
+    layer_pair: dict[str, ir.Model], folder: Path, graph: str, capability: str
+) -> None:
+    plan = compile_graph(trt, layer_pair[graph].clone(), EXTENTS, Options("tensorrt-rtx", capability), folder)
+    assert len(plan) > 50e6  # one layer's weights at least

@@ -13,7 +13,8 @@ from ivc_export import __version__
 from ivc_export.bundle import Bundle
 from ivc_export.cli import make_console
 from ivc_export.contract import FloatName
-from ivc_export.engine import MODULES, RTX_CAPABILITIES, EngineRecipe, build
+from ivc_export.engine import RTX_CAPABILITIES, EngineRecipe, build
+from ivc_export.trt import MODULES
 
 DTYPES: dict[str, FloatName] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

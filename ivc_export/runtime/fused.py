@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Literal
@@ -135,14 +135,17 @@ class FusedSession:
 
 @dataclass
 class DeviceCache:
-    """Keys and values of all layers in buffers of `capacity` rows; the layers below the cut have a second set, which
-    compaction writes to.
+    """Keys and values of all layers in buffers of `capacity` rows; the layers that are compacted have a second set.
+
+    length: valid rows. whole: layers that keep every row, which have `whole_length` of them.
     """
 
     capacity: int
-    length: int
     current: Values
     spare: Values
+    whole: tuple[str, ...]
+    length: int = 0
+    whole_length: int = 0
     swapped: bool = False
 
     @staticmethod
@@ -151,11 +154,14 @@ class DeviceCache:
         m = session.bundle.manifest
         shape = (1, m.decoder.kv_heads, capacity, m.decoder.head_dim)
 
-        def buffers(layers: int) -> Values:
-            names = [f"{kind}.{i}" for i in range(layers) for kind in ("key", "value")]
+        def buffers(names: Iterable[str]) -> Values:
             return {name: session.value(np.zeros(shape, session.dtype)) for name in names}
 
-        return DeviceCache(capacity, 0, buffers(m.decoder.layers), buffers(m.selection_layer))
+        everything = buffers(f"{kind}.{i}" for i in range(m.decoder.layers) for kind in ("key", "value"))
+        compacted = [t.name.removeprefix("compact_") for t in m.graphs["decoder"].outputs if "compact_" in t.name]
+        lengths = [t.name for t in m.graphs["prefix"].inputs if t.name.startswith("past_length.")]
+        whole = tuple(name.removeprefix("past_length") for name in lengths)
+        return DeviceCache(capacity, everything, buffers(compacted), whole)
 
     def inputs(self) -> Values:
         """past_key.i and past_value.i of all layers."""
@@ -177,7 +183,12 @@ class DeviceCache:
         """Bytes of the valid rows."""
         one = next(iter(self.current.values()))
         _, heads, _, size = one.shape()
-        return int(len(self.current) * heads * size * self.length * (2 if "float16" in one.data_type() else 4))
+        rows = 2 * len(self.whole) * self.whole_length + (len(self.current) - 2 * len(self.whole)) * self.length
+        return int(rows * heads * size * (2 if "float16" in one.data_type() else 4))
+
+    def lengths(self, rows: int) -> dict[str, int]:
+        """Valid rows with `rows` more, by the suffix of a length's name: "", or ".0" for layer 0 kept whole."""
+        return {"": self.length + rows} | dict.fromkeys(self.whole, self.whole_length + rows)
 
 
 class FusedConversation:
@@ -201,9 +212,11 @@ class FusedConversation:
         self._step: Values = {  # of decode steps: the same memory every time, as a captured graph wants it
             "inputs_embeds": session.value(np.zeros((1, 1, manifest.decoder.hidden_size), session.dtype)),
             "position_ids": session.value(np.zeros((len(manifest.rotary.sections), 1, 1), np.int32)),
-            "seqlens_k": session.value(np.zeros(1, np.int32)),
-            "total_sequence_length": OrtValue.ortvalue_from_numpy(np.array(capacity, np.int32)),
         }
+        for suffix in self.cache.lengths(0):
+            self._step[f"seqlens_k{suffix}"] = session.value(np.zeros(1, np.int32))
+            total = OrtValue.ortvalue_from_numpy(np.array(capacity, np.int32))
+            self._step[f"total_sequence_length{suffix}"] = total
         self._logits = session.value(np.zeros((1, 1, vocab), np.float32))
         self._decode_bindings: dict[bool, tuple[Any, int]] = {}
 
@@ -216,13 +229,14 @@ class FusedConversation:
         m = self.session.bundle.manifest
         grids = [picture.grid for picture in pictures]
         plan = plan_run(m, np.asarray(tokens, np.int32), grids, self.next_position, self.ratio)
-        if self.cache.length + plan.rows > self.cache.capacity:
+        needed = max(self.cache.lengths(plan.rows).values())
+        if needed > self.cache.capacity:
             raise UserError(
-                f"the cache holds {self.cache.capacity} rows, {self.cache.length + plan.rows} are needed: "
-                "give it a larger capacity"
+                f"the cache holds {self.cache.capacity} rows, {needed} are needed: give it a larger capacity"
             )
         step = self._decode(plan) if plan.rows == 1 and self.cache.length else self._prefill(plan, pictures)
         self.cache.length += len(step.keep_index)
+        self.cache.whole_length += plan.rows
         self.next_position = plan.next_position
         return step
 
@@ -236,9 +250,9 @@ class FusedConversation:
                     name: put(array.astype(session.dtype) if array.dtype == np.float32 else array)
                     for name, array in picture.inputs.items()
                 }
-                images.append(session.run("vision", session.bind("vision", feeds, {}))["image_embeds"].numpy()[0])
+                images.append(session.run("vision", session.bind("vision", feeds, {}))["image_embeds"].numpy())
         if images:
-            embeds[plan.visual_index] = np.concatenate(images)
+            embeds[plan.visual_index] = np.concatenate([image.reshape(-1, embeds.shape[1]) for image in images])
         position_ids = put(plan.position_ids)
         with self.timings.stage("prefill.prefix"):
             feeds = cache.inputs() | self._lengths(plan.rows)
@@ -246,6 +260,7 @@ class FusedConversation:
             for name in ("visual_index", "text_index", "query_index", "ivc_priority"):
                 feeds[name] = put(getattr(plan, name))
             feeds["keep_count"] = put(np.array([plan.keep_count], np.int32))
+            feeds |= {name: put(array) for name, array in getattr(plan, "tiles", {}).items()}  # of families with tiles
             prefix = session.run("prefix", session.bind("prefix", feeds, cache.outputs()))
         kept = len(plan.text_index) + plan.keep_count
         with self.timings.stage("prefill.decoder"):
@@ -255,7 +270,7 @@ class FusedConversation:
             decoder = session.run("decoder", binding)
         cache.swap()
         found = {name: prefix[name].numpy() for name in ("keep_index", "token_score", "seed_index")}
-        floats = tuple(image.astype(np.float32) for image in images)
+        floats = tuple(image.astype(np.float32).reshape(-1, embeds.shape[1]) for image in images)
         return Step(plan, floats, found, {"logits": decoder["logits"].numpy()}, found["keep_index"])
 
     def _decode(self, plan: Run) -> Step:
@@ -263,7 +278,8 @@ class FusedConversation:
         with self.timings.stage("decode.decoder"):
             step["inputs_embeds"].update_inplace(session.bundle.embed(plan.tokens).astype(session.dtype)[None])
             step["position_ids"].update_inplace(np.ascontiguousarray(plan.position_ids))
-            step["seqlens_k"].update_inplace(np.array([cache.length], np.int32))
+            for suffix, length in cache.lengths(0).items():
+                step[f"seqlens_k{suffix}"].update_inplace(np.array([length], np.int32))
             if cache.swapped not in self._decode_bindings:  # each set of buffers has a captured graph of its own
                 binding = session.bind("decode", step | cache.inputs(), cache.outputs() | {"logits": self._logits})
                 self._decode_bindings[cache.swapped] = (binding, next(session.captures))
@@ -273,8 +289,9 @@ class FusedConversation:
         return Step(plan, (), {"keep_index": keep}, {"logits": logits}, keep)
 
     def _lengths(self, rows: int) -> Values:
-        total = self.cache.length + rows
-        return {
-            "seqlens_k": self.session.value(np.array([total - 1], np.int32)),
-            "total_sequence_length": OrtValue.ortvalue_from_numpy(np.array(total, np.int32)),
-        }
+        values: Values = {}
+        for suffix, total in self.cache.lengths(rows).items():
+            values[f"seqlens_k{suffix}"] = self.session.value(np.array([total - 1], np.int32))
+            length = OrtValue.ortvalue_from_numpy(np.array(total, np.int32))
+            values[f"total_sequence_length{suffix}"] = length
+        return values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +252,20 @@ def check_append(kernels: Kernels, seed: int) -> None:
             wanted = cache.copy()
             wanted[:, max(past, 0) : max(past, 0) + fitting] = addition[:, :fitting]
             np.testing.assert_array_equal(found, wanted)
+
+
+def check_arbitrary_memory(kernels: Kernels) -> None:
+    """A builder may time kernels on arbitrary memory: it does no harm, whatever comes out, and leaves no trace."""
+    generator = np.random.default_rng(0)
+
+    def arbitrary(index: Ints) -> Ints:
+        return generator.integers(-(2**31), 2**31 - 1, len(index)).astype(np.int32)
+
+    case = random_case(9, 1000)
+    wild = replace(case, visual=arbitrary(case.visual), text=arbitrary(case.text), query=arbitrary(case.query))
+    kernels.select(wild)
+    kernels.select(replace(wild, keep_count=5 * len(case.visual)))
+    kernels.kept_rows(wild, np.full(len(case.visual), np.nan, np.float32), arbitrary(case.visual))
+    kernels.gather([(np.zeros((2, 50, 33), np.float32), 1)], arbitrary(case.visual))
+    kernels.append([np.zeros((2, 9, 8), np.float16)], [np.zeros((2, 3, 8), np.float16)], 2**31 - 2)
+    case.check(*kernels.select(case), 1e-6)

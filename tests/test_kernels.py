@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 
 from tests.conftest import SCORE_TOLERANCE
-from tests.kernels import PLUGIN, SEED_DIVISOR, Case, Kernels, check_append, check_gather, check_ties, random_case
+from tests.kernels import (
+    PLUGIN,
+    SEED_DIVISOR,
+    Case,
+    Kernels,
+    check_append,
+    check_arbitrary_memory,
+    check_gather,
+    check_ties,
+    random_case,
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +91,10 @@ def test_impossible_extents_are_refused(kernels: Kernels) -> None:
     for changed in ({"keep_count": 0}, {"query": case.query[:0]}, {"visual": case.visual[:0]}):
         with pytest.raises(AssertionError, match="returned 1"):
             kernels.select(replace(case, **changed))
+
+
+def test_indices_out_of_range_do_no_harm(kernels: Kernels) -> None:
+    check_arbitrary_memory(kernels)
 
 
 def test_gathering_many_tensors(kernels: Kernels) -> None:

@@ -127,6 +127,17 @@ def test_gathers_by_different_indices_are_not_fused(golden_bundle: Bundle) -> No
         UsePluginPass()(model)
 
 
+def test_the_plugin_is_told_which_tensors_are_wider(golden_bundle: Bundle) -> None:
+    """hidden_states is float32, position_ids int32, and keys and values are of the graph's dtype."""
+    model = WidenResidualsPass()(RetypeFloatsPass("float16")(load(golden_bundle, "decoder")).model).model
+    (gather,) = (node for node in lower(model, "plugin").graph if node.op_type == "CompactGatherN")
+    kinds = dict(
+        zip([value.name for value in gather.inputs[1:] if value], gather.attributes["kinds"].as_ints(), strict=True)
+    )
+    assert (kinds.pop("hidden_states"), kinds.pop("position_ids")) == (2, 1)
+    assert set(kinds.values()) == {0}
+
+
 def tiny_graphs(dtype: FloatName, name: str = "qwen2_vl") -> list[ir.Model]:
     family = families.of(name)
     model = family.read(family.tiny, None)

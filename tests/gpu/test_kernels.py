@@ -9,13 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.conftest import SCORE_TOLERANCE
-from tests.kernels import SEED_DIVISOR, Case, Kernels, check_append, check_gather, check_ties, random_case
+from tests.kernels import (
+    SEED_DIVISOR,
+    Case,
+    Kernels,
+    check_append,
+    check_arbitrary_memory,
+    check_gather,
+    check_ties,
+    random_case,
+)
 from tests.test_plugin_builds import build
 
 cupy = pytest.importorskip("cupy")
@@ -105,19 +113,7 @@ def test_a_captured_graph_replays_on_new_inputs(kernels: Kernels) -> None:
 
 
 def test_indices_out_of_range_do_no_harm(kernels: Kernels) -> None:
-    """A builder may time kernels on arbitrary memory; what comes out does not matter."""
-    case = random_case(9, 1000)
-    generator = np.random.default_rng(0)
-
-    def arbitrary(index: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        return generator.integers(-(2**31), 2**31 - 1, len(index)).astype(np.int32)
-
-    wild = replace(case, visual=arbitrary(case.visual), text=arbitrary(case.text), query=arbitrary(case.query))
-    kernels.select(wild)
-    kernels.kept_rows(wild, np.full(len(case.visual), np.nan, np.float32), arbitrary(case.visual))
-    kernels.gather([(np.zeros((2, 50, 33), np.float32), 1)], arbitrary(case.visual))
-    kernels.append([np.zeros((2, 9, 8), np.float16)], [np.zeros((2, 3, 8), np.float16)], 2**31 - 2)
-    case.check(*kernels.select(case), SCORE_TOLERANCE)
+    check_arbitrary_memory(kernels)
 
 
 def test_gathering_many_tensors(kernels: Kernels) -> None:

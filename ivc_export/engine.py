@@ -228,6 +228,7 @@ def build(
         UserError: TensorRT is missing or refuses a graph, the plugin does not load, or memory is too small.
     """
     trt = load_tensorrt(recipe.target)
+    bundle.check_portable("an engine")
     if recipe.plugin is not None:
         load_plugin(recipe.plugin)
     capability = recipe.compute_capability or own_capability(trt)

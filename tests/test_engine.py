@@ -96,6 +96,12 @@ def test_too_little_memory_is_told_first(bundle: Bundle, monkeypatch: pytest.Mon
     assert not (bundle.folder / "engines").exists()
 
 
+def test_lowered_bundles_are_refused(bundle: Bundle) -> None:
+    native = Bundle(bundle.folder, bundle.manifest.model_copy(update={"lowering": "native"}))
+    with pytest.raises(UserError, match="an engine begins with portable graphs, .* export the model again"):
+        build(native, RTX)
+
+
 def test_dtypes_are_what_tensorrt_and_the_gpu_have(bundle: Bundle) -> None:
     old, new = SimpleNamespace(__version__="8.6.0"), SimpleNamespace(__version__="10.3.0")
     narrow = Bundle(bundle.folder, bundle.manifest.model_copy(update={"dtype": "bfloat16"}))

@@ -29,7 +29,8 @@ from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime.conversation import Conversation, Step
 from ivc_export.runtime.session import OnnxSession
 from ivc_export.vision import vision_graph
-from samples.make_sample import RecordingWeights, make_checkpoint
+from ivc_export.weights import PlannedWeights
+from samples.make_sample import make_checkpoint
 from tests.conftest import random_picture
 from tools.generate import listing
 
@@ -142,12 +143,7 @@ def tiny_graphs(dtype: FloatName, name: str = "qwen2_vl") -> list[ir.Model]:
     family = families.of(name)
     model = family.read(family.tiny, None)
 
-    class Typed(RecordingWeights):
-        def external(self, name: str, shape: Any, stored_shape: Any = None) -> ir.ExternalTensor:
-            return ir.ExternalTensor("none", 0, 0, FLOATS[dtype], shape=ir.Shape(shape), name=name)
-
-    weights = Typed()
-    object.__setattr__(weights, "dtype", dtype)
+    weights = PlannedWeights(dtype)
     layer = family.default_layer(model.decoder).layer
     graphs = prefix_graph(model, weights, layer), decoder_graph(model, weights, layer)
     return [vision_graph(family, model, weights), *graphs]

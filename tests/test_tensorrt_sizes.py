@@ -19,7 +19,7 @@ from ivc_export.decoder import decoder_graph
 from ivc_export.passes import WidenResidualsPass, lower
 from ivc_export.prefix import prefix_graph
 from ivc_export.trt import Extents, Options, compile_graph
-from samples.make_sample import RecordingWeights
+from ivc_export.weights import PlannedWeights
 
 PREFILL: Extents = {  # minimum, optimum, maximum of each symbolic axis
     "L": (1, 576, 1280),
@@ -44,12 +44,11 @@ SIZES = {
 }
 
 
-class ZeroWeights(RecordingWeights):
+class ZeroWeights(PlannedWeights):
     """float16 weights, all in one file of zeros."""
 
     def __init__(self) -> None:
-        super().__init__()
-        object.__setattr__(self, "dtype", "float16")
+        super().__init__("float16")
         self.size = 0
 
     def external(self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None) -> ir.ExternalTensor:

@@ -35,6 +35,10 @@ LOWERINGS: Mapping[Lowering, Callable[[], tuple[ir.passes.PassBase, ...]]] = {
 }
 
 
+EXPORTED: tuple[Lowering, ...] = ("portable", "native")
+"""Lowerings that a bundle can be exported in; the others are applied when an engine is built or a session opened."""
+
+
 def lower(model: ir.Model, lowering: Lowering) -> ir.Model:
     """Apply the passes of `lowering` to a portable graph, in place."""
     for one in LOWERINGS[lowering]():
@@ -43,6 +47,7 @@ def lower(model: ir.Model, lowering: Lowering) -> ir.Model:
 
 
 __all__ = [
+    "EXPORTED",
     "LOWERINGS",
     "CompactCachesPass",
     "FuseActivationsPass",

@@ -48,6 +48,7 @@ class FusedSession:
                 "this onnxruntime has no CUDA provider: install onnxruntime-gpu in the place of onnxruntime, or use "
                 "--provider cpu"
             )
+        bundle.check_portable("the CUDA provider")
         self.bundle = bundle
         self.device = provider
         self.dtype = DTYPES[provider]
@@ -260,7 +261,7 @@ class FusedConversation:
             for name in ("visual_index", "text_index", "query_index", "ivc_priority"):
                 feeds[name] = put(getattr(plan, name))
             feeds["keep_count"] = put(np.array([plan.keep_count], np.int32))
-            feeds |= {name: put(array) for name, array in getattr(plan, "tiles", {}).items()}  # of families with tiles
+            feeds |= {name: put(array) for name, array in plan.tiles.items()}
             prefix = session.run("prefix", session.bind("prefix", feeds, cache.outputs()))
         kept = len(plan.text_index) + plan.keep_count
         with self.timings.stage("prefill.decoder"):

@@ -48,6 +48,18 @@ class Bundle:
             )
         return Bundle(Path(folder), read_manifest(Path(folder)))
 
+    def check_portable(self, purpose: str) -> None:
+        """Refuse graphs that were lowered at export where `purpose` lowers them otherwise.
+
+        Raises:
+            UserError: they were.
+        """
+        if self.manifest.lowering != "portable":
+            raise UserError(
+                f"{purpose} begins with portable graphs, and {self.folder} has {self.manifest.lowering} ones: export "
+                "the model again without --lowering"
+            )
+
     def missing_processor_files(self) -> list[str]:
         """Files that a prompt needs to become tokens, and that the bundle lacks."""
         return [name for name in (TOKENIZER, CHAT_TEMPLATE) if not (self.folder / name).is_file()]

@@ -55,6 +55,21 @@ OPERATORS = frozenset(
 )
 """Operators of the default domain that a portable or native graph may use: opset 17, read by TensorRT 8.6 and later."""
 
+PLUGIN_OPERATORS = frozenset(("SelectTokens", "CompactGatherN"))
+"""Operators of domain `ivc` without a body that the `plugin` lowering leaves, for our TensorRT plugin."""
+
+LOWERED_OPERATORS: dict[str, frozenset[tuple[str, str]]] = {
+    "portable": frozenset(),
+    "native": frozenset(),
+    "plugin": frozenset((IVC_DOMAIN, operator) for operator in PLUGIN_OPERATORS),
+    "ort-cuda": frozenset(
+        [("", "SimplifiedLayerNormalization")]
+        + [("com.microsoft", op) for op in ("GroupQueryAttention", "MultiHeadAttention", "RotaryEmbedding")]
+        + [("com.microsoft", op) for op in ("SkipSimplifiedLayerNormalization", "QuickGelu")]
+    ),
+}
+"""Operators beyond OPERATORS, by domain and name, that a lowering leaves to its runtime."""
+
 AXES = {
     "B": "frames of one size in `vision`; the literal 1 in `prefix` and `decoder`",
     "S": "rows of this run: text and visual tokens",
@@ -396,6 +411,16 @@ GRAPHS: dict[GraphName, GraphSpec] = {
 }
 
 
+FLOAT32_TENSORS = frozenset(
+    spec.name for graph in GRAPHS.values() for spec in (*graph.inputs, *graph.outputs) if spec.dtype == "float32"
+)
+"""Inputs and outputs that are float32 in graphs of every dtype."""
+
+
+WIDE_RESIDUALS = frozenset(("hidden_states",))
+"""Tensors between float16 graphs that are float32 after the lowering that keeps residual sums in float32."""
+
+
 def kept_tokens(visual: int, ratio: float) -> int:
     """Visual tokens to keep of one picture: `round(ratio * visual)`, half to even, at least 1.
 
@@ -465,8 +490,60 @@ def graph_info(
     return GraphInfo(file=f"{name}.onnx", inputs=infos(spec.inputs), outputs=infos(spec.outputs))
 
 
-def verify(name: GraphName, model: ir.Model, info: GraphInfo) -> None:
-    """Check a built graph against the contract: inputs and outputs, operators, functions, versions.
+def ort_cuda_info(info: GraphInfo) -> GraphInfo:
+    """Inputs and outputs of a graph after the `ort-cuda` lowering, over cache buffers of one capacity P.
+
+    - past_length becomes seqlens_k int32 [1], which is past_length + S - 1 (in decoder M for S), and
+      total_sequence_length int32 [], in host memory: past_length + S, or P in a decode step that a CUDA graph replays.
+    - present_key.i and present_value.i are to be bound to the buffers of past_key.i and past_value.i, and stand for the
+      decoder's new_key.i and new_value.i.
+    - new_key.i and new_value.i of the layers below the cut are rows of the caches already, which go from prefix to
+      decoder instead. cache_index int32 [P] says which row each row of a compacted cache is. compact_key.i and
+      compact_value.i are such caches, to be bound to other buffers.
+
+    The vision graph's stay as they are.
+    """
+
+    def changed(tensor: TensorInfo) -> list[TensorInfo]:
+        stem, dot, number = tensor.name.partition(".")
+        if stem == "past_length":
+            lengths = TensorInfo(name=f"seqlens_k{dot}{number}", dtype="int32", shape=(1,))
+            return [lengths, TensorInfo(name=f"total_sequence_length{dot}{number}", dtype="int32", shape=())]
+        if stem == "keep_index":
+            return [tensor, TensorInfo(name="cache_index", dtype="int32", shape=("P",))]
+        if stem in ("new_key", "new_value", "compact_key", "compact_value"):
+            renamed = tensor.name.replace("new_", "past_")
+            return [TensorInfo(name=renamed, dtype=tensor.dtype, shape=(*tensor.shape[:2], "P", *tensor.shape[3:]))]
+        return [tensor]
+
+    caches = [t for t in info.inputs if t.name.startswith(("past_key.", "past_value."))]
+    present = [t.model_copy(update={"name": t.name.replace("past_", "present_")}) for t in caches]
+    outputs = [t for t in info.outputs if not t.name.startswith(("new_key.", "new_value."))]
+    return info.model_copy(
+        update={
+            "inputs": tuple(new for t in info.inputs for new in changed(t)),
+            "outputs": (*(new for t in outputs for new in changed(t)), *present),
+        }
+    )
+
+
+def ort_cuda_decode_info(prefix: GraphInfo, decoder: GraphInfo) -> GraphInfo:
+    """Inputs and outputs of one graph of all layers for decode steps, joined from two after the `ort-cuda` lowering."""
+    wanted = ("inputs_embeds", "position_ids", "seqlens_k", "total_sequence_length", "past_key.", "past_value.")
+    below = {t.name for t in prefix.inputs}
+    above = [t for t in decoder.inputs if t.name.startswith(("past_key.", "past_value.")) and t.name not in below]
+    present = [t for info in (prefix, decoder) for t in info.outputs if t.name.startswith("present_")]
+    return GraphInfo(
+        file="decode.onnx",
+        inputs=(*(t for t in prefix.inputs if t.name.startswith(wanted)), *above),
+        outputs=(decoder.outputs[0], *present),
+    )
+
+
+def verify(name: GraphName, model: ir.Model, info: GraphInfo, lowering: str = "portable") -> None:
+    """Check a graph against the contract: inputs and outputs, operators, functions, versions.
+
+    lowering: what has been done to the graph since it was built.
 
     Raises:
         AssertionError: the graph breaks the contract; a bug of the builder, not of the user.
@@ -481,10 +558,10 @@ def verify(name: GraphName, model: ir.Model, info: GraphInfo) -> None:
         wanted = [(t.name, data_type(t.dtype), list(t.shape)) for t in tensors]
         if found != wanted:
             raise AssertionError(f"{name}: the {kind}s are {found}, the contract says {wanted}")
-    functions = {identifier[:2] for identifier in model.functions}
+    functions = {identifier[:2] for identifier in model.functions} | LOWERED_OPERATORS[lowering]
     nodes = [*model.graph.all_nodes(), *(n for f in model.functions.values() for n in f.all_nodes())]
     for node in nodes:
-        known = node.op_type in OPERATORS if node.domain == "" else (node.domain, node.op_type) in functions
+        known = (node.domain == "" and node.op_type in OPERATORS) or (node.domain, node.op_type) in functions
         if not known:
             raise AssertionError(
                 f"{name}: {node.domain or 'ai.onnx'}::{node.op_type} is not an operator of the contract"

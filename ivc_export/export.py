@@ -19,7 +19,7 @@ from ivc_export.decoder import decoder_graph
 from ivc_export.errors import UserError
 from ivc_export.families import Family
 from ivc_export.hub import open_checkpoint
-from ivc_export.passes import LOWERINGS, Lowering, lower
+from ivc_export.passes import EXPORTED, Lowering, lower
 from ivc_export.placement import converted, place_weights, plan_conversions
 from ivc_export.prefix import prefix_graph
 from ivc_export.recipe import ExportRecipe
@@ -87,10 +87,10 @@ def lowering_of(recipe: ExportRecipe) -> Lowering:
     Raises:
         UserError: there is none of that name.
     """
-    for name in LOWERINGS:
+    for name in EXPORTED:
         if name == recipe.lowering:
             return name
-    raise UserError(f"lowering {recipe.lowering!r} is unknown: give one of {', '.join(LOWERINGS)}")
+    raise UserError(f"lowering {recipe.lowering!r} is unknown: give one of {', '.join(EXPORTED)}")
 
 
 def selection_layer(recipe: ExportRecipe, configuration: Description) -> tuple[int, bool]:

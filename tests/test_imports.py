@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "ivc_export"
 ORDER = [  # from the bottom up; a module imports from its own line or from lower ones
     {"errors"},
-    {"contract", "checkpoint", "recording"},
+    {"contract", "checkpoint", "recording", "memory"},
     {"recipe", "staging", "weights", "counting"},
     {"placement"},
     {"builder"},
@@ -19,7 +19,8 @@ ORDER = [  # from the bottom up; a module imports from its own line or from lowe
     {"runtime"},
     {"testdata"},
     {"export"},
-    {"estimate"},
+    {"estimate", "trt"},
+    {"engine"},
     {"reference"},
     {"oracle"},
     {"parity", "report"},

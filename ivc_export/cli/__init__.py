@@ -78,6 +78,11 @@ def ivc_export(arguments: Sequence[str] | None = None) -> int:
     return run_command("export", arguments)
 
 
+def ivc_build(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ivc-build."""
+    return run_command("build", arguments)
+
+
 def ivc_run(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ivc-run."""
     return run_command("run", arguments)

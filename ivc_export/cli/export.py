@@ -24,7 +24,7 @@ from ivc_export.contract import GRAPH_NAMES
 from ivc_export.errors import UserError
 from ivc_export.estimate import Cost, Estimate, PictureEstimate, Size, estimate_bundle, estimate_recipe
 from ivc_export.export import export
-from ivc_export.passes import LOWERINGS
+from ivc_export.passes import EXPORTED
 from ivc_export.recipe import Dtype, ExportRecipe, Placing
 
 PICTURES = (Size(448, 448), Size(1024, 768), Size(1920, 1080))
@@ -52,9 +52,7 @@ def parser() -> Parser:
         default="copy",
         help="copy the weight files, or hard-link them: no time, no space, and shared with the checkpoint",
     )
-    p.add_argument(
-        "--lowering", choices=tuple(LOWERINGS), default="portable", help="native: graphs of standard operators only"
-    )
+    p.add_argument("--lowering", choices=EXPORTED, default="portable", help="native: graphs of standard operators only")
     p.add_argument(
         "--testdata", action="store_true", help="add inputs and outputs of every graph, to test a runtime by"
     )

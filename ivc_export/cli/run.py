@@ -18,6 +18,7 @@ from ivc_export.cli import Parser, make_console
 from ivc_export.errors import UserError
 from ivc_export.report.overlay import count_kinds, overlay
 from ivc_export.runtime.conversation import Timings
+from ivc_export.runtime.fused import FusedSession
 from ivc_export.runtime.generate import Chat, Sampling
 from ivc_export.runtime.processor import open_picture
 from ivc_export.runtime.session import OnnxSession, widening_note
@@ -37,6 +38,7 @@ def parser() -> Parser:
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     p.add_argument("--top-p", type=float, default=1.0, help="probability mass to draw from (default: 1)")
     p.add_argument("--seed", type=int, default=0, help="of the random draws (default: 0)")
+    p.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="onnxruntime's provider (default: cpu)")
     p.add_argument("--show", type=Path, metavar="PNG", help="draw which tokens were kept over the picture")
     p.add_argument("--json", action="store_true", help="print one JSON object an answer, and no text")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -54,11 +56,12 @@ def command(arguments: Sequence[str] | None) -> int:
     images = [open_picture(image) for image in options.image]
     console = make_console()
     note = widening_note(bundle)
-    if note:
+    if note and options.provider == "cpu":
         console.print(note, markup=False)
     sampling = Sampling(options.temperature, options.top_p, options.seed, options.max_tokens)
     with console.status("opening the graphs"):
-        chat = Chat(OnnxSession(bundle), options.ratio, sampling=sampling)
+        session = FusedSession(bundle) if options.provider == "cuda" else OnnxSession(bundle)
+        chat = Chat(session, options.ratio, sampling=sampling)
     if options.prompt is not None:
         answer(chat, options.prompt, images, options)
     if options.chat:

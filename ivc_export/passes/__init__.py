@@ -6,16 +6,37 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ivc_export.passes.compact_caches import CompactCachesPass
+from ivc_export.passes.fuse_activations import FuseActivationsPass
+from ivc_export.passes.fuse_attention import FuseAttentionPass
+from ivc_export.passes.fuse_norms import FuseNormsPass
 from ivc_export.passes.inline_ivc_functions import InlineIvcFunctionsPass
+from ivc_export.passes.retype_floats import RetypeFloatsPass
+from ivc_export.passes.use_plugin import UsePluginPass
 from ivc_export.passes.widen_floats import WidenFloatsPass
+from ivc_export.passes.widen_residuals import WidenResidualsPass
 
-Lowering = Literal["portable", "native"]
+Lowering = Literal["portable", "native", "plugin", "ort-cuda"]
 
 LOWERINGS: Mapping[Lowering, Callable[[], tuple[ir.passes.PassBase, ...]]] = {
     "portable": lambda: (),  # keeps ivc nodes and their bodies: onnxruntime inlines them
     "native": lambda: (InlineIvcFunctionsPass(),),  # standard operators only: any TensorRT, no plugin
+    "plugin": lambda: (UsePluginPass(),),  # nodes without bodies: TensorRT with our plugin library
+    # what onnxruntime's CUDA provider has kernels for, over caches that are written in place
+    "ort-cuda": lambda: (
+        FuseAttentionPass(),
+        CompactCachesPass(),
+        FuseNormsPass(),
+        FuseActivationsPass(),
+        RemoveUnusedNodesPass(),
+    ),
 }
+
+
+EXPORTED: tuple[Lowering, ...] = ("portable", "native")
+"""Lowerings that a bundle can be exported in; the others are applied when an engine is built or a session opened."""
 
 
 def lower(model: ir.Model, lowering: Lowering) -> ir.Model:
@@ -25,4 +46,18 @@ def lower(model: ir.Model, lowering: Lowering) -> ir.Model:
     return model
 
 
-__all__ = ["LOWERINGS", "InlineIvcFunctionsPass", "Lowering", "WidenFloatsPass", "lower"]
+__all__ = [
+    "EXPORTED",
+    "LOWERINGS",
+    "CompactCachesPass",
+    "FuseActivationsPass",
+    "FuseAttentionPass",
+    "FuseNormsPass",
+    "InlineIvcFunctionsPass",
+    "Lowering",
+    "RetypeFloatsPass",
+    "UsePluginPass",
+    "WidenFloatsPass",
+    "WidenResidualsPass",
+    "lower",
+]

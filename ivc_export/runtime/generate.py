@@ -14,6 +14,7 @@ import PIL.Image
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
 from ivc_export.runtime.conversation import Conversation, Step
+from ivc_export.runtime.fused import FusedConversation, FusedSession
 from ivc_export.runtime.processor import Message, Processor, user_message
 from ivc_export.runtime.session import Session
 
@@ -58,7 +59,7 @@ GREEDY = Sampling()
 
 
 def generate(
-    conversation: Conversation,
+    conversation: Conversation | FusedConversation,
     tokens: Sequence[int],
     pictures: Sequence[Picture] = (),
     sampling: Sampling = GREEDY,
@@ -72,7 +73,10 @@ def generate(
 
 
 def continue_from(
-    conversation: Conversation, step: Step, sampling: Sampling = GREEDY, stop: Sequence[int] | None = None
+    conversation: Conversation | FusedConversation,
+    step: Step,
+    sampling: Sampling = GREEDY,
+    stop: Sequence[int] | None = None,
 ) -> Iterator[int]:
     """Yield the ids that follow `step`, the conversation's last run, up to the model's last position; as `generate`."""
     manifest = conversation.session.bundle.manifest
@@ -96,13 +100,17 @@ class Chat:
 
     def __init__(
         self,
-        session: Session,
+        session: Session | FusedSession,
         ratio: float | None = None,
         capacity: int | None = None,
         sampling: Sampling = GREEDY,
     ) -> None:
         self.processor = Processor(session.bundle)
-        self.conversation = Conversation(session, ratio, capacity)
+        self.conversation: Conversation | FusedConversation
+        if isinstance(session, FusedSession):
+            self.conversation = FusedConversation(session, ratio, *([capacity] if capacity else []))
+        else:
+            self.conversation = Conversation(session, ratio, capacity)
         self.sampling = sampling
         self.messages: list[Message] = []
         self.tokens: list[int] = []

@@ -1,0 +1,16 @@
+# Sets CMAKE_CUDA_ARCHITECTURES, unless it is set, to the architectures that this project is for and the toolkit knows.
+if(DEFINED CMAKE_CUDA_ARCHITECTURES)
+  return()
+endif()
+find_program(IVC_NVCC NAMES "${CMAKE_CUDA_COMPILER}" "$ENV{CUDACXX}" nvcc
+             HINTS ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES bin)
+if(NOT IVC_NVCC)
+  message(FATAL_ERROR "no nvcc found: install the CUDA toolkit, or name it with -DCMAKE_CUDA_COMPILER=/path/to/nvcc")
+endif()
+set(CMAKE_CUDA_COMPILER "${IVC_NVCC}")
+execute_process(COMMAND "${IVC_NVCC}" --list-gpu-arch OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
+foreach(architecture IN ITEMS 72 75 80 86 87 89 90 100 110 120)
+  if(known MATCHES "compute_${architecture}\n")
+    list(APPEND CMAKE_CUDA_ARCHITECTURES ${architecture})
+  endif()
+endforeach()

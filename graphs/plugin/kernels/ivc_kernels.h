@@ -1,0 +1,58 @@
+// The kernels behind the ivc operators: plain C, CUDA only, no TensorRT.
+//
+// All pointers are device pointers. Nothing here synchronises with the host, allocates, or reads device memory on the
+// host, so every call can be captured into a CUDA graph. Extents are host values; what they hold stays on the device.
+// Indices outside their range are clamped, so that a builder which times kernels on arbitrary memory does no harm.
+// Calls return cudaErrorInvalidValue for extents that cannot be, and otherwise what the launch returned.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <stddef.h>
+
+#include "ivc_types.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define IVC_API __attribute__((visibility("default")))
+
+// Raised when a signature or a structure changes.
+#define IVC_KERNELS_VERSION 1
+IVC_API int32_t ivcKernelsVersion(void);
+
+// The number of seeds, as graphs/ops/SelectTokens.onnxtxt counts them.
+IVC_API int32_t ivcSeedCount(int32_t visual, int32_t seedDivisor);
+
+// Bytes of scratch memory that the calls below need, from extents alone. It need not be cleared.
+IVC_API size_t ivcSelectionWorkspace(const IvcSelection* selection);
+
+// SelectTokens: ivcTokenScores, then ivcKeptRows.
+//   values [kvHeads, S, D]; priority float32 [L]; visualIndex [L], textIndex [T], queryIndex [Q], all int32
+//   keepIndex int32 [T + keepCount], ascending; tokenScore float32 [L]; seedIndex int32 [seeds], best first
+IVC_API cudaError_t ivcSelectTokens(const IvcSelection* selection, const void* values, const float* priority,
+    const int32_t* visualIndex, const int32_t* textIndex, const int32_t* queryIndex, int32_t* keepIndex,
+    float* tokenScore, int32_t* seedIndex, void* workspace, cudaStream_t stream);
+
+// The scores and the seeds alone. Equal scores rank by index, the lower first.
+IVC_API cudaError_t ivcTokenScores(const IvcSelection* selection, const void* values, const int32_t* visualIndex,
+    const int32_t* queryIndex, float* tokenScore, int32_t* seedIndex, void* workspace, cudaStream_t stream);
+
+// The rows to keep, from scores and seeds: all text, then seeds, priorities and scores up to keepCount visual tokens.
+IVC_API cudaError_t ivcKeptRows(const IvcSelection* selection, const float* tokenScore, const int32_t* seedIndex,
+    const float* priority, const int32_t* visualIndex, const int32_t* textIndex, int32_t* keepIndex, void* workspace,
+    cudaStream_t stream);
+
+// CompactGather on many tensors: target[:, m] = source[:, keepIndex[m]] for m < kept.
+//   source [outer, rows, rowBytes]; target [outer, kept, rowBytes]; keepIndex int32 [kept]
+IVC_API cudaError_t ivcCompactGather(const IvcRows* tensors, int32_t count, int32_t rows, const int32_t* keepIndex,
+    int32_t kept, cudaStream_t stream);
+
+// Appends rows to caches: target[:, pastLength + m] = source[:, m] for m < rows, where pastLength + m < capacity.
+//   source [outer, rows, rowBytes]; target [outer, capacity, rowBytes]; pastLength int32 [1], read on the device
+IVC_API cudaError_t ivcAppendRows(const IvcRows* tensors, int32_t count, int32_t rows, const int32_t* pastLength,
+    int32_t capacity, cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif

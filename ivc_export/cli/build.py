@@ -1,0 +1,85 @@
+"""ivc-build: TensorRT engines of a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from ivc_export import __version__
+from ivc_export.bundle import Bundle
+from ivc_export.cli import make_console
+from ivc_export.contract import FloatName
+from ivc_export.engine import RTX_CAPABILITIES, EngineRecipe, build
+from ivc_export.trt import MODULES
+
+DTYPES: dict[str, FloatName] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    p = argparse.ArgumentParser(prog="ivc-build", description="Build TensorRT engines of a bundle.")
+    p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
+    p.add_argument("--target", choices=tuple(MODULES), default="tensorrt", help="default: tensorrt")
+    p.add_argument("--compute-capability", help=f"of the GPU, for tensorrt-rtx: {', '.join(RTX_CAPABILITIES)}")
+    p.add_argument("--dtype", choices=tuple(DTYPES), help="default: the bundle's, where TensorRT and the GPU have it")
+    p.add_argument("--max-visual", type=int, help="visual tokens a prompt at most (default: the bundle's)")
+    p.add_argument("--max-text", type=int, default=512, help="other tokens of a prompt at most (default: 512)")
+    p.add_argument("--max-new", type=int, default=512, help="tokens of all answers at most (default: 512)")
+    p.add_argument("--opt-visual", type=int, help="visual tokens to tune for (default: half of the most)")
+    p.add_argument("--opt-text", type=int, help="other tokens to tune for (default: 64)")
+    p.add_argument("--plugin", type=Path, metavar="LIB", help="libivc_plugin.so; without it, standard operators alone")
+    p.add_argument(
+        "--workspace", type=float, metavar="GIB", help="scratch memory a layer may use (default: TensorRT's)"
+    )
+    p.add_argument("--optimization-level", type=int, default=3, help="0 to 5: how long TensorRT searches (default: 3)")
+    p.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="read and written, so that a second build is short"
+    )
+    p.add_argument("--force", action="store_true", help="build also where memory seems too small")
+    p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return p
+
+
+def command(arguments: Sequence[str] | None) -> int:
+    """Build, with progress, and say what came of it."""
+    options = parser().parse_args(arguments)
+    bundle = Bundle.load(options.bundle)
+    most = options.max_visual or bundle.manifest.max_visual
+    recipe = EngineRecipe(
+        target=options.target,
+        compute_capability=options.compute_capability,
+        dtype=DTYPES.get(options.dtype),
+        max_visual=most,
+        max_text=options.max_text,
+        max_new=options.max_new,
+        opt_visual=options.opt_visual or max(1, most // 2),
+        opt_text=options.opt_text or min(64, options.max_text),
+        plugin=options.plugin,
+        workspace=None if options.workspace is None else int(options.workspace * 2**30),
+        optimization_level=options.optimization_level,
+        timing_cache=options.timing_cache,
+    )
+    console = make_console()
+    columns = (TextColumn("{task.description:40.40}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(name: str, phase: str, done: int, total: int) -> None:
+            task = f"{name}: {phase}"
+            if task not in tasks:
+                tasks[task] = bars.add_task(task, total=total)
+            bars.update(tasks[task], completed=done, total=total, visible=done < total)
+
+        folder, memory = build(bundle, recipe, progress, options.force)
+    size = decimal(sum(plan.stat().st_size for plan in folder.glob("*.plan")))
+    console.print(f"[bold]{folder}[/]: {size} of engines, caches of {recipe.capacity} rows")
+    largest = max(memory.activations.values())
+    console.print(
+        f"running them takes about {decimal(memory.running)}: {decimal(memory.weights)} of weights, "
+        f"{decimal(memory.caches)} of caches, and at most {decimal(largest)} of activations before TensorRT fuses them"
+    )
+    return 0

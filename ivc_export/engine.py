@@ -1,0 +1,340 @@
+"""TensorRT engines of a bundle: profiles, an estimate of memory, the build, and how stale engines are found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from rich.filesize import decimal
+
+from ivc_export import __version__, contract
+from ivc_export.bundle import Bundle
+from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
+from ivc_export.errors import UserError
+from ivc_export.memory import activation_bytes, available_bytes
+from ivc_export.passes import RetypeFloatsPass, WidenResidualsPass, lower
+from ivc_export.trt import Extents, Options, Target, compile_graph, load_plugin, load_tensorrt, major, own_capability
+
+FOLDER = "engines"
+RECORD = "build.json"
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+
+Progress = Callable[[str, str, int, int], None]
+"""Called with the graph's name, a phase of its build, and how many of how many steps are done."""
+
+
+@dataclass(frozen=True)
+class EngineRecipe:
+    """How engines are built.
+
+    compute_capability: of the GPU that they are for, as "8.6"; None takes this machine's, which TensorRT requires.
+    dtype: None takes the bundle's, but float16 instead of bfloat16 for TensorRT before 10 and GPUs before 8.0.
+    max_visual, max_text, max_new: visual tokens, other tokens of a prompt, and tokens of all answers, at most.
+    opt_visual, opt_text: those that a prefill is tuned for.
+    plugin: our plugin's library; None builds the `native` graphs.
+    workspace: bytes that a layer may use; None leaves it to TensorRT.
+    timing_cache: a file that builds read and write, so that a second one is short.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+
+    target: Target = "tensorrt"
+    compute_capability: str | None = None
+    dtype: FloatName | None = None
+    max_visual: int = 1280
+    max_text: int = 512
+    max_new: int = 512
+    opt_visual: int = 576
+    opt_text: int = 64
+    plugin: Path | None = None
+    workspace: int | None = None
+    optimization_level: int = 3
+    timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, least, value, most in (
+            ("max-visual", 1, self.max_visual, 16384),
+            ("max-text", 1, self.max_text, 1 << 20),
+            ("max-new", 1, self.max_new, 1 << 20),
+            ("opt-visual", 1, self.opt_visual, self.max_visual),
+            ("opt-text", 1, self.opt_text, self.max_text),
+            ("optimization-level", 0, self.optimization_level, 5),
+        ):
+            if not least <= value <= most:
+                raise UserError(f"{name} {value} is out of range: give {least} to {most}")
+        if self.target == "tensorrt-rtx":
+            if self.plugin is not None:
+                raise UserError("TensorRT-RTX has no plugins: leave --plugin out")
+            if self.compute_capability not in RTX_CAPABILITIES:
+                raise UserError(
+                    f"TensorRT-RTX builds for a compute capability: give one of {', '.join(RTX_CAPABILITIES)} "
+                    "with --compute-capability"
+                )
+        elif self.compute_capability is not None:
+            raise UserError("TensorRT builds for this machine's GPU alone: leave --compute-capability out")
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the caches."""
+        return self.max_visual + self.max_text + self.max_new
+
+
+def profiles(bundle: Bundle, name: GraphName, recipe: EngineRecipe) -> dict[str, Extents]:
+    """A graph's optimization profiles: `prefill`, over caches of any length, and `decode`, over full buffers.
+
+    Vision has `prefill` alone. Minima, optima and maxima each fit together, so that S = L + T.
+    """
+    m = bundle.manifest
+    visual, text = recipe.opt_visual, recipe.opt_text
+    most, longest, capacity = recipe.max_visual, recipe.max_text, recipe.capacity
+    frame = m.graphs["vision"].outputs[0].shape[1]  # tokens of a frame: a number where frames are of one size
+    frames = (1, max(1, visual // frame), max(1, most // frame)) if isinstance(frame, int) else (1, 1, 1)
+    patches = getattr(m.preprocessing, "merge_size", 1) ** 2  # of a visual token, where pictures are cut into patches
+    prefill: Extents = {
+        "B": frames,
+        "patches": (patches, patches * visual, patches * most),
+        "visual": (1, visual, most),
+        "L": (1, visual, most),
+        "H": (1, visual, most),
+        "T": (0, text, longest),
+        "S": (1, visual + text, most + longest),
+        "Q": (1, max(1, text // 2), longest),
+        "M": (1, max(1, visual // 2) + text, most + longest),
+        "P": (0, 0, capacity),
+        "W": (0, 0, capacity),
+        "R": (1, 1, 1),
+        "keep_count": (1, max(1, visual // 2), most),
+    }
+    decode: Extents = dict.fromkeys(prefill, (1, 1, 1)) | {"T": (0, 0, 0)}
+    decode |= dict.fromkeys(("P", "W"), (capacity, capacity, capacity))
+    return {"prefill": prefill} if name == "vision" else {"prefill": prefill, "decode": decode}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that engines take when they run, and that their build takes."""
+
+    weights: int
+    caches: int
+    activations: dict[GraphName, int]
+
+    @property
+    def running(self) -> int:
+        """Weights, caches, and the largest graph's activations."""
+        return self.weights + self.caches + max(self.activations.values())
+
+    @property
+    def building(self) -> int:
+        """TensorRT holds the weights as the graph's and as the engine's while it builds."""
+        return 2 * self.weights + max(self.activations.values())
+
+
+def estimate(bundle: Bundle, recipe: EngineRecipe, models: Mapping[GraphName, ir.Model]) -> Estimate:
+    """Estimate memory from the graphs themselves, at the profiles' maxima."""
+    m = bundle.manifest
+    activations = {}
+    dtype = contract.FLOATS[recipe.dtype or m.dtype]
+    for name, model in models.items():
+        largest = {axis: extents[2] for axis, extents in profiles(bundle, name, recipe)["prefill"].items()}
+        activations[name] = activation_bytes(model, largest)
+    weights = {
+        value.name: int(value.const_value.nbytes)
+        for model in models.values()
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    }
+    rows = 2 * m.decoder.layers * recipe.capacity * m.decoder.kv_heads * m.decoder.head_dim
+    return Estimate(sum(weights.values()), int(rows * dtype.itemsize), activations)
+
+
+def check_memory(found: Estimate, recipe: EngineRecipe) -> None:
+    """Refuse before it starts a build that this machine has no memory for.
+
+    Raises:
+        UserError: it has not.
+    """
+    free = available_bytes()
+    if free is not None and found.building > free:
+        largest = max(found.activations, key=lambda name: found.activations[name])
+        raise UserError(
+            f"the build needs about {decimal(found.building)} and {decimal(free)} are free: close programs or add "
+            f"swap, use --dtype fp16, or lower --max-visual {recipe.max_visual} (the {largest} graph takes "
+            f"{decimal(found.activations[largest])}); --force builds anyway"
+        )
+
+
+def build_dtype(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str) -> FloatName:
+    """The dtype to build in.
+
+    Raises:
+        UserError: this TensorRT or this GPU has no bfloat16.
+    """
+    old = (recipe.target == "tensorrt" and major(trt) < 10) or float(capability) < 8.0
+    if recipe.dtype == "bfloat16" and old:
+        raise UserError("bfloat16 needs TensorRT 10 and a GPU of compute capability 8.0: use --dtype fp16")
+    if recipe.dtype is not None:
+        return recipe.dtype
+    dtype: FloatName = bundle.manifest.dtype
+    return "float16" if dtype == "bfloat16" and old else dtype
+
+
+def lowered(bundle: Bundle, name: GraphName, dtype: FloatName, plugin: bool) -> ir.Model:
+    """A graph as TensorRT gets it: in `dtype`, in float16 with residual sums in float32."""
+    model = ir.load(bundle.folder / bundle.manifest.graphs[name].file)
+    if dtype != bundle.manifest.dtype:
+        model = RetypeFloatsPass(dtype)(model).model
+    if dtype == "float16":
+        model = WidenResidualsPass()(model).model
+    return lower(model, "plugin" if plugin else "native")
+
+
+def engine_folder(bundle: Bundle, trt: Any, target: Target, capability: str) -> Path:
+    """Where engines of this TensorRT for this GPU lie."""
+    prefix = "rtx-" if target == "tensorrt-rtx" else ""
+    return bundle.folder / FOLDER / f"{prefix}{trt.__version__}-sm{capability.replace('.', '')}"
+
+
+def fingerprint(bundle: Bundle, plugin: Path | None) -> str:
+    """SHA-256 of what engines are built from: graphs, weights, plugin, and this program's version."""
+    digest = hashlib.sha256(__version__.encode())
+    for name in GRAPH_NAMES:
+        digest.update((bundle.folder / bundle.manifest.graphs[name].file).read_bytes())
+    for weights in bundle.manifest.weights:
+        digest.update(f"{weights.file} {weights.size} {weights.header_sha256} {weights.sha256}".encode())
+    if plugin is not None:
+        digest.update(plugin.read_bytes())
+    return digest.hexdigest()
+
+
+def build(
+    bundle: Bundle, recipe: EngineRecipe, progress: Progress = lambda *_: None, force: bool = False
+) -> tuple[Path, Estimate]:
+    """Build the three engines, and return their folder and the estimate. Nothing is visible until all are there.
+
+    force: build also where memory seems too small.
+
+    Raises:
+        UserError: TensorRT is missing or refuses a graph, the plugin does not load, or memory is too small.
+    """
+    trt = load_tensorrt(recipe.target)
+    bundle.check_portable("an engine")
+    if recipe.plugin is not None:
+        load_plugin(recipe.plugin)
+    capability = recipe.compute_capability or own_capability(trt)
+    dtype = build_dtype(bundle, recipe, trt, capability)
+    models = {name: lowered(bundle, name, dtype, recipe.plugin is not None) for name in GRAPH_NAMES}
+    estimated = estimate(bundle, recipe, models)
+    if not force:
+        check_memory(estimated, recipe)
+    folder = engine_folder(bundle, trt, recipe.target, capability)
+    with working_folder(bundle) as work:
+        record: dict[str, Any] = {
+            "ivc_export": __version__,
+            "target": recipe.target,
+            "tensorrt": trt.__version__,
+            "compute_capability": capability,
+            "dtype": dtype,
+            "graphs": "plugin" if recipe.plugin is not None else "native",
+            "capacity": recipe.capacity,
+            "recipe": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(recipe).items()},
+            "inputs_sha256": fingerprint(bundle, recipe.plugin),
+            "engines": {},
+        }
+        (work / "done").mkdir()
+        for name in GRAPH_NAMES:
+            plan = compile_graph(
+                trt,
+                models.pop(name),
+                profiles(bundle, name, recipe).values(),
+                Options(
+                    recipe.target,
+                    capability,
+                    recipe.workspace,
+                    recipe.optimization_level,
+                    recipe.timing_cache,
+                    dtype == "float32",
+                ),
+                work,
+                partial(progress, name),
+            )
+            (work / "done" / f"{name}.plan").write_bytes(plan)
+            record["engines"][name] = {
+                "file": f"{name}.plan",
+                "bytes": len(plan),
+                "profiles": list(profiles(bundle, name, recipe)),
+            }
+        (work / "done" / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        folder.parent.mkdir(exist_ok=True)
+        put_in_place(work / "done", folder)
+    return folder, estimated
+
+
+@contextmanager
+def working_folder(bundle: Bundle) -> Iterator[Path]:
+    """A folder within the bundle that vanishes, from where a graph's weights are found as from the bundle."""
+    work = Path(tempfile.mkdtemp(prefix=".build-", dir=bundle.folder))
+    try:
+        for weights in {Path(file.file).parts[0] for file in bundle.manifest.weights}:
+            (work / weights).symlink_to(f"../{weights}", target_is_directory=True)
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def put_in_place(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`, and older engines away; put these back if anything goes wrong in between."""
+    old = new.with_name("old")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        if old.exists():
+            old.rename(folder)
+        raise
+
+
+def find_engines(bundle: Bundle, target: Target, capability: str, trt: Any) -> Path:
+    """The folder of the engines for this TensorRT and GPU.
+
+    Raises:
+        UserError: there are none, or they are others' or older than the bundle; with the command that builds them.
+    """
+    folder = engine_folder(bundle, trt, target, capability)
+    command = ["ivc-build", str(bundle.folder), "--target", target]
+    if target == "tensorrt-rtx":
+        command += ["--compute-capability", capability]
+    mend = f"build them with {shlex.join(command)}"
+    if not (folder / RECORD).is_file():
+        others = sorted(path.parent.name for path in (bundle.folder / FOLDER).glob(f"*/{RECORD}"))
+        found = f"; there are {', '.join(others)}" if others else ""
+        raise UserError(f"{bundle.folder} has no engines for {folder.name}{found}: {mend}")
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        plugin = record["recipe"]["plugin"]
+        same = (record["tensorrt"], record["compute_capability"]) == (trt.__version__, capability)
+        fresh = same and record["inputs_sha256"] == fingerprint(bundle, Path(plugin) if plugin else None)
+        sizes = {f"{name}.plan": engine["bytes"] for name, engine in record["engines"].items()}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{folder / RECORD} cannot be used ({contract.first_problem(error)}): {mend}") from error
+    for file, size in sizes.items():
+        if not (folder / file).is_file() or (folder / file).stat().st_size != size:
+            raise UserError(f"{folder / file} is missing or damaged: {mend}")
+    if not same:
+        raise UserError(
+            f"the engines in {folder} are of TensorRT {record['tensorrt']} for sm{record['compute_capability']}: {mend}"
+        )
+    if not fresh:
+        raise UserError(f"the engines in {folder} were built from other graphs, weights or plugin: {mend}")
+    return folder

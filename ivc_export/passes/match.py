@@ -1,0 +1,89 @@
+"""Finding operator patterns, from a value backwards through the nodes that made it, and replacing them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+
+def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node of the default domain that made `value`, if it is an `op_type`."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.domain == "" and node.op_type == op_type else None
+
+
+def back(value: ir.Value | None, *op_types: str) -> ir.Value | None:
+    """Go back through nodes of these types, by their first inputs; None where the graph goes another way."""
+    for op_type in op_types:
+        node = made_by(value, op_type)
+        if node is None:
+            return None
+        value = node.inputs[0]
+    return value
+
+
+def numbers(value: ir.Value | None) -> list[float]:
+    """The numbers of a small constant, also behind a cast; none if it is no constant."""
+    cast = made_by(value, "Cast")
+    tensor = cast.inputs[0].const_value if cast and cast.inputs[0] else value.const_value if value else None
+    if tensor is None or isinstance(tensor, ir.ExternalTensor):
+        return []
+    return [float(x) for x in tensor.numpy().ravel()]
+
+
+def is_permuted(value: ir.Value | None, *permutation: int) -> ir.Value | None:
+    """What a Transpose by this permutation was given; None if `value` comes from elsewhere."""
+    node = made_by(value, "Transpose")
+    return node.inputs[0] if node is not None and tuple(node.attributes["perm"].as_ints()) == permutation else None
+
+
+class Editor:
+    """Adds nodes and constants to a graph, named after what they replace."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self._numbers = count()
+
+    def op(
+        self,
+        before: ir.Node,
+        op_type: str,
+        *inputs: ir.Value | None,
+        outputs: int = 1,
+        domain: str = "",
+        **attributes: Any,
+    ) -> Sequence[ir.Value]:
+        """Add a node before another, and return its outputs."""
+        name = f"{before.name}/{op_type}.{next(self._numbers)}"
+        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
+        for i, value in enumerate(node.outputs):
+            value.name = f"{name}:{i}" if outputs > 1 else name
+        self.graph.insert_before(before, node)
+        return node.outputs
+
+    def ints(self, *values: int) -> ir.Value:
+        """A one-dimensional int64 constant."""
+        name = f"int64({','.join(map(str, values))})"
+        if name not in self.graph.initializers:
+            tensor = ir.tensor(np.array(values, np.int64), name=name)
+            self.graph.initializers[name] = ir.val(name, const_value=tensor)
+        return self.graph.initializers[name]
+
+    def int32(self, value: int) -> ir.Value:
+        """An int32 constant without axes."""
+        name = f"int32({value})"
+        if name not in self.graph.initializers:
+            tensor = ir.tensor(np.array(value, np.int32), name=name)
+            self.graph.initializers[name] = ir.val(name, const_value=tensor)
+        return self.graph.initializers[name]
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Let `new` be read where `old` is, and take its name where that is an output of the graph."""
+        if old.is_graph_output():
+            name, new.type, new.shape = old.name, old.type, old.shape
+            old.name, new.name = None, name
+        old.replace_all_uses_with(new, replace_graph_outputs=True)

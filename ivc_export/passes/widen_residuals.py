@@ -1,0 +1,96 @@
+"""Residual sums in float32, for graphs in float16."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ivc_export.contract import IVC_DOMAIN, WIDE_RESIDUALS
+
+FLOAT = ir.DataType.FLOAT
+CARRIERS = frozenset(("CompactGather", "Gather", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
+"""Operators that hand values on as they are."""
+
+
+class WidenResidualsPass(ir.passes.InPlacePass):
+    """Keep the residual stream of a float16 graph in float32: some models' sums leave float16's range, 65504.
+
+    1. Needs: a portable graph of pre-norm layers in one narrow dtype: a residual value is what both a norm (a cast to
+       float32, or LayerNormalization) and an Add read.
+    2. Leaves: residual values, their sums and the norms on them in float32, and `hidden_states` between the graphs;
+       every other value as it was. Weights of LayerNormalization are cast where it reads them.
+    """
+
+    def __init__(self, narrow: ir.DataType = ir.DataType.FLOAT16) -> None:
+        super().__init__()
+        self.narrow = narrow
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Widen where a stream starts, and follow it."""
+        self.graph = model.graph
+        self.norms: set[ir.Node] = set()  # nodes that read residuals in float32 already
+        wide: set[ir.Value] = set()
+        for value in model.graph.inputs:
+            if value.name in WIDE_RESIDUALS and value.dtype == self.narrow:
+                value.type = ir.TensorType(FLOAT)
+                wide.add(value)
+        for node in list(model.graph):
+            if node.graph is None:
+                continue  # dropped on the way
+            if any(value in wide for value in node.inputs):
+                self._follow(node, wide)
+            for value in node.outputs:
+                if value not in wide and self._starts(value):
+                    wide.add(self._widen(value, node))
+        for value in model.graph.outputs:
+            if value in wide:
+                value.type = ir.TensorType(FLOAT)
+        return ir.passes.PassResult(model, True)
+
+    def _starts(self, value: ir.Value) -> bool:
+        users = value.consumers()
+        normed = any(user.op_type == "LayerNormalization" or self._widens(user) for user in users)
+        return normed and any(user.op_type == "Add" for user in users)
+
+    def _widens(self, node: ir.Node) -> bool:
+        return node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT
+
+    def _follow(self, node: ir.Node, wide: set[ir.Value]) -> None:
+        if self._widens(node):
+            self.norms |= set(node.outputs[0].consumers())
+            node.outputs[0].replace_all_uses_with(node.inputs[0])  # type: ignore[arg-type]
+            self.graph.remove(node, safe=True)
+        elif node.op_type == "Add":
+            self._widen_inputs(node, wide)
+            wide.add(node.outputs[0])
+        elif node.op_type == "LayerNormalization":
+            self._widen_inputs(node, wide)
+            self._cast_uses(node.outputs[0], self.narrow, node)
+        elif node.op_type in CARRIERS and node.domain in ("", IVC_DOMAIN) and node.inputs[0] in wide:
+            wide.add(node.outputs[0])
+        elif node not in self.norms:
+            for index, value in enumerate(node.inputs):
+                if value in wide:
+                    node.replace_input_with(index, self._cast(value, self.narrow, node))
+
+    def _widen_inputs(self, node: ir.Node, wide: set[ir.Value]) -> None:
+        for index, value in enumerate(node.inputs):
+            if value is not None and value not in wide:
+                node.replace_input_with(index, self._cast(value, FLOAT, node))
+
+    def _widen(self, value: ir.Value, node: ir.Node) -> ir.Value:
+        return self._cast_uses(value, FLOAT, node)
+
+    def _cast(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
+        node = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{before.name}/{value.name}/{dtype.name.lower()}")
+        node.outputs[0].name = node.name
+        self.graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def _cast_uses(self, value: ir.Value, dtype: ir.DataType, producer: ir.Node) -> ir.Value:
+        node = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}/{dtype.name.lower()}")
+        node.outputs[0].name = node.name
+        users = [(user, index) for user, index in value.uses() if user is not node]
+        for user, index in users:
+            user.replace_input_with(index, node.outputs[0])
+        self.graph.insert_after(producer, node)
+        return node.outputs[0]

@@ -1,0 +1,298 @@
+"""The graphs of the `ort-cuda` lowering in onnxruntime: caches stay on the device and are written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime
+from onnxruntime import OrtValue
+
+from ivc_export import contract
+from ivc_export.bundle import Bundle
+from ivc_export.contract import GRAPH_NAMES, FloatName
+from ivc_export.errors import UserError
+from ivc_export.families import Picture
+from ivc_export.passes import RetypeFloatsPass, lower
+from ivc_export.passes.join_decode import join_decode
+from ivc_export.recipe import check_ratio
+from ivc_export.runtime.conversation import Step, Timings
+from ivc_export.runtime.plan import Run, plan_run
+
+Provider = Literal["cuda", "cpu"]
+PROVIDERS: Mapping[Provider, str] = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+DTYPES: Mapping[Provider, FloatName] = {"cuda": "float16", "cpu": "float32"}
+"""GroupQueryAttention's CUDA kernels know float16 and bfloat16, and NumPy no bfloat16; its CPU kernel float32."""
+
+Values = dict[str, OrtValue]
+
+
+class FusedSession:
+    """The vision graph, prefix and decoder, and one graph of both for decode steps, with one copy of the weights.
+
+    provider: "cuda", or "cpu" to check the same graphs and the same hand-over without a GPU.
+    cuda_graph: capture the decode step, and replay it.
+
+    Raises:
+        UserError: onnxruntime has no such provider, or cannot open a graph.
+    """
+
+    def __init__(self, bundle: Bundle, provider: Provider = "cuda", cuda_graph: bool = True) -> None:
+        if PROVIDERS[provider] not in onnxruntime.get_available_providers():
+            raise UserError(
+                "this onnxruntime has no CUDA provider: install onnxruntime-gpu in the place of onnxruntime, or use "
+                "--provider cpu"
+            )
+        bundle.check_portable("the CUDA provider")
+        self.bundle = bundle
+        self.device = provider
+        self.dtype = DTYPES[provider]
+        models = {name: self._lowered(name) for name in GRAPH_NAMES}
+        joined = join_decode(self._lowered("prefix"), self._lowered("decoder"))
+        self._weights: Values = {}
+        self._sessions: dict[str, onnxruntime.InferenceSession] = {
+            name: self._open(model) for name, model in models.items()
+        }
+        self._sessions["decode"] = self._open(joined, cuda_graph=cuda_graph and provider == "cuda")
+        self.captures = count(1)
+        """Numbers for captured CUDA graphs."""
+
+    def _lowered(self, name: contract.GraphName) -> ir.Model:
+        model = ir.load(self.bundle.folder / self.bundle.manifest.graphs[name].file)
+        return lower(RetypeFloatsPass(self.dtype)(model).model, "ort-cuda")
+
+    def _open(self, model: ir.Model, cuda_graph: bool = False) -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        folder = str(self.bundle.folder)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if isinstance(tensor, ir.LazyTensor):
+                if name not in self._weights:  # weights that several graphs read, such as tied embeddings, are one
+                    self._weights[name] = self.value(tensor.numpy())
+                options.add_initializer(name, self._weights[name])
+                value.const_value = self._given(name, tensor)
+        provider: Any = PROVIDERS[self.device]
+        if cuda_graph:
+            provider = (provider, {"enable_cuda_graph": "1"})
+        try:
+            return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=[provider])
+        except Exception as error:  # neither onnxruntime's exceptions nor protobuf's share a public base class
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{model.graph.name} does not open in onnxruntime ({reason}): use --provider cpu"
+            ) from error
+
+    def _given(self, name: str, tensor: ir.LazyTensor) -> ir.ExternalTensor:
+        """What stands in a graph for a weight that is given in memory: a file that exists, of which nothing is read."""
+        shape = tensor.shape.numpy()
+        length = int(np.prod(shape) * tensor.dtype.itemsize)
+        return ir.ExternalTensor(
+            self.bundle.manifest.embedding.file, 0, length, tensor.dtype, shape=ir.Shape(shape), name=name
+        )
+
+    def value(self, array: npt.NDArray[Any]) -> OrtValue:
+        """An array in the device's memory; on the CPU it is the array's own."""
+        return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+
+    def bind(self, name: str, inputs: Values, outputs: Mapping[str, OrtValue | str]) -> Any:
+        """Bind a graph's inputs, and its outputs to memory of the caller's, or to new memory on "cpu" or "cuda"."""
+        session = self._sessions[name]
+        binding = session.io_binding()
+        for tensor in session.get_inputs():
+            binding.bind_ortvalue_input(tensor.name, inputs[tensor.name])
+        for tensor in session.get_outputs():
+            place = outputs.get(tensor.name, self.device)
+            if isinstance(place, str):
+                binding.bind_output(tensor.name, place)
+            else:
+                binding.bind_ortvalue_output(tensor.name, place)
+        return binding
+
+    def run(self, name: str, binding: Any, captured: int | None = None) -> Values:
+        """Run a graph, and return its outputs by name.
+
+        captured: number of the CUDA graph to capture or to replay; one number belongs to one set of addresses.
+
+        Raises:
+            UserError: onnxruntime cannot, most often for lack of memory.
+        """
+        session, options = self._sessions[name], onnxruntime.RunOptions()
+        if captured is not None:
+            options.add_run_config_entry("gpu_graph_id", str(captured))
+        try:
+            session.run_with_iobinding(binding, options)
+        except Exception as error:  # as above
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{name} cannot run ({reason}): if memory is short, use a smaller picture") from error
+        return dict(zip([o.name for o in session.get_outputs()], binding.get_outputs(), strict=True))
+
+
+@dataclass
+class DeviceCache:
+    """Keys and values of all layers in buffers of `capacity` rows; the layers that are compacted have a second set.
+
+    length: valid rows. whole: layers that keep every row, which have `whole_length` of them.
+    """
+
+    capacity: int
+    current: Values
+    spare: Values
+    whole: tuple[str, ...]
+    length: int = 0
+    whole_length: int = 0
+    swapped: bool = False
+
+    @staticmethod
+    def make(session: FusedSession, capacity: int) -> DeviceCache:
+        """Zeroed buffers."""
+        m = session.bundle.manifest
+        shape = (1, m.decoder.kv_heads, capacity, m.decoder.head_dim)
+
+        def buffers(names: Iterable[str]) -> Values:
+            return {name: session.value(np.zeros(shape, session.dtype)) for name in names}
+
+        everything = buffers(f"{kind}.{i}" for i in range(m.decoder.layers) for kind in ("key", "value"))
+        compacted = [t.name.removeprefix("compact_") for t in m.graphs["decoder"].outputs if "compact_" in t.name]
+        lengths = [t.name for t in m.graphs["prefix"].inputs if t.name.startswith("past_length.")]
+        whole = tuple(name.removeprefix("past_length") for name in lengths)
+        return DeviceCache(capacity, everything, buffers(compacted), whole)
+
+    def inputs(self) -> Values:
+        """past_key.i and past_value.i of all layers."""
+        return {f"past_{name}": value for name, value in self.current.items()}
+
+    def outputs(self) -> Values:
+        """present_key.i and present_value.i in place, and compact_key.i and compact_value.i to the second set."""
+        compact = {f"compact_{name}": value for name, value in self.spare.items()}
+        return compact | {f"present_{name}": value for name, value in self.current.items()}
+
+    def swap(self) -> None:
+        """Take the compacted buffers for the current ones."""
+        self.swapped = not self.swapped
+        for name, value in self.spare.items():
+            self.spare[name], self.current[name] = self.current[name], value
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of the valid rows."""
+        one = next(iter(self.current.values()))
+        _, heads, _, size = one.shape()
+        rows = 2 * len(self.whole) * self.whole_length + (len(self.current) - 2 * len(self.whole)) * self.length
+        return int(rows * heads * size * (2 if "float16" in one.data_type() else 4))
+
+    def lengths(self, rows: int) -> dict[str, int]:
+        """Valid rows with `rows` more, by the suffix of a length's name: "", or ".0" for layer 0 kept whole."""
+        return {"": self.length + rows} | dict.fromkeys(self.whole, self.whole_length + rows)
+
+
+class FusedConversation:
+    """Runs of one FusedSession that share a cache; as Conversation, with everything but logits, kept rows and scores
+    left on the device.
+
+    capacity: rows of the cache.
+
+    Raises:
+        UserError: the ratio is out of range.
+    """
+
+    def __init__(self, session: FusedSession, ratio: float | None = None, capacity: int = 4096) -> None:
+        manifest = session.bundle.manifest
+        self.session = session
+        self.ratio = check_ratio(manifest.default_ratio if ratio is None else ratio)
+        self.cache = DeviceCache.make(session, capacity)
+        self.next_position = 0
+        self.timings = Timings()
+        vocab = manifest.decoder.vocab_size
+        self._step: Values = {  # of decode steps: the same memory every time, as a captured graph wants it
+            "inputs_embeds": session.value(np.zeros((1, 1, manifest.decoder.hidden_size), session.dtype)),
+            "position_ids": session.value(np.zeros((len(manifest.rotary.sections), 1, 1), np.int32)),
+        }
+        for suffix in self.cache.lengths(0):
+            self._step[f"seqlens_k{suffix}"] = session.value(np.zeros(1, np.int32))
+            total = OrtValue.ortvalue_from_numpy(np.array(capacity, np.int32))
+            self._step[f"total_sequence_length{suffix}"] = total
+        self._logits = session.value(np.zeros((1, 1, vocab), np.float32))
+        self._decode_bindings: dict[bool, tuple[Any, int]] = {}
+
+    def run(self, tokens: Sequence[int] | npt.NDArray[Any], pictures: Sequence[Picture] = ()) -> Step:
+        """Run `tokens`, image tokens included, over the cache, and append the kept rows to it.
+
+        Raises:
+            UserError: see plan_run; or the cache is full.
+        """
+        m = self.session.bundle.manifest
+        grids = [picture.grid for picture in pictures]
+        plan = plan_run(m, np.asarray(tokens, np.int32), grids, self.next_position, self.ratio)
+        needed = max(self.cache.lengths(plan.rows).values())
+        if needed > self.cache.capacity:
+            raise UserError(
+                f"the cache holds {self.cache.capacity} rows, {needed} are needed: give it a larger capacity"
+            )
+        step = self._decode(plan) if plan.rows == 1 and self.cache.length else self._prefill(plan, pictures)
+        self.cache.length += len(step.keep_index)
+        self.cache.whole_length += plan.rows
+        self.next_position = plan.next_position
+        return step
+
+    def _prefill(self, plan: Run, pictures: Sequence[Picture]) -> Step:
+        session, cache, put = self.session, self.cache, self.session.value
+        embeds = session.bundle.embed(plan.tokens).astype(session.dtype)
+        images = []
+        for picture in pictures:
+            with self.timings.stage("vision"):
+                feeds = {
+                    name: put(array.astype(session.dtype) if array.dtype == np.float32 else array)
+                    for name, array in picture.inputs.items()
+                }
+                images.append(session.run("vision", session.bind("vision", feeds, {}))["image_embeds"].numpy())
+        if images:
+            embeds[plan.visual_index] = np.concatenate([image.reshape(-1, embeds.shape[1]) for image in images])
+        position_ids = put(plan.position_ids)
+        with self.timings.stage("prefill.prefix"):
+            feeds = cache.inputs() | self._lengths(plan.rows)
+            feeds |= {"inputs_embeds": put(embeds[None]), "position_ids": position_ids}
+            for name in ("visual_index", "text_index", "query_index", "ivc_priority"):
+                feeds[name] = put(getattr(plan, name))
+            feeds["keep_count"] = put(np.array([plan.keep_count], np.int32))
+            feeds |= {name: put(array) for name, array in plan.tiles.items()}
+            prefix = session.run("prefix", session.bind("prefix", feeds, cache.outputs()))
+        kept = len(plan.text_index) + plan.keep_count
+        with self.timings.stage("prefill.decoder"):
+            feeds = cache.inputs() | self._lengths(kept) | prefix | {"position_ids": position_ids}
+            feeds["logit_index"] = put(np.array([kept - 1], np.int32))
+            binding = session.bind("decoder", feeds, cache.outputs() | {"logits": "cpu"})
+            decoder = session.run("decoder", binding)
+        cache.swap()
+        found = {name: prefix[name].numpy() for name in ("keep_index", "token_score", "seed_index")}
+        floats = tuple(image.astype(np.float32).reshape(-1, embeds.shape[1]) for image in images)
+        return Step(plan, floats, found, {"logits": decoder["logits"].numpy()}, found["keep_index"])
+
+    def _decode(self, plan: Run) -> Step:
+        session, cache, step = self.session, self.cache, self._step
+        with self.timings.stage("decode.decoder"):
+            step["inputs_embeds"].update_inplace(session.bundle.embed(plan.tokens).astype(session.dtype)[None])
+            step["position_ids"].update_inplace(np.ascontiguousarray(plan.position_ids))
+            for suffix, length in cache.lengths(0).items():
+                step[f"seqlens_k{suffix}"].update_inplace(np.array([length], np.int32))
+            if cache.swapped not in self._decode_bindings:  # each set of buffers has a captured graph of its own
+                binding = session.bind("decode", step | cache.inputs(), cache.outputs() | {"logits": self._logits})
+                self._decode_bindings[cache.swapped] = (binding, next(session.captures))
+            session.run("decode", *self._decode_bindings[cache.swapped])
+            logits = np.array(self._logits.numpy())  # a copy: the next step writes to the same memory
+        keep = np.zeros(1, np.int32)
+        return Step(plan, (), {"keep_index": keep}, {"logits": logits}, keep)
+
+    def _lengths(self, rows: int) -> Values:
+        values: Values = {}
+        for suffix, total in self.cache.lengths(rows).items():
+            values[f"seqlens_k{suffix}"] = self.session.value(np.array([total - 1], np.int32))
+            length = OrtValue.ortvalue_from_numpy(np.array(total, np.int32))
+            values[f"total_sequence_length{suffix}"] = length
+        return values

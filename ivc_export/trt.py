@@ -1,0 +1,241 @@
+"""Calls of TensorRT's and TensorRT-RTX's Python packages, which share an interface; imported late."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from ivc_export.errors import UserError
+
+Target = Literal["tensorrt", "tensorrt-rtx"]
+MODULES: Mapping[Target, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+PACKAGES: Mapping[Target, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
+
+Extents = dict[str, tuple[int, int, int]]
+"""Minimum, optimum and maximum of each symbolic axis, and of keep_count's value."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a graph is compiled; fields as EngineRecipe's. tf32_off: float32 means float32."""
+
+    target: Target
+    compute_capability: str
+    workspace: int | None = None
+    optimization_level: int = 3
+    timing_cache: Path | None = None
+    tf32_off: bool = False
+
+
+def load_tensorrt(target: Target) -> Any:
+    """The Python package of `target`.
+
+    Raises:
+        UserError: it is not installed, or does not load.
+    """
+    try:
+        module: ModuleType = importlib.import_module(MODULES[target])
+    except ImportError as error:
+        hint = " (on a Jetson, JetPack's python3-libnvinfer)" if target == "tensorrt" else ""
+        raise UserError(f"{target} does not load ({error}): install {PACKAGES[target]}{hint}") from error
+    return module
+
+
+def major(trt: Any) -> int:
+    """TensorRT's major version."""
+    return int(trt.__version__.split(".")[0])
+
+
+def load_plugin(path: Path) -> None:
+    """Load our plugin's library, which registers its operators.
+
+    Raises:
+        UserError: it is missing, or does not load.
+    """
+    try:
+        ctypes.CDLL(str(path.resolve()), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise UserError(f"the plugin does not load ({error}): build it with cmake from graphs/plugin") from error
+
+
+def own_capability(trt: Any) -> str:
+    """This machine's compute capability, from the CUDA driver.
+
+    Raises:
+        UserError: there is no GPU.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        parts = [ctypes.c_int(), ctypes.c_int()]
+        device = ctypes.c_int()
+        failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
+        for part, attribute in zip(
+            parts, (75, 76), strict=True
+        ):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+            failed = failed or driver.cuDeviceGetAttribute(ctypes.byref(part), attribute, device)
+    except OSError:
+        failed = 1
+    if failed:
+        raise UserError(
+            "TensorRT builds on the GPU that its engines are for, and there is none: build there, or use "
+            "--target tensorrt-rtx, which needs no GPU to build"
+        )
+    return f"{parts[0].value}.{parts[1].value}"
+
+
+def compile_graph(
+    trt: Any,
+    model: ir.Model,
+    profiles: Iterable[Extents],
+    options: Options,
+    work: Path,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> bytes:
+    """Build one engine, and return it serialised.
+
+    model: as TensorRT is to read it; its weights are found from `work`, where files are written.
+
+    Raises:
+        UserError: TensorRT refuses the graph.
+    """
+    name = model.graph.name
+    path = work / f"{name}.onnx"
+    converted = any(isinstance(v.const_value, ir.LazyTensor) for v in model.graph.initializers.values())
+    ir.save(model, path, external_data=f"{name}.data" if converted else None)
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    weak = options.target == "tensorrt" and major(trt) < 10
+    flags = trt.NetworkDefinitionCreationFlag
+    network = builder.create_network(1 << int(flags.EXPLICIT_BATCH if weak else flags.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        raise UserError(f"TensorRT {trt.__version__} does not read the {name} graph ({parser.get_error(0)})")
+    config = builder.create_builder_config()
+    configure(trt, config, options)
+    if weak:
+        fix_precisions(trt, network, config)
+    if options.target == "tensorrt-rtx":
+        config.num_compute_capabilities = 1
+        capability = getattr(trt.ComputeCapability, f"SM{options.compute_capability.replace('.', '')}")
+        config.set_compute_capability(capability, 0)
+    for extents in profiles:
+        config.add_optimization_profile(make_profile(builder, model, extents))
+    if hasattr(trt, "IProgressMonitor"):
+        config.progress_monitor = make_monitor(trt, progress)
+    cache = read_timing_cache(config, options.timing_cache)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise UserError(
+            f"TensorRT {trt.__version__} cannot build the {name} graph ({logger.last}): see docs/tensorrt.md"
+        )
+    if cache is not None and options.timing_cache is not None:
+        options.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    for file in work.glob(f"{name}.*"):
+        file.unlink()
+    return bytes(memoryview(plan))
+
+
+def configure(trt: Any, config: Any, options: Options) -> None:
+    """Workspace, optimization level, and no TF32 where float32 is asked for."""
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    config.builder_optimization_level = options.optimization_level
+    if options.tf32_off:
+        config.clear_flag(trt.BuilderFlag.TF32)
+
+
+def fix_precisions(trt: Any, network: Any, config: Any) -> None:
+    """Leave TensorRT 8.6's weakly typed builder one choice: the graph's dtypes, and linear formats.
+
+    Otherwise it tries every mix of formats of inputs and outputs, and compiles the whole graph for each.
+    """
+    config.set_flag(trt.BuilderFlag.FP16)
+    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    linear = 1 << int(trt.TensorFormat.LINEAR)
+    for tensor in (
+        *(network.get_input(i) for i in range(network.num_inputs)),
+        *(network.get_output(i) for i in range(network.num_outputs)),
+    ):
+        tensor.allowed_formats = linear
+    floats = (trt.DataType.FLOAT, trt.DataType.HALF)
+    for layer in (network.get_layer(i) for i in range(network.num_layers)):
+        dtypes = [layer.get_output(i).dtype for i in range(layer.num_outputs)]
+        if dtypes and all(dtype in floats for dtype in dtypes) and layer.type != trt.LayerType.CONSTANT:
+            layer.precision = dtypes[0]
+            for i, dtype in enumerate(dtypes):
+                layer.set_output_type(i, dtype)
+
+
+def make_profile(builder: Any, model: ir.Model, extents: Extents) -> Any:
+    """An optimization profile of a graph."""
+    found = builder.create_optimization_profile()
+    for value in model.graph.inputs:
+        if value.name == "keep_count":
+            found.set_shape_input(value.name, *[[extent] for extent in extents["keep_count"]])
+            continue
+        axes = [axis if isinstance(axis, int) else str(axis.value) for axis in value.shape or ()]
+        shapes = [[axis if isinstance(axis, int) else extents[axis][i] for axis in axes] for i in range(3)]
+        found.set_shape(value.name, *shapes)
+    return found
+
+
+def make_logger(trt: Any) -> Any:
+    """A logger that keeps the last error, and prints none."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """As trt.Logger, silent."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.last = "no reason given"
+
+        def log(self, severity: Any, message: str) -> None:
+            """Keep an error."""
+            if severity <= trt.ILogger.ERROR:
+                self.last = message.splitlines()[0]
+
+    return Logger()
+
+
+def make_monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
+    """A progress monitor that hands on each phase's steps."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """TensorRT calls it from its own threads."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            """A phase begins."""
+            self.steps[phase] = steps
+            progress(phase, 0, steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            """A step is done; go on."""
+            progress(phase, step + 1, self.steps.get(phase, step + 1))
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            """A phase ends."""
+            steps = self.steps.pop(phase, 1)
+            progress(phase, steps, steps)
+
+    return Monitor()
+
+
+def read_timing_cache(config: Any, path: Path | None) -> Any:
+    """Give a build the timing cache in `path`, an empty one if there is no file; None if none is wanted."""
+    if path is None:
+        return None
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache

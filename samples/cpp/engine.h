@@ -1,0 +1,152 @@
+// TensorRT engines over device memory that grows as needed. For TensorRT 8.6 to 11.
+#pragma once
+
+#include <NvInfer.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstring>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+inline void check(cudaError_t status) {
+    if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
+}
+
+struct Logger : nvinfer1::ILogger {
+    void log(Severity severity, const char* message) noexcept override {
+        if (severity <= Severity::kWARNING) std::cerr << "TensorRT: " << message << "\n";
+    }
+};
+
+using Shape = std::vector<int64_t>;
+
+inline size_t bytes(nvinfer1::DataType type) {
+    return type == nvinfer1::DataType::kFLOAT || type == nvinfer1::DataType::kINT32 ? 4 : 2;
+}
+
+inline size_t count(const Shape& shape) {
+    size_t product = 1;
+    for (const int64_t extent : shape) product *= static_cast<size_t>(extent);
+    return product;
+}
+
+// Named device buffers, zeroed when they are made: what attention masks must be finite.
+class Memory {
+   public:
+    ~Memory() {
+        for (const auto& buffer : buffers_) cudaFree(buffer.second.first);
+    }
+
+    void* get(const std::string& name, size_t size) {
+        auto& [pointer, held] = buffers_[name];
+        if (pointer == nullptr || held < size) {
+            check(cudaDeviceSynchronize());
+            check(cudaFree(pointer));
+            held = size > 0 ? size : 1;  // TensorRT wants an address for empty tensors, too
+            check(cudaMalloc(&pointer, held));
+            check(cudaMemset(pointer, 0, held));
+            ++generation_;
+        }
+        return pointer;
+    }
+
+    void* at(const std::string& name) const { return buffers_.at(name).first; }
+
+    // Changes whenever a buffer is made or moved.
+    int64_t generation() const { return generation_; }
+
+   private:
+    std::unordered_map<std::string, std::pair<void*, size_t>> buffers_;
+    int64_t generation_ = 0;
+};
+
+// Floats in an engine's type.
+inline std::vector<char> converted(const std::vector<float>& values, nvinfer1::DataType type) {
+    std::vector<char> out(values.size() * bytes(type));
+    for (size_t i = 0; i < values.size(); ++i) {
+        if (type == nvinfer1::DataType::kFLOAT) {
+            std::memcpy(&out[4 * i], &values[i], 4);
+        } else if (type == nvinfer1::DataType::kHALF) {
+            const __half half = __float2half(values[i]);
+            std::memcpy(&out[2 * i], &half, 2);
+        } else {
+            const __nv_bfloat16 half = __float2bfloat16(values[i]);
+            std::memcpy(&out[2 * i], &half, 2);
+        }
+    }
+    return out;
+}
+
+// One engine with an execution context for one of its optimization profiles.
+class Context {
+   public:
+    Context(nvinfer1::ICudaEngine& engine, int32_t profile, cudaStream_t stream)
+        : engine_(engine), context_(engine.createExecutionContext()), stream_(stream) {
+        if (!context_) throw std::runtime_error("TensorRT cannot make an execution context: is memory short?");
+        if (!context_->setOptimizationProfileAsync(profile, stream)) {
+            throw std::runtime_error("the engine has no profile " + std::to_string(profile) + ": build it with ivc-build");
+        }
+    }
+
+    nvinfer1::DataType type(const std::string& name) const { return engine_.getTensorDataType(name.c_str()); }
+
+    // Inputs that the engine lacks are ignored: TensorRT drops what a graph does not read.
+    bool has(const std::string& name) const {
+        for (int32_t i = 0; i < engine_.getNbIOTensors(); ++i) {
+            if (name == engine_.getIOTensorName(i)) return true;
+        }
+        return false;
+    }
+
+    void input(const std::string& name, void* address, const Shape& shape) {
+        if (!has(name)) return;
+        nvinfer1::Dims dims{};
+        dims.nbDims = static_cast<int32_t>(shape.size());
+        for (size_t i = 0; i < shape.size(); ++i) dims.d[i] = static_cast<std::decay_t<decltype(dims.d[0])>>(shape[i]);
+        if (!context_->setInputShape(name.c_str(), dims) || !context_->setTensorAddress(name.c_str(), address)) {
+            throw std::runtime_error(name + " does not fit the engine's profile: build with larger maxima");
+        }
+    }
+
+    // Gives every output memory for the inputs set, under `prefix` and its name.
+    void outputs(Memory& memory, const std::string& prefix) {
+        for (int32_t i = 0; i < engine_.getNbIOTensors(); ++i) {
+            const char* name = engine_.getIOTensorName(i);
+            if (engine_.getTensorIOMode(name) != nvinfer1::TensorIOMode::kOUTPUT) continue;
+            void* address = memory.get(prefix + name, count(shape(name)) * bytes(engine_.getTensorDataType(name)));
+            context_->setTensorAddress(name, address);
+        }
+    }
+
+    Shape shape(const std::string& name) const {
+        const nvinfer1::Dims dims = context_->getTensorShape(name.c_str());
+        return {dims.d, dims.d + dims.nbDims};
+    }
+
+    void enqueue() {
+        if (!context_->enqueueV3(stream_)) throw std::runtime_error("TensorRT cannot run the engine");
+    }
+
+   private:
+    nvinfer1::ICudaEngine& engine_;
+    std::unique_ptr<nvinfer1::IExecutionContext> context_;
+    cudaStream_t stream_;
+};
+
+inline std::unique_ptr<nvinfer1::ICudaEngine> loadEngine(nvinfer1::IRuntime& runtime, const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    const std::vector<char> plan{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+    std::unique_ptr<nvinfer1::ICudaEngine> engine;
+    if (!plan.empty()) engine.reset(runtime.deserializeCudaEngine(plan.data(), plan.size()));
+    if (!engine) throw std::runtime_error(path + " does not load: build it here with ivc-build");
+    return engine;
+}

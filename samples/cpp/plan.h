@@ -1,0 +1,116 @@
+// What the host computes for a run: positions, who votes, IVC priorities, how many tokens to keep.
+//
+// For models with one picture a prompt, whose tokens stand together; positions as Qwen2-VL's M-RoPE, or counted where
+// the model has one axis.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <set>
+#include <stdexcept>
+#include <vector>
+
+#include "json.h"
+
+struct Grid {
+    int32_t rows = 0, columns = 0;
+    int32_t visual() const { return rows * columns; }
+};
+
+struct Plan {
+    std::vector<int32_t> positionIds;  // [axes, S]
+    std::vector<int32_t> visualIndex, textIndex, queryIndex;
+    std::vector<float> priority;
+    int32_t keepCount = 1, nextPosition = 0;
+};
+
+// Indices by falling value, equal ones by rising index.
+inline std::vector<int32_t> descending(const std::vector<double>& values) {
+    std::vector<int32_t> order(values.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return values[a] > values[b]; });
+    return order;
+}
+
+// Priorities of one picture's tokens: the IVC tokens, cosine and sine lists taken alternately, from 32768 down; else 0.
+// positions[axis][token]. Source: arXiv 2602.03060, section 3.2.
+inline std::vector<float> ivcPriority(const std::vector<std::vector<int32_t>>& positions, const Json& manifest) {
+    const double theta = manifest["rotary"]["theta"].number();
+    const int32_t size = manifest["decoder"]["head_dim"].integer();
+    const size_t tokens = positions[0].size(), axes = positions.size();
+    std::vector<double> cosine(tokens), sine(tokens);
+    for (size_t token = 0; token < tokens; ++token) {
+        double cosSum = 0, sinSum = 0;
+        for (const auto& axis : positions) {
+            for (int32_t j = 0; j < size / 2; ++j) {
+                const double angle = axis[token] * std::pow(theta, -2.0 * j / size);
+                cosSum += std::cos(angle);
+                sinSum += std::sin(angle);
+            }
+        }
+        const double count = static_cast<double>(axes) * (size / 2);
+        cosine[token] = std::nearbyint(cosSum / count * 1e9) / 1e9;  // (r, c) and (c, r) tie mathematically
+        sine[token] = std::nearbyint(sinSum / count * 1e9) / 1e9;
+    }
+    const auto best = std::nearbyint(manifest["selection"]["ivc_fraction"].number() * static_cast<double>(tokens));
+    const std::vector<int32_t> byCosine = descending(cosine), bySine = descending(sine);
+    std::vector<float> priority(tokens, 0.0f);
+    float next = 32768.0f;
+    for (size_t i = 0; i < static_cast<size_t>(best); ++i) {
+        for (const int32_t token : {byCosine[i], bySine[i]}) {
+            if (priority[token] == 0.0f) priority[token] = next--;
+        }
+    }
+    return priority;
+}
+
+// A run of `tokens` from position `start` on; without a picture (a decode step, say) everything is kept.
+inline Plan planRun(
+    const Json& manifest, const std::vector<int32_t>& tokens, const Grid* grid, int32_t start, double ratio) {
+    const auto axes = manifest["rotary"]["sections"].items().size();
+    const auto rows = static_cast<int32_t>(tokens.size());
+    const int32_t image = manifest["tokens"]["image"].integer();
+    Plan plan;
+    std::vector<std::vector<int32_t>> positions(axes, std::vector<int32_t>(tokens.size()));
+    int32_t next = start, seen = 0;
+    for (int32_t row = 0; row < rows; ++row) {
+        if (grid != nullptr && tokens[row] == image) {
+            const int32_t r = seen / grid->columns, c = seen % grid->columns;
+            if (seen > 0 && plan.visualIndex.back() != row - 1) {
+                throw std::runtime_error("the picture's image tokens do not stand together: give one picture a prompt");
+            }
+            for (size_t axis = 0; axis < axes; ++axis) {
+                positions[axis][row] = axes == 1 ? next + seen : next + (axis == 0 ? 0 : axis == 1 ? r : c);
+            }
+            plan.visualIndex.push_back(row);
+            if (++seen == grid->visual()) next += axes == 1 ? seen : std::max(grid->rows, grid->columns);
+        } else {
+            for (auto& axis : positions) axis[row] = next;
+            plan.textIndex.push_back(row);
+            ++next;
+        }
+    }
+    if (grid != nullptr && seen != grid->visual()) {
+        throw std::runtime_error("the prompt holds " + std::to_string(seen) + " image tokens and the picture gives " +
+                                 std::to_string(grid->visual()) + ": repeat the image token so many times");
+    }
+    for (const auto& axis : positions) plan.positionIds.insert(plan.positionIds.end(), axis.begin(), axis.end());
+    plan.nextPosition = next;
+    if (grid == nullptr) {
+        plan.visualIndex = {0};
+        plan.textIndex.erase(plan.textIndex.begin());
+        plan.priority = {0.0f};
+    } else {
+        const int32_t first = plan.visualIndex.front(), end = plan.visualIndex.back() + 1;
+        for (auto& axis : positions) axis = std::vector<int32_t>(axis.begin() + first, axis.begin() + end);
+        plan.priority = ivcPriority(positions, manifest);
+        const auto kept = static_cast<int32_t>(std::nearbyint(ratio * grid->visual()));
+        plan.keepCount = std::max(1, kept);
+        for (int32_t row = end + manifest["selection"]["query_offset"].integer(); row < rows; ++row) {
+            plan.queryIndex.push_back(row);
+        }
+    }
+    if (plan.queryIndex.empty()) plan.queryIndex = {rows - 1};
+    return plan;
+}

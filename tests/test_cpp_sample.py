@@ -1,0 +1,64 @@
+"""What the C++ program computes on the host, against ours. Its TensorRT part needs a GPU."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from ivc_export.bundle import Bundle
+from ivc_export.families import Grid
+from ivc_export.runtime.plan import plan_run
+
+SAMPLE = Path(__file__).parent.parent / "samples" / "cpp"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    path = tmp_path_factory.mktemp("plan") / "plan"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, *flags, str(SAMPLE / "plan_test.cpp"), "-o", str(path)], check=True)
+    return path
+
+
+def planned(
+    program: Path, bundle: Bundle, tokens: list[int], grid: Grid | None, start: int, ratio: float
+) -> subprocess.CompletedProcess[str]:
+    rows, columns = (grid.rows, grid.columns) if grid else (0, 0)
+    words = [bundle.folder / "manifest.json", start, ratio, rows, columns, *tokens]
+    return subprocess.run([program, *map(str, words)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("grid", "start", "ratio"),
+    [
+        (None, 0, 0.5),
+        (None, 77, 0.5),
+        (Grid(4, 5), 0, 0.5),
+        (Grid(12, 12), 3, 0.3),
+        (Grid(24, 17), 40, 0.025),
+        (Grid(1, 1), 0, 0.1),
+    ],
+)
+def test_the_cpp_program_plans_as_we_do(
+    sample_bundle: Bundle, program: Path, grid: Grid | None, start: int, ratio: float
+) -> None:
+    image = sample_bundle.manifest.tokens.image
+    tokens = [1, 500, *[image] * (grid.visual if grid else 0), 501, 7, 8, 9]
+    for prompt in (tokens, tokens[:3], [5]) if grid is None else (tokens, tokens[:-3]):
+        plan = plan_run(sample_bundle.manifest, np.array(prompt, np.int32), [grid] if grid else [], start, ratio)
+        done = planned(program, sample_bundle, prompt, grid, start, ratio)
+        assert done.returncode == 0, done.stderr
+        found = [np.array(line.split(), float) for line in done.stdout.split("\n")[:6]]
+        counts = np.array([plan.keep_count, plan.next_position])
+        wanted: list[npt.NDArray[np.generic]] = [plan.position_ids.ravel(), plan.visual_index, plan.text_index]
+        wanted += [plan.query_index, plan.ivc_priority, counts]
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(one, other)

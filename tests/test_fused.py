@@ -1,0 +1,153 @@
+"""The `ort-cuda` lowering and its runtime, on onnxruntime's CPU provider, which has the same operators in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from ivc_export import contract, families
+from ivc_export.bundle import Bundle
+from ivc_export.cli import ivc_run
+from ivc_export.contract import GRAPH_NAMES, GraphName
+from ivc_export.errors import UserError
+from ivc_export.export import export
+from ivc_export.families import Grid
+from ivc_export.passes import lower
+from ivc_export.passes.join_decode import join_decode
+from ivc_export.recipe import ExportRecipe
+from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.fused import FusedConversation, FusedSession
+from ivc_export.runtime.generate import Chat, Sampling
+from ivc_export.runtime.session import OnnxSession
+from ivc_export.testdata import draw_picture, make_prompt
+from samples.make_sample import make_checkpoint
+from tests.conftest import LOGIT_TOLERANCE, SCORE_TOLERANCE, SHAPES, Golden, random_picture
+
+PROMPT = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]
+
+
+def lowered(bundle: Bundle, name: GraphName) -> ir.Model:
+    return lower(ir.load(bundle.folder / f"{name}.onnx"), "ort-cuda")
+
+
+@pytest.fixture(scope="module")
+def fused(golden_bundle: Bundle) -> FusedSession:
+    return FusedSession(golden_bundle, "cpu")
+
+
+@pytest.mark.parametrize("name", GRAPH_NAMES)
+def test_fused_graphs_keep_the_contract(golden_bundle: Bundle, name: GraphName) -> None:
+    model = lowered(golden_bundle, name)
+    contract.verify(name, model, contract.ort_cuda_info(golden_bundle.manifest.graphs[name]), "ort-cuda")
+    left = {node.op_type for node in model.graph if node.op_type in ("Softmax", "Sigmoid", "ReduceMean", "Sqrt")}
+    assert not left
+    layers = golden_bundle.manifest.decoder.layers
+    below = golden_bundle.manifest.selection_layer
+    count = sum(node.op_type in ("GroupQueryAttention", "MultiHeadAttention") for node in model.graph)
+    assert count == {"prefix": below, "decoder": layers - below}.get(name, count) > 0
+
+
+def test_the_decode_graph_keeps_the_contract(golden_bundle: Bundle) -> None:
+    infos = [contract.ort_cuda_info(golden_bundle.manifest.graphs[name]) for name in ("prefix", "decoder")]
+    model = join_decode(lowered(golden_bundle, "prefix"), lowered(golden_bundle, "decoder"))
+    contract.verify("decoder", model, contract.ort_cuda_decode_info(*infos), "ort-cuda")
+    assert {node.domain for node in model.graph} == {"", "com.microsoft"}
+    assert sum(node.op_type == "Cos" for node in model.graph) == 1  # angles of both halves are the same
+
+
+def test_fused_prefill_equals_portable(golden_bundle: Bundle, fused: FusedSession) -> None:
+    picture = random_picture(Grid(4, 5), 0)
+    wanted = Conversation(OnnxSession(golden_bundle), 0.4).run(PROMPT, [picture])
+    found = FusedConversation(fused, 0.4, capacity=64).run(PROMPT, [picture])
+    np.testing.assert_array_equal(found.keep_index, wanted.keep_index)
+    np.testing.assert_array_equal(found.prefix["seed_index"], wanted.prefix["seed_index"])
+    assert np.abs(found.prefix["token_score"] - wanted.prefix["token_score"]).max() < SCORE_TOLERANCE
+    assert np.abs(found.image_embeds[0] - wanted.image_embeds[0]).max() < LOGIT_TOLERANCE
+    assert np.abs(found.logits - wanted.logits).max() < LOGIT_TOLERANCE
+
+
+def test_fused_conversations_equal_portable_ones(golden_bundle: Bundle, fused: FusedSession) -> None:
+    """Prefill, decode steps, a turn with two pictures, and decode steps again, over one cache."""
+    portable, found = Conversation(OnnxSession(golden_bundle)), FusedConversation(fused, capacity=150)
+    two = [1, 500, *[503] * 12, 501, 3, 500, *[503] * 20, 501, 7, 8]
+    turns = [(PROMPT, [random_picture(Grid(4, 5), 0)]), ([5], []), ([6], [])]
+    turns += [
+        (two, [random_picture(Grid(3, 4), 1), random_picture(Grid(4, 5), 2)]),
+        ([9], []),
+        ([4, 5, 6], []),
+        ([7], []),
+    ]
+    for tokens, pictures in turns:
+        wanted, step = portable.run(tokens, pictures), found.run(tokens, pictures)
+        np.testing.assert_array_equal(step.keep_index, wanted.keep_index)
+        assert np.abs(step.logits - wanted.logits).max() < LOGIT_TOLERANCE
+        assert (found.cache.length, found.next_position) == (portable.cache.length, portable.next_position)
+        assert found.cache.bytes_used == portable.cache.bytes_used
+
+
+def test_fused_caches_hold_the_kept_rows(golden_bundle: Bundle, fused: FusedSession) -> None:
+    portable, found = Conversation(OnnxSession(golden_bundle)), FusedConversation(fused, capacity=50)
+    for tokens, pictures in ((PROMPT, [random_picture(Grid(4, 5), 0)]), ([5], [])):
+        portable.run(tokens, pictures)
+        found.run(tokens, pictures)
+        for name, value in found.cache.inputs().items():
+            rows = value.numpy()[:, :, : found.cache.length]
+            assert np.abs(rows - portable.cache[name]).max() < LOGIT_TOLERANCE, name
+
+
+def test_fused_graphs_give_the_golden_tokens(golden: Golden, fused: FusedSession) -> None:
+    conversation = FusedConversation(fused, capacity=400)
+    step = conversation.run(golden.tokens, [golden.picture])
+    np.testing.assert_array_equal(step.keep_index, golden.data["keep_indices"])
+    tokens = []
+    for logits in golden.data["pruned_step_logits"]:
+        assert np.abs(step.logits - logits).max() < LOGIT_TOLERANCE
+        tokens.append(int(step.logits.argmax()))
+        step = conversation.run(tokens[-1:])
+    assert tokens == golden.data["pruned_tokens"].ravel().tolist()
+
+
+def test_weights_are_held_once(fused: FusedSession) -> None:
+    sizes = {name: int(np.prod(value.shape())) for name, value in fused._weights.items()}
+    assert {"model.norm.weight", "visual.blocks.0.norm1.weight"} <= set(sizes)
+    stored = {w.file: w.size for w in fused.bundle.manifest.weights}
+    assert 4 * sum(sizes.values()) <= sum(stored.values())
+
+
+def test_a_full_cache_is_one_sentence(fused: FusedSession) -> None:
+    with pytest.raises(UserError, match="holds 20 rows, 28 are needed: give it a larger capacity"):
+        FusedConversation(fused, capacity=20).run(PROMPT, [random_picture(Grid(4, 5), 0)])
+
+
+def test_chats_run_fused(sample_bundle: Bundle, sample_session: OnnxSession) -> None:
+    found = Chat(FusedSession(sample_bundle, "cpu"), capacity=600, sampling=Sampling(max_tokens=6))
+    wanted = Chat(sample_session, sampling=Sampling(max_tokens=6))
+    for question, pictures in (("Where is the ring?", [SHAPES]), ("And the square?", [])):
+        assert "".join(found.ask(question, pictures)) == "".join(wanted.ask(question, pictures))
+        assert found.tokens == wanted.tokens
+
+
+def test_run_without_a_gpu_is_one_sentence(sample_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ivc_run([str(sample_bundle.folder), "--prompt", "Hello", "--provider", "cuda"]) == 2
+    assert "install onnxruntime-gpu" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_missing_provider_is_one_sentence(golden_bundle: Bundle) -> None:
+    with pytest.raises(UserError, match="has no CUDA provider: install onnxruntime-gpu"):
+        FusedSession(golden_bundle, "cuda")
+
+
+@pytest.mark.parametrize("family", families.names())
+def test_every_family_runs_fused(family: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", dict(families.of(family).tiny))
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle"))
+    _, tokens, picture = make_prompt(bundle, draw_picture())
+    portable, found = Conversation(OnnxSession(bundle)), FusedConversation(FusedSession(bundle, "cpu"), capacity=700)
+    for more in (tokens, [5], [6], [7]):
+        given = [picture] if more is tokens else []
+        wanted, step = portable.run(more, given), found.run(more, given)
+        np.testing.assert_array_equal(step.keep_index, wanted.keep_index)
+        assert np.abs(step.logits - wanted.logits).max() < LOGIT_TOLERANCE

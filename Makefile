@@ -1,17 +1,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-MODEL := demo/checkpoint
-BUNDLE := demo/checkpoint-ivc
-PICTURE := samples/pictures/shapes.png
+MODEL := samples/spatial-vl
+BUNDLE := demo/spatial-vl-ivc
+PICTURES := samples/pictures
 
 .PHONY: demo test lint docs generate clean
 
-demo: $(VENV)/installed  ## set up, export the sample, ask about a picture, draw which tokens were kept
-	$(BIN)/python -m samples.make_sample $(MODEL)
-	$(BIN)/ivc-export --model $(MODEL) --ratio 0.5 --output $(BUNDLE) --force
-	$(BIN)/ivc-run $(BUNDLE) --image $(PICTURE) --prompt "Where is the red ring?" --max-tokens 24 --show demo/kept.png
-	@echo "the kept tokens are drawn in demo/kept.png"
+demo: $(VENV)/installed  ## set up, export the sample, ask about pictures, draw which tokens were kept
+	$(BIN)/ivc-export --model $(MODEL) --calibration $(MODEL)/calibration.json --output $(BUNDLE) --force
+	$(BIN)/ivc-run $(BUNDLE) --image $(PICTURES)/scene-1.png --prompt "Find the large green moon." --show demo/kept-1.png
+	$(BIN)/ivc-run $(BUNDLE) --image $(PICTURES)/scene-2.png --prompt "What color is the star?" --show demo/kept-2.png
+	$(BIN)/ivc-run $(BUNDLE) --image $(PICTURES)/scene-3.png --prompt "How many yellow objects are there?" --show demo/kept-3.png
+	@echo "half of the visual tokens were kept: demo/kept-1.png to demo/kept-3.png show which"
 
 test: $(VENV)/installed-dev lint  ## set up, check style and types, run the tests
 	$(BIN)/python -m pytest -n auto

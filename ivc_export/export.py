@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from ivc_export import __version__, contract
 from ivc_export.bundle import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, Bundle, read_manifest
+from ivc_export.calibration import read_calibration
 from ivc_export.checkpoint import Checkpoint
 from ivc_export.configuration import Configuration, Description, read_configuration, read_description
 from ivc_export.decoder import decoder_graph
@@ -101,6 +102,8 @@ def selection_layer(recipe: ExportRecipe, configuration: Description) -> tuple[i
     """
     layers = configuration.model.decoder.layers
     default = configuration.family.default_layer(configuration.model.decoder)
+    if recipe.calibration is not None:
+        return calibrated_layer(recipe.calibration, configuration), True
     if recipe.layer is None:
         return default.layer, default.calibrated
     if not 1 <= recipe.layer <= layers - 1:
@@ -109,6 +112,25 @@ def selection_layer(recipe: ExportRecipe, configuration: Description) -> tuple[i
             f"so --layer takes 1 to {layers - 1} (its default is {default.layer})"
         )
     return recipe.layer, default.calibrated and recipe.layer == default.layer
+
+
+def calibrated_layer(path: Path, configuration: Description) -> int:
+    """The layer that a calibration of this model proposes.
+
+    Raises:
+        UserError: the file is no calibration, or of another model.
+    """
+    found, sizes = read_calibration(path), configuration.model.decoder
+    if (found.family, found.decoder.layers, found.decoder.hidden_size) != (
+        configuration.family.model_type,
+        sizes.layers,
+        sizes.hidden_size,
+    ):
+        raise UserError(
+            f"{path} is the calibration of another model, a {found.family} of {found.decoder.layers} layers: "
+            "calibrate this one with ivc-calibrate"
+        )
+    return found.layer
 
 
 def check_all_used(weights: Weights, family: Family, graphs: Iterable[ir.Model]) -> None:

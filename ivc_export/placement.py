@@ -8,8 +8,9 @@ import json
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ Bytes = Callable[[int, int], None]
 _CHUNK = 1 << 22
 _WRITE = 1 << 14
 """Bytes written at once: for large writes Linux looks for large pieces of free memory, at 5 times the cost."""
+_LAG = 64
+"""Pieces by which hashing may lag behind a copy: neither waits for the other, and the pieces are still in memory."""
 _FLOAT16_END = 65520.0
 """The least value that rounds to infinity in float16."""
 
@@ -189,13 +192,15 @@ def copy_hashed(source: Path, target: Path, progress: Callable[[int], None]) -> 
             start += count
 
     with source.open("rb") as reader, target.open("wb") as writer, ThreadPoolExecutor(1) as hashing:
-        pending = hashing.submit(add, reader.fileno(), 0, 0)
+        pending: deque[Future[None]] = deque()
         while count := os.sendfile(writer.fileno(), reader.fileno(), done, _CHUNK):
-            pending.result()
-            pending = hashing.submit(add, reader.fileno(), done, done + count)
+            pending.append(hashing.submit(add, reader.fileno(), done, done + count))
+            if len(pending) > _LAG:
+                pending.popleft().result()
             done += count
             progress(done)
-        pending.result()
+        for piece in pending:
+            piece.result()
     return digest.hexdigest()
 
 

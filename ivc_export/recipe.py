@@ -39,6 +39,7 @@ class ExportRecipe:
     weights: whether the weight files are copied, or hard-linked, which takes neither time nor space, but lets a change
         of the checkpoint's file change the bundle.
     lowering: what the graphs are made for; one of passes.EXPORTED.
+    calibration: a file of ivc-calibrate's, whose layer is taken; None for none.
     testdata: whether to write testdata/, inputs and outputs of every graph for one picture and prompt.
     """
 
@@ -53,10 +54,15 @@ class ExportRecipe:
     weights: Placing = "copy"
     lowering: str = "portable"
     testdata: bool = False
+    calibration: Path | None = None
 
     def __post_init__(self) -> None:
         if self.ratio is not None:
             check_ratio(self.ratio)
+        if self.calibration is not None and self.layer is not None:
+            raise UserError(
+                "both a layer and a calibration are given: leave out one, since the calibration names a layer"
+            )
         if self.max_visual < 4:
             raise UserError(f"max_visual {self.max_visual} is too small: give at least 4 visual tokens a picture")
         for what, value, known in (

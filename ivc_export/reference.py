@@ -124,7 +124,12 @@ class Reference:
                 f"transformers cannot load {folder} ({reason}): give the checkpoint that was exported"
             ) from error
         self.decoder: Any = self.model.model.language_model
-        self.selection_layer, self.ratio, self.rule = selection_layer, ratio, rule
+        self.rule = rule
+        self.restart(selection_layer, ratio)
+
+    def restart(self, selection_layer: int, ratio: float) -> None:
+        """Forget the conversation, and prune at another layer and ratio."""
+        self.selection_layer, self.ratio = selection_layer, ratio
         self.cache = transformers.DynamicCache(config=self.decoder.config)
         self.next_position = 0
 

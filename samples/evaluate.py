@@ -27,7 +27,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from samples.spatial.checkpoint import load_network
-from samples.spatial.held_out import Answering, Example, Pruning, Score, held_out, scores
+from samples.spatial.held_out import LONGEST_ANSWER, Answering, Example, Pruning, Score, held_out, scores
 from samples.spatial.pruning import BEFORE_THE_DECODER, METHODS
 from samples.spatial.questions import TASKS, is_correct
 
@@ -140,11 +140,11 @@ def evaluate_bundle(arguments: argparse.Namespace) -> None:
     examples = held_out("test", math.ceil(arguments.count / len(TASKS)))[: arguments.count]
     rows: dict[str, Any] = {}
     for ratio in (1.0, 0.5):
-        stock = StockAnswers(arguments.model, bundle.manifest, ratio)
+        stock = StockAnswers(arguments.model, bundle, ratio)
         ours, theirs, seconds = [], [], 0.0
         for example in track(examples, f"ratio {ratio}", disable=not sys.stderr.isatty()):
             began = time.perf_counter()
-            chat = Chat(session, ratio, sampling=Sampling(max_tokens=24))
+            chat = Chat(session, ratio, sampling=Sampling(max_tokens=LONGEST_ANSWER))
             ours.append("".join(chat.ask(example.question.text, [example.picture])))
             seconds += time.perf_counter() - began
             theirs.append(stock.answer(example))

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "ivc_export"
 ORDER = [  # from the bottom up; a module imports from its own line or from lower ones
     {"errors"},
     {"contract", "checkpoint", "recording", "memory"},
-    {"recipe", "staging", "weights", "counting"},
+    {"recipe", "staging", "weights", "counting", "calibration"},
     {"placement"},
     {"builder"},
     {"layers", "selection"},
@@ -23,11 +23,17 @@ ORDER = [  # from the bottom up; a module imports from its own line or from lowe
     {"engine"},
     {"reference"},
     {"oracle"},
+    {"sweep"},
     {"parity", "report"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-HEAVY = {"torch": {"reference", "oracle"}, "transformers": {"reference"}, "matplotlib": {"report"}, "tensorrt": set()}
+HEAVY = {
+    "torch": {"reference", "oracle", "sweep"},
+    "transformers": {"reference"},
+    "matplotlib": {"report"},
+    "tensorrt": set(),
+}
 
 
 def imported(path: Path) -> set[str]:

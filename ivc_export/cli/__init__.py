@@ -83,6 +83,11 @@ def ivc_build(arguments: Sequence[str] | None = None) -> int:
     return run_command("build", arguments)
 
 
+def ivc_calibrate(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ivc-calibrate."""
+    return run_command("calibrate", arguments)
+
+
 def ivc_run(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ivc-run."""
     return run_command("run", arguments)

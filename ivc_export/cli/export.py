@@ -39,6 +39,7 @@ def parser() -> Parser:
     p.add_argument("--output", type=Path, help="bundle folder (default: the model's name with -ivc)")
     p.add_argument("--ratio", type=float, help="default fraction of visual tokens kept (default: the family's)")
     p.add_argument("--layer", type=int, help="layers below this one see every token (default: the family's)")
+    p.add_argument("--calibration", type=Path, metavar="FILE", help="take the layer that ivc-calibrate found")
     p.add_argument("--max-visual", type=int, default=1280, help="visual tokens a picture at most (default: 1280)")
     p.add_argument(
         "--dtype",
@@ -93,6 +94,7 @@ def command(arguments: Sequence[str] | None) -> int:
         weights=options.weights,
         lowering=options.lowering,
         testdata=options.testdata,
+        calibration=options.calibration,
     )
     console = make_console(quiet=options.quiet or options.json)
     if console.quiet:

@@ -1,0 +1,72 @@
+"""What a calibration found: the file that ivc-calibrate writes and `ivc-export --calibration` reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from ivc_export.contract import DecoderSizes, Frozen, first_problem
+from ivc_export.errors import UserError
+
+ENOUGH = 0.99
+
+
+class Trial(Frozen):
+    """One layer at one ratio, against the unpruned model's own answers.
+
+    divergence: mean Kullback-Leibler divergence of next-token distributions, from the unpruned to the pruned, in nats.
+    agreement: fraction of answers that are the same, token by token. overlap: mean of intersection over union of kept
+    visual tokens with those of the layer tried before; None for the first. saved: part of the language model's prefill
+    FLOPs.
+    """
+
+    layer: int = Field(gt=0)
+    ratio: float = Field(gt=0, le=1)
+    divergence: float = Field(ge=0)
+    agreement: float = Field(ge=0, le=1)
+    overlap: float | None = Field(ge=0, le=1)
+    saved: float
+
+
+class Calibration(Frozen):
+    """A proposal for one model, and what it rests on."""
+
+    schema_version: Literal[1] = 1
+    family: str
+    decoder: DecoderSizes
+    layer: int = Field(gt=0)
+    ratio: float = Field(gt=0, le=1)
+    answers: int = Field(gt=0)
+    trials: tuple[Trial, ...] = Field(min_length=1)
+    versions: dict[str, str]
+
+
+def propose(trials: Sequence[Trial], ratio: float, enough: float = ENOUGH) -> int:
+    """The lowest layer at which `enough` of the answers agree at `ratio`, or else the one that diverges least.
+
+    A lower layer saves more, since the layers below it see every token.
+    """
+    found = sorted((trial for trial in trials if trial.ratio == ratio), key=lambda trial: trial.layer)
+    agreeing = [trial for trial in found if trial.agreement >= enough]
+    return (agreeing[0] if agreeing else min(found, key=lambda trial: trial.divergence)).layer
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Read a calibration.
+
+    Raises:
+        UserError: the file is missing, or is no calibration.
+    """
+    try:
+        content: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        return Calibration.model_validate(content)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no calibration at {path}: write one with ivc-calibrate") from error
+    except (ValidationError, ValueError) as error:  # json's errors are ValueErrors
+        raise UserError(
+            f"{path} is not a calibration ({first_problem(error)}): write one with ivc-calibrate"
+        ) from error

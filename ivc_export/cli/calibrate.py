@@ -1,0 +1,98 @@
+"""ivc-calibrate: which layer to prune at."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ivc_export import __version__
+from ivc_export.calibration import ENOUGH, Calibration
+from ivc_export.cli import Parser, make_console
+from ivc_export.errors import UserError
+from ivc_export.recipe import check_ratio
+
+
+def parser() -> Parser:
+    """The command's options."""
+    p = Parser(
+        prog="ivc-calibrate",
+        description="Try selection layers and ratios on pictures and prompts, and propose a layer.",
+    )
+    p.add_argument("--model", required=True, help="checkpoint folder, hub id (owner/name) or alias (qwen2-vl-2b)")
+    p.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="pictures and prompts.json (default: a small set that comes along)"
+    )
+    p.add_argument(
+        "--ratio", type=float, action="append", help="fraction of visual tokens kept; the first counts (default: 0.5)"
+    )
+    p.add_argument("--layer", type=int, action="append", help="a layer to try (default: all, or 12 of a large model)")
+    p.add_argument("--tokens", type=int, default=16, help="tokens of an answer at most (default: 16)")
+    p.add_argument(
+        "--agreement", type=float, default=ENOUGH, help=f"part of the answers that must not change (default: {ENOUGH})"
+    )
+    p.add_argument(
+        "--output", type=Path, default=Path("calibration.json"), help="the file, with a plot beside it as .png"
+    )
+    p.add_argument("--force", action="store_true", help="replace an older file")
+    p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return p
+
+
+def command(arguments: Sequence[str] | None) -> int:
+    """Calibrate, and write the file and a plot."""
+    options = parser().parse_args(arguments)
+    ratios = [check_ratio(ratio) for ratio in options.ratio or [0.5]]
+    if options.tokens < 1:
+        raise UserError(f"{options.tokens} tokens cannot be compared: give 1 or more")
+    if options.output.exists() and not options.force:
+        raise UserError(f"{options.output} exists: name another file with --output, or replace it with --force")
+    missing = [name for name in ("torch", "transformers", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"ivc-calibrate needs {' and '.join(missing)}: install ivc-export[check]")
+    from ivc_export.report.sweep import plot_calibration
+    from ivc_export.sweep import calibrate, default_examples, read_examples
+
+    console = make_console()
+    examples = read_examples(options.data or default_examples())
+    columns = (TextColumn("layers and ratios"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("", total=None)
+        found = calibrate(
+            options.model,
+            examples,
+            list(dict.fromkeys(ratios)),
+            options.layer,
+            options.tokens,
+            options.agreement,
+            lambda done, total: bars.update(task, completed=done, total=total),
+        )
+    options.output.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    plot_calibration(found, options.output.with_suffix(".png"))
+    make_console(stderr=False).print(table(found))
+    console.print(
+        f"layer {found.layer} is proposed at ratio {found.ratio:g}: ivc-export --calibration {options.output} takes it"
+    )
+    return 0
+
+
+def table(found: Calibration) -> Table:
+    """What was found, a line a layer and ratio."""
+    shown = Table(title=f"{found.answers} answers, pruned against unpruned")
+    for heading in ("layer", "kept", "divergence, nats", "same answers", "same tokens as above", "prefill saved"):
+        shown.add_column(heading, justify="right")
+    for trial in found.trials:
+        chosen = trial.layer == found.layer and trial.ratio == found.ratio
+        shown.add_row(
+            f"{trial.layer}",
+            f"{trial.ratio:.0%}",
+            f"{trial.divergence:.4f}",
+            f"{trial.agreement:.1%}",
+            "" if trial.overlap is None else f"{trial.overlap:.0%}",
+            f"{trial.saved:.0%}",
+            style="bold" if chosen else None,
+        )
+    return shown

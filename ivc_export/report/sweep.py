@@ -1,0 +1,31 @@
+"""A plot of a calibration. Needs matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ivc_export.calibration import Calibration
+
+
+def plot_calibration(found: Calibration, path: Path) -> None:
+    """Divergence and agreement by layer, a line a ratio, as a PNG file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    divergence, agreement = figure.subplots(1, 2)
+    panels: tuple[tuple[Any, str, str], ...] = (
+        (divergence, "divergence", "divergence from the unpruned, nats a token"),
+        (agreement, "agreement", "part of the answers that stay the same"),
+    )
+    for axes, field, label in panels:
+        for ratio in dict.fromkeys(trial.ratio for trial in found.trials):
+            trials = [trial for trial in found.trials if trial.ratio == ratio]
+            values = [getattr(trial, field) for trial in trials]
+            axes.plot([trial.layer for trial in trials], values, marker="o", label=f"{ratio:.0%} kept")
+        axes.axvline(found.layer, color="0.6", linestyle=":")
+        axes.set(xlabel="layer", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    divergence.legend(frameon=False)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,34 @@
+"""Answers of Spatial-VL in stock transformers, pruned by the reference implementation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ivc_export.bundle import Bundle
+from ivc_export.oracle import reference_picture
+from ivc_export.reference import Reference
+from ivc_export.runtime.processor import Processor, user_message
+from samples.spatial.held_out import LONGEST_ANSWER, Example
+
+
+class StockAnswers:
+    """Greedy answers on PyTorch; prompts and pictures are prepared as the bundle says."""
+
+    def __init__(self, checkpoint: Path, bundle: Bundle, ratio: float) -> None:
+        self.bundle, self.processor, self.ratio = bundle, Processor(bundle), ratio
+        m = bundle.manifest
+        self.reference = Reference(checkpoint, m.selection_layer, ratio, m.selection)
+
+    def answer(self, example: Example) -> str:
+        """The answer to one question."""
+        picture = self.processor.picture(example.picture)
+        text = self.processor.render([user_message(example.question.text, 1)])
+        self.reference.restart(self.bundle.manifest.selection_layer, self.ratio)
+        turn = self.reference.run(self.processor.encode(text, [picture]), [reference_picture(self.bundle, picture)])
+        tokens: list[int] = []
+        for _ in range(LONGEST_ANSWER):
+            tokens.append(int(turn.logits.argmax()))
+            if tokens[-1] in self.bundle.manifest.tokens.stop:
+                break
+            turn = self.reference.run(tokens[-1:])
+        return self.processor.decode(tokens)

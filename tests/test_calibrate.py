@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ivc_export import cli
+from ivc_export.bundle import Bundle
+from ivc_export.calibration import Calibration, Trial, propose, read_calibration
+from ivc_export.errors import UserError
+from ivc_export.export import export
+from ivc_export.recipe import ExportRecipe
+from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.processor import Processor, user_message
+from ivc_export.runtime.session import OnnxSession
+from ivc_export.sweep import Example, calibrate, default_examples, layers_to_try, read_examples
+
+MODEL = Path(__file__).parent.parent / "samples" / "spatial-vl"
+
+
+def trial(layer: int, agreement: float, divergence: float, ratio: float = 0.5) -> Trial:
+    return Trial(layer=layer, ratio=ratio, divergence=divergence, agreement=agreement, overlap=None, saved=0.2)
+
+
+def test_the_lowest_layer_that_agrees_is_proposed_or_else_the_nearest() -> None:
+    trials = [trial(1, 0.5, 0.3), trial(2, 0.99, 0.02), trial(3, 1.0, 0.01), trial(1, 1.0, 0.0, ratio=0.9)]
+    assert propose(trials, 0.5) == 2
+    assert propose(trials, 0.9) == 1
+    assert propose(trials, 0.5, enough=1.0) == 3
+    assert propose([trial(1, 0.5, 0.3), trial(2, 0.4, 0.2), trial(3, 0.5, 0.25)], 0.5) == 2
+
+
+def test_layers_of_a_large_model_lie_in_its_middle() -> None:
+    assert layers_to_try(8) == [1, 2, 3, 4, 5, 6, 7]
+    found = layers_to_try(28)
+    assert found[0] == 7 and found[-1] == 21 and len(found) == 12
+
+
+@pytest.fixture(scope="module")
+def found() -> Calibration:
+    return calibrate(MODEL, read_examples(default_examples())[:6], [0.5, 1.0], [1, 2, 3], tokens=4)
+
+
+def test_keeping_everything_changes_nothing(found: Calibration) -> None:
+    whole = [one for one in found.trials if one.ratio == 1.0]
+    assert len(whole) == 3
+    assert all(one.agreement == 1 and one.divergence < 1e-6 and one.saved == 0 for one in whole)
+    assert [one.overlap for one in whole] == [None, 1.0, 1.0]
+
+
+def test_pruning_costs_more_at_a_lower_layer_and_saves_more(found: Calibration) -> None:
+    half = [one for one in found.trials if one.ratio == 0.5]
+    assert half[0].divergence > half[2].divergence > 0
+    assert half[0].saved > half[1].saved > half[2].saved > 0
+    assert all(one.overlap is not None and 0.3 < one.overlap <= 1 for one in half[1:])
+    assert found.layer == propose(found.trials, 0.5)
+
+
+def test_divergence_is_that_of_bundles(tmp_path: Path) -> None:
+    """Measured again on onnxruntime: the first token's distribution, and one more."""
+    example = read_examples(default_examples())[3]
+    (measured,) = calibrate(MODEL, [example], [0.4], [2], tokens=2).trials
+    bundle = export(ExportRecipe(MODEL, tmp_path / "bundle", layer=2, dtype="fp32"))
+    processor, session = Processor(bundle), OnnxSession(bundle)
+    picture = processor.picture(example.picture)
+    prompt = processor.encode(processor.render([user_message(example.prompt, 1)]), [picture])
+    logs, token = [], 0
+    for ratio in (1.0, 0.4):
+        conversation = Conversation(session, ratio)
+        first = conversation.run(prompt, [picture]).logits
+        token = int(first.argmax()) if ratio == 1.0 else token
+        logs.append(torch.from_numpy(np.stack([first, conversation.run([token]).logits])).log_softmax(-1))
+    divergence = float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+    assert measured.divergence == pytest.approx(divergence, abs=1e-4)
+
+
+def test_the_command_writes_a_file_that_an_export_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    read_examples(default_examples())[0].picture.save(data / "a.png")
+    (data / "prompts.json").write_text('[{"picture": "a.png", "prompt": "What color is the heart?"}]')
+    options = ["--model", str(MODEL), "--data", str(data), "--layer", "3", "--tokens", "1"]
+    assert cli.ivc_calibrate(options) == 0
+    printed = capsys.readouterr()
+    assert "layer 3 is proposed" in printed.err and "prefill saved" in printed.out
+    assert (tmp_path / "calibration.png").stat().st_size > 10_000
+    assert read_calibration(tmp_path / "calibration.json").layer == 3
+    export_options = ["--model", str(MODEL), "--calibration", "calibration.json", "--output", "b", "--weights", "link"]
+    assert cli.ivc_export(export_options) == 0
+    manifest = Bundle.load(tmp_path / "b").manifest
+    assert manifest.selection_layer == 3 and manifest.calibrated
+    assert cli.ivc_calibrate(options) == 2 and "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "nowhere"], "prompts.json is missing"),
+        (["--data", "damaged"], "prompts.json is damaged"),
+        (["--data", "empty"], "holds no example"),
+        (["--data", "gone"], "there is no picture at"),
+        (["--ratio", "1.5"], "ratio 1.5 is out of range"),
+        (["--layer", "8"], "layers 8 to 8 are out of range"),
+        (["--tokens", "0"], "0 tokens cannot be compared"),
+    ],
+)
+def test_mistakes_cost_one_sentence(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    contents = {"damaged": "{", "empty": "[]", "gone": '[{"picture": "no.png", "prompt": "What?"}]'}
+    for name, content in contents.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prompts.json").write_text(content)
+    assert cli.ivc_calibrate(["--model", str(MODEL), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+    assert not (tmp_path / "calibration.json").exists()
+
+
+def test_a_calibration_of_another_model_is_refused(found: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    with pytest.raises(UserError, match="there is no calibration at"):
+        read_calibration(path)
+    path.write_text(json.dumps({"layer": 2}))
+    with pytest.raises(UserError, match="is not a calibration"):
+        read_calibration(path)
+    other = found.model_copy(update={"decoder": found.decoder.model_copy(update={"layers": 28})})
+    path.write_text(other.model_dump_json())
+    with pytest.raises(UserError, match="is the calibration of another model"):
+        export(ExportRecipe(MODEL, tmp_path / "b", calibration=path))
+    with pytest.raises(UserError, match="both a layer and a calibration"):
+        ExportRecipe(MODEL, tmp_path / "b", layer=2, calibration=path)
+
+
+def test_the_default_set_is_complete() -> None:
+    examples = read_examples(default_examples())
+    assert len(examples) == 24 and all(isinstance(example, Example) and example.prompt for example in examples)

@@ -12,15 +12,21 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from ivc_export import families
+from ivc_export.export import export
+from ivc_export.recipe import ExportRecipe
+from ivc_export.runtime.generate import Chat, Sampling
+from ivc_export.runtime.session import OnnxSession
+from samples import evaluate
 from samples.spatial import train as training
 from samples.spatial.batches import Batch, Batches, frame, normalise
 from samples.spatial.checkpoint import FILES, load_network
-from samples.spatial.held_out import Answering, Pruning, held_out, scale, scores
+from samples.spatial.held_out import LONGEST_ANSWER, Answering, Pruning, held_out, scale, scores
 from samples.spatial.language import make_tokenizer
 from samples.spatial.learning import Probe, loss_of, orthogonal
 from samples.spatial.network import CONFIG, patches_of
 from samples.spatial.pruning import METHODS
 from samples.spatial.questions import TASKS, Question, is_correct
+from samples.spatial.stock import StockAnswers
 
 MODEL = Path(__file__).parent.parent / "samples" / "spatial-vl"
 
@@ -151,3 +157,28 @@ def test_a_resumed_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     second = train(tmp_path / "second", start=tmp_path / "whole", steps=1)
     assert any(not torch.equal(whole[name], second[name]) for name in whole)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5])
+def test_masked_batches_bundles_and_stock_transformers_answer_alike(
+    ratio: float, answering: Answering, tmp_path: Path
+) -> None:
+    bundle = export(ExportRecipe(MODEL, tmp_path / "bundle", layer=2, dtype="fp32"))
+    session, stock = OnnxSession(bundle), StockAnswers(MODEL, bundle, ratio)
+    examples = held_out("test", 1)
+    masked = answering.converse(examples, answering.encode(examples), Pruning(2, ratio, METHODS["IVC-Prune"]))
+    for number, example in enumerate(examples):
+        chat = Chat(session, ratio, sampling=Sampling(max_tokens=LONGEST_ANSWER))
+        found = ["".join(chat.ask(example.question.text, [example.picture]))]
+        found.append("".join(chat.ask(example.second.text)))
+        assert found == [masked[0][number], masked[1][number]]
+        assert found[0] == stock.answer(example)
+
+
+def test_evaluation_writes_what_it_found(tmp_path: Path) -> None:
+    options = argparse.Namespace(model=MODEL, output=tmp_path, calibration=1, test=1)
+    evaluate.evaluate_methods(options)
+    found = json.loads((tmp_path / "spatial-vl-pruning.json").read_text(encoding="utf-8"))
+    assert found["test_questions"] == 6 and set(found["methods"]) == {"none", *METHODS}
+    assert found["methods"]["none"]["1.0"]["first"]["all"]["accuracy"] > 0.8
+    assert 1 <= found["layer"] <= 7

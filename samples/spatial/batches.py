@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -143,6 +144,7 @@ class Batches(Dataset[Batch]):
         pixels = np.empty((self.size, rows * UNIT, columns * UNIT, 3), np.uint8)
         tokens = np.zeros((self.size, SLOTS), np.int64)
         branch, offset, weight, late = tokens - 1, tokens.copy(), tokens.astype(np.float32), tokens > 0
+        arrays: tuple[npt.NDArray[Any], ...] = (tokens, branch, offset, weight, late)
         labels = []
         for i in range(self.size):
             scene = scene_for_grid(rows, columns, generator)
@@ -153,7 +155,7 @@ class Batches(Dataset[Batch]):
                 else scene.picture.resize(size, PIL.Image.Resampling.BICUBIC)
             )
             found = converse(scene, self.tokenizer, generator)
-            for array, values in zip((tokens, branch, offset, weight, late), found, strict=True):
+            for array, values in zip(arrays, found, strict=True):
                 array[i, : len(values)] = values
             labels.append(label_tokens(scene, rows, columns))
         shown, box = (np.stack(parts) for parts in zip(*labels, strict=True))

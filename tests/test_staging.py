@@ -95,8 +95,11 @@ def test_an_export_killed_at_20_points_leaves_no_bundle_and_the_older_one_whole(
 
 
 SIGNALLED = """
-import os, sys
+import os, signal, sys
 from ivc_export import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever a job in the background inherits
+for ending in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(ending, signal.SIG_DFL)
 def signalled(event, arguments):
     if event == "open" and "weights/model.safetensors" in str(arguments[0]) and arguments[2] & os.O_WRONLY:
         os.kill(os.getpid(), int(sys.argv[1]))

@@ -138,11 +138,11 @@ class Kernels:
     to_host: Callable[[Array], npt.NDArray[Any]]
     address: Callable[[Array], int]
     stream: int = 0
-    library: ctypes.CDLL = field(init=False)
+    functions: ctypes.CDLL = field(init=False)
 
     def __post_init__(self) -> None:
-        self.library = ctypes.CDLL(str(self.path))
-        self.library.ivcSelectionWorkspace.restype = ctypes.c_size_t
+        self.functions = ctypes.CDLL(str(self.path))
+        self.functions.ivcSelectionWorkspace.restype = ctypes.c_size_t
 
     def call(self, name: str, *arguments: object) -> None:
         """Call a function on the stream; arrays are given by their addresses."""
@@ -151,18 +151,18 @@ class Kernels:
             for a in arguments
         ]
         references = [ctypes.byref(a) if isinstance(a, IvcSelection) else a for a in converted]
-        status = getattr(self.library, name)(*references, ctypes.c_void_p(self.stream))
+        status = getattr(self.functions, name)(*references, ctypes.c_void_p(self.stream))
         assert status == 0, f"{name} returned {status}"
 
     def workspace(self, struct: IvcSelection) -> Array:
         """Scratch memory, filled with a pattern that no call may rely on."""
-        size = self.library.ivcSelectionWorkspace(ctypes.byref(struct))
+        size = self.functions.ivcSelectionWorkspace(ctypes.byref(struct))
         return self.to_device(np.full(size, 0xA5, np.uint8))
 
     def select(self, case: Case) -> tuple[Ints, Floats, Ints]:
         """keep_index, token_score, seed_index."""
         struct, put = case.struct, self.to_device
-        seeds = self.library.ivcSeedCount(len(case.visual), SEED_DIVISOR)
+        seeds = self.functions.ivcSeedCount(len(case.visual), SEED_DIVISOR)
         keep = put(np.full(len(case.text) + case.keep_count, -1, np.int32))
         score, seed = put(np.zeros(len(case.visual), np.float32)), put(np.zeros(seeds, np.int32))
         inputs = [put(a) for a in (case.stored, case.priority, case.visual, case.text, case.query)]

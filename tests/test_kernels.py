@@ -83,7 +83,7 @@ def test_a_decode_step_keeps_its_only_row(kernels: Kernels) -> None:
 
 def test_seed_counts_round_half_to_even(kernels: Kernels) -> None:
     for length in range(1, 16385):
-        assert kernels.library.ivcSeedCount(length, 100) == max(1, round(0.01 * length))
+        assert kernels.functions.ivcSeedCount(length, 100) == max(1, round(0.01 * length))
 
 
 def test_impossible_extents_are_refused(kernels: Kernels) -> None:

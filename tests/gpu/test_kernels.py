@@ -127,4 +127,4 @@ def test_appending_to_caches(kernels: Kernels) -> None:
 
 
 def test_the_library_says_its_version(kernels: Kernels, tmp_path: Path) -> None:
-    assert kernels.library.ivcKernelsVersion() == 1
+    assert kernels.functions.ivcKernelsVersion() == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -109,7 +110,6 @@ def calibrate(
                 f"layers {tried[0]} to {tried[-1]} are out of range: this model's are 1 to {m.decoder.layers - 1}"
             )
         cases = [(ratio, layer) for ratio in ratios for layer in tried]
-        recipes = {case: ExportRecipe(checkpoint.folder, Path("unused"), case[0], case[1]) for case in cases}
         if missing := bundle.missing_processor_files():
             raise UserError(f"the checkpoint has no {' and no '.join(missing)}: prompts cannot be read without")
         processor = Processor(bundle)
@@ -123,26 +123,26 @@ def calibrate(
             base = draw(reference, prompt, given, m.tokens.stop, tokens)
             compared = []
             for ratio, layer in cases:
-                compared.append(base.compare(reference, prompt, given, layer, ratio))
+                compared.append(base.compare(reference, prompt, given, layer, ratio, m.tokens.image))
                 progress(number * (1 + len(cases)) + 1 + len(compared), total)
             answers.append(compared)
-        size = Size(
-            *sorted((example.picture.size for example in examples), key=lambda s: s[0] * s[1])[len(examples) // 2]
-        )
+        sizes = sorted((Size(*example.picture.size) for example in examples), key=math.prod)
+        size = sizes[len(sizes) // 2]
         trials = []
-        for i, case in enumerate(cases):
+        for i, (ratio, layer) in enumerate(cases):
             own = [compared[i] for compared in answers]
-            before = [compared[i - 1] for compared in answers] if case[1] != tried[0] else []
+            before = [compared[i - 1] for compared in answers] if layer != tried[0] else []
             overlaps = [len(a.kept & b.kept) / len(a.kept | b.kept) for a, b in zip(own, before, strict=False)]
-            picture_cost = estimate_recipe(recipes[case], [size]).pictures[0]
+            recipe = ExportRecipe(checkpoint.folder, Path("unused"), ratio, layer)
+            (cost,) = estimate_recipe(recipe, [size]).pictures
             trials.append(
                 Trial(
-                    layer=case[1],
-                    ratio=case[0],
+                    layer=layer,
+                    ratio=ratio,
                     divergence=max(0.0, sum(answer.divergence for answer in own) / len(own)),
                     agreement=sum(answer.same for answer in own) / len(own),
                     overlap=sum(overlaps) / len(overlaps) if overlaps else None,
-                    saved=round(picture_cost.saved("prefix", "decoder"), 4),
+                    saved=round(cost.saved("prefix", "decoder"), 4),
                 )
             )
         return Calibration(
@@ -158,7 +158,7 @@ def calibrate(
 
 @dataclass(frozen=True)
 class Compared:
-    """One answer under pruning: divergence in nats a token, whether all tokens are the same, and the kept rows."""
+    """One answer under pruning: divergence in nats a token, whether all tokens are the same, kept visual rows."""
 
     divergence: float
     same: bool
@@ -173,12 +173,18 @@ class Drawn:
     logs: torch.Tensor
 
     def compare(
-        self, reference: Reference, prompt: Sequence[int], picture: ReferencePicture, layer: int, ratio: float
+        self,
+        reference: Reference,
+        prompt: Sequence[int],
+        picture: ReferencePicture,
+        layer: int,
+        ratio: float,
+        image_token: int,
     ) -> Compared:
         """Run the same tokens with pruning."""
         reference.restart(layer, ratio)
         turn = reference.run(prompt, [picture])
-        kept = frozenset(turn.keep_index.tolist())
+        kept = frozenset(row for row in turn.keep_index.tolist() if prompt[row] == image_token)
         logits = [turn.logits, *(reference.run([token]).logits for token in self.tokens[:-1])]
         logs = torch.stack(logits).log_softmax(-1)
         divergence = (self.logs.exp() * (self.logs - logs)).sum(-1).mean()

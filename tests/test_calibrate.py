@@ -10,13 +10,16 @@ import torch
 from ivc_export import cli
 from ivc_export.bundle import Bundle
 from ivc_export.calibration import Calibration, Trial, propose, read_calibration
+from ivc_export.checkpoint import Checkpoint
 from ivc_export.errors import UserError
 from ivc_export.export import export
+from ivc_export.oracle import reference_picture
 from ivc_export.recipe import ExportRecipe
+from ivc_export.reference import Reference
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.processor import Processor, user_message
 from ivc_export.runtime.session import OnnxSession
-from ivc_export.sweep import Example, calibrate, default_examples, layers_to_try, read_examples
+from ivc_export.sweep import Example, calibrate, default_examples, described, draw, layers_to_try, read_examples
 
 MODEL = Path(__file__).parent.parent / "samples" / "spatial-vl"
 
@@ -146,3 +149,16 @@ def test_a_calibration_of_another_model_is_refused(found: Calibration, tmp_path:
 def test_the_default_set_is_complete() -> None:
     examples = read_examples(default_examples())
     assert len(examples) == 24 and all(isinstance(example, Example) and example.prompt for example in examples)
+
+
+def test_kept_rows_are_those_of_visual_tokens_alone() -> None:
+    example, checkpoint = read_examples(default_examples())[0], Checkpoint.open(MODEL)
+    with described(checkpoint) as bundle:
+        processor, m = Processor(bundle), bundle.manifest
+        picture = processor.picture(example.picture)
+        prompt = processor.encode(processor.render([user_message(example.prompt, 1)]), [picture])
+        reference, given = Reference(MODEL, 1, 1.0, m.selection), reference_picture(bundle, picture)
+        base = draw(reference, prompt, given, m.tokens.stop, 1)
+        found = base.compare(reference, prompt, given, 2, 0.5, m.tokens.image)
+    assert len(found.kept) == round(0.5 * picture.grid.visual)
+    assert all(prompt[row] == m.tokens.image for row in found.kept)

@@ -17,9 +17,9 @@ from ivc_export.bundle import Bundle
 from ivc_export.contract import FloatName
 from ivc_export.errors import UserError
 from ivc_export.recording import Recording, identity
-from ivc_export.runtime.conversation import Conversation, Step
+from ivc_export.runtime.conversation import OpenSession, Step
 from ivc_export.runtime.plan import Run
-from ivc_export.runtime.session import OnnxSession, Session
+from ivc_export.runtime.session import OnnxSession
 from ivc_export.selection import Selected, select, sharers, votes
 from ivc_export.testdata import draw_picture, make_prompt
 
@@ -105,7 +105,7 @@ def check(bundle: Bundle, checkpoint: Path, ratio: float | None = None, steps: i
 
 
 def compare(
-    session: Session,
+    session: OpenSession,
     reference: Recording,
     images: Sequence[PIL.Image.Image] = (),
     progress: Callable[[str], None] = lambda stage: None,
@@ -131,7 +131,7 @@ def compare(
     tolerance = {kind: bound for kind, (bound, _) in tolerances.items()}
     pictures = [families.of(m.family).picture(image, m.preprocessing) for image in images]
     progress("prefill")
-    conversation = Conversation(session, facts["ratio"])
+    conversation = session.converse(facts["ratio"])
     keep_index = reference.of("prefill", "prefix")["keep_index"]
     prefill = conversation.run(facts["prompt_tokens"], pictures, keep_index)
     comparisons = compare_prefill(prefill, reference, m, tolerance)

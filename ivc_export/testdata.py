@@ -16,9 +16,9 @@ from ivc_export.bundle import Bundle
 from ivc_export.contract import GraphName
 from ivc_export.families import Picture
 from ivc_export.recording import Key, Recording
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.conversation import Conversation, Session
 from ivc_export.runtime.processor import Processor, user_message
-from ivc_export.runtime.session import OnnxSession, Session
+from ivc_export.runtime.session import OnnxSession
 
 FOLDER = "testdata"
 PICTURE = "picture.png"
@@ -33,6 +33,10 @@ class RecordingSession:
         self.session, self.bundle, self.backend, self.dtype = session, session.bundle, session.backend, session.dtype
         self.stage = "prefill"
         self.tensors: dict[Key, npt.NDArray[Any]] = {}
+
+    def converse(self, ratio: float | None = None, capacity: int | None = None) -> Conversation:
+        """Begin a conversation; see Conversation."""
+        return Conversation(self, ratio, capacity)
 
     def run(self, name: GraphName, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Run graph `name` and remember."""
@@ -51,7 +55,7 @@ def write_testdata(bundle: Bundle) -> None:
     image = draw_picture()
     prompt, tokens, picture = make_prompt(bundle, image)
     session = RecordingSession(OnnxSession(bundle))
-    conversation = Conversation(session)
+    conversation = session.converse()
     step, drawn = conversation.run(tokens, [picture]), []
     for number in range(STEPS):
         drawn.append(int(step.logits.argmax()))

@@ -6,16 +6,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ivc_export.bundle import Bundle
+from ivc_export.contract import FloatName, GraphName
 from ivc_export.families import Picture
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.cache import KVCache, layer_of
 from ivc_export.runtime.plan import Run, plan_run
-from ivc_export.runtime.session import Session
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,88 @@ class Step:
         """Next-token logits of the last row, float32 [vocab]."""
         logits: npt.NDArray[np.float32] = self.decoder["logits"][0, 0]
         return logits
+
+
+class Rows(Protocol):
+    """What a conversation's cache says of itself."""
+
+    @property
+    def length(self) -> int:
+        """Valid rows of every layer but those kept whole."""
+        ...
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of the valid rows."""
+        ...
+
+
+class AnySession(Protocol):
+    """A bundle opened in some runtime."""
+
+    bundle: Bundle
+    backend: str
+    """What runs the graphs, by the name that parity's tolerances know."""
+    dtype: FloatName
+    """What they compute in."""
+
+    def converse(self, ratio: float | None = None, capacity: int | None = None) -> AnyConversation:
+        """Begin a conversation with a cache of its own.
+
+        ratio: fraction of visual tokens kept; None takes the bundle's default. capacity: rows of the cache.
+        """
+        ...
+
+
+class AnyConversation(Protocol):
+    """Runs that share a cache, wherever that lies."""
+
+    ratio: float
+    next_position: int
+    timings: Timings
+
+    @property
+    def session(self) -> AnySession:
+        """What runs the graphs."""
+        ...
+
+    @property
+    def cache(self) -> Rows:
+        """What the runs share."""
+        ...
+
+    def run(self, tokens: Sequence[int] | npt.NDArray[Any], pictures: Sequence[Picture] = ()) -> Step:
+        """As Conversation.run."""
+        ...
+
+
+class OpenConversation(AnyConversation, Protocol):
+    """A conversation whose steps hold every tensor that passes between the graphs, and that can replay a choice."""
+
+    def run(
+        self,
+        tokens: Sequence[int] | npt.NDArray[Any],
+        pictures: Sequence[Picture] = (),
+        keep_index: npt.NDArray[np.int32] | None = None,
+    ) -> Step:
+        """As Conversation.run."""
+        ...
+
+
+class OpenSession(AnySession, Protocol):
+    """A session that can be compared with another, tensor by tensor."""
+
+    def converse(self, ratio: float | None = None, capacity: int | None = None) -> OpenConversation:
+        """As AnySession's."""
+        ...
+
+
+class Session(OpenSession, Protocol):
+    """The three graphs of a bundle, each to be run on arrays in host memory."""
+
+    def run(self, name: GraphName, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Run graph `name`; inputs and outputs by the contract's names, floats in float32."""
+        ...
 
 
 @dataclass

@@ -51,7 +51,8 @@ class FusedSession:
         bundle.check_portable("the CUDA provider")
         self.bundle = bundle
         self.device = provider
-        self.dtype = DTYPES[provider]
+        self.backend = f"onnxruntime-{provider}"
+        self.dtype: FloatName = DTYPES[provider]
         models = {name: self._lowered(name) for name in GRAPH_NAMES}
         joined = join_decode(self._lowered("prefix"), self._lowered("decoder"))
         self._weights: Values = {}
@@ -61,6 +62,10 @@ class FusedSession:
         self._sessions["decode"] = self._open(joined, cuda_graph=cuda_graph and provider == "cuda")
         self.captures = count(1)
         """Numbers for captured CUDA graphs."""
+
+    def converse(self, ratio: float | None = None, capacity: int | None = None) -> FusedConversation:
+        """Begin a conversation; see FusedConversation."""
+        return FusedConversation(self, ratio, *([capacity] if capacity else []))
 
     def _lowered(self, name: contract.GraphName) -> ir.Model:
         model = ir.load(self.bundle.folder / self.bundle.manifest.graphs[name].file)

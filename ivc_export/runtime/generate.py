@@ -13,10 +13,8 @@ import PIL.Image
 
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
-from ivc_export.runtime.conversation import Conversation, Step
-from ivc_export.runtime.fused import FusedConversation, FusedSession
+from ivc_export.runtime.conversation import AnyConversation, AnySession, Step
 from ivc_export.runtime.processor import Message, Processor, user_message
-from ivc_export.runtime.session import Session
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ GREEDY = Sampling()
 
 
 def generate(
-    conversation: Conversation | FusedConversation,
+    conversation: AnyConversation,
     tokens: Sequence[int],
     pictures: Sequence[Picture] = (),
     sampling: Sampling = GREEDY,
@@ -73,7 +71,7 @@ def generate(
 
 
 def continue_from(
-    conversation: Conversation | FusedConversation,
+    conversation: AnyConversation,
     step: Step,
     sampling: Sampling = GREEDY,
     stop: Sequence[int] | None = None,
@@ -100,17 +98,13 @@ class Chat:
 
     def __init__(
         self,
-        session: Session | FusedSession,
+        session: AnySession,
         ratio: float | None = None,
         capacity: int | None = None,
         sampling: Sampling = GREEDY,
     ) -> None:
         self.processor = Processor(session.bundle)
-        self.conversation: Conversation | FusedConversation
-        if isinstance(session, FusedSession):
-            self.conversation = FusedConversation(session, ratio, *([capacity] if capacity else []))
-        else:
-            self.conversation = Conversation(session, ratio, capacity)
+        self.conversation = session.converse(ratio, capacity)
         self.sampling = sampling
         self.messages: list[Message] = []
         self.tokens: list[int] = []

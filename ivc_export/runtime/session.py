@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,22 +16,9 @@ from ivc_export.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.errors import UserError
 from ivc_export.passes import WidenFloatsPass
+from ivc_export.runtime.conversation import Conversation
 
 Arrays = Mapping[str, npt.NDArray[Any]]
-
-
-class Session(Protocol):
-    """The three graphs of a bundle, ready to run."""
-
-    bundle: Bundle
-    backend: str
-    """What runs the graphs, by the name that parity's tolerances know."""
-    dtype: FloatName
-    """What they compute in."""
-
-    def run(self, name: GraphName, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
-        """Run graph `name`; inputs and outputs by the contract's names, floats in float32."""
-        ...
 
 
 class OnnxSession:
@@ -79,6 +66,10 @@ class OnnxSession:
         except Exception as error:  # neither onnxruntime's exceptions nor protobuf's share a public base class
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} does not open in onnxruntime ({reason}): export the model again") from error
+
+    def converse(self, ratio: float | None = None, capacity: int | None = None) -> Conversation:
+        """Begin a conversation; see Conversation."""
+        return Conversation(self, ratio, capacity)
 
     def run(self, name: GraphName, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Run graph `name` on arrays in host memory.

@@ -156,7 +156,7 @@ def choice(values: Floats, seed: int = 0) -> tuple[Run, Selected]:
 
 def compared(run: Run, found: Selected, own: Floats, values: Floats, wanted: Selected, tolerance: float) -> list[Any]:
     outputs = {"keep_index": found.keep_index, "token_score": found.token_score, "seed_index": found.seed_index}
-    step = Step(run, (), outputs, {}, found.keep_index)
+    step = Step(run, (), outputs, {})
     return compare_choice(step, own, values, wanted, RULE, tolerance, "")
 
 

@@ -221,7 +221,7 @@ def test_residual_sums_may_leave_float16s_range(tmp_path: Path) -> None:
     save_file(tensors, checkpoint / "model.safetensors")
     bundle = export(ExportRecipe(checkpoint, tmp_path / "b"))
     step = Conversation(OnnxSession(bundle)).run(IMAGE_PROMPT, [random_picture(Grid(4, 5), 0)])
-    step = replace(step, keep_index=step.prefix["keep_index"])
+    step = replace(step, replayed=step.prefix["keep_index"])
     arrays = feeds(step, bundle)
     assert np.abs(step.prefix["hidden_states"]).max() > 65504
     narrow = run_in_float16(bundle, arrays, False, tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,21 +23,38 @@ from ivc_export.runtime.plan import Run, plan_run
 class Step:
     """What one run gave.
 
-    image_embeds: float32 [visual, hidden], one for each picture. prefix, decoder: the graphs' outputs by name.
-    keep_index: int32 [M], the rows that went on.
+    vision: the graph's outputs by name, for each picture. prefix, decoder: the graphs' outputs by name. Floats in
+    float32.
+    replayed: int32 [M], the rows that went on, if the caller chose them.
     """
 
     run: Run
-    image_embeds: tuple[npt.NDArray[np.float32], ...]
+    vision: tuple[Mapping[str, npt.NDArray[Any]], ...]
     prefix: Mapping[str, npt.NDArray[Any]]
     decoder: Mapping[str, npt.NDArray[Any]]
-    keep_index: npt.NDArray[np.int32]
+    replayed: npt.NDArray[np.int32] | None = None
+
+    @property
+    def image_embeds(self) -> tuple[npt.NDArray[np.float32], ...]:
+        """float32 [visual, hidden], one for each picture, the tokens of its tiles one behind the other."""
+        return image_rows(self.vision)
+
+    @property
+    def keep_index(self) -> npt.NDArray[np.int32]:
+        """int32 [M], the rows that went on."""
+        return self.prefix["keep_index"] if self.replayed is None else self.replayed
 
     @property
     def logits(self) -> npt.NDArray[np.float32]:
         """Next-token logits of the last row, float32 [vocab]."""
         logits: npt.NDArray[np.float32] = self.decoder["logits"][0, 0]
         return logits
+
+
+def image_rows(vision: Iterable[Mapping[str, npt.NDArray[Any]]]) -> tuple[npt.NDArray[np.float32], ...]:
+    """The visual tokens of each run of the vision graph, [visual, hidden], its frames one behind the other."""
+    frames = (outputs["image_embeds"] for outputs in vision)
+    return tuple(embeds.reshape(-1, embeds.shape[-1]) for embeds in frames)
 
 
 class Rows(Protocol):
@@ -175,13 +192,13 @@ class Conversation:
         bundle, m = self.session.bundle, self.session.bundle.manifest
         grids = [picture.grid for picture in pictures]
         plan = plan_run(m, np.asarray(tokens, np.int32), grids, self.next_position, self.ratio)
-        embeds = bundle.embed(plan.tokens)
-        images: tuple[npt.NDArray[np.float32], ...] = ()
-        if pictures:
+        vision = []
+        for picture in pictures:
             with self.timings.stage("vision"):
-                runs = (self.session.run("vision", picture.inputs)["image_embeds"] for picture in pictures)
-                images = tuple(tiles.reshape(-1, tiles.shape[-1]) for tiles in runs)
-            embeds[plan.visual_index] = np.concatenate(images)
+                vision.append(self.session.run("vision", picture.inputs))
+        embeds = bundle.embed(plan.tokens)
+        if pictures:
+            embeds[plan.visual_index] = np.concatenate(image_rows(vision))
         both = {"position_ids": plan.position_ids}
         stage = "prefill" if plan.rows > 1 else "decode"
         with self.timings.stage(f"{stage}.prefix"):
@@ -195,12 +212,12 @@ class Conversation:
                 **plan.tiles,
             }
             prefix = self.session.run("prefix", both | feeds | self.cache.inputs(range(m.selection_layer)))
-        keep_index = prefix["keep_index"] if keep_index is None else keep_index
+        chosen = prefix["keep_index"] if keep_index is None else keep_index
         with self.timings.stage(f"{stage}.decoder"):
             feeds = {
                 "hidden_states": prefix["hidden_states"],
-                "keep_index": keep_index,
-                "logit_index": np.array([len(keep_index) - 1], np.int32),
+                "keep_index": chosen,
+                "logit_index": np.array([len(chosen) - 1], np.int32),
             }
             compacted = [name for name in prefix if name.startswith("new_") and layer_of(name) not in self.cache.whole]
             feeds |= {name: prefix[name] for name in compacted}
@@ -208,4 +225,4 @@ class Conversation:
             decoder = self.session.run("decoder", both | feeds | self.cache.inputs(above))
         self.cache.append(prefix | decoder)
         self.next_position = plan.next_position
-        return Step(plan, images, prefix, decoder, keep_index)
+        return Step(plan, tuple(vision), prefix, decoder, keep_index)

@@ -276,8 +276,8 @@ class FusedConversation:
             decoder = session.run("decoder", binding)
         cache.swap()
         found = {name: prefix[name].numpy() for name in ("keep_index", "token_score", "seed_index")}
-        floats = tuple(image.astype(np.float32).reshape(-1, embeds.shape[1]) for image in images)
-        return Step(plan, floats, found, {"logits": decoder["logits"].numpy()}, found["keep_index"])
+        vision = tuple({"image_embeds": image.astype(np.float32)} for image in images)
+        return Step(plan, vision, found, {"logits": decoder["logits"].numpy()})
 
     def _decode(self, plan: Run) -> Step:
         session, cache, step = self.session, self.cache, self._step
@@ -291,8 +291,7 @@ class FusedConversation:
                 self._decode_bindings[cache.swapped] = (binding, next(session.captures))
             session.run("decode", *self._decode_bindings[cache.swapped])
             logits = np.array(self._logits.numpy())  # a copy: the next step writes to the same memory
-        keep = np.zeros(1, np.int32)
-        return Step(plan, (), {"keep_index": keep}, {"logits": logits}, keep)
+        return Step(plan, (), {"keep_index": np.zeros(1, np.int32)}, {"logits": logits})
 
     def _lengths(self, rows: int) -> Values:
         values: Values = {}

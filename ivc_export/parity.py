@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,8 @@ _FLOAT16 = {
 TOLERANCE: Mapping[tuple[str, FloatName], Mapping[str, tuple[float, str]]] = {
     ("onnxruntime-cpu", "float32"): _FLOAT32,
     ("onnxruntime-cpu", "float16"): _FLOAT16,
+    ("tensorrt", "float32"): _FLOAT32,
+    ("tensorrt", "float16"): _FLOAT16,
 }
 """By what runs the graphs and the dtype that they compute in: the largest error, and why. The reference computes in
 float32 on the same weights, rounded to the bundle's dtype. Errors are relative to the reference's largest magnitude
@@ -149,7 +150,7 @@ def compare(
         visual_tokens=sum(picture.grid.visual for picture in pictures),
         kept_tokens=int(np.isin(keep_index, prefill.run.visual_index).sum()) if pictures else 0,
         comparisons=tuple(comparisons),
-        versions={**m.versions, "onnxruntime": version("onnxruntime"), **facts["versions"]},
+        versions={**m.versions, **session.versions, **facts["versions"]},
     )
     return report, prefill
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import PIL.Image
 import PIL.ImageDraw
 
@@ -31,6 +30,7 @@ class RecordingSession:
 
     def __init__(self, session: Session) -> None:
         self.session, self.bundle, self.backend, self.dtype = session, session.bundle, session.backend, session.dtype
+        self.versions = session.versions
         self.stage = "prefill"
         self.tensors: dict[Key, npt.NDArray[Any]] = {}
 
@@ -68,7 +68,7 @@ def write_testdata(bundle: Bundle) -> None:
         "grid": {"rows": picture.grid.rows, "columns": picture.grid.columns},
         "prompt_tokens": tokens,
         "drawn_tokens": [*drawn, int(step.logits.argmax())],
-        "versions": {"onnxruntime": onnxruntime.__version__},
+        "versions": dict(session.versions),
     }
     folder = bundle.folder / FOLDER
     Recording(facts, session.tensors).write(folder)

@@ -22,9 +22,11 @@ from ivc_export.errors import UserError
 from ivc_export.integrity import verify_weights
 from ivc_export.parity import ParityReport, compare
 from ivc_export.recording import INDEX, Recording
+from ivc_export.runtime.backends import BACKENDS
 from ivc_export.runtime.conversation import Step
 from ivc_export.runtime.processor import Processor, open_picture, user_message
 from ivc_export.runtime.session import OnnxSession, check_dtype
+from ivc_export.runtime.tensorrt import TensorrtSession
 from ivc_export.testdata import draw_picture, make_prompt
 
 REPORT, REFERENCE = "report", "report/reference"
@@ -52,8 +54,13 @@ def parser() -> Parser:
     p.add_argument(
         "--precision",
         choices=("float32", "float16"),
-        default="float32",
-        help="what the graphs compute in; float16 shows what it costs a float16 bundle (default: float32)",
+        help="what onnxruntime computes in; float16 shows what it costs a float16 bundle (default: float32)",
+    )
+    p.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="onnxruntime",
+        help="what runs the graphs, or the engines that ivc-build made (default: onnxruntime)",
     )
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
@@ -68,10 +75,15 @@ def command(arguments: Sequence[str] | None) -> int:
         bundle = verify(bundle, console)
     if not options.against and not options.onnx_only:
         return 0
-    check_dtype(bundle, options.precision)
+    if options.backend == "onnxruntime":
+        check_dtype(bundle, options.precision or "float32")
     with make_console().status("checking") as status:
         reference, images = stored(bundle) if options.onnx_only else recorded(bundle, options, status.update)
-        session = OnnxSession(bundle, dtype=options.precision)
+        session = (
+            OnnxSession(bundle, dtype=options.precision or "float32")
+            if options.backend == "onnxruntime"
+            else TensorrtSession(bundle, options.backend)
+        )
         report, step = compare(session, reference, images, status.update)
         status.update("writing the report")
         page = write_report(bundle, report, step, images)
@@ -88,6 +100,8 @@ def check_options(options: argparse.Namespace) -> None:
     Raises:
         UserError: there is nothing to do, or an option has no meaning beside another, or torch is missing.
     """
+    if options.precision and options.backend != "onnxruntime":
+        raise UserError("--precision is onnxruntime's: engines compute in what ivc-build --dtype said")
     if options.onnx_only:
         given = [f"--{name}" for name in ("against", *PROMPT_OPTIONS) if getattr(options, name) is not None]
         if given:

@@ -1,4 +1,4 @@
-"""ivc-run: ask a bundle about pictures, on onnxruntime."""
+"""ivc-run: ask a bundle about pictures."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ivc_export.bundle import Bundle
 from ivc_export.cli import Parser, make_console
 from ivc_export.errors import UserError
 from ivc_export.report.overlay import count_kinds, overlay
+from ivc_export.runtime.backends import BACKENDS, open_session
 from ivc_export.runtime.conversation import Timings
-from ivc_export.runtime.fused import FusedSession
 from ivc_export.runtime.generate import Chat, Sampling
 from ivc_export.runtime.processor import open_picture
-from ivc_export.runtime.session import OnnxSession, widening_note
+from ivc_export.runtime.session import widening_note
 
 CHAT_HELP = "/image FILE adds a picture to your next question, /quit ends the chat"
 
 
 def parser() -> Parser:
     """The command's options."""
-    p = Parser(prog="ivc-run", description="Ask an exported model about pictures, on onnxruntime.")
+    p = Parser(prog="ivc-run", description="Ask an exported model about pictures, on onnxruntime or TensorRT.")
     p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
     p.add_argument("--image", type=Path, action="append", default=[], help="a picture; give it again for more")
     p.add_argument("--prompt", help="the question")
@@ -38,7 +38,13 @@ def parser() -> Parser:
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     p.add_argument("--top-p", type=float, default=1.0, help="probability mass to draw from (default: 1)")
     p.add_argument("--seed", type=int, default=0, help="of the random draws (default: 0)")
-    p.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="onnxruntime's provider (default: cpu)")
+    p.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="onnxruntime",
+        help="what runs the graphs, or the engines that ivc-build made (default: onnxruntime)",
+    )
+    p.add_argument("--provider", choices=("cpu", "cuda"), help="onnxruntime's provider (default: cpu)")
     p.add_argument("--show", type=Path, metavar="PNG", help="draw which tokens were kept over the picture")
     p.add_argument("--json", action="store_true", help="print one JSON object an answer, and no text")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -50,17 +56,19 @@ def command(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     if options.prompt is None and not options.chat:
         raise UserError("there is no question: give one with --prompt, or chat with --chat")
+    if options.backend != "onnxruntime" and options.provider:
+        raise UserError(f"--provider is onnxruntime's: leave it out with --backend {options.backend}")
     if options.show:
         check_show(options.show, bool(options.image) or options.chat)
     bundle = Bundle.load(options.bundle)
     images = [open_picture(image) for image in options.image]
     console = make_console()
     note = widening_note(bundle)
-    if note and options.provider == "cpu":
+    if note and (options.backend, options.provider) in (("onnxruntime", None), ("onnxruntime", "cpu")):
         console.print(note, markup=False)
     sampling = Sampling(options.temperature, options.top_p, options.seed, options.max_tokens)
     with console.status("opening the graphs"):
-        session = FusedSession(bundle) if options.provider == "cuda" else OnnxSession(bundle)
+        session = open_session(bundle, options.backend, options.provider)
         chat = Chat(session, options.ratio, sampling=sampling)
     if options.prompt is not None:
         answer(chat, options.prompt, images, options)

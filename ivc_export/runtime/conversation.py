@@ -79,6 +79,8 @@ class AnySession(Protocol):
     """What runs the graphs, by the name that parity's tolerances know."""
     dtype: FloatName
     """What they compute in."""
+    versions: Mapping[str, str]
+    """Of the libraries that run them, by name."""
 
     def converse(self, ratio: float | None = None, capacity: int | None = None) -> AnyConversation:
         """Begin a conversation with a cache of its own.

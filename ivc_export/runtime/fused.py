@@ -50,6 +50,7 @@ class FusedSession:
             )
         bundle.check_portable("the CUDA provider")
         self.bundle = bundle
+        self.versions: Mapping[str, str] = {"onnxruntime": onnxruntime.__version__}
         self.device = provider
         self.backend = f"onnxruntime-{provider}"
         self.dtype: FloatName = DTYPES[provider]

@@ -41,6 +41,7 @@ class OnnxSession:
     ) -> None:
         check_dtype(bundle, dtype)
         self.bundle, self.dtype = bundle, dtype
+        self.versions: Mapping[str, str] = {"onnxruntime": onnxruntime.__version__}
         self._threads, self._prepacking = threads, prepacking
         # side by side, unless weights are widened: that would hold several widened graphs' temporary copies at once
         with ThreadPoolExecutor(len(GRAPH_NAMES) if bundle.manifest.dtype == dtype else 1) as pool:

@@ -1,0 +1,25 @@
+"""The runtimes by the names that commands have for them."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from ivc_export.bundle import Bundle
+from ivc_export.runtime.conversation import AnySession
+from ivc_export.runtime.fused import FusedSession
+from ivc_export.runtime.session import OnnxSession
+from ivc_export.runtime.tensorrt import TensorrtSession
+
+Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+
+def open_session(bundle: Bundle, backend: Backend, provider: str | None = None) -> AnySession:
+    """A bundle in a runtime; `provider` is onnxruntime's, "cpu" or "cuda".
+
+    Raises:
+        UserError: the runtime is missing, or cannot open the bundle.
+    """
+    if backend == "onnxruntime":
+        return FusedSession(bundle) if provider == "cuda" else OnnxSession(bundle)
+    return TensorrtSession(bundle, backend)

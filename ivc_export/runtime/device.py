@@ -1,0 +1,144 @@
+"""Memory of a CUDA device, by addresses, on one stream; through NVIDIA's cuda-bindings, imported late."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy.typing as npt
+from rich.filesize import decimal
+
+from ivc_export.errors import UserError
+
+MODULE = "cuda.bindings.runtime"
+
+
+class Device(Protocol):
+    """What a session needs of a device. Copies and clearing are ordered on `stream`; addresses are plain integers."""
+
+    stream: int
+
+    def allocate(self, size: int) -> int:
+        """`size` bytes, all zero."""
+        ...
+
+    def free(self, address: int) -> None:
+        """Give back what `allocate` gave, once the stream no longer uses it."""
+        ...
+
+    def upload(self, address: int, array: npt.NDArray[Any]) -> None:
+        """Copy a contiguous array to the device; it may be changed afterwards."""
+        ...
+
+    def download(self, address: int, array: npt.NDArray[Any]) -> None:
+        """Fill a contiguous array from the device, after everything before it on the stream."""
+        ...
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Copy `size` bytes within the device."""
+        ...
+
+    def copy_blocks(self, target: int, target_step: int, source: int, source_step: int, size: int, count: int) -> None:
+        """Copy `count` blocks of `size` bytes, which begin `target_step` and `source_step` bytes apart."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the stream is idle."""
+        ...
+
+
+class CudaDevice:
+    """The current CUDA device.
+
+    Raises:
+        UserError: cuda-bindings is not installed, or there is no GPU.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._runtime: Any = importlib.import_module(MODULE)
+        except ImportError as error:
+            raise UserError(f"{MODULE} does not load ({error}): install ivc-export[tensorrt]") from error
+        self.stream = int(self._call(self._runtime.cudaStreamCreate))
+        kinds = self._runtime.cudaMemcpyKind
+        self._up, self._down = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
+        self._within = kinds.cudaMemcpyDeviceToDevice
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        status, *found = function(*arguments)
+        if int(status):
+            _, text = self._runtime.cudaGetErrorString(status)
+            raise UserError(f"CUDA says: {text.decode()}; see that the GPU and its driver work, and are free")
+        return found[0] if found else None
+
+    def allocate(self, size: int) -> int:
+        """As Device.allocate.
+
+        Raises:
+            UserError: the device has not so much memory left.
+        """
+        status, address = self._runtime.cudaMalloc(size)
+        if int(status):
+            raise UserError(
+                f"the GPU has no {decimal(size)} of memory left: close programs, or build engines with smaller maxima"
+            )
+        self._call(self._runtime.cudaMemsetAsync, address, 0, size, self.stream)
+        return int(address)
+
+    def free(self, address: int) -> None:
+        """As Device.free."""
+        self.synchronize()
+        self._call(self._runtime.cudaFree, address)
+
+    def upload(self, address: int, array: npt.NDArray[Any]) -> None:
+        """As Device.upload."""
+        # from pageable memory: the call returns when the array has been read
+        self._call(self._runtime.cudaMemcpyAsync, address, array.ctypes.data, array.nbytes, self._up, self.stream)
+
+    def download(self, address: int, array: npt.NDArray[Any]) -> None:
+        """As Device.download."""
+        self._call(self._runtime.cudaMemcpyAsync, array.ctypes.data, address, array.nbytes, self._down, self.stream)
+        self.synchronize()
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """As Device.copy."""
+        self._call(self._runtime.cudaMemcpyAsync, target, source, size, self._within, self.stream)
+
+    def copy_blocks(self, target: int, target_step: int, source: int, source_step: int, size: int, count: int) -> None:
+        """As Device.copy_blocks."""
+        call = self._runtime.cudaMemcpy2DAsync
+        self._call(call, target, target_step, source, source_step, size, count, self._within, self.stream)
+
+    def synchronize(self) -> None:
+        """As Device.synchronize."""
+        self._call(self._runtime.cudaStreamSynchronize, self.stream)
+
+
+class Buffers:
+    """Named memory on a device that grows as needed, and is given back with this object."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._held: dict[str, tuple[int, int]] = {}
+
+    def get(self, name: str, size: int) -> int:
+        """The address of at least `size` bytes; those of a grown buffer are zero, and at another address."""
+        address, held = self._held.get(name, (0, 0))
+        if address == 0 or held < size:
+            if address:
+                del self._held[name]
+                self._device.free(address)
+            held = max(size, 1)  # an empty tensor wants an address, too
+            address = self._device.allocate(held)
+            self._held[name] = (address, held)
+        return address
+
+    @property
+    def nbytes(self) -> int:
+        """All memory held."""
+        return sum(held for _, held in self._held.values())
+
+    def __del__(self) -> None:
+        for address, _ in self._held.values():
+            self._device.free(address)

@@ -1,0 +1,362 @@
+"""TensorRT engines: everything stays on the device but the logits, and what a caller looks at."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from ivc_export.bundle import Bundle
+from ivc_export.contract import GRAPH_NAMES, FloatName
+from ivc_export.engine import RECORD, find_engines
+from ivc_export.errors import UserError
+from ivc_export.families import Picture
+from ivc_export.recipe import check_ratio
+from ivc_export.runtime.cache import layer_of
+from ivc_export.runtime.conversation import Step, Timings
+from ivc_export.runtime.device import Buffers, CudaDevice, Device
+from ivc_export.runtime.plan import Run, plan_run
+from ivc_export.trt import Target, load_plugin, load_tensorrt, make_logger, own_capability
+
+DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "BF16": ml_dtypes.bfloat16, "INT32": np.int32}
+"""NumPy's types by the names of TensorRT's."""
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in device memory, or in the host's where TensorRT reads a shape from it."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Fetched(Mapping[str, Array]):
+    """Tensors by name, each copied to the host when it is first looked at; floats in float32."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], fetch: Callable[[Tensor], Array]) -> None:
+        self._tensors, self._fetch = tensors, fetch
+        self._copies: dict[str, Array] = {}
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._copies:
+            self._copies[name] = self._fetch(self._tensors[name])
+        return self._copies[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class Engine:
+    """One engine and an execution context for each of its profiles.
+
+    Raises:
+        UserError: TensorRT does not load it.
+    """
+
+    def __init__(self, trt: Any, path: Path, profiles: Sequence[str], device: Device, runtime: Any) -> None:
+        self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            raise UserError(f"{path} does not load in TensorRT {trt.__version__}: build it here with ivc-build")
+        self._name, self._device = path.stem, device
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        self.dtypes = {name: np.dtype(DTYPES[self._engine.get_tensor_dtype(name).name]) for name in names}
+        self._inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self._outputs = [name for name in names if name not in self._inputs]
+        strategies = getattr(trt, "ExecutionContextAllocationStrategy", None)  # from TensorRT 10 on
+        if strategies is not None:
+            contexts = [self._engine.create_execution_context(strategies.USER_MANAGED) for _ in profiles]
+            self.scratch = int(self._engine.device_memory_size_v2)
+        else:
+            contexts = [self._engine.create_execution_context_without_device_memory() for _ in profiles]
+            self.scratch = int(self._engine.device_memory_size)
+        for number, context in enumerate(contexts):
+            if context is None or not context.set_optimization_profile_async(number, device.stream):
+                raise UserError(f"TensorRT cannot prepare {path}: see that the GPU has memory left")
+        self._contexts = dict(zip(profiles, contexts, strict=True))
+
+    def use_scratch(self, address: int) -> None:
+        """Let all contexts work in the same memory, `scratch` bytes of it: they run one after the other."""
+        for context in self._contexts.values():
+            if hasattr(context, "set_device_memory"):
+                context.set_device_memory(address, self.scratch)
+            else:
+                context.device_memory = address
+
+    def run(self, profile: str, inputs: Mapping[str, Tensor], buffers: Buffers, place: str) -> dict[str, Tensor]:
+        """Start a run, and return its outputs, which lie in `buffers` under `place`. Does not wait for it.
+
+        inputs: by name; those that the engine does not read are left out.
+
+        Raises:
+            UserError: an input does not fit the engine's profile, or TensorRT cannot run it.
+        """
+        context = self._contexts[profile]
+        for name in self._inputs:
+            tensor = inputs[name]
+            fits = context.set_input_shape(name, tensor.shape) and context.set_tensor_address(name, tensor.address)
+            if not fits:
+                raise UserError(
+                    f"{name} of {list(tensor.shape)} does not fit the {self._name} engine: build engines with larger "
+                    "maxima"
+                )
+        outputs = {}
+        for name in self._outputs:
+            shape, dtype = tuple(context.get_tensor_shape(name)), self.dtypes[name]
+            size = math.prod(shape) * dtype.itemsize
+            outputs[name] = Tensor(buffers.get(f"{place}/{name}", size), shape, dtype)
+            context.set_tensor_address(name, outputs[name].address)
+        if not context.execute_async_v3(self._device.stream):
+            raise UserError(f"TensorRT cannot run the {self._name} engine: see that the GPU has memory left")
+        return outputs
+
+
+class TensorrtSession:
+    """A bundle's engines for this TensorRT and GPU, as ivc-build made them.
+
+    target: "tensorrt" or "tensorrt-rtx". device: None takes the current CUDA device.
+
+    Raises:
+        UserError: TensorRT is missing, or there are no engines for it and this GPU, or they are stale.
+    """
+
+    def __init__(self, bundle: Bundle, target: Target = "tensorrt", device: Device | None = None) -> None:
+        self._trt = load_tensorrt(target)
+        capability = own_capability(self._trt)
+        folder = find_engines(bundle, target, capability, self._trt)
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        self.bundle = bundle
+        self.backend: str = target
+        self.dtype: FloatName = record["dtype"]
+        self.versions: Mapping[str, str] = {target: str(self._trt.__version__)}
+        self.capacity: int = record["capacity"]
+        self.recipe: dict[str, Any] = record["recipe"]
+        if self.recipe["plugin"]:
+            load_plugin(Path(self.recipe["plugin"]))
+        self.device = device or CudaDevice()
+        self.buffers = Buffers(self.device)
+        self._runtime = self._trt.Runtime(make_logger(self._trt))
+        self.engines = {
+            name: Engine(
+                self._trt, folder / f"{name}.plan", record["engines"][name]["profiles"], self.device, self._runtime
+            )
+            for name in GRAPH_NAMES
+        }
+        scratch = self.buffers.get("scratch", max(engine.scratch for engine in self.engines.values()))
+        for engine in self.engines.values():
+            engine.use_scratch(scratch)
+        self._runs: dict[str, int] = {}
+
+    def converse(self, ratio: float | None = None, capacity: int | None = None) -> TensorrtConversation:
+        """Begin a conversation; see TensorrtConversation.
+
+        Raises:
+            UserError: the engines are built for another capacity.
+        """
+        if capacity not in (None, self.capacity):
+            raise UserError(
+                f"the engines' caches have {self.capacity} rows, not {capacity}: leave the capacity out, or build "
+                "engines with other maxima"
+            )
+        return TensorrtConversation(self, ratio)
+
+    def put(self, place: str, name: str, array: Array, dtype: np.dtype[Any]) -> Tensor:
+        """Copy an array to the device, where it stays until another takes its place."""
+        tensor = Tensor(self.buffers.get(f"{place}/{name}", array.size * dtype.itemsize), array.shape, dtype)
+        self.device.upload(tensor.address, np.ascontiguousarray(array, dtype))
+        return tensor
+
+    def fetched(self, place: str, tensors: Mapping[str, Tensor]) -> Fetched:
+        """Outputs of the newest run in `place`, to be looked at before the next one there.
+
+        The mapping raises RuntimeError where that has begun.
+        """
+        number = self._runs[place]
+
+        def fetch(tensor: Tensor) -> Array:
+            if self._runs[place] != number:
+                raise RuntimeError(f"another {place} has taken the place of the one whose tensors are looked at")
+            array = np.empty(tensor.shape, tensor.dtype)
+            self.device.download(tensor.address, array)
+            return array if array.dtype == np.int32 else array.astype(np.float32, copy=False)
+
+        return Fetched(tensors, fetch)
+
+    def begin(self, place: str) -> None:
+        """Begin a run in `place`: the tensors of the one before are no longer to be had."""
+        self._runs[place] = self._runs.get(place, 0) + 1
+
+
+class EngineCache:
+    """Keys and values of all layers on the device, in buffers of the engines' capacity."""
+
+    def __init__(self, session: TensorrtSession) -> None:
+        m = session.bundle.manifest
+        self.capacity, self._session, self._sizes = session.capacity, session, m.decoder
+        self.dtype = session.engines["decoder"].dtypes[f"past_key.{m.decoder.layers - 1}"]
+        self._row = m.decoder.head_dim * self.dtype.itemsize
+        self._buffers = Buffers(session.device)
+        size = m.decoder.kv_heads * self.capacity * self._row
+        self._addresses = {
+            f"{kind}.{layer}": self._buffers.get(f"{kind}.{layer}", size)
+            for layer in range(m.decoder.layers)
+            for kind in ("key", "value")
+        }
+        self.whole = frozenset(m.selection.whole_layers)
+        self.length = self.whole_length = 0
+
+    def inputs(self, full: bool) -> dict[str, Tensor]:
+        """past_key.i and past_value.i of all layers: the buffers, or, before a first run, nothing of them."""
+        shape = (1, self._sizes.kv_heads, self.capacity if full else 0, self._sizes.head_dim)
+        return {f"past_{name}": Tensor(address, shape, self.dtype) for name, address in self._addresses.items()}
+
+    def lengths(self) -> dict[str, int]:
+        """past_length, and past_length.i of layers kept whole."""
+        return {"past_length": self.length} | {f"past_length.{layer}": self.whole_length for layer in self.whole}
+
+    def append(self, outputs: Mapping[str, Tensor], kept: int, rows: int) -> None:
+        """Append what prefix and decoder gave: `compact_*` of the layers that have it, `new_*` of the others."""
+        for name, address in self._addresses.items():
+            new = outputs.get(f"compact_{name}") or outputs[f"new_{name}"]
+            start = self.whole_length if layer_of(name) in self.whole else self.length
+            size, step = new.shape[2] * self._row, self.capacity * self._row
+            self._session.device.copy_blocks(
+                address + start * self._row, step, new.address, size, size, self._sizes.kv_heads
+            )
+        self.length += kept
+        self.whole_length += rows
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of the valid rows."""
+        rows = (self._sizes.layers - len(self.whole)) * self.length + len(self.whole) * self.whole_length
+        return int(2 * rows * self._sizes.kv_heads * self._row)
+
+
+class TensorrtConversation:
+    """Runs of one session that share a cache; as Conversation, from engine to engine on the device.
+
+    A step's tensors are copied to the host when they are looked at: those of a prefill until the next prefill of the
+    session, those of a decode step until its next one.
+
+    Raises:
+        UserError: the ratio is out of range, or the GPU has no memory for the cache.
+    """
+
+    def __init__(self, session: TensorrtSession, ratio: float | None = None) -> None:
+        manifest = session.bundle.manifest
+        self.session = session
+        self.ratio = check_ratio(manifest.default_ratio if ratio is None else ratio)
+        self.cache = EngineCache(session)
+        self.next_position = 0
+        self.timings = Timings()
+
+    def run(
+        self,
+        tokens: Sequence[int] | npt.NDArray[Any],
+        pictures: Sequence[Picture] = (),
+        keep_index: npt.NDArray[np.int32] | None = None,
+    ) -> Step:
+        """Run `tokens`, image tokens included, over the cache, and append the kept rows to it.
+
+        keep_index: rows to keep instead of those that the prefix engine chooses, to replay another run.
+
+        Raises:
+            UserError: see plan_run; or the run does not fit the engines.
+        """
+        session, cache, m = self.session, self.cache, self.session.bundle.manifest
+        grids = [picture.grid for picture in pictures]
+        plan = plan_run(m, np.asarray(tokens, np.int32), grids, self.next_position, self.ratio)
+        kept = len(plan.text_index) + plan.keep_count if keep_index is None else len(keep_index)
+        self._check(plan, max(cache.length + kept, cache.whole_length + plan.rows if cache.whole else 0))
+        stage = "decode" if plan.rows == 1 and cache.length else "prefill"
+        session.begin(stage)
+        embeds = self._put(stage, "inputs_embeds", session.bundle.embed(plan.tokens)[None])
+        vision = self._see(pictures, plan, embeds) if pictures else []
+        count = np.array([plan.keep_count], np.int32)
+        inputs = cache.inputs(full=cache.length > 0) | {
+            "inputs_embeds": embeds,
+            "keep_count": Tensor(count.ctypes.data, count.shape, count.dtype),  # a shape input: in host memory
+        }
+        arrays: dict[str, Array] = {
+            "position_ids": plan.position_ids,
+            "visual_index": plan.visual_index,
+            "text_index": plan.text_index,
+            "query_index": plan.query_index,
+            "ivc_priority": plan.ivc_priority,
+            "logit_index": np.array([kept - 1], np.int32),
+            **plan.tiles,
+        }
+        arrays |= {name: np.array([length], np.int32) for name, length in cache.lengths().items()}
+        inputs |= {name: self._put(stage, name, array) for name, array in arrays.items()}
+        with self.timings.stage(f"{stage}.prefix"):
+            prefix = session.engines["prefix"].run(stage, inputs, session.buffers, f"{stage}/prefix")
+            if stage == "prefill":
+                session.device.synchronize()  # for the timings alone
+        inputs |= {name: tensor for name, tensor in prefix.items() if name not in inputs}
+        if keep_index is not None:
+            inputs["keep_index"] = self._put(stage, "keep_index", keep_index)
+        with self.timings.stage(f"{stage}.decoder"):
+            decoder = session.engines["decoder"].run(stage, inputs, session.buffers, f"{stage}/decoder")
+            cache.append(prefix | decoder, kept, plan.rows)
+            session.device.synchronize()
+        self.next_position = plan.next_position
+        seen = tuple(session.fetched(stage, outputs) for outputs in vision)
+        return Step(plan, seen, session.fetched(stage, prefix), session.fetched(stage, decoder), keep_index)
+
+    def _put(self, place: str, name: str, array: Array) -> Tensor:
+        engines = self.session.engines.values()
+        dtype = next((engine.dtypes[name] for engine in engines if name in engine.dtypes), array.dtype)
+        return self.session.put(place, name, array, dtype)
+
+    def _see(self, pictures: Sequence[Picture], plan: Run, embeds: Tensor) -> list[dict[str, Tensor]]:
+        """Run the pictures, and copy their tokens to their rows of `embeds`."""
+        session, found, seen = self.session, [], 0
+        row = embeds.nbytes // plan.rows
+        for number, picture in enumerate(pictures):
+            with self.timings.stage("vision"):
+                inputs = {name: self._put("vision", name, array) for name, array in picture.inputs.items()}
+                place = f"vision-{number}"
+                found.append(session.engines["vision"].run("prefill", inputs, session.buffers, place))
+                source = found[-1]["image_embeds"]
+                target = embeds.address + row * int(plan.visual_index[seen])
+                session.device.copy(target, source.address, source.nbytes)
+                session.device.synchronize()
+            seen += picture.grid.visual
+        return found
+
+    def _check(self, plan: Run, rows: int) -> None:
+        recipe = self.session.recipe
+        text = len(plan.text_index)
+        for what, count, option in (
+            ("visual tokens", len(plan.visual_index), "max_visual"),
+            ("other tokens", text, "max_text"),
+        ):
+            if count > recipe[option]:
+                raise UserError(
+                    f"the prompt has {count} {what}, and these engines take {recipe[option]}: build them with "
+                    f"--{option.replace('_', '-')} {count}"
+                    + (", or use a smaller picture" if option == "max_visual" else "")
+                )
+        if rows > self.session.capacity:
+            raise UserError(
+                f"the engines' caches hold {self.session.capacity} rows, {rows} are needed: build engines with a "
+                "larger --max-new"
+            )

@@ -1,0 +1,175 @@
+"""The hand-over from engine to engine, with a stand-in for TensorRT."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from ivc_export import cli, families
+from ivc_export.bundle import Bundle
+from ivc_export.errors import UserError
+from ivc_export.export import export
+from ivc_export.families import Grid
+from ivc_export.oracle import record
+from ivc_export.parity import compare
+from ivc_export.recipe import ExportRecipe
+from ivc_export.runtime import tensorrt
+from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.generate import Sampling, generate
+from ivc_export.runtime.session import OnnxSession
+from ivc_export.runtime.tensorrt import TensorrtSession
+from ivc_export.testdata import draw_picture, make_prompt
+from samples.make_sample import make_checkpoint
+from tests.conftest import LOGIT_TOLERANCE, SCORE_TOLERANCE, Golden, random_picture
+from tests.fake_tensorrt import CAPABILITY, FakeTensorrt, HostDevice, folder_of, put_engines
+from tests.test_conversation import TURNS
+
+MAXIMA = {"max_visual": 256, "max_text": 64, "max_new": 64}
+IMAGE_PROMPT = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]
+
+
+def opened(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, **recipe: Any) -> tuple[TensorrtSession, HostDevice]:
+    put_engines(bundle, **MAXIMA | recipe)
+    device = HostDevice()
+    monkeypatch.setattr(tensorrt, "load_tensorrt", lambda target: FakeTensorrt(bundle))
+    monkeypatch.setattr(tensorrt, "own_capability", lambda trt: CAPABILITY)
+    monkeypatch.setattr(tensorrt, "CudaDevice", lambda: device)
+    return TensorrtSession(bundle), device
+
+
+@pytest.fixture
+def bundle(golden_bundle: Bundle, tmp_path: Path) -> Bundle:
+    """The golden's bundle, with a folder for engines of its own."""
+    return Bundle.load(shutil.copytree(golden_bundle.folder, tmp_path / "bundle"))
+
+
+def test_conversations_equal_those_on_the_host(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill, decode steps, turns with one and two pictures and with none, over one cache."""
+    session, device = opened(bundle, monkeypatch)
+    found, wanted = session.converse(0.4), Conversation(OnnxSession(bundle), 0.4)
+    for tokens, pictures in TURNS:
+        step, reference = found.run(tokens, pictures), wanted.run(tokens, pictures)
+        np.testing.assert_array_equal(step.keep_index, reference.keep_index)
+        assert np.abs(step.logits - reference.logits).max() < LOGIT_TOLERANCE
+        assert [a.shape for a in step.image_embeds] == [a.shape for a in reference.image_embeds]
+    assert (found.cache.length, found.cache.bytes_used) == (wanted.cache.length, wanted.cache.bytes_used)
+    assert found.next_position == wanted.next_position
+    device.check()
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl"])  # a layer kept whole; tiles
+def test_families_that_need_more(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = families.of(name)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", family.tiny)
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", max_visual=400))
+    session, device = opened(bundle, monkeypatch, max_visual=400)
+    noise = np.random.default_rng(0).integers(0, 256, (90, 200, 3), np.uint8)
+    picture = family.picture(PIL.Image.fromarray(noise), bundle.manifest.preprocessing)
+    prompt = [1, 2, *[bundle.manifest.tokens.image] * picture.grid.visual, 7, 8, 9]
+    found, wanted = session.converse(0.4), Conversation(OnnxSession(bundle), 0.4)
+    for tokens, pictures in [(prompt, [picture]), ([5], []), ([6], []), ([4, 3, 2], []), ([9], [])]:
+        step, reference = found.run(tokens, pictures), wanted.run(tokens, pictures)
+        np.testing.assert_array_equal(step.keep_index, reference.keep_index)
+        assert np.abs(step.logits - reference.logits).max() < LOGIT_TOLERANCE
+    assert found.cache.bytes_used == wanted.cache.bytes_used
+    device.check()
+
+
+def test_nothing_but_logits_leaves_the_device(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, device = opened(bundle, monkeypatch)
+    tokens = list(generate(session.converse(), IMAGE_PROMPT, [random_picture(Grid(4, 5), 0)], Sampling(max_tokens=3)))
+    assert device.downloads == [4 * bundle.manifest.decoder.vocab_size] * len(tokens)
+
+
+def test_tensors_are_fetched_once_and_not_too_late(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, _ = opened(bundle, monkeypatch)
+    conversation = session.converse()
+    prefill = conversation.run(IMAGE_PROMPT, [random_picture(Grid(4, 5), 0)])
+    kept = prefill.keep_index
+    conversation.run([5])
+    assert prefill.prefix["token_score"].shape == (20,)  # a decode step leaves a prefill's tensors as they are
+    conversation.run(IMAGE_PROMPT, [random_picture(Grid(4, 5), 1)])
+    assert prefill.keep_index is kept
+    with pytest.raises(RuntimeError, match="another prefill"):
+        prefill.prefix["hidden_states"]
+
+
+def test_parity_of_engines(golden: Golden, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = draw_picture()
+    tokens = make_prompt(bundle, image)[1]
+    session, _ = opened(bundle, monkeypatch)
+    report, step = compare(session, record(bundle, golden.folder, tokens, [image], 0.5, 2), [image])
+    assert report.passed, [c for c in report.comparisons if not c.passed]
+    assert (report.backend, report.dtype) == ("tensorrt", "float32")
+    assert "tensorrt" in report.versions
+    assert len(step.keep_index) < len(tokens)
+
+
+def test_float16_engines_take_and_give_float16(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, device = opened(bundle, monkeypatch, dtype="float16")
+    picture = random_picture(Grid(4, 5), 0)
+    wanted = Conversation(OnnxSession(bundle)).run(IMAGE_PROMPT, [picture])
+    conversation = session.converse()
+    step = conversation.run(IMAGE_PROMPT, [picture], keep_index=wanted.keep_index)
+    np.testing.assert_array_equal(step.keep_index, wanted.keep_index)
+    assert session.engines["prefix"].dtypes["past_key.0"] == np.float16
+    assert session.engines["prefix"].dtypes["hidden_states"] == np.float32
+    assert 0 < np.abs(step.logits - wanted.logits).max() < 5e-3 * np.abs(wanted.logits).max()
+    assert np.abs(step.prefix["token_score"] - wanted.prefix["token_score"]).max() < 1e3 * SCORE_TOLERANCE
+    device.check()
+
+
+def test_runs_beyond_the_engines(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, _ = opened(bundle, monkeypatch, max_visual=16, max_text=8, max_new=3)
+    conversation = session.converse()
+    with pytest.raises(UserError, match=r"20 visual tokens, and these engines take 16.*--max-visual 20.*smaller"):
+        conversation.run(IMAGE_PROMPT, [random_picture(Grid(4, 5), 0)])
+    with pytest.raises(UserError, match=r"9 other tokens, and these engines take 8.*--max-text 9"):
+        conversation.run(range(10))
+    for _ in range(3):
+        conversation.run(range(8))
+    with pytest.raises(UserError, match=r"hold 27 rows, 32 are needed.*--max-new"):
+        conversation.run(range(8))
+    with pytest.raises(UserError, match="27 rows, not 64"):
+        session.converse(capacity=64)
+
+
+def test_engines_that_cannot_be_used(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(bundle, monkeypatch)
+    plan = folder_of(bundle) / "decoder.plan"
+    plan.write_bytes(b"x" * plan.stat().st_size)
+    with pytest.raises(UserError, match=r"decoder.plan does not load in TensorRT 8.6.0: build it here with ivc-build"):
+        TensorrtSession(bundle)
+    record = folder_of(bundle) / "build.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"inputs_sha256": "0"}))
+    with pytest.raises(UserError, match="built from other graphs"):
+        TensorrtSession(bundle)
+
+
+def test_commands_take_engines(
+    sample_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened(sample_bundle, monkeypatch)
+    image = tmp_path / "picture.png"
+    draw_picture().save(image)
+    answers = []
+    for backend in ("tensorrt", "onnxruntime"):
+        command = [str(sample_bundle.folder), "--image", str(image), "--prompt", "Where is the ring?", "--json"]
+        assert cli.ivc_run([*command, "--max-tokens", "4", "--backend", backend]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0]["tokens"] == answers[1]["tokens"]
+    assert answers[0]["visual_tokens"] == answers[1]["visual_tokens"]
+    assert answers[0]["cache"] == answers[1]["cache"]
+
+
+def test_commands_say_what_engines_lack(sample_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.ivc_run([str(sample_bundle.folder), "--prompt", "x", "--backend", "tensorrt"]) == 2
+    assert "tensorrt does not load" in capsys.readouterr().err
+    assert cli.ivc_run([str(sample_bundle.folder), "--prompt", "x", "--backend", "tensorrt", "--provider", "cuda"]) == 2
+    assert "--provider is onnxruntime's" in capsys.readouterr().err

@@ -137,7 +137,7 @@ class FakeEngine:
         self.session = session
         self.inputs = [tensor.name for tensor in session.get_inputs()]
         tensors = [*session.get_inputs(), *session.get_outputs()]
-        self.names = [tensor.name for tensor in tensors]
+        self.names: list[str] = [tensor.name for tensor in tensors]
         self.shapes = {tensor.name: tuple(tensor.shape) for tensor in tensors}
         self.types = {tensor.name: DataType[TYPES[tensor.type]] for tensor in tensors}
         self.num_io_tensors = len(self.names)

@@ -44,6 +44,7 @@ class EngineRecipe:
     plugin: our plugin's library; None builds the `native` graphs.
     workspace: bytes that a layer may use; None leaves it to TensorRT.
     timing_cache: a file that builds read and write, so that a second one is short.
+    tactic_sources: names of trt.TacticSource that may serve; None leaves it to TensorRT.
 
     Raises:
         UserError: a number is out of range.
@@ -61,6 +62,7 @@ class EngineRecipe:
     workspace: int | None = None
     optimization_level: int = 3
     timing_cache: Path | None = None
+    tactic_sources: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, least, value, most in (
@@ -218,11 +220,15 @@ def fingerprint(bundle: Bundle, plugin: Path | None) -> str:
 
 
 def build(
-    bundle: Bundle, recipe: EngineRecipe, progress: Progress = lambda *_: None, force: bool = False
+    bundle: Bundle,
+    recipe: EngineRecipe,
+    progress: Progress = lambda *_: None,
+    force: bool = False,
+    verbose: bool = False,
 ) -> tuple[Path, Estimate]:
     """Build the three engines, and return their folder and the estimate. Nothing is visible until all are there.
 
-    force: build also where memory seems too small.
+    force: build also where memory seems too small. verbose: TensorRT's own messages go to standard error.
 
     Raises:
         UserError: TensorRT is missing or refuses a graph, the plugin does not load, or memory is too small.
@@ -263,7 +269,9 @@ def build(
                     recipe.workspace,
                     recipe.optimization_level,
                     recipe.timing_cache,
+                    recipe.tactic_sources,
                     dtype == "float32",
+                    verbose,
                 ),
                 work,
                 partial(progress, name),

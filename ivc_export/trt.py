@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,19 @@ Extents = dict[str, tuple[int, int, int]]
 
 @dataclass(frozen=True)
 class Options:
-    """How a graph is compiled; fields as EngineRecipe's. tf32_off: float32 means float32."""
+    """How a graph is compiled; fields as EngineRecipe's. tf32_off: float32 means float32.
+
+    verbose: TensorRT's own messages go to standard error.
+    """
 
     target: Target
     compute_capability: str
     workspace: int | None = None
     optimization_level: int = 3
     timing_cache: Path | None = None
+    tactic_sources: tuple[str, ...] | None = None
     tf32_off: bool = False
+    verbose: bool = False
 
 
 def load_tensorrt(target: Target) -> Any:
@@ -109,7 +115,7 @@ def compile_graph(
     path = work / f"{name}.onnx"
     converted = any(isinstance(v.const_value, ir.LazyTensor) for v in model.graph.initializers.values())
     ir.save(model, path, external_data=f"{name}.data" if converted else None)
-    logger = make_logger(trt)
+    logger = make_logger(trt, options.verbose)
     builder = trt.Builder(logger)
     weak = options.target == "tensorrt" and major(trt) < 10
     flags = trt.NetworkDefinitionCreationFlag
@@ -143,10 +149,20 @@ def compile_graph(
 
 
 def configure(trt: Any, config: Any, options: Options) -> None:
-    """Workspace, optimization level, and no TF32 where float32 is asked for."""
+    """Workspace, optimization level, tactic sources, and no TF32 where float32 is asked for.
+
+    Raises:
+        UserError: this TensorRT has no such tactic source.
+    """
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
     config.builder_optimization_level = options.optimization_level
+    if options.tactic_sources is not None:
+        known = trt.TacticSource.__members__
+        unknown = [name for name in options.tactic_sources if name not in known]
+        if unknown:
+            raise UserError(f"there is no tactic source {unknown[0]}: give some of {', '.join(known)}")
+        config.set_tactic_sources(sum(1 << int(known[name]) for name in options.tactic_sources))
     if options.tf32_off:
         config.clear_flag(trt.BuilderFlag.TF32)
 
@@ -186,11 +202,11 @@ def make_profile(builder: Any, model: ir.Model, extents: Extents) -> Any:
     return found
 
 
-def make_logger(trt: Any) -> Any:
-    """A logger that keeps the last error, and prints none."""
+def make_logger(trt: Any, verbose: bool = False) -> Any:
+    """A logger that keeps the last error, and prints nothing unless it is verbose."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """As trt.Logger, silent."""
+        """As trt.Logger."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -198,6 +214,8 @@ def make_logger(trt: Any) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             """Keep an error."""
+            if verbose and severity <= trt.ILogger.INFO:
+                print(f"TensorRT: {message}", file=sys.stderr)
             if severity <= trt.ILogger.ERROR:
                 self.last = message.splitlines()[0]
 

@@ -39,6 +39,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--timing-cache", type=Path, metavar="FILE", help="read and written, so that a second build is short"
     )
+    p.add_argument(
+        "--tactic-sources", metavar="A,B", help="what may serve, such as CUBLAS,JIT_CONVOLUTIONS (default: TensorRT's)"
+    )
+    p.add_argument("--verbose", action="store_true", help="print TensorRT's own messages")
     p.add_argument("--force", action="store_true", help="build also where memory seems too small")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
@@ -62,6 +66,7 @@ def command(arguments: Sequence[str] | None) -> int:
         workspace=None if options.workspace is None else int(options.workspace * 2**30),
         optimization_level=options.optimization_level,
         timing_cache=options.timing_cache,
+        tactic_sources=None if options.tactic_sources is None else tuple(options.tactic_sources.split(",")),
     )
     console = make_console()
     columns = (TextColumn("{task.description:40.40}"), BarColumn(), TimeElapsedColumn())
@@ -74,7 +79,7 @@ def command(arguments: Sequence[str] | None) -> int:
                 tasks[task] = bars.add_task(task, total=total)
             bars.update(tasks[task], completed=done, total=total, visible=done < total)
 
-        folder, memory = build(bundle, recipe, progress, options.force)
+        folder, memory = build(bundle, recipe, progress, options.force, options.verbose)
     size = decimal(sum(plan.stat().st_size for plan in folder.glob("*.plan")))
     console.print(f"[bold]{folder}[/]: {size} of engines, caches of {recipe.capacity} rows")
     largest = max(memory.activations.values())

@@ -1,0 +1,98 @@
+"""Answers of Spatial-VL's bundle in any runtime against those of stock transformers, question by question.
+
+    python -m samples.agreement record FOLDER --bundle BUNDLE                  PyTorch's answers; needs torch
+    python -m samples.agreement compare FOLDER --bundle BUNDLE --backend tensorrt --output FILE
+
+What `record` leaves in FOLDER, pictures and answers, is all that `compare` needs, on a machine without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from ivc_export.bundle import Bundle
+from ivc_export.runtime.backends import BACKENDS, open_session
+from ivc_export.runtime.generate import Chat, Sampling
+
+MODEL = Path("samples/spatial-vl")
+INDEX = "questions.json"
+RATIOS = (1.0, 0.5)
+LONGEST_ANSWER = 20
+
+
+def record(options: argparse.Namespace) -> None:
+    """Ask stock transformers, pruned by the reference implementation."""
+    from samples.spatial import held_out
+    from samples.spatial.questions import TASKS
+    from samples.spatial.stock import StockAnswers
+
+    bundle = Bundle.load(options.bundle)
+    examples = held_out.held_out("test", math.ceil(options.count / len(TASKS)))[: options.count]
+    stock = {str(ratio): StockAnswers(MODEL, bundle, ratio) for ratio in RATIOS}
+    options.folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, example in enumerate(track(examples, "PyTorch", disable=not sys.stderr.isatty())):
+        example.picture.save(options.folder / f"{number}.png")
+        answers = {ratio: one.answer(example) for ratio, one in stock.items()}
+        rows.append({"picture": f"{number}.png", "question": example.question.text, "answers": answers})
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    content = {"layer": bundle.manifest.selection_layer, "versions": versions, "questions": rows}
+    (options.folder / INDEX).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Ask the bundle the same, and write how many answers are the same."""
+    bundle = Bundle.load(options.bundle)
+    recorded = json.loads((options.folder / INDEX).read_text(encoding="utf-8"))
+    if recorded["layer"] != bundle.manifest.selection_layer:
+        sys.exit(f"recorded with the cut at layer {recorded['layer']}: record again")
+    session = open_session(bundle, options.backend, options.provider)
+    found: dict[str, Any] = {}
+    for ratio in RATIOS:
+        same, differing, began = 0, [], time.perf_counter()
+        for row in recorded["questions"]:
+            chat = Chat(session, ratio, sampling=Sampling(max_tokens=LONGEST_ANSWER))
+            answer = "".join(chat.ask(row["question"], [options.folder / row["picture"]]))
+            wanted = row["answers"][str(ratio)]
+            same += answer == wanted
+            if answer != wanted:
+                differing.append({"question": row["question"], "bundle": answer, "transformers": wanted})
+        seconds = (time.perf_counter() - began) / len(recorded["questions"])
+        found[str(ratio)] = {"identical": same, "differing": differing, "seconds_an_answer": round(seconds, 4)}
+        print(f"ratio {ratio}: {same} of {len(recorded['questions'])} answers identical", flush=True)
+    content = {
+        "backend": session.backend,
+        "dtype": session.dtype,
+        "versions": {**session.versions, **recorded["versions"]},
+        "layer": recorded["layer"],
+        "questions": len(recorded["questions"]),
+        "ratios": found,
+    }
+    options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Record or compare."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=("record", "compare"))
+    p.add_argument("folder", type=Path)
+    p.add_argument("--bundle", type=Path, required=True)
+    p.add_argument("--count", type=int, default=200)
+    p.add_argument("--backend", choices=BACKENDS, default="onnxruntime")
+    p.add_argument("--provider", choices=("cpu", "cuda"))
+    p.add_argument("--output", type=Path, default=Path("agreement.json"))
+    options = p.parse_args()
+    {"record": record, "compare": compare}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -69,7 +69,7 @@ class Scratch {
         const auto memory = tensor.GetTensorMemoryInfo();
         const OrtApi& api = Ort::GetApi();
         Ort::ThrowOnError(api.KernelContext_GetAllocator(context, memory, &allocator_));
-        if (onStream) {
+        if (onStream) {  // where there is none, on a host, this call would look for it all the same
             const Ort::Status status(api.KernelContext_GetScratchBuffer(context, memory, bytes, &data_));
             if (status.IsOK()) return;
             api.ReleaseAllocator(allocator_);

@@ -56,17 +56,21 @@ OPERATORS = frozenset(
 """Operators of the default domain that a portable or native graph may use: opset 17, read by TensorRT 8.6 and later."""
 
 PLUGIN_OPERATORS = frozenset(("SelectTokens", "CompactGatherN"))
-"""Operators of domain `ivc` without a body that the `plugin` lowering leaves, for our TensorRT plugin."""
+"""Operators of domain `ivc` without a body that `plugin` leaves to our TensorRT plugin, and `ort-cuda-ops` to our
+library of custom operators for onnxruntime."""
+
+_ORT_CUDA = frozenset(
+    [("", "SimplifiedLayerNormalization")]
+    + [("com.microsoft", op) for op in ("GroupQueryAttention", "MultiHeadAttention", "RotaryEmbedding")]
+    + [("com.microsoft", op) for op in ("SkipSimplifiedLayerNormalization", "QuickGelu")]
+)
 
 LOWERED_OPERATORS: dict[str, frozenset[tuple[str, str]]] = {
     "portable": frozenset(),
     "native": frozenset(),
     "plugin": frozenset((IVC_DOMAIN, operator) for operator in PLUGIN_OPERATORS),
-    "ort-cuda": frozenset(
-        [("", "SimplifiedLayerNormalization")]
-        + [("com.microsoft", op) for op in ("GroupQueryAttention", "MultiHeadAttention", "RotaryEmbedding")]
-        + [("com.microsoft", op) for op in ("SkipSimplifiedLayerNormalization", "QuickGelu")]
-    ),
+    "ort-cuda": _ORT_CUDA,
+    "ort-cuda-ops": _ORT_CUDA | {(IVC_DOMAIN, operator) for operator in PLUGIN_OPERATORS},
 }
 """Operators beyond OPERATORS, by domain and name, that a lowering leaves to its runtime."""
 

@@ -55,7 +55,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return export(ExportRecipe(checkpoint, folder / "bundle"))
 
 
-@pytest.mark.parametrize("architecture", ["SM86", "SM120"])
+@pytest.mark.parametrize("architecture", ["SM86", "SM89", "SM120"])
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_native_graphs_compile(bundle: Bundle, name: GraphName, architecture: str) -> None:
     model = lower(ir.load(bundle.folder / f"{name}.onnx"), "native")

@@ -45,6 +45,7 @@ def parser() -> Parser:
         help="what runs the graphs, or the engines that ivc-build made (default: onnxruntime)",
     )
     p.add_argument("--provider", choices=("cpu", "cuda"), help="onnxruntime's provider (default: cpu)")
+    p.add_argument("--op-library", type=Path, metavar="LIB", help="our custom operators, for --provider cuda")
     p.add_argument("--show", type=Path, metavar="PNG", help="draw which tokens were kept over the picture")
     p.add_argument("--json", action="store_true", help="print one JSON object an answer, and no text")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -58,6 +59,8 @@ def command(arguments: Sequence[str] | None) -> int:
         raise UserError("there is no question: give one with --prompt, or chat with --chat")
     if options.backend != "onnxruntime" and options.provider:
         raise UserError(f"--provider is onnxruntime's: leave it out with --backend {options.backend}")
+    if options.op_library and (options.backend, options.provider) != ("onnxruntime", "cuda"):
+        raise UserError("--op-library is for onnxruntime's CUDA provider: use it with --provider cuda alone")
     if options.show:
         check_show(options.show, bool(options.image) or options.chat)
     bundle = Bundle.load(options.bundle)
@@ -68,7 +71,7 @@ def command(arguments: Sequence[str] | None) -> int:
         console.print(note, markup=False)
     sampling = Sampling(options.temperature, options.top_p, options.seed, options.max_tokens)
     with console.status("opening the graphs"):
-        session = open_session(bundle, options.backend, options.provider)
+        session = open_session(bundle, options.backend, options.provider, options.op_library)
         chat = Chat(session, options.ratio, sampling=sampling)
     if options.prompt is not None:
         answer(chat, options.prompt, images, options)

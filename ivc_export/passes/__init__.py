@@ -14,24 +14,27 @@ from ivc_export.passes.fuse_attention import FuseAttentionPass
 from ivc_export.passes.fuse_norms import FuseNormsPass
 from ivc_export.passes.inline_ivc_functions import InlineIvcFunctionsPass
 from ivc_export.passes.retype_floats import RetypeFloatsPass
+from ivc_export.passes.use_custom_ops import UseCustomOpsPass
 from ivc_export.passes.use_plugin import UsePluginPass
 from ivc_export.passes.widen_floats import WidenFloatsPass
 from ivc_export.passes.widen_residuals import WidenResidualsPass
 
-Lowering = Literal["portable", "native", "plugin", "ort-cuda"]
+Lowering = Literal["portable", "native", "plugin", "ort-cuda", "ort-cuda-ops"]
+
+
+def _ort_cuda(*more: ir.passes.PassBase) -> tuple[ir.passes.PassBase, ...]:
+    fusing = (FuseAttentionPass(), CompactCachesPass(), FuseNormsPass(), FuseActivationsPass())
+    return (*fusing, *more, RemoveUnusedNodesPass())
+
 
 LOWERINGS: Mapping[Lowering, Callable[[], tuple[ir.passes.PassBase, ...]]] = {
     "portable": lambda: (),  # keeps ivc nodes and their bodies: onnxruntime inlines them
     "native": lambda: (InlineIvcFunctionsPass(),),  # standard operators only: any TensorRT, no plugin
     "plugin": lambda: (UsePluginPass(),),  # nodes without bodies: TensorRT with our plugin library
     # what onnxruntime's CUDA provider has kernels for, over caches that are written in place
-    "ort-cuda": lambda: (
-        FuseAttentionPass(),
-        CompactCachesPass(),
-        FuseNormsPass(),
-        FuseActivationsPass(),
-        RemoveUnusedNodesPass(),
-    ),
+    "ort-cuda": lambda: _ort_cuda(),
+    # the same with our library of custom operators, which selects and compacts
+    "ort-cuda-ops": lambda: _ort_cuda(UseCustomOpsPass()),
 }
 
 
@@ -56,6 +59,7 @@ __all__ = [
     "InlineIvcFunctionsPass",
     "Lowering",
     "RetypeFloatsPass",
+    "UseCustomOpsPass",
     "UsePluginPass",
     "WidenFloatsPass",
     "WidenResidualsPass",

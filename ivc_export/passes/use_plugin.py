@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -33,7 +33,9 @@ class UsePluginPass(ir.passes.InPlacePass):
         InlinePass(lambda f: f.domain == IVC_DOMAIN and f.name not in ("SelectTokens", "CompactGather"))(model)
         gathers = [node for node in model.graph if node.domain == IVC_DOMAIN and node.op_type == "CompactGather"]
         if gathers:
-            fuse_gathers(model.graph, gathers)
+            sources = [node.inputs[0] for node in gathers]
+            kinds = [kind(x, sources) for x in sources]
+            fuse_gathers(model.graph, gathers, {"axes": axes(gathers), "kinds": kinds, **PLUGIN})
         for node in list(model.graph):
             if node.domain == IVC_DOMAIN and node.op_type == "SelectTokens":
                 node.replace_input_with(5, keep_slots(model.graph, node))
@@ -61,20 +63,20 @@ def keep_slots(graph: ir.Graph, node: ir.Node) -> ir.Value:
     return slots.outputs[0]
 
 
-def fuse_gathers(graph: ir.Graph, gathers: Sequence[ir.Node]) -> None:
-    """Replace the CompactGather nodes by one CompactGatherN in the place of the first."""
-    keep_index = gathers[0].inputs[1]
-    if any(node.inputs[1] is not keep_index for node in gathers):
+def axes(gathers: Sequence[ir.Node]) -> list[int]:
+    """The axis of each."""
+    return [node.attributes["axis"].as_int() for node in gathers]
+
+
+def fuse_gathers(graph: ir.Graph, gathers: Sequence[ir.Node], attributes: Mapping[str, str | list[int]]) -> None:
+    """Replace CompactGather or Gather nodes of one index by one CompactGatherN in the place of the first."""
+    index = gathers[0].inputs[1]
+    if any(node.inputs[1] is not index for node in gathers):
         raise ir.passes.PreconditionError("CompactGather nodes with another keep_index cannot be fused into one")
-    sources = [node.inputs[0] for node in gathers]
-    attributes: dict[str, ir.Attr | str | list[int]] = {
-        "axes": [node.attributes["axis"].as_int() for node in gathers],
-        "kinds": [kind(x, sources) for x in sources],
-    }
     fused = ir.node(
         "CompactGatherN",
-        [keep_index, *sources],
-        {**attributes, **PLUGIN},
+        [index, *(node.inputs[0] for node in gathers)],
+        dict(attributes),
         domain=IVC_DOMAIN,
         num_outputs=len(gathers),
         name="compact/CompactGatherN",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, get_args
 
 from ivc_export.bundle import Bundle
@@ -14,12 +15,14 @@ Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
-def open_session(bundle: Bundle, backend: Backend, provider: str | None = None) -> AnySession:
-    """A bundle in a runtime; `provider` is onnxruntime's, "cpu" or "cuda".
+def open_session(
+    bundle: Bundle, backend: Backend, provider: str | None = None, op_library: Path | None = None
+) -> AnySession:
+    """A bundle in a runtime; `provider` is onnxruntime's, "cpu" or "cuda", and `op_library` for the latter.
 
     Raises:
         UserError: the runtime is missing, or cannot open the bundle.
     """
     if backend == "onnxruntime":
-        return FusedSession(bundle) if provider == "cuda" else OnnxSession(bundle)
+        return FusedSession(bundle, op_library=op_library) if provider == "cuda" else OnnxSession(bundle)
     return TensorrtSession(bundle, backend)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from ivc_export.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
-from ivc_export.passes import RetypeFloatsPass, lower
+from ivc_export.passes import Lowering, RetypeFloatsPass, lower
 from ivc_export.passes.join_decode import join_decode
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.conversation import Step, Timings
@@ -37,12 +38,19 @@ class FusedSession:
 
     provider: "cuda", or "cpu" to check the same graphs and the same hand-over without a GPU.
     cuda_graph: capture the decode step, and replay it.
+    op_library: our library of custom operators (graphs/plugin/onnxruntime), which then selects and compacts.
 
     Raises:
-        UserError: onnxruntime has no such provider, or cannot open a graph.
+        UserError: onnxruntime has no such provider, or cannot open a graph or the library.
     """
 
-    def __init__(self, bundle: Bundle, provider: Provider = "cuda", cuda_graph: bool = True) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        provider: Provider = "cuda",
+        cuda_graph: bool = True,
+        op_library: Path | None = None,
+    ) -> None:
         if PROVIDERS[provider] not in onnxruntime.get_available_providers():
             raise UserError(
                 "this onnxruntime has no CUDA provider: install onnxruntime-gpu in the place of onnxruntime, or use "
@@ -54,8 +62,9 @@ class FusedSession:
         self.device = provider
         self.backend = f"onnxruntime-{provider}"
         self.dtype: FloatName = DTYPES[provider]
-        models = {name: self._lowered(name) for name in GRAPH_NAMES}
-        joined = join_decode(self._lowered("prefix"), self._lowered("decoder"))
+        self._op_library = op_library
+        models = {name: self._lowered(name, "ort-cuda-ops" if op_library else "ort-cuda") for name in GRAPH_NAMES}
+        joined = join_decode(self._lowered("prefix", "ort-cuda"), self._lowered("decoder", "ort-cuda"))
         self._weights: Values = {}
         self._sessions: dict[str, onnxruntime.InferenceSession] = {
             name: self._open(model) for name, model in models.items()
@@ -68,13 +77,15 @@ class FusedSession:
         """Begin a conversation; see FusedConversation."""
         return FusedConversation(self, ratio, *([capacity] if capacity else []))
 
-    def _lowered(self, name: contract.GraphName) -> ir.Model:
+    def _lowered(self, name: contract.GraphName, lowering: Lowering) -> ir.Model:
         model = ir.load(self.bundle.folder / self.bundle.manifest.graphs[name].file)
-        return lower(RetypeFloatsPass(self.dtype)(model).model, "ort-cuda")
+        return lower(RetypeFloatsPass(self.dtype)(model).model, lowering)
 
     def _open(self, model: ir.Model, cuda_graph: bool = False) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
+        if self._op_library:
+            register(self._op_library, options)
         folder = str(self.bundle.folder)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         for name, value in model.graph.initializers.items():
@@ -138,6 +149,24 @@ class FusedSession:
             reason = str(error).splitlines()[0]
             raise UserError(f"{name} cannot run ({reason}): if memory is short, use a smaller picture") from error
         return dict(zip([o.name for o in session.get_outputs()], binding.get_outputs(), strict=True))
+
+
+def register(library: Path, options: onnxruntime.SessionOptions) -> None:
+    """Add a library of custom operators to a session to be opened.
+
+    Raises:
+        UserError: there is no such file, or onnxruntime cannot load it.
+    """
+    if not library.is_file():
+        raise UserError(f"there is no {library}: build it as docs/tensorrt.md says, or leave --op-library out")
+    try:
+        options.register_custom_ops_library(str(library.resolve()))
+    except Exception as error:  # onnxruntime's exceptions share no public base class
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{library} does not load as custom operators ({reason}): build it on this machine, against headers of "
+            f"onnxruntime {onnxruntime.__version__} or older"
+        ) from error
 
 
 @dataclass
@@ -266,7 +295,7 @@ class FusedConversation:
             feeds |= {"inputs_embeds": put(embeds[None]), "position_ids": position_ids}
             for name in ("visual_index", "text_index", "query_index", "ivc_priority"):
                 feeds[name] = put(getattr(plan, name))
-            feeds["keep_count"] = put(np.array([plan.keep_count], np.int32))
+            feeds["keep_count"] = OrtValue.ortvalue_from_numpy(np.array([plan.keep_count], np.int32))  # on the host
             feeds |= {name: put(array) for name, array in plan.tiles.items()}
             prefix = session.run("prefix", session.bind("prefix", feeds, cache.outputs()))
         kept = len(plan.text_index) + plan.keep_count

@@ -1,0 +1,65 @@
+"""The custom operators in onnxruntime's CUDA provider against NumPy, and against the graphs without them.
+
+Needs onnxruntime-gpu, and the library: IVC_OP_LIBRARY names it, or CMake, nvcc and onnxruntime's headers build it.
+
+IVC_OP_LIBRARY=build/libivc_onnxruntime.so python -m pytest -m gpu tests/gpu/test_custom_op.py
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from ivc_export.bundle import Bundle
+from ivc_export.families import Grid
+from ivc_export.runtime.fused import FusedConversation, FusedSession
+from tests.conftest import random_picture
+from tests.custom_ops import DTYPES, check_gather, check_selection
+from tests.test_plugin_builds import build
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="onnxruntime has no CUDA provider"
+    ),
+]
+TOLERANCE = 2e-3
+"""Of the largest logit: kept rows are the same, and so are the float16 kernels that everything else runs on."""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    given = os.environ.get("IVC_OP_LIBRARY")
+    return Path(given) if given else build(tmp_path_factory.mktemp("operators"), "native", "ivc_onnxruntime")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_selections_agree_with_numpy(
+    library: Path, dtype: str, record_property: Callable[[str, object], None]
+) -> None:
+    worst = max(check_selection(library, "cuda", seed, 4096, dtype) for seed in range(100))
+    record_property(f"100 selections in onnxruntime, {dtype}", f"largest score error {worst:.1e}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gathering_agrees_with_numpy(library: Path, dtype: str) -> None:
+    check_gather(library, "cuda", dtype)
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_conversations_are_as_without_the_library(golden_bundle: Bundle, library: Path, cuda_graph: bool) -> None:
+    wanted = FusedConversation(FusedSession(golden_bundle, "cuda", cuda_graph), capacity=160)
+    found = FusedConversation(FusedSession(golden_bundle, "cuda", cuda_graph, library), capacity=160)
+    image = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]
+    for turn in range(2):
+        pictures = [random_picture(Grid(4, 5), turn)]
+        step, reference = found.run(image, pictures), wanted.run(image, pictures)
+        np.testing.assert_array_equal(step.keep_index, reference.keep_index)
+        for token in (5, 6, 7, 8):
+            assert np.abs(step.logits - reference.logits).max() < TOLERANCE * np.abs(reference.logits).max()
+            step, reference = found.run([token]), wanted.run([token])

@@ -48,7 +48,7 @@ class TorchPeer:
         m = self.bundle.manifest
         plan = plan_run(m, np.array(prompt.tokens, np.int32), [prompt.picture.grid], 0, 1.0)
         positions = torch.from_numpy(plan.position_ids).long().to(self.device)
-        after = (plan.next_position + torch.arange(count, device=self.device)).expand(len(positions), 1, count)
+        after = [torch.full((len(positions), 1, 1), plan.next_position + i, device=self.device) for i in range(count)]
         stock = families.of(m.family).stock_inputs(prompt.picture, m.preprocessing)
         inputs = {name: torch.from_numpy(array) for name, array in stock.items()}
         visual = torch.from_numpy(plan.visual_index).long()
@@ -66,9 +66,9 @@ class TorchPeer:
         stages, steps = {"vision": middle - start, "prefill": end - middle}, []
         rows = len(prompt.tokens)
         size = 2 * m.decoder.layers * rows * m.decoder.kv_heads * m.decoder.head_dim * (2 if "16" in self.dtype else 4)
-        for number in range(count):
+        for position in after:
             before = time.perf_counter()
-            token = self.step(token, without_axes(after[:, :, number : number + 1]), cache)
+            token = self.step(token, without_axes(position), cache)
             tokens.append(int(token))  # waits for the device
             steps.append(time.perf_counter() - before)
         return Answer(stages, end - start, steps, tokens, size, round(size * visual_part(m, prompt, prompt.visual)))
@@ -109,14 +109,20 @@ class CompiledPeer(TorchPeer):
     def __init__(self, bundle: Bundle, model: Any, compile_prefill: bool = False) -> None:
         super().__init__(bundle, model)
         self.compile_prefill = compile_prefill
-        self.notes = (
-            "transformers, SDPA attention, StaticCache of prompt and answer; decode step by torch.compile, "
-            f"reduce-overhead; prefill {'by torch.compile' if compile_prefill else 'eager'}, vision eager"
-        )
         self._capacity = 0
         self._cache: Any = None
         self._step: Callable[..., Any] = super().step
         self._prefill: Callable[..., Any] = super().prefill
+
+    @property
+    def notes(self) -> str:  # type: ignore[override]
+        """How it runs, and whether all of a step was compiled."""
+        prefill = "by torch.compile" if self.compile_prefill else "eager"
+        breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+        return (
+            "transformers, SDPA attention, StaticCache of prompt and answer; decode step by torch.compile, "
+            f"reduce-overhead, with {breaks} graph breaks; prefill {prefill}, vision eager"
+        )
 
     def cache(self, capacity: int) -> Any:
         """The same cache for each answer of one size, emptied: a CUDA graph knows its addresses."""

@@ -10,7 +10,7 @@ import PIL.Image
 
 from ivc_export import families
 from ivc_export.bundle import Bundle
-from ivc_export.contract import PatchPreprocessing, Preprocessing
+from ivc_export.contract import Manifest, PatchPreprocessing, Preprocessing
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
 
@@ -43,10 +43,11 @@ def make_prompt(bundle: Bundle, visual: int, text: int) -> Prompt:
     m, generator = bundle.manifest, np.random.default_rng(0)
     if text < LEAST_TEXT:
         raise UserError(f"{text} text tokens are too few: give at least {LEAST_TEXT}")
-    if not 1 <= visual <= m.max_visual:
+    most = most_visual(m)
+    if not 1 <= visual <= most:
         raise UserError(
-            f"{visual} visual tokens are out of range: this bundle takes 1 to {m.max_visual} a picture; "
-            "ivc-export --max-visual sets the most"
+            f"{visual} visual tokens are out of range: this bundle takes 1 to {most} a picture; "
+            "ivc-export --max-visual and the model's own preprocessor_config.json set the most"
         )
     width, height = picture_size(m.preprocessing, visual)
     noise = PIL.Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8))
@@ -56,6 +57,14 @@ def make_prompt(bundle: Bundle, visual: int, text: int) -> Prompt:
     drawn = generator.choice(words, text - len(before) - len(behind)).tolist()
     half = len(drawn) // 2
     return Prompt([*drawn[:half], *before, *[m.tokens.image] * picture.grid.visual, *behind, *drawn[half:]], picture)
+
+
+def most_visual(m: Manifest) -> int:
+    """Visual tokens that a picture has at most."""
+    p = m.preprocessing
+    if isinstance(p, PatchPreprocessing):
+        return min(m.max_visual, p.max_pixels // p.token_side**2)
+    return p.tile_side**2 * (p.max_tiles + (p.max_tiles > 1))
 
 
 def picture_size(preprocessing: Preprocessing, visual: int) -> tuple[int, int]:

@@ -84,9 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bundle = export(recipe)
         say("exported")
         settings = Settings(tuple(options.ratios), options.tokens, options.rounds, options.warmups)
-        bench = Bench(bundle, settings, say)
+        failures: dict[str, str] = {}
+        bench = Bench(bundle, settings, say, failures)
         entrants = Entrants(options.backends, options.peers, checkpoint, options.compile_prefill)
-        contestants = open_contestants(bundle, entrants, say, bench.failures)
+        contestants = open_contestants(bundle, entrants, say, failures)
         clock["open"] = time.perf_counter() - start
         rows: list[Row] = []
         profiles: list[dict[str, Any]] = []
@@ -100,10 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         for size in sorted(options.sizes):
             if time.perf_counter() - start > options.seconds:
-                bench.failures[f"{size} visual tokens"] = f"not begun after {options.seconds:g} s"
+                failures[f"{size} visual tokens"] = f"not begun after {options.seconds:g} s"
                 continue
             prompt = make_prompt(bundle, size, 64)
-            rows += bench.measure(contestants, prompt, keep_going=True)
+            rows += bench.measure(contestants, prompt)
             clock[f"{size} visual tokens"] = time.perf_counter() - start
             write()
             if options.profile:
@@ -117,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         for bar in bars(rows):
             say(f"{'met ' if bar['met'] else 'MISSED'} {bar['bar']}: {bar['value']}")
-        for name, text in bench.failures.items():
+        for name, text in failures.items():
             say(f"FAILED {name}: {text.splitlines()[0]}")
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ivc_export.bench.facts import machine
 from ivc_export.bench.footprint import Footprints, device_counter, host_peak_bytes
-from ivc_export.bench.measure import Bench, Contestant, Progress, Row
+from ivc_export.bench.measure import Bench, Contestant, Progress, Row, noted
 from ivc_export.bench.sides import BundleSide
 from ivc_export.bundle import Bundle
 from ivc_export.contract import PatchPreprocessing
@@ -90,17 +89,6 @@ def open_contestants(
     return found
 
 
-@contextmanager
-def noted(failures: dict[str, str] | None, name: str) -> Iterator[None]:
-    """Keep what fails inside in `failures`, if there is such a thing."""
-    try:
-        yield
-    except Exception as error:
-        if failures is None:
-            raise
-        failures[name] = f"{type(error).__name__}: {error}"
-
-
 def report(bench: Bench, contestants: Sequence[Contestant], rows: Sequence[Row], command: str) -> dict[str, Any]:
     """What --json writes. Times are in milliseconds, sizes in bytes."""
     m = bench.bundle.manifest
@@ -131,5 +119,5 @@ def report(bench: Bench, contestants: Sequence[Contestant], rows: Sequence[Row],
         ],
         "process_peak_bytes": host_peak_bytes(),
         "rows": [row.to_dict() for row in rows],
-        "failures": bench.failures,
+        "failures": bench.failures or {},
     }

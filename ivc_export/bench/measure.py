@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -99,6 +99,17 @@ class Row:
         return {key: rounded(value) for key, value in asdict(self).items()}
 
 
+@contextmanager
+def noted(failures: dict[str, str] | None, name: str) -> Iterator[None]:
+    """Keep what fails inside in `failures`, if there is such a thing."""
+    try:
+        yield
+    except Exception as error:
+        if failures is None:
+            raise
+        failures[name] = f"{type(error).__name__}: {error}"
+
+
 @dataclass
 class Contestant:
     """A side, and what it has taken of memory."""
@@ -110,22 +121,26 @@ class Contestant:
 class Bench:
     """Contestants over one bundle.
 
+    failures: takes what fails, which else ends the run; a side that fails is then left out of its prompt's rows.
+
     Raises:
         UserError: the bundle's graphs are not portable ones, in which selection can be told from the rest.
     """
 
-    def __init__(self, bundle: Bundle, settings: Settings, progress: Progress = lambda text: None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        settings: Settings,
+        progress: Progress = lambda text: None,
+        failures: dict[str, str] | None = None,
+    ) -> None:
         bundle.check_portable("ivc-bench")
-        self.bundle, self.settings, self.progress = bundle, settings, progress
+        self.bundle, self.settings, self.progress, self.failures = bundle, settings, progress, failures
         self.workload = Workload(bundle)
         self.ceilings: dict[tuple[str, FloatName], Ceilings] = {}
-        self.failures: dict[str, str] = {}
-        """What became of sides that failed, where that does not end the run."""
 
-    def measure(self, contestants: Sequence[Contestant], prompt: Prompt, keep_going: bool = False) -> list[Row]:
+    def measure(self, contestants: Sequence[Contestant], prompt: Prompt) -> list[Row]:
         """Rows for one prompt: sides by ratios, peers at ratio 1 alone.
-
-        keep_going: leave out a side that fails, and note why in `failures`.
 
         Raises:
             UserError: a side fails, or float32 sides draw different tokens with nothing pruned.
@@ -146,15 +161,12 @@ class Bench:
                     continue
                 kind = f"round {number + 1 - self.settings.warmups}" if warm else "warm-up"
                 self.progress(f"{prompt.visual} visual tokens, {kind}: {name}, ratio {ratio:g}")
-                try:
+                answer = None
+                with noted(self.failures, f"{name}, {prompt.visual} visual tokens"):
                     answer = self._answer(one, prompt, ratio, watched=not warm)
-                except Exception as error:
-                    if not keep_going:
-                        raise
-                    self.failures[f"{name}, {prompt.visual} visual tokens"] = f"{type(error).__name__}: {error}"
+                if answer is None:
                     seen = {key: answers for key, answers in seen.items() if key[0] != name}
-                    continue
-                if warm:
+                elif warm:
                     seen[name, ratio].append(answer)
         return self._rows([turn for turn in turns if (turn[0].side.name, turn[1]) in seen], prompt, seen)
 
@@ -176,7 +188,8 @@ class Bench:
                 first = next((other for other in rows if other.ratio == 1), row)
                 row = replace(row, agreement=agreement(row.tokens, first.tokens))
             rows.append(row)
-        check_tokens(rows)
+        with noted(self.failures, f"tokens, {prompt.visual} visual tokens"):
+            check_tokens(rows)
         return rows
 
     def _row(self, one: Contestant, ratio: float, prompt: Prompt, answers: Sequence[Answer]) -> Row:
@@ -224,7 +237,9 @@ class Bench:
         if not isinstance(side, BundleSide):
             return None
         plan = plan_run(self.bundle.manifest, np.array(prompt.tokens, np.int32), [prompt.picture.grid], 0, ratio)
-        found = selection_times(side.session, plan, len(prompt.tokens) + self.settings.count)
+        found = None
+        with noted(self.failures, f"selection of {side.name}, {prompt.visual} visual tokens"):
+            found = selection_times(side.session, plan, len(prompt.tokens) + self.settings.count)
         if found is None:
             return None
         times = {name: 1000 * seconds for name, seconds in asdict(found).items()}

@@ -21,6 +21,8 @@ from ivc_export.cli import Parser, make_console
 from ivc_export.errors import UserError
 
 VISUAL = (256,)
+WIDTH = 200
+"""Of tables in files and pipes."""
 LEGEND = "in brackets: what the roofline allows by what was measured; memory: the most so far, mapped files left out"
 
 
@@ -91,6 +93,8 @@ def command(arguments: Sequence[str] | None) -> int:
         from ivc_export.report.stages import plot_stages
 
         plot_stages(rows, options.plot)
+    if not console.is_terminal:
+        console.width = WIDTH
     for prompt in prompts:
         console.print(table([row for row in rows if row.visual_tokens == prompt.visual]))
     console.print(LEGEND)
@@ -129,7 +133,7 @@ def table(rows: Sequence[Row]) -> Table:
     """One picture's rows, a column each; times in milliseconds, with how much of the roofline they reach."""
     first = rows[0]
     found = Table(title=f"{first.visual_tokens} visual and {first.text_tokens} text tokens, milliseconds")
-    found.add_column("")
+    found.add_column("", no_wrap=True)
     for row in rows:
         found.add_column(f"{row.side}\n{row.dtype}\n{row.ratio:.0%} kept", justify="right")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ def qwen2_vl_2b(layers: int = 28, depth: int = 32) -> dict[str, Any]:
 
 
 def make_large_checkpoint(folder: Path, config: dict[str, Any], dtype: FloatName = "bfloat16") -> Path:
-    """Write a checkpoint of that configuration, a piece at a time: noise, scaled for each tensor.
+    """Write a checkpoint of that configuration, some tensors at a time: noise, scaled for each.
 
     Each tensor begins elsewhere in the noise: onnxruntime keeps equal weights once. It has no tokenizer: prompts are
     token ids.
@@ -58,7 +60,8 @@ def make_large_checkpoint(folder: Path, config: dict[str, Any], dtype: FloatName
     prefix_graph(model, weights, 1)
     decoder_graph(model, weights, 1)
     weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
-    size, start, header = np.dtype(dtype).itemsize, 0, {}
+    size, start = np.dtype(dtype).itemsize, 0
+    header: dict[str, Any] = {}
     stored = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
     for name, shape in sorted(weights.shapes.items()):
         end = start + size * math.prod(shape)
@@ -67,23 +70,32 @@ def make_large_checkpoint(folder: Path, config: dict[str, Any], dtype: FloatName
     noise = np.random.default_rng(0).standard_normal(BLOCK + 1009 * len(header), np.float32)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with (folder / "model.safetensors").open("wb") as writer:
-        writer.write(len(text).to_bytes(8, "little") + text)
-        for number, (name, shape) in enumerate(sorted(weights.shapes.items())):
-            if len(shape) > 1:
-                scale, shift = math.prod(shape[1:]) ** -0.5, 0.0
-            else:
-                scale, shift = 0.1, float(not name.endswith("bias"))
-            left = math.prod(shape)
-            first = 1009 * number
-            block = (
-                (noise[first : first + min(left, BLOCK)] * np.float32(scale) + np.float32(shift))
-                .astype(dtype)
-                .view(np.uint8)
-            )
-            while left:
-                count = min(left, BLOCK)
-                writer.write(block[: count * size].data)
-                left -= count
+    first = 8 + len(text)
+
+    def write(item: tuple[int, tuple[str, tuple[int, ...]]]) -> None:
+        number, (name, shape) = item
+        if len(shape) > 1:
+            scale, shift = math.prod(shape[1:]) ** -0.5, 0.0
+        else:
+            scale, shift = 0.1, float(not name.endswith("bias"))
+        left, begin = math.prod(shape), 1009 * number
+        block = noise[begin : begin + min(left, BLOCK)] * np.float32(scale) + np.float32(shift)
+        content, place = block.astype(dtype).view(np.uint8), first + header[name]["data_offsets"][0]
+        while left:
+            count = min(left, BLOCK)
+            view = memoryview(content[: count * size].data)
+            while len(view):
+                written = os.pwrite(file.fileno(), view, place)
+                view, place = view[written:], place + written
+            left -= count
+
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.flush()
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            list(pool.map(write, enumerate(sorted(weights.shapes.items()))))
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}, indent=2), encoding="utf-8")
+    if config["model_type"] == "qwen2_vl":  # its own limits: else pictures are capped at 1,280 visual tokens
+        limits = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 16384}
+        (folder / "preprocessor_config.json").write_text(json.dumps(limits), encoding="utf-8")
     return folder

@@ -39,7 +39,7 @@ class Tensors:
         self.types: dict[str, onnx.TypeProto] = {}
         self.values: dict[str, Value] = {}
         self._opsets = {opset.domain: opset.version for opset in model.opset_import}
-        for value in (*model.graph.input, *model.graph.output):
+        for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
             self.types[value.name] = value.type
         for tensor in model.graph.initializer:
             self.types[tensor.name] = onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
@@ -64,7 +64,7 @@ class Tensors:
             self.values[name] = value
 
     def add(self, node: onnx.NodeProto) -> None:
-        """Find out about a node's outputs; those of operators of our own must be the graph's outputs."""
+        """Find out about a node's outputs; those of operators of our own must be the graph's, or have their shapes."""
         inputs = [name for name in node.input if name]
         if node.op_type == "Shape" and -1 not in self.shape(inputs[0]):
             self.know(node.output[0], np.array(self.shape(inputs[0]), np.int64))
@@ -91,13 +91,13 @@ class Tensors:
 def count(
     graph: onnx.ModelProto, axes: Mapping[str, int], inputs: Mapping[str, npt.NDArray[Any]] | None = None
 ) -> Count:
-    """Count on a graph in which operators of our own, whose inside counts nothing, give outputs of the graph alone.
+    """Count on a graph, where what is inside operators of our own counts nothing.
 
     axes: extents of symbolic axes; inputs: arrays whose shapes, and values if they are integers, are taken instead.
     """
     model = onnx.ModelProto()
     model.CopyFrom(graph)
-    for value in (*model.graph.input, *model.graph.output):
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
         for axis, dimension in enumerate(value.type.tensor_type.shape.dim):
             if inputs and value.name in inputs:
                 dimension.dim_value = inputs[value.name].shape[axis]

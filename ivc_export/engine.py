@@ -20,8 +20,9 @@ from rich.filesize import decimal
 from ivc_export import __version__, contract
 from ivc_export.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
+from ivc_export.counting import count
 from ivc_export.errors import UserError
-from ivc_export.memory import activation_bytes, available_bytes
+from ivc_export.memory import available_bytes
 from ivc_export.passes import RetypeFloatsPass, WidenResidualsPass, lower
 from ivc_export.trt import Extents, Options, Target, compile_graph, load_plugin, load_tensorrt, major, own_capability
 
@@ -149,7 +150,7 @@ def estimate(bundle: Bundle, recipe: EngineRecipe, models: Mapping[GraphName, ir
     dtype = contract.FLOATS[recipe.dtype or m.dtype]
     for name, model in models.items():
         largest = {axis: extents[2] for axis, extents in profiles(bundle, name, recipe)["prefill"].items()}
-        activations[name] = activation_bytes(model, largest)
+        activations[name] = count(ir.to_proto(model), largest).peak_bytes
     weights = {
         value.name: int(value.const_value.nbytes)
         for model in models.values()

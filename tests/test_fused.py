@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
 from ivc_export import contract, families
 from ivc_export.bundle import Bundle
 from ivc_export.cli import ivc_run
-from ivc_export.contract import GRAPH_NAMES, GraphName
+from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.families import Grid
@@ -115,6 +117,30 @@ def test_weights_are_held_once(fused: FusedSession) -> None:
     assert {"model.norm.weight", "visual.blocks.0.norm1.weight"} <= set(sizes)
     stored = {w.file: w.size for w in fused.bundle.manifest.weights}
     assert 4 * sum(sizes.values()) <= sum(stored.values())
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_weights_go_to_the_device_once(stored: FloatName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four sessions read them; those of the dtype that is computed in stay where the file is mapped."""
+    bundle = export(ExportRecipe(make_checkpoint(tmp_path / "checkpoint", dtype=stored), tmp_path / "bundle"))
+    placed = []
+    value = FusedSession.value
+
+    def place(self: FusedSession, array: npt.NDArray[Any]) -> Any:
+        placed.append(array.size)
+        return value(self, array)
+
+    monkeypatch.setattr(FusedSession, "value", place)
+    session = FusedSession(bundle, "cpu")
+    models = [ir.load(bundle.folder / f"{name}.onnx") for name in GRAPH_NAMES]
+    weights = {
+        n: v for m in models for n, v in m.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)
+    }
+    assert set(session._weights) == set(weights) and len(placed) == len(weights)
+    one = session._weights["model.layers.0.mlp.up_proj.weight"].data_ptr()
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line]
+    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    assert any(start <= one < end for start, end in ranges) == (stored == "float32")
 
 
 def test_a_full_cache_is_one_sentence(fused: FusedSession) -> None:

@@ -24,13 +24,14 @@ ORDER = [  # from the bottom up; a module imports from its own line or from lowe
     {"reference"},
     {"oracle"},
     {"sweep"},
+    {"bench"},
     {"parity", "report"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = {
-    "torch": {"reference", "oracle", "sweep"},
-    "transformers": {"reference"},
+    "torch": {"reference", "oracle", "sweep", "bench"},
+    "transformers": {"reference", "bench"},
     "matplotlib": {"report"},
     "tensorrt": set(),
 }
@@ -82,6 +83,6 @@ def test_no_family_is_named_outside_its_file() -> None:
 
 
 def test_the_commands_start_without_torch() -> None:
-    code = """import sys, ivc_export.cli.export, ivc_export.cli.run, ivc_export.cli.check
+    code = """import sys, ivc_export.cli.export, ivc_export.cli.run, ivc_export.cli.check, ivc_export.cli.bench
 print({"torch", "matplotlib"} & {*sys.modules})"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -96,3 +96,8 @@ def ivc_run(arguments: Sequence[str] | None = None) -> int:
 def ivc_check(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ivc-check."""
     return run_command("check", arguments)
+
+
+def ivc_bench(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ivc-bench."""
+    return run_command("bench", arguments)

@@ -87,7 +87,12 @@ def fuse_gathers(graph: ir.Graph, gathers: Sequence[ir.Node], attributes: Mappin
     for node, new in zip(gathers, fused.outputs, strict=True):
         old = node.outputs[0]
         name = old.name
-        new.shape, new.type = old.shape, old.type
+        new.type, new.shape = old.type, old.shape
+        source, axis = node.inputs[0], node.attributes["axis"].as_int()
+        if new.shape is None and source is not None and source.shape is not None and keep_index is not None:
+            kept = keep_index.shape  # written down, since nobody can infer it without the operator's body
+            new.type = source.type
+            new.shape = ir.Shape([*source.shape[:axis], *(kept or ()), *source.shape[axis + 1 :]])
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
         new.name = name

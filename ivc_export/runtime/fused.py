@@ -79,7 +79,9 @@ class FusedSession:
 
     def _lowered(self, name: contract.GraphName, lowering: Lowering) -> ir.Model:
         model = ir.load(self.bundle.folder / self.bundle.manifest.graphs[name].file)
-        return lower(RetypeFloatsPass(self.dtype)(model).model, lowering)
+        if self.dtype != self.bundle.manifest.dtype:
+            model = RetypeFloatsPass(self.dtype)(model).model
+        return lower(model, lowering)
 
     def _open(self, model: ir.Model, cuda_graph: bool = False) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
@@ -90,7 +92,7 @@ class FusedSession:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
-            if isinstance(tensor, ir.LazyTensor):
+            if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor):  # to be converted, or as the bundle has it
                 if name not in self._weights:  # weights that several graphs read, such as tied embeddings, are one
                     self._weights[name] = self.value(tensor.numpy())
                 options.add_initializer(name, self._weights[name])
@@ -106,7 +108,7 @@ class FusedSession:
                 f"{model.graph.name} does not open in onnxruntime ({reason}): use --provider cpu"
             ) from error
 
-    def _given(self, name: str, tensor: ir.LazyTensor) -> ir.ExternalTensor:
+    def _given(self, name: str, tensor: ir.LazyTensor | ir.ExternalTensor) -> ir.ExternalTensor:
         """What stands in a graph for a weight that is given in memory: a file that exists, of which nothing is read."""
         shape = tensor.shape.numpy()
         length = int(np.prod(shape) * tensor.dtype.itemsize)

@@ -1,0 +1,258 @@
+"""An answer of Qwen2-VL-2B's true sizes on a GPU: onnxruntime's CUDA provider against stock transformers on PyTorch.
+
+    python -m benchmarks.gpu_generate [--profile] [--sizes N ...] [--peers NAME ...]
+
+Makes a checkpoint with random weights in float16 (4.4 GB, under --folder, removed at the end), exports it with linked
+weights, and measures as ivc-bench does: sides take turns in one process, medians over rounds. What fails is noted, and
+ends nothing else. Writes benchmarks/results/generate-GPU.json, named after the GPU, after each size.
+
+--tiny tries the script on a small model, on any machine, and writes only where --output says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+
+from benchmarks.models import make_large_checkpoint, qwen2_vl_2b
+from ivc_export import families
+from ivc_export.bench.entrants import PEERS, Entrants, open_contestants, report
+from ivc_export.bench.facts import gpu
+from ivc_export.bench.measure import Bench, Contestant, Row, Settings
+from ivc_export.bench.prompts import Prompt, make_prompt
+from ivc_export.bench.sides import BundleSide
+from ivc_export.bundle import Bundle
+from ivc_export.export import export
+from ivc_export.recipe import ExportRecipe
+from ivc_export.runtime.fused import FusedSession
+
+RESULTS = Path(__file__).parent / "results"
+BAR_SIZE = 1024
+TOP = 12
+"""Kernels that a profile lists."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The script's options."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--sizes", type=int, nargs="*", default=[256, 1024, 4096], help="visual tokens")
+    p.add_argument("--ratios", type=float, nargs="*", default=[0.5])
+    p.add_argument("--backends", nargs="*", default=["onnxruntime-cuda"])
+    p.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
+    p.add_argument("--layer", type=int, default=16, help="k of 28")
+    p.add_argument("--tokens", type=int, default=32)
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--warmups", type=int, default=2)
+    p.add_argument("--seconds", type=float, default=400, help="no size begins later than this")
+    p.add_argument("--compile-prefill", action="store_true", help="torch.compile for torch-compiled's prefill, too")
+    p.add_argument("--profile", action="store_true", help="add the kernels and operators that take most")
+    p.add_argument("--tiny", action="store_true", help="a model of 4 small layers")
+    p.add_argument("--folder", type=Path, help="where the checkpoint is made (default: a temporary folder)")
+    p.add_argument("--output", type=Path, help="the JSON file (default: results/generate-GPU.json)")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write."""
+    options = parser().parse_args(arguments)
+    output = options.output or default_output(options.tiny)
+    start, work = time.perf_counter(), Path(tempfile.mkdtemp(dir=options.folder))
+    clock: dict[str, float] = {}
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - start:6.1f} s  {text}", flush=True)
+
+    try:
+        config = dict(families.of("qwen2_vl").tiny) if options.tiny else qwen2_vl_2b()
+        checkpoint = make_large_checkpoint(work / "checkpoint", config, "float16")
+        clock["checkpoint"] = time.perf_counter() - start
+        layer = min(options.layer, config["num_hidden_layers"] - 1)
+        recipe = ExportRecipe(
+            checkpoint, work / "bundle", layer=layer, weights="link", max_visual=max(4096, *options.sizes)
+        )
+        bundle = export(recipe)
+        say("exported")
+        settings = Settings(tuple(options.ratios), options.tokens, options.rounds, options.warmups)
+        failures: dict[str, str] = {}
+        bench = Bench(bundle, settings, say, failures)
+        entrants = Entrants(options.backends, options.peers, checkpoint, options.compile_prefill)
+        contestants = open_contestants(bundle, entrants, say, failures)
+        clock["open"] = time.perf_counter() - start
+        rows: list[Row] = []
+        profiles: list[dict[str, Any]] = []
+
+        def write() -> None:
+            content = report(bench, contestants, rows, command(arguments))
+            content |= {"bars": bars(rows), "seconds_since_start": {name: round(x, 1) for name, x in clock.items()}}
+            content |= {"profiles": profiles} if options.profile else {}
+            output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            say(f"{output} has {len(rows)} rows")
+
+        for size in sorted(options.sizes):
+            if time.perf_counter() - start > options.seconds:
+                failures[f"{size} visual tokens"] = f"not begun after {options.seconds:g} s"
+                continue
+            prompt = make_prompt(bundle, size, 64)
+            rows += bench.measure(contestants, prompt)
+            clock[f"{size} visual tokens"] = time.perf_counter() - start
+            write()
+            if options.profile:
+                profiles += [profile(one, prompt, options.tokens, say) for one in contestants]
+                write()
+        for row in rows:
+            say(
+                f"{row.visual_tokens:5} {row.side:17} {row.ratio:.1f} "
+                f"first {row.first_token:8.2f} token {row.decode:8.3f} "
+                f"{rounded(row.stages)} {rounded(row.selection or {})}"
+            )
+        for bar in bars(rows):
+            say(f"{'met ' if bar['met'] else 'MISSED'} {bar['bar']}: {bar['value']}")
+        for name, text in failures.items():
+            say(f"FAILED {name}: {text.splitlines()[0]}")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def command(arguments: Sequence[str] | None) -> str:
+    """How this was called."""
+    return shlex.join(["python", "-m", "benchmarks.gpu_generate", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def default_output(tiny: bool) -> Path:
+    """results/generate-h100.json on an NVIDIA H100 80GB HBM3; a trial writes to the temporary folder."""
+    found = gpu()
+    if tiny or found is None:
+        return Path(tempfile.gettempdir()) / "generate-trial.json"
+    words = [word for word in found["name"].replace("NVIDIA", "").split() if any(c.isdigit() for c in word)]
+    return RESULTS / f"generate-{(words or ['gpu'])[0].lower()}.json"
+
+
+def rounded(values: Mapping[str, float]) -> dict[str, float]:
+    """To print."""
+    return {name: round(value, 3) for name, value in values.items()}
+
+
+def bars(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What must hold of the first runtime of the bundle, with what was measured."""
+    found: list[dict[str, Any]] = []
+
+    def bar(text: str, value: float, met: bool) -> None:
+        found.append({"bar": text, "value": round(value, 4), "met": met})
+
+    own = [row for row in rows if row.stages.get("prefix") is not None]
+    for size in dict.fromkeys(row.visual_tokens for row in own):
+        side = next(row.side for row in own if row.visual_tokens == size)
+        peers = {row.side: row for row in rows if row.visual_tokens == size and row.stages.get("prefix") is None}
+        mine = {row.ratio: row for row in own if row.visual_tokens == size and row.side == side}
+        eager, compiled, whole = peers.get("torch-eager"), peers.get("torch-compiled"), mine.get(1.0)
+        for row in mine.values():
+            where = f"{side}, {size} visual tokens, ratio {row.ratio:g}"
+            if eager is not None:
+                times = eager.first_token / row.first_token
+                least = 3.0 if size == BAR_SIZE else 1.0
+                bar(f"{where}: first token at least {least:g} times faster than eager", times, times >= least)
+                times = eager.decode / row.decode
+                bar(f"{where}: decode at least 20 times faster than eager", times, times >= 20)
+            if compiled is not None:
+                times = compiled.decode / row.decode
+                bar(f"{where}: decode faster than compiled", times, times > 1)
+            if row.selection is not None:
+                share = row.selection["share"]
+                bar(f"{where}: selection and compaction under 3% of prefill", share, share < 0.03)
+            if whole is not None and row is not whole:
+                for name, a, b in (
+                    ("first token", row.first_token, whole.first_token),
+                    ("decode", row.decode, whole.decode),
+                ):
+                    bar(f"{where}: {name} never slower than unpruned (by unpruned)", a / b, a <= b)
+    return found
+
+
+def profile(one: Contestant, prompt: Prompt, count: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """The GPU's kernels during an answer, and a bundle's operators by onnxruntime's own profile.
+
+    count: as measured, since another number would be compiled anew.
+    """
+    side = one.side
+    say(f"profile of {side.name}, {prompt.visual} visual tokens")
+    found: dict[str, Any] = {"side": side.name, "visual_tokens": prompt.visual, "decoded_tokens": count}
+    try:
+        found |= kernels(lambda: side.answer(prompt, 1.0, count))
+        if isinstance(side, BundleSide) and isinstance(side.session, FusedSession):
+            found["operators"] = operators(side.session.bundle, side.session, prompt, count)
+    except Exception as error:
+        found["failed"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def kernels(call: Callable[[], object]) -> dict[str, Any]:
+    """What the device did during `call`, by kernel; on a CPU by PyTorch's operators."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as session:
+        start = time.perf_counter()
+        call()
+        wall = time.perf_counter() - start
+    total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for event in session.events() or ():
+        if not cuda or "CUDA" in str(event.device_type):
+            total[event.name][0] += event.time_range.elapsed_us() / 1000
+            total[event.name][1] += 1
+    return {
+        "wall_ms": round(1000 * wall, 2),
+        "kernel_ms": round(sum(time for time, _ in total.values()), 2),
+        "launches": sum(int(count) for _, count in total.values()),
+        "kernels": top(total),
+    }
+
+
+def top(total: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """The largest of milliseconds and counts by name."""
+    best = sorted(total.items(), key=lambda item: -item[1][0])[:TOP]
+    return [{"name": name[:160], "ms": round(ms, 3), "count": int(count)} for name, (ms, count) in best]
+
+
+def operators(bundle: Bundle, session: FusedSession, prompt: Prompt, count: int) -> dict[str, list[dict[str, Any]]]:
+    """Milliseconds by operator and graph, in sessions of their own that record, without captured CUDA graphs."""
+    options, folder = onnxruntime.SessionOptions, tempfile.mkdtemp()
+
+    def recording() -> Any:
+        made = options()
+        made.enable_profiling, made.profile_file_prefix = True, f"{folder}/ort"
+        return made
+
+    onnxruntime.SessionOptions = recording
+    try:
+        watched = FusedSession(bundle, session.device, cuda_graph=False)
+    finally:
+        onnxruntime.SessionOptions = options
+    BundleSide(watched).answer(prompt, 1.0, count)
+    found = {}
+    for name, one in watched._sessions.items():
+        total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+        for event in json.loads(Path(one.end_profiling()).read_text()):
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                entry = total[event["args"].get("op_name", event["name"])]
+                entry[0] += event["dur"] / 1000
+                entry[1] += 1
+        found[name] = top(total)
+    shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Measurements of a bundle: stages, memory, and the device's own limits, beside PyTorch."""

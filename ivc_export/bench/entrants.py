@@ -1,0 +1,123 @@
+"""Who takes part in a run, and its report."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ivc_export.bench.facts import machine
+from ivc_export.bench.footprint import Footprints, device_counter, host_peak_bytes
+from ivc_export.bench.measure import Bench, Contestant, Progress, Row, noted
+from ivc_export.bench.sides import BundleSide
+from ivc_export.bundle import Bundle
+from ivc_export.contract import PatchPreprocessing
+from ivc_export.errors import UserError
+from ivc_export.runtime.backends import Backend, open_session
+
+RUNTIMES: Mapping[str, tuple[Backend, str | None]] = {
+    "onnxruntime-cpu": ("onnxruntime", "cpu"),
+    "onnxruntime-cuda": ("onnxruntime", "cuda"),
+    "tensorrt": ("tensorrt", None),
+    "tensorrt-rtx": ("tensorrt-rtx", None),
+}
+"""A runtime and its provider, by the names that sessions give themselves."""
+
+PEERS = ("torch-eager", "torch-compiled")
+
+
+@dataclass(frozen=True)
+class Entrants:
+    """Who takes part. backends: of RUNTIMES; peers: of PEERS, on the stock model in `checkpoint`."""
+
+    backends: Sequence[str]
+    peers: Sequence[str] = ()
+    checkpoint: Path | None = None
+    compile_prefill: bool = False
+    """Whether torch-compiled compiles its prefill too."""
+
+
+def check_peers(entrants: Entrants) -> None:
+    """Refuse, before any work, peers that cannot run here.
+
+    Raises:
+        UserError: there is no such peer, no checkpoint for it, or no torch.
+    """
+    for name in entrants.peers:
+        if name not in PEERS:
+            raise UserError(f"there is no peer {name}: give one of {', '.join(PEERS)}")
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if entrants.peers and missing:
+        raise UserError(
+            f"ivc-bench --against needs {' and '.join(missing)}: install ivc-export[check], its extra with both, or "
+            "leave out --against"
+        )
+
+
+def open_contestants(
+    bundle: Bundle, entrants: Entrants, progress: Progress, failures: dict[str, str] | None = None
+) -> list[Contestant]:
+    """Open everyone, each watched while it opens. failures: takes those that do not open, where that ends nothing.
+
+    Raises:
+        UserError: see open_session and check_peers.
+    """
+    check_peers(entrants)
+    cuda = bool(entrants.peers) or any(not name.endswith("-cpu") for name in entrants.backends)
+    counter = device_counter() if cuda else None
+    found: list[Contestant] = []
+    for name in entrants.backends:
+        progress(f"opening {name}")
+        with noted(failures, name):
+            memory = Footprints(counter)
+            with memory.grow():
+                side = BundleSide(open_session(bundle, *RUNTIMES[name]))
+            found.append(Contestant(side, memory))
+    if entrants.peers and entrants.checkpoint is not None:
+        progress("opening the checkpoint on PyTorch")
+        with noted(failures, "PyTorch"):
+            from ivc_export.bench import peers
+
+            memory = Footprints(counter)
+            with memory.grow():
+                model = peers.load(entrants.checkpoint)
+            for name in entrants.peers:
+                options = {"compile_prefill": entrants.compile_prefill} if name == "torch-compiled" else {}
+                found.append(Contestant(peers.PEERS[name](bundle, model, **options), memory.copy()))
+    return found
+
+
+def report(bench: Bench, contestants: Sequence[Contestant], rows: Sequence[Row], command: str) -> dict[str, Any]:
+    """What --json writes. Times are in milliseconds, sizes in bytes."""
+    m = bench.bundle.manifest
+    settings: Mapping[str, Any] = asdict(bench.settings)
+    return {
+        "command": command,
+        **machine(any(one.side.device == "cuda" for one in contestants)),
+        "bundle": {
+            "family": m.family,
+            "dtype": m.dtype,
+            "layers": m.decoder.layers,
+            "selection_layer": m.selection_layer,
+            "parameters": dict(bench.workload.parameters),
+            "weight_bytes": sum(file.size for file in m.weights),
+            "pictures": "patches" if isinstance(m.preprocessing, PatchPreprocessing) else "tiles",
+        },
+        "settings": {**settings, "ratios": bench.settings.all_ratios},
+        "sides": {one.side.name: one.side.notes for one in contestants if one.side.notes},
+        "ceilings": [
+            {
+                "device": device,
+                "dtype": dtype,
+                "copy_gb_per_second": round(found.bytes_per_second / 1e9, 2),
+                "matmul_tflops": round(found.flops_per_second / 1e12, 3),
+                "source": found.source,
+            }
+            for (device, dtype), found in bench.ceilings.items()
+        ],
+        "process_peak_bytes": host_peak_bytes(),
+        "rows": [row.to_dict() for row in rows],
+        "failures": bench.failures or {},
+    }

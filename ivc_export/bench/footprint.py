@@ -1,0 +1,120 @@
+"""How much memory a side takes, on the host and on the GPU, seen from outside."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from pathlib import Path
+
+CUDA_RUNTIMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "libcudart.so")
+EVERY = 0.003
+"""Seconds between two looks."""
+
+
+def host_bytes() -> int:
+    """Memory of this process that no file backs (RssAnon); mapped weights do not count. 0 where Linux does not say."""
+    return status_bytes("RssAnon")
+
+
+def host_peak_bytes() -> int:
+    """Most memory that this process has had, mapped files included (VmHWM)."""
+    return status_bytes("VmHWM")
+
+
+def status_bytes(field: str) -> int:
+    """A field of /proc/self/status."""
+    path = Path("/proc/self/status")
+    if not path.is_file():
+        return 0
+    lines = dict(line.split(":", 1) for line in path.read_text(encoding="ascii").splitlines() if ":" in line)
+    return 1024 * int(lines.get(field, "0").split()[0])
+
+
+def device_counter() -> Callable[[], int] | None:
+    """What tells the bytes in use on the GPU, by anyone; None if neither torch nor a CUDA runtime can."""
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        if torch.cuda.is_available():
+
+            def in_use() -> int:
+                free, total = torch.cuda.mem_get_info()
+                return total - free
+
+            return in_use
+    for name in CUDA_RUNTIMES:
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        if memory_of(library) is not None:
+            return lambda library=library: memory_of(library) or 0  # type: ignore[misc]
+    return None
+
+
+def memory_of(library: ctypes.CDLL) -> int | None:
+    """Bytes in use on the GPU, as a CUDA runtime says; None if it cannot."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    if library.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)) != 0:
+        return None
+    return total.value - free.value
+
+
+class Footprint:
+    """What one side holds, and the most that it has held: growth while it opens and runs, all others being at rest.
+
+    Allocators keep what they have had, so that the most is of all runs so far.
+    """
+
+    def __init__(self, counter: Callable[[], int]) -> None:
+        self._counter = counter
+        self.held = self.most = 0
+
+    @contextmanager
+    def grow(self) -> Iterator[None]:
+        """Watch, every few milliseconds from a thread of its own, what happens inside."""
+        before = top = self._counter()
+        done = threading.Event()
+
+        def watch() -> None:
+            nonlocal top
+            while not done.wait(EVERY):
+                top = max(top, self._counter())
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+            after = self._counter()
+            self.most = max(self.most, self.held + max(top, after) - before)
+            self.held += after - before
+
+
+class Footprints:
+    """One side's memory on the host, and on the GPU where there is a counter for that."""
+
+    def __init__(self, device: Callable[[], int] | None) -> None:
+        self.host = Footprint(host_bytes)
+        self.device = Footprint(device) if device is not None else None
+
+    @contextmanager
+    def grow(self) -> Iterator[None]:
+        """As Footprint.grow, both."""
+        with ExitStack() as stack:
+            stack.enter_context(self.host.grow())
+            if self.device is not None:
+                stack.enter_context(self.device.grow())
+            yield
+
+    def copy(self) -> Footprints:
+        """Of another side that begins with the same."""
+        found = copy(self)
+        found.host, found.device = copy(self.host), copy(self.device)
+        return found

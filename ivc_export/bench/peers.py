@@ -1,0 +1,181 @@
+"""A checkpoint on stock transformers, called as lean as it can be: the peers of a bundle. Needs torch.
+
+Positions come ready, logits are of the last row alone, nothing of generate()'s bookkeeping is there, and every timed
+region ends with the device at rest. Peers do not prune.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from ivc_export import families
+from ivc_export.bench.prompts import Prompt
+from ivc_export.bench.sides import Answer, visual_part
+from ivc_export.bundle import Bundle
+from ivc_export.contract import FloatName
+from ivc_export.errors import UserError
+from ivc_export.runtime.plan import plan_run
+
+
+class TorchPeer:
+    """SDPA attention and a cache that grows. model: see load."""
+
+    name = "torch-eager"
+    prunes = False
+    notes = "transformers, SDPA attention, DynamicCache"
+
+    def __init__(self, bundle: Bundle, model: Any) -> None:
+        self.bundle, self.model = bundle, model
+        self.device = model.device.type
+        self.dtype: FloatName = "bfloat16" if self.device == "cuda" else "float32"
+        self.decoder: Any = self.model.model.language_model
+
+    def rest(self) -> None:
+        """Wait until the device is done."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    @torch.no_grad()
+    def answer(self, prompt: Prompt, ratio: float, count: int) -> Answer:
+        """As Side.answer."""
+        m = self.bundle.manifest
+        plan = plan_run(m, np.array(prompt.tokens, np.int32), [prompt.picture.grid], 0, 1.0)
+        positions = torch.from_numpy(plan.position_ids).long().to(self.device)
+        after = [torch.full((len(positions), 1, 1), plan.next_position + i, device=self.device) for i in range(count)]
+        stock = families.of(m.family).stock_inputs(prompt.picture, m.preprocessing)
+        inputs = {name: torch.from_numpy(array) for name, array in stock.items()}
+        visual = torch.from_numpy(plan.visual_index).long()
+        cache = self.cache(len(prompt.tokens) + count)
+        self.rest()
+        start = time.perf_counter()
+        embeds = self.decoder.embed_tokens(torch.tensor([prompt.tokens], device=self.device))
+        features = self.vision({name: tensor.to(self.device) for name, tensor in inputs.items()})
+        embeds[0, visual.to(self.device)] = features
+        self.rest()
+        middle = time.perf_counter()
+        token = self.prefill(embeds, without_axes(positions), cache)
+        tokens = [int(token)]
+        end = time.perf_counter()
+        stages, steps = {"vision": middle - start, "prefill": end - middle}, []
+        rows = len(prompt.tokens)
+        size = 2 * m.decoder.layers * rows * m.decoder.kv_heads * m.decoder.head_dim * (2 if "16" in self.dtype else 4)
+        for position in after:
+            before = time.perf_counter()
+            token = self.step(token, without_axes(position), cache)
+            tokens.append(int(token))  # waits for the device
+            steps.append(time.perf_counter() - before)
+        return Answer(stages, end - start, steps, tokens, size, round(size * visual_part(m, prompt, prompt.visual)))
+
+    def cache(self, capacity: int) -> Any:
+        """An empty cache."""
+        return transformers.DynamicCache(config=self.decoder.config)
+
+    def vision(self, inputs: dict[str, Any]) -> Any:
+        """Visual tokens [visual, hidden]."""
+        found = self.model.model.get_image_features(**inputs).pooler_output
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in found]).to(getattr(torch, self.dtype))
+
+    def forward(self, embeds: Any, positions: Any, cache: Any) -> Any:
+        """Run the decoder over embeds [1, rows, hidden], and draw the next token, int64 [1]."""
+        found = self.decoder(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)
+        return self.model.lm_head(found.last_hidden_state[:, -1]).argmax(dim=-1)
+
+    def prefill(self, embeds: Any, positions: Any, cache: Any) -> Any:
+        """The first token."""
+        return self.forward(embeds, positions, cache)
+
+    def step(self, token: Any, positions: Any, cache: Any) -> Any:
+        """The token after `token`."""
+        return self.forward(self.decoder.embed_tokens(token[None]), positions, cache)
+
+
+class CompiledPeer(TorchPeer):
+    """The same with a static cache of just the rows that an answer takes, and decode steps by torch.compile.
+
+    mode="reduce-overhead" replays decode steps as a CUDA graph. The vision encoder runs eagerly, since it reads grids
+    on the host. compile_prefill: compile the decoder's prefill too, without CUDA graphs; it takes as long again for
+    each size.
+    """
+
+    name = "torch-compiled"
+
+    def __init__(self, bundle: Bundle, model: Any, compile_prefill: bool = False) -> None:
+        super().__init__(bundle, model)
+        self.compile_prefill = compile_prefill
+        self._capacity = 0
+        self._cache: Any = None
+        self._step: Callable[..., Any] = super().step
+        self._prefill: Callable[..., Any] = super().prefill
+
+    @property
+    def notes(self) -> str:  # type: ignore[override]
+        """How it runs, and whether all of a step was compiled."""
+        prefill = "by torch.compile" if self.compile_prefill else "eager"
+        breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+        return (
+            "transformers, SDPA attention, StaticCache of prompt and answer; decode step by torch.compile, "
+            f"reduce-overhead, with {breaks} graph breaks; prefill {prefill}, vision eager"
+        )
+
+    def cache(self, capacity: int) -> Any:
+        """The same cache for each answer of one size, emptied: a CUDA graph knows its addresses."""
+        if capacity != self._capacity:
+            torch._dynamo.reset()
+            self._capacity = capacity
+            self._cache = transformers.StaticCache(config=self.decoder.config, max_cache_len=capacity)
+            self._step = torch.compile(super().step, mode="reduce-overhead", dynamic=False)
+            if self.compile_prefill:
+                self._prefill = torch.compile(super().prefill, dynamic=False)
+                sizes = self.bundle.manifest.decoder
+                if hasattr(self._cache, "early_initialization"):  # a compiled prefill may not allocate
+                    self._cache.early_initialization(
+                        1, sizes.kv_heads, sizes.head_dim, getattr(torch, self.dtype), torch.device(self.device)
+                    )
+        self._cache.reset()
+        return self._cache
+
+    def prefill(self, embeds: Any, positions: Any, cache: Any) -> Any:
+        """The first token."""
+        return self._prefill(embeds, positions, cache).clone()
+
+    def step(self, token: Any, positions: Any, cache: Any) -> Any:
+        """The token after `token`."""
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        return self._step(token, positions, cache).clone()  # the graph's own memory is written again
+
+
+def without_axes(positions: Any) -> Any:
+    """Positions [axes, 1, rows] as transformers takes them: without the first axis where there is one alone."""
+    return positions if len(positions) > 1 else positions[0]
+
+
+def load(checkpoint: Path) -> Any:
+    """A stock model with SDPA attention, in bfloat16 on the GPU, or where there is none in float32 on the CPU.
+
+    Raises:
+        UserError: transformers cannot load it.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    try:
+        model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
+            checkpoint, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        )
+        return model.eval().to(device)
+    except Exception as error:  # transformers and what it calls raise almost anything
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"transformers cannot load {checkpoint} ({reason}): give the checkpoint that was exported, in "
+            "transformers' layout"
+        ) from error
+
+
+PEERS: dict[str, Callable[..., TorchPeer]] = {"torch-eager": TorchPeer, "torch-compiled": CompiledPeer}

@@ -1,0 +1,77 @@
+"""Pictures of noise and prompts of a given size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+
+from ivc_export import families
+from ivc_export.bundle import Bundle
+from ivc_export.contract import Manifest, PatchPreprocessing, Preprocessing
+from ivc_export.errors import UserError
+from ivc_export.families import Picture
+
+LEAST_TEXT = 8
+"""Text tokens at least: the picture's marks, and behind it some that vote."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, image tokens included, and the picture that they show."""
+
+    tokens: list[int]
+    picture: Picture
+
+    @property
+    def visual(self) -> int:
+        """Visual tokens."""
+        return self.picture.grid.visual
+
+
+def make_prompt(bundle: Bundle, visual: int, text: int) -> Prompt:
+    """A picture of noise with about `visual` tokens, and `text` random tokens around it.
+
+    A picture's tokens fill a grid, so that the nearest grid to a square is taken; a family with tiles of fixed size
+    takes the nearest number of tiles.
+
+    Raises:
+        UserError: the bundle takes no such picture, or there is too little text.
+    """
+    m, generator = bundle.manifest, np.random.default_rng(0)
+    if text < LEAST_TEXT:
+        raise UserError(f"{text} text tokens are too few: give at least {LEAST_TEXT}")
+    most = most_visual(m)
+    if not 1 <= visual <= most:
+        raise UserError(
+            f"{visual} visual tokens are out of range: this bundle takes 1 to {most} a picture; "
+            "ivc-export --max-visual and the model's own preprocessor_config.json set the most"
+        )
+    width, height = picture_size(m.preprocessing, visual)
+    noise = PIL.Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8))
+    picture = families.of(m.family).picture(noise, m.preprocessing)
+    before, behind = ([t] if t is not None else [] for t in (m.tokens.vision_start, m.tokens.vision_end))
+    words = np.setdiff1d(np.arange(m.decoder.vocab_size), [m.tokens.image, *before, *behind, *m.tokens.stop])
+    drawn = generator.choice(words, text - len(before) - len(behind)).tolist()
+    half = len(drawn) // 2
+    return Prompt([*drawn[:half], *before, *[m.tokens.image] * picture.grid.visual, *behind, *drawn[half:]], picture)
+
+
+def most_visual(m: Manifest) -> int:
+    """Visual tokens that a picture has at most."""
+    p = m.preprocessing
+    if isinstance(p, PatchPreprocessing):
+        return min(m.max_visual, p.max_pixels // p.token_side**2)
+    return p.tile_side**2 * (p.max_tiles + (p.max_tiles > 1))
+
+
+def picture_size(preprocessing: Preprocessing, visual: int) -> tuple[int, int]:
+    """Width and height in pixels of a picture with about `visual` tokens, as square as can be."""
+    if isinstance(preprocessing, PatchPreprocessing):
+        cells, side = visual, preprocessing.token_side
+    else:
+        cells, side = max(1, round(visual / preprocessing.tile_side**2) - 1), preprocessing.tile_pixels
+    rows = max(1, math.isqrt(cells))
+    return side * max(1, cells // rows), side * rows

@@ -1,0 +1,181 @@
+"""What selection and compaction take by themselves: their nodes alone, as a backend lowers them, on random values."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxruntime import OrtValue
+
+from ivc_export import contract
+from ivc_export.bundle import Bundle
+from ivc_export.passes import RetypeFloatsPass, WidenFloatsPass, lower
+from ivc_export.runtime.conversation import AnySession
+from ivc_export.runtime.fused import PROVIDERS, Provider
+from ivc_export.runtime.plan import Run, plan_run
+
+REPEATS, WARMUPS = 9, 3
+
+
+@dataclass(frozen=True)
+class SelectionTimes:
+    """Seconds of the selection and of the compaction in a prefill, and of both in a decode step."""
+
+    select: float
+    compact: float
+    decode: float
+
+
+def portable_times(session: AnySession, plan: Run, rows: int) -> SelectionTimes:
+    """On onnxruntime's CPU provider, as OnnxSession lowers graphs; a decode step runs both nodes on one row."""
+    m = session.bundle.manifest
+    models = {}
+    for name in ("prefix", "decoder"):
+        model = portable(session.bundle, name)
+        models[name] = WidenFloatsPass()(model).model if m.dtype != session.dtype else model
+    select, compact = Timed(selection_part(models["prefix"])), Timed(compaction_part(models["decoder"]))
+    one = plan_run(m, np.zeros(1, np.int32), (), 0, 1.0)
+
+    def both(run: Run) -> tuple[float, float]:
+        sizes = extents(m, run, 0)
+        return select.seconds(selection_feeds(run), sizes), compact.seconds(compaction_feeds(run, 0), sizes)
+
+    seconds = both(plan)
+    return SelectionTimes(*seconds, decode=sum(both(one)))
+
+
+def fused_times(session: AnySession, plan: Run, rows: int, provider: Provider = "cuda") -> SelectionTimes:
+    """On the provider of a FusedSession, over caches of `rows` rows; its decode steps choose nothing."""
+    prefix, decoder = (
+        lower(RetypeFloatsPass(session.dtype)(portable(session.bundle, name)).model, "ort-cuda")
+        for name in ("prefix", "decoder")
+    )
+    sizes = extents(session.bundle.manifest, plan, rows)
+    feeds = selection_feeds(plan) | {"seqlens_k": np.array([plan.rows - 1], np.int32)}
+    select = Timed(selection_part(prefix), provider).seconds(feeds, sizes)
+    compact = Timed(compaction_part(decoder), provider).seconds(compaction_feeds(plan, rows), sizes)
+    return SelectionTimes(select, compact, 0.0)
+
+
+TIMES: Mapping[str, Callable[[AnySession, Run, int], SelectionTimes]] = {
+    "onnxruntime-cpu": portable_times,
+    "onnxruntime-cuda": fused_times,
+}
+"""By backend; a session, the prefill's plan and the rows of the caches."""
+
+
+def selection_times(session: AnySession, plan: Run, rows: int) -> SelectionTimes | None:
+    """Time selection and compaction by themselves, or None for a backend where nothing knows how."""
+    found = TIMES.get(session.backend)
+    return found(session, plan, rows) if found else None
+
+
+def portable(bundle: Bundle, name: contract.GraphName) -> ir.Model:
+    """A graph as it is in the bundle."""
+    return ir.load(bundle.folder / bundle.manifest.graphs[name].file)
+
+
+def selection_part(prefix: ir.Model) -> ir.Model:
+    """The selection's node of a prefix graph, and what makes cache_index of its choice. Uses the graph up."""
+    graph = prefix.graph
+    (select,) = [node for node in graph if node.domain == contract.IVC_DOMAIN]
+    values = select.inputs[0]
+    assert values is not None
+    given = ir.val("values", type=values.type or ir.TensorType(graph_dtype(prefix)), shape=ir.Shape(VALUES))
+    select.replace_input_with(0, given)
+    return only(prefix, [v for v in graph.outputs if v in select.outputs or v.name == "cache_index"], [given])
+
+
+VALUES = (1, "kv_heads", "S", "head_dim")
+
+
+def graph_dtype(prefix: ir.Model) -> ir.DataType:
+    """The dtype that a prefix graph computes in."""
+    (embeds,) = [value for value in prefix.graph.inputs if value.name == "inputs_embeds"]
+    assert embeds.dtype is not None
+    return embeds.dtype
+
+
+def compaction_part(decoder: ir.Model) -> ir.Model:
+    """The nodes of a decoder graph that gather kept rows. Uses the graph up."""
+    graph = decoder.graph
+    indices = [value for value in graph.inputs if value.name in ("keep_index", "cache_index")]
+    gathers = [node for node in graph if len(node.inputs) > 1 and node.inputs[1] in indices]
+    outputs = [node.outputs[0] for node in gathers]
+    for node, value in zip(gathers, outputs, strict=True):
+        value.type = value.type or (node.inputs[0].type if node.inputs[0] is not None else None)
+        value.shape = None
+    return only(decoder, outputs, [])
+
+
+def only(model: ir.Model, outputs: Sequence[ir.Value], inputs: Sequence[ir.Value]) -> ir.Model:
+    """What of a graph its `outputs` need. inputs: that are new."""
+    graph = model.graph
+    graph.outputs[:] = outputs
+    RemoveUnusedNodesPass()(model)
+    graph.inputs[:] = [value for value in (*graph.inputs, *inputs) if value.uses()]
+    return model
+
+
+def extents(m: contract.Manifest, plan: Run, rows: int) -> dict[str, int]:
+    """Of symbolic axes, in a prefill over caches of `rows` rows."""
+    return {"S": plan.rows, "P": rows, "W": rows, "kv_heads": m.decoder.kv_heads, "head_dim": m.decoder.head_dim}
+
+
+def selection_feeds(plan: Run) -> dict[str, npt.NDArray[Any]]:
+    """The selection's inputs that a plan gives."""
+    names = ("visual_index", "text_index", "query_index", "ivc_priority", "position_ids")
+    return {name: getattr(plan, name) for name in names} | {
+        "keep_count": np.array([plan.keep_count], np.int32),
+        **plan.tiles,
+    }
+
+
+def compaction_feeds(plan: Run, rows: int) -> dict[str, npt.NDArray[Any]]:
+    """The compaction's inputs but the tensors to gather from: every so many-th visual token is kept."""
+    every = np.linspace(0, len(plan.visual_index) - 1, plan.keep_count).astype(np.int32)
+    keep = np.sort(np.concatenate([plan.text_index, plan.visual_index[every]])).astype(np.int32)
+    cache = np.arange(rows, dtype=np.int32)
+    cache[: len(keep)] = keep[:rows]
+    return {"keep_index": keep, "cache_index": cache, "position_ids": plan.position_ids}
+
+
+class Timed:
+    """A small graph in onnxruntime, its inputs and outputs on the device."""
+
+    def __init__(self, model: ir.Model, provider: Provider = "cpu") -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        content = ir.to_proto(model).SerializeToString()
+        self.device = provider
+        self.session: Any = onnxruntime.InferenceSession(content, options, providers=[PROVIDERS[provider]])
+
+    def seconds(self, feeds: Mapping[str, npt.NDArray[Any]], sizes: Mapping[str, int]) -> float:
+        """Median of some runs on `feeds`, and on random values for inputs that these lack."""
+        generator = np.random.default_rng(0)
+        binding = self.session.io_binding()
+        for tensor in self.session.get_inputs():
+            array = feeds.get(tensor.name)
+            if array is None:
+                shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
+                array = generator.standard_normal(shape, np.float32)
+                array = array.astype(np.float16 if "float16" in tensor.type else np.float32)
+            value = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+            binding.bind_ortvalue_input(tensor.name, value)
+        for tensor in self.session.get_outputs():
+            binding.bind_output(tensor.name, self.device)
+        found = []
+        for number in range(WARMUPS + REPEATS):
+            start = time.perf_counter()
+            self.session.run_with_iobinding(binding)
+            if number >= WARMUPS:
+                found.append(time.perf_counter() - start)
+        return statistics.median(found)

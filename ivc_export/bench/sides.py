@@ -1,0 +1,83 @@
+"""What is measured: a bundle in one of its runtimes, or a peer, each answering the same prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from ivc_export.bench.prompts import Prompt
+from ivc_export.contract import FloatName, Manifest
+from ivc_export.runtime.conversation import AnySession
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt, and the greedy tokens that follow.
+
+    stages: seconds of the prefill by stage: "vision", "prefix" and "decoder", or for a peer "vision" and "prefill".
+    first: seconds from token ids and pixels on the host to the first token. steps: seconds of each decode step, from a
+    token to the next. cache_bytes, visual_cache_bytes: after the prefill, and of it what visual tokens take.
+    """
+
+    stages: Mapping[str, float]
+    first: float
+    steps: list[float]
+    tokens: list[int]
+    cache_bytes: int
+    visual_cache_bytes: int
+
+
+class Side(Protocol):
+    """Something that answers prompts."""
+
+    name: str
+    dtype: FloatName
+    device: str
+    """ "cpu" or "cuda"."""
+    prunes: bool
+    """Whether it has ratios other than 1."""
+    notes: str
+
+    def answer(self, prompt: Prompt, ratio: float, count: int) -> Answer:
+        """Answer with `count` tokens after the first."""
+        ...
+
+
+class BundleSide:
+    """A bundle in a runtime."""
+
+    prunes = True
+    notes = ""
+
+    def __init__(self, session: AnySession) -> None:
+        self.session = session
+        self.name, self.dtype = session.backend, session.dtype
+        self.device = "cpu" if session.backend.endswith("-cpu") else "cuda"
+
+    def answer(self, prompt: Prompt, ratio: float, count: int) -> Answer:
+        """As Side.answer; on onnxruntime's CUDA provider in caches of just the capacity that this takes."""
+        m = self.session.bundle.manifest
+        capacity = len(prompt.tokens) + count if self.name == "onnxruntime-cuda" else None
+        conversation = self.session.converse(ratio, capacity)
+        start = time.perf_counter()
+        step = conversation.run(prompt.tokens, [prompt.picture])
+        tokens = [int(step.logits.argmax())]
+        first = time.perf_counter() - start
+        stages = {name.removeprefix("prefill."): seconds for name, seconds in conversation.timings.seconds.items()}
+        total = conversation.cache.bytes_used
+        part = visual_part(m, prompt, step.run.keep_count)
+        steps = []
+        for _ in range(count):
+            start = time.perf_counter()
+            tokens.append(int(conversation.run(tokens[-1:]).logits.argmax()))
+            steps.append(time.perf_counter() - start)
+        return Answer(stages, first, steps, tokens, total, round(total * part))
+
+
+def visual_part(m: Manifest, prompt: Prompt, kept: int) -> float:
+    """The part of the caches' rows that visual tokens take after a prefill which kept `kept` of them."""
+    text, whole = len(prompt.tokens) - prompt.visual, len(m.selection.whole_layers)
+    visual = (m.decoder.layers - whole) * kept + whole * prompt.visual
+    return visual / (visual + m.decoder.layers * text)

@@ -1,0 +1,165 @@
+"""ivc-bench: what a bundle's stages take in its runtimes, beside PyTorch and the device's own limits."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.filesize import decimal
+from rich.table import Table
+
+from ivc_export import __version__
+from ivc_export.bench.entrants import PEERS, RUNTIMES, Entrants, check_peers, open_contestants, report
+from ivc_export.bench.measure import Bench, Row, Settings
+from ivc_export.bench.prompts import Prompt, make_prompt
+from ivc_export.bundle import Bundle
+from ivc_export.cli import Parser, make_console
+from ivc_export.errors import UserError
+
+VISUAL = (256,)
+WIDTH = 200
+"""Of tables in files and pipes."""
+LEGEND = "in brackets: what the roofline allows by what was measured; memory: the most so far, mapped files left out"
+
+
+def parser() -> Parser:
+    """The command's options."""
+    p = Parser(
+        prog="ivc-bench",
+        description="Time a bundle's stages on random pictures, unpruned and pruned, beside PyTorch and the roofline.",
+    )
+    p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
+    p.add_argument(
+        "--backend",
+        action="append",
+        choices=tuple(RUNTIMES),
+        help="a runtime; may be repeated (default: onnxruntime-cpu)",
+    )
+    p.add_argument("--against", type=Path, metavar="CHECKPOINT", help="also time it on stock transformers")
+    p.add_argument(
+        "--peer", action="append", choices=PEERS, help="how, with --against; may be repeated (default: torch-eager)"
+    )
+    p.add_argument(
+        "--ratio",
+        type=float,
+        action="append",
+        help="fraction of visual tokens kept, beside 1; may be repeated (default: the bundle's)",
+    )
+    p.add_argument(
+        "--visual",
+        type=int,
+        action="append",
+        help=f"visual tokens of the picture, about; may be repeated (default: {VISUAL[0]})",
+    )
+    p.add_argument("--text", type=int, default=64, help="other tokens of the prompt (default: 64)")
+    p.add_argument("--tokens", type=int, default=32, help="tokens to decode (default: 32)")
+    p.add_argument("--rounds", type=int, default=5, help="that medians are taken over (default: 5)")
+    p.add_argument("--warmups", type=int, default=2, help="rounds before these (default: 2)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    p.add_argument("--plot", type=Path, metavar="PNG", help="draw the stages")
+    p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return p
+
+
+def command(arguments: Sequence[str] | None) -> int:
+    """Measure, print a table for each picture, and write what is asked for."""
+    options = parser().parse_args(arguments)
+    check_outputs(options)
+    entrants = Entrants(
+        backends=tuple(dict.fromkeys(options.backend or ["onnxruntime-cpu"])),
+        peers=tuple(dict.fromkeys(options.peer or PEERS[:1])) if options.against else (),
+        checkpoint=options.against,
+    )
+    check_peers(entrants)
+    bundle = Bundle.load(options.bundle)
+    ratios = tuple(options.ratio or [bundle.manifest.default_ratio])
+    settings = Settings(ratios, options.tokens, options.rounds, options.warmups)
+    prompts = make_prompts(bundle, options.visual or VISUAL, options.text)
+    errors, console = make_console(), make_console(stderr=False)
+    rows: list[Row] = []
+    with errors.status("reading the graphs") as status:
+        bench = Bench(bundle, settings, status.update)
+        contestants = open_contestants(bundle, entrants, status.update)
+        for prompt in prompts:
+            rows += bench.measure(contestants, prompt)
+        content = report(bench, contestants, rows, shlex.join(["ivc-bench", *(arguments or [])]))
+    if options.json:
+        options.json.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    if options.plot:
+        from ivc_export.report.stages import plot_stages
+
+        plot_stages(rows, options.plot)
+    if not console.is_terminal:
+        console.width = WIDTH
+    for prompt in prompts:
+        console.print(table([row for row in rows if row.visual_tokens == prompt.visual]))
+    console.print(LEGEND)
+    for limit in content["ceilings"]:
+        console.print(
+            f"{limit['device']}: copies {limit['copy_gb_per_second']:g} GB/s, multiplies {limit['matmul_tflops']:g} "
+            f"TFLOP/s in {limit['dtype']} ({limit['source']})"
+        )
+    return 0
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Refuse, before any work, what cannot be written, and options without meaning.
+
+    Raises:
+        UserError: there is such an option.
+    """
+    for path in (options.json, options.plot):
+        if path and not path.absolute().parent.is_dir():
+            raise UserError(f"the folder of {path} does not exist: make it, or write the file elsewhere")
+    if options.plot and options.plot.suffix.lower() != ".png":
+        raise UserError(f"{options.plot} does not end in .png: give it that ending")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: install ivc-export[check], its extra with it")
+    if options.peer and not options.against:
+        raise UserError("--peer needs the checkpoint that was exported: give it with --against")
+
+
+def make_prompts(bundle: Bundle, sizes: Sequence[int], text: int) -> list[Prompt]:
+    """A prompt for each size, smallest first, once where two sizes give the same picture."""
+    prompts = [make_prompt(bundle, visual, text) for visual in sizes]
+    return list({prompt.visual: prompt for prompt in sorted(prompts, key=lambda prompt: prompt.visual)}.values())
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """One picture's rows, a column each; times in milliseconds, with how much of the roofline they reach."""
+    first = rows[0]
+    found = Table(title=f"{first.visual_tokens} visual and {first.text_tokens} text tokens, milliseconds")
+    found.add_column("", no_wrap=True)
+    for row in rows:
+        found.add_column(f"{row.side}\n{row.dtype}\n{row.ratio:.0%} kept", justify="right")
+
+    def line(name: str, cell: Callable[[Row], str | None]) -> None:
+        found.add_row(name, *(cell(row) or "" for row in rows))
+
+    def stage(name: str) -> Callable[[Row], str | None]:
+        return lambda row: f"{row.stages[name]:.2f}" if name in row.stages else None
+
+    def share(row: Row, times: Sequence[str], part: str) -> str | None:
+        if row.selection is None:
+            return None
+        return f"{sum(row.selection[name] for name in times):.2f} = {row.selection[part]:.1%}"
+
+    line("vision", lambda row: f"{row.stages['vision']:.2f} ({row.roofline['vision']:.0%})")
+    line("prefill", lambda row: f"{row.prefill:.2f} ({row.roofline['prefill']:.0%})")
+    line("  prefix", stage("prefix"))
+    line("  decoder", stage("decoder"))
+    line("  select, compact", lambda row: share(row, ("select", "compact"), "share"))
+    line("host", stage("host"))
+    line("first token", lambda row: f"{row.first_token:.2f}")
+    line("a token", lambda row: f"{row.decode:.2f} ({row.roofline['decode']:.0%})")
+    line("  select, compact", lambda row: share(row, ("decode",), "decode_share"))
+    line("KV cache", lambda row: decimal(row.cache_bytes))
+    line("  visual tokens", lambda row: decimal(row.visual_cache_bytes))
+    line("host memory", lambda row: decimal(row.host_bytes))
+    if any(row.device_bytes is not None for row in rows):
+        line("GPU memory", lambda row: None if row.device_bytes is None else decimal(row.device_bytes))
+    return found

@@ -90,11 +90,11 @@ class Engine:
         for number, context in enumerate(contexts):
             if context is None or not context.set_optimization_profile_async(number, device.stream):
                 raise UserError(f"TensorRT cannot prepare {path}: see that the GPU has memory left")
-        self._contexts = dict(zip(profiles, contexts, strict=True))
+        self.contexts = dict(zip(profiles, contexts, strict=True))
 
     def use_scratch(self, address: int) -> None:
         """Let all contexts work in the same memory, `scratch` bytes of it: they run one after the other."""
-        for context in self._contexts.values():
+        for context in self.contexts.values():
             if hasattr(context, "set_device_memory"):
                 context.set_device_memory(address, self.scratch)
             else:
@@ -108,7 +108,7 @@ class Engine:
         Raises:
             UserError: an input does not fit the engine's profile, or TensorRT cannot run it.
         """
-        context = self._contexts[profile]
+        context = self.contexts[profile]
         for name in self._inputs:
             tensor = inputs[name]
             fits = context.set_input_shape(name, tensor.shape) and context.set_tensor_address(name, tensor.address)

@@ -132,6 +132,8 @@ def test_the_roofline_is_the_slower_of_both_limits(sample_bundle: Bundle) -> Non
     ceilings = Ceilings(bytes_per_second=100.0, flops_per_second=1000.0, dtype="float32", source="")
     assert ceilings.seconds(flops=5000, size=100) == 5
     assert ceilings.seconds(flops=100, size=700) == 7
+    best = ceilings.best(replace(ceilings, bytes_per_second=50.0, flops_per_second=2000.0))
+    assert (best.bytes_per_second, best.flops_per_second) == (100, 2000)
     workload = Workload(sample_bundle)
     work = workload.work(make_prompt(sample_bundle, 48, TEXT), 24)
     read = 4 * (workload.parameters["prefix"] + workload.parameters["decoder"])

@@ -300,6 +300,7 @@ def test_the_profile_names_operators(golden_bundle: Bundle) -> None:
 ERRORS = [
     (["--backend", "tpu"], "invalid choice: 'tpu'"),
     (["--backend", "onnxruntime-cuda"], "has no CUDA provider: install onnxruntime-gpu"),
+    (["--op-library", "libops.so"], "--op-library is for onnxruntime's CUDA provider"),
     (["--visual", "5000"], "5000 visual tokens are out of range: this bundle takes 1 to 1280"),
     (["--visual", "0"], "0 visual tokens are out of range"),
     (["--text", "3"], "3 text tokens are too few"),

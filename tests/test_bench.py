@@ -167,6 +167,14 @@ def test_a_footprint_is_the_growth_while_a_side_is_at_work() -> None:
     assert (footprint.held, footprint.most) == (30 - 10, 50)
 
 
+def test_an_unwatched_footprint_looks_before_and_after_alone() -> None:
+    readings = iter([100, 160])
+    footprint = Footprint(lambda: next(readings), watched=False)
+    with footprint.grow():
+        pass
+    assert (footprint.held, footprint.most) == (60, 60)
+
+
 def test_host_memory_grows_by_what_is_taken() -> None:
     footprint = Footprint(host_bytes)
     with footprint.grow():

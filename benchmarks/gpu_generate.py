@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--warmups", type=int, default=2)
     p.add_argument("--seconds", type=float, default=400, help="no size begins later than this")
     p.add_argument("--compile-prefill", action="store_true", help="torch.compile for torch-compiled's prefill, too")
+    p.add_argument("--op-library", type=Path, help="our custom operators, for onnxruntime-cuda")
     p.add_argument("--profile", action="store_true", help="add the kernels and operators that take most")
     p.add_argument("--tiny", action="store_true", help="a model of 4 small layers")
     p.add_argument("--folder", type=Path, help="where the checkpoint is made (default: a temporary folder)")
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = Settings(tuple(options.ratios), options.tokens, options.rounds, options.warmups)
         failures: dict[str, str] = {}
         bench = Bench(bundle, settings, say, failures)
-        entrants = Entrants(options.backends, options.peers, checkpoint, options.compile_prefill)
+        entrants = Entrants(options.backends, options.peers, checkpoint, options.compile_prefill, options.op_library)
         contestants = open_contestants(bundle, entrants, say, failures)
         clock["open"] = time.perf_counter() - start
         rows: list[Row] = []
@@ -237,7 +238,7 @@ def operators(bundle: Bundle, session: FusedSession, prompt: Prompt, count: int)
 
     onnxruntime.SessionOptions = recording
     try:
-        watched = FusedSession(bundle, session.device, cuda_graph=False)
+        watched = FusedSession(bundle, session.device, cuda_graph=False, op_library=session.op_library)
     finally:
         onnxruntime.SessionOptions = options
     BundleSide(watched).answer(prompt, 1.0, count)

@@ -132,6 +132,8 @@ def test_the_roofline_is_the_slower_of_both_limits(sample_bundle: Bundle) -> Non
     ceilings = Ceilings(bytes_per_second=100.0, flops_per_second=1000.0, dtype="float32", source="")
     assert ceilings.seconds(flops=5000, size=100) == 5
     assert ceilings.seconds(flops=100, size=700) == 7
+    best = ceilings.best(replace(ceilings, bytes_per_second=50.0, flops_per_second=2000.0))
+    assert (best.bytes_per_second, best.flops_per_second) == (100, 2000)
     workload = Workload(sample_bundle)
     work = workload.work(make_prompt(sample_bundle, 48, TEXT), 24)
     read = 4 * (workload.parameters["prefix"] + workload.parameters["decoder"])
@@ -163,6 +165,14 @@ def test_a_footprint_is_the_growth_while_a_side_is_at_work() -> None:
                 pass
         readings = iter([])
     assert (footprint.held, footprint.most) == (30 - 10, 50)
+
+
+def test_an_unwatched_footprint_looks_before_and_after_alone() -> None:
+    readings = iter([100, 160])
+    footprint = Footprint(lambda: next(readings), watched=False)
+    with footprint.grow():
+        pass
+    assert (footprint.held, footprint.most) == (60, 60)
 
 
 def test_host_memory_grows_by_what_is_taken() -> None:
@@ -298,6 +308,7 @@ def test_the_profile_names_operators(golden_bundle: Bundle) -> None:
 ERRORS = [
     (["--backend", "tpu"], "invalid choice: 'tpu'"),
     (["--backend", "onnxruntime-cuda"], "has no CUDA provider: install onnxruntime-gpu"),
+    (["--op-library", "libops.so"], "--op-library is for onnxruntime's CUDA provider"),
     (["--visual", "5000"], "5000 visual tokens are out of range: this bundle takes 1 to 1280"),
     (["--visual", "0"], "0 visual tokens are out of range"),
     (["--text", "3"], "3 text tokens are too few"),

@@ -17,11 +17,11 @@ from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.families import Grid
-from ivc_export.passes import lower
+from ivc_export.passes import RetypeFloatsPass, lower
 from ivc_export.passes.join_decode import join_decode
 from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime.conversation import Conversation
-from ivc_export.runtime.fused import FusedConversation, FusedSession
+from ivc_export.runtime.fused import FusedConversation, FusedSession, take_float32
 from ivc_export.runtime.generate import Chat, Sampling
 from ivc_export.runtime.session import OnnxSession
 from ivc_export.testdata import draw_picture, make_prompt
@@ -141,6 +141,18 @@ def test_weights_go_to_the_device_once(stored: FloatName, tmp_path: Path, monkey
     lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line]
     ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
     assert any(start <= one < end for start, end in ranges) == (stored == "float32")
+
+
+def test_pixels_are_narrowed_by_the_graph(golden_bundle: Bundle) -> None:
+    """NumPy takes tens of milliseconds for that."""
+    model = lower(RetypeFloatsPass("float16")(ir.load(golden_bundle.folder / "vision.onnx")).model, "ort-cuda")
+    before = [value.name for value in model.graph.inputs]
+    take_float32(model)
+    assert [value.name for value in model.graph.inputs] == before
+    assert model.graph.inputs[0].dtype == ir.DataType.FLOAT and not model.graph.inputs[1].dtype.is_floating_point()  # type: ignore[union-attr]
+    (cast,) = model.graph.inputs[0].consumers()
+    assert cast.op_type == "Cast" and cast.attributes["to"].as_int() == ir.DataType.FLOAT16
+    assert cast.outputs[0].uses()
 
 
 def test_a_full_cache_is_one_sentence(fused: FusedSession) -> None:

@@ -37,14 +37,18 @@ class Entrants:
     checkpoint: Path | None = None
     compile_prefill: bool = False
     """Whether torch-compiled compiles its prefill too."""
+    op_library: Path | None = None
+    """Our custom operators, for onnxruntime-cuda."""
 
 
-def check_peers(entrants: Entrants) -> None:
-    """Refuse, before any work, peers that cannot run here.
+def check_entrants(entrants: Entrants) -> None:
+    """Refuse, before any work, what cannot run here.
 
     Raises:
-        UserError: there is no such peer, no checkpoint for it, or no torch.
+        UserError: there is no such peer, or no torch, or nobody who takes the operators.
     """
+    if entrants.op_library and "onnxruntime-cuda" not in entrants.backends:
+        raise UserError("--op-library is for onnxruntime's CUDA provider: use it with --backend onnxruntime-cuda")
     for name in entrants.peers:
         if name not in PEERS:
             raise UserError(f"there is no peer {name}: give one of {', '.join(PEERS)}")
@@ -62,9 +66,9 @@ def open_contestants(
     """Open everyone, each watched while it opens. failures: takes those that do not open, where that ends nothing.
 
     Raises:
-        UserError: see open_session and check_peers.
+        UserError: see open_session and check_entrants.
     """
-    check_peers(entrants)
+    check_entrants(entrants)
     cuda = bool(entrants.peers) or any(not name.endswith("-cpu") for name in entrants.backends)
     counter = device_counter() if cuda else None
     found: list[Contestant] = []
@@ -73,7 +77,7 @@ def open_contestants(
         with noted(failures, name):
             memory = Footprints(counter)
             with memory.grow():
-                side = BundleSide(open_session(bundle, *RUNTIMES[name]))
+                side = BundleSide(open_session(bundle, *RUNTIMES[name], entrants.op_library))
             found.append(Contestant(side, memory))
     if entrants.peers and entrants.checkpoint is not None:
         progress("opening the checkpoint on PyTorch")

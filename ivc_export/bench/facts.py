@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ PACKAGES = ("ivc-export", "onnxruntime", "onnxruntime-gpu", "tensorrt", "torch",
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that are installed."""
+    """Versions of the packages that are installed, or imported from elsewhere."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue
+            if name in sys.modules:
+                found[name] = str(getattr(sys.modules[name], "__version__", "unknown"))
     return found
 
 

@@ -68,15 +68,18 @@ class Footprint:
     """What one side holds, and the most that it has held: growth while it opens and runs, all others being at rest.
 
     Allocators keep what they have had, so that the most is of all runs so far.
+
+    watched: look also in between, every few milliseconds from a thread of its own. On a GPU nobody may: a CUDA graph
+    that is being captured forbids other threads some calls, and allocators there keep memory anyway.
     """
 
-    def __init__(self, counter: Callable[[], int]) -> None:
-        self._counter = counter
+    def __init__(self, counter: Callable[[], int], watched: bool = True) -> None:
+        self._counter, self._watched = counter, watched
         self.held = self.most = 0
 
     @contextmanager
     def grow(self) -> Iterator[None]:
-        """Watch, every few milliseconds from a thread of its own, what happens inside."""
+        """Count what happens inside."""
         before = top = self._counter()
         done = threading.Event()
 
@@ -86,12 +89,14 @@ class Footprint:
                 top = max(top, self._counter())
 
         watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
+        if self._watched:
+            watcher.start()
         try:
             yield
         finally:
             done.set()
-            watcher.join()
+            if self._watched:
+                watcher.join()
             after = self._counter()
             self.most = max(self.most, self.held + max(top, after) - before)
             self.held += after - before
@@ -102,7 +107,7 @@ class Footprints:
 
     def __init__(self, device: Callable[[], int] | None) -> None:
         self.host = Footprint(host_bytes)
-        self.device = Footprint(device) if device is not None else None
+        self.device = Footprint(device, watched=False) if device is not None else None
 
     @contextmanager
     def grow(self) -> Iterator[None]:

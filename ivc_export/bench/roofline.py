@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,13 @@ class Ceilings:
     flops_per_second: float
     dtype: FloatName
     source: str
+
+    def best(self, other: Ceilings) -> Ceilings:
+        """The higher of each."""
+        copied = max(self.bytes_per_second, other.bytes_per_second)
+        return replace(
+            self, bytes_per_second=copied, flops_per_second=max(self.flops_per_second, other.flops_per_second)
+        )
 
     def seconds(self, flops: float, size: float) -> float:
         """The least time for so many FLOPs and bytes."""

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from onnxruntime import OrtValue
 
 from ivc_export import contract
 from ivc_export.bundle import Bundle
-from ivc_export.passes import RetypeFloatsPass, WidenFloatsPass, lower
+from ivc_export.passes import WidenFloatsPass
 from ivc_export.runtime.conversation import AnySession
-from ivc_export.runtime.fused import PROVIDERS, Provider
+from ivc_export.runtime.fused import PROVIDERS, FusedSession, Provider, register
 from ivc_export.runtime.plan import Run, plan_run
 
 REPEATS, WARMUPS = 9, 3
@@ -54,14 +55,13 @@ def portable_times(session: AnySession, plan: Run, rows: int) -> SelectionTimes:
 
 def fused_times(session: AnySession, plan: Run, rows: int, provider: Provider = "cuda") -> SelectionTimes:
     """On the provider of a FusedSession, over caches of `rows` rows; its decode steps choose nothing."""
-    prefix, decoder = (
-        lower(RetypeFloatsPass(session.dtype)(portable(session.bundle, name)).model, "ort-cuda")
-        for name in ("prefix", "decoder")
-    )
+    assert isinstance(session, FusedSession)
+    library, lowering = session.op_library, session.lowering
+    prefix, decoder = session.lowered("prefix", lowering), session.lowered("decoder", lowering)
     sizes = extents(session.bundle.manifest, plan, rows)
     feeds = selection_feeds(plan) | {"seqlens_k": np.array([plan.rows - 1], np.int32)}
-    select = Timed(selection_part(prefix), provider).seconds(feeds, sizes)
-    compact = Timed(compaction_part(decoder), provider).seconds(compaction_feeds(plan, rows), sizes)
+    select = Timed(selection_part(prefix), provider, library).seconds(feeds, sizes)
+    compact = Timed(compaction_part(decoder), provider, library).seconds(compaction_feeds(plan, rows), sizes)
     return SelectionTimes(select, compact, 0.0)
 
 
@@ -108,12 +108,12 @@ def compaction_part(decoder: ir.Model) -> ir.Model:
     """The nodes of a decoder graph that gather kept rows. Uses the graph up."""
     graph = decoder.graph
     indices = [value for value in graph.inputs if value.name in ("keep_index", "cache_index")]
-    gathers = [node for node in graph if len(node.inputs) > 1 and node.inputs[1] in indices]
-    outputs = [node.outputs[0] for node in gathers]
-    for node, value in zip(gathers, outputs, strict=True):
-        value.type = value.type or (node.inputs[0].type if node.inputs[0] is not None else None)
-        value.shape = None
-    return only(decoder, outputs, [])
+    gathers = [node for node in graph if any(value in indices for value in node.inputs)]
+    for node in gathers:
+        for value in node.outputs:
+            value.type = value.type or (node.inputs[0].type if node.inputs[0] is not None else None)
+            value.shape = None
+    return only(decoder, [value for node in gathers for value in node.outputs], [])
 
 
 def only(model: ir.Model, outputs: Sequence[ir.Value], inputs: Sequence[ir.Value]) -> ir.Model:
@@ -151,9 +151,11 @@ def compaction_feeds(plan: Run, rows: int) -> dict[str, npt.NDArray[Any]]:
 class Timed:
     """A small graph in onnxruntime, its inputs and outputs on the device."""
 
-    def __init__(self, model: ir.Model, provider: Provider = "cpu") -> None:
+    def __init__(self, model: ir.Model, provider: Provider = "cpu", library: Path | None = None) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
+        if library:
+            register(library, options)
         content = ir.to_proto(model).SerializeToString()
         self.device = provider
         self.session: Any = onnxruntime.InferenceSession(content, options, providers=[PROVIDERS[provider]])
@@ -168,7 +170,8 @@ class Timed:
                 shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
                 array = generator.standard_normal(shape, np.float32)
                 array = array.astype(np.float16 if "float16" in tensor.type else np.float32)
-            value = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+            place = "cpu" if tensor.name == "keep_count" else self.device  # as FusedConversation has it
+            value = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), place, 0)
             binding.bind_ortvalue_input(tensor.name, value)
         for tensor in self.session.get_outputs():
             binding.bind_output(tensor.name, self.device)

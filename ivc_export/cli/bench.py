@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ivc_export import __version__
-from ivc_export.bench.entrants import PEERS, RUNTIMES, Entrants, check_peers, open_contestants, report
+from ivc_export.bench.entrants import PEERS, RUNTIMES, Entrants, check_entrants, open_contestants, report
 from ivc_export.bench.measure import Bench, Row, Settings
 from ivc_export.bench.prompts import Prompt, make_prompt
 from ivc_export.bundle import Bundle
@@ -39,6 +39,7 @@ def parser() -> Parser:
         choices=tuple(RUNTIMES),
         help="a runtime; may be repeated (default: onnxruntime-cpu)",
     )
+    p.add_argument("--op-library", type=Path, metavar="LIB", help="our custom operators, for onnxruntime-cuda")
     p.add_argument("--against", type=Path, metavar="CHECKPOINT", help="also time it on stock transformers")
     p.add_argument(
         "--peer", action="append", choices=PEERS, help="how, with --against; may be repeated (default: torch-eager)"
@@ -73,8 +74,9 @@ def command(arguments: Sequence[str] | None) -> int:
         backends=tuple(dict.fromkeys(options.backend or ["onnxruntime-cpu"])),
         peers=tuple(dict.fromkeys(options.peer or PEERS[:1])) if options.against else (),
         checkpoint=options.against,
+        op_library=options.op_library,
     )
-    check_peers(entrants)
+    check_entrants(entrants)
     bundle = Bundle.load(options.bundle)
     ratios = tuple(options.ratio or [bundle.manifest.default_ratio])
     settings = Settings(ratios, options.tokens, options.rounds, options.warmups)

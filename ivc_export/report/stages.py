@@ -25,6 +25,8 @@ def plot_stages(rows: Sequence[Row], path: Path) -> None:
     The roofline is a red line across each bar.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     sizes = list(dict.fromkeys(row.visual_tokens for row in rows))
     most = max(sum(row.visual_tokens == size for row in rows) for size in sizes)
@@ -43,9 +45,10 @@ def plot_stages(rows: Sequence[Row], path: Path) -> None:
                 axes.hlines(ideal, number - 0.45, number + 0.45, color=LIMIT)
         for axes, title in ((first, f"first token, {size} visual tokens"), (token, "a decoded token")):
             decorate(axes, title, names)
-        stages = [stage for stage in COLOURS if any(stage in row.stages for row in found)]
-        handles = [first.bar(0, 0, color=COLOURS[stage], label=stage) for stage in stages]
-        first.legend([*handles, first.hlines([], 0, 0, color=LIMIT)], [*stages, "roofline"], frameon=False)
+    stages = [stage for stage in COLOURS if any(stage in row.stages for row in rows)]
+    handles: list[Any] = [Patch(color=COLOURS[stage], label=stage) for stage in stages]
+    handles.append(Line2D([], [], color=LIMIT, label="roofline"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=110)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import onnx
 import onnx_ir as ir
 
 from ivc_export.errors import UserError
@@ -125,8 +126,8 @@ def compile_graph(
         raise UserError(f"TensorRT {trt.__version__} does not read the {name} graph ({parser.get_error(0)})")
     config = builder.create_builder_config()
     configure(trt, config, options)
-    if weak:
-        fix_precisions(trt, network, config)
+    if weak and not options.tf32_off:  # in float32 there is nothing to choose
+        fix_precisions(trt, network, config, float_types(model))
     if options.target == "tensorrt-rtx":
         config.num_compute_capabilities = 1
         capability = getattr(trt.ComputeCapability, f"SM{options.compute_capability.replace('.', '')}")
@@ -167,10 +168,20 @@ def configure(trt: Any, config: Any, options: Options) -> None:
         config.clear_flag(trt.BuilderFlag.TF32)
 
 
-def fix_precisions(trt: Any, network: Any, config: Any) -> None:
+def float_types(model: ir.Model) -> dict[str, ir.DataType]:
+    """Types of a graph's floating-point values, by name."""
+    graph = onnx.shape_inference.infer_shapes(ir.to_proto(model)).graph
+    types = {v.name: ir.DataType(v.type.tensor_type.elem_type) for v in (*graph.value_info, *graph.output)}
+    return {name: dtype for name, dtype in types.items() if dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)}
+
+
+def fix_precisions(trt: Any, network: Any, config: Any, types: Mapping[str, ir.DataType]) -> None:
     """Leave TensorRT 8.6's weakly typed builder one choice: the graph's dtypes, and linear formats.
 
     Otherwise it tries every mix of formats of inputs and outputs, and compiles the whole graph for each.
+
+    types: of values by name, which are names of the network's tensors. What the parser adds between them is of the
+    widest type that it reads.
     """
     config.set_flag(trt.BuilderFlag.FP16)
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
@@ -180,13 +191,25 @@ def fix_precisions(trt: Any, network: Any, config: Any) -> None:
         *(network.get_output(i) for i in range(network.num_outputs)),
     ):
         tensor.allowed_formats = linear
-    floats = (trt.DataType.FLOAT, trt.DataType.HALF)
+    kinds = {ir.DataType.FLOAT: trt.DataType.FLOAT, ir.DataType.FLOAT16: trt.DataType.HALF}
+    known = {name: kinds[dtype] for name, dtype in types.items()}
     for layer in (network.get_layer(i) for i in range(network.num_layers)):
-        dtypes = [layer.get_output(i).dtype for i in range(layer.num_outputs)]
-        if dtypes and all(dtype in floats for dtype in dtypes) and layer.type != trt.LayerType.CONSTANT:
-            layer.precision = dtypes[0]
-            for i, dtype in enumerate(dtypes):
-                layer.set_output_type(i, dtype)
+        given = {known.get(t.name) for t in (layer.get_input(i) for i in range(layer.num_inputs)) if t is not None}
+        widest = next((kind for kind in kinds.values() if kind in given), None)
+        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+        for output in outputs:
+            if output.name not in known and output.dtype in kinds.values():  # what the parser added
+                kind = output.dtype if layer.type == trt.LayerType.CONSTANT else widest
+                if kind is not None:
+                    known[output.name] = kind
+        if layer.type in (trt.LayerType.CONSTANT, trt.LayerType.CAST, trt.LayerType.PLUGIN_V2):
+            continue
+        precision = known.get(outputs[0].name, widest)  # comparisons give no floats, but take them
+        if precision is not None:
+            layer.precision = precision
+            for i, output in enumerate(outputs):
+                if output.name in known:
+                    layer.set_output_type(i, known[output.name])
 
 
 def make_profile(builder: Any, model: ir.Model, extents: Extents) -> Any:

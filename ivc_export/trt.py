@@ -175,10 +175,15 @@ def float_types(model: ir.Model) -> dict[str, ir.DataType]:
     return {name: dtype for name, dtype in types.items() if dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)}
 
 
-def fix_precisions(trt: Any, network: Any, config: Any, types: Mapping[str, ir.DataType]) -> None:
-    """Leave TensorRT 8.6's weakly typed builder one choice: the graph's dtypes, and linear formats.
+ARITHMETIC = ("ACTIVATION", "ELEMENTWISE", "MATRIX_MULTIPLY", "REDUCE", "SOFTMAX", "UNARY")
+"""TensorRT's layers that compute, and do not just move values."""
 
-    Otherwise it tries every mix of formats of inputs and outputs, and compiles the whole graph for each.
+
+def fix_precisions(trt: Any, network: Any, config: Any, types: Mapping[str, ir.DataType]) -> None:
+    """Tell TensorRT 8.6's weakly typed builder what must be float32, and that inputs and outputs are linear.
+
+    Otherwise it tries every mix of formats of inputs and outputs, and compiles the whole graph for each. Constraints on
+    more layers than those that compute in float32 contradict its own, and leave it nothing to choose from.
 
     types: of values by name, which are names of the network's tensors. What the parser adds between them is of the
     widest type that it reads.
@@ -202,14 +207,12 @@ def fix_precisions(trt: Any, network: Any, config: Any, types: Mapping[str, ir.D
                 kind = output.dtype if layer.type == trt.LayerType.CONSTANT else widest
                 if kind is not None:
                     known[output.name] = kind
-        if layer.type in (trt.LayerType.CONSTANT, trt.LayerType.CAST, trt.LayerType.PLUGIN_V2):
-            continue
-        precision = known.get(outputs[0].name, widest)  # comparisons give no floats, but take them
-        if precision is not None:
-            layer.precision = precision
+        arithmetic = layer.type in [getattr(trt.LayerType, name) for name in ARITHMETIC]
+        if arithmetic and known.get(outputs[0].name, widest) == trt.DataType.FLOAT:  # comparisons give no floats
+            layer.precision = trt.DataType.FLOAT
             for i, output in enumerate(outputs):
                 if output.name in known:
-                    layer.set_output_type(i, known[output.name])
+                    layer.set_output_type(i, trt.DataType.FLOAT)
 
 
 def make_profile(builder: Any, model: ir.Model, extents: Extents) -> Any:

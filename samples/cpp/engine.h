@@ -54,6 +54,7 @@ class Memory {
             held = size > 0 ? size : 1;  // TensorRT wants an address for empty tensors, too
             check(cudaMalloc(&pointer, held));
             check(cudaMemset(pointer, 0, held));
+            check(cudaDeviceSynchronize());  // clearing is on another stream than what comes next
             ++generation_;
         }
         return pointer;

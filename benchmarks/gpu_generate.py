@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--op-library", type=Path, help="our custom operators, for onnxruntime-cuda")
     p.add_argument("--profile", action="store_true", help="add the kernels and operators that take most")
     p.add_argument("--tiny", action="store_true", help="a model of 4 small layers")
+    p.add_argument("--checkpoint", type=Path, help="a folder that has the checkpoint, or gets it and keeps it")
     p.add_argument("--folder", type=Path, help="where the checkpoint is made (default: a temporary folder)")
     p.add_argument("--output", type=Path, help="the JSON file (default: results/generate-GPU.json)")
     return p
@@ -76,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     try:
         config = dict(families.of("qwen2_vl").tiny) if options.tiny else qwen2_vl_2b()
-        checkpoint = make_large_checkpoint(work / "checkpoint", config, "float16")
+        checkpoint = options.checkpoint or work / "checkpoint"
+        if not (checkpoint / "config.json").is_file():
+            make_large_checkpoint(checkpoint, config, "float16")
         clock["checkpoint"] = time.perf_counter() - start
         layer = min(options.layer, config["num_hidden_layers"] - 1)
         recipe = ExportRecipe(

@@ -56,6 +56,8 @@ class FusedSession:
                 "this onnxruntime has no CUDA provider: install onnxruntime-gpu in the place of onnxruntime, or use "
                 "--provider cpu"
             )
+        if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()  # CUDA's libraries, where pip has put them
         bundle.check_portable("the CUDA provider")
         self.bundle = bundle
         self.versions: Mapping[str, str] = {"onnxruntime": onnxruntime.__version__}
@@ -104,12 +106,19 @@ class FusedSession:
         if cuda_graph:
             provider = (provider, {"enable_cuda_graph": "1"})
         try:
-            return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=[provider])
+            content = ir.to_proto(model).SerializeToString()
+            session = onnxruntime.InferenceSession(content, options, providers=[provider])
         except Exception as error:  # neither onnxruntime's exceptions nor protobuf's share a public base class
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{model.graph.name} does not open in onnxruntime ({reason}): use --provider cpu"
             ) from error
+        if PROVIDERS[self.device] not in session.get_providers():  # onnxruntime falls back to the CPU without a word
+            raise UserError(
+                "onnxruntime's CUDA provider does not load: install the CUDA and cuDNN that this onnxruntime-gpu is "
+                "for, or use --provider cpu"
+            )
+        return session
 
     def _given(self, name: str, tensor: ir.LazyTensor | ir.ExternalTensor) -> ir.ExternalTensor:
         """What stands in a graph for a weight that is given in memory: a file that exists, of which nothing is read."""

@@ -1,4 +1,4 @@
-"""The kernels on a GPU against NumPy. Needs CuPy, CMake and nvcc.
+"""The kernels on a GPU against NumPy. Needs CuPy, and the library: IVC_KERNELS names it, or CMake and nvcc build it.
 
 python -m pytest -m gpu tests/gpu/test_kernels.py
 compute-sanitizer --tool memcheck|racecheck python -m pytest -m gpu tests/gpu/test_kernels.py -k "not thousand"
@@ -6,6 +6,7 @@ compute-sanitizer --tool memcheck|racecheck python -m pytest -m gpu tests/gpu/te
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
         capability = cupy.cuda.Device().compute_capability
     except cupy.cuda.runtime.CUDARuntimeError as error:
         pytest.skip(f"there is no GPU ({error})")
-    path = build(tmp_path_factory.mktemp("kernels"), capability)
+    given = os.environ.get("IVC_KERNELS")
+    path = Path(given) if given else build(tmp_path_factory.mktemp("kernels"), capability)
     return Kernels(path, cupy.asarray, cupy.asnumpy, lambda array: array.data.ptr)
 
 

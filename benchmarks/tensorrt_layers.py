@@ -36,7 +36,7 @@ from ivc_export.bench.selection import compaction_part, portable, selection_feed
 from ivc_export.bundle import Bundle
 from ivc_export.contract import GraphName
 from ivc_export.counting import count
-from ivc_export.engine import EngineRecipe, lowered, profiles
+from ivc_export.engine import EngineRecipe, lowered, profiles, working_folder
 from ivc_export.estimate import COMPACT
 from ivc_export.export import export
 from ivc_export.families import Grid
@@ -111,10 +111,10 @@ def build(options: argparse.Namespace) -> None:
         if name not in options.only:
             continue
         extents = profiles(bundle, "prefix", RECIPE)  # the decoder has the same
-        settings = Options("tensorrt", capability, tactic_sources=TACTICS, timing_cache=folder / f"{name}.cache")
+        settings = Options("tensorrt", capability, tactic_sources=TACTICS, reduced=True)
         start = time.perf_counter()
-        work = whole.folder if name == "compact" else bundle.folder
-        plan = compile_graph(trt, model, extents.values(), settings, work)
+        with working_folder(whole if name == "compact" else bundle) as work:
+            plan = compile_graph(trt, model, extents.values(), settings, work)
         seconds = round(time.perf_counter() - start, 2)
         (folder / f"{name}.plan").write_bytes(plan)
         (folder / f"{name}.seconds").write_text(str(seconds))

@@ -271,7 +271,7 @@ def build(
                     recipe.optimization_level,
                     recipe.timing_cache,
                     recipe.tactic_sources,
-                    dtype == "float32",
+                    dtype != "float32",
                     verbose,
                 ),
                 work,

@@ -26,9 +26,9 @@ Extents = dict[str, tuple[int, int, int]]
 
 @dataclass(frozen=True)
 class Options:
-    """How a graph is compiled; fields as EngineRecipe's. tf32_off: float32 means float32.
+    """How a graph is compiled; fields as EngineRecipe's.
 
-    verbose: TensorRT's own messages go to standard error.
+    reduced: whether the graph is in another dtype than float32. verbose: TensorRT's own messages go to standard error.
     """
 
     target: Target
@@ -37,7 +37,7 @@ class Options:
     optimization_level: int = 3
     timing_cache: Path | None = None
     tactic_sources: tuple[str, ...] | None = None
-    tf32_off: bool = False
+    reduced: bool = False
     verbose: bool = False
 
 
@@ -126,7 +126,7 @@ def compile_graph(
         raise UserError(f"TensorRT {trt.__version__} does not read the {name} graph ({parser.get_error(0)})")
     config = builder.create_builder_config()
     configure(trt, config, options)
-    if weak and not options.tf32_off:  # in float32 there is nothing to choose
+    if weak and options.reduced:  # in float32 there is nothing to choose
         fix_precisions(trt, network, config, float_types(model))
     if options.target == "tensorrt-rtx":
         config.num_compute_capabilities = 1
@@ -150,7 +150,7 @@ def compile_graph(
 
 
 def configure(trt: Any, config: Any, options: Options) -> None:
-    """Workspace, optimization level, tactic sources, and no TF32 where float32 is asked for.
+    """Workspace, optimization level, tactic sources, and no TF32: what is float32 in a graph is so for a reason.
 
     Raises:
         UserError: this TensorRT has no such tactic source.
@@ -164,8 +164,7 @@ def configure(trt: Any, config: Any, options: Options) -> None:
         if unknown:
             raise UserError(f"there is no tactic source {unknown[0]}: give some of {', '.join(known)}")
         config.set_tactic_sources(sum(1 << int(known[name]) for name in options.tactic_sources))
-    if options.tf32_off:
-        config.clear_flag(trt.BuilderFlag.TF32)
+    config.clear_flag(trt.BuilderFlag.TF32)
 
 
 def float_types(model: ir.Model) -> dict[str, ir.DataType]:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from ivc_export import contract
@@ -13,6 +17,17 @@ from ivc_export.errors import UserError
 
 FOLDER = "weights"
 EMBEDDING = "model.embed_tokens.weight"
+
+
+def read_values(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
+    """A weight's values, out of a memory map if it is external data, also of a hard-linked file.
+
+    onnx_ir reads no file that has several links, which it cannot tell from an attack; ours are in a bundle's manifest.
+    """
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor.numpy()
+    shape = tuple(int(size) for size in tensor.shape.numpy())
+    return np.memmap(Path(tensor.path), tensor.dtype.numpy(), "r", tensor.offset or 0, shape)
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,16 @@ def test_weights_go_to_the_device_once(stored: FloatName, tmp_path: Path, monkey
     assert any(start <= one < end for start, end in ranges) == (stored == "float32")
 
 
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_hard_linked_weights_are_read(stored: FloatName, tmp_path: Path) -> None:
+    """As they are, and converted; onnx_ir itself refuses files with several links."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", dtype=stored)
+    linked = export(ExportRecipe(checkpoint, tmp_path / "linked", weights="link"))
+    copied = export(ExportRecipe(checkpoint, tmp_path / "copied"))
+    steps = [FusedConversation(FusedSession(b, "cpu"), capacity=40).run([1, 2, 3]) for b in (linked, copied)]
+    np.testing.assert_array_equal(steps[0].logits, steps[1].logits)
+
+
 def test_pixels_are_narrowed_by_the_graph(golden_bundle: Bundle) -> None:
     """NumPy takes tens of milliseconds for that."""
     model = lower(RetypeFloatsPass("float16")(ir.load(golden_bundle.folder / "vision.onnx")).model, "ort-cuda")

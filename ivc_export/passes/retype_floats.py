@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from ivc_export.contract import FLOAT32_TENSORS, FLOATS, IVC_DOMAIN, FloatName
 from ivc_export.errors import UserError
+from ivc_export.weights import read_values
 
 FLOAT = ir.DataType.FLOAT
 NOT_FLOAT = frozenset(("And", "Equal", "Greater", "GreaterOrEqual", "Less", "Not", "Or", "Shape"))
@@ -74,7 +75,7 @@ def converted(tensor: ir.TensorProtocol | None, dtype: ir.DataType) -> ir.LazyTe
     assert tensor is not None
 
     def convert() -> ir.TensorProtocol:
-        stored = tensor.numpy()
+        stored = read_values(tensor)
         with np.errstate(over="ignore"):
             values = stored.astype(ml_dtypes.bfloat16 if dtype == ir.DataType.BFLOAT16 else dtype.numpy())
         if not np.isfinite(values).all() and np.isfinite(stored).all():

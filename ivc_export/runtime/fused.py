@@ -24,6 +24,7 @@ from ivc_export.passes.join_decode import join_decode
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.conversation import Step, Timings
 from ivc_export.runtime.plan import Run, plan_run
+from ivc_export.weights import read_values
 
 Provider = Literal["cuda", "cpu"]
 PROVIDERS: Mapping[Provider, str] = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -69,7 +70,9 @@ class FusedSession:
         models = {name: self.lowered(name, self.lowering) for name in GRAPH_NAMES}
         take_float32(models["vision"])
         joined = join_decode(self.lowered("prefix", "ort-cuda"), self.lowered("decoder", "ort-cuda"))
+        self._owners: Values = {}
         self._weights: Values = {}
+        """Views of these: onnxruntime shares memory between sessions that it does not own itself."""
         self._sessions: dict[str, onnxruntime.InferenceSession] = {
             name: self._open(model) for name, model in models.items()
         }
@@ -99,9 +102,11 @@ class FusedSession:
             tensor = value.const_value
             if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor):  # to be converted, or as the bundle has it
                 if name not in self._weights:  # weights that several graphs read, such as tied embeddings, are one
-                    self._weights[name] = self.value(tensor.numpy())
+                    self._owners[name] = self.value(read_values(tensor))
+                    self._weights[name] = OrtValue.from_dlpack(self._owners[name])
                 options.add_initializer(name, self._weights[name])
-                value.const_value = self._given(name, tensor)
+                if isinstance(tensor, ir.LazyTensor):
+                    value.const_value = self._given(name, tensor)
         provider: Any = PROVIDERS[self.device]
         if cuda_graph:
             provider = (provider, {"enable_cuda_graph": "1"})
@@ -120,13 +125,12 @@ class FusedSession:
             )
         return session
 
-    def _given(self, name: str, tensor: ir.LazyTensor | ir.ExternalTensor) -> ir.ExternalTensor:
-        """What stands in a graph for a weight that is given in memory: a file that exists, of which nothing is read."""
-        shape = tensor.shape.numpy()
+    def _given(self, name: str, tensor: ir.LazyTensor) -> ir.ExternalTensor:
+        """What stands in a graph for a converted weight that is given in memory: what cannot be read from its file."""
+        shape, file = tensor.shape.numpy(), self.bundle.manifest.embedding.file
         length = int(np.prod(shape) * tensor.dtype.itemsize)
-        return ir.ExternalTensor(
-            self.bundle.manifest.embedding.file, 0, length, tensor.dtype, shape=ir.Shape(shape), name=name
-        )
+        end = (self.bundle.folder / file).stat().st_size
+        return ir.ExternalTensor(file, end, length, tensor.dtype, shape=ir.Shape(shape), name=name)
 
     def value(self, array: npt.NDArray[Any]) -> OrtValue:
         """An array in the device's memory; on the CPU it is the array's own."""

@@ -10,7 +10,8 @@ of the 16 layers below the cut. The vocabulary is small, so that lm_head does no
 `plugin` ones too if a plugin is given. The prefix engine includes its selection and the decoder engine its compaction:
 these are subtracted before dividing by the layers.
 
-Times are of the GPU, by events around runs of an engine one behind the other on memory that does not change.
+Times are of the GPU, by events around runs of an engine one behind the other on memory that does not change: as a
+CUDA graph (`ms`), and enqueued one by one (`enqueued_ms`), which a slow host bounds from below for small engines.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -129,6 +130,13 @@ def planned(bundle: Bundle, visual: int, ratio: float) -> Run:
     return plan_run(bundle.manifest, tokens, [Grid(side, side)], 0, ratio)
 
 
+class Times(NamedTuple):
+    """Milliseconds of one run."""
+
+    graph: float
+    enqueued: float
+
+
 class Timer:
     """Engines of one kind on the device."""
 
@@ -153,22 +161,38 @@ class Timer:
         self.device.upload(address, np.ascontiguousarray(array))
         return Tensor(address, array.shape, array.dtype)
 
-    def milliseconds(self, name: str, profile: str, inputs: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-        """Median over rounds of the time of one run."""
-        engine, found = self.engines[name], []
-        outputs = engine.run(profile, inputs, self.buffers, f"{name}/{profile}")
-        outputs = engine.run(profile, inputs, self.buffers, f"{name}/{profile}")
+    def milliseconds(self, name: str, profile: str, inputs: Mapping[str, Tensor]) -> tuple[Times, dict[str, Tensor]]:
+        """Medians over rounds of the time of one run, as a CUDA graph and enqueued."""
+        engine, stream = self.engines[name], self.device.stream
+        for _ in range(2):
+            outputs = engine.run(profile, inputs, self.buffers, f"{name}/{profile}")
         context = engine.contexts[profile]
+        enqueued = self.median(lambda: context.execute_async_v3(stream))
+        self.device.synchronize()
+        self.cuda.cudaStreamBeginCapture(stream, self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        context.execute_async_v3(stream)
+        status, graph = self.cuda.cudaStreamEndCapture(stream)
+        if int(status):
+            raise RuntimeError(f"{name} cannot be captured: {status}")
+        _, runnable = self.cuda.cudaGraphInstantiate(graph, 0)
+        replayed = self.median(lambda: self.cuda.cudaGraphLaunch(runnable, stream))
+        self.cuda.cudaGraphExecDestroy(runnable)
+        self.cuda.cudaGraphDestroy(graph)
+        return Times(replayed, enqueued), outputs
+
+    def median(self, start: Callable[[], object]) -> float:
+        """Milliseconds of one run, of many one behind the other."""
+        found: list[float] = []
         for _ in range(ROUNDS):
             self.cuda.cudaEventRecord(self.events[0], self.device.stream)
             for _ in range(RUNS):
-                context.execute_async_v3(self.device.stream)
+                start()
             self.cuda.cudaEventRecord(self.events[1], self.device.stream)
             self.device.synchronize()
             found.append(self.cuda.cudaEventElapsedTime(*self.events)[1] / RUNS)
-        return statistics.median(found), outputs
+        return statistics.median(found)
 
-    def prompt(self, bundle: Bundle, plan: Run, rows: int, full: bool) -> dict[str, float]:
+    def prompt(self, bundle: Bundle, plan: Run, rows: int, full: bool) -> dict[str, Times]:
         """Times of a prefill, or of a decode step over `rows` valid rows of full buffers; ms by engine."""
         m, generator = bundle.manifest.decoder, np.random.default_rng(0)
         noise = generator.standard_normal((1, plan.rows, m.hidden_size), np.float32)
@@ -187,7 +211,7 @@ class Timer:
                 shape = (1, m.kv_heads, capacity, m.head_dim)
                 inputs[f"past_{kind}.{layer}"] = Tensor(address, shape, np.dtype(np.float16))
         profile = "decode" if full else "prefill"
-        found: dict[str, float] = {}
+        found: dict[str, Times] = {}
         found["prefix"], prefix = self.milliseconds("prefix", profile, inputs)
         found["select"], _ = self.milliseconds("select", profile, inputs)
         found["decoder"], _ = self.milliseconds("decoder", profile, inputs | prefix)
@@ -247,12 +271,13 @@ def measure(options: argparse.Namespace) -> None:
                     found = timer.prompt(bundle, run, past, stage == "decode")
                     bound = least(bundle, run, past, RECIPE.capacity if past else 0, ceilings)
                     layer = {
-                        "prefix": (found["prefix"] - found["select"]) / CUT,
-                        "decoder": (found["decoder"] - found["compact"] * CUT / BELOW) / (LAYERS - CUT),
+                        "prefix": (found["prefix"].graph - found["select"].graph) / CUT,
+                        "decoder": (found["decoder"].graph - found["compact"].graph * CUT / BELOW) / (LAYERS - CUT),
                     }
                     rows.append(
                         {"graphs": kind, "stage": stage, "visual_tokens": visual, "ratio": ratio}
-                        | {f"{name}_ms": round(value, 4) for name, value in found.items()}
+                        | {f"{name}_ms": round(times.graph, 4) for name, times in found.items()}
+                        | {f"{name}_enqueued_ms": round(times.enqueued, 4) for name, times in found.items()}
                         | {f"{name}_roofline_ms": round(value, 4) for name, value in bound.items()}
                         | {f"{name}_ms_a_layer": round(value, 4) for name, value in layer.items()}
                     )

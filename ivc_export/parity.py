@@ -43,11 +43,19 @@ _FLOAT16 = {
     "logits": (5e-3, "rounding to 11 bits after each operator; 1.4e-3 measured on small models"),
     "selection": _SELECTION,
 }
+_TENSORRT_FLOAT16 = {
+    "image_embeds": (5e-3, "TensorRT fuses layers and rounds elsewhere; 1.4e-3 measured on small models, 8.6, H100"),
+    "hidden_states": (1e-2, "as above, twice onnxruntime's error on the same graphs; 3.3e-3 measured"),
+    "keys and values": (1.5e-2, "as above; 7.4e-3 measured, 4.0e-3 in onnxruntime, of float32 weights rounded"),
+    "token_score": (1e-3, "probabilities, absolute, of such values; 4.1e-4 measured, 1.3e-4 in onnxruntime"),
+    "logits": (1e-2, "as image_embeds; 5.7e-3 measured, 2.8e-3 in onnxruntime"),
+    "selection": _SELECTION,
+}
 TOLERANCE: Mapping[tuple[str, FloatName], Mapping[str, tuple[float, str]]] = {
     ("onnxruntime-cpu", "float32"): _FLOAT32,
     ("onnxruntime-cpu", "float16"): _FLOAT16,
     ("tensorrt", "float32"): _FLOAT32,
-    ("tensorrt", "float16"): _FLOAT16,
+    ("tensorrt", "float16"): _TENSORRT_FLOAT16,
 }
 """By what runs the graphs and the dtype that they compute in: the largest error, and why. The reference computes in
 float32 on the same weights, rounded to the bundle's dtype. Errors are relative to the reference's largest magnitude

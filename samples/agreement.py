@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rich.progress import track
 from ivc_export.bundle import Bundle
 from ivc_export.runtime.backends import BACKENDS, open_session
 from ivc_export.runtime.generate import Chat, Sampling
+from ivc_export.runtime.session import OnnxSession
 
 MODEL = Path("samples/spatial-vl")
 INDEX = "questions.json"
@@ -55,7 +57,7 @@ def compare(options: argparse.Namespace) -> None:
     recorded = json.loads((options.folder / INDEX).read_text(encoding="utf-8"))
     if recorded["layer"] != bundle.manifest.selection_layer:
         sys.exit(f"recorded with the cut at layer {recorded['layer']}: record again")
-    session = open_session(bundle, options.backend, options.provider)
+    session, exact = open_session(bundle, options.backend, options.provider), OnnxSession(bundle)
     found: dict[str, Any] = {}
     for ratio in RATIOS:
         same, differing, began = 0, [], time.perf_counter()
@@ -65,7 +67,8 @@ def compare(options: argparse.Namespace) -> None:
             wanted = row["answers"][str(ratio)]
             same += answer == wanted
             if answer != wanted:
-                differing.append({"question": row["question"], "bundle": answer, "transformers": wanted})
+                gap = parting(exact, ratio, row["question"], options.folder / row["picture"], chat.tokens)
+                differing.append({"question": row["question"], "bundle": answer, "transformers": wanted, "gap": gap})
         seconds = (time.perf_counter() - began) / len(recorded["questions"])
         found[str(ratio)] = {"identical": same, "differing": differing, "seconds_an_answer": round(seconds, 4)}
         print(f"ratio {ratio}: {same} of {len(recorded['questions'])} answers identical", flush=True)
@@ -78,6 +81,24 @@ def compare(options: argparse.Namespace) -> None:
         "ratios": found,
     }
     options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def parting(session: OnnxSession, ratio: float, question: str, picture: Path, tokens: Sequence[int]) -> float:
+    """How far apart in float32 the logits of the two tokens are at which answers part, by the largest logit.
+
+    tokens: those drawn in the other runtime. A gap within its error of the logits is a tie that fell otherwise.
+    """
+    chat = Chat(session, ratio, sampling=Sampling(max_tokens=LONGEST_ANSWER))
+    list(chat.ask(question, [picture]))
+    same = next(i for i, (a, b) in enumerate(zip(tokens, chat.tokens, strict=False)) if a != b)
+    replay = Chat(session, ratio, sampling=Sampling(max_tokens=1))
+    list(replay.ask(question, [picture]))
+    assert replay.step is not None
+    step = replay.step
+    for token in chat.tokens[:same]:
+        step = replay.conversation.run([token])
+    gap = step.logits[chat.tokens[same]] - step.logits[tokens[same]]
+    return round(float(gap / abs(step.logits).max()), 6)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from ivc_export.bundle import Bundle
 from ivc_export.export import export
@@ -60,6 +61,17 @@ def rows_first(
 def random_picture(grid: Grid, seed: int) -> Picture:
     pixels = np.random.default_rng(seed).standard_normal((1, 4 * grid.visual, 1176), np.float32)
     return Picture({"pixel_values": pixels, "patch_position": patch_positions(grid)}, grid)
+
+
+def make_overflowing_checkpoint(folder: Path) -> Path:
+    """A tiny checkpoint whose residual sums leave float16's range, as those of some models do in a few channels."""
+    checkpoint = make_checkpoint(folder)
+    tensors = load_file(checkpoint / "model.safetensors")
+    for layer in range(4):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            tensors[f"model.layers.{layer}.{name}.weight"][:2] *= np.float32(2.0e4)
+    save_file(tensors, checkpoint / "model.safetensors")
+    return checkpoint
 
 
 @dataclass(frozen=True)

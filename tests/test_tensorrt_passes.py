@@ -31,7 +31,7 @@ from ivc_export.runtime.session import OnnxSession
 from ivc_export.vision import vision_graph
 from ivc_export.weights import PlannedWeights
 from samples.make_sample import make_checkpoint
-from tests.conftest import random_picture
+from tests.conftest import make_overflowing_checkpoint, random_picture
 from tools.generate import listing
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -213,13 +213,7 @@ def run_in_float16(bundle: Bundle, arrays: dict[GraphName, Arrays], wide: bool, 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_residual_sums_may_leave_float16s_range(tmp_path: Path) -> None:
     """Activations beyond 65504, as some models have in a few channels: float16 gives no number, float32 sums do."""
-    checkpoint = make_checkpoint(tmp_path / "c")
-    tensors = load_file(checkpoint / "model.safetensors")
-    for layer in range(4):
-        for name in ("self_attn.o_proj", "mlp.down_proj"):
-            tensors[f"model.layers.{layer}.{name}.weight"][:2] *= np.float32(2.0e4)
-    save_file(tensors, checkpoint / "model.safetensors")
-    bundle = export(ExportRecipe(checkpoint, tmp_path / "b"))
+    bundle = export(ExportRecipe(make_overflowing_checkpoint(tmp_path / "c"), tmp_path / "b"))
     step = Conversation(OnnxSession(bundle)).run(IMAGE_PROMPT, [random_picture(Grid(4, 5), 0)])
     step = replace(step, replayed=step.prefix["keep_index"])
     arrays = feeds(step, bundle)

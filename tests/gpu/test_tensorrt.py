@@ -1,0 +1,96 @@
+"""Engines built and run by TensorRT against onnxruntime on the CPU. Needs TensorRT and a GPU; takes minutes.
+
+python -m pytest -m gpu tests/gpu/test_tensorrt.py
+
+IVC_PLUGIN names our plugin's library, without which the native graphs alone are built. IVC_TACTIC_SOURCES is as
+ivc-build's --tactic-sources.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ivc_export.bundle import Bundle
+from ivc_export.contract import FloatName
+from ivc_export.engine import EngineRecipe, build
+from ivc_export.export import export
+from ivc_export.families import Grid
+from ivc_export.parity import TOLERANCE
+from ivc_export.recipe import ExportRecipe
+from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.session import OnnxSession
+from ivc_export.runtime.tensorrt import TensorrtSession
+from tests.conftest import Golden, make_overflowing_checkpoint, random_picture
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(importlib.util.find_spec("tensorrt") is None, reason="TensorRT is not installed"),
+]
+PLUGIN = os.environ.get("IVC_PLUGIN")
+SOURCES = os.environ.get("IVC_TACTIC_SOURCES")
+PROMPT = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]
+
+
+def engines(bundle: Bundle, dtype: FloatName, plugin: bool) -> TensorrtSession:
+    recipe = EngineRecipe(
+        dtype=dtype,
+        max_visual=160,
+        max_text=64,
+        max_new=64,
+        opt_visual=64,
+        opt_text=32,
+        plugin=Path(PLUGIN) if plugin and PLUGIN else None,
+        tactic_sources=tuple(SOURCES.split(",")) if SOURCES else None,
+    )
+    build(bundle, recipe)
+    return TensorrtSession(bundle)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    "plugin", [False, pytest.param(True, marks=pytest.mark.skipif(not PLUGIN, reason="IVC_PLUGIN is not set"))]
+)
+def test_conversations_follow_onnxruntime(
+    golden: Golden, golden_bundle: Bundle, tmp_path: Path, dtype: FloatName, plugin: bool
+) -> None:
+    """A picture, decode steps, a turn without and one with two pictures, and decode steps, over one cache."""
+    bundle = Bundle.load(shutil.copytree(golden_bundle.folder, tmp_path / "bundle"))
+    found, wanted = engines(bundle, dtype, plugin).converse(0.4), Conversation(OnnxSession(bundle), 0.4)
+    two = [1, 500, *[503] * 12, 501, 3, 500, *[503] * 20, 501, 7, 8]
+    pictures = [random_picture(Grid(3, 4), 1), random_picture(Grid(4, 5), 2)]
+    tolerance = {kind: bound for kind, (bound, _) in TOLERANCE["tensorrt", dtype].items()}
+    turns = [
+        (golden.tokens, [golden.picture]),
+        ([5], []),
+        ([6], []),
+        ([9, 8, 7], []),
+        (two, pictures),
+        ([5], []),
+        ([6], []),
+    ]
+    for tokens, shown in turns:
+        reference = wanted.run(tokens, shown)
+        step = found.run(tokens, shown, reference.keep_index)
+        if dtype == "float32":
+            np.testing.assert_array_equal(step.prefix["keep_index"], reference.keep_index)
+        score = np.abs(step.prefix["token_score"] - reference.prefix["token_score"]).max()
+        assert score < tolerance["token_score"]
+        assert np.abs(step.logits - reference.logits).max() < tolerance["logits"] * max(
+            1, np.abs(reference.logits).max()
+        )
+
+
+def test_activations_beyond_float16(tmp_path: Path) -> None:
+    bundle = export(ExportRecipe(make_overflowing_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle"))
+    picture = random_picture(Grid(4, 5), 0)
+    wanted = Conversation(OnnxSession(bundle)).run(PROMPT, [picture])
+    assert np.abs(wanted.prefix["hidden_states"]).max() > 65504
+    step = engines(bundle, "float16", plugin=False).converse().run(PROMPT, [picture], wanted.keep_index)
+    bound, _ = TOLERANCE["tensorrt", "float16"]["logits"]
+    assert np.abs(step.logits - wanted.logits).max() < bound * np.abs(wanted.logits).max()

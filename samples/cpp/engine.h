@@ -87,15 +87,41 @@ inline std::vector<char> converted(const std::vector<float>& values, nvinfer1::D
     return out;
 }
 
-// One engine with an execution context for one of its optimization profiles.
+#define IVC_TENSORRT_10_1 (NV_TENSORRT_MAJOR > 10 || (NV_TENSORRT_MAJOR == 10 && NV_TENSORRT_MINOR >= 1))
+
+// An execution context that works in memory of the caller's.
+inline nvinfer1::IExecutionContext* makeContext(nvinfer1::ICudaEngine& engine) {
+#if IVC_TENSORRT_10_1
+    return engine.createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED);
+#else
+    return engine.createExecutionContextWithoutDeviceMemory();
+#endif
+}
+
+// Bytes that any context of an engine works in.
+inline size_t scratchBytes(const nvinfer1::ICudaEngine& engine) {
+#if IVC_TENSORRT_10_1
+    return static_cast<size_t>(engine.getDeviceMemorySizeV2());
+#else
+    return engine.getDeviceMemorySize();
+#endif
+}
+
+// One engine with an execution context for one of its optimization profiles. Contexts that run one after the other
+// share `scratch`, which is as large as the largest engine asks for.
 class Context {
    public:
-    Context(nvinfer1::ICudaEngine& engine, int32_t profile, cudaStream_t stream)
-        : engine_(engine), context_(engine.createExecutionContext()), stream_(stream) {
+    Context(nvinfer1::ICudaEngine& engine, int32_t profile, void* scratch, cudaStream_t stream)
+        : engine_(engine), context_(makeContext(engine)), stream_(stream) {
         if (!context_) throw std::runtime_error("TensorRT cannot make an execution context: is memory short?");
         if (!context_->setOptimizationProfileAsync(profile, stream)) {
             throw std::runtime_error("the engine has no profile " + std::to_string(profile) + ": build it with ivc-build");
         }
+#if IVC_TENSORRT_10_1
+        context_->setDeviceMemoryV2(scratch, static_cast<int64_t>(scratchBytes(engine)));
+#else
+        context_->setDeviceMemory(scratch);
+#endif
     }
 
     nvinfer1::DataType type(const std::string& name) const { return engine_.getTensorDataType(name.c_str()); }

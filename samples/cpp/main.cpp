@@ -78,13 +78,16 @@ class Generator {
         capacity_ = Json::read(engines + "/build.json")["capacity"].integer();
         check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
+        size_t most = 0;
         for (const char* name : {"vision", "prefix", "decoder"}) {
             engines_[name] = loadEngine(*runtime_, engines + "/" + name + ".plan");
+            most = std::max(most, scratchBytes(*engines_[name]));
         }
-        vision_.emplace(*engines_["vision"], 0, stream_);
+        void* scratch = memory_.get("scratch", most);
+        vision_.emplace(*engines_["vision"], 0, scratch, stream_);
         for (int32_t profile : {0, 1}) {
-            prefix_[profile].emplace(*engines_["prefix"], profile, stream_);
-            decoder_[profile].emplace(*engines_["decoder"], profile, stream_);
+            prefix_[profile].emplace(*engines_["prefix"], profile, scratch, stream_);
+            decoder_[profile].emplace(*engines_["decoder"], profile, scratch, stream_);
         }
         below_ = manifest_["selection_layer"].integer();
         layers_ = manifest_["decoder"]["layers"].integer();
@@ -276,11 +279,11 @@ class Generator {
     Embeddings embeddings_;
     bool useGraph_;
     cudaStream_t stream_ = nullptr;
+    Memory memory_;  // outlives the contexts that work in it
     std::unique_ptr<nvinfer1::IRuntime> runtime_;
     std::map<std::string, std::unique_ptr<nvinfer1::ICudaEngine>> engines_;
     std::optional<Context> vision_;
     std::array<std::optional<Context>, 2> prefix_, decoder_;  // prefill, decode
-    Memory memory_;
     cudaGraphExec_t graph_ = nullptr;
     int64_t boundAt_ = -1;
     float* logits_ = nullptr;

@@ -25,7 +25,7 @@ from ivc_export.hub import open_checkpoint
 from ivc_export.oracle import reference_layout, reference_picture
 from ivc_export.recipe import ExportRecipe
 from ivc_export.reference import Reference, ReferencePicture
-from ivc_export.runtime.processor import Processor, open_picture, user_message
+from ivc_export.runtime.processor import Processor, open_picture
 
 PROMPTS = "prompts.json"
 MOST_LAYERS = 12
@@ -117,8 +117,7 @@ def calibrate(
         total, answers = len(examples) * (1 + len(cases)), []
         for number, example in enumerate(examples):
             picture = processor.picture(example.picture)
-            text = processor.render([user_message(example.prompt, 1)])
-            prompt = processor.encode(text, [picture])
+            prompt = processor.question(example.prompt, [picture])
             given = reference_picture(bundle, picture)
             base = draw(reference, prompt, given, m.tokens.stop, tokens)
             compared = []

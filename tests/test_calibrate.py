@@ -17,7 +17,7 @@ from ivc_export.oracle import reference_picture
 from ivc_export.recipe import ExportRecipe
 from ivc_export.reference import Reference
 from ivc_export.runtime.conversation import Conversation
-from ivc_export.runtime.processor import Processor, user_message
+from ivc_export.runtime.processor import Processor
 from ivc_export.runtime.session import OnnxSession
 from ivc_export.sweep import Example, calibrate, default_examples, described, draw, layers_to_try, read_examples
 
@@ -69,7 +69,7 @@ def test_divergence_is_that_of_bundles(tmp_path: Path) -> None:
     bundle = export(ExportRecipe(MODEL, tmp_path / "bundle", layer=2, dtype="fp32"))
     processor, session = Processor(bundle), OnnxSession(bundle)
     picture = processor.picture(example.picture)
-    prompt = processor.encode(processor.render([user_message(example.prompt, 1)]), [picture])
+    prompt = processor.question(example.prompt, [picture])
     logs, token = [], 0
     for ratio in (1.0, 0.4):
         conversation = Conversation(session, ratio)
@@ -156,7 +156,7 @@ def test_kept_rows_are_those_of_visual_tokens_alone() -> None:
     with described(checkpoint) as bundle:
         processor, m = Processor(bundle), bundle.manifest
         picture = processor.picture(example.picture)
-        prompt = processor.encode(processor.render([user_message(example.prompt, 1)]), [picture])
+        prompt = processor.question(example.prompt, [picture])
         reference, given = Reference(MODEL, 1, 1.0, m.selection), reference_picture(bundle, picture)
         base = draw(reference, prompt, given, m.tokens.stop, 1)
         found = base.compare(reference, prompt, given, 2, 0.5, m.tokens.image)

@@ -24,7 +24,7 @@ from ivc_export.parity import ParityReport, compare
 from ivc_export.recording import INDEX, Recording
 from ivc_export.runtime.backends import BACKENDS
 from ivc_export.runtime.conversation import Step
-from ivc_export.runtime.processor import Processor, open_picture, user_message
+from ivc_export.runtime.processor import Processor, open_picture
 from ivc_export.runtime.session import OnnxSession, check_dtype
 from ivc_export.runtime.tensorrt import TensorrtSession
 from ivc_export.testdata import draw_picture, make_prompt
@@ -180,7 +180,7 @@ def question(bundle: Bundle, text: str | None, images: Sequence[Path]) -> tuple[
     processor = Processor(bundle)
     opened = [open_picture(image) for image in images]
     pictures = [processor.picture(image) for image in opened]
-    return processor.encode(processor.render([user_message(text, len(images))]), pictures), opened
+    return processor.question(text, pictures), opened
 
 
 def write_report(bundle: Bundle, report: ParityReport, step: Step, images: Images) -> Path:

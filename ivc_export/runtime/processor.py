@@ -154,6 +154,10 @@ class Processor:
         counts = iter(picture.grid.visual for picture in pictures)
         return [token for i in ids for token in (shown(next(counts)) if i == image else [i])]
 
+    def question(self, text: str, pictures: Sequence[Picture]) -> list[int]:
+        """Token ids of a conversation that begins with this question about `pictures`."""
+        return self.encode(self.render([user_message(text, len(pictures))]), pictures)
+
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """Pieces of text as soon as the tokens so far make whole characters; special tokens are left out."""
         decoder = DecodeStream(skip_special_tokens=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from ivc_export.bundle import Bundle
 from ivc_export.oracle import reference_picture
 from ivc_export.reference import Reference
-from ivc_export.runtime.processor import Processor, user_message
+from ivc_export.runtime.processor import Processor
 from samples.spatial.held_out import LONGEST_ANSWER, Example
 
 
@@ -22,9 +22,9 @@ class StockAnswers:
     def answer(self, example: Example) -> str:
         """The answer to one question."""
         picture = self.processor.picture(example.picture)
-        text = self.processor.render([user_message(example.question.text, 1)])
+        prompt = self.processor.question(example.question.text, [picture])
         self.reference.restart(self.bundle.manifest.selection_layer, self.ratio)
-        turn = self.reference.run(self.processor.encode(text, [picture]), [reference_picture(self.bundle, picture)])
+        turn = self.reference.run(prompt, [reference_picture(self.bundle, picture)])
         tokens: list[int] = []
         for _ in range(LONGEST_ANSWER):
             tokens.append(int(turn.logits.argmax()))

@@ -100,6 +100,49 @@ def test_fused_caches_hold_the_kept_rows(golden_bundle: Bundle, fused: FusedSess
             assert np.abs(rows - portable.cache[name]).max() < LOGIT_TOLERANCE, name
 
 
+def addresses(conversation: FusedConversation) -> set[int]:
+    workspace = conversation._workspace
+    values = (*workspace.cache.current.values(), *workspace.cache.spare.values(), *workspace.step.values())
+    return {value.data_ptr() for value in (*values, workspace.logits)}
+
+
+def test_a_conversation_works_where_a_finished_one_did(golden_bundle: Bundle) -> None:
+    """In the same memory, over the other's rows, by the same binding and so the same captured CUDA graph."""
+    session = FusedSession(golden_bundle, "cpu")
+
+    def answer() -> tuple[set[int], dict[bool, tuple[Any, int]], list[npt.NDArray[Any]]]:
+        one = session.converse(0.4, 64)
+        steps = [one.run(PROMPT, [random_picture(Grid(4, 5), 0)]), one.run([5]), one.run([6])]
+        return addresses(one), dict(one._workspace.bindings), [step.logits for step in steps]
+
+    first = answer()
+    before = session.converse(0.4, 64)
+    before.run([9] * 60)  # more rows, which stay
+    before.run([8])
+    del before
+    again = answer()
+    assert again[0] == first[0] and again[1] == first[1] and list(first[1]) == [True]
+    for found, wanted in zip(again[2], first[2], strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert next(session.captures) == 2
+
+
+def test_live_conversations_share_no_memory(golden_bundle: Bundle, fused: FusedSession) -> None:
+    """Nor does one of another capacity take what a finished one leaves."""
+    ours, others = (FusedConversation(fused, 0.4, capacity=61) for _ in range(2))
+    assert not addresses(ours) & addresses(others)
+    wanted = Conversation(OnnxSession(golden_bundle), 0.4)
+    for tokens, pictures in ((PROMPT, [random_picture(Grid(4, 5), 0)]), ([5], []), ([6], [])):
+        others.run([3, 4, *tokens[-4:]])
+        step, reference = ours.run(tokens, pictures), wanted.run(tokens, pictures)
+        assert np.abs(step.logits - reference.logits).max() < LOGIT_TOLERANCE
+    left = addresses(others)
+    del others
+    larger, same = FusedConversation(fused, capacity=62), FusedConversation(fused, capacity=61)
+    assert larger.cache.capacity == 62 and not addresses(larger) & left
+    assert addresses(same) == left
+
+
 def test_fused_graphs_give_the_golden_tokens(golden: Golden, fused: FusedSession) -> None:
     conversation = FusedConversation(fused, capacity=400)
     step = conversation.run(golden.tokens, [golden.picture])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -79,10 +81,22 @@ class FusedSession:
         self._sessions["decode"] = self._open(joined, cuda_graph=cuda_graph and provider == "cuda")
         self.captures = count(1)
         """Numbers for captured CUDA graphs."""
+        self._idle: dict[int, list[Workspace]] = defaultdict(list)
+        """Workspaces that no conversation has, by capacity."""
 
     def converse(self, ratio: float | None = None, capacity: int | None = None) -> FusedConversation:
         """Begin a conversation; see FusedConversation."""
         return FusedConversation(self, ratio, *([capacity] if capacity else []))
+
+    def lend(self, capacity: int, borrower: object) -> Workspace:
+        """A workspace for `borrower` alone, which comes back when that is garbage: a captured CUDA graph is replayed by
+        the next conversation of this capacity, and onnxruntime, which forgets none, does not gather them.
+        """
+        idle = self._idle[capacity]
+        workspace = idle.pop() if idle else Workspace.make(self, capacity)
+        workspace.cache.clear()
+        weakref.finalize(borrower, idle.append, workspace).atexit = False
+        return workspace
 
     def lowered(self, name: contract.GraphName, lowering: Lowering) -> ir.Model:
         """A graph of the bundle in the dtype of this session."""
@@ -264,6 +278,16 @@ class DeviceCache:
         for name, value in self.spare.items():
             self.spare[name], self.current[name] = self.current[name], value
 
+    def clear(self) -> None:
+        """Begin anew, in the buffers that were current at first, whose decode step may have been captured.
+
+        Old rows stay: attention gives those that are not valid no weight, and they are finite, so that no weight makes
+        zeros of them: buffers begin with zeros, and get keys and values alone.
+        """
+        self.length = self.whole_length = 0
+        if self.swapped:
+            self.swap()
+
     @property
     def bytes_used(self) -> int:
         """Bytes of the valid rows."""
@@ -277,11 +301,39 @@ class DeviceCache:
         return {"": self.length + rows} | dict.fromkeys(self.whole, self.whole_length + rows)
 
 
+@dataclass
+class Workspace:
+    """Memory of one conversation: caches, and a decode step's other inputs and its logits, at addresses that stay.
+
+    bindings: of decode steps over both, and numbers of their captured CUDA graphs, by DeviceCache.swapped: each set of
+    buffers has its own.
+    """
+
+    cache: DeviceCache
+    step: Values
+    logits: OrtValue
+    bindings: dict[bool, tuple[Any, int]] = field(default_factory=dict)
+
+    @staticmethod
+    def make(session: FusedSession, capacity: int) -> Workspace:
+        """Zeroed memory."""
+        m = session.bundle.manifest
+        cache = DeviceCache.make(session, capacity)
+        step: Values = {
+            "inputs_embeds": session.value(np.zeros((1, 1, m.decoder.hidden_size), session.dtype)),
+            "position_ids": session.value(np.zeros((len(m.rotary.sections), 1, 1), np.int32)),
+        }
+        for suffix in cache.lengths(0):
+            step[f"seqlens_k{suffix}"] = session.value(np.zeros(1, np.int32))
+            step[f"total_sequence_length{suffix}"] = OrtValue.ortvalue_from_numpy(np.array(capacity, np.int32))
+        return Workspace(cache, step, session.value(np.zeros((1, 1, m.decoder.vocab_size), np.float32)))
+
+
 class FusedConversation:
     """Runs of one FusedSession that share a cache; as Conversation, with everything but logits, kept rows and scores
     left on the device.
 
-    capacity: rows of the cache.
+    capacity: rows of the cache; a finished conversation's memory goes to the next one of the same capacity.
 
     Raises:
         UserError: the ratio is out of range.
@@ -291,20 +343,10 @@ class FusedConversation:
         manifest = session.bundle.manifest
         self.session = session
         self.ratio = check_ratio(manifest.default_ratio if ratio is None else ratio)
-        self.cache = DeviceCache.make(session, capacity)
+        self._workspace = session.lend(capacity, self)
+        self.cache = self._workspace.cache
         self.next_position = 0
         self.timings = Timings()
-        vocab = manifest.decoder.vocab_size
-        self._step: Values = {  # of decode steps: the same memory every time, as a captured graph wants it
-            "inputs_embeds": session.value(np.zeros((1, 1, manifest.decoder.hidden_size), session.dtype)),
-            "position_ids": session.value(np.zeros((len(manifest.rotary.sections), 1, 1), np.int32)),
-        }
-        for suffix in self.cache.lengths(0):
-            self._step[f"seqlens_k{suffix}"] = session.value(np.zeros(1, np.int32))
-            total = OrtValue.ortvalue_from_numpy(np.array(capacity, np.int32))
-            self._step[f"total_sequence_length{suffix}"] = total
-        self._logits = session.value(np.zeros((1, 1, vocab), np.float32))
-        self._decode_bindings: dict[bool, tuple[Any, int]] = {}
 
     def run(self, tokens: Sequence[int] | npt.NDArray[Any], pictures: Sequence[Picture] = ()) -> Step:
         """Run `tokens`, image tokens included, over the cache, and append the kept rows to it.
@@ -357,18 +399,19 @@ class FusedConversation:
         return Step(plan, vision, found, {"logits": decoder["logits"].numpy()})
 
     def _decode(self, plan: Run) -> Step:
-        session, cache, step = self.session, self.cache, self._step
+        session, cache, step = self.session, self.cache, self._workspace.step
+        bindings, logits = self._workspace.bindings, self._workspace.logits
         with self.timings.stage("decode.decoder"):
             step["inputs_embeds"].update_inplace(session.bundle.embed(plan.tokens).astype(session.dtype)[None])
             step["position_ids"].update_inplace(np.ascontiguousarray(plan.position_ids))
             for suffix, length in cache.lengths(0).items():
                 step[f"seqlens_k{suffix}"].update_inplace(np.array([length], np.int32))
-            if cache.swapped not in self._decode_bindings:  # each set of buffers has a captured graph of its own
-                binding = session.bind("decode", step | cache.inputs(), cache.outputs() | {"logits": self._logits})
-                self._decode_bindings[cache.swapped] = (binding, next(session.captures))
-            session.run("decode", *self._decode_bindings[cache.swapped])
-            logits = np.array(self._logits.numpy())  # a copy: the next step writes to the same memory
-        return Step(plan, (), {"keep_index": np.zeros(1, np.int32)}, {"logits": logits})
+            if cache.swapped not in bindings:
+                binding = session.bind("decode", step | cache.inputs(), cache.outputs() | {"logits": logits})
+                bindings[cache.swapped] = (binding, next(session.captures))
+            session.run("decode", *bindings[cache.swapped])
+            found = np.array(logits.numpy())  # a copy: the next step writes to the same memory
+        return Step(plan, (), {"keep_index": np.zeros(1, np.int32)}, {"logits": found})
 
     def _lengths(self, rows: int) -> Values:
         values: Values = {}

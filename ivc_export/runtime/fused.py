@@ -117,7 +117,7 @@ class FusedSession:
             if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor):  # to be converted, or as the bundle has it
                 if name not in self._weights:  # weights that several graphs read, such as tied embeddings, are one
                     self._owners[name] = self.value(read_values(tensor))
-                    self._weights[name] = OrtValue.from_dlpack(self._owners[name])
+                    self._weights[name] = view(self._owners[name])
                 options.add_initializer(name, self._weights[name])
                 if isinstance(tensor, ir.LazyTensor):
                     value.const_value = self._given(name, tensor)
@@ -181,6 +181,12 @@ class FusedSession:
             reason = str(error).splitlines()[0]
             raise UserError(f"{name} cannot run ({reason}): if memory is short, use a smaller picture") from error
         return dict(zip([o.name for o in session.get_outputs()], binding.get_outputs(), strict=True))
+
+
+def view(owner: OrtValue) -> OrtValue:
+    """The same memory, as long as `owner` lives. onnxruntime 1.23 has OrtValue.from_dlpack only inside."""
+    inner: Any = owner._ortvalue
+    return OrtValue(type(inner).from_dlpack(inner.to_dlpack()))
 
 
 def take_float32(vision: ir.Model) -> None:

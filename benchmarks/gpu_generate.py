@@ -1,10 +1,12 @@
 """An answer of Qwen2-VL-2B's true sizes on a GPU: onnxruntime's CUDA provider against stock transformers on PyTorch.
 
-    python -m benchmarks.gpu_generate [--profile] [--sizes N ...] [--peers NAME ...]
+    python -m benchmarks.gpu_generate [--profile] [--sizes N ...] [--compiled-sizes N ...] [--peers NAME ...]
 
 Makes a checkpoint with random weights in float16 (4.4 GB, under --folder, removed at the end), exports it with linked
-weights, and measures as ivc-bench does: sides take turns in one process, medians over rounds. What fails is noted, and
-ends nothing else. Writes benchmarks/results/generate-GPU.json, named after the GPU, after each size.
+weights, and lets each side answer a short prompt first, but for torch-compiled, which compiles that long. Then it
+measures as ivc-bench does: sides take turns in one process, medians over rounds. What fails is noted with its
+traceback, and ends nothing else. Writes benchmarks/results/generate-GPU.json, named after the GPU, once all is open,
+after each size, and with --profile after each of our sides' profiles, which come last.
 
 --tiny tries the script on a small model, on any machine, and writes only where --output says.
 """
@@ -20,6 +22,8 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ from benchmarks.models import make_large_checkpoint, qwen2_vl_2b
 from ivc_export import families
 from ivc_export.bench.entrants import PEERS, Entrants, open_contestants, report
 from ivc_export.bench.facts import gpu
-from ivc_export.bench.measure import Bench, Contestant, Row, Settings
+from ivc_export.bench.measure import Bench, Contestant, Progress, Row, Settings, noted
 from ivc_export.bench.prompts import Prompt, make_prompt
 from ivc_export.bench.sides import BundleSide
 from ivc_export.bundle import Bundle
@@ -39,6 +43,8 @@ from ivc_export.runtime.fused import FusedSession
 
 RESULTS = Path(__file__).parent / "results"
 BAR_SIZE = 1024
+SHORT = (16, 16)
+"""Visual and text tokens of the first answer."""
 TOP = 12
 """Kernels that a profile lists."""
 
@@ -46,7 +52,8 @@ TOP = 12
 def parser() -> argparse.ArgumentParser:
     """The script's options."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--sizes", type=int, nargs="*", default=[256, 1024, 4096], help="visual tokens")
+    p.add_argument("--sizes", type=int, nargs="*", default=[256, 1024, 4096], help="visual tokens, in this order")
+    p.add_argument("--compiled-sizes", type=int, nargs="*", help="those of torch-compiled (default: all)")
     p.add_argument("--ratios", type=float, nargs="*", default=[0.5])
     p.add_argument("--backends", nargs="*", default=["onnxruntime-cuda"])
     p.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
@@ -54,10 +61,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=int, default=32)
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--warmups", type=int, default=2)
-    p.add_argument("--seconds", type=float, default=400, help="no size begins later than this")
+    p.add_argument("--seconds", type=float, default=400, help="no size and no profile begins later than this")
     p.add_argument("--compile-prefill", action="store_true", help="torch.compile for torch-compiled's prefill, too")
     p.add_argument("--op-library", type=Path, help="our custom operators, for onnxruntime-cuda")
-    p.add_argument("--profile", action="store_true", help="add the kernels and operators that take most")
+    p.add_argument("--profile", action="store_true", help="add our kernels and operators that take most")
     p.add_argument("--tiny", action="store_true", help="a model of 4 small layers")
     p.add_argument("--checkpoint", type=Path, help="a folder that has the checkpoint, or gets it and keeps it")
     p.add_argument("--folder", type=Path, help="where the checkpoint is made (default: a temporary folder)")
@@ -91,10 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         failures: dict[str, str] = {}
         bench = Bench(bundle, settings, say, failures)
         entrants = Entrants(options.backends, options.peers, checkpoint, options.compile_prefill, options.op_library)
-        contestants = open_contestants(bundle, entrants, say, failures)
+        contestants = open_and_try(bundle, entrants, say, failures)
         clock["open"] = time.perf_counter() - start
         rows: list[Row] = []
         profiles: list[dict[str, Any]] = []
+        compiled = options.sizes if options.compiled_sizes is None else options.compiled_sizes
 
         def write() -> None:
             content = report(bench, contestants, rows, command(arguments))
@@ -103,17 +111,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
             output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             say(f"{output} has {len(rows)} rows")
 
-        for size in sorted(options.sizes):
+        def late(what: str) -> bool:
             if time.perf_counter() - start > options.seconds:
-                failures[f"{size} visual tokens"] = f"not begun after {options.seconds:g} s"
+                failures[what] = f"not begun after {options.seconds:g} s"
+            return what in failures
+
+        write()
+        prompts: list[Prompt] = []
+        for size in options.sizes:
+            if late(f"{size} visual tokens"):
                 continue
-            prompt = make_prompt(bundle, size, 64)
-            rows += bench.measure(contestants, prompt)
+            takes_part = [one for one in contestants if one.side.name != "torch-compiled" or size in compiled]
+            with noted(failures, f"{size} visual tokens"):
+                prompts.append(make_prompt(bundle, size, 64))
+                rows += bench.measure(takes_part, prompts[-1])
             clock[f"{size} visual tokens"] = time.perf_counter() - start
             write()
-            if options.profile:
-                profiles += [profile(one, prompt, options.tokens, say) for one in contestants]
-                write()
+        ours = [one for one in contestants if isinstance(one.side, BundleSide)]
+        for prompt, one in product(prompts if options.profile else (), ours):
+            what = f"profile of {one.side.name}, {prompt.visual} visual tokens"
+            if late(what):
+                continue
+            say(what)
+            profiles.append(profile(one, prompt, options.tokens, failures))
+            write()
         for row in rows:
             say(
                 f"{row.visual_tokens:5} {row.side:17} {row.ratio:.1f} "
@@ -126,6 +147,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say(f"FAILED {name}: {text.splitlines()[0]}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def open_and_try(bundle: Bundle, entrants: Entrants, say: Progress, failures: dict[str, str]) -> list[Contestant]:
+    """Those who open and answer a short prompt, ours first; onnxruntime's CUDA provider, where it does not, once more
+    without a CUDA graph, as its notes then say. torch-compiled answers nothing here: it would compile for that.
+    """
+    prompt = make_prompt(bundle, *SHORT)
+
+    def works(one: Contestant) -> bool:
+        name = f"{one.side.name}, first answer"
+        with noted(failures, name):
+            if one.side.name != "torch-compiled":
+                say(f"{name}: {one.side.answer(prompt, 0.5, 4).tokens}")
+        return name not in failures
+
+    found: list[Contestant] = []
+    parts = [replace(entrants, backends=[name], peers=(), op_library=None) for name in entrants.backends]
+    parts.append(replace(entrants, backends=(), op_library=None))
+    for part in parts:
+        if "onnxruntime-cuda" in part.backends:
+            part = replace(part, op_library=entrants.op_library)
+        opened = [one for one in open_contestants(bundle, part, say, failures) if works(one)]
+        if not opened and "onnxruntime-cuda" in part.backends:
+            for name in [name for name in failures if name.startswith("onnxruntime-cuda")]:
+                failures[f"{name}, with a CUDA graph"] = failures.pop(name)
+            say("again without a CUDA graph")
+            opened = open_contestants(bundle, replace(part, cuda_graph=False), say, failures)
+            opened = [one for one in opened if works(one)]
+        found += opened
+    return found
 
 
 def command(arguments: Sequence[str] | None) -> str:
@@ -183,20 +234,16 @@ def bars(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def profile(one: Contestant, prompt: Prompt, count: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """The GPU's kernels during an answer, and a bundle's operators by onnxruntime's own profile.
-
-    count: as measured, since another number would be compiled anew.
-    """
+def profile(one: Contestant, prompt: Prompt, count: int, failures: dict[str, str]) -> dict[str, Any]:
+    """The GPU's kernels during an answer, and a FusedSession's operators by onnxruntime's own profile."""
     side = one.side
-    say(f"profile of {side.name}, {prompt.visual} visual tokens")
     found: dict[str, Any] = {"side": side.name, "visual_tokens": prompt.visual, "decoded_tokens": count}
-    try:
+    where = f"of {side.name}, {prompt.visual} visual tokens"
+    with noted(failures, f"kernels {where}"):
         found |= kernels(lambda: side.answer(prompt, 1.0, count))
-        if isinstance(side, BundleSide) and isinstance(side.session, FusedSession):
+    if isinstance(side, BundleSide) and isinstance(side.session, FusedSession):
+        with noted(failures, f"operators {where}"):
             found["operators"] = operators(side.session.bundle, side.session, prompt, count)
-    except Exception as error:
-        found["failed"] = f"{type(error).__name__}: {error}"
     return found
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks import gpu_generate
 from ivc_export import families
+from ivc_export.bench import entrants
 from ivc_export.bench.footprint import Footprint, host_bytes
 from ivc_export.bench.measure import Bench, Contestant, Row, Settings, agreement, check_tokens
 from ivc_export.bench.prompts import Prompt, make_prompt
@@ -37,6 +38,8 @@ from ivc_export.runtime.session import OnnxSession
 from ivc_export.selection import select
 from samples.make_sample import make_checkpoint
 
+SHORT = ["--tokens", "2", "--rounds", "1", "--warmups", "1", "--sizes", "25", "16", "--peers", "torch-eager"]
+"""Of benchmarks.gpu_generate."""
 QUICK = ["--visual", "20", "--text", "16", "--tokens", "3", "--rounds", "2", "--warmups", "1"]
 
 
@@ -251,7 +254,9 @@ def test_a_side_that_fails_ends_a_run_only_where_it_should(sample_bundle: Bundle
     contestants = [Contestant(side, Footprints(None)) for side in sides]
     rows = Bench(sample_bundle, settings, failures=failures).measure(contestants, prompt)
     assert [(one.side, one.ratio) for one in rows] == [("onnxruntime-cpu", 1.0), ("onnxruntime-cpu", 0.5)]
-    assert failures == {f"failing, {prompt.visual} visual tokens": "RuntimeError: out of luck"}
+    ((what, text),) = failures.items()
+    assert what == f"failing, {prompt.visual} visual tokens"
+    assert text.startswith("RuntimeError: out of luck\nTraceback") and 'raise RuntimeError("out of luck")' in text
     with pytest.raises(RuntimeError, match="out of luck"):
         Bench(sample_bundle, settings).measure(contestants, prompt)
 
@@ -287,15 +292,69 @@ def test_a_run_beside_pytorch(
 
 def test_the_gpu_script_runs_on_a_small_model(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
-    quick = ["--tokens", "2", "--rounds", "1", "--warmups", "1", "--sizes", "16", "--peers", "torch-eager"]
     gpu_generate.main(
-        ["--tiny", "--backends", "onnxruntime-cpu", "onnxruntime-cuda", *quick, "--profile", "--output", str(output)]
+        ["--tiny", "--backends", "onnxruntime-cpu", "onnxruntime-cuda", *SHORT, "--profile", "--output", str(output)]
     )
     content = json.loads(output.read_text())
-    assert [one["side"] for one in content["rows"]] == ["onnxruntime-cpu", "onnxruntime-cpu", "torch-eager"]
-    assert "has no CUDA provider" in content["failures"]["onnxruntime-cuda"]
+    sides = ["onnxruntime-cpu", "onnxruntime-cpu", "torch-eager"]
+    assert [(one["side"], one["visual_tokens"]) for one in content["rows"]] == [
+        (side, visual) for visual in (25, 16) for side in sides
+    ]
+    for what in ("onnxruntime-cuda", "onnxruntime-cuda, with a CUDA graph"):
+        assert "has no CUDA provider" in content["failures"][what] and "Traceback" in content["failures"][what]
     assert content["rows"][0]["agreement"] == content["rows"][2]["agreement"] == 3  # float16 weights, widened alike
-    assert content["bars"] and content["profiles"][1]["kernels"]
+    profiled = [(one["side"], one["visual_tokens"]) for one in content["profiles"]]
+    assert content["bars"] and profiled == [("onnxruntime-cpu", 25), ("onnxruntime-cpu", 16)]
+    assert all(one["wall_ms"] > 0 for one in content["profiles"])
+
+
+@pytest.mark.parametrize("broken", ["capture", "everything"])
+def test_a_side_that_fails_at_first_is_tried_without_a_cuda_graph(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "found.json"
+
+    def opened(bundle: Bundle, backend: str, provider: str, library: Path | None, cuda_graph: bool) -> FusedSession:
+        session = FusedSession(bundle, "cpu")
+        session.backend = "onnxruntime-cuda-on-cpu"
+
+        def run(name: str, binding: Any, captured: int | None = None) -> Any:
+            if captured is not None and (cuda_graph or broken == "everything"):
+                raise UserError("decode cannot run (no capture)")
+            return FusedSession.run(session, name, binding, captured)
+
+        monkeypatch.setattr(session, "run", run)
+        return session
+
+    monkeypatch.setattr(entrants, "open_session", opened)
+    gpu_generate.main(["--tiny", "--backends", "onnxruntime-cuda", *SHORT, "--profile", "--output", str(output)])
+    content = json.loads(output.read_text())
+    name = "onnxruntime-cuda-on-cpu"
+    failed = content["failures"]
+    assert "no capture" in failed[f"{name}, first answer, with a CUDA graph"]
+    assert (f"{name}, first answer" in failed) == (broken == "everything")
+    if broken == "capture":
+        assert content["sides"][name] == "decode steps without a CUDA graph"
+        assert [one["side"] for one in content["rows"]] == 2 * [name, name, "torch-eager"]
+        assert content["rows"][0]["agreement"] == content["rows"][2]["agreement"] == 3
+        assert content["profiles"][0]["operators"]["decode"]
+    else:
+        assert [one["side"] for one in content["rows"]] == 2 * ["torch-eager"]
+
+
+def test_torch_compiled_takes_part_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[int, list[str]]] = []
+
+    def measure(self: Bench, contestants: list[Contestant], prompt: Prompt) -> list[Row]:
+        measured.append((prompt.visual, [one.side.name for one in contestants]))
+        return []
+
+    monkeypatch.setattr(Bench, "measure", measure)
+    peers = ["--peers", "torch-eager", "torch-compiled", "--compiled-sizes", "16"]
+    quick = ["--tiny", "--backends", "onnxruntime-cpu", *SHORT, *peers]
+    gpu_generate.main([*quick, "--output", str(tmp_path / "found.json")])
+    both = ["onnxruntime-cpu", "torch-eager"]
+    assert measured == [(25, both), (16, [*both, "torch-compiled"])]
 
 
 def test_the_profile_names_operators(golden_bundle: Bundle) -> None:

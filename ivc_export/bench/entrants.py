@@ -39,6 +39,8 @@ class Entrants:
     """Whether torch-compiled compiles its prefill too."""
     op_library: Path | None = None
     """Our custom operators, for onnxruntime-cuda."""
+    cuda_graph: bool = True
+    """Whether onnxruntime-cuda captures its decode steps."""
 
 
 def check_entrants(entrants: Entrants) -> None:
@@ -77,7 +79,8 @@ def open_contestants(
         with noted(failures, name):
             memory = Footprints(counter)
             with memory.grow():
-                side = BundleSide(open_session(bundle, *RUNTIMES[name], entrants.op_library))
+                session = open_session(bundle, *RUNTIMES[name], entrants.op_library, entrants.cuda_graph)
+                side = BundleSide(session, "" if entrants.cuda_graph else "decode steps without a CUDA graph")
             found.append(Contestant(side, memory))
     if entrants.peers and entrants.checkpoint is not None:
         progress("opening the checkpoint on PyTorch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -101,13 +102,13 @@ class Row:
 
 @contextmanager
 def noted(failures: dict[str, str] | None, name: str) -> Iterator[None]:
-    """Keep what fails inside in `failures`, if there is such a thing."""
+    """Keep what fails inside in `failures`, if there is such a thing: a line that says it, and the traceback."""
     try:
         yield
     except Exception as error:
         if failures is None:
             raise
-        failures[name] = f"{type(error).__name__}: {error}"
+        failures[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
 
 
 @dataclass

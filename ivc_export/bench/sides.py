@@ -10,6 +10,7 @@ from typing import Protocol
 from ivc_export.bench.prompts import Prompt
 from ivc_export.contract import FloatName, Manifest
 from ivc_export.runtime.conversation import AnySession
+from ivc_export.runtime.fused import FusedSession
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,16 @@ class BundleSide:
     """A bundle in a runtime."""
 
     prunes = True
-    notes = ""
 
-    def __init__(self, session: AnySession) -> None:
-        self.session = session
+    def __init__(self, session: AnySession, notes: str = "") -> None:
+        self.session, self.notes = session, notes
         self.name, self.dtype = session.backend, session.dtype
         self.device = "cpu" if session.backend.endswith("-cpu") else "cuda"
 
     def answer(self, prompt: Prompt, ratio: float, count: int) -> Answer:
-        """As Side.answer; on onnxruntime's CUDA provider in caches of just the capacity that this takes."""
+        """As Side.answer; in a FusedSession in caches of just the capacity that this takes."""
         m = self.session.bundle.manifest
-        capacity = len(prompt.tokens) + count if self.name == "onnxruntime-cuda" else None
+        capacity = len(prompt.tokens) + count if isinstance(self.session, FusedSession) else None
         conversation = self.session.converse(ratio, capacity)
         start = time.perf_counter()
         step = conversation.run(prompt.tokens, [prompt.picture])

@@ -16,13 +16,19 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 def open_session(
-    bundle: Bundle, backend: Backend, provider: str | None = None, op_library: Path | None = None
+    bundle: Bundle,
+    backend: Backend,
+    provider: str | None = None,
+    op_library: Path | None = None,
+    cuda_graph: bool = True,
 ) -> AnySession:
-    """A bundle in a runtime; `provider` is onnxruntime's, "cpu" or "cuda", and `op_library` for the latter.
+    """A bundle in a runtime; `provider` is onnxruntime's, "cpu" or "cuda", the others for the latter as FusedSession's.
 
     Raises:
         UserError: the runtime is missing, or cannot open the bundle.
     """
     if backend == "onnxruntime":
-        return FusedSession(bundle, op_library=op_library) if provider == "cuda" else OnnxSession(bundle)
+        if provider == "cuda":
+            return FusedSession(bundle, cuda_graph=cuda_graph, op_library=op_library)
+        return OnnxSession(bundle)
     return TensorrtSession(bundle, backend)

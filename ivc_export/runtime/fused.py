@@ -287,8 +287,8 @@ class DeviceCache:
     def clear(self) -> None:
         """Begin anew, in the buffers that were current at first, whose decode step may have been captured.
 
-        Old rows stay: attention gives those that are not valid no weight, and they are finite, so that no weight makes
-        zeros of them: buffers begin with zeros, and get keys and values alone.
+        Old rows stay: attention gives rows that are not valid a weight of 0, and 0 times a finite number is 0; they are
+        finite since buffers begin with zeros and get keys and values alone.
         """
         self.length = self.whole_length = 0
         if self.swapped:

@@ -21,7 +21,6 @@ import importlib
 import json
 import os
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -33,7 +32,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from benchmarks.models import make_large_checkpoint, qwen2_vl_2b
-from ivc_export.bench.selection import compaction_part, portable, selection_feeds, selection_part
+from ivc_export.bench.selection import compaction_part, fix_values, portable, selection_feeds, selection_part
 from ivc_export.bundle import Bundle
 from ivc_export.contract import GraphName
 from ivc_export.counting import count
@@ -43,7 +42,7 @@ from ivc_export.export import export
 from ivc_export.families import Grid
 from ivc_export.passes import RetypeFloatsPass, lower
 from ivc_export.recipe import ExportRecipe
-from ivc_export.runtime.device import MODULE, Buffers, CudaDevice
+from ivc_export.runtime.device import MODULE, Buffers, CudaDevice, median_seconds
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.tensorrt import Engine, Tensor
 from ivc_export.trt import Options, compile_graph, load_plugin, load_tensorrt, make_logger, own_capability
@@ -88,10 +87,7 @@ def models(bundle: Bundle, whole: Bundle, plugin: bool) -> dict[str, ir.Model]:
 
     found: dict[str, ir.Model] = {name: lowered(bundle, name, "float16", plugin) for name in GRAPHS}
     found["select"] = part(selection_part(portable(bundle, "prefix")))
-    m = bundle.manifest.decoder
-    next(v for v in found["select"].graph.inputs if v.name == "values").shape = ir.Shape(
-        [1, m.kv_heads, "S", m.head_dim]
-    )
+    fix_values(found["select"], bundle.manifest)
     found["compact"] = part(compaction_part(portable(whole, "decoder")))
     for name in ("select", "compact"):
         found[name].graph.name = name
@@ -149,7 +145,6 @@ class Timer:
         scratch = self.buffers.get("scratch", max(engine.scratch for engine in self.engines.values()))
         for engine in self.engines.values():
             engine.use_scratch(scratch)
-        self.events = [self.cuda.cudaEventCreate()[1] for _ in range(2)]
         self.kept: list[npt.NDArray[Any]] = []  # what TensorRT reads from the host
 
     def put(self, name: str, array: npt.NDArray[Any], host: bool = False) -> Tensor:
@@ -182,15 +177,7 @@ class Timer:
 
     def median(self, start: Callable[[], object]) -> float:
         """Milliseconds of one run, of many one behind the other."""
-        found: list[float] = []
-        for _ in range(ROUNDS):
-            self.cuda.cudaEventRecord(self.events[0], self.device.stream)
-            for _ in range(RUNS):
-                start()
-            self.cuda.cudaEventRecord(self.events[1], self.device.stream)
-            self.device.synchronize()
-            found.append(self.cuda.cudaEventElapsedTime(*self.events)[1] / RUNS)
-        return statistics.median(found)
+        return 1000 * median_seconds(self.device, start, ROUNDS, RUNS)
 
     def prompt(self, bundle: Bundle, plan: Run, rows: int, full: bool) -> dict[str, Times]:
         """Times of a prefill, or of a decode step over `rows` valid rows of full buffers; ms by engine."""

@@ -92,6 +92,27 @@ class EngineRecipe:
         """Rows of the caches."""
         return self.max_visual + self.max_text + self.max_new
 
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> EngineRecipe:
+        """As a build's record has it."""
+        fields = dict(record)
+        for name, kind in (("plugin", Path), ("timing_cache", Path), ("tactic_sources", tuple)):
+            fields[name] = kind(fields[name]) if fields.get(name) is not None else None
+        return EngineRecipe(**fields)
+
+    def options(self, capability: str, dtype: FloatName, verbose: bool = False) -> Options:
+        """How its graphs are compiled."""
+        return Options(
+            self.target,
+            capability,
+            self.workspace,
+            self.optimization_level,
+            self.timing_cache,
+            self.tactic_sources,
+            dtype != "float32",
+            verbose,
+        )
+
 
 def profiles(bundle: Bundle, name: GraphName, recipe: EngineRecipe) -> dict[str, Extents]:
     """A graph's optimization profiles: `prefill`, over caches of any length, and `decode`, over full buffers.
@@ -193,13 +214,18 @@ def build_dtype(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str)
 
 
 def lowered(bundle: Bundle, name: GraphName, dtype: FloatName, plugin: bool) -> ir.Model:
-    """A graph as TensorRT gets it: in `dtype`, in float16 with residual sums in float32."""
+    """A graph as TensorRT gets it."""
+    return lower(typed(bundle, name, dtype), "plugin" if plugin else "native")
+
+
+def typed(bundle: Bundle, name: GraphName, dtype: FloatName) -> ir.Model:
+    """A graph in `dtype`, in float16 with residual sums in float32, before it is lowered."""
     model = ir.load(bundle.folder / bundle.manifest.graphs[name].file)
     if dtype != bundle.manifest.dtype:
         model = RetypeFloatsPass(dtype)(model).model
     if dtype == "float16":
         model = WidenResidualsPass()(model).model
-    return lower(model, "plugin" if plugin else "native")
+    return model
 
 
 def engine_folder(bundle: Bundle, trt: Any, target: Target, capability: str) -> Path:
@@ -264,16 +290,7 @@ def build(
                 trt,
                 models.pop(name),
                 profiles(bundle, name, recipe).values(),
-                Options(
-                    recipe.target,
-                    capability,
-                    recipe.workspace,
-                    recipe.optimization_level,
-                    recipe.timing_cache,
-                    recipe.tactic_sources,
-                    dtype != "float32",
-                    verbose,
-                ),
+                recipe.options(capability, dtype, verbose),
                 work,
                 partial(progress, name),
             )

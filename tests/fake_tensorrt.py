@@ -9,7 +9,9 @@ import ctypes
 import enum
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,11 @@ class HostDevice:
 
     def synchronize(self) -> None:
         pass
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
 
 
 class Context:
@@ -145,6 +152,9 @@ class FakeEngine:
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(axis if isinstance(axis, int) else -1 for axis in self.shapes[name])
+
     def get_tensor_dtype(self, name: str) -> DataType:
         return self.types[name]
 
@@ -196,7 +206,7 @@ def put_engines(bundle: Bundle, dtype: FloatName = "float32", **maxima: Any) -> 
         "compute_capability": CAPABILITY,
         "dtype": dtype,
         "capacity": recipe.capacity,
-        "recipe": {"plugin": None, "max_visual": recipe.max_visual, "max_text": recipe.max_text},
+        "recipe": asdict(recipe),
         "inputs_sha256": fingerprint(bundle, None),
         "engines": {},
     }

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import PIL.Image
 import pytest
 
 from ivc_export import cli, families
+from ivc_export.bench import measure, prompts, selection
+from ivc_export.bench.roofline import measure_ceilings
 from ivc_export.bundle import Bundle
 from ivc_export.errors import UserError
 from ivc_export.export import export
@@ -22,9 +26,11 @@ from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime import tensorrt
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.generate import Sampling, generate
+from ivc_export.runtime.plan import plan_run
 from ivc_export.runtime.session import OnnxSession
 from ivc_export.runtime.tensorrt import TensorrtSession
 from ivc_export.testdata import draw_picture, make_prompt
+from ivc_export.trt import Extents, Options
 from samples.make_sample import make_checkpoint
 from tests.conftest import LOGIT_TOLERANCE, SCORE_TOLERANCE, Golden, random_picture
 from tests.fake_tensorrt import CAPABILITY, FakeTensorrt, HostDevice, folder_of, put_engines
@@ -150,6 +156,71 @@ def test_engines_that_cannot_be_used(bundle: Bundle, monkeypatch: pytest.MonkeyP
     record.write_text(json.dumps(json.loads(record.read_text()) | {"inputs_sha256": "0"}))
     with pytest.raises(UserError, match="built from other graphs"):
         TensorrtSession(bundle)
+
+
+def compile_parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Options, list[Extents]]]:
+    """Let selection and compaction stay graphs; what was to be compiled, as it comes."""
+    asked = []
+
+    def stay(trt: Any, model: ir.Model, profiles: Iterable[Extents], options: Options, work: Path) -> bytes:
+        assert not [v for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
+        asked.append((str(model.graph.name), options, list(profiles)))
+        return bytes(ir.to_proto(model).SerializeToString())
+
+    monkeypatch.setattr(selection, "compile_graph", stay)
+    return asked
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_selection_is_timed_in_engines_built_as_the_sessions(
+    dtype: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {"workspace": 1 << 20, "tactic_sources": ("EDGE_MASK_CONVOLUTIONS",), "optimization_level": 2}
+    session, device = opened(bundle, monkeypatch, dtype=dtype, **recipe)
+    asked = compile_parts(monkeypatch)
+    prompt = prompts.make_prompt(bundle, 42, 20)
+    for ratio in (1.0, 0.5):
+        plan = plan_run(bundle.manifest, np.array(prompt.tokens, np.int32), [prompt.picture.grid], 0, ratio)
+        found = selection.selection_times(session, plan, 70)
+        assert found is not None and min(found.select, found.compact, found.decode) > 0
+    assert [name for name, *_ in asked] == ["select", "compact"]  # once for a session
+    for _, options, extents in asked:
+        assert options == Options(
+            "tensorrt", CAPABILITY, 1 << 20, 2, None, ("EDGE_MASK_CONVOLUTIONS",), dtype != "float32"
+        )
+        assert [profile["L"] for profile in extents] == [(1, 1, MAXIMA["max_visual"]), (1, 1, 1)]
+    parts = selection.PARTS[session]
+    assert parts.engines["compact"].dtypes["hidden_states"] == np.float32  # as residual sums are
+    assert parts.engines["compact"].dtypes["new_key.0"] == parts.engines["select"].dtypes["values"] == np.dtype(dtype)
+    device.check()
+
+
+def test_the_bench_takes_engines(
+    sample_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Bundle.load(shutil.copytree(sample_bundle.folder, tmp_path / "bundle"))
+    opened(bundle, monkeypatch)
+    compile_parts(monkeypatch)
+    ceilings = measure_ceilings("cpu", "float32")  # there is no GPU
+    monkeypatch.setattr(measure, "measure_ceilings", lambda device, dtype: ceilings)
+    words = ["--visual", "20", "--text", "16", "--tokens", "3", "--rounds", "2", "--warmups", "1"]
+    ratios, file = ["--ratio", "0.5", "--ratio", "0.2"], tmp_path / "bench.json"
+    backends = ["--backend", "tensorrt", "--backend", "onnxruntime-cpu"]
+    assert cli.ivc_bench([str(bundle.folder), *words, *ratios, *backends, "--json", str(file)]) == 0
+    assert "select, compact" in capsys.readouterr().out
+    content = json.loads(file.read_text())
+    rows = {(row["side"], row["ratio"]): row for row in content["rows"]}
+    assert len(rows) == len(content["rows"]) == 2 * 3 and not content["failures"]
+    sizes = bundle.manifest.decoder
+    cell = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim * 4
+    for ratio, kept in ((1.0, 20), (0.5, 10), (0.2, 4)):
+        row, other = rows["tensorrt", ratio], rows["onnxruntime-cpu", ratio]
+        assert row["device"] == "cuda" and row["tokens"] == other["tokens"]
+        assert row["cache_bytes"] == other["cache_bytes"] == cell * (kept + 16)
+        assert row["visual_cache_bytes"] == cell * kept
+        assert min(row["stages"][name] for name in ("vision", "prefix", "decoder")) > 0 and row["decode"] > 0
+        assert min(row["selection"].values()) > 0 and row["selection"]["share"] < 1
+    assert rows["onnxruntime-cpu", 1.0]["agreement"] == 4
 
 
 def test_commands_take_engines(

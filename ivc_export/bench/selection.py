@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +19,18 @@ from onnxruntime import OrtValue
 
 from ivc_export import contract
 from ivc_export.bundle import Bundle
-from ivc_export.passes import WidenFloatsPass
+from ivc_export.engine import profiles, typed, working_folder
+from ivc_export.passes import WidenFloatsPass, lower
 from ivc_export.runtime.conversation import AnySession
+from ivc_export.runtime.device import Buffers, median_seconds
 from ivc_export.runtime.fused import PROVIDERS, FusedSession, Provider, register
 from ivc_export.runtime.plan import Run, plan_run
+from ivc_export.runtime.tensorrt import Engine, Tensor, TensorrtSession
+from ivc_export.trt import compile_graph
 
 REPEATS, WARMUPS = 9, 3
+RUNS = 20
+"""Of an engine, one behind the other, for a single time."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,80 @@ def fused_times(session: AnySession, plan: Run, rows: int, provider: Provider = 
     return SelectionTimes(select, compact, 0.0)
 
 
+class EngineParts:
+    """Selection and compaction as engines, built as a session's own were.
+
+    Raises:
+        UserError: TensorRT refuses one of them.
+    """
+
+    def __init__(self, session: TensorrtSession) -> None:
+        bundle, recipe, m = session.bundle, session.recipe, session.bundle.manifest
+        models = {
+            "select": selection_part(typed(bundle, "prefix", session.dtype)),
+            "compact": compaction_part(typed(bundle, "decoder", session.dtype)),
+        }
+        fix_values(models["select"], m)
+        extents = profiles(bundle, "prefix", recipe)  # the decoder has the same
+        options = recipe.options(session.capability, session.dtype)
+        self.buffers = Buffers(session.device)
+        self.engines: dict[str, Engine] = {}
+        for name, model in models.items():
+            model.graph.name = name
+            part = lower(model, "plugin" if recipe.plugin is not None else "native")
+            with working_folder(bundle) as work:
+                plan = compile_graph(session.trt, part, extents.values(), options, work)
+                path = work / f"{name}.plan"
+                path.write_bytes(plan)
+                self.engines[name] = Engine(session.trt, path, list(extents), session.device, session.runtime)
+        scratch = self.buffers.get("scratch", max(engine.scratch for engine in self.engines.values()))
+        for engine in self.engines.values():
+            engine.use_scratch(scratch)
+
+    def seconds(self, name: str, stage: str, feeds: Mapping[str, npt.NDArray[Any]], sizes: Mapping[str, int]) -> float:
+        """Of one run on `feeds`, and on random values for inputs that these lack, in the profile `stage`."""
+        engine, generator = self.engines[name], np.random.default_rng(0)
+        inputs = {}
+        for tensor, shape in engine.inputs().items():
+            array = feeds.get(tensor)
+            if array is None:
+                array = generator.standard_normal([sizes["S"] if axis < 0 else axis for axis in shape], np.float32)
+            array = np.ascontiguousarray(array, engine.dtypes[tensor])
+            if tensor == "keep_count":  # a shape input: in host memory, which `feeds` hold
+                inputs[tensor] = Tensor(array.ctypes.data, array.shape, array.dtype)
+                continue
+            address = self.buffers.get(f"{name}/{tensor}", array.nbytes)
+            engine.device.upload(address, array)
+            inputs[tensor] = Tensor(address, array.shape, array.dtype)
+        engine.run(stage, inputs, self.buffers, f"{name}/{stage}")
+        context, device = engine.contexts[stage], engine.device
+        return median_seconds(device, lambda: context.execute_async_v3(device.stream), REPEATS, RUNS)
+
+
+PARTS: WeakKeyDictionary[AnySession, EngineParts] = WeakKeyDictionary()
+"""Built once for a session."""
+
+
+def engine_times(session: AnySession, plan: Run, rows: int) -> SelectionTimes:
+    """On TensorRT, by events; a decode step runs both engines' nodes on one row. Caches take no part in that."""
+    assert isinstance(session, TensorrtSession)
+    if session not in PARTS:
+        PARTS[session] = EngineParts(session)
+    parts, m = PARTS[session], session.bundle.manifest
+    one = plan_run(m, np.zeros(1, np.int32), (), 0, 1.0)
+
+    def both(run: Run, stage: str) -> tuple[float, float]:
+        select, compact, sizes = selection_feeds(run), compaction_feeds(run, 0), extents(m, run, 0)
+        return parts.seconds("select", stage, select, sizes), parts.seconds("compact", stage, compact, sizes)
+
+    seconds = both(plan, "prefill")
+    return SelectionTimes(*seconds, decode=sum(both(one, "decode")))
+
+
 TIMES: Mapping[str, Callable[[AnySession, Run, int], SelectionTimes]] = {
     "onnxruntime-cpu": portable_times,
     "onnxruntime-cuda": fused_times,
+    "tensorrt": engine_times,
 }
 """By backend; a session, the prefill's plan and the rows of the caches."""
 
@@ -95,6 +173,12 @@ def selection_part(prefix: ir.Model) -> ir.Model:
 
 
 VALUES = (1, "kv_heads", "S", "head_dim")
+
+
+def fix_values(part: ir.Model, m: contract.Manifest) -> None:
+    """Give the selection's values the numbers of heads and of a head's size, as TensorRT's profiles want them."""
+    (values,) = [value for value in part.graph.inputs if value.name == "values"]
+    values.shape = ir.Shape([1, m.decoder.kv_heads, "S", m.decoder.head_dim])
 
 
 def graph_dtype(prefix: ir.Model) -> ir.DataType:

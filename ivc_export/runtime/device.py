@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import statistics
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -45,6 +46,10 @@ class Device(Protocol):
 
     def synchronize(self) -> None:
         """Wait until the stream is idle."""
+        ...
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """What the device takes for what `work` puts on the stream, from rest to rest."""
         ...
 
 
@@ -113,6 +118,29 @@ class CudaDevice:
     def synchronize(self) -> None:
         """As Device.synchronize."""
         self._call(self._runtime.cudaStreamSynchronize, self.stream)
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """As Device.seconds, by events."""
+        start, end = (self._call(self._runtime.cudaEventCreate) for _ in range(2))
+        self.synchronize()
+        self._call(self._runtime.cudaEventRecord, start, self.stream)
+        work()
+        self._call(self._runtime.cudaEventRecord, end, self.stream)
+        self.synchronize()
+        milliseconds = self._call(self._runtime.cudaEventElapsedTime, start, end)
+        for event in (start, end):
+            self._call(self._runtime.cudaEventDestroy, event)
+        return float(milliseconds) / 1000
+
+
+def median_seconds(device: Device, start: Callable[[], object], rounds: int, runs: int) -> float:
+    """Seconds of the device for one run that `start` puts on its stream: the median of rounds of `runs` in a row."""
+
+    def row() -> None:
+        for _ in range(runs):
+            start()
+
+    return statistics.median(device.seconds(row) / runs for _ in range(rounds))
 
 
 class Buffers:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ivc_export.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName
-from ivc_export.engine import RECORD, find_engines
+from ivc_export.engine import RECORD, EngineRecipe, find_engines
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
 from ivc_export.recipe import check_ratio
@@ -75,7 +75,7 @@ class Engine:
         self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise UserError(f"{path} does not load in TensorRT {trt.__version__}: build it here with ivc-build")
-        self._name, self._device = path.stem, device
+        self._name, self.device = path.stem, device
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self.dtypes = {name: np.dtype(DTYPES[self._engine.get_tensor_dtype(name).name]) for name in names}
         self._inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
@@ -91,6 +91,10 @@ class Engine:
             if context is None or not context.set_optimization_profile_async(number, device.stream):
                 raise UserError(f"TensorRT cannot prepare {path}: see that the GPU has memory left")
         self.contexts = dict(zip(profiles, contexts, strict=True))
+
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of its inputs, -1 where the extent is a run's."""
+        return {name: tuple(self._engine.get_tensor_shape(name)) for name in self._inputs}
 
     def use_scratch(self, address: int) -> None:
         """Let all contexts work in the same memory, `scratch` bytes of it: they run one after the other."""
@@ -123,7 +127,7 @@ class Engine:
             size = math.prod(shape) * dtype.itemsize
             outputs[name] = Tensor(buffers.get(f"{place}/{name}", size), shape, dtype)
             context.set_tensor_address(name, outputs[name].address)
-        if not context.execute_async_v3(self._device.stream):
+        if not context.execute_async_v3(self.device.stream):
             raise UserError(f"TensorRT cannot run the {self._name} engine: see that the GPU has memory left")
         return outputs
 
@@ -138,24 +142,24 @@ class TensorrtSession:
     """
 
     def __init__(self, bundle: Bundle, target: Target = "tensorrt", device: Device | None = None) -> None:
-        self._trt = load_tensorrt(target)
-        capability = own_capability(self._trt)
-        folder = find_engines(bundle, target, capability, self._trt)
+        self.trt = load_tensorrt(target)
+        self.capability = own_capability(self.trt)
+        folder = find_engines(bundle, target, self.capability, self.trt)
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         self.bundle = bundle
         self.backend: str = target
         self.dtype: FloatName = record["dtype"]
-        self.versions: Mapping[str, str] = {target: str(self._trt.__version__)}
+        self.versions: Mapping[str, str] = {target: str(self.trt.__version__)}
         self.capacity: int = record["capacity"]
-        self.recipe: dict[str, Any] = record["recipe"]
-        if self.recipe["plugin"]:
-            load_plugin(Path(self.recipe["plugin"]))
+        self.recipe = EngineRecipe.from_record(record["recipe"])
+        if self.recipe.plugin is not None:
+            load_plugin(self.recipe.plugin)
         self.device = device or CudaDevice()
         self.buffers = Buffers(self.device)
-        self._runtime = self._trt.Runtime(make_logger(self._trt))
+        self.runtime = self.trt.Runtime(make_logger(self.trt))
         self.engines = {
             name: Engine(
-                self._trt, folder / f"{name}.plan", record["engines"][name]["profiles"], self.device, self._runtime
+                self.trt, folder / f"{name}.plan", record["engines"][name]["profiles"], self.device, self.runtime
             )
             for name in GRAPH_NAMES
         }
@@ -349,9 +353,10 @@ class TensorrtConversation:
             ("visual tokens", len(plan.visual_index), "max_visual"),
             ("other tokens", text, "max_text"),
         ):
-            if count > recipe[option]:
+            most = getattr(recipe, option)
+            if count > most:
                 raise UserError(
-                    f"the prompt has {count} {what}, and these engines take {recipe[option]}: build them with "
+                    f"the prompt has {count} {what}, and these engines take {most}: build them with "
                     f"--{option.replace('_', '-')} {count}"
                     + (", or use a smaller picture" if option == "max_visual" else "")
                 )

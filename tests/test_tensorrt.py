@@ -226,12 +226,13 @@ def test_the_bench_takes_engines(
 def test_commands_take_engines(
     sample_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    opened(sample_bundle, monkeypatch)
+    bundle = Bundle.load(shutil.copytree(sample_bundle.folder, tmp_path / "bundle"))
+    opened(bundle, monkeypatch)
     image = tmp_path / "picture.png"
     draw_picture().save(image)
     answers = []
     for backend in ("tensorrt", "onnxruntime"):
-        command = [str(sample_bundle.folder), "--image", str(image), "--prompt", "Where is the ring?", "--json"]
+        command = [str(bundle.folder), "--image", str(image), "--prompt", "Where is the ring?", "--json"]
         assert cli.ivc_run([*command, "--max-tokens", "4", "--backend", backend]) == 0
         answers.append(json.loads(capsys.readouterr().out))
     assert answers[0]["tokens"] == answers[1]["tokens"]

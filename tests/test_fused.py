@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from ivc_export.families import Grid
 from ivc_export.passes import RetypeFloatsPass, lower
 from ivc_export.passes.join_decode import join_decode
 from ivc_export.recipe import ExportRecipe
+from ivc_export.runtime import fused as fused_module
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.fused import FusedConversation, FusedSession, take_float32
 from ivc_export.runtime.generate import Chat, Sampling
@@ -184,6 +185,24 @@ def test_weights_go_to_the_device_once(stored: FloatName, tmp_path: Path, monkey
     lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line]
     ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
     assert any(start <= one < end for start, end in ranges) == (stored == "float32")
+
+
+def test_float16_graphs_follow_float32(golden_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the CUDA provider gets, weights converted, on the CPU provider, which rounds after each operator."""
+    monkeypatch.setitem(cast("dict[str, str]", fused_module.DTYPES), "cpu", "float16")
+    found = FusedConversation(FusedSession(golden_bundle, "cpu"), 0.4, capacity=80)
+    wanted = Conversation(OnnxSession(golden_bundle), 0.4)
+    for tokens, pictures in [
+        (PROMPT, [random_picture(Grid(4, 5), 0)]),
+        ([5], []),
+        ([6], []),
+        ([9, 8, 7], []),
+        ([4], []),
+    ]:
+        step = found.run(tokens, pictures)
+        reference = wanted.run(tokens, pictures, keep_index=step.keep_index)
+        scale = np.abs(reference.logits).max()
+        assert 0 < np.abs(step.logits - reference.logits).max() < 1e-2 * scale  # 11 bits; 2.6e-3 measured
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16"])

@@ -75,10 +75,13 @@ class FusedSession:
         self._owners: Values = {}
         self._weights: Values = {}
         """Views of these: onnxruntime shares memory between sessions that it does not own itself."""
+        self._converted: Values = {}
+        """What onnxruntime's optimizers read, while sessions open, of weights that no file has in this dtype."""
         self._sessions: dict[str, onnxruntime.InferenceSession] = {
             name: self._open(model) for name, model in models.items()
         }
         self._sessions["decode"] = self._open(joined, cuda_graph=cuda_graph and provider == "cuda")
+        self._converted.clear()
         self.captures = count(1)
         """Numbers for captured CUDA graphs."""
         self._idle: dict[int, list[Workspace]] = defaultdict(list)
@@ -116,11 +119,15 @@ class FusedSession:
             tensor = value.const_value
             if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor):  # to be converted, or as the bundle has it
                 if name not in self._weights:  # weights that several graphs read, such as tied embeddings, are one
-                    self._owners[name] = self.value(read_values(tensor))
+                    array = np.ascontiguousarray(read_values(tensor))
+                    self._owners[name] = self.value(array)
                     self._weights[name] = view(self._owners[name])
+                    if isinstance(tensor, ir.LazyTensor):
+                        self._converted[name] = OrtValue.ortvalue_from_numpy(array)
                 options.add_initializer(name, self._weights[name])
                 if isinstance(tensor, ir.LazyTensor):
                     value.const_value = self._given(name, tensor)
+                    options.add_external_initializers([name], [self._converted[name]])
         provider: Any = PROVIDERS[self.device]
         if cuda_graph:
             provider = (provider, {"enable_cuda_graph": "1"})

@@ -102,7 +102,7 @@ class FusedSession:
         return workspace
 
     def lowered(self, name: contract.GraphName, lowering: Lowering) -> ir.Model:
-        """A graph of the bundle in the dtype of this session."""
+        """A graph of the bundle, in the dtype that is computed in."""
         model = ir.load(self.bundle.folder / self.bundle.manifest.graphs[name].file)
         if self.dtype != self.bundle.manifest.dtype:
             model = RetypeFloatsPass(self.dtype)(model).model

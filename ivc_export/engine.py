@@ -44,7 +44,7 @@ class EngineRecipe:
     opt_visual, opt_text: those that a prefill is tuned for.
     plugin: our plugin's library; None builds the `native` graphs.
     workspace: bytes that a layer may use; None leaves it to TensorRT.
-    timing_cache: a file that builds read and write, so that a second one is short.
+    timing_cache: a folder of a file for each graph, read and written, so that a second build is short.
     tactic_sources: names of trt.TacticSource that may serve; None leaves it to TensorRT.
 
     Raises:

@@ -136,14 +136,18 @@ def compile_graph(
         config.add_optimization_profile(make_profile(builder, model, extents))
     if hasattr(trt, "IProgressMonitor"):
         config.progress_monitor = make_monitor(trt, progress)
-    cache = read_timing_cache(config, options.timing_cache)
+    timed = None if options.timing_cache is None else options.timing_cache / f"{name}.cache"
+    if timed is not None:
+        timed.parent.mkdir(parents=True, exist_ok=True)
+        saved = timed.read_bytes() if timed.is_file() else b""
+        config.set_timing_cache(config.create_timing_cache(saved), ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UserError(
             f"TensorRT {trt.__version__} cannot build the {name} graph ({logger.last}): see docs/tensorrt.md"
         )
-    if cache is not None and options.timing_cache is not None:
-        options.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    if timed is not None:
+        timed.write_bytes(memoryview(config.get_timing_cache().serialize()))
     for file in work.glob(f"{name}.*"):
         file.unlink()
     return bytes(memoryview(plan))
@@ -273,12 +277,3 @@ def make_monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
             progress(phase, steps, steps)
 
     return Monitor()
-
-
-def read_timing_cache(config: Any, path: Path | None) -> Any:
-    """Give a build the timing cache in `path`, an empty one if there is no file; None if none is wanted."""
-    if path is None:
-        return None
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache

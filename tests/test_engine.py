@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,13 @@ RTX = EngineRecipe(target="tensorrt-rtx", compute_capability="8.6", dtype="float
 def bundle(sample_bundle: Bundle, tmp_path: Path) -> Bundle:
     """A copy, since builds write into it."""
     return Bundle.load(shutil.copytree(sample_bundle.folder, tmp_path / "bundle"))
+
+
+def test_each_graph_has_a_timing_cache(bundle: Bundle, tmp_path: Path) -> None:
+    recipe = replace(RTX, timing_cache=tmp_path / "caches" / "here")
+    for _ in range(2):
+        build(bundle, recipe)
+        assert {path.name for path in (tmp_path / "caches" / "here").iterdir()} == {f"{n}.cache" for n in GRAPH_NAMES}
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--optimization-level", type=int, default=3, help="0 to 5: how long TensorRT searches (default: 3)")
     p.add_argument(
-        "--timing-cache", type=Path, metavar="FILE", help="read and written, so that a second build is short"
+        "--timing-cache", type=Path, metavar="FOLDER", help="read and written, so that a second build is short"
     )
     p.add_argument(
         "--tactic-sources", metavar="A,B", help="what may serve, such as CUBLAS,JIT_CONVOLUTIONS (default: TensorRT's)"

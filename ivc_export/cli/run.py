@@ -67,7 +67,7 @@ def command(arguments: Sequence[str] | None) -> int:
     images = [open_picture(image) for image in options.image]
     console = make_console()
     note = widening_note(bundle)
-    if note and (options.backend, options.provider) in (("onnxruntime", None), ("onnxruntime", "cpu")):
+    if note and options.backend == "onnxruntime" and options.provider != "cuda":
         console.print(note, markup=False)
     sampling = Sampling(options.temperature, options.top_p, options.seed, options.max_tokens)
     with console.status("opening the graphs"):

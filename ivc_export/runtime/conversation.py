@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,27 @@ from ivc_export.families import Picture
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.cache import KVCache, layer_of
 from ivc_export.runtime.plan import Run, plan_run
+
+T = TypeVar("T")
+
+
+class Fetched(Mapping[str, npt.NDArray[Any]], Generic[T]):
+    """Arrays by name, each made of a tensor by `fetch` when it is first looked at."""
+
+    def __init__(self, tensors: Mapping[str, T], fetch: Callable[[T], npt.NDArray[Any]]) -> None:
+        self._tensors, self._fetch = tensors, fetch
+        self._arrays: dict[str, npt.NDArray[Any]] = {}
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        if name not in self._arrays:
+            self._arrays[name] = self._fetch(self._tensors[name])
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 @dataclass(frozen=True)

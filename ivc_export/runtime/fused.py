@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -24,7 +24,7 @@ from ivc_export.families import Picture
 from ivc_export.passes import Lowering, RetypeFloatsPass, lower
 from ivc_export.passes.join_decode import join_decode
 from ivc_export.recipe import check_ratio
-from ivc_export.runtime.conversation import Step, Timings
+from ivc_export.runtime.conversation import Fetched, Step, Timings
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.weights import read_values
 
@@ -211,21 +211,9 @@ def take_float32(vision: ir.Model) -> None:
     graph.insert_before(graph[0], cast)
 
 
-class Widened(Mapping[str, npt.NDArray[Any]]):
-    """Arrays by name, floats in float32, converted when they are looked at."""
-
-    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        self._arrays = arrays
-
-    def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        array = self._arrays[name]
-        return array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
+def widened(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """In float32."""
+    return array.astype(np.float32, copy=False)
 
 
 def register(library: Path, options: onnxruntime.SessionOptions) -> None:
@@ -408,7 +396,7 @@ class FusedConversation:
             decoder = session.run("decoder", binding)
         cache.swap()
         found = {name: prefix[name].numpy() for name in ("keep_index", "token_score", "seed_index")}
-        vision = tuple(Widened({"image_embeds": image}) for image in images)
+        vision = tuple(Fetched({"image_embeds": image}, widened) for image in images)
         return Step(plan, vision, found, {"logits": decoder["logits"].numpy()})
 
     def _decode(self, plan: Run) -> Step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ivc_export.errors import UserError
 from ivc_export.families import Picture
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.cache import layer_of
-from ivc_export.runtime.conversation import Step, Timings
+from ivc_export.runtime.conversation import Fetched, Step, Timings
 from ivc_export.runtime.device import Buffers, CudaDevice, Device
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.trt import Target, load_plugin, load_tensorrt, make_logger, own_capability
@@ -43,25 +43,6 @@ class Tensor:
     def nbytes(self) -> int:
         """Bytes of all elements."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-class Fetched(Mapping[str, Array]):
-    """Tensors by name, each copied to the host when it is first looked at; floats in float32."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], fetch: Callable[[Tensor], Array]) -> None:
-        self._tensors, self._fetch = tensors, fetch
-        self._copies: dict[str, Array] = {}
-
-    def __getitem__(self, name: str) -> Array:
-        if name not in self._copies:
-            self._copies[name] = self._fetch(self._tensors[name])
-        return self._copies[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 class Engine:
@@ -187,7 +168,7 @@ class TensorrtSession:
         self.device.upload(tensor.address, np.ascontiguousarray(array, dtype))
         return tensor
 
-    def fetched(self, place: str, tensors: Mapping[str, Tensor]) -> Fetched:
+    def fetched(self, place: str, tensors: Mapping[str, Tensor]) -> Fetched[Tensor]:
         """Outputs of the newest run in `place`, to be looked at before the next one there.
 
         The mapping raises RuntimeError where that has begun.

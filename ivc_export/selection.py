@@ -90,14 +90,15 @@ def ivc_priority(positions: Ints, rotary: contract.RotarySizes, head_dim: int, r
     Source: arXiv 2602.03060, section 3.2.
     """
     frequencies = rotary.theta ** (-2.0 * np.arange(head_dim // 2) / head_dim)
-    values, inverse = np.unique(positions, return_inverse=True)  # a picture has few: its rows and columns
-    angles = values[:, None] * frequencies
+    least = positions.min()
+    angles = np.arange(least, positions.max() + 1)[:, None] * frequencies  # few: a picture's rows and columns
     count = round(rule.ivc_fraction * positions.shape[1])
     best = []
     for part in (np.cos(angles), np.sin(angles)):
-        mean = part.mean(axis=1)[inverse].reshape(positions.shape).mean(axis=0)
+        mean = part.mean(axis=1)[positions - least].mean(axis=0)
         best.append(descending(np.round(mean, 9))[:count])
-    order = list(dict.fromkeys(int(token) for pair in zip(*best, strict=True) for token in pair))
+    taken = np.stack(best, axis=1).ravel()
+    order = taken[np.sort(np.unique(taken, return_index=True)[1])]  # each token once, where it comes first
     priority = np.zeros(positions.shape[1], np.float32)
     priority[order] = IVC_PRIORITY - np.arange(len(order))
     return priority

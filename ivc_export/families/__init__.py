@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,9 +147,10 @@ class Family:
     unused: Sequence[str] = ()
 
 
-def names() -> list[str]:
+@cache
+def names() -> tuple[str, ...]:
     """The model types that can be exported."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 def of(model_type: str | None) -> Family:

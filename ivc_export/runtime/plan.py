@@ -84,7 +84,7 @@ def plan_run(manifest: Manifest, tokens: Ints, grids: Sequence[Grid], start: int
         grids=tuple(grids),
         position_ids=positions[:, None],
         visual_index=visual,
-        text_index=np.setdiff1d(rows, visual),
+        text_index=np.delete(rows, visual),
         query_index=voting if len(voting) else rows[-1:],
         ivc_priority=priority,
         keep_count=keep_count,

@@ -45,7 +45,7 @@ RESULTS = Path(__file__).parent / "results"
 BAR_SIZE = 1024
 SHORT = (16, 16)
 """Visual and text tokens of the first answer."""
-TOP = 12
+TOP = 30
 """Kernels that a profile lists."""
 
 
@@ -235,13 +235,17 @@ def bars(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def profile(one: Contestant, prompt: Prompt, count: int, failures: dict[str, str]) -> dict[str, Any]:
-    """The GPU's kernels during an answer, and a FusedSession's operators by onnxruntime's own profile."""
+    """The GPU's kernels up to the first token and in decode steps, with nothing pruned, and a FusedSession's operators."""
     side = one.side
+    assert isinstance(side, BundleSide)
     found: dict[str, Any] = {"side": side.name, "visual_tokens": prompt.visual, "decoded_tokens": count}
     where = f"of {side.name}, {prompt.visual} visual tokens"
     with noted(failures, f"kernels {where}"):
-        found |= kernels(lambda: side.answer(prompt, 1.0, count))
-    if isinstance(side, BundleSide) and isinstance(side.session, FusedSession):
+        conversation = side.converse(prompt, 1.0, count)
+        found["first_token"] = kernels(lambda: conversation.run(prompt.tokens, [prompt.picture]))
+        token = prompt.tokens[-1:]
+        found["decode"] = kernels(lambda: [conversation.run(token) for _ in range(count)])
+    if isinstance(side.session, FusedSession):
         with noted(failures, f"operators {where}"):
             found["operators"] = operators(side.session.bundle, side.session, prompt, count)
     return found
@@ -254,7 +258,7 @@ def kernels(call: Callable[[], object]) -> dict[str, Any]:
 
     cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as session:
+    with torch.profiler.profile(activities=activities, acc_events=True) as session:
         start = time.perf_counter()
         call()
         wall = time.perf_counter() - start

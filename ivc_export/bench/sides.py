@@ -9,7 +9,7 @@ from typing import Protocol
 
 from ivc_export.bench.prompts import Prompt
 from ivc_export.contract import FloatName, Manifest
-from ivc_export.runtime.conversation import AnySession
+from ivc_export.runtime.conversation import AnyConversation, AnySession
 from ivc_export.runtime.fused import FusedSession
 
 
@@ -56,11 +56,14 @@ class BundleSide:
         self.name, self.dtype = session.backend, session.dtype
         self.device = "cpu" if session.backend.endswith("-cpu") else "cuda"
 
-    def answer(self, prompt: Prompt, ratio: float, count: int) -> Answer:
-        """As Side.answer; in a FusedSession in caches of just the capacity that this takes."""
-        m = self.session.bundle.manifest
+    def converse(self, prompt: Prompt, ratio: float, count: int) -> AnyConversation:
+        """Begin a conversation, in a FusedSession in caches of just the capacity that the answer takes."""
         capacity = len(prompt.tokens) + count if isinstance(self.session, FusedSession) else None
-        conversation = self.session.converse(ratio, capacity)
+        return self.session.converse(ratio, capacity)
+
+    def answer(self, prompt: Prompt, ratio: float, count: int) -> Answer:
+        """As Side.answer."""
+        m, conversation = self.session.bundle.manifest, self.converse(prompt, ratio, count)
         start = time.perf_counter()
         step = conversation.run(prompt.tokens, [prompt.picture])
         tokens = [int(step.logits.argmax())]

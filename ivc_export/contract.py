@@ -62,7 +62,7 @@ library of custom operators for onnxruntime."""
 _ORT_CUDA = frozenset(
     [("", "SimplifiedLayerNormalization")]
     + [("com.microsoft", op) for op in ("GroupQueryAttention", "MultiHeadAttention", "RotaryEmbedding")]
-    + [("com.microsoft", op) for op in ("SkipSimplifiedLayerNormalization", "QuickGelu")]
+    + [("com.microsoft", op) for op in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "QuickGelu")]
 )
 
 LOWERED_OPERATORS: dict[str, frozenset[tuple[str, str]]] = {
@@ -532,14 +532,22 @@ def ort_cuda_info(info: GraphInfo) -> GraphInfo:
 
 
 def ort_cuda_decode_info(prefix: GraphInfo, decoder: GraphInfo) -> GraphInfo:
-    """Inputs and outputs of one graph of all layers for decode steps, joined from two after the `ort-cuda` lowering."""
+    """Inputs and outputs of one graph of all layers for decode steps, joined from two after the `ort-cuda` lowering.
+
+    position_ids says the row's position P times, once for each row of a cache.
+    """
     wanted = ("inputs_embeds", "position_ids", "seqlens_k", "total_sequence_length", "past_key.", "past_value.")
     below = {t.name for t in prefix.inputs}
     above = [t for t in decoder.inputs if t.name.startswith(("past_key.", "past_value.")) and t.name not in below]
     present = [t for info in (prefix, decoder) for t in info.outputs if t.name.startswith("present_")]
+
+    def changed(tensor: TensorInfo) -> TensorInfo:
+        every = tensor.name == "position_ids"
+        return tensor.model_copy(update={"shape": (*tensor.shape[:-1], "P")}) if every else tensor
+
     return GraphInfo(
         file="decode.onnx",
-        inputs=(*(t for t in prefix.inputs if t.name.startswith(wanted)), *above),
+        inputs=(*(changed(t) for t in prefix.inputs if t.name.startswith(wanted)), *above),
         outputs=(decoder.outputs[0], *present),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,7 +59,11 @@ def test_the_decode_graph_keeps_the_contract(golden_bundle: Bundle) -> None:
     model = join_decode(lowered(golden_bundle, "prefix"), lowered(golden_bundle, "decoder"))
     contract.verify("decoder", model, contract.ort_cuda_decode_info(*infos), "ort-cuda")
     assert {node.domain for node in model.graph} == {"", "com.microsoft"}
-    assert sum(node.op_type == "Cos" for node in model.graph) == 1  # angles of both halves are the same
+    operators = Counter(node.op_type for node in model.graph)
+    assert operators["Cos"] == 1  # angles of both halves are the same
+    layers = golden_bundle.manifest.decoder.layers
+    assert operators["GroupQueryAttention"] == layers and operators["Gemm"] == 5 * layers + 1
+    assert not {"RotaryEmbedding", "Split", "Shape", "Gather"} & set(operators)  # nothing that a host would compute
 
 
 def test_fused_prefill_equals_portable(golden_bundle: Bundle, fused: FusedSession) -> None:
@@ -180,7 +185,10 @@ def test_weights_go_to_the_device_once(stored: FloatName, tmp_path: Path, monkey
     weights = {
         n: v for m in models for n, v in m.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)
     }
-    assert set(session._weights) == set(weights) and len(placed) == len(weights)
+    own = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")
+    packed = {f"{name}/packed" for name in weights if name.endswith(own[:2])}
+    assert set(session._weights) == {name for name in weights if not name.endswith(own)} | packed
+    assert len(placed) == len(session._weights)
     one = session._weights["model.layers.0.mlp.up_proj.weight"].data_ptr()
     lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line]
     ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
@@ -248,6 +256,32 @@ def test_run_without_a_gpu_is_one_sentence(sample_bundle: Bundle, capsys: pytest
 def test_a_missing_provider_is_one_sentence(golden_bundle: Bundle) -> None:
     with pytest.raises(UserError, match="has no CUDA provider: install onnxruntime-gpu"):
         FusedSession(golden_bundle, "cuda")
+
+
+def test_norms_take_sums_and_biases_over(golden_bundle: Bundle) -> None:
+    """Two norms a vision block, of which the very first reads patches, and one behind the last block."""
+    model = lowered(golden_bundle, "vision")
+    operators = Counter(node.op_type for node in model.graph)
+    assert operators["SkipLayerNormalization"] == 2 * operators["MultiHeadAttention"]
+    assert operators["LayerNormalization"] == 1
+    biased = [str(node.inputs[1]) for node in model.graph if node.op_type == "Gemm" and len(node.inputs) == 3]
+    assert biased and not [weight for weight in biased if "attn.proj" in weight or "fc2" in weight]
+    fused = [node for node in model.graph if node.op_type == "SkipLayerNormalization"]
+    assert all("attn.proj.bias" in str(node.inputs[4]) or "fc2.bias" in str(node.inputs[4]) for node in fused)
+
+
+def test_rotations_need_no_casts(golden_bundle: Bundle) -> None:
+    for name in GRAPH_NAMES:
+        model = lowered(golden_bundle, name)
+        turned = [node for node in model.graph if node.op_type == "RotaryEmbedding"]
+        assert turned and len({node.inputs[2:] for node in turned}) == 1  # one pair of tables for all layers
+        assert not [node for node in turned for user in node.outputs[0].consumers() if user.op_type == "Cast"]
+
+
+@pytest.mark.parametrize(("version", "strict"), [("1.26.0", True), ("1.27.0", False), ("1.31.1", False), ("2.0", 0)])
+def test_old_norms_are_told_to_square_in_float32(version: str, strict: bool) -> None:
+    assert ("enable_skip_layer_norm_strict_mode" in fused_module.cuda_options(version, True)) == strict
+    assert "enable_cuda_graph" not in fused_module.cuda_options(version, False)
 
 
 @pytest.mark.parametrize("family", families.names())

@@ -13,6 +13,7 @@ from ivc_export.passes.fuse_activations import FuseActivationsPass
 from ivc_export.passes.fuse_attention import FuseAttentionPass
 from ivc_export.passes.fuse_norms import FuseNormsPass
 from ivc_export.passes.inline_ivc_functions import InlineIvcFunctionsPass
+from ivc_export.passes.pack_projections import PackProjectionsPass
 from ivc_export.passes.retype_floats import RetypeFloatsPass
 from ivc_export.passes.use_custom_ops import UseCustomOpsPass
 from ivc_export.passes.use_plugin import UsePluginPass
@@ -23,7 +24,8 @@ Lowering = Literal["portable", "native", "plugin", "ort-cuda", "ort-cuda-ops"]
 
 
 def _ort_cuda(*more: ir.passes.PassBase) -> tuple[ir.passes.PassBase, ...]:
-    fusing = (FuseAttentionPass(), CompactCachesPass(), FuseNormsPass(), FuseActivationsPass())
+    attention = (FuseAttentionPass(), PackProjectionsPass(), CompactCachesPass())
+    fusing = (*attention, FuseNormsPass(), FuseActivationsPass())
     return (*fusing, *more, RemoveUnusedNodesPass())
 
 
@@ -58,6 +60,7 @@ __all__ = [
     "FuseNormsPass",
     "InlineIvcFunctionsPass",
     "Lowering",
+    "PackProjectionsPass",
     "RetypeFloatsPass",
     "UseCustomOpsPass",
     "UsePluginPass",

@@ -25,10 +25,10 @@ class FuseAttentionPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rotations first: attention then takes over their layout."""
-        edit = Editor(model.graph)
+        edit, tables = Editor(model.graph), dict[tuple[ir.Value, int], ir.Value]()
         for node in list(model.graph):
             if node.op_type == "Concat":
-                fuse_rotation(edit, node)
+                fuse_rotation(edit, node, tables)
         for node in list(model.graph):
             core = attention(node)
             if core is not None and core.mask is None:
@@ -40,8 +40,12 @@ class FuseAttentionPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, True)
 
 
-def fuse_rotation(edit: Editor, node: ir.Node) -> None:
-    """Replace a rotation of the pairs (j, j + D / 2) of [B, heads, rows, D], if `node` is the last of one."""
+def fuse_rotation(edit: Editor, node: ir.Node, tables: dict[tuple[ir.Value, int], ir.Value]) -> None:
+    """Replace a rotation of the pairs (j, j + D / 2) of [B, heads, rows, D], if `node` is the last of one.
+
+    One between casts to float32 and back takes the dtype around it, as do its cosines and sines, kept in `tables`:
+    angles are computed in float32, and the casts would move four times the bytes of the rotation.
+    """
     parts = [made_by(value, op_type) for value, op_type in zip(node.inputs, ("Sub", "Add"), strict=False)]
     products = [made_by(value, "Mul") for part in parts if part is not None for value in part.inputs]
     terms = [tuple(product.inputs) for product in products if product is not None]
@@ -51,35 +55,44 @@ def fuse_rotation(edit: Editor, node: ir.Node) -> None:
     split = made_by(a, "Split")
     if split is None or terms[2:] != [(b, cos), (a, sin)] or list(split.outputs) != [a, b]:
         return
-    x = split.inputs[0]
-    assert x is not None
+    x, last = split.inputs[0], node.outputs[0]
+    assert x is not None and cos is not None and sin is not None
+    wide, (user, *others) = made_by(x, "Cast"), last.consumers()
+    if wide is not None and user.op_type == "Cast" and not others:
+        x, last = wide.inputs[0] or x, user.outputs[0]
+        cos, sin = (narrowed(edit, node, table, user.attributes["to"].as_int(), tables) for table in (cos, sin))
     offset = edit.ints(0)  # row r of this run turns by row r of cos and sin
     rotary: dict[str, Any] = {"domain": CONTRIB, "interleaved": 0}
-    heads = made_by(is_permuted(back(x, "Cast") or x, 0, 2, 1, 3), "Reshape")
+    heads = made_by(is_permuted(x, 0, 2, 1, 3), "Reshape")
     if heads is None:
         (turned,) = edit.op(node, "RotaryEmbedding", x, offset, cos, sin, **rotary)
     else:
         (turned,) = edit.op(node, "RotaryEmbedding", flat(edit, node, x), offset, cos, sin, **rotary)
         (turned,) = edit.op(node, "Reshape", turned, heads.inputs[1])
         (turned,) = edit.op(node, "Transpose", turned, perm=[0, 2, 1, 3])
-    edit.replace(node.outputs[0], turned)
+    edit.replace(last, turned)
+
+
+def narrowed(
+    edit: Editor, before: ir.Node, table: ir.Value, dtype: int, tables: dict[tuple[ir.Value, int], ir.Value]
+) -> ir.Value:
+    """`table` in `dtype`, cast once for all layers."""
+    if (table, dtype) not in tables:
+        (tables[table, dtype],) = edit.op(before, "Cast", table, to=dtype)
+    return tables[table, dtype]
 
 
 def flat(edit: Editor, before: ir.Node, x: ir.Value) -> ir.Value:
     """[B, heads, rows, D] as [B, rows, heads * D], taken from before it was transposed where it was."""
-    cast = made_by(x, "Cast")
-    inner = cast.inputs[0] if cast is not None else x
-    heads = made_by(is_permuted(inner, 0, 2, 1, 3), "Reshape")
+    heads = made_by(is_permuted(x, 0, 2, 1, 3), "Reshape")
     if heads is None:
-        (y,) = edit.op(before, "Transpose", inner, perm=[0, 2, 1, 3])
+        (y,) = edit.op(before, "Transpose", x, perm=[0, 2, 1, 3])
         (y,) = edit.op(before, "Reshape", y, edit.ints(0, 0, -1))
     else:
         y = heads.inputs[0]  # type: ignore[assignment]
         source = y.producer()
         if source is None or source.op_type != "RotaryEmbedding":
             (y,) = edit.op(before, "Reshape", y, flat_shape(edit, before, heads.inputs[1]))
-    if cast is not None:
-        (y,) = edit.op(before, "Cast", y, to=cast.attributes["to"].as_int())
     return y
 
 

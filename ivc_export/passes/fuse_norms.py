@@ -1,4 +1,4 @@
-"""Root-mean-square norms, and the sums before them, as one node each."""
+"""Norms, and the sums before them, as one node each."""
 
 from __future__ import annotations
 
@@ -8,38 +8,62 @@ import onnx_ir as ir
 
 from ivc_export.passes.match import Editor, back, made_by, numbers
 
+CONTRIB = "com.microsoft"
+
 
 class FuseNormsPass(ir.passes.InPlacePass):
-    """Replace RMS norms by onnxruntime's SimplifiedLayerNormalization.
+    """Replace RMS norms by onnxruntime's SimplifiedLayerNormalization, and let norms of both kinds add what they norm.
 
-    1. Needs: norms as layers.rms_norm writes them.
-    2. Leaves: SkipSimplifiedLayerNormalization where what is normed is a sum, with the sum as an output;
-       SimplifiedLayerNormalization elsewhere. Both compute in float32, and apply the weight there, too.
+    1. Needs: norms as layers.rms_norm and layers.layer_norm write them.
+    2. Leaves: SkipSimplifiedLayerNormalization and SkipLayerNormalization where what is normed is a sum, with the sum
+       as an output, and with the bias of a product that is added; SimplifiedLayerNormalization and LayerNormalization
+       elsewhere. All compute in float32, and apply the weight there, too.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Find the norms by their last node, the product with the weight."""
+        """Find RMS norms by their last node, the product with the weight."""
         edit = Editor(model.graph)
         for node in list(model.graph):
             found = rms_norm(node)
-            if found is None:
-                continue
-            x, epsilon = found
-            weight, total = node.inputs[1], made_by(x, "Add")
-            if total is not None:
-                attributes: dict[str, Any] = {"domain": "com.microsoft", "epsilon": epsilon}
-                values = edit.op(
-                    total, "SkipSimplifiedLayerNormalization", *total.inputs, weight, outputs=4, **attributes
-                )
-                for unused in (1, 2):
-                    values[unused].name = ""
-                edit.replace(x, values[3])
-                edit.replace(node.outputs[0], values[0])
-            else:
-                attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
-                (normed,) = edit.op(node, "SimplifiedLayerNormalization", x, weight, **attributes)
-                edit.replace(node.outputs[0], normed)
+            if found is not None:
+                fuse(edit, node, *found, "SimplifiedLayerNormalization", [node.inputs[1]])
+            elif node.op_type == "LayerNormalization" and made_by(node.inputs[0], "Add") is not None:
+                assert node.inputs[0] is not None
+                epsilon = node.attributes["epsilon"].as_float()
+                fuse(edit, node, node.inputs[0], epsilon, "LayerNormalization", list(node.inputs[1:]))
         return ir.passes.PassResult(model, True)
+
+
+def fuse(
+    edit: Editor, node: ir.Node, x: ir.Value, epsilon: float, op_type: str, weights: list[ir.Value | None]
+) -> None:
+    """Put one node in the place of the norm of `x` that ends in `node`, and of the sum that makes `x`."""
+    total = made_by(x, "Add")
+    if total is None:
+        attributes: dict[str, Any] = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
+        (normed,) = edit.op(node, op_type, x, *weights, **attributes)
+        edit.replace(node.outputs[0], normed)
+        return
+    bias = detached_bias(total.inputs[1])
+    inputs = [*total.inputs, *weights, *([bias] if bias is not None else [])]
+    values = edit.op(total, f"Skip{op_type}", *inputs, outputs=4, domain=CONTRIB, epsilon=epsilon)
+    for unused in (1, 2):
+        values[unused].name = ""
+    edit.replace(x, values[3])
+    edit.replace(node.outputs[0], values[0])
+
+
+def detached_bias(value: ir.Value | None) -> ir.Value | None:
+    """The bias of the product that makes `value`, taken from it, if nothing else reads the product.
+
+    onnxruntime would first write the bias to every row of the result, at a fraction of the memory's speed.
+    """
+    product = made_by(value, "Gemm")
+    if product is None or value is None or len(value.consumers()) > 1 or len(product.inputs) < 3:
+        return None
+    bias = product.inputs[2]
+    product.resize_inputs(2)
+    return bias
 
 
 def rms_norm(node: ir.Node) -> tuple[ir.Value, float] | None:

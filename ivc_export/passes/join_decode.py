@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from ivc_export.contract import IVC_DOMAIN
+from ivc_export.passes.rotate_in_attention import RotateInAttentionPass
 
 
 def join_decode(prefix: ir.Model, decoder: ir.Model) -> ir.Model:
@@ -45,12 +46,14 @@ def join_decode(prefix: ir.Model, decoder: ir.Model) -> ir.Model:
     names = ("inputs_embeds", "position_ids", "seqlens_k", "total_sequence_length", "past_key.", "past_value.")
     RemoveUnusedNodesPass()(prefix)  # the selection
     graph.inputs[:] = [*(value for value in graph.inputs if str(value.name).startswith(names)), *caches]
+    for value in graph.inputs:
+        if value.name == "position_ids":
+            value.shape = ir.Shape([*list(value.shape or ())[:-1], "P"])
     graph.name = "decode"
     prefix.functions.clear()
     graph.opset_imports.pop(IVC_DOMAIN, None)
     CommonSubexpressionEliminationPass()(prefix)
-    RemoveUnusedNodesPass()(prefix)
-    return prefix
+    return RotateInAttentionPass()(prefix).model
 
 
 def move_initializers(source: ir.Graph, target: ir.Graph) -> None:

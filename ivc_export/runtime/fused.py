@@ -128,9 +128,8 @@ class FusedSession:
                 if isinstance(tensor, ir.LazyTensor):
                     value.const_value = self._given(name, tensor)
                     options.add_external_initializers([name], [self._converted[name]])
-        provider: Any = PROVIDERS[self.device]
-        if cuda_graph:
-            provider = (provider, {"enable_cuda_graph": "1"})
+        chosen = cuda_options(onnxruntime.__version__, cuda_graph) if self.device == "cuda" else {}
+        provider = (PROVIDERS[self.device], chosen)
         try:
             content = ir.to_proto(model).SerializeToString()
             session = onnxruntime.InferenceSession(content, options, providers=[provider])
@@ -171,13 +170,22 @@ class FusedSession:
                 binding.bind_ortvalue_output(tensor.name, place)
         return binding
 
-    def run(self, name: str, binding: Any, captured: int | None = None) -> Values:
+    def run(self, name: str, binding: Any) -> Values:
         """Run a graph, and return its outputs by name.
+
+        Raises:
+            UserError: onnxruntime cannot, most often for lack of memory.
+        """
+        self.run_bound(name, binding)
+        return dict(zip([o.name for o in self._sessions[name].get_outputs()], binding.get_outputs(), strict=True))
+
+    def run_bound(self, name: str, binding: Any, captured: int | None = None) -> None:
+        """Run a graph whose outputs the caller has bound.
 
         captured: number of the CUDA graph to capture or to replay; one number belongs to one set of addresses.
 
         Raises:
-            UserError: onnxruntime cannot, most often for lack of memory.
+            UserError: as run.
         """
         session, options = self._sessions[name], onnxruntime.RunOptions()
         if captured is not None:
@@ -187,7 +195,18 @@ class FusedSession:
         except Exception as error:  # as above
             reason = str(error).splitlines()[0]
             raise UserError(f"{name} cannot run ({reason}): if memory is short, use a smaller picture") from error
-        return dict(zip([o.name for o in session.get_outputs()], binding.get_outputs(), strict=True))
+
+
+def cuda_options(version: str, cuda_graph: bool) -> dict[str, str]:
+    """Options of onnxruntime's CUDA provider, by onnxruntime's version.
+
+    Before 1.27 it squared float16 in float16 in norms of sums, which then gave zeros for rows beyond 10,000 or so, as
+    some models have: its strict mode does not (github.com/microsoft/onnxruntime/issues/29034).
+    """
+    chosen = {"enable_cuda_graph": "1"} if cuda_graph else {}
+    if tuple(int(part) for part in version.split(".")[:2]) < (1, 27):
+        chosen["enable_skip_layer_norm_strict_mode"] = "1"
+    return chosen
 
 
 def view(owner: OrtValue) -> OrtValue:
@@ -322,7 +341,7 @@ class Workspace:
         cache = DeviceCache.make(session, capacity)
         step: Values = {
             "inputs_embeds": session.value(np.zeros((1, 1, m.decoder.hidden_size), session.dtype)),
-            "position_ids": session.value(np.zeros((len(m.rotary.sections), 1, 1), np.int32)),
+            "position_ids": session.value(np.zeros((len(m.rotary.sections), 1, capacity), np.int32)),
         }
         for suffix in cache.lengths(0):
             step[f"seqlens_k{suffix}"] = session.value(np.zeros(1, np.int32))
@@ -404,13 +423,13 @@ class FusedConversation:
         bindings, logits = self._workspace.bindings, self._workspace.logits
         with self.timings.stage("decode.decoder"):
             step["inputs_embeds"].update_inplace(session.bundle.embed(plan.tokens).astype(session.dtype)[None])
-            step["position_ids"].update_inplace(np.ascontiguousarray(plan.position_ids))
+            step["position_ids"].update_inplace(plan.position_ids.repeat(cache.capacity, axis=2))
             for suffix, length in cache.lengths(0).items():
                 step[f"seqlens_k{suffix}"].update_inplace(np.array([length], np.int32))
             if cache.swapped not in bindings:
                 binding = session.bind("decode", step | cache.inputs(), cache.outputs() | {"logits": logits})
                 bindings[cache.swapped] = (binding, next(session.captures))
-            session.run("decode", *bindings[cache.swapped])
+            session.run_bound("decode", *bindings[cache.swapped])
             found = np.array(logits.numpy())  # a copy: the next step writes to the same memory
         return Step(plan, (), {"keep_index": np.zeros(1, np.int32)}, {"logits": found})
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper
 
 from ivc_export.bundle import Bundle
 from ivc_export.families import Grid
 from ivc_export.runtime.conversation import Conversation
-from ivc_export.runtime.fused import FusedConversation, FusedSession
+from ivc_export.runtime.fused import FusedConversation, FusedSession, cuda_options
 from ivc_export.runtime.session import OnnxSession
 from tests.conftest import Golden, random_picture
 
@@ -37,6 +38,31 @@ def test_conversations_on_the_gpu_follow_float32(golden_bundle: Bundle, cuda_gra
         for token in (5, 6, 7, 8):
             assert np.abs(step.logits - reference.logits).max() < TOLERANCE * np.abs(reference.logits).max()
             step, reference = found.run([token]), wanted.run([token])
+
+
+@pytest.mark.parametrize("operator", ["SkipSimplifiedLayerNormalization", "SkipLayerNormalization"])
+@pytest.mark.parametrize("scale", [1, 300, 15000])
+def test_norms_square_in_float32(operator: str, scale: float) -> None:
+    """15,000 squared over 1,536 columns is beyond float16; onnxruntime before 1.27 has to be told."""
+    generator, columns = np.random.default_rng(0), 1536
+    names = ["x", "skip", "weight", *(["beta"] if operator == "SkipLayerNormalization" else []), "bias"]
+    values = {name: generator.standard_normal(columns).astype(np.float16) for name in names}
+    values |= {name: (scale * generator.uniform(-1, 1, (64, columns))).astype(np.float16) for name in ("x", "skip")}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, value.shape) for name, value in values.items()]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, [64, columns]) for name in ("normed", "sum")]
+    node = helper.make_node(operator, names, ["normed", "", "", "sum"], domain="com.microsoft", epsilon=1e-6)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph([node], "norm", inputs, outputs), opset_imports=opsets, ir_version=8)
+    options = cuda_options(onnxruntime.__version__, cuda_graph=False)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[("CUDAExecutionProvider", options)])
+    found, total = session.run(None, values)
+    wide = {name: value.astype(np.float64) for name, value in values.items()}
+    wanted = wide["x"] + wide["skip"] + wide["bias"]
+    assert np.abs(total - wanted).max() <= 2e-3 * scale * 2
+    if "beta" in wide:
+        wanted -= wanted.mean(axis=-1, keepdims=True)
+    wanted *= wide["weight"] / np.sqrt((wanted**2).mean(axis=-1, keepdims=True) + 1e-6)
+    assert np.abs(found - wanted - wide.get("beta", 0)).max() < 1e-2
 
 
 def test_golden_rows_are_kept(golden: Golden, golden_bundle: Bundle) -> None:

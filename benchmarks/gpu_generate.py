@@ -235,7 +235,7 @@ def bars(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def profile(one: Contestant, prompt: Prompt, count: int, failures: dict[str, str]) -> dict[str, Any]:
-    """The GPU's kernels up to the first token and in decode steps, with nothing pruned, and a FusedSession's operators."""
+    """The GPU's kernels up to the first token and in decode steps, nothing pruned, and a FusedSession's operators."""
     side = one.side
     assert isinstance(side, BundleSide)
     found: dict[str, Any] = {"side": side.name, "visual_tokens": prompt.visual, "decoded_tokens": count}

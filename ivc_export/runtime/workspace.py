@@ -1,0 +1,111 @@
+"""Memory of a conversation on the device, as the graphs of the `ort-cuda` lowering want it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnxruntime import OrtValue
+
+from ivc_export.contract import FloatName, Manifest
+
+Values = dict[str, OrtValue]
+Place = Callable[[npt.NDArray[Any]], OrtValue]
+"""Puts an array into the device's memory."""
+
+
+@dataclass
+class DeviceCache:
+    """Keys and values of all layers in buffers of `capacity` rows; the layers that are compacted have a second set.
+
+    length: valid rows. whole: layers that keep every row, which have `whole_length` of them.
+    """
+
+    capacity: int
+    current: Values
+    spare: Values
+    whole: tuple[str, ...]
+    length: int = 0
+    whole_length: int = 0
+    swapped: bool = False
+
+    @staticmethod
+    def make(m: Manifest, capacity: int, dtype: FloatName, place: Place) -> DeviceCache:
+        """Zeroed buffers."""
+        shape = (1, m.decoder.kv_heads, capacity, m.decoder.head_dim)
+
+        def buffers(names: Iterable[str]) -> Values:
+            return {name: place(np.zeros(shape, dtype)) for name in names}
+
+        everything = buffers(f"{kind}.{i}" for i in range(m.decoder.layers) for kind in ("key", "value"))
+        compacted = [t.name.removeprefix("compact_") for t in m.graphs["decoder"].outputs if "compact_" in t.name]
+        lengths = [t.name for t in m.graphs["prefix"].inputs if t.name.startswith("past_length.")]
+        whole = tuple(name.removeprefix("past_length") for name in lengths)
+        return DeviceCache(capacity, everything, buffers(compacted), whole)
+
+    def inputs(self) -> Values:
+        """past_key.i and past_value.i of all layers."""
+        return {f"past_{name}": value for name, value in self.current.items()}
+
+    def outputs(self) -> Values:
+        """present_key.i and present_value.i in place, and compact_key.i and compact_value.i to the second set."""
+        compact = {f"compact_{name}": value for name, value in self.spare.items()}
+        return compact | {f"present_{name}": value for name, value in self.current.items()}
+
+    def swap(self) -> None:
+        """Take the compacted buffers for the current ones."""
+        self.swapped = not self.swapped
+        for name, value in self.spare.items():
+            self.spare[name], self.current[name] = self.current[name], value
+
+    def clear(self) -> None:
+        """Begin anew, in the buffers that were current at first, whose decode step may have been captured.
+
+        Old rows stay: attention gives rows that are not valid a weight of 0, and 0 times a finite number is 0; they are
+        finite since buffers begin with zeros and get keys and values alone.
+        """
+        self.length = self.whole_length = 0
+        if self.swapped:
+            self.swap()
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of the valid rows."""
+        one = next(iter(self.current.values()))
+        _, heads, _, size = one.shape()
+        rows = 2 * len(self.whole) * self.whole_length + (len(self.current) - 2 * len(self.whole)) * self.length
+        return int(rows * heads * size * (2 if "float16" in one.data_type() else 4))
+
+    def lengths(self, rows: int) -> dict[str, int]:
+        """Valid rows with `rows` more, by the suffix of a length's name: "", or ".0" for layer 0 kept whole."""
+        return {"": self.length + rows} | dict.fromkeys(self.whole, self.whole_length + rows)
+
+
+@dataclass
+class Workspace:
+    """Memory of one conversation: caches, and a decode step's other inputs and its logits, at addresses that stay.
+
+    bindings: of decode steps over both, and numbers of their captured CUDA graphs, by DeviceCache.swapped: each set of
+    buffers has its own.
+    """
+
+    cache: DeviceCache
+    step: Values
+    logits: OrtValue
+    bindings: dict[bool, tuple[Any, int]] = field(default_factory=dict)
+
+    @staticmethod
+    def make(m: Manifest, capacity: int, dtype: FloatName, place: Place) -> Workspace:
+        """Zeroed memory."""
+        cache = DeviceCache.make(m, capacity, dtype, place)
+        step: Values = {
+            "inputs_embeds": place(np.zeros((1, 1, m.decoder.hidden_size), dtype)),
+            "position_ids": place(np.zeros((len(m.rotary.sections), 1, capacity), np.int32)),
+        }
+        for suffix in cache.lengths(0):
+            step[f"seqlens_k{suffix}"] = place(np.zeros(1, np.int32))
+            step[f"total_sequence_length{suffix}"] = OrtValue.ortvalue_from_numpy(np.array(capacity, np.int32))
+        return Workspace(cache, step, place(np.zeros((1, 1, m.decoder.vocab_size), np.float32)))

@@ -9,11 +9,13 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from ivc_export import contract, families
 from ivc_export.bundle import Bundle
 from ivc_export.cli import ivc_run
+from ivc_export.cli import run as run_module
 from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.errors import UserError
 from ivc_export.export import export
@@ -282,6 +284,35 @@ def test_rotations_need_no_casts(golden_bundle: Bundle) -> None:
 def test_old_norms_are_told_to_square_in_float32(version: str, strict: bool) -> None:
     assert ("enable_skip_layer_norm_strict_mode" in fused_module.cuda_options(version, True)) == strict
     assert "enable_cuda_graph" not in fused_module.cuda_options(version, False)
+
+
+def test_what_onnxruntime_does_not_capture_is_launched(golden_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[bool] = []
+
+    def refuse(
+        content: bytes, options: Any, providers: list[tuple[str, dict[str, str]]]
+    ) -> onnxruntime.InferenceSession:
+        opened.append("enable_cuda_graph" in providers[0][1])
+        if opened[-1]:
+            raise RuntimeError("This session cannot use the graph capture feature")
+        return session_class(content, options, providers=["CPUExecutionProvider"])
+
+    session_class = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    monkeypatch.setitem(cast("dict[str, str]", fused_module.PROVIDERS), "cuda", "CPUExecutionProvider")
+    monkeypatch.setitem(cast("dict[str, str]", fused_module.DTYPES), "cuda", "float32")
+    monkeypatch.setattr(FusedSession, "value", lambda self, array: onnxruntime.OrtValue.ortvalue_from_numpy(array))
+    assert not FusedSession(golden_bundle, "cuda").cuda_graph
+    assert opened == [False, False, False, True, False]
+
+
+def test_a_missing_capture_is_said(
+    sample_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_module, "open_session", lambda bundle, *_: FusedSession(bundle, "cpu"))
+    asked = ["--prompt", "Hello", "--provider", "cuda", "--max-tokens", "1"]
+    assert ivc_run([str(sample_bundle.folder), *asked]) == 0
+    assert "captures no CUDA graph" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("family", families.names())

@@ -16,6 +16,7 @@ from ivc_export.bundle import Bundle
 from ivc_export.contract import PatchPreprocessing
 from ivc_export.errors import UserError
 from ivc_export.runtime.backends import Backend, open_session
+from ivc_export.runtime.fused import FusedSession
 
 RUNTIMES: Mapping[str, tuple[Backend, str | None]] = {
     "onnxruntime-cpu": ("onnxruntime", "cpu"),
@@ -80,7 +81,8 @@ def open_contestants(
             memory = Footprints(counter)
             with memory.grow():
                 session = open_session(bundle, *RUNTIMES[name], entrants.op_library, entrants.cuda_graph)
-                side = BundleSide(session, "" if entrants.cuda_graph else "decode steps without a CUDA graph")
+                launched = isinstance(session, FusedSession) and not session.cuda_graph
+                side = BundleSide(session, "decode steps without a CUDA graph" if launched else "")
             found.append(Contestant(side, memory))
     if entrants.peers and entrants.checkpoint is not None:
         progress("opening the checkpoint on PyTorch")

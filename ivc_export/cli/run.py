@@ -19,11 +19,13 @@ from ivc_export.errors import UserError
 from ivc_export.report.overlay import count_kinds, overlay
 from ivc_export.runtime.backends import BACKENDS, open_session
 from ivc_export.runtime.conversation import Timings
+from ivc_export.runtime.fused import FusedSession
 from ivc_export.runtime.generate import Chat, Sampling
 from ivc_export.runtime.processor import open_picture
 from ivc_export.runtime.session import widening_note
 
 CHAT_HELP = "/image FILE adds a picture to your next question, /quit ends the chat"
+NO_CUDA_GRAPH = "this onnxruntime captures no CUDA graph of decode steps, which take longer so: try a newer one"
 
 
 def parser() -> Parser:
@@ -73,6 +75,8 @@ def command(arguments: Sequence[str] | None) -> int:
     with console.status("opening the graphs"):
         session = open_session(bundle, options.backend, options.provider, options.op_library)
         chat = Chat(session, options.ratio, sampling=sampling)
+    if isinstance(session, FusedSession) and not session.cuda_graph:
+        console.print(NO_CUDA_GRAPH, markup=False)
     if options.prompt is not None:
         answer(chat, options.prompt, images, options)
     if options.chat:

@@ -38,7 +38,7 @@ class FusedSession:
     """The vision graph, prefix and decoder, and one graph of both for decode steps, with one copy of the weights.
 
     provider: "cuda", or "cpu" to check the same graphs and the same hand-over without a GPU.
-    cuda_graph: capture the decode step, and replay it.
+    cuda_graph: capture the decode step, and replay it, unless onnxruntime refuses; the attribute says whether it does.
     op_library: our library of custom operators (graphs/plugin/onnxruntime), which then selects and compacts.
 
     Raises:
@@ -69,7 +69,6 @@ class FusedSession:
         self.lowering: Lowering = "ort-cuda-ops" if op_library else "ort-cuda"
         models = {name: self.lowered(name, self.lowering) for name in GRAPH_NAMES}
         take_float32(models["vision"])
-        joined = join_decode(self.lowered("prefix", "ort-cuda"), self.lowered("decoder", "ort-cuda"))
         self._owners: Values = {}
         self._weights: Values = {}
         """Views of these: onnxruntime shares memory between sessions that it does not own itself."""
@@ -78,7 +77,14 @@ class FusedSession:
         self._sessions: dict[str, onnxruntime.InferenceSession] = {
             name: self._open(model) for name, model in models.items()
         }
-        self._sessions["decode"] = self._open(joined, cuda_graph=cuda_graph and provider == "cuda")
+        self.cuda_graph = cuda_graph and provider == "cuda"
+        try:
+            self._sessions["decode"] = self._open(self._joined(), self.cuda_graph)
+        except UserError:
+            if not self.cuda_graph:
+                raise
+            self.cuda_graph = False  # onnxruntime captures no graph of which it computes a part on the host
+            self._sessions["decode"] = self._open(self._joined())
         self._converted.clear()
         self.captures = count(1)
         """Numbers for captured CUDA graphs."""
@@ -105,6 +111,10 @@ class FusedSession:
         if self.dtype != self.bundle.manifest.dtype:
             model = RetypeFloatsPass(self.dtype)(model).model
         return lower(model, lowering)
+
+    def _joined(self) -> ir.Model:
+        """The graph of decode steps."""
+        return join_decode(self.lowered("prefix", "ort-cuda"), self.lowered("decoder", "ort-cuda"))
 
     def _open(self, model: ir.Model, cuda_graph: bool = False) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()

@@ -11,7 +11,8 @@ of the 16 layers below the cut. The vocabulary is small, so that lm_head does no
 these are subtracted before dividing by the layers.
 
 Times are of the GPU, by events around runs of an engine one behind the other on memory that does not change: as a
-CUDA graph (`ms`), and enqueued one by one (`enqueued_ms`), which a slow host bounds from below for small engines.
+CUDA graph (`ms`) where that can be captured, and enqueued one by one (`enqueued_ms`), which a slow host bounds from
+below for small engines.
 """
 
 from __future__ import annotations
@@ -127,10 +128,15 @@ def planned(bundle: Bundle, visual: int, ratio: float) -> Run:
 
 
 class Times(NamedTuple):
-    """Milliseconds of one run."""
+    """Milliseconds of one run, as a CUDA graph where it can be captured."""
 
-    graph: float
+    graph: float | None
     enqueued: float
+
+    @property
+    def best(self) -> float:
+        """As a CUDA graph, or else enqueued."""
+        return self.enqueued if self.graph is None else self.graph
 
 
 class Timer:
@@ -168,7 +174,8 @@ class Timer:
         context.execute_async_v3(stream)
         status, graph = self.cuda.cudaStreamEndCapture(stream)
         if int(status):
-            raise RuntimeError(f"{name} cannot be captured: {status}")
+            print(f"{name} of profile {profile} cannot be captured: {status}", flush=True)
+            return Times(None, enqueued), outputs
         _, runnable = self.cuda.cudaGraphInstantiate(graph, 0)
         replayed = self.median(lambda: self.cuda.cudaGraphLaunch(runnable, stream))
         self.cuda.cudaGraphExecDestroy(runnable)
@@ -258,12 +265,13 @@ def measure(options: argparse.Namespace) -> None:
                     found = timer.prompt(bundle, run, past, stage == "decode")
                     bound = least(bundle, run, past, RECIPE.capacity if past else 0, ceilings)
                     layer = {
-                        "prefix": (found["prefix"].graph - found["select"].graph) / CUT,
-                        "decoder": (found["decoder"].graph - found["compact"].graph * CUT / BELOW) / (LAYERS - CUT),
+                        "prefix": (found["prefix"].best - found["select"].best) / CUT,
+                        "decoder": (found["decoder"].best - found["compact"].best * CUT / BELOW) / (LAYERS - CUT),
                     }
                     rows.append(
                         {"graphs": kind, "stage": stage, "visual_tokens": visual, "ratio": ratio}
-                        | {f"{name}_ms": round(times.graph, 4) for name, times in found.items()}
+                        | {f"{name}_ms": round(times.best, 4) for name, times in found.items()}
+                        | {f"{name}_captured": times.graph is not None for name, times in found.items()}
                         | {f"{name}_enqueued_ms": round(times.enqueued, 4) for name, times in found.items()}
                         | {f"{name}_roofline_ms": round(value, 4) for name, value in bound.items()}
                         | {f"{name}_ms_a_layer": round(value, 4) for name, value in layer.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -62,3 +64,37 @@ def test_the_cpp_program_plans_as_we_do(
         wanted += [plan.query_index, plan.ivc_priority, counts]
         for one, other in zip(found, wanted, strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("decoder", "head_dim"), None, "decoder.head_dim in FILE is not a number: copy or make it again"),
+        (("decoder", "head_dim"), 1e300, "decoder.head_dim in FILE is not a whole number from 0 on: "),
+        (("decoder", "head_dim"), 0.5, "decoder.head_dim in FILE is not a whole number from 0 on: "),
+        (("rotary", "sections"), {}, "rotary.sections in FILE is not a list: "),
+        (("rotary", "theta"), math.nan, "rotary.theta in FILE is not a number: "),
+        (("selection", "ivc_fraction"), 7, "selection.ivc_fraction in FILE is not a number from 0 to 1: "),
+        (("tokens",), [], "FILE lacks tokens.image: copy or make it again"),
+    ],
+)
+def test_a_damaged_manifest_is_named(
+    sample_bundle: Bundle, program: Path, tmp_path: Path, place: tuple[str, ...], value: object, message: str
+) -> None:
+    path = tmp_path / "manifest.json"
+    manifest = json.loads((sample_bundle.folder / "manifest.json").read_text())
+    field = manifest if len(place) == 1 else manifest[place[0]]
+    field[place[-1]] = value
+    path.write_text(json.dumps(manifest))
+    words = [path, 0, 0.5, 1, 1, 1, sample_bundle.manifest.tokens.image, 5]
+    done = subprocess.run([program, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message.replace('FILE', str(path))}")
+
+
+def test_files_that_are_no_json_are_named(program: Path, tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    for content, at in (("", 0), ('{"decoder": {"lay', 17), ("[" * 1_000_000, 64), ("{} {}", 3)):
+        path.write_text(content)
+        done = subprocess.run([program, path, "0", "1", "0", "0", "1"], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (2, f"error: {path} is no JSON at byte {at}: copy or make it again\n")

@@ -53,7 +53,7 @@ inline std::vector<float> ivcPriority(const std::vector<std::vector<int32_t>>& p
         cosine[token] = std::nearbyint(cosSum / count * 1e9) / 1e9;  // (r, c) and (c, r) tie mathematically
         sine[token] = std::nearbyint(sinSum / count * 1e9) / 1e9;
     }
-    const auto best = std::nearbyint(manifest["selection"]["ivc_fraction"].number() * static_cast<double>(tokens));
+    const auto best = std::nearbyint(manifest["selection"]["ivc_fraction"].fraction() * static_cast<double>(tokens));
     const std::vector<int32_t> byCosine = descending(cosine), bySine = descending(sine);
     std::vector<float> priority(tokens, 0.0f);
     float next = 32768.0f;

@@ -73,6 +73,7 @@ def test_the_cpp_program_plans_as_we_do(
         (("decoder", "head_dim"), 1e300, "decoder.head_dim in FILE is not a whole number from 0 on: "),
         (("decoder", "head_dim"), 0.5, "decoder.head_dim in FILE is not a whole number from 0 on: "),
         (("rotary", "sections"), {}, "rotary.sections in FILE is not a list: "),
+        (("rotary", "sections"), [], "the manifest's rotary.sections names no axis: "),
         (("rotary", "theta"), math.nan, "rotary.theta in FILE is not a number: "),
         (("selection", "ivc_fraction"), 7, "selection.ivc_fraction in FILE is not a number from 0 to 1: "),
         (("tokens",), [], "FILE lacks tokens.image: copy or make it again"),
@@ -98,3 +99,26 @@ def test_files_that_are_no_json_are_named(program: Path, tmp_path: Path) -> None
         path.write_text(content)
         done = subprocess.run([program, path, "0", "1", "0", "0", "1"], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (2, f"error: {path} is no JSON at byte {at}: copy or make it again\n")
+
+
+def test_runs_that_cannot_be_are_refused(sample_bundle: Bundle, program: Path) -> None:
+    m = sample_bundle.manifest
+    picture, one = [m.tokens.image, 5], Grid(1, 1)
+    for tokens, grid, start, ratio, message in (
+        ([1, -1], None, 0, 0.5, "token id -1 is beyond the vocabulary of "),
+        ([m.decoder.vocab_size], None, 0, 0.5, f"token id {m.decoder.vocab_size} is beyond the vocabulary of "),
+        (
+            [1, 1],
+            None,
+            m.decoder.max_positions - 1,
+            0.5,
+            f"the conversation reaches position {m.decoder.max_positions + 1}",
+        ),
+        (picture, Grid(1, 0), 0, 0.5, "a picture has no 1 rows of 0 visual tokens: "),
+        (picture, Grid(65536, 65536), 0, 0.5, "a picture has no 65536 rows of 65536 visual tokens: "),
+        (picture, Grid(2, 1), 0, 0.5, "the prompt holds 1 image tokens and the picture gives 2: "),
+        *((picture, one, 0, ratio, f"ratio {ratio:f} is out of range: ") for ratio in (0, -1, 1.5, math.nan)),
+    ):
+        done = planned(program, sample_bundle, tokens, grid, start, ratio)
+        assert done.returncode == 2, message
+        assert done.stderr.startswith(f"error: {message}")

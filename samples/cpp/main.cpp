@@ -106,6 +106,7 @@ class Generator {
     }
 
     const Json& manifest() const { return manifest_; }
+    bool full() const { return position_ >= manifest_["decoder"]["max_positions"].integer(); }
 
     // Runs `tokens` over the caches, with a picture's patches or none, and returns the most probable next token.
     int32_t run(const std::vector<int32_t>& tokens, const Grid* grid, const std::vector<float>& pixels, double ratio) {
@@ -369,7 +370,7 @@ int run(const Options& o) {
         drawn.push_back(token);
         std::cout << token << (static_cast<int32_t>(drawn.size()) < o.maxTokens ? " " : "") << std::flush;
         const bool stopped = o.wanted.empty() && std::find(stop.begin(), stop.end(), token) != stop.end();
-        if (stopped || static_cast<int32_t>(drawn.size()) >= o.maxTokens) break;
+        if (stopped || static_cast<int32_t>(drawn.size()) >= o.maxTokens || generator.full()) break;
         token = generator.run({token}, nullptr, {}, ratio);
     }
     std::cout << "\n";

@@ -1,9 +1,10 @@
-"""What the C++ program computes on the host, against ours. Its TensorRT part needs a GPU."""
+"""What the C++ program computes on the host, against ours, and what it refuses. Its TensorRT part needs a GPU."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,8 +16,12 @@ import pytest
 from ivc_export.bundle import Bundle
 from ivc_export.families import Grid
 from ivc_export.runtime.plan import plan_run
+from ivc_export.testdata import write_testdata
+from tests.test_plugin_builds import CACHE, MISSING, cmake
 
 SAMPLE = Path(__file__).parent.parent / "samples" / "cpp"
+READY = ("CUDA: ", "./vision.plan cannot be read: ")  # all is well but for the GPU, or but for the engines
+PICTURE = ["--pixels", "testdata/prefill/vision/inputs/pixel_values.bin", "--grid"]
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +127,74 @@ def test_runs_that_cannot_be_are_refused(sample_bundle: Bundle, program: Path) -
         done = planned(program, sample_bundle, tokens, grid, start, ratio)
         assert done.returncode == 2, message
         assert done.stderr.startswith(f"error: {message}")
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole program. What it says before it looks for a GPU is tested where it can be built."""
+    if MISSING:
+        pytest.skip(f"there is no {' and no '.join(MISSING)}")
+    folder = tmp_path_factory.mktemp("sample")
+    configured = subprocess.run(
+        ["cmake", "-S", SAMPLE, "-B", folder, "-DCMAKE_CUDA_ARCHITECTURES=86"], capture_output=True, text=True
+    )
+    if "TensorRT_LIBRARY-NOTFOUND" in (folder / CACHE).read_text():
+        pytest.skip("TensorRT is not installed (TENSORRT_ROOT names it)")
+    assert configured.returncode == 0, configured.stderr
+    cmake("--build", folder, "--target", "ivc_sample", "-j", "1")
+    return folder / "ivc_sample"
+
+
+@pytest.fixture
+def bundle(sample_bundle: Bundle, tmp_path: Path) -> Path:
+    """A bundle with test data, of which a test may damage a file, and a record of engines."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(sample_bundle.folder, folder)
+    write_testdata(Bundle.load(folder))
+    record = {"capacity": 4096, "graphs": "native", "recipe": {"plugin": None}}
+    (folder / "build.json").write_text(json.dumps(record))
+    return folder
+
+
+def refusal(sample: Path, bundle: Path, *words: str) -> str:
+    """What the program says before it exits with code 2."""
+    done = subprocess.run([sample, ".", ".", *words], cwd=bundle, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    return done.stderr.removeprefix("error: ").removesuffix("\n")
+
+
+def test_files_that_are_no_file_of_the_bundle_are_named(sample: Path, bundle: Path) -> None:
+    assert refusal(sample, bundle, "--testdata").startswith(READY)
+    index = json.loads((bundle / "testdata" / "index.json").read_text())
+    tokens = ["--tokens", ",".join(map(str, index["prompt_tokens"]))]
+    rows, columns = (str(index["grid"][name]) for name in ("rows", "columns"))
+    assert refusal(sample, bundle, *tokens, *PICTURE, rows, columns).startswith(READY)
+    pixels = bundle / PICTURE[1]
+    size = pixels.stat().st_size
+    takes = f" takes {size * 2}: give the grid that the picture was cut into"
+    assert refusal(sample, bundle, *tokens, *PICTURE, str(int(rows) * 2), columns).endswith(takes)
+    os.truncate(pixels, size - 4)
+    assert refusal(sample, bundle, "--testdata").startswith(f"./{PICTURE[1]} has {size - 4} bytes, and a grid of ")
+    os.truncate(pixels, 0)
+    assert (
+        refusal(sample, bundle, "--testdata") == f"./{PICTURE[1]} cannot be read: see that it is there, and not empty"
+    )
+    assert refusal(sample, bundle, *tokens, "--pixels", ".", "--grid", "1", "1").startswith(". cannot be read: ")
+
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    weights = bundle / manifest["embedding"]["file"]
+    whole = weights.read_bytes()
+    weights.unlink()  # it is a hard link
+    end = manifest["embedding"]["offset"] + manifest["decoder"]["vocab_size"] * manifest["decoder"]["hidden_size"]
+    weights.write_bytes(whole[:end])
+    assert refusal(sample, bundle, *tokens) == f"{manifest['embedding']['file']} ends early: copy the bundle again"
+
+
+def test_bundles_that_the_program_cannot_run_are_refused(sample: Path, bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"family": "internvl", "preprocessing": {"kind": "tiles"}}))
+    message = "this program takes models that cut pictures into patches, and internvl cuts them into tiles: use ivc-run"
+    assert refusal(sample, bundle, "--testdata") == message
+    path.write_text('{"schema_version": 2}')
+    assert refusal(sample, bundle, "--testdata") == "the manifest is of another version: export the model again"

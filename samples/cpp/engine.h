@@ -7,15 +7,15 @@
 #include <cuda_runtime_api.h>
 
 #include <cstring>
-#include <fstream>
 #include <iostream>
-#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
+
+#include "mapped_file.h"
 
 inline void check(cudaError_t status) {
     if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
@@ -170,10 +170,8 @@ class Context {
 };
 
 inline std::unique_ptr<nvinfer1::ICudaEngine> loadEngine(nvinfer1::IRuntime& runtime, const std::string& path) {
-    std::ifstream file(path, std::ios::binary);
-    const std::vector<char> plan{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-    std::unique_ptr<nvinfer1::ICudaEngine> engine;
-    if (!plan.empty()) engine.reset(runtime.deserializeCudaEngine(plan.data(), plan.size()));
+    const MappedFile plan(path);
+    std::unique_ptr<nvinfer1::ICudaEngine> engine(runtime.deserializeCudaEngine(plan.data(), plan.size()));
     if (!engine) throw std::runtime_error(path + " does not load: build it here with ivc-build");
     return engine;
 }

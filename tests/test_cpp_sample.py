@@ -198,3 +198,26 @@ def test_bundles_that_the_program_cannot_run_are_refused(sample: Path, bundle: P
     assert refusal(sample, bundle, "--testdata") == message
     path.write_text('{"schema_version": 2}')
     assert refusal(sample, bundle, "--testdata") == "the manifest is of another version: export the model again"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "usage: ivc_sample BUNDLE ENGINES --testdata | --tokens 1,2,3 [--pixels FILE --grid R C]"),
+        (["--quiet"], "there is no option --quiet"),
+        (["--tokens"], "a value is missing behind --tokens"),
+        (["--tokens", ""], "there is no prompt: give --testdata or --tokens"),
+        (["--tokens", "1,,2"], "--tokens takes numbers, not ''"),
+        (["--tokens", "1,x"], "--tokens takes numbers, not 'x'"),
+        (["--tokens", "1,-2"], "--tokens takes whole numbers from 0 on, not -2"),
+        (["--tokens", "1", "--max-tokens", "many"], "--max-tokens takes numbers, not 'many'"),
+        (["--tokens", "1", "--max-tokens", "0"], "--max-tokens takes whole numbers from 1 on, not 0"),
+        (["--tokens", "1", "--max-tokens", "1e10"], "--max-tokens takes whole numbers from 1 on, not 1e10"),
+        (["--tokens", "1", *PICTURE, "2", "0"], "--grid takes whole numbers from 1 on, not 0"),
+        (["--tokens", "1", *PICTURE[:2]], "a picture takes both --pixels and --grid"),
+        (["--tokens", "1", "--grid", "2", "2"], "a picture takes both --pixels and --grid"),
+        (["--tokens", "1", "--ratio", "half"], "--ratio takes numbers, not 'half'"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(sample: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    assert refusal(sample, tmp_path, *words) == message

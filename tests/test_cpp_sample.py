@@ -176,9 +176,7 @@ def test_files_that_are_no_file_of_the_bundle_are_named(sample: Path, bundle: Pa
     os.truncate(pixels, size - 4)
     assert refusal(sample, bundle, "--testdata").startswith(f"./{PICTURE[1]} has {size - 4} bytes, and a grid of ")
     os.truncate(pixels, 0)
-    assert (
-        refusal(sample, bundle, "--testdata") == f"./{PICTURE[1]} cannot be read: see that it is there, and not empty"
-    )
+    assert refusal(sample, bundle, "--testdata") == f"./{PICTURE[1]} cannot be read: see that it is there and not empty"
     assert refusal(sample, bundle, *tokens, "--pixels", ".", "--grid", "1", "1").startswith(". cannot be read: ")
 
     manifest = json.loads((bundle / "manifest.json").read_text())
@@ -198,6 +196,20 @@ def test_bundles_that_the_program_cannot_run_are_refused(sample: Path, bundle: P
     assert refusal(sample, bundle, "--testdata") == message
     path.write_text('{"schema_version": 2}')
     assert refusal(sample, bundle, "--testdata") == "the manifest is of another version: export the model again"
+
+
+def test_engines_that_call_the_plugin_ask_for_it(sample: Path, bundle: Path) -> None:
+    path = bundle / "build.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"graphs": "plugin", "recipe": {"plugin": "/opt/ivc.so"}})
+    )
+    message = "the engines call the plugin: give --plugin /opt/ivc.so, or where it lies now"
+    assert refusal(sample, bundle, "--testdata") == message
+    assert refusal(sample, bundle, "--testdata", "--plugin", "./ivc.so").startswith(
+        "the plugin does not load: ./ivc.so: "
+    )
+    path.unlink()
+    assert refusal(sample, bundle, "--testdata") == "./build.json cannot be read: check the path"
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,12 @@ class Embeddings {
 
 class Generator {
    public:
-    Generator(const std::string& bundle, const Json& manifest, const std::string& engines, bool useGraph)
-        : manifest_(manifest), embeddings_(bundle, manifest_), useGraph_(useGraph) {
-        capacity_ = Json::read(engines + "/build.json")["capacity"].integer();
+    Generator(const std::string& bundle, const Json& manifest, const std::string& engines, int32_t capacity,
+        bool useGraph)
+        : manifest_(manifest), embeddings_(bundle, manifest_), useGraph_(useGraph), capacity_(capacity) {
         check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
+        if (!runtime_) throw std::runtime_error("TensorRT does not start: build this program with the one here");
         size_t most = 0;
         for (const char* name : {"vision", "prefix", "decoder"}) {
             engines_[name] = loadEngine(*runtime_, engines + "/" + name + ".plan");
@@ -274,6 +275,7 @@ class Generator {
     const Json& manifest_;
     Embeddings embeddings_;
     bool useGraph_;
+    int32_t capacity_;
     cudaStream_t stream_ = nullptr;
     Memory memory_;  // outlives the contexts that work in it
     std::unique_ptr<nvinfer1::IRuntime> runtime_;
@@ -283,7 +285,7 @@ class Generator {
     cudaGraphExec_t graph_ = nullptr;
     int64_t boundAt_ = -1;
     float* logits_ = nullptr;
-    int32_t capacity_ = 0, below_ = 0, layers_ = 0, heads_ = 0, size_ = 0;
+    int32_t below_ = 0, layers_ = 0, heads_ = 0, size_ = 0;
     int32_t length_ = 0, position_ = 0, keepCount_ = 1;
 };
 
@@ -398,7 +400,12 @@ int run(const Options& o) {
     const bool picture = !o.pixels.empty();
     std::vector<float> pixels;
     if (picture) pixels = readPixels(o.pixels, manifest, o.grid);
-    Generator generator(o.bundle, manifest, o.engines, o.useGraph);
+    const Json record = Json::read(o.engines + "/build.json");
+    if (record["graphs"].text() == "plugin" && o.plugin.empty()) {
+        throw std::runtime_error("the engines call the plugin: give --plugin " + record["recipe"]["plugin"].text() +
+                                 ", or where it lies now");
+    }
+    Generator generator(o.bundle, manifest, o.engines, record["capacity"].integer(), o.useGraph);
     std::vector<int32_t> drawn;
     int32_t token = generator.run(o.tokens, picture ? &o.grid : nullptr, pixels, ratio);
     while (true) {

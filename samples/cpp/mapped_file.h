@@ -19,7 +19,7 @@ class MappedFile {
             data_ = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
         }
         if (file >= 0) close(file);
-        if (data_ == MAP_FAILED) throw std::runtime_error(path + " cannot be read: see that it is there, and not empty");
+        if (data_ == MAP_FAILED) throw std::runtime_error(path + " cannot be read: see that it is there and not empty");
     }
     ~MappedFile() { munmap(data_, size_); }
     MappedFile(const MappedFile&) = delete;

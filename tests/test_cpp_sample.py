@@ -1,7 +1,10 @@
-"""What the C++ program computes on the host, against ours. Its TensorRT part needs a GPU."""
+"""What the C++ program computes on the host, against ours, and what it refuses. Its TensorRT part needs a GPU."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,8 +16,12 @@ import pytest
 from ivc_export.bundle import Bundle
 from ivc_export.families import Grid
 from ivc_export.runtime.plan import plan_run
+from ivc_export.testdata import write_testdata
+from tests.test_plugin_builds import CACHE, MISSING, cmake
 
 SAMPLE = Path(__file__).parent.parent / "samples" / "cpp"
+READY = ("CUDA: ", "./vision.plan cannot be read: ")  # all is well but for the GPU, or but for the engines
+PICTURE = ["--pixels", "testdata/prefill/vision/inputs/pixel_values.bin", "--grid"]
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +69,167 @@ def test_the_cpp_program_plans_as_we_do(
         wanted += [plan.query_index, plan.ivc_priority, counts]
         for one, other in zip(found, wanted, strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("decoder", "head_dim"), None, "decoder.head_dim in FILE is not a number: copy or make it again"),
+        (("decoder", "head_dim"), 1e300, "decoder.head_dim in FILE is not a whole number from 0 on: "),
+        (("decoder", "head_dim"), 0.5, "decoder.head_dim in FILE is not a whole number from 0 on: "),
+        (("rotary", "sections"), {}, "rotary.sections in FILE is not a list: "),
+        (("rotary", "sections"), [], "the manifest's rotary.sections names no axis: "),
+        (("rotary", "theta"), math.nan, "rotary.theta in FILE is not a number: "),
+        (("selection", "ivc_fraction"), 7, "selection.ivc_fraction in FILE is not a number from 0 to 1: "),
+        (("tokens",), [], "FILE lacks tokens.image: copy or make it again"),
+    ],
+)
+def test_a_damaged_manifest_is_named(
+    sample_bundle: Bundle, program: Path, tmp_path: Path, place: tuple[str, ...], value: object, message: str
+) -> None:
+    path = tmp_path / "manifest.json"
+    manifest = json.loads((sample_bundle.folder / "manifest.json").read_text())
+    field = manifest if len(place) == 1 else manifest[place[0]]
+    field[place[-1]] = value
+    path.write_text(json.dumps(manifest))
+    words = [path, 0, 0.5, 1, 1, 1, sample_bundle.manifest.tokens.image, 5]
+    done = subprocess.run([program, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message.replace('FILE', str(path))}")
+
+
+def test_files_that_are_no_json_are_named(program: Path, tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    for content, at in (("", 0), ('{"decoder": {"lay', 17), ("[" * 1_000_000, 64), ("{} {}", 3)):
+        path.write_text(content)
+        done = subprocess.run([program, path, "0", "1", "0", "0", "1"], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (2, f"error: {path} is no JSON at byte {at}: copy or make it again\n")
+
+
+def test_runs_that_cannot_be_are_refused(sample_bundle: Bundle, program: Path) -> None:
+    m = sample_bundle.manifest
+    picture, one = [m.tokens.image, 5], Grid(1, 1)
+    for tokens, grid, start, ratio, message in (
+        ([1, -1], None, 0, 0.5, "token id -1 is beyond the vocabulary of "),
+        ([m.decoder.vocab_size], None, 0, 0.5, f"token id {m.decoder.vocab_size} is beyond the vocabulary of "),
+        (
+            [1, 1],
+            None,
+            m.decoder.max_positions - 1,
+            0.5,
+            f"the conversation reaches position {m.decoder.max_positions + 1}",
+        ),
+        (picture, Grid(1, 0), 0, 0.5, "a picture has no 1 rows of 0 visual tokens: "),
+        (picture, Grid(65536, 65536), 0, 0.5, "a picture has no 65536 rows of 65536 visual tokens: "),
+        (picture, Grid(2, 1), 0, 0.5, "the prompt holds 1 image tokens and the picture gives 2: "),
+        *((picture, one, 0, ratio, f"ratio {ratio:f} is out of range: ") for ratio in (0, -1, 1.5, math.nan)),
+    ):
+        done = planned(program, sample_bundle, tokens, grid, start, ratio)
+        assert done.returncode == 2, message
+        assert done.stderr.startswith(f"error: {message}")
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole program. What it says before it looks for a GPU is tested where it can be built."""
+    if MISSING:
+        pytest.skip(f"there is no {' and no '.join(MISSING)}")
+    folder = tmp_path_factory.mktemp("sample")
+    configured = subprocess.run(
+        ["cmake", "-S", SAMPLE, "-B", folder, "-DCMAKE_CUDA_ARCHITECTURES=86"], capture_output=True, text=True
+    )
+    if "TensorRT_LIBRARY-NOTFOUND" in (folder / CACHE).read_text():
+        pytest.skip("TensorRT is not installed (TENSORRT_ROOT names it)")
+    assert configured.returncode == 0, configured.stderr
+    cmake("--build", folder, "--target", "ivc_sample", "-j", "1")
+    return folder / "ivc_sample"
+
+
+@pytest.fixture
+def bundle(sample_bundle: Bundle, tmp_path: Path) -> Path:
+    """A bundle with test data, of which a test may damage a file, and a record of engines."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(sample_bundle.folder, folder)
+    write_testdata(Bundle.load(folder))
+    record = {"capacity": 4096, "graphs": "native", "recipe": {"plugin": None}}
+    (folder / "build.json").write_text(json.dumps(record))
+    return folder
+
+
+def refusal(sample: Path, bundle: Path, *words: str) -> str:
+    """What the program says before it exits with code 2."""
+    done = subprocess.run([sample, ".", ".", *words], cwd=bundle, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    return done.stderr.removeprefix("error: ").removesuffix("\n")
+
+
+def test_files_that_are_no_file_of_the_bundle_are_named(sample: Path, bundle: Path) -> None:
+    assert refusal(sample, bundle, "--testdata").startswith(READY)
+    index = json.loads((bundle / "testdata" / "index.json").read_text())
+    tokens = ["--tokens", ",".join(map(str, index["prompt_tokens"]))]
+    rows, columns = (str(index["grid"][name]) for name in ("rows", "columns"))
+    assert refusal(sample, bundle, *tokens, *PICTURE, rows, columns).startswith(READY)
+    pixels = bundle / PICTURE[1]
+    size = pixels.stat().st_size
+    takes = f" takes {size * 2}: give the grid that the picture was cut into"
+    assert refusal(sample, bundle, *tokens, *PICTURE, str(int(rows) * 2), columns).endswith(takes)
+    os.truncate(pixels, size - 4)
+    assert refusal(sample, bundle, "--testdata").startswith(f"./{PICTURE[1]} has {size - 4} bytes, and a grid of ")
+    os.truncate(pixels, 0)
+    assert refusal(sample, bundle, "--testdata") == f"./{PICTURE[1]} cannot be read: see that it is there and not empty"
+    assert refusal(sample, bundle, *tokens, "--pixels", ".", "--grid", "1", "1").startswith(". cannot be read: ")
+
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    weights = bundle / manifest["embedding"]["file"]
+    whole = weights.read_bytes()
+    weights.unlink()  # it is a hard link
+    end = manifest["embedding"]["offset"] + manifest["decoder"]["vocab_size"] * manifest["decoder"]["hidden_size"]
+    weights.write_bytes(whole[:end])
+    assert refusal(sample, bundle, *tokens) == f"{manifest['embedding']['file']} ends early: copy the bundle again"
+
+
+def test_bundles_that_the_program_cannot_run_are_refused(sample: Path, bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"family": "internvl", "preprocessing": {"kind": "tiles"}}))
+    message = "this program takes models that cut pictures into patches, and internvl cuts them into tiles: use ivc-run"
+    assert refusal(sample, bundle, "--testdata") == message
+    path.write_text('{"schema_version": 2}')
+    assert refusal(sample, bundle, "--testdata") == "the manifest is of another version: export the model again"
+
+
+def test_engines_that_call_the_plugin_ask_for_it(sample: Path, bundle: Path) -> None:
+    path = bundle / "build.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"graphs": "plugin", "recipe": {"plugin": "/opt/ivc.so"}})
+    )
+    message = "the engines call the plugin: give --plugin /opt/ivc.so, or where it lies now"
+    assert refusal(sample, bundle, "--testdata") == message
+    assert refusal(sample, bundle, "--testdata", "--plugin", "./ivc.so").startswith(
+        "the plugin does not load: ./ivc.so: "
+    )
+    path.unlink()
+    assert refusal(sample, bundle, "--testdata") == "./build.json cannot be read: check the path"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "usage: ivc_sample BUNDLE ENGINES --testdata | --tokens 1,2,3 [--pixels FILE --grid R C]"),
+        (["--quiet"], "there is no option --quiet"),
+        (["--tokens"], "a value is missing behind --tokens"),
+        (["--tokens", ""], "there is no prompt: give --testdata or --tokens"),
+        (["--tokens", "1,,2"], "--tokens takes numbers, not ''"),
+        (["--tokens", "1,x"], "--tokens takes numbers, not 'x'"),
+        (["--tokens", "1,-2"], "--tokens takes whole numbers from 0 on, not -2"),
+        (["--tokens", "1", "--max-tokens", "many"], "--max-tokens takes numbers, not 'many'"),
+        (["--tokens", "1", "--max-tokens", "0"], "--max-tokens takes whole numbers from 1 on, not 0"),
+        (["--tokens", "1", "--max-tokens", "1e10"], "--max-tokens takes whole numbers from 1 on, not 1e10"),
+        (["--tokens", "1", *PICTURE, "2", "0"], "--grid takes whole numbers from 1 on, not 0"),
+        (["--tokens", "1", *PICTURE[:2]], "a picture takes both --pixels and --grid"),
+        (["--tokens", "1", "--grid", "2", "2"], "a picture takes both --pixels and --grid"),
+        (["--tokens", "1", "--ratio", "half"], "--ratio takes numbers, not 'half'"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(sample: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    assert refusal(sample, tmp_path, *words) == message

@@ -6,10 +6,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstring>
-#include <fstream>
 #include <iostream>
-#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -17,7 +16,12 @@
 #include <utility>
 #include <vector>
 
+#include "mapped_file.h"
+
 inline void check(cudaError_t status) {
+    if (status == cudaErrorMemoryAllocation) {
+        throw std::runtime_error("the GPU has no memory left: close programs, or build engines with smaller maxima");
+    }
     if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
@@ -38,6 +42,8 @@ inline size_t count(const Shape& shape) {
     for (const int64_t extent : shape) product *= static_cast<size_t>(extent);
     return product;
 }
+
+constexpr char kOtherEngines[] = ": they are not this bundle's, build them with ivc-build";
 
 // Named device buffers, zeroed when they are made: what attention masks must be finite.
 class Memory {
@@ -60,7 +66,11 @@ class Memory {
         return pointer;
     }
 
-    void* at(const std::string& name) const { return buffers_.at(name).first; }
+    void* at(const std::string& name) const {
+        const auto found = buffers_.find(name);
+        if (found == buffers_.end()) throw std::runtime_error("the engines have no " + name + kOtherEngines);
+        return found->second.first;
+    }
 
     // Changes whenever a buffer is made or moved.
     int64_t generation() const { return generation_; }
@@ -150,17 +160,24 @@ class Context {
             const char* name = engine_.getIOTensorName(i);
             if (engine_.getTensorIOMode(name) != nvinfer1::TensorIOMode::kOUTPUT) continue;
             void* address = memory.get(prefix + name, count(shape(name)) * bytes(engine_.getTensorDataType(name)));
-            context_->setTensorAddress(name, address);
+            if (!context_->setTensorAddress(name, address)) {
+                throw std::runtime_error(std::string("TensorRT does not take memory for ") + name + kOtherEngines);
+            }
         }
     }
 
     Shape shape(const std::string& name) const {
         const nvinfer1::Dims dims = context_->getTensorShape(name.c_str());
-        return {dims.d, dims.d + dims.nbDims};
+        const Shape shape(dims.d, dims.d + std::max<int32_t>(0, dims.nbDims));
+        if (dims.nbDims < 0 || std::any_of(shape.begin(), shape.end(), [](int64_t extent) { return extent < 0; })) {
+            throw std::runtime_error("the engines know no shape of " + name + kOtherEngines);
+        }
+        return shape;
     }
 
     void enqueue() {
-        if (!context_->enqueueV3(stream_)) throw std::runtime_error("TensorRT cannot run the engine");
+        if (context_->enqueueV3(stream_)) return;
+        throw std::runtime_error("TensorRT cannot run an engine: see that the GPU has memory left");
     }
 
    private:
@@ -170,10 +187,8 @@ class Context {
 };
 
 inline std::unique_ptr<nvinfer1::ICudaEngine> loadEngine(nvinfer1::IRuntime& runtime, const std::string& path) {
-    std::ifstream file(path, std::ios::binary);
-    const std::vector<char> plan{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-    std::unique_ptr<nvinfer1::ICudaEngine> engine;
-    if (!plan.empty()) engine.reset(runtime.deserializeCudaEngine(plan.data(), plan.size()));
+    const MappedFile plan(path);
+    std::unique_ptr<nvinfer1::ICudaEngine> engine(runtime.deserializeCudaEngine(plan.data(), plan.size()));
     if (!engine) throw std::runtime_error(path + " does not load: build it here with ivc-build");
     return engine;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cctype>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <fstream>
@@ -23,25 +24,30 @@ class Json {
 
     static Json parse(const std::string& content, const std::string& name) {
         Reader reader{content, name};
-        Json found = reader.value();
+        Json found = reader.value("");
         reader.blanks();
         if (reader.at != content.size()) reader.fail();
         return found;
     }
 
+    // Each of these throws where the file has something else in this place.
     const Json& operator[](const std::string& key) const {
         const auto found = fields_.find(key);
-        if (found == fields_.end()) throw std::runtime_error("a JSON file lacks " + key);
+        if (found == fields_.end()) throw std::runtime_error(name_ + " lacks " + place(where_, key) + mend());
         return found->second;
     }
-    const std::vector<Json>& items() const { return items_; }
-    double number() const { return number_; }
-    int32_t integer() const { return static_cast<int32_t>(number_); }
-    const std::string& text() const { return text_; }
+    const std::vector<Json>& items() const { return as(kind_ == '[', "a list").items_; }
+    const std::string& text() const { return as(kind_ == '"', "text").text_; }
+    double number() const { return as(kind_ == '0' && std::isfinite(number_), "a number").number_; }
+    double fraction() const { return as(number() >= 0 && number() <= 1, "a number from 0 to 1").number_; }
+    int32_t integer() const {
+        const bool whole = number() >= 0 && number() <= INT32_MAX && number() == std::floor(number());
+        return static_cast<int32_t>(as(whole, "a whole number from 0 on").number_);
+    }
 
     std::vector<int32_t> integers() const {
         std::vector<int32_t> found;
-        for (const Json& item : items_) found.push_back(item.integer());
+        for (const Json& item : items()) found.push_back(item.integer());
         return found;
     }
 
@@ -50,9 +56,10 @@ class Json {
         const std::string& content;
         const std::string& name;
         size_t at = 0;
+        int32_t depth = 0;
 
         [[noreturn]] void fail() const {
-            throw std::runtime_error(name + " is no JSON at byte " + std::to_string(at) + ": copy the bundle again");
+            throw std::runtime_error(name + " is no JSON at byte " + std::to_string(at) + mend());
         }
         void blanks() {
             while (at < content.size() && std::isspace(static_cast<unsigned char>(content[at]))) ++at;
@@ -81,37 +88,53 @@ class Json {
             take('"');
             return found;
         }
-        Json value() {
+        Json value(const std::string& where) {
             Json found;
             const char first = peek();
+            found.name_ = name;
+            found.where_ = where;
+            if (++depth > 64) fail();  // before the stack is used up
             if (first == '{') {
                 for (take('{'); peek() != '}';) {
                     const std::string key = string();
                     take(':');
-                    found.fields_[key] = value();
+                    found.fields_[key] = value(place(where, key));
                     if (peek() != '}') take(',');
                 }
                 take('}');
             } else if (first == '[') {
                 for (take('['); peek() != ']';) {
-                    found.items_.push_back(value());
+                    found.items_.push_back(value(where));
                     if (peek() != ']') take(',');
                 }
                 take(']');
+                found.kind_ = '[';
             } else if (first == '"') {
                 found.text_ = string();
-            } else if (word("true")) {
-                found.number_ = 1;
-            } else if (!word("false") && !word("null")) {
+                found.kind_ = '"';
+            } else if (!word("true") && !word("false") && !word("null")) {
                 char* end = nullptr;
                 found.number_ = std::strtod(content.c_str() + at, &end);
                 if (end == content.c_str() + at) fail();
                 at = static_cast<size_t>(end - content.c_str());
+                found.kind_ = '0';
             }
+            --depth;
             return found;
         }
     };
 
+    static std::string place(const std::string& where, const std::string& key) {
+        return where.empty() ? key : where + "." + key;
+    }
+    static std::string mend() { return ": copy or make it again"; }
+    const Json& as(bool is, const char* what) const {
+        if (!is) throw std::runtime_error(where_ + " in " + name_ + " is not " + what + mend());
+        return *this;
+    }
+
+    std::string name_, where_;
+    char kind_ = ' ';  // '[', '"', '0' for a number; nobody asks whether it is anything else
     double number_ = 0;
     std::string text_;
     std::vector<Json> items_;

@@ -6,9 +6,6 @@
 // FILE holds pixel_values as float32, as testdata/ has them (docs/runtime.md). Caches stay on the device: buffers of the
 // engines' capacity, to which rows are appended in place. A decode step is captured into a CUDA graph.
 #include <dlfcn.h>
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 
 #include <algorithm>
 #include <array>
@@ -17,6 +14,7 @@
 #include "../../graphs/plugin/kernels/ivc_kernels.h"
 #include "engine.h"
 #include "ivc_tensors.h"
+#include "mapped_file.h"
 #include "plan.h"
 
 namespace {
@@ -25,14 +23,14 @@ namespace {
 class Embeddings {
    public:
     Embeddings(const std::string& bundle, const Json& manifest)
-        : hidden_(manifest["decoder"]["hidden_size"].integer()), type_(manifest["embedding"]["dtype"].text()) {
-        const std::string path = bundle + "/" + manifest["embedding"]["file"].text();
-        const int file = open(path.c_str(), O_RDONLY);
-        struct stat status {};
-        if (file < 0 || fstat(file, &status) != 0) throw std::runtime_error(path + " cannot be read");
-        void* mapped = mmap(nullptr, static_cast<size_t>(status.st_size), PROT_READ, MAP_PRIVATE, file, 0);
-        if (mapped == MAP_FAILED) throw std::runtime_error(path + " cannot be mapped");
-        table_ = static_cast<const char*>(mapped) + static_cast<size_t>(manifest["embedding"]["offset"].number());
+        : hidden_(manifest["decoder"]["hidden_size"].integer()), type_(manifest["embedding"]["dtype"].text()),
+          file_(bundle + "/" + manifest["embedding"]["file"].text()) {
+        const double offset = manifest["embedding"]["offset"].number();
+        const double rows = manifest["decoder"]["vocab_size"].integer();
+        if (offset < 0 || offset + rows * hidden_ * (type_ == "float32" ? 4 : 2) > static_cast<double>(file_.size())) {
+            throw std::runtime_error(manifest["embedding"]["file"].text() + " ends early: copy the bundle again");
+        }
+        table_ = file_.data() + static_cast<size_t>(offset);
     }
 
     std::vector<float> rows(const std::vector<int32_t>& tokens) const {
@@ -65,19 +63,18 @@ class Embeddings {
 
     int32_t hidden_;
     std::string type_;
+    MappedFile file_;
     const char* table_;
 };
 
 class Generator {
    public:
-    Generator(const std::string& bundle, const std::string& engines, bool useGraph)
-        : manifest_(Json::read(bundle + "/manifest.json")), embeddings_(bundle, manifest_), useGraph_(useGraph) {
-        if (manifest_["schema_version"].integer() != ivc::kSchemaVersion) {
-            throw std::runtime_error("the manifest is of another version: export the model again");
-        }
-        capacity_ = Json::read(engines + "/build.json")["capacity"].integer();
+    Generator(const std::string& bundle, const Json& manifest, const std::string& engines, int32_t capacity,
+        bool useGraph)
+        : manifest_(manifest), embeddings_(bundle, manifest_), useGraph_(useGraph), capacity_(capacity) {
         check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
+        if (!runtime_) throw std::runtime_error("TensorRT does not start: build this program with the one here");
         size_t most = 0;
         for (const char* name : {"vision", "prefix", "decoder"}) {
             engines_[name] = loadEngine(*runtime_, engines + "/" + name + ".plan");
@@ -105,7 +102,7 @@ class Generator {
         cudaStreamDestroy(stream_);
     }
 
-    const Json& manifest() const { return manifest_; }
+    bool full() const { return position_ >= manifest_["decoder"]["max_positions"].integer(); }
 
     // Runs `tokens` over the caches, with a picture's patches or none, and returns the most probable next token.
     int32_t run(const std::vector<int32_t>& tokens, const Grid* grid, const std::vector<float>& pixels, double ratio) {
@@ -275,9 +272,10 @@ class Generator {
     int64_t positionAxes() const { return static_cast<int64_t>(manifest_["rotary"]["sections"].items().size()); }
 
     Logger logger_;
-    Json manifest_;
+    const Json& manifest_;
     Embeddings embeddings_;
     bool useGraph_;
+    int32_t capacity_;
     cudaStream_t stream_ = nullptr;
     Memory memory_;  // outlives the contexts that work in it
     std::unique_ptr<nvinfer1::IRuntime> runtime_;
@@ -287,16 +285,24 @@ class Generator {
     cudaGraphExec_t graph_ = nullptr;
     int64_t boundAt_ = -1;
     float* logits_ = nullptr;
-    int32_t capacity_ = 0, below_ = 0, layers_ = 0, heads_ = 0, size_ = 0;
+    int32_t below_ = 0, layers_ = 0, heads_ = 0, size_ = 0;
     int32_t length_ = 0, position_ = 0, keepCount_ = 1;
 };
 
-std::vector<float> readFloats(const std::string& path) {
-    std::ifstream file(path, std::ios::binary | std::ios::ate);
-    if (!file) throw std::runtime_error(path + " cannot be read");
-    std::vector<float> values(static_cast<size_t>(file.tellg()) / sizeof(float));
-    file.seekg(0);
-    file.read(reinterpret_cast<char*>(values.data()), static_cast<std::streamsize>(values.size() * sizeof(float)));
+// A picture's pixel_values, for each visual token merge_size^2 patches.
+std::vector<float> readPixels(const std::string& path, const Json& manifest, const Grid& grid) {
+    checkGrid(grid);
+    const Json& sizes = manifest["preprocessing"];
+    const int64_t side = int64_t{sizes["merge_size"].integer()} * sizes["patch_size"].integer();
+    const int64_t wanted = 3 * side * side * sizes["temporal_patch_size"].integer() * grid.visual();
+    const MappedFile file(path);
+    if (file.size() != static_cast<size_t>(wanted) * sizeof(float)) {
+        throw std::runtime_error(path + " has " + std::to_string(file.size()) + " bytes, and a grid of " +
+                                 std::to_string(grid.rows) + " x " + std::to_string(grid.columns) + " takes " +
+                                 std::to_string(wanted * 4) + ": give the grid that the picture was cut into");
+    }
+    std::vector<float> values(static_cast<size_t>(wanted));
+    std::memcpy(values.data(), file.data(), file.size());
     return values;
 }
 
@@ -304,10 +310,26 @@ struct Options {
     std::string bundle, engines, pixels, plugin;
     std::vector<int32_t> tokens, wanted;
     Grid grid;
-    double ratio = 0;
+    std::optional<double> ratio;
     int32_t maxTokens = 32;
     bool useGraph = true;
 };
+
+// All of `word` as a number, for an option.
+double numberOf(const std::string& option, const std::string& word) {
+    char* end = nullptr;
+    const double value = std::strtod(word.c_str(), &end);
+    if (word.empty() || *end != 0) throw std::runtime_error(option + " takes numbers, not '" + word + "'");
+    return value;
+}
+
+int32_t integerOf(const std::string& option, const std::string& word, int32_t least) {
+    const double value = numberOf(option, word);
+    if (!(value >= least && value <= INT32_MAX && value == std::floor(value))) {
+        throw std::runtime_error(option + " takes whole numbers from " + std::to_string(least) + " on, not " + word);
+    }
+    return static_cast<int32_t>(value);
+}
 
 Options readOptions(const std::vector<std::string>& words) {
     if (words.size() < 3) {
@@ -332,16 +354,17 @@ Options readOptions(const std::vector<std::string>& words) {
             o.pixels = o.bundle + "/testdata/prefill/vision/inputs/pixel_values.bin";
             o.maxTokens = static_cast<int32_t>(o.wanted.size());
         } else if (option == "--tokens") {
-            o.tokens = Json::parse("[" + next() + "]", "--tokens").integers();
+            std::stringstream ids(next());
+            for (std::string id; std::getline(ids, id, ',');) o.tokens.push_back(integerOf(option, id, 0));
         } else if (option == "--pixels") {
             o.pixels = next();
         } else if (option == "--grid") {
-            o.grid.rows = std::stoi(next());
-            o.grid.columns = std::stoi(next());
+            o.grid.rows = integerOf(option, next(), 1);
+            o.grid.columns = integerOf(option, next(), 1);
         } else if (option == "--ratio") {
-            o.ratio = std::stod(next());
+            o.ratio = numberOf(option, next());
         } else if (option == "--max-tokens") {
-            o.maxTokens = std::stoi(next());
+            o.maxTokens = integerOf(option, next(), 1);
         } else if (option == "--plugin") {
             o.plugin = next();
         } else if (option == "--no-graph") {
@@ -351,29 +374,50 @@ Options readOptions(const std::vector<std::string>& words) {
         }
     }
     if (o.tokens.empty()) throw std::runtime_error("there is no prompt: give --testdata or --tokens");
+    if (o.pixels.empty() != (o.grid.rows == 0)) throw std::runtime_error("a picture takes both --pixels and --grid");
     return o;
+}
+
+Json readManifest(const std::string& bundle) {
+    Json manifest = Json::read(bundle + "/manifest.json");
+    if (manifest["schema_version"].integer() != ivc::kSchemaVersion) {
+        throw std::runtime_error("the manifest is of another version: export the model again");
+    }
+    if (manifest["preprocessing"]["kind"].text() != "patches") {
+        throw std::runtime_error("this program takes models that cut pictures into patches, and " +
+                                 manifest["family"].text() + " cuts them into tiles: use ivc-run");
+    }
+    return manifest;
 }
 
 int run(const Options& o) {
     if (!o.plugin.empty() && dlopen(o.plugin.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr) {
         throw std::runtime_error(std::string("the plugin does not load: ") + dlerror());
     }
-    Generator generator(o.bundle, o.engines, o.useGraph);
-    const double ratio = o.ratio > 0 ? o.ratio : generator.manifest()["default_ratio"].number();
-    const std::vector<int32_t> stop = generator.manifest()["tokens"]["stop"].integers();
+    const Json manifest = readManifest(o.bundle);
+    const double ratio = o.ratio ? *o.ratio : manifest["default_ratio"].fraction();
+    const std::vector<int32_t> stop = manifest["tokens"]["stop"].integers();
     const bool picture = !o.pixels.empty();
+    std::vector<float> pixels;
+    if (picture) pixels = readPixels(o.pixels, manifest, o.grid);
+    const Json record = Json::read(o.engines + "/build.json");
+    if (record["graphs"].text() == "plugin" && o.plugin.empty()) {
+        throw std::runtime_error("the engines call the plugin: give --plugin " + record["recipe"]["plugin"].text() +
+                                 ", or where it lies now");
+    }
+    Generator generator(o.bundle, manifest, o.engines, record["capacity"].integer(), o.useGraph);
     std::vector<int32_t> drawn;
-    int32_t token = generator.run(
-        o.tokens, picture ? &o.grid : nullptr, picture ? readFloats(o.pixels) : std::vector<float>{}, ratio);
+    int32_t token = generator.run(o.tokens, picture ? &o.grid : nullptr, pixels, ratio);
     while (true) {
         drawn.push_back(token);
         std::cout << token << (static_cast<int32_t>(drawn.size()) < o.maxTokens ? " " : "") << std::flush;
         const bool stopped = o.wanted.empty() && std::find(stop.begin(), stop.end(), token) != stop.end();
-        if (stopped || static_cast<int32_t>(drawn.size()) >= o.maxTokens) break;
+        if (stopped || static_cast<int32_t>(drawn.size()) >= o.maxTokens || generator.full()) break;
         token = generator.run({token}, nullptr, {}, ratio);
     }
     std::cout << "\n";
-    if (!o.wanted.empty() && drawn != o.wanted) {
+    const auto compared = static_cast<ptrdiff_t>(std::min(drawn.size(), o.wanted.size()));  // --max-tokens may differ
+    if (!std::equal(drawn.begin(), drawn.begin() + compared, o.wanted.begin())) {
         std::cerr << "testdata has other tokens\n";
         return 1;
     }

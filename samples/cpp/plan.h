@@ -25,6 +25,14 @@ struct Plan {
     int32_t keepCount = 1, nextPosition = 0;
 };
 
+// Refuses a grid that no picture has; 16,384 visual tokens are the most that engines take.
+inline void checkGrid(const Grid& grid) {
+    if (std::min(grid.rows, grid.columns) < 1 || std::max(grid.rows, grid.columns) > 16384) {
+        throw std::runtime_error("a picture has no " + std::to_string(grid.rows) + " rows of " +
+                                 std::to_string(grid.columns) + " visual tokens: give --grid as it was cut");
+    }
+}
+
 // Indices by falling value, equal ones by rising index.
 inline std::vector<int32_t> descending(const std::vector<double>& values) {
     std::vector<int32_t> order(values.size());
@@ -53,7 +61,7 @@ inline std::vector<float> ivcPriority(const std::vector<std::vector<int32_t>>& p
         cosine[token] = std::nearbyint(cosSum / count * 1e9) / 1e9;  // (r, c) and (c, r) tie mathematically
         sine[token] = std::nearbyint(sinSum / count * 1e9) / 1e9;
     }
-    const auto best = std::nearbyint(manifest["selection"]["ivc_fraction"].number() * static_cast<double>(tokens));
+    const auto best = std::nearbyint(manifest["selection"]["ivc_fraction"].fraction() * static_cast<double>(tokens));
     const std::vector<int32_t> byCosine = descending(cosine), bySine = descending(sine);
     std::vector<float> priority(tokens, 0.0f);
     float next = 32768.0f;
@@ -71,6 +79,20 @@ inline Plan planRun(
     const auto axes = manifest["rotary"]["sections"].items().size();
     const auto rows = static_cast<int32_t>(tokens.size());
     const int32_t image = manifest["tokens"]["image"].integer();
+    if (axes == 0) throw std::runtime_error("the manifest's rotary.sections names no axis: export the model again");
+    const int32_t vocabulary = manifest["decoder"]["vocab_size"].integer();
+    for (const int32_t token : tokens) {
+        if (token >= 0 && token < vocabulary) continue;
+        throw std::runtime_error("token id " + std::to_string(token) + " is beyond the vocabulary of " +
+                                 std::to_string(vocabulary) + ": the tokenizer belongs to another model");
+    }
+    if (grid != nullptr) {
+        checkGrid(*grid);
+        if (!(ratio > 0 && ratio <= 1)) {
+            throw std::runtime_error("ratio " + std::to_string(ratio) + " is out of range: it is the fraction of " +
+                                     "visual tokens kept, above 0 and up to 1");
+        }
+    }
     Plan plan;
     std::vector<std::vector<int32_t>> positions(axes, std::vector<int32_t>(tokens.size()));
     int32_t next = start, seen = 0;
@@ -94,6 +116,11 @@ inline Plan planRun(
     if (grid != nullptr && seen != grid->visual()) {
         throw std::runtime_error("the prompt holds " + std::to_string(seen) + " image tokens and the picture gives " +
                                  std::to_string(grid->visual()) + ": repeat the image token so many times");
+    }
+    const int32_t known = manifest["decoder"]["max_positions"].integer();
+    if (next > known) {
+        throw std::runtime_error("the conversation reaches position " + std::to_string(next) + ", and this model " +
+                                 "knows " + std::to_string(known) + ": shorten it, or use a smaller picture");
     }
     for (const auto& axis : positions) plan.positionIds.insert(plan.positionIds.end(), axis.begin(), axis.end());
     plan.nextPosition = next;

@@ -9,7 +9,7 @@ void print(const std::vector<T>& values) {
     std::cout << "\n";
 }
 
-int main(int count, char** words) {
+int main(int count, char** words) try {
     const Json manifest = Json::read(words[1]);
     const Grid grid{std::stoi(words[4]), std::stoi(words[5])};
     std::vector<int32_t> tokens;
@@ -22,4 +22,7 @@ int main(int count, char** words) {
     print(plan.queryIndex);
     print(plan.priority);
     print(std::vector<int32_t>{plan.keepCount, plan.nextPosition});
+} catch (const std::exception& error) {
+    std::cerr << "error: " << error.what() << "\n";
+    return 2;
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +171,23 @@ def test_a_failed_build_leaves_older_engines(built: Bundle, tmp_path: Path, monk
         build(bundle, RTX)
     assert sorted(path.relative_to(bundle.folder) for path in bundle.folder.rglob("*")) == before
     find_engines(bundle, "tensorrt-rtx", "8.6", trt)
+
+
+def test_ctrl_c_ends_a_build_and_leaves_older_engines(built: Bundle, tmp_path: Path) -> None:
+    bundle = Bundle.load(shutil.copytree(built.folder, tmp_path / "bundle"))
+    before = {path: path.stat().st_mtime_ns for path in bundle.folder.rglob("*.plan")}
+    steps: list[str] = []
+
+    def progress(name: str, phase: str, done: int, total: int) -> None:
+        if not steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        steps.append(name)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(bundle, RTX, progress)
+    assert set(steps) == {"vision"}
+    assert {path: path.stat().st_mtime_ns for path in bundle.folder.rglob("*.plan")} == before
+    assert not list(bundle.folder.glob(".build-*"))
 
 
 def test_the_command_builds_and_says_what_it_takes(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

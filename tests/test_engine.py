@@ -202,6 +202,28 @@ def test_the_command_builds_and_says_what_it_takes(bundle: Bundle, capsys: pytes
     assert ivc_build([str(bundle.folder / "no")]) == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--foo"], "unrecognized arguments: --foo: ivc-build --help lists the options"),
+        (["--max-visual", "0"], "max-visual 0 is out of range"),
+        (["--opt-visual", "0"], "opt-visual 0 is out of range"),
+        (["--opt-text", "0"], "opt-text 0 is out of range"),
+        (["--workspace", "nan"], "workspace nan is out of range: give GiB above 0"),
+        (["--workspace", "-1"], "workspace -1 is out of range"),
+        (["--compute-capability", "8.6"], "leave --compute-capability out"),
+        ([], "tensorrt does not load"),
+    ],
+)
+def test_the_commands_mistakes_are_one_sentence(
+    bundle: Bundle, options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ivc_build([str(bundle.folder), *options]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.startswith("error: ") and said.count("\n") == 1
+    assert not list(bundle.folder.glob(".build-*"))
+
+
 def test_what_tensorrt_cannot_read_is_one_sentence(bundle: Bundle) -> None:
     graph = ir.load(bundle.folder / "vision.onnx")
     next(node for node in graph.graph if node.op_type == "Cos").op_type = "Bernoulli"  # of one input, too

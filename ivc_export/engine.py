@@ -258,12 +258,15 @@ def build(
     force: build also where memory seems too small. verbose: TensorRT's own messages go to standard error.
 
     Raises:
-        UserError: TensorRT is missing or refuses a graph, the plugin does not load, or memory is too small.
+        UserError: TensorRT is missing or refuses a graph, the plugin does not load, timing caches cannot be written, or
+            memory is too small.
     """
     trt = load_tensorrt(recipe.target)
     bundle.check_portable("an engine")
     if recipe.plugin is not None:
         load_plugin(recipe.plugin)
+    if recipe.timing_cache is not None:
+        check_timing_cache(recipe.timing_cache)
     capability = recipe.compute_capability or own_capability(trt)
     dtype = build_dtype(bundle, recipe, trt, capability)
     models = {name: lowered(bundle, name, dtype, recipe.plugin is not None) for name in GRAPH_NAMES}
@@ -304,6 +307,22 @@ def build(
         folder.parent.mkdir(exist_ok=True)
         put_in_place(work / "done", folder)
     return folder, estimated
+
+
+def check_timing_cache(folder: Path) -> None:
+    """Make the folder of timing caches, and refuse it before the build, whose end writes there.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"timing caches cannot be written to {folder} ({error.strerror}): name another folder"
+        ) from error
 
 
 @contextmanager

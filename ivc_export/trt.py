@@ -139,8 +139,7 @@ def compile_graph(
     timed = None if options.timing_cache is None else options.timing_cache / f"{name}.cache"
     if timed is not None:
         timed.parent.mkdir(parents=True, exist_ok=True)
-        saved = timed.read_bytes() if timed.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(saved), ignore_mismatch=False)
+        use_timings(config, timed.read_bytes() if timed.is_file() else b"")
     plan = build_network(trt, builder, network, config, progress)
     if plan is None:
         raise UserError(
@@ -151,6 +150,14 @@ def compile_graph(
     for file in work.glob(f"{name}.*"):
         file.unlink()
     return bytes(memoryview(plan))
+
+
+def use_timings(config: Any, saved: bytes) -> None:
+    """Take the timing cache that an earlier build has saved, or a new one where that is of another TensorRT or GPU."""
+    for content in (saved, b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return
 
 
 def build_network(trt: Any, builder: Any, network: Any, config: Any, progress: Callable[[str, int, int], None]) -> Any:

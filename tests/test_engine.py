@@ -22,6 +22,7 @@ from ivc_export.contract import GRAPH_NAMES, GraphName
 from ivc_export.engine import EngineRecipe, build, estimate, find_engines, lowered
 from ivc_export.errors import UserError
 from ivc_export.memory import available_bytes
+from ivc_export.trt import use_timings
 
 SMALL: dict[str, Any] = {"max_visual": 64, "max_text": 32, "max_new": 32, "opt_visual": 32, "opt_text": 16}
 RTX = EngineRecipe(target="tensorrt-rtx", compute_capability="8.6", dtype="float16", **SMALL)
@@ -38,6 +39,31 @@ def test_each_graph_has_a_timing_cache(bundle: Bundle, tmp_path: Path) -> None:
     for _ in range(2):
         build(bundle, recipe)
         assert {path.name for path in (tmp_path / "caches" / "here").iterdir()} == {f"{n}.cache" for n in GRAPH_NAMES}
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_timing_cache_of_another_gpu_is_begun_anew(made: bool) -> None:
+    class Config:
+        """TensorRT's, where a foreign cache gives None, or is not taken."""
+
+        taken = None
+
+        def create_timing_cache(self, content: bytes) -> bytes | None:
+            return None if content and not made else content
+
+        def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+            self.taken = None if cache or ignore_mismatch else cache
+            return self.taken is not None
+
+    config = Config()
+    use_timings(config, b"of another GPU")
+    assert config.taken == b""
+
+
+def test_a_folder_for_timing_caches_is_checked_first(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written to .*file .*: name another folder"):
+        build(bundle, replace(RTX, timing_cache=tmp_path / "file"), lambda *_: pytest.fail("it builds"))
 
 
 @pytest.fixture(scope="module")

@@ -283,7 +283,7 @@ def build(
             "dtype": dtype,
             "graphs": "plugin" if recipe.plugin is not None else "native",
             "capacity": recipe.capacity,
-            "recipe": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(recipe).items()},
+            "recipe": {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in asdict(recipe).items()},
             "inputs_sha256": fingerprint(bundle, recipe.plugin),
             "engines": {},
         }

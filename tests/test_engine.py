@@ -66,6 +66,20 @@ def test_a_folder_for_timing_caches_is_checked_first(bundle: Bundle, tmp_path: P
         build(bundle, replace(RTX, timing_cache=tmp_path / "file"), lambda *_: pytest.fail("it builds"))
 
 
+def test_recorded_paths_hold_from_any_folder(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lib.so").write_bytes(b"a plugin")
+    monkeypatch.setattr(engine, "load_plugin", lambda path: None)
+    monkeypatch.setattr(engine, "compile_graph", lambda *arguments: b"plan")
+    monkeypatch.setattr(engine, "own_capability", lambda trt: "8.6")
+    monkeypatch.setattr(engine, "load_tensorrt", lambda target: trt)
+    folder, _ = build(bundle, EngineRecipe(plugin=Path("lib.so"), timing_cache=Path("caches"), **SMALL))
+    monkeypatch.chdir("/")
+    assert find_engines(bundle, "tensorrt", "8.6", trt) == folder
+    recipe = EngineRecipe.from_record(json.loads((folder / "build.json").read_text())["recipe"])
+    assert recipe.timing_cache == tmp_path / "caches"
+
+
 @pytest.fixture(scope="module")
 def built(sample_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     found = Bundle.load(shutil.copytree(sample_bundle.folder, tmp_path_factory.mktemp("built") / "bundle"))

@@ -377,7 +377,9 @@ ERRORS = [
     (["--peer", "torch-eager"], "--peer needs the checkpoint"),
     (["--against", "TMP/nowhere"], "transformers cannot load"),
     (["--json", "TMP/no/file.json"], "does not exist: make it"),
+    (["--json", "TMP"], "is a folder: name a file in it"),
     (["--plot", "TMP/plot.gif"], "does not end in .png"),
+    (["--json", "TMP/plot.png", "--plot", "TMP/plot.png"], "plot.png: name two files"),
 ]
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from ivc_export import cli
 from ivc_export.bundle import Bundle
+from ivc_export.errors import UserError
 from ivc_export.runtime.processor import open_picture
 from samples.make_sample import make_checkpoint
 from tests.conftest import SHAPES, Golden
@@ -156,3 +158,10 @@ def test_a_reader_that_left_ends_the_command_quietly(sample_bundle: Bundle) -> N
     arguments = [str(sample_bundle.folder), "--prompt", "Where?", "--max-tokens", "400"]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_file_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli.check_output(tmp_path / "new.json")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match=r"new\.json cannot be written: see to its permissions"):
+        cli.check_output(tmp_path / "new.json")

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
@@ -33,6 +34,21 @@ class Parser(argparse.ArgumentParser):
 def make_console(stderr: bool = True, quiet: bool = False) -> Console:
     """A console that prints text as it is: no wrapping, no colours of its own, no emoji out of a path."""
     return Console(stderr=stderr, soft_wrap=True, highlight=False, emoji=False, quiet=quiet)
+
+
+def check_output(path: Path) -> None:
+    """Refuse, before any work, a file that cannot be written.
+
+    Raises:
+        UserError: its folder is missing, or a folder stands in its place, or permissions forbid it.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"the folder of {path} does not exist: make it, or write the file elsewhere")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file in it")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"{path} cannot be written: see to its permissions, or write the file elsewhere")
 
 
 def run_command(name: str, arguments: Sequence[str] | None) -> int:

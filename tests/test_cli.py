@@ -165,3 +165,27 @@ def test_a_file_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(UserError, match=r"new\.json cannot be written: see to its permissions"):
         cli.check_output(tmp_path / "new.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "closed", "code", "said"),
+    [
+        (["--chat"], 0, 2, "error: --chat reads questions from standard input, which is closed"),
+        (["--prompt", "Where?", "--max-tokens", "1"], 1, 0, ""),
+    ],
+)
+def test_closed_streams_end_in_no_traceback(
+    options: list[str], closed: int, code: int, said: str, sample_bundle: Bundle
+) -> None:
+    program = "import sys; from ivc_export import cli; sys.exit(cli.ivc_run(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, str(sample_bundle.folder), *options]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: os.close(closed))
+    assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
+
+
+def test_a_question_that_is_no_text_is_one_sentence(sample_bundle: Bundle) -> None:
+    program = "import sys; from ivc_export import cli; sys.exit(cli.ivc_run(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, str(sample_bundle.folder), "--chat"]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, input=b"caf\xe9?\n", capture_output=True, env=strict)
+    assert (done.returncode, done.stderr) == (2, b"error: the prompt is not UTF-8 text: write it in UTF-8\n")

@@ -61,9 +61,12 @@ def run_command(name: str, arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is told where it is used, as of arguments
     try:
         code: int = importlib.import_module(f"ivc_export.cli.{name}").command(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where it was closed
+            sys.stdout.flush()
         return code
     except UserError as error:
         make_console().print(f"error: {error}", markup=False, style="red")

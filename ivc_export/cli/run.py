@@ -59,6 +59,8 @@ def command(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     if options.prompt is None and not options.chat:
         raise UserError("there is no question: give one with --prompt, or chat with --chat")
+    if options.chat and sys.stdin is None:
+        raise UserError("--chat reads questions from standard input, which is closed: leave it open, or use --prompt")
     if options.backend != "onnxruntime" and options.provider:
         raise UserError(f"--provider is onnxruntime's: leave it out with --backend {options.backend}")
     if options.op_library and (options.backend, options.provider) != ("onnxruntime", "cuda"):

@@ -146,6 +146,11 @@ def test_runs_beyond_the_engines(bundle: Bundle, monkeypatch: pytest.MonkeyPatch
         session.converse(capacity=64)
 
 
+def test_an_answer_ends_at_the_caches_last_row(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, _ = opened(bundle, monkeypatch, max_visual=1, max_text=2, max_new=3)
+    assert len(list(generate(session.converse(), [1, 2, 3], stop=()))) == 4
+
+
 def test_engines_that_cannot_be_used(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     opened(bundle, monkeypatch)
     plan = folder_of(bundle) / "decoder.plan"

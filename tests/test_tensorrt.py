@@ -169,6 +169,7 @@ def compile_parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Options, l
 
     def stay(trt: Any, model: ir.Model, profiles: Iterable[Extents], options: Options, work: Path) -> bytes:
         assert not [v for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
+        work.joinpath("written").touch()
         asked.append((str(model.graph.name), options, list(profiles)))
         return bytes(ir.to_proto(model).SerializeToString())
 
@@ -180,15 +181,18 @@ def compile_parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Options, l
 def test_selection_is_timed_in_engines_built_as_the_sessions(
     dtype: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = {"workspace": 1 << 20, "tactic_sources": ("EDGE_MASK_CONVOLUTIONS",), "optimization_level": 2}
+    recipe: dict[str, Any] = {"workspace": 1 << 20, "tactic_sources": ("EDGE_MASK_CONVOLUTIONS",)}
+    recipe |= {"optimization_level": 2, "timing_cache": "caches"}
     session, device = opened(bundle, monkeypatch, dtype=dtype, **recipe)
     asked = compile_parts(monkeypatch)
+    written = bundle.folder.stat().st_mtime_ns
     prompt = prompts.make_prompt(bundle, 42, 20)
     for ratio in (1.0, 0.5):
         plan = plan_run(bundle.manifest, np.array(prompt.tokens, np.int32), [prompt.picture.grid], 0, ratio)
         found = selection.selection_times(session, plan, 70)
         assert found is not None and min(found.select, found.compact, found.decode) > 0
     assert [name for name, *_ in asked] == ["select", "compact"]  # once for a session
+    assert bundle.folder.stat().st_mtime_ns == written  # a bundle may be read-only
     for _, options, extents in asked:
         assert options == Options(
             "tensorrt", CAPABILITY, 1 << 20, 2, None, ("EDGE_MASK_CONVOLUTIONS",), dtype != "float32"

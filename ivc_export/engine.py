@@ -17,7 +17,7 @@ from typing import Any
 import onnx_ir as ir
 from rich.filesize import decimal
 
-from ivc_export import __version__, contract
+from ivc_export import __version__, contract, staging
 from ivc_export.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.counting import count
@@ -28,6 +28,8 @@ from ivc_export.trt import Extents, Options, Target, compile_graph, load_plugin,
 
 FOLDER = "engines"
 RECORD = "build.json"
+WORK = ".build-"
+"""How folders begin in which engines are being built."""
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 Progress = Callable[[str, str, int, int], None]
@@ -327,12 +329,17 @@ def check_timing_cache(folder: Path) -> None:
 
 @contextmanager
 def working_folder(bundle: Bundle) -> Iterator[Path]:
-    """A folder within the bundle that vanishes, from where a graph's weights are found as from the bundle."""
-    work = Path(tempfile.mkdtemp(prefix=".build-", dir=bundle.folder))
+    """A folder within the bundle that vanishes, from where a graph's weights are found as from the bundle.
+
+    Those of builds that were killed, most often for lack of memory, vanish here, too.
+    """
+    staging.remove_abandoned(bundle.folder.glob(f"{WORK}*"))
+    work = Path(tempfile.mkdtemp(prefix=WORK, dir=bundle.folder))
     try:
-        for weights in {Path(file.file).parts[0] for file in bundle.manifest.weights}:
-            (work / weights).symlink_to(f"../{weights}", target_is_directory=True)
-        yield work
+        with staging.locked(work):
+            for weights in {Path(file.file).parts[0] for file in bundle.manifest.weights}:
+                (work / weights).symlink_to(f"../{weights}", target_is_directory=True)
+            yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -213,6 +213,14 @@ def test_a_failed_build_leaves_older_engines(built: Bundle, tmp_path: Path, monk
     find_engines(bundle, "tensorrt-rtx", "8.6", trt)
 
 
+def test_a_build_removes_what_killed_ones_left(bundle: Bundle) -> None:
+    left = bundle.folder / ".build-killed"
+    (left / "done").mkdir(parents=True)
+    with engine.working_folder(bundle) as first, engine.working_folder(bundle) as second:
+        assert not left.exists() and first.exists() and second.exists() and first != second
+    assert not list(bundle.folder.glob(".build-*")) and list((bundle.folder / "weights").iterdir())
+
+
 def test_ctrl_c_ends_a_build_and_leaves_older_engines(built: Bundle, tmp_path: Path) -> None:
     bundle = Bundle.load(shutil.copytree(built.folder, tmp_path / "bundle"))
     before = {path: path.stat().st_mtime_ns for path in bundle.folder.rglob("*.plan")}

@@ -377,7 +377,7 @@ def find_engines(bundle: Bundle, target: Target, capability: str, trt: Any) -> P
         plugin = record["recipe"]["plugin"]
         same = (record["tensorrt"], record["compute_capability"]) == (trt.__version__, capability)
         fresh = same and record["inputs_sha256"] == fingerprint(bundle, Path(plugin) if plugin else None)
-        sizes = {f"{name}.plan": engine["bytes"] for name, engine in record["engines"].items()}
+        sizes = {f"{name}.plan": record["engines"][name]["bytes"] for name in GRAPH_NAMES}
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{folder / RECORD} cannot be used ({contract.first_problem(error)}): {mend}") from error
     for file, size in sizes.items():

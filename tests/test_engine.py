@@ -194,6 +194,10 @@ def test_stale_and_foreign_engines_are_refused(built: Bundle, tmp_path: Path) ->
     (folder / "prefix.plan").write_bytes(b"short")
     with pytest.raises(UserError, match=r"prefix\.plan is missing or damaged"):
         find_engines(bundle, "tensorrt-rtx", "8.6", trt)
+    record = json.loads((folder / "build.json").read_text())
+    (folder / "build.json").write_text(json.dumps(record | {"engines": {}}))
+    with pytest.raises(UserError, match=r"build\.json cannot be used"):
+        find_engines(bundle, "tensorrt-rtx", "8.6", trt)
     (folder / "build.json").write_text("{")
     with pytest.raises(UserError, match=r"build\.json cannot be used"):
         find_engines(bundle, "tensorrt-rtx", "8.6", trt)

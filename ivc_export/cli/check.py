@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,6 +76,7 @@ def command(arguments: Sequence[str] | None) -> int:
         bundle = verify(bundle, console)
     if not options.against and not options.onnx_only:
         return 0
+    check_report(bundle)
     if options.backend == "onnxruntime":
         check_dtype(bundle, options.precision or "float32")
     with make_console().status("checking") as status:
@@ -115,6 +117,17 @@ def check_options(options: argparse.Namespace) -> None:
             )
     elif not options.weights:
         raise UserError("there is nothing to check: give --against CHECKPOINT, --onnx-only or --weights")
+
+
+def check_report(bundle: Bundle) -> None:
+    """Refuse, before any work, a bundle in which no report can be written.
+
+    Raises:
+        UserError: it is one.
+    """
+    folder = bundle.folder / REPORT
+    if not os.access(folder if folder.exists() else bundle.folder, os.W_OK) or folder.is_file():
+        raise UserError(f"no report can be written to {folder}: see to its permissions, or check a copy of the bundle")
 
 
 def verify(bundle: Bundle, console: Console) -> Bundle:

@@ -150,12 +150,15 @@ def test_interruptions_and_full_disks_have_exit_codes(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_reader_that_left_ends_the_command_quietly(sample_bundle: Bundle) -> None:
+@pytest.mark.parametrize(
+    ("command", "options"), [("ivc_run", ["--prompt", "Where?", "--max-tokens", "400"]), ("ivc_check", ["--weights"])]
+)
+def test_a_reader_that_left_ends_the_command_quietly(command: str, options: list[str], sample_bundle: Bundle) -> None:
     program = (
         "import os, sys; from ivc_export import cli; r, w = os.pipe(); os.dup2(w, 1); os.close(w); os.close(r); "
-        "sys.exit(cli.ivc_run(sys.argv[1:]))"
+        f"sys.exit(cli.{command}(sys.argv[1:]))"
     )
-    arguments = [str(sample_bundle.folder), "--prompt", "Where?", "--max-tokens", "400"]
+    arguments = [str(sample_bundle.folder), *options]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (141, "")
 

@@ -31,9 +31,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: {self.prog} --help lists the options")
 
 
+class PlainConsole(Console):
+    """A console that tells run_command of a reader that left, where rich would exit with 1, which ivc-check means."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on with the exception that rich handles.
+
+        Raises:
+            BrokenPipeError: always.
+        """
+        raise  # what rich is handling
+
+
 def make_console(stderr: bool = True, quiet: bool = False) -> Console:
     """A console that prints text as it is: no wrapping, no colours of its own, no emoji out of a path."""
-    return Console(stderr=stderr, soft_wrap=True, highlight=False, emoji=False, quiet=quiet)
+    return PlainConsole(stderr=stderr, soft_wrap=True, highlight=False, emoji=False, quiet=quiet)
 
 
 def check_output(path: Path) -> None:

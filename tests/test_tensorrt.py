@@ -254,3 +254,17 @@ def test_commands_say_what_engines_lack(sample_bundle: Bundle, capsys: pytest.Ca
     assert "tensorrt does not load" in capsys.readouterr().err
     assert cli.ivc_run([str(sample_bundle.folder), "--prompt", "x", "--backend", "tensorrt", "--provider", "cuda"]) == 2
     assert "--provider is onnxruntime's" in capsys.readouterr().err
+
+
+def test_check_says_what_engines_lack_before_the_checkpoint_runs(
+    bundle: Bundle, sample_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ivc_export.oracle.record", lambda *_: pytest.fail("it runs the checkpoint"))
+    command = [str(bundle.folder), "--against", str(sample_checkpoint), "--backend", "tensorrt"]
+    assert cli.ivc_check(command) == 2
+    assert "tensorrt does not load" in capsys.readouterr().err
+    session, _ = opened(bundle, monkeypatch)
+    monkeypatch.setattr("ivc_export.cli.check.TensorrtSession", lambda *_: session)
+    session.backend = "tensorrt-rtx"
+    assert cli.ivc_check(command) == 2
+    assert "no tolerance has been measured for tensorrt-rtx in float32: check one of" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from ivc_export.bundle import Bundle
 from ivc_export.cli import Parser, make_console
 from ivc_export.errors import UserError
 from ivc_export.integrity import verify_weights
-from ivc_export.parity import ParityReport, compare
+from ivc_export.parity import ParityReport, compare, find_tolerances
 from ivc_export.recording import INDEX, Recording
 from ivc_export.runtime.backends import BACKENDS
 from ivc_export.runtime.conversation import Step
@@ -80,12 +80,12 @@ def command(arguments: Sequence[str] | None) -> int:
     if options.backend == "onnxruntime":
         check_dtype(bundle, options.precision or "float32")
     with make_console().status("checking") as status:
+        # what engines lack is told before the checkpoint runs
+        engines = None if options.backend == "onnxruntime" else TensorrtSession(bundle, options.backend)
+        if engines is not None:
+            find_tolerances(engines)
         reference, images = stored(bundle) if options.onnx_only else recorded(bundle, options, status.update)
-        session = (
-            OnnxSession(bundle, dtype=options.precision or "float32")
-            if options.backend == "onnxruntime"
-            else TensorrtSession(bundle, options.backend)
-        )
+        session = engines or OnnxSession(bundle, dtype=options.precision or "float32")
         report, step = compare(session, reference, images, status.update)
         status.update("writing the report")
         page = write_report(bundle, report, step, images)

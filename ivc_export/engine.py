@@ -17,7 +17,7 @@ from typing import Any
 import onnx_ir as ir
 from rich.filesize import decimal
 
-from ivc_export import __version__, contract
+from ivc_export import __version__, contract, staging
 from ivc_export.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.counting import count
@@ -28,6 +28,8 @@ from ivc_export.trt import Extents, Options, Target, compile_graph, load_plugin,
 
 FOLDER = "engines"
 RECORD = "build.json"
+WORK = ".build-"
+"""How folders begin in which engines are being built."""
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 Progress = Callable[[str, str, int, int], None]
@@ -258,12 +260,15 @@ def build(
     force: build also where memory seems too small. verbose: TensorRT's own messages go to standard error.
 
     Raises:
-        UserError: TensorRT is missing or refuses a graph, the plugin does not load, or memory is too small.
+        UserError: TensorRT is missing or refuses a graph, the plugin does not load, timing caches cannot be written, or
+            memory is too small.
     """
     trt = load_tensorrt(recipe.target)
     bundle.check_portable("an engine")
     if recipe.plugin is not None:
         load_plugin(recipe.plugin)
+    if recipe.timing_cache is not None:
+        check_timing_cache(recipe.timing_cache)
     capability = recipe.compute_capability or own_capability(trt)
     dtype = build_dtype(bundle, recipe, trt, capability)
     models = {name: lowered(bundle, name, dtype, recipe.plugin is not None) for name in GRAPH_NAMES}
@@ -280,7 +285,7 @@ def build(
             "dtype": dtype,
             "graphs": "plugin" if recipe.plugin is not None else "native",
             "capacity": recipe.capacity,
-            "recipe": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(recipe).items()},
+            "recipe": {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in asdict(recipe).items()},
             "inputs_sha256": fingerprint(bundle, recipe.plugin),
             "engines": {},
         }
@@ -306,14 +311,35 @@ def build(
     return folder, estimated
 
 
+def check_timing_cache(folder: Path) -> None:
+    """Make the folder of timing caches, and refuse it before the build, whose end writes there.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"timing caches cannot be written to {folder} ({error.strerror}): name another folder"
+        ) from error
+
+
 @contextmanager
 def working_folder(bundle: Bundle) -> Iterator[Path]:
-    """A folder within the bundle that vanishes, from where a graph's weights are found as from the bundle."""
-    work = Path(tempfile.mkdtemp(prefix=".build-", dir=bundle.folder))
+    """A folder within the bundle that vanishes, from where a graph's weights are found as from the bundle.
+
+    Those of builds that were killed, most often for lack of memory, vanish here, too.
+    """
+    staging.remove_abandoned(bundle.folder.glob(f"{WORK}*"))
+    work = Path(tempfile.mkdtemp(prefix=WORK, dir=bundle.folder))
     try:
-        for weights in {Path(file.file).parts[0] for file in bundle.manifest.weights}:
-            (work / weights).symlink_to(f"../{weights}", target_is_directory=True)
-        yield work
+        with staging.locked(work):
+            for weights in {Path(file.file).parts[0] for file in bundle.manifest.weights}:
+                (work / weights).symlink_to(f"../{weights}", target_is_directory=True)
+            yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -351,7 +377,7 @@ def find_engines(bundle: Bundle, target: Target, capability: str, trt: Any) -> P
         plugin = record["recipe"]["plugin"]
         same = (record["tensorrt"], record["compute_capability"]) == (trt.__version__, capability)
         fresh = same and record["inputs_sha256"] == fingerprint(bundle, Path(plugin) if plugin else None)
-        sizes = {f"{name}.plan": engine["bytes"] for name, engine in record["engines"].items()}
+        sizes = {f"{name}.plan": record["engines"][name]["bytes"] for name in GRAPH_NAMES}
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{folder / RECORD} cannot be used ({contract.first_problem(error)}): {mend}") from error
     for file, size in sizes.items():

@@ -134,10 +134,7 @@ def compare(
         raise UserError(
             f"the recorded run is not of {bundle.folder}: check the bundle against its checkpoint where there is torch"
         )
-    tolerances = TOLERANCE.get((session.backend, session.dtype))
-    if tolerances is None:
-        raise UserError(f"no tolerance is known for {session.backend} in {session.dtype}: take another precision")
-    tolerance = {kind: bound for kind, (bound, _) in tolerances.items()}
+    tolerance = find_tolerances(session)
     pictures = [families.of(m.family).picture(image, m.preprocessing) for image in images]
     progress("prefill")
     conversation = session.converse(facts["ratio"])
@@ -161,6 +158,21 @@ def compare(
         versions={**m.versions, **session.versions, **facts["versions"]},
     )
     return report, prefill
+
+
+def find_tolerances(session: OpenSession) -> dict[str, float]:
+    """The largest errors, by kind of tensor, of what a session runs on.
+
+    Raises:
+        UserError: nothing is known about this backend's precision.
+    """
+    found = TOLERANCE.get((session.backend, session.dtype))
+    if found is None:
+        known = ", ".join(f"{backend} in {dtype}" for backend, dtype in TOLERANCE)
+        raise UserError(
+            f"no tolerance has been measured for {session.backend} in {session.dtype}: check one of {known}"
+        )
+    return {kind: bound for kind, (bound, _) in found.items()}
 
 
 def compare_prefill(

@@ -9,7 +9,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -91,7 +91,12 @@ def tidy(target: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(target)
-    for folder in target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*"):
+    remove_abandoned(target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*"))
+
+
+def remove_abandoned(folders: Iterable[Path]) -> None:
+    """Remove folders whose writers no longer live; see `locked`."""
+    for folder in folders:
         with suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)
             try:

@@ -6,8 +6,10 @@ import ctypes
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from types import ModuleType
 from typing import Any, Literal
 
@@ -134,14 +136,11 @@ def compile_graph(
         config.set_compute_capability(capability, 0)
     for extents in profiles:
         config.add_optimization_profile(make_profile(builder, model, extents))
-    if hasattr(trt, "IProgressMonitor"):
-        config.progress_monitor = make_monitor(trt, progress)
     timed = None if options.timing_cache is None else options.timing_cache / f"{name}.cache"
     if timed is not None:
         timed.parent.mkdir(parents=True, exist_ok=True)
-        saved = timed.read_bytes() if timed.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(saved), ignore_mismatch=False)
-    plan = builder.build_serialized_network(network, config)
+        use_timings(config, timed.read_bytes() if timed.is_file() else b"")
+    plan = build_network(trt, builder, network, config, progress)
     if plan is None:
         raise UserError(
             f"TensorRT {trt.__version__} cannot build the {name} graph ({logger.last}): see docs/tensorrt.md"
@@ -151,6 +150,31 @@ def compile_graph(
     for file in work.glob(f"{name}.*"):
         file.unlink()
     return bytes(memoryview(plan))
+
+
+def use_timings(config: Any, saved: bytes) -> None:
+    """Take the timing cache that an earlier build has saved, or a new one where that is of another TensorRT or GPU."""
+    for content in (saved, b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return
+
+
+def build_network(trt: Any, builder: Any, network: Any, config: Any, progress: Callable[[str, int, int], None]) -> Any:
+    """The serialised engine, or None, built on another thread: TensorRT swallows what signals raise in its callbacks.
+
+    Ctrl-C ends a build at its next step, and where TensorRT has no progress monitor (before 10) when it is done.
+    """
+    stopped = Event()
+    if hasattr(trt, "IProgressMonitor"):
+        config.progress_monitor = make_monitor(trt, progress, stopped)
+    with ThreadPoolExecutor(1) as pool:
+        building = pool.submit(builder.build_serialized_network, network, config)
+        try:
+            return building.result()
+        except BaseException:
+            stopped.set()
+            raise
 
 
 def configure(trt: Any, config: Any, options: Options) -> None:
@@ -251,8 +275,8 @@ def make_logger(trt: Any, verbose: bool = False) -> Any:
     return Logger()
 
 
-def make_monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
-    """A progress monitor that hands on each phase's steps."""
+def make_monitor(trt: Any, progress: Callable[[str, int, int], None], stopped: Event) -> Any:
+    """A progress monitor that hands on each phase's steps, and ends the build once `stopped` is set."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """TensorRT calls it from its own threads."""
@@ -267,9 +291,9 @@ def make_monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
             progress(phase, 0, steps)
 
         def step_complete(self, phase: str, step: int) -> bool:
-            """A step is done; go on."""
+            """A step is done; whether to go on."""
             progress(phase, step + 1, self.steps.get(phase, step + 1))
-            return True
+            return not stopped.is_set()
 
         def phase_finish(self, phase: str) -> None:
             """A phase ends."""

@@ -111,6 +111,11 @@ def test_the_command_writes_a_file_that_an_export_takes(
         (["--ratio", "1.5"], "ratio 1.5 is out of range"),
         (["--layer", "8"], "layers 8 to 8 are out of range"),
         (["--tokens", "0"], "0 tokens cannot be compared"),
+        (["--agreement", "nan"], "agreement nan is out of range: give 0 to 1"),
+        (["--output", "no/calibration.json"], "the folder of no/calibration.json does not exist"),
+        (["--output", "empty", "--force"], "empty is a folder"),
+        (["--output", "plot.png"], "plot.png is where the plot goes: name the file otherwise, such as plot.json"),
+        (["--output", "mine.json"], "mine.png exists"),
     ],
 )
 def test_mistakes_cost_one_sentence(
@@ -125,6 +130,7 @@ def test_mistakes_cost_one_sentence(
     for name, content in contents.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "prompts.json").write_text(content)
+    (tmp_path / "mine.png").write_text("a picture")
     assert cli.ivc_calibrate(["--model", str(MODEL), *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -156,3 +157,15 @@ def test_a_mistake_is_one_sentence(
     said = capsys.readouterr().err
     assert sentence in said and said.startswith("error: ") and said.count("\n") == 1
     assert not (bundle / "report").exists()
+
+
+def test_a_report_that_cannot_be_written_is_told_first(
+    bundle: Path, sample_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ivc_export.oracle.record", lambda *_: pytest.fail("it runs the checkpoint"))
+    (bundle / "report").write_text("a file")
+    assert cli.ivc_check([str(bundle), "--against", str(sample_checkpoint)]) == 2
+    (bundle / "report").unlink()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != bundle)
+    assert cli.ivc_check([str(bundle), "--against", str(sample_checkpoint)]) == 2
+    assert capsys.readouterr().err.count("error: no report can be written to") == 2

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from ivc_export import cli
 from ivc_export.bundle import Bundle
+from ivc_export.errors import UserError
 from ivc_export.runtime.processor import open_picture
 from samples.make_sample import make_checkpoint
 from tests.conftest import SHAPES, Golden
@@ -148,11 +150,45 @@ def test_interruptions_and_full_disks_have_exit_codes(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_reader_that_left_ends_the_command_quietly(sample_bundle: Bundle) -> None:
+@pytest.mark.parametrize(
+    ("command", "options"), [("ivc_run", ["--prompt", "Where?", "--max-tokens", "400"]), ("ivc_check", ["--weights"])]
+)
+def test_a_reader_that_left_ends_the_command_quietly(command: str, options: list[str], sample_bundle: Bundle) -> None:
     program = (
         "import os, sys; from ivc_export import cli; r, w = os.pipe(); os.dup2(w, 1); os.close(w); os.close(r); "
-        "sys.exit(cli.ivc_run(sys.argv[1:]))"
+        f"sys.exit(cli.{command}(sys.argv[1:]))"
     )
-    arguments = [str(sample_bundle.folder), "--prompt", "Where?", "--max-tokens", "400"]
+    arguments = [str(sample_bundle.folder), *options]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_file_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli.check_output(tmp_path / "new.json")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match=r"new\.json cannot be written: see to its permissions"):
+        cli.check_output(tmp_path / "new.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "closed", "code", "said"),
+    [
+        (["--chat"], 0, 2, "error: --chat reads questions from standard input, which is closed"),
+        (["--prompt", "Where?", "--max-tokens", "1"], 1, 0, ""),
+    ],
+)
+def test_closed_streams_end_in_no_traceback(
+    options: list[str], closed: int, code: int, said: str, sample_bundle: Bundle
+) -> None:
+    program = "import sys; from ivc_export import cli; sys.exit(cli.ivc_run(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, str(sample_bundle.folder), *options]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: os.close(closed))
+    assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
+
+
+def test_a_question_that_is_no_text_is_one_sentence(sample_bundle: Bundle) -> None:
+    program = "import sys; from ivc_export import cli; sys.exit(cli.ivc_run(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, str(sample_bundle.folder), "--chat"]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, input=b"caf\xe9?\n", capture_output=True, env=strict)
+    assert (done.returncode, done.stderr) == (2, b"error: the prompt is not UTF-8 text: write it in UTF-8\n")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from ivc_export.contract import GRAPH_NAMES, GraphName
 from ivc_export.engine import EngineRecipe, build, estimate, find_engines, lowered
 from ivc_export.errors import UserError
 from ivc_export.memory import available_bytes
+from ivc_export.trt import use_timings
 
 SMALL: dict[str, Any] = {"max_visual": 64, "max_text": 32, "max_new": 32, "opt_visual": 32, "opt_text": 16}
 RTX = EngineRecipe(target="tensorrt-rtx", compute_capability="8.6", dtype="float16", **SMALL)
@@ -36,6 +39,45 @@ def test_each_graph_has_a_timing_cache(bundle: Bundle, tmp_path: Path) -> None:
     for _ in range(2):
         build(bundle, recipe)
         assert {path.name for path in (tmp_path / "caches" / "here").iterdir()} == {f"{n}.cache" for n in GRAPH_NAMES}
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_timing_cache_of_another_gpu_is_begun_anew(made: bool) -> None:
+    class Config:
+        """TensorRT's, where a foreign cache gives None, or is not taken."""
+
+        taken = None
+
+        def create_timing_cache(self, content: bytes) -> bytes | None:
+            return None if content and not made else content
+
+        def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+            self.taken = None if cache or ignore_mismatch else cache
+            return self.taken is not None
+
+    config = Config()
+    use_timings(config, b"of another GPU")
+    assert config.taken == b""
+
+
+def test_a_folder_for_timing_caches_is_checked_first(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written to .*file .*: name another folder"):
+        build(bundle, replace(RTX, timing_cache=tmp_path / "file"), lambda *_: pytest.fail("it builds"))
+
+
+def test_recorded_paths_hold_from_any_folder(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lib.so").write_bytes(b"a plugin")
+    monkeypatch.setattr(engine, "load_plugin", lambda path: None)
+    monkeypatch.setattr(engine, "compile_graph", lambda *arguments: b"plan")
+    monkeypatch.setattr(engine, "own_capability", lambda trt: "8.6")
+    monkeypatch.setattr(engine, "load_tensorrt", lambda target: trt)
+    folder, _ = build(bundle, EngineRecipe(plugin=Path("lib.so"), timing_cache=Path("caches"), **SMALL))
+    monkeypatch.chdir("/")
+    assert find_engines(bundle, "tensorrt", "8.6", trt) == folder
+    recipe = EngineRecipe.from_record(json.loads((folder / "build.json").read_text())["recipe"])
+    assert recipe.timing_cache == tmp_path / "caches"
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +194,10 @@ def test_stale_and_foreign_engines_are_refused(built: Bundle, tmp_path: Path) ->
     (folder / "prefix.plan").write_bytes(b"short")
     with pytest.raises(UserError, match=r"prefix\.plan is missing or damaged"):
         find_engines(bundle, "tensorrt-rtx", "8.6", trt)
+    record = json.loads((folder / "build.json").read_text())
+    (folder / "build.json").write_text(json.dumps(record | {"engines": {}}))
+    with pytest.raises(UserError, match=r"build\.json cannot be used"):
+        find_engines(bundle, "tensorrt-rtx", "8.6", trt)
     (folder / "build.json").write_text("{")
     with pytest.raises(UserError, match=r"build\.json cannot be used"):
         find_engines(bundle, "tensorrt-rtx", "8.6", trt)
@@ -171,6 +217,31 @@ def test_a_failed_build_leaves_older_engines(built: Bundle, tmp_path: Path, monk
     find_engines(bundle, "tensorrt-rtx", "8.6", trt)
 
 
+def test_a_build_removes_what_killed_ones_left(bundle: Bundle) -> None:
+    left = bundle.folder / ".build-killed"
+    (left / "done").mkdir(parents=True)
+    with engine.working_folder(bundle) as first, engine.working_folder(bundle) as second:
+        assert not left.exists() and first.exists() and second.exists() and first != second
+    assert not list(bundle.folder.glob(".build-*")) and list((bundle.folder / "weights").iterdir())
+
+
+def test_ctrl_c_ends_a_build_and_leaves_older_engines(built: Bundle, tmp_path: Path) -> None:
+    bundle = Bundle.load(shutil.copytree(built.folder, tmp_path / "bundle"))
+    before = {path: path.stat().st_mtime_ns for path in bundle.folder.rglob("*.plan")}
+    steps: list[str] = []
+
+    def progress(name: str, phase: str, done: int, total: int) -> None:
+        if not steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        steps.append(name)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(bundle, RTX, progress)
+    assert set(steps) == {"vision"}
+    assert {path: path.stat().st_mtime_ns for path in bundle.folder.rglob("*.plan")} == before
+    assert not list(bundle.folder.glob(".build-*"))
+
+
 def test_the_command_builds_and_says_what_it_takes(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--max-visual", "32", "--max-text", "16", "--max-new", "16", "--optimization-level", "0"]
     rtx = ["--target", "tensorrt-rtx", "--compute-capability", "12.0"]
@@ -181,6 +252,28 @@ def test_the_command_builds_and_says_what_it_takes(bundle: Bundle, capsys: pytes
     assert ivc_build([str(bundle.folder), *options]) == 2
     assert "tensorrt does not load" in capsys.readouterr().err
     assert ivc_build([str(bundle.folder / "no")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--foo"], "unrecognized arguments: --foo: ivc-build --help lists the options"),
+        (["--max-visual", "0"], "max-visual 0 is out of range"),
+        (["--opt-visual", "0"], "opt-visual 0 is out of range"),
+        (["--opt-text", "0"], "opt-text 0 is out of range"),
+        (["--workspace", "nan"], "workspace nan is out of range: give GiB above 0"),
+        (["--workspace", "-1"], "workspace -1 is out of range"),
+        (["--compute-capability", "8.6"], "leave --compute-capability out"),
+        ([], "tensorrt does not load"),
+    ],
+)
+def test_the_commands_mistakes_are_one_sentence(
+    bundle: Bundle, options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ivc_build([str(bundle.folder), *options]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.startswith("error: ") and said.count("\n") == 1
+    assert not list(bundle.folder.glob(".build-*"))
 
 
 def test_what_tensorrt_cannot_read_is_one_sentence(bundle: Bundle) -> None:

@@ -26,7 +26,7 @@ from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime import fused as fused_module
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.fused import FusedConversation, FusedSession, take_float32
-from ivc_export.runtime.generate import Chat, Sampling
+from ivc_export.runtime.generate import Chat, Sampling, generate
 from ivc_export.runtime.session import OnnxSession
 from ivc_export.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
@@ -240,6 +240,10 @@ def test_pixels_are_narrowed_by_the_graph(golden_bundle: Bundle) -> None:
 def test_a_full_cache_is_one_sentence(fused: FusedSession) -> None:
     with pytest.raises(UserError, match="holds 20 rows, 28 are needed: give it a larger capacity"):
         FusedConversation(fused, capacity=20).run(PROMPT, [random_picture(Grid(4, 5), 0)])
+
+
+def test_an_answer_ends_at_the_caches_last_row(fused: FusedSession) -> None:
+    assert len(list(generate(FusedConversation(fused, capacity=6), [1, 2, 3], stop=()))) == 4
 
 
 def test_chats_run_fused(sample_bundle: Bundle, sample_session: OnnxSession) -> None:

@@ -71,6 +71,13 @@ def test_an_answer_ends_at_the_models_last_position(sample_session: OnnxSession)
         conversation.run([7])
 
 
+def test_an_answer_ends_at_the_caches_last_row(sample_session: OnnxSession) -> None:
+    conversation = Conversation(sample_session, capacity=6)
+    assert len(list(generate(conversation, [1, 2, 3], stop=()))) == 4
+    assert conversation.cache.room == 0
+    assert Conversation(sample_session).cache.room is None
+
+
 def test_an_answer_of_image_tokens_does_not_end_the_chat(sample_session: OnnxSession) -> None:
     chat = Chat(sample_session, sampling=SHORT)
     assert "".join(chat.ask("Where?", [SHAPES]))

@@ -146,6 +146,11 @@ def test_runs_beyond_the_engines(bundle: Bundle, monkeypatch: pytest.MonkeyPatch
         session.converse(capacity=64)
 
 
+def test_an_answer_ends_at_the_caches_last_row(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, _ = opened(bundle, monkeypatch, max_visual=1, max_text=2, max_new=3)
+    assert len(list(generate(session.converse(), [1, 2, 3], stop=()))) == 4
+
+
 def test_engines_that_cannot_be_used(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     opened(bundle, monkeypatch)
     plan = folder_of(bundle) / "decoder.plan"
@@ -164,6 +169,7 @@ def compile_parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Options, l
 
     def stay(trt: Any, model: ir.Model, profiles: Iterable[Extents], options: Options, work: Path) -> bytes:
         assert not [v for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
+        work.joinpath("written").touch()
         asked.append((str(model.graph.name), options, list(profiles)))
         return bytes(ir.to_proto(model).SerializeToString())
 
@@ -175,15 +181,18 @@ def compile_parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Options, l
 def test_selection_is_timed_in_engines_built_as_the_sessions(
     dtype: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = {"workspace": 1 << 20, "tactic_sources": ("EDGE_MASK_CONVOLUTIONS",), "optimization_level": 2}
+    recipe: dict[str, Any] = {"workspace": 1 << 20, "tactic_sources": ("EDGE_MASK_CONVOLUTIONS",)}
+    recipe |= {"optimization_level": 2, "timing_cache": "caches"}
     session, device = opened(bundle, monkeypatch, dtype=dtype, **recipe)
     asked = compile_parts(monkeypatch)
+    written = bundle.folder.stat().st_mtime_ns
     prompt = prompts.make_prompt(bundle, 42, 20)
     for ratio in (1.0, 0.5):
         plan = plan_run(bundle.manifest, np.array(prompt.tokens, np.int32), [prompt.picture.grid], 0, ratio)
         found = selection.selection_times(session, plan, 70)
         assert found is not None and min(found.select, found.compact, found.decode) > 0
     assert [name for name, *_ in asked] == ["select", "compact"]  # once for a session
+    assert bundle.folder.stat().st_mtime_ns == written  # a bundle may be read-only
     for _, options, extents in asked:
         assert options == Options(
             "tensorrt", CAPABILITY, 1 << 20, 2, None, ("EDGE_MASK_CONVOLUTIONS",), dtype != "float32"
@@ -245,3 +254,17 @@ def test_commands_say_what_engines_lack(sample_bundle: Bundle, capsys: pytest.Ca
     assert "tensorrt does not load" in capsys.readouterr().err
     assert cli.ivc_run([str(sample_bundle.folder), "--prompt", "x", "--backend", "tensorrt", "--provider", "cuda"]) == 2
     assert "--provider is onnxruntime's" in capsys.readouterr().err
+
+
+def test_check_says_what_engines_lack_before_the_checkpoint_runs(
+    bundle: Bundle, sample_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ivc_export.oracle.record", lambda *_: pytest.fail("it runs the checkpoint"))
+    command = [str(bundle.folder), "--against", str(sample_checkpoint), "--backend", "tensorrt"]
+    assert cli.ivc_check(command) == 2
+    assert "tensorrt does not load" in capsys.readouterr().err
+    session, _ = opened(bundle, monkeypatch)
+    monkeypatch.setattr("ivc_export.cli.check.TensorrtSession", lambda *_: session)
+    session.backend = "tensorrt-rtx"
+    assert cli.ivc_check(command) == 2
+    assert "no tolerance has been measured for tensorrt-rtx in float32: check one of" in capsys.readouterr().err

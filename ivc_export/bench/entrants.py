@@ -69,7 +69,7 @@ def open_contestants(
     """Open everyone, each watched while it opens. failures: takes those that do not open, where that ends nothing.
 
     Raises:
-        UserError: see open_session and check_entrants.
+        UserError: see open_session, check_entrants and oracle.check_same_model.
     """
     check_entrants(entrants)
     cuda = bool(entrants.peers) or any(not name.endswith("-cpu") for name in entrants.backends)
@@ -88,7 +88,9 @@ def open_contestants(
         progress("opening the checkpoint on PyTorch")
         with noted(failures, "PyTorch"):
             from ivc_export.bench import peers
+            from ivc_export.oracle import check_same_model
 
+            check_same_model(bundle, entrants.checkpoint)
             memory = Footprints(counter)
             with memory.grow():
                 model = peers.load(entrants.checkpoint)

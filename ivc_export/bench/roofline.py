@@ -25,6 +25,7 @@ from ivc_export.bench.prompts import Prompt
 from ivc_export.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.counting import count
+from ivc_export.errors import UserError
 from ivc_export.estimate import COMPACT, empty_caches
 from ivc_export.runtime.fused import PROVIDERS, Provider
 
@@ -58,12 +59,21 @@ class Ceilings:
 
 
 def measure_ceilings(device: str, dtype: FloatName) -> Ceilings:
-    """Measure on the GPU by torch where it is installed, else, and on the CPU, by onnxruntime."""
+    """Measure on the GPU by torch where it is installed, else, and on the CPU, by onnxruntime.
+
+    Raises:
+        UserError: neither can measure this GPU in `dtype`, as where TensorRT alone is installed for it.
+    """
     if device == "cuda" and importlib.util.find_spec("torch") is not None:
         import torch
 
         if torch.cuda.is_available():
             return torch_ceilings(dtype)
+    if device == "cuda" and (dtype == "bfloat16" or PROVIDERS["cuda"] not in onnxruntime.get_available_providers()):
+        raise UserError(
+            f"the GPU's roofline in {dtype} is measured by torch with CUDA, or in float32 and float16 by "
+            "onnxruntime-gpu: install one of them"
+        )
     return onnxruntime_ceilings("cuda" if device == "cuda" else "cpu", dtype)
 
 

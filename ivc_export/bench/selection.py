@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,7 @@ from onnxruntime import OrtValue
 
 from ivc_export import contract
 from ivc_export.bundle import Bundle
-from ivc_export.engine import profiles, typed, working_folder
+from ivc_export.engine import profiles, typed
 from ivc_export.passes import WidenFloatsPass, lower
 from ivc_export.runtime.conversation import AnySession
 from ivc_export.runtime.device import Buffers, median_seconds
@@ -87,15 +88,15 @@ class EngineParts:
         }
         fix_values(models["select"], m)
         extents = profiles(bundle, "prefix", recipe)  # the decoder has the same
-        options = recipe.options(session.capability, session.dtype)
+        options = replace(recipe.options(session.capability, session.dtype), timing_cache=None)  # which is the builds'
         self.buffers = Buffers(session.device)
         self.engines: dict[str, Engine] = {}
         for name, model in models.items():
             model.graph.name = name
             part = lower(model, "plugin" if recipe.plugin is not None else "native")
-            with working_folder(bundle) as work:
-                plan = compile_graph(session.trt, part, extents.values(), options, work)
-                path = work / f"{name}.plan"
+            with TemporaryDirectory() as work:  # the bundle may be read-only
+                plan = compile_graph(session.trt, part, extents.values(), options, Path(work))
+                path = Path(work) / f"{name}.plan"
                 path.write_bytes(plan)
                 self.engines[name] = Engine(session.trt, path, list(extents), session.device, session.runtime)
         scratch = self.buffers.get("scratch", max(engine.scratch for engine in self.engines.values()))

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
@@ -30,9 +31,36 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: {self.prog} --help lists the options")
 
 
+class PlainConsole(Console):
+    """A console that tells run_command of a reader that left, where rich would exit with 1, which ivc-check means."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on with the exception that rich handles.
+
+        Raises:
+            BrokenPipeError: always.
+        """
+        raise  # what rich is handling
+
+
 def make_console(stderr: bool = True, quiet: bool = False) -> Console:
     """A console that prints text as it is: no wrapping, no colours of its own, no emoji out of a path."""
-    return Console(stderr=stderr, soft_wrap=True, highlight=False, emoji=False, quiet=quiet)
+    return PlainConsole(stderr=stderr, soft_wrap=True, highlight=False, emoji=False, quiet=quiet)
+
+
+def check_output(path: Path) -> None:
+    """Refuse, before any work, a file that cannot be written.
+
+    Raises:
+        UserError: its folder is missing, or a folder stands in its place, or permissions forbid it.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"the folder of {path} does not exist: make it, or write the file elsewhere")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file in it")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"{path} cannot be written: see to its permissions, or write the file elsewhere")
 
 
 def run_command(name: str, arguments: Sequence[str] | None) -> int:
@@ -45,9 +73,12 @@ def run_command(name: str, arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is told where it is used, as of arguments
     try:
         code: int = importlib.import_module(f"ivc_export.cli.{name}").command(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where it was closed
+            sys.stdout.flush()
         return code
     except UserError as error:
         make_console().print(f"error: {error}", markup=False, style="red")

@@ -17,7 +17,7 @@ from ivc_export.bench.entrants import PEERS, RUNTIMES, Entrants, check_entrants,
 from ivc_export.bench.measure import Bench, Row, Settings
 from ivc_export.bench.prompts import Prompt, make_prompt
 from ivc_export.bundle import Bundle
-from ivc_export.cli import Parser, make_console
+from ivc_export.cli import Parser, check_output, make_console
 from ivc_export.errors import UserError
 
 VISUAL = (256,)
@@ -115,8 +115,10 @@ def check_outputs(options: argparse.Namespace) -> None:
         UserError: there is such an option.
     """
     for path in (options.json, options.plot):
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(f"the folder of {path} does not exist: make it, or write the file elsewhere")
+        if path:
+            check_output(path)
+    if options.json and options.plot and options.json.resolve() == options.plot.resolve():
+        raise UserError(f"--json and --plot both name {options.json}: name two files")
     if options.plot and options.plot.suffix.lower() != ".png":
         raise UserError(f"{options.plot} does not end in .png: give it that ending")
     if options.plot and importlib.util.find_spec("matplotlib") is None:

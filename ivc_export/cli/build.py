@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,17 +10,18 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from ivc_export import __version__
 from ivc_export.bundle import Bundle
-from ivc_export.cli import make_console
+from ivc_export.cli import Parser, make_console
 from ivc_export.contract import FloatName
 from ivc_export.engine import RTX_CAPABILITIES, EngineRecipe, build
+from ivc_export.errors import UserError
 from ivc_export.trt import MODULES
 
 DTYPES: dict[str, FloatName] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's options."""
-    p = argparse.ArgumentParser(prog="ivc-build", description="Build TensorRT engines of a bundle.")
+    p = Parser(prog="ivc-build", description="Build TensorRT engines of a bundle.")
     p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
     p.add_argument("--target", choices=tuple(MODULES), default="tensorrt", help="default: tensorrt")
     p.add_argument("--compute-capability", help=f"of the GPU, for tensorrt-rtx: {', '.join(RTX_CAPABILITIES)}")
@@ -52,7 +52,7 @@ def command(arguments: Sequence[str] | None) -> int:
     """Build, with progress, and say what came of it."""
     options = parser().parse_args(arguments)
     bundle = Bundle.load(options.bundle)
-    most = options.max_visual or bundle.manifest.max_visual
+    most = bundle.manifest.max_visual if options.max_visual is None else options.max_visual
     recipe = EngineRecipe(
         target=options.target,
         compute_capability=options.compute_capability,
@@ -60,17 +60,17 @@ def command(arguments: Sequence[str] | None) -> int:
         max_visual=most,
         max_text=options.max_text,
         max_new=options.max_new,
-        opt_visual=options.opt_visual or max(1, most // 2),
-        opt_text=options.opt_text or min(64, options.max_text),
+        opt_visual=max(1, most // 2) if options.opt_visual is None else options.opt_visual,
+        opt_text=min(64, options.max_text) if options.opt_text is None else options.opt_text,
         plugin=options.plugin,
-        workspace=None if options.workspace is None else int(options.workspace * 2**30),
+        workspace=None if options.workspace is None else workspace(options.workspace),
         optimization_level=options.optimization_level,
         timing_cache=options.timing_cache,
         tactic_sources=None if options.tactic_sources is None else tuple(options.tactic_sources.split(",")),
     )
     console = make_console()
     columns = (TextColumn("{task.description:40.40}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def progress(name: str, phase: str, done: int, total: int) -> None:
@@ -88,3 +88,14 @@ def command(arguments: Sequence[str] | None) -> int:
         f"{decimal(memory.caches)} of caches, and at most {decimal(largest)} of activations before TensorRT fuses them"
     )
     return 0
+
+
+def workspace(gib: float) -> int:
+    """Bytes.
+
+    Raises:
+        UserError: no layer could use so much, or so little.
+    """
+    if not 0 < gib <= 1024:  # false for nan as well
+        raise UserError(f"workspace {gib:g} is out of range: give GiB above 0 and up to 1024")
+    return int(gib * 2**30)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ivc_export import __version__
 from ivc_export.calibration import ENOUGH, Calibration
-from ivc_export.cli import Parser, make_console
+from ivc_export.cli import Parser, check_output, make_console
 from ivc_export.errors import UserError
 from ivc_export.recipe import check_ratio
 
@@ -48,8 +48,16 @@ def command(arguments: Sequence[str] | None) -> int:
     ratios = [check_ratio(ratio) for ratio in options.ratio or [0.5]]
     if options.tokens < 1:
         raise UserError(f"{options.tokens} tokens cannot be compared: give 1 or more")
-    if options.output.exists() and not options.force:
-        raise UserError(f"{options.output} exists: name another file with --output, or replace it with --force")
+    if not 0 <= options.agreement <= 1:  # false for nan as well
+        raise UserError(f"agreement {options.agreement} is out of range: give 0 to 1")
+    check_output(options.output)
+    plot = options.output.with_suffix(".png")
+    if plot == options.output:
+        raise UserError(f"{plot} is where the plot goes: name the file otherwise, such as {plot.with_suffix('.json')}")
+    check_output(plot)
+    for path in (options.output, plot):
+        if path.exists() and not options.force:
+            raise UserError(f"{path} exists: name another file with --output, or replace it with --force")
     missing = [name for name in ("torch", "transformers", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"ivc-calibrate needs {' and '.join(missing)}: install ivc-export[check]")
@@ -71,7 +79,7 @@ def command(arguments: Sequence[str] | None) -> int:
             lambda done, total: bars.update(task, completed=done, total=total),
         )
     options.output.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    plot_calibration(found, options.output.with_suffix(".png"))
+    plot_calibration(found, plot)
     make_console(stderr=False).print(table(found))
     console.print(
         f"layer {found.layer} is proposed at ratio {found.ratio:g}: ivc-export --calibration {options.output} takes it"

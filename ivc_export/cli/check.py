@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from ivc_export.bundle import Bundle
 from ivc_export.cli import Parser, make_console
 from ivc_export.errors import UserError
 from ivc_export.integrity import verify_weights
-from ivc_export.parity import ParityReport, compare
+from ivc_export.parity import ParityReport, compare, find_tolerances
 from ivc_export.recording import INDEX, Recording
 from ivc_export.runtime.backends import BACKENDS
 from ivc_export.runtime.conversation import Step
@@ -75,15 +76,16 @@ def command(arguments: Sequence[str] | None) -> int:
         bundle = verify(bundle, console)
     if not options.against and not options.onnx_only:
         return 0
+    check_report(bundle)
     if options.backend == "onnxruntime":
         check_dtype(bundle, options.precision or "float32")
     with make_console().status("checking") as status:
+        # what engines lack is told before the checkpoint runs
+        engines = None if options.backend == "onnxruntime" else TensorrtSession(bundle, options.backend)
+        if engines is not None:
+            find_tolerances(engines)
         reference, images = stored(bundle) if options.onnx_only else recorded(bundle, options, status.update)
-        session = (
-            OnnxSession(bundle, dtype=options.precision or "float32")
-            if options.backend == "onnxruntime"
-            else TensorrtSession(bundle, options.backend)
-        )
+        session = engines or OnnxSession(bundle, dtype=options.precision or "float32")
         report, step = compare(session, reference, images, status.update)
         status.update("writing the report")
         page = write_report(bundle, report, step, images)
@@ -115,6 +117,17 @@ def check_options(options: argparse.Namespace) -> None:
             )
     elif not options.weights:
         raise UserError("there is nothing to check: give --against CHECKPOINT, --onnx-only or --weights")
+
+
+def check_report(bundle: Bundle) -> None:
+    """Refuse, before any work, a bundle in which no report can be written.
+
+    Raises:
+        UserError: it is one.
+    """
+    folder = bundle.folder / REPORT
+    if not os.access(folder if folder.exists() else bundle.folder, os.W_OK) or folder.is_file():
+        raise UserError(f"no report can be written to {folder}: see to its permissions, or check a copy of the bundle")
 
 
 def verify(bundle: Bundle, console: Console) -> Bundle:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ivc_export import __version__
 from ivc_export.bundle import Bundle
-from ivc_export.cli import Parser, make_console
+from ivc_export.cli import Parser, check_output, make_console
 from ivc_export.errors import UserError
 from ivc_export.report.overlay import count_kinds, overlay
 from ivc_export.runtime.backends import BACKENDS, open_session
@@ -59,6 +59,8 @@ def command(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     if options.prompt is None and not options.chat:
         raise UserError("there is no question: give one with --prompt, or chat with --chat")
+    if options.chat and sys.stdin is None:
+        raise UserError("--chat reads questions from standard input, which is closed: leave it open, or use --prompt")
     if options.backend != "onnxruntime" and options.provider:
         raise UserError(f"--provider is onnxruntime's: leave it out with --backend {options.backend}")
     if options.op_library and (options.backend, options.provider) != ("onnxruntime", "cuda"):
@@ -88,12 +90,11 @@ def check_show(path: Path, pictures: bool) -> None:
     """Refuse, before any work, a --show that cannot be written.
 
     Raises:
-        UserError: there will be no picture to draw on, or no such folder or format.
+        UserError: there will be no picture to draw on, or no such format; see check_output.
     """
     if not pictures:
         raise UserError("there is no picture for --show to draw on: give one with --image")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"the folder of {path} does not exist: make it, or write the picture elsewhere")
+    check_output(path)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"{path} does not end in .png, .jpg or .webp: give it one of these endings")
 

@@ -37,6 +37,11 @@ class KVCache:
         """Rows of every layer but the whole ones."""
         return self._lengths[max(self._lengths)]  # the last layer is never whole
 
+    @property
+    def room(self) -> int | None:
+        """Rows that every layer still takes; None without a capacity."""
+        return None if self.capacity is None else self.capacity - max(self._lengths.values())
+
     def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
         """The array of a graph input `past_key.i` or `past_value.i`."""
         return self._arrays[name]

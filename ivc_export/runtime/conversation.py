@@ -87,6 +87,11 @@ class Rows(Protocol):
         ...
 
     @property
+    def room(self) -> int | None:
+        """Rows that every layer still takes; None where caches grow."""
+        ...
+
+    @property
     def bytes_used(self) -> int:
         """Bytes of the valid rows."""
         ...

@@ -76,14 +76,18 @@ def continue_from(
     sampling: Sampling = GREEDY,
     stop: Sequence[int] | None = None,
 ) -> Iterator[int]:
-    """Yield the ids that follow `step`, the conversation's last run, up to the model's last position; as `generate`."""
+    """Yield the ids that follow `step`, the conversation's last run, as `generate`.
+
+    The answer ends at the model's last position and at the cache's last row, too.
+    """
     manifest = conversation.session.bundle.manifest
     stop = manifest.tokens.stop if stop is None else stop
     generator = np.random.default_rng(sampling.seed)
     for left in reversed(range(sampling.max_tokens)):
         token = sampling.draw(step.logits, generator)
         yield token
-        if token in stop or not left or conversation.next_position >= manifest.decoder.max_positions:
+        full = conversation.next_position >= manifest.decoder.max_positions or conversation.cache.room == 0
+        if token in stop or not left or full:
             return
         step = conversation.run([token])
 

@@ -229,6 +229,11 @@ class EngineCache:
         self.whole_length += rows
 
     @property
+    def room(self) -> int:
+        """Rows that every layer still takes."""
+        return self.capacity - (self.whole_length if self.whole else self.length)
+
+    @property
     def bytes_used(self) -> int:
         """Bytes of the valid rows."""
         rows = (self._sizes.layers - len(self.whole)) * self.length + len(self.whole) * self.whole_length

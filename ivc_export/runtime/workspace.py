@@ -72,6 +72,11 @@ class DeviceCache:
             self.swap()
 
     @property
+    def room(self) -> int:
+        """Rows that every layer still takes."""
+        return self.capacity - max(self.lengths(0).values())
+
+    @property
     def bytes_used(self) -> int:
         """Bytes of the valid rows."""
         one = next(iter(self.current.values()))

@@ -246,6 +246,26 @@ def test_an_answer_ends_at_the_caches_last_row(fused: FusedSession) -> None:
     assert len(list(generate(FusedConversation(fused, capacity=6), [1, 2, 3], stop=()))) == 4
 
 
+def test_a_cache_without_a_capacity_grows(
+    golden_bundle: Bundle, fused: FusedSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a prefill and in a decode step; the smaller one goes to the next conversation."""
+    monkeypatch.setattr(fused_module, "FIRST_CAPACITY", 7)
+    wanted, found = Conversation(OnnxSession(golden_bundle)), FusedConversation(fused)
+    capacities = []
+    for tokens, pictures in [
+        ([1, 2, 3], []),
+        (PROMPT, [random_picture(Grid(4, 5), 0)]),
+        *[([t], []) for t in range(40)],
+    ]:
+        step, reference = found.run(tokens, pictures), wanted.run(tokens, pictures)
+        np.testing.assert_array_equal(step.keep_index, reference.keep_index)
+        assert np.abs(step.logits - reference.logits).max() < LOGIT_TOLERANCE
+        capacities.append(found.cache.capacity)
+    assert [capacities[i] for i in (0, 1, -1)] == [7, 56, 112] and found.cache.room is None
+    assert FusedConversation(fused, capacity=7).cache.room == 7 and fused._idle[56]
+
+
 def test_chats_run_fused(sample_bundle: Bundle, sample_session: OnnxSession) -> None:
     found = Chat(FusedSession(sample_bundle, "cpu"), capacity=600, sampling=Sampling(max_tokens=6))
     wanted = Chat(sample_session, sampling=Sampling(max_tokens=6))

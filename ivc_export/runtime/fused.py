@@ -33,6 +33,9 @@ PROVIDERS: Mapping[Provider, str] = {"cuda": "CUDAExecutionProvider", "cpu": "CP
 DTYPES: Mapping[Provider, FloatName] = {"cuda": "float16", "cpu": "float32"}
 """GroupQueryAttention's CUDA kernels know float16 and bfloat16, and NumPy no bfloat16; its CPU kernel float32."""
 
+FIRST_CAPACITY = 4096
+"""Rows of a cache that grows."""
+
 
 class FusedSession:
     """The vision graph, prefix and decoder, and one graph of both for decode steps, with one copy of the weights.
@@ -93,17 +96,28 @@ class FusedSession:
 
     def converse(self, ratio: float | None = None, capacity: int | None = None) -> FusedConversation:
         """Begin a conversation; see FusedConversation."""
-        return FusedConversation(self, ratio, *([capacity] if capacity else []))
+        return FusedConversation(self, ratio, capacity)
 
-    def lend(self, capacity: int, borrower: object) -> Workspace:
-        """A workspace for `borrower` alone, which comes back when that is garbage: a captured CUDA graph is replayed by
-        the next conversation of this capacity, and onnxruntime, which forgets none, does not gather them.
+    def lend(self, capacity: int) -> Workspace:
+        """A workspace for one conversation, which gives it back: the next one of this capacity replays its CUDA graph,
+        and onnxruntime forgets none.
+
+        Raises:
+            UserError: the device has no memory for it.
         """
         idle = self._idle[capacity]
-        workspace = idle.pop() if idle else Workspace.make(self.bundle.manifest, capacity, self.dtype, self.value)
+        try:
+            workspace = idle.pop() if idle else Workspace.make(self.bundle.manifest, capacity, self.dtype, self.value)
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise UserError(
+                f"there is no memory for caches of {capacity} rows: use smaller pictures, or begin a new conversation"
+            ) from error
         workspace.cache.clear()
-        weakref.finalize(borrower, idle.append, workspace).atexit = False
         return workspace
+
+    def take_back(self, workspace: Workspace) -> None:
+        """Keep a workspace for the next conversation of its capacity."""
+        self._idle[workspace.cache.capacity].append(workspace)
 
     def lowered(self, name: contract.GraphName, lowering: Lowering) -> ir.Model:
         """A graph of the bundle, in the dtype that is computed in."""
@@ -265,31 +279,50 @@ class FusedConversation:
     """Runs of one FusedSession that share a cache; as Conversation, with everything but logits, kept rows and scores
     left on the device.
 
-    capacity: rows of the cache; a finished conversation's memory goes to the next one of the same capacity.
+    capacity: rows of the cache; None for one that begins with FIRST_CAPACITY and doubles when it is full. A finished
+    conversation's memory goes to the next one of the same capacity.
 
     Raises:
-        UserError: the ratio is out of range.
+        UserError: the ratio is out of range, or the device has no memory for the cache.
     """
 
-    def __init__(self, session: FusedSession, ratio: float | None = None, capacity: int = 4096) -> None:
+    def __init__(self, session: FusedSession, ratio: float | None = None, capacity: int | None = None) -> None:
         manifest = session.bundle.manifest
         self.session = session
         self.ratio = check_ratio(manifest.default_ratio if ratio is None else ratio)
-        self._workspace = session.lend(capacity, self)
-        self.cache = self._workspace.cache
+        self._grows = capacity is None
+        self._borrow(capacity or FIRST_CAPACITY)
         self.next_position = 0
         self.timings = Timings()
+
+    def _borrow(self, capacity: int) -> None:
+        self._workspace = self.session.lend(capacity)
+        self._give_back = weakref.finalize(self, self.session.take_back, self._workspace)
+        self._give_back.atexit = False
+        self.cache = self._workspace.cache
+        self.cache.grows = self._grows
+
+    def _grow(self, needed: int) -> None:
+        """Go on in caches of twice the rows, or more where that is not enough."""
+        old, give_back, capacity = self.cache, self._give_back, self.cache.capacity
+        while capacity < needed:
+            capacity *= 2
+        self._borrow(capacity)
+        self.cache.take_over(old)
+        give_back()
 
     def run(self, tokens: Sequence[int] | npt.NDArray[Any], pictures: Sequence[Picture] = ()) -> Step:
         """Run `tokens`, image tokens included, over the cache, and append the kept rows to it.
 
         Raises:
-            UserError: see plan_run; or the cache is full.
+            UserError: see plan_run; or the cache is full, or cannot grow.
         """
         m = self.session.bundle.manifest
         grids = [picture.grid for picture in pictures]
         plan = plan_run(m, np.asarray(tokens, np.int32), grids, self.next_position, self.ratio)
         needed = max(self.cache.lengths(plan.rows).values())
+        if needed > self.cache.capacity and self._grows:
+            self._grow(needed)
         if needed > self.cache.capacity:
             raise UserError(
                 f"the cache holds {self.cache.capacity} rows, {needed} are needed: give it a larger capacity"

@@ -21,7 +21,8 @@ Place = Callable[[npt.NDArray[Any]], OrtValue]
 class DeviceCache:
     """Keys and values of all layers in buffers of `capacity` rows; the layers that are compacted have a second set.
 
-    length: valid rows. whole: layers that keep every row, which have `whole_length` of them.
+    length: valid rows. whole: layers that keep every row, which have `whole_length` of them. grows: whether its
+    conversation takes a larger one when this is full.
     """
 
     capacity: int
@@ -31,6 +32,7 @@ class DeviceCache:
     length: int = 0
     whole_length: int = 0
     swapped: bool = False
+    grows: bool = False
 
     @staticmethod
     def make(m: Manifest, capacity: int, dtype: FloatName, place: Place) -> DeviceCache:
@@ -71,10 +73,19 @@ class DeviceCache:
         if self.swapped:
             self.swap()
 
+    def take_over(self, smaller: DeviceCache) -> None:
+        """Begin with another cache's rows, which pass through the host."""
+        for name, value in self.current.items():
+            old = smaller.current[name].numpy()
+            rows = np.zeros(value.shape(), old.dtype)
+            rows[:, :, : smaller.capacity] = old
+            value.update_inplace(rows)
+        self.length, self.whole_length = smaller.length, smaller.whole_length
+
     @property
-    def room(self) -> int:
-        """Rows that every layer still takes."""
-        return self.capacity - max(self.lengths(0).values())
+    def room(self) -> int | None:
+        """Rows that every layer still takes; None where the cache grows."""
+        return None if self.grows else self.capacity - max(self.lengths(0).values())
 
     @property
     def bytes_used(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +31,14 @@ from ivc_export.runtime.generate import Chat, Sampling, generate
 from ivc_export.runtime.session import OnnxSession
 from ivc_export.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
-from tests.conftest import LOGIT_TOLERANCE, SCORE_TOLERANCE, SHAPES, Golden, random_picture
+from tests.conftest import (
+    LOGIT_TOLERANCE,
+    SCORE_TOLERANCE,
+    SHAPES,
+    Golden,
+    make_overflowing_checkpoint,
+    random_picture,
+)
 
 PROMPT = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]
 
@@ -213,6 +221,18 @@ def test_float16_graphs_follow_float32(golden_bundle: Bundle, monkeypatch: pytes
         reference = wanted.run(tokens, pictures, keep_index=step.keep_index)
         scale = np.abs(reference.logits).max()
         assert 0 < np.abs(step.logits - reference.logits).max() < 1e-2 * scale  # 11 bits; 2.6e-3 measured
+
+
+def test_activations_beyond_float16_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = export(ExportRecipe(make_overflowing_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle"))
+    assert np.isfinite(FusedConversation(FusedSession(bundle, "cpu")).run(PROMPT[-4:]).logits).all()
+    monkeypatch.setitem(cast("dict[str, str]", fused_module.DTYPES), "cpu", "float16")
+    session = FusedSession(bundle, "cpu")
+    for _ in range(2):
+        with pytest.raises(UserError, match="leave float16's range: use --provider cpu, or TensorRT engines"):
+            FusedConversation(session, capacity=10).run(PROMPT[-4:])
+    gc.collect()
+    assert not session._idle[10]  # what is no number would spoil the next conversation
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16"])

@@ -315,7 +315,7 @@ class FusedConversation:
         """Run `tokens`, image tokens included, over the cache, and append the kept rows to it.
 
         Raises:
-            UserError: see plan_run; or the cache is full, or cannot grow.
+            UserError: see plan_run; or the cache is full, or cannot grow, or activations leave float16's range.
         """
         m = self.session.bundle.manifest
         grids = [picture.grid for picture in pictures]
@@ -361,7 +361,7 @@ class FusedConversation:
         cache.swap()
         found = {name: prefix[name].numpy() for name in ("keep_index", "token_score", "seed_index")}
         vision = tuple(Fetched({"image_embeds": image}, widened) for image in images)
-        return Step(plan, vision, found, {"logits": decoder["logits"].numpy()})
+        return Step(plan, vision, found, {"logits": self._checked(decoder["logits"].numpy())})
 
     def _decode(self, plan: Run) -> Step:
         session, cache, step = self.session, self.cache, self._workspace.step
@@ -375,8 +375,17 @@ class FusedConversation:
                 binding = session.bind("decode", step | cache.inputs(), cache.outputs() | {"logits": logits})
                 bindings[cache.swapped] = (binding, next(session.captures))
             session.run_bound("decode", *bindings[cache.swapped])
-            found = np.array(logits.numpy())  # a copy: the next step writes to the same memory
+            found = self._checked(np.array(logits.numpy()))  # a copy: the next step writes to the same memory
         return Step(plan, (), {"keep_index": np.zeros(1, np.int32)}, {"logits": found})
+
+    def _checked(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        if not np.isfinite(logits.max()):  # NaN if any of them is
+            self._give_back.detach()  # caches are to be finite; see DeviceCache.clear
+            raise UserError(
+                "this model's activations leave float16's range: use --provider cpu, or TensorRT engines (ivc-build), "
+                "which keep residual sums in float32"
+            )
+        return logits
 
     def _lengths(self, rows: int) -> Values:
         values: Values = {}

@@ -330,6 +330,17 @@ def test_old_norms_are_told_to_square_in_float32(version: str, strict: bool) -> 
     assert "enable_cuda_graph" not in fused_module.cuda_options(version, False)
 
 
+def test_small_heads_are_turned_outside_attention(tmp_path: Path) -> None:
+    """Of 8 columns: GroupQueryAttention turns multiples of 16 alone."""
+    config = dict(families.of("qwen2_vl").tiny) | {"num_attention_heads": 8, "num_key_value_heads": 4}
+    config["rope_scaling"] = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    bundle = export(ExportRecipe(make_checkpoint(tmp_path / "checkpoint", config), tmp_path / "bundle"))
+    assert bundle.manifest.decoder.head_dim == 8
+    wanted, found = Conversation(OnnxSession(bundle)), FusedConversation(FusedSession(bundle, "cpu"))
+    for tokens in ([1, 2, 3], [4], [5]):
+        assert np.abs(found.run(tokens).logits - wanted.run(tokens).logits).max() < LOGIT_TOLERANCE
+
+
 def test_what_onnxruntime_does_not_capture_is_launched(golden_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[bool] = []
 

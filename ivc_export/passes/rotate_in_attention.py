@@ -14,6 +14,7 @@ class RotateInAttentionPass(ir.passes.InPlacePass):
     1. Needs: the graph of decode steps, of one row, whose projections are packed (PackProjectionsPass).
     2. Leaves: what such a product gives as it is as attention's input. Attention turns a row by its number in the
        cache, which is no position of M-RoPE: position_ids has to say the one row's position for every row of a cache.
+       Heads of other sizes than multiples of 16, which it does not turn, stay as they were.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -28,6 +29,9 @@ class RotateInAttentionPass(ir.passes.InPlacePass):
 
 def rotate(edit: Editor, node: ir.Node) -> None:
     """Give attention the packed rows, if its inputs are their parts, and query and key are turned alike."""
+    past_key = node.inputs[3]
+    if past_key is None or past_key.shape is None or int(past_key.shape[3]) % 16:  # type: ignore[arg-type]
+        return
     turned = [value.producer() for value in node.inputs[:2] if value is not None]
     rotations = [r for r in turned if r is not None and r.op_type == "RotaryEmbedding"]
     if len(rotations) != 2 or rotations[0].inputs[1:] != rotations[1].inputs[1:]:

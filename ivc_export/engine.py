@@ -307,7 +307,7 @@ def build(
             }
         (work / "done" / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         folder.parent.mkdir(exist_ok=True)
-        put_in_place(work / "done", folder)
+        staging.put_in_place(work / "done", folder, force=True)
     return folder, estimated
 
 
@@ -342,19 +342,6 @@ def working_folder(bundle: Bundle) -> Iterator[Path]:
             yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def put_in_place(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`, and older engines away; put these back if anything goes wrong in between."""
-    old = new.with_name("old")
-    if folder.exists():
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except BaseException:
-        if old.exists():
-            old.rename(folder)
-        raise
 
 
 def find_engines(bundle: Bundle, target: Target, capability: str, trt: Any) -> Path:

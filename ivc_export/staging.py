@@ -134,7 +134,7 @@ def exchange(staging: Path, target: Path) -> None:
     """Swap two folders in one step, or in two where the file system cannot; `tidy` mends what a kill leaves then."""
     if renamed_at_once(staging, target):
         return
-    old = staging.with_name(staging.name.replace(_PARTIAL, _REPLACED))
+    old = staging.with_name(f".{target.name}{_REPLACED}{staging.name.rpartition('-')[2]}")
     target.rename(old)
     try:
         staging.rename(target)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import pytest
 import tensorrt_rtx as trt
 
-from ivc_export import engine
+from ivc_export import engine, staging
 from ivc_export.bundle import Bundle
 from ivc_export.cli import ivc_build
 from ivc_export.contract import GRAPH_NAMES, GraphName
@@ -223,6 +223,24 @@ def test_a_build_removes_what_killed_ones_left(bundle: Bundle) -> None:
     with engine.working_folder(bundle) as first, engine.working_folder(bundle) as second:
         assert not left.exists() and first.exists() and second.exists() and first != second
     assert not list(bundle.folder.glob(".build-*")) and list((bundle.folder / "weights").iterdir())
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_engines_change_places_with_older_ones(
+    built: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """In one step, or in two where the file system cannot."""
+    bundle = Bundle.load(shutil.copytree(built.folder, tmp_path / "bundle"))
+    (older,) = (bundle.folder / "engines").iterdir()
+    (older / "mark").touch()
+    if not at_once:
+        monkeypatch.setattr(staging, "renamed_at_once", lambda *_: False)
+    with engine.working_folder(bundle) as work:
+        shutil.copytree(older, work / "done")
+        (work / "done" / "mark").rename(work / "done" / "new")
+        staging.put_in_place(work / "done", older, force=True)
+        assert (older / "new").exists() and (work / "done" / "mark").exists()
+    assert [path.name for path in (bundle.folder / "engines").iterdir()] == [older.name]
 
 
 def test_ctrl_c_ends_a_build_and_leaves_older_engines(built: Bundle, tmp_path: Path) -> None:

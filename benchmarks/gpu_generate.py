@@ -163,11 +163,10 @@ def open_and_try(bundle: Bundle, entrants: Entrants, say: Progress, failures: di
         return name not in failures
 
     found: list[Contestant] = []
-    parts = [replace(entrants, backends=[name], peers=(), op_library=None) for name in entrants.backends]
+    libraries = {"onnxruntime-cuda": entrants.op_library}
+    parts = [replace(entrants, backends=[n], peers=(), op_library=libraries.get(n)) for n in entrants.backends]
     parts.append(replace(entrants, backends=(), op_library=None))
     for part in parts:
-        if "onnxruntime-cuda" in part.backends:
-            part = replace(part, op_library=entrants.op_library)
         opened = [one for one in open_contestants(bundle, part, say, failures) if works(one)]
         if not opened and "onnxruntime-cuda" in part.backends:
             for name in [name for name in failures if name.startswith("onnxruntime-cuda")]:

@@ -138,7 +138,6 @@ def compile_graph(
         config.add_optimization_profile(make_profile(builder, model, extents))
     timed = None if options.timing_cache is None else options.timing_cache / f"{name}.cache"
     if timed is not None:
-        timed.parent.mkdir(parents=True, exist_ok=True)
         use_timings(config, timed.read_bytes() if timed.is_file() else b"")
     plan = build_network(trt, builder, network, config, progress)
     if plan is None:

@@ -324,7 +324,9 @@ def test_rotations_need_no_casts(golden_bundle: Bundle) -> None:
         assert not [node for node in turned for user in node.outputs[0].consumers() if user.op_type == "Cast"]
 
 
-@pytest.mark.parametrize(("version", "strict"), [("1.26.0", True), ("1.27.0", False), ("1.31.1", False), ("2.0", 0)])
+@pytest.mark.parametrize(
+    ("version", "strict"), [("1.26.0", True), ("1.27.0", False), ("1.31.1", False), ("2.0", False)]
+)
 def test_old_norms_are_told_to_square_in_float32(version: str, strict: bool) -> None:
     assert ("enable_skip_layer_norm_strict_mode" in fused_module.cuda_options(version, True)) == strict
     assert "enable_cuda_graph" not in fused_module.cuda_options(version, False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ivc_export.passes.match import Editor, made_by, numbers
+from ivc_export.passes.match import CONTRIB, Editor, made_by, numbers
 
 
 class FuseActivationsPass(ir.passes.InPlacePass):
@@ -26,6 +26,6 @@ class FuseActivationsPass(ir.passes.InPlacePass):
             if x is not node.inputs[0] and scaled is not None and scaled.inputs[0] is node.inputs[0]:
                 x, (alpha,) = scaled.inputs[0], numbers(scaled.inputs[1])
             if x is node.inputs[0]:
-                (y,) = edit.op(node, "QuickGelu", x, domain="com.microsoft", alpha=alpha)
+                (y,) = edit.op(node, "QuickGelu", x, domain=CONTRIB, alpha=alpha)
                 edit.replace(node.outputs[0], y)
         return ir.passes.PassResult(model, True)

@@ -8,9 +8,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ivc_export.passes.match import Editor, back, is_permuted, made_by, numbers
-
-CONTRIB = "com.microsoft"
+from ivc_export.passes.match import CONTRIB, Editor, back, is_permuted, made_by, numbers
 
 
 class FuseAttentionPass(ir.passes.InPlacePass):

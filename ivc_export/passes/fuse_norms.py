@@ -6,9 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ivc_export.passes.match import Editor, back, made_by, numbers
-
-CONTRIB = "com.microsoft"
+from ivc_export.passes.match import CONTRIB, Editor, back, made_by, numbers
 
 
 class FuseNormsPass(ir.passes.InPlacePass):
@@ -24,33 +22,32 @@ class FuseNormsPass(ir.passes.InPlacePass):
         """Find RMS norms by their last node, the product with the weight."""
         edit = Editor(model.graph)
         for node in list(model.graph):
-            found = rms_norm(node)
-            if found is not None:
-                fuse(edit, node, *found, "SimplifiedLayerNormalization", [node.inputs[1]])
-            elif node.op_type == "LayerNormalization" and made_by(node.inputs[0], "Add") is not None:
-                assert node.inputs[0] is not None
-                epsilon = node.attributes["epsilon"].as_float()
-                fuse(edit, node, node.inputs[0], epsilon, "LayerNormalization", list(node.inputs[1:]))
+            rms = rms_norm(node)
+            if rms is not None:
+                x, epsilon, op_type = *rms, "SimplifiedLayerNormalization"
+            elif node.op_type == "LayerNormalization" and node.inputs[0] is not None:
+                x, epsilon, op_type = node.inputs[0], node.attributes["epsilon"].as_float(), node.op_type
+            else:
+                continue
+            total = made_by(x, "Add")
+            if total is not None:
+                fuse_sum(edit, total, node, f"Skip{op_type}", epsilon)
+            elif rms is not None:
+                attributes: dict[str, Any] = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
+                (normed,) = edit.op(node, op_type, x, node.inputs[1], **attributes)
+                edit.replace(node.outputs[0], normed)
         return ir.passes.PassResult(model, True)
 
 
-def fuse(
-    edit: Editor, node: ir.Node, x: ir.Value, epsilon: float, op_type: str, weights: list[ir.Value | None]
-) -> None:
-    """Put one node in the place of the norm of `x` that ends in `node`, and of the sum that makes `x`."""
-    total = made_by(x, "Add")
-    if total is None:
-        attributes: dict[str, Any] = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
-        (normed,) = edit.op(node, op_type, x, *weights, **attributes)
-        edit.replace(node.outputs[0], normed)
-        return
+def fuse_sum(edit: Editor, total: ir.Node, norm: ir.Node, op_type: str, epsilon: float) -> None:
+    """Put one node in the place of a sum and its norm, whose last node is `norm`: weights follow its first input."""
     bias = detached_bias(total.inputs[1])
-    inputs = [*total.inputs, *weights, *([bias] if bias is not None else [])]
-    values = edit.op(total, f"Skip{op_type}", *inputs, outputs=4, domain=CONTRIB, epsilon=epsilon)
+    inputs = [*total.inputs, *norm.inputs[1:], *([bias] if bias is not None else [])]
+    values = edit.op(total, op_type, *inputs, outputs=4, domain=CONTRIB, epsilon=epsilon)
     for unused in (1, 2):
         values[unused].name = ""
-    edit.replace(x, values[3])
-    edit.replace(node.outputs[0], values[0])
+    edit.replace(total.outputs[0], values[3])
+    edit.replace(norm.outputs[0], values[0])
 
 
 def detached_bias(value: ir.Value | None) -> ir.Value | None:

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+CONTRIB = "com.microsoft"
+"""The domain of onnxruntime's own operators."""
+
 
 def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """The node of the default domain that made `value`, if it is an `op_type`."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ivc_export.passes.match import Editor, made_by
+from ivc_export.passes.match import Editor, back, made_by
 from ivc_export.weights import read_values
 
 
@@ -32,13 +32,17 @@ class PackProjectionsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, True)
 
 
-def projection(value: ir.Value | None) -> ir.Node | None:
-    """The Gemm behind an input of attention, and behind its rotation."""
+def projected(value: ir.Value | None) -> ir.Value | None:
+    """What an input of attention was before it was turned, if it is, and got its batch axis."""
     node = value.producer() if value is not None else None
     if node is not None and node.op_type == "RotaryEmbedding":
         value = node.inputs[0]
-    reshaped = made_by(value, "Reshape")
-    product = made_by(reshaped.inputs[0], "Gemm") if reshaped is not None else None
+    return back(value, "Reshape")
+
+
+def projection(value: ir.Value | None) -> ir.Node | None:
+    """The Gemm behind an input of attention."""
+    product = made_by(projected(value), "Gemm")
     weights = [] if product is None else product.inputs[1:]
     return product if all(w is not None and w.const_value is not None for w in weights) else None
 

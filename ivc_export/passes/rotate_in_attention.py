@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.passes.match import Editor, made_by
+from ivc_export.passes.pack_projections import projected
 
 
 class RotateInAttentionPass(ir.passes.InPlacePass):
@@ -36,9 +37,8 @@ def rotate(edit: Editor, node: ir.Node) -> None:
     rotations = [r for r in turned if r is not None and r.op_type == "RotaryEmbedding"]
     if len(rotations) != 2 or rotations[0].inputs[1:] != rotations[1].inputs[1:]:
         return
-    reshaped = [made_by(value, "Reshape") for value in (*(r.inputs[0] for r in rotations), node.inputs[2])]
-    parts = [r.inputs[0] for r in reshaped if r is not None]
-    split = made_by(parts[0], "Split") if len(parts) == 3 else None
+    parts = [projected(value) for value in node.inputs[:3]]
+    split = made_by(parts[0], "Split")
     if split is None or list(split.outputs) != parts or made_by(split.inputs[0], "Gemm") is None:
         return
     (packed,) = edit.op(node, "Reshape", split.inputs[0], edit.ints(1, 1, -1))

@@ -290,24 +290,23 @@ class FusedConversation:
         manifest = session.bundle.manifest
         self.session = session
         self.ratio = check_ratio(manifest.default_ratio if ratio is None else ratio)
-        self._grows = capacity is None
-        self._borrow(capacity or FIRST_CAPACITY)
+        self._borrow(capacity or FIRST_CAPACITY, grows=capacity is None)
         self.next_position = 0
         self.timings = Timings()
 
-    def _borrow(self, capacity: int) -> None:
+    def _borrow(self, capacity: int, grows: bool) -> None:
         self._workspace = self.session.lend(capacity)
         self._give_back = weakref.finalize(self, self.session.take_back, self._workspace)
         self._give_back.atexit = False
         self.cache = self._workspace.cache
-        self.cache.grows = self._grows
+        self.cache.grows = grows
 
     def _grow(self, needed: int) -> None:
         """Go on in caches of twice the rows, or more where that is not enough."""
         old, give_back, capacity = self.cache, self._give_back, self.cache.capacity
         while capacity < needed:
             capacity *= 2
-        self._borrow(capacity)
+        self._borrow(capacity, grows=True)
         self.cache.take_over(old)
         give_back()
 
@@ -321,7 +320,7 @@ class FusedConversation:
         grids = [picture.grid for picture in pictures]
         plan = plan_run(m, np.asarray(tokens, np.int32), grids, self.next_position, self.ratio)
         needed = max(self.cache.lengths(plan.rows).values())
-        if needed > self.cache.capacity and self._grows:
+        if needed > self.cache.capacity and self.cache.grows:
             self._grow(needed)
         if needed > self.cache.capacity:
             raise UserError(

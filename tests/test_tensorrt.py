@@ -14,8 +14,7 @@ import PIL.Image
 import pytest
 
 from ivc_export import cli, families
-from ivc_export.bench import measure, prompts, selection
-from ivc_export.bench.roofline import measure_ceilings
+from ivc_export.bench import engines, prompts, roofline, selection
 from ivc_export.bundle import Bundle
 from ivc_export.errors import UserError
 from ivc_export.export import export
@@ -173,7 +172,7 @@ def compile_parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Options, l
         asked.append((str(model.graph.name), options, list(profiles)))
         return bytes(ir.to_proto(model).SerializeToString())
 
-    monkeypatch.setattr(selection, "compile_graph", stay)
+    monkeypatch.setattr(engines, "compile_graph", stay)
     return asked
 
 
@@ -209,15 +208,17 @@ def test_the_bench_takes_engines(
 ) -> None:
     bundle = Bundle.load(shutil.copytree(sample_bundle.folder, tmp_path / "bundle"))
     opened(bundle, monkeypatch)
-    compile_parts(monkeypatch)
-    ceilings = measure_ceilings("cpu", "float32")  # there is no GPU
-    monkeypatch.setattr(measure, "measure_ceilings", lambda device, dtype: ceilings)
+    asked = compile_parts(monkeypatch)
+    monkeypatch.setattr(roofline, "SIZES", {**roofline.SIZES, "cuda": (64, 2**16)})
     words = ["--visual", "20", "--text", "16", "--tokens", "3", "--rounds", "2", "--warmups", "1"]
     ratios, file = ["--ratio", "0.5", "--ratio", "0.2"], tmp_path / "bench.json"
     backends = ["--backend", "tensorrt", "--backend", "onnxruntime-cpu"]
     assert cli.ivc_bench([str(bundle.folder), *words, *ratios, *backends, "--json", str(file)]) == 0
     assert "select, compact" in capsys.readouterr().out
     content = json.loads(file.read_text())
+    ceilings = {found["device"]: found for found in content["ceilings"]}
+    assert ceilings["cuda"]["source"] == "tensorrt 8.6.0" and "matmul" in [name for name, *_ in asked]
+    assert ceilings["cuda"]["dtype"] == "float32" and ceilings["cuda"]["copy_gb_per_second"] > 0
     rows = {(row["side"], row["ratio"]): row for row in content["rows"]}
     assert len(rows) == len(content["rows"]) == 2 * 3 and not content["failures"]
     sizes = bundle.manifest.decoder

@@ -21,6 +21,7 @@ from ivc_export.contract import FloatName, kept_tokens
 from ivc_export.errors import UserError
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.plan import plan_run
+from ivc_export.runtime.tensorrt import TensorrtSession
 
 FIRST_TOKENS = 8
 """Tokens at the beginning that float32 sides must agree on."""
@@ -170,9 +171,14 @@ class Bench:
 
     def _measure_ceilings(self, contestants: Sequence[Contestant]) -> None:
         """Keep the best of all measurements, before and after rounds: what else a machine does only lowers them."""
-        for key in dict.fromkeys((one.side.device, one.side.dtype) for one in contestants):
+        sessions: dict[tuple[str, FloatName], TensorrtSession | None] = {}
+        for side in (one.side for one in contestants):
+            session = side.session if isinstance(side, BundleSide) else None
+            key = side.device, side.dtype
+            sessions[key] = session if isinstance(session, TensorrtSession) else sessions.get(key)
+        for key, session in sessions.items():
             self.progress(f"the roofline of {key[0]} in {key[1]}")
-            found = measure_ceilings(*key)
+            found = measure_ceilings(*key, session)
             self.ceilings[key] = found.best(self.ceilings.get(key, found))
 
     def _answer(self, one: Contestant, prompt: Prompt, ratio: float, watched: bool) -> Answer:

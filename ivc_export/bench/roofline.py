@@ -21,13 +21,15 @@ import onnxruntime
 from onnxruntime import OrtValue
 
 from ivc_export import contract
+from ivc_export.bench.engines import open_engine
 from ivc_export.bench.prompts import Prompt
 from ivc_export.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.counting import count
-from ivc_export.errors import UserError
 from ivc_export.estimate import COMPACT, empty_caches
+from ivc_export.runtime.device import Buffers, median_seconds
 from ivc_export.runtime.fused import PROVIDERS, Provider
+from ivc_export.runtime.tensorrt import Tensor, TensorrtSession
 
 SIZES: Mapping[str, tuple[int, int]] = {"cuda": (8192, 2**30), "cpu": (1024, 2**27)}
 """Side of the matmul's matrices, and bytes of the copy, by device."""
@@ -58,22 +60,17 @@ class Ceilings:
         return max(flops / self.flops_per_second, size / self.bytes_per_second)
 
 
-def measure_ceilings(device: str, dtype: FloatName) -> Ceilings:
-    """Measure on the GPU by torch where it is installed, else, and on the CPU, by onnxruntime.
-
-    Raises:
-        UserError: neither can measure this GPU in `dtype`, as where TensorRT alone is installed for it.
+def measure_ceilings(device: str, dtype: FloatName, session: TensorrtSession | None = None) -> Ceilings:
+    """Measure on the GPU by torch where that can use it, else by the TensorRT of a session, or by onnxruntime; on the
+    CPU by onnxruntime.
     """
     if device == "cuda" and importlib.util.find_spec("torch") is not None:
         import torch
 
         if torch.cuda.is_available():
             return torch_ceilings(dtype)
-    if device == "cuda" and (dtype == "bfloat16" or PROVIDERS["cuda"] not in onnxruntime.get_available_providers()):
-        raise UserError(
-            f"the GPU's roofline in {dtype} is measured by torch with CUDA, or in float32 and float16 by "
-            "onnxruntime-gpu: install one of them"
-        )
+    if session is not None:
+        return tensorrt_ceilings(session)
     return onnxruntime_ceilings("cuda" if device == "cuda" else "cpu", dtype)
 
 
@@ -117,27 +114,57 @@ def torch_ceilings(dtype: FloatName) -> Ceilings:
     return found
 
 
+def tensorrt_ceilings(session: TensorrtSession) -> Ceilings:
+    """By a copy within the device, and by an engine of one MatMul in the dtype of the session's engines."""
+    (side, size), device = SIZES["cuda"], session.device
+
+    def timed(start: Callable[[], object]) -> float:
+        return min(median_seconds(device, start, 1, REPEATS) for _ in range(WARMUPS + REPEATS))
+
+    def copied() -> float:
+        buffers = Buffers(device)
+        target, source = buffers.get("target", size), buffers.get("source", size)
+        return 2 * size / timed(lambda: device.copy(target, source, size))
+
+    def multiplied() -> float:
+        buffers, shape = Buffers(device), (side, side)
+        engine = open_engine(session, one_node("MatMul", shape, 2, session.dtype), {"prefill": {}})
+        values = np.random.default_rng(0).standard_normal(shape, np.float32).astype(engine.dtypes["x"])
+        x = Tensor(buffers.get("x", values.nbytes), shape, values.dtype)
+        device.upload(x.address, values)
+        engine.use_scratch(buffers.get("scratch", engine.scratch))
+        return 2 * side**3 / timed(lambda: engine.run("prefill", {"x": x}, buffers, "product"))
+
+    (version,) = session.versions.values()
+    return Ceilings(copied(), multiplied(), session.dtype, f"{session.backend} {version}")
+
+
 def onnxruntime_ceilings(device: Provider, dtype: FloatName) -> Ceilings:
     """By onnxruntime's operators Neg and MatMul."""
-    side, size = SIZES[device]
-    element = contract.FLOATS[dtype]
+    (side, size), element = SIZES[device], contract.FLOATS[dtype].numpy()
 
     def timed(op_type: str, shape: tuple[int, ...], inputs: int) -> float:
-        x = ir.val("x", dtype=element, shape=ir.Shape(shape))
-        node = ir.node(op_type, [x] * inputs)
-        node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(element)
-        graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": contract.OPSET}, name=op_type)
-        content = ir.to_proto(ir.Model(graph, ir_version=contract.IR_VERSION)).SerializeToString()
+        content = ir.to_proto(one_node(op_type, shape, inputs, dtype)).SerializeToString()
         session: Any = onnxruntime.InferenceSession(content, providers=[PROVIDERS[device]])
-        values = np.random.default_rng(0).standard_normal(shape, np.float32).astype(element.numpy())
+        values = np.random.default_rng(0).standard_normal(shape, np.float32).astype(element)
         binding = session.io_binding()
         binding.bind_ortvalue_input("x", OrtValue.ortvalue_from_numpy(values, device, 0))
         binding.bind_ortvalue_output("y", OrtValue.ortvalue_from_numpy(values.copy(), device, 0))
         return best(lambda: session.run_with_iobinding(binding))
 
-    copied = 2 * size / timed("Neg", (size // np.dtype(element.numpy()).itemsize,), 1)
+    copied = 2 * size / timed("Neg", (size // np.dtype(element).itemsize,), 1)
     multiplied = 2 * side**3 / timed("MatMul", (side, side), 2)
     return Ceilings(copied, multiplied, dtype, f"onnxruntime {onnxruntime.__version__}")
+
+
+def one_node(op_type: str, shape: tuple[int, ...], inputs: int, dtype: FloatName) -> ir.Model:
+    """A graph that applies an operator to `x` as each of its inputs; `y` has the same shape."""
+    element = contract.FLOATS[dtype]
+    x = ir.val("x", dtype=element, shape=ir.Shape(shape))
+    node = ir.node(op_type, [x] * inputs)
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(element)
+    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": contract.OPSET}, name=op_type.lower())
+    return ir.Model(graph, ir_version=contract.IR_VERSION)
 
 
 @dataclass(frozen=True)

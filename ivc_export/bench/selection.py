@@ -5,9 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime import OrtValue
 
 from ivc_export import contract
+from ivc_export.bench.engines import open_engine
 from ivc_export.bundle import Bundle
 from ivc_export.engine import profiles, typed
 from ivc_export.passes import WidenFloatsPass, lower
@@ -27,7 +27,6 @@ from ivc_export.runtime.device import Buffers, median_seconds
 from ivc_export.runtime.fused import PROVIDERS, FusedSession, Provider, register
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.tensorrt import Engine, Tensor, TensorrtSession
-from ivc_export.trt import compile_graph
 
 REPEATS, WARMUPS = 9, 3
 RUNS = 20
@@ -88,17 +87,12 @@ class EngineParts:
         }
         fix_values(models["select"], m)
         extents = profiles(bundle, "prefix", recipe)  # the decoder has the same
-        options = replace(recipe.options(session.capability, session.dtype), timing_cache=None)  # which is the builds'
         self.buffers = Buffers(session.device)
         self.engines: dict[str, Engine] = {}
         for name, model in models.items():
             model.graph.name = name
             part = lower(model, "plugin" if recipe.plugin is not None else "native")
-            with TemporaryDirectory() as work:  # the bundle may be read-only
-                plan = compile_graph(session.trt, part, extents.values(), options, Path(work))
-                path = Path(work) / f"{name}.plan"
-                path.write_bytes(plan)
-                self.engines[name] = Engine(session.trt, path, list(extents), session.device, session.runtime)
+            self.engines[name] = open_engine(session, part, extents)
         scratch = self.buffers.get("scratch", max(engine.scratch for engine in self.engines.values()))
         for engine in self.engines.values():
             engine.use_scratch(scratch)

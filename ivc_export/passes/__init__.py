@@ -8,6 +8,7 @@ from typing import Literal
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ivc_export.passes.add_biases import AddBiasesPass
 from ivc_export.passes.compact_caches import CompactCachesPass
 from ivc_export.passes.fuse_activations import FuseActivationsPass
 from ivc_export.passes.fuse_attention import FuseAttentionPass
@@ -25,7 +26,7 @@ Lowering = Literal["portable", "native", "plugin", "ort-cuda", "ort-cuda-ops"]
 
 def _ort_cuda(*more: ir.passes.PassBase) -> tuple[ir.passes.PassBase, ...]:
     attention = (FuseAttentionPass(), PackProjectionsPass(), CompactCachesPass())
-    fusing = (*attention, FuseNormsPass(), FuseActivationsPass())
+    fusing = (*attention, FuseNormsPass(), FuseActivationsPass(), AddBiasesPass())
     return (*fusing, *more, RemoveUnusedNodesPass())
 
 
@@ -54,6 +55,7 @@ def lower(model: ir.Model, lowering: Lowering) -> ir.Model:
 __all__ = [
     "EXPORTED",
     "LOWERINGS",
+    "AddBiasesPass",
     "CompactCachesPass",
     "FuseActivationsPass",
     "FuseAttentionPass",

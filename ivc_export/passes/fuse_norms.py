@@ -51,10 +51,7 @@ def fuse_sum(edit: Editor, total: ir.Node, norm: ir.Node, op_type: str, epsilon:
 
 
 def detached_bias(value: ir.Value | None) -> ir.Value | None:
-    """The bias of the product that makes `value`, taken from it, if nothing else reads the product.
-
-    onnxruntime would first write the bias to every row of the result, at a fraction of the memory's speed.
-    """
+    """The bias of the product that makes `value`, taken from it, if nothing else reads the product."""
     product = made_by(value, "Gemm")
     if product is None or value is None or len(value.consumers()) > 1 or len(product.inputs) < 3:
         return None

@@ -39,7 +39,9 @@ def rotate(edit: Editor, node: ir.Node) -> None:
         return
     parts = [projected(value) for value in node.inputs[:3]]
     split = made_by(parts[0], "Split")
-    if split is None or list(split.outputs) != parts or made_by(split.inputs[0], "Gemm") is None:
+    if split is None or list(split.outputs) != parts:
+        return
+    if not any(made_by(split.inputs[0], op_type) for op_type in ("Gemm", "Add")):  # parts lie otherwise
         return
     (packed,) = edit.op(node, "Reshape", split.inputs[0], edit.ints(1, 1, -1))
     inputs = (packed, None, None, *node.inputs[3:], *rotations[0].inputs[2:])

@@ -80,7 +80,7 @@ def rotary_angles(g: Graph, positions: ir.Value, frequencies: np.ndarray) -> tup
     positions: int32 [axes, rows]; frequencies: [axes, pairs]. The sum over axes is of elementwise products: a
     MatMul might run in TF32, which cannot hold a position times a frequency.
     """
-    turns = g.op("Unsqueeze", g.cast(positions, FLOAT), g.ints(2))
+    turns = g.cast(g.op("Unsqueeze", positions, g.ints(2)), FLOAT)
     table = g.constant(frequencies[:, None, :], FLOAT)
     angles = g.op("ReduceSum", g.op("Mul", turns, table), g.ints(0), keepdims=0)
     return g.op("Cos", angles), g.op("Sin", angles)
@@ -265,7 +265,7 @@ class DecoderStack:
 
         hidden: [1, rows, hidden]. Returns [rows, hidden], and the last layer's values [1, kv_heads, rows, head_dim].
         """
-        x = value = self.g.reshape(hidden, -1, self.sizes.hidden_size)
+        x = value = self.g.op("Squeeze", hidden, self.g.ints(0))
         for number in self.numbers:
             x, key, value = self._layer(number, x)
             self.g.output(f"new_key.{number}", key)

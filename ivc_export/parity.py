@@ -49,7 +49,7 @@ _TENSORRT_FLOAT16 = {
     "keys and values": (1.5e-2, "as above; 7.4e-3 measured, 4.0e-3 in onnxruntime, of float32 weights rounded"),
     "token_score": (1e-3, "probabilities, absolute, of such values; 4.1e-4 measured, 1.3e-4 in onnxruntime"),
     "logits": (1e-2, "as image_embeds; 5.7e-3 measured, 2.8e-3 in onnxruntime"),
-    "selection": _SELECTION,
+    "selection": (1e-4, "8.6 may hand values on before it rounds them: 2.5e-5 measured, and in NumPy; plugin 3e-8"),
 }
 TOLERANCE: Mapping[tuple[str, FloatName], Mapping[str, tuple[float, str]]] = {
     ("onnxruntime-cpu", "float32"): _FLOAT32,

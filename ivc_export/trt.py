@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from ivc_export.errors import UserError
+from ivc_export.passes import GatherMovesPass
 
 Target = Literal["tensorrt", "tensorrt-rtx"]
 MODULES: Mapping[Target, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -116,11 +117,13 @@ def compile_graph(
     """
     name = model.graph.name
     path = work / f"{name}.onnx"
+    weak = options.target == "tensorrt" and major(trt) < 10
+    if weak and options.reduced:
+        model = GatherMovesPass()(model).model
     converted = any(isinstance(v.const_value, ir.LazyTensor) for v in model.graph.initializers.values())
     ir.save(model, path, external_data=f"{name}.data" if converted else None)
     logger = make_logger(trt, options.verbose)
     builder = trt.Builder(logger)
-    weak = options.target == "tensorrt" and major(trt) < 10
     flags = trt.NetworkDefinitionCreationFlag
     network = builder.create_network(1 << int(flags.EXPLICIT_BATCH if weak else flags.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -202,14 +205,16 @@ def float_types(model: ir.Model) -> dict[str, ir.DataType]:
 
 
 ARITHMETIC = ("ACTIVATION", "ELEMENTWISE", "MATRIX_MULTIPLY", "REDUCE", "SOFTMAX", "UNARY")
-"""TensorRT's layers that compute, and do not just move values."""
+MOVES = ("CONCATENATION", "GATHER", "SLICE")
+"""TensorRT's layers that take constraints: those that compute, and of those that move values these."""
 
 
 def fix_precisions(trt: Any, network: Any, config: Any, types: Mapping[str, ir.DataType]) -> None:
     """Tell TensorRT 8.6's weakly typed builder what must be float32, and that inputs and outputs are linear.
 
     Otherwise it tries every mix of formats of inputs and outputs, and compiles the whole graph for each. Constraints on
-    more layers than those that compute in float32 contradict its own, and leave it nothing to choose from.
+    more layers, on those that compute in float16 or that reshape, contradict its own, and leave it nothing to choose
+    from: see GatherMovesPass.
 
     types: of values by name, which are names of the network's tensors. What the parser adds between them is of the
     widest type that it reads.
@@ -233,8 +238,8 @@ def fix_precisions(trt: Any, network: Any, config: Any, types: Mapping[str, ir.D
                 kind = output.dtype if layer.type == trt.LayerType.CONSTANT else widest
                 if kind is not None:
                     known[output.name] = kind
-        arithmetic = layer.type in [getattr(trt.LayerType, name) for name in ARITHMETIC]
-        if arithmetic and known.get(outputs[0].name, widest) == trt.DataType.FLOAT:  # comparisons give no floats
+        constrained = layer.type in [getattr(trt.LayerType, name) for name in (*ARITHMETIC, *MOVES)]
+        if constrained and known.get(outputs[0].name, widest) == trt.DataType.FLOAT:  # comparisons give no floats
             layer.precision = trt.DataType.FLOAT
             for i, output in enumerate(outputs):
                 if output.name in known:

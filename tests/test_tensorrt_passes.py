@@ -23,7 +23,7 @@ from ivc_export.decoder import decoder_graph
 from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.families import Grid
-from ivc_export.passes import RetypeFloatsPass, UsePluginPass, WidenResidualsPass, lower
+from ivc_export.passes import GatherMovesPass, Lowering, RetypeFloatsPass, UsePluginPass, WidenResidualsPass, lower
 from ivc_export.prefix import prefix_graph
 from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime.conversation import Conversation, Step
@@ -190,16 +190,42 @@ def test_a_missing_cast_is_found(golden_bundle: Bundle) -> None:
         RetypeFloatsPass("float16")(model)
 
 
-def run_in_float16(bundle: Bundle, arrays: dict[GraphName, Arrays], wide: bool, folder: Path) -> dict[str, Any]:
-    """Prefix and decoder in float16, by ONNX's own evaluator, which rounds every value as the graph says."""
+def halve_moves(path: Path) -> None:
+    """Let what reshapes float32 values round them to float16, as TensorRT 8.6 may."""
+    model = onnx.load(str(path), load_external_data=False)
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    wide = {v.name for v in (*inferred.value_info, *inferred.output) if v.type.tensor_type.elem_type == 1}
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        model.graph.node.append(node)
+        name = node.output[0]
+        if name in wide and node.op_type in ("Reshape", "Squeeze", "Transpose", "Unsqueeze"):
+            model.graph.node[-1].output[0] = f"{name}/wide"
+            model.graph.node.append(onnx.helper.make_node("Cast", [f"{name}/wide"], [f"{name}/half"], to=10))
+            model.graph.node.append(onnx.helper.make_node("Cast", [f"{name}/half"], [name], to=1))
+    onnx.save(model, str(path))
+
+
+def run_in_float16(
+    bundle: Bundle, arrays: dict[GraphName, Arrays], wide: bool, folder: Path, halve: bool = False, gather: bool = False
+) -> dict[str, Any]:
+    """Prefix and decoder in float16, by ONNX's own evaluator, which rounds every value as the graph says.
+
+    halve: see halve_moves; gather: behind GatherMovesPass.
+    """
     outputs: dict[str, Any] = {}
     for name in ("prefix", "decoder"):
         model = RetypeFloatsPass("float16")(load(bundle, name)).model
         if wide:
             model = WidenResidualsPass()(model).model
         model = lower(model, "native")
+        if gather:
+            model = GatherMovesPass()(model).model
         path = folder / f"{name}.onnx"
         ir.save(model, path, external_data=f"{name}.data")
+        if halve:
+            halve_moves(path)
         onnx.checker.check_model(path, full_check=True)
         types = {value.name: value.dtype for value in model.graph.inputs}
         given = arrays[name] | {key: value for key, value in outputs.items() if key in types}
@@ -224,6 +250,40 @@ def test_residual_sums_may_leave_float16s_range(tmp_path: Path) -> None:
     assert wide["hidden_states"].dtype == np.float32
     scale = np.abs(step.logits).max()
     assert np.abs(wide["logits"][0, 0] - step.logits).max() < 5e-3 * scale  # float16 rounds by 5e-4; 8e-4 measured
+    moved = run_in_float16(bundle, arrays, True, tmp_path, halve=True)
+    assert not np.isfinite(moved["hidden_states"]).all()
+    gathered = run_in_float16(bundle, arrays, True, tmp_path, halve=True, gather=True)
+    assert np.abs(gathered["logits"][0, 0] - step.logits).max() < 5e-3 * scale
+
+
+@pytest.mark.parametrize("lowering", ["native", "plugin"])
+@pytest.mark.parametrize("name", GRAPH_NAMES)
+def test_moves_by_gather_give_the_same_values(golden_bundle: Bundle, name: GraphName, lowering: Lowering) -> None:
+    """In float32, where the pass takes every value for one to be kept: equal types and extents, and no axis added."""
+    model = lower(load(golden_bundle, name), lowering)
+    gathered = GatherMovesPass()(model.clone()).model
+    contract.verify(name, gathered, golden_bundle.manifest.graphs[name], lowering)
+    before, after = (ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(m))) for m in (model, gathered))
+    left = [n for n in after.graph if n.op_type in ("Squeeze", "Unsqueeze") and n.outputs[0].dtype == ir.DataType.FLOAT]
+    assert not left
+    count = sum(n.op_type in ("Squeeze", "Unsqueeze") and n.outputs[0].dtype == ir.DataType.FLOAT for n in before.graph)
+    assert count == {"vision": 0}.get(name, count) and (count > 0) == (name != "vision")
+
+
+def test_runs_with_moves_by_gather_are_the_same(golden_bundle: Bundle, prefill: Step, tmp_path: Path) -> None:
+    for name in ("prefix", "decoder"):
+        found = []
+        for passes in ((), (GatherMovesPass(),)):
+            model = lower(load(golden_bundle, name), "native")
+            for one in passes:
+                model = one(model).model
+            path = golden_bundle.folder / f"{name}.gathered.onnx"
+            ir.save(model, path)
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            path.unlink()
+            found.append(session.run(None, feeds(prefill, golden_bundle)[name]))
+        for old, new in zip(*found, strict=True):
+            np.testing.assert_array_equal(new, old)
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)

@@ -44,7 +44,7 @@ def test_what_is_float32_stays_so_in_a_weakly_typed_network() -> None:
         tensor(n) for n in ("x", "wide", "(Unnamed)", "product", "flag", "narrow")
     )
     flag.dtype = "BOOL"  # comparisons read floats
-    constant = tensor("constant")
+    constant, index = tensor("constant"), tensor("index", "INT32")
     layers = {
         "cast": Layer("CAST", [x], [wide]),
         "shuffle": Layer("SHUFFLE", [wide], [helper]),
@@ -53,6 +53,8 @@ def test_what_is_float32_stays_so_in_a_weakly_typed_network() -> None:
         "softmax": Layer("SOFTMAX", [product], [tensor("(Unnamed 2)")]),
         "greater": Layer("ELEMENTWISE", [product, helper], [flag]),
         "narrow": Layer("ELEMENTWISE", [x, x], [narrow]),
+        "gather": Layer("GATHER", [product, index], [tensor("gathered")]),
+        "gather index": Layer("GATHER", [index, index], [index]),
     }
     network = SimpleNamespace(
         num_inputs=1, num_outputs=1, num_layers=len(layers), get_input=lambda i: x, get_output=lambda i: narrow
@@ -62,7 +64,12 @@ def test_what_is_float32_stays_so_in_a_weakly_typed_network() -> None:
     flags: list[str] = []
     types = {"x": ir.DataType.FLOAT16, "wide": ir.DataType.FLOAT, "product": ir.DataType.FLOAT}
     fix_precisions(trt, network, SimpleNamespace(set_flag=flags.append), types | {"narrow": ir.DataType.FLOAT16})
-    assert {name for name, layer in layers.items() if layer.precision == "FLOAT"} == {"multiply", "softmax", "greater"}
+    assert {name for name, layer in layers.items() if layer.precision == "FLOAT"} == {
+        "multiply",
+        "softmax",
+        "greater",
+        "gather",
+    }
     assert layers["multiply"].types == {0: "FLOAT"} and layers["greater"].types == {}
     assert layers["narrow"].precision is None  # constraints on others contradict TensorRT's own
     assert (x.allowed_formats, narrow.allowed_formats) == (1, 1)

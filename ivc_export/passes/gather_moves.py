@@ -1,0 +1,58 @@
+"""Moves of float32 values that TensorRT 8.6 can be told to leave in float32."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+from ivc_export.passes.match import Editor, numbers
+
+FLOAT = onnx.TensorProto.FLOAT
+
+
+class GatherMovesPass(ir.passes.InPlacePass):
+    """Add and drop axes of float32 values by Gather.
+
+    A weakly typed builder moves values in float16 where nothing tells it otherwise: numbers beyond 65504 become
+    infinite, and others lose bits. It takes constraints for Gather, and builds nothing with constraints on what it
+    reshapes.
+
+    1. Needs: a graph of standard operators, or of those and our plugin's, for float16.
+    2. Leaves: no Squeeze or Unsqueeze of one axis of a float32 value.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Node by node; types are inferred, but for outputs of our plugin, which are followed from the inputs."""
+        graph, wide = model.graph, float32_values(model)
+        edit = Editor(graph)
+        for node in list(graph):
+            x = node.inputs[0] if node.inputs else None
+            if node.op_type not in ("Squeeze", "Unsqueeze") or node.domain or x is None or x.name not in wide:
+                continue
+            (axis,) = (int(number) for number in numbers(node.inputs[1]))
+            if node.op_type == "Squeeze":
+                (y,) = edit.op(node, "Gather", x, edit.int32(0), axis=axis)
+            else:
+                along = 0 if axis == 0 else axis - 1
+                (y,) = edit.op(node, "Gather", x, everything(edit, node, x, along, axis), axis=along)
+            edit.replace(node.outputs[0], y)
+            graph.remove(node, safe=True)
+        return ir.passes.PassResult(model, True)
+
+
+def everything(edit: Editor, before: ir.Node, x: ir.Value, along: int, axis: int) -> ir.Value:
+    """int32 indices of everything along an axis, [1, n] or, where the new axis comes behind, [n, 1]."""
+    (extents,) = edit.op(before, "Shape", x)
+    (extent,) = edit.op(before, "Gather", extents, edit.ints(along), axis=0)
+    (extent,) = edit.op(before, "Cast", extent, to=int(ir.DataType.INT32))
+    (extent,) = edit.op(before, "Squeeze", extent, edit.ints(0))
+    (index,) = edit.op(before, "Range", edit.int32(0), extent, edit.int32(1))
+    (index,) = edit.op(before, "Unsqueeze", index, edit.ints(axis - along))
+    return index
+
+
+def float32_values(model: ir.Model) -> set[str]:
+    """Names of a graph's float32 values."""
+    graph = onnx.shape_inference.infer_shapes(ir.to_proto(model)).graph
+    values = (*graph.input, *graph.value_info, *graph.output)
+    return {value.name for value in values if value.type.tensor_type.elem_type == FLOAT}

@@ -204,7 +204,7 @@ def float_types(model: ir.Model) -> dict[str, ir.DataType]:
     return {name: dtype for name, dtype in types.items() if dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)}
 
 
-ARITHMETIC = ("ACTIVATION", "ELEMENTWISE", "MATRIX_MULTIPLY", "REDUCE", "SOFTMAX", "UNARY")
+ARITHMETIC = ("ACTIVATION", "ELEMENTWISE", "MATRIX_MULTIPLY", "NORMALIZATION", "REDUCE", "SOFTMAX", "UNARY")
 MOVES = ("CONCATENATION", "GATHER", "SLICE")
 """TensorRT's layers that take constraints: those that compute, and of those that move values these."""
 

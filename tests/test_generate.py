@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ivc_export.errors import UserError
+from ivc_export.export import export
+from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.generate import Chat, Sampling, generate
 from ivc_export.runtime.processor import Processor, user_message
 from ivc_export.runtime.session import OnnxSession
-from tests.conftest import SHAPES
+from tests.conftest import SHAPES, make_overflowing_checkpoint
 
 SHORT = Sampling(max_tokens=6)
 
@@ -76,6 +79,15 @@ def test_an_answer_ends_at_the_caches_last_row(sample_session: OnnxSession) -> N
     assert len(list(generate(conversation, [1, 2, 3], stop=()))) == 4
     assert conversation.cache.room == 0
     assert Conversation(sample_session).cache.room is None
+
+
+def test_logits_that_are_no_numbers_end_an_answer(tmp_path: Path) -> None:
+    checkpoint = make_overflowing_checkpoint(tmp_path / "checkpoint")
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="fp16"))
+    assert len(list(generate(OnnxSession(bundle).converse(), [7, 8, 9, 10], sampling=SHORT, stop=()))) == 6
+    narrow = OnnxSession(bundle, dtype="float16").converse()
+    with pytest.raises(UserError, match=r"leave float16's range on onnxruntime-cpu: .* or build engines with --dtype"):
+        next(generate(narrow, [7, 8, 9, 10]))
 
 
 def test_an_answer_of_image_tokens_does_not_end_the_chat(sample_session: OnnxSession) -> None:

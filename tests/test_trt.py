@@ -54,6 +54,7 @@ def test_what_is_float32_stays_so_in_a_weakly_typed_network() -> None:
         "greater": Layer("ELEMENTWISE", [product, helper], [flag]),
         "narrow": Layer("ELEMENTWISE", [x, x], [narrow]),
         "gather": Layer("GATHER", [product, index], [tensor("gathered")]),
+        "norm": Layer("NORMALIZATION", [wide], [tensor("normed")]),
         "gather index": Layer("GATHER", [index, index], [index]),
     }
     network = SimpleNamespace(
@@ -69,6 +70,7 @@ def test_what_is_float32_stays_so_in_a_weakly_typed_network() -> None:
         "softmax",
         "greater",
         "gather",
+        "norm",
     }
     assert layers["multiply"].types == {0: "FLOAT"} and layers["greater"].types == {}
     assert layers["narrow"].precision is None  # constraints on others contradict TensorRT's own

@@ -79,11 +79,20 @@ def continue_from(
     """Yield the ids that follow `step`, the conversation's last run, as `generate`.
 
     The answer ends at the model's last position and at the cache's last row, too.
+
+    Raises:
+        UserError: the logits are no numbers.
     """
-    manifest = conversation.session.bundle.manifest
+    session = conversation.session
+    manifest = session.bundle.manifest
     stop = manifest.tokens.stop if stop is None else stop
     generator = np.random.default_rng(sampling.seed)
     for left in reversed(range(sampling.max_tokens)):
+        if not np.isfinite(step.logits.max()):  # NaN if any of them is
+            raise UserError(
+                f"this model's activations leave {session.dtype}'s range on {session.backend}: use onnxruntime on the "
+                "CPU (ivc-run's default), or build engines with --dtype fp32"
+            )
         token = sampling.draw(step.logits, generator)
         yield token
         full = conversation.next_position >= manifest.decoder.max_positions or conversation.cache.room == 0

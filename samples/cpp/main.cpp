@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <optional>
 
 #include "../../graphs/plugin/kernels/ivc_kernels.h"
@@ -124,7 +125,12 @@ class Generator {
         check(cudaStreamSynchronize(stream_));
         length_ += kept;
         position_ = plan.nextPosition;
-        return static_cast<int32_t>(std::max_element(logits_, logits_ + vocabulary()) - logits_);
+        const float* best = std::max_element(logits_, logits_ + vocabulary());
+        if (!std::isfinite(*best)) {
+            throw std::runtime_error(
+                "this model's activations leave float16's range: build engines with ivc-build --dtype fp32");
+        }
+        return static_cast<int32_t>(best - logits_);
     }
 
    private:

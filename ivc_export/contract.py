@@ -504,6 +504,7 @@ def ort_cuda_info(info: GraphInfo) -> GraphInfo:
     - new_key.i and new_value.i of the layers below the cut are rows of the caches already, which go from prefix to
       decoder instead. cache_index int32 [P] says which row each row of a compacted cache is. compact_key.i and
       compact_value.i are such caches, to be bound to other buffers.
+    - hidden_states are a sixteenth of their size: see passes.scale_residuals.
 
     The vision graph's stay as they are.
     """

@@ -21,7 +21,7 @@ from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.families import Grid
-from ivc_export.passes import RetypeFloatsPass, lower
+from ivc_export.passes import RetypeFloatsPass, lower, scale_residuals
 from ivc_export.passes.join_decode import join_decode
 from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime import fused as fused_module
@@ -223,7 +223,21 @@ def test_float16_graphs_follow_float32(golden_bundle: Bundle, monkeypatch: pytes
         assert 0 < np.abs(step.logits - reference.logits).max() < 1e-2 * scale  # 11 bits; 2.6e-3 measured
 
 
+def test_residual_sums_may_leave_float16s_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = export(ExportRecipe(make_overflowing_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle"))
+    wanted = Conversation(OnnxSession(bundle))
+    monkeypatch.setitem(cast("dict[str, str]", fused_module.DTYPES), "cpu", "float16")
+    found = FusedConversation(FusedSession(bundle, "cpu"), capacity=40)
+    for tokens in (PROMPT, [5], [6]):
+        step = wanted.run(tokens, [random_picture(Grid(4, 5), 0)] if tokens is PROMPT else [])
+        if tokens is PROMPT:
+            assert np.abs(step.prefix["hidden_states"]).max() > 65504
+        logits = found.run(tokens, [random_picture(Grid(4, 5), 0)] if tokens is PROMPT else []).logits
+        assert np.abs(logits - step.logits).max() < 1e-2 * np.abs(step.logits).max()  # 5e-3 measured
+
+
 def test_activations_beyond_float16_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale_residuals, "SCALE", 1.0)
     bundle = export(ExportRecipe(make_overflowing_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle"))
     assert np.isfinite(FusedConversation(FusedSession(bundle, "cpu")).run(PROMPT[-4:]).logits).all()
     monkeypatch.setitem(cast("dict[str, str]", fused_module.DTYPES), "cpu", "float16")

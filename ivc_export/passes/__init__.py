@@ -17,6 +17,7 @@ from ivc_export.passes.gather_moves import GatherMovesPass
 from ivc_export.passes.inline_ivc_functions import InlineIvcFunctionsPass
 from ivc_export.passes.pack_projections import PackProjectionsPass
 from ivc_export.passes.retype_floats import RetypeFloatsPass
+from ivc_export.passes.scale_residuals import ScaleResidualsPass
 from ivc_export.passes.use_custom_ops import UseCustomOpsPass
 from ivc_export.passes.use_plugin import UsePluginPass
 from ivc_export.passes.widen_floats import WidenFloatsPass
@@ -27,7 +28,7 @@ Lowering = Literal["portable", "native", "plugin", "ort-cuda", "ort-cuda-ops"]
 
 def _ort_cuda(*more: ir.passes.PassBase) -> tuple[ir.passes.PassBase, ...]:
     attention = (FuseAttentionPass(), PackProjectionsPass(), CompactCachesPass())
-    fusing = (*attention, FuseNormsPass(), FuseActivationsPass(), AddBiasesPass())
+    fusing = (ScaleResidualsPass(), *attention, FuseNormsPass(), FuseActivationsPass(), AddBiasesPass())
     return (*fusing, *more, RemoveUnusedNodesPass())
 
 
@@ -66,6 +67,7 @@ __all__ = [
     "Lowering",
     "PackProjectionsPass",
     "RetypeFloatsPass",
+    "ScaleResidualsPass",
     "UseCustomOpsPass",
     "UsePluginPass",
     "WidenFloatsPass",

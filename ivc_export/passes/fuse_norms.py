@@ -24,7 +24,7 @@ class FuseNormsPass(ir.passes.InPlacePass):
         for node in list(model.graph):
             rms = rms_norm(node)
             if rms is not None:
-                x, epsilon, op_type = *rms, "SimplifiedLayerNormalization"
+                (x, epsilon, _), op_type = rms, "SimplifiedLayerNormalization"
             elif node.op_type == "LayerNormalization" and node.inputs[0] is not None:
                 x, epsilon, op_type = node.inputs[0], node.attributes["epsilon"].as_float(), node.op_type
             else:
@@ -60,8 +60,8 @@ def detached_bias(value: ir.Value | None) -> ir.Value | None:
     return bias
 
 
-def rms_norm(node: ir.Node) -> tuple[ir.Value, float] | None:
-    """What is normed, and epsilon, if `node` is the last of a norm."""
+def rms_norm(node: ir.Node) -> tuple[ir.Value, float, ir.Node] | None:
+    """What is normed, epsilon, and the node that adds it, if `node` is the last of a norm."""
     quotient = made_by(back(node.inputs[0], "Cast"), "Div") if node.op_type == "Mul" and node.inputs else None
     if quotient is None:
         return None
@@ -71,4 +71,4 @@ def rms_norm(node: ir.Node) -> tuple[ir.Value, float] | None:
     if x is None or shifted is None or square is None or any(v is not quotient.inputs[0] for v in square.inputs):
         return None
     (epsilon,) = numbers(shifted.inputs[1])
-    return x, epsilon
+    return x, epsilon, shifted

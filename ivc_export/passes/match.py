@@ -84,6 +84,14 @@ class Editor:
             self.graph.initializers[name] = ir.val(name, const_value=tensor)
         return self.graph.initializers[name]
 
+    def scalar(self, value: float, dtype: ir.DataType) -> ir.Value:
+        """A floating-point constant without axes."""
+        name = f"{dtype.name.lower()}({value:g})"
+        if name not in self.graph.initializers:
+            tensor = ir.tensor(np.array(value, dtype.numpy()), name=name)
+            self.graph.initializers[name] = ir.val(name, const_value=tensor)
+        return self.graph.initializers[name]
+
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let `new` be read where `old` is, and take its name where that is an output of the graph."""
         if old.is_graph_output():

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnx
@@ -29,7 +30,7 @@ from ivc_export.counting import count
 from ivc_export.estimate import COMPACT, empty_caches
 from ivc_export.runtime.device import Buffers, median_seconds
 from ivc_export.runtime.fused import PROVIDERS, Provider
-from ivc_export.runtime.tensorrt import Tensor, TensorrtSession
+from ivc_export.runtime.tensorrt import Engine, Tensor, TensorrtSession
 
 SIZES: Mapping[str, tuple[int, int]] = {"cuda": (8192, 2**30), "cpu": (1024, 2**27)}
 """Side of the matmul's matrices, and bytes of the copy, by device."""
@@ -114,6 +115,10 @@ def torch_ceilings(dtype: FloatName) -> Ceilings:
     return found
 
 
+PRODUCTS: WeakKeyDictionary[TensorrtSession, Engine] = WeakKeyDictionary()
+"""Engines of one MatMul, built once for a session."""
+
+
 def tensorrt_ceilings(session: TensorrtSession) -> Ceilings:
     """By a copy within the device, and by an engine of one MatMul in the dtype of the session's engines."""
     (side, size), device = SIZES["cuda"], session.device
@@ -128,7 +133,9 @@ def tensorrt_ceilings(session: TensorrtSession) -> Ceilings:
 
     def multiplied() -> float:
         buffers, shape = Buffers(device), (side, side)
-        engine = open_engine(session, one_node("MatMul", shape, 2, session.dtype), {"prefill": {}})
+        if session not in PRODUCTS:
+            PRODUCTS[session] = open_engine(session, one_node("MatMul", shape, 2, session.dtype), {"prefill": {}})
+        engine = PRODUCTS[session]
         values = np.random.default_rng(0).standard_normal(shape, np.float32).astype(engine.dtypes["x"])
         x = Tensor(buffers.get("x", values.nbytes), shape, values.dtype)
         device.upload(x.address, values)

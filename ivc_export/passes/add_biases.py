@@ -12,8 +12,8 @@ from ivc_export.passes.match import Editor
 class AddBiasesPass(ir.passes.InPlacePass):
     """Replace each product with a bias by one without and an Add.
 
-    onnxruntime's CUDA provider writes a bias to every row of the result before the product, at a third of the speed at
-    which it adds one to it afterwards.
+    onnxruntime's CUDA provider writes a bias to every row of the result before the product, at half the speed at which
+    it adds one to it afterwards.
 
     1. Needs: products as layers.linear writes them.
     2. Leaves: no Gemm with a bias.

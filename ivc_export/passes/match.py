@@ -86,7 +86,7 @@ class Editor:
 
     def scalar(self, value: float, dtype: ir.DataType) -> ir.Value:
         """A floating-point constant without axes."""
-        name = f"{dtype.name.lower()}({value:g})"
+        name = f"{dtype.name.lower()}({value})"
         if name not in self.graph.initializers:
             tensor = ir.tensor(np.array(value, dtype.numpy()), name=name)
             self.graph.initializers[name] = ir.val(name, const_value=tensor)

@@ -48,13 +48,13 @@ def add_cache_index(graph: ir.Graph) -> None:
 
     def counting(length: ir.Value) -> ir.Value:
         (scalar,) = edit.op(end, "Squeeze", length, edit.ints(0))
-        return edit.op(end, "Range", edit.int32(0), scalar, edit.int32(1))[0]
+        return edit.op(end, "Range", edit.scalar(0), scalar, edit.scalar(1))[0]
 
     own = {str(name).rpartition(".")[2] for name in values if str(name).startswith("seqlens_k.")}  # kept whole
     caches = [str(name) for name in values if str(name).startswith("past_key.")]
     cache = next(name for name in caches if name.rpartition(".")[2] not in own)
     (last,) = edit.op(end, "Sub", values["seqlens_k"], extent("position_ids", 2))
-    (past,) = edit.op(end, "Add", last, edit.int32(1))
+    (past,) = edit.op(end, "Add", last, edit.scalar(1))
     (target,) = edit.op(end, "Add", counting(extent("keep_index", 0)), past)
     (source,) = edit.op(end, "Add", values["keep_index"], past)
     (index,) = edit.op(end, "ScatterElements", counting(extent(cache, 2)), target, source, axis=0)

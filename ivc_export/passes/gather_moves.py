@@ -31,7 +31,7 @@ class GatherMovesPass(ir.passes.InPlacePass):
                 continue
             (axis,) = (int(number) for number in numbers(node.inputs[1]))
             if node.op_type == "Squeeze":
-                (y,) = edit.op(node, "Gather", x, edit.int32(0), axis=axis)
+                (y,) = edit.op(node, "Gather", x, edit.scalar(0), axis=axis)
             else:
                 along = 0 if axis == 0 else axis - 1
                 (y,) = edit.op(node, "Gather", x, everything(edit, node, x, along, axis), axis=along)
@@ -46,7 +46,7 @@ def everything(edit: Editor, before: ir.Node, x: ir.Value, along: int, axis: int
     (extent,) = edit.op(before, "Gather", extents, edit.ints(along), axis=0)
     (extent,) = edit.op(before, "Cast", extent, to=int(ir.DataType.INT32))
     (extent,) = edit.op(before, "Squeeze", extent, edit.ints(0))
-    (index,) = edit.op(before, "Range", edit.int32(0), extent, edit.int32(1))
+    (index,) = edit.op(before, "Range", edit.scalar(0), extent, edit.scalar(1))
     (index,) = edit.op(before, "Unsqueeze", index, edit.ints(axis - along))
     return index
 

@@ -76,16 +76,8 @@ class Editor:
             self.graph.initializers[name] = ir.val(name, const_value=tensor)
         return self.graph.initializers[name]
 
-    def int32(self, value: int) -> ir.Value:
-        """An int32 constant without axes."""
-        name = f"int32({value})"
-        if name not in self.graph.initializers:
-            tensor = ir.tensor(np.array(value, np.int32), name=name)
-            self.graph.initializers[name] = ir.val(name, const_value=tensor)
-        return self.graph.initializers[name]
-
-    def scalar(self, value: float, dtype: ir.DataType) -> ir.Value:
-        """A floating-point constant without axes."""
+    def scalar(self, value: float, dtype: ir.DataType = ir.DataType.INT32) -> ir.Value:
+        """A constant without axes."""
         name = f"{dtype.name.lower()}({value})"
         if name not in self.graph.initializers:
             tensor = ir.tensor(np.array(value, dtype.numpy()), name=name)

@@ -228,11 +228,11 @@ def test_residual_sums_may_leave_float16s_range(tmp_path: Path, monkeypatch: pyt
     wanted = Conversation(OnnxSession(bundle))
     monkeypatch.setitem(cast("dict[str, str]", fused_module.DTYPES), "cpu", "float16")
     found = FusedConversation(FusedSession(bundle, "cpu"), capacity=40)
-    for tokens in (PROMPT, [5], [6]):
-        step = wanted.run(tokens, [random_picture(Grid(4, 5), 0)] if tokens is PROMPT else [])
-        if tokens is PROMPT:
+    for tokens, pictures in ((PROMPT, [random_picture(Grid(4, 5), 0)]), ([5], []), ([6], [])):
+        step = wanted.run(tokens, pictures)
+        if pictures:
             assert np.abs(step.prefix["hidden_states"]).max() > 65504
-        logits = found.run(tokens, [random_picture(Grid(4, 5), 0)] if tokens is PROMPT else []).logits
+        logits = found.run(tokens, pictures).logits
         assert np.abs(logits - step.logits).max() < 1e-2 * np.abs(step.logits).max()  # 5e-3 measured
 
 

@@ -23,7 +23,7 @@ from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.counting import count
 from ivc_export.errors import UserError
 from ivc_export.memory import available_bytes
-from ivc_export.passes import RetypeFloatsPass, WidenResidualsPass, lower
+from ivc_export.passes import RetypeFloatsPass, ScaleResidualsPass, WidenResidualsPass, lower
 from ivc_export.trt import Extents, Options, Target, compile_graph, load_plugin, load_tensorrt, major, own_capability
 
 FOLDER = "engines"
@@ -221,12 +221,15 @@ def lowered(bundle: Bundle, name: GraphName, dtype: FloatName, plugin: bool) -> 
 
 
 def typed(bundle: Bundle, name: GraphName, dtype: FloatName) -> ir.Model:
-    """A graph in `dtype`, in float16 with residual sums in float32, before it is lowered."""
+    """A graph in `dtype`, in float16 with residual sums in float32 and in scale, before it is lowered.
+
+    In scale, since TensorRT 8.6 holds them in float16 whatever it is told.
+    """
     model = ir.load(bundle.folder / bundle.manifest.graphs[name].file)
     if dtype != bundle.manifest.dtype:
         model = RetypeFloatsPass(dtype)(model).model
     if dtype == "float16":
-        model = WidenResidualsPass()(model).model
+        model = WidenResidualsPass()(ScaleResidualsPass()(model).model).model
     return model
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,15 @@ from ivc_export.decoder import decoder_graph
 from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.families import Grid
-from ivc_export.passes import GatherMovesPass, Lowering, RetypeFloatsPass, UsePluginPass, WidenResidualsPass, lower
+from ivc_export.passes import (
+    GatherMovesPass,
+    Lowering,
+    RetypeFloatsPass,
+    ScaleResidualsPass,
+    UsePluginPass,
+    WidenResidualsPass,
+    lower,
+)
 from ivc_export.prefix import prefix_graph
 from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime.conversation import Conversation, Step
@@ -190,8 +200,8 @@ def test_a_missing_cast_is_found(golden_bundle: Bundle) -> None:
         RetypeFloatsPass("float16")(model)
 
 
-def halve_moves(path: Path) -> None:
-    """Let what reshapes float32 values round them to float16, as TensorRT 8.6 may."""
+def halve(path: Path, chosen: Callable[[onnx.NodeProto], bool]) -> None:
+    """Let chosen nodes that give float32 values round them to float16, as TensorRT 8.6 does."""
     model = onnx.load(str(path), load_external_data=False)
     inferred = onnx.shape_inference.infer_shapes(model).graph
     wide = {v.name for v in (*inferred.value_info, *inferred.output) if v.type.tensor_type.elem_type == 1}
@@ -200,32 +210,46 @@ def halve_moves(path: Path) -> None:
     for node in nodes:
         model.graph.node.append(node)
         name = node.output[0]
-        if name in wide and node.op_type in ("Reshape", "Squeeze", "Transpose", "Unsqueeze"):
+        if name in wide and chosen(node):
             model.graph.node[-1].output[0] = f"{name}/wide"
             model.graph.node.append(onnx.helper.make_node("Cast", [f"{name}/wide"], [f"{name}/half"], to=10))
             model.graph.node.append(onnx.helper.make_node("Cast", [f"{name}/half"], [name], to=1))
     onnx.save(model, str(path))
 
 
+def moves(node: onnx.NodeProto) -> bool:
+    """What reshapes."""
+    return node.op_type in ("Reshape", "Squeeze", "Transpose", "Unsqueeze")
+
+
+def sums(node: onnx.NodeProto) -> bool:
+    """What sums residuals."""
+    return re.fullmatch(r"layers\.\d+/Add_[13]", node.name) is not None
+
+
 def run_in_float16(
-    bundle: Bundle, arrays: dict[GraphName, Arrays], wide: bool, folder: Path, halve: bool = False, gather: bool = False
+    bundle: Bundle,
+    arrays: dict[GraphName, Arrays],
+    folder: Path,
+    *passes: ir.passes.PassBase,
+    halved: Callable[[onnx.NodeProto], bool] = lambda node: False,
+    gather: bool = False,
 ) -> dict[str, Any]:
     """Prefix and decoder in float16, by ONNX's own evaluator, which rounds every value as the graph says.
 
-    halve: see halve_moves; gather: behind GatherMovesPass.
+    passes: behind the one that retypes. halved: see halve. gather: behind GatherMovesPass.
     """
     outputs: dict[str, Any] = {}
     for name in ("prefix", "decoder"):
         model = RetypeFloatsPass("float16")(load(bundle, name)).model
-        if wide:
-            model = WidenResidualsPass()(model).model
+        for one in passes:
+            model = one(model).model
         model = lower(model, "native")
         if gather:
             model = GatherMovesPass()(model).model
         path = folder / f"{name}.onnx"
         ir.save(model, path, external_data=f"{name}.data")
-        if halve:
-            halve_moves(path)
+        halve(path, halved)
         onnx.checker.check_model(path, full_check=True)
         types = {value.name: value.dtype for value in model.graph.inputs}
         given = arrays[name] | {key: value for key, value in outputs.items() if key in types}
@@ -244,16 +268,21 @@ def test_residual_sums_may_leave_float16s_range(tmp_path: Path) -> None:
     step = replace(step, replayed=step.prefix["keep_index"])
     arrays = feeds(step, bundle)
     assert np.abs(step.prefix["hidden_states"]).max() > 65504
-    narrow = run_in_float16(bundle, arrays, False, tmp_path)
-    assert not np.isfinite(narrow["hidden_states"]).all()
-    wide = run_in_float16(bundle, arrays, True, tmp_path)
-    assert wide["hidden_states"].dtype == np.float32
-    scale = np.abs(step.logits).max()
-    assert np.abs(wide["logits"][0, 0] - step.logits).max() < 5e-3 * scale  # float16 rounds by 5e-4; 8e-4 measured
-    moved = run_in_float16(bundle, arrays, True, tmp_path, halve=True)
-    assert not np.isfinite(moved["hidden_states"]).all()
-    gathered = run_in_float16(bundle, arrays, True, tmp_path, halve=True, gather=True)
-    assert np.abs(gathered["logits"][0, 0] - step.logits).max() < 5e-3 * scale
+
+    def run(*passes: ir.passes.PassBase, **options: Any) -> dict[str, Any]:
+        return run_in_float16(bundle, arrays, tmp_path, *passes, **options)
+
+    def close(found: dict[str, Any]) -> bool:
+        error = np.abs(found["logits"][0, 0] - step.logits).max()
+        return bool(error < 5e-3 * np.abs(step.logits).max())  # float16 rounds by 5e-4; 8e-4 measured
+
+    assert not np.isfinite(run()["hidden_states"]).all()
+    wide = run(WidenResidualsPass())
+    assert wide["hidden_states"].dtype == np.float32 and close(wide)
+    assert not np.isfinite(run(WidenResidualsPass(), halved=moves)["hidden_states"]).all()
+    assert close(run(WidenResidualsPass(), halved=moves, gather=True))
+    assert not np.isfinite(run(WidenResidualsPass(), halved=sums)["hidden_states"]).all()
+    assert close(run(ScaleResidualsPass(), WidenResidualsPass(), halved=sums))
 
 
 @pytest.mark.parametrize("lowering", ["native", "plugin"])

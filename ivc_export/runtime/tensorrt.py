@@ -18,6 +18,7 @@ from ivc_export.contract import GRAPH_NAMES, FloatName
 from ivc_export.engine import RECORD, EngineRecipe, find_engines
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
+from ivc_export.passes.scale_residuals import SCALE
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.cache import layer_of
 from ivc_export.runtime.conversation import Fetched, Step, Timings
@@ -180,6 +181,8 @@ class TensorrtSession:
                 raise RuntimeError(f"another {place} has taken the place of the one whose tensors are looked at")
             array = np.empty(tensor.shape, tensor.dtype)
             self.device.download(tensor.address, array)
+            if self.dtype == "float16" and tensor is tensors.get("hidden_states"):
+                array /= SCALE
             return array if array.dtype == np.int32 else array.astype(np.float32, copy=False)
 
         return Fetched(tensors, fetch)

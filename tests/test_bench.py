@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -262,17 +263,23 @@ def test_a_side_that_fails_ends_a_run_only_where_it_should(sample_bundle: Bundle
 
 
 def test_a_run_beside_pytorch(
-    sample_bundle: Bundle, sample_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sample_bundle: Bundle,
+    sample_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     report, plot = tmp_path / "bench.json", tmp_path / "bench.png"
     options = [*QUICK, "--visual", "30", "--ratio", "0.5", "--ratio", "0.2", "--against", str(sample_checkpoint)]
-    assert ivc_bench([str(sample_bundle.folder), *options, "--json", str(report), "--plot", str(plot)]) == 0
+    options = [str(sample_bundle.folder), *options, "--json", str(report), "--plot", str(plot)]
+    monkeypatch.setattr("sys.argv", ["/usr/bin/ivc-bench", *options])
+    assert ivc_bench() == 0
     out = capsys.readouterr().out
     for part in ("20 visual and 16 text", "30 visual", "torch-eager", "select, compact", "first token", "GB/s"):
         assert part in out, part
     assert plot.read_bytes().startswith(b"\x89PNG")
     content = json.loads(report.read_text())
-    assert content["command"].startswith("ivc-bench ") and content["versions"]["torch"]
+    assert content["command"] == shlex.join(["ivc-bench", *options]) and content["versions"]["torch"]
     found = {(one["visual_tokens"], one["side"], one["ratio"]): one for one in content["rows"]}
     ours, peer = ("onnxruntime-cpu", 1.0), ("torch-eager", 1.0)
     assert len(found) == len(content["rows"]) == 2 * 4

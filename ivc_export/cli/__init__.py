@@ -64,7 +64,7 @@ def check_output(path: Path) -> None:
 
 
 def run_command(name: str, arguments: Sequence[str] | None) -> int:
-    """Run `command` of ivc_export.cli.`name` and return its exit code.
+    """Run `command` of ivc_export.cli.`name` on `arguments`, or the process's own, and return its exit code.
 
     What the user can mend becomes one sentence on standard error and exit code 2, Ctrl-C exit code 130; the signals
     that ask a process to end are met as Ctrl-C is, with exit codes 143 (SIGTERM) and 129 (SIGHUP).
@@ -75,8 +75,9 @@ def run_command(name: str, arguments: Sequence[str] | None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is told where it is used, as of arguments
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        code: int = importlib.import_module(f"ivc_export.cli.{name}").command(arguments)
+        code: int = importlib.import_module(f"ivc_export.cli.{name}").command(given)
         if sys.stdout is not None:  # as it is where it was closed
             sys.stdout.flush()
         return code

@@ -66,7 +66,7 @@ def parser() -> Parser:
     return p
 
 
-def command(arguments: Sequence[str] | None) -> int:
+def command(arguments: Sequence[str]) -> int:
     """Measure, print a table for each picture, and write what is asked for."""
     options = parser().parse_args(arguments)
     check_outputs(options)
@@ -88,7 +88,7 @@ def command(arguments: Sequence[str] | None) -> int:
         contestants = open_contestants(bundle, entrants, status.update)
         for prompt in prompts:
             rows += bench.measure(contestants, prompt)
-        content = report(bench, contestants, rows, shlex.join(["ivc-bench", *(arguments or [])]))
+        content = report(bench, contestants, rows, shlex.join(["ivc-bench", *arguments]))
     if options.json:
         options.json.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     if options.plot:

@@ -48,7 +48,7 @@ def parser() -> Parser:
     return p
 
 
-def command(arguments: Sequence[str] | None) -> int:
+def command(arguments: Sequence[str]) -> int:
     """Build, with progress, and say what came of it."""
     options = parser().parse_args(arguments)
     bundle = Bundle.load(options.bundle)

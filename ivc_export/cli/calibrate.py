@@ -42,7 +42,7 @@ def parser() -> Parser:
     return p
 
 
-def command(arguments: Sequence[str] | None) -> int:
+def command(arguments: Sequence[str]) -> int:
     """Calibrate, and write the file and a plot."""
     options = parser().parse_args(arguments)
     ratios = [check_ratio(ratio) for ratio in options.ratio or [0.5]]

@@ -67,7 +67,7 @@ def parser() -> Parser:
     return p
 
 
-def command(arguments: Sequence[str] | None) -> int:
+def command(arguments: Sequence[str]) -> int:
     """Check, print a table, write report/parity.json and parity.html; 1 if anything is out of tolerance."""
     options = parser().parse_args(arguments)
     check_options(options)

@@ -76,7 +76,7 @@ def picture_size(text: str) -> Size:
     return Size(int(match[1]), int(match[2]))
 
 
-def command(arguments: Sequence[str] | None) -> int:
+def command(arguments: Sequence[str]) -> int:
     """Export, with progress, and say what came of it; or only say what would."""
     options = parser().parse_args(arguments)
     if options.picture and not options.dry_run:

@@ -54,7 +54,7 @@ def parser() -> Parser:
     return p
 
 
-def command(arguments: Sequence[str] | None) -> int:
+def command(arguments: Sequence[str]) -> int:
     """Answer one question, or chat."""
     options = parser().parse_args(arguments)
     if options.prompt is None and not options.chat:

@@ -25,7 +25,7 @@ from ivc_export.passes.join_decode import join_decode
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.conversation import Fetched, Step, Timings
 from ivc_export.runtime.plan import Run, plan_run
-from ivc_export.runtime.workspace import Values, Workspace
+from ivc_export.runtime.workspace import Rows, Values, Workspace
 from ivc_export.weights import read_values
 
 Provider = Literal["cuda", "cpu"]
@@ -178,7 +178,7 @@ class FusedSession:
         """An array in the device's memory; on the CPU it is the array's own."""
         return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
 
-    def bind(self, name: str, inputs: Values, outputs: Mapping[str, OrtValue | str]) -> Any:
+    def bind(self, name: str, inputs: Values, outputs: Mapping[str, OrtValue | Rows | str]) -> Any:
         """Bind a graph's inputs, and its outputs to memory of the caller's, or to new memory on "cpu" or "cuda"."""
         session = self._sessions[name]
         binding = session.io_binding()
@@ -188,6 +188,9 @@ class FusedSession:
             place = outputs.get(tensor.name, self.device)
             if isinstance(place, str):
                 binding.bind_output(tensor.name, place)
+            elif isinstance(place, Rows):
+                dtype = np.dtype(place.dtype).type
+                binding.bind_output(tensor.name, self.device, 0, dtype, place.shape, place.address)
             else:
                 binding.bind_ortvalue_output(tensor.name, place)
         return binding
@@ -250,11 +253,6 @@ def take_float32(vision: ir.Model) -> None:
     pixels.replace_all_uses_with(cast.outputs[0])
     cast.outputs[0].name = pixels.name
     graph.insert_before(graph[0], cast)
-
-
-def widened(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """In float32."""
-    return array.astype(np.float32, copy=False)
 
 
 def register(library: Path, options: onnxruntime.SessionOptions) -> None:
@@ -334,18 +332,12 @@ class FusedConversation:
 
     def _prefill(self, plan: Run, pictures: Sequence[Picture]) -> Step:
         session, cache, put = self.session, self.cache, self.session.value
-        embeds = session.bundle.embedding_table[plan.tokens].astype(session.dtype, copy=False)
-        images = []
-        for picture in pictures:
-            with self.timings.stage("vision"):
-                feeds = {name: put(array) for name, array in picture.inputs.items()}
-                images.append(session.run("vision", session.bind("vision", feeds, {}))["image_embeds"].numpy())
-        if images:
-            embeds[plan.visual_index] = np.concatenate([image.reshape(-1, embeds.shape[1]) for image in images])
+        embeds = put(session.bundle.embedding_table[plan.tokens].astype(session.dtype, copy=False)[None])
+        images = self._see(pictures, plan, embeds)
         position_ids = put(plan.position_ids)
         with self.timings.stage("prefill.prefix"):
             feeds = cache.inputs() | self._lengths(plan.rows)
-            feeds |= {"inputs_embeds": put(embeds[None]), "position_ids": position_ids}
+            feeds |= {"inputs_embeds": embeds, "position_ids": position_ids}
             for name in ("visual_index", "text_index", "query_index", "ivc_priority"):
                 feeds[name] = put(getattr(plan, name))
             feeds["keep_count"] = OrtValue.ortvalue_from_numpy(np.array([plan.keep_count], np.int32))  # on the host
@@ -359,8 +351,21 @@ class FusedConversation:
             decoder = session.run("decoder", binding)
         cache.swap()
         found = {name: prefix[name].numpy() for name in ("keep_index", "token_score", "seed_index")}
-        vision = tuple(Fetched({"image_embeds": image}, widened) for image in images)
+        vision = tuple(Fetched({"image_embeds": image}, Rows.fetch) for image in images)
         return Step(plan, vision, found, {"logits": self._checked(decoder["logits"].numpy())})
+
+    def _see(self, pictures: Sequence[Picture], plan: Run, embeds: OrtValue) -> list[Rows]:
+        """Run the pictures, whose tokens vision writes to their rows of `embeds`, [1, S, hidden]."""
+        session, found, seen = self.session, [], 0
+        for picture in pictures:
+            with self.timings.stage("vision"):
+                feeds = {name: session.value(array) for name, array in picture.inputs.items()}
+                grid = picture.grid
+                rows = Rows(embeds, session.dtype, int(plan.visual_index[seen]), grid.visual, len(grid.blocks))
+                session.run_bound("vision", session.bind("vision", feeds, {"image_embeds": rows}))
+            found.append(rows)
+            seen += grid.visual
+        return found
 
     def _decode(self, plan: Run) -> Step:
         session, cache, step = self.session, self.cache, self._workspace.step

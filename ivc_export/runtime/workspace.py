@@ -17,6 +17,36 @@ Place = Callable[[npt.NDArray[Any]], OrtValue]
 """Puts an array into the device's memory."""
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A picture's rows of `inputs_embeds`, where vision writes `image_embeds`.
+
+    embeds: [1, S, hidden], of `dtype`. start: the first of `count` rows. frames: that vision takes the picture in.
+    """
+
+    embeds: OrtValue
+    dtype: FloatName
+    start: int
+    count: int
+    frames: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of `image_embeds`, [frames, visual, hidden]."""
+        return (self.frames, self.count // self.frames, self.embeds.shape()[2])
+
+    @property
+    def address(self) -> int:
+        """Of the first row."""
+        row: int = self.embeds.shape()[2] * np.dtype(self.dtype).itemsize
+        return int(self.embeds.data_ptr()) + self.start * row
+
+    def fetch(self) -> npt.NDArray[np.float32]:
+        """A copy in host memory."""
+        rows: npt.NDArray[Any] = self.embeds.numpy()[0, self.start : self.start + self.count]
+        return rows.reshape(self.shape).astype(np.float32)
+
+
 @dataclass
 class DeviceCache:
     """Keys and values of all layers in buffers of `capacity` rows; the layers that are compacted have a second set.

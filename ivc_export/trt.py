@@ -16,7 +16,6 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from ivc_export.errors import UserError
-from ivc_export.passes import GatherMovesPass
 from ivc_export.passes.match import float_types
 
 Target = Literal["tensorrt", "tensorrt-rtx"]
@@ -118,8 +117,6 @@ def compile_graph(
     name = model.graph.name
     path = work / f"{name}.onnx"
     weak = options.target == "tensorrt" and major(trt) < 10
-    if weak and options.reduced:
-        model = GatherMovesPass()(model).model
     converted = any(isinstance(v.const_value, ir.LazyTensor) for v in model.graph.initializers.values())
     ir.save(model, path, external_data=f"{name}.data" if converted else None)
     logger = make_logger(trt, options.verbose)
@@ -198,8 +195,7 @@ def configure(trt: Any, config: Any, options: Options) -> None:
 
 
 ARITHMETIC = ("ACTIVATION", "ELEMENTWISE", "MATRIX_MULTIPLY", "NORMALIZATION", "REDUCE", "SOFTMAX", "UNARY")
-MOVES = ("CONCATENATION", "GATHER", "SLICE")
-"""TensorRT's layers that take constraints: those that compute, and of those that move values these."""
+"""TensorRT's layers that compute."""
 
 
 def fix_precisions(trt: Any, network: Any, config: Any, types: Mapping[str, ir.DataType]) -> None:
@@ -207,7 +203,7 @@ def fix_precisions(trt: Any, network: Any, config: Any, types: Mapping[str, ir.D
 
     Otherwise it tries every mix of formats of inputs and outputs, and compiles the whole graph for each. Constraints on
     more layers, on those that compute in float16 or that reshape, contradict its own, and leave it nothing to choose
-    from: see GatherMovesPass.
+    from.
 
     types: of values by name, which are names of the network's tensors. What the parser adds between them is of the
     widest type that it reads.
@@ -231,7 +227,7 @@ def fix_precisions(trt: Any, network: Any, config: Any, types: Mapping[str, ir.D
                 kind = output.dtype if layer.type == trt.LayerType.CONSTANT else widest
                 if kind is not None:
                     known[output.name] = kind
-        constrained = layer.type in [getattr(trt.LayerType, name) for name in (*ARITHMETIC, *MOVES)]
+        constrained = layer.type in [getattr(trt.LayerType, name) for name in ARITHMETIC]
         if constrained and known.get(outputs[0].name, widest) == trt.DataType.FLOAT:  # comparisons give no floats
             layer.precision = trt.DataType.FLOAT
             for i, output in enumerate(outputs):

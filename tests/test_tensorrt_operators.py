@@ -13,7 +13,7 @@ import pytest
 
 from ivc_export import families
 from ivc_export.contract import FLOATS, IVC_DOMAIN, OPERATORS, PLUGIN_OPERATORS, FloatName
-from ivc_export.passes import GatherMovesPass, WidenResidualsPass, lower
+from ivc_export.passes import ScaleResidualsPass, WidenResidualsPass, lower
 from tests.test_tensorrt_passes import tiny_graphs
 
 TABLE = json.loads((Path(__file__).parent / "data" / "tensorrt_operators.json").read_text(encoding="utf-8"))
@@ -88,7 +88,8 @@ def test_plugin_graphs_are_read_but_for_the_plugin(family: str) -> None:
 @pytest.mark.parametrize("family", families.names())
 def test_graphs_with_wide_residuals_are_read(family: str) -> None:
     for graph in tiny_graphs("float16", family):
-        check(typed(GatherMovesPass()(lower(WidenResidualsPass()(graph).model, "native")).model), TABLE["8.6"])
+        widened = WidenResidualsPass()(ScaleResidualsPass()(graph).model).model
+        check(typed(lower(widened, "native")), TABLE["8.6"])
 
 
 @pytest.mark.parametrize(

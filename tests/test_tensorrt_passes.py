@@ -26,8 +26,6 @@ from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.families import Grid
 from ivc_export.passes import (
-    GatherMovesPass,
-    Lowering,
     RetypeFloatsPass,
     ScaleResidualsPass,
     UsePluginPass,
@@ -217,11 +215,6 @@ def halve(path: Path, chosen: Callable[[onnx.NodeProto], bool]) -> None:
     onnx.save(model, str(path))
 
 
-def moves(node: onnx.NodeProto) -> bool:
-    """What reshapes."""
-    return node.op_type in ("Reshape", "Squeeze", "Transpose", "Unsqueeze")
-
-
 def sums(node: onnx.NodeProto) -> bool:
     """What sums residuals."""
     return re.fullmatch(r"layers\.\d+/Add_[13]", node.name) is not None
@@ -233,11 +226,10 @@ def run_in_float16(
     folder: Path,
     *passes: ir.passes.PassBase,
     halved: Callable[[onnx.NodeProto], bool] = lambda node: False,
-    gather: bool = False,
 ) -> dict[str, Any]:
     """Prefix and decoder in float16, by ONNX's own evaluator, which rounds every value as the graph says.
 
-    passes: behind the one that retypes. halved: see halve. gather: behind GatherMovesPass.
+    passes: behind the one that retypes. halved: see halve.
     """
     outputs: dict[str, Any] = {}
     for name in ("prefix", "decoder"):
@@ -245,8 +237,6 @@ def run_in_float16(
         for one in passes:
             model = one(model).model
         model = lower(model, "native")
-        if gather:
-            model = GatherMovesPass()(model).model
         path = folder / f"{name}.onnx"
         ir.save(model, path, external_data=f"{name}.data")
         halve(path, halved)
@@ -279,40 +269,8 @@ def test_residual_sums_may_leave_float16s_range(tmp_path: Path) -> None:
     assert not np.isfinite(run()["hidden_states"]).all()
     wide = run(WidenResidualsPass())
     assert wide["hidden_states"].dtype == np.float32 and close(wide)
-    assert not np.isfinite(run(WidenResidualsPass(), halved=moves)["hidden_states"]).all()
-    assert close(run(WidenResidualsPass(), halved=moves, gather=True))
     assert not np.isfinite(run(WidenResidualsPass(), halved=sums)["hidden_states"]).all()
     assert close(run(ScaleResidualsPass(), WidenResidualsPass(), halved=sums))
-
-
-@pytest.mark.parametrize("lowering", ["native", "plugin"])
-@pytest.mark.parametrize("name", GRAPH_NAMES)
-def test_moves_by_gather_give_the_same_values(golden_bundle: Bundle, name: GraphName, lowering: Lowering) -> None:
-    """In float32, where the pass takes every value for one to be kept: equal types and extents, and no axis added."""
-    model = lower(load(golden_bundle, name), lowering)
-    gathered = GatherMovesPass()(model.clone()).model
-    contract.verify(name, gathered, golden_bundle.manifest.graphs[name], lowering)
-    before, after = (ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(m))) for m in (model, gathered))
-    left = [n for n in after.graph if n.op_type in ("Squeeze", "Unsqueeze") and n.outputs[0].dtype == ir.DataType.FLOAT]
-    assert not left
-    count = sum(n.op_type in ("Squeeze", "Unsqueeze") and n.outputs[0].dtype == ir.DataType.FLOAT for n in before.graph)
-    assert count == {"vision": 0}.get(name, count) and (count > 0) == (name != "vision")
-
-
-def test_runs_with_moves_by_gather_are_the_same(golden_bundle: Bundle, prefill: Step, tmp_path: Path) -> None:
-    for name in ("prefix", "decoder"):
-        found = []
-        for passes in ((), (GatherMovesPass(),)):
-            model = lower(load(golden_bundle, name), "native")
-            for one in passes:
-                model = one(model).model
-            path = golden_bundle.folder / f"{name}.gathered.onnx"
-            ir.save(model, path)
-            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-            path.unlink()
-            found.append(session.run(None, feeds(prefill, golden_bundle)[name]))
-        for old, new in zip(*found, strict=True):
-            np.testing.assert_array_equal(new, old)
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)

@@ -69,7 +69,6 @@ def test_what_is_float32_stays_so_in_a_weakly_typed_network() -> None:
         "multiply",
         "softmax",
         "greater",
-        "gather",
         "norm",
     }
     assert layers["multiply"].types == {0: "FLOAT"} and layers["greater"].types == {}

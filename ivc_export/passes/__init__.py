@@ -13,7 +13,6 @@ from ivc_export.passes.compact_caches import CompactCachesPass
 from ivc_export.passes.fuse_activations import FuseActivationsPass
 from ivc_export.passes.fuse_attention import FuseAttentionPass
 from ivc_export.passes.fuse_norms import FuseNormsPass
-from ivc_export.passes.gather_moves import GatherMovesPass
 from ivc_export.passes.inline_ivc_functions import InlineIvcFunctionsPass
 from ivc_export.passes.pack_projections import PackProjectionsPass
 from ivc_export.passes.retype_floats import RetypeFloatsPass
@@ -62,7 +61,6 @@ __all__ = [
     "FuseActivationsPass",
     "FuseAttentionPass",
     "FuseNormsPass",
-    "GatherMovesPass",
     "InlineIvcFunctionsPass",
     "Lowering",
     "PackProjectionsPass",

@@ -170,7 +170,7 @@ class TensorrtSession:
         return tensor
 
     def fetched(self, place: str, tensors: Mapping[str, Tensor]) -> Fetched[Tensor]:
-        """Outputs of the newest run in `place`, to be looked at before the next one there.
+        """Outputs of the newest run in `place`, to be looked at before the next one there; hidden_states at full scale.
 
         The mapping raises RuntimeError where that has begun.
         """

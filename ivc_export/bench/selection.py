@@ -211,11 +211,8 @@ def extents(m: contract.Manifest, plan: Run, rows: int) -> dict[str, int]:
 
 def selection_feeds(plan: Run) -> dict[str, npt.NDArray[Any]]:
     """The selection's inputs that a plan gives."""
-    names = ("visual_index", "text_index", "query_index", "ivc_priority", "position_ids")
-    return {name: getattr(plan, name) for name in names} | {
-        "keep_count": np.array([plan.keep_count], np.int32),
-        **plan.tiles,
-    }
+    counted = {"position_ids": plan.position_ids, "keep_count": np.array([plan.keep_count], np.int32)}
+    return plan.selection_inputs | counted
 
 
 def compaction_feeds(plan: Run, rows: int) -> dict[str, npt.NDArray[Any]]:

@@ -232,12 +232,8 @@ class Conversation:
         with self.timings.stage(f"{stage}.prefix"):
             feeds = {
                 "inputs_embeds": embeds[None],
-                "visual_index": plan.visual_index,
-                "text_index": plan.text_index,
-                "query_index": plan.query_index,
-                "ivc_priority": plan.ivc_priority,
                 "keep_count": np.array([plan.keep_count], np.int32),
-                **plan.tiles,
+                **plan.selection_inputs,
             }
             prefix = self.session.run("prefix", both | feeds | self.cache.inputs(range(m.selection_layer)))
         chosen = prefix["keep_index"] if keep_index is None else keep_index

@@ -338,10 +338,8 @@ class FusedConversation:
         with self.timings.stage("prefill.prefix"):
             feeds = cache.inputs() | self._lengths(plan.rows)
             feeds |= {"inputs_embeds": embeds, "position_ids": position_ids}
-            for name in ("visual_index", "text_index", "query_index", "ivc_priority"):
-                feeds[name] = put(getattr(plan, name))
+            feeds |= {name: put(array) for name, array in plan.selection_inputs.items()}
             feeds["keep_count"] = OrtValue.ortvalue_from_numpy(np.array([plan.keep_count], np.int32))  # on the host
-            feeds |= {name: put(array) for name, array in plan.tiles.items()}
             prefix = session.run("prefix", session.bind("prefix", feeds, cache.outputs()))
         kept = len(plan.text_index) + plan.keep_count
         with self.timings.stage("prefill.decoder"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,17 @@ class Run:
     def rows(self) -> int:
         """S, the rows of this run."""
         return len(self.tokens)
+
+    @property
+    def selection_inputs(self) -> dict[str, npt.NDArray[Any]]:
+        """What selection takes beside values and keep_count; names as in the contract."""
+        return {
+            "visual_index": self.visual_index,
+            "text_index": self.text_index,
+            "query_index": self.query_index,
+            "ivc_priority": self.ivc_priority,
+            **self.tiles,
+        }
 
 
 def plan_run(manifest: Manifest, tokens: Ints, grids: Sequence[Grid], start: int, ratio: float) -> Run:

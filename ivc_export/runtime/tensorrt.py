@@ -290,12 +290,8 @@ class TensorrtConversation:
         }
         arrays: dict[str, Array] = {
             "position_ids": plan.position_ids,
-            "visual_index": plan.visual_index,
-            "text_index": plan.text_index,
-            "query_index": plan.query_index,
-            "ivc_priority": plan.ivc_priority,
             "logit_index": np.array([kept - 1], np.int32),
-            **plan.tiles,
+            **plan.selection_inputs,
         }
         arrays |= {name: np.array([length], np.int32) for name, length in cache.lengths().items()}
         inputs |= {name: self._put(stage, name, array) for name, array in arrays.items()}

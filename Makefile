@@ -15,7 +15,7 @@ demo: $(VENV)/installed  ## set up, export the sample, ask about pictures, draw 
 	@echo "half of the visual tokens were kept: demo/kept-1.png to demo/kept-3.png show which"
 
 test: $(VENV)/installed-dev lint  ## set up, check style and types, run the tests
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto  # as many processes as cores, each with one thread
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -74,13 +74,39 @@ def test_readmes_speed_is_the_measured_one() -> None:
     assert said is not None and [float(number) for number in said.groups()] == [*first, *token]
 
 
+def test_what_is_said_of_the_gpu_was_measured() -> None:
+    """README's sentences and the table in docs/architecture.md, in milliseconds, rounded to a tenth."""
+    content = json.loads((ROOT / "benchmarks" / "results" / "generate-h100.json").read_text())
+    found = {(row["visual_tokens"], row["side"], row["ratio"]): row for row in content["rows"]}
+    sides = (("onnxruntime-cuda", 1.0), ("onnxruntime-cuda", 0.5), ("torch-eager", 1.0), ("torch-compiled", 1.0))
+
+    def figures(visual: int) -> list[float]:
+        ours, half, eager, compiled = (found[(visual, *side)] for side in sides)
+        first = [row["first_token"] for row in (ours, half, eager)]
+        return [round(ms, 1) for ms in (*first, *(row["decode"] for row in (ours, eager, compiled)))]
+
+    table = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("| a token, compiled |")[1]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:5]]
+    assert {int(row[0].replace(",", "")): [float(x) for x in row[1:]] for row in rows} == {
+        visual: figures(visual) for visual in (256, 1024, 4096)
+    }
+    first, half, eager, token, eager_token, compiled = figures(1024)
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for sentence in (
+        f"onnxruntime in {first} ms, and then a token every {token} ms",
+        f"takes {eager} and {eager_token} in the same run, and {compiled} a token compiled",
+        f"first token comes after {half} ms",
+    ):
+        assert sentence in text, sentence
+
+
 def test_pictures_and_pages_that_readme_names_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     home = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")

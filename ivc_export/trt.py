@@ -13,10 +13,10 @@ from threading import Event
 from types import ModuleType
 from typing import Any, Literal
 
+import onnx
 import onnx_ir as ir
 
 from ivc_export.errors import UserError
-from ivc_export.passes.match import float_types
 
 Target = Literal["tensorrt", "tensorrt-rtx"]
 MODULES: Mapping[Target, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -192,6 +192,13 @@ def configure(trt: Any, config: Any, options: Options) -> None:
             raise UserError(f"there is no tactic source {unknown[0]}: give some of {', '.join(known)}")
         config.set_tactic_sources(sum(1 << int(known[name]) for name in options.tactic_sources))
     config.clear_flag(trt.BuilderFlag.TF32)
+
+
+def float_types(model: ir.Model) -> dict[str, ir.DataType]:
+    """Types of the float32 and float16 values that a graph computes, inferred, by name."""
+    graph = onnx.shape_inference.infer_shapes(ir.to_proto(model)).graph
+    types = {v.name: ir.DataType(v.type.tensor_type.elem_type) for v in (*graph.value_info, *graph.output)}
+    return {name: dtype for name, dtype in types.items() if dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)}
 
 
 ARITHMETIC = ("ACTIVATION", "ELEMENTWISE", "MATRIX_MULTIPLY", "NORMALIZATION", "REDUCE", "SOFTMAX", "UNARY")

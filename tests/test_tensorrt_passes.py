@@ -25,13 +25,7 @@ from ivc_export.decoder import decoder_graph
 from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.families import Grid
-from ivc_export.passes import (
-    RetypeFloatsPass,
-    ScaleResidualsPass,
-    UsePluginPass,
-    WidenResidualsPass,
-    lower,
-)
+from ivc_export.passes import RetypeFloatsPass, ScaleResidualsPass, UsePluginPass, WidenResidualsPass, lower
 from ivc_export.prefix import prefix_graph
 from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime.conversation import Conversation, Step

@@ -7,7 +7,6 @@ from itertools import count
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 CONTRIB = "com.microsoft"
@@ -43,13 +42,6 @@ def is_permuted(value: ir.Value | None, *permutation: int) -> ir.Value | None:
     """What a Transpose by this permutation was given; None if `value` comes from elsewhere."""
     node = made_by(value, "Transpose")
     return node.inputs[0] if node is not None and tuple(node.attributes["perm"].as_ints()) == permutation else None
-
-
-def float_types(model: ir.Model) -> dict[str, ir.DataType]:
-    """Types of the float32 and float16 values that a graph computes, inferred, by name."""
-    graph = onnx.shape_inference.infer_shapes(ir.to_proto(model)).graph
-    types = {v.name: ir.DataType(v.type.tensor_type.elem_type) for v in (*graph.value_info, *graph.output)}
-    return {name: dtype for name, dtype in types.items() if dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)}
 
 
 class Editor:

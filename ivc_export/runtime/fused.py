@@ -384,8 +384,8 @@ class FusedConversation:
         if not np.isfinite(logits.max()):  # NaN if any of them is
             self._give_back.detach()  # caches are to be finite; see DeviceCache.clear
             raise UserError(
-                "this model's activations leave float16's range: use --provider cpu, or TensorRT engines (ivc-build), "
-                "which keep residual sums in float32"
+                "this model's activations leave float16's range: use --provider cpu, or TensorRT engines built with "
+                "ivc-build --dtype fp32"
             )
         return logits
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from ivc_export import contract, staging
 from ivc_export.checkpoint import header_sha256
 from ivc_export.contract import MANIFEST, SCHEMA_VERSION, Manifest
 from ivc_export.errors import UserError
+from ivc_export.files import read_object
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -84,8 +84,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} is not a bundle (it has no {MANIFEST}): make one with ivc-export")
+    content = read_object(path, "export the model again")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         version = content["schema_version"]
         if version != SCHEMA_VERSION:
             raise UserError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,8 +10,10 @@ from pydantic import Field, ValidationError
 
 from ivc_export.contract import DecoderSizes, Frozen, first_problem
 from ivc_export.errors import UserError
+from ivc_export.files import read_json
 
 ENOUGH = 0.99
+ADVICE = "write a calibration with ivc-calibrate"
 
 
 class Trial(Frozen):
@@ -62,11 +63,6 @@ def read_calibration(path: Path) -> Calibration:
         UserError: the file is missing, or is no calibration.
     """
     try:
-        content: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))
-        return Calibration.model_validate(content)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no calibration at {path}: write one with ivc-calibrate") from error
-    except (ValidationError, ValueError) as error:  # json's errors are ValueErrors
-        raise UserError(
-            f"{path} is not a calibration ({first_problem(error)}): write one with ivc-calibrate"
-        ) from error
+        return Calibration.model_validate(read_json(path, ADVICE))
+    except ValidationError as error:
+        raise UserError(f"{path} is not a calibration ({first_problem(error)}): {ADVICE}") from error

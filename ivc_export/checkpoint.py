@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ivc_export.errors import UserError
+from ivc_export.files import check_regular, parse_json, read_object, read_text
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 STORED_NAMES = {ours: stored for stored, ours in _DTYPES.items()}
@@ -47,14 +47,13 @@ def read_index(file: Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: the file is missing, truncated or not a safetensors file.
     """
-    if not file.is_file():
-        raise UserError(f"{file} is missing: download the whole checkpoint")
+    check_regular(file, "download the whole checkpoint")
     try:
         with safe_open(file, framework="numpy"):  # checks lengths, overlaps and the end of the file
             stored = header_bytes(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read ({error}): download it again, or check the disk") from error
-    header, start = json.loads(stored), 8 + len(stored)
+    header, start = parse_json(stored, f"the header of {file}", "download it again"), 8 + len(stored)
     header.pop("__metadata__", None)
     return {
         name: StoredTensor(
@@ -94,30 +93,19 @@ class Checkpoint:
         """The content of a text file of the folder, or None if there is none.
 
         Raises:
-            UserError: the file is not UTF-8.
+            UserError: see read_text.
         """
         path = self.folder / name
-        try:
-            return path.read_text(encoding="utf-8") if path.is_file() else None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: download it again") from error
+        return read_text(path, "download it again") if path.exists() else None
 
     def json(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file of the folder, or None if there is none.
 
         Raises:
-            UserError: the file is not a JSON object.
+            UserError: see read_object.
         """
-        text = self.text(name)
-        if text is None:
-            return None
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{self.folder / name} is not valid JSON ({error}): download it again") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{self.folder / name} should hold a JSON object: download it again")
-        return content
+        path = self.folder / name
+        return read_object(path, "download it again") if path.exists() else None
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ivc_export.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.counting import count
 from ivc_export.errors import UserError
+from ivc_export.files import read_object
 from ivc_export.memory import available_bytes
 from ivc_export.passes import RetypeFloatsPass, ScaleResidualsPass, WidenResidualsPass, lower
 from ivc_export.trt import Extents, Options, Target, compile_graph, load_plugin, load_tensorrt, major, own_capability
@@ -363,7 +364,7 @@ def find_engines(bundle: Bundle, target: Target, capability: str, trt: Any) -> P
         found = f"; there are {', '.join(others)}" if others else ""
         raise UserError(f"{bundle.folder} has no engines for {folder.name}{found}: {mend}")
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = read_object(folder / RECORD, mend)
         plugin = record["recipe"]["plugin"]
         same = (record["tensorrt"], record["compute_capability"]) == (trt.__version__, capability)
         fresh = same and record["inputs_sha256"] == fingerprint(bundle, Path(plugin) if plugin else None)

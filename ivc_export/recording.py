@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ivc_export.contract import Manifest
 from ivc_export.errors import UserError
+from ivc_export.files import read_object
 
 INDEX = "index.json"
 FORMAT = 1
@@ -70,7 +71,7 @@ class Recording:
             UserError: the folder holds no recording, or a damaged one, or one of another format.
         """
         try:
-            facts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            facts = read_object(folder / INDEX, "record it again")
             if facts["format"] != FORMAT:
                 raise UserError(f"{folder} is of another version of ivc-export: record it again")
             tensors = {}

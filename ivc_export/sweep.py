@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from ivc_export.configuration import read_configuration
 from ivc_export.errors import UserError
 from ivc_export.estimate import Size, estimate_recipe
 from ivc_export.export import copy_processor_files, make_manifest
+from ivc_export.files import read_json
 from ivc_export.hub import open_checkpoint
 from ivc_export.oracle import reference_layout, reference_picture
 from ivc_export.recipe import ExportRecipe
@@ -51,14 +51,11 @@ def read_examples(folder: Path) -> list[Example]:
     Raises:
         UserError: the list or a picture is missing or damaged.
     """
-    path = folder / PROMPTS
+    path, advice = folder / PROMPTS, 'write a list of {"picture": FILE, "prompt": TEXT} there'
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        pairs = [(folder / str(entry["picture"]), str(entry["prompt"])) for entry in entries]
-    except FileNotFoundError as error:
-        raise UserError(f'{path} is missing: write a list of {{"picture": FILE, "prompt": TEXT}} there') from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path} is damaged: write a list of {{"picture": FILE, "prompt": TEXT}} there') from error
+        pairs = [(folder / str(entry["picture"]), str(entry["prompt"])) for entry in read_json(path, advice)]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {advice}") from error
     if not pairs:
         raise UserError(f"{path} holds no example: give at least one picture with a prompt")
     return [Example(open_picture(picture), prompt) for picture, prompt in pairs]

@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "ivc_export"
 ORDER = [  # from the bottom up; a module imports from its own line or from lower ones
     {"errors"},
+    {"files"},
     {"contract", "checkpoint", "recording", "memory"},
     {"recipe", "staging", "weights", "counting", "calibration"},
     {"placement"},

@@ -24,6 +24,7 @@ from ivc_export import families
 from ivc_export.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
+from ivc_export.files import read_object, read_text
 
 Message = Mapping[str, Any]
 
@@ -82,13 +83,13 @@ class Processor:
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         try:
             path = self.bundle.folder / "tokenizer_config.json"
-            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            config = read_object(path, "export the model again") if path.exists() else {}
             for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
                 token = config.get(name)
                 if token is not None:
                     environment.globals[name] = token["content"] if isinstance(token, dict) else token
             self.bos = str(environment.globals.get("bos_token", ""))
-            return environment.from_string((self.bundle.folder / CHAT_TEMPLATE).read_text(encoding="utf-8"))
+            return environment.from_string(read_text(self.bundle.folder / CHAT_TEMPLATE, "export the model again"))
         except (jinja2.TemplateError, ValueError, AttributeError, KeyError) as error:
             raise UserError(
                 f"{CHAT_TEMPLATE} or tokenizer_config.json of {self.bundle.folder} is damaged ({error}): "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ivc_export.contract import GRAPH_NAMES, FloatName
 from ivc_export.engine import RECORD, EngineRecipe, find_engines
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
+from ivc_export.files import read_object
 from ivc_export.passes.scale_residuals import SCALE
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.cache import layer_of
@@ -127,7 +127,7 @@ class TensorrtSession:
         self.trt = load_tensorrt(target)
         self.capability = own_capability(self.trt)
         folder = find_engines(bundle, target, self.capability, self.trt)
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = read_object(folder / RECORD, "build the engines again with ivc-build")
         self.bundle = bundle
         self.backend: str = target
         self.dtype: FloatName = record["dtype"]

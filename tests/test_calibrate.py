@@ -139,7 +139,7 @@ def test_mistakes_cost_one_sentence(
 
 def test_a_calibration_of_another_model_is_refused(found: Calibration, tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
-    with pytest.raises(UserError, match="calibration.json is missing: write a calibration with ivc-calibrate"):
+    with pytest.raises(UserError, match=r"calibration\.json is missing: write a calibration with ivc-calibrate"):
         read_calibration(path)
     path.write_text(json.dumps({"layer": 2}))
     with pytest.raises(UserError, match="is not a calibration"):

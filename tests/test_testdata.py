@@ -247,7 +247,7 @@ def test_a_bundle_without_tokenizer_has_testdata_too(golden: Golden, tmp_path: P
 
 
 def test_a_damaged_recording_is_one_sentence(files: Files, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="index.json is missing: record it again"):
+    with pytest.raises(UserError, match=r"index\.json is missing: record it again"):
         Recording.read(tmp_path)
     whole = Recording.read(files.folder / "testdata")
     whole.write(tmp_path)

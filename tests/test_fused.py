@@ -25,7 +25,7 @@ from ivc_export.passes import RetypeFloatsPass, lower, scale_residuals
 from ivc_export.passes.join_decode import join_decode
 from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime import fused as fused_module
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.conversation import Conversation, Timings
 from ivc_export.runtime.fused import FusedConversation, FusedSession, take_float32
 from ivc_export.runtime.generate import Chat, Sampling, generate
 from ivc_export.runtime.session import OnnxSession
@@ -104,6 +104,22 @@ def test_fused_conversations_equal_portable_ones(golden_bundle: Bundle, fused: F
         assert np.abs(step.logits - wanted.logits).max() < LOGIT_TOLERANCE
         assert (found.cache.length, found.next_position) == (portable.cache.length, portable.next_position)
         assert found.cache.bytes_used == portable.cache.bytes_used
+
+
+def test_a_picture_of_one_row_is_no_decode_step(golden_bundle: Bundle, fused: FusedSession) -> None:
+    """Nor is the first row of all, which has no others to look at."""
+    portable, found = Conversation(OnnxSession(golden_bundle)), FusedConversation(fused, capacity=50)
+    picture = random_picture(Grid(1, 1), 3)
+    turns = [("prefill", [5], []), ("decode", [6], []), ("prefill", [503], [picture]), ("decode", [503], [])]
+    for stage, tokens, pictures in turns:
+        for one in (portable, found):
+            one.timings = Timings()
+        wanted, step = portable.run(tokens, pictures), found.run(tokens, pictures)
+        assert np.abs(step.logits - wanted.logits).max() < LOGIT_TOLERANCE
+        for one in (portable, found):
+            assert f"{stage}.decoder" in one.timings.seconds and ("vision" in one.timings.seconds) == bool(pictures)
+        for shown, reference in zip(step.image_embeds, wanted.image_embeds, strict=True):
+            assert np.abs(shown - reference).max() < LOGIT_TOLERANCE
 
 
 def test_fused_caches_hold_the_kept_rows(golden_bundle: Bundle, fused: FusedSession) -> None:

@@ -23,7 +23,7 @@ from ivc_export.oracle import record
 from ivc_export.parity import compare
 from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime import tensorrt
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.conversation import Conversation, Timings
 from ivc_export.runtime.generate import Sampling, generate
 from ivc_export.runtime.plan import plan_run
 from ivc_export.runtime.session import OnnxSession
@@ -65,6 +65,17 @@ def test_conversations_equal_those_on_the_host(bundle: Bundle, monkeypatch: pyte
         assert [a.shape for a in step.image_embeds] == [a.shape for a in reference.image_embeds]
     assert (found.cache.length, found.cache.bytes_used) == (wanted.cache.length, wanted.cache.bytes_used)
     assert found.next_position == wanted.next_position
+    device.check()
+
+
+def test_a_picture_of_one_row_is_no_decode_step(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, device = opened(bundle, monkeypatch)
+    found, wanted = session.converse(), Conversation(OnnxSession(bundle))
+    for stage, tokens, pictures in (("prefill", [5], []), ("prefill", [503], [random_picture(Grid(1, 1), 3)])):
+        found.timings = Timings()
+        step, reference = found.run(tokens, pictures), wanted.run(tokens, pictures)
+        assert np.abs(step.logits - reference.logits).max() < LOGIT_TOLERANCE
+        assert f"{stage}.decoder" in found.timings.seconds
     device.check()
 
 

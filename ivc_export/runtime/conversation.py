@@ -228,7 +228,7 @@ class Conversation:
         if pictures:
             embeds[plan.visual_index] = np.concatenate(image_rows(vision))
         both = {"position_ids": plan.position_ids}
-        stage = "prefill" if plan.rows > 1 else "decode"
+        stage = plan.stage(self.cache.length)
         with self.timings.stage(f"{stage}.prefix"):
             feeds = {
                 "inputs_embeds": embeds[None],

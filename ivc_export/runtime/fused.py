@@ -324,7 +324,8 @@ class FusedConversation:
             raise UserError(
                 f"the cache holds {self.cache.capacity} rows, {needed} are needed: give it a larger capacity"
             )
-        step = self._decode(plan) if plan.rows == 1 and self.cache.length else self._prefill(plan, pictures)
+        decode = plan.stage(self.cache.length) == "decode"
+        step = self._decode(plan) if decode else self._prefill(plan, pictures)
         self.cache.length += len(step.keep_index)
         self.cache.whole_length += plan.rows
         self.next_position = plan.next_position

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,10 @@ class Run:
         """S, the rows of this run."""
         return len(self.tokens)
 
+    def stage(self, cached: int) -> Literal["prefill", "decode"]:
+        """What this run is over caches of `cached` rows: a decode step is one row of text behind others."""
+        return "decode" if self.rows == 1 and cached and not self.grids else "prefill"
+
     @property
     def selection_inputs(self) -> dict[str, npt.NDArray[Any]]:
         """What selection takes beside values and keep_count; names as in the contract."""
@@ -55,7 +59,7 @@ def plan_run(manifest: Manifest, tokens: Ints, grids: Sequence[Grid], start: int
     """Plan a run of `tokens` from position `start` on, each picture's image tokens being `grids[i].visual` of them.
 
     tokens: int32 [S]. Without a picture the first row stands in for a visual token that is kept, so that the graphs
-    see the same inputs; a decode step is such a run of one row.
+    see the same inputs; a decode step is such a run of one row, over caches that hold some.
 
     Raises:
         UserError: nothing to run, an id beyond the vocabulary, image tokens that do not match the pictures, or a

@@ -279,7 +279,7 @@ class TensorrtConversation:
         plan = plan_run(m, np.asarray(tokens, np.int32), grids, self.next_position, self.ratio)
         kept = len(plan.text_index) + plan.keep_count if keep_index is None else len(keep_index)
         self._check(plan, max(cache.length + kept, cache.whole_length + plan.rows if cache.whole else 0))
-        stage = "decode" if plan.rows == 1 and cache.length else "prefill"
+        stage = plan.stage(cache.length)
         session.begin(stage)
         embeds = self._put(stage, "inputs_embeds", session.bundle.embed(plan.tokens)[None])
         vision = self._see(pictures, plan, embeds) if pictures else []

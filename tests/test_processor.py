@@ -115,6 +115,9 @@ Be brief.<|im_end|>
 {% endif %}
 {% generation %}{{ 'said' }}{% endgeneration %}
 {{ bos_token }}{{ {'a': '‹é>'}|tojson }}{{ strftime_now('%Y')|length }}
+{{ {'b': 'é', 'a': 1}|tojson(ensure_ascii=True, sort_keys=True) }}{{ ['é']|tojson(ensure_ascii=False) }}
+{{ [1, 2]|tojson(indent=2) }}{{ {'a': [1, 2]}|tojson(separators=(',', ':')) }}
+{{ tools is none }}{{ documents is defined }}
 """
 """The forms that published templates use: counters, contents as strings and lists, unset names, filters."""
 

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
+from ivc_export.chat_template import Message
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
 from ivc_export.runtime.conversation import AnyConversation, AnySession, Step
-from ivc_export.runtime.processor import Message, Processor, user_message
+from ivc_export.runtime.processor import Processor, user_message
 
 
 @dataclass(frozen=True)

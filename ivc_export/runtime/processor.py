@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import PIL.Image
 import PIL.ImageOps
 from tokenizers import Tokenizer
@@ -22,28 +14,16 @@ from tokenizers.decoders import DecodeStream
 
 from ivc_export import families
 from ivc_export.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle
+from ivc_export.chat_template import ChatTemplate, Message
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
 from ivc_export.files import read_object, read_text
-
-Message = Mapping[str, Any]
 
 PIXELS = 80_000_000
 """Pixels of a picture file at most: 240 MB of memory; a model sees a million."""
 
 RGB_MODES = frozenset(("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"))
 """Pillow's modes that become RGB without a colour profile and without losing bits."""
-
-
-class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` around what an assistant says, which marks it for training; here it shows what is inside."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """The nodes inside."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class Processor:
@@ -67,34 +47,14 @@ class Processor:
             raise UserError(f"{bundle.folder / TOKENIZER} cannot be read ({error}): export the model again") from error
         self.tokenizer.no_truncation()  # settings of some training run
         self.tokenizer.no_padding()
-        self.template = self._template()
-
-    def _template(self) -> jinja2.Template:
-        """The chat template, in an environment like transformers'."""
-
-        def raise_exception(message: str) -> None:
-            raise UserError(f"the chat template refuses the conversation: {message}")
-
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
+        advice, path = "export the model again", bundle.folder / "tokenizer_config.json"
+        self.template = ChatTemplate(
+            read_text(bundle.folder / CHAT_TEMPLATE, advice),
+            read_object(path, advice) if path.exists() else {},
+            f"{CHAT_TEMPLATE} or tokenizer_config.json of {bundle.folder}",
+            advice,
         )
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        try:
-            path = self.bundle.folder / "tokenizer_config.json"
-            config = read_object(path, "export the model again") if path.exists() else {}
-            for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-                token = config.get(name)
-                if token is not None:
-                    environment.globals[name] = token["content"] if isinstance(token, dict) else token
-            self.bos = str(environment.globals.get("bos_token", ""))
-            return environment.from_string(read_text(self.bundle.folder / CHAT_TEMPLATE, "export the model again"))
-        except (jinja2.TemplateError, ValueError, AttributeError, KeyError) as error:
-            raise UserError(
-                f"{CHAT_TEMPLATE} or tokenizer_config.json of {self.bundle.folder} is damaged ({error}): "
-                "export the model again"
-            ) from error
+        self.bos = self.template.tokens.get("bos_token", "")
 
     def picture(self, image: Path | PIL.Image.Image) -> Picture:
         """A picture file, or an opened picture, ready for the vision graph; larger ones are scaled to `max_visual`.
@@ -117,12 +77,7 @@ class Processor:
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a conversation up to where the assistant speaks."""
-        try:
-            return self.template.render(messages=messages, add_generation_prompt=True)
-        except UserError:
-            raise
-        except Exception as error:  # a template is a program
-            raise UserError(f"the chat template cannot render the conversation ({error})") from error
+        return self.template.render(messages)
 
     def encode(self, text: str, pictures: Sequence[Picture] = (), begin: bool = True) -> list[int]:
         """Token ids of `text`, its i-th image token repeated once for each visual token of picture i.

@@ -21,6 +21,7 @@ from ivc_export.files import read_object
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 PREPROCESSOR = "preprocessor_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 FLOAT_DTYPES: dict[contract.FloatName, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -30,10 +31,14 @@ FLOAT_DTYPES: dict[contract.FloatName, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class Bundle:
-    """An exported model: three graphs, weights, and the manifest that describes them."""
+    """An exported model: three graphs, weights, and the manifest that describes them.
+
+    notes: what the export that made it has to say of the checkpoint, a sentence each; none of a bundle that was loaded.
+    """
 
     folder: Path
     manifest: Manifest
+    notes: tuple[str, ...] = ()
 
     @staticmethod
     def load(folder: Path | str) -> Bundle:

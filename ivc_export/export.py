@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from ivc_export import __version__, contract
-from ivc_export.bundle import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, Bundle, read_manifest
+from ivc_export.bundle import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, TOKENIZER_CONFIG, Bundle, read_manifest
 from ivc_export.calibration import read_calibration
 from ivc_export.checkpoint import Checkpoint
 from ivc_export.configuration import Configuration, Description, read_configuration, read_description
@@ -79,7 +79,7 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
 
             write_testdata(Bundle(folder, manifest))
             progress("testdata", 1, 1)
-    return Bundle(recipe.output, manifest)
+    return Bundle(recipe.output, manifest, configuration.notes)
 
 
 def lowering_of(recipe: ExportRecipe) -> Lowering:
@@ -165,7 +165,7 @@ def copy_processor_files(checkpoint: Checkpoint, configuration: Configuration, f
     if configuration.processor is not None:
         write_json(folder / PREPROCESSOR, configuration.processor)
     write_json(folder / "config.json", checkpoint.config)
-    for name in (TOKENIZER, "tokenizer_config.json", "generation_config.json"):
+    for name in (TOKENIZER, TOKENIZER_CONFIG, "generation_config.json"):
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, folder / name)
 

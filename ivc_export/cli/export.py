@@ -187,7 +187,7 @@ def saving(p: PictureEstimate) -> str:
 def warnings(bundle: Bundle) -> list[str]:
     """What is missing or unsure, a sentence each."""
     m = bundle.manifest
-    found = []
+    found = [*bundle.notes]
     if not m.calibrated:
         found.append(UNCALIBRATED)
     missing = bundle.missing_processor_files()

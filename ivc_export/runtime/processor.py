@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from ivc_export import families
-from ivc_export.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle
+from ivc_export.bundle import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, Bundle
 from ivc_export.chat_template import ChatTemplate, Message
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
@@ -47,11 +47,11 @@ class Processor:
             raise UserError(f"{bundle.folder / TOKENIZER} cannot be read ({error}): export the model again") from error
         self.tokenizer.no_truncation()  # settings of some training run
         self.tokenizer.no_padding()
-        advice, path = "export the model again", bundle.folder / "tokenizer_config.json"
+        advice, path = "export the model again", bundle.folder / TOKENIZER_CONFIG
         self.template = ChatTemplate(
             read_text(bundle.folder / CHAT_TEMPLATE, advice),
             read_object(path, advice) if path.exists() else {},
-            f"{CHAT_TEMPLATE} or tokenizer_config.json of {bundle.folder}",
+            f"{CHAT_TEMPLATE} or {TOKENIZER_CONFIG} of {bundle.folder}",
             advice,
         )
         self.bos = self.template.tokens.get("bos_token", "")

@@ -22,9 +22,13 @@ OPSET = 17
 IVC_DOMAIN = "ivc"
 IVC_VERSION = 1
 IR_VERSION = 8  # the lowest that knows functions: TensorRT 8.6's parser is of its time
+MOST_VISUAL = 16384
+"""Visual tokens of a picture, and of an engine's prompt, at most: those of the largest picture that a published
+processor lets through (12,845,056 pixels, 28 x 28 a token). Attention in the vision encoder is quadratic in them."""
 
 GraphName = Literal["vision", "prefix", "decoder"]
 FloatName = Literal["float32", "float16", "bfloat16"]
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 GRAPH_NAMES: tuple[GraphName, ...] = ("vision", "prefix", "decoder")
 
 FLOATS: dict[FloatName, ir.DataType] = {
@@ -98,6 +102,24 @@ AXES = {
 }
 
 
+INT32_MOST = 2**31 - 1
+Depth = Annotated[int, Field(gt=0, le=1000)]
+"""Layers."""
+Width = Annotated[int, Field(gt=0, le=1 << 20)]
+"""Channels of a layer: any real model's many times over, and little enough that products of two fit 64 bits."""
+Heads = Annotated[int, Field(gt=0, le=4096)]
+Count = Annotated[int, Field(gt=0, le=INT32_MOST)]
+"""Of tokens, positions or pixels, which graphs and runtimes hold in int32."""
+Side = Annotated[int, Field(gt=0, le=16384)]
+"""Pixels along a side."""
+Tiles = Annotated[int, Field(gt=0, le=256)]
+"""Tiles of a picture; all shapes of so many are tried for each picture."""
+TokenId = Annotated[int, Field(ge=0, le=INT32_MOST)]
+Epsilon = Annotated[float, Field(gt=0, le=1)]
+Factor = Annotated[float, Field(ge=1e-9, le=1e9)]
+Level = Annotated[float, Field(ge=-1e9, le=1e9)]
+
+
 class Frozen(BaseModel):
     """Base of every record: immutable, and no field that the schema does not know."""
 
@@ -108,25 +130,25 @@ class DecoderSizes(Frozen):
     """Sizes of the language decoder."""
 
     layers: int = Field(gt=1, le=1000)
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0, multiple_of=2)
-    vocab_size: int = Field(gt=0)
-    rms_norm_epsilon: float = Field(gt=0)
+    hidden_size: Width
+    intermediate_size: Width
+    heads: Heads
+    kv_heads: Heads
+    head_dim: int = Field(gt=0, le=4096, multiple_of=2)
+    vocab_size: int = Field(gt=0, le=1 << 24)
+    rms_norm_epsilon: Epsilon
     qkv_bias: bool
     fused_qkv: bool = False
     """One weight for queries, keys and values: by key-value head, its queries, its key, its value."""
     tied_embeddings: bool
-    max_positions: int = Field(gt=0)
+    max_positions: Count
 
 
 class RotarySizes(Frozen):
     """Rotary embedding: frequency j is `theta ** (-2 j / head_dim)`, and `sections[a]` of them turn with axis a."""
 
-    theta: float = Field(gt=0)
-    sections: tuple[int, ...] = Field(min_length=1)
+    theta: float = Field(gt=0, le=1e12)
+    sections: tuple[Heads, ...] = Field(min_length=1, max_length=3)
 
 
 class SelectionRule(Frozen):
@@ -134,8 +156,8 @@ class SelectionRule(Frozen):
 
     ivc_fraction: float = Field(ge=0, le=1)
     """Of each picture's tokens, or of each tile's: as many by mean cosine, and as many by mean sine."""
-    seed_divisor: int = Field(gt=0, multiple_of=2)
-    query_offset: int = Field(ge=0)
+    seed_divisor: int = Field(gt=0, le=1 << 20, multiple_of=2)
+    query_offset: int = Field(ge=0, le=1 << 20)
     """Text votes from row `end + query_offset` on, where `end` is the row behind the last picture."""
     softmax: Literal["visual", "all"] = "visual"
     """What a vote is shared among: the visual tokens, or every row of the run."""
@@ -146,23 +168,27 @@ class SelectionRule(Frozen):
 
 
 class Scaling(Frozen):
-    """How pixels are scaled: times rescale_factor, minus mean, by std, the latter two per RGB channel."""
+    """How pixels are scaled: times rescale_factor, minus mean, by std, the latter two per RGB channel.
 
-    rescale_factor: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    resample: Literal["bicubic"] = "bicubic"
+    A processor that leaves one of these steps out has a factor of 1, or means of 0 and deviations of 1.
+    """
+
+    rescale_factor: Factor
+    mean: tuple[Level, Level, Level]
+    std: tuple[Factor, Factor, Factor]
+    resample: Resample = "bicubic"
+    """Pillow's filter."""
 
 
 class PatchPreprocessing(Scaling):
     """How a picture becomes patches, at its own size. Pixel counts are of the resized picture."""
 
     kind: Literal["patches"] = "patches"
-    patch_size: int = Field(gt=0)
-    merge_size: int = Field(gt=0)
-    temporal_patch_size: int = Field(gt=0)
-    min_pixels: int = Field(gt=0)
-    max_pixels: int = Field(gt=0)
+    patch_size: int = Field(gt=0, le=256)
+    merge_size: int = Field(gt=0, le=64)
+    temporal_patch_size: int = Field(gt=0, le=64)
+    min_pixels: Count
+    max_pixels: Count
 
     @property
     def patch_dim(self) -> int:
@@ -173,6 +199,11 @@ class PatchPreprocessing(Scaling):
     def token_side(self) -> int:
         """Pixels along one side of a visual token."""
         return self.patch_size * self.merge_size
+
+    @property
+    def least_visual(self) -> int:
+        """Visual tokens of the smallest picture."""
+        return max(1, -(-self.min_pixels // self.token_side**2))
 
     def capped(self, max_visual: int) -> PatchPreprocessing:
         """With max_pixels such that a picture gives at most `max_visual` tokens."""
@@ -189,15 +220,20 @@ class TilePreprocessing(Scaling):
     """
 
     kind: Literal["tiles"] = "tiles"
-    tile_pixels: int = Field(gt=0)
+    tile_pixels: Side
     """Pixels along one side of a tile."""
-    tile_side: int = Field(gt=0)
+    tile_side: int = Field(gt=0, le=1024)
     """Visual tokens along one side of a tile."""
-    min_tiles: int = Field(gt=0)
-    max_tiles: int = Field(gt=0)
+    min_tiles: Tiles
+    max_tiles: Tiles
     """Without the thumbnail, which a picture of several tiles has behind them."""
     fit: Literal["crop", "stretch"]
     """Whether the middle of the picture is cut out, or all of it is stretched to the tiles."""
+
+    @property
+    def least_visual(self) -> int:
+        """Visual tokens of the smallest picture."""
+        return self.tile_side**2 * (self.min_tiles + (self.min_tiles > 1))
 
     def capped(self, max_visual: int) -> TilePreprocessing:
         """With max_tiles such that a picture gives at most `max_visual` tokens.
@@ -220,13 +256,13 @@ Preprocessing = Annotated[PatchPreprocessing | TilePreprocessing, Field(discrimi
 class SpecialTokens(Frozen):
     """Token ids that a runtime must know."""
 
-    image: int
-    vision_start: int | None
-    vision_end: int | None
+    image: TokenId
+    vision_start: TokenId | None
+    vision_end: TokenId | None
     """Before and behind a picture's image tokens; None where the family has no such tokens."""
     template_marks: bool
     """Whether the chat template writes vision_start and vision_end, or a runtime does beside the image tokens."""
-    stop: tuple[int, ...]
+    stop: tuple[TokenId, ...]
 
 
 class TensorInfo(Frozen):
@@ -277,7 +313,7 @@ class Manifest(Frozen):
     selection_layer: int = Field(gt=0)
     calibrated: bool
     default_ratio: float = Field(gt=0, le=1)
-    max_visual: int = Field(gt=0)
+    max_visual: int = Field(gt=0, le=MOST_VISUAL)
     decoder: DecoderSizes
     rotary: RotarySizes
     selection: SelectionRule

@@ -19,7 +19,7 @@ from rich.filesize import decimal
 
 from ivc_export import __version__, contract, staging
 from ivc_export.bundle import Bundle
-from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
+from ivc_export.contract import GRAPH_NAMES, MOST_VISUAL, FloatName, GraphName
 from ivc_export.counting import count
 from ivc_export.errors import UserError
 from ivc_export.files import read_object
@@ -70,7 +70,7 @@ class EngineRecipe:
 
     def __post_init__(self) -> None:
         for name, least, value, most in (
-            ("max-visual", 1, self.max_visual, 16384),
+            ("max-visual", 1, self.max_visual, MOST_VISUAL),
             ("max-text", 1, self.max_text, 1 << 20),
             ("max-new", 1, self.max_new, 1 << 20),
             ("opt-visual", 1, self.opt_visual, self.max_visual),
@@ -265,8 +265,9 @@ def build(
 
     Raises:
         UserError: TensorRT is missing or refuses a graph, the plugin does not load, timing caches cannot be written, or
-            memory is too small.
+            memory or max_visual is too small.
     """
+    check_takes_a_picture(bundle, recipe)
     trt = load_tensorrt(recipe.target)
     bundle.check_portable("an engine")
     if recipe.plugin is not None:
@@ -313,6 +314,19 @@ def build(
         folder.parent.mkdir(exist_ok=True)
         staging.put_in_place(work / "done", folder, force=True)
     return folder, estimated
+
+
+def check_takes_a_picture(bundle: Bundle, recipe: EngineRecipe) -> None:
+    """Refuse, before anything is built, engines that could take no picture of the bundle's.
+
+    Raises:
+        UserError: every picture has more visual tokens.
+    """
+    least = bundle.manifest.preprocessing.least_visual
+    if recipe.max_visual < least:
+        raise UserError(
+            f"max-visual {recipe.max_visual} is too small: a picture gives this model at least {least} visual tokens"
+        )
 
 
 def check_timing_cache(folder: Path) -> None:

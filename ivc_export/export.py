@@ -49,7 +49,9 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
     lowering = lowering_of(recipe)
     check_free(recipe.output.resolve(), recipe.force)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
-    layer, calibrated = selection_layer(recipe, read_description(checkpoint))  # before weights are downloaded
+    description = read_description(checkpoint)  # before weights are downloaded
+    layer, calibrated = selection_layer(recipe, description)
+    description.model.preprocessing.capped(recipe.max_visual)  # or a sentence, where no picture is so small
     configuration = read_configuration(checkpoint)
     conversions = plan_conversions(checkpoint.tensors.values(), recipe.float_name)
     model, weights = configuration.model, converted(configuration.weights, conversions, recipe.float_name)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ivc_export.contract import FloatName
+from ivc_export.contract import MOST_VISUAL, FloatName
 from ivc_export.errors import UserError
 
 Dtype = Literal["checkpoint", "fp32", "fp16", "bf16"]
@@ -65,6 +65,10 @@ class ExportRecipe:
             )
         if self.max_visual < 4:
             raise UserError(f"max_visual {self.max_visual} is too small: give at least 4 visual tokens a picture")
+        if self.max_visual > MOST_VISUAL:
+            raise UserError(
+                f"max_visual {self.max_visual} is too large: give at most {MOST_VISUAL} visual tokens a picture"
+            )
         for what, value, known in (
             ("dtype", self.dtype, get_args(Dtype)),
             ("weights", self.weights, get_args(Placing)),

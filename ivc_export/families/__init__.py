@@ -244,8 +244,8 @@ def scaled_pixels(
 
     Rows are resampled first, whatever Pillow prefers: from 13 on it chooses the order by the shape.
     """
-    bicubic = PIL.Image.Resampling.BICUBIC
-    resized = image.convert("RGB").resize((width, image.height), bicubic).resize((width, height), bicubic)
+    kernel = PIL.Image.Resampling[scaling.resample.upper()]
+    resized = image.convert("RGB").resize((width, image.height), kernel).resize((width, height), kernel)
     mean, std = np.array(scaling.mean, np.float32), np.array(scaling.std, np.float32)
     pixels: npt.NDArray[np.float32] = (
         np.asarray(resized, np.float32) * np.float32(scaling.rescale_factor) - mean

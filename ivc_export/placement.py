@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 from rich.filesize import decimal
 
-from ivc_export import contract
+from ivc_export import contract, floats
 from ivc_export.checkpoint import STORED_NAMES, StoredTensor, header_bytes, header_sha256
 from ivc_export.errors import UserError
 from ivc_export.recipe import Placing
@@ -33,8 +32,6 @@ _WRITE = 1 << 14
 """Bytes written at once: for large writes Linux looks for large pieces of free memory, at 5 times the cost."""
 _LAG = 64
 """Pieces by which hashing may lag behind a copy: neither waits for the other, and the pieces are still in memory."""
-_FLOAT16_END = 65520.0
-"""The least value that rounds to infinity in float16."""
 
 
 @dataclass(frozen=True)
@@ -249,13 +246,6 @@ def cast(stored: bytes, before: StoredTensor, after: StoredTensor) -> memoryview
         UserError: finite values become infinite.
     """
     values = np.frombuffer(stored, np.dtype(before.dtype))
-    with np.errstate(over="ignore"):
-        changed = values.astype(np.dtype(after.dtype))
-    if after.dtype == "float16" and np.isinf(changed).any():
-        finite = np.abs(values[np.isfinite(values)].astype(np.float32))
-        if finite.max(initial=0) >= _FLOAT16_END:
-            raise UserError(
-                f"{before.name} in {before.file.name} has values up to {finite.max():.4g}, and float16 ends at 65504: "
-                "use --dtype bf16 or fp32"
-            )
+    what = f"{before.name} in {before.file.name}"
+    changed = floats.cast(values, after.dtype, what, "use --dtype bf16 or fp32")
     return changed.view(np.uint8).data

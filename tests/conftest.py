@@ -74,6 +74,16 @@ def make_overflowing_checkpoint(folder: Path) -> Path:
     return checkpoint
 
 
+def make_large_embeddings(folder: Path) -> Path:
+    """A tiny checkpoint whose token 5 has an embedding beyond float16's range."""
+    checkpoint = make_checkpoint(folder)
+    tensors = load_file(checkpoint / "model.safetensors")
+    assert "lm_head.weight" in tensors  # not the same matrix
+    tensors["model.embed_tokens.weight"][5, 3] = -1e5
+    save_file(tensors, checkpoint / "model.safetensors")
+    return checkpoint
+
+
 @dataclass(frozen=True)
 class Golden:
     """A whole-model golden: the official code's inputs and outputs."""

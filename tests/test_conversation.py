@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,15 @@ import torch
 import transformers
 
 from ivc_export.errors import UserError
+from ivc_export.export import export
 from ivc_export.families import Grid, Picture
 from ivc_export.oracle import reference_picture
 from ivc_export.reference import Reference
+from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.plan import plan_run
 from ivc_export.runtime.session import OnnxSession
+from samples.make_sample import make_checkpoint
 from tests.conftest import LOGIT_TOLERANCE, Golden, random_picture
 
 IMAGE, START, END = 503, 500, 501
@@ -176,6 +180,15 @@ def test_frames_of_one_size_run_as_one_batch(golden_session: OnnxSession) -> Non
     for picture, found in zip(pictures, batch, strict=True):
         alone: npt.NDArray[np.float32] = golden_session.run("vision", picture.inputs)["image_embeds"][0]
         assert np.abs(found - alone).max() < LOGIT_TOLERANCE
+
+
+def test_what_float16_graphs_do_not_take_is_one_sentence(tmp_path: Path) -> None:
+    bundle = export(ExportRecipe(make_checkpoint(tmp_path / "checkpoint", dtype="float16"), tmp_path / "bundle"))
+    picture = random_picture(Grid(1, 1), 0)
+    picture.inputs["pixel_values"][0, 0, 0] = -7e4
+    OnnxSession(bundle).run("vision", picture.inputs)
+    with pytest.raises(UserError, match=r"pixel_values has values up to 7e\+04, and float16 ends at 65504: compute in"):
+        OnnxSession(bundle, dtype="float16").run("vision", picture.inputs)
 
 
 @pytest.mark.parametrize("grid", [Grid(1, 1), Grid(1, 30), Grid(40, 2), Grid(17, 13)], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +37,7 @@ from tests.conftest import (
     SCORE_TOLERANCE,
     SHAPES,
     Golden,
+    make_large_embeddings,
     make_overflowing_checkpoint,
     random_picture,
 )
@@ -264,6 +266,38 @@ def test_activations_beyond_float16_are_one_sentence(tmp_path: Path, monkeypatch
             FusedConversation(session, capacity=10).run(PROMPT[-4:])
     gc.collect()
     assert not session._idle[10]  # what is no number would spoil the next conversation
+
+
+def test_embeddings_beyond_float16_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a prefill and in a decode step, and only where such a token is run."""
+    bundle = export(ExportRecipe(make_large_embeddings(tmp_path / "checkpoint"), tmp_path / "bundle"))
+    assert np.isfinite(FusedConversation(FusedSession(bundle, "cpu")).run([1, 5]).logits).all()
+    monkeypatch.setitem(cast("dict[str, str]", fused_module.DTYPES), "cpu", "float16")
+    conversation = FusedConversation(FusedSession(bundle, "cpu"), capacity=10)
+    for tokens in ([1, 5], [1, 2], [5], [3]):
+        if 5 not in tokens:
+            assert np.isfinite(conversation.run(tokens).logits).all()
+            continue
+        with pytest.raises(
+            UserError,
+            match=r"an embedding of this model has values up to 1e\+05, and float16 ends at 65504: use --prov",
+        ):
+            conversation.run(tokens)
+    assert conversation.cache.length == 3
+
+
+def test_pixels_beyond_float16_are_one_sentence(golden_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What normalisation makes of white and black is known before any picture."""
+    m = golden_bundle.manifest
+    narrow = m.preprocessing.model_copy(update={"std": (1.0, 1e-5, 1.0), "mean": (0.5, 0.9, 0.5)})
+    assert np.allclose(fused_module.pixel_bounds(narrow)[:, 1], [-9e4, 1e4])
+    bundle = replace(golden_bundle, manifest=m.model_copy(update={"preprocessing": narrow}))
+    FusedSession(bundle, "cpu")
+    monkeypatch.setitem(cast("dict[str, str]", fused_module.DTYPES), "cpu", "float16")
+    with pytest.raises(
+        UserError, match=r"normalised picture of this model has values up to 9e\+04, and float16 ends at 65504"
+    ):
+        FusedSession(bundle, "cpu")
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16"])

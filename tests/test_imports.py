@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "ivc_export"
 ORDER = [  # from the bottom up; a module imports from its own line or from lower ones
     {"errors"},
     {"files"},
-    {"contract", "checkpoint", "recording", "memory"},
+    {"contract", "floats", "checkpoint", "recording", "memory"},
     {"recipe", "staging", "weights", "counting", "calibration", "chat_template"},
     {"placement"},
     {"builder"},

@@ -31,7 +31,7 @@ from ivc_export.runtime.tensorrt import TensorrtSession
 from ivc_export.testdata import draw_picture, make_prompt
 from ivc_export.trt import Extents, Options
 from samples.make_sample import make_checkpoint
-from tests.conftest import LOGIT_TOLERANCE, SCORE_TOLERANCE, Golden, random_picture
+from tests.conftest import LOGIT_TOLERANCE, SCORE_TOLERANCE, Golden, make_large_embeddings, random_picture
 from tests.fake_tensorrt import CAPABILITY, FakeTensorrt, HostDevice, folder_of, put_engines
 from tests.test_conversation import TURNS
 
@@ -138,6 +138,20 @@ def test_float16_engines_take_and_give_float16(bundle: Bundle, monkeypatch: pyte
     assert session.engines["prefix"].dtypes["hidden_states"] == np.float32
     assert 0 < np.abs(step.logits - wanted.logits).max() < 5e-3 * np.abs(wanted.logits).max()
     assert np.abs(step.prefix["token_score"] - wanted.prefix["token_score"]).max() < 1e3 * SCORE_TOLERANCE
+    device.check()
+
+
+def test_what_float16_engines_do_not_take_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = export(ExportRecipe(make_large_embeddings(tmp_path / "checkpoint"), tmp_path / "bundle"))
+    session, device = opened(bundle, monkeypatch, dtype="float16")
+    conversation, wanted = session.converse(), r"and float16 ends at 65504: build engines with ivc-build --dtype fp32"
+    with pytest.raises(UserError, match=rf"inputs_embeds has values up to 1e\+05, {wanted}"):
+        conversation.run([1, 5])
+    picture = random_picture(Grid(1, 1), 0)
+    picture.inputs["pixel_values"][0, 0, 0] = 7e4
+    with pytest.raises(UserError, match=rf"pixel_values has values up to 7e\+04, {wanted}"):
+        conversation.run([1, bundle.manifest.tokens.image, 2], [picture])
+    assert np.isfinite(conversation.run([1, 2]).logits).all() and conversation.cache.length == 2
     device.check()
 
 

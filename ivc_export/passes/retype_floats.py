@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 
 from ivc_export.contract import FLOAT32_TENSORS, FLOATS, IVC_DOMAIN, FloatName
-from ivc_export.errors import UserError
+from ivc_export.floats import cast
 from ivc_export.weights import read_values
 
 FLOAT = ir.DataType.FLOAT
@@ -75,14 +73,7 @@ def converted(tensor: ir.TensorProtocol | None, dtype: ir.DataType) -> ir.LazyTe
     assert tensor is not None
 
     def convert() -> ir.TensorProtocol:
-        stored = read_values(tensor)
-        with np.errstate(over="ignore"):
-            values = stored.astype(ml_dtypes.bfloat16 if dtype == ir.DataType.BFLOAT16 else dtype.numpy())
-        if not np.isfinite(values).all() and np.isfinite(stored).all():
-            raise UserError(
-                f"{tensor.name} has values up to {np.abs(stored.astype(np.float32)).max():.4g}, which {dtype.name} "
-                "does not reach: build in another dtype"
-            )
+        values = cast(read_values(tensor), dtype.numpy(), str(tensor.name), "compute in another dtype")
         return ir.Tensor(values, dtype=dtype, name=tensor.name)
 
     return ir.LazyTensor(convert, dtype=dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)

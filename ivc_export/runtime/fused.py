@@ -17,9 +17,10 @@ from onnxruntime import OrtValue
 
 from ivc_export import contract
 from ivc_export.bundle import Bundle
-from ivc_export.contract import GRAPH_NAMES, FloatName
+from ivc_export.contract import GRAPH_NAMES, FloatName, Scaling
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
+from ivc_export.floats import cast
 from ivc_export.passes import Lowering, RetypeFloatsPass, lower
 from ivc_export.passes.join_decode import join_decode
 from ivc_export.recipe import check_ratio
@@ -32,6 +33,9 @@ Provider = Literal["cuda", "cpu"]
 PROVIDERS: Mapping[Provider, str] = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 DTYPES: Mapping[Provider, FloatName] = {"cuda": "float16", "cpu": "float32"}
 """GroupQueryAttention's CUDA kernels know float16 and bfloat16, and NumPy no bfloat16; its CPU kernel float32."""
+
+WIDER = "use --provider cpu, or TensorRT engines built with ivc-build --dtype fp32"
+"""What to do where float16 does not reach."""
 
 FIRST_CAPACITY = 4096
 """Rows of a cache that grows."""
@@ -70,6 +74,7 @@ class FusedSession:
         self.dtype: FloatName = DTYPES[provider]
         self.op_library = op_library
         self.lowering: Lowering = "ort-cuda-ops" if op_library else "ort-cuda"
+        cast(pixel_bounds(bundle.manifest.preprocessing), self.dtype, "a normalised picture of this model", WIDER)
         models = {name: self.lowered(name, self.lowering) for name in GRAPH_NAMES}
         take_float32(models["vision"])
         self._owners: Values = {}
@@ -174,6 +179,14 @@ class FusedSession:
         end = (self.bundle.folder / file).stat().st_size
         return ir.ExternalTensor(file, end, length, tensor.dtype, shape=ir.Shape(shape), name=name)
 
+    def embed(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
+        """Rows of the embedding table for `tokens`, in the dtype that is computed in: [1, len(tokens), hidden].
+
+        Raises:
+            UserError: they leave its range.
+        """
+        return cast(self.bundle.embedding_table[tokens], self.dtype, "an embedding of this model", WIDER)[None]
+
     def value(self, array: npt.NDArray[Any]) -> OrtValue:
         """An array in the device's memory; on the CPU it is the array's own."""
         return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
@@ -238,6 +251,12 @@ def view(owner: OrtValue) -> OrtValue:
     """The same memory, as long as `owner` lives. onnxruntime 1.23 has OrtValue.from_dlpack only inside."""
     inner: Any = owner._ortvalue
     return OrtValue(type(inner).from_dlpack(inner.to_dlpack()))
+
+
+def pixel_bounds(scaling: Scaling) -> npt.NDArray[np.float64]:
+    """The least and the largest value of each channel of a normalised picture, [2, 3]."""
+    pixels = np.array([[0.0], [255.0]])
+    return (pixels * scaling.rescale_factor - np.array(scaling.mean)) / np.array(scaling.std)
 
 
 def take_float32(vision: ir.Model) -> None:
@@ -333,7 +352,7 @@ class FusedConversation:
 
     def _prefill(self, plan: Run, pictures: Sequence[Picture]) -> Step:
         session, cache, put = self.session, self.cache, self.session.value
-        embeds = put(session.bundle.embedding_table[plan.tokens].astype(session.dtype, copy=False)[None])
+        embeds = put(session.embed(plan.tokens))
         images = self._see(pictures, plan, embeds)
         position_ids = put(plan.position_ids)
         with self.timings.stage("prefill.prefix"):
@@ -370,7 +389,7 @@ class FusedConversation:
         session, cache, step = self.session, self.cache, self._workspace.step
         bindings, logits = self._workspace.bindings, self._workspace.logits
         with self.timings.stage("decode.decoder"):
-            step["inputs_embeds"].update_inplace(session.bundle.embed(plan.tokens).astype(session.dtype)[None])
+            step["inputs_embeds"].update_inplace(session.embed(plan.tokens))
             step["position_ids"].update_inplace(plan.position_ids.repeat(cache.capacity, axis=2))
             for suffix, length in cache.lengths(0).items():
                 step[f"seqlens_k{suffix}"].update_inplace(np.array([length], np.int32))
@@ -384,10 +403,7 @@ class FusedConversation:
     def _checked(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         if not np.isfinite(logits.max()):  # NaN if any of them is
             self._give_back.detach()  # caches are to be finite; see DeviceCache.clear
-            raise UserError(
-                "this model's activations leave float16's range: use --provider cpu, or TensorRT engines built with "
-                "ivc-build --dtype fp32"
-            )
+            raise UserError(f"this model's activations leave float16's range: {WIDER}")
         return logits
 
     def _lengths(self, rows: int) -> Values:

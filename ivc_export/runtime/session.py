@@ -15,6 +15,7 @@ from rich.filesize import decimal
 from ivc_export.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.errors import UserError
+from ivc_export.floats import cast
 from ivc_export.passes import WidenFloatsPass
 from ivc_export.runtime.conversation import Conversation
 
@@ -76,11 +77,14 @@ class OnnxSession:
         """Run graph `name` on arrays in host memory.
 
         Raises:
-            UserError: onnxruntime cannot, most often for lack of memory.
+            UserError: onnxruntime cannot, most often for lack of memory; or values do not fit float16.
         """
         if self.dtype == "float16":
             narrow = {t.name for t in self.bundle.manifest.graphs[name].inputs if t.dtype == "float16"}
-            feeds = {key: array.astype(np.float16) if key in narrow else array for key, array in feeds.items()}
+            feeds = {
+                key: cast(array, self.dtype, key, "compute in float32") if key in narrow else array
+                for key, array in feeds.items()
+            }
         try:
             outputs = self._sessions[name].run(None, dict(feeds))
         except Exception as error:  # as above

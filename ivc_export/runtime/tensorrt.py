@@ -18,6 +18,7 @@ from ivc_export.engine import RECORD, EngineRecipe, find_engines
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
 from ivc_export.files import read_object
+from ivc_export.floats import cast
 from ivc_export.passes.scale_residuals import SCALE
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.cache import layer_of
@@ -164,9 +165,14 @@ class TensorrtSession:
         return TensorrtConversation(self, ratio)
 
     def put(self, place: str, name: str, array: Array, dtype: np.dtype[Any]) -> Tensor:
-        """Copy an array to the device, where it stays until another takes its place."""
+        """Copy an array to the device, where it stays until another takes its place.
+
+        Raises:
+            UserError: values do not fit `dtype`.
+        """
+        array = cast(array, dtype, name, "build engines with ivc-build --dtype fp32")
         tensor = Tensor(self.buffers.get(f"{place}/{name}", array.size * dtype.itemsize), array.shape, dtype)
-        self.device.upload(tensor.address, np.ascontiguousarray(array, dtype))
+        self.device.upload(tensor.address, np.ascontiguousarray(array))
         return tensor
 
     def fetched(self, place: str, tensors: Mapping[str, Tensor]) -> Fetched[Tensor]:

@@ -14,8 +14,8 @@ from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.families import Grid, Picture
 from ivc_export.oracle import reference_picture
-from ivc_export.reference import Reference
 from ivc_export.recipe import ExportRecipe
+from ivc_export.reference import Reference
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.plan import plan_run
 from ivc_export.runtime.session import OnnxSession

@@ -108,7 +108,7 @@ def selection_layer(recipe: ExportRecipe, configuration: Description) -> tuple[i
         return calibrated_layer(recipe.calibration, configuration), True
     if recipe.layer is None:
         return default.layer, default.calibrated
-    if not 1 <= recipe.layer <= layers - 1:
+    if not 1 <= recipe.layer < layers:
         raise UserError(
             f"layer {recipe.layer} is out of range: this model has {layers} layers, "
             f"so --layer takes 1 to {layers - 1} (its default is {default.layer})"
@@ -120,7 +120,7 @@ def calibrated_layer(path: Path, configuration: Description) -> int:
     """The layer that a calibration of this model proposes.
 
     Raises:
-        UserError: the file is no calibration, or of another model.
+        UserError: the file is no calibration, or of another model, or its layer is not within the model.
     """
     found, sizes = read_calibration(path), configuration.model.decoder
     if (found.family, found.decoder.layers, found.decoder.hidden_size) != (
@@ -131,6 +131,11 @@ def calibrated_layer(path: Path, configuration: Description) -> int:
         raise UserError(
             f"{path} is the calibration of another model, a {found.family} of {found.decoder.layers} layers: "
             "calibrate this one with ivc-calibrate"
+        )
+    if not 1 <= found.layer < sizes.layers:
+        raise UserError(
+            f"{path} proposes layer {found.layer}, and this model's {sizes.layers} layers can be cut at 1 to "
+            f"{sizes.layers - 1}: calibrate it again with ivc-calibrate, or give --layer instead"
         )
     return found.layer
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,33 @@ def test_a_calibration_of_another_model_is_refused(found: Calibration, tmp_path:
         export(ExportRecipe(MODEL, tmp_path / "b", calibration=path))
     with pytest.raises(UserError, match="both a layer and a calibration"):
         ExportRecipe(MODEL, tmp_path / "b", layer=2, calibration=path)
+
+
+@pytest.mark.parametrize(
+    ("layer", "sentence"),
+    [
+        (8, "proposes layer 8, and this model's 8 layers can be cut at 1 to 7: calibrate it again with ivc-calibrate"),
+        (99, "proposes layer 99, and this model's 8 layers can be cut at 1 to 7"),
+        (10**30, "proposes layer 1000000000000000000000000000000, and this model's 8 layers"),
+        (0, "calibration.json is not a calibration (layer"),
+        (None, "calibration.json is not a regular file: write a calibration with ivc-calibrate"),
+    ],
+    ids=["all layers", "no layer", "a huge one", "none", "a pipe"],
+)
+@pytest.mark.parametrize("mode", ["--dry-run", "--quiet"])
+def test_a_calibrations_layer_is_checked_as_the_options(
+    found: Calibration, tmp_path: Path, layer: int | None, sentence: str, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "calibration.json"
+    if layer is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(found.model_copy(update={"layer": layer}).model_dump_json())
+    arguments = ["--model", str(MODEL), "--calibration", str(path), "--output", str(tmp_path / "b"), mode]
+    assert cli.ivc_export(arguments) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and len(said.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_default_set_is_complete() -> None:

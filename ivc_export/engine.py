@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,8 +28,6 @@ from ivc_export.trt import Extents, Options, Target, compile_graph, load_plugin,
 
 FOLDER = "engines"
 RECORD = "build.json"
-WORK = ".build-"
-"""How folders begin in which engines are being built."""
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 Progress = Callable[[str, str, int, int], None]
@@ -351,15 +348,11 @@ def working_folder(bundle: Bundle) -> Iterator[Path]:
 
     Those of builds that were killed, most often for lack of memory, vanish here, too.
     """
-    staging.remove_abandoned(bundle.folder.glob(f"{WORK}*"))
-    work = Path(tempfile.mkdtemp(prefix=WORK, dir=bundle.folder))
-    try:
-        with staging.locked(work):
-            for weights in {Path(file.file).parts[0] for file in bundle.manifest.weights}:
-                (work / weights).symlink_to(f"../{weights}", target_is_directory=True)
-            yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    staging.remove_abandoned(bundle.folder.glob(f"{staging.WORK}*"))
+    with staging.fresh_folder(bundle.folder, staging.WORK) as work:
+        for weights in {Path(file.file).parts[0] for file in bundle.manifest.weights}:
+            (work / weights).symlink_to(f"../{weights}", target_is_directory=True)
+        yield work
 
 
 def find_engines(bundle: Bundle, target: Target, capability: str, trt: Any) -> Path:

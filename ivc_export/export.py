@@ -24,7 +24,7 @@ from ivc_export.passes import EXPORTED, Lowering, lower
 from ivc_export.placement import converted, place_weights, plan_conversions
 from ivc_export.prefix import prefix_graph
 from ivc_export.recipe import ExportRecipe
-from ivc_export.staging import check_free, staged_folder
+from ivc_export.staging import check_apart, check_free, staged_folder
 from ivc_export.vision import vision_graph
 from ivc_export.weights import EMBEDDING, FOLDER, Weights
 
@@ -47,8 +47,9 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
         OSError: a file cannot be read or written; nothing is left, and an older bundle is as it was.
     """
     lowering = lowering_of(recipe)
-    check_free(recipe.output.resolve(), recipe.force)
+    check_free(recipe.output, recipe.force)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
+    check_apart(recipe.output, [checkpoint.folder, *checkpoint.folder.iterdir()])
     description = read_description(checkpoint)  # before weights are downloaded
     layer, calibrated = selection_layer(recipe, description)
     description.model.preprocessing.capped(recipe.max_visual)  # or a sentence, where no picture is so small

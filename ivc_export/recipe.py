@@ -30,7 +30,7 @@ class ExportRecipe:
     """One export: which checkpoint, where to, and how it prunes.
 
     model: checkpoint folder in Hugging Face's layout, hub id, or alias of one.
-    output: the bundle's folder; it must not exist unless `force` is set, which replaces an older bundle.
+    output: the bundle's folder; it must not exist unless `force` is set, which replaces an older bundle alone.
     ratio: the default fraction of visual tokens kept; every run can choose another. None takes the family's.
     layer: layers below it see every token; None takes the family's default.
     max_visual: visual tokens of one picture at most; larger pictures are scaled down.

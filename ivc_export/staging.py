@@ -5,16 +5,34 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import fnmatch
 import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from ivc_export.contract import MANIFEST
+from ivc_export.contract import GRAPH_NAMES, MANIFEST
 from ivc_export.errors import UserError
+from ivc_export.files import read_object
+
+WORK = ".build-"
+"""How folders begin, within a bundle, in which engines are being built."""
+OWN = (
+    *(MANIFEST, f".{MANIFEST}.partial", *(f"{name}.onnx" for name in GRAPH_NAMES)),
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("testdata/index.json", "testdata/*.png", "testdata/*/*/*/*.bin"),
+    *("report/parity.json", "report/parity.html"),
+    *("report/reference/index.json", "report/reference/*.png", "report/reference/*/*/*/*.bin"),
+    *("engines/*/build.json", "engines/*/*.plan"),
+)
+"""What commands write into a bundle, beside the files that its manifest names: a pattern for each part of a path."""
 
 _PARTIAL, _REPLACED = ".partial-", ".replaced-"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -22,7 +40,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 def is_unfinished(folder: Path) -> bool:
     """Whether `folder` is one in which a bundle is being written, or was until the writer was killed."""
-    name = folder.resolve().name
+    name = real(folder).name
     return name.startswith(".") and _PARTIAL in name
 
 
@@ -31,77 +49,213 @@ def staged_folder(target: Path, force: bool) -> Iterator[Path]:
     """Yield a new folder beside `target` that becomes `target` if the block succeeds, and vanishes if it does not.
 
     A writer that is killed leaves a hidden folder, which no bundle is opened from; the next call for the same target
-    removes it. What was at `target` is replaced at once, so that one of the two bundles is there at any moment.
+    removes it. With `force` the bundle that is at `target` now is replaced at once, so that one of the two bundles is
+    there at any moment; what comes to be there meanwhile stays.
 
     Raises:
-        UserError: something is at `target` and `force` is not set, or it is not a bundle, or nothing can be written.
+        UserError: see check_free; or nothing can be written, or `target` changed meanwhile.
     """
-    target = target.resolve()
+    target = real(target)
     made = [parent for parent in target.parents if not parent.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tidy(target)
-        check_free(target, force)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}{_PARTIAL}", dir=target.parent))
-    except OSError as error:
-        remove_empty(made)
-        raise UserError(f"nothing can be written beside {target} ({error.strerror}): name another output") from error
-    try:
-        with locked(staging):
-            yield staging
-            staging.chmod(0o755)
-            put_in_place(staging, target, force)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)  # what was replaced, or what failed
-        remove_empty(made)
+    with ExitStack() as stack:
+        stack.callback(remove_empty, made)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            tidy(target)
+            check_free(target, force)
+            older = read_own_manifest(target)
+            staging = stack.enter_context(fresh_folder(target.parent, f".{target.name}{_PARTIAL}", is_own))
+        except OSError as error:
+            raise UserError(
+                f"nothing can be written beside {target} ({error.strerror}): name another output"
+            ) from error
+        yield staging
+        staging.chmod(0o755)
+        put_in_place(staging, target, force=older is not None)
+        if older is not None and staging.exists():  # what was replaced
+            check_replaced(staging, target, older)
+
+
+def real(path: Path) -> Path:
+    """The absolute path without links; also where links lead in a circle, which Path.resolve takes for a bug."""
+    return Path(os.path.realpath(path))
 
 
 def check_free(target: Path, force: bool) -> None:
-    """Refuse a target that holds something, unless that is a bundle and `force` is set.
+    """Refuse a target that holds something, unless that is a bundle, nothing else is in it, and `force` is set.
 
     Raises:
         UserError: it does, or has a name like those of unfinished folders.
     """
+    target = real(target)
     if is_unfinished(target):
         raise UserError(f"{target} is named like an unfinished export: name another output folder")
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
-    if not (target / MANIFEST).is_file():
+    if read_own_manifest(target) is None:
         raise UserError(f"{target} exists and is not a bundle: name another output folder")
     if not force:
         raise UserError(f"{target} exists: name another output folder, or replace it with --force")
+    if foreign := foreign_file(target):
+        raise UserError(
+            f"{target} holds {foreign}, which is no part of a bundle: move it, or name another output folder"
+        )
+    if any(is_locked(work) for work in target.glob(f"{WORK}*")):
+        raise UserError(f"engines are being built in {target}: wait for them, or name another output folder")
+
+
+def check_apart(target: Path, sources: Iterable[Path]) -> None:
+    """Refuse a target that would be replaced while the export reads from it.
+
+    Raises:
+        UserError: one of `sources`, or what it links to, is `target` or within it.
+    """
+    target = real(target)
+    for source in sources:
+        if real(source).is_relative_to(target):
+            raise UserError(
+                f"{source} lies in {target}, which the export would replace: move it, or name another output folder"
+            )
+
+
+def check_replaced(replaced: Path, target: Path, older: dict[str, Any]) -> None:
+    """Check what a new bundle at `target` replaced; what is not as it was when the export began goes back there.
+
+    Raises:
+        UserError: it is another bundle or none, or came to hold something else.
+    """
+    if replaced.is_symlink() or read_own_manifest(replaced) != older:
+        what = "changed"
+    elif foreign := foreign_file(replaced):
+        what = f"came to hold {foreign}"
+    else:
+        return
+    exchange(replaced, target)
+    raise UserError(f"{target} {what} during the export, and stays as it is: name another output folder")
+
+
+def read_own_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the bundle, of whatever version, in `folder`; None if there is no bundle."""
+    try:
+        content = read_object(folder / MANIFEST, "")
+    except UserError:
+        return None
+    known = isinstance(content.get("graphs"), dict) and isinstance(content.get("versions"), dict)
+    return content if known and "schema_version" in content and "ivc-export" in content["versions"] else None
+
+
+def is_own(folder: Path) -> bool:
+    """Whether nothing but what an export writes is in `folder`, so that it can be removed."""
+    return foreign_file(folder) is None
+
+
+def foreign_file(folder: Path) -> str | None:
+    """A file or link below `folder` that is no part of a bundle, relative to it; None if there is none."""
+    manifest = read_own_manifest(folder)
+    named = ["weights/*.safetensors"] if manifest is None else list(named_files(manifest))
+    for where, folders, files in os.walk(folder):
+        links = [name for name in folders if Path(where, name).is_symlink()]
+        for name in sorted(files + links):
+            path = Path(where, name).relative_to(folder)
+            if not path.parts[0].startswith(WORK) and not any(fits(path, pattern) for pattern in (*OWN, *named)):
+                return str(path)
+    return None
+
+
+def named_files(manifest: dict[str, Any]) -> Iterator[str]:
+    """The files that a manifest names, as patterns."""
+    entries = [*manifest["graphs"].values(), manifest.get("embedding")]
+    entries += manifest["weights"] if isinstance(manifest.get("weights"), list) else []
+    for entry in entries:
+        if isinstance(entry, dict) and isinstance(entry.get("file"), str):
+            yield glob.escape(entry["file"])
+
+
+def fits(path: Path, pattern: str) -> bool:
+    """Whether each part of a relative path fits that of `pattern`."""
+    parts = pattern.split("/")
+    return len(parts) == len(path.parts) and all(map(fnmatch.fnmatchcase, path.parts, parts))
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on `folder` that ends with this process, so that others know whether its writer lives."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fresh_folder(parent: Path, prefix: str, removable: Callable[[Path], bool] = lambda folder: True) -> Iterator[Path]:
+    """Yield a new folder in `parent`, and remove it in the end if it is `removable`.
+
+    It is locked until then, so that others know that its writer lives; see remove_abandoned.
+    """
+    folder, descriptor = make_locked(parent, prefix)
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield folder
     finally:
+        if removable(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def make_locked(parent: Path, prefix: str) -> tuple[Path, int | None]:
+    """Make a new folder in `parent`, and return it and the descriptor that holds its lock, if there are locks.
+
+    Between the two others may take the folder for an abandoned one, and remove it; then one more is made.
+    """
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        try:
+            descriptor = lock(folder)
+        except (BlockingIOError, FileNotFoundError):
+            continue
+        except OSError:  # a file system without locks, where nobody removes folders
+            return folder, None
+        if folder.exists():
+            return folder, descriptor
         os.close(descriptor)
+
+
+def lock(folder: Path) -> int:
+    """Lock `folder` until the descriptor that is returned is closed, or this process ends.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: there is no such folder, or no lock on its file system.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether the writer of `folder` lives."""
+    try:
+        os.close(lock(folder))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def tidy(target: Path) -> None:
     """Remove what killed writers left beside `target`, and put back a bundle that one of them had moved away."""
     for old in target.parent.glob(f".{glob.escape(target.name)}{_REPLACED}*"):
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
+        if not os.path.lexists(target):
             old.rename(target)
-    remove_abandoned(target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*"))
+        elif read_own_manifest(target) is not None and is_own(old):
+            shutil.rmtree(old, ignore_errors=True)
+    remove_abandoned(target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*"), is_own)
 
 
-def remove_abandoned(folders: Iterable[Path]) -> None:
-    """Remove folders whose writers no longer live; see `locked`."""
+def remove_abandoned(folders: Iterable[Path], removable: Callable[[Path], bool] = lambda folder: True) -> None:
+    """Remove those of `folders` whose writers no longer live and that are `removable`."""
     for folder in folders:
         with suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY)
+            descriptor = lock(folder)  # fails while the writer lives
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the writer lives
-                shutil.rmtree(folder, ignore_errors=True)
+                if removable(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(descriptor)
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ivc_export import staging
+from ivc_export import cli, families, staging
 from ivc_export.bundle import Bundle
 from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.recipe import ExportRecipe
+from samples.make_sample import make_checkpoint
 from tests.test_export import files
 
 POINTS = 20
@@ -174,3 +181,258 @@ def test_folders_made_for_a_failed_export_vanish(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), staging.staged_folder(tmp_path / "a" / "b" / "bundle", force=False):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["before the lock", "with a lock of its own"])
+def test_a_folder_that_is_taken_for_an_abandoned_one_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Another export tidies between the making of a folder and its lock."""
+    make = tempfile.mkdtemp
+    taken: list[str] = []
+    held: list[int] = []
+
+    def made(prefix: str, dir: Path) -> str:
+        folder = str(make(prefix=prefix, dir=dir))
+        if not taken:
+            taken.append(folder)
+            if moment == "before the lock":
+                staging.tidy(tmp_path / "bundle")
+                assert not Path(folder).exists()
+            else:
+                held.append(staging.lock(Path(folder)))
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", made)
+    with staging.staged_folder(tmp_path / "bundle", force=False) as folder:
+        assert str(folder) not in taken and staging.is_locked(folder)
+        staging.tidy(tmp_path / "bundle")
+        (folder / "a").write_text("a")
+    assert files(tmp_path / "bundle")
+    for descriptor in held:
+        os.close(descriptor)
+
+
+def test_without_locks_folders_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(descriptor: int, operation: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    (tmp_path / ".bundle.partial-other").mkdir()
+    with staging.staged_folder(tmp_path / "bundle", force=False) as folder:
+        (folder / "a").write_text("a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".bundle.partial-other", "bundle"]
+
+
+Change = Callable[[Path], object]
+
+
+def write(path: Path, content: str = "years of work") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def other_program(output: Path) -> None:
+    shutil.rmtree(output)
+    write(output / "manifest.json", '{"name": "an app", "icons": []}')
+
+
+def other_layout(output: Path) -> None:
+    """A manifest that shares its keys with ours, of another program."""
+    write(output / "manifest.json", '{"schema_version": 1, "graphs": {}, "versions": {"chart-maker": "3"}}')
+
+
+def damaged(output: Path) -> None:
+    write(output / "manifest.json", "{")
+
+
+def checkpoint_within(output: Path) -> None:
+    """The checkpoint's own folder lies within the bundle."""
+    shutil.move(output.parent / "checkpoint", output / "weights" / "original")
+    (output.parent / "checkpoint").symlink_to(output / "weights" / "original")
+
+
+def weights_within(output: Path) -> None:
+    """The checkpoint's weights are a link to the bundle's."""
+    weights = output.parent / "checkpoint" / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to(output / "weights" / "model.safetensors")
+
+
+def become_checkpoint(output: Path) -> None:
+    """The checkpoint's own folder, in which another program left its manifest.json."""
+    shutil.rmtree(output)
+    shutil.move(output.parent / "checkpoint", output)
+    (output.parent / "checkpoint").symlink_to(output)
+    write(output / "manifest.json", "{}")
+
+
+def become_parent(output: Path) -> None:
+    shutil.rmtree(output)
+    output.mkdir()
+    shutil.move(output.parent / "checkpoint", output / "checkpoint")
+    (output.parent / "checkpoint").symlink_to(output / "checkpoint")
+
+
+def become_file(output: Path) -> None:
+    shutil.rmtree(output)
+    write(output)
+
+
+def pipe_for_manifest(output: Path) -> None:
+    (output / "manifest.json").unlink()
+    os.mkfifo(output / "manifest.json")
+
+
+def become_pipe(output: Path) -> None:
+    shutil.rmtree(output)
+    os.mkfifo(output)
+
+
+def become_circle(output: Path) -> None:
+    shutil.rmtree(output)
+    output.symlink_to(output.name)
+
+
+FOREIGN = "which is no part of a bundle: move it"
+NO_BUNDLE = "exists and is not a bundle: name another output folder"
+REFUSED: list[tuple[str, Change, str]] = [
+    ("another program's manifest", other_program, NO_BUNDLE),
+    ("another program's manifest of our keys", other_layout, NO_BUNDLE),
+    ("a damaged manifest", damaged, NO_BUNDLE),
+    ("a pipe for a manifest", pipe_for_manifest, NO_BUNDLE),
+    ("a file", become_file, NO_BUNDLE),
+    ("a pipe", become_pipe, NO_BUNDLE),
+    ("links in a circle", become_circle, NO_BUNDLE),
+    ("the checkpoint's folder", become_checkpoint, NO_BUNDLE),
+    ("the checkpoint's parent", become_parent, NO_BUNDLE),
+    ("notes", lambda b: write(b / "notes.txt"), f"holds notes.txt, {FOREIGN}"),
+    ("a calibration", lambda b: write(b / "calibration.json", "{}"), f"holds calibration.json, {FOREIGN}"),
+    ("other weights", lambda b: write(b / "weights" / "x.safetensors"), f"holds weights/x.safetensors, {FOREIGN}"),
+    ("notes on a report", lambda b: write(b / "report" / "a" / "b.md"), f"holds report/a/b.md, {FOREIGN}"),
+    ("notes on engines", lambda b: write(b / "engines" / "x" / "log.txt"), f"holds engines/x/log.txt, {FOREIGN}"),
+    ("a link", lambda b: (b / "pictures").symlink_to(b.parent), f"holds pictures, {FOREIGN}"),
+    ("a checkpoint", checkpoint_within, f"holds weights/original/chat_template.jinja, {FOREIGN}"),
+    ("the checkpoint's weights", weights_within, "checkpoint/model.safetensors lies in"),
+]  # fmt: skip
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    """Every entry below `folder`: its kind, and its bytes where it is a file."""
+    found = sorted(Path(where, name) for where, folders, names in os.walk(folder) for name in folders + names)
+    return {
+        str(path.relative_to(folder)): (path.lstat().st_mode, path.read_bytes() if path.is_file() else None)
+        for path in found
+    }
+
+
+@pytest.fixture
+def place(sample_checkpoint: Path, sample_bundle: Bundle, tmp_path: Path) -> Path:
+    """A folder of a checkpoint and of a bundle of it."""
+    shutil.copytree(sample_checkpoint, tmp_path / "checkpoint")
+    shutil.copytree(sample_bundle.folder, tmp_path / "bundle")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("change", "sentence"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_force_replaces_a_bundle_alone(
+    place: Path, change: Change, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(place / "bundle")
+    before = everything(place)
+    capsys.readouterr()
+    arguments = ["--model", str(place / "checkpoint"), "--output", str(place / "bundle"), "--force"]
+    assert cli.ivc_export(arguments) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.startswith("error: ") and len(said.splitlines()) == 1
+    assert everything(place) == before
+
+
+def thesis(output: Path) -> None:
+    """Somebody moves the older bundle away and begins to write in its place."""
+    output.rename(output.with_name("away"))
+    write(output / "thesis.txt")
+
+
+def link(output: Path) -> None:
+    output.rename(output.with_name("away"))
+    output.symlink_to("away")
+
+
+def other_bundle(output: Path) -> None:
+    """Another export ends first."""
+    path = output / "manifest.json"
+    path.write_text(path.read_text().replace('"default_ratio": 0.5', '"default_ratio": 0.4'))
+
+
+MEANWHILE: list[tuple[str, Change, str]] = [
+    ("a folder in its place", thesis, "bundle changed during the export, and stays as it is"),
+    ("a link in its place", link, "bundle changed during the export, and stays as it is"),
+    ("another bundle", other_bundle, "bundle changed during the export, and stays as it is"),
+    ("a file in it", lambda b: write(b / "notes.txt"), "bundle came to hold notes.txt during the export"),
+]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(("change", "sentence"), [row[1:] for row in MEANWHILE], ids=[row[0] for row in MEANWHILE])
+def test_what_appears_during_an_export_stays(
+    place: Path, change: Change, sentence: str, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not at_once:
+        monkeypatch.setattr(staging, "renamed_at_once", lambda first, second: False)
+    before: dict[str, Any] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "weights" and done == total and not before:
+            change(place / "bundle")
+            before.update(without_staging(place))
+
+    with pytest.raises(UserError, match=sentence):
+        export(ExportRecipe(place / "checkpoint", place / "bundle", force=True), progress)
+    assert everything(place) == before
+
+
+def without_staging(place: Path) -> dict[str, Any]:
+    return {path: content for path, content in everything(place).items() if not path.startswith(".")}
+
+
+def test_a_bundle_that_vanishes_during_an_export_is_replaced(place: Path) -> None:
+    with staging.staged_folder(place / "bundle", force=True) as folder:
+        (folder / "a").write_text("a")
+        shutil.rmtree(place / "bundle")
+    assert list(files(place / "bundle")) == ["a"]
+
+
+def test_hidden_folders_of_others_stay(place: Path) -> None:
+    """Their names are like those that killed exports leave, and their content is not."""
+    for name in (".bundle.partial-notes", ".bundle.replaced-notes"):
+        write(place / name / "thesis.txt")
+    before = everything(place)
+    export(ExportRecipe(place / "checkpoint", place / "bundle", force=True))
+    assert everything(place) == before
+
+
+def test_a_bundle_in_which_engines_are_being_built_stays(place: Path) -> None:
+    recipe = ExportRecipe(place / "checkpoint", place / "bundle", force=True)
+    with (
+        staging.fresh_folder(place / "bundle", staging.WORK),
+        pytest.raises(UserError, match="engines are being built in"),
+    ):
+        export(recipe)
+    (place / "bundle" / f"{staging.WORK}killed").mkdir()
+    export(recipe)
+    assert not list((place / "bundle").glob(f"{staging.WORK}*"))
+
+
+@pytest.mark.parametrize("family", families.names())
+def test_what_commands_write_into_a_bundle_can_be_replaced(family: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", dict(families.of(family).tiny))
+    recipe = ExportRecipe(checkpoint, tmp_path / "bundle", testdata=True, force=True)
+    export(recipe)
+    checked = ["report/parity.json", "report/parity.html", "report/reference/prefill/vision/outputs/image_embeds.bin"]
+    built = ["engines/10.3.0-sm87/vision.plan", "engines/10.3.0-sm87/build.json"]
+    for name in (*checked, *built):
+        write(tmp_path / "bundle" / name)
+    assert staging.foreign_file(tmp_path / "bundle") is None
+    export(recipe)
+    assert not (tmp_path / "bundle" / "report").exists()

@@ -57,7 +57,7 @@ def parser() -> Parser:
     p.add_argument(
         "--testdata", action="store_true", help="add inputs and outputs of every graph, to test a runtime by"
     )
-    p.add_argument("--force", action="store_true", help="replace an older bundle")
+    p.add_argument("--force", action="store_true", help="replace an older bundle, and nothing else")
     p.add_argument("--dry-run", action="store_true", help="say what the export would buy, and write nothing")
     p.add_argument(
         "--picture", metavar="WIDTHxHEIGHT", action="append", type=picture_size, help="for --dry-run; may be repeated"

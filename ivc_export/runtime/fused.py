@@ -256,7 +256,8 @@ def view(owner: OrtValue) -> OrtValue:
 def pixel_bounds(scaling: Scaling) -> npt.NDArray[np.float64]:
     """The least and the largest value of each channel of a normalised picture, [2, 3]."""
     pixels = np.array([[0.0], [255.0]])
-    return (pixels * scaling.rescale_factor - np.array(scaling.mean)) / np.array(scaling.std)
+    bounds: npt.NDArray[np.float64] = (pixels * scaling.rescale_factor - np.array(scaling.mean)) / np.array(scaling.std)
+    return bounds
 
 
 def take_float32(vision: ir.Model) -> None:

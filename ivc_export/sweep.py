@@ -25,7 +25,8 @@ from ivc_export.hub import open_checkpoint
 from ivc_export.oracle import reference_layout, reference_picture
 from ivc_export.recipe import ExportRecipe
 from ivc_export.reference import Reference, ReferencePicture
-from ivc_export.runtime.processor import Processor, open_picture
+from ivc_export.runtime.pictures import open_picture
+from ivc_export.runtime.processor import Processor
 
 PROMPTS = "prompts.json"
 MOST_LAYERS = 12

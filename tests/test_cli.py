@@ -13,7 +13,7 @@ import pytest
 from ivc_export import cli
 from ivc_export.bundle import Bundle
 from ivc_export.errors import UserError
-from ivc_export.runtime.processor import open_picture
+from ivc_export.runtime.pictures import open_picture
 from samples.make_sample import make_checkpoint
 from tests.conftest import SHAPES, Golden
 

@@ -31,7 +31,8 @@ from ivc_export.reference import Reference
 from ivc_export.report.overlay import count_kinds, overlay
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.generate import Chat, Sampling
-from ivc_export.runtime.processor import Processor, open_picture
+from ivc_export.runtime.pictures import open_picture
+from ivc_export.runtime.processor import Processor
 from ivc_export.runtime.session import OnnxSession
 from ivc_export.vision import vision_graph
 from ivc_export.weights import PlannedWeights

@@ -6,7 +6,8 @@ import PIL.Image
 from ivc_export.families import Grid
 from ivc_export.report.overlay import COLOURS, count_kinds, kinds, overlay, panel
 from ivc_export.runtime.conversation import Conversation
-from ivc_export.runtime.processor import Processor, open_picture, user_message
+from ivc_export.runtime.pictures import open_picture
+from ivc_export.runtime.processor import Processor, user_message
 from ivc_export.runtime.session import OnnxSession
 from tests.conftest import SHAPES
 

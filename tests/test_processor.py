@@ -15,7 +15,8 @@ from ivc_export.bundle import Bundle
 from ivc_export.errors import UserError
 from ivc_export.families import Grid, of
 from ivc_export.families.qwen2_vl import CHAT_TEMPLATE, positions
-from ivc_export.runtime.processor import Processor, open_picture, user_message
+from ivc_export.runtime.pictures import open_picture
+from ivc_export.runtime.processor import Processor, user_message
 from tests.conftest import PIXEL_TOLERANCE, SHAPES, patch_positions, rows_first
 
 SIZES = [(448, 336), (28, 28), (30, 200), (1999, 701), (5, 3), (640, 480), (56, 4000)]

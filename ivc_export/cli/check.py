@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import PIL.Image
@@ -25,7 +26,8 @@ from ivc_export.parity import ParityReport, compare, find_tolerances
 from ivc_export.recording import INDEX, Recording
 from ivc_export.runtime.backends import BACKENDS
 from ivc_export.runtime.conversation import Step
-from ivc_export.runtime.processor import Processor, open_picture
+from ivc_export.runtime.pictures import open_picture
+from ivc_export.runtime.processor import Processor
 from ivc_export.runtime.session import OnnxSession, check_dtype
 from ivc_export.runtime.tensorrt import TensorrtSession
 from ivc_export.testdata import draw_picture, make_prompt
@@ -191,7 +193,7 @@ def question(bundle: Bundle, text: str | None, images: Sequence[Path]) -> tuple[
         image = draw_picture()
         return make_prompt(bundle, image)[1], [image]
     processor = Processor(bundle)
-    opened = [open_picture(image) for image in images]
+    opened = [open_picture(image, partial(make_console().print, markup=False)) for image in images]
     pictures = [processor.picture(image) for image in opened]
     return processor.question(text, pictures), opened
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ivc_export.runtime.backends import BACKENDS, open_session
 from ivc_export.runtime.conversation import Timings
 from ivc_export.runtime.fused import FusedSession
 from ivc_export.runtime.generate import Chat, Sampling
-from ivc_export.runtime.processor import open_picture
+from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.session import widening_note
 
 CHAT_HELP = "/image FILE adds a picture to your next question, /quit ends the chat"
@@ -68,8 +69,8 @@ def command(arguments: Sequence[str]) -> int:
     if options.show:
         check_show(options.show, bool(options.image) or options.chat)
     bundle = Bundle.load(options.bundle)
-    images = [open_picture(image) for image in options.image]
     console = make_console()
+    images = [open_picture(image, partial(console.print, markup=False)) for image in options.image]
     note = widening_note(bundle)
     if note and options.backend == "onnxruntime" and options.provider != "cuda":
         console.print(note, markup=False)
@@ -112,7 +113,7 @@ def go_on(chat: Chat, images: list[PIL.Image.Image], options: argparse.Namespace
         try:
             command, _, rest = line.strip().partition(" ")
             if command == "/image":
-                images = [*images, open_picture(Path(rest.strip()))]
+                images = [*images, open_picture(Path(rest.strip()), partial(console.print, markup=False))]
             elif command.startswith("/"):
                 raise UserError(f"there is no {command}: {CHAT_HELP}")
             elif line.strip():

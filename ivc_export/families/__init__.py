@@ -19,6 +19,12 @@ from ivc_export import contract
 from ivc_export.builder import Graph
 from ivc_export.errors import UserError
 
+STRIP = 32_000_000
+"""Pixels that are resized at a time: 128 MB in Pillow."""
+
+TILES_ASPECT_LIMIT = 3000
+"""Of pictures that are cut into tiles. Beyond it they show nothing, and take memory without bounds to scale."""
+
 
 class Grid(NamedTuple):
     """A picture's visual tokens: rows by columns, row-major.
@@ -238,19 +244,51 @@ def check_bicubic(processor: Mapping[str, Any]) -> None:
 
 
 def scaled_pixels(
-    image: PIL.Image.Image, width: int, height: int, scaling: contract.Scaling
+    image: PIL.Image.Image,
+    width: int,
+    height: int,
+    scaling: contract.Scaling,
+    box: tuple[int, int, int, int] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """A picture resized and normalised, float32 [height, width, 3].
+    """A picture resized to width x height and normalised, float32 [rows, columns, 3].
 
-    Rows are resampled first, whatever Pillow prefers: from 13 on it chooses the order by the shape.
+    box: left, top, right and bottom of what is kept of the resized picture; None keeps all of it.
     """
+    left, top, right, bottom = box or (0, 0, width, height)
     kernel = PIL.Image.Resampling[scaling.resample.upper()]
-    resized = image.convert("RGB").resize((width, image.height), kernel).resize((width, height), kernel)
+    across = resized_rows(image.convert("RGB") if image.mode != "RGB" else image, width, left, right, kernel)
+    turned = PIL.Image.fromarray(np.ascontiguousarray(across.transpose(1, 0, 2)))
+    resized = resized_rows(turned, height, top, bottom, kernel).transpose(1, 0, 2)
     mean, std = np.array(scaling.mean, np.float32), np.array(scaling.std, np.float32)
-    pixels: npt.NDArray[np.float32] = (
-        np.asarray(resized, np.float32) * np.float32(scaling.rescale_factor) - mean
-    ) / std
+    pixels: npt.NDArray[np.float32] = (resized.astype(np.float32) * np.float32(scaling.rescale_factor) - mean) / std
     return pixels
+
+
+def resized_rows(
+    image: PIL.Image.Image, width: int, first: int, end: int, kernel: PIL.Image.Resampling
+) -> npt.NDArray[np.uint8]:
+    """Each row of an RGB picture resized to `width` pixels, of which those from `first` to `end` are kept.
+
+    uint8 [image.height, end - first, 3]. The picture's rows and then, turned, its columns make what Pillow makes of
+    both at once, rows first; from 13 on it chooses the order by the shape. A strip of rows at a time bounds the memory.
+    """
+    kept = np.empty((image.height, end - first, 3), np.uint8)
+    rows = max(1, STRIP // max(image.width, width))
+    for start in range(0, image.height, rows):
+        strip = image.crop((0, start, image.width, min(start + rows, image.height)))
+        wide = strip.resize((width, strip.height), kernel)
+        kept[start : start + strip.height] = np.asarray(wide.crop((first, 0, end, strip.height)))
+    return kept
+
+
+def check_shape(width: int, height: int, limit: int) -> None:
+    """Check that a picture's longer side has at most `limit` times the pixels of its shorter one.
+
+    Raises:
+        UserError: it has more.
+    """
+    if max(width, height) > limit * min(width, height):
+        raise UserError(f"a picture of {width} x {height} is too elongated: crop it to an aspect ratio below {limit}")
 
 
 def shown(image: PIL.Image.Image, preprocessing: contract.Preprocessing) -> PIL.Image.Image:

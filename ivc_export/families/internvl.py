@@ -26,6 +26,7 @@ from ivc_export import contract
 from ivc_export.builder import Graph
 from ivc_export.errors import UserError
 from ivc_export.families import (
+    TILES_ASPECT_LIMIT,
     DefaultLayer,
     Family,
     Grid,
@@ -33,6 +34,7 @@ from ivc_export.families import (
     Picture,
     check_bicubic,
     check_divides,
+    check_shape,
     counted_positions,
     read_decoder,
     read_rotary,
@@ -251,6 +253,7 @@ def picture(image: PIL.Image.Image, p: contract.Preprocessing) -> Picture:
     Source: GotOcr2ImageProcessor in transformers, as InternVLProcessor calls it.
     """
     assert isinstance(p, contract.TilePreprocessing)
+    check_shape(*image.size, TILES_ASPECT_LIMIT)
     pixels, tile = p.tile_pixels, p.tile_side
     columns, rows = tiling(*image.size, p)
     canvas = scaled_pixels(image, columns * pixels, rows * pixels, p)

@@ -21,6 +21,7 @@ from ivc_export import contract
 from ivc_export.builder import Graph
 from ivc_export.errors import UserError
 from ivc_export.families import (
+    TILES_ASPECT_LIMIT,
     DefaultLayer,
     Family,
     Grid,
@@ -28,6 +29,7 @@ from ivc_export.families import (
     Picture,
     check_bicubic,
     check_divides,
+    check_shape,
     counted_positions,
     read_decoder,
     read_rotary,
@@ -225,11 +227,11 @@ def picture(image: PIL.Image.Image, p: contract.Preprocessing) -> Picture:
     Source: CLIPImageProcessor in transformers.
     """
     assert isinstance(p, contract.TilePreprocessing)
+    check_shape(*image.size, TILES_ASPECT_LIMIT)
     short, side = min(image.size), p.tile_pixels
     width, height = (int(side * extent / short) for extent in image.size)
-    pixels = scaled_pixels(image, width, height, p)
-    top, left = (height - side) // 2, (width - side) // 2
-    middle = pixels[top : top + side, left : left + side]
+    left, top = (width - side) // 2, (height - side) // 2
+    middle = scaled_pixels(image, width, height, p, (left, top, left + side, top + side))
     return Picture(
         {"pixel_values": np.ascontiguousarray(middle.transpose(2, 0, 1)[None])}, Grid(p.tile_side, p.tile_side)
     )

@@ -23,6 +23,7 @@ from ivc_export.families import (
     Picture,
     check_bicubic,
     check_divides,
+    check_shape,
     read_decoder,
     renamed,
     required,
@@ -178,10 +179,7 @@ def resized(height: int, width: int, p: contract.PatchPreprocessing) -> tuple[in
 
     Source: smart_resize of Qwen2VLImageProcessor in transformers.
     """
-    if max(height, width) > ASPECT_LIMIT * min(height, width):
-        raise UserError(
-            f"a picture of {width} x {height} is too elongated: crop it to an aspect ratio below {ASPECT_LIMIT}"
-        )
+    check_shape(width, height, ASPECT_LIMIT)
     unit = p.token_side
     rows, columns = round(height / unit), round(width / unit)
     if rows * columns * unit**2 > p.max_pixels:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import PIL.Image
-import PIL.ImageOps
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -18,12 +15,7 @@ from ivc_export.chat_template import ChatTemplate, Message
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
 from ivc_export.files import read_object, read_text
-
-PIXELS = 80_000_000
-"""Pixels of a picture file at most: 240 MB of memory; a model sees a million."""
-
-RGB_MODES = frozenset(("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"))
-"""Pillow's modes that become RGB without a colour profile and without losing bits."""
+from ivc_export.runtime.pictures import open_picture
 
 
 class Processor:
@@ -126,45 +118,6 @@ class Processor:
         """The text of `tokens`, special tokens left out."""
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
-
-
-def open_picture(image: Path | PIL.Image.Image) -> PIL.Image.Image:
-    """An RGB picture, turned as its EXIF orientation says.
-
-    Raises:
-        UserError: the file is missing, is no picture, or one whose meaning would be guessed; see check_picture.
-    """
-    if isinstance(image, Path) and not image.is_file():
-        raise UserError(f"there is no picture at {image}: check the path")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # beyond twice the limit it refuses
-            with PIL.Image.open(image) if isinstance(image, Path) else nullcontext(image) as opened:
-                check_picture(opened, str(image) if isinstance(image, Path) else "the picture")
-                return PIL.ImageOps.exif_transpose(opened).convert("RGB")
-    except UserError:
-        raise
-    except Exception as error:  # damaged files make Pillow's readers raise almost anything
-        raise UserError(f"{image} cannot be read as a picture ({error}): give a PNG or JPEG file") from error
-
-
-def check_picture(image: PIL.Image.Image, name: str) -> None:
-    """Refuse, before pixels are decoded, what would be answered about wrongly, or take the machine's memory.
-
-    Raises:
-        UserError: it is one pixel, too large, animated, or in colours that only a profile can turn into RGB.
-    """
-    width, height = image.size
-    if max(width, height) < 2:
-        raise UserError(f"{name} is a single pixel, which shows nothing: give a larger picture")
-    if width * height > PIXELS:
-        raise UserError(
-            f"{name} has {width * height / 1e6:.0f} megapixels, and {PIXELS / 1e6:.0f} are read at most: scale it down"
-        )
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones put previews behind the picture
-        raise UserError(f"{name} has {image.n_frames} frames: give one of them as a picture")  # type: ignore[attr-defined]
-    if image.mode not in RGB_MODES:
-        raise UserError(f"{name} has colours of mode {image.mode}: convert it to RGB with 8 bits a channel")
 
 
 def user_message(text: str, pictures: int) -> Message:

@@ -1,0 +1,83 @@
+"""Picture files to RGB pictures, as Pillow converts them; what would be answered about wrongly is refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import PIL.ExifTags
+import PIL.Image
+import PIL.ImageOps
+
+from ivc_export.errors import UserError
+
+PIXELS = 80_000_000
+"""Pixels of a picture file at most. Pillow holds 320 MB of them, and twice that while a picture is converted to RGB,
+turned or scaled, three times for a strip; a model sees a million."""
+
+CONVERTED = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"))
+"""Pillow's modes that become RGB; others hold more than 8 bits a channel, or a colour space that needs a profile."""
+
+SIXTEEN_BITS = frozenset(("I;16", "I;16B", "I;16L", "I;16N"))
+
+Note = Callable[[str], None]
+"""Called with a sentence about what was done to a picture."""
+
+
+def silent(sentence: str) -> None:
+    """Say nothing."""
+
+
+def open_picture(image: Path | PIL.Image.Image, note: Note = silent) -> PIL.Image.Image:
+    """An RGB picture, turned as its EXIF orientation says.
+
+    Raises:
+        UserError: the file is missing, is no picture, or one whose meaning would be guessed; see check_picture.
+    """
+    if isinstance(image, Path) and not image.is_file():
+        raise UserError(f"there is no picture at {image}: check the path")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # beyond twice the limit it refuses
+            with PIL.Image.open(image) if isinstance(image, Path) else nullcontext(image) as opened:
+                check_picture(opened, str(image) if isinstance(image, Path) else "the picture", note)
+                return upright(opened)
+    except UserError:
+        raise
+    except Exception as error:  # damaged files make Pillow's readers raise almost anything
+        raise UserError(f"{image} cannot be read as a picture ({error}): give a PNG or JPEG file") from error
+
+
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture in RGB, turned as its EXIF orientation says; itself, where neither changes anything."""
+    image.load()
+    if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
+        image = PIL.ImageOps.exif_transpose(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def check_picture(image: PIL.Image.Image, name: str, note: Note = silent) -> None:
+    """Refuse, before pixels are decoded, what would be answered about wrongly, or take the machine's memory.
+
+    note: called where other programs may show the picture in other colours.
+
+    Raises:
+        UserError: it is one pixel, too large, animated, or in colours that Pillow does not turn into RGB.
+    """
+    width, height = image.size
+    if max(width, height) < 2:
+        raise UserError(f"{name} is a single pixel, which shows nothing: give a larger picture")
+    if width * height > PIXELS:
+        raise UserError(
+            f"{name} has {width * height / 1e6:.0f} megapixels, and {PIXELS / 1e6:.0f} are read at most: scale it down"
+        )
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones put previews behind the picture
+        raise UserError(f"{name} has {image.n_frames} frames: give one of them as a picture")  # type: ignore[attr-defined]
+    if image.mode == "CMYK":
+        note(f"{name} is CMYK, and is converted to RGB without its colour profile: colours are approximate")
+    elif image.mode in SIXTEEN_BITS:
+        note(f"{name} has 16 bits a pixel, and what is above 255 becomes white: scale it to 8 bits where that matters")
+    elif image.mode not in CONVERTED:
+        raise UserError(f"{name} has colours of mode {image.mode}: convert it to RGB with 8 bits a channel")

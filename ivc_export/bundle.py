@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
-from ivc_export import contract, staging
-from ivc_export.checkpoint import header_sha256
-from ivc_export.contract import MANIFEST, SCHEMA_VERSION, Manifest
+from ivc_export import staging
+from ivc_export.contract import GraphName, Manifest
 from ivc_export.errors import UserError
-from ivc_export.files import read_object
 from ivc_export.floats import FLOAT_DTYPES
+from ivc_export.graph_files import read_graph
+from ivc_export.manifest import read_manifest
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -40,13 +40,17 @@ class Bundle:
         """Open the bundle in `folder`.
 
         Raises:
-            UserError: it is none, is unfinished or damaged, its weights changed, or it is of another version.
+            UserError: it is none, is unfinished, damaged or edited, its graphs or weights changed, or it is of another
+                version.
         """
         if staging.is_unfinished(Path(folder)):
             raise UserError(
                 f"{folder} is what an export left that was killed: export the model again, which removes it"
             )
-        return Bundle(Path(folder), read_manifest(Path(folder)))
+        bundle = Bundle(Path(folder), read_manifest(Path(folder)))
+        for name in bundle.manifest.graphs:
+            bundle.graph(name)  # before a runtime opens what it names
+        return bundle
 
     def check_portable(self, purpose: str) -> None:
         """Refuse graphs that were lowered at export where `purpose` lowers them otherwise.
@@ -59,6 +63,20 @@ class Bundle:
                 f"{purpose} begins with portable graphs, and {self.folder} has {self.manifest.lowering} ones: export "
                 "the model again without --lowering"
             )
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The graphs and the weight files."""
+        m = self.manifest
+        return (*(graph.file for graph in m.graphs.values()), *(weights.file for weights in m.weights))
+
+    def graph(self, name: GraphName) -> ir.Model:
+        """A graph, its weights left in their files.
+
+        Raises:
+            UserError: it is damaged, is not the one that the manifest describes, or takes weights from elsewhere.
+        """
+        return read_graph(self.folder, name, self.manifest)
 
     def missing_processor_files(self) -> list[str]:
         """Files that a prompt needs to become tokens, and that the bundle lacks."""
@@ -73,49 +91,3 @@ class Bundle:
     def embed(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Rows of the embedding table for `tokens`, in float32 [len(tokens), hidden]."""
         return self.embedding_table[tokens].astype(np.float32)
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check the manifest of the bundle in `folder`.
-
-    Raises:
-        UserError: no bundle is there, or its manifest is damaged, of another version, or leaves the bundle.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{folder} is not a bundle (it has no {MANIFEST}): make one with ivc-export")
-    content = read_object(path, "export the model again")
-    try:
-        version = content["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise UserError(
-                f"{path} has schema version {version}, and this ivc-export reads {SCHEMA_VERSION}: "
-                f"{'upgrade ivc-export' if version > SCHEMA_VERSION else 'export the model again'}"
-            )
-        manifest = Manifest.model_validate(content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({contract.first_problem(error)}): export the model again") from error
-    if set(manifest.graphs) != set(contract.GRAPH_NAMES):
-        raise UserError(f"{path} is damaged (it names {len(manifest.graphs)} graphs of 3): export the model again")
-    files = [g.file for g in manifest.graphs.values()] + [w.file for w in manifest.weights] + [manifest.embedding.file]
-    for file in files:
-        if "\0" in file or not (folder / file).resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{path} names {file}, which is outside the bundle: export the model again")
-        if not (folder / file).is_file():
-            raise UserError(f"{folder / file} is missing: copy the whole bundle, or export the model again")
-    for weights in manifest.weights:
-        size = (folder / weights.file).stat().st_size
-        if size != weights.size:
-            raise UserError(
-                f"{folder / weights.file} has {size:,} bytes and the manifest says {weights.size:,}: "
-                "copy the bundle again, or export the model again"
-            )
-        if header_sha256(folder / weights.file) != weights.header_sha256:
-            raise UserError(
-                f"{folder / weights.file} changed after the export (its header is another): export the model again"
-            )
-    table = manifest.embedding
-    end = table.offset + math.prod(table.shape) * FLOAT_DTYPES[table.dtype].itemsize
-    if min(table.offset, *table.shape) < 0 or end > (folder / table.file).stat().st_size:
-        raise UserError(f"{path} is damaged (the embedding table is not within its file): export the model again")
-    return manifest

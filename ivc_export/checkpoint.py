@@ -29,11 +29,15 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
+HEADER_BYTES = 100_000_000
+"""Of a safetensors header at most, as the format's own library has it."""
+
+
 def header_bytes(file: Path) -> bytes:
-    """The JSON header of a safetensors file, as stored; less than it says where the file ends before."""
+    """The JSON header of a safetensors file, as stored; less than it says where the file, or the limit, ends before."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
-        return stream.read(min(size, file.stat().st_size))
+        return stream.read(min(size, file.stat().st_size, HEADER_BYTES))
 
 
 def header_sha256(file: Path) -> str:

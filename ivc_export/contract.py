@@ -6,10 +6,12 @@ Everything else (graph builders, runtimes, the manifest, graphs/README.md) takes
 from __future__ import annotations
 
 import enum
+import hashlib
 import itertools
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -274,11 +276,12 @@ class TensorInfo(Frozen):
 
 
 class GraphInfo(Frozen):
-    """One graph of the bundle."""
+    """One graph of the bundle; `sha256` is of its file, which holds no weights. Older bundles have none."""
 
     file: str
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    sha256: str | None = None
 
 
 class WeightFile(Frozen):
@@ -288,7 +291,7 @@ class WeightFile(Frozen):
     """
 
     file: str
-    size: int
+    size: int = Field(ge=0)
     header_sha256: str
     sha256: str | None = None
 
@@ -297,9 +300,9 @@ class EmbeddingTable(Frozen):
     """Where the token embeddings lie: row-major [vocab, hidden] at byte `offset` of `file`."""
 
     file: str
-    offset: int
+    offset: int = Field(ge=0)
     dtype: FloatName
-    shape: tuple[int, int]
+    shape: tuple[Count, Count]
 
 
 class Manifest(Frozen):
@@ -323,6 +326,32 @@ class Manifest(Frozen):
     embedding: EmbeddingTable
     weights: tuple[WeightFile, ...]
     versions: dict[str, str]
+    constants_sha256: str | None = None
+    """See the function of that name. Older bundles have none."""
+
+    def sealed(self) -> Manifest:
+        """The same with the hash over its constants."""
+        found = constants_sha256(self.model_dump(mode="json"))
+        return self.model_copy(update={"constants_sha256": found})
+
+
+CONSTANTS = frozenset(
+    (
+        *("family", "dtype", "lowering", "selection_layer", "default_ratio", "max_visual", "decoder", "rotary"),
+        *("selection", "preprocessing", "tokens", "graphs", "embedding"),
+    )
+)
+"""Fields of the manifest that nothing else tells of when they change, but other answers."""
+
+
+def constants_sha256(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over the CONSTANTS of a manifest, by which an edited one is known.
+
+    manifest: the JSON object. The fields are hashed as JSON in UTF-8, of sorted keys and without spaces, numbers as
+    Python writes them.
+    """
+    constants = {name: manifest[name] for name in CONSTANTS if name in manifest}
+    return hashlib.sha256(json.dumps(constants, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class Layers(enum.Enum):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from ivc_export import __version__, contract
-from ivc_export.bundle import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, TOKENIZER_CONFIG, Bundle, read_manifest
+from ivc_export.bundle import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, TOKENIZER_CONFIG, Bundle
 from ivc_export.calibration import read_calibration
 from ivc_export.checkpoint import Checkpoint
 from ivc_export.configuration import Configuration, Description, read_configuration, read_description
@@ -20,6 +21,7 @@ from ivc_export.decoder import decoder_graph
 from ivc_export.errors import UserError
 from ivc_export.families import Family
 from ivc_export.hub import open_checkpoint
+from ivc_export.manifest import read_manifest
 from ivc_export.passes import EXPORTED, Lowering, lower
 from ivc_export.placement import converted, place_weights, plan_conversions
 from ivc_export.prefix import prefix_graph
@@ -63,8 +65,9 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
             "decoder": decoder_graph(model, weights, layer),
         }
         check_all_used(weights, configuration.family, graphs.values())
+        hashes = {}
         for number, (name, graph) in enumerate(graphs.items(), 1):
-            save_graph(lower(graph, lowering), folder / f"{name}.onnx")
+            hashes[name] = save_graph(lower(graph, lowering), folder / f"{name}.onnx")
             progress("graphs", number, len(graphs))
         files = place_weights(
             checkpoint.weight_files,
@@ -74,7 +77,7 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
             lambda done, total: progress("weights", done, total),
         )
         copy_processor_files(checkpoint, configuration, folder)
-        manifest = make_manifest(recipe, configuration, weights, layer, calibrated, files)
+        manifest = make_manifest(recipe, configuration, weights, layer, calibrated, files, hashes)
         (folder / contract.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         manifest = read_manifest(folder)  # as it will be read
         if recipe.testdata:
@@ -157,14 +160,17 @@ def check_all_used(weights: Weights, family: Family, graphs: Iterable[ir.Model])
         )
 
 
-def save_graph(graph: ir.Model, path: Path) -> None:
+def save_graph(graph: ir.Model, path: Path) -> str:
     """Write a graph, its weights left as external data, after a strict inference of types and shapes.
+
+    Returns the file's SHA-256.
 
     Raises:
         onnx.shape_inference.InferenceError: types or shapes contradict each other; a bug of the builder.
     """
     onnx.shape_inference.infer_shapes(ir.to_proto(graph), check_type=True, strict_mode=True, data_prop=True)
     ir.save(graph, path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def copy_processor_files(checkpoint: Checkpoint, configuration: Configuration, folder: Path) -> None:
@@ -190,6 +196,7 @@ def make_manifest(
     layer: int,
     calibrated: bool,
     files: tuple[contract.WeightFile, ...],
+    hashes: Mapping[contract.GraphName, str],
 ) -> contract.Manifest:
     """The manifest of the bundle."""
     model = configuration.model
@@ -209,10 +216,13 @@ def make_manifest(
         selection=model.selection,
         preprocessing=model.preprocessing.capped(recipe.max_visual),
         tokens=configuration.tokens,
-        graphs={name: model.graph_info(name, weights.dtype, layer) for name in contract.GRAPH_NAMES},
+        graphs={
+            name: model.graph_info(name, weights.dtype, layer).model_copy(update={"sha256": hashes.get(name)})
+            for name in contract.GRAPH_NAMES
+        },
         embedding=contract.EmbeddingTable(
             file=f"{FOLDER}/{embedding.file.name}", offset=embedding.offset, dtype=weights.dtype, shape=shape
         ),
         weights=files,
         versions={"ivc-export": __version__, "onnx": version("onnx"), "onnx-ir": version("onnx-ir")},
-    )
+    ).sealed()

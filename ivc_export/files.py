@@ -6,7 +6,9 @@ advice, throughout: what the user can do, which ends the sentence.
 from __future__ import annotations
 
 import json
+import os
 import stat
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,22 @@ def check_regular(path: Path, advice: str) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path} is not a regular file: {advice}")
     return status.st_size
+
+
+def confined(folder: Path, name: str, advice: str) -> Path:
+    """The path of what a bundle in `folder` calls `name`, whether or not it is there.
+
+    Raises:
+        UserError: the name, or a link on its way, leaves the folder.
+    """
+    path = folder / name
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # links in circles, and zero bytes
+        inside = False
+    if not inside:
+        raise UserError(f"{folder} has {name!r}, which is outside the bundle or a link that leaves it: {advice}")
+    return path
 
 
 def read_bytes(path: Path, advice: str, most: int = MOST_BYTES) -> bytes:
@@ -114,3 +132,27 @@ def parts(value: Any) -> list[Any]:
     """What of a list's or an object's values is itself a list or an object."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [part for part in inner if isinstance(part, dict | list)]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in one step, in the place of what is called `path`, which is never followed or half-written.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    descriptor, staged = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            os.fchmod(descriptor, 0o666 & ~current_umask())
+        Path(staged).replace(path)
+    except BaseException:
+        Path(staged).unlink()
+        raise
+
+
+def current_umask() -> int:
+    """The process's mask of permissions, which can be read only by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

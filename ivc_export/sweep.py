@@ -77,7 +77,7 @@ def described(checkpoint: Checkpoint) -> Iterator[Bundle]:
     configuration = read_configuration(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         copy_processor_files(checkpoint, configuration, Path(folder))
-        yield Bundle(Path(folder), make_manifest(recipe, configuration, configuration.weights, 1, False, ()))
+        yield Bundle(Path(folder), make_manifest(recipe, configuration, configuration.weights, 1, False, (), {}))
 
 
 def calibrate(

@@ -14,8 +14,8 @@ import pytest
 
 from ivc_export import cli
 from ivc_export.bundle import Bundle
-from ivc_export.contract import MANIFEST
-from ivc_export.integrity import verify_weights
+from ivc_export.contract import GRAPH_NAMES, MANIFEST
+from ivc_export.integrity import verify_files
 from tests.conftest import SHAPES
 
 
@@ -107,7 +107,7 @@ def test_a_stored_run_of_another_export_is_refused(
 
 def test_weight_files_are_verified(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.ivc_check([str(bundle), "--weights"]) == 0
-    assert "1 weight file, 1.1 MB: sha256 as in the manifest" in capsys.readouterr().out
+    assert "1 weight file and 3 graphs, 1.2 MB: sha256 as in the manifest" in capsys.readouterr().out
     damage(bundle, "model.layers.3.mlp.down_proj.weight")
     assert cli.ivc_check([str(bundle), "--weights"]) == 2
     said = capsys.readouterr().err
@@ -122,9 +122,10 @@ def test_a_missing_hash_is_added(bundle: Path, capsys: pytest.CaptureFixture[str
     content["weights"][0]["sha256"] = None
     path.write_text(json.dumps(content))
     seen: list[tuple[int, int]] = []
-    verify_weights(Bundle.load(bundle), lambda done, total: seen.append((done, total)))
+    verify_files(Bundle.load(bundle), lambda done, total: seen.append((done, total)))
     weights = bundle / "weights" / "model.safetensors"
-    assert seen[-1] == (weights.stat().st_size,) * 2
+    files = [weights, *(bundle / f"{name}.onnx" for name in GRAPH_NAMES)]
+    assert seen[-1] == (sum(file.stat().st_size for file in files),) * 2
     found = json.loads(path.read_text())["weights"][0]["sha256"]
     assert found == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert not [*bundle.glob(".*")]

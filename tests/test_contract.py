@@ -68,6 +68,8 @@ def test_manifests_that_cannot_be_read(golden_bundle: Bundle, tmp_path: Path) ->
         ("names 0 graphs of 3", {"graphs": {}}),
         ("is missing", {"weights": [weights | {"file": "weights/other.safetensors"}]}),
         ("copy the bundle again", {"weights": [weights | {"size": 5}]}),
+        ("names no weight files", {"weights": []}),
+        ("was edited after the export.*ivc-export --model CHECKPOINT", {"default_ratio": 0.25}),
     ]
     for number, (sentence, changes) in enumerate(cases):
         with pytest.raises(UserError, match=sentence):

@@ -1,4 +1,4 @@
-"""ivc-check: a bundle against PyTorch, or against what PyTorch gave elsewhere, and its weight files."""
+"""ivc-check: a bundle against PyTorch, or against what PyTorch gave elsewhere, and its files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ivc_export import __version__
 from ivc_export.bundle import Bundle
 from ivc_export.cli import Parser, make_console
 from ivc_export.errors import UserError
-from ivc_export.integrity import verify_weights
+from ivc_export.integrity import verify_files
 from ivc_export.parity import ParityReport, compare, find_tolerances
 from ivc_export.recording import INDEX, Recording
 from ivc_export.runtime.backends import BACKENDS
@@ -41,13 +41,11 @@ Images = list[PIL.Image.Image]
 
 def parser() -> Parser:
     """The command's options."""
-    p = Parser(
-        prog="ivc-check", description="Compare a bundle with its checkpoint on PyTorch, and verify its weight files."
-    )
+    p = Parser(prog="ivc-check", description="Compare a bundle with its checkpoint on PyTorch, and verify its files.")
     p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
     p.add_argument("--against", type=Path, metavar="CHECKPOINT", help="the checkpoint folder that was exported")
     p.add_argument("--onnx-only", action="store_true", help="compare with the run that --against left in the bundle")
-    p.add_argument("--weights", action="store_true", help="verify the weight files by their sha256, or add it")
+    p.add_argument("--weights", action="store_true", help="verify graphs and weight files by their sha256, or add it")
     p.add_argument(
         "--image", type=Path, action="append", help="a picture; give it again for more (default: a drawn one)"
     )
@@ -133,17 +131,21 @@ def check_report(bundle: Bundle) -> None:
 
 
 def verify(bundle: Bundle, console: Console) -> Bundle:
-    """Verify the weight files, with progress, and say what came of it."""
-    lacking = [file.file for file in bundle.manifest.weights if file.sha256 is None]
-    total = sum(file.size for file in bundle.manifest.weights)
+    """Verify the graphs and weight files, with progress, and say what came of it."""
+    m = bundle.manifest
+    lacking = [graph.file for graph in m.graphs.values() if graph.sha256 is None]
+    lacking += [file.file for file in m.weights if file.sha256 is None]
+    total = sum((bundle.folder / file).stat().st_size for file in bundle.files)
     columns = (TextColumn("sha256"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     errors = make_console()
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("sha256", total=total)
-        bundle = verify_weights(bundle, lambda done, total: bar.update(task, completed=done, total=total))
+        bundle = verify_files(bundle, lambda done, total: bar.update(task, completed=done, total=total))
     found = f"sha256 added to the manifest for {', '.join(lacking)}" if lacking else "sha256 as in the manifest"
-    files = len(bundle.manifest.weights)
-    console.print(f"{files} weight file{'s' if files > 1 else ''}, {decimal(total)}: {found}", markup=False)
+    files = len(m.weights)
+    console.print(
+        f"{files} weight file{'s' if files > 1 else ''} and 3 graphs, {decimal(total)}: {found}", markup=False
+    )
     return bundle
 
 

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import onnx_ir as ir
+from pydantic import ConfigDict, Field, ValidationError
 from rich.filesize import decimal
 
 from ivc_export import __version__, contract, staging
 from ivc_export.bundle import Bundle
-from ivc_export.contract import GRAPH_NAMES, MOST_VISUAL, FloatName, GraphName
+from ivc_export.contract import GRAPH_NAMES, MOST_VISUAL, FloatName, Frozen, GraphName
 from ivc_export.counting import count
 from ivc_export.errors import UserError
-from ivc_export.files import read_object
+from ivc_export.files import read_bytes, read_object
 from ivc_export.memory import available_bytes
 from ivc_export.passes import RetypeFloatsPass, ScaleResidualsPass, WidenResidualsPass, lower
+from ivc_export.passes.scale_residuals import SCALE
 from ivc_export.trt import Extents, Options, Target, compile_graph, load_plugin, load_tensorrt, major, own_capability
 
 FOLDER = "engines"
 RECORD = "build.json"
+MOST_PLUGIN_BYTES = 1 << 30
+SMALLEST_SCALE = 2.0**-16
+"""Of a residual stream: below it embeddings would no longer be normal numbers of float16."""
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 Progress = Callable[[str, str, int, int], None]
@@ -73,6 +79,7 @@ class EngineRecipe:
             ("opt-visual", 1, self.opt_visual, self.max_visual),
             ("opt-text", 1, self.opt_text, self.max_text),
             ("optimization-level", 0, self.optimization_level, 5),
+            ("workspace", 1, 1 if self.workspace is None else self.workspace, 1 << 40),
         ):
             if not least <= value <= most:
                 raise UserError(f"{name} {value} is out of range: give {least} to {most}")
@@ -92,14 +99,6 @@ class EngineRecipe:
         """Rows of the caches."""
         return self.max_visual + self.max_text + self.max_new
 
-    @staticmethod
-    def from_record(record: Mapping[str, Any]) -> EngineRecipe:
-        """As a build's record has it."""
-        fields = dict(record)
-        for name, kind in (("plugin", Path), ("timing_cache", Path), ("tactic_sources", tuple)):
-            fields[name] = kind(fields[name]) if fields.get(name) is not None else None
-        return EngineRecipe(**fields)
-
     def options(self, capability: str, dtype: FloatName, verbose: bool = False) -> Options:
         """How its graphs are compiled."""
         return Options(
@@ -112,6 +111,67 @@ class EngineRecipe:
             dtype != "float32",
             verbose,
         )
+
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class BuiltEngine(Frozen):
+    """One engine: its file, that file's size, and its profiles in their order."""
+
+    model_config = ConfigDict(strict=True)
+
+    file: str
+    bytes: int = Field(gt=0)
+    profiles: tuple[str, ...]
+
+
+class EngineRecord(Frozen):
+    """build.json: what engines were built from, and how.
+
+    residual_scale: of the residual stream and of hidden_states between the engines. weights_sha256: of each weight
+    file, where the manifest had it by then. plugin_sha256: of the library whose operators the engines call.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    ivc_export: str
+    target: Target
+    tensorrt: str
+    compute_capability: str = Field(pattern=r"^\d{1,2}\.\d$")
+    dtype: FloatName
+    graphs: Literal["native", "plugin"]
+    capacity: int
+    residual_scale: float
+    recipe: EngineRecipe
+    inputs_sha256: Sha256
+    weights_sha256: dict[str, Sha256 | None]
+    plugin_sha256: Sha256 | None
+    engines: dict[GraphName, BuiltEngine]
+
+    def contradictions(self) -> Iterator[str]:
+        """What cannot be true of engines that ivc-build made: each field for itself may be right."""
+        recipe, plugin = self.recipe, self.graphs == "plugin"
+        if self.capacity != recipe.capacity:
+            yield f"capacity is {self.capacity}, and the recipe's maxima give {recipe.capacity}"
+        if self.target != recipe.target or recipe.compute_capability not in (None, self.compute_capability):
+            yield "the recipe is for another target"
+        if recipe.dtype not in (None, self.dtype):
+            yield f"dtype is {self.dtype}, and the recipe's {recipe.dtype}"
+        power = math.frexp(self.residual_scale)[0] == 0.5 and SMALLEST_SCALE <= self.residual_scale <= 1
+        if not power or (self.dtype != "float16" and self.residual_scale != 1):
+            yield f"residual_scale is {self.residual_scale:g}"
+        if (recipe.plugin is not None, self.plugin_sha256 is not None) != (plugin, plugin):
+            yield f"the graphs are {self.graphs}, and what it says of a plugin does not fit"
+        for name in GRAPH_NAMES:
+            engine = self.engines.get(name)
+            if engine is None or (engine.file, engine.profiles) != (f"{name}.plan", profile_names(name)):
+                yield f"engines.{name} is not as ivc-build makes it"
+
+
+def profile_names(name: GraphName) -> tuple[str, ...]:
+    """A graph's optimization profiles, in their order."""
+    return ("prefill",) if name == "vision" else ("prefill", "decode")
 
 
 def profiles(bundle: Bundle, name: GraphName, recipe: EngineRecipe) -> dict[str, Extents]:
@@ -142,7 +202,7 @@ def profiles(bundle: Bundle, name: GraphName, recipe: EngineRecipe) -> dict[str,
     }
     decode: Extents = dict.fromkeys(prefill, (1, 1, 1)) | {"T": (0, 0, 0)}
     decode |= dict.fromkeys(("P", "W"), (capacity, capacity, capacity))
-    return {"prefill": prefill} if name == "vision" else {"prefill": prefill, "decode": decode}
+    return {kind: {"prefill": prefill, "decode": decode}[kind] for kind in profile_names(name)}
 
 
 @dataclass(frozen=True)
@@ -237,16 +297,60 @@ def engine_folder(bundle: Bundle, trt: Any, target: Target, capability: str) -> 
     return bundle.folder / FOLDER / f"{prefix}{trt.__version__}-sm{capability.replace('.', '')}"
 
 
-def fingerprint(bundle: Bundle, plugin: Path | None) -> str:
-    """SHA-256 of what engines are built from: graphs, weights, plugin, and this program's version."""
+def residual_scale(dtype: FloatName) -> float:
+    """Of the residual stream of graphs in `dtype`, as `typed` makes them."""
+    return SCALE if dtype == "float16" else 1.0
+
+
+def fingerprint(bundle: Bundle) -> str:
+    """SHA-256 of what engines are built from: graphs, weights by their sizes and headers, and this program's version.
+
+    Not of what `ivc-check --weights` may add to a manifest, which changes no engine; see weights_sha256.
+    """
     digest = hashlib.sha256(__version__.encode())
     for name in GRAPH_NAMES:
         digest.update((bundle.folder / bundle.manifest.graphs[name].file).read_bytes())
     for weights in bundle.manifest.weights:
-        digest.update(f"{weights.file} {weights.size} {weights.header_sha256} {weights.sha256}".encode())
-    if plugin is not None:
-        digest.update(plugin.read_bytes())
+        digest.update(f"{weights.file} {weights.size} {weights.header_sha256}".encode())
     return digest.hexdigest()
+
+
+def weights_sha256(bundle: Bundle) -> dict[str, str | None]:
+    """SHA-256 of each weight file, None where the manifest does not have it."""
+    return {weights.file: weights.sha256 for weights in bundle.manifest.weights}
+
+
+def plugin_sha256(plugin: Path) -> str:
+    """SHA-256 of a plugin's library.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return hashlib.sha256(read_bytes(plugin, "name our plugin's library", MOST_PLUGIN_BYTES)).hexdigest()
+
+
+def make_record(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str, dtype: FloatName) -> EngineRecord:
+    """What build.json is to say of engines that are still to be built.
+
+    Raises:
+        UserError: the plugin's library cannot be read.
+    """
+    paths = {name: path.resolve() for name in ("plugin", "timing_cache") if (path := getattr(recipe, name)) is not None}
+    return EngineRecord(
+        ivc_export=__version__,
+        target=recipe.target,
+        tensorrt=trt.__version__,
+        compute_capability=capability,
+        dtype=dtype,
+        graphs="native" if recipe.plugin is None else "plugin",
+        capacity=recipe.capacity,
+        residual_scale=residual_scale(dtype),
+        recipe=replace(recipe, **paths),
+        inputs_sha256=fingerprint(bundle),
+        weights_sha256=weights_sha256(bundle),
+        plugin_sha256=None if recipe.plugin is None else plugin_sha256(recipe.plugin),
+        engines={},
+    )
 
 
 def build(
@@ -278,19 +382,9 @@ def build(
     if not force:
         check_memory(estimated, recipe)
     folder = engine_folder(bundle, trt, recipe.target, capability)
+    record = make_record(bundle, recipe, trt, capability, dtype)
+    built: dict[GraphName, BuiltEngine] = {}
     with working_folder(bundle) as work:
-        record: dict[str, Any] = {
-            "ivc_export": __version__,
-            "target": recipe.target,
-            "tensorrt": trt.__version__,
-            "compute_capability": capability,
-            "dtype": dtype,
-            "graphs": "plugin" if recipe.plugin is not None else "native",
-            "capacity": recipe.capacity,
-            "recipe": {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in asdict(recipe).items()},
-            "inputs_sha256": fingerprint(bundle, recipe.plugin),
-            "engines": {},
-        }
         (work / "done").mkdir()
         for name in GRAPH_NAMES:
             plan = compile_graph(
@@ -302,12 +396,9 @@ def build(
                 partial(progress, name),
             )
             (work / "done" / f"{name}.plan").write_bytes(plan)
-            record["engines"][name] = {
-                "file": f"{name}.plan",
-                "bytes": len(plan),
-                "profiles": list(profiles(bundle, name, recipe)),
-            }
-        (work / "done" / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            built[name] = BuiltEngine(file=f"{name}.plan", bytes=len(plan), profiles=profile_names(name))
+        record = record.model_copy(update={"engines": built})
+        (work / "done" / RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
         folder.parent.mkdir(exist_ok=True)
         staging.put_in_place(work / "done", folder, force=True)
     return folder, estimated
@@ -355,8 +446,41 @@ def working_folder(bundle: Bundle) -> Iterator[Path]:
         yield work
 
 
-def find_engines(bundle: Bundle, target: Target, capability: str, trt: Any) -> Path:
-    """The folder of the engines for this TensorRT and GPU.
+@dataclass(frozen=True)
+class Engines:
+    """Engines for this TensorRT and GPU. mend: the command that builds them anew."""
+
+    folder: Path
+    record: EngineRecord
+    mend: str
+
+    def path(self, name: GraphName) -> Path:
+        """The file of one of them."""
+        return self.folder / self.record.engines[name].file
+
+    def check_plugin(self, plugin: Path | None) -> None:
+        """Check that `plugin` is the library that these engines call, which nothing but the caller may name.
+
+        Raises:
+            UserError: it is not, or there is none, or they call none.
+        """
+        wanted = self.record.plugin_sha256
+        if wanted is None:
+            if plugin is not None:
+                raise UserError(f"the engines in {self.folder} call no plugin: leave --plugin out")
+        elif plugin is None:
+            raise UserError(
+                f"the engines in {self.folder} call our plugin: name its library, libivc_plugin.so, with --plugin"
+            )
+        elif plugin_sha256(plugin) != wanted:
+            raise UserError(
+                f"{plugin} is not the plugin that the engines in {self.folder} were built with (its SHA-256 is "
+                f"another): name that one with --plugin, or {self.mend}"
+            )
+
+
+def find_engines(bundle: Bundle, target: Target, capability: str, trt: Any) -> Engines:
+    """The engines for this TensorRT and GPU.
 
     Raises:
         UserError: there are none, or they are others' or older than the bundle; with the command that builds them.
@@ -370,21 +494,33 @@ def find_engines(bundle: Bundle, target: Target, capability: str, trt: Any) -> P
         others = sorted(path.parent.name for path in (bundle.folder / FOLDER).glob(f"*/{RECORD}"))
         found = f"; there are {', '.join(others)}" if others else ""
         raise UserError(f"{bundle.folder} has no engines for {folder.name}{found}: {mend}")
-    try:
-        record = read_object(folder / RECORD, mend)
-        plugin = record["recipe"]["plugin"]
-        same = (record["tensorrt"], record["compute_capability"]) == (trt.__version__, capability)
-        fresh = same and record["inputs_sha256"] == fingerprint(bundle, Path(plugin) if plugin else None)
-        sizes = {f"{name}.plan": record["engines"][name]["bytes"] for name in GRAPH_NAMES}
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{folder / RECORD} cannot be used ({contract.first_problem(error)}): {mend}") from error
-    for file, size in sizes.items():
-        if not (folder / file).is_file() or (folder / file).stat().st_size != size:
-            raise UserError(f"{folder / file} is missing or damaged: {mend}")
-    if not same:
+    record = read_record(folder / RECORD, mend)
+    for engine in record.engines.values():
+        path = folder / engine.file
+        if not path.is_file() or path.stat().st_size != engine.bytes:
+            raise UserError(f"{path} is missing or damaged: {mend}")
+    if (record.target, record.tensorrt, record.compute_capability) != (target, trt.__version__, capability):
         raise UserError(
-            f"the engines in {folder} are of TensorRT {record['tensorrt']} for sm{record['compute_capability']}: {mend}"
+            f"the engines in {folder} are of TensorRT {record.tensorrt} for sm{record.compute_capability}: {mend}"
         )
-    if not fresh:
-        raise UserError(f"the engines in {folder} were built from other graphs, weights or plugin: {mend}")
-    return folder
+    then, now = record.weights_sha256, weights_sha256(bundle)
+    known = {file for file in {*then, *now} if then.get(file) and now.get(file)}
+    if record.inputs_sha256 != fingerprint(bundle) or any(then[file] != now[file] for file in known):
+        raise UserError(f"the engines in {folder} were built from other graphs or weights: {mend}")
+    return Engines(folder, record, mend)
+
+
+def read_record(path: Path, mend: str) -> EngineRecord:
+    """What build.json says, if it says what ivc-build does.
+
+    Raises:
+        UserError: it is damaged, or another version's; with `mend`.
+    """
+    content = read_object(path, mend)
+    try:
+        record = EngineRecord.model_validate_json(json.dumps(content))  # as JSON, where lists stand for tuples
+    except (ValidationError, UserError) as error:
+        raise UserError(f"{path} cannot be used ({contract.first_problem(error)}): {mend}") from error
+    for contradiction in record.contradictions():
+        raise UserError(f"{path} cannot be used ({contradiction}): {mend}")
+    return record

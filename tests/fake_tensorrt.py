@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import enum
-import json
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,16 @@ import onnxruntime
 
 from ivc_export.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName
-from ivc_export.engine import RECORD, EngineRecipe, engine_folder, fingerprint, lowered
+from ivc_export.engine import (
+    RECORD,
+    BuiltEngine,
+    EngineRecipe,
+    EngineRecord,
+    engine_folder,
+    lowered,
+    make_record,
+    profile_names,
+)
 
 Array = npt.NDArray[Any]
 CAPABILITY = "9.0"
@@ -196,20 +203,12 @@ class FakeTensorrt:
         return FakeEngine(onnxruntime.InferenceSession(plan, options, providers=["CPUExecutionProvider"]))
 
 
-def put_engines(bundle: Bundle, dtype: FloatName = "float32", **maxima: Any) -> Mapping[str, Any]:
+def put_engines(bundle: Bundle, dtype: FloatName = "float32", **maxima: Any) -> EngineRecord:
     """Write what ivc-build would, with graphs in the place of plans; returns the record."""
     recipe = EngineRecipe(dtype=dtype, opt_visual=1, opt_text=1, **maxima)
     folder = engine_folder(bundle, FakeTensorrt, "tensorrt", CAPABILITY)
     folder.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {
-        "tensorrt": FakeTensorrt.__version__,
-        "compute_capability": CAPABILITY,
-        "dtype": dtype,
-        "capacity": recipe.capacity,
-        "recipe": asdict(recipe),
-        "inputs_sha256": fingerprint(bundle, None),
-        "engines": {},
-    }
+    built = {}
     for name in GRAPH_NAMES:
         model = lowered(bundle, name, dtype, plugin=False)
         for value in model.graph.initializers.values():
@@ -217,9 +216,9 @@ def put_engines(bundle: Bundle, dtype: FloatName = "float32", **maxima: Any) -> 
                 value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
         plan = ir.to_proto(model).SerializeToString()
         (folder / f"{name}.plan").write_bytes(plan)
-        profiles = ["prefill"] if name == "vision" else ["prefill", "decode"]
-        record["engines"][name] = {"file": f"{name}.plan", "bytes": len(plan), "profiles": profiles}
-    (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+        built[name] = BuiltEngine(file=f"{name}.plan", bytes=len(plan), profiles=profile_names(name))
+    record = make_record(bundle, recipe, FakeTensorrt, CAPABILITY, dtype).model_copy(update={"engines": built})
+    (folder / RECORD).write_text(record.model_dump_json(), encoding="utf-8")
     return record
 
 

@@ -75,9 +75,10 @@ def test_recorded_paths_hold_from_any_folder(bundle: Bundle, tmp_path: Path, mon
     monkeypatch.setattr(engine, "load_tensorrt", lambda target: trt)
     folder, _ = build(bundle, EngineRecipe(plugin=Path("lib.so"), timing_cache=Path("caches"), **SMALL))
     monkeypatch.chdir("/")
-    assert find_engines(bundle, "tensorrt", "8.6", trt) == folder
-    recipe = EngineRecipe.from_record(json.loads((folder / "build.json").read_text())["recipe"])
-    assert recipe.timing_cache == tmp_path / "caches"
+    found = find_engines(bundle, "tensorrt", "8.6", trt)
+    assert found.folder == folder
+    assert found.record.recipe.timing_cache == tmp_path / "caches"
+    assert found.record.recipe.plugin == tmp_path / "lib.so"
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,7 @@ def test_dtypes_are_what_tensorrt_and_the_gpu_have(bundle: Bundle) -> None:
 
 
 def test_engines_are_built_whole_and_found(built: Bundle) -> None:
-    folder = find_engines(built, "tensorrt-rtx", "8.6", trt)
+    folder = find_engines(built, "tensorrt-rtx", "8.6", trt).folder
     assert folder == built.folder / "engines" / f"rtx-{trt.__version__}-sm86"
     assert sorted(path.name for path in folder.iterdir()) == [
         "build.json",
@@ -179,7 +180,7 @@ def test_engines_are_built_whole_and_found(built: Bundle) -> None:
 
 def test_stale_and_foreign_engines_are_refused(built: Bundle, tmp_path: Path) -> None:
     bundle = Bundle.load(shutil.copytree(built.folder, tmp_path / "bundle"))
-    folder = find_engines(bundle, "tensorrt-rtx", "8.6", trt)
+    folder = find_engines(bundle, "tensorrt-rtx", "8.6", trt).folder
     command = rf"ivc-build {bundle.folder} --target tensorrt-rtx --compute-capability "
     with pytest.raises(UserError, match=rf"no engines for rtx-.*-sm89; there are rtx-.*-sm86: .*{command}8\.9"):
         find_engines(bundle, "tensorrt-rtx", "8.9", trt)
@@ -189,7 +190,7 @@ def test_stale_and_foreign_engines_are_refused(built: Bundle, tmp_path: Path) ->
     folder.with_name(folder.name.replace("sm86", "sm89")).rename(folder)
     graph = bundle.folder / "prefix.onnx"
     graph.write_bytes(graph.read_bytes() + b"\x42\x00")
-    with pytest.raises(UserError, match=rf"built from other graphs, weights or plugin: .*{command}8\.6"):
+    with pytest.raises(UserError, match=rf"built from other graphs or weights: .*{command}8\.6"):
         find_engines(bundle, "tensorrt-rtx", "8.6", trt)
     (folder / "prefix.plan").write_bytes(b"short")
     with pytest.raises(UserError, match=r"prefix\.plan is missing or damaged"):

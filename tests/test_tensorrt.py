@@ -182,7 +182,7 @@ def test_engines_that_cannot_be_used(bundle: Bundle, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"decoder.plan does not load in TensorRT 8.6.0: build it here with ivc-build"):
         TensorrtSession(bundle)
     record = folder_of(bundle) / "build.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"inputs_sha256": "0"}))
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"inputs_sha256": "0" * 64}))
     with pytest.raises(UserError, match="built from other graphs"):
         TensorrtSession(bundle)
 
@@ -206,7 +206,7 @@ def test_selection_is_timed_in_engines_built_as_the_sessions(
     dtype: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe: dict[str, Any] = {"workspace": 1 << 20, "tactic_sources": ("EDGE_MASK_CONVOLUTIONS",)}
-    recipe |= {"optimization_level": 2, "timing_cache": "caches"}
+    recipe |= {"optimization_level": 2, "timing_cache": Path("caches")}
     session, device = opened(bundle, monkeypatch, dtype=dtype, **recipe)
     asked = compile_parts(monkeypatch)
     written = bundle.folder.stat().st_mtime_ns

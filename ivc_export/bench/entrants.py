@@ -42,6 +42,8 @@ class Entrants:
     """Our custom operators, for onnxruntime-cuda."""
     cuda_graph: bool = True
     """Whether onnxruntime-cuda captures its decode steps."""
+    plugin: Path | None = None
+    """Our plugin, for TensorRT's engines that call it."""
 
 
 def check_entrants(entrants: Entrants) -> None:
@@ -52,6 +54,8 @@ def check_entrants(entrants: Entrants) -> None:
     """
     if entrants.op_library and "onnxruntime-cuda" not in entrants.backends:
         raise UserError("--op-library is for onnxruntime's CUDA provider: use it with --backend onnxruntime-cuda")
+    if entrants.plugin and "tensorrt" not in entrants.backends:
+        raise UserError("--plugin is for TensorRT's engines: use it with --backend tensorrt")
     for name in entrants.peers:
         if name not in PEERS:
             raise UserError(f"there is no peer {name}: give one of {', '.join(PEERS)}")
@@ -80,7 +84,8 @@ def open_contestants(
         with noted(failures, name):
             memory = Footprints(counter)
             with memory.grow():
-                session = open_session(bundle, *RUNTIMES[name], entrants.op_library, entrants.cuda_graph)
+                plugin = entrants.plugin if name == "tensorrt" else None
+                session = open_session(bundle, *RUNTIMES[name], entrants.op_library, entrants.cuda_graph, plugin)
                 launched = isinstance(session, FusedSession) and not session.cuda_graph
                 side = BundleSide(session, "decode steps without a CUDA graph" if launched else "")
             found.append(Contestant(side, memory))

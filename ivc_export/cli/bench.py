@@ -40,6 +40,7 @@ def parser() -> Parser:
         help="a runtime; may be repeated (default: onnxruntime-cpu)",
     )
     p.add_argument("--op-library", type=Path, metavar="LIB", help="our custom operators, for onnxruntime-cuda")
+    p.add_argument("--plugin", type=Path, metavar="LIB", help="libivc_plugin.so, for TensorRT engines built with it")
     p.add_argument("--against", type=Path, metavar="CHECKPOINT", help="also time it on stock transformers")
     p.add_argument(
         "--peer", action="append", choices=PEERS, help="how, with --against; may be repeated (default: torch-eager)"
@@ -75,6 +76,7 @@ def command(arguments: Sequence[str]) -> int:
         peers=tuple(dict.fromkeys(options.peer or PEERS[:1])) if options.against else (),
         checkpoint=options.against,
         op_library=options.op_library,
+        plugin=options.plugin,
     )
     check_entrants(entrants)
     bundle = Bundle.load(options.bundle)

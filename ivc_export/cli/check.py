@@ -63,6 +63,7 @@ def parser() -> Parser:
         default="onnxruntime",
         help="what runs the graphs, or the engines that ivc-build made (default: onnxruntime)",
     )
+    p.add_argument("--plugin", type=Path, metavar="LIB", help="libivc_plugin.so, for TensorRT engines built with it")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
@@ -81,7 +82,7 @@ def command(arguments: Sequence[str]) -> int:
         check_dtype(bundle, options.precision or "float32")
     with make_console().status("checking") as status:
         # what engines lack is told before the checkpoint runs
-        engines = None if options.backend == "onnxruntime" else TensorrtSession(bundle, options.backend)
+        engines = None if options.backend == "onnxruntime" else TensorrtSession(bundle, options.backend, options.plugin)
         if engines is not None:
             find_tolerances(engines)
         reference, images = stored(bundle) if options.onnx_only else recorded(bundle, options, status.update)
@@ -104,6 +105,8 @@ def check_options(options: argparse.Namespace) -> None:
     """
     if options.precision and options.backend != "onnxruntime":
         raise UserError("--precision is onnxruntime's: engines compute in what ivc-build --dtype said")
+    if options.plugin and options.backend == "onnxruntime":
+        raise UserError("--plugin is for TensorRT's engines: use it with --backend tensorrt")
     if options.onnx_only:
         given = [f"--{name}" for name in ("against", *PROMPT_OPTIONS) if getattr(options, name) is not None]
         if given:

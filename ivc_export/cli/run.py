@@ -49,6 +49,7 @@ def parser() -> Parser:
     )
     p.add_argument("--provider", choices=("cpu", "cuda"), help="onnxruntime's provider (default: cpu)")
     p.add_argument("--op-library", type=Path, metavar="LIB", help="our custom operators, for --provider cuda")
+    p.add_argument("--plugin", type=Path, metavar="LIB", help="libivc_plugin.so, for TensorRT engines built with it")
     p.add_argument("--show", type=Path, metavar="PNG", help="draw which tokens were kept over the picture")
     p.add_argument("--json", action="store_true", help="print one JSON object an answer, and no text")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -66,6 +67,8 @@ def command(arguments: Sequence[str]) -> int:
         raise UserError(f"--provider is onnxruntime's: leave it out with --backend {options.backend}")
     if options.op_library and (options.backend, options.provider) != ("onnxruntime", "cuda"):
         raise UserError("--op-library is for onnxruntime's CUDA provider: use it with --provider cuda alone")
+    if options.plugin and options.backend == "onnxruntime":
+        raise UserError("--plugin is for TensorRT's engines: use it with --backend tensorrt")
     if options.show:
         check_show(options.show, bool(options.image) or options.chat)
     bundle = Bundle.load(options.bundle)
@@ -76,7 +79,7 @@ def command(arguments: Sequence[str]) -> int:
         console.print(note, markup=False)
     sampling = Sampling(options.temperature, options.top_p, options.seed, options.max_tokens)
     with console.status("opening the graphs"):
-        session = open_session(bundle, options.backend, options.provider, options.op_library)
+        session = open_session(bundle, options.backend, options.provider, options.op_library, plugin=options.plugin)
         chat = Chat(session, options.ratio, sampling=sampling)
     if isinstance(session, FusedSession) and not session.cuda_graph:
         console.print(NO_CUDA_GRAPH, markup=False)

@@ -21,8 +21,12 @@ def open_session(
     provider: str | None = None,
     op_library: Path | None = None,
     cuda_graph: bool = True,
+    plugin: Path | None = None,
 ) -> AnySession:
-    """A bundle in a runtime; `provider` is onnxruntime's, "cpu" or "cuda", the others for the latter as FusedSession's.
+    """A bundle in a runtime.
+
+    provider: onnxruntime's, "cpu" or "cuda"; op_library, cuda_graph: for the latter, as FusedSession's. plugin: for
+    engines that call it, as TensorrtSession's.
 
     Raises:
         UserError: the runtime is missing, or cannot open the bundle.
@@ -31,4 +35,4 @@ def open_session(
         if provider == "cuda":
             return FusedSession(bundle, cuda_graph=cuda_graph, op_library=op_library)
         return OnnxSession(bundle)
-    return TensorrtSession(bundle, backend)
+    return TensorrtSession(bundle, backend, plugin)

@@ -14,12 +14,10 @@ import numpy.typing as npt
 
 from ivc_export.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName
-from ivc_export.engine import RECORD, EngineRecipe, find_engines
+from ivc_export.engine import find_engines
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
-from ivc_export.files import read_object
 from ivc_export.floats import cast
-from ivc_export.passes.scale_residuals import SCALE
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.cache import layer_of
 from ivc_export.runtime.conversation import Fetched, Step, Timings
@@ -118,32 +116,40 @@ class Engine:
 class TensorrtSession:
     """A bundle's engines for this TensorRT and GPU, as ivc-build made them.
 
-    target: "tensorrt" or "tensorrt-rtx". device: None takes the current CUDA device.
+    target: "tensorrt" or "tensorrt-rtx". plugin: the library of the operators that the engines call, which must be the
+    one that they were built with; it is loaded because the caller names it, never because a bundle does.
+    device: None takes the current CUDA device.
 
     Raises:
-        UserError: TensorRT is missing, or there are no engines for it and this GPU, or they are stale.
+        UserError: TensorRT is missing, or there are no engines for it and this GPU, or they are stale, or call another
+            plugin.
     """
 
-    def __init__(self, bundle: Bundle, target: Target = "tensorrt", device: Device | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        target: Target = "tensorrt",
+        plugin: Path | None = None,
+        device: Device | None = None,
+    ) -> None:
         self.trt = load_tensorrt(target)
         self.capability = own_capability(self.trt)
-        folder = find_engines(bundle, target, self.capability, self.trt)
-        record = read_object(folder / RECORD, "build the engines again with ivc-build")
+        found = find_engines(bundle, target, self.capability, self.trt)
+        found.check_plugin(plugin)
+        if plugin is not None:
+            load_plugin(plugin)
+        record = found.record
         self.bundle = bundle
         self.backend: str = target
-        self.dtype: FloatName = record["dtype"]
+        self.dtype: FloatName = record.dtype
         self.versions: Mapping[str, str] = {target: str(self.trt.__version__)}
-        self.capacity: int = record["capacity"]
-        self.recipe = EngineRecipe.from_record(record["recipe"])
-        if self.recipe.plugin is not None:
-            load_plugin(self.recipe.plugin)
+        self.capacity, self.recipe = record.capacity, record.recipe
+        self._residual_scale = record.residual_scale
         self.device = device or CudaDevice()
         self.buffers = Buffers(self.device)
         self.runtime = self.trt.Runtime(make_logger(self.trt))
         self.engines = {
-            name: Engine(
-                self.trt, folder / f"{name}.plan", record["engines"][name]["profiles"], self.device, self.runtime
-            )
+            name: Engine(self.trt, found.path(name), record.engines[name].profiles, self.device, self.runtime)
             for name in GRAPH_NAMES
         }
         scratch = self.buffers.get("scratch", max(engine.scratch for engine in self.engines.values()))
@@ -187,9 +193,10 @@ class TensorrtSession:
                 raise RuntimeError(f"another {place} has taken the place of the one whose tensors are looked at")
             array = np.empty(tensor.shape, tensor.dtype)
             self.device.download(tensor.address, array)
-            if self.dtype == "float16" and tensor is tensors.get("hidden_states"):
-                array /= SCALE
-            return array if array.dtype == np.int32 else array.astype(np.float32, copy=False)
+            if array.dtype == np.int32:
+                return array
+            array = array.astype(np.float32, copy=False)
+            return array / np.float32(self._residual_scale) if tensor is tensors.get("hidden_states") else array
 
         return Fetched(tensors, fetch)
 

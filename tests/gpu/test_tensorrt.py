@@ -49,7 +49,7 @@ def engines(bundle: Bundle, dtype: FloatName, plugin: bool) -> TensorrtSession:
         tactic_sources=tuple(SOURCES.split(",")) if SOURCES else None,
     )
     build(bundle, recipe)
-    return TensorrtSession(bundle)
+    return TensorrtSession(bundle, plugin=recipe.plugin)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -23,7 +23,7 @@ from ivc_export.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, MOST_VISUAL, FloatName, Frozen, GraphName
 from ivc_export.counting import count
 from ivc_export.errors import UserError
-from ivc_export.files import read_bytes, read_object
+from ivc_export.files import check_regular, confined, read_bytes, read_object
 from ivc_export.memory import available_bytes
 from ivc_export.passes import RetypeFloatsPass, ScaleResidualsPass, WidenResidualsPass, lower
 from ivc_export.passes.scale_residuals import SCALE
@@ -137,7 +137,7 @@ class EngineRecord(Frozen):
 
     ivc_export: str
     target: Target
-    tensorrt: str
+    tensorrt: str = Field(pattern=r"^[\w.+-]{1,64}$")
     compute_capability: str = Field(pattern=r"^\d{1,2}\.\d$")
     dtype: FloatName
     graphs: Literal["native", "plugin"]
@@ -145,7 +145,7 @@ class EngineRecord(Frozen):
     residual_scale: float
     recipe: EngineRecipe
     inputs_sha256: Sha256
-    weights_sha256: dict[str, Sha256 | None]
+    weights_sha256: dict[str, str | None]
     plugin_sha256: Sha256 | None
     engines: dict[GraphName, BuiltEngine]
 
@@ -292,9 +292,14 @@ def typed(bundle: Bundle, name: GraphName, dtype: FloatName) -> ir.Model:
 
 
 def engine_folder(bundle: Bundle, trt: Any, target: Target, capability: str) -> Path:
-    """Where engines of this TensorRT for this GPU lie."""
+    """Where engines of this TensorRT for this GPU lie.
+
+    Raises:
+        UserError: a link leads out of the bundle.
+    """
     prefix = "rtx-" if target == "tensorrt-rtx" else ""
-    return bundle.folder / FOLDER / f"{prefix}{trt.__version__}-sm{capability.replace('.', '')}"
+    name = f"{FOLDER}/{prefix}{trt.__version__}-sm{capability.replace('.', '')}"
+    return confined(bundle.folder, name, "remove the link, and build the engines with ivc-build")
 
 
 def residual_scale(dtype: FloatName) -> float:
@@ -494,11 +499,11 @@ def find_engines(bundle: Bundle, target: Target, capability: str, trt: Any) -> E
         others = sorted(path.parent.name for path in (bundle.folder / FOLDER).glob(f"*/{RECORD}"))
         found = f"; there are {', '.join(others)}" if others else ""
         raise UserError(f"{bundle.folder} has no engines for {folder.name}{found}: {mend}")
-    record = read_record(folder / RECORD, mend)
+    record = read_record(confined(folder, RECORD, mend), mend)
     for engine in record.engines.values():
-        path = folder / engine.file
-        if not path.is_file() or path.stat().st_size != engine.bytes:
-            raise UserError(f"{path} is missing or damaged: {mend}")
+        path = confined(folder, engine.file, mend)
+        if check_regular(path, mend) != engine.bytes:
+            raise UserError(f"{path} is damaged (it has not the size that {RECORD} says): {mend}")
     if (record.target, record.tensorrt, record.compute_capability) != (target, trt.__version__, capability):
         raise UserError(
             f"the engines in {folder} are of TensorRT {record.tensorrt} for sm{record.compute_capability}: {mend}"

@@ -193,7 +193,7 @@ def test_stale_and_foreign_engines_are_refused(built: Bundle, tmp_path: Path) ->
     with pytest.raises(UserError, match=rf"built from other graphs or weights: .*{command}8\.6"):
         find_engines(bundle, "tensorrt-rtx", "8.6", trt)
     (folder / "prefix.plan").write_bytes(b"short")
-    with pytest.raises(UserError, match=r"prefix\.plan is missing or damaged"):
+    with pytest.raises(UserError, match=r"prefix\.plan is damaged \(it has not the size"):
         find_engines(bundle, "tensorrt-rtx", "8.6", trt)
     record = json.loads((folder / "build.json").read_text())
     (folder / "build.json").write_text(json.dumps(record | {"engines": {}}))

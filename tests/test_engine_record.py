@@ -13,9 +13,9 @@ import pytest
 from ivc_export import cli
 from ivc_export.bundle import Bundle
 from ivc_export.contract import MANIFEST
-from ivc_export.engine import RECORD, find_engines
+from ivc_export.engine import RECORD, EngineRecipe, build, find_engines
 from ivc_export.errors import UserError
-from ivc_export.integrity import verify_weights
+from ivc_export.integrity import verify_files
 from ivc_export.runtime import tensorrt
 from ivc_export.runtime.tensorrt import TensorrtSession
 from tests.fake_tensorrt import CAPABILITY, FakeTensorrt, HostDevice, folder_of, put_engines
@@ -81,6 +81,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("extra", 1, "extra: Extra inputs are not permitted"),
     ("dtype", "double", "dtype: Input should be 'float32'"),
     ("target", "tensorrt-rtx", "the recipe is for another target"),
+    ("tensorrt", "8.6.0\nand more", "tensorrt: String should match"),
     ("compute_capability", "../..", "compute_capability: String should match"),
     ("residual_scale", 0, "residual_scale is 0"),
     ("residual_scale", -0.0625, "residual_scale is -0.0625"),
@@ -120,6 +121,25 @@ def test_a_damaged_record_is_one_sentence(bundle: Bundle, capsys: pytest.Capture
         assert said.endswith(f": build them with ivc-build {bundle.folder} --target tensorrt\n")
 
 
+@pytest.mark.parametrize("name", ["engines", "build.json", "prefix.plan"])
+def test_links_out_of_the_bundle_are_not_followed(bundle: Bundle, name: str, tmp_path: Path) -> None:
+    put_engines(bundle, **MAXIMA)
+    path = bundle.folder / name if name == "engines" else folder_of(bundle) / name
+    path.symlink_to(path.rename(tmp_path / name))
+    with pytest.raises(UserError, match=r"which is outside the bundle or a link that leaves it: .*ivc-build"):
+        TensorrtSession(bundle)
+    if name == "engines":
+        with pytest.raises(UserError, match=r"a link that leaves it: remove the link"):
+            build(bundle, EngineRecipe(target="tensorrt-rtx", compute_capability="8.6", opt_visual=1, max_visual=16))
+
+
+def test_a_missing_engine_is_one_sentence(bundle: Bundle) -> None:
+    put_engines(bundle, **MAXIMA)
+    (folder_of(bundle) / "vision.plan").unlink()
+    with pytest.raises(UserError, match=r"vision\.plan is missing: build them with ivc-build"):
+        TensorrtSession(bundle)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "null", "{", "[" * 99 + "]" * 99, "\0"])
 def test_what_is_no_record_is_one_sentence(bundle: Bundle, content: str) -> None:
     put_engines(bundle, **MAXIMA)
@@ -146,7 +166,7 @@ def test_weights_that_are_hashed_later_leave_engines_as_they_were(bundle: Bundle
     path.write_text(json.dumps(content))
     older = Bundle.load(bundle.folder)
     put_engines(older, **MAXIMA)
-    hashed = verify_weights(older)
+    hashed = verify_files(older)
     assert hashed.manifest.weights[0].sha256 is not None
     find_engines(hashed, "tensorrt", CAPABILITY, FakeTensorrt)
     put_engines(hashed, **MAXIMA)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from ivc_export import contract, families
 from ivc_export.bundle import Bundle
@@ -409,7 +410,18 @@ def test_small_heads_are_turned_outside_attention(tmp_path: Path) -> None:
         assert np.abs(found.run(tokens).logits - wanted.run(tokens).logits).max() < LOGIT_TOLERANCE
 
 
-def test_what_onnxruntime_does_not_capture_is_launched(golden_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("refusal", "sentence"),
+    [
+        ("This session cannot use the graph capture feature as requested by the user", None),
+        ("Failed to allocate memory for requested buffer of size 9", "for lack of memory .*size 9.: close other prog"),
+        ("EP Error: no device", r"decode does not open in onnxruntime \(.*no device\): use --provider cpu"),
+    ],
+)
+def test_what_onnxruntime_does_not_capture_is_launched(
+    refusal: str, sentence: str | None, golden_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other refusals are told."""
     opened: list[bool] = []
 
     def refuse(
@@ -417,7 +429,7 @@ def test_what_onnxruntime_does_not_capture_is_launched(golden_bundle: Bundle, mo
     ) -> onnxruntime.InferenceSession:
         opened.append("enable_cuda_graph" in providers[0][1])
         if opened[-1]:
-            raise RuntimeError("This session cannot use the graph capture feature")
+            raise state.Fail(f"[ONNXRuntimeError] : 1 : FAIL : {refusal}")
         return session_class(content, options, providers=["CPUExecutionProvider"])
 
     session_class = onnxruntime.InferenceSession
@@ -425,6 +437,10 @@ def test_what_onnxruntime_does_not_capture_is_launched(golden_bundle: Bundle, mo
     monkeypatch.setitem(cast("dict[str, str]", fused_module.PROVIDERS), "cuda", "CPUExecutionProvider")
     monkeypatch.setitem(cast("dict[str, str]", fused_module.DTYPES), "cuda", "float32")
     monkeypatch.setattr(FusedSession, "value", lambda self, array: onnxruntime.OrtValue.ortvalue_from_numpy(array))
+    if sentence:
+        with pytest.raises(UserError, match=sentence):
+            FusedSession(golden_bundle, "cuda")
+        return
     assert not FusedSession(golden_bundle, "cuda").cuda_graph
     assert opened == [False, False, False, True, False]
 

@@ -13,6 +13,8 @@ from rich.filesize import decimal
 from ivc_export.errors import UserError
 
 MODULE = "cuda.bindings.runtime"
+OUT_OF_MEMORY = 2
+"""cudaErrorMemoryAllocation, of CUDA's runtime API."""
 
 
 class Device(Protocol):
@@ -72,22 +74,26 @@ class CudaDevice:
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         status, *found = function(*arguments)
+        self._check(status)
+        return found[0] if found else None
+
+    def _check(self, status: Any) -> None:
         if int(status):
             _, text = self._runtime.cudaGetErrorString(status)
             raise UserError(f"CUDA says: {text.decode()}; see that the GPU and its driver work, and are free")
-        return found[0] if found else None
 
     def allocate(self, size: int) -> int:
         """As Device.allocate.
 
         Raises:
-            UserError: the device has not so much memory left.
+            UserError: the device has not so much memory left, or does not work.
         """
         status, address = self._runtime.cudaMalloc(size)
-        if int(status):
+        if int(status) == OUT_OF_MEMORY:
             raise UserError(
                 f"the GPU has no {decimal(size)} of memory left: close programs, or build engines with smaller maxima"
             )
+        self._check(status)
         self._call(self._runtime.cudaMemsetAsync, address, 0, size, self.stream)
         return int(address)
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 from onnxruntime import OrtValue
+from rich.filesize import decimal
 
 from ivc_export import contract
 from ivc_export.bundle import Bundle
@@ -25,6 +26,7 @@ from ivc_export.passes import Lowering, RetypeFloatsPass, lower
 from ivc_export.passes.join_decode import join_decode
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.conversation import Fetched, Step, Timings
+from ivc_export.runtime.failures import SMALLER, read_graph, told
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.workspace import Rows, Values, Workspace
 from ivc_export.weights import read_values
@@ -36,6 +38,11 @@ DTYPES: Mapping[Provider, FloatName] = {"cuda": "float16", "cpu": "float32"}
 
 WIDER = "use --provider cpu, or TensorRT engines built with ivc-build --dtype fp32"
 """What to do where float16 does not reach."""
+
+NO_ROOM = "close other programs that use the GPU, or use --provider cpu"
+CHECK_GPU = "see that the GPU and its driver work, or use --provider cpu"
+NOT_CAPTURED = "cannot use the graph capture feature"
+"""What onnxruntime says of a graph of which it computes a part on the host."""
 
 FIRST_CAPACITY = 4096
 """Rows of a cache that grows."""
@@ -88,8 +95,8 @@ class FusedSession:
         self.cuda_graph = cuda_graph and provider == "cuda"
         try:
             self._sessions["decode"] = self._open(self._joined(), self.cuda_graph)
-        except UserError:
-            if not self.cuda_graph:
+        except UserError as error:
+            if not (self.cuda_graph and NOT_CAPTURED in str(error)):
                 raise
             self.cuda_graph = False  # onnxruntime captures no graph of which it computes a part on the host
             self._sessions["decode"] = self._open(self._joined())
@@ -111,12 +118,8 @@ class FusedSession:
             UserError: the device has no memory for it.
         """
         idle = self._idle[capacity]
-        try:
+        with told(f"caches of {capacity:,} rows cannot be had", SMALLER, CHECK_GPU):
             workspace = idle.pop() if idle else Workspace.make(self.bundle.manifest, capacity, self.dtype, self.value)
-        except Exception as error:  # onnxruntime's exceptions share no public base class
-            raise UserError(
-                f"there is no memory for caches of {capacity} rows: use smaller pictures, or begin a new conversation"
-            ) from error
         workspace.cache.clear()
         return workspace
 
@@ -126,7 +129,7 @@ class FusedSession:
 
     def lowered(self, name: contract.GraphName, lowering: Lowering) -> ir.Model:
         """A graph of the bundle, in the dtype that is computed in."""
-        model = ir.load(self.bundle.folder / self.bundle.manifest.graphs[name].file)
+        model = read_graph(self.bundle, name)
         if self.dtype != self.bundle.manifest.dtype:
             model = RetypeFloatsPass(self.dtype)(model).model
         return lower(model, lowering)
@@ -157,14 +160,9 @@ class FusedSession:
                     options.add_external_initializers([name], [self._converted[name]])
         chosen = cuda_options(onnxruntime.__version__, cuda_graph) if self.device == "cuda" else {}
         provider = (PROVIDERS[self.device], chosen)
-        try:
-            content = ir.to_proto(model).SerializeToString()
+        content = ir.to_proto(model).SerializeToString()
+        with told(f"{model.graph.name} does not open in onnxruntime", NO_ROOM, "use --provider cpu"):
             session = onnxruntime.InferenceSession(content, options, providers=[provider])
-        except Exception as error:  # neither onnxruntime's exceptions nor protobuf's share a public base class
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{model.graph.name} does not open in onnxruntime ({reason}): use --provider cpu"
-            ) from error
         if PROVIDERS[self.device] not in session.get_providers():  # onnxruntime falls back to the CPU without a word
             raise UserError(
                 "onnxruntime's CUDA provider does not load: install the CUDA and cuDNN that this onnxruntime-gpu is "
@@ -188,8 +186,13 @@ class FusedSession:
         return cast(self.bundle.embedding_table[tokens], self.dtype, "an embedding of this model", WIDER)[None]
 
     def value(self, array: npt.NDArray[Any]) -> OrtValue:
-        """An array in the device's memory; on the CPU it is the array's own."""
-        return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+        """An array in the device's memory; on the CPU it is the array's own.
+
+        Raises:
+            UserError: the device has no memory for it.
+        """
+        with told(f"{decimal(array.nbytes)} cannot be put into the device's memory", SMALLER, CHECK_GPU):
+            return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
 
     def bind(self, name: str, inputs: Values, outputs: Mapping[str, OrtValue | Rows | str]) -> Any:
         """Bind a graph's inputs, and its outputs to memory of the caller's, or to new memory on "cpu" or "cuda"."""
@@ -212,7 +215,7 @@ class FusedSession:
         """Run a graph, and return its outputs by name.
 
         Raises:
-            UserError: onnxruntime cannot, most often for lack of memory.
+            UserError: onnxruntime cannot, for lack of memory or another reason.
         """
         self.run_bound(name, binding)
         return dict(zip([o.name for o in self._sessions[name].get_outputs()], binding.get_outputs(), strict=True))
@@ -228,11 +231,8 @@ class FusedSession:
         session, options = self._sessions[name], onnxruntime.RunOptions()
         if captured is not None:
             options.add_run_config_entry("gpu_graph_id", str(captured))
-        try:
+        with told(f"{name} cannot run", SMALLER, CHECK_GPU):
             session.run_with_iobinding(binding, options)
-        except Exception as error:  # as above
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{name} cannot run ({reason}): if memory is short, use a smaller picture") from error
 
 
 def cuda_options(version: str, cuda_graph: bool) -> dict[str, str]:
@@ -283,14 +283,10 @@ def register(library: Path, options: onnxruntime.SessionOptions) -> None:
     """
     if not library.is_file():
         raise UserError(f"there is no {library}: build it as docs/tensorrt.md says, or leave --op-library out")
-    try:
+    version = onnxruntime.__version__
+    build = f"build it on this machine, against headers of onnxruntime {version} or older"
+    with told(f"{library} does not load as custom operators", NO_ROOM, build):
         options.register_custom_ops_library(str(library.resolve()))
-    except Exception as error:  # onnxruntime's exceptions share no public base class
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{library} does not load as custom operators ({reason}): build it on this machine, against headers of "
-            f"onnxruntime {onnxruntime.__version__} or older"
-        ) from error
 
 
 class FusedConversation:

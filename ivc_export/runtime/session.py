@@ -18,6 +18,7 @@ from ivc_export.errors import UserError
 from ivc_export.floats import cast
 from ivc_export.passes import WidenFloatsPass
 from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.failures import SMALLER, read_graph, told
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -58,16 +59,11 @@ class OnnxSession:
             options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # three pools would spin on each other
         source: str | bytes = str(path)
-        try:
-            if self.bundle.manifest.dtype != self.dtype:
-                source = ir.to_proto(WidenFloatsPass()(ir.load(path)).model).SerializeToString()
-                options.add_session_config_entry(
-                    "session.model_external_initializers_file_folder_path", str(path.parent)
-                )
+        if self.bundle.manifest.dtype != self.dtype:
+            source = ir.to_proto(WidenFloatsPass()(read_graph(self.bundle, name)).model).SerializeToString()
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        with told(f"{path} does not open in onnxruntime", "close other programs", "export the model again"):
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # neither onnxruntime's exceptions nor protobuf's share a public base class
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} does not open in onnxruntime ({reason}): export the model again") from error
 
     def converse(self, ratio: float | None = None, capacity: int | None = None) -> Conversation:
         """Begin a conversation; see Conversation."""
@@ -77,7 +73,7 @@ class OnnxSession:
         """Run graph `name` on arrays in host memory.
 
         Raises:
-            UserError: onnxruntime cannot, most often for lack of memory; or values do not fit float16.
+            UserError: onnxruntime cannot, for lack of memory or another reason; or values do not fit float16.
         """
         if self.dtype == "float16":
             narrow = {t.name for t in self.bundle.manifest.graphs[name].inputs if t.dtype == "float16"}
@@ -85,11 +81,8 @@ class OnnxSession:
                 key: cast(array, self.dtype, key, "compute in float32") if key in narrow else array
                 for key, array in feeds.items()
             }
-        try:
+        with told(f"{name} cannot run", SMALLER, "export the model again, or use another onnxruntime"):
             outputs = self._sessions[name].run(None, dict(feeds))
-        except Exception as error:  # as above
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{name} cannot run ({reason}): if memory is short, use a smaller picture") from error
         outputs = [array.astype(np.float32) if array.dtype == np.float16 else array for array in outputs]
         return dict(zip(self._outputs[name], outputs, strict=True))
 

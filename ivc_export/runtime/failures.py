@@ -1,0 +1,79 @@
+"""What onnxruntime and its readers raise, in sentences; what is nobody's fault but ours passes through."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx_ir as ir
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from ivc_export import contract
+from ivc_export.bundle import Bundle
+from ivc_export.contract import GraphName
+from ivc_export.errors import UserError
+
+OWN: tuple[type[Exception], ...] = tuple(
+    kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
+)
+"""onnxruntime's exceptions, one for each of its status codes, which share no base class."""
+
+_SHORT = (
+    "failed to allocate",  # its arenas, of any device
+    "out of memory",  # CUDA
+    "alloc_failed",  # cuBLAS and cuDNN
+    "bad_alloc",
+    "bad allocation",
+    "cannot allocate memory",  # the system, asked for a memory map
+)
+"""What messages about a lack of memory say, in small letters."""
+
+
+SMALLER = "use smaller pictures, or close other programs"
+"""What to do where a run finds no memory."""
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, on one line, or its name where it says nothing."""
+    return textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
+
+
+def is_short_of_memory(error: BaseException) -> bool:
+    """Whether an exception tells of a lack of memory, which the bindings raise as different classes."""
+    return isinstance(error, MemoryError) or any(words in reason(error).lower() for words in _SHORT)
+
+
+@contextmanager
+def told(what: str, short: str, otherwise: str) -> Iterator[None]:
+    """Tell in one sentence, with onnxruntime's reason, what it raises inside; anything else passes through.
+
+    what: that failed, such as "prefix cannot run". short, otherwise: what to do where memory is short, and where not.
+
+    Raises:
+        UserError: onnxruntime raised something, or memory is short.
+    """
+    try:
+        yield
+    except (*OWN, MemoryError, RuntimeError) as error:
+        if is_short_of_memory(error):
+            raise UserError(f"{what} for lack of memory ({reason(error)}): {short}") from error
+        if not isinstance(error, OWN):
+            raise
+        raise UserError(f"{what} ({reason(error)}): {otherwise}") from error
+
+
+def read_graph(bundle: Bundle, name: GraphName) -> ir.Model:
+    """A graph of a bundle, its weights unread.
+
+    Raises:
+        UserError: its file is damaged, or not what the manifest says.
+    """
+    info = bundle.manifest.graphs[name]
+    path = bundle.folder / info.file
+    try:
+        model = ir.load(path)
+        contract.verify(name, model, info, bundle.manifest.lowering)
+    except Exception as error:  # of damaged files onnx_ir and protobuf raise almost anything
+        raise UserError(f"{path} does not open in onnxruntime ({reason(error)}): export the model again") from error
+    return model

@@ -11,8 +11,8 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
+from ivc_export.bounded_template import BoundedEnvironment, TemplateLimitError
 from ivc_export.errors import UserError
 
 Message = Mapping[str, Any]
@@ -42,15 +42,17 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, config: Mapping[str, Any], where: str, advice: str) -> None:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        self._environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
         )
-        environment.globals |= {"raise_exception": refuse, "strftime_now": strftime_now}
-        environment.filters["tojson"] = to_json
+        self._environment.globals |= {"raise_exception": refuse, "strftime_now": strftime_now}
+        self._environment.add_filter("tojson", to_json)
         try:
             self.tokens = named_tokens(config)
-            self._template = environment.from_string(source)
-        except (jinja2.TemplateError, ValueError, RecursionError) as error:
+            self._template = self._environment.from_string(source)
+        except MemoryError as error:
+            raise UserError(f"{where} does not fit into memory: {advice}") from error
+        except (jinja2.TemplateError, TemplateLimitError, ValueError, RecursionError, SyntaxError) as error:
             raise UserError(f"{where} is damaged ({error}): {advice}") from error
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
@@ -61,7 +63,8 @@ class ChatTemplate:
         """
         names: dict[str, Any] = {**self.tokens, "tools": None, "documents": None}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
+            given = {"messages": messages, "add_generation_prompt": add_generation_prompt, **names}
+            return self._environment.render(self._template, given)
         except UserError:
             raise
         except Exception as error:  # a template is a program

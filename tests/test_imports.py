@@ -10,7 +10,7 @@ ORDER = [  # from the bottom up; a module imports from its own line or from lowe
     {"errors"},
     {"files"},
     {"contract", "floats", "checkpoint", "recording", "memory"},
-    {"recipe", "staging", "weights", "counting", "calibration", "chat_template"},
+    {"recipe", "staging", "weights", "counting", "calibration", "chat_template", "bounded_template"},
     {"placement"},
     {"builder"},
     {"layers", "selection"},

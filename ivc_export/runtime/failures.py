@@ -18,6 +18,8 @@ OWN: tuple[type[Exception], ...] = tuple(
     kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
 )
 """onnxruntime's exceptions, one for each of its status codes, which share no base class."""
+KNOWN: tuple[type[Exception], ...] = (MemoryError, RuntimeError, *OWN)
+"""What its bindings raise; RuntimeError is told only where it tells of a lack of memory."""
 
 _SHORT = (
     "failed to allocate",  # its arenas, of any device
@@ -55,7 +57,7 @@ def told(what: str, short: str, otherwise: str) -> Iterator[None]:
     """
     try:
         yield
-    except (*OWN, MemoryError, RuntimeError) as error:
+    except KNOWN as error:
         if is_short_of_memory(error):
             raise UserError(f"{what} for lack of memory ({reason(error)}): {short}") from error
         if not isinstance(error, OWN):

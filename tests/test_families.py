@@ -265,7 +265,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2_5_vl", {"vision_config": {"hidden_act": "gelu"}}, "hidden_act 'gelu'"),
     ("qwen2_5_vl", {"vision_config": {"hidden_size": 30}}, "does not divide"),
     ("llava", {"text_config": {"model_type": "mistral"}}, "text_config.model_type 'mistral'"),
-    ("llava", {"text_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}}, "rope type 'linear'"),
+    (
+        "llava",
+        {"text_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}},
+        "text_config.rope_scaling.type 'linear'",
+    ),
     ("llava", {"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
     ("llava", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy 'full'"),
     ("llava", {"vision_config": {"hidden_act": "relu"}}, "hidden_act 'relu'"),

@@ -185,62 +185,11 @@ def required(config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
-def check_divides(*facts: tuple[str, int, int]) -> None:
-    """Check that in each (name, whole, part) the part divides the whole.
-
-    Raises:
-        UserError: one does not.
-    """
-    for what, whole, part in facts:
-        if whole % part:
-            raise UserError(f"config.json is inconsistent: {what} is {whole}, which {part} does not divide")
-
-
-def read_decoder(text: Mapping[str, Any], tied: bool, qkv_bias: bool) -> contract.DecoderSizes:
-    """Sizes of a decoder of Llama's kind (Llama, Qwen2, InternLM2), by the keys that all of them use.
-
-    Raises:
-        UserError: a size is missing or fits no other, or attention slides over a window.
-    """
-    if text.get("use_sliding_window") and text.get("max_window_layers", 0) < required(text, "num_hidden_layers"):
-        raise UserError(
-            "config.json asks for sliding-window attention, which is not supported: set use_sliding_window to false"
-        )
-    hidden, heads = required(text, "hidden_size"), required(text, "num_attention_heads")
-    kv_heads = text.get("num_key_value_heads") or heads
-    if not text.get("head_dim"):
-        check_divides(("hidden_size", hidden, 2 * heads))
-    check_divides(("num_attention_heads", heads, kv_heads))
-    return contract.DecoderSizes(
-        layers=required(text, "num_hidden_layers"),
-        hidden_size=hidden,
-        intermediate_size=required(text, "intermediate_size"),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=text.get("head_dim") or hidden // heads,
-        vocab_size=required(text, "vocab_size"),
-        rms_norm_epsilon=text.get("rms_norm_eps", 1e-6),
-        qkv_bias=qkv_bias,
-        tied_embeddings=tied,
-        max_positions=text.get("max_position_embeddings", 32768),
-    )
-
-
 def scaled_layer(sizes: contract.DecoderSizes, published: Mapping[int, int], layer: int, layers: int) -> DefaultLayer:
     """The published selection layer for this many layers, or else `layer` of `layers` in proportion, uncalibrated."""
     if sizes.layers in published:
         return DefaultLayer(published[sizes.layers], calibrated=True)
     return DefaultLayer(min(sizes.layers - 1, max(1, round(sizes.layers * layer / layers))), calibrated=False)
-
-
-def check_bicubic(processor: Mapping[str, Any]) -> None:
-    """Check that the image processor scales as `picture` does.
-
-    Raises:
-        UserError: it does not.
-    """
-    if processor.get("resample", PIL.Image.Resampling.BICUBIC) != PIL.Image.Resampling.BICUBIC:
-        raise UserError("the image processor's resample is not bicubic (3), which is all that this version knows")
 
 
 def scaled_pixels(
@@ -306,20 +255,6 @@ def renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
-
-
-def read_rotary(text: Mapping[str, Any], head_dim: int) -> contract.RotarySizes:
-    """One-dimensional rotary positions, which "dynamic" scaling leaves as they are up to the model's last position.
-
-    Raises:
-        UserError: they are scaled in another way.
-    """
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "dynamic"):
-        raise UserError(f"rope type {rope_type!r} of config.json is not supported: this version exports plain RoPE")
-    theta = rope.get("rope_theta", text.get("rope_theta", 10000.0))
-    return contract.RotarySizes(theta=theta, sections=(head_dim // 2,))
 
 
 def counted_positions(segments: Sequence[int | Grid], start: int) -> tuple[npt.NDArray[np.int32], int]:

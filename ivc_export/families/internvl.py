@@ -14,7 +14,7 @@ other families; the official code projects that layer's input anew, without its 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,14 +32,9 @@ from ivc_export.families import (
     Grid,
     Model,
     Picture,
-    check_bicubic,
-    check_divides,
     check_shape,
     counted_positions,
-    read_decoder,
-    read_rotary,
     renamed,
-    required,
     scaled_layer,
     scaled_pixels,
 )
@@ -52,85 +47,127 @@ from ivc_export.layers import (
     with_class_token,
     without_class_token,
 )
+from ivc_export.settings import (
+    CONFIG,
+    PROCESSOR,
+    Backendless,
+    PictureSettings,
+    Settings,
+    Square,
+    check_divides,
+    check_edges,
+    refuse,
+)
+from ivc_export.text_models import DecoderSettings, LlamaText, Qwen2Text, read_decoder
 
 SHUFFLE = 2  # patches along a side of a visual token
+Half = Annotated[float, Field(ge=1 / SHUFFLE, le=1 / SHUFFLE)]
 PROJECTOR_EPSILON = 1e-5
+
+
+class Whole(Settings):
+    """InternVLConfig of transformers."""
+
+    image_token_id: contract.TokenId = 151667
+    downsample_ratio: Half = 1 / SHUFFLE
+    projector_hidden_act: Literal["gelu"] = "gelu"
+    vision_feature_layer: Literal[-1] = -1
+    vision_feature_select_strategy: Literal["default"] = "default"
+    tie_word_embeddings: bool = True
+    """A stored head counts before it."""
+
+
+class Vision(Settings):
+    """InternVLVisionConfig of transformers."""
+
+    model_type: Literal["internvl_vision"] = "internvl_vision"
+    hidden_size: contract.Width = 1024
+    num_hidden_layers: contract.Depth = 24
+    num_attention_heads: contract.Heads = 16
+    attention_bias: bool = False
+    use_qk_norm: Literal[False] = False
+    intermediate_size: contract.Width = 4096
+    hidden_act: Literal["gelu"] = "gelu"
+    norm_type: Literal["layer_norm"] = "layer_norm"
+    layer_norm_eps: contract.Epsilon = 1e-6
+    image_size: Annotated[contract.Side, Square] = 448
+    patch_size: Annotated[contract.Side, Square] = 14
+    num_channels: Literal[3] = 3
+    use_absolute_position_embeddings: Literal[True] = True
+    use_mean_pooling: Literal[True] = True
+    """Without it there is a norm behind the last layer."""
+
+
+class Pictures(PictureSettings):
+    """GotOcr2ImageProcessor of transformers. A size that is null is the encoder's.
+
+    Its crop_to_patches does not count: InternVLProcessor always cuts into tiles.
+    """
+
+    image_processor_type: Annotated[Literal["GotOcr2ImageProcessor"], Backendless] = "GotOcr2ImageProcessor"
+    size: Any = None
+    min_patches: contract.Tiles = 1
+    max_patches: contract.Tiles = 12
+
+
+TEXTS: Mapping[str, type[DecoderSettings]] = {"qwen2": Qwen2Text, "llama": LlamaText}
 
 
 class VisionSizes(contract.Frozen):
     """Sizes of the vision encoder; `image` and `patch` are sides in pixels."""
 
-    layers: int = Field(gt=0)
-    width: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    mlp_size: int = Field(gt=0)
-    image: int = Field(gt=0)
-    patch: int = Field(gt=0)
-    epsilon: float = Field(gt=0)
+    layers: contract.Depth
+    width: contract.Width
+    heads: contract.Heads
+    mlp_size: contract.Width
+    image: contract.Side
+    patch: contract.Side
+    epsilon: contract.Epsilon
     qkv_bias: bool
     fused_qkv: bool
 
 
-def check_plain(facts: Mapping[str, tuple[Any, Any]]) -> None:
-    """Check that each named value of config.json is the one that is supported: name to (found, supported).
+def read_text(content: Any, part: str, kinds: Mapping[str, type[DecoderSettings]]) -> DecoderSettings:
+    """The decoder's settings by its model_type, the first of `kinds` where there is none.
 
     Raises:
-        UserError: one is not.
+        UserError: it is of none of the kinds, or a value is not known.
     """
-    for what, (found, supported) in facts.items():
-        if found != supported:
-            raise UserError(f"{what} {found!r} of config.json is not supported: this version exports {supported!r}")
-
-
-def side(value: Any) -> int:
-    """A side's length, from one number or two equal ones."""
-    sides = {*value} if isinstance(value, list | tuple) else {value}
-    if len(sides) != 1:
-        raise UserError(f"config.json gives sides of {value} pixels, and only squares are supported")
-    return int(sides.pop())
+    kind = next(iter(kinds))
+    if isinstance(content, Mapping):
+        kind = content.get("model_type") or kind
+    if kind not in kinds:
+        refuse(f"{part}.model_type", kind, CONFIG, f"this version knows {' and '.join(map(repr, kinds))}")
+    return kinds[kind].read(content, part=part)
 
 
 def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
     """Digest config.json of transformers' layout, and the processor's file."""
-    text, vision = required(config, "text_config"), required(config, "vision_config")
-    check_plain(
-        {
-            "downsample_ratio": (config.get("downsample_ratio", 0.5), 1 / SHUFFLE),
-            "vision_feature_layer": (config.get("vision_feature_layer", -1), -1),
-            "vision_feature_select_strategy": (config.get("vision_feature_select_strategy", "default"), "default"),
-            "projector_hidden_act": (config.get("projector_hidden_act", "gelu"), "gelu"),
-            "vision_config.hidden_act": (vision.get("hidden_act", "gelu"), "gelu"),
-            "vision_config.norm_type": (vision.get("norm_type", "layer_norm"), "layer_norm"),
-            "vision_config.use_qk_norm": (vision.get("use_qk_norm", False), False),
-            "vision_config.use_mean_pooling": (vision.get("use_mean_pooling", True), True),
-        }
-    )
-    kind = text.get("model_type", "qwen2")
-    if kind not in ("qwen2", "llama"):
-        raise UserError(f"text_config.model_type {kind!r} of config.json is not supported: only qwen2 and llama")
-    tied = bool(config.get("tie_word_embeddings", True))  # transformers' default; a stored head counts before it
-    decoder = read_decoder(text, tied, qkv_bias=kind == "qwen2" or bool(text.get("attention_bias")))
+    whole, text = Whole.read(config), read_text(config.get("text_config"), "text_config", TEXTS)
+    vision = Vision.read(config.get("vision_config"), part="vision_config")
+    pictures = Pictures.read(processor, PROCESSOR)
     sizes = VisionSizes(
-        layers=vision.get("num_hidden_layers", 24),
-        width=vision.get("hidden_size", 1024),
-        heads=vision.get("num_attention_heads", 16),
-        mlp_size=vision.get("intermediate_size", 4096),
-        image=side(vision.get("image_size", 448)),
-        patch=side(vision.get("patch_size", 14)),
-        epsilon=vision.get("layer_norm_eps", 1e-6),
-        qkv_bias=vision.get("attention_bias", False),
+        layers=vision.num_hidden_layers,
+        width=vision.hidden_size,
+        heads=vision.num_attention_heads,
+        mlp_size=vision.intermediate_size,
+        image=vision.image_size,
+        patch=vision.patch_size,
+        epsilon=vision.layer_norm_eps,
+        qkv_bias=vision.attention_bias,
         fused_qkv=False,
     )
-    settings = processor or {}  # its crop_to_patches does not count: InternVLProcessor always cuts into tiles
-    tiles = (settings.get("min_patches") or 1, settings.get("max_patches") or 12)
-    return make_model(decoder, text, sizes, settings, tiles, config.get("image_token_id", 151667))
+    check_edges("size", pictures.size, {"height": sizes.image, "width": sizes.image}, "a tile is the encoder's input")
+    decoder = read_decoder(text, whole.tie_word_embeddings, qkv_bias=isinstance(text, Qwen2Text))
+    tiles = (pictures.min_patches, pictures.max_patches)
+    return make_model(decoder, text, sizes, pictures, tiles, whole.image_token_id)
 
 
 def make_model(
     decoder: contract.DecoderSizes,
-    text: Mapping[str, Any],
+    text: DecoderSettings,
     sizes: VisionSizes,
-    processor: Mapping[str, Any],
+    pictures: PictureSettings,
     tiles: tuple[int, int],
     image_token: int,
 ) -> Model:
@@ -139,10 +176,13 @@ def make_model(
         ("vision_config.hidden_size", sizes.width, sizes.heads),
         ("vision_config.image_size", sizes.image, SHUFFLE * sizes.patch),
     )
-    check_bicubic(processor)
+    if tiles[0] > tiles[1]:
+        raise UserError(
+            f"its settings are inconsistent: a picture has at least {tiles[0]} tiles, and at most {tiles[1]}"
+        )
     return Model(
         decoder=decoder,
-        rotary=read_rotary(text, decoder.head_dim),
+        rotary=contract.RotarySizes(theta=text.theta, sections=(decoder.head_dim // 2,)),
         selection=contract.SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2, softmax="all", tiles=True),
         preprocessing=contract.TilePreprocessing(
             tile_pixels=sizes.image,
@@ -150,9 +190,7 @@ def make_model(
             min_tiles=tiles[0],
             max_tiles=tiles[1],
             fit="stretch",
-            rescale_factor=processor.get("rescale_factor", 1 / 255),
-            mean=processor.get("image_mean") or (0.485, 0.456, 0.406),
-            std=processor.get("image_std") or (0.229, 0.224, 0.225),
+            **pictures.scaling,
         ),
         image_token=image_token,
         vision_start_token=image_token - 2,

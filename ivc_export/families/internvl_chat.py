@@ -9,54 +9,123 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from ivc_export.errors import UserError
-from ivc_export.families import Model, StockLayout, read_decoder, renamed, required
+from ivc_export import contract
+from ivc_export.families import Model, StockLayout, renamed, required
 from ivc_export.families.internvl import FAMILY as TRANSFORMERS
-from ivc_export.families.internvl import SHUFFLE, VisionSizes, check_plain, make_model
+from ivc_export.families.internvl import SHUFFLE, Half, VisionSizes, make_model, read_text
 from ivc_export.families.internvl import stored_name as transformers_name
+from ivc_export.settings import (
+    CONFIG,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PROCESSOR,
+    Deviations,
+    Means,
+    PictureSettings,
+    Settings,
+    check_edges,
+    refuse,
+)
+from ivc_export.text_models import DecoderSettings, Layers, PlainRope, Qwen2Text, Vocabulary, read_decoder
 
 IMAGE_TOKENS = {"qwen2": 151667, "internlm2": 92546}
 """<IMG_CONTEXT> by decoder; <img> and </img> are the two ids before it in the tokenizers of both."""
 
 
+class Whole(Settings):
+    """InternVLChatConfig of the original code; what has no default there is not supported as it has it."""
+
+    select_layer: Literal[-1] = -1
+    pad2square: Literal[False] = False
+    force_image_size: contract.Side | None = None
+    downsample_ratio: Half = 1 / SHUFFLE
+    dynamic_image_size: bool = False
+    use_thumbnail: bool = False
+    ps_version: Literal["v2"]
+    min_dynamic_patch: contract.Tiles = 1
+    max_dynamic_patch: contract.Tiles = 6
+    img_context_token_id: contract.TokenId | None = None
+    """null: by the decoder. The original code looks it up in the tokenizer."""
+    tie_word_embeddings: bool = False
+
+
+class Vision(Settings):
+    """InternVisionConfig of the original code; what has no default here is not supported as it has it there."""
+
+    num_channels: Literal[3] = 3
+    patch_size: contract.Side = 14
+    image_size: contract.Side = 224
+    qkv_bias: bool = False
+    hidden_size: contract.Width = 3200
+    num_attention_heads: contract.Heads = 25
+    intermediate_size: contract.Width = 12800
+    qk_normalization: Literal[False]
+    num_hidden_layers: contract.Depth = 48
+    hidden_act: Literal["gelu"] = "gelu"
+    norm_type: Literal["layer_norm"]
+    layer_norm_eps: contract.Epsilon = 1e-6
+
+
+class InternLM2Text(DecoderSettings):
+    """InternLM2Config of the original code; its bias, which is the default there, is not supported."""
+
+    model_type: Literal["internlm2"] = "internlm2"
+    vocab_size: Vocabulary = 103168
+    hidden_size: contract.Width = 4096
+    intermediate_size: contract.Width = 11008
+    num_hidden_layers: Layers = 32
+    num_attention_heads: contract.Heads = 32
+    num_key_value_heads: contract.Heads | None = None
+    max_position_embeddings: contract.Count = 2048
+    rms_norm_eps: contract.Epsilon = 1e-6
+    rope_parameters: PlainRope | None = None
+    rope_scaling: PlainRope | None = None
+    bias: Literal[False]
+    rope_pos_id_version: Literal["default"] = "default"
+
+
+class Pictures(PictureSettings):
+    """The original code scales pictures by itself; its files hold settings of CLIP's, which say the same."""
+
+    size: Any = None
+    crop_size: Any = None
+    image_mean: Means = IMAGENET_MEAN
+    image_std: Deviations = IMAGENET_STD
+
+
+TEXTS: Mapping[str, type[DecoderSettings]] = {"qwen2": Qwen2Text, "internlm2": InternLM2Text}
+
+
 def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
     """Digest config.json of the original layout, whose decoder is Qwen2 or InternLM2."""
-    text, vision = required(config, "llm_config"), required(config, "vision_config")
-    check_plain(
-        {
-            "downsample_ratio": (config.get("downsample_ratio", 0.5), 1 / SHUFFLE),
-            "select_layer": (config.get("select_layer", -1), -1),
-            "ps_version": (config.get("ps_version", "v2"), "v2"),
-            "vision_config.hidden_act": (vision.get("hidden_act", "gelu"), "gelu"),
-            "vision_config.norm_type": (vision.get("norm_type", "layer_norm"), "layer_norm"),
-            "vision_config.qk_normalization": (vision.get("qk_normalization", False), False),
-        }
-    )
-    kind = text.get("model_type")
-    if kind not in IMAGE_TOKENS:
-        raise UserError(f"llm_config.model_type {kind!r} of config.json is not supported: only qwen2 and internlm2")
-    fused = kind == "internlm2"
-    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    decoder = read_decoder(text, tied, qkv_bias=bool(text.get("bias", True)) if fused else True)
+    whole, text = Whole.read(config), read_text(required(config, "llm_config"), "llm_config", TEXTS)
+    vision = Vision.read(required(config, "vision_config"), part="vision_config")
+    fused = isinstance(text, InternLM2Text)
+    decoder = read_decoder(text, whole.tie_word_embeddings or text.tie_word_embeddings, qkv_bias=not fused)
     sizes = VisionSizes(
-        layers=required(vision, "num_hidden_layers"),
-        width=required(vision, "hidden_size"),
-        heads=required(vision, "num_attention_heads"),
-        mlp_size=required(vision, "intermediate_size"),
-        image=config.get("force_image_size") or required(vision, "image_size"),
-        patch=required(vision, "patch_size"),
-        epsilon=vision.get("layer_norm_eps", 1e-6),
-        qkv_bias=vision.get("qkv_bias", False),
+        layers=vision.num_hidden_layers,
+        width=vision.hidden_size,
+        heads=vision.num_attention_heads,
+        mlp_size=vision.intermediate_size,
+        image=whole.force_image_size or vision.image_size,
+        patch=vision.patch_size,
+        epsilon=vision.layer_norm_eps,
+        qkv_bias=vision.qkv_bias,
         fused_qkv=True,
     )
-    tiled = config.get("dynamic_image_size", True) and config.get("use_thumbnail", True)
-    tiles = (config.get("min_dynamic_patch") or 1, config.get("max_dynamic_patch") or 12) if tiled else (1, 1)
-    # config.json does not name the token: the original code looks it up in the tokenizer of the decoder
-    image_token = config.get("img_context_token_id") or IMAGE_TOKENS[kind]
+    pictures = Pictures.read(processor, PROCESSOR)
+    for key, size in (("size", pictures.size), ("crop_size", pictures.crop_size)):
+        check_edges(key, size, {"height": sizes.image, "width": sizes.image}, "a tile is the encoder's input")
+    if whole.dynamic_image_size and not whole.use_thumbnail:
+        refuse("use_thumbnail", False, CONFIG, "where dynamic_image_size is true there must be a thumbnail")
+    tiles = (whole.min_dynamic_patch, whole.max_dynamic_patch) if whole.dynamic_image_size else (1, 1)
+    image_token = whole.img_context_token_id
+    if image_token is None:
+        image_token = IMAGE_TOKENS["internlm2" if fused else "qwen2"]
     decoder = decoder.model_copy(update={"fused_qkv": fused})
-    return make_model(decoder, text, sizes, processor or {}, tiles, image_token)
+    return make_model(decoder, text, sizes, pictures, tiles, image_token)
 
 
 PREFIXES = (  # ours, the original code's

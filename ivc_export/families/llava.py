@@ -9,17 +9,16 @@ up to. The cache of layer 0 stays whole, as in the official code.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import PIL.Image
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from ivc_export import contract
 from ivc_export.builder import Graph
-from ivc_export.errors import UserError
 from ivc_export.families import (
     TILES_ASPECT_LIMIT,
     DefaultLayer,
@@ -27,14 +26,9 @@ from ivc_export.families import (
     Grid,
     Model,
     Picture,
-    check_bicubic,
-    check_divides,
     check_shape,
     counted_positions,
-    read_decoder,
-    read_rotary,
     renamed,
-    required,
     scaled_layer,
     scaled_pixels,
 )
@@ -48,80 +42,122 @@ from ivc_export.layers import (
     with_class_token,
     without_class_token,
 )
+from ivc_export.settings import (
+    CONFIG,
+    PROCESSOR,
+    Backendless,
+    PictureSettings,
+    Settings,
+    Square,
+    check_divides,
+    check_edges,
+    refuse,
+)
+from ivc_export.text_models import LlamaText, read_decoder
 
-LLAMA = {  # what config.json leaves out where it is as in Llama's own
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "vocab_size": 32000,
-    "max_position_embeddings": 2048,
+VISION = {  # where config.json says nothing of the encoder
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
 }
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+class Whole(Settings):
+    """LlavaConfig of transformers."""
+
+    image_token_index: contract.TokenId = Field(
+        default=32000, validation_alias=AliasChoices("image_token_index", "image_token_id")
+    )
+    projector_hidden_act: Literal["gelu"] = "gelu"
+    vision_feature_select_strategy: Literal["default"] = "default"
+    vision_feature_layer: int = -2
+    multimodal_projector_bias: bool = True
+    tie_word_embeddings: bool = False
+
+
+class Vision(Settings):
+    """CLIPVisionConfig of transformers."""
+
+    model_type: Literal["clip_vision_model"] = "clip_vision_model"
+    hidden_size: contract.Width = 768
+    intermediate_size: contract.Width = 3072
+    num_hidden_layers: contract.Depth = 12
+    num_attention_heads: contract.Heads = 12
+    num_channels: Literal[3] = 3
+    image_size: Annotated[contract.Side, Square] = 224
+    patch_size: Annotated[contract.Side, Square] = 32
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: contract.Epsilon = 1e-5
+
+
+class Pictures(PictureSettings):
+    """CLIPImageProcessor of transformers. Sizes that are null are the encoder's."""
+
+    image_processor_type: Annotated[Literal["CLIPImageProcessor", "LlavaImageProcessor"], Backendless] = (
+        "CLIPImageProcessor"
+    )
+    size: Any = None
+    default_to_square: bool = False
+    do_center_crop: Literal[True] = True
+    crop_size: Any = None
+    do_pad: Literal[False] = False
+    use_square_size: Literal[False] = False
 
 
 class VisionSizes(contract.Frozen):
     """Sizes of the vision encoder; `layers` of them are run, up to the feature layer."""
 
-    layers: int = Field(gt=0)
-    width: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    mlp_size: int = Field(gt=0)
-    image: int = Field(gt=0)
-    patch: int = Field(gt=0)
-    epsilon: float = Field(gt=0)
+    layers: contract.Depth
+    width: contract.Width
+    heads: contract.Heads
+    mlp_size: contract.Width
+    image: contract.Side
+    patch: contract.Side
+    epsilon: contract.Epsilon
     activation: str
     projector_bias: bool
 
 
 def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
     """Digest config.json and the processor's file."""
-    text = LLAMA | dict(config.get("text_config") or {})
-    for what, found, known in (
-        ("text_config.model_type", text.get("model_type", "llama"), ("llama",)),
-        ("vision_feature_select_strategy", config.get("vision_feature_select_strategy", "default"), ("default",)),
-        ("projector_hidden_act", config.get("projector_hidden_act", "gelu"), ("gelu",)),
-    ):
-        if found not in known:
-            raise UserError(f"{what} {found!r} of config.json is not supported: this version exports {known[0]}")
-    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    decoder = read_decoder(text, tied, qkv_bias=bool(text.get("attention_bias")))
-    vision = read_vision(config)
-    image_token = config.get("image_token_index", config.get("image_token_id", 32000))
+    whole, text = Whole.read(config), LlamaText.read(config.get("text_config"), part="text_config")
+    decoder = read_decoder(text, whole.tie_word_embeddings or text.tie_word_embeddings, qkv_bias=False)
+    vision = read_vision(whole, config.get("vision_config"))
     return Model(
         decoder=decoder,
-        rotary=read_rotary(text, decoder.head_dim),
+        rotary=contract.RotarySizes(theta=text.theta, sections=(decoder.head_dim // 2,)),
         selection=contract.SelectionRule(
             ivc_fraction=0.05, seed_divisor=100, query_offset=2, softmax="all", whole_layers=(0,)
         ),
-        preprocessing=read_preprocessing(vision, processor or {}),
-        image_token=image_token,
+        preprocessing=read_preprocessing(vision, Pictures.read(processor, PROCESSOR)),
+        image_token=whole.image_token_index,
         vision_start_token=None,
         vision_end_token=None,
         vision=vision,
     )
 
 
-def read_vision(config: Mapping[str, Any]) -> VisionSizes:
+def read_vision(whole: Whole, content: object) -> VisionSizes:
     """Sizes of the vision encoder, and which of its layers give the features."""
-    vision, feature = required(config, "vision_config"), config.get("vision_feature_layer", -2)
-    depth, activation = required(vision, "num_hidden_layers"), vision.get("hidden_act", "quick_gelu")
-    if not isinstance(feature, int) or not -depth <= feature <= depth:
-        raise UserError(f"vision_feature_layer {feature!r} of config.json is not supported: give one of {depth} layers")
-    if activation not in ACTIVATIONS:
-        raise UserError(
-            f"vision_config.hidden_act {activation!r} of config.json is not one of {', '.join(ACTIVATIONS)}"
-        )
+    vision = Vision.read(VISION if content is None else content, part="vision_config")
+    depth, feature = vision.num_hidden_layers, whole.vision_feature_layer
+    layers = depth + 1 + feature if feature < 0 else feature
+    if not 0 < layers <= depth:
+        refuse("vision_feature_layer", feature, CONFIG, f"there are {depth} layers, 1 to {depth} or -1 to -{depth}")
     sizes = VisionSizes(
-        layers=depth + 1 + feature if feature < 0 else feature,
-        width=required(vision, "hidden_size"),
-        heads=required(vision, "num_attention_heads"),
-        mlp_size=required(vision, "intermediate_size"),
-        image=required(vision, "image_size"),
-        patch=required(vision, "patch_size"),
-        epsilon=vision.get("layer_norm_eps", 1e-5),
-        activation=activation,
-        projector_bias=config.get("multimodal_projector_bias", True),
+        layers=layers,
+        width=vision.hidden_size,
+        heads=vision.num_attention_heads,
+        mlp_size=vision.intermediate_size,
+        image=vision.image_size,
+        patch=vision.patch_size,
+        epsilon=vision.layer_norm_eps,
+        activation=vision.hidden_act,
+        projector_bias=whole.multimodal_projector_bias,
     )
     check_divides(
         ("vision_config.hidden_size", sizes.width, sizes.heads), ("vision_config.image_size", sizes.image, sizes.patch)
@@ -129,25 +165,24 @@ def read_vision(config: Mapping[str, Any]) -> VisionSizes:
     return sizes
 
 
-def read_preprocessing(vision: VisionSizes, processor: Mapping[str, Any]) -> contract.TilePreprocessing:
-    """The image processor's settings; where its file is silent, CLIP's own."""
-    check_bicubic(processor)
-    size = processor.get("size") or {}
-    edge = size.get("shortest_edge") if isinstance(size, Mapping) else size
-    if processor.get("do_pad") or not processor.get("do_center_crop", True) or edge not in (None, vision.image):
-        raise UserError(
-            f"the image processor does not scale a picture's shorter side to {vision.image} and cut out the middle, "
-            "which is all that this version knows"
-        )
+def read_preprocessing(vision: VisionSizes, pictures: Pictures) -> contract.TilePreprocessing:
+    """The image processor's settings.
+
+    Raises:
+        UserError: it does not scale the shorter side to the encoder's input and cut out the middle.
+    """
+    side, size = vision.image, pictures.size
+    if pictures.default_to_square and type(size) is int:
+        size = {"height": size, "width": size}
+    check_edges("size", size, {"shortest_edge": side}, "the shorter side is scaled to the encoder's input")
+    check_edges("crop_size", pictures.crop_size, {"height": side, "width": side}, "the encoder's input is cut out")
     return contract.TilePreprocessing(
-        tile_pixels=vision.image,
-        tile_side=vision.image // vision.patch,
+        tile_pixels=side,
+        tile_side=side // vision.patch,
         min_tiles=1,
         max_tiles=1,
         fit="crop",
-        rescale_factor=processor.get("rescale_factor", 1 / 255),
-        mean=processor.get("image_mean") or (0.48145466, 0.4578275, 0.40821073),
-        std=processor.get("image_std") or (0.26862954, 0.26130258, 0.27577711),
+        **pictures.scaling,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 from pydantic import Field
@@ -12,10 +12,11 @@ from pydantic import Field
 from ivc_export import contract
 from ivc_export.builder import FLOAT, INT32, Graph
 from ivc_export.errors import UserError
-from ivc_export.families import DefaultLayer, Family, Model, check_divides, required, scaled_layer
+from ivc_export.families import DefaultLayer, Family, Model, scaled_layer
 from ivc_export.families.qwen2_vl import (
     CHAT_TEMPLATE,
     TINY_TOKENS,
+    Patches,
     canonical_name,
     frequencies,
     patch_rows,
@@ -25,18 +26,34 @@ from ivc_export.families.qwen2_vl import (
     stock_inputs,
 )
 from ivc_export.layers import MASKED, attend, gated_mlp, gelu, linear, rms_norm, rotary_angles, rotated_heads
+from ivc_export.settings import Ints, check_divides
 
 RMS_NORM_EPSILON = 1e-6
+
+
+class Vision(Patches):
+    """Qwen2_5_VLVisionConfig of transformers."""
+
+    model_type: Literal["qwen2_5_vl", "qwen2_5_vl_vision"] = "qwen2_5_vl_vision"
+    depth: contract.Depth = 32
+    hidden_size: contract.Width = 3584
+    hidden_act: Literal["silu"] = "silu"
+    intermediate_size: contract.Width = 3420
+    num_heads: contract.Heads = 16
+    window_size: contract.Side = 112
+    out_hidden_size: contract.Width = 3584
+    """Of what the merger gives, which is the decoder's."""
+    fullatt_block_indexes: Ints = (7, 15, 23, 31)
 
 
 class VisionSizes(contract.Frozen):
     """Sizes of the vision encoder; `window` is a window's side in patches."""
 
-    depth: int = Field(gt=0)
-    embed_dim: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    mlp_size: int = Field(gt=0)
-    window: int = Field(gt=0)
+    depth: contract.Depth
+    embed_dim: contract.Width
+    heads: contract.Heads
+    mlp_size: contract.Width
+    window: int = Field(gt=0, le=1024)
     full_blocks: tuple[int, ...]
 
     @property
@@ -47,20 +64,23 @@ class VisionSizes(contract.Frozen):
 
 def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
     """Digest config.json (flat as transformers 4.4x writes it, or with text_config) and the processor's file."""
-    vision = required(config, "vision_config")
-    patch, merge = vision.get("patch_size", 14), vision.get("spatial_merge_size", 2)
+    vision = Vision.read(config.get("vision_config"), part="vision_config")
+    merge = vision.spatial_merge_size
+    if vision.window_size < vision.patch_size * merge:
+        raise UserError(
+            f"config.json is inconsistent: vision_config.window_size is {vision.window_size}, and a visual token has "
+            f"{vision.patch_size * merge} pixels along a side"
+        )
     sizes = VisionSizes(
-        depth=required(vision, "depth"),
-        embed_dim=required(vision, "hidden_size"),
-        heads=required(vision, "num_heads"),
-        mlp_size=required(vision, "intermediate_size"),
-        window=vision.get("window_size", 112) // (patch * merge) * merge,
-        full_blocks=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
+        depth=vision.depth,
+        embed_dim=vision.hidden_size,
+        heads=vision.num_heads,
+        mlp_size=vision.intermediate_size,
+        window=vision.window_size // (vision.patch_size * merge) * merge,
+        full_blocks=vision.fullatt_block_indexes,
     )
     check_divides(("vision_config.hidden_size", sizes.embed_dim, 4 * sizes.heads))
-    if vision.get("hidden_act", "silu") != "silu":
-        raise UserError(f"vision_config.hidden_act {vision['hidden_act']!r} of config.json is not supported: only silu")
-    return read_around(sizes, config, processor)
+    return read_around(sizes, vision, ("vision_config.out_hidden_size", vision.out_hidden_size), config, processor)
 
 
 @dataclass(frozen=True)

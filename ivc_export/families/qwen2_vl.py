@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,29 +21,117 @@ from ivc_export.families import (
     Grid,
     Model,
     Picture,
-    check_bicubic,
-    check_divides,
     check_shape,
-    read_decoder,
     renamed,
-    required,
     scaled_layer,
     scaled_pixels,
 )
 from ivc_export.layers import attend, gelu, layer_norm, linear, quick_gelu, rotary_angles, rotated_heads
+from ivc_export.settings import (
+    PROCESSOR,
+    Backendless,
+    Ints,
+    PictureSettings,
+    Settings,
+    Square,
+    check_divides,
+    edges,
+    refuse,
+)
+from ivc_export.text_models import Layers, RopeSettings, Vocabulary, WindowedText, Windows, read_decoder
 
 VISION_THETA = 10000.0
+VisionTheta = Annotated[float, Field(ge=VISION_THETA, le=VISION_THETA)]
 LAYER_NORM_EPSILON = 1e-6
 ASPECT_LIMIT = 200  # as the official image processor
+
+
+class MRope(RopeSettings):
+    """Three-dimensional rotary positions."""
+
+    rope_type: Literal["default", "mrope"] | None = None
+    type: Literal["default", "mrope"] | None = None
+    mrope_section: Ints = (16, 24, 24)
+
+
+class Text(WindowedText):
+    """Qwen2VLTextConfig of transformers."""
+
+    default_theta: ClassVar[float] = 1e6
+
+    vocab_size: Vocabulary = 152064
+    hidden_size: contract.Width = 8192
+    intermediate_size: contract.Width = 29568
+    num_hidden_layers: Layers = 80
+    num_attention_heads: contract.Heads = 64
+    num_key_value_heads: contract.Heads | None = 8
+    max_position_embeddings: contract.Count = 32768
+    rms_norm_eps: contract.Epsilon = 1e-5
+    rope_parameters: MRope | None = None
+    rope_scaling: MRope | None = None
+    max_window_layers: Windows = 80
+
+
+class Whole(Settings):
+    """Qwen2VLConfig of transformers."""
+
+    image_token_id: contract.TokenId = 151655
+    vision_start_token_id: contract.TokenId = 151652
+    vision_end_token_id: contract.TokenId = 151653
+    tie_word_embeddings: bool = False
+
+
+class VisionRope(Settings):
+    """Rotary positions of the encoder's patches."""
+
+    rope_type: Literal["axial", "default"] = "axial"
+    rope_theta: VisionTheta = VISION_THETA
+
+
+class Patches(Settings):
+    """How the vision encoder cuts pictures: keys of its config class, whatever its blocks."""
+
+    in_channels: Literal[3] = 3
+    patch_size: Annotated[int, Field(gt=0, le=256), Square] = 14
+    spatial_merge_size: Annotated[int, Field(gt=0, le=64)] = 2
+    temporal_patch_size: Annotated[int, Field(gt=0, le=64), Square] = 2
+    rope_parameters: VisionRope | None = None
+    rope_theta: VisionTheta = VISION_THETA
+
+
+class Vision(Patches):
+    """Qwen2VLVisionConfig of transformers."""
+
+    model_type: Literal["qwen2_vl", "qwen2_vl_vision"] = "qwen2_vl_vision"
+    depth: contract.Depth = 32
+    embed_dim: contract.Width = 1280
+    hidden_size: contract.Width = 3584
+    """Of what the merger gives, which is the decoder's."""
+    hidden_act: Literal["quick_gelu"] = "quick_gelu"
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4
+    num_heads: contract.Heads = 16
+
+
+class Pictures(PictureSettings):
+    """Qwen2VLImageProcessor of transformers. Sizes that are null are those of config.json."""
+
+    image_processor_type: Annotated[Literal["Qwen2VLImageProcessor"], Backendless] = "Qwen2VLImageProcessor"
+    size: Any = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}  # noqa: RUF012
+    """Pixels of the resized picture, fewest and most; min_pixels and max_pixels count before it."""
+    min_pixels: contract.Count | None = None
+    max_pixels: contract.Count | None = None
+    patch_size: int | None = None
+    merge_size: int | None = None
+    temporal_patch_size: int | None = None
 
 
 class VisionSizes(contract.Frozen):
     """Sizes of the vision encoder."""
 
-    depth: int = Field(gt=0)
-    embed_dim: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    mlp_size: int = Field(gt=0)
+    depth: contract.Depth
+    embed_dim: contract.Width
+    heads: contract.Heads
+    mlp_size: contract.Width
 
     @property
     def head_dim(self) -> int:
@@ -53,56 +141,84 @@ class VisionSizes(contract.Frozen):
 
 def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
     """Digest config.json (flat as transformers 4.4x writes it, or with text_config) and the processor's file."""
-    vision = required(config, "vision_config")
+    vision = Vision.read(config.get("vision_config"), part="vision_config")
     sizes = VisionSizes(
-        depth=required(vision, "depth"),
-        embed_dim=required(vision, "embed_dim"),
-        heads=required(vision, "num_heads"),
-        mlp_size=int(required(vision, "embed_dim") * vision.get("mlp_ratio", 4)),
+        depth=vision.depth,
+        embed_dim=vision.embed_dim,
+        heads=vision.num_heads,
+        mlp_size=int(vision.embed_dim * vision.mlp_ratio),
     )
     check_divides(("vision_config.embed_dim", sizes.embed_dim, 4 * sizes.heads))
-    return read_around(sizes, config, processor)
+    return read_around(sizes, vision, ("vision_config.hidden_size", vision.hidden_size), config, processor)
 
 
-def read_around(sizes: Any, config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
-    """Digest all but the vision encoder's `sizes`."""
-    text = config.get("text_config") or config
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "mrope"):
-        raise UserError(f"rope type {rope_type!r} of config.json is not supported: this version exports plain M-RoPE")
-    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+def read_around(
+    sizes: Any,
+    vision: Patches,
+    merged: tuple[str, int],
+    config: Mapping[str, Any],
+    processor: Mapping[str, Any] | None,
+) -> Model:
+    """Digest all but the vision encoder's `sizes`. merged: the key that says the merger's width, and its value."""
+    whole, nested = Whole.read(config), config.get("text_config") is not None
+    text = Text.read(config["text_config"], part="text_config") if nested else Text.read(config)
+    tied = whole.tie_word_embeddings or text.tie_word_embeddings
     decoder = read_decoder(text, tied, qkv_bias=True)
-    sections = tuple(rope.get("mrope_section", (16, 24, 24)))
-    if len(sections) != 3 or 2 * sum(sections) != decoder.head_dim:
+    sections = text.rope.mrope_section if isinstance(text.rope, MRope) else MRope().mrope_section
+    if len(sections) != 3 or min(sections) < 1 or 2 * sum(sections) != decoder.head_dim:
         raise UserError(
             f"config.json is inconsistent: mrope_section {list(sections)} does not fill {decoder.head_dim // 2}"
         )
+    if decoder.head_dim * decoder.heads != decoder.hidden_size:
+        raise UserError(
+            f"config.json is inconsistent: head_dim is {decoder.head_dim}, and {decoder.heads} heads share a "
+            f"hidden_size of {decoder.hidden_size}"
+        )
+    if merged[1] != decoder.hidden_size:
+        raise UserError(
+            f"config.json is inconsistent: {merged[0]} is {merged[1]}, and the decoder's hidden_size is "
+            f"{decoder.hidden_size}"
+        )
     return Model(
         decoder=decoder,
-        rotary=contract.RotarySizes(theta=rope.get("rope_theta", text.get("rope_theta", 1e6)), sections=sections),
+        rotary=contract.RotarySizes(theta=text.theta, sections=sections),
         selection=contract.SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2),
-        preprocessing=read_preprocessing(required(config, "vision_config"), processor or {}),
-        image_token=config.get("image_token_id", 151655),
-        vision_start_token=config.get("vision_start_token_id", 151652),
-        vision_end_token=config.get("vision_end_token_id", 151653),
+        preprocessing=read_preprocessing(vision, Pictures.read(processor, PROCESSOR)),
+        image_token=whole.image_token_id,
+        vision_start_token=whole.vision_start_token_id,
+        vision_end_token=whole.vision_end_token_id,
         vision=sizes,
     )
 
 
-def read_preprocessing(vision: Mapping[str, Any], processor: Mapping[str, Any]) -> contract.PatchPreprocessing:
-    """The image processor's settings; where its file is silent, Qwen2-VL's own."""
-    size = processor.get("size") or {}
-    check_bicubic(processor)
+def read_preprocessing(vision: Patches, pictures: Pictures) -> contract.PatchPreprocessing:
+    """The image processor's settings.
+
+    Raises:
+        UserError: they do not cut pictures as config.json says, or name no fewest and most pixels.
+    """
+    for key, own, other, stored in (
+        ("patch_size", "patch_size", pictures.patch_size, vision.patch_size),
+        ("merge_size", "spatial_merge_size", pictures.merge_size, vision.spatial_merge_size),
+        ("temporal_patch_size", "temporal_patch_size", pictures.temporal_patch_size, vision.temporal_patch_size),
+    ):
+        if other not in (None, stored):
+            refuse(key, other, PROCESSOR, f"vision_config.{own} of config.json is {stored}, and both must agree")
+    size = edges(pictures.size, one_is_square=False)
+    fewest = pictures.min_pixels or size.get("shortest_edge", size.get("min_pixels"))
+    most = pictures.max_pixels or size.get("longest_edge", size.get("max_pixels"))
+    if fewest is None or most is None:
+        known = "give shortest_edge and longest_edge, the fewest and the most pixels of the resized picture"
+        refuse("size", pictures.size, PROCESSOR, known)
+    if fewest > most:
+        refuse("min_pixels", fewest, PROCESSOR, f"max_pixels is {most}, and there is no size between them")
     return contract.PatchPreprocessing(
-        patch_size=vision.get("patch_size", 14),
-        merge_size=vision.get("spatial_merge_size", 2),
-        temporal_patch_size=vision.get("temporal_patch_size", 2),
-        min_pixels=processor.get("min_pixels") or size.get("shortest_edge") or 56 * 56,
-        max_pixels=processor.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280,
-        rescale_factor=processor.get("rescale_factor", 1 / 255),
-        mean=processor.get("image_mean") or (0.48145466, 0.4578275, 0.40821073),
-        std=processor.get("image_std") or (0.26862954, 0.26130258, 0.27577711),
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        min_pixels=fewest,
+        max_pixels=most,
+        **pictures.scaling,
     )
 
 

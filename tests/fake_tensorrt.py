@@ -40,6 +40,7 @@ class DataType(enum.Enum):
     FLOAT = np.float32
     HALF = np.float16
     INT32 = np.int32
+    INT64 = np.int64
 
 
 class HostDevice:
@@ -123,7 +124,7 @@ class Context:
         axes: dict[str, int] = {}
         for key, shape in self.shapes.items():
             axes |= {a: s for a, s in zip(self.engine.shapes[key], shape, strict=True) if isinstance(a, str)}
-        if "keep_count" in self.shapes:
+        if "keep_count" in self.shapes and "T" in axes:
             axes["M"] = axes["T"] + int(self.array("keep_count", (1,))[0])
             among = axes.get("H", axes["L"])
             axes["seeds"] = max(1, round(among / 100))
@@ -131,10 +132,12 @@ class Context:
             axes["M"] = self.shapes["keep_index"][0]
         if "patches" in axes:
             axes["visual"] = axes["patches"] // 4
-        return tuple(axes[a] if isinstance(a, str) else a for a in self.engine.shapes[name])
+        return tuple(axes.get(a, -1) if isinstance(a, str) else a for a in self.engine.shapes[name])
 
     def execute_async_v3(self, stream: int) -> bool:
         assert self.device_memory and stream == HostDevice.stream
+        if self.shapes.keys() != {*self.engine.inputs} or self.addresses.keys() != {*self.engine.names}:
+            return False
         feeds = {name: self.array(name, shape).copy() for name, shape in self.shapes.items()}
         outputs = self.engine.session.run(None, feeds)
         for tensor, value in zip(self.engine.session.get_outputs(), outputs, strict=True):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import PIL.Image
 import pytest
 
@@ -32,7 +34,16 @@ from ivc_export.testdata import draw_picture, make_prompt
 from ivc_export.trt import Extents, Options
 from samples.make_sample import make_checkpoint
 from tests.conftest import LOGIT_TOLERANCE, SCORE_TOLERANCE, Golden, make_large_embeddings, random_picture
-from tests.fake_tensorrt import CAPABILITY, FakeTensorrt, HostDevice, folder_of, put_engines
+from tests.fake_tensorrt import (
+    CAPABILITY,
+    Context,
+    DataType,
+    FakeEngine,
+    FakeTensorrt,
+    HostDevice,
+    folder_of,
+    put_engines,
+)
 from tests.test_conversation import TURNS
 
 MAXIMA = {"max_visual": 256, "max_text": 64, "max_new": 64}
@@ -185,6 +196,149 @@ def test_engines_that_cannot_be_used(bundle: Bundle, monkeypatch: pytest.MonkeyP
     record.write_text(json.dumps(json.loads(record.read_text()) | {"inputs_sha256": "0" * 64}))
     with pytest.raises(UserError, match="built from other graphs"):
         TensorrtSession(bundle)
+
+
+def spoil_shape(monkeypatch: pytest.MonkeyPatch, name: str, spoilt: Callable[[tuple[int, ...]], Any]) -> None:
+    """Let execution contexts say another shape of tensor `name`."""
+    whole = Context.get_tensor_shape
+
+    def say(self: Context, wanted: str) -> Any:
+        return spoilt(whole(self, wanted)) if wanted == name else whole(self, wanted)
+
+    monkeypatch.setattr(Context, "get_tensor_shape", say)
+
+
+class NoDims:
+    """TensorRT's Dims of no known rank."""
+
+    def __len__(self) -> int:
+        return -1
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+
+SPOILT: list[tuple[str, Callable[[tuple[int, ...]], Any], str]] = [
+    (
+        "hidden_states",
+        lambda shape: (1, -1, shape[2]),
+        "the prefix engine does not say how large hidden_states becomes",
+    ),
+    ("logits", lambda shape: NoDims(), "the decoder engine does not say how large logits becomes"),
+    (
+        "image_embeds",
+        lambda shape: (1, 21, shape[2]),
+        "the vision engine gives image_embeds of [1, 21, ",
+    ),
+    ("keep_index", lambda shape: (99,), "the prefix engine gives keep_index of [99] in place of [18]"),
+    ("token_score", lambda shape: (20, 1), "the prefix engine gives token_score of [20, 1] in place of [20]"),
+    (
+        "new_key.5",
+        lambda shape: (1, 2, 9, 16),
+        "the decoder engine gives new_key.5 of [1, 2, 9, 16] in place of [1, 2, 18, 32]",
+    ),
+    (
+        "compact_value.0",
+        lambda shape: (1, 2, 4096, 16),
+        "the decoder engine gives compact_value.0 of [1, 2, 4096, 16] in",
+    ),
+    ("new_value.0", lambda shape: (4, *shape[1:]), "the prefix engine gives new_value.0 of [4, "),
+    ("seed_index", lambda shape: (-1,), "the prefix engine does not say how large seed_index becomes"),
+]
+
+
+@pytest.mark.parametrize(("name", "spoilt", "sentence"), SPOILT)
+def test_outputs_of_unknown_or_other_size_are_refused(
+    name: str,
+    spoilt: Callable[[tuple[int, ...]], Any],
+    sentence: str,
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before anything is written: an extent of -1 used to give a buffer of one byte."""
+    session, device = opened(bundle, monkeypatch)
+    spoil_shape(monkeypatch, name, spoilt)
+    with pytest.raises(UserError, match=re.escape(sentence) + ".*: build the engines again with ivc-build"):
+        session.converse(0.5).run(IMAGE_PROMPT, [random_picture(Grid(4, 5), 0)])
+    device.check()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("logits", "TensorRT takes no memory for logits of the decoder engine: build the engines again"),
+        ("image_embeds", "TensorRT takes no memory for image_embeds of the vision engine: build the engines again"),
+        ("past_key.0", r"past_key.0 of .* does not fit the prefix engine: build engines with larger maxima"),
+    ],
+)
+def test_addresses_that_are_not_taken_are_refused(
+    name: str, sentence: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, device = opened(bundle, monkeypatch)
+    taken = Context.set_tensor_address
+    monkeypatch.setattr(
+        Context, "set_tensor_address", lambda self, one, address: one != name and taken(self, one, address)
+    )
+    with pytest.raises(UserError, match=sentence):
+        session.converse(0.5).run(IMAGE_PROMPT, [random_picture(Grid(4, 5), 0)])
+    device.check()
+
+
+def rename(name: str, new: str) -> Callable[[FakeEngine], None]:
+    def change(engine: FakeEngine) -> None:
+        if name in engine.names:
+            engine.names[engine.names.index(name)] = new
+            engine.shapes[new], engine.types[new] = engine.shapes[name], engine.types[name]
+            engine.inputs = [new if one == name else one for one in engine.inputs]
+
+    return change
+
+
+def retype(name: str, kind: str) -> Callable[[FakeEngine], None]:
+    return lambda engine: engine.types.update({name: DataType[kind]} if name in engine.names else {})
+
+
+def reshape(name: str, *shape: int | str) -> Callable[[FakeEngine], None]:
+    return lambda engine: engine.shapes.update({name: shape} if name in engine.names else {})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (rename("past_key.0", "past.0"), "prefix.plan is not an engine of this bundle's prefix graph (its past.0"),
+        (rename("logits", "probabilities"), "decoder.plan is not an engine of this bundle's decoder graph (its logits"),
+        (
+            reshape("past_key.0", 1, 4, "P", 16),
+            "prefix.plan is not an engine of this bundle's prefix graph (its past_key.0",
+        ),
+        (
+            reshape("image_embeds", "visual", 64),
+            "vision.plan is not an engine of this bundle's vision graph (its image_embeds",
+        ),
+        (
+            retype("position_ids", "FLOAT"),
+            "prefix.plan is not an engine of this bundle's prefix graph (its position_ids",
+        ),
+        (retype("keep_index", "INT64"), "prefix.plan has keep_index in INT64, as no graph of ours has it"),
+        (retype("past_value.0", "HALF"), "past_value.0 is float16 in one engine and past_key.0 float32 in another"),
+        (retype("image_embeds", "HALF"), "inputs_embeds is float32 in one engine and image_embeds float16 in another"),
+        (retype("compact_key.1", "HALF"), "compact_key.1 is float16 in one engine and past_key.0 float32 in another"),
+    ],
+)
+def test_engines_of_other_graphs_are_refused(
+    change: Callable[[FakeEngine], None], sentence: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(bundle, monkeypatch)
+    begun = FakeEngine.__init__
+
+    def begin(self: FakeEngine, session: onnxruntime.InferenceSession) -> None:
+        begun(self, session)
+        change(self)
+
+    monkeypatch.setattr(FakeEngine, "__init__", begin)
+    with pytest.raises(UserError, match=re.escape(sentence)) as raised:
+        TensorrtSession(bundle)
+    assert "with ivc-build" in str(raised.value)
 
 
 def compile_parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Options, list[Extents]]]:

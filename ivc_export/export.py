@@ -55,7 +55,7 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
     description = read_description(checkpoint)  # before weights are downloaded
     layer, calibrated = selection_layer(recipe, description)
     description.model.preprocessing.capped(recipe.max_visual)  # or a sentence, where no picture is so small
-    configuration = read_configuration(checkpoint)
+    configuration = read_configuration(checkpoint, description)
     conversions = plan_conversions(checkpoint.tensors.values(), recipe.float_name)
     model, weights = configuration.model, converted(configuration.weights, conversions, recipe.float_name)
     with staged_folder(recipe.output, recipe.force) as folder:
@@ -85,7 +85,7 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
 
             write_testdata(Bundle(folder, manifest))
             progress("testdata", 1, 1)
-    return Bundle(recipe.output, manifest, configuration.notes)
+    return Bundle(recipe.output, manifest, configuration.prompts.notes)
 
 
 def lowering_of(recipe: ExportRecipe) -> Lowering:
@@ -175,13 +175,18 @@ def save_graph(graph: ir.Model, path: Path) -> str:
 
 def copy_processor_files(checkpoint: Checkpoint, configuration: Configuration, folder: Path) -> None:
     """Write what the checkpoint says of text and pictures, under one name each; the manifest holds the settings."""
-    (folder / CHAT_TEMPLATE).write_text(configuration.chat_template, encoding="utf-8")
+    prompts = configuration.prompts
+    (folder / CHAT_TEMPLATE).write_text(prompts.chat_template, encoding="utf-8")
+    if prompts.tokenizer is not None:
+        (folder / TOKENIZER).write_text(prompts.tokenizer.text, encoding="utf-8")
+    if prompts.tokenizer_config:
+        write_json(folder / TOKENIZER_CONFIG, prompts.tokenizer_config)
     if configuration.processor is not None:
         write_json(folder / PREPROCESSOR, configuration.processor)
     write_json(folder / "config.json", checkpoint.config)
-    for name in (TOKENIZER, TOKENIZER_CONFIG, "generation_config.json"):
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
+    generation = checkpoint.folder / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, folder / generation.name)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -215,7 +220,7 @@ def make_manifest(
         rotary=model.rotary,
         selection=model.selection,
         preprocessing=model.preprocessing.capped(recipe.max_visual),
-        tokens=configuration.tokens,
+        tokens=configuration.prompts.tokens,
         graphs={
             name: model.graph_info(name, weights.dtype, layer).model_copy(update={"sha256": hashes.get(name)})
             for name in contract.GRAPH_NAMES

@@ -109,7 +109,11 @@ def reference_picture(bundle: Bundle, picture: Picture) -> ReferencePicture:
 def reference_layout(bundle: Bundle, checkpoint: Path) -> ReferenceLayout | None:
     """The checkpoint's layout for transformers, where it cannot load the folder."""
     stock, config = families.of(bundle.manifest.family).stock_layout, Checkpoint.open(checkpoint).config
-    return ReferenceLayout(stock.config(config), partial(stock.tensors, config)) if stock else None
+    return (
+        ReferenceLayout(stock.config(config, bundle.manifest.tokens.image), partial(stock.tensors, config))
+        if stock
+        else None
+    )
 
 
 def check_same_model(bundle: Bundle, checkpoint: Path) -> None:
@@ -123,7 +127,7 @@ def check_same_model(bundle: Bundle, checkpoint: Path) -> None:
         ("family", configuration.family.model_type, m.family),
         ("decoder", configuration.model.decoder, m.decoder),
         ("rotary embedding", configuration.model.rotary, m.rotary),
-        ("image token", configuration.tokens.image, m.tokens.image),
+        ("image token", configuration.prompts.tokens.image, m.tokens.image),
     ):
         if found != wanted:
             raise UserError(

@@ -100,16 +100,17 @@ def test_a_whole_file_counts_before_a_stale_index(tmp_path: Path) -> None:
 
 
 def test_templates_and_settings_are_found_where_other_versions_keep_them(tmp_path: Path) -> None:
+    own = families.of("qwen2_vl").chat_template.replace("You are a helpful assistant.", "Is there one?")
     for number, name in enumerate(("chat_template.json", "tokenizer_config.json")):
         checkpoint = make_checkpoint(tmp_path / str(number))
         (checkpoint / "chat_template.jinja").rename(checkpoint / "template")
         (checkpoint / "preprocessor_config.json").unlink()
-        (checkpoint / name).write_text(json.dumps({"chat_template": "an image"}))
+        (checkpoint / name).write_text(json.dumps({"chat_template": own}))
         (checkpoint / "processor_config.json").write_text(
             '{"image_processor": {"size": {"shortest_edge": 6272, "longest_edge": 78400}}}'
         )
         bundle = exported(checkpoint)
-        assert (bundle.folder / "chat_template.jinja").read_text() == "an image"
+        assert (bundle.folder / "chat_template.jinja").read_text() == own
         preprocessing = bundle.manifest.preprocessing.model_dump()
         assert (preprocessing["min_pixels"], preprocessing["max_pixels"]) == (6272, 78400)
 

@@ -27,7 +27,7 @@ ORDER = [  # from the bottom up; a module imports from its own line or from lowe
     {"families"},
     {"vision", "prefix", "decoder", "manifest", "graph_files", "hub"},
     {"bundle"},
-    {"passes", "configuration", "integrity", "trt"},
+    {"tokenizer", "prompts", "passes", "configuration", "integrity", "trt"},
     {"engine"},
     {"runtime"},
     {"testdata"},

@@ -86,7 +86,7 @@ def test_what_older_versions_wrote_does_not_reach_transformers() -> None:
         "id2label": {},
     }
     assert FAMILY.stock_layout is not None
-    found = FAMILY.stock_layout.config({**TINY, "llm_config": {**TINY["llm_config"], **old}})["text_config"]
+    found = FAMILY.stock_layout.config({**TINY, "llm_config": {**TINY["llm_config"], **old}}, 503)["text_config"]
     assert not {*old} & {*found}
     assert (found["model_type"], found["attention_bias"], found["rope_theta"]) == ("llama", False, 1000000)
 

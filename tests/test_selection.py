@@ -144,6 +144,7 @@ SELECTIONS = [
 def test_selection_equals_the_official_code(name: str, path: Path, run_rule: dict[str, Runner]) -> None:
     golden, family = np.load(path), families.of(name)
     model, grid = family.read(family.tiny, None), CASES[name].grid(golden)
+    assert model.image_token is not None
     start, length, rows = int(golden["visual_start"]), int(golden["visual_len"]), len(golden["values"])
     kept = len(golden["keep_indices"]) - (rows - length)
     tokens = np.zeros(rows, np.int32)

@@ -70,15 +70,27 @@ class Picture:
     grid: Grid
 
 
+class TokenTexts(NamedTuple):
+    """Texts of the tokens that show a picture: the image token, and those before and behind a picture's, if any."""
+
+    image: str
+    start: str | None = None
+    end: str | None = None
+
+
 @dataclass(frozen=True)
 class Model:
-    """One checkpoint's configuration, digested by its family. `vision` is the family's own record."""
+    """One checkpoint's configuration, digested by its family. `vision` is the family's own record.
+
+    image_token, vision_start_token, vision_end_token: ids that config.json states; None where the tokenizer does, or
+    where the family has no such token.
+    """
 
     decoder: contract.DecoderSizes
     rotary: contract.RotarySizes
     selection: contract.SelectionRule
     preprocessing: contract.Preprocessing
-    image_token: int
+    image_token: int | None
     vision_start_token: int | None
     vision_end_token: int | None
     vision: Any
@@ -103,11 +115,12 @@ class DefaultLayer:
 class StockLayout:
     """A layout that transformers knows instead of the family's own.
 
-    config: config.json as transformers would have it. tensors: config.json, a tensor's name and the tensor (NumPy's or
-    torch's) to those that transformers would have, by name.
+    config: config.json, and the image token's id, to config.json as transformers would have it.
+    tensors: config.json, a tensor's name and the tensor (NumPy's or torch's) to those that transformers would have, by
+    name.
     """
 
-    config: Callable[[Mapping[str, Any]], dict[str, Any]]
+    config: Callable[[Mapping[str, Any], int], dict[str, Any]]
     tensors: Callable[[Mapping[str, Any], str, Any], dict[str, Any]]
 
 
@@ -125,6 +138,7 @@ class Family:
         returns int32 [axes, rows] and the next free position.
     stock_inputs: a Picture as transformers' get_image_features takes it, by name, pictures along the first axis.
     chat_template: of the family, for checkpoints that come with none, or with one that cannot show pictures.
+    token_texts: of the tokens that show a picture.
     template_marks: whether chat templates write the tokens before and behind a picture's image tokens.
     hub: aliases that --model takes, to hub ids.
     tiny: config.json of a model small enough for tests.
@@ -144,6 +158,7 @@ class Family:
     positions: Callable[[Sequence[int | Grid], int], tuple[npt.NDArray[np.int32], int]]
     stock_inputs: Callable[[Picture, contract.Preprocessing], dict[str, npt.NDArray[Any]]]
     chat_template: str
+    token_texts: TokenTexts
     template_marks: bool
     hub: Mapping[str, str]
     tiny: Mapping[str, Any]

@@ -32,6 +32,7 @@ from ivc_export.families import (
     Grid,
     Model,
     Picture,
+    TokenTexts,
     check_shape,
     counted_positions,
     renamed,
@@ -169,7 +170,7 @@ def make_model(
     sizes: VisionSizes,
     pictures: PictureSettings,
     tiles: tuple[int, int],
-    image_token: int,
+    image_token: int | None,
 ) -> Model:
     """What both layouts have in common. tiles: fewest and most."""
     check_divides(
@@ -193,8 +194,8 @@ def make_model(
             **pictures.scaling,
         ),
         image_token=image_token,
-        vision_start_token=image_token - 2,
-        vision_end_token=image_token - 1,
+        vision_start_token=None,
+        vision_end_token=None,
         vision=sizes,
     )
 
@@ -339,6 +340,7 @@ FAMILY = Family(
     positions=counted_positions,
     stock_inputs=stock_inputs,
     chat_template=CHAT_TEMPLATE,
+    token_texts=TokenTexts("<IMG_CONTEXT>", "<img>", "</img>"),
     template_marks=False,
     hub={
         "internvl3-1b": "OpenGVLab/InternVL3-1B-hf",

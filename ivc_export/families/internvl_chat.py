@@ -30,9 +30,6 @@ from ivc_export.settings import (
 )
 from ivc_export.text_models import DecoderSettings, Layers, PlainRope, Qwen2Text, Vocabulary, read_decoder
 
-IMAGE_TOKENS = {"qwen2": 151667, "internlm2": 92546}
-"""<IMG_CONTEXT> by decoder; <img> and </img> are the two ids before it in the tokenizers of both."""
-
 
 class Whole(Settings):
     """InternVLChatConfig of the original code; what has no default there is not supported as it has it."""
@@ -47,7 +44,7 @@ class Whole(Settings):
     min_dynamic_patch: contract.Tiles = 1
     max_dynamic_patch: contract.Tiles = 6
     img_context_token_id: contract.TokenId | None = None
-    """null: by the decoder. The original code looks it up in the tokenizer."""
+    """null, as published: the original code asks the tokenizer."""
     tie_word_embeddings: bool = False
 
 
@@ -121,11 +118,8 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
     if whole.dynamic_image_size and not whole.use_thumbnail:
         refuse("use_thumbnail", False, CONFIG, "where dynamic_image_size is true there must be a thumbnail")
     tiles = (whole.min_dynamic_patch, whole.max_dynamic_patch) if whole.dynamic_image_size else (1, 1)
-    image_token = whole.img_context_token_id
-    if image_token is None:
-        image_token = IMAGE_TOKENS["internlm2" if fused else "qwen2"]
     decoder = decoder.model_copy(update={"fused_qkv": fused})
-    return make_model(decoder, text, sizes, pictures, tiles, image_token)
+    return make_model(decoder, text, sizes, pictures, tiles, whole.img_context_token_id)
 
 
 PREFIXES = (  # ours, the original code's
@@ -182,7 +176,7 @@ TEXT_KEYS = (  # that mean the same in both layouts; the original files hold man
 )
 
 
-def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def stock_config(config: Mapping[str, Any], image_token: int) -> dict[str, Any]:
     """config.json of the original layout as transformers' layout has it."""
     text, vision, model = config["llm_config"], config["vision_config"], read(config, None)
     sizes: VisionSizes = model.vision
@@ -192,7 +186,7 @@ def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
-        "image_token_id": model.image_token,
+        "image_token_id": image_token,
         "tie_word_embeddings": model.decoder.tied_embeddings,
         "text_config": {key: text[key] for key in TEXT_KEYS if key in text} | own,
         "vision_config": {

@@ -16,6 +16,7 @@ from ivc_export.families import DefaultLayer, Family, Model, scaled_layer
 from ivc_export.families.qwen2_vl import (
     CHAT_TEMPLATE,
     TINY_TOKENS,
+    TOKEN_TEXTS,
     Patches,
     canonical_name,
     frequencies,
@@ -239,6 +240,7 @@ FAMILY = Family(
     positions=positions,
     stock_inputs=stock_inputs,
     chat_template=CHAT_TEMPLATE,
+    token_texts=TOKEN_TEXTS,
     template_marks=True,
     hub={"qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct", "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct"},
     tiny_tokens=TINY_TOKENS,

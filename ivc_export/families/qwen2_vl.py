@@ -21,6 +21,7 @@ from ivc_export.families import (
     Grid,
     Model,
     Picture,
+    TokenTexts,
     check_shape,
     renamed,
     scaled_layer,
@@ -377,6 +378,8 @@ You are a helpful assistant.<|im_end|>
 {% endif -%}
 """
 
+TOKEN_TEXTS = TokenTexts("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
+
 TINY_TOKENS = {
     500: "<|vision_start|>",
     501: "<|vision_end|>",
@@ -399,6 +402,7 @@ FAMILY = Family(
     positions=positions,
     stock_inputs=stock_inputs,
     chat_template=CHAT_TEMPLATE,
+    token_texts=TOKEN_TEXTS,
     template_marks=True,
     hub={"qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct", "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct"},
     tiny_tokens=TINY_TOKENS,

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import PIL.Image
-from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from ivc_export import families
@@ -16,6 +15,7 @@ from ivc_export.errors import UserError
 from ivc_export.families import Picture
 from ivc_export.files import read_object, read_text
 from ivc_export.runtime.pictures import open_picture
+from ivc_export.tokenizer import read_tokenizer
 
 
 class Processor:
@@ -33,10 +33,7 @@ class Processor:
                 f"{bundle.folder} has no {' and no '.join(missing)}: put the model's own files into the "
                 "checkpoint folder and export again"
             )
-        try:
-            self.tokenizer = Tokenizer.from_file(str(bundle.folder / TOKENIZER))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise UserError(f"{bundle.folder / TOKENIZER} cannot be read ({error}): export the model again") from error
+        self.tokenizer = read_tokenizer(bundle.folder / TOKENIZER, "export the model again")
         self.tokenizer.no_truncation()  # settings of some training run
         self.tokenizer.no_padding()
         advice, path = "export the model again", bundle.folder / TOKENIZER_CONFIG

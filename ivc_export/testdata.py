@@ -30,7 +30,7 @@ class RecordingSession:
 
     def __init__(self, session: Session) -> None:
         self.session, self.bundle, self.backend, self.dtype = session, session.bundle, session.backend, session.dtype
-        self.versions = session.versions
+        self.versions, self.lock = session.versions, session.lock
         self.stage = "prefill"
         self.tensors: dict[Key, npt.NDArray[Any]] = {}
 

@@ -448,7 +448,7 @@ def test_what_onnxruntime_does_not_capture_is_launched(
 def test_a_missing_capture_is_said(
     sample_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_module, "open_session", lambda bundle, *_: FusedSession(bundle, "cpu"))
+    monkeypatch.setattr(run_module, "open_session", lambda bundle, *_, **__: FusedSession(bundle, "cpu"))
     asked = ["--prompt", "Hello", "--provider", "cuda", "--max-tokens", "1"]
     assert ivc_run([str(sample_bundle.folder), *asked]) == 0
     assert "captures no CUDA graph" in " ".join(capsys.readouterr().err.split())

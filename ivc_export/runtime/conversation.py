@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from functools import wraps
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -98,9 +99,15 @@ class Rows(Protocol):
 
 
 class AnySession(Protocol):
-    """A bundle opened in some runtime."""
+    """A bundle opened in some runtime.
+
+    One run at a time: a run holds the session's lock, so that runs of conversations in other threads wait for it. A
+    conversation is one thread's: two would mix their turns.
+    """
 
     bundle: Bundle
+    lock: AbstractContextManager[Any]
+    """Held by whatever uses what conversations share; the thread that holds it may take it again."""
     backend: str
     """What runs the graphs, by the name that parity's tolerances know."""
     dtype: FloatName
@@ -136,6 +143,21 @@ class AnyConversation(Protocol):
     def run(self, tokens: Sequence[int] | npt.NDArray[Any], pictures: Sequence[Picture] = ()) -> Step:
         """As Conversation.run."""
         ...
+
+
+C = TypeVar("C", bound=AnyConversation)
+P = ParamSpec("P")
+
+
+def one_at_a_time(run: Callable[Concatenate[C, P], T]) -> Callable[Concatenate[C, P], T]:
+    """A method of a conversation that holds its session's lock."""
+
+    @wraps(run)
+    def locked(self: C, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self.session.lock:
+            return run(self, *args, **kwargs)
+
+    return locked
 
 
 class OpenConversation(AnyConversation, Protocol):
@@ -184,7 +206,7 @@ class Timings:
 
 
 class Conversation:
-    """Runs of one session that share a cache.
+    """Runs of one session that share a cache, for one thread; see AnySession.
 
     What an earlier turn pruned is gone: a later question about the same picture sees the tokens that the first
     question kept.
@@ -204,6 +226,7 @@ class Conversation:
         self.next_position = 0
         self.timings = Timings()
 
+    @one_at_a_time
     def run(
         self,
         tokens: Sequence[int] | npt.NDArray[Any],

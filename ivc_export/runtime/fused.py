@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +27,7 @@ from ivc_export.floats import cast
 from ivc_export.passes import Lowering, RetypeFloatsPass, lower
 from ivc_export.passes.join_decode import join_decode
 from ivc_export.recipe import check_ratio
-from ivc_export.runtime.conversation import Fetched, Step, Timings
+from ivc_export.runtime.conversation import Fetched, Step, Timings, one_at_a_time
 from ivc_export.runtime.failures import SMALLER, read_graph, told
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.workspace import Rows, Values, Workspace
@@ -55,6 +57,8 @@ class FusedSession:
     cuda_graph: capture the decode step, and replay it, unless onnxruntime refuses; the attribute says whether it does.
     op_library: our library of custom operators (graphs/plugin/onnxruntime), which then selects and compacts.
 
+    Conversations of several threads take turns, a run at a time; see AnySession.
+
     Raises:
         UserError: onnxruntime has no such provider, or cannot open a graph or the library.
     """
@@ -75,6 +79,7 @@ class FusedSession:
             onnxruntime.preload_dlls()  # CUDA's libraries, where pip has put them
         bundle.check_portable("the CUDA provider")
         self.bundle = bundle
+        self.lock: AbstractContextManager[Any] = threading.RLock()
         self.versions: Mapping[str, str] = {"onnxruntime": onnxruntime.__version__}
         self.device = provider
         self.backend = f"onnxruntime-{provider}"
@@ -118,7 +123,7 @@ class FusedSession:
             UserError: the device has no memory for it.
         """
         idle = self._idle[capacity]
-        with told(f"caches of {capacity:,} rows cannot be had", SMALLER, CHECK_GPU):
+        with self.lock, told(f"caches of {capacity:,} rows cannot be had", SMALLER, CHECK_GPU):
             workspace = idle.pop() if idle else Workspace.make(self.bundle.manifest, capacity, self.dtype, self.value)
         workspace.cache.clear()
         return workspace
@@ -193,6 +198,11 @@ class FusedSession:
         """
         with told(f"{decimal(array.nbytes)} cannot be put into the device's memory", SMALLER, CHECK_GPU):
             return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+
+    def fetch(self, rows: Rows) -> npt.NDArray[np.float32]:
+        """A copy in host memory, made while nothing runs: onnxruntime may be capturing a CUDA graph."""
+        with self.lock:
+            return rows.fetch()
 
     def bind(self, name: str, inputs: Values, outputs: Mapping[str, OrtValue | Rows | str]) -> Any:
         """Bind a graph's inputs, and its outputs to memory of the caller's, or to new memory on "cpu" or "cuda"."""
@@ -324,6 +334,7 @@ class FusedConversation:
         self.cache.take_over(old)
         give_back()
 
+    @one_at_a_time
     def run(self, tokens: Sequence[int] | npt.NDArray[Any], pictures: Sequence[Picture] = ()) -> Step:
         """Run `tokens`, image tokens included, over the cache, and append the kept rows to it.
 
@@ -366,7 +377,7 @@ class FusedConversation:
             decoder = session.run("decoder", binding)
         cache.swap()
         found = {name: prefix[name].numpy() for name in ("keep_index", "token_score", "seed_index")}
-        vision = tuple(Fetched({"image_embeds": image}, Rows.fetch) for image in images)
+        vision = tuple(Fetched({"image_embeds": image}, session.fetch) for image in images)
         return Step(plan, vision, found, {"logits": self._checked(decoder["logits"].numpy())})
 
     def _see(self, pictures: Sequence[Picture], plan: Run, embeds: OrtValue) -> list[Rows]:

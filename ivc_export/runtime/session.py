@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,8 @@ class OnnxSession:
     dtype: "float16" leaves a float16 bundle's graphs as they are, to see what float16 does to a model: the provider
         then rounds to float16 after each operator, slowly.
 
+    Conversations of several threads take turns, a run at a time; see AnySession.
+
     Raises:
         UserError: the graphs cannot be opened, or not in this dtype.
     """
@@ -43,6 +47,7 @@ class OnnxSession:
     ) -> None:
         check_dtype(bundle, dtype)
         self.bundle, self.dtype = bundle, dtype
+        self.lock: AbstractContextManager[Any] = threading.RLock()
         self.versions: Mapping[str, str] = {"onnxruntime": onnxruntime.__version__}
         self._threads, self._prepacking = threads, prepacking
         # side by side, unless weights are widened: that would hold several widened graphs' temporary copies at once

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from ivc_export.families import Picture
 from ivc_export.floats import cast
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.cache import layer_of
-from ivc_export.runtime.conversation import Fetched, Step, Timings
+from ivc_export.runtime.conversation import Fetched, Step, Timings, one_at_a_time
 from ivc_export.runtime.device import Buffers, CudaDevice, Device
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.trt import Target, load_plugin, load_tensorrt, make_logger, own_capability
@@ -200,6 +202,8 @@ class TensorrtSession:
     one that they were built with; it is loaded because the caller names it, never because a bundle does.
     device: None takes the current CUDA device.
 
+    Conversations of several threads take turns, a run at a time; see AnySession.
+
     Raises:
         UserError: TensorRT is missing, or there are no engines for it and this GPU, or they are stale, or call another
             plugin.
@@ -220,6 +224,7 @@ class TensorrtSession:
             load_plugin(plugin)
         record = found.record
         self.bundle = bundle
+        self.lock: AbstractContextManager[Any] = threading.RLock()
         self.backend: str = target
         self.dtype: FloatName = record.dtype
         self.versions: Mapping[str, str] = {target: str(self.trt.__version__)}
@@ -277,10 +282,11 @@ class TensorrtSession:
         number = self._runs[place]
 
         def fetch(tensor: Tensor) -> Array:
-            if self._runs[place] != number:
-                raise RuntimeError(f"another {place} has taken the place of the one whose tensors are looked at")
             array = np.empty(tensor.shape, tensor.dtype)
-            self.device.download(tensor.address, array)
+            with self.lock:
+                if self._runs[place] != number:
+                    raise RuntimeError(f"another {place} has taken the place of the one whose tensors are looked at")
+                self.device.download(tensor.address, array)
             if array.dtype == np.int32:
                 return array
             array = array.astype(np.float32, copy=False)
@@ -362,6 +368,7 @@ class TensorrtConversation:
         self.next_position = 0
         self.timings = Timings()
 
+    @one_at_a_time
     def run(
         self,
         tokens: Sequence[int] | npt.NDArray[Any],
@@ -411,7 +418,9 @@ class TensorrtConversation:
             session.device.synchronize()
         self.next_position = plan.next_position
         seen = tuple(session.fetched(stage, outputs) for outputs in vision)
-        return Step(plan, seen, session.fetched(stage, prefix), session.fetched(stage, decoder), keep_index)
+        step = Step(plan, seen, session.fetched(stage, prefix), session.fetched(stage, decoder), keep_index)
+        step.decoder["logits"]  # while no other thread's run takes their place
+        return step
 
     def _put(self, place: str, name: str, array: Array) -> Tensor:
         engines = self.session.engines.values()

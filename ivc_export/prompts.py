@@ -15,6 +15,7 @@ from ivc_export.checkpoint import Checkpoint
 from ivc_export.contract import SpecialTokens
 from ivc_export.errors import UserError
 from ivc_export.families import Family, Model
+from ivc_export.sampling import GENERATION_CONFIG, greedy_note
 from ivc_export.tokenizer import ADVICE, CheckpointTokenizer, checkpoint_tokenizer, tokenizer_config
 
 PROCESSOR = "processor_config.json"
@@ -72,7 +73,8 @@ def read_prompts(checkpoint: Checkpoint, family: Family, model: Model) -> Prompt
     if found is not None:
         check_texts(tokens, family, found.tokenizer, checkpoint)
         check_shows_pictures(template, tokens.image, found.tokenizer, checkpoint)
-    return Prompts(found, config, tokens, source, notes)
+    note = greedy_note(checkpoint.json(GENERATION_CONFIG) or {})
+    return Prompts(found, config, tokens, source, (*notes, *([note] if note else [])))
 
 
 def either(stated: int | None, text: str | None, tokenizer: Tokenizer | None) -> int | None:
@@ -200,7 +202,7 @@ def stated_stops(checkpoint: Checkpoint) -> tuple[int, ...]:
     """End-of-sequence ids: generation_config.json's, or else config.json's."""
     config = checkpoint.config
     texts = [config.get(key) or {} for key in ("text_config", "llm_config")]
-    for source in (checkpoint.json("generation_config.json") or {}, config, *texts):
+    for source in (checkpoint.json(GENERATION_CONFIG) or {}, config, *texts):
         ids = source.get("eos_token_id")
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (int(ids),)

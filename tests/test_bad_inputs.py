@@ -276,6 +276,10 @@ def silent_template(place: Place) -> None:
     (place.bundle / "chat_template.jinja").write_text("{{ messages[0].content[-1].text }}<|image_pad|><|vision_end|>")
 
 
+def stored(**settings: Any) -> Prepare:
+    return lambda place: (place.bundle / "generation_config.json").write_text(json.dumps(settings))
+
+
 def picture(size: tuple[int, int], mode: str = "RGB", **options: Any) -> Prepare:
     name = f"picture.{options.pop('format', 'png')}"
     return lambda place: PIL.Image.new(mode, size).save(place.tmp / name, **options)
@@ -292,6 +296,7 @@ def half_picture(place: Place) -> None:
 
 
 ASK = ["--prompt", "Where?"]
+STORED = ["--sampling", "checkpoint"]
 PNG = ["--image", "TMP/picture.png", *ASK]
 
 RUNS: list[tuple[str, Prepare, list[str], str]] = [
@@ -332,6 +337,19 @@ RUNS: list[tuple[str, Prepare, list[str], str]] = [
     ("ratio nan", nothing, [*ASK, "--ratio", "nan"], "ratio nan is out of range"),
     ("ratio 0", nothing, [*ASK, "--ratio", "0"], "ratio 0.0 is out of range"),
     ("no tokens", nothing, [*ASK, "--max-tokens", "0"], "max tokens 0 is out of range"),
+    ("temperature nan", nothing, [*ASK, "--temperature", "nan"], "temperature nan is out of range"),
+    ("top-k below 0", nothing, [*ASK, "--top-k", "-1"], "top-k -1 is out of range: give 0 (all tokens) or more"),
+    ("top-k a half", nothing, [*ASK, "--top-k", "0.5"], "invalid int value: '0.5': ivc-run --help"),
+    ("top-p 0", nothing, [*ASK, "--top-p", "0"], "top-p 0.0 is out of range"),
+    ("no penalty", nothing, [*ASK, "--repetition-penalty", "0"], "repetition penalty 0.0 is out of range"),
+    ("unknown sampling", nothing, [*ASK, "--sampling", "best"], "invalid choice: 'best'"),
+    ("beams", stored(num_beams=4), [*ASK, *STORED], "sets num_beams to 4, which this version does not obey"),
+    ("temperature of words", stored(do_sample=True, temperature="hot"), [*ASK, *STORED], "'hot', which is no number"),
+    ("half a top-k", stored(do_sample=True, top_k=1.5), [*ASK, *STORED], "sets top_k to 1.5, which is no number"),
+    ("stored top-p 2", stored(do_sample=True, top_p=2), [*ASK, *STORED], "top-p 2 is out of range"),
+    ("stored penalty -1", stored(repetition_penalty=-1), [*ASK, *STORED], "repetition penalty -1 is out of range"),
+    ("sampling no object", lambda p: (p.bundle / "generation_config.json").write_text("[]"), ASK, "hold a JSON object"),
+    ("no stored sampling", lambda p: (p.bundle / "generation_config.json").unlink(), [*ASK, *STORED], "is missing, so"),
     ("nothing to show", nothing, [*ASK, "--show", "TMP/kept.png"], "no picture for --show"),
     ("show in no folder", nothing, ["--image", "PICTURE", *ASK, "--show", "TMP/no/kept.png"], "does not exist"),
     ("show in no format", nothing, ["--image", "PICTURE", *ASK, "--show", "TMP/kept.no"], "does not end in"),

@@ -6,13 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ivc_export.bundle import Bundle
+from ivc_export.contract import FloatName
 from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime.conversation import Conversation
-from ivc_export.runtime.generate import Chat, Sampling, generate
+from ivc_export.runtime.generate import Chat, Sampling, continue_from, generate
 from ivc_export.runtime.processor import Processor, user_message
 from ivc_export.runtime.session import OnnxSession
+from ivc_export.sampling import Sampler
 from tests.conftest import SHAPES, make_overflowing_checkpoint
 
 SHORT = Sampling(max_tokens=6)
@@ -58,6 +61,33 @@ def test_the_same_question_has_the_same_answer(sample_session: OnnxSession) -> N
         assert len(answers) == 1
 
 
+def test_turns_of_a_conversation_draw_on_and_runs_repeat(
+    sample_session: OnnxSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = Sampling(temperature=2.0, max_tokens=8, seed=5)
+
+    def turns(sampler: Sampling | Sampler) -> list[list[int]]:
+        """The same prompt twice, each over a cache of its own, so that only the random numbers differ."""
+        return [list(generate(Conversation(sample_session), [1, 2, 3], sampling=sampler, stop=())) for _ in "ab"]
+
+    first, second = turns(Sampler(sampling))
+    assert first != second
+    assert turns(Sampler(sampling)) == [first, second]
+    assert turns(sampling) == [first, first]
+    begun: list[int] = []
+    whole = np.random.default_rng
+
+    def begin(seed: int) -> np.random.Generator:
+        begun.append(seed)
+        return whole(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", begin)
+    chat = Chat(sample_session, sampling=sampling)
+    for _ in range(3):
+        list(chat.ask("Where?"))
+    assert begun == [5]
+
+
 def test_stop_tokens_end_an_answer_and_are_not_run(sample_session: OnnxSession) -> None:
     free = list(generate(Conversation(sample_session), [1, 2, 3], sampling=SHORT, stop=()))
     conversation = Conversation(sample_session)
@@ -86,8 +116,34 @@ def test_logits_that_are_no_numbers_end_an_answer(tmp_path: Path) -> None:
     bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="fp16"))
     assert len(list(generate(OnnxSession(bundle).converse(), [7, 8, 9, 10], sampling=SHORT, stop=()))) == 6
     narrow = OnnxSession(bundle, dtype="float16").converse()
-    with pytest.raises(UserError, match=r"leave float16's range on onnxruntime-cpu: .* or build engines with --dtype"):
+    with pytest.raises(UserError, match=r"leave float16's range on onnxruntime-cpu: compute in float32, which is the"):
         next(generate(narrow, [7, 8, 9, 10]))
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "advice"),
+    [
+        ("onnxruntime-cpu", "float32", r"no numbers, in float32 on onnxruntime-cpu: its weights are damaged"),
+        ("onnxruntime-cpu", "float16", r"range on onnxruntime-cpu: compute in float32, which is the default there$"),
+        ("onnxruntime-cuda", "float16", r"range on onnxruntime-cuda: use onnxruntime on the CPU"),
+        (
+            "tensorrt",
+            "float16",
+            r"range on tensorrt: use onnxruntime on the CPU .*, or build engines with --dtype fp32",
+        ),
+        ("tensorrt", "float32", r"no numbers, in float32 on tensorrt: its weights are damaged"),
+    ],
+)
+def test_advice_on_such_logits_is_never_what_is_done_already(
+    sample_bundle: Bundle, backend: str, dtype: FloatName, advice: str
+) -> None:
+    session = OnnxSession(sample_bundle)
+    session.backend, session.dtype = backend, dtype
+    conversation = session.converse()
+    step = conversation.run([7, 8, 9])
+    step.decoder["logits"][0, 0, 5] = np.nan
+    with pytest.raises(UserError, match=advice):
+        next(continue_from(conversation, step, Sampler()))
 
 
 def test_an_answer_of_image_tokens_does_not_end_the_chat(sample_session: OnnxSession) -> None:
@@ -120,33 +176,6 @@ def test_a_template_may_set_blanks_around_an_answer(
         assert chat._added(f"Where? ASSISTANT:{rest}") == added
     with pytest.raises(UserError, match="rewrites earlier turns"):
         chat._added(f"Who? ASSISTANT:{rest}")
-
-
-def test_sampling_draws_from_the_nucleus() -> None:
-    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    generator = np.random.default_rng(0)
-    for top_p, allowed in ((0.4, {0}), (0.6, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
-        sampling = Sampling(temperature=1.0, top_p=top_p)
-        assert {sampling.draw(logits, generator) for _ in range(400)} == allowed
-    draws = [Sampling(temperature=1.0).draw(logits, generator) for _ in range(4000)]
-    np.testing.assert_allclose(np.bincount(draws) / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03)
-    assert Sampling().draw(logits, generator) == 0
-    assert Sampling(temperature=1e-310).draw(logits, generator) == 0
-
-
-@pytest.mark.parametrize(
-    ("values", "sentence"),
-    [
-        ({"temperature": -1.0}, "temperature"),
-        ({"temperature": float("nan")}, "temperature"),
-        ({"top_p": 0.0}, "top-p"),
-        ({"max_tokens": 0}, "max tokens"),
-        ({"seed": -1}, "seed"),
-    ],
-)
-def test_sampling_out_of_range(values: dict[str, float], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        Sampling(**values)  # type: ignore[arg-type]
 
 
 def test_an_empty_question_is_refused(sample_session: OnnxSession) -> None:

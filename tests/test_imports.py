@@ -20,6 +20,7 @@ ORDER = [  # from the bottom up; a module imports from its own line or from lowe
         "calibration",
         "chat_template",
         "bounded_template",
+        "sampling",
     },
     {"placement"},
     {"builder"},

@@ -63,7 +63,7 @@ def parser() -> Parser:
         "--picture", metavar="WIDTHxHEIGHT", action="append", type=picture_size, help="for --dry-run; may be repeated"
     )
     p.add_argument("--json", action="store_true", help="print one JSON object")
-    p.add_argument("--quiet", action="store_true", help="print errors only")
+    p.add_argument("--quiet", action="store_true", help="print errors, and what changes answers")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
@@ -112,7 +112,10 @@ def command(arguments: Sequence[str]) -> int:
     seconds = time.perf_counter() - start
     if options.json:
         print(json.dumps(record(bundle, seconds)))
-    elif not options.quiet:
+    elif options.quiet:
+        for note in bundle.notes:
+            make_console().print(note, style="yellow", markup=False)
+    else:
         describe(bundle, console)
     return 0
 

@@ -17,13 +17,15 @@ from ivc_export import __version__
 from ivc_export.bundle import Bundle
 from ivc_export.cli import Parser, check_output, make_console
 from ivc_export.errors import UserError
+from ivc_export.files import read_object
 from ivc_export.report.overlay import count_kinds, overlay
 from ivc_export.runtime.backends import BACKENDS, open_session
 from ivc_export.runtime.conversation import Timings
 from ivc_export.runtime.fused import FusedSession
-from ivc_export.runtime.generate import Chat, Sampling
+from ivc_export.runtime.generate import Chat
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.session import widening_note
+from ivc_export.sampling import GENERATION_CONFIG, Sampling, greedy_note, stored_sampling
 
 CHAT_HELP = "/image FILE adds a picture to your next question, /quit ends the chat"
 NO_CUDA_GRAPH = "this onnxruntime captures no CUDA graph of decode steps, which take longer so: try a newer one"
@@ -38,8 +40,19 @@ def parser() -> Parser:
     p.add_argument("--chat", action="store_true", help=f"go on with questions from standard input; {CHAT_HELP}")
     p.add_argument("--ratio", type=float, help="fraction of visual tokens kept (default: the bundle's)")
     p.add_argument("--max-tokens", type=int, default=128, help="tokens an answer at most (default: 128)")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    p.add_argument("--top-p", type=float, default=1.0, help="probability mass to draw from (default: 1)")
+    p.add_argument(
+        "--sampling",
+        choices=("greedy", "checkpoint"),
+        help="greedy: the most likely token (default); checkpoint: as its generation_config.json asks",
+    )
+    p.add_argument("--temperature", type=float, help="0 is greedy (default: --sampling's)")
+    p.add_argument("--top-k", type=int, help="draw from so many best tokens, 0 is all (default: --sampling's)")
+    p.add_argument("--top-p", type=float, help="probability mass to draw from (default: --sampling's)")
+    p.add_argument(
+        "--repetition-penalty",
+        type=float,
+        help="above 1, tokens of the prompt and the answer become less likely (default: --sampling's)",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the random draws (default: 0)")
     p.add_argument(
         "--backend",
@@ -71,13 +84,12 @@ def command(arguments: Sequence[str]) -> int:
         raise UserError("--plugin is for TensorRT's engines: use it with --backend tensorrt")
     if options.show:
         check_show(options.show, bool(options.image) or options.chat)
-    bundle = Bundle.load(options.bundle)
-    console = make_console()
+    bundle, console = Bundle.load(options.bundle), make_console()
+    sampling = choose_sampling(bundle, options, console)
     images = [open_picture(image, partial(console.print, markup=False)) for image in options.image]
     note = widening_note(bundle)
     if note and options.backend == "onnxruntime" and options.provider != "cuda":
         console.print(note, markup=False)
-    sampling = Sampling(options.temperature, options.top_p, options.seed, options.max_tokens)
     with console.status("opening the graphs"):
         session = open_session(bundle, options.backend, options.provider, options.op_library, plugin=options.plugin)
         chat = Chat(session, options.ratio, sampling=sampling)
@@ -88,6 +100,26 @@ def command(arguments: Sequence[str]) -> int:
     if options.chat:
         go_on(chat, [] if options.prompt is not None else images, options, console)
     return 0
+
+
+def choose_sampling(bundle: Bundle, options: argparse.Namespace, console: Console) -> Sampling:
+    """The options' sampling; where nobody chose, a note says what the checkpoint asks for.
+
+    Raises:
+        UserError: a value is out of range, or the checkpoint's settings are missing, damaged or not obeyed.
+    """
+    path = bundle.folder / GENERATION_CONFIG
+    stored = read_object(path, "export the model again") if path.is_file() else {}
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.sampling is None:
+        note = greedy_note(stored, given)
+        if note:
+            console.print(note, markup=False)
+    elif options.sampling == "checkpoint" and not path.is_file():
+        raise UserError(f"{path} is missing, so nothing is known of the checkpoint's sampling: give --sampling greedy")
+    settings = stored_sampling(stored) if options.sampling == "checkpoint" else {}
+    return Sampling(seed=options.seed, max_tokens=options.max_tokens, **settings | given)
 
 
 def check_show(path: Path, pictures: bool) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import PIL.Image
 
 from ivc_export.chat_template import Message
@@ -16,90 +13,65 @@ from ivc_export.errors import UserError
 from ivc_export.families import Picture
 from ivc_export.runtime.conversation import AnyConversation, AnySession, Step
 from ivc_export.runtime.processor import Processor, user_message
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn: greedily at temperature 0, else from the smallest set of mass `top_p`.
-
-    Raises:
-        UserError: a value is out of range.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    max_tokens: int = 128
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature {self.temperature} is out of range: give 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top-p {self.top_p} is out of range: give a probability mass above 0 and up to 1")
-        if self.max_tokens < 1:
-            raise UserError(f"max tokens {self.max_tokens} is out of range: give at least 1")
-        if self.seed < 0:
-            raise UserError(f"seed {self.seed} is out of range: give 0 or more")
-
-    def draw(self, logits: npt.NDArray[np.float32], generator: np.random.Generator) -> int:
-        """A token id. logits: [vocab]."""
-        if self.temperature == 0:
-            return int(logits.argmax())
-        with np.errstate(over="ignore"):  # at a tiny temperature all but the best are at -inf
-            scaled = (logits.astype(np.float64) - logits.max()) / self.temperature
-        probability = np.exp(scaled) / np.exp(scaled).sum()
-        order = np.argsort(-probability, kind="stable")
-        mass = np.cumsum(probability[order])
-        nucleus = order[: int(np.searchsorted(mass, self.top_p)) + 1]
-        return int(generator.choice(nucleus, p=probability[nucleus] / probability[nucleus].sum()))
-
-
-GREEDY = Sampling()
+from ivc_export.sampling import GREEDY, Sampler
+from ivc_export.sampling import Sampling as Sampling
 
 
 def generate(
     conversation: AnyConversation,
     tokens: Sequence[int],
     pictures: Sequence[Picture] = (),
-    sampling: Sampling = GREEDY,
+    sampling: Sampling | Sampler = GREEDY,
     stop: Sequence[int] | None = None,
 ) -> Iterator[int]:
     """Run `tokens` and yield the ids that follow, the stop token included, as each is drawn.
 
+    sampling: a Sampler goes on with the draws of the conversation's earlier turns; a Sampling begins them.
     stop: ids that end the answer; None takes the bundle's. The last id yielded is not in the cache yet.
     """
-    yield from continue_from(conversation, conversation.run(tokens, pictures), sampling, stop)
+    sampler = sampling if isinstance(sampling, Sampler) else Sampler(sampling)
+    step = conversation.run(tokens, pictures)
+    sampler.read(tokens)
+    yield from continue_from(conversation, step, sampler, stop)
 
 
 def continue_from(
     conversation: AnyConversation,
     step: Step,
-    sampling: Sampling = GREEDY,
+    sampler: Sampler,
     stop: Sequence[int] | None = None,
 ) -> Iterator[int]:
-    """Yield the ids that follow `step`, the conversation's last run, as `generate`.
+    """Yield the ids that follow `step`, the conversation's last run, whose tokens `sampler` has read; as `generate`.
 
     The answer ends at the model's last position and at the cache's last row, too.
 
     Raises:
         UserError: the logits are no numbers.
     """
-    session = conversation.session
-    manifest = session.bundle.manifest
+    manifest = conversation.session.bundle.manifest
     stop = manifest.tokens.stop if stop is None else stop
-    generator = np.random.default_rng(sampling.seed)
-    for left in reversed(range(sampling.max_tokens)):
+    for left in reversed(range(sampler.sampling.max_tokens)):
         if not np.isfinite(step.logits.max()):  # NaN if any of them is
-            raise UserError(
-                f"this model's activations leave {session.dtype}'s range on {session.backend}: use onnxruntime on the "
-                "CPU (ivc-run's default), or build engines with --dtype fp32"
-            )
-        token = sampling.draw(step.logits, generator)
+            raise UserError(no_numbers(conversation.session))
+        token = sampler.draw(step.logits)
         yield token
         full = conversation.next_position >= manifest.decoder.max_positions or conversation.cache.room == 0
         if token in stop or not left or full:
             return
         step = conversation.run([token])
+
+
+def no_numbers(session: AnySession) -> str:
+    """What to do where logits are no numbers: another dtype if there is a wider one, and never what is done already."""
+    if session.dtype == "float32":
+        return (
+            f"this model gives logits that are no numbers, in float32 on {session.backend}: its weights are damaged, "
+            "so verify them with ivc-check --weights, or download the checkpoint again and export it"
+        )
+    leaves = f"this model's activations leave {session.dtype}'s range on {session.backend}"
+    if session.backend == "onnxruntime-cpu":
+        return f"{leaves}: compute in float32, which is the default there"
+    return f"{leaves}: use onnxruntime on the CPU (ivc-run's default), or build engines with --dtype fp32"
 
 
 class Chat:
@@ -119,7 +91,7 @@ class Chat:
     ) -> None:
         self.processor = Processor(session.bundle)
         self.conversation = session.converse(ratio, capacity)
-        self.sampling = sampling
+        self.sampler = Sampler(sampling)
         self.messages: list[Message] = []
         self.tokens: list[int] = []
         """Ids of the last answer, stop token included."""
@@ -147,8 +119,9 @@ class Chat:
             self.conversation.run(self.tokens[-1:])
         self.tokens = []
         self.step = self.conversation.run(addition, pictures)
+        self.sampler.read(addition)
         try:
-            drawn = continue_from(self.conversation, self.step, self.sampling)
+            drawn = continue_from(self.conversation, self.step, self.sampler)
             yield from self.processor.stream(self._record(drawn))
         finally:  # also where the caller stops listening
             answer = self.processor.decode(self.tokens)

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from ivc_export import staging
 from ivc_export.contract import GraphName, Manifest
 from ivc_export.errors import UserError
+from ivc_export.files import confined
 from ivc_export.floats import FLOAT_DTYPES
 from ivc_export.graph_files import read_graph
 from ivc_export.manifest import read_manifest
@@ -22,6 +23,8 @@ TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 PREPROCESSOR = "preprocessor_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+CHECKPOINT_FILES = (TOKENIZER, CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER_CONFIG, "config.json", "generation_config.json")
+"""What of a checkpoint's small files a bundle may have."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Bundle:
         bundle = Bundle(Path(folder), read_manifest(Path(folder)))
         for name in bundle.manifest.graphs:
             bundle.graph(name)  # before a runtime opens what it names
+        for file in CHECKPOINT_FILES:
+            confined(bundle.folder, file, "copy the bundle with what its links lead to, or export the model again")
         return bundle
 
     def check_portable(self, purpose: str) -> None:

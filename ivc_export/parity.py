@@ -127,13 +127,14 @@ def compare(
     reference: see oracle.record.
 
     Raises:
-        UserError: the recorded run is of another model, or nothing is known about this backend's precision.
+        UserError: the recorded run is of another model, or damaged, or nothing is known about this backend's precision.
     """
     bundle, m, facts = session.bundle, session.bundle.manifest, reference.facts
     if facts["model"] != identity(m):
         raise UserError(
             f"the recorded run is not of {bundle.folder}: check the bundle against its checkpoint where there is torch"
         )
+    check_whole(reference, m, len(facts["drawn_tokens"]), bool(images))
     tolerance = find_tolerances(session)
     pictures = [families.of(m.family).picture(image, m.preprocessing) for image in images]
     progress("prefill")
@@ -158,6 +159,41 @@ def compare(
         versions={**m.versions, **session.versions, **facts["versions"]},
     )
     return report, prefill
+
+
+def check_whole(reference: Recording, m: contract.Manifest, steps: int, pictures: bool) -> None:
+    """Check that a recorded run holds what `compare` compares, in shapes that can be.
+
+    Raises:
+        UserError: it does not.
+    """
+    named = {(graph, t.name): t for graph in ("prefix", "decoder") for t in m.graphs[graph].outputs}
+    wanted = {key for key in named if key[1].startswith("new_")} | {("decoder", "logits")}
+    wanted |= {("prefix", name) for name in ("hidden_states", "keep_index", "token_score", "seed_index")}
+    found = {(key.graph, key.name): a for key, a in reference.tensors.items() if key[::2] == ("prefill", "outputs")}
+    problem = next((f"{graph}'s {name} is missing" for graph, name in sorted(wanted - {*found})), None)
+    if pictures != (("vision", "image_embeds") in found):
+        problem = "image_embeds and pictures do not fit each other"
+    for (graph, name), array in found.items():
+        info = named.get((graph, name))
+        shape = info.shape if info else ("rows", m.decoder.hidden_size)
+        known = info is not None or (graph, name) == ("vision", "image_embeds")
+        axes = zip(shape, array.shape, strict=False)
+        integers = info is not None and info.dtype == "int32"
+        if not known or len(shape) != array.ndim or any(a != b for a, b in axes if not isinstance(a, str)):
+            problem = f"{graph}'s {name} is misshapen"
+        elif integers != np.issubdtype(array.dtype, np.integer):
+            problem = f"{graph}'s {name} is of another type"
+    for number in range(1, steps + 1):
+        logits = reference.of(f"decode-{number}", "decoder").get("logits")
+        if logits is None or logits.shape != (1, 1, m.decoder.vocab_size):
+            problem = f"step {number} has no logits"
+    if problem is None:
+        rows, choice = found["prefix", "hidden_states"].shape[1], found["prefix", "keep_index"]
+        if rows < 1 or len(choice) < 1 or choice[0] < 0 or choice[-1] >= rows or (np.diff(choice) <= 0).any():
+            problem = "keep_index names no ascending rows"
+    if problem:
+        raise UserError(f"the stored run is damaged ({problem}): run ivc-check --against again")
 
 
 def find_tolerances(session: OpenSession) -> dict[str, float]:

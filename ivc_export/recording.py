@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ import numpy.typing as npt
 
 from ivc_export.contract import Manifest
 from ivc_export.errors import UserError
-from ivc_export.files import read_object
+from ivc_export.files import check_regular, confined, read_object
 
 INDEX = "index.json"
 FORMAT = 1
+DTYPES = ("float32", "int32")
+"""Of recorded tensors."""
 
 
 class Key(NamedTuple):
@@ -74,11 +77,25 @@ class Recording:
             facts = read_object(folder / INDEX, "record it again")
             if facts["format"] != FORMAT:
                 raise UserError(f"{folder} is of another version of ivc-export: record it again")
-            tensors = {}
-            for entry in facts.pop("tensors"):
-                key = Key(entry["stage"], entry["graph"], entry["role"], entry["name"])
-                dtype = np.dtype(entry["dtype"]).newbyteorder("<")
-                tensors[key] = np.fromfile(folder / key.file, dtype).reshape(entry["shape"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            tensors = dict(read_tensor(folder, entry) for entry in facts.pop("tensors"))
+        except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:
             raise UserError(f"{folder} holds no whole recording ({error}): record it again") from error
         return Recording(facts, tensors)
+
+
+def read_tensor(folder: Path, entry: Mapping[str, Any]) -> tuple[Key, npt.NDArray[Any]]:
+    """A tensor of a recording in `folder`. entry: what the index says of it.
+
+    Raises:
+        UserError: its file is missing, or outside the folder.
+        ValueError, KeyError, TypeError: the entry is damaged, or the file of another size.
+    """
+    key = Key(entry["stage"], entry["graph"], entry["role"], entry["name"])
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{key.file} is of dtype {entry['dtype']!r}")
+    dtype, shape = np.dtype(entry["dtype"]).newbyteorder("<"), tuple(map(int, entry["shape"]))
+    path = confined(folder, key.file, "record it again")
+    size, wanted = check_regular(path, "record it again"), math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or size != wanted:
+        raise ValueError(f"{key.file} has {size} bytes, and the index says {wanted}")
+    return key, np.fromfile(path, dtype).reshape(shape)

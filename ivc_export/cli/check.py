@@ -10,8 +10,10 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
+from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,7 +22,9 @@ from rich.table import Table
 from ivc_export import __version__
 from ivc_export.bundle import Bundle
 from ivc_export.cli import Parser, make_console
+from ivc_export.contract import Frozen, TokenId, first_problem
 from ivc_export.errors import UserError
+from ivc_export.files import confined, replace_text
 from ivc_export.integrity import verify_files
 from ivc_export.parity import ParityReport, compare, find_tolerances
 from ivc_export.recording import INDEX, Recording
@@ -37,6 +41,19 @@ PROMPT_OPTIONS = ("image", "prompt", "ratio", "steps")
 STEPS = 8
 
 Images = list[PIL.Image.Image]
+
+
+class StoredFacts(Frozen):
+    """What the index of a run in a bundle says beside its tensors."""
+
+    format: int
+    model: dict[str, Any]
+    checkpoint: str
+    ratio: float = Field(gt=0, le=1)
+    prompt_tokens: tuple[TokenId, ...]
+    drawn_tokens: tuple[TokenId, ...]
+    versions: dict[str, str]
+    pictures: tuple[str, ...]
 
 
 def parser() -> Parser:
@@ -123,13 +140,16 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def check_report(bundle: Bundle) -> None:
-    """Refuse, before any work, a bundle in which no report can be written.
+    """Refuse, before any work, a bundle in which no report can be written, or where that would be elsewhere.
 
     Raises:
         UserError: it is one.
     """
+    for folder in (bundle.folder / REPORT, bundle.folder / REFERENCE):
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise UserError(f"no report can be written to {folder}, which is no folder of the bundle's own: remove it")
     folder = bundle.folder / REPORT
-    if not os.access(folder if folder.exists() else bundle.folder, os.W_OK) or folder.is_file():
+    if not os.access(folder if folder.exists() else bundle.folder, os.W_OK):
         raise UserError(f"no report can be written to {folder}: see to its permissions, or check a copy of the bundle")
 
 
@@ -182,8 +202,13 @@ def stored(bundle: Bundle) -> tuple[Recording, Images]:
         raise UserError(
             f"{folder} holds no run to compare with: run ivc-check --against where there is torch, and copy the bundle"
         )
+    advice = "run ivc-check --against again"
     recording = Recording.read(folder)
-    return recording, [open_picture(folder / name) for name in recording.facts["pictures"]]
+    try:
+        facts = StoredFacts.model_validate(dict(recording.facts))
+    except ValidationError as error:
+        raise UserError(f"{folder / INDEX} is damaged ({first_problem(error)}): {advice}") from error
+    return recording, [open_picture(confined(folder, name, advice)) for name in facts.pictures]
 
 
 def question(bundle: Bundle, text: str | None, images: Sequence[Path]) -> tuple[list[int], Images]:
@@ -207,14 +232,14 @@ def write_report(bundle: Bundle, report: ParityReport, step: Step, images: Image
     """Write parity.json, and parity.html where there is matplotlib; returns the better of both."""
     path = bundle.folder / REPORT / "parity.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
     page = path.with_suffix(".html")
     page.unlink(missing_ok=True)
     if importlib.util.find_spec("matplotlib") is None:
         return path
     from ivc_export.report.page import parity_page
 
-    page.write_text(parity_page(bundle, report, step, images), encoding="utf-8")
+    replace_text(page, parity_page(bundle, report, step, images))
     return page
 
 

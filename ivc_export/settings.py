@@ -90,7 +90,10 @@ class Settings(BaseModel):
 
 
 class PictureSettings(Settings):
-    """What all image processors have; without rescaling and normalisation pixels keep their levels."""
+    """What all image processors have; without rescaling and normalisation pixels keep their levels.
+
+    A switch that is null is off.
+    """
 
     do_resize: Literal[True] = True
     resample: Literal[0, 1, 2, 3, 4, 5] = 3
@@ -100,6 +103,13 @@ class PictureSettings(Settings):
     image_mean: Means = CLIP_MEAN
     image_std: Deviations = CLIP_STD
     do_convert_rgb: Literal[True] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_switches_are_off(cls, content: Any) -> Any:
+        if not isinstance(content, Mapping):
+            return content
+        return {key: False if value is None and key.startswith("do_") else value for key, value in content.items()}
 
     @property
     def scaling(self) -> dict[str, Any]:

@@ -233,6 +233,11 @@ class TilePreprocessing(Scaling):
     """Whether the middle of the picture is cut out, or all of it is stretched to the tiles."""
 
     @property
+    def token_side(self) -> int:
+        """Pixels along one side of a visual token."""
+        return self.tile_pixels // self.tile_side
+
+    @property
     def least_visual(self) -> int:
         """Visual tokens of the smallest picture."""
         return self.tile_side**2 * (self.min_tiles + (self.min_tiles > 1))

@@ -156,12 +156,10 @@ def turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> int | None:
 def chat_template(checkpoint: Checkpoint, family: Family) -> tuple[str, tuple[str, ...]]:
     """The checkpoint's chat template, or the family's if there is none or it cannot show pictures, and what to say."""
     found = stored_template(checkpoint)
-    if found is None:
-        return family.chat_template, ("the checkpoint has no chat template: the family's own is taken",)
-    template, file = found
-    if "image" not in template:
-        return family.chat_template, (f"the chat template in {file} shows no pictures: the family's own is taken",)
-    return template, ()
+    if found is not None and "image" in found[0]:
+        return found[0], ()
+    why = f"the chat template in {found[1]} shows no pictures" if found else "the checkpoint has no chat template"
+    return family.own_template(checkpoint.config), (f"{why}: the family's own is taken",)
 
 
 def stored_template(checkpoint: Checkpoint) -> tuple[str, str] | None:

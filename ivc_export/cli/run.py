@@ -36,7 +36,8 @@ def parser() -> Parser:
     p = Parser(prog="ivc-run", description="Ask an exported model about pictures, on onnxruntime or TensorRT.")
     p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
     p.add_argument("--image", type=Path, action="append", default=[], help="a picture; give it again for more")
-    p.add_argument("--prompt", help="the question")
+    p.add_argument("--prompt", help="the question; <image> marks place the pictures, which else come first")
+    p.add_argument("--system", metavar="TEXT", help="system message, in the place of the chat template's own")
     p.add_argument("--chat", action="store_true", help=f"go on with questions from standard input; {CHAT_HELP}")
     p.add_argument("--ratio", type=float, help="fraction of visual tokens kept (default: the bundle's)")
     p.add_argument("--max-tokens", type=int, default=128, help="tokens an answer at most (default: 128)")
@@ -92,7 +93,7 @@ def command(arguments: Sequence[str]) -> int:
         console.print(note, markup=False)
     with console.status("opening the graphs"):
         session = open_session(bundle, options.backend, options.provider, options.op_library, plugin=options.plugin)
-        chat = Chat(session, options.ratio, sampling=sampling)
+        chat = Chat(session, options.ratio, sampling=sampling, system=options.system)
     if isinstance(session, FusedSession) and not session.cuda_graph:
         console.print(NO_CUDA_GRAPH, markup=False)
     if options.prompt is not None:
@@ -145,19 +146,23 @@ def go_on(chat: Chat, images: list[PIL.Image.Image], options: argparse.Namespace
         line = sys.stdin.readline()
         if not line or line.strip() == "/quit":
             return
+        asked: list[PIL.Image.Image] = []
         try:
             command, _, rest = line.strip().partition(" ")
             if command == "/image":
-                images = [*images, open_picture(Path(rest.strip()), partial(console.print, markup=False))]
+                image = open_picture(Path(rest.strip()), partial(console.print, markup=False))
+                chat.processor.picture(image)  # what the model cannot take is told now
+                images = [*images, image]
             elif command.startswith("/"):
                 raise UserError(f"there is no {command}: {CHAT_HELP}")
             elif line.strip():
-                answer(chat, line.strip(), images, options)
-                images = []
+                asked, images = images, []  # whatever comes of it: a question that fails takes its pictures along
+                answer(chat, line.strip(), asked, options)
         except UserError as error:
             if not sys.stdin.isatty():
                 raise
-            console.print(f"error: {error}", markup=False, style="red")
+            again = "; its pictures are left out now, and /image adds them again" if asked else ""
+            console.print(f"error: {error}{again}", markup=False, style="red")
 
 
 def answer(chat: Chat, prompt: str, images: Sequence[PIL.Image.Image], options: argparse.Namespace) -> None:
@@ -168,12 +173,12 @@ def answer(chat: Chat, prompt: str, images: Sequence[PIL.Image.Image], options: 
         pieces.append(piece)
         if not options.json:
             print(piece, end="", flush=True)
-    print(json.dumps(record(chat, "".join(pieces))) if options.json else "", flush=True)
+    print(json.dumps(record(chat, "".join(pieces), images)) if options.json else "", flush=True)
     if options.show and images and chat.step is not None:
         overlay([chat.processor.shown(image) for image in images], chat.step).save(options.show)
 
 
-def record(chat: Chat, text: str) -> dict[str, Any]:
+def record(chat: Chat, text: str, images: Sequence[PIL.Image.Image]) -> dict[str, Any]:
     """What --json prints."""
     assert chat.step is not None
     seconds, runs = chat.conversation.timings.seconds, chat.conversation.timings.runs
@@ -186,6 +191,9 @@ def record(chat: Chat, text: str) -> dict[str, Any]:
         "finish": chat.finish,
         "ratio": chat.conversation.ratio,
         "visual_tokens": {"total": total, "kept": total - counts["pruned"]} | counts,
+        "pictures": [
+            chat.processor.extents(image.size, grid) for image, grid in zip(images, chat.step.run.grids, strict=True)
+        ],
         "prompt_tokens": chat.step.run.rows,
         "cache": {"rows": chat.conversation.cache.length, "bytes": chat.conversation.cache.bytes_used},
         "milliseconds": {stage: round(1000 * value, 3) for stage, value in seconds.items()}

@@ -138,6 +138,7 @@ class Family:
         returns int32 [axes, rows] and the next free position.
     stock_inputs: a Picture as transformers' get_image_features takes it, by name, pictures along the first axis.
     chat_template: of the family, for checkpoints that come with none, or with one that cannot show pictures.
+    chat_template_of: config.json to that template, where it depends on it.
     token_texts: of the tokens that show a picture.
     template_marks: whether chat templates write the tokens before and behind a picture's image tokens.
     hub: aliases that --model takes, to hub ids.
@@ -166,6 +167,15 @@ class Family:
     default_ratio: float = 0.5
     stock_layout: StockLayout | None = None
     unused: Sequence[str] = ()
+    chat_template_of: Callable[[Mapping[str, Any]], str] | None = None
+
+    def own_template(self, config: Mapping[str, Any]) -> str:
+        """The family's chat template for a checkpoint with this config.json.
+
+        Raises:
+            UserError: config.json asks for one that is not known.
+        """
+        return self.chat_template_of(config) if self.chat_template_of else self.chat_template
 
 
 @cache
@@ -255,13 +265,13 @@ def check_shape(width: int, height: int, limit: int) -> None:
         raise UserError(f"a picture of {width} x {height} is too elongated: crop it to an aspect ratio below {limit}")
 
 
-def shown(image: PIL.Image.Image, preprocessing: contract.Preprocessing) -> PIL.Image.Image:
-    """The part of a picture that its visual tokens cover."""
+def covered(width: int, height: int, preprocessing: contract.Preprocessing) -> tuple[int, int, int, int]:
+    """The part of a picture of this size that its visual tokens cover: left, top, right and bottom in its pixels."""
     if not isinstance(preprocessing, contract.TilePreprocessing) or preprocessing.fit == "stretch":
-        return image
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+        return 0, 0, width, height
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
 
 
 def renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:

@@ -7,11 +7,13 @@ of the other. InternLM2's checkpoints come without a tokenizer.json, which `ivc-
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 from ivc_export import contract
+from ivc_export.errors import UserError
 from ivc_export.families import Model, StockLayout, renamed, required
 from ivc_export.families.internvl import FAMILY as TRANSFORMERS
 from ivc_export.families.internvl import SHUFFLE, Half, VisionSizes, make_model, read_text
@@ -122,6 +124,59 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
     return make_model(decoder, text, sizes, pictures, tiles, whole.img_context_token_id)
 
 
+SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+"""What the original code's conversations named internvl2_5, as those of InternVL 2.5 and 3, begin with."""
+
+CHAT_TEMPLATE = """\
+{%- if not messages or messages[0].role != 'system' -%}
+<|im_start|>system
+{{ DEFAULT_SYSTEM }}<|im_end|>
+{% endif -%}
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- set said = namespace(text=false) -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}
+<IMG_CONTEXT>
+{%- if not said.text and not (loop.nextitem.text or '').startswith('\\n') -%}
+{{ '\\n' }}
+{%- endif -%}
+{%- else -%}
+{%- set said.text = true -%}
+{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+"""As the original code writes a conversation: pictures in front on lines of their own, those within the text as they
+stand."""
+
+
+def chat_template(config: Mapping[str, Any]) -> str:
+    """The template of the conversation that config.json names, with its system message.
+
+    Raises:
+        UserError: it names another one than internvl2_5.
+    """
+    name, system = config.get("template") or "internvl2_5", config.get("system_message")
+    if name != "internvl2_5":
+        raise UserError(
+            f"template {name!r} of config.json is not supported, only 'internvl2_5': put a chat_template.jinja that "
+            "shows pictures beside it"
+        )
+    if system is not None and not isinstance(system, str):
+        raise UserError(f"system_message of config.json is {system!r}, which is no text: write a text, or remove it")
+    return CHAT_TEMPLATE.replace("DEFAULT_SYSTEM", json.dumps(SYSTEM if system is None else system, ensure_ascii=False))
+
+
 PREFIXES = (  # ours, the original code's
     ("lm_head.", "language_model.output."),
     ("lm_head.", "language_model.lm_head."),
@@ -225,6 +280,8 @@ FAMILY = replace(
     TRANSFORMERS,
     model_type="internvl_chat",
     read=read,
+    chat_template=chat_template({}),
+    chat_template_of=chat_template,
     canonical_name=canonical_name,
     stored_name=stored_name,
     stock_layout=StockLayout(stock_config, stock_tensors),

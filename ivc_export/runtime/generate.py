@@ -12,9 +12,12 @@ from ivc_export.chat_template import Message
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
 from ivc_export.runtime.conversation import AnyConversation, AnySession, Step
-from ivc_export.runtime.processor import Processor, user_message
+from ivc_export.runtime.processor import Processor, parts_message, placed
 from ivc_export.sampling import GREEDY, Sampler
 from ivc_export.sampling import Sampling as Sampling
+
+Part = str | Path | PIL.Image.Image
+"""Of a question: text, or a picture."""
 
 
 def generate(
@@ -79,7 +82,11 @@ class Chat:
 
     Each turn runs only what the chat template adds to the conversation so far. What an earlier turn pruned is gone.
 
-    ratio, capacity: as Conversation's.
+    ratio, capacity: as Conversation's. system: what the model is told before all questions; None leaves that to the
+    chat template.
+
+    Raises:
+        UserError: the ratio is out of range, or the chat template takes no system message.
     """
 
     def __init__(
@@ -88,32 +95,46 @@ class Chat:
         ratio: float | None = None,
         capacity: int | None = None,
         sampling: Sampling = GREEDY,
+        system: str | None = None,
     ) -> None:
         self.processor = Processor(session.bundle)
         self.conversation = session.converse(ratio, capacity)
         self.sampler = Sampler(sampling)
-        self.messages: list[Message] = []
+        self.messages: list[Message] = [] if system is None else [self.processor.system_message(system)]
         self.tokens: list[int] = []
         """Ids of the last answer, stop token included."""
         self.step: Step | None = None
         """The last turn's prefill."""
         self._prompt = self._answer = ""  # what the last turn's prefill had been told so far, and what came of it
 
-    def ask(self, text: str, images: Sequence[Path | PIL.Image.Image] = ()) -> Iterator[str]:
+    def ask(self, question: str | Sequence[Part], images: Sequence[Path | PIL.Image.Image] = ()) -> Iterator[str]:
         """Ask, and yield the answer piece by piece.
 
+        question: text, in which `<image>` marks say where `images` stand, which else come first; or texts and pictures
+            in order, and no `images`.
+
         Raises:
-            UserError: the prompt is empty, a picture cannot be read, or the conversation grows too long.
+            UserError: there is no text, a picture cannot be read, marks and pictures do not fit each other, or the
+                conversation grows too long.
         """
-        if not text.strip():
+        if isinstance(question, str):
+            parts: list[Part] = placed(question, images)
+        elif images:
+            raise UserError("pictures are given twice, within the question and beside it: give them in one place")
+        else:
+            parts = [*question]
+        if not any(isinstance(part, str) and part.strip() for part in parts):
             raise UserError("the prompt is empty: give some text")
         timings = self.conversation.timings
         with timings.stage("pictures"):
-            pictures = [self.processor.picture(image) for image in images]
-        messages = [*self.messages, user_message(text, len(images))]
+            pictures = [self.processor.picture(part) for part in parts if not isinstance(part, str)]
+        message = parts_message(parts)
+        messages = [*self.messages, message]
         with timings.stage("tokens"):
             rendered = self.processor.render(messages)
-            addition = self.processor.encode(self._added(rendered), pictures, begin=not self._prompt)
+            added = self._added(rendered)
+            self.processor.check_places(message, added)
+            addition = self.processor.encode(added, pictures, begin=not self._prompt)
         # The last id drawn is not in the cache. A stop token is in the template's addition; any other is not.
         if self.tokens and self.finish == "length":
             self.conversation.run(self.tokens[-1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import PIL.Image
 from tokenizers.decoders import DecodeStream
@@ -12,10 +13,15 @@ from ivc_export import families
 from ivc_export.bundle import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, Bundle
 from ivc_export.chat_template import ChatTemplate, Message
 from ivc_export.errors import UserError
-from ivc_export.families import Picture
+from ivc_export.families import Grid, Picture
 from ivc_export.files import read_object, read_text
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.tokenizer import read_tokenizer
+
+T = TypeVar("T")
+
+MARK = "<image>"
+"""Where a picture stands in the text of a prompt."""
 
 
 class Processor:
@@ -62,11 +68,61 @@ class Processor:
 
     def shown(self, image: PIL.Image.Image) -> PIL.Image.Image:
         """The part of a picture that its visual tokens cover."""
-        return families.shown(image, self.bundle.manifest.preprocessing)
+        box = families.covered(*image.size, self.bundle.manifest.preprocessing)
+        return image if box == (0, 0, *image.size) else image.crop(box)
+
+    def extents(self, size: tuple[int, int], grid: Grid) -> dict[str, Any]:
+        """Sizes of a picture that gave `grid`, for JSON.
+
+        size: width and height. original: these. covered: left, top, right and bottom of the part that the model is
+        shown. scaled: the size that this part was scaled to, in whose pixels some models answer. grid: visual tokens
+        along both sides, and tiles, a thumbnail among them.
+        """
+        p = self.bundle.manifest.preprocessing
+        return {
+            "original": {"width": size[0], "height": size[1]},
+            "covered": families.covered(*size, p),
+            "scaled": {"width": grid.columns * p.token_side, "height": grid.rows * p.token_side},
+            "grid": {"rows": grid.rows, "columns": grid.columns, "tiles": len(grid.blocks)},
+        }
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a conversation up to where the assistant speaks."""
         return self.template.render(messages)
+
+    def system_message(self, text: str) -> Message:
+        """A system message, in the form that the chat template takes.
+
+        Raises:
+            UserError: it takes none.
+        """
+        for content in ([{"type": "text", "text": text}], text):
+            message: Message = {"role": "system", "content": content}
+            try:
+                rendered = self.render([message, user_message("?", 0)])
+            except UserError:  # it takes the other form, or none
+                continue
+            if text.strip() in rendered and "{'type'" not in rendered:
+                return message
+        raise UserError("the chat template of this bundle takes no system message: leave it out")
+
+    def check_places(self, message: Message, rendered: str) -> None:
+        """Check that a template left a message's pictures where they are in its text.
+
+        Raises:
+            UserError: it did not.
+        """
+        kinds = [part["type"] for part in message["content"]]
+        if kinds == sorted(kinds):  # pictures first: there is no other order to keep
+            return
+        image, place = self.tokenizer.id_to_token(self.bundle.manifest.tokens.image) or "", 0
+        for part in message["content"]:
+            wanted = part.get("text", image).strip()
+            place = rendered.find(wanted, place) + len(wanted)
+            if place < len(wanted):
+                raise UserError(
+                    "the chat template of this bundle does not keep pictures within the text: give them in front of it"
+                )
 
     def encode(self, text: str, pictures: Sequence[Picture] = (), begin: bool = True) -> list[int]:
         """Token ids of `text`, its i-th image token repeated once for each visual token of picture i.
@@ -100,8 +156,11 @@ class Processor:
         return [token for i in ids for token in (shown(next(counts)) if i == image else [i])]
 
     def question(self, text: str, pictures: Sequence[Picture]) -> list[int]:
-        """Token ids of a conversation that begins with this question about `pictures`."""
-        return self.encode(self.render([user_message(text, len(pictures))]), pictures)
+        """Token ids of a conversation that begins with this question about `pictures`; see user_message."""
+        message = user_message(text, len(pictures))
+        rendered = self.render([message])
+        self.check_places(message, rendered)
+        return self.encode(rendered, pictures)
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """Pieces of text as soon as the tokens so far make whole characters; special tokens are left out."""
@@ -117,6 +176,32 @@ class Processor:
         return text
 
 
+def placed(text: str, pictures: Sequence[T]) -> list[str | T]:
+    """Text and pictures in order: pictures at the text's `<image>` marks, or in front where it has none.
+
+    Raises:
+        UserError: there are marks, and another number of pictures.
+    """
+    pieces = text.split(MARK)
+    if len(pieces) == 1:
+        return [*pictures, text]
+    if len(pieces) - 1 != len(pictures):
+        raise UserError(
+            f"the prompt has {len(pieces) - 1} {MARK} marks and there are {len(pictures)} pictures: write a mark for "
+            "each, or none, and they come first"
+        )
+    parts: list[str | T] = [pieces[0]]
+    for picture, piece in zip(pictures, pieces[1:], strict=True):
+        parts += [picture, piece]
+    return [part for part in parts if part != ""]
+
+
 def user_message(text: str, pictures: int) -> Message:
-    """A user's message: pictures first, then text, in the form that chat templates take."""
-    return {"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}
+    """A user's message about so many pictures, which stand at the text's `<image>` marks, or first; see placed."""
+    return parts_message(placed(text, [None] * pictures))
+
+
+def parts_message(parts: Iterable[object]) -> Message:
+    """A user's message in the form that chat templates take: texts, and pictures for all else."""
+    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+    return {"role": "user", "content": content}

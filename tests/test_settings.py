@@ -36,6 +36,7 @@ from ivc_export.engine import EngineRecipe, build
 from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.families import internvl, llava, qwen2_5_vl, qwen2_vl
+from ivc_export.parity import check
 from ivc_export.recipe import ExportRecipe
 from ivc_export.settings import Settings, square
 from samples.make_sample import make_checkpoint
@@ -83,6 +84,16 @@ def test_an_export_below_a_tile_is_refused_before_weights_are_read(tmp_path: Pat
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(UserError, match="max_visual 12 is too small: a picture gives this model at least 64 visual"):
         export(ExportRecipe(checkpoint, tmp_path / "b", max_visual=12))
+
+
+def changed(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a tiny model with changes, of its parts too."""
+    tiny: Any = families.of(name).tiny
+    parts = {
+        key: {**tiny[key], **value} if isinstance(value, dict) and key.endswith("_config") else value
+        for key, value in changes.items()
+    }
+    return {**tiny, **parts}
 
 
 # what is left out
@@ -236,6 +247,25 @@ def test_norms_have_their_classes_epsilon(name: str, epsilon: float) -> None:
     assert families.of(name).read(config, None).decoder.rms_norm_epsilon == text.rms_norm_eps == epsilon
 
 
+OBEYED: list[tuple[str, dict[str, Any]]] = [
+    ("qwen2_vl", {"rms_norm_eps": 0.1, "rope_theta": 50.0, "hidden_act": "swish", "vision_config": {"mlp_ratio": 3}}),
+    ("qwen2_vl", {"rope_scaling": None, "rope_parameters": {"rope_theta": 9.0, "mrope_section": [4, 2, 2]}}),
+    ("qwen2_5_vl", {"num_key_value_heads": 4, "vision_config": {"window_size": 56, "fullatt_block_indexes": []}}),
+    ("llava", {"text_config": {"num_key_value_heads": None, "head_dim": 32}, "multimodal_projector_bias": False}),
+    ("llava", {"vision_config": {"hidden_act": "gelu", "layer_norm_eps": 0.1}, "vision_feature_layer": 1}),
+    ("internvl", {"text_config": {"model_type": "llama"}, "vision_config": {"attention_bias": False}}),
+    ("internvl", {"vision_config": {"layer_norm_eps": 0.1, "image_size": 112, "patch_size": 14}}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), OBEYED, ids=[f"{name} {changes}" for name, changes in OBEYED])
+def test_keys_that_are_obeyed_equal_pytorch(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", changed(name, changes))
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "b", max_visual=400))
+    report = check(bundle, checkpoint, steps=1)
+    assert report.passed, [comparison for comparison in report.comparisons if not comparison.passed]
+
+
 # what pictures become
 
 TYPES = {"qwen2_vl": "Qwen2VLImageProcessor", "llava": "CLIPImageProcessor", "internvl": "GotOcr2ImageProcessorFast"}
@@ -271,6 +301,79 @@ PICTURES: list[tuple[str, dict[str, Any]]] = [
     ("internvl", {"min_patches": 2, "max_patches": 6}),
     ("internvl", {"max_patches": 1}),
 ]
+
+
+CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+SWITCHES = dict.fromkeys(("do_convert_rgb", "do_normalize", "do_rescale", "do_resize"), True) | {"resample": 3}
+FILES: list[tuple[str, dict[str, Any]]] = [
+    ("qwen2-vl-2b", {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, **CLIP}),
+    (
+        "qwen2.5-vl-7b",
+        {
+            **SWITCHES,
+            **CLIP,
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+            "crop_size": None,
+            "do_center_crop": None,
+            "default_to_square": True,
+            "device": None,
+            "data_format": "channels_first",
+            "merge_size": 2,
+            "size": {"shortest_edge": 3136, "longest_edge": 12845056},
+        },
+    ),
+    (
+        "llava-1.5-7b",
+        {
+            **SWITCHES,
+            **CLIP,
+            "image_processor_type": "CLIPImageProcessor",
+            "do_center_crop": True,
+            "size": {"shortest_edge": 336},
+            "crop_size": {"height": 336, "width": 336},
+        },
+    ),
+    (
+        "internvl3-1b",
+        {
+            **SWITCHES,
+            **IMAGENET,
+            "image_processor_type": "GotOcr2ImageProcessorFast",
+            "crop_size": None,
+            "do_center_crop": None,
+            "crop_to_patches": False,
+            "min_patches": 1,
+            "max_patches": 12,
+            "return_tensors": None,
+            "default_to_square": True,
+            "size": {"height": 448, "width": 448},
+        },
+    ),
+    (
+        "internvl2.5-8b",
+        {
+            "feature_extractor_type": "CLIPFeatureExtractor",
+            "crop_size": 448,
+            "do_center_crop": True,
+            "size": 448,
+            "do_normalize": True,
+            "do_resize": True,
+            "resample": 3,
+            **IMAGENET,
+        },
+    ),
+]
+"""The forms that files of published checkpoints have."""
+
+
+@pytest.mark.parametrize(("alias", "processor"), FILES, ids=[alias for alias, _ in FILES])
+def test_files_of_published_checkpoints_are_taken(alias: str, processor: dict[str, Any]) -> None:
+    config = PUBLISHED[alias]
+    preprocessing = families.of(config["model_type"]).read(config, processor).preprocessing
+    assert (list(preprocessing.mean), list(preprocessing.std)) == (processor["image_mean"], processor["image_std"])
+    if preprocessing.kind == "patches":
+        assert preprocessing.max_pixels == contract.MOST_VISUAL * preprocessing.token_side**2
 
 
 def noise(width: int, height: int) -> PIL.Image.Image:
@@ -372,6 +475,7 @@ CONFIGURED: list[tuple[str, dict[str, Any], str]] = [
     (LLAVA, {"vision_feature_layer": 9}, "vision_feature_layer 9 of config.json is not supported: there are 3 layers"),
     (INTERNVL, {"vision_config": {"use_mean_pooling": False}}, "vision_config.use_mean_pooling False of config.json"),
     (INTERNVL, {"vision_config": {"use_absolute_position_embeddings": False}}, "use_absolute_position_embeddings Fal"),
+    (INTERNVL, {"text_config": {"model_type": ["qwen2"]}}, "text_config.model_type ['qwen2'] of config.json"),
     (INTERNVL, {"vision_feature_layer": -2}, "vision_feature_layer -2 of config.json"),
     (INTERNVL, {"text_config": {"use_sliding_window": True, "max_window_layers": 0}}, "use_sliding_window True of"),
     (
@@ -451,12 +555,7 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
 def test_configurations_that_are_refused(
     name: str, changes: dict[str, Any], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny: Any = families.of(name).tiny
-    parts = {
-        key: {**tiny[key], **value} if isinstance(value, dict) and key.endswith("_config") else value
-        for key, value in changes.items()
-    }
-    (tmp_path / "config.json").write_text(json.dumps({**tiny, **parts}))
+    (tmp_path / "config.json").write_text(json.dumps(changed(name, changes)))
     assert sentence in refused(tmp_path, capsys)
 
 

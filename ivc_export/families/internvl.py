@@ -137,7 +137,7 @@ def read_text(content: Any, part: str, kinds: Mapping[str, type[DecoderSettings]
     kind = next(iter(kinds))
     if isinstance(content, Mapping):
         kind = content.get("model_type") or kind
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         refuse(f"{part}.model_type", kind, CONFIG, f"this version knows {' and '.join(map(repr, kinds))}")
     return kinds[kind].read(content, part=part)
 

@@ -276,6 +276,10 @@ def silent_template(place: Place) -> None:
     (place.bundle / "chat_template.jinja").write_text("{{ messages[0].content[-1].text }}<|image_pad|><|vision_end|>")
 
 
+def last_text(place: Place) -> None:
+    (place.bundle / "chat_template.jinja").write_text("{{ messages[-1].content[-1].text }}")
+
+
 def stored(**settings: Any) -> Prepare:
     return lambda place: (place.bundle / "generation_config.json").write_text(json.dumps(settings))
 
@@ -337,6 +341,12 @@ RUNS: list[tuple[str, Prepare, list[str], str]] = [
     ("ratio nan", nothing, [*ASK, "--ratio", "nan"], "ratio nan is out of range"),
     ("ratio 0", nothing, [*ASK, "--ratio", "0"], "ratio 0.0 is out of range"),
     ("no tokens", nothing, [*ASK, "--max-tokens", "0"], "max tokens 0 is out of range"),
+    ("a mark too many", nothing, ["--image", "PICTURE", "--prompt", "<image>, <image>?"], "has 2 <image> marks and"),
+    ("a mark and no picture", nothing, ["--prompt", "<image>?"], "has 1 <image> marks and there are 0 pictures"),
+    ("marks alone", nothing, ["--image", "PICTURE", "--prompt", " <image> "], "the prompt is empty"),
+    ("no system", last_text, [*ASK, "--system", "Be brief."], "takes no system message: leave it out"),
+    ("system no text", nothing, [*ASK, "--system", "x\udcff"], "is not UTF-8 text"),
+    ("image tokens in the system", nothing, [*ASK, "--system", "<|image_pad|>"], "write no image tokens"),
     ("temperature nan", nothing, [*ASK, "--temperature", "nan"], "temperature nan is out of range"),
     ("top-k below 0", nothing, [*ASK, "--top-k", "-1"], "top-k -1 is out of range: give 0 (all tokens) or more"),
     ("top-k a half", nothing, [*ASK, "--top-k", "0.5"], "invalid int value: '0.5': ivc-run --help"),

@@ -12,6 +12,9 @@ from ivc_export import families
 from ivc_export.checkpoint import Checkpoint
 from ivc_export.errors import UserError
 
+TOKENIZER_FILES = ("merges.txt", "tokenizer.model")
+"""What tokenizers are made of where there is no tokenizer.json."""
+
 
 def aliases() -> dict[str, str]:
     """Short names of models that can be exported, to their hub ids."""
@@ -56,7 +59,7 @@ class HubCheckpoint(Checkpoint):
         Raises:
             UserError: the hub does not give it, or it is no checkpoint.
         """
-        folder = snapshot(repo, revision, ["*.json", "*.jinja"])
+        folder = snapshot(repo, revision, ["*.json", "*.jinja", *TOKENIZER_FILES])
         if not (folder / "config.json").is_file():
             raise UserError(f"{repo} on the hub has no config.json: give a model in the layout of transformers")
         return HubCheckpoint(folder, repo)

@@ -16,6 +16,7 @@ from ivc_export.checkpoint import Checkpoint
 from ivc_export.contract import INT32_MOST
 from ivc_export.errors import UserError
 from ivc_export.files import parse_json, read_text
+from ivc_export.tokenizer_conversion import converted
 
 MOST_BYTES = 128 << 20
 """Of a tokenizer.json: three times the largest published."""
@@ -54,7 +55,8 @@ def parse_tokenizer(text: str, what: str, advice: str) -> Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers raises plain Exception, and where it panics only a BaseException
-        raise UserError(f"{what} cannot be read ({error}): {advice}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{what} cannot be read ({reason}): {advice}") from error
 
 
 def tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -77,9 +79,13 @@ def checkpoint_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> C
         UserError: a file is damaged, or one contradicts another.
     """
     path = checkpoint.folder / TOKENIZER
-    if not path.exists():
-        return None
-    text = read_text(path, "download it again", MOST_BYTES)
+    if path.exists():
+        text = read_text(path, "download it again", MOST_BYTES)
+    else:
+        conversion = converted(checkpoint, config)
+        if conversion is None:
+            return None
+        text, config = conversion.tokenizer.to_str(pretty=True), {**conversion.names, **config}
     content = parse_json(text, str(path), "download it again")
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged (it should hold a JSON object): download it again")

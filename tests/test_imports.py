@@ -28,7 +28,7 @@ ORDER = [  # from the bottom up; a module imports from its own line or from lowe
     {"families"},
     {"vision", "prefix", "decoder", "manifest", "graph_files", "hub"},
     {"bundle"},
-    {"tokenizer", "prompts", "passes", "configuration", "integrity", "trt"},
+    {"tokenizer", "tokenizer_conversion", "prompts", "passes", "configuration", "integrity", "trt"},
     {"engine"},
     {"runtime"},
     {"testdata"},

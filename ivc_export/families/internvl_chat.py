@@ -2,7 +2,7 @@
 
 The same graphs from other names: InternLM2's fused query-key-value weight is multiplied whole and split behind it, so
 that no weight is copied. transformers has no model of this layout: `ivc-check` loads such a checkpoint into its model
-of the other. InternLM2's checkpoints come without a tokenizer.json, which `ivc-run` needs.
+of the other. InternLM2's checkpoints come without a tokenizer.json: it is made of their tokenizer.model.
 """
 
 from __future__ import annotations

@@ -321,7 +321,9 @@ def test_a_side_that_fails_at_first_is_tried_without_a_cuda_graph(
 ) -> None:
     output = tmp_path / "found.json"
 
-    def opened(bundle: Bundle, backend: str, provider: str, library: Path | None, cuda_graph: bool) -> FusedSession:
+    def opened(
+        bundle: Bundle, backend: str, provider: str, library: Path | None, cuda_graph: bool, plugin: Path | None
+    ) -> FusedSession:
         session = FusedSession(bundle, "cpu")
         session.backend = "onnxruntime-cuda-on-cpu"
 

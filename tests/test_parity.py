@@ -3,7 +3,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -15,7 +15,7 @@ from ivc_export.contract import SelectionRule
 from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.oracle import record
-from ivc_export.parity import Comparison, Floats, check, close, compare, compare_choice, same_rows
+from ivc_export.parity import BOUNDS, TOLERANCE, Comparison, Floats, check, close, compare, compare_choice, same_rows
 from ivc_export.recipe import ExportRecipe
 from ivc_export.recording import Recording
 from ivc_export.runtime.conversation import Step
@@ -25,6 +25,7 @@ from ivc_export.selection import IVC_PRIORITY, Selected, select
 from ivc_export.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
 from tests.conftest import Golden
+from tests.rounding import RoundedSession
 
 
 @pytest.mark.parametrize("ratio", [None, 1.0, 0.1])
@@ -130,6 +131,39 @@ def test_a_perturbed_layer_is_found_in_float16(name: str, first_to_fail: str, tm
     save_file(tensors, path, metadata={"format": "pt"})
     report, _ = compare(OnnxSession(bundle, dtype="float16"), reference, [image])
     assert first_failure(report.comparisons) == first_to_fail
+
+
+@pytest.mark.parametrize(("scale", "passes"), [(1.0, True), (1.5, False)])
+def test_tensorrts_tolerances_in_bfloat16_hold_rounded_runs(
+    scale: float, passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What rounding each value to bfloat16 costs is within them, and not within float16's; a wrong weight is not."""
+    image = draw_picture()
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", dtype="bfloat16")
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle"))
+    reference = record(bundle, checkpoint, make_prompt(bundle, image)[1], [image], 0.5, 2)
+    path = bundle.folder / "weights" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.2.mlp.down_proj.weight"
+    tensors[name] = (tensors[name].astype(np.float32) * scale).astype(tensors[name].dtype)
+    save_file(tensors, path, metadata={"format": "pt"})
+    tolerance = TOLERANCE["tensorrt", "bfloat16"]
+    monkeypatch.setitem(cast("dict[Any, Any]", TOLERANCE), ("onnxruntime-cpu", "float32"), tolerance)
+    report, _ = compare(RoundedSession(bundle), reference, [image])
+    assert report.passed is passes
+    if passes:
+        errors = {c.name: c.error or 0.0 for c in report.comparisons}
+        assert errors["image_embeds"] > TOLERANCE["tensorrt", "float16"]["image_embeds"][0]
+        assert errors["logits of prefill"] > TOLERANCE["onnxruntime-cpu", "float16"]["logits"][0]
+    else:
+        assert first_failure(report.comparisons) == "keys and values of layer 3"
+
+
+def test_bounds_are_told_from_what_was_measured() -> None:
+    for key, kinds in TOLERANCE.items():
+        assert any("not measured" in why for _, why in kinds.values()) is (key in BOUNDS)
+    wide, narrow = TOLERANCE["tensorrt", "bfloat16"], TOLERANCE["tensorrt", "float16"]
+    assert all(wide[kind][0] == pytest.approx(8 * bound) for kind, (bound, _) in narrow.items())
 
 
 def test_a_recorded_run_of_another_model_is_refused(sample_bundle: Bundle, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.workspace import Rows, Values, Workspace
 from ivc_export.weights import read_values
 
+Arrays = dict[str, npt.NDArray[Any]]
 Provider = Literal["cuda", "cpu"]
 PROVIDERS: Mapping[Provider, str] = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 DTYPES: Mapping[Provider, FloatName] = {"cuda": "float16", "cpu": "float32"}
@@ -335,8 +336,15 @@ class FusedConversation:
         give_back()
 
     @one_at_a_time
-    def run(self, tokens: Sequence[int] | npt.NDArray[Any], pictures: Sequence[Picture] = ()) -> Step:
+    def run(
+        self,
+        tokens: Sequence[int] | npt.NDArray[Any],
+        pictures: Sequence[Picture] = (),
+        keep_index: npt.NDArray[np.int32] | None = None,
+    ) -> Step:
         """Run `tokens`, image tokens included, over the cache, and append the kept rows to it.
+
+        keep_index: rows that a prefill is to keep instead of those of the prefix graph, to replay another run.
 
         Raises:
             UserError: see plan_run; or the cache is full, or cannot grow, or activations leave float16's range.
@@ -352,13 +360,13 @@ class FusedConversation:
                 f"the cache holds {self.cache.capacity} rows, {needed} are needed: give it a larger capacity"
             )
         decode = plan.stage(self.cache.length) == "decode"
-        step = self._decode(plan) if decode else self._prefill(plan, pictures)
+        step = self._decode(plan) if decode else self._prefill(plan, pictures, keep_index)
         self.cache.length += len(step.keep_index)
         self.cache.whole_length += plan.rows
         self.next_position = plan.next_position
         return step
 
-    def _prefill(self, plan: Run, pictures: Sequence[Picture]) -> Step:
+    def _prefill(self, plan: Run, pictures: Sequence[Picture], keep_index: npt.NDArray[np.int32] | None) -> Step:
         session, cache, put = self.session, self.cache, self.session.value
         embeds = put(session.embed(plan.tokens))
         images = self._see(pictures, plan, embeds)
@@ -369,16 +377,23 @@ class FusedConversation:
             feeds |= {name: put(array) for name, array in plan.selection_inputs.items()}
             feeds["keep_count"] = OrtValue.ortvalue_from_numpy(np.array([plan.keep_count], np.int32))  # on the host
             prefix = session.run("prefix", session.bind("prefix", feeds, cache.outputs()))
-        kept = len(plan.text_index) + plan.keep_count
+        kept = len(plan.text_index) + plan.keep_count if keep_index is None else len(keep_index)
         with self.timings.stage("prefill.decoder"):
             feeds = cache.inputs() | self._lengths(kept) | prefix | {"position_ids": position_ids}
+            if keep_index is not None:
+                feeds |= {"keep_index": put(keep_index), "cache_index": put(cache.index(keep_index))}
             feeds["logit_index"] = put(np.array([kept - 1], np.int32))
             binding = session.bind("decoder", feeds, cache.outputs() | {"logits": "cpu"})
             decoder = session.run("decoder", binding)
         cache.swap()
-        found = {name: prefix[name].numpy() for name in ("keep_index", "token_score", "seed_index")}
         vision = tuple(Fetched({"image_embeds": image}, session.fetch) for image in images)
-        return Step(plan, vision, found, {"logits": self._checked(decoder["logits"].numpy())})
+        logits = self._checked(decoder["logits"].numpy())
+        below, above = self._shown(plan, kept, prefix)
+        return Step(plan, vision, below, above | {"logits": logits}, keep_index)
+
+    def _shown(self, plan: Run, kept: int, prefix: Values) -> tuple[Arrays, Arrays]:
+        """What a prefill shows of prefix and decoder beside logits; caches have its rows, and not yet their lengths."""
+        return {name: prefix[name].numpy() for name in ("keep_index", "token_score", "seed_index")}, {}
 
     def _see(self, pictures: Sequence[Picture], plan: Run, embeds: OrtValue) -> list[Rows]:
         """Run the pictures, whose tokens vision writes to their rows of `embeds`, [1, S, hidden]."""

@@ -93,6 +93,12 @@ class DeviceCache:
         for name, value in self.spare.items():
             self.spare[name], self.current[name] = self.current[name], value
 
+    def index(self, keep_index: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """cache_index int32 [capacity] for rows of a run to keep: see contract.ort_cuda_info."""
+        found = np.arange(self.capacity, dtype=np.int32)
+        found[self.length : self.length + len(keep_index)] = self.length + keep_index
+        return found
+
     def clear(self) -> None:
         """Begin anew, in the buffers that were current at first, whose decode step may have been captured.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,10 @@ from ivc_export.files import check_regular, parse_json, read_object, read_text
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 STORED_NAMES = {ours: stored for stored, ours in _DTYPES.items()}
+CONFIG = "config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d+-of-(?P<all>\d+)\.safetensors")
+_LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,9 @@ def read_index(file: Path) -> dict[str, StoredTensor]:
         UserError: the file is missing, truncated or not a safetensors file.
     """
     check_regular(file, "download the whole checkpoint")
+    with file.open("rb") as stream:
+        if stream.read(len(_LFS)) == _LFS:
+            raise UserError(f"{file} is a pointer of Git LFS, and not the file itself: run git lfs pull in its folder")
     try:
         with safe_open(file, framework="numpy"):  # checks lengths, overlaps and the end of the file
             stored = header_bytes(file)
@@ -89,9 +97,26 @@ class Checkpoint:
             raise UserError(
                 f"{folder} is not a folder: give a checkpoint folder with config.json and safetensors files"
             )
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} has no config.json: give a checkpoint folder in Hugging Face's layout")
+        if not (folder / CONFIG).is_file():
+            inner = sorted(
+                path.parent for pattern in ("*", "snapshots/*") for path in folder.glob(f"{pattern}/{CONFIG}")
+            )
+            there = (
+                f", and {inner[0]} has: give that" if inner else ": give a checkpoint folder in Hugging Face's layout"
+            )
+            raise UserError(f"{folder} has no {CONFIG}{there}")
         return Checkpoint(folder)
+
+    @property
+    def place(self) -> str:
+        """What the user knows it by."""
+        return str(self.folder)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names of the files and folders in it; of a file, its own."""
+        found = self.folder.iterdir() if self.folder.is_dir() else [self.folder]
+        return frozenset(path.name for path in found)
 
     def text(self, name: str) -> str | None:
         """The content of a text file of the folder, or None if there is none.
@@ -117,18 +142,57 @@ class Checkpoint:
         return self.json("config.json") or {}
 
     @cached_property
-    def weight_files(self) -> list[Path]:
-        """The safetensors files: one, or else the shards that the index names."""
-        single, index = self.folder / "model.safetensors", self.json("model.safetensors.index.json")
-        if index is None or single.is_file():
-            return [single]
+    def shards(self) -> dict[str, str] | None:
+        """The name of each tensor's file by the tensor's, as the index has it; None if all are in one file.
+
+        Raises:
+            UserError: the index is damaged, or names what is no file beside it.
+        """
+        index = None if SINGLE in self.names else self.json(INDEX)
+        if index is None:
+            return None
         weight_map = index.get("weight_map")
-        shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-        if not shards or not all(isinstance(name, str) for name in shards):
-            raise UserError(f"{self.folder / 'model.safetensors.index.json'} names no shards: download it again")
-        return [self.folder / Path(name).name for name in sorted(shards)]
+        named = weight_map.values() if isinstance(weight_map, dict) else ()
+        if not isinstance(weight_map, dict) or not named or not all(isinstance(name, str) for name in named):
+            raise UserError(f"{self.place}: {INDEX} names no shards: download it again")
+        for name in named:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise UserError(
+                    f"{self.place}: {INDEX} names {name[:80]!r}, and no safetensors file beside it: download it again"
+                )
+        return weight_map
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files: one, or else the shards that the index names.
+
+        Raises:
+            UserError: see shards; or shards are there that no index names.
+        """
+        named = set((self.shards or {}).values())
+        numbered = {name: match["all"] for name in self.names | named if (match := _SHARD.fullmatch(name))}
+        counts = {numbered[name] for name in named & set(numbered)}
+        stray = [name for name, count in numbered.items() if name not in named and (count in counts or not named)]
+        if stray and SINGLE not in self.names:
+            raise UserError(
+                f"{self.place} holds {min(stray)}, which no {INDEX} names: download both again, into one folder"
+            )
+        return [self.folder / name for name in sorted(named or {SINGLE})]
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor of the checkpoint by its stored name."""
-        return {name: tensor for file in self.weight_files for name, tensor in read_index(file).items()}
+        """Every tensor of the checkpoint by its stored name.
+
+        Raises:
+            UserError: see weight_files and read_index; or two files hold the same tensor.
+        """
+        found: dict[str, StoredTensor] = {}
+        for file in self.weight_files:
+            for name, tensor in read_index(file).items():
+                if name in found:
+                    raise UserError(
+                        f"{found[name].file.name} and {file.name} of {self.place} both hold {name}: download the "
+                        "checkpoint again, into an empty folder"
+                    )
+                found[name] = tensor
+        return found

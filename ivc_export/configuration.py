@@ -12,6 +12,7 @@ from ivc_export.bundle import PREPROCESSOR
 from ivc_export.checkpoint import Checkpoint
 from ivc_export.errors import UserError
 from ivc_export.families import Family, Model
+from ivc_export.kinds import check_tensors, check_whole
 from ivc_export.prompts import PROCESSOR, Prompts, read_prompts
 from ivc_export.weights import Weights, main_dtype
 
@@ -39,7 +40,7 @@ def read_description(checkpoint: Checkpoint) -> Description:
     Raises:
         UserError: a file or a value is missing, damaged or out of range.
     """
-    family, processor = families.of(checkpoint.config.get("model_type")), image_processor(checkpoint)
+    family, processor = families.described(checkpoint.config), image_processor(checkpoint)
     try:
         model = family.read(checkpoint.config, processor)
         prompts = read_prompts(checkpoint, family, model)
@@ -48,6 +49,9 @@ def read_description(checkpoint: Checkpoint) -> Description:
             f"the JSON files of {checkpoint.folder} do not describe a model ({contract.first_problem(error)}): "
             "give the checkpoint's own files"
         ) from error
+    if checkpoint.shards is not None:
+        names = {family.canonical_name(name) for name in checkpoint.shards}
+        check_whole(checkpoint.place, names, model.decoder.tied_embeddings)
     return Description(family, model, processor, prompts)
 
 
@@ -60,11 +64,13 @@ def read_configuration(checkpoint: Checkpoint, description: Description | None =
         UserError: a file or a value is missing, damaged or out of range.
     """
     d = description or read_description(checkpoint)
+    check_tensors(checkpoint.place, checkpoint.tensors)
     tensors = {d.family.canonical_name(name): tensor for name, tensor in checkpoint.tensors.items()}
     model = d.model
     if "lm_head.weight" in tensors:  # as transformers 5: a stored head counts, whatever config.json says
         model = replace(model, decoder=model.decoder.model_copy(update={"tied_embeddings": False}))
     weights = Weights(tensors, main_dtype(tensors))
+    check_whole(checkpoint.place, tensors, model.decoder.tied_embeddings)
     return Configuration(d.family, model, d.processor, d.prompts, weights)
 
 

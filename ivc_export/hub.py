@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ivc_export import families
-from ivc_export.checkpoint import Checkpoint
+from ivc_export.checkpoint import CONFIG, Checkpoint
 from ivc_export.errors import UserError
+from ivc_export.kinds import check_folder
 
 TOKENIZER_FILES = ("merges.txt", "tokenizer.model")
 """What tokenizers are made of where there is no tokenizer.json."""
@@ -27,12 +29,13 @@ def open_checkpoint(model: Path | str, revision: str | None = None) -> Checkpoin
     model: a folder, an alias or a hub id. revision: branch, tag or commit on the hub; None takes its main branch.
 
     Raises:
-        UserError: there is none, or the hub does not give it.
+        UserError: there is none, or the hub does not give it, or it is something else; see kinds.KINDS.
     """
     name = str(model)
     if Path(name).exists():
         if revision is not None:
             raise UserError(f"{name} is a folder, which has no revisions: leave out --revision")
+        check_folder(Checkpoint(Path(name)))
         return Checkpoint.open(Path(name))
     known = aliases()
     if name in known:
@@ -59,16 +62,48 @@ class HubCheckpoint(Checkpoint):
         Raises:
             UserError: the hub does not give it, or it is no checkpoint.
         """
-        folder = snapshot(repo, revision, ["*.json", "*.jinja", *TOKENIZER_FILES])
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{repo} on the hub has no config.json: give a model in the layout of transformers")
-        return HubCheckpoint(folder, repo)
+        checkpoint = HubCheckpoint(snapshot(repo, revision, ["*.json", "*.jinja", *TOKENIZER_FILES]), repo)
+        check_folder(checkpoint)
+        if not (checkpoint.folder / CONFIG).is_file():
+            raise UserError(f"{repo} on the hub has no {CONFIG}: give a model in the layout of transformers")
+        return checkpoint
+
+    @property
+    def place(self) -> str:
+        """The repository."""
+        return self.repo
+
+    @cached_property
+    def listing(self) -> frozenset[str] | None:
+        """Names of the repository's top-level files and folders; None where the hub does not tell, as offline."""
+        import huggingface_hub
+
+        commit = self.folder.name  # of a snapshot
+        try:
+            entries = huggingface_hub.HfApi().list_repo_tree(self.repo, revision=commit)
+            return frozenset(entry.path.partition("/")[0] for entry in entries)
+        except Exception:  # the hub's library and those below it share no base class
+            return None
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names of the repository's files and folders, or of those that are downloaded."""
+        return super().names if self.listing is None else self.listing
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The safetensors files, downloaded."""
+        """The safetensors files, downloaded.
+
+        Raises:
+            UserError: the repository lacks one, or the hub does not give it.
+        """
         files = super().weight_files
-        snapshot(self.repo, self.folder.name, [file.name for file in files])  # the folder's name is the commit
+        lacking = [file.name for file in files if self.listing is not None and file.name not in self.listing]
+        if lacking:
+            raise UserError(
+                f"{self.repo} on the hub has no {lacking[0]}: give a model with all of its safetensors files"
+            )
+        snapshot(self.repo, self.folder.name, [glob.escape(file.name) for file in files])
         return files
 
 

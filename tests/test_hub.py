@@ -138,6 +138,28 @@ def test_a_hub_model_is_downloaded_once_and_linked_out_of_the_cache(
     assert files(bundle) == before
 
 
+SHARDS = dict.fromkeys(("visual.x", "model.layers.0.x", "lm_head.weight"), "model-00001-of-00002.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "option", "sentence"),
+    [
+        ("pytorch_model.bin", b"", "--dry-run", "owner/model holds pickled weights alone (pytorch_model.bin), which"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": SHARDS}).encode(), "--quiet",
+         "owner/model on the hub has no model-00001-of-00002.safetensors"),
+    ],
+)  # fmt: skip
+def test_what_the_hubs_list_of_files_tells_is_told_before_weights_are_downloaded(
+    server: Hub, tmp_path: Path, name: str, content: bytes, option: str, sentence: str
+) -> None:
+    for left_out in ("model.safetensors", *EXTRA):
+        del server.contents[left_out]
+    server.contents[name] = content
+    done = export(tmp_path, "--model", "owner/model", option, HF_ENDPOINT=server.address)
+    assert done.returncode == 2 and sentence in done.stderr, done.stderr
+    assert not [name for name in server.asked if not name.endswith((".json", ".jinja"))]
+
+
 @pytest.mark.parametrize(
     ("model", "variables", "sentence"),
     [
@@ -195,6 +217,7 @@ def test_aliases_are_ids_of_models_that_can_be_exported(monkeypatch: pytest.Monk
         return tmp_path
 
     monkeypatch.setattr(hub, "snapshot", snapshot)
+    monkeypatch.setattr(hub.HubCheckpoint, "listing", None)
     for alias, repo in hub.aliases().items():
         assert hub.open_checkpoint(alias, "v2").config == {}
         assert asked.pop() == (repo, "v2")

@@ -21,6 +21,7 @@ ORDER = [  # from the bottom up; a module imports from its own line or from lowe
         "chat_template",
         "bounded_template",
         "sampling",
+        "kinds",
     },
     {"placement"},
     {"builder"},

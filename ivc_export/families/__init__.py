@@ -147,6 +147,7 @@ class Family:
     default_ratio: fraction of visual tokens kept when the user names none.
     stock_layout: for checkpoints that transformers cannot load as they are.
     unused: beginnings of (canonical) names of tensors that checkpoints hold and no graph takes.
+    foreign: of a config.json of the same models in a layout that is not read, the sentence that says so; else None.
     """
 
     model_type: str
@@ -167,6 +168,7 @@ class Family:
     default_ratio: float = 0.5
     stock_layout: StockLayout | None = None
     unused: Sequence[str] = ()
+    foreign: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     chat_template_of: Callable[[Mapping[str, Any]], str] | None = None
 
     def own_template(self, config: Mapping[str, Any]) -> str:
@@ -176,6 +178,10 @@ class Family:
             UserError: config.json asks for one that is not known.
         """
         return self.chat_template_of(config) if self.chat_template_of else self.chat_template
+
+
+SENSES = ("vision", "visual", "image", "img", "mm_", "audio", "video")
+"""What keys of a config.json name where a model takes more than text."""
 
 
 @cache
@@ -197,6 +203,25 @@ def of(model_type: str | None) -> Family:
         )
     family: Family = importlib.import_module(f"{__name__}.{model_type}").FAMILY
     return family
+
+
+def described(config: Mapping[str, Any]) -> Family:
+    """The family of the model that a config.json describes.
+
+    Raises:
+        UserError: there is none; or its model is in a layout that is not read, or sees nothing.
+    """
+    for name in names():
+        if (sentence := of(name).foreign(config)) is not None:
+            raise UserError(sentence)
+    model_type = config.get("model_type")
+    sees = any(mark in key for key in config for mark in SENSES)
+    if model_type not in names() and not sees and isinstance(config.get("hidden_size"), int):
+        raise UserError(
+            f"config.json describes a model of text alone, of type {model_type!r}, and pruning is for pictures: give a "
+            f"vision-language model, of type {', '.join(names())}"
+        )
+    return of(model_type)
 
 
 def required(config: Mapping[str, Any], key: str) -> Any:

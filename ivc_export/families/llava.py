@@ -142,6 +142,17 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
     )
 
 
+def foreign(config: Mapping[str, Any]) -> str | None:
+    """The original code's config.json, which names a vision encoder where transformers' holds its sizes."""
+    if not config.get("mm_vision_tower"):
+        return None
+    return (
+        "config.json is in the layout of the original LLaVA code (it names mm_vision_tower), and this version exports "
+        f"transformers' layout: give a checkpoint such as {next(iter(FAMILY.hub.values()))}, or one that "
+        "transformers' LlavaForConditionalGeneration has saved"
+    )
+
+
 def read_vision(whole: Whole, content: object) -> VisionSizes:
     """Sizes of the vision encoder, and which of its layers give the features."""
     vision = Vision.read(VISION if content is None else content, part="vision_config")
@@ -305,6 +316,7 @@ FAMILY = Family(
     default_layer=default_layer,
     default_ratio=0.3,
     unused=("visual.encoder.layers.", "visual.post_layernorm."),  # behind the feature layer
+    foreign=foreign,
     picture=picture,
     positions=counted_positions,
     stock_inputs=stock_inputs,

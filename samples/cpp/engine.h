@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "mapped_file.h"
+#include "sizes.h"
 
 inline void check(cudaError_t status) {
     if (status == cudaErrorMemoryAllocation) {
@@ -31,19 +32,17 @@ struct Logger : nvinfer1::ILogger {
     }
 };
 
-using Shape = std::vector<int64_t>;
-
-inline size_t bytes(nvinfer1::DataType type) {
-    return type == nvinfer1::DataType::kFLOAT || type == nvinfer1::DataType::kINT32 ? 4 : 2;
-}
-
-inline size_t count(const Shape& shape) {
-    size_t product = 1;
-    for (const int64_t extent : shape) product *= static_cast<size_t>(extent);
-    return product;
-}
-
 constexpr char kOtherEngines[] = ": they are not this bundle's, build them with ivc-build";
+
+// Of one value; of none but the types that graphs have.
+inline size_t bytes(nvinfer1::DataType type) {
+    if (type == nvinfer1::DataType::kFLOAT || type == nvinfer1::DataType::kINT32) return 4;
+    if (type == nvinfer1::DataType::kHALF) return 2;
+#if NV_TENSORRT_MAJOR >= 9
+    if (type == nvinfer1::DataType::kBF16) return 2;
+#endif
+    throw std::runtime_error(std::string("the engines have tensors of another type") + kOtherEngines);
+}
 
 // Named device buffers, zeroed when they are made: what attention masks must be finite.
 class Memory {
@@ -146,6 +145,7 @@ class Context {
 
     void input(const std::string& name, void* address, const Shape& shape) {
         if (!has(name)) return;
+        bytes(type(name));  // refuses types of other sizes
         nvinfer1::Dims dims{};
         dims.nbDims = static_cast<int32_t>(shape.size());
         for (size_t i = 0; i < shape.size(); ++i) dims.d[i] = static_cast<std::decay_t<decltype(dims.d[0])>>(shape[i]);
@@ -173,6 +173,12 @@ class Context {
             throw std::runtime_error("the engines know no shape of " + name + kOtherEngines);
         }
         return shape;
+    }
+
+    // Refuses an output of other sizes than those that it is copied with.
+    void expect(const std::string& name, size_t values, size_t size) const {
+        if (count(shape(name)) == values && bytes(type(name)) == size) return;
+        throw std::runtime_error("the engines give " + name + " in another size" + kOtherEngines);
     }
 
     void enqueue() {

@@ -1,6 +1,9 @@
 // A JSON reader, enough for manifest.json, build.json and testdata/index.json.
 #pragma once
 
+#include <sys/stat.h>
+
+#include <algorithm>
 #include <cctype>
 #include <cmath>
 #include <cstdint>
@@ -14,7 +17,16 @@
 
 class Json {
    public:
+    static constexpr int64_t kMostBytes = 4 << 20;  // many times the largest manifest's; a value takes 200 in memory
+
     static Json read(const std::string& path) {
+        struct stat status {};
+        if (stat(path.c_str(), &status) == 0) {
+            if (!S_ISREG(status.st_mode)) throw std::runtime_error(path + " is not a regular file: check the path");
+            if (status.st_size > kMostBytes) {
+                throw std::runtime_error(path + " is larger than " + std::to_string(kMostBytes) + " bytes" + mend());
+            }
+        }
         std::ifstream file(path, std::ios::binary);
         if (!file) throw std::runtime_error(path + " cannot be read: check the path");
         std::stringstream content;
@@ -59,7 +71,7 @@ class Json {
         int32_t depth = 0;
 
         [[noreturn]] void fail() const {
-            throw std::runtime_error(name + " is no JSON at byte " + std::to_string(at) + mend());
+            throw std::runtime_error(name + " is no JSON at byte " + std::to_string(std::min(at, content.size())) + mend());
         }
         void blanks() {
             while (at < content.size() && std::isspace(static_cast<unsigned char>(content[at]))) ++at;

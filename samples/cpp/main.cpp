@@ -13,60 +13,14 @@
 #include <optional>
 
 #include "../../graphs/plugin/kernels/ivc_kernels.h"
+#include "embeddings.h"
 #include "engine.h"
 #include "ivc_tensors.h"
+#include "manifest.h"
 #include "mapped_file.h"
 #include "plan.h"
 
 namespace {
-
-// The embedding table, mapped from the weight file.
-class Embeddings {
-   public:
-    Embeddings(const std::string& bundle, const Json& manifest)
-        : hidden_(manifest["decoder"]["hidden_size"].integer()), type_(manifest["embedding"]["dtype"].text()),
-          file_(bundle + "/" + manifest["embedding"]["file"].text()) {
-        const double offset = manifest["embedding"]["offset"].number();
-        const double rows = manifest["decoder"]["vocab_size"].integer();
-        if (offset < 0 || offset + rows * hidden_ * (type_ == "float32" ? 4 : 2) > static_cast<double>(file_.size())) {
-            throw std::runtime_error(manifest["embedding"]["file"].text() + " ends early: copy the bundle again");
-        }
-        table_ = file_.data() + static_cast<size_t>(offset);
-    }
-
-    std::vector<float> rows(const std::vector<int32_t>& tokens) const {
-        std::vector<float> found;
-        for (const int32_t token : tokens) {
-            for (int32_t i = 0; i < hidden_; ++i) found.push_back(value(static_cast<size_t>(token) * hidden_ + i));
-        }
-        return found;
-    }
-
-   private:
-    float value(size_t index) const {
-        if (type_ == "float32") {
-            float x;
-            std::memcpy(&x, table_ + 4 * index, 4);
-            return x;
-        }
-        uint16_t bits;
-        std::memcpy(&bits, table_ + 2 * index, 2);
-        if (type_ == "bfloat16") {
-            const uint32_t widened = static_cast<uint32_t>(bits) << 16;
-            float x;
-            std::memcpy(&x, &widened, 4);
-            return x;
-        }
-        __half_raw raw;
-        raw.x = bits;
-        return __half2float(__half(raw));
-    }
-
-    int32_t hidden_;
-    std::string type_;
-    MappedFile file_;
-    const char* table_;
-};
 
 class Generator {
    public:
@@ -109,7 +63,7 @@ class Generator {
     int32_t run(const std::vector<int32_t>& tokens, const Grid* grid, const std::vector<float>& pixels, double ratio) {
         const Plan plan = planRun(manifest_, tokens, grid, position_, ratio);
         const bool decode = tokens.size() == 1 && length_ > 0;
-        if (length_ + static_cast<int32_t>(tokens.size()) > capacity_) {
+        if (tokens.size() > static_cast<size_t>(capacity_ - length_)) {
             throw std::runtime_error("the caches hold " + std::to_string(capacity_) +
                                      " rows, and more are needed: build with larger --max-text or --max-new");
         }
@@ -125,12 +79,12 @@ class Generator {
         check(cudaStreamSynchronize(stream_));
         length_ += kept;
         position_ = plan.nextPosition;
-        const float* best = std::max_element(logits_, logits_ + vocabulary());
-        if (!std::isfinite(*best)) {
+        const int32_t best = mostProbable(logits_, vocabulary());
+        if (best < 0) {
             throw std::runtime_error(
                 "this model's activations leave float16's range: build engines with ivc-build --dtype fp32");
         }
-        return static_cast<int32_t>(best - logits_);
+        return best;
     }
 
    private:
@@ -183,7 +137,8 @@ class Generator {
         vision_->input(ivc::kPatchPosition, memory_.at(ivc::kPatchPosition), {patches, 2});
         vision_->outputs(memory_, "");
         vision_->enqueue();
-        const size_t row = bytes(vision_->type(ivc::kImageEmbeds)) * manifest_["decoder"]["hidden_size"].integer();
+        const size_t size = bytes(prefix_[0]->type(ivc::kInputsEmbeds)), row = size * hidden();
+        vision_->expect(ivc::kImageEmbeds, static_cast<size_t>(grid.visual() * hidden()), size);
         char* to = static_cast<char*>(memory_.at(ivc::kInputsEmbeds)) + row * plan.visualIndex.front();
         check(cudaMemcpyAsync(
             to, memory_.at(ivc::kImageEmbeds), row * grid.visual(), cudaMemcpyDeviceToDevice, stream_));
@@ -231,12 +186,14 @@ class Generator {
         for (int32_t i = 0; i < layers_; ++i) {
             for (const std::string kind : {"key", "value"}) {
                 const std::string name = (i < below_ ? "compact_" : "new_") + kind + "." + std::to_string(i);
+                decoder_[profile]->expect(name, count({heads_, kept, size_}), elementBytes());
                 rows.push_back({memory_.at("decoder/" + name), memory_.at(cache(kind, i)), heads_,
                     static_cast<int32_t>(elementBytes() * size_)});
             }
         }
         check(ivcAppendRows(rows.data(), static_cast<int32_t>(rows.size()), kept,
             static_cast<const int32_t*>(memory_.at(ivc::kPastLength)), capacity_, stream_));
+        decoder_[profile]->expect(ivc::kLogits, vocabulary(), sizeof(float));
         check(cudaMemcpyAsync(
             logits_, memory_.at("decoder/logits"), sizeof(float) * vocabulary(), cudaMemcpyDeviceToHost, stream_));
     }
@@ -297,10 +254,7 @@ class Generator {
 
 // A picture's pixel_values, for each visual token merge_size^2 patches.
 std::vector<float> readPixels(const std::string& path, const Json& manifest, const Grid& grid) {
-    checkGrid(grid);
-    const Json& sizes = manifest["preprocessing"];
-    const int64_t side = int64_t{sizes["merge_size"].integer()} * sizes["patch_size"].integer();
-    const int64_t wanted = 3 * side * side * sizes["temporal_patch_size"].integer() * grid.visual();
+    const int64_t wanted = pixelCount(manifest, grid);
     const MappedFile file(path);
     if (file.size() != static_cast<size_t>(wanted) * sizeof(float)) {
         throw std::runtime_error(path + " has " + std::to_string(file.size()) + " bytes, and a grid of " +
@@ -384,18 +338,6 @@ Options readOptions(const std::vector<std::string>& words) {
     return o;
 }
 
-Json readManifest(const std::string& bundle) {
-    Json manifest = Json::read(bundle + "/manifest.json");
-    if (manifest["schema_version"].integer() != ivc::kSchemaVersion) {
-        throw std::runtime_error("the manifest is of another version: export the model again");
-    }
-    if (manifest["preprocessing"]["kind"].text() != "patches") {
-        throw std::runtime_error("this program takes models that cut pictures into patches, and " +
-                                 manifest["family"].text() + " cuts them into tiles: use ivc-run");
-    }
-    return manifest;
-}
-
 int run(const Options& o) {
     if (!o.plugin.empty() && dlopen(o.plugin.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr) {
         throw std::runtime_error(std::string("the plugin does not load: ") + dlerror());
@@ -411,7 +353,9 @@ int run(const Options& o) {
         throw std::runtime_error("the engines call the plugin: give --plugin " + record["recipe"]["plugin"].text() +
                                  ", or where it lies now");
     }
-    Generator generator(o.bundle, manifest, o.engines, record["capacity"].integer(), o.useGraph);
+    const int32_t capacity = record["capacity"].integer();
+    if (capacity < 1) throw std::runtime_error(o.engines + "/build.json has caches of no row: build with ivc-build");
+    Generator generator(o.bundle, manifest, o.engines, capacity, o.useGraph);
     std::vector<int32_t> drawn;
     int32_t token = generator.run(o.tokens, picture ? &o.grid : nullptr, pixels, ratio);
     while (true) {

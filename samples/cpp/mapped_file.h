@@ -12,9 +12,9 @@
 class MappedFile {
    public:
     explicit MappedFile(const std::string& path) {
-        const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+        const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe would keep it waiting
         struct stat status {};
-        if (file >= 0 && fstat(file, &status) == 0) {
+        if (file >= 0 && fstat(file, &status) == 0 && S_ISREG(status.st_mode)) {
             size_ = static_cast<size_t>(status.st_size);
             data_ = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
         }

@@ -11,11 +11,12 @@
 #include <stdexcept>
 #include <vector>
 
+#include "ivc_tensors.h"
 #include "json.h"
 
 struct Grid {
     int32_t rows = 0, columns = 0;
-    int32_t visual() const { return rows * columns; }
+    int32_t visual() const { return rows * columns; }  // of a grid that checkGrid lets through
 };
 
 struct Plan {
@@ -25,9 +26,9 @@ struct Plan {
     int32_t keepCount = 1, nextPosition = 0;
 };
 
-// Refuses a grid that no picture has; 16,384 visual tokens are the most that engines take.
+// Refuses a grid that no picture has, or of more visual tokens than engines take.
 inline void checkGrid(const Grid& grid) {
-    if (std::min(grid.rows, grid.columns) < 1 || std::max(grid.rows, grid.columns) > 16384) {
+    if (std::min(grid.rows, grid.columns) < 1 || int64_t{grid.rows} * grid.columns > ivc::kMostVisual) {
         throw std::runtime_error("a picture has no " + std::to_string(grid.rows) + " rows of " +
                                  std::to_string(grid.columns) + " visual tokens: give --grid as it was cut");
     }
@@ -58,6 +59,9 @@ inline std::vector<float> ivcPriority(const std::vector<std::vector<int32_t>>& p
             }
         }
         const double count = static_cast<double>(axes) * (size / 2);
+        if (!std::isfinite(cosSum + sinSum)) {  // which has no order
+            throw std::runtime_error("the manifest's rotary.theta does not fit: export the model again");
+        }
         cosine[token] = std::nearbyint(cosSum / count * 1e9) / 1e9;  // (r, c) and (c, r) tie mathematically
         sine[token] = std::nearbyint(sinSum / count * 1e9) / 1e9;
     }
@@ -77,6 +81,8 @@ inline std::vector<float> ivcPriority(const std::vector<std::vector<int32_t>>& p
 inline Plan planRun(
     const Json& manifest, const std::vector<int32_t>& tokens, const Grid* grid, int32_t start, double ratio) {
     const auto axes = manifest["rotary"]["sections"].items().size();
+    if (tokens.empty()) throw std::runtime_error("there is no prompt: give some tokens");
+    if (tokens.size() > INT32_MAX / 4) throw std::runtime_error("the prompt is too long: shorten it");
     const auto rows = static_cast<int32_t>(tokens.size());
     const int32_t image = manifest["tokens"]["image"].integer();
     if (axes == 0) throw std::runtime_error("the manifest's rotary.sections names no axis: export the model again");
@@ -95,7 +101,8 @@ inline Plan planRun(
     }
     Plan plan;
     std::vector<std::vector<int32_t>> positions(axes, std::vector<int32_t>(tokens.size()));
-    int32_t next = start, seen = 0;
+    int64_t next = start;
+    int32_t seen = 0;
     for (int32_t row = 0; row < rows; ++row) {
         if (grid != nullptr && tokens[row] == image) {
             const int32_t r = seen / grid->columns, c = seen % grid->columns;
@@ -103,12 +110,13 @@ inline Plan planRun(
                 throw std::runtime_error("the picture's image tokens do not stand together: give one picture a prompt");
             }
             for (size_t axis = 0; axis < axes; ++axis) {
-                positions[axis][row] = axes == 1 ? next + seen : next + (axis == 0 ? 0 : axis == 1 ? r : c);
+                const int32_t within = axes == 1 ? seen : axis == 0 ? 0 : axis == 1 ? r : c;
+                positions[axis][row] = static_cast<int32_t>(next + within);
             }
             plan.visualIndex.push_back(row);
             if (++seen == grid->visual()) next += axes == 1 ? seen : std::max(grid->rows, grid->columns);
         } else {
-            for (auto& axis : positions) axis[row] = next;
+            for (auto& axis : positions) axis[row] = static_cast<int32_t>(next);  // checked below
             plan.textIndex.push_back(row);
             ++next;
         }
@@ -123,7 +131,7 @@ inline Plan planRun(
                                  "knows " + std::to_string(known) + ": shorten it, or use a smaller picture");
     }
     for (const auto& axis : positions) plan.positionIds.insert(plan.positionIds.end(), axis.begin(), axis.end());
-    plan.nextPosition = next;
+    plan.nextPosition = static_cast<int32_t>(next);
     if (grid == nullptr) {
         plan.visualIndex = {0};
         plan.textIndex.erase(plan.textIndex.begin());
@@ -134,10 +142,26 @@ inline Plan planRun(
         plan.priority = ivcPriority(positions, manifest);
         const auto kept = static_cast<int32_t>(std::nearbyint(ratio * grid->visual()));
         plan.keepCount = std::max(1, kept);
-        for (int32_t row = end + manifest["selection"]["query_offset"].integer(); row < rows; ++row) {
-            plan.queryIndex.push_back(row);
+        for (int64_t row = int64_t{end} + manifest["selection"]["query_offset"].integer(); row < rows; ++row) {
+            plan.queryIndex.push_back(static_cast<int32_t>(row));
         }
     }
     if (plan.queryIndex.empty()) plan.queryIndex = {rows - 1};
     return plan;
+}
+
+// The most probable token by its logit, the first of equal ones; -1 if a logit is NaN or infinite, but for low ones
+// beside finite ones.
+inline int32_t mostProbable(const float* logits, size_t count) {
+    const float* best = std::max_element(logits, logits + count);
+    const bool sound = std::all_of(logits, logits + count, [](float logit) { return logit < INFINITY; });
+    return sound && count > 0 && *best > -INFINITY ? static_cast<int32_t>(best - logits) : -1;
+}
+
+// Values of a picture's pixel_values.
+inline int64_t pixelCount(const Json& manifest, const Grid& grid) {
+    checkGrid(grid);
+    const Json& sizes = manifest["preprocessing"];
+    const int64_t side = int64_t{sizes["merge_size"].integer()} * sizes["patch_size"].integer();
+    return 3 * side * side * sizes["temporal_patch_size"].integer() * grid.visual();  // limits keep it within 64 bits
 }

@@ -31,6 +31,7 @@ from ivc_export.runtime.conversation import Conversation, Timings
 from ivc_export.runtime.fused import FusedConversation, FusedSession, take_float32
 from ivc_export.runtime.generate import Chat, Sampling, generate
 from ivc_export.runtime.session import OnnxSession
+from ivc_export.runtime.workspace import DeviceCache
 from ivc_export.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
 from tests.conftest import (
@@ -137,6 +138,7 @@ def test_fused_caches_hold_the_kept_rows(golden_bundle: Bundle, fused: FusedSess
 
 def addresses(conversation: FusedConversation) -> set[int]:
     workspace = conversation._workspace
+    assert workspace is not None
     values = (*workspace.cache.current.values(), *workspace.cache.spare.values(), *workspace.step.values())
     return {value.data_ptr() for value in (*values, workspace.logits)}
 
@@ -148,6 +150,7 @@ def test_a_conversation_works_where_a_finished_one_did(golden_bundle: Bundle) ->
     def answer() -> tuple[set[int], dict[bool, tuple[Any, int]], list[npt.NDArray[Any]]]:
         one = session.converse(0.4, 64)
         steps = [one.run(PROMPT, [random_picture(Grid(4, 5), 0)]), one.run([5]), one.run([6])]
+        assert one._workspace is not None
         return addresses(one), dict(one._workspace.bindings), [step.logits for step in steps]
 
     first = answer()
@@ -266,7 +269,7 @@ def test_activations_beyond_float16_are_one_sentence(tmp_path: Path, monkeypatch
         with pytest.raises(UserError, match=wanted):
             FusedConversation(session, capacity=10).run(PROMPT[-4:])
     gc.collect()
-    assert not session._idle[10]  # what is no number would spoil the next conversation
+    assert not session._idle  # what is no number would spoil the next conversation
 
 
 def test_embeddings_beyond_float16_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,9 +338,12 @@ def test_an_answer_ends_at_the_caches_last_row(fused: FusedSession) -> None:
 def test_a_cache_without_a_capacity_grows(
     golden_bundle: Bundle, fused: FusedSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a prefill and in a decode step; the smaller one goes to the next conversation."""
-    monkeypatch.setattr(fused_module, "FIRST_CAPACITY", 7)
+    """In a prefill and in a decode step; the smaller one goes to the next conversation that it fits."""
+    monkeypatch.setattr(fused_module, "BLOCK", 8)
+    fused._idle.clear()
     wanted, found = Conversation(OnnxSession(golden_bundle)), FusedConversation(fused)
+    found.headroom = 4
+    assert (found.cache.capacity, found.cache.bytes_used, found.cache.room) == (0, 0, None)
     capacities = []
     for tokens, pictures in [
         ([1, 2, 3], []),
@@ -348,8 +354,84 @@ def test_a_cache_without_a_capacity_grows(
         np.testing.assert_array_equal(step.keep_index, reference.keep_index)
         assert np.abs(step.logits - reference.logits).max() < LOGIT_TOLERANCE
         capacities.append(found.cache.capacity)
-    assert [capacities[i] for i in (0, 1, -1)] == [7, 56, 112] and found.cache.room is None
-    assert FusedConversation(fused, capacity=7).cache.room == 7 and fused._idle[56]
+    # 3 + 4; 31 + 4; 3 + 18 + 20 rows that are one too many, and half as many again as there were
+    assert list(dict.fromkeys(capacities)) == [8, 40, 64] and found.cache.room is None
+    assert [workspace.cache.capacity for workspace in fused._idle] == [40]
+    assert FusedConversation(fused, capacity=41).cache.room == 41 and len(fused._idle) == 1
+    left = addresses(FusedConversation(fused, capacity=40))
+    small = FusedConversation(fused)
+    small.headroom = 4
+    small.run([1, 2])
+    assert addresses(small) == left  # a larger one serves
+    assert small.cache.room is None and FusedConversation(fused, capacity=40).cache.room == 40
+
+
+def test_a_cache_begins_with_what_is_wanted(fused: FusedSession) -> None:
+    """The prompt's rows and an answer's, in whole blocks, and none behind the model's last position."""
+    conversation = FusedConversation(fused)
+    assert len(list(generate(conversation, [1] * 500, sampling=Sampling(max_tokens=3), stop=()))) == 3
+    assert conversation.cache.capacity == 512
+    conversation = FusedConversation(fused)
+    list(generate(conversation, [1] * 500, sampling=Sampling(max_tokens=3000), stop=range(10**6)))
+    assert conversation.cache.capacity == 3584
+    fused._idle.clear()
+    conversation, most = FusedConversation(fused), fused.bundle.manifest.decoder.max_positions
+    list(generate(conversation, [1] * 500, sampling=Sampling(max_tokens=10**9), stop=range(10**6)))
+    assert conversation.cache.capacity == most == 4096
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_cache_is_no_larger_than_memory(known: bool, fused: FusedSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what is wanted behind a run does not fit, known before or not, the run itself does."""
+    m, row = fused.bundle.manifest, DeviceCache.row_bytes(fused.bundle.manifest, fused.dtype)
+    place = FusedSession.value
+
+    def value(self: FusedSession, array: npt.NDArray[Any]) -> Any:
+        if array.shape[2:3] == (2048,):
+            raise UserError("for lack of memory")
+        return place(self, array)
+
+    fused._idle.clear()
+    if known:
+        monkeypatch.setattr(fused_module, "available_bytes", lambda: 1500 * row)
+    else:
+        monkeypatch.setattr(FusedSession, "value", value)
+    conversation = FusedConversation(fused)
+    conversation.headroom = 1600
+    assert np.isfinite(conversation.run([1, 2, 3]).logits).all() and conversation.cache.capacity == 512
+    buffers = [*conversation.cache.current.values(), *conversation.cache.spare.values()]
+    assert row * 512 == sum(buffer.tensor_size_in_bytes() for buffer in buffers)
+    assert m.decoder.layers * 2 == len(conversation.cache.current)
+
+
+def test_caches_without_memory_are_one_sentence(fused: FusedSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a conversation whose cache cannot grow goes on as it was."""
+    monkeypatch.setattr(fused_module, "BLOCK", 8)
+    conversation, other = FusedConversation(fused), FusedConversation(fused, capacity=60)
+    conversation.headroom = 1
+    conversation.run([1, 2, 3])
+    fused._idle.clear()
+
+    def fail(*_: object) -> None:
+        raise MemoryError("full")
+
+    with monkeypatch.context() as full:
+        full.setattr(FusedSession, "value", fail)
+        with pytest.raises(UserError, match=r"caches of 16 rows cannot be had for lack of memory \(full\)"):
+            conversation.run([4] * 10)
+        with pytest.raises(UserError, match=r"caches of 2,000 rows .* \(full\): use smaller pictures, or close other"):
+            fused.converse(capacity=2000)
+    for tokens in ([1, 2, 3], [5], [6] * 20):
+        wanted_step = other.run(tokens)
+        if len(tokens) != 3:
+            np.testing.assert_array_equal(conversation.run(tokens).logits, wanted_step.logits)
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 2**31])
+def test_caches_of_no_rows_are_one_sentence(capacity: int, fused: FusedSession, golden_bundle: Bundle) -> None:
+    for session in (fused, OnnxSession(golden_bundle)):
+        with pytest.raises(UserError, match=f"capacity {capacity} is out of range: give 1 to 2,147,483,647 rows"):
+            session.converse(capacity=capacity)
 
 
 def test_chats_run_fused(sample_bundle: Bundle, sample_session: OnnxSession) -> None:

@@ -11,6 +11,8 @@ import numpy.typing as npt
 from ivc_export.contract import DecoderSizes
 from ivc_export.errors import UserError
 
+MOST = 2**31 - 1
+
 
 def input_names(layers: range) -> list[str]:
     """Names of the graph inputs that caches of `layers` feed."""
@@ -23,10 +25,13 @@ class KVCache:
     capacity: None keeps arrays of the exact length; a number keeps zeroed buffers of so many rows, whose rows at or
     beyond their length the graphs mask: static shapes, at the price of computing over the whole buffer.
     whole: layers that keep every row, also of pruned tokens.
+
+    Raises:
+        UserError: the capacity is out of range.
     """
 
     def __init__(self, sizes: DecoderSizes, capacity: int | None = None, whole: Collection[int] = ()) -> None:
-        self.capacity = capacity
+        self.capacity = None if capacity is None else check_capacity(capacity)
         self.whole = frozenset(whole)
         self._lengths = dict.fromkeys(range(sizes.layers), 0)
         shape = (1, sizes.kv_heads, capacity or 0, sizes.head_dim)
@@ -80,6 +85,17 @@ class KVCache:
     def bytes_used(self) -> int:
         """Bytes of the valid rows."""
         return sum(a.nbytes // max(a.shape[2], 1) * self._lengths[layer_of(name)] for name, a in self._arrays.items())
+
+
+def check_capacity(capacity: int) -> int:
+    """The rows of a cache.
+
+    Raises:
+        UserError: there is none, or they cannot be counted in int32.
+    """
+    if not 1 <= capacity <= MOST:
+        raise UserError(f"capacity {capacity} is out of range: give 1 to {MOST:,} rows")
+    return capacity
 
 
 def layer_of(name: str) -> int:

@@ -21,6 +21,9 @@ from ivc_export.runtime.plan import Run, plan_run
 
 T = TypeVar("T")
 
+HEADROOM = 128
+"""Tokens of an answer, where nobody says how many are wanted."""
+
 
 class Fetched(Mapping[str, npt.NDArray[Any]], Generic[T]):
     """Arrays by name, each made of a tensor by `fetch` when it is first looked at."""
@@ -127,6 +130,8 @@ class AnyConversation(Protocol):
     """Runs that share a cache, wherever that lies."""
 
     ratio: float
+    headroom: int
+    """Rows that are likely to follow the next run's, an answer's, for which a cache that grows leaves room."""
     next_position: int
     timings: Timings
 
@@ -215,13 +220,14 @@ class Conversation:
     capacity: rows of fixed cache buffers, or None for caches of exact length.
 
     Raises:
-        UserError: the ratio is out of range.
+        UserError: the ratio or the capacity is out of range.
     """
 
     def __init__(self, session: Session, ratio: float | None = None, capacity: int | None = None) -> None:
         manifest = session.bundle.manifest
         self.session = session
         self.ratio = check_ratio(manifest.default_ratio if ratio is None else ratio)
+        self.headroom = HEADROOM
         self.cache = KVCache(manifest.decoder, capacity, manifest.selection.whole_layers)
         self.next_position = 0
         self.timings = Timings()

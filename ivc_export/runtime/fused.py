@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +23,15 @@ from ivc_export.contract import GRAPH_NAMES, FloatName, Scaling
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
 from ivc_export.floats import cast
+from ivc_export.memory import available_bytes
 from ivc_export.passes import Lowering, RetypeFloatsPass, lower
 from ivc_export.passes.join_decode import join_decode
 from ivc_export.recipe import check_ratio
-from ivc_export.runtime.conversation import Fetched, Step, Timings, one_at_a_time
+from ivc_export.runtime.cache import check_capacity
+from ivc_export.runtime.conversation import HEADROOM, Fetched, Step, Timings, one_at_a_time
 from ivc_export.runtime.failures import SMALLER, read_graph, told
 from ivc_export.runtime.plan import Run, plan_run
-from ivc_export.runtime.workspace import Rows, Values, Workspace
+from ivc_export.runtime.workspace import DeviceCache, Rows, Values, Workspace
 from ivc_export.weights import read_values
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -47,8 +48,8 @@ CHECK_GPU = "see that the GPU and its driver work, or use --provider cpu"
 NOT_CAPTURED = "cannot use the graph capture feature"
 """What onnxruntime says of a graph of which it computes a part on the host."""
 
-FIRST_CAPACITY = 4096
-"""Rows of a cache that grows."""
+BLOCK = 512
+"""Rows that a cache which grows has a multiple of."""
 
 
 class FusedSession:
@@ -109,29 +110,52 @@ class FusedSession:
         self._converted.clear()
         self.captures = count(1)
         """Numbers for captured CUDA graphs."""
-        self._idle: dict[int, list[Workspace]] = defaultdict(list)
-        """Workspaces that no conversation has, by capacity."""
+        self._idle: list[Workspace] = []
+        """Workspaces that no conversation has. Conversations that end add to them, in any thread and at any time."""
 
     def converse(self, ratio: float | None = None, capacity: int | None = None) -> FusedConversation:
         """Begin a conversation; see FusedConversation."""
         return FusedConversation(self, ratio, capacity)
 
-    def lend(self, capacity: int) -> Workspace:
-        """A workspace for one conversation, which gives it back: the next one of this capacity replays its CUDA graph,
-        and onnxruntime forgets none.
+    def lend(self, capacity: int, least: int | None = None) -> Workspace:
+        """A workspace for one conversation, which gives it back: the next one replays its CUDA graph, and onnxruntime
+        forgets none.
+
+        capacity: rows of its caches. least: None for just so many; else they may be more, or fewer where memory is
+            short, down to this.
 
         Raises:
             UserError: the device has no memory for it.
         """
-        idle = self._idle[capacity]
-        with self.lock, told(f"caches of {capacity:,} rows cannot be had", SMALLER, CHECK_GPU):
-            workspace = idle.pop() if idle else Workspace.make(self.bundle.manifest, capacity, self.dtype, self.value)
+        with self.lock:
+            sizes = {number: workspace.cache.capacity for number, workspace in enumerate([*self._idle])}
+            fit = [number for number, rows in sizes.items() if rows == capacity or (least and rows > capacity)]
+            workspace = self._idle.pop(min(fit, key=sizes.__getitem__)) if fit else self._make(capacity, least)
         workspace.cache.clear()
+        workspace.cache.grows = least is not None
         return workspace
 
+    def _make(self, capacity: int, least: int | None) -> Workspace:
+        if least:  # who grew out of a smaller one leaves it, and none of them is to be captured again for long
+            self._idle[:] = [workspace for workspace in self._idle if workspace.cache.capacity > capacity]
+
+        def attempt(rows: int) -> Workspace:
+            with told(f"caches of {rows:,} rows cannot be had", SMALLER, CHECK_GPU):
+                return Workspace.make(self.bundle.manifest, rows, self.dtype, self.value)
+
+        with suppress(UserError):  # outside of which what was made before memory ran short is gone
+            return attempt(capacity)
+        self._idle.clear()
+        return attempt(least or capacity)
+
+    def rows_that_fit(self) -> int | None:
+        """Rows of a cache that the device has memory for, as far as is known; of a GPU it is not."""
+        free = available_bytes() if self.device == "cpu" else None
+        return None if free is None else free // DeviceCache.row_bytes(self.bundle.manifest, self.dtype)
+
     def take_back(self, workspace: Workspace) -> None:
-        """Keep a workspace for the next conversation of its capacity."""
-        self._idle[workspace.cache.capacity].append(workspace)
+        """Keep a workspace for the next conversation."""
+        self._idle.append(workspace)
 
     def lowered(self, name: contract.GraphName, lowering: Lowering) -> ir.Model:
         """A graph of the bundle, in the dtype that is computed in."""
@@ -300,40 +324,49 @@ def register(library: Path, options: onnxruntime.SessionOptions) -> None:
         options.register_custom_ops_library(str(library.resolve()))
 
 
+def blocks(rows: int) -> int:
+    """The least multiple of BLOCK that holds so many."""
+    return -(-rows // BLOCK) * BLOCK
+
+
 class FusedConversation:
     """Runs of one FusedSession that share a cache; as Conversation, with everything but logits, kept rows and scores
     left on the device.
 
-    capacity: rows of the cache; None for one that begins with FIRST_CAPACITY and doubles when it is full. A finished
-    conversation's memory goes to the next one of the same capacity.
+    capacity: rows of the cache; None for one that begins with room for the first run and `headroom`, and grows by half
+        or more when it is full, while memory lasts. A finished conversation's memory goes to the next one that it fits.
 
     Raises:
-        UserError: the ratio is out of range, or the device has no memory for the cache.
+        UserError: the ratio or the capacity is out of range, or the device has no memory for the cache.
     """
 
     def __init__(self, session: FusedSession, ratio: float | None = None, capacity: int | None = None) -> None:
         manifest = session.bundle.manifest
         self.session = session
         self.ratio = check_ratio(manifest.default_ratio if ratio is None else ratio)
-        self._borrow(capacity or FIRST_CAPACITY, grows=capacity is None)
+        self.headroom = HEADROOM
         self.next_position = 0
         self.timings = Timings()
+        self.cache = DeviceCache.empty(manifest)
+        self._workspace: Workspace | None = None
+        self._give_back: weakref.finalize[..., FusedConversation] | None = None
+        if capacity is not None:
+            self._take(session.lend(check_capacity(capacity)))
 
-    def _borrow(self, capacity: int, grows: bool) -> None:
-        self._workspace = self.session.lend(capacity)
-        self._give_back = weakref.finalize(self, self.session.take_back, self._workspace)
+    def _take(self, workspace: Workspace) -> None:
+        self.cache, self._workspace = workspace.cache, workspace
+        self._give_back = weakref.finalize(self, self.session.take_back, workspace)
         self._give_back.atexit = False
-        self.cache = self._workspace.cache
-        self.cache.grows = grows
 
-    def _grow(self, needed: int) -> None:
-        """Go on in caches of twice the rows, or more where that is not enough."""
-        old, give_back, capacity = self.cache, self._give_back, self.cache.capacity
-        while capacity < needed:
-            capacity *= 2
-        self._borrow(capacity, grows=True)
-        self.cache.take_over(old)
-        give_back()
+    def _grow(self, needed: int, more: int) -> None:
+        """Go on in caches of `needed` rows, with room for `more` behind them where the device has it."""
+        old, give_back, most = self.cache, self._give_back, self.session.rows_that_fit()
+        wanted, least = blocks(max(needed + more, old.capacity * 3 // 2)), blocks(needed)
+        workspace = self.session.lend(least if most is not None and most < wanted else wanted, least)
+        workspace.cache.take_over(old)
+        self._take(workspace)
+        if give_back is not None:
+            give_back()
 
     @one_at_a_time
     def run(
@@ -354,7 +387,7 @@ class FusedConversation:
         plan = plan_run(m, np.asarray(tokens, np.int32), grids, self.next_position, self.ratio)
         needed = max(self.cache.lengths(plan.rows).values())
         if needed > self.cache.capacity and self.cache.grows:
-            self._grow(needed)
+            self._grow(needed, min(self.headroom, m.decoder.max_positions - plan.next_position))
         if needed > self.cache.capacity:
             raise UserError(
                 f"the cache holds {self.cache.capacity} rows, {needed} are needed: give it a larger capacity"
@@ -409,6 +442,7 @@ class FusedConversation:
         return found
 
     def _decode(self, plan: Run) -> Step:
+        assert self._workspace is not None  # since the run before
         session, cache, step = self.session, self.cache, self._workspace.step
         bindings, logits = self._workspace.bindings, self._workspace.logits
         with self.timings.stage("decode.decoder"):
@@ -425,7 +459,8 @@ class FusedConversation:
 
     def _checked(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         if not np.isfinite(logits.max()):  # NaN if any of them is
-            self._give_back.detach()  # caches are to be finite; see DeviceCache.clear
+            if self._give_back is not None:
+                self._give_back.detach()  # caches are to be finite; see DeviceCache.clear
             raise UserError(f"this model's activations leave float16's range: {WIDER}")
         return logits
 

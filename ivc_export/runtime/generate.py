@@ -33,6 +33,7 @@ def generate(
     stop: ids that end the answer; None takes the bundle's. The last id yielded is not in the cache yet.
     """
     sampler = sampling if isinstance(sampling, Sampler) else Sampler(sampling)
+    conversation.headroom = sampler.sampling.max_tokens
     step = conversation.run(tokens, pictures)
     sampler.read(tokens)
     yield from continue_from(conversation, step, sampler, stop)
@@ -139,6 +140,7 @@ class Chat:
         if self.tokens and self.finish == "length":
             self.conversation.run(self.tokens[-1:])
         self.tokens = []
+        self.conversation.headroom = self.sampler.sampling.max_tokens
         self.step = self.conversation.run(addition, pictures)
         self.sampler.read(addition)
         try:

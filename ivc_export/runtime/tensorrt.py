@@ -22,7 +22,7 @@ from ivc_export.families import Picture
 from ivc_export.floats import cast
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.cache import layer_of
-from ivc_export.runtime.conversation import Fetched, Step, Timings, one_at_a_time
+from ivc_export.runtime.conversation import HEADROOM, Fetched, Step, Timings, one_at_a_time
 from ivc_export.runtime.device import Buffers, CudaDevice, Device
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.trt import Target, load_plugin, load_tensorrt, make_logger, own_capability
@@ -364,6 +364,7 @@ class TensorrtConversation:
         manifest = session.bundle.manifest
         self.session = session
         self.ratio = check_ratio(manifest.default_ratio if ratio is None else ratio)
+        self.headroom = HEADROOM
         self.cache = EngineCache(session)
         self.next_position = 0
         self.timings = Timings()

@@ -73,10 +73,18 @@ class DeviceCache:
             return {name: place(np.zeros(shape, dtype)) for name in names}
 
         everything = buffers(f"{kind}.{i}" for i in range(m.decoder.layers) for kind in ("key", "value"))
-        compacted = [t.name.removeprefix("compact_") for t in m.graphs["decoder"].outputs if "compact_" in t.name]
-        lengths = [t.name for t in m.graphs["prefix"].inputs if t.name.startswith("past_length.")]
-        whole = tuple(name.removeprefix("past_length") for name in lengths)
-        return DeviceCache(capacity, everything, buffers(compacted), whole)
+        return DeviceCache(capacity, everything, buffers(compacted(m)), whole_layers(m))
+
+    @staticmethod
+    def empty(m: Manifest) -> DeviceCache:
+        """No rows, and no memory, of a cache that grows."""
+        return DeviceCache(0, {}, {}, whole_layers(m), grows=True)
+
+    @staticmethod
+    def row_bytes(m: Manifest, dtype: FloatName) -> int:
+        """What a row takes in all buffers."""
+        buffers = 2 * m.decoder.layers + len(compacted(m))
+        return buffers * m.decoder.kv_heads * m.decoder.head_dim * np.dtype(dtype).itemsize
 
     def inputs(self) -> Values:
         """past_key.i and past_value.i of all layers."""
@@ -111,11 +119,11 @@ class DeviceCache:
 
     def take_over(self, smaller: DeviceCache) -> None:
         """Begin with another cache's rows, which pass through the host."""
-        for name, value in self.current.items():
-            old = smaller.current[name].numpy()
-            rows = np.zeros(value.shape(), old.dtype)
+        for name, value in smaller.current.items():
+            old = value.numpy()
+            rows = np.zeros(self.current[name].shape(), old.dtype)
             rows[:, :, : smaller.capacity] = old
-            value.update_inplace(rows)
+            self.current[name].update_inplace(rows)
         self.length, self.whole_length = smaller.length, smaller.whole_length
 
     @property
@@ -126,6 +134,8 @@ class DeviceCache:
     @property
     def bytes_used(self) -> int:
         """Bytes of the valid rows."""
+        if not self.current:
+            return 0
         one = next(iter(self.current.values()))
         _, heads, _, size = one.shape()
         rows = 2 * len(self.whole) * self.whole_length + (len(self.current) - 2 * len(self.whole)) * self.length
@@ -134,6 +144,17 @@ class DeviceCache:
     def lengths(self, rows: int) -> dict[str, int]:
         """Valid rows with `rows` more, by the suffix of a length's name: "", or ".0" for layer 0 kept whole."""
         return {"": self.length + rows} | dict.fromkeys(self.whole, self.whole_length + rows)
+
+
+def compacted(m: Manifest) -> list[str]:
+    """Names of the caches that are compacted, and have two sets of buffers."""
+    return [t.name.removeprefix("compact_") for t in m.graphs["decoder"].outputs if "compact_" in t.name]
+
+
+def whole_layers(m: Manifest) -> tuple[str, ...]:
+    """Suffixes of the names of layers that keep every row."""
+    names = [t.name for t in m.graphs["prefix"].inputs if t.name.startswith("past_length.")]
+    return tuple(name.removeprefix("past_length") for name in names)
 
 
 @dataclass

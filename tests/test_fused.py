@@ -407,10 +407,10 @@ def test_a_cache_is_no_larger_than_memory(known: bool, fused: FusedSession, monk
 def test_caches_without_memory_are_one_sentence(fused: FusedSession, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a conversation whose cache cannot grow goes on as it was."""
     monkeypatch.setattr(fused_module, "BLOCK", 8)
+    fused._idle.clear()
     conversation, other = FusedConversation(fused), FusedConversation(fused, capacity=60)
     conversation.headroom = 1
     conversation.run([1, 2, 3])
-    fused._idle.clear()
 
     def fail(*_: object) -> None:
         raise MemoryError("full")

@@ -119,7 +119,9 @@ Tiles = Annotated[int, Field(gt=0, le=256)]
 TokenId = Annotated[int, Field(ge=0, le=INT32_MOST)]
 Epsilon = Annotated[float, Field(gt=0, le=1)]
 Factor = Annotated[float, Field(ge=1e-9, le=1e9)]
+"""What pixels are multiplied or divided by: neither zero nor infinite in float32."""
 Level = Annotated[float, Field(ge=-1e9, le=1e9)]
+"""What is taken from pixels."""
 
 
 class Frozen(BaseModel):

@@ -50,8 +50,8 @@ def header_sha256(file: Path) -> str:
     return hashlib.sha256(header_bytes(file)).hexdigest()
 
 
-def read_index(file: Path) -> dict[str, StoredTensor]:
-    """Tensors of one safetensors file by name.
+def read_index(file: Path, advice: str = "download it again, or check the disk") -> dict[str, StoredTensor]:
+    """Tensors of one safetensors file by name. advice: ends the sentence where it is damaged.
 
     Raises:
         UserError: the file is missing, truncated or not a safetensors file.
@@ -64,7 +64,7 @@ def read_index(file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, framework="numpy"):  # checks lengths, overlaps and the end of the file
             stored = header_bytes(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read ({error}): download it again, or check the disk") from error
+        raise UserError(f"{file} cannot be read ({error}): {advice}") from error
     header, start = parse_json(stored, f"the header of {file}", "download it again"), 8 + len(stored)
     header.pop("__metadata__", None)
     return {

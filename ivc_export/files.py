@@ -140,7 +140,7 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         OSError: nothing can be written there.
     """
-    descriptor, staged = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, staged = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             stream.write(text)

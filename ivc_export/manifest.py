@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from ivc_export import contract, families
-from ivc_export.checkpoint import header_sha256
+from ivc_export.checkpoint import header_sha256, read_index
 from ivc_export.contract import MANIFEST, SCHEMA_VERSION, Manifest
 from ivc_export.errors import UserError
 from ivc_export.files import check_regular, confined, read_object
@@ -71,6 +71,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise UserError(
                 f"{folder / weights.file} changed after the export (its header is another): export the model again"
             )
+        read_index(folder / weights.file, COPY)  # whose tensors end where the file does
     table = manifest.embedding
     if table.file not in {weights.file for weights in manifest.weights}:
         raise UserError(

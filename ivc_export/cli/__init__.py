@@ -82,15 +82,20 @@ def run_command(name: str, arguments: Sequence[str] | None) -> int:
             sys.stdout.flush()
         return code
     except UserError as error:
-        make_console().print(f"error: {error}", markup=False, style="red")
+        tell(str(error))
+        return 2
+    except MemoryError:
+        tell("the machine's memory does not suffice: close programs, or take a smaller model or picture")
+        return 2
+    except RecursionError:
+        tell("a file is nested too deep to be read: make it again")
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush into
         return 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sentence = f"error: {where}{error.strerror or error}: check the path, its permissions and the free space"
-        make_console().print(sentence, markup=False, style="red")
+        tell(f"{where}{error.strerror or error}: check the path, its permissions and the free space")
         return 2
     except KeyboardInterrupt:
         make_console().print("interrupted")
@@ -98,6 +103,12 @@ def run_command(name: str, arguments: Sequence[str] | None) -> int:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def tell(sentence: str) -> None:
+    """Print an error on one line, without what a file could make a terminal do."""
+    plain = "".join(character if character.isprintable() else " " for character in sentence)
+    make_console().print(f"error: {plain}", markup=False, style="red")
 
 
 def end(number: int, frame: object) -> None:

@@ -23,8 +23,6 @@ TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 PREPROCESSOR = "preprocessor_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-CHECKPOINT_FILES = (TOKENIZER, CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER_CONFIG, "config.json", "generation_config.json")
-"""What of a checkpoint's small files a bundle may have."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ class Bundle:
         bundle = Bundle(Path(folder), read_manifest(Path(folder)))
         for name in bundle.manifest.graphs:
             bundle.graph(name)  # before a runtime opens what it names
-        for file in CHECKPOINT_FILES:
-            confined(bundle.folder, file, "copy the bundle with what its links lead to, or export the model again")
+        for path in bundle.folder.iterdir():
+            confined(bundle.folder, path.name, "copy the bundle with what its links lead to, or export the model again")
         return bundle
 
     def check_portable(self, purpose: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import tempfile
 from pathlib import Path
@@ -20,6 +21,8 @@ MOST_BYTES = 16 << 20
 """Of a file that is read whole: many times the largest config.json or index, and little enough to parse anywhere."""
 MOST_DEPTH = 64
 """Of objects and lists within each other."""
+HALVES = re.compile(r"\\u[dD][89a-fA-F]")
+"""Escapes of which two make one character."""
 
 
 def check_regular(path: Path, advice: str) -> int:
@@ -110,10 +113,12 @@ def parse_json(text: str | bytes, what: str, advice: str) -> Any:
     what: names the text in errors.
 
     Raises:
-        UserError: it is no JSON, is nested deeper, or does not fit into memory.
+        UserError: it is no JSON, is nested deeper, holds halves of characters, or does not fit into memory.
     """
     try:
         content = json.loads(text)
+        if HALVES.search(text if isinstance(text, str) else text.decode(json.detect_encoding(text))):
+            json.dumps(content, ensure_ascii=False).encode()  # halves that make no whole are no text: a ValueError
     except ValueError as error:
         raise UserError(f"{what} is damaged (it is not valid JSON: {error}): {advice}") from error
     except RecursionError as error:

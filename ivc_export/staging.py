@@ -22,13 +22,13 @@ from ivc_export.files import read_object
 WORK = ".build-"
 """How folders begin, within a bundle, in which engines are being built."""
 OWN = (
-    *(MANIFEST, f".{MANIFEST}.partial", *(f"{name}.onnx" for name in GRAPH_NAMES)),
+    *(MANIFEST, f".{MANIFEST}.partial-*", *(f"{name}.onnx" for name in GRAPH_NAMES)),
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
     *("vocab.json", "merges.txt", "tokenizer.model"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     *("testdata/index.json", "testdata/*.png", "testdata/*/*/*/*.bin"),
-    *("report/parity.json", "report/parity.html"),
+    *("report/parity.json", "report/parity.html", "report/.parity.*.partial-*"),
     *("report/reference/index.json", "report/reference/*.png", "report/reference/*/*/*/*.bin"),
     *("engines/*/build.json", "engines/*/*.plan"),
 )

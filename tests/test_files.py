@@ -35,6 +35,8 @@ def sparse(path: Path) -> None:
         (write(""), "is not valid JSON"),
         (write('{"a": 1,}'), "is not valid JSON"),
         (write("9" * 5000), "is not valid JSON"),
+        (write('["\\ud800"]'), "is not valid JSON"),
+        (write('{"\\uDC00\\ud83d": 1}'), "is not valid JSON"),
         (write("[" * 200_000), "is nested too deep"),
         (write("[" * (MOST_DEPTH + 1) + "]" * (MOST_DEPTH + 1)), "is nested too deep"),
         (write('{"a":' * 100 + "1" + "}" * 100), "is nested too deep"),
@@ -51,8 +53,8 @@ def test_a_file_that_cannot_be_read_is_told_in_a_sentence(
 
 def test_a_file_holds_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    path.write_text('{"a": [1, {"b": null}], "c": "\\u00e9"}', encoding="utf-8")
-    assert read_object(path, "") == {"a": [1, {"b": None}], "c": "é"}
+    path.write_text('{"a": [1, {"b": null}], "c": "\\u00e9\\ud83d\\ude00"}', encoding="utf-8")
+    assert read_object(path, "") == {"a": [1, {"b": None}], "c": "é😀"}
     path.write_text("[" * MOST_DEPTH + "]" * MOST_DEPTH, encoding="utf-8")
     assert read_json(path, "")
     with pytest.raises(UserError, match="should hold a JSON object"):

@@ -85,13 +85,13 @@ def method(settings: Any) -> str:
     """What the settings of a quantisation say of it, in a few words."""
     if not isinstance(settings, Mapping):
         return shown(settings)
-    name = settings.get("quant_method") or settings.get("quant_algo")
-    known = METHODS.get(name, name) if isinstance(name, str) else None
-    bits = settings.get("bits") or settings.get("w_bit")
+    name, bits = settings.get("quant_method"), settings.get("bits") or settings.get("w_bit")
     for option, count in (("load_in_4bit", 4), ("load_in_8bit", 8)):  # bitsandbytes
         bits = count if settings.get(option) is True else bits
-    words = [known and shown(known), isinstance(bits, int) and f"{bits} bits"]
-    return ", ".join(word for word in words if word) or "by a method without a name"
+    words = [METHODS.get(name, name) if isinstance(name, str) else None]
+    words += [settings.get(key) for key in ("quant_algo", "format")]  # ModelOpt, compressed-tensors
+    words += [f"{bits} bits" if isinstance(bits, int) else None]
+    return ", ".join(shown(word) for word in words if word) or "by a method without a name"
 
 
 def shown(value: object) -> str:

@@ -117,7 +117,7 @@ TOLD: list[tuple[str, Prepare, str]] = [  # by names of files and by JSON files
     (
         "compressed-tensors",
         quantisation(quant_method="compressed-tensors", format="pack-quantized"),
-        "is quantised (compressed-tensors, by",
+        "is quantised (compressed-tensors, pack-quantized, by",
     ),
     (
         "older compressed-tensors",
@@ -132,7 +132,7 @@ TOLD: list[tuple[str, Prepare, str]] = [  # by names of files and by JSON files
     ),
     ("bitsandbytes, 8 bits", quantisation(load_in_8bit=True, load_in_4bit=False), "is quantised (8 bits, by"),
     ("HQQ", quantisation(quant_method="hqq"), "is quantised (HQQ, by"),
-    ("ModelOpt", quantisation(quant_method="modelopt", quant_algo="NVFP4"), "is quantised (ModelOpt, by"),
+    ("ModelOpt", quantisation(quant_method="modelopt", quant_algo="NVFP4"), "is quantised (ModelOpt, NVFP4, by"),
     (
         "ModelOpt's own file",
         beside("hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}}),

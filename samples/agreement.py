@@ -57,7 +57,7 @@ def compare(options: argparse.Namespace) -> None:
     recorded = json.loads((options.folder / INDEX).read_text(encoding="utf-8"))
     if recorded["layer"] != bundle.manifest.selection_layer:
         sys.exit(f"recorded with the cut at layer {recorded['layer']}: record again")
-    session, exact = open_session(bundle, options.backend, options.provider), OnnxSession(bundle)
+    session, exact = open_session(bundle, options.backend, options.provider, plugin=options.plugin), OnnxSession(bundle)
     found: dict[str, Any] = {}
     for ratio in RATIOS:
         same, differing, began = 0, [], time.perf_counter()
@@ -110,6 +110,7 @@ def main() -> None:
     p.add_argument("--count", type=int, default=200)
     p.add_argument("--backend", choices=BACKENDS, default="onnxruntime")
     p.add_argument("--provider", choices=("cpu", "cuda"))
+    p.add_argument("--plugin", type=Path, help="for engines that were built with it")
     p.add_argument("--output", type=Path, default=Path("agreement.json"))
     options = p.parse_args()
     {"record": record, "compare": compare}[options.what](options)

@@ -12,9 +12,13 @@ from onnx import TensorProto, helper
 
 from ivc_export.bundle import Bundle
 from ivc_export.families import Grid
+from ivc_export.oracle import record
+from ivc_export.parity import compare
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.fused import FusedConversation, FusedSession, cuda_options
+from ivc_export.runtime.fused_parity import OpenFusedSession
 from ivc_export.runtime.session import OnnxSession
+from ivc_export.testdata import draw_picture, make_prompt
 from tests.conftest import Golden, random_picture
 
 pytestmark = [
@@ -38,6 +42,14 @@ def test_conversations_on_the_gpu_follow_float32(golden_bundle: Bundle, cuda_gra
         for token in (5, 6, 7, 8):
             assert np.abs(step.logits - reference.logits).max() < TOLERANCE * np.abs(reference.logits).max()
             step, reference = found.run([token]), wanted.run([token])
+
+
+def test_every_tensor_is_within_its_bound(golden: Golden, golden_bundle: Bundle) -> None:
+    """By the tolerances that ivc-check has for the CUDA provider, which come from the CPU provider's errors."""
+    image = draw_picture()
+    reference = record(golden_bundle, golden.folder, make_prompt(golden_bundle, image)[1], [image], 0.5, 8)
+    report, _ = compare(OpenFusedSession(golden_bundle, "cuda"), reference, [image])
+    assert report.passed, [c for c in report.comparisons if not c.passed]
 
 
 @pytest.mark.parametrize("operator", ["SkipSimplifiedLayerNormalization", "SkipLayerNormalization"])

@@ -8,6 +8,7 @@ ivc-build's --tactic-sources.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -52,7 +53,20 @@ def engines(bundle: Bundle, dtype: FloatName, plugin: bool) -> TensorrtSession:
     return TensorrtSession(bundle, plugin=recipe.plugin)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def old() -> bool:
+    """Whether TensorRT is too old for bfloat16."""
+    found = importlib.util.find_spec("tensorrt") is not None
+    return found and int(importlib.import_module("tensorrt").__version__.split(".")[0]) < 10
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        "float16",
+        pytest.param("bfloat16", marks=pytest.mark.skipif("old()", reason="this TensorRT has no bfloat16")),
+    ],
+)
 @pytest.mark.parametrize(
     "plugin", [False, pytest.param(True, marks=pytest.mark.skipif(not PLUGIN, reason="IVC_PLUGIN is not set"))]
 )

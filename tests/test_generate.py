@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -187,3 +189,14 @@ def test_an_empty_question_is_refused(sample_session: OnnxSession) -> None:
 def test_ratios_out_of_range(sample_session: OnnxSession, ratio: float) -> None:
     with pytest.raises(UserError, match="out of range"):
         Conversation(sample_session, ratio)
+
+
+def test_chats_of_a_session_share_one_tokenizer(sample_bundle: Bundle) -> None:
+    """tokenizers keeps what each of its instances has cached for good: memory would grow with every chat."""
+    one, other = OnnxSession(sample_bundle), OnnxSession(sample_bundle)
+    assert Chat(one).processor is Chat(one).processor
+    assert Chat(one).processor is not Chat(other).processor
+    gone = weakref.ref(one)
+    del one
+    gc.collect()
+    assert gone() is None

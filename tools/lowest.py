@@ -10,8 +10,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tomllib
-
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 REQUIREMENT = re.compile(r"(?P<name>[\w-]+)(?:>=|==)(?P<lowest>[\d.]+)(?:,<[\d.]+)?(?P<marker>;.*)?")
 
@@ -22,6 +20,8 @@ def lowest(extras: Sequence[str] = ()) -> list[str]:
     Raises:
         ValueError: a requirement has no lower bound; KeyError: there is no such extra.
     """
+    import tomllib  # Python 3.11's, and the tests run on 3.10
+
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     lines = []
     for requirement in [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e])]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import PIL.Image
@@ -78,6 +79,22 @@ def no_numbers(session: AnySession) -> str:
     return f"{leaves}: use onnxruntime on the CPU (ivc-run's default), or build engines with --dtype fp32"
 
 
+PROCESSORS: WeakKeyDictionary[AnySession, Processor] = WeakKeyDictionary()
+
+
+def processor_of(session: AnySession) -> Processor:
+    """The processor that all chats of a session share.
+
+    Reading a tokenizer takes longer than many an answer, and tokenizers 0.23 never frees what each of them has cached.
+
+    Raises:
+        UserError: see Processor.
+    """
+    if session not in PROCESSORS:
+        PROCESSORS[session] = Processor(session.bundle)
+    return PROCESSORS[session]
+
+
 class Chat:
     """Questions and answers over one compacted cache, with a picture in any turn.
 
@@ -98,7 +115,7 @@ class Chat:
         sampling: Sampling = GREEDY,
         system: str | None = None,
     ) -> None:
-        self.processor = Processor(session.bundle)
+        self.processor = processor_of(session)
         self.conversation = session.converse(ratio, capacity)
         self.sampler = Sampler(sampling)
         self.messages: list[Message] = [] if system is None else [self.processor.system_message(system)]

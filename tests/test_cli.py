@@ -192,3 +192,23 @@ def test_a_question_that_is_no_text_is_one_sentence(sample_bundle: Bundle) -> No
     strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run(command, input=b"caf\xe9?\n", capture_output=True, env=strict)
     assert (done.returncode, done.stderr) == (2, b"error: the prompt is not UTF-8 text: write it in UTF-8\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "the machine's memory does not suffice: close programs, or take a smaller model or picture"),
+        (RecursionError(), "a file is nested too deep to be read: make it again"),
+        (UserError("two\nlines of \x1b[31mred\x07: \u202emend"), "two lines of  [31mred :  mend"),
+        (UserError("a" * 9999 + ": mend it"), f"{'a' * 500} ... {'a' * 491}: mend it"),
+    ],
+)
+def test_whatever_fails_is_told_on_one_line(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(folder: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Bundle, "load", fail)
+    assert cli.ivc_run(["bundle", "--prompt", "Where?"]) == 2
+    assert capsys.readouterr().err == f"error: {told}\n"

@@ -16,6 +16,8 @@ from rich.console import Console
 
 from ivc_export.errors import UserError
 
+LONGEST = 1000
+"""Characters of an error at most."""
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -106,8 +108,10 @@ def run_command(name: str, arguments: Sequence[str] | None) -> int:
 
 
 def tell(sentence: str) -> None:
-    """Print an error on one line, without what a file could make a terminal do."""
+    """Print an error on one line, of reasonable length, without what a file could make a terminal do."""
     plain = "".join(character if character.isprintable() else " " for character in sentence)
+    if len(plain) > LONGEST:
+        plain = f"{plain[: LONGEST // 2]} ... {plain[-LONGEST // 2 :]}"  # what to do stands at the end
     make_console().print(f"error: {plain}", markup=False, style="red")
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ivc_export.errors import UserError
+from ivc_export.files import read_object
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -150,6 +152,18 @@ def stored_sampling(config: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise UserError(f"{GENERATION_CONFIG} sets {key} to {value!r}, which is no number: give --sampling greedy")
     return found
+
+
+def checkpoint_sampling(folder: Path, **chosen: Any) -> Sampling:
+    """What generation_config.json of a checkpoint or bundle asks for, but for what is chosen, by Sampling's names.
+
+    Raises:
+        UserError: the file is missing or damaged, or asks for what Sampling does not know.
+    """
+    path = folder / GENERATION_CONFIG
+    if not path.is_file():
+        raise UserError(f"{path} is missing, so nothing is known of the checkpoint's sampling: give --sampling greedy")
+    return Sampling(**stored_sampling(read_object(path, "export the model again")) | chosen)
 
 
 def greedy_note(config: Mapping[str, Any], chosen: Container[str] = ()) -> str | None:

@@ -15,7 +15,15 @@ from ivc_export import cli
 from ivc_export.bundle import Bundle
 from ivc_export.errors import UserError
 from ivc_export.runtime.processor import Processor, user_message
-from ivc_export.sampling import DRAWN, GENERATION_CONFIG, Sampler, Sampling, greedy_note, stored_sampling
+from ivc_export.sampling import (
+    DRAWN,
+    GENERATION_CONFIG,
+    Sampler,
+    Sampling,
+    checkpoint_sampling,
+    greedy_note,
+    stored_sampling,
+)
 from tests.conftest import SHAPES
 
 
@@ -145,6 +153,13 @@ def test_the_command_answers_as_transformers_does(
     tokens, note = ours()
     assert tokens == stock(1.0) and note.count("repetition_penalty 1.3") == 1 and len(note.splitlines()) == 1
     assert ours("--sampling", "checkpoint", "--repetition-penalty", "1") == (stock(1.0), "")
+
+
+def test_a_program_can_take_the_checkpoints_sampling(penalised: Bundle, tmp_path: Path) -> None:
+    assert checkpoint_sampling(penalised.folder, max_tokens=5) == Sampling(max_tokens=5, repetition_penalty=1.3)
+    assert checkpoint_sampling(penalised.folder, repetition_penalty=1.0) == Sampling()
+    with pytest.raises(UserError, match="is missing, so nothing is known"):
+        checkpoint_sampling(tmp_path)
 
 
 @pytest.mark.parametrize("options", [["--quiet"], ["--json"], []], ids=str)

@@ -25,7 +25,7 @@ from ivc_export.runtime.fused import FusedSession
 from ivc_export.runtime.generate import Chat
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.session import widening_note
-from ivc_export.sampling import GENERATION_CONFIG, Sampling, greedy_note, stored_sampling
+from ivc_export.sampling import GENERATION_CONFIG, Sampling, checkpoint_sampling, greedy_note
 
 CHAT_HELP = "/image FILE adds a picture to your next question, /quit ends the chat"
 NO_CUDA_GRAPH = "this onnxruntime captures no CUDA graph of decode steps, which take longer so: try a newer one"
@@ -109,18 +109,16 @@ def choose_sampling(bundle: Bundle, options: argparse.Namespace, console: Consol
     Raises:
         UserError: a value is out of range, or the checkpoint's settings are missing, damaged or not obeyed.
     """
-    path = bundle.folder / GENERATION_CONFIG
-    stored = read_object(path, "export the model again") if path.is_file() else {}
-    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "max_tokens")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.sampling is None:
-        note = greedy_note(stored, given)
+    if options.sampling == "checkpoint":
+        return checkpoint_sampling(bundle.folder, **given)
+    path = bundle.folder / GENERATION_CONFIG
+    if options.sampling is None and path.is_file():
+        note = greedy_note(read_object(path, "export the model again"), given)
         if note:
             console.print(note, markup=False)
-    elif options.sampling == "checkpoint" and not path.is_file():
-        raise UserError(f"{path} is missing, so nothing is known of the checkpoint's sampling: give --sampling greedy")
-    settings = stored_sampling(stored) if options.sampling == "checkpoint" else {}
-    return Sampling(seed=options.seed, max_tokens=options.max_tokens, **settings | given)
+    return Sampling(**given)
 
 
 def check_show(path: Path, pictures: bool) -> None:

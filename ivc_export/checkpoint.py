@@ -191,8 +191,8 @@ class Checkpoint:
             for name, tensor in read_index(file).items():
                 if name in found:
                     raise UserError(
-                        f"{found[name].file.name} and {file.name} of {self.place} both hold {name[:80]!r}: download the "
-                        "checkpoint again, into an empty folder"
+                        f"{found[name].file.name} and {file.name} of {self.place} both hold {name[:80]!r}: download "
+                        "the checkpoint again, into an empty folder"
                     )
                 found[name] = tensor
         return found

@@ -431,7 +431,8 @@ def test_what_commands_write_into_a_bundle_can_be_replaced(family: str, tmp_path
     export(recipe)
     checked = ["report/parity.json", "report/parity.html", "report/reference/prefill/vision/outputs/image_embeds.bin"]
     built = ["engines/10.3.0-sm87/vision.plan", "engines/10.3.0-sm87/build.json"]
-    for name in (*checked, *built):
+    killed = [".manifest.json.partial-a1b2c3d4", "report/.parity.json.partial-a1b2c3d4", ".build-a1b2c3d4/done/log.txt"]
+    for name in (*checked, *built, *killed):
         write(tmp_path / "bundle" / name)
     assert staging.foreign_file(tmp_path / "bundle") is None
     export(recipe)

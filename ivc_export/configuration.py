@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,19 +42,36 @@ def read_description(checkpoint: Checkpoint) -> Description:
     Raises:
         UserError: a file or a value is missing, damaged or out of range.
     """
-    family, processor = families.described(checkpoint.config), image_processor(checkpoint)
-    try:
-        model = family.read(checkpoint.config, processor)
+    family, model, processor = read_model(checkpoint)
+    with described(checkpoint):
         prompts = read_prompts(checkpoint, family, model)
+    if checkpoint.shards is not None:
+        names = {family.canonical_name(name) for name in checkpoint.shards}
+        check_whole(checkpoint.place, names, model.decoder.tied_embeddings)
+    return Description(family, model, processor, prompts)
+
+
+def read_model(checkpoint: Checkpoint) -> tuple[Family, Model, dict[str, Any] | None]:
+    """Family, sizes and the image processor's settings; no file of the tokenizer is looked at.
+
+    Raises:
+        UserError: a file or a value is missing, damaged or out of range.
+    """
+    family, processor = families.described(checkpoint.config), image_processor(checkpoint)
+    with described(checkpoint):
+        return family, family.read(checkpoint.config, processor), processor
+
+
+@contextmanager
+def described(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what values of a wrong kind raise into one sentence."""
+    try:
+        yield
     except (ValidationError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(
             f"the JSON files of {checkpoint.folder} do not describe a model ({contract.first_problem(error)}): "
             "give the checkpoint's own files"
         ) from error
-    if checkpoint.shards is not None:
-        names = {family.canonical_name(name) for name in checkpoint.shards}
-        check_whole(checkpoint.place, names, model.decoder.tied_embeddings)
-    return Description(family, model, processor, prompts)
 
 
 def read_configuration(checkpoint: Checkpoint, description: Description | None = None) -> Configuration:

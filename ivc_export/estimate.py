@@ -26,7 +26,7 @@ from onnx_ir.passes.common import InlinePass
 from ivc_export import contract
 from ivc_export.bundle import Bundle
 from ivc_export.checkpoint import Checkpoint
-from ivc_export.configuration import read_description
+from ivc_export.configuration import read_description, read_model
 from ivc_export.contract import kept_tokens
 from ivc_export.counting import count
 from ivc_export.decoder import decoder_graph
@@ -153,10 +153,10 @@ def estimate_bundle(bundle: Bundle, pictures: Sequence[Size]) -> Estimate:
         UserError: these are damaged.
     """
     m = bundle.manifest
-    description = read_description(Checkpoint.open(bundle.folder))
-    model = replace(description.model, decoder=m.decoder)
+    family, model, _ = read_model(Checkpoint.open(bundle.folder))
+    model = replace(model, decoder=m.decoder)
     ratio, layer = m.default_ratio, m.selection_layer
-    return estimate(description.family, model, m.preprocessing, layer, m.calibrated, ratio, m.dtype, pictures)
+    return estimate(family, model, m.preprocessing, layer, m.calibrated, ratio, m.dtype, pictures)
 
 
 def stated_dtype(config: Mapping[str, Any]) -> contract.FloatName:

@@ -46,9 +46,10 @@ def read_prompts(checkpoint: Checkpoint, family: Family, model: Model) -> Prompt
         UserError: one is damaged, or they do not fit each other.
         ValidationError: an id is none.
     """
-    config, texts = tokenizer_config(checkpoint), family.token_texts
+    texts = family.token_texts
+    config: Mapping[str, Any] = tokenizer_config(checkpoint)
     found = checkpoint_tokenizer(checkpoint, config)
-    tokenizer = found.tokenizer if found else None
+    config, tokenizer = (found.config, found.tokenizer) if found else (config, None)
     source, notes = chat_template(checkpoint, family)
     where = f"the chat template, or {TOKENIZER_CONFIG}, of {checkpoint.folder}"
     template = ChatTemplate(source, config, where, "give the checkpoint's own files")

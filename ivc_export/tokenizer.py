@@ -27,10 +27,11 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(frozen=True)
 class CheckpointTokenizer:
-    """A tokenizer, and the text of the tokenizer.json that makes it."""
+    """A tokenizer, the text of the tokenizer.json that makes it, and tokenizer_config.json with what its class adds."""
 
     tokenizer: Tokenizer
     text: str
+    config: Mapping[str, Any]
 
 
 def read_tokenizer(path: Path, advice: str) -> Tokenizer:
@@ -103,7 +104,7 @@ def checkpoint_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> C
                 f"{checkpoint.folder} states that {token['content']} is token {number}, and its tokenizer makes it "
                 f"{given}: {ADVICE}"
             )
-    return CheckpointTokenizer(tokenizer, text)
+    return CheckpointTokenizer(tokenizer, text, config)
 
 
 Token = dict[str, Any]

@@ -54,9 +54,10 @@ class Weights:
                 f"{list(shape)}: check that both belong to the same checkpoint"
             )
         if tensor.dtype != self.dtype:
+            known = tensor.dtype in contract.FLOATS
+            mend = "convert them all with --dtype fp32, fp16 or bf16" if known else f"give one in {self.dtype}"
             raise UserError(
-                f"{tensor.name} in {tensor.file.name} is {tensor.dtype} and other tensors are {self.dtype}: "
-                "convert them all with --dtype fp32, fp16 or bf16"
+                f"{tensor.name} in {tensor.file.name} is {tensor.dtype} and other tensors are {self.dtype}: {mend}"
             )
         return tensor
 

@@ -302,6 +302,11 @@ SEEN: list[tuple[str, Prepare, str]] = [  # by the headers of weights
     ),
     ("8 bits without a word", float8, "is quantised (model.layers.0.mlp.up_proj.weight is F8_E4M3)"),
     (
+        "64 bits",
+        tensors(added={"model.norm.weight": np.ones(64, np.float64)}),
+        "model.norm.weight in model.safetensors is F64 and other tensors are float32: give one in float32",
+    ),
+    (
         "no head",
         tensors(without="lm_head."),
         "has no lm_head.weight, and tie_word_embeddings of its config.json is not set: set it to true",

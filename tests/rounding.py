@@ -6,19 +6,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
-from ivc_export.bundle import Bundle
-from ivc_export.contract import FLOATS, GRAPH_NAMES, GraphName
+from ivc_export.contract import FLOATS, GraphName
 from ivc_export.passes import InlineIvcFunctionsPass, WidenFloatsPass
 from ivc_export.runtime.session import OnnxSession
 
 
 class RoundedSession(OnnxSession):
     """A bundle widened to float32, whose values are rounded to its own dtype wherever its graphs have them in it."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle, self.dtype, self.versions = bundle, "float32", {}
-        self._sessions = {name: self._open(name) for name in GRAPH_NAMES}
-        self._outputs = {name: [o.name for o in s.get_outputs()] for name, s in self._sessions.items()}
 
     def _open(self, name: GraphName) -> onnxruntime.InferenceSession:
         path = self.bundle.folder / f"{name}.onnx"

@@ -6,6 +6,7 @@ QUANTISED by the names of tensors, which an index of shards holds, too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -193,7 +194,7 @@ def check_tensors(place: str, tensors: Mapping[str, StoredTensor]) -> None:
     """
     check_names(place, tensors)
     for tensor in tensors.values():
-        if tensor.name.endswith(".weight") and tensor.dtype.startswith(("I", "U", "F8", "F6", "F4")):
+        if tensor.name.endswith(".weight") and re.fullmatch(r"[IU]\d+|F[468](_\w+)?", tensor.dtype):
             found = f"{shown(tensor.name)} is {tensor.dtype}"
             raise UserError(f"{place} is quantised ({found}), and {TAKEN}: give the checkpoint that it was made from")
 

@@ -26,11 +26,16 @@ from typing import Any
 import onnx
 
 from ivc_export import cli
+from ivc_export.bundle import Bundle
+from ivc_export.calibration import Calibration, Trial
 from ivc_export.checkpoint import header_sha256
 from ivc_export.errors import UserError
 from ivc_export.export import export
 from ivc_export.files import read_object
 from ivc_export.recipe import ExportRecipe
+from ivc_export.recording import Key, Recording, identity
+from ivc_export.runtime.session import OnnxSession
+from ivc_export.testdata import RecordingSession, make_prompt
 from samples.make_sample import draw_picture, make_checkpoint
 
 SECONDS = 20
@@ -73,13 +78,52 @@ Command = Callable[[Sequence[str] | None], int]
 
 
 def prepare(folder: Path) -> None:
-    """A checkpoint, a bundle of it with testdata, and a picture, in `folder`."""
+    """A checkpoint, a bundle of it with a recorded run, a calibration and a picture, in `folder`."""
     checkpoint = make_checkpoint(folder / "checkpoint")
     (checkpoint / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>"}, "chat_template": None})
     )
-    export(ExportRecipe(checkpoint, folder / "bundle"))
-    draw_picture().resize((60, 60)).save(folder / "picture.png")
+    record(export(ExportRecipe(checkpoint, folder / "bundle")))
+    (folder / "inputs").mkdir()
+    draw_picture().resize((60, 60)).save(folder / "inputs" / "picture.png")
+    trial = Trial(layer=2, ratio=0.5, divergence=0.1, agreement=1.0, overlap=None, saved=0.2)
+    found = Calibration(
+        family="qwen2_vl",
+        decoder=Bundle.load(folder / "bundle").manifest.decoder,
+        layer=2,
+        ratio=0.5,
+        answers=1,
+        trials=(trial,),
+        versions={},
+    )
+    (folder / "inputs" / "calibration.json").write_text(found.model_dump_json())
+
+
+def record(bundle: Bundle) -> None:
+    """Leave a run in a bundle, as ivc-check --against does, but of the bundle itself."""
+    image = draw_picture().resize((60, 60))
+    _, tokens, picture = make_prompt(bundle, image)
+    session = RecordingSession(OnnxSession(bundle))
+    conversation = session.converse()
+    drawn = int(conversation.run(tokens, [picture]).logits.argmax())
+    session.stage = "decode-1"
+    conversation.run([drawn])
+    tensors = {key: a for key, a in session.tensors.items() if key.role == "outputs"}
+    tensors = {key: a for key, a in tensors.items() if key.stage == "prefill" or key.name == "logits"}
+    embeds = Key("prefill", "vision", "outputs", "image_embeds")
+    tensors[embeds] = tensors[embeds].reshape(-1, tensors[embeds].shape[-1])
+    facts = {
+        "model": identity(bundle.manifest),
+        "checkpoint": "checkpoint",
+        "ratio": conversation.ratio,
+        "prompt_tokens": tokens,
+        "drawn_tokens": [drawn],
+        "versions": {},
+        "pictures": ["picture-0.png"],
+    }
+    folder = bundle.folder / "report" / "reference"
+    Recording(facts, tensors).write(folder)
+    image.save(folder / "picture-0.png")
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -218,7 +262,10 @@ def mend_hashes(bundle: Path, chance: random.Random) -> None:
 
 def mutate(folder: Path, chance: random.Random) -> str:
     """Damage one file of `folder`, and say how."""
-    path = chance.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    recorded = [path for path in files if "report" in path.parts and (path.suffix != ".bin" or chance.random() < 0.1)]
+    files = recorded if recorded and chance.random() < 0.15 else [path for path in files if "report" not in path.parts]
+    path = chance.choice(files)
     ways = [mutate_bytes, replace_file]
     if path.suffix == ".json":
         ways += [mutate_json] * 4
@@ -252,24 +299,29 @@ def try_mutant(base: Path, work: Path, seed: int) -> tuple[str, str | None]:
     chance = random.Random(seed)
     (work / "outside").mkdir(parents=True)
     (work / "outside" / "thesis.txt").write_text(SECRET)
-    kind = chance.choice(("bundle", "bundle", "checkpoint"))
+    kind = chance.choices(("bundle", "checkpoint", "inputs"), (6, 3, 1))[0]
     shutil.copytree(base / kind, work / kind)
     what = f"{kind}/{mutate(work / kind, chance)}"
     print(f"{seed}: {what}", flush=True)
-    picture = ["--image", str(base / "picture.png")] if chance.random() < 0.7 else []
+    inputs = work / kind if kind == "inputs" else base / "inputs"
+    picture = ["--image", str(inputs / "picture.png")] if chance.random() < 0.7 or kind == "inputs" else []
     run = ["--prompt", "Where?", "--max-tokens", "2", *picture]
-    if kind == "checkpoint":
-        arguments = ["--model", str(work / kind), "--output", str(work / "out")]
+    if kind == "checkpoint" or "calibration" in what:
+        model = work / kind if kind == "checkpoint" else base / "checkpoint"
+        arguments = ["--model", str(model), "--output", str(work / "out")]
+        arguments += ["--calibration", str(inputs / "calibration.json")] if "calibration" in what else []
         code, problem = told(cli.ivc_export, arguments)
         left = [path.name for path in work.iterdir() if path.name not in (kind, "outside", "out")]
         if not problem and (left or (work / "out").exists() != (code == 0)):
             problem = f"exit {code}, and left are {left}"
         if not problem and code == 0:
             _, problem = told(cli.ivc_run, [str(work / "out"), *run])
-    elif chance.random() < 0.15:
+    elif "/report/" in what:
+        _, problem = told(cli.ivc_check, [str(work / kind), "--onnx-only"], (0, 1))
+    elif kind == "bundle" and chance.random() < 0.15:
         _, problem = told(cli.ivc_check, [str(work / kind), "--weights"])
     else:
-        _, problem = told(cli.ivc_run, [str(work / kind), *run])
+        _, problem = told(cli.ivc_run, [str((work if kind == "bundle" else base) / "bundle"), *run])
     if (work / "outside" / "thesis.txt").read_text() != SECRET:
         problem = "something outside was written"
     return what, problem
@@ -284,6 +336,7 @@ def main() -> int:
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     faulthandler.enable()
+    sys.modules["matplotlib"] = None  # type: ignore[assignment]  # plots take longer than all else
     faults = 0
     for seed in range(options.seed, options.seed + options.count):
         work = options.folder / f"mutant-{seed}"

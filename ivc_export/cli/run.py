@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ivc_export import __version__
 from ivc_export.bundle import Bundle
-from ivc_export.cli import Parser, check_output, make_console
+from ivc_export.cli import Parser, check_output, make_console, tell
 from ivc_export.errors import UserError
 from ivc_export.files import read_object
 from ivc_export.report.overlay import count_kinds, overlay
@@ -160,7 +160,7 @@ def go_on(chat: Chat, images: list[PIL.Image.Image], options: argparse.Namespace
             if not sys.stdin.isatty():
                 raise
             again = "; its pictures are left out now, and /image adds them again" if asked else ""
-            console.print(f"error: {error}{again}", markup=False, style="red")
+            tell(f"{error}{again}")
 
 
 def answer(chat: Chat, prompt: str, images: Sequence[PIL.Image.Image], options: argparse.Namespace) -> None:

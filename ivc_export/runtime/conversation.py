@@ -17,7 +17,7 @@ from ivc_export.contract import FloatName, GraphName
 from ivc_export.families import Picture
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.cache import KVCache, layer_of
-from ivc_export.runtime.plan import Run, plan_run
+from ivc_export.runtime.plan import Run, check_kept, check_picture, plan_run
 
 T = TypeVar("T")
 
@@ -165,6 +165,21 @@ def one_at_a_time(run: Callable[Concatenate[C, P], T]) -> Callable[Concatenate[C
     return locked
 
 
+def planned(
+    conversation: AnyConversation, tokens: Sequence[int] | npt.NDArray[Any], pictures: Sequence[Picture]
+) -> Run:
+    """What every runtime does before a run.
+
+    Raises:
+        UserError: see check_picture and plan_run.
+    """
+    manifest = conversation.session.bundle.manifest
+    for picture in pictures:
+        check_picture(manifest, picture)
+    grids = [picture.grid for picture in pictures]
+    return plan_run(manifest, tokens, grids, conversation.next_position, conversation.ratio)
+
+
 class OpenConversation(AnyConversation, Protocol):
     """A conversation whose steps hold every tensor that passes between the graphs, and that can replay a choice."""
 
@@ -244,11 +259,12 @@ class Conversation:
         keep_index: rows to keep instead of those that the prefix graph chooses, to replay another run.
 
         Raises:
-            UserError: see plan_run and KVCache.append.
+            UserError: see planned, check_kept and KVCache.append.
         """
         bundle, m = self.session.bundle, self.session.bundle.manifest
-        grids = [picture.grid for picture in pictures]
-        plan = plan_run(m, np.asarray(tokens, np.int32), grids, self.next_position, self.ratio)
+        plan = planned(self, tokens, pictures)
+        if keep_index is not None:
+            keep_index = check_kept(keep_index, plan.rows)
         vision = []
         for picture in pictures:
             with self.timings.stage("vision"):

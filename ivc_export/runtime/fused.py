@@ -28,9 +28,9 @@ from ivc_export.passes import Lowering, RetypeFloatsPass, lower
 from ivc_export.passes.join_decode import join_decode
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.cache import check_capacity
-from ivc_export.runtime.conversation import HEADROOM, Fetched, Step, Timings, one_at_a_time
+from ivc_export.runtime.conversation import HEADROOM, Fetched, Step, Timings, one_at_a_time, planned
 from ivc_export.runtime.failures import SMALLER, read_graph, told
-from ivc_export.runtime.plan import Run, plan_run
+from ivc_export.runtime.plan import Run
 from ivc_export.runtime.workspace import DeviceCache, Rows, Values, Workspace
 from ivc_export.weights import read_values
 
@@ -380,11 +380,10 @@ class FusedConversation:
         keep_index: rows that a prefill is to keep instead of those of the prefix graph, to replay another run.
 
         Raises:
-            UserError: see plan_run; or the cache is full, or cannot grow, or activations leave float16's range.
+            UserError: see planned; or the cache is full, or cannot grow, or activations leave float16's range.
         """
         m = self.session.bundle.manifest
-        grids = [picture.grid for picture in pictures]
-        plan = plan_run(m, np.asarray(tokens, np.int32), grids, self.next_position, self.ratio)
+        plan = planned(self, tokens, pictures)
         needed = max(self.cache.lengths(plan.rows).values())
         if needed > self.cache.capacity and self.cache.grows:
             self._grow(needed, min(self.headroom, m.decoder.max_positions - plan.next_position))

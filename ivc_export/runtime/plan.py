@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ivc_export import families
 from ivc_export.contract import Manifest, kept_tokens
 from ivc_export.errors import UserError
-from ivc_export.families import Grid
+from ivc_export.families import Grid, Picture
 from ivc_export.selection import ivc_priority
 
 Ints = npt.NDArray[np.int32]
@@ -55,24 +55,30 @@ class Run:
         }
 
 
-def plan_run(manifest: Manifest, tokens: Ints, grids: Sequence[Grid], start: int, ratio: float) -> Run:
+def plan_run(
+    manifest: Manifest, tokens: Sequence[int] | npt.NDArray[Any], grids: Sequence[Grid], start: int, ratio: float
+) -> Run:
     """Plan a run of `tokens` from position `start` on, each picture's image tokens being `grids[i].visual` of them.
 
-    tokens: int32 [S]. Without a picture the first row stands in for a visual token that is kept, so that the graphs
-    see the same inputs; a decode step is such a run of one row, over caches that hold some.
+    tokens: whole numbers, [S]. Without a picture the first row stands in for a visual token that is kept, so that the
+    graphs see the same inputs; a decode step is such a run of one row, over caches that hold some.
 
     Raises:
-        UserError: nothing to run, an id beyond the vocabulary, image tokens that do not match the pictures, or a
-            position that the model does not know.
+        UserError: nothing to run, what are no ids, an id beyond the vocabulary, image tokens that do not match the
+            pictures, or a position that the model does not know.
     """
     if len(tokens) == 0:
         raise UserError("the prompt is empty: give some text")
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise UserError("the prompt's tokens are no row of whole numbers: give ids of the bundle's tokenizer")
     unknown = tokens[(tokens < 0) | (tokens >= manifest.decoder.vocab_size)]
     if len(unknown):
         raise UserError(
             f"token id {unknown[0]} is beyond the vocabulary of {manifest.decoder.vocab_size}: "
             "the tokenizer belongs to another model"
         )
+    tokens = tokens.astype(np.int32)
     # without a picture an image token is a row like any other: a model may draw one
     visual = np.flatnonzero((tokens == manifest.tokens.image) & bool(grids)).astype(np.int32)
     if len(visual) != sum(grid.visual for grid in grids):
@@ -107,6 +113,47 @@ def plan_run(manifest: Manifest, tokens: Ints, grids: Sequence[Grid], start: int
         tiles=tile_inputs(grids) if manifest.selection.tiles else {},
         next_position=next_position,
     )
+
+
+def check_picture(manifest: Manifest, picture: Picture) -> None:
+    """Check that the vision graph takes a picture, and gives as many visual tokens of it as its grid has.
+
+    Raises:
+        UserError: it does not.
+    """
+    info, axes = manifest.graphs["vision"], dict[str, int]()
+    for tensor in info.inputs:
+        shape = picture.inputs[tensor.name].shape if tensor.name in picture.inputs else None
+        fits = shape is not None and len(shape) == len(tensor.shape)
+        for axis, size in zip(tensor.shape, shape or (), strict=False):
+            fits &= size > 0 and size == (axes.setdefault(axis, size) if isinstance(axis, str) else axis)
+        if not fits:
+            found = "missing" if shape is None else f"of shape {list(shape)}"
+            raise UserError(
+                f"a picture's {tensor.name} is {found}, and this model takes {list(tensor.shape)}: prepare the picture "
+                "with this bundle's own settings"
+            )
+    tokens = info.outputs[0].shape[1]  # of a frame: a number where frames are of one size
+    if isinstance(tokens, str):
+        tokens = axes["patches"] // getattr(manifest.preprocessing, "merge_size", 1) ** 2
+    if axes["B"] * tokens != picture.grid.visual:
+        raise UserError(
+            f"a picture's pixels are those of {axes['B'] * tokens} visual tokens, and its grid has "
+            f"{picture.grid.visual}: prepare the picture with this bundle's own settings"
+        )
+
+
+def check_kept(keep_index: npt.NDArray[Any], rows: int) -> Ints:
+    """The rows that a caller wants kept of a run's, int32 [M].
+
+    Raises:
+        UserError: they are none, not ascending, or not among the run's.
+    """
+    kept = np.asarray(keep_index)
+    whole = kept.ndim == 1 and kept.size and kept.dtype.kind in "iu"
+    if not whole or kept[0] < 0 or kept[-1] >= rows or (kept[1:] <= kept[:-1]).any():
+        raise UserError(f"the rows to keep are no ascending numbers of 0 to {rows - 1}: give those of this same run")
+    return kept.astype(np.int32)
 
 
 def tile_inputs(grids: Sequence[Grid]) -> dict[str, Ints]:

@@ -22,9 +22,9 @@ from ivc_export.families import Picture
 from ivc_export.floats import cast
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.cache import layer_of
-from ivc_export.runtime.conversation import HEADROOM, Fetched, Step, Timings, one_at_a_time
+from ivc_export.runtime.conversation import HEADROOM, Fetched, Step, Timings, one_at_a_time, planned
 from ivc_export.runtime.device import Buffers, CudaDevice, Device
-from ivc_export.runtime.plan import Run, plan_run
+from ivc_export.runtime.plan import Run, check_kept
 from ivc_export.trt import Target, load_plugin, load_tensorrt, make_logger, own_capability
 
 DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "BF16": ml_dtypes.bfloat16, "INT32": np.int32}
@@ -381,11 +381,12 @@ class TensorrtConversation:
         keep_index: rows to keep instead of those that the prefix engine chooses, to replay another run.
 
         Raises:
-            UserError: see plan_run; or the run does not fit the engines.
+            UserError: see planned and check_kept; or the run does not fit the engines.
         """
-        session, cache, m = self.session, self.cache, self.session.bundle.manifest
-        grids = [picture.grid for picture in pictures]
-        plan = plan_run(m, np.asarray(tokens, np.int32), grids, self.next_position, self.ratio)
+        session, cache = self.session, self.cache
+        plan = planned(self, tokens, pictures)
+        if keep_index is not None:
+            keep_index = check_kept(keep_index, plan.rows)
         kept = len(plan.text_index) + plan.keep_count if keep_index is None else len(keep_index)
         self._check(plan, max(cache.length + kept, cache.whole_length + plan.rows if cache.whole else 0))
         stage = plan.stage(cache.length)

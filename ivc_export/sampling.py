@@ -48,10 +48,10 @@ class Sampling:
             raise UserError(f"seed {self.seed} is out of range: give 0 or more")
         if self.top_k < 0:
             raise UserError(f"top-k {self.top_k} is out of range: give 0 (all tokens) or more")
-        if not 0 < self.repetition_penalty < math.inf:
+        if not 1e-3 <= self.repetition_penalty <= 1e3:  # beyond, logits leave float64's range
             raise UserError(
-                f"repetition penalty {self.repetition_penalty} is out of range: give a number above 0, such as 1.05; "
-                "1 is none"
+                f"repetition penalty {self.repetition_penalty} is out of range: give 0.001 to 1000, such as 1.05; 1 is "
+                "none"
             )
 
     def scores(self, logits: npt.NDArray[np.float32], seen: Iterable[int] = ()) -> npt.NDArray[np.float64]:

@@ -64,6 +64,14 @@ def test_draws_come_from_the_nucleus() -> None:
     assert Sampler(Sampling(temperature=1e-310)).draw(logits) == 0
 
 
+@pytest.mark.parametrize("penalty", [1e-3, 1e3])
+@pytest.mark.parametrize("temperature", [1e-310, 1e300])
+def test_extreme_settings_draw_a_token(penalty: float, temperature: float) -> None:
+    sampler = Sampler(Sampling(temperature, 0.9, top_k=2, repetition_penalty=penalty))
+    sampler.read([0, 3])
+    assert sampler.draw(np.array([3e38, -3e38, 1.0, -3e38], np.float32)) in range(4)
+
+
 def test_a_penalty_counts_the_prompt_and_the_answer_also_where_the_best_is_taken() -> None:
     logits = np.array([3.0, 2.9, 2.8, -1.0], np.float32)
     sampler = Sampler(Sampling(repetition_penalty=2.0))
@@ -82,6 +90,7 @@ def test_a_penalty_counts_the_prompt_and_the_answer_also_where_the_best_is_taken
         ({"top_k": -1}, "top-k"),
         ({"repetition_penalty": 0.0}, "repetition penalty"),
         ({"repetition_penalty": float("inf")}, "repetition penalty"),
+        ({"repetition_penalty": 1e-308}, "repetition penalty"),
     ],
 )
 def test_sampling_out_of_range(values: dict[str, float], sentence: str) -> None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NoReturn, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from ivc_export.contract import Factor, Level, Resample
 from ivc_export.errors import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # Python 3.11's own
 
 CONFIG = "config.json"
 PROCESSOR = "the image processor's settings"

@@ -43,6 +43,11 @@ ORDER = [  # from the bottom up; a module imports from its own line or from lowe
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+NEWER = {"tomllib", "datetime.UTC", "enum.StrEnum", "contextlib.chdir", "itertools.batched"} | {
+    f"typing.{name}"
+    for name in ("Self", "Never", "NotRequired", "Required", "LiteralString", "Unpack", "assert_never", "override")
+}
+"""What the standard library has from 3.11 or 3.12 on."""
 HEAVY = {
     "torch": {"reference", "oracle", "sweep", "bench"},
     "transformers": {"reference", "bench"},
@@ -62,6 +67,22 @@ def imported(path: Path) -> set[str]:
             module = node.module or ""
             found |= {f"{module}.{alias.name}" for alias in node.names} if module == "ivc_export" else {module}
     return found
+
+
+def names_taken(path: Path) -> set[str]:
+    """What a file imports when it is imported, as dotted names."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10)).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_nothing_newer_than_python_3_10_is_needed() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert not names_taken(path) & NEWER, path
 
 
 def test_imports_go_one_way() -> None:

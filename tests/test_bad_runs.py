@@ -15,6 +15,7 @@ from ivc_export.cli import ivc_run
 from ivc_export.cli import run as run_module
 from ivc_export.errors import UserError
 from ivc_export.families import Grid, Picture
+from ivc_export.runtime.backends import open_session
 from ivc_export.runtime.conversation import AnyConversation, AnySession
 from ivc_export.runtime.fused import FusedSession
 from ivc_export.runtime.session import OnnxSession
@@ -110,6 +111,18 @@ def test_choices_that_cannot_be(name: str, session: AnySession) -> None:
     conversation: Any = session.converse()
     step = conversation.run(PROMPT, [WHOLE], KEPT)
     assert step.keep_index.tolist() == KEPT and conversation.cache.length == 3
+
+
+@pytest.mark.parametrize(
+    ("backend", "provider", "sentence"),
+    [
+        ("onnxruntime", "gpu", "there is no provider gpu: give one of cpu, cuda"),
+        ("torch", None, "there is no backend torch: give one of onnxruntime, tensorrt, tensorrt-rtx"),
+    ],
+)
+def test_runtimes_that_are_none(backend: Any, provider: str | None, sentence: str, golden_bundle: Bundle) -> None:
+    with pytest.raises(UserError, match=sentence):
+        open_session(golden_bundle, backend, provider)
 
 
 def test_what_a_runtime_raises_ends_a_command_with_one_sentence(

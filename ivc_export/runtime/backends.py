@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ivc_export.bundle import Bundle
+from ivc_export.errors import UserError
 from ivc_export.runtime.conversation import AnySession
-from ivc_export.runtime.fused import FusedSession
+from ivc_export.runtime.fused import PROVIDERS, FusedSession
 from ivc_export.runtime.session import OnnxSession
 from ivc_export.runtime.tensorrt import TensorrtSession
 
@@ -29,8 +30,12 @@ def open_session(
     engines that call it, as TensorrtSession's.
 
     Raises:
-        UserError: the runtime is missing, or cannot open the bundle.
+        UserError: the runtime is missing, or cannot open the bundle; or there is none of this name.
     """
+    if backend not in BACKENDS:
+        raise UserError(f"there is no backend {backend}: give one of {', '.join(BACKENDS)}")
+    if provider not in (None, *PROVIDERS):
+        raise UserError(f"there is no provider {provider}: give one of {', '.join(sorted(PROVIDERS))}")
     if backend == "onnxruntime":
         if provider == "cuda":
             return FusedSession(bundle, cuda_graph=cuda_graph, op_library=op_library)

@@ -50,8 +50,11 @@ def confined(folder: Path, name: str, advice: str) -> Path:
     """
     path = folder / name
     try:
-        inside = path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError):  # links in circles, and zero bytes
+        real = path.resolve()
+        inside = (
+            real.is_relative_to(folder.resolve()) and not real.is_symlink()
+        )  # links in circles, from Python 3.13 on
+    except (OSError, ValueError, RuntimeError):  # the same before, and zero bytes
         inside = False
     if not inside:
         raise UserError(f"{folder} has {name!r}, which is outside the bundle or a link that leaves it: {advice}")

@@ -33,7 +33,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from benchmarks.models import make_large_checkpoint, qwen2_vl_2b
-from ivc_export.bench.selection import compaction_part, fix_values, portable, selection_feeds, selection_part
+from ivc_export.bench.selection import compaction_part, fix_values, selection_feeds, selection_part
 from ivc_export.bundle import Bundle
 from ivc_export.contract import GraphName
 from ivc_export.counting import count
@@ -87,9 +87,9 @@ def models(bundle: Bundle, whole: Bundle, plugin: bool) -> dict[str, ir.Model]:
         return lower(RetypeFloatsPass("float16")(model).model, "plugin" if plugin else "native")
 
     found: dict[str, ir.Model] = {name: lowered(bundle, name, "float16", plugin) for name in GRAPHS}
-    found["select"] = part(selection_part(portable(bundle, "prefix")))
+    found["select"] = part(selection_part(bundle.graph("prefix")))
     fix_values(found["select"], bundle.manifest)
-    found["compact"] = part(compaction_part(portable(whole, "decoder")))
+    found["compact"] = part(compaction_part(whole.graph("decoder")))
     for name in ("select", "compact"):
         found[name].graph.name = name
     return found

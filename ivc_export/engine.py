@@ -283,7 +283,7 @@ def typed(bundle: Bundle, name: GraphName, dtype: FloatName) -> ir.Model:
 
     In scale, since TensorRT 8.6 holds them in float16 whatever it is told.
     """
-    model = ir.load(bundle.folder / bundle.manifest.graphs[name].file)
+    model = bundle.graph(name)
     if dtype != bundle.manifest.dtype:
         model = RetypeFloatsPass(dtype)(model).model
     if dtype == "float16":

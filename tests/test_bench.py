@@ -22,7 +22,7 @@ from ivc_export.bench.footprint import Footprint, host_bytes
 from ivc_export.bench.measure import Bench, Contestant, Row, Settings, agreement, check_tokens
 from ivc_export.bench.prompts import Prompt, make_prompt
 from ivc_export.bench.roofline import Ceilings, Workload, measure_ceilings
-from ivc_export.bench.selection import compaction_part, fused_times, portable, portable_times, selection_part
+from ivc_export.bench.selection import compaction_part, fused_times, portable_times, selection_part
 from ivc_export.bench.sides import Answer, BundleSide
 from ivc_export.bundle import Bundle
 from ivc_export.checkpoint import read_index
@@ -71,7 +71,7 @@ def test_the_part_that_selects_is_the_selection(golden_bundle: Bundle, lowering:
     values = np.random.default_rng(1).standard_normal(
         (1, m.decoder.kv_heads, plan.rows, m.decoder.head_dim), np.float32
     )
-    part = selection_part(lower(portable(golden_bundle, "prefix"), lowering))
+    part = selection_part(lower(golden_bundle.graph("prefix"), lowering))
     session = onnxruntime.InferenceSession(ir.to_proto(part).SerializeToString(), providers=["CPUExecutionProvider"])
     capacity = plan.rows + 3
     feeds = {
@@ -104,7 +104,7 @@ def test_the_part_that_selects_is_the_selection(golden_bundle: Bundle, lowering:
 @pytest.mark.parametrize("lowering", ["portable", "ort-cuda"])
 def test_the_part_that_compacts_gathers_rows_and_caches(golden_bundle: Bundle, lowering: Any) -> None:
     m = golden_bundle.manifest
-    part = compaction_part(lower(portable(golden_bundle, "decoder"), lowering))
+    part = compaction_part(lower(golden_bundle.graph("decoder"), lowering))
     gathered = 2 * m.selection_layer + 2  # keys and values, hidden states, positions
     assert sum(node.op_type in ("CompactGather", "Gather") for node in part.graph) == len(part.graph) == gathered
     assert len(part.graph.outputs) == gathered

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import onnx_ir as ir
 import pytest
 import tensorrt_rtx as trt
 
@@ -299,9 +298,9 @@ def test_the_commands_mistakes_are_one_sentence(
     assert not list(bundle.folder.glob(".build-*"))
 
 
-def test_what_tensorrt_cannot_read_is_one_sentence(bundle: Bundle) -> None:
-    graph = ir.load(bundle.folder / "vision.onnx")
+def test_what_tensorrt_cannot_read_is_one_sentence(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = bundle.graph("vision")
     next(node for node in graph.graph if node.op_type == "Cos").op_type = "Bernoulli"  # of one input, too
-    ir.save(graph, bundle.folder / "vision.onnx")
+    monkeypatch.setattr(Bundle, "graph", lambda *_: graph)
     with pytest.raises(UserError, match=r"TensorRT .* does not read the vision graph"):
         build(bundle, EngineRecipe(target="tensorrt-rtx", compute_capability="8.6", **SMALL))

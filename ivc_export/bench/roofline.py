@@ -203,8 +203,7 @@ class Workload:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
-        m = bundle.manifest
-        models = {name: ir.load(bundle.folder / m.graphs[name].file) for name in GRAPH_NAMES}
+        models = {name: bundle.graph(name) for name in GRAPH_NAMES}
         self.parameters = {name: parameters(model) for name, model in models.items()}
         self._graphs: dict[GraphName, onnx.ModelProto] = {
             name: ir.to_proto(COMPACT(model).model) for name, model in models.items()

@@ -19,11 +19,11 @@ from onnxruntime import OrtValue
 
 from ivc_export import contract
 from ivc_export.bench.engines import open_engine
-from ivc_export.bundle import Bundle
 from ivc_export.engine import profiles, typed
 from ivc_export.passes import WidenFloatsPass, lower
 from ivc_export.runtime.conversation import AnySession
 from ivc_export.runtime.device import Buffers, median_seconds
+from ivc_export.runtime.failures import SILENT
 from ivc_export.runtime.fused import PROVIDERS, FusedSession, Provider, register
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.tensorrt import Engine, Tensor, TensorrtSession
@@ -47,7 +47,7 @@ def portable_times(session: AnySession, plan: Run, rows: int) -> SelectionTimes:
     m = session.bundle.manifest
     models = {}
     for name in ("prefix", "decoder"):
-        model = portable(session.bundle, name)
+        model = session.bundle.graph(name)
         models[name] = WidenFloatsPass()(model).model if m.dtype != session.dtype else model
     select, compact = Timed(selection_part(models["prefix"])), Timed(compaction_part(models["decoder"]))
     one = plan_run(m, np.zeros(1, np.int32), (), 0, 1.0)
@@ -151,11 +151,6 @@ def selection_times(session: AnySession, plan: Run, rows: int) -> SelectionTimes
     return found(session, plan, rows) if found else None
 
 
-def portable(bundle: Bundle, name: contract.GraphName) -> ir.Model:
-    """A graph as it is in the bundle."""
-    return ir.load(bundle.folder / bundle.manifest.graphs[name].file)
-
-
 def selection_part(prefix: ir.Model) -> ir.Model:
     """The selection's node of a prefix graph, and what makes cache_index of its choice. Uses the graph up."""
     graph = prefix.graph
@@ -229,7 +224,7 @@ class Timed:
 
     def __init__(self, model: ir.Model, provider: Provider = "cpu", library: Path | None = None) -> None:
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only
+        options.log_severity_level = SILENT
         if library:
             register(library, options)
         content = ir.to_proto(model).SerializeToString()

@@ -6,12 +6,9 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import onnx_ir as ir
+import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from ivc_export import contract
-from ivc_export.bundle import Bundle
-from ivc_export.contract import GraphName
 from ivc_export.errors import UserError
 
 OWN: tuple[type[Exception], ...] = tuple(
@@ -46,6 +43,11 @@ def is_short_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in reason(error).lower() for words in _SHORT)
 
 
+SILENT = 4
+"""Severity of what onnxruntime writes to standard error by itself: what it says of errors is in its exceptions."""
+onnxruntime.set_default_logger_severity(SILENT)
+
+
 @contextmanager
 def told(what: str, short: str, otherwise: str) -> Iterator[None]:
     """Tell in one sentence, with onnxruntime's reason, what it raises inside; anything else passes through.
@@ -63,19 +65,3 @@ def told(what: str, short: str, otherwise: str) -> Iterator[None]:
         if not isinstance(error, OWN):
             raise
         raise UserError(f"{what} ({reason(error)}): {otherwise}") from error
-
-
-def read_graph(bundle: Bundle, name: GraphName) -> ir.Model:
-    """A graph of a bundle, its weights unread.
-
-    Raises:
-        UserError: its file is damaged, or not what the manifest says.
-    """
-    info = bundle.manifest.graphs[name]
-    path = bundle.folder / info.file
-    try:
-        model = ir.load(path)
-        contract.verify(name, model, info, bundle.manifest.lowering)
-    except Exception as error:  # of damaged files onnx_ir and protobuf raise almost anything
-        raise UserError(f"{path} does not open in onnxruntime ({reason(error)}): export the model again") from error
-    return model

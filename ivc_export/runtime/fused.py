@@ -29,7 +29,7 @@ from ivc_export.passes.join_decode import join_decode
 from ivc_export.recipe import check_ratio
 from ivc_export.runtime.cache import check_capacity
 from ivc_export.runtime.conversation import HEADROOM, Fetched, Step, Timings, one_at_a_time, planned
-from ivc_export.runtime.failures import SMALLER, read_graph, told
+from ivc_export.runtime.failures import SILENT, SMALLER, told
 from ivc_export.runtime.plan import Run
 from ivc_export.runtime.workspace import DeviceCache, Rows, Values, Workspace
 from ivc_export.weights import read_values
@@ -159,7 +159,7 @@ class FusedSession:
 
     def lowered(self, name: contract.GraphName, lowering: Lowering) -> ir.Model:
         """A graph of the bundle, in the dtype that is computed in."""
-        model = read_graph(self.bundle, name)
+        model = self.bundle.graph(name)
         if self.dtype != self.bundle.manifest.dtype:
             model = RetypeFloatsPass(self.dtype)(model).model
         return lower(model, lowering)
@@ -170,7 +170,7 @@ class FusedSession:
 
     def _open(self, model: ir.Model, cuda_graph: bool = False) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only
+        options.log_severity_level = SILENT
         if self.op_library:
             register(self.op_library, options)
         folder = str(self.bundle.folder)

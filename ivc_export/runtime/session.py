@@ -20,7 +20,7 @@ from ivc_export.errors import UserError
 from ivc_export.floats import cast
 from ivc_export.passes import WidenFloatsPass
 from ivc_export.runtime.conversation import Conversation
-from ivc_export.runtime.failures import SMALLER, read_graph, told
+from ivc_export.runtime.failures import SILENT, SMALLER, told
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -58,14 +58,14 @@ class OnnxSession:
     def _open(self, name: GraphName) -> onnxruntime.InferenceSession:
         path = self.bundle.folder / self.bundle.manifest.graphs[name].file
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only
+        options.log_severity_level = SILENT
         options.intra_op_num_threads = self._threads or 0
         if not self._prepacking:
             options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # three pools would spin on each other
         source: str | bytes = str(path)
         if self.bundle.manifest.dtype != self.dtype:
-            source = ir.to_proto(WidenFloatsPass()(read_graph(self.bundle, name)).model).SerializeToString()
+            source = ir.to_proto(WidenFloatsPass()(self.bundle.graph(name)).model).SerializeToString()
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         with told(f"{path} does not open in onnxruntime", "close other programs", "export the model again"):
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

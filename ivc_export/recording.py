@@ -78,7 +78,7 @@ class Recording:
             if facts["format"] != FORMAT:
                 raise UserError(f"{folder} is of another version of ivc-export: record it again")
             tensors = dict(read_tensor(folder, entry) for entry in facts.pop("tensors"))
-        except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, MemoryError) as error:
             raise UserError(f"{folder} holds no whole recording ({error}): record it again") from error
         return Recording(facts, tensors)
 
@@ -88,7 +88,7 @@ def read_tensor(folder: Path, entry: Mapping[str, Any]) -> tuple[Key, npt.NDArra
 
     Raises:
         UserError: its file is missing, or outside the folder.
-        ValueError, KeyError, TypeError: the entry is damaged, or the file of another size.
+        ValueError, KeyError, TypeError, OverflowError: the entry is damaged, or the file of another size.
     """
     key = Key(entry["stage"], entry["graph"], entry["role"], entry["name"])
     if entry["dtype"] not in DTYPES:

@@ -38,7 +38,7 @@ from ivc_export.runtime.session import OnnxSession
 from ivc_export.testdata import RecordingSession, make_prompt
 from samples.make_sample import draw_picture, make_checkpoint
 
-SECONDS = 20
+SECONDS = 60
 """For one mutant: many times what the slowest takes."""
 MEMORY = 8 << 30
 SECRET = "years of work"

@@ -181,6 +181,7 @@ def test_a_stored_run_is_read_from_its_own_folder_alone(checked: Path, capsys: p
         (first(dtype="O"), "is of dtype 'O'"),
         (first(shape=[1 << 40]), "and the index says"),
         (first(shape=[-1, -1]), "and the index says"),
+        (first(shape=[float("inf")]), "holds no whole recording"),
         (first(shape="x"), "holds no whole recording"),
     ):
         index.write_text(json.dumps(whole | changes))

@@ -29,12 +29,12 @@ import torch
 import transformers
 
 from ivc_export import families
-from ivc_export.bundle import Bundle
-from ivc_export.export import export
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.exporter.pipeline import export
+from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families import Picture
-from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime.conversation import Conversation
-from ivc_export.runtime.session import OnnxSession
+from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint
 
 RESULT = Path(__file__).parent / "results" / "cpu_generate.json"

@@ -64,8 +64,8 @@ class Sampler:
 
 def one_export(checkpoint: str, output: str, weights: str, dtype: str) -> dict[str, Any]:
     """Export once."""
-    from ivc_export.export import export
-    from ivc_export.recipe import ExportRecipe
+    from ivc_export.exporter.pipeline import export
+    from ivc_export.exporter.recipe import ExportRecipe
 
     recipe = ExportRecipe(checkpoint, Path(output), weights=weights, dtype=dtype)  # type: ignore[arg-type]
     with Sampler() as sampler:
@@ -81,10 +81,10 @@ def one_session(bundle: str, prepacking: str) -> dict[str, Any]:
     import PIL.Image
 
     from ivc_export import families
-    from ivc_export.bundle import Bundle
+    from ivc_export.bundle.bundle import Bundle
+    from ivc_export.runtime.chat import Sampling, generate
     from ivc_export.runtime.conversation import Conversation
-    from ivc_export.runtime.generate import Sampling, generate
-    from ivc_export.runtime.session import OnnxSession
+    from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 
     opened = Bundle.load(bundle)
     m = opened.manifest

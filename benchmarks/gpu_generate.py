@@ -36,10 +36,10 @@ from ivc_export.bench.facts import gpu
 from ivc_export.bench.measure import Bench, Contestant, Progress, Row, Settings, noted
 from ivc_export.bench.prompts import Prompt, make_prompt
 from ivc_export.bench.sides import BundleSide
-from ivc_export.bundle import Bundle
-from ivc_export.export import export
-from ivc_export.recipe import ExportRecipe
-from ivc_export.runtime.fused import FusedSession
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.exporter.pipeline import export
+from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.runtime.onnxruntime.cuda import FusedSession
 
 RESULTS = Path(__file__).parent / "results"
 BAR_SIZE = 1024

@@ -13,11 +13,11 @@ import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 
 from ivc_export import families
+from ivc_export.checkpoint.weights import EMBEDDING, PlannedWeights
 from ivc_export.contract import FloatName
-from ivc_export.decoder import decoder_graph
-from ivc_export.prefix import prefix_graph
-from ivc_export.vision import vision_graph
-from ivc_export.weights import EMBEDDING, PlannedWeights
+from ivc_export.exporter.decoder import decoder_graph
+from ivc_export.exporter.prefix import prefix_graph
+from ivc_export.exporter.vision import vision_graph
 
 BLOCK = 1 << 24
 

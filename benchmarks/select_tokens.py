@@ -21,8 +21,8 @@ import onnxruntime
 from ivc_export.contract import RotarySizes
 from ivc_export.families import Grid
 from ivc_export.families.qwen2_vl import positions
-from ivc_export.selection import ivc_priority
-from tests.test_selection import RULE, Case, body_model
+from ivc_export.selection.ivc_prune import ivc_priority
+from tests.selection.test_selection import RULE, Case, body_model
 
 RESULT = Path(__file__).parent / "results" / "select_tokens-cpu.json"
 ROTARY = RotarySizes(theta=1e6, sections=(16, 24, 24))

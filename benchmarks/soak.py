@@ -28,11 +28,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ivc_export.export import export
-from ivc_export.recipe import ExportRecipe
-from ivc_export.runtime.generate import Chat, Sampling
+from ivc_export.exporter.pipeline import export
+from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.runtime.chat import Chat, Sampling
+from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.processor import Processor
-from ivc_export.runtime.session import OnnxSession
 
 ROOT = Path(__file__).parent.parent
 RESULT = Path(__file__).parent / "results" / "soak-cpu.json"

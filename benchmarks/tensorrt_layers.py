@@ -34,19 +34,19 @@ import onnx_ir as ir
 
 from benchmarks.models import make_large_checkpoint, qwen2_vl_2b
 from ivc_export.bench.selection import compaction_part, fix_values, selection_feeds, selection_part
-from ivc_export.bundle import Bundle
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract import GraphName
-from ivc_export.counting import count
-from ivc_export.engine import EngineRecipe, lowered, profiles, working_folder
-from ivc_export.estimate import COMPACT
-from ivc_export.export import export
+from ivc_export.exporter.estimate import COMPACT
+from ivc_export.exporter.pipeline import export
+from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families import Grid
-from ivc_export.passes import RetypeFloatsPass, lower
-from ivc_export.recipe import ExportRecipe
-from ivc_export.runtime.device import MODULE, Buffers, CudaDevice, median_seconds
+from ivc_export.graph.counting import count
+from ivc_export.lowering import RetypeFloatsPass, lower
 from ivc_export.runtime.plan import Run, plan_run
-from ivc_export.runtime.tensorrt import Engine, Tensor
-from ivc_export.trt import Options, compile_graph, load_plugin, load_tensorrt, make_logger, own_capability
+from ivc_export.runtime.tensorrt.device import MODULE, Buffers, CudaDevice, median_seconds
+from ivc_export.runtime.tensorrt.session import Engine, Tensor
+from ivc_export.tensorrt.build import EngineRecipe, lowered, profiles, working_folder
+from ivc_export.tensorrt.library import Options, compile_graph, load_plugin, load_tensorrt, make_logger, own_capability
 
 RESULTS = Path(__file__).parent / "results"
 LAYERS, CUT, BELOW = 6, 3, 16

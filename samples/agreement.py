@@ -20,10 +20,10 @@ from typing import Any
 
 from rich.progress import track
 
-from ivc_export.bundle import Bundle
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.runtime.backends import BACKENDS, open_session
-from ivc_export.runtime.generate import Chat, Sampling
-from ivc_export.runtime.session import OnnxSession
+from ivc_export.runtime.chat import Chat, Sampling
+from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 
 MODEL = Path("samples/spatial-vl")
 INDEX = "questions.json"

@@ -130,9 +130,9 @@ def table_of(report: dict[str, Any]) -> Table:
 
 def evaluate_bundle(arguments: argparse.Namespace) -> None:
     """Answers of a bundle and of stock transformers to the same questions."""
-    from ivc_export.bundle import Bundle
-    from ivc_export.runtime.generate import Chat, Sampling
-    from ivc_export.runtime.session import OnnxSession
+    from ivc_export.bundle.bundle import Bundle
+    from ivc_export.runtime.chat import Chat, Sampling
+    from ivc_export.runtime.onnxruntime.cpu import OnnxSession
     from samples.spatial.stock import StockAnswers
 
     bundle = Bundle.load(arguments.bundle)

@@ -22,11 +22,11 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ivc_export import families
+from ivc_export.checkpoint.weights import EMBEDDING, PlannedWeights
 from ivc_export.contract import FloatName
-from ivc_export.decoder import decoder_graph
-from ivc_export.prefix import prefix_graph
-from ivc_export.vision import vision_graph
-from ivc_export.weights import EMBEDDING, PlannedWeights
+from ivc_export.exporter.decoder import decoder_graph
+from ivc_export.exporter.prefix import prefix_graph
+from ivc_export.exporter.vision import vision_graph
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>", "</s>")
 TEXT = (

@@ -12,11 +12,11 @@ from ivc_export.bench.facts import machine
 from ivc_export.bench.footprint import Footprints, device_counter, host_peak_bytes
 from ivc_export.bench.measure import Bench, Contestant, Progress, Row, noted
 from ivc_export.bench.sides import BundleSide
-from ivc_export.bundle import Bundle
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract import PatchPreprocessing
 from ivc_export.errors import UserError
 from ivc_export.runtime.backends import Backend, open_session
-from ivc_export.runtime.fused import FusedSession
+from ivc_export.runtime.onnxruntime.cuda import FusedSession
 
 RUNTIMES: Mapping[str, tuple[Backend, str | None]] = {
     "onnxruntime-cpu": ("onnxruntime", "cpu"),
@@ -93,7 +93,7 @@ def open_contestants(
         progress("opening the checkpoint on PyTorch")
         with noted(failures, "PyTorch"):
             from ivc_export.bench import peers
-            from ivc_export.oracle import check_same_model
+            from ivc_export.verify.oracle import check_same_model
 
             check_same_model(bundle, entrants.checkpoint)
             memory = Footprints(counter)

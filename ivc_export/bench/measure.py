@@ -16,12 +16,11 @@ from ivc_export.bench.prompts import Prompt
 from ivc_export.bench.roofline import Ceilings, Workload, measure_ceilings
 from ivc_export.bench.selection import selection_times
 from ivc_export.bench.sides import Answer, BundleSide, Side
-from ivc_export.bundle import Bundle
-from ivc_export.contract import FloatName, kept_tokens
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.contract import FloatName, check_ratio, kept_tokens
 from ivc_export.errors import UserError
-from ivc_export.recipe import check_ratio
 from ivc_export.runtime.plan import plan_run
-from ivc_export.runtime.tensorrt import TensorrtSession
+from ivc_export.runtime.tensorrt.session import TensorrtSession
 
 FIRST_TOKENS = 8
 """Tokens at the beginning that float32 sides must agree on."""

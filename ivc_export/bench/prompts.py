@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 
 from ivc_export import families
-from ivc_export.bundle import Bundle
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract import Manifest, PatchPreprocessing, Preprocessing
 from ivc_export.errors import UserError
 from ivc_export.families import Picture

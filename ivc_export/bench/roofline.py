@@ -24,13 +24,13 @@ from onnxruntime import OrtValue
 from ivc_export import contract
 from ivc_export.bench.engines import open_engine
 from ivc_export.bench.prompts import Prompt
-from ivc_export.bundle import Bundle
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
-from ivc_export.counting import count
-from ivc_export.estimate import COMPACT, empty_caches
-from ivc_export.runtime.device import Buffers, median_seconds
-from ivc_export.runtime.fused import PROVIDERS, Provider
-from ivc_export.runtime.tensorrt import Engine, Tensor, TensorrtSession
+from ivc_export.exporter.estimate import COMPACT, empty_caches
+from ivc_export.graph.counting import count
+from ivc_export.runtime.onnxruntime.cuda import PROVIDERS, Provider
+from ivc_export.runtime.tensorrt.device import Buffers, median_seconds
+from ivc_export.runtime.tensorrt.session import Engine, Tensor, TensorrtSession
 
 SIZES: Mapping[str, tuple[int, int]] = {"cuda": (8192, 2**30), "cpu": (1024, 2**27)}
 """Side of the matmul's matrices, and bytes of the copy, by device."""

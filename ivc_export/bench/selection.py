@@ -19,14 +19,14 @@ from onnxruntime import OrtValue
 
 from ivc_export import contract
 from ivc_export.bench.engines import open_engine
-from ivc_export.engine import profiles, typed
-from ivc_export.passes import WidenFloatsPass, lower
+from ivc_export.lowering import WidenFloatsPass, lower
 from ivc_export.runtime.conversation import AnySession
-from ivc_export.runtime.device import Buffers, median_seconds
 from ivc_export.runtime.failures import SILENT
-from ivc_export.runtime.fused import PROVIDERS, FusedSession, Provider, register
+from ivc_export.runtime.onnxruntime.cuda import PROVIDERS, FusedSession, Provider, register
 from ivc_export.runtime.plan import Run, plan_run
-from ivc_export.runtime.tensorrt import Engine, Tensor, TensorrtSession
+from ivc_export.runtime.tensorrt.device import Buffers, median_seconds
+from ivc_export.runtime.tensorrt.session import Engine, Tensor, TensorrtSession
+from ivc_export.tensorrt.build import profiles, typed
 
 REPEATS, WARMUPS = 9, 3
 RUNS = 20

@@ -10,7 +10,7 @@ from typing import Protocol
 from ivc_export.bench.prompts import Prompt
 from ivc_export.contract import FloatName, Manifest
 from ivc_export.runtime.conversation import AnyConversation, AnySession
-from ivc_export.runtime.fused import FusedSession
+from ivc_export.runtime.onnxruntime.cuda import FusedSession
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ivc_export import __version__
 from ivc_export.bench.entrants import PEERS, RUNTIMES, Entrants, check_entrants, open_contestants, report
 from ivc_export.bench.measure import Bench, Row, Settings
 from ivc_export.bench.prompts import Prompt, make_prompt
-from ivc_export.bundle import Bundle
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, check_output, make_console
 from ivc_export.errors import UserError
 

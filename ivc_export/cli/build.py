@@ -9,12 +9,12 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ivc_export import __version__
-from ivc_export.bundle import Bundle
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, make_console
 from ivc_export.contract import FloatName
-from ivc_export.engine import RTX_CAPABILITIES, EngineRecipe, build
 from ivc_export.errors import UserError
-from ivc_export.trt import MODULES
+from ivc_export.tensorrt.build import RTX_CAPABILITIES, EngineRecipe, build
+from ivc_export.tensorrt.library import MODULES
 
 DTYPES: dict[str, FloatName] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

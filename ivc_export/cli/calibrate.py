@@ -10,10 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ivc_export import __version__
-from ivc_export.calibration import ENOUGH, Calibration
 from ivc_export.cli import Parser, check_output, make_console
+from ivc_export.contract import check_ratio
+from ivc_export.contract.calibration import ENOUGH, Calibration
 from ivc_export.errors import UserError
-from ivc_export.recipe import check_ratio
 
 
 def parser() -> Parser:
@@ -61,8 +61,8 @@ def command(arguments: Sequence[str]) -> int:
     missing = [name for name in ("torch", "transformers", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"ivc-calibrate needs {' and '.join(missing)}: install ivc-export[check]")
+    from ivc_export.calibrate.sweep import calibrate, default_examples, read_examples
     from ivc_export.report.sweep import plot_calibration
-    from ivc_export.sweep import calibrate, default_examples, read_examples
 
     console = make_console()
     examples = read_examples(options.data or default_examples())

@@ -20,22 +20,22 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from ivc_export import __version__
-from ivc_export.bundle import Bundle
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.bundle.integrity import verify_files
+from ivc_export.bundle.recording import INDEX, Recording
 from ivc_export.cli import Parser, make_console
 from ivc_export.contract import Frozen, TokenId, first_problem
 from ivc_export.errors import UserError
 from ivc_export.files import confined, replace_text
-from ivc_export.integrity import verify_files
-from ivc_export.parity import BOUNDS, ParityReport, compare, find_tolerances
-from ivc_export.recording import INDEX, Recording
 from ivc_export.runtime.backends import BACKENDS
 from ivc_export.runtime.conversation import OpenSession, Step
-from ivc_export.runtime.fused_parity import OpenFusedSession
+from ivc_export.runtime.onnxruntime.cpu import OnnxSession, check_dtype
+from ivc_export.runtime.onnxruntime.shown import OpenFusedSession
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.processor import Processor
-from ivc_export.runtime.session import OnnxSession, check_dtype
-from ivc_export.runtime.tensorrt import TensorrtSession
-from ivc_export.testdata import draw_picture, make_prompt
+from ivc_export.runtime.tensorrt.session import TensorrtSession
+from ivc_export.verify.parity import BOUNDS, ParityReport, compare, find_tolerances
+from ivc_export.verify.testdata import draw_picture, make_prompt
 
 REPORT, REFERENCE = "report", "report/reference"
 PROMPT_OPTIONS = ("image", "prompt", "ratio", "steps")
@@ -205,7 +205,7 @@ def verify(bundle: Bundle, console: Console) -> Bundle:
 
 def recorded(bundle: Bundle, options: argparse.Namespace, progress: Callable[[str], None]) -> tuple[Recording, Images]:
     """Run the checkpoint on PyTorch, and leave the run in the bundle for machines without torch."""
-    from ivc_export.oracle import record
+    from ivc_export.verify.oracle import record
 
     tokens, images = question(bundle, options.prompt, options.image or [])
     ratio = bundle.manifest.default_ratio if options.ratio is None else options.ratio

@@ -17,15 +17,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ivc_export import __version__, hub
-from ivc_export.bundle import PREPROCESSOR, Bundle
+from ivc_export import __version__
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, make_console
-from ivc_export.contract import GRAPH_NAMES
+from ivc_export.contract import GRAPH_NAMES, PREPROCESSOR
 from ivc_export.errors import UserError
-from ivc_export.estimate import Cost, Estimate, PictureEstimate, Size, estimate_bundle, estimate_recipe
-from ivc_export.export import export
-from ivc_export.passes import EXPORTED
-from ivc_export.recipe import Dtype, ExportRecipe, Placing
+from ivc_export.exporter.estimate import Cost, Estimate, PictureEstimate, Size, estimate_bundle, estimate_recipe
+from ivc_export.exporter.pipeline import export
+from ivc_export.exporter.recipe import Dtype, ExportRecipe, Placing
+from ivc_export.lowering import EXPORTED
+from ivc_export.source import hub
 
 PICTURES = (Size(448, 448), Size(1024, 768), Size(1920, 1080))
 TYPICAL = Size(1024, 768)

@@ -14,18 +14,18 @@ import PIL.Image
 from rich.console import Console
 
 from ivc_export import __version__
-from ivc_export.bundle import Bundle
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, check_output, make_console, tell
 from ivc_export.errors import UserError
 from ivc_export.files import read_object
 from ivc_export.report.overlay import count_kinds, overlay
 from ivc_export.runtime.backends import BACKENDS, open_session
+from ivc_export.runtime.chat import Chat
 from ivc_export.runtime.conversation import Timings
-from ivc_export.runtime.fused import FusedSession
-from ivc_export.runtime.generate import Chat
+from ivc_export.runtime.onnxruntime.cpu import widening_note
+from ivc_export.runtime.onnxruntime.cuda import FusedSession
 from ivc_export.runtime.pictures import open_picture
-from ivc_export.runtime.session import widening_note
-from ivc_export.sampling import GENERATION_CONFIG, Sampling, checkpoint_sampling, greedy_note
+from ivc_export.text.sampling import GENERATION_CONFIG, Sampling, checkpoint_sampling, greedy_note
 
 CHAT_HELP = "/image FILE adds a picture to your next question, /quit ends the chat"
 NO_CUDA_GRAPH = "this onnxruntime captures no CUDA graph of decode steps, which take longer so: try a newer one"

@@ -16,8 +16,8 @@ import onnx_ir as ir
 import PIL.Image
 
 from ivc_export import contract
-from ivc_export.builder import Graph
 from ivc_export.errors import UserError
+from ivc_export.graph.builder import Graph
 
 STRIP = 32_000_000
 """Pixels that are resized at a time: 128 MB in Pillow."""
@@ -184,10 +184,14 @@ SENSES = ("vision", "visual", "image", "img", "mm_", "audio", "video")
 """What keys of a config.json name where a model takes more than text."""
 
 
+SHARED = ("settings", "text_models")
+"""Modules of this folder that are no family's."""
+
+
 @cache
 def names() -> tuple[str, ...]:
     """The model types that can be exported."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED))
 
 
 def of(model_type: str | None) -> Family:

@@ -23,7 +23,6 @@ import PIL.Image
 from pydantic import Field
 
 from ivc_export import contract
-from ivc_export.builder import Graph
 from ivc_export.errors import UserError
 from ivc_export.families import (
     TILES_ASPECT_LIMIT,
@@ -39,16 +38,7 @@ from ivc_export.families import (
     scaled_layer,
     scaled_pixels,
 )
-from ivc_export.layers import (
-    EncoderBlock,
-    gelu,
-    layer_norm,
-    linear,
-    pixel_patches,
-    with_class_token,
-    without_class_token,
-)
-from ivc_export.settings import (
+from ivc_export.families.settings import (
     CONFIG,
     PROCESSOR,
     Backendless,
@@ -59,7 +49,17 @@ from ivc_export.settings import (
     check_edges,
     refuse,
 )
-from ivc_export.text_models import DecoderSettings, LlamaText, Qwen2Text, read_decoder
+from ivc_export.families.text_models import DecoderSettings, LlamaText, Qwen2Text, read_decoder
+from ivc_export.graph.builder import Graph
+from ivc_export.graph.layers import (
+    EncoderBlock,
+    gelu,
+    layer_norm,
+    linear,
+    pixel_patches,
+    with_class_token,
+    without_class_token,
+)
 
 SHUFFLE = 2  # patches along a side of a visual token
 Half = Annotated[float, Field(ge=1 / SHUFFLE, le=1 / SHUFFLE)]

@@ -18,7 +18,7 @@ from ivc_export.families import Model, StockLayout, renamed, required
 from ivc_export.families.internvl import FAMILY as TRANSFORMERS
 from ivc_export.families.internvl import SHUFFLE, Half, VisionSizes, make_model, read_text
 from ivc_export.families.internvl import stored_name as transformers_name
-from ivc_export.settings import (
+from ivc_export.families.settings import (
     CONFIG,
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -30,7 +30,7 @@ from ivc_export.settings import (
     check_edges,
     refuse,
 )
-from ivc_export.text_models import DecoderSettings, Layers, PlainRope, Qwen2Text, Vocabulary, read_decoder
+from ivc_export.families.text_models import DecoderSettings, Layers, PlainRope, Qwen2Text, Vocabulary, read_decoder
 
 
 class Whole(Settings):

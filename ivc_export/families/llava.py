@@ -18,7 +18,6 @@ import PIL.Image
 from pydantic import AliasChoices, Field
 
 from ivc_export import contract
-from ivc_export.builder import Graph
 from ivc_export.families import (
     TILES_ASPECT_LIMIT,
     DefaultLayer,
@@ -33,17 +32,7 @@ from ivc_export.families import (
     scaled_layer,
     scaled_pixels,
 )
-from ivc_export.layers import (
-    EncoderBlock,
-    gelu,
-    layer_norm,
-    linear,
-    pixel_patches,
-    quick_gelu,
-    with_class_token,
-    without_class_token,
-)
-from ivc_export.settings import (
+from ivc_export.families.settings import (
     CONFIG,
     PROCESSOR,
     Backendless,
@@ -54,7 +43,18 @@ from ivc_export.settings import (
     check_edges,
     refuse,
 )
-from ivc_export.text_models import LlamaText, read_decoder
+from ivc_export.families.text_models import LlamaText, read_decoder
+from ivc_export.graph.builder import Graph
+from ivc_export.graph.layers import (
+    EncoderBlock,
+    gelu,
+    layer_norm,
+    linear,
+    pixel_patches,
+    quick_gelu,
+    with_class_token,
+    without_class_token,
+)
 
 VISION = {  # where config.json says nothing of the encoder
     "hidden_size": 1024,

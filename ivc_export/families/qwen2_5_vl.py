@@ -10,7 +10,6 @@ import onnx_ir as ir
 from pydantic import Field
 
 from ivc_export import contract
-from ivc_export.builder import FLOAT, INT32, Graph
 from ivc_export.errors import UserError
 from ivc_export.families import DefaultLayer, Family, Model, scaled_layer
 from ivc_export.families.qwen2_vl import (
@@ -26,8 +25,9 @@ from ivc_export.families.qwen2_vl import (
     read_around,
     stock_inputs,
 )
-from ivc_export.layers import MASKED, attend, gated_mlp, gelu, linear, rms_norm, rotary_angles, rotated_heads
-from ivc_export.settings import Ints, check_divides
+from ivc_export.families.settings import Ints, check_divides
+from ivc_export.graph.builder import FLOAT, INT32, Graph
+from ivc_export.graph.layers import MASKED, attend, gated_mlp, gelu, linear, rms_norm, rotary_angles, rotated_heads
 
 RMS_NORM_EPSILON = 1e-6
 

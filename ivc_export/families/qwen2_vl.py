@@ -13,7 +13,6 @@ import PIL.Image
 from pydantic import Field
 
 from ivc_export import contract
-from ivc_export.builder import Graph
 from ivc_export.errors import UserError
 from ivc_export.families import (
     DefaultLayer,
@@ -27,8 +26,7 @@ from ivc_export.families import (
     scaled_layer,
     scaled_pixels,
 )
-from ivc_export.layers import attend, gelu, layer_norm, linear, quick_gelu, rotary_angles, rotated_heads
-from ivc_export.settings import (
+from ivc_export.families.settings import (
     PROCESSOR,
     Backendless,
     Ints,
@@ -39,7 +37,9 @@ from ivc_export.settings import (
     edges,
     refuse,
 )
-from ivc_export.text_models import Layers, RopeSettings, Vocabulary, WindowedText, Windows, read_decoder
+from ivc_export.families.text_models import Layers, RopeSettings, Vocabulary, WindowedText, Windows, read_decoder
+from ivc_export.graph.builder import Graph
+from ivc_export.graph.layers import attend, gelu, layer_norm, linear, quick_gelu, rotary_angles, rotated_heads
 
 VISION_THETA = 10000.0
 VisionTheta = Annotated[float, Field(ge=VISION_THETA, le=VISION_THETA)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ivc_export.calibration import Calibration
+from ivc_export.contract.calibration import Calibration
 
 
 def plot_calibration(found: Calibration, path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
-from ivc_export.bundle import Bundle
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.errors import UserError
 from ivc_export.runtime.conversation import AnySession
-from ivc_export.runtime.fused import PROVIDERS, FusedSession
-from ivc_export.runtime.session import OnnxSession
-from ivc_export.runtime.tensorrt import TensorrtSession
+from ivc_export.runtime.onnxruntime.cpu import OnnxSession
+from ivc_export.runtime.onnxruntime.cuda import PROVIDERS, FusedSession
+from ivc_export.runtime.tensorrt.session import TensorrtSession
 
 Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)

@@ -12,10 +12,9 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ivc_export.bundle import Bundle
-from ivc_export.contract import FloatName, GraphName
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.contract import FloatName, GraphName, check_ratio
 from ivc_export.families import Picture
-from ivc_export.recipe import check_ratio
 from ivc_export.runtime.cache import KVCache, layer_of
 from ivc_export.runtime.plan import Run, check_kept, check_picture, plan_run
 

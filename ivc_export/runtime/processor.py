@@ -10,13 +10,14 @@ import PIL.Image
 from tokenizers.decoders import DecodeStream
 
 from ivc_export import families
-from ivc_export.bundle import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, Bundle
-from ivc_export.chat_template import ChatTemplate, Message
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.contract import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from ivc_export.errors import UserError
 from ivc_export.families import Grid, Picture
 from ivc_export.files import read_object, read_text
 from ivc_export.runtime.pictures import open_picture
-from ivc_export.tokenizer import read_tokenizer
+from ivc_export.text.template import ChatTemplate, Message
+from ivc_export.text.tokenizer import read_tokenizer
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ivc_export.contract import RotarySizes, SelectionRule
-from ivc_export.selection import ivc_priority
+from ivc_export.selection.ivc_prune import ivc_priority
 from samples.spatial.held_out import Evidence
 from samples.spatial.network import CONFIG
 

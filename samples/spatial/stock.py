@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ivc_export.bundle import Bundle
-from ivc_export.oracle import reference_picture
-from ivc_export.reference import Reference
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.runtime.processor import Processor
+from ivc_export.verify.oracle import reference_picture
+from ivc_export.verify.reference import Reference
 from samples.spatial.held_out import LONGEST_ANSWER, Example
 
 

@@ -15,12 +15,12 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from ivc_export.bundle import Bundle
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.families import Grid
-from ivc_export.runtime.fused import FusedConversation, FusedSession
+from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
 from tests.conftest import random_picture
-from tests.custom_ops import DTYPES, check_gather, check_selection
-from tests.test_plugin_builds import build
+from tests.native.custom_ops import DTYPES, check_gather, check_selection
+from tests.native.test_plugin_builds import build
 
 pytestmark = [
     pytest.mark.gpu,

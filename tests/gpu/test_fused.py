@@ -10,15 +10,15 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from ivc_export.bundle import Bundle
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.families import Grid
-from ivc_export.oracle import record
-from ivc_export.parity import compare
 from ivc_export.runtime.conversation import Conversation
-from ivc_export.runtime.fused import FusedConversation, FusedSession, cuda_options
-from ivc_export.runtime.fused_parity import OpenFusedSession
-from ivc_export.runtime.session import OnnxSession
-from ivc_export.testdata import draw_picture, make_prompt
+from ivc_export.runtime.onnxruntime.cpu import OnnxSession
+from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession, cuda_options
+from ivc_export.runtime.onnxruntime.shown import OpenFusedSession
+from ivc_export.verify.oracle import record
+from ivc_export.verify.parity import compare
+from ivc_export.verify.testdata import draw_picture, make_prompt
 from tests.conftest import Golden, random_picture
 
 pytestmark = [

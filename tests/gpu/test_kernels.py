@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import SCORE_TOLERANCE
-from tests.kernels import (
+from tests.native.kernels import (
     SEED_DIVISOR,
     Case,
     Kernels,
@@ -25,7 +25,7 @@ from tests.kernels import (
     check_ties,
     random_case,
 )
-from tests.test_plugin_builds import build
+from tests.native.test_plugin_builds import build
 
 cupy = pytest.importorskip("cupy")
 pytestmark = pytest.mark.gpu

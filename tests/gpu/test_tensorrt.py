@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ivc_export.bundle import Bundle
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract import FloatName
-from ivc_export.engine import EngineRecipe, build
-from ivc_export.export import export
+from ivc_export.exporter.pipeline import export
+from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families import Grid
-from ivc_export.parity import TOLERANCE
-from ivc_export.recipe import ExportRecipe
 from ivc_export.runtime.conversation import Conversation
-from ivc_export.runtime.session import OnnxSession
-from ivc_export.runtime.tensorrt import TensorrtSession
+from ivc_export.runtime.onnxruntime.cpu import OnnxSession
+from ivc_export.runtime.tensorrt.session import TensorrtSession
+from ivc_export.tensorrt.build import EngineRecipe, build
+from ivc_export.verify.parity import TOLERANCE
 from tests.conftest import Golden, make_overflowing_checkpoint, random_picture
 
 pytestmark = [

@@ -1,0 +1,91 @@
+"""A bundle on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ivc_export.bundle import staging
+from ivc_export.bundle.graph_files import read_graph
+from ivc_export.bundle.manifest import read_manifest
+from ivc_export.contract import CHAT_TEMPLATE, TOKENIZER, GraphName, Manifest
+from ivc_export.errors import UserError
+from ivc_export.files import confined
+from ivc_export.floats import FLOAT_DTYPES
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An exported model: three graphs, weights, and the manifest that describes them.
+
+    notes: what the export that made it has to say of the checkpoint, a sentence each; none of a bundle that was loaded.
+    """
+
+    folder: Path
+    manifest: Manifest
+    notes: tuple[str, ...] = ()
+
+    @staticmethod
+    def load(folder: Path | str) -> Bundle:
+        """Open the bundle in `folder`.
+
+        Raises:
+            UserError: it is none, is unfinished, damaged or edited, its graphs or weights changed, or it is of another
+                version.
+        """
+        if staging.is_unfinished(Path(folder)):
+            raise UserError(
+                f"{folder} is what an export left that was killed: export the model again, which removes it"
+            )
+        bundle = Bundle(Path(folder), read_manifest(Path(folder)))
+        for name in bundle.manifest.graphs:
+            bundle.graph(name)  # before a runtime opens what it names
+        for path in bundle.folder.iterdir():
+            confined(bundle.folder, path.name, "copy the bundle with what its links lead to, or export the model again")
+        return bundle
+
+    def check_portable(self, purpose: str) -> None:
+        """Refuse graphs that were lowered at export where `purpose` lowers them otherwise.
+
+        Raises:
+            UserError: they were.
+        """
+        if self.manifest.lowering != "portable":
+            raise UserError(
+                f"{purpose} begins with portable graphs, and {self.folder} has {self.manifest.lowering} ones: export "
+                "the model again without --lowering"
+            )
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The graphs and the weight files."""
+        m = self.manifest
+        return (*(graph.file for graph in m.graphs.values()), *(weights.file for weights in m.weights))
+
+    def graph(self, name: GraphName) -> ir.Model:
+        """A graph, its weights left in their files.
+
+        Raises:
+            UserError: it is damaged, is not the one that the manifest describes, or takes weights from elsewhere.
+        """
+        return read_graph(self.folder, name, self.manifest)
+
+    def missing_processor_files(self) -> list[str]:
+        """Files that a prompt needs to become tokens, and that the bundle lacks."""
+        return [name for name in (TOKENIZER, CHAT_TEMPLATE) if not (self.folder / name).is_file()]
+
+    @cached_property
+    def embedding_table(self) -> npt.NDArray[Any]:
+        """Token embeddings [vocab, hidden] in the checkpoint's dtype, mapped from the weight file."""
+        table = self.manifest.embedding
+        return np.memmap(self.folder / table.file, FLOAT_DTYPES[table.dtype], "r", table.offset, table.shape)
+
+    def embed(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Rows of the embedding table for `tokens`, in float32 [len(tokens), hidden]."""
+        return self.embedding_table[tokens].astype(np.float32)

@@ -1,0 +1,118 @@
+"""A bundle's manifest, read with suspicion: against itself, the family, and the files that it names."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+from ivc_export import contract, families
+from ivc_export.checkpoint.folder import header_sha256, read_index
+from ivc_export.contract import MANIFEST, SCHEMA_VERSION, Manifest
+from ivc_export.errors import UserError
+from ivc_export.files import check_regular, confined, read_object
+from ivc_export.floats import FLOAT_DTYPES
+
+COPY = "copy the whole bundle, or export the model again"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of the bundle in `folder`.
+
+    Raises:
+        UserError: no bundle is there, or its manifest is damaged, edited, of another version, or leaves the bundle.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} is not a bundle (it has no {MANIFEST}): make one with ivc-export")
+    content = read_object(confined(folder, MANIFEST, COPY), "export the model again")
+    try:
+        version = content["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{path} has schema version {version}, and this ivc-export reads {SCHEMA_VERSION}: "
+                f"{'upgrade ivc-export' if version > SCHEMA_VERSION else 'export the model again'}"
+            )
+        manifest = Manifest.model_validate(content)
+    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{path} is damaged ({contract.first_problem(error)}): export the model again") from error
+    if set(manifest.graphs) != set(contract.GRAPH_NAMES):
+        raise UserError(f"{path} is damaged (it names {len(manifest.graphs)} graphs of 3): export the model again")
+    check_files(folder, manifest)
+    problem = find_contradiction(manifest)
+    if problem:
+        raise UserError(f"{path} is damaged ({problem}): export the model again")
+    if manifest.constants_sha256 not in (None, contract.constants_sha256(content)):
+        raise UserError(
+            f"{path} was edited after the export, and what it says decides the answers: "
+            f"export the model again with ivc-export --model CHECKPOINT --output {folder} --force"
+        )
+    return manifest
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Check that the files which the manifest names are those of the export, as far as their sizes and headers say.
+
+    Raises:
+        UserError: a file is missing, outside the bundle, of another size or header, or the embeddings are in none.
+    """
+    if not manifest.weights:
+        raise UserError(f"{folder / MANIFEST} is damaged (it names no weight files): export the model again")
+    for file in (*(graph.file for graph in manifest.graphs.values()), *(weights.file for weights in manifest.weights)):
+        check_regular(confined(folder, file, COPY), COPY)
+    for weights in manifest.weights:
+        size = (folder / weights.file).stat().st_size
+        if size != weights.size:
+            raise UserError(
+                f"{folder / weights.file} has {size:,} bytes and the manifest says {weights.size:,}: "
+                "copy the bundle again, or export the model again"
+            )
+        if header_sha256(folder / weights.file) != weights.header_sha256:
+            raise UserError(
+                f"{folder / weights.file} changed after the export (its header is another): export the model again"
+            )
+        read_index(folder / weights.file, COPY)  # whose tensors end where the file does
+    table = manifest.embedding
+    if table.file not in {weights.file for weights in manifest.weights}:
+        raise UserError(
+            f"{folder / MANIFEST} is damaged (the embedding table is in {table.file}, which is no weight file of it): "
+            "export the model again"
+        )
+    end = table.offset + math.prod(table.shape) * FLOAT_DTYPES[table.dtype].itemsize
+    if end > (folder / table.file).stat().st_size:
+        raise UserError(
+            f"{folder / MANIFEST} is damaged (the embedding table is not within its file): export the model again"
+        )
+
+
+def find_contradiction(m: Manifest) -> str | None:
+    """The first thing that one field of a manifest says and another denies, or None."""
+    if m.family not in families.names():
+        return f"family {m.family!r} is not one of {', '.join(families.names())}"
+    family = families.of(m.family)
+    like = family.read(family.tiny, None)  # a model of the family: of its kinds of pictures and positions
+    d, ids = m.decoder, [m.tokens.image, m.tokens.vision_start, m.tokens.vision_end, *m.tokens.stop]
+    beyond = [i for i in ids if i is not None and i >= d.vocab_size]
+    facts = (
+        ("lowering", m.lowering in contract.LOWERED_OPERATORS and not contract.LOWERED_OPERATORS[m.lowering]),
+        ("selection_layer", m.selection_layer < d.layers),
+        ("decoder.kv_heads", d.heads % d.kv_heads == 0),
+        ("rotary.sections", 2 * sum(m.rotary.sections) == d.head_dim),
+        ("rotary.sections", len(m.rotary.sections) == len(like.rotary.sections)),
+        ("selection.tiles", m.selection.tiles == like.selection.tiles),
+        ("selection.whole_layers", all(0 <= i < d.layers for i in m.selection.whole_layers)),
+        ("selection.whole_layers", max(Counter(m.selection.whole_layers).values(), default=1) == 1),
+        ("preprocessing.kind", m.preprocessing.kind == like.preprocessing.kind),
+        ("preprocessing", m.preprocessing.capped(m.max_visual) == m.preprocessing),
+        ("tokens", not beyond),
+        ("embedding.shape", m.embedding.shape == (d.vocab_size, d.hidden_size)),
+        ("embedding.dtype", m.embedding.dtype == m.dtype),
+    )
+    for field, agrees in facts:
+        if not agrees:
+            return f"{field} does not fit the other fields"
+    sizes = (d, m.rotary, m.selection, m.preprocessing, m.selection_layer)
+    for name, info in m.graphs.items():
+        if info.model_copy(update={"sha256": None}) != contract.graph_info(name, m.dtype, *sizes):
+            return f"graphs.{name} does not fit the other fields"
+    return None

@@ -1,0 +1,1 @@
+"""Which layer to cut at: the sweep over a user's examples."""

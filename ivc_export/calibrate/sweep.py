@@ -1,0 +1,202 @@
+"""Try selection layers and ratios on PyTorch, against the unpruned model's own answers."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import PIL.Image
+import torch
+
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.checkpoint.folder import Checkpoint
+from ivc_export.contract.calibration import ENOUGH, Calibration, Trial, propose
+from ivc_export.errors import UserError
+from ivc_export.exporter.estimate import Size, estimate_recipe
+from ivc_export.exporter.pipeline import copy_processor_files, make_manifest
+from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.files import read_json
+from ivc_export.runtime.pictures import open_picture
+from ivc_export.runtime.processor import Processor
+from ivc_export.source.configuration import read_configuration
+from ivc_export.source.hub import open_checkpoint
+from ivc_export.verify.oracle import reference_layout, reference_picture
+from ivc_export.verify.reference import Reference, ReferencePicture
+
+PROMPTS = "prompts.json"
+MOST_LAYERS = 12
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question about a picture."""
+
+    picture: PIL.Image.Image
+    prompt: str
+
+
+def default_examples() -> Path:
+    """The folder of pictures and prompts that come with ivc-export."""
+    package = Path(__file__).parents[1]
+    return next(folder for folder in (package / "calibration_set", package.parent / "calibration") if folder.is_dir())
+
+
+def read_examples(folder: Path) -> list[Example]:
+    """The examples of a folder: prompts.json is a list of {"picture": FILE, "prompt": TEXT}.
+
+    Raises:
+        UserError: the list or a picture is missing or damaged.
+    """
+    path, advice = folder / PROMPTS, 'write a list of {"picture": FILE, "prompt": TEXT} there'
+    try:
+        pairs = [(folder / str(entry["picture"]), str(entry["prompt"])) for entry in read_json(path, advice)]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {advice}") from error
+    if not pairs:
+        raise UserError(f"{path} holds no example: give at least one picture with a prompt")
+    return [Example(open_picture(picture), prompt) for picture, prompt in pairs]
+
+
+def layers_to_try(count: int) -> list[int]:
+    """All layers of a small model, or 12 from the first quarter to the last of a large one."""
+    if count <= MOST_LAYERS + 1:
+        return list(range(1, count))
+    first, last = count // 4, count - count // 4
+    return sorted({round(first + i * (last - first) / (MOST_LAYERS - 1)) for i in range(MOST_LAYERS)})
+
+
+@contextmanager
+def described(checkpoint: Checkpoint) -> Iterator[Bundle]:
+    """A bundle without graphs and weights: what prompts and pictures are prepared by."""
+    recipe = ExportRecipe(checkpoint.folder, Path("unused"))
+    configuration = read_configuration(checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        copy_processor_files(checkpoint, configuration, Path(folder))
+        yield Bundle(Path(folder), make_manifest(recipe, configuration, configuration.weights, 1, False, (), {}))
+
+
+def calibrate(
+    model: Path | str,
+    examples: Sequence[Example],
+    ratios: Sequence[float],
+    layers: Sequence[int] | None = None,
+    tokens: int = 16,
+    enough: float = ENOUGH,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Calibration:
+    """Propose a layer at the first of `ratios`.
+
+    Each example is answered greedily without pruning, up to `tokens` tokens; then the same tokens are run through the
+    model pruned at each layer and ratio, and its distributions compared. All in float32 on the CPU.
+
+    layers: those to try; None takes `layers_to_try`. progress: called with the runs done and their total.
+
+    Raises:
+        UserError: the checkpoint cannot be loaded, or a layer, ratio or example is out of range.
+    """
+    checkpoint = open_checkpoint(model)
+    with described(checkpoint) as bundle:
+        m = bundle.manifest
+        tried = sorted(set(layers)) if layers else layers_to_try(m.decoder.layers)
+        if not 1 <= tried[0] <= tried[-1] < m.decoder.layers:
+            raise UserError(
+                f"layers {tried[0]} to {tried[-1]} are out of range: this model's are 1 to {m.decoder.layers - 1}"
+            )
+        cases = [(ratio, layer) for ratio in ratios for layer in tried]
+        if missing := bundle.missing_processor_files():
+            raise UserError(f"the checkpoint has no {' and no '.join(missing)}: prompts cannot be read without")
+        processor = Processor(bundle)
+        reference = Reference(checkpoint.folder, 1, 1.0, m.selection, reference_layout(bundle, checkpoint.folder))
+        total, answers = len(examples) * (1 + len(cases)), []
+        for number, example in enumerate(examples):
+            picture = processor.picture(example.picture)
+            prompt = processor.question(example.prompt, [picture])
+            given = reference_picture(bundle, picture)
+            base = draw(reference, prompt, given, m.tokens.stop, tokens)
+            compared = []
+            for ratio, layer in cases:
+                compared.append(base.compare(reference, prompt, given, layer, ratio, m.tokens.image))
+                progress(number * (1 + len(cases)) + 1 + len(compared), total)
+            answers.append(compared)
+        sizes = sorted((Size(*example.picture.size) for example in examples), key=math.prod)
+        size = sizes[len(sizes) // 2]
+        trials = []
+        for i, (ratio, layer) in enumerate(cases):
+            own = [compared[i] for compared in answers]
+            before = [compared[i - 1] for compared in answers] if layer != tried[0] else []
+            overlaps = [len(a.kept & b.kept) / len(a.kept | b.kept) for a, b in zip(own, before, strict=False)]
+            recipe = ExportRecipe(checkpoint.folder, Path("unused"), ratio, layer)
+            (cost,) = estimate_recipe(recipe, [size]).pictures
+            trials.append(
+                Trial(
+                    layer=layer,
+                    ratio=ratio,
+                    divergence=max(0.0, sum(answer.divergence for answer in own) / len(own)),
+                    agreement=sum(answer.same for answer in own) / len(own),
+                    overlap=sum(overlaps) / len(overlaps) if overlaps else None,
+                    saved=round(cost.saved("prefix", "decoder"), 4),
+                )
+            )
+        return Calibration(
+            family=m.family,
+            decoder=m.decoder,
+            layer=propose(trials, ratios[0], enough),
+            ratio=ratios[0],
+            answers=len(examples),
+            trials=tuple(trials),
+            versions={name: version(name) for name in ("ivc-export", "torch", "transformers")},
+        )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One answer under pruning: divergence in nats a token, whether all tokens are the same, kept visual rows."""
+
+    divergence: float
+    same: bool
+    kept: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An unpruned answer: its tokens, and log-probabilities [tokens, vocab] of what could follow before each."""
+
+    tokens: list[int]
+    logs: torch.Tensor
+
+    def compare(
+        self,
+        reference: Reference,
+        prompt: Sequence[int],
+        picture: ReferencePicture,
+        layer: int,
+        ratio: float,
+        image_token: int,
+    ) -> Compared:
+        """Run the same tokens with pruning."""
+        reference.restart(layer, ratio)
+        turn = reference.run(prompt, [picture])
+        kept = frozenset(row for row in turn.keep_index.tolist() if prompt[row] == image_token)
+        logits = [turn.logits, *(reference.run([token]).logits for token in self.tokens[:-1])]
+        logs = torch.stack(logits).log_softmax(-1)
+        divergence = (self.logs.exp() * (self.logs - logs)).sum(-1).mean()
+        return Compared(float(divergence), logs.argmax(-1).tolist() == self.tokens, kept)
+
+
+def draw(
+    reference: Reference, prompt: Sequence[int], picture: ReferencePicture, stop: Sequence[int], most: int
+) -> Drawn:
+    """A greedy answer without pruning, its stop token included."""
+    reference.restart(1, 1.0)
+    turn = reference.run(prompt, [picture])
+    tokens, logits = [int(turn.logits.argmax())], [turn.logits]
+    while tokens[-1] not in stop and len(tokens) < most:
+        turn = reference.run(tokens[-1:])
+        logits.append(turn.logits)
+        tokens.append(int(turn.logits.argmax()))
+    return Drawn(tokens, torch.stack(logits).log_softmax(-1))

@@ -1,0 +1,1 @@
+"""What is stored in a checkpoint: its files, its tensors, the hub."""

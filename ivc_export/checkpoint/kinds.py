@@ -1,0 +1,232 @@
+"""What is given for a checkpoint and is none that an export can read, told before anything else is said of it.
+
+Two tables: KINDS is told by the names of files and by JSON files, so before weights are downloaded; WRITERS and
+QUANTISED by the names of tensors, which an index of shards holds, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from ivc_export.checkpoint.folder import Checkpoint, StoredTensor
+from ivc_export.contract import MANIFEST
+from ivc_export.errors import UserError
+
+ADAPTER = "adapter_config.json"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "pytorch_model*.bin")
+TAKEN = "this version exports weights in float32, float16 or bfloat16"
+
+METHODS = {
+    "auto-round": "AutoRound",
+    "awq": "AWQ",
+    "compressed-tensors": "compressed-tensors",
+    "fbgemm_fp8": "FP8",
+    "fp8": "FP8",
+    "gptq": "GPTQ",
+    "hqq": "HQQ",
+    "modelopt": "ModelOpt",
+    "nvfp4": "NVFP4",
+}
+"""Values of `quant_method`, which is shown as it is where it is none of these."""
+
+
+class Kind(NamedTuple):
+    """told_by: what shows it, or None if nothing does. sentence: behind the folder's or the repository's name."""
+
+    told_by: Callable[[Checkpoint], str | None]
+    sentence: str
+
+
+def files(*patterns: str, without: Iterable[str] = ("*.safetensors",)) -> Callable[[Checkpoint], str | None]:
+    """Told by the first file that fits one of `patterns`, where none fits `without`."""
+
+    def told_by(checkpoint: Checkpoint) -> str | None:
+        return None if first(checkpoint.names, without) else first(checkpoint.names, patterns)
+
+    return told_by
+
+
+def first(names: Iterable[str], patterns: Iterable[str]) -> str | None:
+    """The first of `names`, in their order by letter, that fits one of `patterns`."""
+    return next((name for name in sorted(names) if any(fnmatchcase(name, pattern) for pattern in patterns)), None)
+
+
+def adapter(checkpoint: Checkpoint) -> str | None:
+    """An adapter of PEFT, and the model that it adapts."""
+    if ADAPTER not in checkpoint.names or first(checkpoint.names, WEIGHTS):
+        return None
+    settings = checkpoint.json(ADAPTER) or {}
+    return f"{shown(settings.get('peft_type'))} of {shown(settings.get('base_model_name_or_path'))}"
+
+
+def adapted(checkpoint: Checkpoint) -> str | None:
+    """An adapter beside a whole model, which transformers would apply when it loads the model."""
+    return ADAPTER if ADAPTER in checkpoint.names else None
+
+
+def quantised(checkpoint: Checkpoint) -> str | None:
+    """The method of quantisation and where it stands."""
+    config = checkpoint.json("config.json") or {}
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:
+        for key in ("quantization_config", "compression_config", "quantization"):  # the last is MLX's
+            if part.get(key) and (key != "quantization" or isinstance(part[key], dict)):
+                return f"{method(part[key])}, by {key} of config.json"
+    for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):  # ModelOpt, AutoGPTQ, AutoAWQ
+        if name in checkpoint.names:
+            content = checkpoint.json(name) or {}
+            return f"{method(content.get('quantization') or content)}, by {name}"
+    return None
+
+
+def method(settings: Any) -> str:
+    """What the settings of a quantisation say of it, in a few words."""
+    if not isinstance(settings, Mapping):
+        return shown(settings)
+    name, bits = settings.get("quant_method"), settings.get("bits") or settings.get("w_bit")
+    for option, count in (("load_in_4bit", 4), ("load_in_8bit", 8)):  # bitsandbytes
+        bits = count if settings.get(option) is True else bits
+    words = [METHODS.get(name, name) if isinstance(name, str) else None]
+    words += [settings.get(key) for key in ("quant_algo", "format")]  # ModelOpt, compressed-tensors
+    words += [f"{bits} bits" if isinstance(bits, int) else None]
+    return ", ".join(shown(word) for word in words if word) or "by a method without a name"
+
+
+def shown(value: object) -> str:
+    """A value of somebody's file within a sentence: short, and on one line."""
+    text = value if isinstance(value, str) else "nothing known" if value is None else str(value)
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+KINDS = (
+    Kind(
+        lambda checkpoint: files("prefix.onnx", without=())(checkpoint) if MANIFEST in checkpoint.names else None,
+        "is a bundle, which ivc-export wrote: give the checkpoint that it was made from",
+    ),
+    Kind(
+        adapter,
+        "is an adapter ({found}), and no whole model: merge both with PEFT's merge_and_unload, and give what "
+        "save_pretrained writes then",
+    ),
+    Kind(
+        adapted,
+        "holds an adapter beside a model ({found}): merge both with PEFT's merge_and_unload and save them to a new "
+        "folder, or take {found} away where they are merged already",
+    ),
+    Kind(quantised, f"is quantised ({{found}}), and {TAKEN}: give the checkpoint that it was made from"),
+    Kind(
+        files("*.gguf"),
+        "is for llama.cpp ({found} is a GGUF file): give the checkpoint in transformers' layout that it was made from",
+    ),
+    Kind(
+        files("openvino*.xml", "openvino"),
+        "is an export for OpenVINO ({found}): give the checkpoint that it was made from",
+    ),
+    Kind(
+        files("*.onnx", "onnx"),
+        "is an ONNX export of another program ({found}): give the checkpoint that it was made from",
+    ),
+    Kind(
+        files("model_index.json", without=()),
+        "is a pipeline of diffusers ({found}), and no vision-language model: give one in transformers' layout",
+    ),
+    Kind(
+        files("tf_model*.h5", "flax_model*.msgpack"),
+        "holds no weights of PyTorch ({found}): load it with transformers, and give what save_pretrained writes",
+    ),
+    Kind(
+        files("pytorch_model*.bin", "model*.bin", "*.pth", "*.pt", "*.ckpt"),
+        "holds pickled weights alone ({found}), which can run code when they are opened: give safetensors files, as "
+        "transformers' save_pretrained writes them",
+    ),
+)
+
+
+def check_folder(checkpoint: Checkpoint) -> None:
+    """Refuse what is no checkpoint that can be exported, by the names of its files and its JSON files.
+
+    Raises:
+        UserError: it is one of KINDS, or its index of shards names tensors of none.
+    """
+    for kind in KINDS:
+        found = kind.told_by(checkpoint)
+        if found is not None:
+            raise UserError(f"{checkpoint.place} {kind.sentence.format(found=found)}")
+    check_names(checkpoint.place, checkpoint.shards or ())
+
+
+PEFT = (
+    "PEFT, and its adapter is not merged: merge both with merge_and_unload, and give what save_pretrained writes then"
+)
+WRITERS: Mapping[str, str] = {
+    "*.lora_A.*": PEFT,
+    "*.lora_embedding_A*": PEFT,
+    "*.base_layer.weight": PEFT,
+    "base_model.model.*": "PEFT: call merge_and_unload, and save the model that it returns with save_pretrained",
+    "module.*": "a wrapper of PyTorch's: save the model within it (model.module) with save_pretrained",
+    "_orig_mod.*": "torch.compile: save the model within it (model._orig_mod) with save_pretrained",
+    "_forward_module.*": "DeepSpeed: convert it with its zero_to_fp32.py, and save the model with save_pretrained",
+}
+"""Names of tensors that transformers does not give, and who gives them."""
+
+QUANTISED: Mapping[str, str] = {
+    "*.qweight": "GPTQ or AWQ",
+    "*.weight_packed": "compressed-tensors",
+    "*.weight_scale_inv": "FP8",
+    "*.weight_scale_2": "NVFP4",
+    "*.weight_scale": "FP8 or INT8",
+    "*.weight.absmax": "bitsandbytes",
+    "*.weight.quant_state.*": "bitsandbytes",
+    "*.SCB": "bitsandbytes",
+    "*.W_q": "HQQ",
+}
+
+
+def check_tensors(place: str, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse tensors that are no plain weights.
+
+    Raises:
+        UserError: they have names of WRITERS or QUANTISED, or are weights in integers or in 8 bits and less.
+    """
+    check_names(place, tensors)
+    for tensor in tensors.values():
+        if tensor.name.endswith(".weight") and re.fullmatch(r"[IU]\d+|F[468](_\w+)?", tensor.dtype):
+            found = f"{shown(tensor.name)} is {tensor.dtype}"
+            raise UserError(f"{place} is quantised ({found}), and {TAKEN}: give the checkpoint that it was made from")
+
+
+def check_names(place: str, names: Iterable[str]) -> None:
+    """Refuse tensors by their names.
+
+    Raises:
+        UserError: one is of WRITERS or QUANTISED.
+    """
+    names = list(names)
+    for pattern, writer in WRITERS.items():
+        if found := first(names, [pattern]):
+            raise UserError(f"{place} holds tensors such as {shown(found)}, as named by {writer}")
+    for pattern, format_name in QUANTISED.items():
+        if found := first(names, [pattern]):
+            found = f"{format_name}, by the tensor {shown(found)}"
+            raise UserError(f"{place} is quantised ({found}), and {TAKEN}: give the checkpoint that it was made from")
+
+
+def check_whole(place: str, names: Collection[str], tied: bool) -> None:
+    """Refuse a part of a model. names: of tensors, ours. tied: whether config.json says that embeddings are the head.
+
+    Raises:
+        UserError: there is no vision encoder, no language model, or no head.
+    """
+    if not any(name.startswith("visual.") for name in names):
+        raise UserError(f"{place} holds a language model alone, without a vision encoder: give the whole model")
+    if not any(name.startswith("model.layers.") for name in names):
+        raise UserError(f"{place} holds a vision encoder alone, without a language model: give the whole model")
+    if not tied and "lm_head.weight" not in names:
+        raise UserError(
+            f"{place} has no lm_head.weight, and tie_word_embeddings of its config.json is not set: set it to true if "
+            "the model's embeddings are its head, or else download the checkpoint again"
+        )

@@ -1,0 +1,254 @@
+"""What a model costs at an export's ratio and layer, from its configuration alone.
+
+The three graphs are built without weights and their shapes inferred for a picture and a prompt, so the figures are of
+the graphs that an export writes, whatever the family:
+
+- FLOPs: two for each multiply-add of `Gemm` (2 m n k) and `MatMul` (2 batch m n k). Element-wise operators, norms and
+  softmax are left out, and the selection, whose votes are one part in 100,000 of the prefix.
+- KV cache: bytes of what a runtime appends after a prefill: the decoder's `compact_*` and `new_*`, and the prefix's
+  `new_*` of layers that the decoder does not compact.
+- Peak activations: the most bytes that intermediate tensors take while the nodes run in order, each living from its
+  node to its last reader, without what is inside the selection. Runtimes that fuse attention need less.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import onnx
+import onnx_ir as ir
+import PIL.Image
+from onnx_ir.passes.common import InlinePass
+
+from ivc_export import contract
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.checkpoint.folder import Checkpoint
+from ivc_export.checkpoint.weights import EMBEDDING, PlannedWeights
+from ivc_export.contract import kept_tokens
+from ivc_export.errors import UserError
+from ivc_export.exporter.decoder import decoder_graph
+from ivc_export.exporter.pipeline import selection_layer
+from ivc_export.exporter.prefix import prefix_graph
+from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.exporter.vision import vision_graph
+from ivc_export.families import Family, Model, Picture
+from ivc_export.graph.counting import count
+from ivc_export.source.configuration import read_description, read_model
+from ivc_export.source.hub import open_checkpoint
+
+TEXT = 64
+"""Text tokens of the prompt; half of them vote."""
+
+PIXELS = 100_000_000
+
+GIB = 2**30
+COMPACT = InlinePass(lambda function: function.name == "CompactGather")
+
+
+class Size(NamedTuple):
+    """A picture's size in pixels."""
+
+    width: int
+    height: int
+
+
+class Device(NamedTuple):
+    """A device, its memory, and what of it the system and the runtime's context take, in GiB."""
+
+    name: str
+    memory: float
+    reserved: float
+
+
+DEVICES = (
+    *(Device(f"Jetson {name}", memory, 1.5) for name, memory in (
+        ("Orin Nano 4 GB", 4), ("Orin Nano 8 GB", 8), ("Orin NX 8 GB", 8), ("Orin NX 16 GB", 16),
+        ("AGX Orin 32 GB", 32), ("AGX Orin 64 GB", 64), ("Thor 128 GB", 128),
+    )),
+    *(Device(f"GPU {memory} GB", memory, 0.75) for memory in (8, 12, 16, 24, 48, 80)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One answer's prefill. flops and activation_bytes by graph; cache_bytes of all layers."""
+
+    flops: Mapping[contract.GraphName, int]
+    activation_bytes: Mapping[contract.GraphName, int]
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class PictureEstimate:
+    """One picture and a question: with pruning, and with every token kept."""
+
+    picture: Size
+    visual_tokens: int
+    kept_tokens: int
+    text_tokens: int
+    pruned: Cost
+    unpruned: Cost
+
+    def saved(self, *graphs: contract.GraphName) -> float:
+        """The part of the FLOPs of `graphs` that pruning saves."""
+        pruned, unpruned = (sum(cost.flops[name] for name in graphs) for cost in (self.pruned, self.unpruned))
+        return 1 - pruned / unpruned
+
+    @property
+    def saved_cache(self) -> float:
+        """The part of the KV cache that pruning saves."""
+        return 1 - self.pruned.cache_bytes / self.unpruned.cache_bytes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an export buys."""
+
+    family: str
+    dtype: contract.FloatName
+    layers: int
+    selection_layer: int
+    calibrated: bool
+    ratio: float
+    weight_bytes: int
+    pictures: tuple[PictureEstimate, ...]
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the largest of the pictures needs: weights, cache, and the activations of one graph at a time."""
+        costs = [picture.pruned for picture in self.pictures]
+        return self.weight_bytes + max(c.cache_bytes + max(c.activation_bytes.values()) for c in costs)
+
+    def fits(self) -> dict[str, bool]:
+        """Whether devices hold it, by their names."""
+        return {d.name: self.memory_bytes <= (d.memory - d.reserved) * GIB for d in DEVICES}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The estimate as plain data."""
+        return asdict(self) | {"memory_bytes": self.memory_bytes, "fits": self.fits()}
+
+
+def estimate_recipe(recipe: ExportRecipe, pictures: Sequence[Size]) -> Estimate:
+    """What `recipe` would buy; reads JSON files alone, and writes nothing but them to the hub's cache.
+
+    Raises:
+        UserError: what the user can mend in the recipe, the checkpoint's JSON files or the pictures' sizes.
+    """
+    checkpoint = open_checkpoint(recipe.model, recipe.revision)
+    description = read_description(checkpoint)
+    layer, calibrated = selection_layer(recipe, description)
+    dtype = recipe.float_name or stated_dtype(checkpoint.config)
+    preprocessing = description.model.preprocessing.capped(recipe.max_visual)
+    ratio = description.family.default_ratio if recipe.ratio is None else recipe.ratio
+    return estimate(description.family, description.model, preprocessing, layer, calibrated, ratio, dtype, pictures)
+
+
+def estimate_bundle(bundle: Bundle, pictures: Sequence[Size]) -> Estimate:
+    """What a bundle buys; it holds the checkpoint's JSON files.
+
+    Raises:
+        UserError: these are damaged.
+    """
+    m = bundle.manifest
+    family, model, _ = read_model(Checkpoint.open(bundle.folder))
+    model = replace(model, decoder=m.decoder)
+    ratio, layer = m.default_ratio, m.selection_layer
+    return estimate(family, model, m.preprocessing, layer, m.calibrated, ratio, m.dtype, pictures)
+
+
+def stated_dtype(config: Mapping[str, Any]) -> contract.FloatName:
+    """The dtype that config.json says the weights have; float32 where it is silent, as transformers takes it."""
+    text = config.get("text_config") or {}
+    for stated in (config.get("dtype"), config.get("torch_dtype"), text.get("dtype"), text.get("torch_dtype")):
+        for name in contract.FLOATS:
+            if stated == name:
+                return name
+    return "float32"
+
+
+def estimate(
+    family: Family,
+    model: Model,
+    preprocessing: contract.Preprocessing,
+    layer: int,
+    calibrated: bool,
+    ratio: float,
+    dtype: contract.FloatName,
+    pictures: Sequence[Size],
+) -> Estimate:
+    """Count on the model's graphs. preprocessing: the model's, or with a lower cap."""
+    weights = PlannedWeights(dtype)
+    built = {
+        "vision": vision_graph(family, model, weights),
+        "prefix": prefix_graph(model, weights, layer),
+        "decoder": decoder_graph(model, weights, layer),
+    }
+    weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
+    graphs = {name: ir.to_proto(COMPACT(graph).model) for name, graph in built.items()}
+    size = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
+    return Estimate(
+        family=family.model_type,
+        dtype=dtype,
+        layers=model.decoder.layers,
+        selection_layer=layer,
+        calibrated=calibrated,
+        ratio=ratio,
+        weight_bytes=size * sum(math.prod(shape) for shape in weights.shapes.values()),
+        pictures=tuple(one_picture(graphs, family, model, preprocessing, size, ratio) for size in pictures),
+    )
+
+
+def one_picture(
+    graphs: Mapping[str, onnx.ModelProto],
+    family: Family,
+    model: Model,
+    preprocessing: contract.Preprocessing,
+    size: Size,
+    ratio: float,
+) -> PictureEstimate:
+    """Count for one picture."""
+    picture = blank(family, preprocessing, size)
+    visual = picture.grid.visual
+    kept = kept_tokens(visual, ratio)
+    vision = count(graphs["vision"], {}, picture.inputs)
+    axes = {"S": visual + TEXT, "L": visual, "T": TEXT, "Q": TEXT // 2, "R": 1, **empty_caches(graphs.values())}
+    axes["seeds"] = max(1, round(visual / model.selection.seed_divisor))
+    prefix = count(graphs["prefix"], axes | {"M": TEXT + kept})
+
+    def cost(rows: int) -> Cost:
+        decoder = count(graphs["decoder"], axes | {"M": rows})
+        found = {"vision": vision, "prefix": prefix, "decoder": decoder}
+        return Cost(
+            flops={name: found[name].flops for name in contract.GRAPH_NAMES},
+            activation_bytes={name: found[name].peak_bytes for name in contract.GRAPH_NAMES},
+            cache_bytes=cache_bytes(prefix.outputs, decoder.outputs),
+        )
+
+    return PictureEstimate(size, visual, kept, TEXT, cost(TEXT + kept), cost(TEXT + visual))
+
+
+def empty_caches(graphs: Iterable[onnx.ModelProto]) -> dict[str, int]:
+    """0 for the symbolic axes of cache inputs."""
+    caches = [value for graph in graphs for value in graph.graph.input if value.name.startswith("past_")]
+    return {d.dim_param: 0 for value in caches for d in value.type.tensor_type.shape.dim if d.dim_param}
+
+
+def blank(family: Family, preprocessing: contract.Preprocessing, size: Size) -> Picture:
+    """A picture of that size, as the family prepares it.
+
+    Raises:
+        UserError: it is too large, too small or too elongated.
+    """
+    if min(size) < 1 or size.width * size.height > PIXELS:
+        raise UserError(f"a picture of {size.width}x{size.height} is out of range: give 1 to {PIXELS:,} pixels")
+    return family.picture(PIL.Image.new("RGB", size), preprocessing)
+
+
+def cache_bytes(prefix: Mapping[str, int], decoder: Mapping[str, int]) -> int:
+    """Bytes that a prefill appends to the caches. prefix, decoder: bytes of their outputs by name."""
+    appended = sum(size for name, size in decoder.items() if name.startswith(("compact_", "new_")))
+    compacted = {name.replace("compact_", "new_", 1) for name in decoder}
+    return appended + sum(s for name, s in prefix.items() if name.startswith("new_") and name not in compacted)

@@ -1,0 +1,234 @@
+"""The export, top to bottom."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from ivc_export import __version__, contract
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.bundle.manifest import read_manifest
+from ivc_export.bundle.staging import check_apart, check_free, staged_folder
+from ivc_export.checkpoint.folder import Checkpoint
+from ivc_export.checkpoint.weights import EMBEDDING, FOLDER, Weights
+from ivc_export.contract import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, TOKENIZER_CONFIG
+from ivc_export.contract.calibration import read_calibration
+from ivc_export.errors import UserError
+from ivc_export.exporter.decoder import decoder_graph
+from ivc_export.exporter.placement import converted, place_weights, plan_conversions
+from ivc_export.exporter.prefix import prefix_graph
+from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.exporter.vision import vision_graph
+from ivc_export.families import Family
+from ivc_export.lowering import EXPORTED, Lowering, lower
+from ivc_export.source.configuration import Configuration, Description, read_configuration, read_description
+from ivc_export.source.hub import open_checkpoint
+
+BUFFERS = ("rotary_emb.inv_freq", "position_ids")
+"""Ends of names of tensors that old checkpoints hold and every graph computes."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, and how much of how much of it is done."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Show no progress."""
+
+
+def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
+    """Turn a checkpoint into a bundle of three graphs. Nothing is visible at `recipe.output` until all of it is there.
+
+    Raises:
+        UserError: what the user can mend in the recipe or the checkpoint.
+        OSError: a file cannot be read or written; nothing is left, and an older bundle is as it was.
+    """
+    lowering = lowering_of(recipe)
+    check_free(recipe.output, recipe.force)
+    checkpoint = open_checkpoint(recipe.model, recipe.revision)
+    check_apart(recipe.output, [checkpoint.folder, *checkpoint.folder.iterdir()])
+    description = read_description(checkpoint)  # before weights are downloaded
+    layer, calibrated = selection_layer(recipe, description)
+    description.model.preprocessing.capped(recipe.max_visual)  # or a sentence, where no picture is so small
+    configuration = read_configuration(checkpoint, description)
+    conversions = plan_conversions(checkpoint.tensors.values(), recipe.float_name)
+    model, weights = configuration.model, converted(configuration.weights, conversions, recipe.float_name)
+    with staged_folder(recipe.output, recipe.force) as folder:
+        graphs: dict[contract.GraphName, ir.Model] = {
+            "vision": vision_graph(configuration.family, model, weights),
+            "prefix": prefix_graph(model, weights, layer),
+            "decoder": decoder_graph(model, weights, layer),
+        }
+        check_all_used(weights, configuration.family, graphs.values())
+        hashes = {}
+        for number, (name, graph) in enumerate(graphs.items(), 1):
+            hashes[name] = save_graph(lower(graph, lowering), folder / f"{name}.onnx")
+            progress("graphs", number, len(graphs))
+        files = place_weights(
+            checkpoint.weight_files,
+            conversions,
+            recipe.weights,
+            folder,
+            lambda done, total: progress("weights", done, total),
+        )
+        copy_processor_files(checkpoint, configuration, folder)
+        manifest = make_manifest(recipe, configuration, weights, layer, calibrated, files, hashes)
+        (folder / contract.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        manifest = read_manifest(folder)  # as it will be read
+        if recipe.testdata:
+            from ivc_export.verify.testdata import write_testdata  # with onnxruntime, which nothing else here needs
+
+            write_testdata(Bundle(folder, manifest))
+            progress("testdata", 1, 1)
+    return Bundle(recipe.output, manifest, configuration.prompts.notes)
+
+
+def lowering_of(recipe: ExportRecipe) -> Lowering:
+    """The recipe's lowering.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    for name in EXPORTED:
+        if name == recipe.lowering:
+            return name
+    raise UserError(f"lowering {recipe.lowering!r} is unknown: give one of {', '.join(EXPORTED)}")
+
+
+def selection_layer(recipe: ExportRecipe, configuration: Description) -> tuple[int, bool]:
+    """The layer to cut at, and whether it is calibrated.
+
+    Raises:
+        UserError: the recipe's layer is not within the model.
+    """
+    layers = configuration.model.decoder.layers
+    default = configuration.family.default_layer(configuration.model.decoder)
+    if recipe.calibration is not None:
+        return calibrated_layer(recipe.calibration, configuration), True
+    if recipe.layer is None:
+        return default.layer, default.calibrated
+    if not 1 <= recipe.layer < layers:
+        raise UserError(
+            f"layer {recipe.layer} is out of range: this model has {layers} layers, "
+            f"so --layer takes 1 to {layers - 1} (its default is {default.layer})"
+        )
+    return recipe.layer, default.calibrated and recipe.layer == default.layer
+
+
+def calibrated_layer(path: Path, configuration: Description) -> int:
+    """The layer that a calibration of this model proposes.
+
+    Raises:
+        UserError: the file is no calibration, or of another model, or its layer is not within the model.
+    """
+    found, sizes = read_calibration(path), configuration.model.decoder
+    if (found.family, found.decoder.layers, found.decoder.hidden_size) != (
+        configuration.family.model_type,
+        sizes.layers,
+        sizes.hidden_size,
+    ):
+        raise UserError(
+            f"{path} is the calibration of another model, a {found.family} of {found.decoder.layers} layers: "
+            "calibrate this one with ivc-calibrate"
+        )
+    if not 1 <= found.layer < sizes.layers:
+        raise UserError(
+            f"{path} proposes layer {found.layer}, and this model's {sizes.layers} layers can be cut at 1 to "
+            f"{sizes.layers - 1}: calibrate it again with ivc-calibrate, or give --layer instead"
+        )
+    return found.layer
+
+
+def check_all_used(weights: Weights, family: Family, graphs: Iterable[ir.Model]) -> None:
+    """Refuse a checkpoint with tensors that no graph takes: it is larger than its config.json says.
+
+    Raises:
+        UserError: there are such tensors.
+    """
+    used = {EMBEDDING, *(name for graph in graphs for name in graph.graph.initializers)}
+    extra = [name for name in weights.tensors if name not in used and not name.endswith(BUFFERS)]
+    extra = [name for name in extra if not name.startswith(tuple(family.unused))]
+    if extra:
+        raise UserError(
+            f"config.json does not account for {len(extra)} tensors of the checkpoint ({extra[0]} is one): "
+            "check that both belong to the same checkpoint"
+        )
+
+
+def save_graph(graph: ir.Model, path: Path) -> str:
+    """Write a graph, its weights left as external data, after a strict inference of types and shapes.
+
+    Returns the file's SHA-256.
+
+    Raises:
+        onnx.shape_inference.InferenceError: types or shapes contradict each other; a bug of the builder.
+    """
+    onnx.shape_inference.infer_shapes(ir.to_proto(graph), check_type=True, strict_mode=True, data_prop=True)
+    ir.save(graph, path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def copy_processor_files(checkpoint: Checkpoint, configuration: Configuration, folder: Path) -> None:
+    """Write what the checkpoint says of text and pictures, under one name each; the manifest holds the settings."""
+    prompts = configuration.prompts
+    (folder / CHAT_TEMPLATE).write_text(prompts.chat_template, encoding="utf-8")
+    if prompts.tokenizer is not None:
+        (folder / TOKENIZER).write_text(prompts.tokenizer.text, encoding="utf-8")
+    if prompts.tokenizer_config:
+        write_json(folder / TOKENIZER_CONFIG, prompts.tokenizer_config)
+    if configuration.processor is not None:
+        write_json(folder / PREPROCESSOR, configuration.processor)
+    write_json(folder / "config.json", checkpoint.config)
+    generation = checkpoint.folder / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, folder / generation.name)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def make_manifest(
+    recipe: ExportRecipe,
+    configuration: Configuration,
+    weights: Weights,
+    layer: int,
+    calibrated: bool,
+    files: tuple[contract.WeightFile, ...],
+    hashes: Mapping[contract.GraphName, str],
+) -> contract.Manifest:
+    """The manifest of the bundle."""
+    model = configuration.model
+    shape = (model.decoder.vocab_size, model.decoder.hidden_size)
+    embedding = weights.find(EMBEDDING, shape)
+    return contract.Manifest(
+        schema_version=contract.SCHEMA_VERSION,
+        family=configuration.family.model_type,
+        dtype=weights.dtype,
+        lowering=recipe.lowering,
+        selection_layer=layer,
+        calibrated=calibrated,
+        default_ratio=configuration.family.default_ratio if recipe.ratio is None else recipe.ratio,
+        max_visual=recipe.max_visual,
+        decoder=model.decoder,
+        rotary=model.rotary,
+        selection=model.selection,
+        preprocessing=model.preprocessing.capped(recipe.max_visual),
+        tokens=configuration.prompts.tokens,
+        graphs={
+            name: model.graph_info(name, weights.dtype, layer).model_copy(update={"sha256": hashes.get(name)})
+            for name in contract.GRAPH_NAMES
+        },
+        embedding=contract.EmbeddingTable(
+            file=f"{FOLDER}/{embedding.file.name}", offset=embedding.offset, dtype=weights.dtype, shape=shape
+        ),
+        weights=files,
+        versions={"ivc-export": __version__, "onnx": version("onnx"), "onnx-ir": version("onnx-ir")},
+    ).sealed()

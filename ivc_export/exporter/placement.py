@@ -1,0 +1,251 @@
+"""The way of the checkpoint's weight files into a bundle: copied, hard-linked or converted."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.filesize import decimal
+
+from ivc_export import contract, floats
+from ivc_export.checkpoint.folder import STORED_NAMES, StoredTensor, header_bytes, header_sha256
+from ivc_export.checkpoint.weights import FOLDER, Weights
+from ivc_export.errors import UserError
+from ivc_export.exporter.recipe import Placing
+
+Bytes = Callable[[int, int], None]
+"""Called with the bytes done so far and their total."""
+
+_CHUNK = 1 << 22
+_WRITE = 1 << 14
+"""Bytes written at once: for large writes Linux looks for large pieces of free memory, at 5 times the cost."""
+_LAG = 64
+"""Pieces by which hashing may lag behind a copy: neither waits for the other, and the pieces are still in memory."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A weight file in another dtype. tensors: each as it is stored and as it will be, in the order of their bytes."""
+
+    header: bytes
+    tensors: tuple[tuple[StoredTensor, StoredTensor], ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(after.length for _, after in self.tensors)
+
+
+def plan_conversions(tensors: Iterable[StoredTensor], dtype: contract.FloatName | None) -> dict[Path, Conversion]:
+    """Lay out the files that hold floats of other dtypes than `dtype` anew; other files, or all for None, stay."""
+    if dtype is None:
+        return {}
+    by_file: dict[Path, list[StoredTensor]] = {}
+    for tensor in sorted(tensors, key=lambda t: t.offset):
+        by_file.setdefault(tensor.file, []).append(tensor)
+    return {
+        file: lay_out(file, stored, dtype)
+        for file, stored in by_file.items()
+        if any(t.dtype in contract.FLOATS and t.dtype != dtype for t in stored)
+    }
+
+
+def lay_out(file: Path, stored: list[StoredTensor], dtype: contract.FloatName) -> Conversion:
+    """The file as it will be: the same tensors in the same order, floats in `dtype`.
+
+    Source: the safetensors format; its header is padded with spaces to a multiple of 8 bytes.
+    """
+    after, start = [], 0
+    for tensor in stored:
+        if tensor.dtype in contract.FLOATS:
+            length = int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+            after.append(replace(tensor, offset=start, length=length, dtype=dtype))
+        else:
+            after.append(replace(tensor, offset=start))
+        start += after[-1].length
+    header: dict[str, Any] = {
+        t.name: {
+            "dtype": STORED_NAMES.get(t.dtype, t.dtype),
+            "shape": t.shape,
+            "data_offsets": (t.offset, t.offset + t.length),
+        }
+        for t in after
+    }
+    metadata = json.loads(header_bytes(file)).get("__metadata__")
+    content = json.dumps(({"__metadata__": metadata} if metadata else {}) | header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    head = len(content).to_bytes(8, "little") + content
+    return Conversion(
+        head, tuple((old, replace(new, offset=new.offset + len(head))) for old, new in zip(stored, after, strict=True))
+    )
+
+
+def converted(weights: Weights, conversions: Mapping[Path, Conversion], dtype: contract.FloatName | None) -> Weights:
+    """The same weights where `conversions` puts them, in `dtype`, or in their own for None."""
+    moved = {(old.file, old.name): new for conversion in conversions.values() for old, new in conversion.tensors}
+    return Weights(
+        {name: moved.get((t.file, t.name), t) for name, t in weights.tensors.items()}, dtype or weights.dtype
+    )
+
+
+def place_weights(
+    files: Iterable[Path], conversions: Mapping[Path, Conversion], placing: Placing, folder: Path, progress: Bytes
+) -> tuple[contract.WeightFile, ...]:
+    """Bring the weight files to `folder`/weights under their own names, hashed in the pass that writes them.
+
+    Raises:
+        UserError: they cannot be linked, the disk is too small, or a value does not fit its new dtype.
+    """
+    files = list(files)
+    target = folder / FOLDER
+    target.mkdir()
+    if placing == "link":
+        if conversions:
+            raise UserError("weights in another dtype cannot be linked: leave out --dtype, or --weights link")
+        return tuple(link(file, target / file.name) for file in files)
+    sizes = [conversions[file].size if file in conversions else file.stat().st_size for file in files]
+    check_space(folder, sum(sizes))
+    done, placed = 0, []
+    for file, size in zip(files, sizes, strict=True):
+        start, placed_file = done, target / file.name
+
+        def advance(written: int, start: int = start) -> None:
+            progress(start + written, sum(sizes))
+
+        if file in conversions:
+            sha256 = write_hashed(convert(conversions[file]), placed_file, advance)
+        else:
+            sha256 = copy_hashed(file, placed_file, advance)
+        placed.append(record(placed_file, sha256))
+        done += size
+    return tuple(placed)
+
+
+def record(file: Path, sha256: str | None) -> contract.WeightFile:
+    """What the manifest says of a weight file."""
+    return contract.WeightFile(
+        file=f"{FOLDER}/{file.name}", size=file.stat().st_size, header_sha256=header_sha256(file), sha256=sha256
+    )
+
+
+def link(source: Path, target: Path) -> contract.WeightFile:
+    """Hard-link the real file behind `source`: onnxruntime refuses external data behind a symbolic link.
+
+    A file of the hub's cache is named by its SHA-256; of others the hash is left out, since nothing is read.
+
+    Raises:
+        UserError: the file system cannot.
+    """
+    real = source.resolve()
+    try:
+        os.link(real, target)
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            reason = "the output is on another file system"
+        elif error.errno == errno.EPERM:
+            reason = "the file system has no hard links, or the file is another user's"
+        else:
+            reason = error.strerror or str(error)
+        raise UserError(f"{real} cannot be linked ({reason}): use --weights copy, or another output") from error
+    in_cache = real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name)
+    return record(target, real.name if in_cache else None)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse before the first byte what the disk cannot hold.
+
+    Raises:
+        UserError: it is too small.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"the weights need {decimal(needed)} and {folder.parent} has {decimal(free)} free: make room, name another "
+            "output, or use --weights link beside the checkpoint"
+        )
+
+
+def copy_hashed(source: Path, target: Path, progress: Callable[[int], None]) -> str:
+    """Copy a file within the kernel, and return its SHA-256, computed in a second thread a piece at a time.
+
+    progress: called with the bytes copied so far.
+    """
+    digest, done, buffer = hashlib.sha256(), 0, memoryview(bytearray(_CHUNK))
+
+    def add(descriptor: int, start: int, end: int) -> None:
+        while start < end and (count := os.preadv(descriptor, [buffer[: end - start]], start)):
+            digest.update(buffer[:count])
+            start += count
+
+    with source.open("rb") as reader, target.open("wb") as writer, ThreadPoolExecutor(1) as hashing:
+        pending: deque[Future[None]] = deque()
+        while count := os.sendfile(writer.fileno(), reader.fileno(), done, _CHUNK):
+            pending.append(hashing.submit(add, reader.fileno(), done, done + count))
+            if len(pending) > _LAG:
+                pending.popleft().result()
+            done += count
+            progress(done)
+        for piece in pending:
+            piece.result()
+    return digest.hexdigest()
+
+
+def write_hashed(chunks: Iterator[memoryview], target: Path, progress: Callable[[int], None]) -> str:
+    """Write `chunks` to `target` and return their SHA-256, computed in a second thread.
+
+    progress: called with the bytes written so far.
+    """
+    digest, done = hashlib.sha256(), 0
+    with target.open("wb", buffering=0) as writer, ThreadPoolExecutor(1) as hashing:
+        pending = hashing.submit(digest.update, b"")
+        for chunk in chunks:
+            pending.result()
+            pending = hashing.submit(digest.update, chunk)
+            left = chunk
+            while left:
+                left = left[writer.write(left[:_WRITE]) :]  # a write may be cut short
+            done += len(chunk)
+            progress(done)
+        pending.result()
+    return digest.hexdigest()
+
+
+def convert(conversion: Conversion) -> Iterator[memoryview]:
+    """The bytes of a file in its new dtype, a piece at a time.
+
+    Raises:
+        UserError: values are too large for float16, or the file ends early.
+    """
+    yield memoryview(conversion.header)
+    for before, after in conversion.tensors:
+        known = before.dtype in contract.FLOATS
+        with before.file.open("rb") as reader:
+            reader.seek(before.offset)
+            for start in range(0, before.length, _CHUNK):
+                stored = reader.read(min(before.length - start, _CHUNK))
+                if len(stored) != min(before.length - start, _CHUNK):
+                    raise UserError(f"{before.file} became shorter during the export: download it again")
+                yield cast(stored, before, after) if known else memoryview(stored)
+
+
+def cast(stored: bytes, before: StoredTensor, after: StoredTensor) -> memoryview:
+    """A piece of a tensor in its new dtype.
+
+    Raises:
+        UserError: finite values become infinite.
+    """
+    values = np.frombuffer(stored, np.dtype(before.dtype))
+    what = f"{before.name} in {before.file.name}"
+    changed = floats.cast(values, after.dtype, what, "use --dtype bf16 or fp32")
+    return changed.view(np.uint8).data

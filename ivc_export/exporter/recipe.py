@@ -1,0 +1,71 @@
+"""What an export is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from ivc_export.contract import MOST_VISUAL, FloatName, check_ratio
+from ivc_export.errors import UserError
+
+Dtype = Literal["checkpoint", "fp32", "fp16", "bf16"]
+Placing = Literal["copy", "link"]
+FLOAT_NAMES: dict[Dtype, FloatName] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class ExportRecipe:
+    """One export: which checkpoint, where to, and how it prunes.
+
+    model: checkpoint folder in Hugging Face's layout, hub id, or alias of one.
+    output: the bundle's folder; it must not exist unless `force` is set, which replaces an older bundle alone.
+    ratio: the default fraction of visual tokens kept; every run can choose another. None takes the family's.
+    layer: layers below it see every token; None takes the family's default.
+    max_visual: visual tokens of one picture at most; larger pictures are scaled down.
+    revision: branch, tag or commit on the hub; None takes the main branch.
+    dtype: of weights and graphs; "checkpoint" leaves the weights as they are.
+    weights: whether the weight files are copied, or hard-linked, which takes neither time nor space, but lets a change
+        of the checkpoint's file change the bundle.
+    lowering: what the graphs are made for; one of passes.EXPORTED.
+    calibration: a file of ivc-calibrate's, whose layer is taken; None for none.
+    testdata: whether to write testdata/, inputs and outputs of every graph for one picture and prompt.
+    """
+
+    model: Path | str
+    output: Path
+    ratio: float | None = None
+    layer: int | None = None
+    max_visual: int = 1280
+    force: bool = False
+    revision: str | None = None
+    dtype: Dtype = "checkpoint"
+    weights: Placing = "copy"
+    lowering: str = "portable"
+    testdata: bool = False
+    calibration: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None:
+            check_ratio(self.ratio)
+        if self.calibration is not None and self.layer is not None:
+            raise UserError(
+                "both a layer and a calibration are given: leave out one, since the calibration names a layer"
+            )
+        if self.max_visual < 4:
+            raise UserError(f"max_visual {self.max_visual} is too small: give at least 4 visual tokens a picture")
+        if self.max_visual > MOST_VISUAL:
+            raise UserError(
+                f"max_visual {self.max_visual} is too large: give at most {MOST_VISUAL} visual tokens a picture"
+            )
+        for what, value, known in (
+            ("dtype", self.dtype, get_args(Dtype)),
+            ("weights", self.weights, get_args(Placing)),
+        ):
+            if value not in known:
+                raise UserError(f"{what} {value!r} is unknown: give one of {', '.join(known)}")
+
+    @property
+    def float_name(self) -> FloatName | None:
+        """The dtype asked for, or None for the checkpoint's."""
+        return FLOAT_NAMES.get(self.dtype)

@@ -1,0 +1,164 @@
+"""The language models that families decode with: tables of their keys, and what the keys mean."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, Strict
+
+from ivc_export import contract
+from ivc_export.errors import UserError
+from ivc_export.families.settings import CONFIG, One, Settings, check_divides, refuse
+
+Theta = Annotated[float, Field(gt=0, le=1e12)]
+Vocabulary = Annotated[int, Field(gt=0, le=1 << 24)]
+Layers = Annotated[int, Field(gt=1, le=1000)]
+HeadSize = Annotated[int, Field(gt=0, le=4096)]
+Windows = Annotated[int, Field(ge=0, le=contract.INT32_MOST)]
+
+
+class RopeSettings(Settings):
+    """Rotary positions; `type` is what older files call `rope_type`."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Theta | None = None
+    partial_rotary_factor: One = 1.0
+
+
+class PlainRope(RopeSettings):
+    """One-dimensional ones, which "dynamic" scaling leaves as they are up to the model's last position."""
+
+    rope_type: Literal["default", "dynamic"] | None = None
+    type: Literal["default", "dynamic"] | None = None
+
+
+class DecoderSettings(Settings):
+    """A decoder of Llama's kind (Llama, Qwen2, InternLM2): the keys that all of them have."""
+
+    default_theta: ClassVar[float] = 10000.0
+
+    vocab_size: Vocabulary
+    hidden_size: contract.Width
+    intermediate_size: contract.Width
+    num_hidden_layers: Layers
+    num_attention_heads: contract.Heads
+    num_key_value_heads: contract.Heads | None
+    """null: as many as num_attention_heads."""
+    head_dim: HeadSize | None = None
+    """null: hidden_size / num_attention_heads."""
+    hidden_act: Literal["silu", "swish"] = "silu"
+    max_position_embeddings: contract.Count
+    rms_norm_eps: contract.Epsilon
+    rope_theta: Theta | None = None
+    rope_parameters: RopeSettings | None = None
+    rope_scaling: RopeSettings | None = None
+    partial_rotary_factor: One = 1.0
+    tie_word_embeddings: bool = False
+
+    @property
+    def rope(self) -> RopeSettings | None:
+        """Older files say rope_scaling, which counts before rope_parameters if it says anything."""
+        scaling = self.rope_scaling
+        return scaling if scaling is not None and scaling.model_fields_set else self.rope_parameters
+
+    @property
+    def theta(self) -> float:
+        """The base of the rotary frequencies."""
+        return (self.rope and self.rope.rope_theta) or self.rope_theta or self.default_theta
+
+
+class LlamaText(DecoderSettings):
+    """LlamaConfig of transformers."""
+
+    model_type: Literal["llama"] = "llama"
+    vocab_size: Vocabulary = 32000
+    hidden_size: contract.Width = 4096
+    intermediate_size: contract.Width = 11008
+    num_hidden_layers: Layers = 32
+    num_attention_heads: contract.Heads = 32
+    num_key_value_heads: contract.Heads | None = None
+    max_position_embeddings: contract.Count = 2048
+    rms_norm_eps: contract.Epsilon = 1e-6
+    rope_parameters: PlainRope | None = None
+    rope_scaling: PlainRope | None = None
+    attention_bias: Literal[False] = False
+    mlp_bias: Literal[False] = False
+
+
+class WindowedText(DecoderSettings):
+    """The keys by which some layers of Qwen2's kind see a window of the rows before; only those without are known."""
+
+    use_sliding_window: bool = False
+    sliding_window: Windows | None = 4096
+    max_window_layers: Windows
+    """Layers from here on have windows, if use_sliding_window and sliding_window say so."""
+    layer_types: Annotated[tuple[str, ...], Strict(False)] | None = None
+
+    def check_windows(self) -> None:
+        """Check that every layer sees every row.
+
+        Raises:
+            UserError: one does not, or the layers are others than there are.
+        """
+        if self.layer_types is not None:
+            if {*self.layer_types} != {"full_attention"}:
+                other = next((kind for kind in self.layer_types if kind != "full_attention"), None)
+                refuse("layer_types", other, CONFIG, "this version knows 'full_attention', no sliding-window attention")
+            if len(self.layer_types) != self.num_hidden_layers:
+                raise UserError(
+                    f"config.json is inconsistent: layer_types are {len(self.layer_types)}, and num_hidden_layers is "
+                    f"{self.num_hidden_layers}"
+                )
+            return
+        first, windowed = self.max_window_layers, self.use_sliding_window and self.sliding_window is not None
+        if windowed and first < self.num_hidden_layers:
+            known = f"layers from max_window_layers, {first}, on would have sliding-window attention"
+            refuse("use_sliding_window", True, CONFIG, known)
+
+
+class Qwen2Text(WindowedText):
+    """Qwen2Config of transformers."""
+
+    model_type: Literal["qwen2"] = "qwen2"
+    vocab_size: Vocabulary = 151936
+    hidden_size: contract.Width = 4096
+    intermediate_size: contract.Width = 22016
+    num_hidden_layers: Layers = 32
+    num_attention_heads: contract.Heads = 32
+    num_key_value_heads: contract.Heads | None = 32
+    max_position_embeddings: contract.Count = 32768
+    rms_norm_eps: contract.Epsilon = 1e-6
+    rope_parameters: PlainRope | None = None
+    rope_scaling: PlainRope | None = None
+    max_window_layers: Windows = 28
+
+
+def read_decoder(text: DecoderSettings, tied: bool, qkv_bias: bool) -> contract.DecoderSizes:
+    """Sizes of a decoder.
+
+    Raises:
+        UserError: a size fits no other, or attention slides over a window.
+    """
+    if isinstance(text, WindowedText):
+        text.check_windows()
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    kv_heads = heads if text.num_key_value_heads is None else text.num_key_value_heads
+    if text.head_dim is None:
+        check_divides(("hidden_size", hidden, 2 * heads))
+    else:
+        check_divides(("head_dim", text.head_dim, 2))
+    check_divides(("num_attention_heads", heads, kv_heads))
+    return contract.DecoderSizes(
+        layers=text.num_hidden_layers,
+        hidden_size=hidden,
+        intermediate_size=text.intermediate_size,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=text.head_dim or hidden // heads,
+        vocab_size=text.vocab_size,
+        rms_norm_epsilon=text.rms_norm_eps,
+        qkv_bias=qkv_bias,
+        tied_embeddings=tied,
+        max_positions=text.max_position_embeddings,
+    )

@@ -1,0 +1,1 @@
+"""How graphs are built and counted: nodes, layers, shapes."""

@@ -1,0 +1,79 @@
+"""Graphs in another dtype than the bundle's."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ivc_export.checkpoint.weights import read_values
+from ivc_export.contract import FLOAT32_TENSORS, FLOATS, IVC_DOMAIN, FloatName
+from ivc_export.floats import cast
+
+FLOAT = ir.DataType.FLOAT
+NOT_FLOAT = frozenset(("And", "Equal", "Greater", "GreaterOrEqual", "Less", "Not", "Or", "Shape"))
+"""Operators of the contract whose results are no floats, whatever they are given."""
+
+
+class RetypeFloatsPass(ir.passes.InPlacePass):
+    """Make a graph compute in another dtype, as if it had been built in it.
+
+    1. Needs: a portable graph of one dtype, whose weights are external data and whose constants are float32. Casts
+       stand around its float32 stretches, also where its dtype is float32: which stretch a value belongs to follows
+       from the inputs, the weights and the casts before it.
+    2. Leaves: the same nodes; inputs, outputs, weights and the casts that end float32 stretches in `dtype`. A weight is
+       converted when it is read, and refused then if it is too large for `dtype`.
+    """
+
+    def __init__(self, dtype: FloatName) -> None:
+        super().__init__()
+        self.dtype = FLOATS[dtype]
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Follow both kinds of floats through the graph, and retype one of them."""
+        graph = model.graph
+        wide: dict[ir.Value, bool] = {}  # whether a float belongs to a float32 stretch
+        for value in graph.inputs:
+            if value.dtype in FLOATS.values():
+                wide[value] = value.name in FLOAT32_TENSORS
+        for value in graph.initializers.values():
+            if value.dtype in FLOATS.values():
+                wide[value] = not isinstance(value.const_value, ir.ExternalTensor)
+        for node in graph:
+            self._follow(node, wide)
+        for value in (*graph.inputs, *graph.outputs):
+            if value in wide and not wide[value]:
+                value.type = ir.TensorType(self.dtype)
+        for value in graph.initializers.values():
+            if value in wide and not wide[value]:
+                value.const_value = converted(value.const_value, self.dtype)
+                value.type = ir.TensorType(self.dtype)
+        return ir.passes.PassResult(model, True)
+
+    def _follow(self, node: ir.Node, wide: dict[ir.Value, bool]) -> None:
+        kinds = {wide[value] for value in node.inputs if value is not None and value in wide}
+        if node.domain == IVC_DOMAIN and node.op_type != "CompactGather":
+            kinds = {True}  # selections give scores, in float32
+        if node.op_type == "Cast" and node.attributes["to"].as_int() in FLOATS.values():
+            begins = kinds != {True}  # a cast of floats that are no float32 stretch, or of integers, begins one
+            node.attributes["to"] = ir.AttrInt64("to", int(FLOAT if begins else self.dtype))
+            kinds = {begins}
+        elif node.op_type == "Cast" or node.op_type in NOT_FLOAT:
+            kinds = set()
+        if len(kinds) > 1:
+            raise ir.passes.PreconditionError(f"{node.name} mixes float32 with the graph's dtype; a cast is missing")
+        for kind in kinds:
+            wide |= dict.fromkeys(node.outputs, kind)
+
+
+def converted(tensor: ir.TensorProtocol | None, dtype: ir.DataType) -> ir.LazyTensor:
+    """`tensor` in `dtype`, read and converted when it is needed.
+
+    Raises, then:
+        UserError: finite values become infinite.
+    """
+    assert tensor is not None
+
+    def convert() -> ir.TensorProtocol:
+        values = cast(read_values(tensor), dtype.numpy(), str(tensor.name), "compute in another dtype")
+        return ir.Tensor(values, dtype=dtype, name=tensor.name)
+
+    return ir.LazyTensor(convert, dtype=dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)

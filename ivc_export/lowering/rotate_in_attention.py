@@ -1,0 +1,52 @@
+"""Rotary embedding inside attention, for graphs of one row."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from ivc_export.lowering.match import Editor, made_by
+from ivc_export.lowering.pack_projections import projected
+
+
+class RotateInAttentionPass(ir.passes.InPlacePass):
+    """Let GroupQueryAttention rotate, and take query, key and value packed.
+
+    1. Needs: the graph of decode steps, of one row, whose projections are packed (PackProjectionsPass).
+    2. Leaves: what such a product gives as it is as attention's input. Attention turns a row by its number in the
+       cache, which is no position of M-RoPE: position_ids has to say the one row's position for every row of a cache.
+       Heads of other sizes than multiples of 16, which it does not turn, stay as they were.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Layer by layer."""
+        edit = Editor(model.graph)
+        for node in list(model.graph):
+            if node.op_type == "GroupQueryAttention":
+                rotate(edit, node)
+        RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, True)
+
+
+def rotate(edit: Editor, node: ir.Node) -> None:
+    """Give attention the packed rows, if its inputs are their parts, and query and key are turned alike."""
+    past_key = node.inputs[3]
+    if past_key is None or past_key.shape is None or int(past_key.shape[3]) % 16:  # type: ignore[arg-type]
+        return
+    turned = [value.producer() for value in node.inputs[:2] if value is not None]
+    rotations = [r for r in turned if r is not None and r.op_type == "RotaryEmbedding"]
+    if len(rotations) != 2 or rotations[0].inputs[1:] != rotations[1].inputs[1:]:
+        return
+    parts = [projected(value) for value in node.inputs[:3]]
+    split = made_by(parts[0], "Split")
+    if split is None or list(split.outputs) != parts:
+        return
+    if not any(made_by(split.inputs[0], op_type) for op_type in ("Gemm", "Add")):  # parts lie otherwise
+        return
+    (packed,) = edit.op(node, "Reshape", split.inputs[0], edit.ints(1, 1, -1))
+    inputs = (packed, None, None, *node.inputs[3:], *rotations[0].inputs[2:])
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()} | {"do_rotary": 1}
+    found = edit.op(node, node.op_type, *inputs, outputs=3, domain=node.domain, **attributes)
+    for old, new in zip(node.outputs, found, strict=True):
+        edit.replace(old, new)
+    edit.graph.remove(node, safe=True)

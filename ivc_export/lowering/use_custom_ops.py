@@ -1,0 +1,35 @@
+"""The `ort-cuda-ops` lowering's own part."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from ivc_export.contract import IVC_DOMAIN, PLUGIN_OPERATORS
+from ivc_export.lowering.use_plugin import axes, fuse_gathers
+
+
+class UseCustomOpsPass(ir.passes.InPlacePass):
+    """Call our library of custom operators (graphs/plugin/onnxruntime) where it has a kernel.
+
+    1. Needs: a graph after the other passes of `ort-cuda`; each `ivc` node has a body.
+    2. Leaves: SelectTokens without its body, and one CompactGatherN(cache_index, x_1 .. x_n) -> y_1 .. y_n with `axes`
+       in the place of the Gather of all caches. Other `ivc` operators are inlined. Inputs and outputs as before.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Inline what the library lacks, fuse the gathers of caches, drop the bodies."""
+        InlinePass(lambda f: f.domain == IVC_DOMAIN and f.name not in PLUGIN_OPERATORS)(model)
+        model.functions.clear()
+        gathers = [
+            n for n in model.graph if n.op_type == "Gather" and n.inputs[1] and n.inputs[1].name == "cache_index"
+        ]
+        if gathers:
+            fuse_gathers(model.graph, gathers, {"axes": axes(gathers)})
+        return ir.passes.PassResult(model, True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check that every `ivc` node is one of the library's."""
+        for node in model.graph.all_nodes():
+            if node.domain == IVC_DOMAIN and node.op_type not in PLUGIN_OPERATORS:
+                raise ir.passes.PostconditionError(f"{node.name}: the library has no {node.op_type}")

@@ -1,0 +1,107 @@
+"""The `plugin` lowering."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from ivc_export.contract import IVC_DOMAIN, PLUGIN_OPERATORS
+from ivc_export.lowering.inline_ivc_functions import lift_constants
+
+INT64 = ir.DataType.INT64
+PLUGIN = {"plugin_namespace": IVC_DOMAIN, "plugin_version": "1"}
+"""Attributes by which TensorRT's parsers look for a plugin."""
+
+KINDS = {"graph": 0, "int32": 1, "float32": 2}
+"""Element types of CompactGatherN's tensors: `graph` is the floating-point type that all such tensors share."""
+
+
+class UsePluginPass(ir.passes.InPlacePass):
+    """Call our TensorRT plugin (graphs/plugin) instead of the bodies of the `ivc` operators.
+
+    1. Needs: each `ivc` node has a body, and a graph's CompactGather nodes share one keep_index.
+    2. Leaves: SelectTokens with keep_slots, a tensor of keep_count elements, in the place of keep_count, since
+       TensorRT 8.6 computes a plugin's output shapes from input shapes alone; one CompactGatherN(keep_index, x_1 ..
+       x_n) -> y_1 .. y_n with `axes`, and `kinds` by KINDS, in the place of all CompactGather. No bodies:
+       parsers up to 10.14 would prefer them. Operators that the plugin lacks are inlined. Inputs and outputs as before.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite the nodes, drop the bodies."""
+        InlinePass(lambda f: f.domain == IVC_DOMAIN and f.name not in ("SelectTokens", "CompactGather"))(model)
+        lift_constants(model.graph)
+        gathers = [node for node in model.graph if node.domain == IVC_DOMAIN and node.op_type == "CompactGather"]
+        if gathers:
+            sources = [node.inputs[0] for node in gathers]
+            kinds = [kind(x, sources) for x in sources]
+            fuse_gathers(model.graph, gathers, {"axes": axes(gathers), "kinds": kinds, **PLUGIN})
+        for node in list(model.graph):
+            if node.domain == IVC_DOMAIN and node.op_type == "SelectTokens":
+                node.replace_input_with(5, keep_slots(model.graph, node))
+                for name, value in PLUGIN.items():
+                    node.attributes[name] = ir.AttrString(name, value)
+        model.functions.clear()
+        return ir.passes.PassResult(model, True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check that every `ivc` node is one of the plugin's."""
+        for node in model.graph.all_nodes():
+            if node.domain == IVC_DOMAIN and node.op_type not in PLUGIN_OPERATORS:
+                raise ir.passes.PostconditionError(f"{node.name}: the plugin has no {node.op_type}")
+
+
+def keep_slots(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    """An int32 tensor of keep_count elements, made before `node`."""
+    slot = ir.val(f"{node.name}/slot", const_value=ir.tensor(np.array(0, np.int32), name=f"{node.name}/slot"))
+    graph.initializers[slot.name] = slot  # type: ignore[index]
+    count = ir.node("Cast", [node.inputs[5]], {"to": int(INT64)}, name=f"{node.name}/keep_count")
+    slots = ir.node("Expand", [slot, count.outputs[0]], name=f"{node.name}/keep_slots")
+    for new in (count, slots):
+        new.outputs[0].name = new.name
+    graph.insert_before(node, [count, slots])
+    return slots.outputs[0]
+
+
+def axes(gathers: Sequence[ir.Node]) -> list[int]:
+    """The axis of each."""
+    return [node.attributes["axis"].as_int() for node in gathers]
+
+
+def fuse_gathers(graph: ir.Graph, gathers: Sequence[ir.Node], attributes: Mapping[str, str | list[int]]) -> None:
+    """Replace CompactGather or Gather nodes of one index by one CompactGatherN in the place of the first."""
+    index = gathers[0].inputs[1]
+    if any(node.inputs[1] is not index for node in gathers):
+        raise ir.passes.PreconditionError("CompactGather nodes with another keep_index cannot be fused into one")
+    fused = ir.node(
+        "CompactGatherN",
+        [index, *(node.inputs[0] for node in gathers)],
+        dict(attributes),
+        domain=IVC_DOMAIN,
+        num_outputs=len(gathers),
+        name="compact/CompactGatherN",
+    )
+    graph.insert_before(gathers[0], fused)
+    for node, new in zip(gathers, fused.outputs, strict=True):
+        old = node.outputs[0]
+        name = old.name
+        new.type, new.shape = old.type, old.shape
+        source, axis = node.inputs[0], node.attributes["axis"].as_int()
+        if new.shape is None and source is not None and source.shape is not None and index is not None:
+            kept = index.shape  # written down, since nobody can infer it without the operator's body
+            new.type = source.type
+            new.shape = ir.Shape([*source.shape[:axis], *(kept or ()), *source.shape[axis + 1 :]])
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        new.name = name
+
+
+def kind(value: ir.Value | None, among: Sequence[ir.Value | None]) -> int:
+    """The entry of KINDS for a tensor; float32 is `graph` too, unless narrower floats are among them."""
+    assert value is not None
+    if value.dtype == ir.DataType.INT32:
+        return KINDS["int32"]
+    dtypes = {x.dtype for x in among if x is not None} - {ir.DataType.INT32}
+    return KINDS["float32" if value.dtype == ir.DataType.FLOAT and len(dtypes) > 1 else "graph"]

@@ -1,0 +1,194 @@
+"""Answers: sampling, stopping, and chats that go on over the compacted cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import PIL.Image
+
+from ivc_export.errors import UserError
+from ivc_export.families import Picture
+from ivc_export.runtime.conversation import AnyConversation, AnySession, Step
+from ivc_export.runtime.processor import Processor, parts_message, placed
+from ivc_export.text.sampling import GREEDY, Sampler
+from ivc_export.text.sampling import Sampling as Sampling
+from ivc_export.text.template import Message
+
+Part = str | Path | PIL.Image.Image
+"""Of a question: text, or a picture."""
+
+
+def generate(
+    conversation: AnyConversation,
+    tokens: Sequence[int],
+    pictures: Sequence[Picture] = (),
+    sampling: Sampling | Sampler = GREEDY,
+    stop: Sequence[int] | None = None,
+) -> Iterator[int]:
+    """Run `tokens` and yield the ids that follow, the stop token included, as each is drawn.
+
+    sampling: a Sampler goes on with the draws of the conversation's earlier turns; a Sampling begins them.
+    stop: ids that end the answer; None takes the bundle's. The last id yielded is not in the cache yet.
+    """
+    sampler = sampling if isinstance(sampling, Sampler) else Sampler(sampling)
+    conversation.headroom = sampler.sampling.max_tokens
+    step = conversation.run(tokens, pictures)
+    sampler.read(tokens)
+    yield from continue_from(conversation, step, sampler, stop)
+
+
+def continue_from(
+    conversation: AnyConversation,
+    step: Step,
+    sampler: Sampler,
+    stop: Sequence[int] | None = None,
+) -> Iterator[int]:
+    """Yield the ids that follow `step`, the conversation's last run, whose tokens `sampler` has read; as `generate`.
+
+    The answer ends at the model's last position and at the cache's last row, too.
+
+    Raises:
+        UserError: the logits are no numbers.
+    """
+    manifest = conversation.session.bundle.manifest
+    stop = manifest.tokens.stop if stop is None else stop
+    for left in reversed(range(sampler.sampling.max_tokens)):
+        if not np.isfinite(step.logits.max()):  # NaN if any of them is
+            raise UserError(no_numbers(conversation.session))
+        token = sampler.draw(step.logits)
+        yield token
+        full = conversation.next_position >= manifest.decoder.max_positions or conversation.cache.room == 0
+        if token in stop or not left or full:
+            return
+        step = conversation.run([token])
+
+
+def no_numbers(session: AnySession) -> str:
+    """What to do where logits are no numbers: another dtype if there is a wider one, and never what is done already."""
+    if session.dtype == "float32":
+        return (
+            f"this model gives logits that are no numbers, in float32 on {session.backend}: its weights are damaged, "
+            "so verify them with ivc-check --weights, or download the checkpoint again and export it"
+        )
+    leaves = f"this model's activations leave {session.dtype}'s range on {session.backend}"
+    if session.backend == "onnxruntime-cpu":
+        return f"{leaves}: compute in float32, which is the default there"
+    return f"{leaves}: use onnxruntime on the CPU (ivc-run's default), or build engines with --dtype fp32"
+
+
+PROCESSORS: WeakKeyDictionary[AnySession, Processor] = WeakKeyDictionary()
+
+
+def processor_of(session: AnySession) -> Processor:
+    """The processor that all chats of a session share.
+
+    Reading a tokenizer takes longer than many an answer, and tokenizers 0.23 never frees what each of them has cached.
+
+    Raises:
+        UserError: see Processor.
+    """
+    if session not in PROCESSORS:
+        PROCESSORS[session] = Processor(session.bundle)
+    return PROCESSORS[session]
+
+
+class Chat:
+    """Questions and answers over one compacted cache, with a picture in any turn.
+
+    Each turn runs only what the chat template adds to the conversation so far. What an earlier turn pruned is gone.
+
+    ratio, capacity: as Conversation's. system: what the model is told before all questions; None leaves that to the
+    chat template.
+
+    Raises:
+        UserError: the ratio is out of range, or the chat template takes no system message.
+    """
+
+    def __init__(
+        self,
+        session: AnySession,
+        ratio: float | None = None,
+        capacity: int | None = None,
+        sampling: Sampling = GREEDY,
+        system: str | None = None,
+    ) -> None:
+        self.processor = processor_of(session)
+        self.conversation = session.converse(ratio, capacity)
+        self.sampler = Sampler(sampling)
+        self.messages: list[Message] = [] if system is None else [self.processor.system_message(system)]
+        self.tokens: list[int] = []
+        """Ids of the last answer, stop token included."""
+        self.step: Step | None = None
+        """The last turn's prefill."""
+        self._prompt = self._answer = ""  # what the last turn's prefill had been told so far, and what came of it
+
+    def ask(self, question: str | Sequence[Part], images: Sequence[Path | PIL.Image.Image] = ()) -> Iterator[str]:
+        """Ask, and yield the answer piece by piece.
+
+        question: text, in which `<image>` marks say where `images` stand, which else come first; or texts and pictures
+            in order, and no `images`.
+
+        Raises:
+            UserError: there is no text, a picture cannot be read, marks and pictures do not fit each other, or the
+                conversation grows too long.
+        """
+        if isinstance(question, str):
+            parts: list[Part] = placed(question, images)
+        elif images:
+            raise UserError("pictures are given twice, within the question and beside it: give them in one place")
+        else:
+            parts = [*question]
+        if not any(isinstance(part, str) and part.strip() for part in parts):
+            raise UserError("the prompt is empty: give some text")
+        timings = self.conversation.timings
+        with timings.stage("pictures"):
+            pictures = [self.processor.picture(part) for part in parts if not isinstance(part, str)]
+        message = parts_message(parts)
+        messages = [*self.messages, message]
+        with timings.stage("tokens"):
+            rendered = self.processor.render(messages)
+            added = self._added(rendered)
+            self.processor.check_places(message, added)
+            addition = self.processor.encode(added, pictures, begin=not self._prompt)
+        # The last id drawn is not in the cache. A stop token is in the template's addition; any other is not.
+        if self.tokens and self.finish == "length":
+            self.conversation.run(self.tokens[-1:])
+        self.tokens = []
+        self.conversation.headroom = self.sampler.sampling.max_tokens
+        self.step = self.conversation.run(addition, pictures)
+        self.sampler.read(addition)
+        try:
+            drawn = continue_from(self.conversation, self.step, self.sampler)
+            yield from self.processor.stream(self._record(drawn))
+        finally:  # also where the caller stops listening
+            answer = self.processor.decode(self.tokens)
+            self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+            self._prompt, self._answer = rendered, answer
+
+    def _added(self, rendered: str) -> str:
+        """What the template adds behind the last answer, around which it may set or strip blanks.
+
+        Raises:
+            UserError: it changed more than that.
+        """
+        if rendered.startswith(self._prompt):
+            rest = rendered.removeprefix(self._prompt)
+            for answer in (self._answer, self._answer.strip()):
+                before, _, added = rest.partition(answer) if answer else ("", "", rest)
+                if answer in rest and not before.strip():
+                    return added
+        raise UserError("the chat template rewrites earlier turns, which a cache cannot: start a new chat")
+
+    def _record(self, tokens: Iterator[int]) -> Iterator[int]:
+        for token in tokens:
+            self.tokens.append(token)
+            yield token
+
+    @property
+    def finish(self) -> str:
+        """Why the last answer ended: "stop" or "length"."""
+        stop: tuple[int, ...] = self.conversation.session.bundle.manifest.tokens.stop
+        return "stop" if self.tokens and self.tokens[-1] in stop else "length"

@@ -1,0 +1,1 @@
+"""Sessions of onnxruntime: its CPU and its CUDA provider."""

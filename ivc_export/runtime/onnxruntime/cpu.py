@@ -1,0 +1,116 @@
+"""Graphs opened in a runtime."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime
+from rich.filesize import decimal
+
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
+from ivc_export.errors import UserError
+from ivc_export.floats import cast
+from ivc_export.lowering import WidenFloatsPass
+from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.failures import SILENT, SMALLER, told
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class OnnxSession:
+    """A bundle in onnxruntime's CPU provider, which computes in float32: other dtypes are widened when it opens.
+
+    threads: intra-op threads; None takes onnxruntime's default, one a core.
+    prepacking: whether onnxruntime may copy weights into the layout that its kernels like best; without, they stay in
+        the memory map, where the system can share and drop them, and runs are slower.
+    dtype: "float16" leaves a float16 bundle's graphs as they are, to see what float16 does to a model: the provider
+        then rounds to float16 after each operator, slowly.
+
+    Conversations of several threads take turns, a run at a time; see AnySession.
+
+    Raises:
+        UserError: the graphs cannot be opened, or not in this dtype.
+    """
+
+    backend = "onnxruntime-cpu"
+
+    def __init__(
+        self, bundle: Bundle, threads: int | None = None, prepacking: bool = True, dtype: FloatName = "float32"
+    ) -> None:
+        check_dtype(bundle, dtype)
+        self.bundle, self.dtype = bundle, dtype
+        self.lock: AbstractContextManager[Any] = threading.RLock()
+        self.versions: Mapping[str, str] = {"onnxruntime": onnxruntime.__version__}
+        self._threads, self._prepacking = threads, prepacking
+        # side by side, unless weights are widened: that would hold several widened graphs' temporary copies at once
+        with ThreadPoolExecutor(len(GRAPH_NAMES) if bundle.manifest.dtype == dtype else 1) as pool:
+            self._sessions = dict(zip(GRAPH_NAMES, pool.map(self._open, GRAPH_NAMES), strict=True))
+        self._outputs = {name: [o.name for o in s.get_outputs()] for name, s in self._sessions.items()}
+
+    def _open(self, name: GraphName) -> onnxruntime.InferenceSession:
+        path = self.bundle.folder / self.bundle.manifest.graphs[name].file
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = SILENT
+        options.intra_op_num_threads = self._threads or 0
+        if not self._prepacking:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # three pools would spin on each other
+        source: str | bytes = str(path)
+        if self.bundle.manifest.dtype != self.dtype:
+            source = ir.to_proto(WidenFloatsPass()(self.bundle.graph(name)).model).SerializeToString()
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        with told(f"{path} does not open in onnxruntime", "close other programs", "export the model again"):
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+    def converse(self, ratio: float | None = None, capacity: int | None = None) -> Conversation:
+        """Begin a conversation; see Conversation."""
+        return Conversation(self, ratio, capacity)
+
+    def run(self, name: GraphName, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
+        """Run graph `name` on arrays in host memory.
+
+        Raises:
+            UserError: onnxruntime cannot, for lack of memory or another reason; or values do not fit float16.
+        """
+        if self.dtype == "float16":
+            narrow = {t.name for t in self.bundle.manifest.graphs[name].inputs if t.dtype == "float16"}
+            feeds = {
+                key: cast(array, self.dtype, key, "compute in float32") if key in narrow else array
+                for key, array in feeds.items()
+            }
+        with told(f"{name} cannot run", SMALLER, "export the model again, or use another onnxruntime"):
+            outputs = self._sessions[name].run(None, dict(feeds))
+        outputs = [array.astype(np.float32) if array.dtype == np.float16 else array for array in outputs]
+        return dict(zip(self._outputs[name], outputs, strict=True))
+
+
+def check_dtype(bundle: Bundle, dtype: FloatName) -> None:
+    """Check that onnxruntime's CPU provider can compute this bundle in `dtype`.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if dtype != "float32" and (dtype, dtype) != ("float16", bundle.manifest.dtype):
+        raise UserError(
+            f"onnxruntime's CPU provider cannot compute a {bundle.manifest.dtype} bundle in {dtype}: take float32, "
+            "or float16 with a float16 bundle"
+        )
+
+
+def widening_note(bundle: Bundle) -> str | None:
+    """What opening an OnnxSession will cost beyond the weights' own size, or None if nothing."""
+    if bundle.manifest.dtype == "float32":
+        return None
+    size = decimal(2 * sum(file.size for file in bundle.manifest.weights))
+    return (
+        f"onnxruntime's CPU provider computes in float32: {bundle.manifest.dtype} weights widen to about {size} "
+        "whenever a session opens; a bundle exported with --dtype fp32 opens faster, and its weights stay on the disk"
+    )

@@ -1,0 +1,49 @@
+"""A FusedSession that can be compared with another session, tensor by tensor."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from onnxruntime import OrtValue
+
+from ivc_export.lowering.scale_residuals import SCALE
+from ivc_export.runtime.onnxruntime.cuda import Arrays, FusedConversation, FusedSession
+from ivc_export.runtime.onnxruntime.workspace import Values
+from ivc_export.runtime.plan import Run
+
+
+class OpenFusedSession(FusedSession):
+    """A FusedSession whose prefills show every tensor that passes between the graphs, copied from the device.
+
+    Keys and values are the rows of this run in the caches, before and after compaction; those of decode steps stay on
+    the device, whose logits are shown alone.
+    """
+
+    def converse(self, ratio: float | None = None, capacity: int | None = None) -> OpenFusedConversation:
+        """Begin a conversation; see FusedConversation."""
+        return OpenFusedConversation(self, ratio, capacity)
+
+
+class OpenFusedConversation(FusedConversation):
+    """As FusedConversation, with the contract's tensors in Step.prefix and Step.decoder of a prefill."""
+
+    def _shown(self, plan: Run, kept: int, prefix: Values) -> tuple[Arrays, Arrays]:
+        below, above = super()._shown(plan, kept, prefix)
+        m, cache = self.session.bundle.manifest, self.cache
+        below["hidden_states"] = prefix["hidden_states"].numpy().astype(np.float32) / np.float32(SCALE)
+        for i in range(m.decoder.layers):
+            for name in (f"key.{i}", f"value.{i}"):
+                if i in m.selection.whole_layers:
+                    below[f"new_{name}"] = rows(cache.current[name], cache.whole_length, plan.rows)
+                elif i < m.selection_layer:  # compaction has changed the two sets of buffers
+                    below[f"new_{name}"] = rows(cache.spare[name], cache.length, plan.rows)
+                    above[f"compact_{name}"] = rows(cache.current[name], cache.length, kept)
+                else:
+                    above[f"new_{name}"] = rows(cache.current[name], cache.length, kept)
+        return below, above
+
+
+def rows(cache: OrtValue, start: int, count: int) -> npt.NDArray[np.float32]:
+    """Rows of a cache [1, kv_heads, capacity, head_dim], as a copy in host memory."""
+    array: npt.NDArray[np.float32] = cache.numpy()[:, :, start : start + count].astype(np.float32)
+    return array

@@ -1,0 +1,1 @@
+"""Sessions of TensorRT, and the device's memory."""

@@ -1,0 +1,1 @@
+"""How visual tokens are chosen: the rule, in NumPy and as operators."""

@@ -1,0 +1,202 @@
+"""IVC-Prune's choice of visual tokens: the host's part, the same in NumPy, and the schema of the `ivc` operators.
+
+Source: IVC-Prune (arXiv 2602.03060), sections 3.2 and 3.3, and its official code (FireRedTeam/IVC-Prune). Where that
+leaves an order among equals open, the lowest index comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx.parser
+import onnx_ir as ir
+
+from ivc_export import contract
+from ivc_export.graph.builder import Graph
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+IVC_PRIORITY = 2.0**15
+"""Of a picture's best IVC token; the next has 1 less. The best of several pictures are equal."""
+
+SEED_PRIORITY = 1e30
+"""Of the last seed; each before it has as much more."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What SelectTokens returns: kept rows ascending, score and seeds of the visual tokens."""
+
+    keep_index: Ints
+    token_score: Floats
+    seed_index: Ints
+
+
+@cache
+def operator(name: str) -> ir.Function:
+    """The `ivc` operator `name` as a function of standard operators, from graphs/ops/`name`.onnxtxt."""
+    package = Path(__file__).parents[1]
+    folders = (package / "ops", package.parent / "graphs" / "ops")  # installed, or in the repository
+    text = next(folder for folder in folders if folder.is_dir()).joinpath(f"{name}.onnxtxt").read_text(encoding="utf-8")
+    return ir.serde.deserialize_function(onnx.parser.parse_function(text))
+
+
+def selection_operator(rule: contract.SelectionRule) -> str:
+    """The `ivc` operator that chooses by `rule`."""
+    return "SelectTileTokens" if rule.tiles else "SelectTokens"
+
+
+def select_tokens(g: Graph, rule: contract.SelectionRule, values: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Add the rule's operator on `values` [1, kv_heads, S, head_dim]: keep_index, token_score, seed_index."""
+    names = ["ivc_priority", "visual_index", "text_index", "query_index", "keep_count"]
+    attributes = {"seed_divisor": rule.seed_divisor}
+    if rule.tiles:
+        names += ["thumbnail_index", "tile_map"]
+    else:
+        attributes["softmax_all"] = int(rule.softmax == "all")
+    inputs = [values, *(g.inputs[name] for name in names)]
+    keep_index, token_score, seed_index = g.op_with_outputs(
+        3, selection_operator(rule), *inputs, domain=contract.IVC_DOMAIN, **attributes
+    )
+    return keep_index, token_score, seed_index
+
+
+def compact_gather(g: Graph, x: ir.Value, keep_index: ir.Value, axis: int) -> ir.Value:
+    """Add a CompactGather node: the rows `keep_index` of `x` along `axis`."""
+    return g.op("CompactGather", x, keep_index, domain=contract.IVC_DOMAIN, axis=axis)
+
+
+def descending(score: npt.NDArray[Any]) -> Ints:
+    """Indices by falling score, equal scores by rising index."""
+    return np.argsort(-score, kind="stable").astype(np.int32)
+
+
+def ivc_priority(positions: Ints, rotary: contract.RotarySizes, head_dim: int, rule: contract.SelectionRule) -> Floats:
+    """Priorities of one picture's implicit-visual-coordinate tokens; they depend on positions alone.
+
+    positions: int32 [axes, L]. Returns float32 [L]: 0, or for IVC tokens IVC_PRIORITY and less. These are the
+    `round(ivc_fraction L)` tokens with the largest mean cosine (rotation near identity) and as many with the largest
+    mean sine (near 90 degrees), taken alternately, cosine first. Means are over axes and frequencies, before M-RoPE
+    mixes its sections, in float64 and rounded to 9 decimals: tokens (r, c) and (c, r) tie mathematically, and rounding
+    makes them tie exactly.
+
+    Source: arXiv 2602.03060, section 3.2.
+    """
+    frequencies = rotary.theta ** (-2.0 * np.arange(head_dim // 2) / head_dim)
+    least = positions.min()
+    angles = np.arange(least, positions.max() + 1)[:, None] * frequencies  # few: a picture's rows and columns
+    count = round(rule.ivc_fraction * positions.shape[1])
+    best = []
+    for part in (np.cos(angles), np.sin(angles)):
+        mean = part.mean(axis=1)[positions - least].mean(axis=0)
+        best.append(descending(np.round(mean, 9))[:count])
+    taken = np.stack(best, axis=1).ravel()
+    order = taken[np.sort(np.unique(taken, return_index=True)[1])]  # each token once, where it comes first
+    priority = np.zeros(positions.shape[1], np.float32)
+    priority[order] = IVC_PRIORITY - np.arange(len(order))
+    return priority
+
+
+def sharers(rule: contract.SelectionRule, text_index: Ints) -> Ints:
+    """Rows that share a vote with the visual tokens."""
+    return text_index if rule.softmax == "all" else text_index[:0]
+
+
+def votes(values: Floats, visual_index: Ints, rows: Ints, others: Ints) -> Floats:
+    """How each of `rows` divides its vote over the visual tokens and `others`: float32 [rows, L], the visual part.
+
+    values: float32 [kv_heads, S, head_dim]. Source: arXiv 2602.03060, section 3.3; no rotation, no causal mask.
+    """
+    keys = values[:, np.concatenate([visual_index, others])]
+    scores = values[:, rows] @ keys.transpose(0, 2, 1) / np.sqrt(np.float32(values.shape[-1]))
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    by_row: Floats = np.mean(weights / weights.sum(axis=-1, keepdims=True), axis=0)
+    return by_row[:, : len(visual_index)]
+
+
+def token_scores(
+    values: Floats,
+    visual_index: Ints,
+    query_index: Ints,
+    seed_divisor: int,
+    others: Ints,
+    candidates: Ints,
+    seed_index: Ints | None = None,
+) -> tuple[Floats, Ints]:
+    """Score of each visual token by the value vectors of layer k-1, and the seeds, best first.
+
+    values: float32 [kv_heads, S, head_dim]. others: rows that share a vote with the visual tokens. candidates:
+    positions within `visual_index` that may be seeds. seed_index: seeds to take instead of those that the text votes
+    for. Returns float32 [L] and int32 [seeds], positions likewise.
+    """
+    by_text = votes(values, visual_index, query_index, others)
+    if seed_index is None:
+        seeds = max(1, round(len(candidates) / seed_divisor))
+        seed_index = candidates[descending(by_text.mean(axis=0)[candidates])[:seeds]]
+    by_seeds = votes(values, visual_index, visual_index[seed_index], others)
+    return np.concatenate([by_text, by_seeds]).mean(axis=0), seed_index
+
+
+def tile_scores(
+    token_score: Floats, priority: Floats, keep_count: int, thumbnail_index: Ints, tile_map: Ints
+) -> Floats:
+    """Numbers below 1 that order visual tokens behind the IVC tokens, float32 [L].
+
+    First the foreground: the thumbnails' tokens that are best by score, as many as make up the thumbnails' share of
+    the budget together with their IVC tokens, and the tiles' tokens that these show. Then the thumbnails' others, then
+    the tiles' others; each by score. The official code ends with the thumbnail and may keep fewer than the budget.
+    """
+    length = len(token_score)
+    share = keep_count * len(thumbnail_index) // length
+    best = descending(np.maximum(token_score, priority)[thumbnail_index])[:share]
+    chosen = np.zeros(len(thumbnail_index), bool)
+    chosen[best] = priority[thumbnail_index[best]] == 0
+    tier = np.zeros(length, np.int32)
+    tier[thumbnail_index] = 1
+    tier[chosen[tile_map]] = 2
+    rank = np.empty(length, np.int32)
+    rank[descending(token_score)] = np.arange(length)
+    scores: Floats = ((tier + 1) * length - rank).astype(np.float32) / np.float32(4 * length)
+    return scores
+
+
+def kept_rows(
+    token_score: Floats, seed_index: Ints, priority: Floats, visual_index: Ints, text_index: Ints, keep_count: int
+) -> Ints:
+    """Rows to keep, ascending: all text, then seeds, IVC tokens and the rest by score, `keep_count` visual tokens."""
+    final = np.maximum(token_score, priority)
+    final[seed_index] = SEED_PRIORITY * np.arange(len(seed_index), 0, -1, dtype=np.float32)
+    return np.sort(np.concatenate([text_index, visual_index[descending(final)[:keep_count]]])).astype(np.int32)
+
+
+def select(
+    values: Floats,
+    priority: Floats,
+    visual_index: Ints,
+    text_index: Ints,
+    query_index: Ints,
+    keep_count: int,
+    rule: contract.SelectionRule,
+    tiles: Mapping[str, Ints] | None = None,
+    seed_index: Ints | None = None,
+) -> Selected:
+    """The rule's operator in NumPy. values: float32 [kv_heads, S, head_dim]; the others as in the contract.
+
+    tiles: thumbnail_index and tile_map, for a rule with tiles. seed_index: seeds to take instead of those that the text
+    votes for.
+    """
+    others = sharers(rule, text_index)
+    candidates = tiles["thumbnail_index"] if tiles else np.arange(len(visual_index), dtype=np.int32)
+    token_score, seed_index = token_scores(
+        values, visual_index, query_index, rule.seed_divisor, others, candidates, seed_index
+    )
+    order = tile_scores(token_score, priority, keep_count, **tiles) if tiles else token_score
+    keep_index = kept_rows(order, seed_index, priority, visual_index, text_index, keep_count)
+    return Selected(keep_index, token_score, seed_index)

@@ -1,0 +1,1 @@
+"""Where a model comes from: a folder, an alias or the hub, and what its files say."""

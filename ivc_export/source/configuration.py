@@ -1,0 +1,101 @@
+"""What the JSON files of a checkpoint say, digested."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from ivc_export import contract, families
+from ivc_export.checkpoint.folder import Checkpoint
+from ivc_export.checkpoint.kinds import check_tensors, check_whole
+from ivc_export.checkpoint.weights import Weights, main_dtype
+from ivc_export.contract import PREPROCESSOR
+from ivc_export.errors import UserError
+from ivc_export.families import Family, Model
+from ivc_export.source.prompts import PROCESSOR, Prompts, read_prompts
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the JSON files say: family, sizes, the image processor's settings if there are any, and prompts."""
+
+    family: Family
+    model: Model
+    processor: dict[str, Any] | None
+    prompts: Prompts
+
+
+@dataclass(frozen=True)
+class Configuration(Description):
+    """One checkpoint: what its JSON files say, as far as its tensors agree, and the tensors."""
+
+    weights: Weights
+
+
+def read_description(checkpoint: Checkpoint) -> Description:
+    """Digest config.json, generation_config.json, and the files of processor and tokenizer; no tensor is looked at.
+
+    Raises:
+        UserError: a file or a value is missing, damaged or out of range.
+    """
+    family, model, processor = read_model(checkpoint)
+    with described(checkpoint):
+        prompts = read_prompts(checkpoint, family, model)
+    if checkpoint.shards is not None:
+        names = {family.canonical_name(name) for name in checkpoint.shards}
+        check_whole(checkpoint.place, names, model.decoder.tied_embeddings)
+    return Description(family, model, processor, prompts)
+
+
+def read_model(checkpoint: Checkpoint) -> tuple[Family, Model, dict[str, Any] | None]:
+    """Family, sizes and the image processor's settings; no file of the tokenizer is looked at.
+
+    Raises:
+        UserError: a file or a value is missing, damaged or out of range.
+    """
+    family, processor = families.described(checkpoint.config), image_processor(checkpoint)
+    with described(checkpoint):
+        return family, family.read(checkpoint.config, processor), processor
+
+
+@contextmanager
+def described(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what values of a wrong kind raise into one sentence."""
+    try:
+        yield
+    except (ValidationError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"the JSON files of {checkpoint.folder} do not describe a model ({contract.first_problem(error)}): "
+            "give the checkpoint's own files"
+        ) from error
+
+
+def read_configuration(checkpoint: Checkpoint, description: Description | None = None) -> Configuration:
+    """Digest the JSON files, and the names, dtypes and shapes of the tensors.
+
+    description: of the checkpoint, where it has been read.
+
+    Raises:
+        UserError: a file or a value is missing, damaged or out of range.
+    """
+    d = description or read_description(checkpoint)
+    check_tensors(checkpoint.place, checkpoint.tensors)
+    tensors = {d.family.canonical_name(name): tensor for name, tensor in checkpoint.tensors.items()}
+    model = d.model
+    if "lm_head.weight" in tensors:  # as transformers 5: a stored head counts, whatever config.json says
+        model = replace(model, decoder=model.decoder.model_copy(update={"tied_embeddings": False}))
+    weights = Weights(tensors, main_dtype(tensors))
+    check_whole(checkpoint.place, tensors, model.decoder.tied_embeddings)
+    return Configuration(d.family, model, d.processor, d.prompts, weights)
+
+
+def image_processor(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The image processor's settings: its part of transformers 5's processor_config.json, or else its own file."""
+    part = (checkpoint.json(PROCESSOR) or {}).get("image_processor")
+    if part is not None and not isinstance(part, dict):
+        raise UserError(f"image_processor of {checkpoint.folder / PROCESSOR} is no JSON object: download it again")
+    return part if part is not None else checkpoint.json(PREPROCESSOR)

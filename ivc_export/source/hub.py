@@ -1,0 +1,151 @@
+"""Where a model is: a folder, an alias, or an id on Hugging Face's hub, downloaded as far as it is needed."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ivc_export import families
+from ivc_export.checkpoint.folder import CONFIG, Checkpoint
+from ivc_export.checkpoint.kinds import check_folder
+from ivc_export.errors import UserError
+
+TOKENIZER_FILES = ("merges.txt", "tokenizer.model")
+"""What tokenizers are made of where there is no tokenizer.json."""
+
+
+def aliases() -> dict[str, str]:
+    """Short names of models that can be exported, to their hub ids."""
+    return {alias: repo for name in families.names() for alias, repo in families.of(name).hub.items()}
+
+
+def open_checkpoint(model: Path | str, revision: str | None = None) -> Checkpoint:
+    """Open a checkpoint folder, or a hub model's, of which only the JSON files and templates are downloaded yet.
+
+    model: a folder, an alias or a hub id. revision: branch, tag or commit on the hub; None takes its main branch.
+
+    Raises:
+        UserError: there is none, or the hub does not give it, or it is something else; see kinds.KINDS.
+    """
+    name = str(model)
+    if Path(name).exists():
+        if revision is not None:
+            raise UserError(f"{name} is a folder, which has no revisions: leave out --revision")
+        check_folder(Checkpoint(Path(name)))
+        return Checkpoint.open(Path(name))
+    known = aliases()
+    if name in known:
+        return HubCheckpoint.download(known[name], revision)
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return HubCheckpoint.download(name, revision)
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5) or sorted(known)
+    raise UserError(
+        f"{name} is not a folder, nor an alias: give a checkpoint folder, a hub id (owner/name), or an alias such as "
+        f"{', '.join(near)}"
+    )
+
+
+@dataclass(frozen=True)
+class HubCheckpoint(Checkpoint):
+    """A snapshot in the hub's cache; its weight files are downloaded when they are first asked for."""
+
+    repo: str
+
+    @staticmethod
+    def download(repo: str, revision: str | None) -> HubCheckpoint:
+        """Download everything but the weights.
+
+        Raises:
+            UserError: the hub does not give it, or it is no checkpoint.
+        """
+        checkpoint = HubCheckpoint(snapshot(repo, revision, ["*.json", "*.jinja", *TOKENIZER_FILES]), repo)
+        check_folder(checkpoint)
+        if not (checkpoint.folder / CONFIG).is_file():
+            raise UserError(f"{repo} on the hub has no {CONFIG}: give a model in the layout of transformers")
+        return checkpoint
+
+    @property
+    def place(self) -> str:
+        """The repository."""
+        return self.repo
+
+    @cached_property
+    def listing(self) -> frozenset[str] | None:
+        """Names of the repository's top-level files and folders; None where the hub does not tell, as offline."""
+        import huggingface_hub
+
+        commit = self.folder.name  # of a snapshot
+        try:
+            entries = huggingface_hub.HfApi().list_repo_tree(self.repo, revision=commit)
+            return frozenset(entry.path.partition("/")[0] for entry in entries)
+        except Exception:  # the hub's library and those below it share no base class
+            return None
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names of the repository's files and folders, or of those that are downloaded."""
+        return super().names if self.listing is None else self.listing
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, downloaded.
+
+        Raises:
+            UserError: the repository lacks one, or the hub does not give it.
+        """
+        files = super().weight_files
+        lacking = [file.name for file in files if self.listing is not None and file.name not in self.listing]
+        if lacking:
+            raise UserError(
+                f"{self.repo} on the hub has no {lacking[0]}: give a model with all of its safetensors files"
+            )
+        snapshot(self.repo, self.folder.name, [glob.escape(file.name) for file in files])
+        return files
+
+
+def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    """Download the top-level files of a repository that match `patterns`, and return the snapshot's folder.
+
+    Token, cache, offline switch and endpoint are huggingface_hub's own (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, ...).
+
+    Raises:
+        UserError: the hub does not give them.
+    """
+    import huggingface_hub  # takes a while to load
+    from huggingface_hub import errors
+
+    try:
+        path: str = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+        )
+        return Path(path)
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{repo} is gated: ask for access at huggingface.co/{repo}, and log in with `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{repo} has no revision {revision}: give a branch, tag or commit of it") from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise UserError(
+            f"{repo} is neither a folder nor a model on the hub that you may read: check the name, and if it is "
+            "private log in with `hf auth login`"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{repo} is not a folder, and not all of it is in the hub's cache while the hub cannot be reached: "
+            "check the connection and HF_HUB_OFFLINE, or download it before"
+        ) from error
+    except Exception as error:  # the hub's library and those below it share no base class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{repo} cannot be downloaded ({reason}): try again, or download it before") from error
+
+
+def silence() -> None:
+    """Show no progress of downloads."""
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    disable_progress_bars()

@@ -1,0 +1,1 @@
+"""TensorRT engines: recipe, profiles, memory, build."""

@@ -1,0 +1,214 @@
+"""A checkpoint's tokenizer: one tokenizer.json that holds every token of its files, under the ids that they state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ivc_export.checkpoint.folder import Checkpoint
+from ivc_export.contract import INT32_MOST, TOKENIZER, TOKENIZER_CONFIG
+from ivc_export.errors import UserError
+from ivc_export.files import parse_json, read_text
+from ivc_export.text.conversion import converted
+from ivc_export.text.template import NAMED_TOKENS, named_tokens
+
+MOST_BYTES = 128 << 20
+"""Of a tokenizer.json: three times the largest published."""
+
+ADVICE = "take all files of the tokenizer from one checkpoint"
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+@dataclass(frozen=True)
+class CheckpointTokenizer:
+    """A tokenizer, the text of the tokenizer.json that makes it, and tokenizer_config.json with what its class adds."""
+
+    tokenizer: Tokenizer
+    text: str
+    config: Mapping[str, Any]
+
+
+def read_tokenizer(path: Path, advice: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json.
+
+    Raises:
+        UserError: see read_text; or it is no tokenizer.
+    """
+    return parse_tokenizer(read_text(path, advice, MOST_BYTES), str(path), advice)
+
+
+def parse_tokenizer(text: str, what: str, advice: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's text.
+
+    what: names it in errors.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, and where it panics only a BaseException
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{what} cannot be read ({reason}): {advice}") from error
+
+
+def tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """tokenizer_config.json, and over it special_tokens_map.json where the first is of the time before it held both.
+
+    Source: PreTrainedTokenizerBase._from_pretrained in transformers.
+    """
+    config = checkpoint.json(TOKENIZER_CONFIG) or {}
+    if "added_tokens_decoder" in config:
+        return config
+    return config | (checkpoint.json("special_tokens_map.json") or {})
+
+
+def checkpoint_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> CheckpointTokenizer | None:
+    """The tokenizer of a checkpoint, or None if it has none.
+
+    config: see tokenizer_config.
+
+    Raises:
+        UserError: a file is damaged, or one contradicts another.
+    """
+    path = checkpoint.folder / TOKENIZER
+    if path.exists():
+        text = read_text(path, "download it again", MOST_BYTES)
+    else:
+        conversion = converted(checkpoint, config)
+        if conversion is None:
+            return None
+        text, config = conversion.tokenizer.to_str(pretty=True), {**conversion.names, **config}
+    content = parse_json(text, str(path), "download it again")
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (it should hold a JSON object): download it again")
+    found = added_tokens(content, path)
+    merged = with_stated(found, stated_tokens(checkpoint, config, found), checkpoint)
+    merged |= unnumbered(special_texts(config, checkpoint), merged, vocabulary(content, path))
+    if merged != found:
+        content["added_tokens"] = [merged[number] for number in sorted(merged)]
+        text = json.dumps(content, ensure_ascii=False, indent=2)
+    tokenizer = parse_tokenizer(text, str(path), "download it again")
+    for number, token in merged.items():
+        given = tokenizer.token_to_id(token["content"])
+        if given != number:
+            raise UserError(
+                f"{checkpoint.folder} states that {token['content']} is token {number}, and its tokenizer makes it "
+                f"{given}: {ADVICE}"
+            )
+    return CheckpointTokenizer(tokenizer, text, config)
+
+
+Token = dict[str, Any]
+"""An entry of a tokenizer.json's added_tokens: `id`, `content` and FLAGS."""
+
+
+def added_tokens(content: Mapping[str, Any], path: Path) -> dict[int, Token]:
+    """What a tokenizer.json adds to the vocabulary, by ids."""
+    stored = content.get("added_tokens") or []
+    if not isinstance(stored, list):
+        raise UserError(f"{path} is damaged (added_tokens is no list): download it again")
+    tokens = [token(entry.get("id") if isinstance(entry, dict) else None, entry, path) for entry in stored]
+    return {entry["id"]: entry for entry in tokens}
+
+
+def vocabulary(content: Mapping[str, Any], path: Path) -> dict[str, int]:
+    """What a tokenizer.json holds beside the added tokens: ids by texts."""
+    model = content.get("model")
+    stored = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(stored, list):
+        return {str(entry[0]): i for i, entry in enumerate(stored) if isinstance(entry, list) and entry}
+    if isinstance(stored, dict) and all(isinstance(number, int) for number in stored.values()):
+        return stored
+    raise UserError(f"{path} is damaged (it has no vocabulary): download it again")
+
+
+def token(number: Any, entry: Any, path: Path) -> Token:
+    """A token as some file states it, its flags written out.
+
+    Raises:
+        UserError: it is none.
+    """
+    if isinstance(entry, str):
+        entry = {"content": entry, "special": True}
+    text = entry.get("content") if isinstance(entry, dict) else None
+    if not isinstance(text, str) or not text or not isinstance(number, int) or not 0 <= number <= INT32_MOST:
+        raise UserError(f"{path} is damaged ({entry!r:.80} of id {number!r:.20} is no token): download it again")
+    special = bool(entry.get("special"))
+    defaults = dict.fromkeys(FLAGS, False) | {"normalized": not special}
+    return {"id": number, "content": text} | {flag: bool(entry.get(flag, defaults[flag])) for flag in FLAGS}
+
+
+def stated_tokens(checkpoint: Checkpoint, config: Mapping[str, Any], known: Mapping[int, Token]) -> Iterator[Token]:
+    """The tokens that tokenizer_config.json states with their ids, or else added_tokens.json."""
+    names, path = {*special_texts(config, checkpoint)}, checkpoint.folder / TOKENIZER_CONFIG
+    if "added_tokens_decoder" in config:
+        stored = config["added_tokens_decoder"]
+        if not isinstance(stored, dict):
+            raise UserError(f"{path} is damaged (added_tokens_decoder is no object): download it again")
+        for number, entry in stored.items():
+            found = token(int(number) if number.isdecimal() else number, entry, path)
+            yield found | {"special": found["special"] or found["content"] in names}
+        return
+    path = checkpoint.folder / "added_tokens.json"
+    flags = {entry["content"]: entry for entry in known.values()}
+    for text, number in (checkpoint.json(path.name) or {}).items():
+        yield token(number, flags.get(text, {"content": text, "special": text in names}), path)
+
+
+def special_texts(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
+    """Texts of the special tokens that tokenizer_config.json names without ids, in transformers' order."""
+    path = checkpoint.folder / TOKENIZER_CONFIG
+    try:
+        names = named_tokens(config)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): download it again") from error
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    entries = list(extra.values()) if isinstance(extra, dict) else extra if isinstance(extra, list) else [extra]
+    texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{path} is damaged (a special token is no text): download it again")
+    own = [key for key in names if key not in NAMED_TOKENS]
+    ordered = [names[key] for key in (*NAMED_TOKENS, *own) if key in names]
+    return [text for text in dict.fromkeys([*ordered, *texts]) if text]
+
+
+def with_stated(found: Mapping[int, Token], stated: Iterable[Token], checkpoint: Checkpoint) -> dict[int, Token]:
+    """Added tokens with those that other files state.
+
+    Raises:
+        UserError: two files give one id to two texts, or two ids to one.
+    """
+    merged = dict(found)
+    ids = {entry["content"]: number for number, entry in found.items()}
+    for entry in stated:
+        number, text = entry["id"], entry["content"]
+        other = merged.get(number, entry)["content"]
+        if other != text or ids.get(text, number) != number:
+            where = f"{text} is token {ids[text]}" if text in ids else f"token {number} is {other}"
+            raise UserError(
+                f"the files of the tokenizer in {checkpoint.folder} contradict each other ({where}, and token {number} "
+                f"is {text}): {ADVICE}"
+            )
+        merged[number], ids[text] = entry, number
+    return merged
+
+
+def unnumbered(texts: Iterable[str], known: Mapping[int, Token], vocabulary: Mapping[str, int]) -> dict[int, Token]:
+    """Special tokens that are named without an id, and are not among the added ones yet.
+
+    One that the vocabulary holds has its id; one that is nowhere comes behind all others, as transformers adds it.
+    """
+    held, found = {entry["content"] for entry in known.values()}, dict[int, Token]()
+    for text in texts:
+        if text not in held:
+            number = vocabulary.get(text, max([-1, *vocabulary.values(), *known, *found]) + 1)
+            found[number] = token(number, text, Path(TOKENIZER_CONFIG))
+    return found

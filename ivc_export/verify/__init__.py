@@ -1,0 +1,1 @@
+"""A bundle against PyTorch: the reference, its record, the comparison."""

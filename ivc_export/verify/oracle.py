@@ -1,0 +1,135 @@
+"""A run of IVC-Prune on PyTorch, recorded, so that a bundle can be compared with it here or where there is no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import torch
+
+from ivc_export import contract, families
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.bundle.recording import Key, Recording, identity
+from ivc_export.checkpoint.folder import Checkpoint
+from ivc_export.contract import check_ratio
+from ivc_export.errors import UserError
+from ivc_export.families import Picture
+from ivc_export.source.configuration import read_configuration
+from ivc_export.verify.reference import Reference, ReferenceLayout, ReferencePicture, ReferenceTurn
+
+Progress = Callable[[str], None]
+
+
+def record(
+    bundle: Bundle,
+    checkpoint: Path,
+    tokens: Sequence[int],
+    images: Sequence[PIL.Image.Image],
+    ratio: float,
+    steps: int,
+    progress: Progress = lambda stage: None,
+) -> Recording:
+    """Run the checkpoint in float32, on weights rounded to the bundle's dtype: a prefill and `steps` greedy tokens.
+
+    tokens: image tokens included. The tensors have the names that the graphs' outputs have in the contract.
+
+    Raises:
+        UserError: the checkpoint cannot be loaded, or is not the bundle's; ratio or steps are out of range.
+    """
+    m = bundle.manifest
+    if steps < 0:
+        raise UserError(f"{steps} decode steps cannot be compared: give 0 or more")
+    check_ratio(ratio)
+    check_same_model(bundle, checkpoint)
+    progress("opening the checkpoint")
+    reference = Reference(checkpoint, m.selection_layer, ratio, m.selection, reference_layout(bundle, checkpoint))
+    round_weights(reference.model, m.dtype)
+    progress("prefill on PyTorch")
+    pictures = [families.of(m.family).picture(image, m.preprocessing) for image in images]
+    turn = reference.run(tokens, [reference_picture(bundle, p) for p in pictures])
+    found = {Key("prefill", graph, "outputs", name): array for (graph, name), array in outputs(turn, m).items()}
+    teacher = []
+    for number in range(1, steps + 1):
+        progress(f"decode step {number} of {steps} on PyTorch")
+        teacher.append(int(turn.logits.argmax()))
+        turn = reference.run(teacher[-1:])
+        found[Key(f"decode-{number}", "decoder", "outputs", "logits")] = turn.logits[None, None].numpy()
+    facts = {
+        "model": identity(m),
+        "checkpoint": str(checkpoint),
+        "ratio": ratio,
+        "prompt_tokens": list(tokens),
+        "drawn_tokens": teacher,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+    return Recording(facts, found)
+
+
+def outputs(turn: ReferenceTurn, m: contract.Manifest) -> Mapping[tuple[str, str], npt.NDArray[Any]]:
+    """What the graphs should give in this prefill, by graph and name."""
+    found: dict[tuple[str, str], torch.Tensor] = {
+        ("prefix", "hidden_states"): turn.hidden_states,
+        ("prefix", "keep_index"): turn.keep_index.int(),
+        ("prefix", "token_score"): turn.token_score,
+        ("prefix", "seed_index"): turn.seed_index.int(),
+        ("decoder", "logits"): turn.logits[None, None],
+    }
+    if turn.image_embeds is not None:
+        found["vision", "image_embeds"] = turn.image_embeds
+    for i, (key, value) in enumerate(zip(turn.full_keys, turn.full_values, strict=True)):
+        found |= {("prefix", f"new_key.{i}"): key, ("prefix", f"new_value.{i}"): value}
+    for i, (key, value) in enumerate(zip(turn.keys, turn.values, strict=True)):
+        if i in m.selection.whole_layers:  # its rows are the prefix's
+            continue
+        kept = "compact" if i < m.selection_layer else "new"
+        found |= {("decoder", f"{kept}_key.{i}"): key, ("decoder", f"{kept}_value.{i}"): value}
+    return {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in found.items()}
+
+
+def round_weights(model: torch.nn.Module, dtype: contract.FloatName) -> None:
+    """Round float32 parameters to `dtype`, as an export to it does; no change where the checkpoint has it already."""
+    if dtype != "float32":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, dtype)).float()
+
+
+def reference_picture(bundle: Bundle, picture: Picture) -> ReferencePicture:
+    """The same picture for transformers."""
+    m = bundle.manifest
+    inputs = families.of(m.family).stock_inputs(picture, m.preprocessing)
+    return ReferencePicture({name: torch.from_numpy(array) for name, array in inputs.items()}, *picture.grid)
+
+
+def reference_layout(bundle: Bundle, checkpoint: Path) -> ReferenceLayout | None:
+    """The checkpoint's layout for transformers, where it cannot load the folder."""
+    stock, config = families.of(bundle.manifest.family).stock_layout, Checkpoint.open(checkpoint).config
+    return (
+        ReferenceLayout(stock.config(config, bundle.manifest.tokens.image), partial(stock.tensors, config))
+        if stock
+        else None
+    )
+
+
+def check_same_model(bundle: Bundle, checkpoint: Path) -> None:
+    """Compare what the checkpoint's JSON files say with the manifest, before anything is loaded.
+
+    Raises:
+        UserError: the checkpoint is damaged, or is another model.
+    """
+    configuration, m = read_configuration(Checkpoint.open(checkpoint)), bundle.manifest
+    for what, found, wanted in (
+        ("family", configuration.family.model_type, m.family),
+        ("decoder", configuration.model.decoder, m.decoder),
+        ("rotary embedding", configuration.model.rotary, m.rotary),
+        ("image token", configuration.prompts.tokens.image, m.tokens.image),
+    ):
+        if found != wanted:
+            raise UserError(
+                f"{checkpoint} has another {what} than {bundle.folder}: name the checkpoint that was exported"
+            )

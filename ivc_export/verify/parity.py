@@ -1,0 +1,379 @@
+"""A bundle against a recorded run of its checkpoint: every tensor that passes between the graphs, and the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+
+from ivc_export import contract, families
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.bundle.recording import Recording, identity
+from ivc_export.contract import FloatName
+from ivc_export.errors import UserError
+from ivc_export.runtime.conversation import OpenSession, Step
+from ivc_export.runtime.onnxruntime.cpu import OnnxSession
+from ivc_export.runtime.plan import Run
+from ivc_export.selection.ivc_prune import Selected, select, sharers, votes
+from ivc_export.verify.testdata import draw_picture, make_prompt
+
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+_SELECTION = (1e-6, "the operator against NumPy on the same values, in float32 always; 9e-8 in 500 random cases")
+_FLOAT32 = {
+    "image_embeds": (1e-4, "order of summation; 2e-6 measured on small models"),
+    "hidden_states": (1e-4, "order of summation; 3e-6 measured on small models"),
+    "keys and values": (1e-4, "order of summation; 3e-6 measured on small models"),
+    "token_score": (1e-6, "probabilities, absolute; 1e-8 measured on small models"),
+    "logits": (1e-4, "order of summation; 16 steps measured at 2e-5"),
+    "selection": _SELECTION,
+}
+_FLOAT16 = {
+    "image_embeds": (5e-3, "rounding to 11 bits after each operator; 8e-4 measured on small models"),
+    "hidden_states": (5e-3, "rounding to 11 bits after each operator; 1e-3 measured on small models"),
+    "keys and values": (5e-3, "rounding to 11 bits after each operator; 1.5e-3 measured on small models"),
+    "token_score": (1e-4, "probabilities, absolute, of values in float16; 3e-5 measured on small models"),
+    "logits": (5e-3, "rounding to 11 bits after each operator; 1.4e-3 measured on small models"),
+    "selection": _SELECTION,
+}
+_TENSORRT_FLOAT16 = {
+    "image_embeds": (5e-3, "TensorRT fuses layers and rounds elsewhere; 5.6e-4 measured on small models, 8.6, H100"),
+    "hidden_states": (1e-2, "as above, twice onnxruntime's error on the same graphs; 3.6e-3 measured"),
+    "keys and values": (1.5e-2, "as above; 6.6e-3 measured, 4.0e-3 in onnxruntime, of float32 weights rounded"),
+    "token_score": (1e-3, "probabilities, absolute, of such values; 1.7e-4 measured, 8.6e-4 with sums beyond 65504"),
+    "logits": (1e-2, "as image_embeds; 4.5e-3 measured, 2.8e-3 in onnxruntime"),
+    "selection": (1e-4, "8.6 may hand values on before it rounds them: 1.9e-5 measured; plugin 1.4e-7"),
+}
+_TENSORRT_BFLOAT16 = {
+    # eight times float16's: 8 bits against 11; each error was 8 times float16's, with every value rounded
+    "image_embeds": (4e-2, "rounding to 8 bits; 1.1e-2 in onnxruntime on small models; on TensorRT not measured"),
+    "hidden_states": (8e-2, "rounding to 8 bits; 1.6e-2 in onnxruntime on small models; on TensorRT not measured"),
+    "keys and values": (1.2e-1, "rounding to 8 bits; 2.9e-2 in onnxruntime on small models; on TensorRT not measured"),
+    "token_score": (8e-3, "probabilities, absolute; 8.5e-4 in onnxruntime on small models; on TensorRT not measured"),
+    "logits": (8e-2, "rounding to 8 bits; 1.4e-2 in onnxruntime on small models; on TensorRT not measured"),
+    "selection": (8e-4, "values may be handed on before they are rounded, as in float16; not measured"),
+}
+_CUDA_FLOAT16 = {
+    "image_embeds": (5e-3, "CUDA's kernels fuse and sum elsewhere; 1.1e-3 on the CPU provider, on CUDA not measured"),
+    "hidden_states": (1e-2, "as above; 1.2e-3 on the CPU provider, on CUDA not measured"),
+    "keys and values": (1.5e-2, "as above; 1.7e-3 on the CPU provider, on CUDA not measured"),
+    "token_score": (1e-3, "probabilities, absolute, of such values; 2.6e-5 on the CPU provider, on CUDA not measured"),
+    "logits": (2e-2, "as above; 1.1e-3 on the CPU provider; the bound that tests/gpu hold CUDA to"),
+    "selection": _SELECTION,
+}
+TOLERANCE: Mapping[tuple[str, FloatName], Mapping[str, tuple[float, str]]] = {
+    ("onnxruntime-cpu", "float32"): _FLOAT32,
+    ("onnxruntime-cpu", "float16"): _FLOAT16,
+    ("tensorrt", "float32"): _FLOAT32,
+    ("tensorrt", "float16"): _TENSORRT_FLOAT16,
+    ("tensorrt", "bfloat16"): _TENSORRT_BFLOAT16,
+    ("onnxruntime-cuda", "float16"): _CUDA_FLOAT16,
+}
+"""By what runs the graphs and the dtype that they compute in: the largest error, and why. The reference computes in
+float32 on the same weights, rounded to the bundle's dtype. Errors are relative to the reference's largest magnitude
+where that exceeds 1."""
+
+
+BOUNDS = frozenset((("tensorrt", "bfloat16"), ("onnxruntime-cuda", "float16")))
+"""Of these, those that are not yet measured there: multiples of what rounding costs elsewhere, so that a report that
+passes says less than others."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line of the report; `error` and `tolerance` are None for what is compared by equality."""
+
+    name: str
+    error: float | None
+    tolerance: float | None
+    passed: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """All comparisons of one check."""
+
+    bundle: str
+    reference: str
+    backend: str
+    dtype: str
+    ratio: float
+    visual_tokens: int
+    kept_tokens: int
+    comparisons: tuple[Comparison, ...]
+    versions: dict[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison passed."""
+        return all(comparison.passed for comparison in self.comparisons)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self) | {"passed": self.passed}
+
+
+def check(bundle: Bundle, checkpoint: Path, ratio: float | None = None, steps: int = 8) -> ParityReport:
+    """Compare a bundle on onnxruntime with its checkpoint on PyTorch, both in float32, by a prompt of its own.
+
+    ratio: None takes the bundle's default.
+
+    Raises:
+        UserError: see oracle.record and compare.
+    """
+    from ivc_export.verify.oracle import record  # with torch, which comparing alone does not need
+
+    image = draw_picture()
+    _, tokens, _ = make_prompt(bundle, image)
+    ratio = bundle.manifest.default_ratio if ratio is None else ratio
+    return compare(OnnxSession(bundle), record(bundle, checkpoint, tokens, [image], ratio, steps), [image])[0]
+
+
+def compare(
+    session: OpenSession,
+    reference: Recording,
+    images: Sequence[PIL.Image.Image] = (),
+    progress: Callable[[str], None] = lambda stage: None,
+) -> tuple[ParityReport, Step]:
+    """Compare a bundle with a recorded run of the same prompt and pictures; returns the bundle's prefill as well.
+
+    The prefix graph's choice is compared first; the decoder then runs on the reference's choice, and decode steps on
+    the reference's tokens, so that one difference does not hide the others.
+
+    reference: see oracle.record.
+
+    Raises:
+        UserError: the recorded run is of another model, or damaged, or nothing is known about this backend's precision.
+    """
+    bundle, m, facts = session.bundle, session.bundle.manifest, reference.facts
+    if facts["model"] != identity(m):
+        raise UserError(
+            f"the recorded run is not of {bundle.folder}: check the bundle against its checkpoint where there is torch"
+        )
+    check_whole(reference, m, len(facts["drawn_tokens"]), bool(images))
+    tolerance = find_tolerances(session)
+    pictures = [families.of(m.family).picture(image, m.preprocessing) for image in images]
+    progress("prefill")
+    conversation = session.converse(facts["ratio"])
+    keep_index = reference.of("prefill", "prefix")["keep_index"]
+    prefill = conversation.run(facts["prompt_tokens"], pictures, keep_index)
+    comparisons = compare_prefill(prefill, reference, m, tolerance)
+    for number, token in enumerate(facts["drawn_tokens"], 1):
+        progress(f"decode step {number} of {len(facts['drawn_tokens'])}")
+        step = conversation.run([token])
+        wanted = reference.of(f"decode-{number}", "decoder")["logits"]
+        comparisons.append(close(f"logits of decode step {number}", tolerance["logits"], [(step.logits, wanted[0, 0])]))
+    report = ParityReport(
+        bundle=str(bundle.folder),
+        reference=facts["checkpoint"],
+        backend=session.backend,
+        dtype=session.dtype,
+        ratio=conversation.ratio,
+        visual_tokens=sum(picture.grid.visual for picture in pictures),
+        kept_tokens=int(np.isin(keep_index, prefill.run.visual_index).sum()) if pictures else 0,
+        comparisons=tuple(comparisons),
+        versions={**m.versions, **session.versions, **facts["versions"]},
+    )
+    return report, prefill
+
+
+def check_whole(reference: Recording, m: contract.Manifest, steps: int, pictures: bool) -> None:
+    """Check that a recorded run holds what `compare` compares, in shapes that can be.
+
+    Raises:
+        UserError: it does not.
+    """
+    named = {(graph, t.name): t for graph in ("prefix", "decoder") for t in m.graphs[graph].outputs}
+    wanted = {key for key in named if key[1].startswith("new_")} | {("decoder", "logits")}
+    wanted |= {("prefix", name) for name in ("hidden_states", "keep_index", "token_score", "seed_index")}
+    found = {(key.graph, key.name): a for key, a in reference.tensors.items() if key[::2] == ("prefill", "outputs")}
+    problem = next((f"{graph}'s {name} is missing" for graph, name in sorted(wanted - {*found})), None)
+    if pictures != (("vision", "image_embeds") in found):
+        problem = "image_embeds and pictures do not fit each other"
+    for (graph, name), array in found.items():
+        info = named.get((graph, name))
+        shape = info.shape if info else ("rows", m.decoder.hidden_size)
+        known = info is not None or (graph, name) == ("vision", "image_embeds")
+        axes = zip(shape, array.shape, strict=False)
+        integers = info is not None and info.dtype == "int32"
+        if not known or len(shape) != array.ndim or any(a != b for a, b in axes if not isinstance(a, str)):
+            problem = f"{graph}'s {name} is misshapen"
+        elif integers != np.issubdtype(array.dtype, np.integer):
+            problem = f"{graph}'s {name} is of another type"
+    for number in range(1, steps + 1):
+        logits = reference.of(f"decode-{number}", "decoder").get("logits")
+        if logits is None or logits.shape != (1, 1, m.decoder.vocab_size):
+            problem = f"step {number} has no logits"
+    if problem is None:
+        rows, choice = found["prefix", "hidden_states"].shape[1], found["prefix", "keep_index"]
+        if rows < 1 or len(choice) < 1 or choice[0] < 0 or choice[-1] >= rows or (np.diff(choice) <= 0).any():
+            problem = "keep_index names no ascending rows"
+    if problem:
+        raise UserError(f"the stored run is damaged ({problem}): run ivc-check --against again")
+
+
+def find_tolerances(session: OpenSession) -> dict[str, float]:
+    """The largest errors, by kind of tensor, of what a session runs on.
+
+    Raises:
+        UserError: nothing is known about this backend's precision.
+    """
+    found = TOLERANCE.get((session.backend, session.dtype))
+    if found is None:
+        known = ", ".join(f"{backend} in {dtype}" for backend, dtype in TOLERANCE)
+        raise UserError(
+            f"no tolerance has been measured for {session.backend} in {session.dtype}: check one of {known}"
+        )
+    return {kind: bound for kind, (bound, _) in found.items()}
+
+
+def compare_prefill(
+    step: Step, reference: Recording, m: contract.Manifest, tolerance: Mapping[str, float]
+) -> list[Comparison]:
+    """Everything that passes between the graphs in one prefill."""
+    cut, found = m.selection_layer, []
+    vision, wanted = reference.of("prefill", "vision"), reference.of("prefill", "prefix")
+    if vision:
+        pair = (np.concatenate(step.image_embeds), vision["image_embeds"])
+        found.append(close("image_embeds", tolerance["image_embeds"], [pair]))
+
+    def layers(title: str, names: Sequence[str], graph: Mapping[str, Array], oracle: Mapping[str, Array]) -> Comparison:
+        return close(title, tolerance["keys and values"], [(graph[name], oracle[name]) for name in names])
+
+    for i in range(cut):
+        names = (f"new_key.{i}", f"new_value.{i}")
+        found.append(layers(f"keys and values of layer {i}", names, step.prefix, wanted))
+    pair = (step.prefix["hidden_states"], wanted["hidden_states"])
+    found.append(close(f"hidden_states before layer {cut}", tolerance["hidden_states"], [pair]))
+    found += compare_selection(step, wanted, m, tolerance)
+    wanted = reference.of("prefill", "decoder")
+    if compact := [name for name in wanted if name.startswith("compact_")]:
+        found.append(layers(f"compacted keys and values below layer {cut}", compact, step.decoder, wanted))
+    for i in range(cut, m.decoder.layers):
+        names = (f"new_key.{i}", f"new_value.{i}")
+        found.append(layers(f"keys and values of layer {i}", names, step.decoder, wanted))
+    found.append(close("logits of prefill", tolerance["logits"], [(step.logits, wanted["logits"][0, 0])]))
+    return found
+
+
+def compare_selection(
+    step: Step, wanted: Mapping[str, Array], m: contract.Manifest, tolerance: Mapping[str, float]
+) -> list[Comparison]:
+    """The choice, twice: against NumPy on the graph's own values, and against the reference.
+
+    In reduced precision near-ties may fall otherwise than in the reference. The first comparison, which no precision
+    blurs, keeps a wrong index from passing for one.
+    """
+    name, run = f"new_value.{m.selection_layer - 1}", step.run
+    own, values = step.prefix[name][0], wanted[name][0]
+    reference = Selected(*(wanted[key] for key in ("keep_index", "token_score", "seed_index")))
+    in_numpy, suffix = choose(own, run, m.selection), ", of the graph's own values"
+    return [
+        *compare_choice(step, own, own, in_numpy, m.selection, tolerance["selection"], suffix),
+        *compare_choice(step, own, values, reference, m.selection, tolerance["token_score"], ""),
+    ]
+
+
+def choose(values: Floats, run: Run, rule: contract.SelectionRule, seed_index: Ints | None = None) -> Selected:
+    """The choice in NumPy by `values` [kv_heads, S, head_dim], with the seeds given or its own."""
+    rows = (run.visual_index, run.text_index, run.query_index)
+    return select(values, run.ivc_priority, *rows, run.keep_count, rule, run.tiles, seed_index)
+
+
+def compare_choice(
+    step: Step,
+    own: Floats,
+    values: Floats,
+    wanted: Selected,
+    rule: contract.SelectionRule,
+    tolerance: float,
+    suffix: str,
+) -> list[Comparison]:
+    """Seeds, scores and kept rows against those `wanted`.
+
+    own: the graph's values of layer k-1; values: those that `wanted` was chosen by; both [kv_heads, S, head_dim].
+    Where seeds tie, those of the graph are replayed on `values`, since their votes are in every score.
+    """
+    run, seeds, score = step.run, step.prefix["seed_index"], step.prefix["token_score"]
+    shapes = (seeds.shape, score.shape) == (wanted.seed_index.shape, wanted.token_score.shape)
+    if not shapes or own.shape != values.shape or not np.isin(seeds, np.arange(len(score))).all():
+        return [Comparison(f"seed_index{suffix}", None, None, False, "another shape, or not of the visual tokens")]
+    replayed = choose(values, run, rule, seeds)
+    others = sharers(rule, run.text_index)
+    text = [votes(v, run.visual_index, run.query_index, others).mean(axis=0) for v in (own, values)]
+    error = min(tolerance, max(largest(text[0] - text[1]), largest(score - replayed.token_score)))
+    found = same_seeds(f"seed_index{suffix}", seeds, wanted.seed_index, text[1], error)
+    oracle = wanted if np.array_equal(seeds, wanted.seed_index) else replayed
+    scores = close(f"token_score{suffix}", tolerance, [(score, oracle.token_score)])
+    free = np.setdiff1d(np.flatnonzero(run.ivc_priority == 0), seeds)
+    rows = (step.prefix["keep_index"], oracle.keep_index, run.visual_index, oracle.token_score)
+    return [found, scores, same_rows(f"keep_index{suffix}", *rows, free, min(tolerance, scores.error or 0.0))]
+
+
+def same_seeds(name: str, found: Ints, wanted: Ints, score: Floats, error: float) -> Comparison:
+    """Compare seeds in their order; another seed in a place is a tie where both scores differ within the error.
+
+    score: the text's votes, which rank the seeds, by the reference; error: measured between them and the graph's.
+    If no score is off by more, the i-th best of one side is within twice that of the i-th best of the other.
+    """
+    if np.array_equal(found, wanted):
+        return Comparison(name, None, None, True, f"{count(len(found), 'seed')}, equal")
+    gap = largest(score[found] - score[wanted])
+    note = f"{int((found != wanted).sum())} of {count(len(found), 'seed')} differ, their scores {gap:.1e} apart"
+    tied = gap <= 2 * error and len(np.unique(found)) == len(found)
+    return Comparison(name, None, None, tied, f"{note}: a tie" if tied else note)
+
+
+def same_rows(
+    name: str, found: Ints, wanted: Ints, visual: Ints, score: Floats, free: Ints, error: float
+) -> Comparison:
+    """Compare keep_index exactly; visual rows exchanged for others whose scores differ within the error are a tie.
+
+    visual: rows that hold visual tokens; score: the reference's, of each; free: the tokens that scores decide about,
+    as positions within visual_index, neither seeds nor IVC tokens; error: measured between the two scores.
+    """
+    if np.array_equal(found, wanted):
+        return Comparison(name, None, None, True, f"{len(found)} rows, equal")
+    flipped = np.setxor1d(found, wanted)
+    note = f"{len(found)} rows against {len(wanted)}, {len(flipped)} in one only"
+    exchanged = len(found) == len(wanted) and bool(np.all(np.diff(found) > 0))
+    if exchanged and bool(np.isin(flipped, visual[free]).all()):
+        gap = float(np.ptp(score[np.isin(visual, flipped)]))
+        tied = gap <= 2 * error
+        note += f", their scores {gap:.1e} apart{': a tie' if tied else ''}"
+        return Comparison(name, None, None, tied, note)
+    return Comparison(name, None, None, False, note)
+
+
+def close(name: str, tolerance: float, pairs: Sequence[tuple[Array, Array]]) -> Comparison:
+    """Compare pairs of tensors, found and wanted."""
+    error = max(largest_error(found, wanted) for found, wanted in pairs)
+    if not np.isfinite(error):
+        return Comparison(name, None, tolerance, False, "another shape, or not finite")
+    return Comparison(name, error, tolerance, error <= tolerance)
+
+
+def largest_error(found: Array, wanted: Array) -> float:
+    """Largest absolute error, relative to the reference's largest magnitude where that exceeds 1."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    error = largest(found - wanted) / max(1.0, largest(wanted))
+    return error if np.isfinite(error) else float("inf")
+
+
+def largest(array: Array) -> float:
+    """The largest magnitude, 0 of nothing."""
+    return float(np.abs(array).max(initial=0))
+
+
+def count(number: int, noun: str) -> str:
+    """A number and its noun."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,139 @@
+"""Manifests that were edited, or whose fields deny each other: one sentence each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ivc_export import cli
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.bundle.integrity import verify_files
+from ivc_export.contract import CONSTANTS, MANIFEST, constants_sha256
+
+
+@pytest.fixture
+def bundle(sample_bundle: Bundle, tmp_path: Path) -> Path:
+    return shutil.copytree(sample_bundle.folder, tmp_path / "bundle")
+
+
+def edit(bundle: Path, keys: str, value: Any) -> None:
+    """Set a field, "a.b.0" being the first of b of a; the hash goes, as from an older bundle."""
+    content = json.loads((bundle / MANIFEST).read_text())
+    content.pop("constants_sha256")
+    part: Any = content
+    *before, last = [int(key) if key.isdecimal() else key for key in keys.split(".")]
+    for key in before:
+        part = part[key]
+    part[last] = value
+    (bundle / MANIFEST).write_text(json.dumps(content))
+
+
+def refusal(bundle: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert cli.ivc_run([str(bundle), "--prompt", "Where?", "--max-tokens", "1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "sentence"),
+    [
+        ("family", "llava", "does not fit the other fields"),
+        ("family", "qwen9", "family 'qwen9' is not one of"),
+        ("family", "../errors", "family '../errors' is not one of"),
+        ("dtype", "float16", "embedding.dtype does not fit"),
+        ("lowering", "plugin", "lowering does not fit"),
+        ("lowering", "\x1b[31m", "lowering does not fit"),
+        ("selection_layer", 4, "selection_layer does not fit"),
+        ("selection_layer", 1, "graphs.prefix does not fit"),
+        ("selection_layer", 10**30, "selection_layer does not fit"),
+        ("max_visual", 4, "preprocessing does not fit"),
+        ("max_visual", 1 << 40, "is damaged (max_visual"),
+        ("default_ratio", float("nan"), "is damaged (default_ratio"),
+        ("decoder.layers", 5, "graphs.decoder does not fit"),
+        ("decoder.heads", 3, "decoder.kv_heads does not fit"),
+        ("decoder.vocab_size", 511, "embedding.shape does not fit"),
+        ("decoder.head_dim", 1 << 40, "is damaged (decoder.head_dim"),
+        ("decoder.rms_norm_epsilon", float("inf"), "is damaged (decoder.rms_norm_epsilon"),
+        ("rotary.sections", [8], "rotary.sections does not fit"),
+        ("rotary.sections", [2, 3, 4], "rotary.sections does not fit"),
+        ("selection.tiles", True, "selection.tiles does not fit"),
+        ("selection.whole_layers", [9], "selection.whole_layers does not fit"),
+        ("selection.whole_layers", [0, 0], "selection.whole_layers does not fit"),
+        ("selection.query_offset", 1 << 40, "is damaged (selection.query_offset"),
+        ("preprocessing.max_pixels", 1 << 30, "preprocessing does not fit"),
+        ("preprocessing.patch_size", 28, "graphs.vision does not fit"),
+        ("tokens.image", 512, "tokens does not fit"),
+        ("tokens.stop", [1 << 31], "is damaged (tokens.stop"),
+        ("embedding.offset", 1 << 62, "the embedding table is not within its file"),
+        ("embedding.shape", [1 << 30, 1 << 30], "the embedding table is not within its file"),
+        ("embedding.file", "config.json", "which is no weight file of it"),
+        ("weights", [], "names no weight files"),
+        ("graphs.vision.file", "prefix.onnx", "graphs.vision does not fit"),
+        ("graphs.vision.outputs.0.shape.2", 65, "graphs.vision does not fit"),
+        ("graphs.vision.sha256", "0" * 64, "vision.onnx is not the graph that was exported"),
+    ],
+)
+def test_fields_that_deny_each_other(
+    bundle: Path, keys: str, value: Any, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(bundle, keys, value)
+    assert sentence in refusal(bundle, capsys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        ("selection.ivc_fraction", 0.2),
+        ("selection.query_offset", 3),
+        ("selection.softmax", "all"),
+        ("rotary.theta", 10000.0),
+        ("rotary.sections", [3, 3, 2]),
+        ("preprocessing.mean", [0.5, 0.5, 0.5]),
+        ("tokens.stop", [1]),
+        ("default_ratio", 0.25),
+        ("decoder.rms_norm_epsilon", 1e-5),
+        ("embedding.offset", 0),
+    ],
+)
+def test_an_edit_that_would_change_answers_is_told(
+    bundle: Path, keys: str, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sealed = json.loads((bundle / MANIFEST).read_text())["constants_sha256"]
+    edit(bundle, keys, value)
+    edited = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps(edited | {"constants_sha256": sealed}))
+    command = f"export the model again with ivc-export --model CHECKPOINT --output {bundle} --force"
+    assert command in refusal(bundle, capsys)
+
+
+def test_a_graph_that_changed_is_told(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = bundle / "decoder.onnx"
+    path.write_bytes(path.read_bytes().replace(b"ivc-export", b"ivc-expert", 1))
+    assert "decoder.onnx is not the graph that was exported" in refusal(bundle, capsys)
+
+
+def test_the_hash_covers_all_but_what_may_change(sample_bundle: Bundle) -> None:
+    content = json.loads((sample_bundle.folder / MANIFEST).read_text())
+    assert content["constants_sha256"] == constants_sha256(content)
+    assert {*content} - CONSTANTS == {"schema_version", "calibrated", "weights", "versions", "constants_sha256"}
+    assert all(constants_sha256(content | {name: None}) != content["constants_sha256"] for name in CONSTANTS)
+
+
+def test_older_bundles_open_and_get_their_hashes(bundle: Path) -> None:
+    content = json.loads((bundle / MANIFEST).read_text())
+    for entry in (*content["graphs"].values(), *content["weights"]):
+        entry.pop("sha256")
+    whole = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps(content | {"constants_sha256": constants_sha256(content)}))
+    verify_files(Bundle.load(bundle))
+    assert json.loads((bundle / MANIFEST).read_text()) == whole
+    content.pop("constants_sha256")
+    (bundle / MANIFEST).write_text(json.dumps(content))
+    verify_files(Bundle.load(bundle))
+    assert Bundle.load(bundle).manifest == Bundle.load(bundle).manifest.model_copy(update={"constants_sha256": None})

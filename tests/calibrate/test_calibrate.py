@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ivc_export import cli
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.calibrate.sweep import (
+    Example,
+    calibrate,
+    default_examples,
+    described,
+    draw,
+    layers_to_try,
+    read_examples,
+)
+from ivc_export.checkpoint.folder import Checkpoint
+from ivc_export.contract.calibration import Calibration, Trial, propose, read_calibration
+from ivc_export.errors import UserError
+from ivc_export.exporter.pipeline import export
+from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.onnxruntime.cpu import OnnxSession
+from ivc_export.runtime.processor import Processor
+from ivc_export.verify.oracle import reference_picture
+from ivc_export.verify.reference import Reference
+
+MODEL = Path(__file__).parents[2] / "samples" / "spatial-vl"
+
+
+def trial(layer: int, agreement: float, divergence: float, ratio: float = 0.5) -> Trial:
+    return Trial(layer=layer, ratio=ratio, divergence=divergence, agreement=agreement, overlap=None, saved=0.2)
+
+
+def test_the_lowest_layer_that_agrees_is_proposed_or_else_the_nearest() -> None:
+    trials = [trial(1, 0.5, 0.3), trial(2, 0.99, 0.02), trial(3, 1.0, 0.01), trial(1, 1.0, 0.0, ratio=0.9)]
+    assert propose(trials, 0.5) == 2
+    assert propose(trials, 0.9) == 1
+    assert propose(trials, 0.5, enough=1.0) == 3
+    assert propose([trial(1, 0.5, 0.3), trial(2, 0.4, 0.2), trial(3, 0.5, 0.25)], 0.5) == 2
+
+
+def test_layers_of_a_large_model_lie_in_its_middle() -> None:
+    assert layers_to_try(8) == [1, 2, 3, 4, 5, 6, 7]
+    found = layers_to_try(28)
+    assert found[0] == 7 and found[-1] == 21 and len(found) == 12
+
+
+@pytest.fixture(scope="module")
+def found() -> Calibration:
+    return calibrate(MODEL, read_examples(default_examples())[:6], [0.5, 1.0], [1, 2, 3], tokens=4)
+
+
+def test_keeping_everything_changes_nothing(found: Calibration) -> None:
+    whole = [one for one in found.trials if one.ratio == 1.0]
+    assert len(whole) == 3
+    assert all(one.agreement == 1 and one.divergence < 1e-6 and one.saved == 0 for one in whole)
+    assert [one.overlap for one in whole] == [None, 1.0, 1.0]
+
+
+def test_pruning_costs_more_at_a_lower_layer_and_saves_more(found: Calibration) -> None:
+    half = [one for one in found.trials if one.ratio == 0.5]
+    assert half[0].divergence > half[2].divergence > 0
+    assert half[0].saved > half[1].saved > half[2].saved > 0
+    assert all(one.overlap is not None and 0.3 < one.overlap <= 1 for one in half[1:])
+    assert found.layer == propose(found.trials, 0.5)
+
+
+def test_divergence_is_that_of_bundles(tmp_path: Path) -> None:
+    """Measured again on onnxruntime: the first token's distribution, and one more."""
+    example = read_examples(default_examples())[3]
+    (measured,) = calibrate(MODEL, [example], [0.4], [2], tokens=2).trials
+    bundle = export(ExportRecipe(MODEL, tmp_path / "bundle", layer=2, dtype="fp32"))
+    processor, session = Processor(bundle), OnnxSession(bundle)
+    picture = processor.picture(example.picture)
+    prompt = processor.question(example.prompt, [picture])
+    logs, token = [], 0
+    for ratio in (1.0, 0.4):
+        conversation = Conversation(session, ratio)
+        first = conversation.run(prompt, [picture]).logits
+        token = int(first.argmax()) if ratio == 1.0 else token
+        logs.append(torch.from_numpy(np.stack([first, conversation.run([token]).logits])).log_softmax(-1))
+    divergence = float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+    assert measured.divergence == pytest.approx(divergence, abs=1e-4)
+
+
+def test_the_command_writes_a_file_that_an_export_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    read_examples(default_examples())[0].picture.save(data / "a.png")
+    (data / "prompts.json").write_text('[{"picture": "a.png", "prompt": "What color is the heart?"}]')
+    options = ["--model", str(MODEL), "--data", str(data), "--layer", "3", "--tokens", "1"]
+    assert cli.ivc_calibrate(options) == 0
+    printed = capsys.readouterr()
+    assert "layer 3 is proposed" in printed.err and "prefill saved" in printed.out
+    assert (tmp_path / "calibration.png").stat().st_size > 10_000
+    assert read_calibration(tmp_path / "calibration.json").layer == 3
+    export_options = ["--model", str(MODEL), "--calibration", "calibration.json", "--output", "b", "--weights", "link"]
+    assert cli.ivc_export(export_options) == 0
+    manifest = Bundle.load(tmp_path / "b").manifest
+    assert manifest.selection_layer == 3 and manifest.calibrated
+    assert cli.ivc_calibrate(options) == 2 and "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "nowhere"], "prompts.json is missing"),
+        (["--data", "damaged"], "prompts.json is damaged"),
+        (["--data", "empty"], "holds no example"),
+        (["--data", "gone"], "there is no picture at"),
+        (["--ratio", "1.5"], "ratio 1.5 is out of range"),
+        (["--layer", "8"], "layers 8 to 8 are out of range"),
+        (["--tokens", "0"], "0 tokens cannot be compared"),
+        (["--agreement", "nan"], "agreement nan is out of range: give 0 to 1"),
+        (["--output", "no/calibration.json"], "the folder of no/calibration.json does not exist"),
+        (["--output", "empty", "--force"], "empty is a folder"),
+        (["--output", "plot.png"], "plot.png is where the plot goes: name the file otherwise, such as plot.json"),
+        (["--output", "mine.json"], "mine.png exists"),
+    ],
+)
+def test_mistakes_cost_one_sentence(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    contents = {"damaged": "{", "empty": "[]", "gone": '[{"picture": "no.png", "prompt": "What?"}]'}
+    for name, content in contents.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prompts.json").write_text(content)
+    (tmp_path / "mine.png").write_text("a picture")
+    assert cli.ivc_calibrate(["--model", str(MODEL), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+    assert not (tmp_path / "calibration.json").exists()
+
+
+def test_a_calibration_of_another_model_is_refused(found: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    with pytest.raises(UserError, match=r"calibration\.json is missing: write a calibration with ivc-calibrate"):
+        read_calibration(path)
+    path.write_text(json.dumps({"layer": 2}))
+    with pytest.raises(UserError, match="is not a calibration"):
+        read_calibration(path)
+    other = found.model_copy(update={"decoder": found.decoder.model_copy(update={"layers": 28})})
+    path.write_text(other.model_dump_json())
+    with pytest.raises(UserError, match="is the calibration of another model"):
+        export(ExportRecipe(MODEL, tmp_path / "b", calibration=path))
+    with pytest.raises(UserError, match="both a layer and a calibration"):
+        ExportRecipe(MODEL, tmp_path / "b", layer=2, calibration=path)
+
+
+@pytest.mark.parametrize(
+    ("layer", "sentence"),
+    [
+        (8, "proposes layer 8, and this model's 8 layers can be cut at 1 to 7: calibrate it again with ivc-calibrate"),
+        (99, "proposes layer 99, and this model's 8 layers can be cut at 1 to 7"),
+        (10**30, "proposes layer 1000000000000000000000000000000, and this model's 8 layers"),
+        (0, "calibration.json is not a calibration (layer"),
+        (None, "calibration.json is not a regular file: write a calibration with ivc-calibrate"),
+    ],
+    ids=["all layers", "no layer", "a huge one", "none", "a pipe"],
+)
+@pytest.mark.parametrize("mode", ["--dry-run", "--quiet"])
+def test_a_calibrations_layer_is_checked_as_the_options(
+    found: Calibration, tmp_path: Path, layer: int | None, sentence: str, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "calibration.json"
+    if layer is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(found.model_copy(update={"layer": layer}).model_dump_json())
+    arguments = ["--model", str(MODEL), "--calibration", str(path), "--output", str(tmp_path / "b"), mode]
+    assert cli.ivc_export(arguments) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and len(said.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_default_set_is_complete() -> None:
+    examples = read_examples(default_examples())
+    assert len(examples) == 24 and all(isinstance(example, Example) and example.prompt for example in examples)
+
+
+def test_kept_rows_are_those_of_visual_tokens_alone() -> None:
+    example, checkpoint = read_examples(default_examples())[0], Checkpoint.open(MODEL)
+    with described(checkpoint) as bundle:
+        processor, m = Processor(bundle), bundle.manifest
+        picture = processor.picture(example.picture)
+        prompt = processor.question(example.prompt, [picture])
+        reference, given = Reference(MODEL, 1, 1.0, m.selection), reference_picture(bundle, picture)
+        base = draw(reference, prompt, given, m.tokens.stop, 1)
+        found = base.compare(reference, prompt, given, 2, 0.5, m.tokens.image)
+    assert len(found.kept) == round(0.5 * picture.grid.visual)
+    assert all(prompt[row] == m.tokens.image for row in found.kept)

@@ -1,0 +1,165 @@
+"""Weight files on their way into a bundle: copied, linked, converted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.contract import FloatName
+from ivc_export.errors import UserError
+from ivc_export.exporter import placement
+from ivc_export.exporter.pipeline import export
+from ivc_export.exporter.recipe import FLOAT_NAMES, Dtype, ExportRecipe
+from ivc_export.families import Grid
+from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.onnxruntime.cpu import OnnxSession
+from samples.make_sample import make_checkpoint
+from tests.conftest import random_picture
+
+
+def logits(bundle: Bundle) -> Any:
+    tokens = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]
+    return Conversation(OnnxSession(bundle)).run(tokens, [random_picture(Grid(4, 5), 0)]).logits
+
+
+def weights(bundle: Bundle) -> dict[str, Any]:
+    return {
+        name: array for file in bundle.manifest.weights for name, array in load_file(bundle.folder / file.file).items()
+    }
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_a_conversion_is_the_same_as_a_checkpoint_saved_in_that_dtype(
+    tmp_path: Path, stored: FloatName, dtype: Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "_CHUNK", 4096)  # pieces smaller than tensors
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", dtype=stored)
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype=dtype))
+    wanted = np.dtype(FLOAT_NAMES[dtype])
+    found, source = weights(bundle), load_file(checkpoint / "model.safetensors")
+    assert set(found) == set(source)
+    for name, array in source.items():
+        assert found[name].dtype == wanted
+        np.testing.assert_array_equal(found[name].astype(np.float32), array.astype(wanted).astype(np.float32))
+    assert bundle.manifest.dtype == FLOAT_NAMES[dtype] == bundle.manifest.embedding.dtype
+    (file,) = bundle.manifest.weights
+    assert file.sha256 == hashlib.sha256((bundle.folder / file.file).read_bytes()).hexdigest()
+    save_file({name: array.astype(wanted) for name, array in source.items()}, checkpoint / "model.safetensors")
+    np.testing.assert_array_equal(logits(bundle), logits(export(ExportRecipe(checkpoint, tmp_path / "other"))))
+
+
+def test_tensors_that_are_no_floats_and_metadata_stay(tmp_path: Path) -> None:
+    arrays = {"a": np.arange(6, dtype=np.int64), "b": np.ones((2, 3), np.float32), "c": np.zeros(0, np.float32)}
+    save_file(arrays, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    stored = placement_tensors(tmp_path / "x.safetensors")
+    (conversion,) = placement.plan_conversions(stored, "bfloat16").values()
+    (tmp_path / "y.safetensors").write_bytes(b"".join(placement.convert(conversion)))
+    assert (tmp_path / "y.safetensors").stat().st_size == conversion.size
+    found = load_file(tmp_path / "y.safetensors")
+    np.testing.assert_array_equal(found["a"], arrays["a"])
+    assert found["b"].dtype == found["c"].dtype == ml_dtypes.bfloat16 and found["b"].shape == (2, 3)
+    with safe_open(tmp_path / "y.safetensors", "numpy") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    assert len(conversion.header) % 8 == 0
+
+
+def placement_tensors(file: Path) -> Any:
+    from ivc_export.checkpoint.folder import read_index
+
+    return read_index(file).values()
+
+
+def test_files_in_the_right_dtype_are_copied_as_they_are(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", dtype="float16")
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="fp16"))
+    copied = (bundle.folder / "weights" / "model.safetensors").read_bytes()
+    assert copied == (checkpoint / "model.safetensors").read_bytes()
+
+
+def test_mixed_dtypes_need_a_choice(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    tensors = load_file(checkpoint / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": np.ones(64, np.float16)}, checkpoint / "model.safetensors")
+    with pytest.raises(UserError, match=r"model.norm.weight .* is float16 .* --dtype fp32, fp16 or bf16"):
+        export(ExportRecipe(checkpoint, tmp_path / "bundle"))
+    assert export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="bf16")).manifest.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("value", [65519.0, 65520.0, -1e6])
+def test_a_value_beyond_float16_is_named(tmp_path: Path, value: float) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, checkpoint / "model.safetensors")
+    if value == 65519.0:
+        assert weights(export(ExportRecipe(checkpoint, tmp_path / "b", dtype="fp16")))["model.norm.weight"][3] == 65504
+        return
+    with pytest.raises(UserError, match=r"model.norm.weight in model.safetensors has values up to .* --dtype bf16"):
+        export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="fp16"))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="bf16"))
+
+
+def cache_of_links(checkpoint: Path, cache: Path, hash_names: bool = True) -> Path:
+    """The checkpoint as the hub's cache holds it: blobs, and a snapshot of symbolic links to them."""
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / ("c" * 40)
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in checkpoint.iterdir():
+        content = file.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        name = digest if hash_names and file.suffix == ".safetensors" else digest[:40]
+        (blobs / name).write_bytes(content)
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / name)
+    return snapshot
+
+
+@pytest.mark.parametrize("in_cache", [True, False])
+def test_linked_weights_are_the_file_itself(sample_checkpoint: Path, tmp_path: Path, in_cache: bool) -> None:
+    checkpoint = cache_of_links(sample_checkpoint, tmp_path / "cache") if in_cache else sample_checkpoint
+    stored = checkpoint / "model.safetensors"
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", weights="link"))
+    placed = bundle.folder / "weights" / "model.safetensors"
+    assert placed.samefile(stored) and not placed.is_symlink()
+    (file,) = bundle.manifest.weights
+    assert file.sha256 == (hashlib.sha256(stored.read_bytes()).hexdigest() if in_cache else None)
+    np.testing.assert_array_equal(
+        logits(bundle), logits(export(ExportRecipe(checkpoint, tmp_path / "copied", weights="copy")))
+    )
+    assert not (tmp_path / "copied" / "weights" / "model.safetensors").is_symlink()
+
+
+def test_what_cannot_be_linked_says_what_to_do(
+    sample_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="another dtype cannot be linked"):
+        export(ExportRecipe(sample_checkpoint, tmp_path / "bundle", weights="link", dtype="fp16"))
+    for number, sentence in ((18, "another file system"), (1, "another user's"), (31, "Too many links")):
+
+        def refuse(source: Path, target: Path, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "link", refuse)
+        with pytest.raises(
+            UserError, match=f"cannot be linked .{'.*' if number != 31 else ''}{sentence}.*--weights copy"
+        ):
+            export(ExportRecipe(sample_checkpoint, tmp_path / "bundle", weights="link"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_native_graphs_are_recorded_and_run(sample_checkpoint: Path, sample_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = export(ExportRecipe(sample_checkpoint, tmp_path / "bundle", lowering="native"))
+    assert (bundle.manifest.lowering, sample_bundle.manifest.lowering) == ("native", "portable")
+    assert {node.domain for node in ir.load(bundle.folder / "prefix.onnx").graph.all_nodes()} == {""}
+    np.testing.assert_array_equal(logits(bundle), logits(sample_bundle))

@@ -1,0 +1,328 @@
+"""What works for one family works for every one."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import PIL.Image
+import pytest
+import torch
+import transformers
+
+from ivc_export import cli, contract, families
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.checkpoint.weights import PlannedWeights
+from ivc_export.errors import UserError
+from ivc_export.exporter.decoder import decoder_graph
+from ivc_export.exporter.pipeline import export
+from ivc_export.exporter.prefix import prefix_graph
+from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.exporter.vision import vision_graph
+from ivc_export.families import Family, Picture
+from ivc_export.lowering import lower
+from ivc_export.report.overlay import count_kinds, overlay
+from ivc_export.runtime.chat import Chat, Sampling
+from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.onnxruntime.cpu import OnnxSession
+from ivc_export.runtime.pictures import open_picture
+from ivc_export.runtime.processor import Processor
+from ivc_export.verify.oracle import reference_layout, reference_picture
+from ivc_export.verify.parity import check
+from ivc_export.verify.reference import Reference
+from samples.make_sample import make_checkpoint
+from tests.conftest import LOGIT_TOLERANCE, PIXEL_TOLERANCE, SHAPES, rows_first
+from tests.families.family_cases import CASES, FamilyCase
+from tools.families_doc import CONFIGS
+
+STOCK = [name for name in CASES if families.of(name).stock_layout is None]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family's tiny model, exported."""
+
+    family: Family
+    case: FamilyCase
+    checkpoint: Path
+
+    @cached_property
+    def bundle(self) -> Bundle:
+        return export(ExportRecipe(self.checkpoint, self.checkpoint.with_name("bundle"), max_visual=400))
+
+    @cached_property
+    def session(self) -> OnnxSession:
+        return OnnxSession(self.bundle)
+
+    def picture(self, width: int, height: int) -> Picture:
+        noise = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+        return self.family.picture(PIL.Image.fromarray(noise), self.bundle.manifest.preprocessing)
+
+    def shown(self, picture: Picture) -> list[int]:
+        tokens = self.bundle.manifest.tokens
+        marked = [tokens.vision_start, *[tokens.image] * picture.grid.visual, tokens.vision_end]
+        return [token for token in marked if token is not None]
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, Tiny]:
+    return {}
+
+
+@pytest.fixture
+def tiny(request: pytest.FixtureRequest, built: dict[str, Tiny], tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    name: str = request.param
+    if name not in built:
+        checkpoint = make_checkpoint(tmp_path_factory.mktemp(name) / "checkpoint", families.of(name).tiny)
+        built[name] = Tiny(families.of(name), CASES[name], checkpoint)
+    return built[name]
+
+
+every_family = pytest.mark.parametrize("tiny", CASES, indirect=True)
+every_stock_family = pytest.mark.parametrize("tiny", STOCK, indirect=True)
+
+
+def test_every_family_has_an_entry() -> None:
+    assert tuple(sorted(CASES)) == families.names()
+
+
+def test_aliases_are_unique() -> None:
+    aliases = [alias for name in CASES for alias in families.of(name).hub]
+    assert len(aliases) == len(set(aliases))
+
+
+PARAMETERS = {  # as the hub counts them
+    "qwen2-vl-2b": 2_208_985_600,
+    "qwen2-vl-7b": 8_291_375_616,
+    "qwen2.5-vl-3b": 3_754_622_976,
+    "qwen2.5-vl-7b": 8_292_166_656,
+    "llava-1.5-7b": 7_063_427_072 - 12_598_272,  # without CLIP's last layer and norm, which give no features
+    "internvl2.5-2b": 2_205_754_368,
+    "internvl2.5-4b": 3_712_637_952,
+    "internvl2.5-8b": 8_075_365_376,
+}
+
+
+@pytest.mark.parametrize("alias", PARAMETERS)
+def test_graphs_of_published_checkpoints_hold_all_of_their_parameters(alias: str) -> None:
+    config = json.loads((CONFIGS / f"{alias}.json").read_text(encoding="utf-8"))
+    family, weights = families.of(config["model_type"]), PlannedWeights()
+    model = family.read(config, None)
+    assert alias in family.hub
+    weights.external("model.embed_tokens.weight", (model.decoder.vocab_size, model.decoder.hidden_size))
+    vision_graph(family, model, weights)
+    prefix_graph(model, weights, 16)
+    decoder_graph(model, weights, 16)
+    assert sum(math.prod(shape) for shape in weights.shapes.values()) == PARAMETERS[alias]
+
+
+@every_family
+@pytest.mark.parametrize("ratio", [None, 1.0, 0.15])
+def test_bundles_equal_pytorch(tiny: Tiny, ratio: float | None) -> None:
+    report = check(tiny.bundle, tiny.checkpoint, ratio=ratio, steps=2)
+    assert report.passed, [c for c in report.comparisons if not c.passed]
+    wanted = tiny.family.default_ratio if ratio is None else ratio
+    assert report.kept_tokens == round(wanted * report.visual_tokens)
+
+
+def test_a_cut_behind_the_layer_that_is_kept_whole(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", families.of("llava").tiny)
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "b", layer=1))
+    assert not [t.name for t in bundle.manifest.graphs["decoder"].outputs if t.name.startswith("compact_")]
+    report = check(bundle, checkpoint, steps=2)
+    assert report.passed, [c for c in report.comparisons if not c.passed]
+
+
+@every_family
+@pytest.mark.parametrize("capacity", [None, 1600], ids=["exact-length", "fixed-capacity"])
+def test_turns_with_pictures_equal_the_reference(tiny: Tiny, capacity: int | None) -> None:
+    m = tiny.bundle.manifest
+    conversation = Conversation(tiny.session, 0.4, capacity)
+    layout = reference_layout(tiny.bundle, tiny.checkpoint)
+    reference = Reference(tiny.checkpoint, m.selection_layer, 0.4, m.selection, layout)
+    wide, high = tiny.picture(280, 120), tiny.picture(100, 230)
+    words = np.random.default_rng(0).integers(0, 490, 40).tolist()
+    turns: list[tuple[list[int], list[Picture]]] = [
+        ([*words[:9], *tiny.shown(wide), *words[9:15]], [wide]),
+        ([17], []),
+        ([*words[20:24], *tiny.shown(high), *words[25:27], *tiny.shown(wide), *words[30:]], [high, wide]),
+        (words[:5], []),
+        ([99], []),
+    ]
+    for tokens, pictures in turns:
+        step = conversation.run(tokens, pictures)
+        turn = reference.run(tokens, [reference_picture(tiny.bundle, picture) for picture in pictures])
+        np.testing.assert_array_equal(step.keep_index, turn.keep_index.numpy())
+        assert np.abs(step.logits - turn.logits.numpy()).max() < LOGIT_TOLERANCE
+        assert conversation.next_position == reference.next_position
+
+
+@every_family
+def test_the_vision_encoder_takes_pictures_of_any_shape(tiny: Tiny) -> None:
+    m = tiny.bundle.manifest
+    layout = reference_layout(tiny.bundle, tiny.checkpoint)
+    model = Reference(tiny.checkpoint, 1, 1.0, m.selection, layout).model.model
+    for size in ((28, 28), (40, 700), (700, 40), (333, 170), (113, 225)):
+        picture = tiny.picture(*size)
+        found = tiny.session.run("vision", picture.inputs)["image_embeds"]
+        with torch.no_grad():
+            wanted = model.get_image_features(**reference_picture(tiny.bundle, picture).inputs).pooler_output
+        assert np.abs(found.reshape(-1, found.shape[-1]) - torch.cat(list(wanted)).numpy()).max() < LOGIT_TOLERANCE
+
+
+@every_family
+def test_frames_of_one_size_run_as_one_batch(tiny: Tiny) -> None:
+    picture = tiny.picture(120, 100)
+    pixels = picture.inputs["pixel_values"]
+    batch = np.concatenate([pixels, 2 * pixels, -pixels])
+    found = tiny.session.run("vision", {**picture.inputs, "pixel_values": batch})["image_embeds"]
+    alone = tiny.session.run("vision", {**picture.inputs, "pixel_values": -pixels})["image_embeds"]
+    assert np.abs(found[2 * len(pixels) :] - alone).max() < LOGIT_TOLERANCE
+
+
+@every_stock_family
+def test_what_transformers_saves_is_the_same_model(tiny: Tiny, tmp_path: Path) -> None:
+    """Names and config.json of transformers 5, against those of 4.4x."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tiny.checkpoint, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    saved = export(ExportRecipe(tmp_path / "saved", tmp_path / "bundle", max_visual=400))
+    assert saved.manifest.decoder == tiny.bundle.manifest.decoder
+    assert saved.manifest.tokens.image == tiny.bundle.manifest.tokens.image
+    picture = tiny.picture(120, 100)
+    tokens = [1, 2, *tiny.shown(picture), 7, 8, 9, 10]
+    wanted = Conversation(tiny.session, 0.5).run(tokens, [picture]).logits
+    np.testing.assert_array_equal(Conversation(OnnxSession(saved), 0.5).run(tokens, [picture]).logits, wanted)
+
+
+@every_family
+@pytest.mark.parametrize("size", [(448, 336), (113, 340), (700, 90), (31, 29)], ids=str)
+def test_pixels_equal_the_official_processors(
+    tiny: Tiny, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image, preprocessing = PIL.Image.fromarray(noise), tiny.bundle.manifest.preprocessing
+    picture = tiny.family.picture(image, preprocessing)
+    found = tiny.family.stock_inputs(picture, preprocessing)["pixel_values"]
+    with monkeypatch.context() as patched:
+        patched.setattr(PIL.Image.Image, "resize", rows_first)
+        wanted = tiny.case.official(preprocessing)(image, return_tensors="np")["pixel_values"]
+    assert found.shape == wanted.shape
+    assert np.abs(found - wanted).max() < PIXEL_TOLERANCE
+    assert picture.grid.visual <= tiny.bundle.manifest.max_visual
+
+
+@every_family
+def test_a_chat_shows_pictures_in_any_turn(tiny: Tiny) -> None:
+    chat = Chat(tiny.session, 0.3, sampling=Sampling(max_tokens=4))
+    image = open_picture(SHAPES)
+    for images in ([image], [], [image, image]):
+        list(chat.ask("Where is the ring?", images))
+        assert chat.tokens and chat.step is not None
+        visual = sum(grid.visual for grid in chat.step.run.grids)
+        assert visual == len(images) * tiny.family.picture(image, tiny.bundle.manifest.preprocessing).grid.visual
+        counts = count_kinds(chat.step)
+        assert visual - counts["pruned"] == len(images) * round(0.3 * visual / max(1, len(images)))
+        if images:
+            drawn = overlay([chat.processor.shown(image) for image in images], chat.step)
+            assert drawn.width > 500
+    assert len(chat.messages) == 6
+
+
+@every_family
+def test_every_token_has_its_place_in_the_picture(tiny: Tiny) -> None:
+    """A patch of another colour changes the embeddings of the tokens that lie there more than those of any others."""
+    plain = PIL.Image.new("RGB", (448, 448), "white")
+    changed = plain.copy()
+    changed.paste("black", (336, 112, 448, 224))
+    embeds = []
+    for image in (plain, changed):
+        picture = tiny.family.picture(image, tiny.bundle.manifest.preprocessing)
+        found = tiny.session.run("vision", picture.inputs)["image_embeds"]
+        embeds.append(found.reshape(-1, found.shape[-1]))
+    grid = picture.grid
+    change = np.abs(embeds[1] - embeds[0]).mean(axis=1)
+    inside = np.array([c / grid.columns >= 0.75 and 0.25 <= r / grid.rows < 0.5 for r, c in grid.cells])
+    assert change[: len(inside)][inside].mean() > 1.5 * change[: len(inside)][~inside].mean()
+
+
+@every_family
+def test_the_commands_take_every_family(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = tmp_path / "kept.png"
+    question = ["--image", str(SHAPES), "--prompt", "Where?", "--max-tokens", "3", "--ratio", "0.25", "--json"]
+    assert cli.ivc_run([str(tiny.bundle.folder), *question, "--show", str(shown)]) == 0
+    visual = json.loads(capsys.readouterr().out)["visual_tokens"]
+    assert visual["kept"] == round(0.25 * visual["total"]) > 0
+    assert open_picture(shown).width > 500
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("qwen2_5_vl", {"vision_config": {"hidden_act": "gelu"}}, "hidden_act 'gelu'"),
+    ("qwen2_5_vl", {"vision_config": {"hidden_size": 30}}, "does not divide"),
+    ("llava", {"text_config": {"model_type": "mistral"}}, "text_config.model_type 'mistral'"),
+    (
+        "llava",
+        {"text_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}},
+        "text_config.rope_scaling.type 'linear'",
+    ),
+    ("llava", {"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
+    ("llava", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy 'full'"),
+    ("llava", {"vision_config": {"hidden_act": "relu"}}, "hidden_act 'relu'"),
+    ("internvl", {"text_config": {"model_type": "qwen3"}}, "text_config.model_type 'qwen3'"),
+    ("internvl", {"vision_config": {"use_qk_norm": True}}, "vision_config.use_qk_norm True"),
+    ("internvl", {"vision_config": {"image_size": [112, 224]}}, "only squares"),
+    ("internvl", {"downsample_ratio": 0.25}, "downsample_ratio 0.25"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "sentence"), BAD, ids=[f"{n}: {s}" for n, _, s in BAD])
+def test_what_is_not_supported_says_so(name: str, changes: dict[str, Any], sentence: str) -> None:
+    tiny: Any = families.of(name).tiny
+    merged = {key: {**tiny[key], **value} if isinstance(value, dict) else value for key, value in changes.items()}
+    with pytest.raises(UserError, match=sentence):
+        families.of(name).read({**tiny, **merged}, None)
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_a_picture_of_fixed_size_needs_its_tokens(tmp_path: Path, name: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", families.of(name).tiny)
+    with pytest.raises(UserError, match="max_visual 12 is too small: a picture gives this model at least"):
+        export(ExportRecipe(checkpoint, tmp_path / "b", max_visual=12))
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@every_family
+def test_narrow_checkpoints_run_widened(tiny: Tiny, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", tiny.family.tiny, dtype="bfloat16")
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "b", max_visual=400))
+    assert bundle.manifest.dtype == "bfloat16"
+    picture = tiny.picture(120, 100)
+    tokens = [1, 2, *tiny.shown(picture), 7, 8, 9, 10]
+    found = Conversation(OnnxSession(bundle), 0.5).run(tokens, [picture]).logits
+    wide = Conversation(tiny.session, 0.5).run(tokens, [picture]).logits
+    assert np.corrcoef(found, wide)[0, 1] > 0.99  # the weights differ by their rounding
+
+
+@every_family
+def test_native_graphs_keep_the_contract(tiny: Tiny) -> None:
+    for name, info in tiny.bundle.manifest.graphs.items():
+        model = lower(ir.load(tiny.bundle.folder / info.file), "native")
+        assert not model.functions
+        contract.verify(name, model, info)
+
+
+@every_family
+def test_the_familys_template_marks_each_picture_once(tiny: Tiny) -> None:
+    processor = Processor(tiny.bundle)
+    picture = processor.picture(SHAPES)
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Compare."}]
+    tokens = processor.encode(processor.render([{"role": "user", "content": content}]), [picture, picture])
+    marked = tiny.shown(picture)
+    found = [i for i in range(len(tokens)) if tokens[i : i + len(marked)] == marked]
+    assert len(found) == 2
+    assert tokens.count(marked[0]) == (2 if len(set(marked)) > 1 else 2 * len(marked))

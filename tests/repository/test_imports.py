@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+from ivc_export import families
+
+PACKAGE = Path(__file__).parents[2] / "ivc_export"
+ORDER = [  # from the bottom up; a module imports from its own line or from lower ones
+    {"errors"},
+    {"files"},
+    {"contract"},
+    {"floats"},
+    {"checkpoint"},
+    {"graph", "text"},
+    {"lowering", "selection"},
+    {"families"},
+    {"bundle"},
+    {"source", "tensorrt"},
+    {"runtime"},
+    {"verify"},
+    {"exporter"},
+    {"bench", "calibrate"},
+    {"report"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+NEWER = {"tomllib", "datetime.UTC", "enum.StrEnum", "contextlib.chdir", "itertools.batched"} | {
+    f"typing.{name}"
+    for name in ("Self", "Never", "NotRequired", "Required", "LiteralString", "Unpack", "assert_never", "override")
+}
+"""What the standard library has from 3.11 or 3.12 on."""
+HEAVY = {
+    "torch": {"verify", "calibrate", "bench"},
+    "transformers": {"verify", "bench"},
+    "matplotlib": {"report"},
+    "tensorrt": set(),
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, as dotted names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "ivc_export" else {module}
+    return found
+
+
+def names_taken(path: Path) -> set[str]:
+    """What a file imports when it is imported, as dotted names."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10)).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_nothing_newer_than_python_3_10_is_needed() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert not names_taken(path) & NEWER, path
+
+
+def test_imports_go_one_way() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if own == "__init__":
+            continue
+        for module in imported(path):
+            parts = module.split(".")
+            if parts[0] == "ivc_export" and len(parts) > 1 and parts[1] != "__version__":
+                assert LEVEL[parts[1]] <= LEVEL[own], (
+                    f"{path.relative_to(PACKAGE)} imports {module}, which lies above it"
+                )
+
+
+def test_the_reference_shares_no_code_with_what_it_checks() -> None:
+    own = {module for module in imported(PACKAGE / "verify" / "reference.py") if module.startswith("ivc_export")}
+    assert own == {"ivc_export.contract", "ivc_export.errors"}
+
+
+def test_heavy_packages_are_imported_where_they_belong() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for module in imported(path):
+            assert own in HEAVY.get(module.split(".")[0], {own}), f"{path} imports {module}"
+
+
+def test_no_family_is_named_outside_its_file() -> None:
+    names = {path.stem for path in (PACKAGE / "families").glob("*.py")} - {"__init__", *families.SHARED}
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "families":
+            assert not [name for name in names if name in path.read_text(encoding="utf-8")], path
+
+
+def test_the_commands_start_without_torch() -> None:
+    code = """import sys, ivc_export.cli.export, ivc_export.cli.run, ivc_export.cli.check, ivc_export.cli.bench
+print({"torch", "matplotlib"} & {*sys.modules})"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -1,0 +1,113 @@
+"""The commands and programs in README and docs do what they say, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ivc_export import cli
+from samples.make_sample import make_checkpoint
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLE = re.compile(r"```(bash|python)\n(.*?)```", re.DOTALL)
+
+
+def examples(page: Path) -> list[tuple[str, str]]:
+    """Language and text of a page's examples, in order."""
+    return EXAMPLE.findall(page.read_text(encoding="utf-8"))
+
+
+def run(line: str) -> int:
+    """A command line, as the shell would run it."""
+    name, *arguments = shlex.split(line)
+    if name == "python":
+        module, *arguments = arguments[1:]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [module, *arguments])
+            runpy.run_module(module, run_name="__main__")
+        return 0
+    code: int = getattr(cli, name.replace("-", "_"))(arguments)
+    return code
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=lambda page: page.name)
+@pytest.mark.filterwarnings("ignore:.*samples.make_sample.*:RuntimeWarning")  # runpy: it is imported already
+def test_every_command_and_program_of_a_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "samples").symlink_to(ROOT / "samples")
+    make_checkpoint(tmp_path / "demo" / "checkpoint")
+    for language, text in examples(page):
+        capsys.readouterr()
+        if language == "python":
+            exec(compile(text, page.name, "exec"), {})
+            assert capsys.readouterr().out.strip()
+        else:
+            for line in text.splitlines():
+                assert run(line) == 0, line
+    for name in re.findall(r"--show (\S+)", page.read_text(encoding="utf-8")):
+        assert (tmp_path / name).is_file()
+
+
+def test_readme_and_getting_started_have_examples() -> None:
+    counts = {page.name: len(examples(page)) for page in PAGES}
+    assert counts["README.md"] >= 2 and counts["getting-started.md"] >= 7
+
+
+def test_readmes_speed_is_the_measured_one() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    content = json.loads((ROOT / "benchmarks" / "results" / "cpu_generate.json").read_text())
+    rows = {row["ratio"]: row for row in content["rows"] if (row["model"], row["threads"]) == ("0.2B", 1)}
+    first, token = ([rows[r][key]["times_faster"] for r in (1.0, 0.5)] for key in ("time_to_first_token", "per_token"))
+    said = re.search(
+        r"first token ([\d.]+) times.*?and ([\d.]+) times.*?decodes ([\d.]+) and ([\d.]+) times", text, re.DOTALL
+    )
+    assert said is not None and [float(number) for number in said.groups()] == [*first, *token]
+
+
+def test_what_is_said_of_the_gpu_was_measured() -> None:
+    """README's sentences and the table in docs/architecture.md, in milliseconds, rounded to a tenth."""
+    content = json.loads((ROOT / "benchmarks" / "results" / "generate-h100.json").read_text())
+    found = {(row["visual_tokens"], row["side"], row["ratio"]): row for row in content["rows"]}
+    sides = (("onnxruntime-cuda", 1.0), ("onnxruntime-cuda", 0.5), ("torch-eager", 1.0), ("torch-compiled", 1.0))
+
+    def figures(visual: int) -> list[float]:
+        ours, half, eager, compiled = (found[(visual, *side)] for side in sides)
+        first = [row["first_token"] for row in (ours, half, eager)]
+        return [round(ms, 1) for ms in (*first, *(row["decode"] for row in (ours, eager, compiled)))]
+
+    table = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("| a token, compiled |")[1]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:5]]
+    assert {int(row[0].replace(",", "")): [float(x) for x in row[1:]] for row in rows} == {
+        visual: figures(visual) for visual in (256, 1024, 4096)
+    }
+    first, half, eager, token, eager_token, compiled = figures(1024)
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for sentence in (
+        f"onnxruntime in {first} ms, and then a token every {token} ms",
+        f"takes {eager} and {eager_token} in the same run, and {compiled} a token compiled",
+        f"first token comes after {half} ms",
+    ):
+        assert sentence in text, sentence
+
+
+def test_pictures_and_pages_that_readme_names_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    home = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert "What it buys, honestly" in home and "fonts.googleapis" not in home

@@ -1,0 +1,243 @@
+"""Models by hub id and alias, from a local server that speaks the hub's protocol and from its cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from ivc_export import cli, families
+from ivc_export.errors import UserError
+from ivc_export.source import hub
+from tests.exporter.test_export import files
+from tests.exporter.test_placement import cache_of_links
+
+COMMIT = "c" * 40
+EXTRA = {"pytorch_model.bin": b"old", "onnx/model.safetensors": b"another", "README.md": b"# a model"}
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves one checkpoint as owner/model; owner/gated and owner/other exist, but give no files and no weights."""
+
+    daemon_threads = True
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.contents = {file.name: file.read_bytes() for file in checkpoint.iterdir()} | EXTRA
+        self.asked: list[str] = []
+        self.tokens: set[str | None] = set()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The three calls that a download makes: the commit of a revision, its files, and a file."""
+
+    server: Hub
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+    def send(self, code: int, body: bytes, **headers: str) -> None:
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        parts = path.removeprefix("api/models/").split("/")
+        if len(parts) < 4:  # the library's own questions
+            self.send(404, b"")
+            return
+        self.server.tokens.add(self.headers.get("Authorization"))
+        repo, what, revision, name = "/".join(parts[:2]), parts[2], parts[3], "/".join(parts[4:])
+        if repo not in ("owner/model", "owner/gated", "owner/other"):
+            self.send(404, b"", X_Error_Code="RepoNotFound")
+        elif revision not in ("main", "v1", COMMIT):
+            self.send(404, b"", X_Error_Code="RevisionNotFound")
+        elif what == "revision":
+            self.send(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode())
+        elif what == "tree":
+            self.send(200, json.dumps([self.entry(*item) for item in self.server.contents.items()]).encode())
+        elif repo == "owner/gated":
+            self.send(403, b"", X_Error_Code="GatedRepo")
+        else:
+            self.server.asked.append(name)
+            content = self.server.contents[name]
+            if repo == "owner/other" and name == "config.json":
+                content = b'{"model_type": "bert"}'
+            etag = hashlib.sha256(content).hexdigest()
+            self.send(200, content, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    @staticmethod
+    def entry(name: str, content: bytes) -> dict[str, Any]:
+        entry = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        if name.endswith(".safetensors"):
+            digest = hashlib.sha256(content).hexdigest()
+            entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 134}
+        return entry
+
+
+@pytest.fixture
+def server(sample_checkpoint: Path) -> Iterator[Hub]:
+    hub = Hub(sample_checkpoint)
+    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread.start()
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+    thread.join()
+
+
+def export(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """ivc-export in a process of its own: huggingface_hub reads its settings once, when it is imported."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    clean |= {"HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"} | variables
+    program = "import sys; from ivc_export import cli; sys.exit(cli.ivc_export(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True)
+
+
+def test_a_hub_model_is_downloaded_once_and_linked_out_of_the_cache(
+    server: Hub, sample_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = ("--model", "owner/model", "--revision", "v1")
+    dry = export(tmp_path, *model, "--dry-run", "--json", HF_ENDPOINT=server.address, HF_TOKEN="hf_secret")
+    assert dry.returncode == 0 and json.loads(dry.stdout)["family"] == "qwen2_vl", dry.stderr
+    assert "config.json" in server.asked
+    assert all(name.endswith((".json", ".jinja")) for name in server.asked)
+    assert server.tokens == {"Bearer hf_secret"}
+    loud = export(tmp_path, *model, "--weights", "link", HF_ENDPOINT=server.address)
+    assert loud.returncode == 0, loud.stderr
+    assert "model.safetensors" in server.asked and not set(EXTRA) & set(server.asked)
+    assert "Fetching" in loud.stderr or "Download" in loud.stderr  # the hub's own progress
+    bundle = tmp_path / "model-ivc"
+    (weights,) = json.loads((bundle / "manifest.json").read_text())["weights"]
+    stored = sample_checkpoint / "model.safetensors"
+    assert weights["sha256"] == hashlib.sha256(stored.read_bytes()).hexdigest()
+    assert (bundle / weights["file"]).stat().st_nlink == 2 and not (bundle / weights["file"]).is_symlink()
+    before = files(bundle)
+    offline = export(tmp_path, *model, "--force", "--quiet", HF_HUB_OFFLINE="1")
+    assert (offline.returncode, offline.stdout, offline.stderr) == (0, "", "")
+    assert files(bundle) == before
+
+
+SHARDS = dict.fromkeys(("visual.x", "model.layers.0.x", "lm_head.weight"), "model-00001-of-00002.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "option", "sentence"),
+    [
+        ("pytorch_model.bin", b"", "--dry-run", "owner/model holds pickled weights alone (pytorch_model.bin), which"),
+        ("model.safetensors.index.json", json.dumps({"weight_map": SHARDS}).encode(), "--quiet",
+         "owner/model on the hub has no model-00001-of-00002.safetensors"),
+    ],
+)  # fmt: skip
+def test_what_the_hubs_list_of_files_tells_is_told_before_weights_are_downloaded(
+    server: Hub, tmp_path: Path, name: str, content: bytes, option: str, sentence: str
+) -> None:
+    for left_out in ("model.safetensors", *EXTRA):
+        del server.contents[left_out]
+    server.contents[name] = content
+    done = export(tmp_path, "--model", "owner/model", option, HF_ENDPOINT=server.address)
+    assert done.returncode == 2 and sentence in done.stderr, done.stderr
+    assert not [name for name in server.asked if not name.endswith((".json", ".jinja"))]
+
+
+@pytest.mark.parametrize(
+    ("model", "variables", "sentence"),
+    [
+        ("owner/gated", {}, "owner/gated is gated: ask for access at huggingface.co/owner/gated"),
+        ("owner/none", {}, "owner/none is neither a folder nor a model on the hub that you may read"),
+        ("owner/model@v9", {}, "owner/model has no revision v9"),
+        ("owner/other", {}, "model type 'bert' of config.json is not supported"),
+        ("owner/model", {"HF_HUB_OFFLINE": "1"}, "not all of it is in the hub's cache"),
+        ("owner/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "not all of it is in the hub's cache"),
+        ("owner/a--b", {}, "owner/a--b is neither a folder nor a model on the hub"),
+    ],
+)
+def test_a_hub_that_does_not_give_the_model(
+    server: Hub, tmp_path: Path, model: str, variables: dict[str, str], sentence: str
+) -> None:
+    name, _, revision = model.partition("@")
+    arguments = ["--model", name, *(["--revision", revision] if revision else [])]
+    done = export(tmp_path, *arguments, "--quiet", **({"HF_ENDPOINT": server.address} | variables))
+    assert done.returncode == 2
+    assert sentence in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "model.safetensors" not in server.asked
+    assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == []
+
+
+def test_a_cache_without_the_weights_says_so_offline(server: Hub, tmp_path: Path) -> None:
+    assert export(tmp_path, "--model", "owner/model", "--dry-run", HF_ENDPOINT=server.address).returncode == 0
+    done = export(tmp_path, "--model", "owner/model", "--quiet", HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "not all of it is in the hub's cache" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_a_cache_made_by_others_serves_offline(sample_checkpoint: Path, tmp_path: Path) -> None:
+    """Blobs and links alone, as older versions of the hub's library and other tools leave them."""
+    cache = tmp_path / "home" / "hub" / "models--Qwen--Qwen2-VL-2B-Instruct"
+    cache_of_links(sample_checkpoint, cache)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(COMMIT)
+    for placing in ("link", "copy"):
+        output = tmp_path / placing
+        arguments = ("--model", "qwen2-vl-2b", "--weights", placing, "--output", output)
+        done = export(tmp_path, *arguments, HF_HUB_OFFLINE="1")
+        assert done.returncode == 0, done.stderr
+        assert files(output)["weights/model.safetensors"] == files(sample_checkpoint)["model.safetensors"]
+
+
+def test_aliases_are_ids_of_models_that_can_be_exported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert hub.aliases()["qwen2-vl-2b"] == "Qwen/Qwen2-VL-2B-Instruct"
+    assert len(hub.aliases()) == sum(len(families.of(name).hub) for name in families.names())
+    asked = []
+
+    def snapshot(*arguments: Any) -> Path:
+        asked.append(arguments[:2])
+        (tmp_path / "config.json").write_text("{}")
+        return tmp_path
+
+    monkeypatch.setattr(hub, "snapshot", snapshot)
+    monkeypatch.setattr(hub.HubCheckpoint, "listing", None)
+    for alias, repo in hub.aliases().items():
+        assert hub.open_checkpoint(alias, "v2").config == {}
+        assert asked.pop() == (repo, "v2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "qwen2-vl-3b"], "qwen2-vl-3b is not a folder, nor an alias: .* such as qwen2"),
+        (["--model", "xyz"], "xyz is not a folder, nor an alias: .* qwen2-vl-2b, qwen2-vl-7b"),
+        (["--model", "./no/folder"], "./no/folder is not a folder"),
+        (["--model", "SAMPLE", "--revision", "main"], "which has no revisions: leave out --revision"),
+    ],
+)
+def test_names_of_nothing(
+    sample_checkpoint: Path, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.ivc_export([str(sample_checkpoint) if a == "SAMPLE" else a for a in arguments]) == 2
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    with pytest.raises(UserError, match=sentence):
+        raise UserError(message)

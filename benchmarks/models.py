@@ -15,9 +15,7 @@ import numpy as np
 from ivc_export import families
 from ivc_export.checkpoint.weights import EMBEDDING, PlannedWeights
 from ivc_export.contract import FloatName
-from ivc_export.exporter.decoder import decoder_graph
-from ivc_export.exporter.prefix import prefix_graph
-from ivc_export.exporter.vision import vision_graph
+from ivc_export.exporter.graphs import build_graphs
 
 BLOCK = 1 << 24
 
@@ -56,9 +54,7 @@ def make_large_checkpoint(folder: Path, config: dict[str, Any], dtype: FloatName
     folder.mkdir(parents=True)
     family = families.of(config["model_type"])
     model, weights = family.read(config, None), PlannedWeights()
-    vision_graph(family, model, weights)
-    prefix_graph(model, weights, 1)
-    decoder_graph(model, weights, 1)
+    build_graphs(family, model, weights, 1)
     weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
     size, start = np.dtype(dtype).itemsize, 0
     header: dict[str, Any] = {}

@@ -36,12 +36,13 @@ from benchmarks.models import make_large_checkpoint, qwen2_vl_2b
 from ivc_export.bench.selection import compaction_part, fix_values, selection_feeds, selection_part
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract import GraphName
-from ivc_export.exporter.estimate import COMPACT
+from ivc_export.exporter.estimate import COUNTED
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families import Grid
 from ivc_export.graph.counting import count
-from ivc_export.lowering import RetypeFloatsPass, lower
+from ivc_export.lowering import lower
+from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.tensorrt.device import MODULE, Buffers, CudaDevice, median_seconds
 from ivc_export.runtime.tensorrt.session import Engine, Tensor
@@ -230,7 +231,7 @@ def least(bundle: Bundle, plan: Run, rows: int, capacity: int, ceilings: Mapping
         model = ir.load(bundle.folder / f"{name}.onnx")
         tensors = (value.const_value for value in model.graph.initializers.values())
         weights = sum(2 * tensor.size for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
-        flops = count(ir.to_proto(COMPACT(model).model), axes, None).flops
+        flops = count(ir.to_proto(COUNTED(model).model), axes, None).flops
         size = weights + cache_row * (rows + plan.rows)
         seconds = max(flops / ceilings["flops_per_second"], size / ceilings["bytes_per_second"])
         found[name] = 1e3 * seconds

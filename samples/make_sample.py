@@ -24,9 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from ivc_export import families
 from ivc_export.checkpoint.weights import EMBEDDING, PlannedWeights
 from ivc_export.contract import FloatName
-from ivc_export.exporter.decoder import decoder_graph
-from ivc_export.exporter.prefix import prefix_graph
-from ivc_export.exporter.vision import vision_graph
+from ivc_export.exporter.graphs import build_graphs
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>", "</s>")
 TEXT = (
@@ -40,9 +38,7 @@ def random_tensors(config: Mapping[str, Any], seed: int) -> dict[str, npt.NDArra
     """Seeded weights for a configuration, scaled so that activations neither vanish nor explode."""
     family = families.of(config["model_type"])
     model, weights = family.read(config, None), PlannedWeights()
-    vision_graph(family, model, weights)
-    prefix_graph(model, weights, 1)
-    decoder_graph(model, weights, 1)
+    build_graphs(family, model, weights, 1)
     weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
     generator = np.random.default_rng(seed)
     tensors = {}

@@ -17,19 +17,23 @@ import onnx_ir as ir
 
 from ivc_export import cli, contract, families
 from ivc_export.checkpoint.weights import PlannedWeights
-from ivc_export.contract import AXES, GRAPHS, Layers, TensorSpec
-from ivc_export.exporter.decoder import decoder_graph
-from ivc_export.exporter.prefix import prefix_graph
-from ivc_export.exporter.vision import vision_graph
+from ivc_export.contract import AXES, GRAPHS, Layers, TensorSpec, in_place_info
+from ivc_export.exporter.graphs import build_graphs
+from ivc_export.lowering import LOWERINGS
+from ivc_export.lowering.join_decode import join_decode
 from tools.families_doc import families_doc
 
 ROOT = Path(__file__).parent.parent
+LOWERED = "qwen2_5_vl"
+"""The family whose graphs are listed in every lowering: it has every function but SelectTileTokens."""
+
 LAYERS = {
     Layers.NONE: "",
     Layers.BELOW: ", i < k",
     Layers.COMPACTED: ", i < k",
     Layers.WHOLE: ", i < k kept whole",
     Layers.ABOVE: ", i >= k",
+    Layers.ALL: "",
 }
 ONLY = {
     "": "",
@@ -49,14 +53,14 @@ def graphs_readme() -> str:
         f"Opset {contract.OPSET}, IR version {contract.IR_VERSION}, operator domain `{contract.IVC_DOMAIN}` version "
         f"{contract.IVC_VERSION}. k is the selection layer, N the number of layers. `graph` is the dtype that a graph "
         "computes in, the checkpoint's own in a portable graph. `ops/` holds the bodies of the `ivc` operators, "
-        "`listings/` a line for each node of every tiny family's graphs. The manifest's `whole_layers` names layers "
-        "whose cache keeps every row: their past axis is W, and instead of `compact_*` a runtime appends the prefix's "
-        "`new_*`.",
+        "`listings/` a line for each node of every tiny family's graphs, and of one family's in every lowering. The "
+        "manifest's `whole_layers` names layers whose cache keeps every row: their past axis is W, and instead of "
+        "`compact_*` a runtime appends the prefix's `new_*`.",
         "",
     ]
     for name, spec in GRAPHS.items():
         lines += [
-            f"## {name}.onnx",
+            f"## {name}.onnx" if name in contract.GRAPH_NAMES else f"## {name}",
             "",
             spec.about,
             "",
@@ -163,45 +167,44 @@ def meaning(action: argparse.Action) -> str:
 
 
 def listing(model: ir.Model) -> str:
-    """One line a node: its name, operator, inputs and attributes; then the same for functions."""
-    lines = []
-    for title, nodes in [
-        (f"graph {model.graph.name}", model.graph.all_nodes()),
-        *((f"function {f.domain}::{f.name}", f.all_nodes()) for f in model.functions.values()),
-    ]:
-        lines.append(title)
-        for node in nodes:
-            inputs = ", ".join(value.name or "" if value is not None else "" for value in node.inputs)
-            attributes = ", ".join(f"{a.name}={text(a)}" for a in node.attributes.values())
-            operator = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-            outputs = ", ".join(value.name or "" for value in node.outputs)
-            lines.append(f"  {outputs} = {operator}({inputs}){f' {{{attributes}}}' if attributes else ''}")
+    """One line a node: its outputs, operator, inputs and attributes; then the functions whose bodies the graph has."""
+    lines = [f"graph {model.graph.name}"]
+    for node in model.graph:
+        inputs = ", ".join(value.name or "" if value is not None else "" for value in node.inputs)
+        attributes = ", ".join(f"{a.name}={text(a)}" for a in node.attributes.values())
+        operator = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        outputs = ", ".join(value.name or "" for value in node.outputs)
+        lines.append(f"  {outputs} = {operator}({inputs}){f' {{{attributes}}}' if attributes else ''}")
+    lines += [f"function {f.domain}::{f.name}" for f in model.functions.values()]
     return "\n".join(lines) + "\n"
 
 
 def text(attribute: ir.Attr) -> str:
     """An attribute's value, short."""
-    if attribute.is_ref():
-        return f"@{attribute.ref_attr_name}"
     if attribute.type is ir.AttributeType.TENSOR:
         return str(attribute.as_tensor().numpy().tolist())
     return str(list(attribute.value) if isinstance(attribute.value, tuple) else attribute.value)
 
 
 def listings() -> dict[str, str]:
-    """File name to content, for the three graphs of every tiny family."""
-    found = {}
-    for name in families.names():
-        family, weights = families.of(name), PlannedWeights()
-        model = family.read(family.tiny, None)
-        layer = family.default_layer(model.decoder).layer
-        for graph in (
-            vision_graph(family, model, weights),
-            prefix_graph(model, weights, layer),
-            decoder_graph(model, weights, layer),
-        ):
-            found[f"{name}.{graph.graph.name}.txt"] = listing(graph)
+    """File name to content: the portable graphs of every tiny family, and those of one in every lowering."""
+    found = {f"{name}.{graph}.txt": listing(model) for name in families.names() for graph, model in tiny(name).items()}
+    for lowering in LOWERINGS:
+        graphs: dict[str, ir.Model] = dict(tiny(LOWERED).items())
+        if LOWERINGS[lowering].io is in_place_info:
+            again = tiny(LOWERED)
+            graphs["decode"] = join_decode(again["prefix"], again["decoder"])
+        for graph, model in graphs.items():
+            if lowering != "portable":
+                found[f"{LOWERED}.{graph}.{lowering}.txt"] = listing(LOWERINGS[lowering].apply(model))
     return found
+
+
+def tiny(name: str) -> dict[contract.GraphName, ir.Model]:
+    """The graphs of a family's tiny model."""
+    family = families.of(name)
+    model = family.read(family.tiny, None)
+    return build_graphs(family, model, PlannedWeights(), family.default_layer(model.decoder).layer)
 
 
 def generated() -> dict[Path, str]:

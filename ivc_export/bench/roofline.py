@@ -26,7 +26,7 @@ from ivc_export.bench.engines import open_engine
 from ivc_export.bench.prompts import Prompt
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
-from ivc_export.exporter.estimate import COMPACT, empty_caches
+from ivc_export.exporter.estimate import COUNTED, empty_caches
 from ivc_export.graph.counting import count
 from ivc_export.runtime.onnxruntime.cuda import PROVIDERS, Provider
 from ivc_export.runtime.tensorrt.device import Buffers, median_seconds
@@ -206,7 +206,7 @@ class Workload:
         models = {name: bundle.graph(name) for name in GRAPH_NAMES}
         self.parameters = {name: parameters(model) for name, model in models.items()}
         self._graphs: dict[GraphName, onnx.ModelProto] = {
-            name: ir.to_proto(COMPACT(model).model) for name, model in models.items()
+            name: ir.to_proto(COUNTED(model).model) for name, model in models.items()
         }
 
     def work(self, prompt: Prompt, kept: int) -> Work:

@@ -19,13 +19,15 @@ from onnxruntime import OrtValue
 
 from ivc_export import contract
 from ivc_export.bench.engines import open_engine
-from ivc_export.lowering import WidenFloatsPass, lower
+from ivc_export.lowering import lower
+from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.conversation import AnySession
 from ivc_export.runtime.failures import SILENT
 from ivc_export.runtime.onnxruntime.cuda import PROVIDERS, FusedSession, Provider, register
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.tensorrt.device import Buffers, median_seconds
 from ivc_export.runtime.tensorrt.session import Engine, Tensor, TensorrtSession
+from ivc_export.selection.operators import SELECTIONS
 from ivc_export.tensorrt.build import profiles, typed
 
 REPEATS, WARMUPS = 9, 3
@@ -154,7 +156,7 @@ def selection_times(session: AnySession, plan: Run, rows: int) -> SelectionTimes
 def selection_part(prefix: ir.Model) -> ir.Model:
     """The selection's node of a prefix graph, and what makes cache_index of its choice. Uses the graph up."""
     graph = prefix.graph
-    (select,) = [node for node in graph if node.domain == contract.IVC_DOMAIN]
+    (select,) = [node for node in graph if node.domain == contract.IVC_DOMAIN and node.op_type in SELECTIONS]
     values = select.inputs[0]
     assert values is not None
     given = ir.val("values", type=values.type or ir.TensorType(graph_dtype(prefix)), shape=ir.Shape(VALUES))

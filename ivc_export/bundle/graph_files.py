@@ -10,10 +10,10 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from ivc_export import contract
 from ivc_export.contract import GraphName, Manifest
 from ivc_export.errors import UserError
 from ivc_export.files import confined, read_bytes
+from ivc_export.lowering import LOWERINGS
 
 MOST_BYTES = 64 << 20
 """Of a graph without its weights: a hundred times those of the deepest models."""
@@ -44,7 +44,7 @@ def read_graph(folder: Path, name: GraphName, manifest: Manifest) -> ir.Model:
                 raise UserError(f"{path} cannot be opened ({problem}): {ADVICE}")
     try:
         model = ir.from_proto(proto)
-        contract.verify(name, model, info, manifest.lowering)
+        LOWERINGS[manifest.lowering].verify(name, model, info)
     except Exception as error:  # onnx_ir raises almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} is damaged ({reason:.200}): {ADVICE}") from error

@@ -12,6 +12,7 @@ from ivc_export.contract import MANIFEST, SCHEMA_VERSION, Manifest
 from ivc_export.errors import UserError
 from ivc_export.files import check_regular, confined, read_object
 from ivc_export.floats import FLOAT_DTYPES
+from ivc_export.lowering import exported
 
 COPY = "copy the whole bundle, or export the model again"
 
@@ -94,7 +95,7 @@ def find_contradiction(m: Manifest) -> str | None:
     d, ids = m.decoder, [m.tokens.image, m.tokens.vision_start, m.tokens.vision_end, *m.tokens.stop]
     beyond = [i for i in ids if i is not None and i >= d.vocab_size]
     facts = (
-        ("lowering", m.lowering in contract.LOWERED_OPERATORS and not contract.LOWERED_OPERATORS[m.lowering]),
+        ("lowering", m.lowering in exported()),
         ("selection_layer", m.selection_layer < d.layers),
         ("decoder.kv_heads", d.heads % d.kv_heads == 0),
         ("rotary.sections", 2 * sum(m.rotary.sections) == d.head_dim),

@@ -25,7 +25,7 @@ from ivc_export.errors import UserError
 from ivc_export.exporter.estimate import Cost, Estimate, PictureEstimate, Size, estimate_bundle, estimate_recipe
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import Dtype, ExportRecipe, Placing
-from ivc_export.lowering import EXPORTED
+from ivc_export.lowering import exported
 from ivc_export.source import hub
 
 PICTURES = (Size(448, 448), Size(1024, 768), Size(1920, 1080))
@@ -54,7 +54,9 @@ def parser() -> Parser:
         default="copy",
         help="copy the weight files, or hard-link them: no time, no space, and shared with the checkpoint",
     )
-    p.add_argument("--lowering", choices=EXPORTED, default="portable", help="native: graphs of standard operators only")
+    p.add_argument(
+        "--lowering", choices=exported(), default="portable", help="native: graphs of standard operators only"
+    )
     p.add_argument(
         "--testdata", action="store_true", help="add inputs and outputs of every graph, to test a runtime by"
     )

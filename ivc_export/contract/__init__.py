@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -33,9 +33,13 @@ MOST_VISUAL = 16384
 processor lets through (12,845,056 pixels, 28 x 28 a token). Attention in the vision encoder is quadratic in them."""
 
 GraphName = Literal["vision", "prefix", "decoder"]
+AnyGraphName = Literal["vision", "prefix", "decoder", "decode"]
 FloatName = Literal["float32", "float16", "bfloat16"]
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 GRAPH_NAMES: tuple[GraphName, ...] = ("vision", "prefix", "decoder")
+
+Kind = Literal["key", "value"]
+CacheRole = Literal["past", "new", "compact", "present"]
 
 FLOATS: dict[FloatName, ir.DataType] = {
     "float32": ir.DataType.FLOAT,
@@ -65,24 +69,12 @@ OPERATORS = frozenset(
 )
 """Operators of the default domain that a portable or native graph may use: opset 17, read by TensorRT 8.6 and later."""
 
+BODY_OPERATORS = OPERATORS | {"CastLike"}
+"""Operators of the default domain that the bodies of the `ivc` functions may use; inlining leaves no CastLike."""
+
 PLUGIN_OPERATORS = frozenset(("SelectTokens", "CompactGatherN"))
 """Operators of domain `ivc` without a body that `plugin` leaves to our TensorRT plugin, and `ort-cuda-ops` to our
 library of custom operators for onnxruntime."""
-
-_ORT_CUDA = frozenset(
-    [("", "SimplifiedLayerNormalization")]
-    + [("com.microsoft", op) for op in ("GroupQueryAttention", "MultiHeadAttention", "RotaryEmbedding")]
-    + [("com.microsoft", op) for op in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "QuickGelu")]
-)
-
-LOWERED_OPERATORS: dict[str, frozenset[tuple[str, str]]] = {
-    "portable": frozenset(),
-    "native": frozenset(),
-    "plugin": frozenset((IVC_DOMAIN, operator) for operator in PLUGIN_OPERATORS),
-    "ort-cuda": _ORT_CUDA,
-    "ort-cuda-ops": _ORT_CUDA | {(IVC_DOMAIN, operator) for operator in PLUGIN_OPERATORS},
-}
-"""Operators beyond OPERATORS, by domain and name, that a lowering leaves to its runtime."""
 
 AXES = {
     "B": "frames of one size in `vision`; the literal 1 in `prefix` and `decoder`",
@@ -373,6 +365,7 @@ class Layers(enum.Enum):
     COMPACTED = enum.auto()  # those of them whose cache is compacted: all, for most families
     WHOLE = enum.auto()  # those of them whose cache keeps every row
     ABOVE = enum.auto()  # layers k..N-1, which see kept tokens
+    ALL = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -403,7 +396,9 @@ _PAST_LENGTH = TensorSpec("past_length", "int32", (1,), "valid rows of the cache
 _WHOLE_LENGTH = TensorSpec("past_length.{i}", "int32", (1,), "the same of a layer that is kept whole", Layers.WHOLE)
 _POSITION_IDS = TensorSpec("position_ids", "int32", ("axes", 1, "S"), "rotary positions of this run's rows, unpruned")
 
-GRAPHS: dict[GraphName, GraphSpec] = {
+_ROW_NEW = (1, "kv_heads", 1, "head_dim")
+
+GRAPHS: dict[AnyGraphName, GraphSpec] = {
     "vision": GraphSpec(
         "One picture, or B frames of one size, to visual tokens. No frame sees another.",
         inputs=(
@@ -488,6 +483,23 @@ GRAPHS: dict[GraphName, GraphSpec] = {
             TensorSpec("new_value.{i}", "graph", _KEPT, "values, to append to the cache", Layers.ABOVE),
         ),
     ),
+    "decode": GraphSpec(
+        "All layers over one row that is no picture, where nothing is chosen: prefix and decoder, joined when a bundle "
+        "is opened. No file of a bundle holds it.",
+        inputs=(
+            TensorSpec("inputs_embeds", "graph", (1, 1, "hidden"), "the row's embedding"),
+            TensorSpec("position_ids", "int32", ("axes", 1, 1), "the row's rotary position"),
+            _PAST_LENGTH,
+            _WHOLE_LENGTH,
+            TensorSpec("past_key.{i}", "graph", _CACHE, "cached keys, after rotation", Layers.ALL),
+            TensorSpec("past_value.{i}", "graph", _CACHE, "cached values", Layers.ALL),
+        ),
+        outputs=(
+            TensorSpec("logits", "float32", (1, 1, "vocab"), "next-token logits"),
+            TensorSpec("new_key.{i}", "graph", _ROW_NEW, "the row's keys, to append to the cache", Layers.ALL),
+            TensorSpec("new_value.{i}", "graph", _ROW_NEW, "the row's values, to append to the cache", Layers.ALL),
+        ),
+    ),
 }
 
 
@@ -496,6 +508,9 @@ FLOAT32_TENSORS = frozenset(
 )
 """Inputs and outputs that are float32 in graphs of every dtype."""
 
+
+RESIDUALS = ("inputs_embeds", "hidden_states")
+"""Tensors of the residual stream: what begins it, and what hands it from graph to graph."""
 
 WIDE_RESIDUALS = frozenset(("hidden_states",))
 """Tensors between float16 graphs that are float32 after the lowering that keeps residual sums in float32."""
@@ -531,20 +546,26 @@ def expand_layers(
         Layers.COMPACTED: [i for i in below if i not in whole_layers],
         Layers.WHOLE: [i for i in below if i in whole_layers],
         Layers.ABOVE: range(selection_layer, layers),
+        Layers.ALL: range(layers),
     }
     expanded = []
     for which, group in itertools.groupby(specs, key=lambda spec: spec.layers):
         members = tuple(group)
         for i in numbers[which]:
             for spec in members:
-                if which is Layers.BELOW and i in whole_layers:
+                if which in (Layers.BELOW, Layers.ALL) and i in whole_layers:
                     spec = replace(spec, axes=tuple("W" if axis == "P" else axis for axis in spec.axes))
                 expanded.append((spec.name.format(i=i), spec))
     return expanded
 
 
+def graph_file(name: AnyGraphName) -> str:
+    """The file of graph `name` in a bundle; `decode` has none, but a name."""
+    return f"{name}.onnx"
+
+
 def graph_info(
-    name: GraphName,
+    name: AnyGraphName,
     dtype: FloatName,
     decoder: DecoderSizes,
     rotary: RotarySizes,
@@ -578,39 +599,77 @@ def graph_info(
         )
 
     spec = GRAPHS[name]
-    return GraphInfo(file=f"{name}.onnx", inputs=infos(spec.inputs), outputs=infos(spec.outputs))
+    return GraphInfo(file=graph_file(name), inputs=infos(spec.inputs), outputs=infos(spec.outputs))
 
 
-def ort_cuda_info(info: GraphInfo) -> GraphInfo:
-    """Inputs and outputs of a graph after the `ort-cuda` lowering, over cache buffers of one capacity P.
+class TensorName(NamedTuple):
+    """A tensor's name by its parts: `past_key.3` is ("past_key", 3), and `logits` is ("logits", None)."""
+
+    stem: str
+    layer: int | None
+
+    @staticmethod
+    def of(name: str | None) -> TensorName:
+        """Of a graph's input or output, or of its name in a run."""
+        stem, dot, number = (name or "").partition(".")
+        return TensorName(stem, int(number) if dot and number.isdecimal() else None)
+
+    @property
+    def kind(self) -> Kind | None:
+        """Whether it holds keys or values of one layer."""
+        found = self.stem.rpartition("_")[2] if self.layer is not None else ""
+        return "key" if found == "key" else "value" if found == "value" else None
+
+    @property
+    def role(self) -> str:
+        """What it holds of its layer's keys or values: past, new, compact, present where caches are written in place;
+        "" of other tensors.
+        """
+        return self.stem.partition("_")[0] if self.kind else ""
+
+    def to(self, role: CacheRole) -> str:
+        """The name of the same layer's keys or values in another role."""
+        return f"{role}_{self.kind}.{self.layer}"
+
+
+def in_place_lengths(past_length: str) -> dict[str, tuple[int, ...]]:
+    """Inputs that stand for `past_length`, or `past_length.i`, where caches are written in place, and their shapes."""
+    _, dot, layer = past_length.partition(".")
+    return {f"seqlens_k{dot}{layer}": (1,), f"total_sequence_length{dot}{layer}": ()}
+
+
+def in_place_info(info: GraphInfo) -> GraphInfo:
+    """Inputs and outputs of a graph whose caches are written in place, in buffers of one capacity P.
 
     - past_length becomes seqlens_k int32 [1], which is past_length + S - 1 (in decoder M for S), and
       total_sequence_length int32 [], in host memory: past_length + S, or P in a decode step that a CUDA graph replays.
-    - present_key.i and present_value.i are to be bound to the buffers of past_key.i and past_value.i, and stand for the
-      decoder's new_key.i and new_value.i.
+    - present_key.i and present_value.i are to be bound to the buffers of past_key.i and past_value.i, and stand for
+      new_key.i and new_value.i.
     - new_key.i and new_value.i of the layers below the cut are rows of the caches already, which go from prefix to
       decoder instead. cache_index int32 [P] says which row each row of a compacted cache is. compact_key.i and
       compact_value.i are such caches, to be bound to other buffers.
-    - hidden_states are a sixteenth of their size: see lowering.scale_residuals.
+    - position_ids of `decode` says the row's position P times, once for each row of a cache: attention rotates.
+    - hidden_states are a sixteenth of their size: see lowering.precision.scale_residuals.
 
     The vision graph's stay as they are.
     """
 
     def changed(tensor: TensorInfo) -> list[TensorInfo]:
-        stem, dot, number = tensor.name.partition(".")
-        if stem == "past_length":
-            lengths = TensorInfo(name=f"seqlens_k{dot}{number}", dtype="int32", shape=(1,))
-            return [lengths, TensorInfo(name=f"total_sequence_length{dot}{number}", dtype="int32", shape=())]
-        if stem == "keep_index":
+        name = TensorName.of(tensor.name)
+        if name.stem == "past_length":
+            return [TensorInfo(name=n, dtype="int32", shape=s) for n, s in in_place_lengths(tensor.name).items()]
+        if name.stem == "keep_index":
             return [tensor, TensorInfo(name="cache_index", dtype="int32", shape=("P",))]
-        if stem in ("new_key", "new_value", "compact_key", "compact_value"):
-            renamed = tensor.name.replace("new_", "past_")
+        if name.role in ("new", "compact"):
+            renamed = name.to("past") if name.role == "new" else tensor.name
             return [TensorInfo(name=renamed, dtype=tensor.dtype, shape=(*tensor.shape[:2], "P", *tensor.shape[3:]))]
+        if name.stem == "position_ids" and info.file == graph_file("decode"):
+            return [tensor.model_copy(update={"shape": (*tensor.shape[:-1], "P")})]
         return [tensor]
 
-    caches = [t for t in info.inputs if t.name.startswith(("past_key.", "past_value."))]
-    present = [t.model_copy(update={"name": t.name.replace("past_", "present_")}) for t in caches]
-    outputs = [t for t in info.outputs if not t.name.startswith(("new_key.", "new_value."))]
+    caches = [t for t in info.inputs if TensorName.of(t.name).role == "past"]
+    present = [t.model_copy(update={"name": TensorName.of(t.name).to("present")}) for t in caches]
+    outputs = [t for t in info.outputs if TensorName.of(t.name).role != "new"]
     return info.model_copy(
         update={
             "inputs": tuple(new for t in info.inputs for new in changed(t)),
@@ -619,31 +678,16 @@ def ort_cuda_info(info: GraphInfo) -> GraphInfo:
     )
 
 
-def ort_cuda_decode_info(prefix: GraphInfo, decoder: GraphInfo) -> GraphInfo:
-    """Inputs and outputs of one graph of all layers for decode steps, joined from two after the `ort-cuda` lowering.
-
-    position_ids says the row's position P times, once for each row of a cache.
-    """
-    wanted = ("inputs_embeds", "position_ids", "seqlens_k", "total_sequence_length", "past_key.", "past_value.")
-    below = {t.name for t in prefix.inputs}
-    above = [t for t in decoder.inputs if t.name.startswith(("past_key.", "past_value.")) and t.name not in below]
-    present = [t for info in (prefix, decoder) for t in info.outputs if t.name.startswith("present_")]
-
-    def changed(tensor: TensorInfo) -> TensorInfo:
-        every = tensor.name == "position_ids"
-        return tensor.model_copy(update={"shape": (*tensor.shape[:-1], "P")}) if every else tensor
-
-    return GraphInfo(
-        file="decode.onnx",
-        inputs=(*(changed(t) for t in prefix.inputs if t.name.startswith(wanted)), *above),
-        outputs=(decoder.outputs[0], *present),
-    )
-
-
-def verify(name: GraphName, model: ir.Model, info: GraphInfo, lowering: str = "portable") -> None:
+def verify(
+    name: AnyGraphName,
+    model: ir.Model,
+    info: GraphInfo,
+    lowered: frozenset[tuple[str, str]] = frozenset(),
+    opset: int = OPSET,
+) -> None:
     """Check a graph against the contract: inputs and outputs, operators, functions, versions.
 
-    lowering: what has been done to the graph since it was built.
+    lowered: operators that it may have beyond the contract's, by domain and name.
 
     Raises:
         AssertionError: the graph breaks the contract; a bug of the builder, not of the user.
@@ -658,15 +702,15 @@ def verify(name: GraphName, model: ir.Model, info: GraphInfo, lowering: str = "p
         wanted = [(t.name, data_type(t.dtype), list(t.shape)) for t in tensors]
         if found != wanted:
             raise AssertionError(f"{name}: the {kind}s are {found}, the contract says {wanted}")
-    functions = {identifier[:2] for identifier in model.functions} | LOWERED_OPERATORS[lowering]
-    nodes = [*model.graph.all_nodes(), *(n for f in model.functions.values() for n in f.all_nodes())]
-    for node in nodes:
-        known = (node.domain == "" and node.op_type in OPERATORS) or (node.domain, node.op_type) in functions
-        if not known:
+    functions = {identifier[:2] for identifier in model.functions} | lowered
+    own = [(node, OPERATORS) for node in model.graph.all_nodes()]
+    bodies = [(node, BODY_OPERATORS) for f in model.functions.values() for node in f.all_nodes()]
+    for node, operators in own + bodies:
+        if (node.domain or node.op_type not in operators) and (node.domain, node.op_type) not in functions:
             raise AssertionError(
                 f"{name}: {node.domain or 'ai.onnx'}::{node.op_type} is not an operator of the contract"
             )
-    if model.opset_imports.get("") != OPSET or model.ir_version != IR_VERSION:
+    if model.opset_imports.get("") != opset or model.ir_version != IR_VERSION:
         raise AssertionError(f"{name}: opset {model.opset_imports.get('')} and IR version {model.ir_version}")
 
 

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import onnx
 import onnx_ir as ir
 import PIL.Image
-from onnx_ir.passes.common import InlinePass
 
 from ivc_export import contract
 from ivc_export.bundle.bundle import Bundle
@@ -29,13 +28,13 @@ from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.checkpoint.weights import EMBEDDING, PlannedWeights
 from ivc_export.contract import kept_tokens
 from ivc_export.errors import UserError
-from ivc_export.exporter.decoder import decoder_graph
+from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.pipeline import selection_layer
-from ivc_export.exporter.prefix import prefix_graph
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.exporter.vision import vision_graph
 from ivc_export.families import Family, Model, Picture
 from ivc_export.graph.counting import count
+from ivc_export.lowering.inline import InlinePass
+from ivc_export.selection.operators import SELECTIONS
 from ivc_export.source.configuration import read_description, read_model
 from ivc_export.source.hub import open_checkpoint
 
@@ -45,7 +44,8 @@ TEXT = 64
 PIXELS = 100_000_000
 
 GIB = 2**30
-COMPACT = InlinePass(lambda function: function.name == "CompactGather")
+COUNTED = InlinePass(kept=SELECTIONS)
+"""What graphs are counted after: all but the selection, which is one part in 100,000, in standard operators."""
 
 
 class Size(NamedTuple):
@@ -181,13 +181,9 @@ def estimate(
 ) -> Estimate:
     """Count on the model's graphs. preprocessing: the model's, or with a lower cap."""
     weights = PlannedWeights(dtype)
-    built = {
-        "vision": vision_graph(family, model, weights),
-        "prefix": prefix_graph(model, weights, layer),
-        "decoder": decoder_graph(model, weights, layer),
-    }
+    built = build_graphs(family, model, weights, layer)
     weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
-    graphs = {name: ir.to_proto(COMPACT(graph).model) for name, graph in built.items()}
+    graphs = {name: ir.to_proto(COUNTED(graph).model) for name, graph in built.items()}
     size = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
     return Estimate(
         family=family.model_type,
@@ -202,7 +198,7 @@ def estimate(
 
 
 def one_picture(
-    graphs: Mapping[str, onnx.ModelProto],
+    graphs: Mapping[contract.GraphName, onnx.ModelProto],
     family: Family,
     model: Model,
     preprocessing: contract.Preprocessing,

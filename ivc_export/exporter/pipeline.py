@@ -21,13 +21,11 @@ from ivc_export.checkpoint.weights import EMBEDDING, FOLDER, Weights
 from ivc_export.contract import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, TOKENIZER_CONFIG
 from ivc_export.contract.calibration import read_calibration
 from ivc_export.errors import UserError
-from ivc_export.exporter.decoder import decoder_graph
+from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.placement import converted, place_weights, plan_conversions
-from ivc_export.exporter.prefix import prefix_graph
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.exporter.vision import vision_graph
 from ivc_export.families import Family
-from ivc_export.lowering import EXPORTED, Lowering, lower
+from ivc_export.lowering import exported, lower
 from ivc_export.source.configuration import Configuration, Description, read_configuration, read_description
 from ivc_export.source.hub import open_checkpoint
 
@@ -49,7 +47,7 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
         UserError: what the user can mend in the recipe or the checkpoint.
         OSError: a file cannot be read or written; nothing is left, and an older bundle is as it was.
     """
-    lowering = lowering_of(recipe)
+    lowering = check_lowering(recipe.lowering)
     check_free(recipe.output, recipe.force)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     check_apart(recipe.output, [checkpoint.folder, *checkpoint.folder.iterdir()])
@@ -60,11 +58,7 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
     conversions = plan_conversions(checkpoint.tensors.values(), recipe.float_name)
     model, weights = configuration.model, converted(configuration.weights, conversions, recipe.float_name)
     with staged_folder(recipe.output, recipe.force) as folder:
-        graphs: dict[contract.GraphName, ir.Model] = {
-            "vision": vision_graph(configuration.family, model, weights),
-            "prefix": prefix_graph(model, weights, layer),
-            "decoder": decoder_graph(model, weights, layer),
-        }
+        graphs = build_graphs(configuration.family, model, weights, layer)
         check_all_used(weights, configuration.family, graphs.values())
         hashes = {}
         for number, (name, graph) in enumerate(graphs.items(), 1):
@@ -89,16 +83,15 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
     return Bundle(recipe.output, manifest, configuration.prompts.notes)
 
 
-def lowering_of(recipe: ExportRecipe) -> Lowering:
-    """The recipe's lowering.
+def check_lowering(name: str) -> str:
+    """Return a lowering's name.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: no bundle can be exported in it.
     """
-    for name in EXPORTED:
-        if name == recipe.lowering:
-            return name
-    raise UserError(f"lowering {recipe.lowering!r} is unknown: give one of {', '.join(EXPORTED)}")
+    if name not in exported():
+        raise UserError(f"lowering {name!r} is unknown: give one of {', '.join(exported())}")
+    return name
 
 
 def selection_layer(recipe: ExportRecipe, configuration: Description) -> tuple[int, bool]:

@@ -50,16 +50,11 @@ from ivc_export.families.settings import (
     refuse,
 )
 from ivc_export.families.text_models import DecoderSettings, LlamaText, Qwen2Text, read_decoder
+from ivc_export.graph.activations import gelu
 from ivc_export.graph.builder import Graph
-from ivc_export.graph.layers import (
-    EncoderBlock,
-    gelu,
-    layer_norm,
-    linear,
-    pixel_patches,
-    with_class_token,
-    without_class_token,
-)
+from ivc_export.graph.linear import linear
+from ivc_export.graph.norms import layer_norm
+from ivc_export.graph.vit import EncoderBlock, pixel_patches, with_class_token, without_class_token
 
 SHUFFLE = 2  # patches along a side of a visual token
 Half = Annotated[float, Field(ge=1 / SHUFFLE, le=1 / SHUFFLE)]

@@ -44,17 +44,11 @@ from ivc_export.families.settings import (
     refuse,
 )
 from ivc_export.families.text_models import LlamaText, read_decoder
+from ivc_export.graph.activations import gelu, quick_gelu
 from ivc_export.graph.builder import Graph
-from ivc_export.graph.layers import (
-    EncoderBlock,
-    gelu,
-    layer_norm,
-    linear,
-    pixel_patches,
-    quick_gelu,
-    with_class_token,
-    without_class_token,
-)
+from ivc_export.graph.linear import linear
+from ivc_export.graph.norms import layer_norm
+from ivc_export.graph.vit import EncoderBlock, pixel_patches, with_class_token, without_class_token
 
 VISION = {  # where config.json says nothing of the encoder
     "hidden_size": 1024,

@@ -26,8 +26,12 @@ from ivc_export.families.qwen2_vl import (
     stock_inputs,
 )
 from ivc_export.families.settings import Ints, check_divides
-from ivc_export.graph.builder import FLOAT, INT32, Graph
-from ivc_export.graph.layers import MASKED, attend, gated_mlp, gelu, linear, rms_norm, rotary_angles, rotated_heads
+from ivc_export.graph.activations import gelu
+from ivc_export.graph.attention import encoder_attention, rotated_heads, window_attention
+from ivc_export.graph.builder import INT32, Graph
+from ivc_export.graph.linear import gated_mlp, linear
+from ivc_export.graph.norms import rms_norm
+from ivc_export.graph.rotary import rotary_angles
 
 RMS_NORM_EPSILON = 1e-6
 
@@ -92,18 +96,16 @@ class Windows:
     so they lie in one block or two neighbouring ones, and a block's queries need its own keys and its neighbours' only:
     memory grows with the picture, not with its square, and every shape follows from the number of patches.
 
-    order: int32 [(blocks + 2) block], the patch at each place, with a block of padding before and behind.
+    order: int32 [places], the patch at each place; (blocks + 2) block places, a block of padding before and behind.
     slot: int32 [patches], each patch's place behind the padding.
-    neighbours: int32 [blocks, 3 block], the places whose keys a block's queries see.
-    mask: float32 [blocks, block, 3 block], 0 within a window, else MASKED.
-    size: patches of a block. cos, sin: float32 [(blocks + 2) block, head_dim / 2], of the places.
+    window_of_place: int32 [places], the number of each place's window, -1 where there is none.
+    block: places of a block. cos, sin: float32 [places, head_dim / 2].
     """
 
     order: ir.Value
     slot: ir.Value
-    neighbours: ir.Value
-    mask: ir.Value
-    size: int
+    window_of_place: ir.Value
+    block: int
     cos: ir.Value
     sin: ir.Value
 
@@ -141,17 +143,8 @@ def windows(g: Graph, sizes: VisionSizes, cos: ir.Value, sin: ir.Value) -> Windo
     place = g.op("Add", slot, block)
     order = g.op("ScatterElements", g.op("Expand", zero, length), place, counting(patches), axis=0)
     number = g.op("ScatterElements", g.op("Expand", g.constant(-1, INT32), length), place, number, axis=0)
-    start = g.op("Unsqueeze", g.op("Mul", counting(blocks), block), g.ints(1))
-    neighbours = g.op("Add", start, g.constant(range(3 * size), INT32))
-    own = g.op("Add", start, g.constant(range(size, 2 * size), INT32))
-    same = g.op(
-        "Equal",
-        g.op("Unsqueeze", g.op("Gather", number, own, axis=0), g.ints(2)),
-        g.op("Unsqueeze", g.op("Gather", number, neighbours, axis=0), g.ints(1)),
-    )
-    mask = g.op("Where", same, g.constant(0.0, FLOAT), g.constant(MASKED, FLOAT))
     cos, sin = (g.op("Gather", table, order, axis=0) for table in (cos, sin))
-    return Windows(order, slot, neighbours, mask, size, cos, sin)
+    return Windows(order, slot, number, size, cos, sin)
 
 
 def vision(g: Graph, model: Model) -> ir.Value:
@@ -170,7 +163,6 @@ def vision(g: Graph, model: Model) -> ir.Value:
         layout = windows(g, sizes, cos, sin)
     with g.scope("patch_embed"):
         x = patch_rows(g, p, sizes.embed_dim)
-        head_shape = g.op("Concat", frames, g.ints(-1, sizes.heads, sizes.head_dim), axis=0)
     for i in range(sizes.depth):
         name = f"visual.blocks.{i}"
         with g.scope(f"blocks.{i}"):
@@ -178,9 +170,10 @@ def vision(g: Graph, model: Model) -> ir.Value:
                 y = rms_norm(g, x, f"{name}.norm1", sizes.embed_dim, RMS_NORM_EPSILON)
                 qkv = linear(g, y, f"{name}.attn.qkv", 3 * sizes.embed_dim, sizes.embed_dim, bias=True)
                 if i in sizes.full_blocks:
-                    y = full_attention(g, sizes, qkv, head_shape, cos, sin)
+                    heads = rotated_heads(g, qkv, frames, sizes.heads, sizes.head_dim, cos, sin)
+                    y = encoder_attention(g, *heads, sizes.heads, sizes.head_dim)
                 else:
-                    y = windowed_attention(g, sizes, qkv, head_shape, frames, layout)
+                    y = windowed_attention(g, sizes, qkv, frames, layout)
                 y = linear(g, y, f"{name}.attn.proj", sizes.embed_dim, sizes.embed_dim, bias=True)
                 x = g.op("Add", x, y)
             with g.scope("mlp"):
@@ -195,32 +188,13 @@ def vision(g: Graph, model: Model) -> ir.Value:
         return g.op("Reshape", x, g.op("Concat", frames, g.ints(-1, model.decoder.hidden_size), axis=0))
 
 
-def full_attention(
-    g: Graph, sizes: VisionSizes, qkv: ir.Value, head_shape: ir.Value, cos: ir.Value, sin: ir.Value
-) -> ir.Value:
-    """Attention of every patch to every patch of its frame. qkv: [B patches, 3 embed_dim]; returns [.., embed_dim]."""
-    y = attend(g, *rotated_heads(g, qkv, head_shape, cos, sin), sizes.head_dim)
-    return g.reshape(g.transpose(y, 0, 2, 1, 3), -1, sizes.embed_dim)
-
-
-def windowed_attention(
-    g: Graph, sizes: VisionSizes, qkv: ir.Value, head_shape: ir.Value, frames: ir.Value, layout: Windows
-) -> ir.Value:
+def windowed_attention(g: Graph, sizes: VisionSizes, qkv: ir.Value, frames: ir.Value, layout: Windows) -> ir.Value:
     """Attention of every patch to those of its window. qkv: [B patches, 3 embed_dim]; returns [.., embed_dim]."""
-    size, width = layout.size, sizes.embed_dim
+    width = sizes.embed_dim
     framed = g.op("Reshape", qkv, g.op("Concat", frames, g.ints(-1, 3 * width), axis=0))
     placed = g.reshape(g.op("Gather", framed, layout.order, axis=1), -1, 3 * width)
-    q, k, v = rotated_heads(g, placed, head_shape, layout.cos, layout.sin)
-    q = g.op("Slice", q, g.ints(size), g.ints(-size), g.ints(2))
-    by_head = g.op("Mul", frames, g.ints(sizes.heads))
-
-    def blocked(x: ir.Value, rows: int) -> ir.Value:
-        return g.op("Reshape", x, g.op("Concat", by_head, g.ints(-1, rows, sizes.head_dim), axis=0))
-
-    k, v = (blocked(g.op("Gather", x, layout.neighbours, axis=2), 3 * size) for x in (k, v))
-    y = attend(g, blocked(q, size), k, v, sizes.head_dim, layout.mask)
-    heads = g.op("Reshape", y, g.op("Concat", frames, g.ints(sizes.heads, -1, sizes.head_dim), axis=0))
-    rows = g.op("Reshape", g.transpose(heads, 0, 2, 1, 3), g.op("Concat", frames, g.ints(-1, width), axis=0))
+    q, k, v = rotated_heads(g, placed, frames, sizes.heads, sizes.head_dim, layout.cos, layout.sin)
+    rows = window_attention(g, q, k, v, layout.window_of_place, sizes.heads, sizes.head_dim, layout.block)
     return g.reshape(g.op("Gather", rows, layout.slot, axis=1), -1, width)
 
 

@@ -38,8 +38,12 @@ from ivc_export.families.settings import (
     refuse,
 )
 from ivc_export.families.text_models import Layers, RopeSettings, Vocabulary, WindowedText, Windows, read_decoder
+from ivc_export.graph.activations import gelu, quick_gelu
+from ivc_export.graph.attention import encoder_attention, rotated_heads
 from ivc_export.graph.builder import Graph
-from ivc_export.graph.layers import attend, gelu, layer_norm, linear, quick_gelu, rotary_angles, rotated_heads
+from ivc_export.graph.linear import linear
+from ivc_export.graph.norms import layer_norm
+from ivc_export.graph.rotary import rotary_angles
 
 VISION_THETA = 10000.0
 VisionTheta = Annotated[float, Field(ge=VISION_THETA, le=VISION_THETA)]
@@ -241,10 +245,9 @@ def vision(g: Graph, model: Model) -> ir.Value:
         cos, sin = rotary_angles(g, g.transpose(g.inputs["patch_position"], 1, 0), frequencies(sizes.head_dim))
     with g.scope("patch_embed"):
         x = patch_rows(g, p, sizes.embed_dim)
-        head_shape = g.op("Concat", frames, g.ints(-1, sizes.heads, sizes.head_dim), axis=0)
     for i in range(sizes.depth):
         with g.scope(f"blocks.{i}"):
-            x = block(g, sizes, f"visual.blocks.{i}", x, cos, sin, head_shape)
+            x = block(g, sizes, f"visual.blocks.{i}", x, frames, cos, sin)
     with g.scope("merger"):
         merged = sizes.embed_dim * p.merge_size**2
         x = layer_norm(g, x, "visual.merger.ln_q", sizes.embed_dim, LAYER_NORM_EPSILON)
@@ -271,15 +274,16 @@ def patch_rows(g: Graph, p: contract.PatchPreprocessing, width: int) -> ir.Value
 
 
 def block(
-    g: Graph, sizes: VisionSizes, name: str, x: ir.Value, cos: ir.Value, sin: ir.Value, head_shape: ir.Value
+    g: Graph, sizes: VisionSizes, name: str, x: ir.Value, frames: ir.Value, cos: ir.Value, sin: ir.Value
 ) -> ir.Value:
-    """One encoder block. x: [B patches, embed_dim]; head_shape: int64 [4], (B, -1, heads, head_dim)."""
+    """One encoder block. x: [B patches, embed_dim]; frames: B, int64 [1]."""
     width = sizes.embed_dim
     with g.scope("attention"):
         y = layer_norm(g, x, f"{name}.norm1", width, LAYER_NORM_EPSILON)
         qkv = linear(g, y, f"{name}.attn.qkv", 3 * width, width, bias=True)
-        y = g.transpose(attend(g, *rotated_heads(g, qkv, head_shape, cos, sin), sizes.head_dim), 0, 2, 1, 3)
-        x = g.op("Add", x, linear(g, g.reshape(y, -1, width), f"{name}.attn.proj", width, width, bias=True))
+        q, k, v = rotated_heads(g, qkv, frames, sizes.heads, sizes.head_dim, cos, sin)
+        y = encoder_attention(g, q, k, v, sizes.heads, sizes.head_dim)
+        x = g.op("Add", x, linear(g, y, f"{name}.attn.proj", width, width, bias=True))
     with g.scope("mlp"):
         y = layer_norm(g, x, f"{name}.norm2", width, LAYER_NORM_EPSILON)
         y = quick_gelu(g, linear(g, y, f"{name}.mlp.fc1", sizes.mlp_size, width, bias=True))

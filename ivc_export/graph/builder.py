@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from ivc_export import contract
 from ivc_export.checkpoint.weights import Weights
+from ivc_export.graph.functions import function
 
 FLOAT = ir.DataType.FLOAT
 INT32 = ir.DataType.INT32
@@ -33,6 +34,7 @@ class Graph:
         self._tape = ir.tape.Tape()
         self._weights: dict[str, ir.Value] = {}
         self._constants: dict[tuple[ir.DataType, tuple[int, ...], bytes], ir.Value] = {}
+        self._functions: dict[str, ir.Function] = {}
         self._scope: list[str] = []
         self._counts: dict[str, int] = {}
 
@@ -56,6 +58,15 @@ class Graph:
         for i, value in enumerate(values):
             value.name = f"{name}:{i}" if outputs > 1 else name
         return values
+
+    def call(self, name: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        """Call the `ivc` function `name`, which has one output, and return that; its body joins the model."""
+        return self.call_with_outputs(1, name, *inputs, **attributes)[0]
+
+    def call_with_outputs(self, outputs: int, name: str, *inputs: ir.Value, **attributes: Any) -> Sequence[ir.Value]:
+        """Call the `ivc` function `name`, and return its outputs."""
+        self._functions[name] = function(name)
+        return self.op_with_outputs(outputs, name, *inputs, domain=contract.IVC_DOMAIN, **attributes)
 
     def _unique(self, stem: str) -> str:
         """`stem`, or with a number where it has been given before."""
@@ -117,8 +128,9 @@ class Graph:
         """The extent of one axis, int64 [1]; by Gather, since TensorRT 8.6 ignores Shape's start and end."""
         return self.op("Gather", self.op("Shape", x), self.ints(axis), axis=0)
 
-    def model(self, name: contract.GraphName, functions: Sequence[ir.Function] = ()) -> ir.Model:
+    def model(self, name: contract.GraphName) -> ir.Model:
         """Finish: a model with the contract's inputs and outputs, checked against it."""
+        functions = [self._functions[key].clone() for key in sorted(self._functions)]
         graph = ir.Graph(
             list(self.inputs.values()),
             [self._outputs[t.name] for t in self.info.outputs],
@@ -127,8 +139,6 @@ class Graph:
             opset_imports={"": contract.OPSET} | ({contract.IVC_DOMAIN: contract.IVC_VERSION} if functions else {}),
             name=name,
         )
-        model = ir.Model(
-            graph, ir_version=contract.IR_VERSION, producer_name="ivc-export", functions=[f.clone() for f in functions]
-        )
+        model = ir.Model(graph, ir_version=contract.IR_VERSION, producer_name="ivc-export", functions=functions)
         contract.verify(name, model, self.info)
         return model

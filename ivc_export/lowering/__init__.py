@@ -1,74 +1,116 @@
-"""Lowering: what turns the portable graphs into graphs for one runtime."""
+"""Lowering: what turns the portable graphs into graphs for one runtime, one record each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ivc_export.lowering.add_biases import AddBiasesPass
-from ivc_export.lowering.compact_caches import CompactCachesPass
-from ivc_export.lowering.fuse_activations import FuseActivationsPass
-from ivc_export.lowering.fuse_attention import FuseAttentionPass
-from ivc_export.lowering.fuse_norms import FuseNormsPass
-from ivc_export.lowering.inline_ivc_functions import InlineIvcFunctionsPass
-from ivc_export.lowering.pack_projections import PackProjectionsPass
-from ivc_export.lowering.retype_floats import RetypeFloatsPass
-from ivc_export.lowering.scale_residuals import ScaleResidualsPass
-from ivc_export.lowering.use_custom_ops import UseCustomOpsPass
-from ivc_export.lowering.use_plugin import UsePluginPass
-from ivc_export.lowering.widen_floats import WidenFloatsPass
-from ivc_export.lowering.widen_residuals import WidenResidualsPass
+from ivc_export import contract
+from ivc_export.contract import IVC_DOMAIN, PLUGIN_OPERATORS, AnyGraphName, GraphInfo, in_place_info
+from ivc_export.lowering.in_place_caches import CompactCachesPass
+from ivc_export.lowering.inline import InlinePass
+from ivc_export.lowering.onnxruntime.activations import FuseActivationsPass
+from ivc_export.lowering.onnxruntime.attention import UseFusedAttentionPass, UseRotaryEmbeddingPass
+from ivc_export.lowering.onnxruntime.biases import AddBiasesPass
+from ivc_export.lowering.onnxruntime.custom_operators import UseCustomOpsPass
+from ivc_export.lowering.onnxruntime.norms import FuseNormsPass
+from ivc_export.lowering.onnxruntime.projections import PackProjectionsPass
+from ivc_export.lowering.onnxruntime.rotate_in_attention import RotateInAttentionPass
+from ivc_export.lowering.precision.scale_residuals import SCALE, ScaleResidualsPass
+from ivc_export.lowering.tensorrt.plugin import UsePluginPass
 
-Lowering = Literal["portable", "native", "plugin", "ort-cuda", "ort-cuda-ops"]
-
-
-def _ort_cuda(*more: ir.passes.PassBase) -> tuple[ir.passes.PassBase, ...]:
-    attention = (FuseAttentionPass(), PackProjectionsPass(), CompactCachesPass())
-    fusing = (ScaleResidualsPass(), *attention, FuseNormsPass(), FuseActivationsPass(), AddBiasesPass())
-    return (*fusing, *more, RemoveUnusedNodesPass())
+Passes = Sequence[ir.passes.PassBase]
+Operators = frozenset[tuple[str, str]]
 
 
-LOWERINGS: Mapping[Lowering, Callable[[], tuple[ir.passes.PassBase, ...]]] = {
-    "portable": lambda: (),  # keeps ivc nodes and their bodies: onnxruntime inlines them
-    "native": lambda: (InlineIvcFunctionsPass(),),  # standard operators only: any TensorRT, no plugin
-    "plugin": lambda: (UsePluginPass(),),  # nodes without bodies: TensorRT with our plugin library
-    # what onnxruntime's CUDA provider has kernels for, over caches that are written in place
-    "ort-cuda": lambda: _ort_cuda(),
+@dataclass(frozen=True)
+class Lowering:
+    """How portable graphs become graphs for one runtime.
+
+    passes: what makes them, in order, new for each graph. operators: beyond the contract's, by domain and name, that
+    may be left. io: a graph's inputs and outputs as they are then. opset: of the default domain. hidden_scale: what
+    hidden_states are multiplied by between the graphs. exported: whether a bundle can be exported in it; others are
+    applied when an engine is built or a session opened.
+    """
+
+    passes: Callable[[], Passes]
+    operators: Operators = frozenset()
+    io: Callable[[GraphInfo], GraphInfo] = lambda info: info
+    opset: int = contract.OPSET
+    hidden_scale: float = 1.0
+    exported: bool = False
+
+    def apply(self, model: ir.Model) -> ir.Model:
+        """Lower a portable graph, in place.
+
+        Raises:
+            PreconditionError, PostconditionError: the graph is not what a pass needs or should leave; a bug.
+        """
+        for one in self.passes():
+            model = one(model).model
+        return model
+
+    def verify(self, name: AnyGraphName, model: ir.Model, portable: GraphInfo) -> None:
+        """Check a lowered graph against the contract.
+
+        Raises:
+            AssertionError: it breaks it; a bug.
+        """
+        contract.verify(name, model, self.io(portable), self.operators, self.opset)
+
+
+def fused(*more: ir.passes.PassBase) -> Passes:
+    """For onnxruntime's CUDA provider: what it has kernels for, over caches that are written in place."""
+    return (
+        ScaleResidualsPass(),
+        UseFusedAttentionPass(),
+        CompactCachesPass(),
+        UseRotaryEmbeddingPass(),
+        FuseNormsPass(),
+        InlinePass(kept=("SelectTokens", "SelectTileTokens", "CompactGather")),  # whose bodies onnxruntime inlines
+        PackProjectionsPass(),
+        RotateInAttentionPass(),
+        FuseActivationsPass(),
+        AddBiasesPass(),
+        *more,
+        RemoveUnusedNodesPass(),
+    )
+
+
+OUR_OPERATORS: Operators = frozenset((IVC_DOMAIN, name) for name in PLUGIN_OPERATORS)
+FUSED_OPERATORS: Operators = frozenset(
+    [("", "SimplifiedLayerNormalization")]
+    + [("com.microsoft", op) for op in ("GroupQueryAttention", "MultiHeadAttention", "RotaryEmbedding")]
+    + [("com.microsoft", op) for op in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "QuickGelu")]
+)
+
+LOWERINGS: dict[str, Lowering] = {
+    # keeps ivc functions and their bodies: onnxruntime inlines them
+    "portable": Lowering(passes=lambda: (), exported=True),
+    # standard operators only: any TensorRT, no plugin
+    "native": Lowering(passes=lambda: (InlinePass(),), exported=True),
+    # nodes without bodies: TensorRT with our plugin library
+    "plugin": Lowering(passes=lambda: (UsePluginPass(),), operators=OUR_OPERATORS),
+    "ort-cuda": Lowering(passes=fused, operators=FUSED_OPERATORS, io=in_place_info, hidden_scale=SCALE),
     # the same with our library of custom operators, which selects and compacts
-    "ort-cuda-ops": lambda: _ort_cuda(UseCustomOpsPass()),
+    "ort-cuda-ops": Lowering(
+        passes=lambda: fused(UseCustomOpsPass()),
+        operators=FUSED_OPERATORS | OUR_OPERATORS,
+        io=in_place_info,
+        hidden_scale=SCALE,
+    ),
 }
+"""Every lowering, by the name that manifests and options have for it."""
 
 
-EXPORTED: tuple[Lowering, ...] = ("portable", "native")
-"""Lowerings that a bundle can be exported in; the others are applied when an engine is built or a session opened."""
+def lower(model: ir.Model, lowering: str) -> ir.Model:
+    """Lower a portable graph, in place."""
+    return LOWERINGS[lowering].apply(model)
 
 
-def lower(model: ir.Model, lowering: Lowering) -> ir.Model:
-    """Apply the passes of `lowering` to a portable graph, in place."""
-    for one in LOWERINGS[lowering]():
-        model = one(model).model
-    return model
-
-
-__all__ = [
-    "EXPORTED",
-    "LOWERINGS",
-    "AddBiasesPass",
-    "CompactCachesPass",
-    "FuseActivationsPass",
-    "FuseAttentionPass",
-    "FuseNormsPass",
-    "InlineIvcFunctionsPass",
-    "Lowering",
-    "PackProjectionsPass",
-    "RetypeFloatsPass",
-    "ScaleResidualsPass",
-    "UseCustomOpsPass",
-    "UsePluginPass",
-    "WidenFloatsPass",
-    "WidenResidualsPass",
-    "lower",
-]
+def exported() -> tuple[str, ...]:
+    """Lowerings that a bundle can be exported in."""
+    return tuple(name for name, lowering in LOWERINGS.items() if lowering.exported)

@@ -5,55 +5,74 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from ivc_export.contract import IVC_DOMAIN
-from ivc_export.lowering.rotate_in_attention import RotateInAttentionPass
+from ivc_export.contract import IVC_DOMAIN, IVC_VERSION, TensorName
+from ivc_export.lowering.edit import called
+
+ABOVE = "above"
+"""What names of the decoder begin with that the prefix has, too."""
 
 
 def join_decode(prefix: ir.Model, decoder: ir.Model) -> ir.Model:
-    """All layers over one row, from the two graphs after the `ort-cuda` lowering; both are used up.
+    """The contract's `decode`, from the two portable graphs of one model, which are used up.
 
-    The row is kept, so that selection and compaction fall away: its keys and values are where present_key.i and
-    present_value.i have put them. Inputs and outputs are those of contract.ort_cuda_decode_info. Every extent but the
-    caches' is 1, so that a CUDA graph can replay a step.
+    Its one row is kept, so that selection and compaction fall away.
     """
     graph, above = prefix.graph, decoder.graph
-    outputs = [value for value in above.outputs if str(value.name).startswith(("logits", "present_"))]
-    above.outputs[:] = outputs
-    graph.outputs[:] = [value for value in graph.outputs if value.name != "cache_index"]
+    kept = [value for value in above.outputs if TensorName.of(value.name).role in ("", "new")]
+    above.outputs[:] = kept
     for node in list(above):
-        if node.domain == IVC_DOMAIN or (node.op_type == "Gather" and node.inputs[1] in above.inputs):
-            node.outputs[0].replace_all_uses_with(node.inputs[0], replace_graph_outputs=True)  # type: ignore[arg-type]
-            above.remove(node, safe=True)
+        if called(node.outputs[0], "CompactGather") or (
+            node.op_type == "Gather" and node.inputs[1] is not None and node.inputs[1].name == "logit_index"
+        ):
+            hand_through(node)
     below = {value.name: value for value in (*graph.inputs, *graph.outputs)}
-    handed_over = [value for value in above.inputs if value.name in below]
-    for value in handed_over:
-        value.replace_all_uses_with(below[value.name])
-    kept = [value for value in above.inputs if value.name not in below]
-    caches = [value for value in kept if str(value.name).startswith(("past_key.", "past_value."))]
+    caches = []
+    for value in above.inputs:
+        if value.name in below:
+            value.replace_all_uses_with(below[value.name])
+        elif TensorName.of(value.name).role == "past":
+            caches.append(value)
     move_initializers(above, graph)
     for node in list(above):
         above.remove(node)
-        node.name = f"above/{node.name}"
+        node.name = f"{ABOVE}/{node.name}"
         for value in node.outputs:
-            if value.name and value not in outputs:
-                value.name = f"above/{value.name}"
+            if value.name and value not in kept:
+                value.name = f"{ABOVE}/{value.name}"
         graph.append(node)
     above.inputs.clear()
     above.outputs.clear()
-    logits, *present = outputs
-    own = [value for value in graph.outputs if str(value.name).startswith("present_")]
-    graph.outputs[:] = [logits, *own, *present]
-    names = ("inputs_embeds", "position_ids", "seqlens_k", "total_sequence_length", "past_key.", "past_value.")
+    for value in graph.outputs:
+        if TensorName.of(value.name).role != "new":
+            value.type = value.shape = None  # no longer an output, whose type is written down
+    logits, *new = kept
+    graph.outputs[:] = [logits, *(v for v in graph.outputs if TensorName.of(v.name).role == "new"), *new]
+    for identifier, function in decoder.functions.items():
+        prefix.functions.setdefault(identifier, function)
     RemoveUnusedNodesPass()(prefix)  # the selection
-    graph.inputs[:] = [*(value for value in graph.inputs if str(value.name).startswith(names)), *caches]
-    for value in graph.inputs:
-        if value.name == "position_ids":
-            value.shape = ir.Shape([*list(value.shape or ())[:-1], "P"])
+    used = {(node.domain, node.op_type) for node in graph}
+    for identifier in [i for i in prefix.functions if i[:2] not in used]:
+        del prefix.functions[identifier]
+    if prefix.functions:
+        graph.opset_imports[IVC_DOMAIN] = IVC_VERSION
+    roles = ("inputs_embeds", "position_ids", "past_length")
+    own = [v for v in graph.inputs if TensorName.of(v.name).role == "past" or TensorName.of(v.name).stem in roles]
+    graph.inputs[:] = [*own, *caches]
+    for value in (*graph.inputs, *graph.outputs):
+        one = {"S", "M", "R"}
+        value.shape = ir.Shape(
+            [1 if isinstance(axis, ir.SymbolicDim) and axis.value in one else axis for axis in value.shape or ()]
+        )
     graph.name = "decode"
-    prefix.functions.clear()
-    graph.opset_imports.pop(IVC_DOMAIN, None)
     CommonSubexpressionEliminationPass()(prefix)
-    return RotateInAttentionPass()(prefix).model
+    return prefix
+
+
+def hand_through(node: ir.Node) -> None:
+    """Let a node's first input be read in the place of its output, and remove it."""
+    node.outputs[0].replace_all_uses_with(node.inputs[0], replace_graph_outputs=True)  # type: ignore[arg-type]
+    assert node.graph is not None
+    node.graph.remove(node, safe=True)
 
 
 def move_initializers(source: ir.Graph, target: ir.Graph) -> None:
@@ -66,7 +85,7 @@ def move_initializers(source: ir.Graph, target: ir.Graph) -> None:
         elif same(known.const_value, value.const_value):
             value.replace_all_uses_with(known)
         else:
-            value.name = f"above/{name}"
+            value.name = f"{ABOVE}/{name}"
             target.initializers[value.name] = value
 
 

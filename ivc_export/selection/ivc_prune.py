@@ -1,4 +1,4 @@
-"""IVC-Prune's choice of visual tokens: the host's part, the same in NumPy, and the schema of the `ivc` operators.
+"""IVC-Prune's choice of visual tokens: the host's part, and the operators' in NumPy.
 
 Source: IVC-Prune (arXiv 2602.03060), sections 3.2 and 3.3, and its official code (FireRedTeam/IVC-Prune). Where that
 leaves an order among equals open, the lowest index comes first.
@@ -8,17 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx.parser
-import onnx_ir as ir
 
 from ivc_export import contract
-from ivc_export.graph.builder import Graph
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -37,40 +32,6 @@ class Selected:
     keep_index: Ints
     token_score: Floats
     seed_index: Ints
-
-
-@cache
-def operator(name: str) -> ir.Function:
-    """The `ivc` operator `name` as a function of standard operators, from graphs/ops/`name`.onnxtxt."""
-    package = Path(__file__).parents[1]
-    folders = (package / "ops", package.parent / "graphs" / "ops")  # installed, or in the repository
-    text = next(folder for folder in folders if folder.is_dir()).joinpath(f"{name}.onnxtxt").read_text(encoding="utf-8")
-    return ir.serde.deserialize_function(onnx.parser.parse_function(text))
-
-
-def selection_operator(rule: contract.SelectionRule) -> str:
-    """The `ivc` operator that chooses by `rule`."""
-    return "SelectTileTokens" if rule.tiles else "SelectTokens"
-
-
-def select_tokens(g: Graph, rule: contract.SelectionRule, values: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Add the rule's operator on `values` [1, kv_heads, S, head_dim]: keep_index, token_score, seed_index."""
-    names = ["ivc_priority", "visual_index", "text_index", "query_index", "keep_count"]
-    attributes = {"seed_divisor": rule.seed_divisor}
-    if rule.tiles:
-        names += ["thumbnail_index", "tile_map"]
-    else:
-        attributes["softmax_all"] = int(rule.softmax == "all")
-    inputs = [values, *(g.inputs[name] for name in names)]
-    keep_index, token_score, seed_index = g.op_with_outputs(
-        3, selection_operator(rule), *inputs, domain=contract.IVC_DOMAIN, **attributes
-    )
-    return keep_index, token_score, seed_index
-
-
-def compact_gather(g: Graph, x: ir.Value, keep_index: ir.Value, axis: int) -> ir.Value:
-    """Add a CompactGather node: the rows `keep_index` of `x` along `axis`."""
-    return g.op("CompactGather", x, keep_index, domain=contract.IVC_DOMAIN, axis=axis)
 
 
 def descending(score: npt.NDArray[Any]) -> Ints:

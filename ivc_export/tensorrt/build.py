@@ -25,8 +25,10 @@ from ivc_export.contract import GRAPH_NAMES, MOST_VISUAL, FloatName, Frozen, Gra
 from ivc_export.errors import UserError
 from ivc_export.files import check_regular, confined, read_bytes, read_object
 from ivc_export.graph.counting import count
-from ivc_export.lowering import RetypeFloatsPass, ScaleResidualsPass, WidenResidualsPass, lower
-from ivc_export.lowering.scale_residuals import SCALE
+from ivc_export.lowering import lower
+from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
+from ivc_export.lowering.precision.scale_residuals import SCALE, ScaleResidualsPass
+from ivc_export.lowering.precision.widen_residuals import WidenResidualsPass
 from ivc_export.tensorrt.library import (
     Extents,
     Options,

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from ivc_export import cli, contract, families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract import GraphName
-from ivc_export.exporter.estimate import TEXT, Size, estimate_bundle, estimate_recipe
+from ivc_export.exporter.estimate import COUNTED, TEXT, Size, estimate_bundle, estimate_recipe
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.graph.counting import count
@@ -42,7 +42,7 @@ class Feeds(OnnxSession):
 
 def flops_of_a_run(path: Path, feeds: Any) -> int:
     """Two for each multiply-add outside of the selection, by the shapes that onnxruntime's tensors really have."""
-    model = ir.load(path)
+    model = COUNTED(ir.load(path)).model
     products = [node for node in model.graph if node.op_type in ("Gemm", "MatMul")]
     watched = {value.name: value for node in products for value in (node.inputs[0], node.outputs[0]) if value}
     known = {value.name for value in model.graph.outputs}

@@ -20,11 +20,9 @@ from ivc_export import cli, contract, families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.weights import PlannedWeights
 from ivc_export.errors import UserError
-from ivc_export.exporter.decoder import decoder_graph
+from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.pipeline import export
-from ivc_export.exporter.prefix import prefix_graph
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.exporter.vision import vision_graph
 from ivc_export.families import Family, Picture
 from ivc_export.lowering import lower
 from ivc_export.report.overlay import count_kinds, overlay
@@ -116,9 +114,7 @@ def test_graphs_of_published_checkpoints_hold_all_of_their_parameters(alias: str
     model = family.read(config, None)
     assert alias in family.hub
     weights.external("model.embed_tokens.weight", (model.decoder.vocab_size, model.decoder.hidden_size))
-    vision_graph(family, model, weights)
-    prefix_graph(model, weights, 16)
-    decoder_graph(model, weights, 16)
+    build_graphs(family, model, weights, 16)
     assert sum(math.prod(shape) for shape in weights.shapes.values()) == PARAMETERS[alias]
 
 

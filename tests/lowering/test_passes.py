@@ -14,7 +14,9 @@ from ivc_export.contract import GRAPH_NAMES, GraphName
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families import Grid
-from ivc_export.lowering import InlineIvcFunctionsPass, WidenFloatsPass, lower
+from ivc_export.lowering import lower
+from ivc_export.lowering.inline import InlinePass
+from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint
@@ -59,7 +61,7 @@ def test_inlining_needs_a_body(golden_bundle: Bundle) -> None:
     model = ir.load(golden_bundle.folder / "prefix.onnx")
     model.functions.clear()
     with pytest.raises(ir.passes.PreconditionError, match="no body"):
-        InlineIvcFunctionsPass()(model)
+        InlinePass()(model)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

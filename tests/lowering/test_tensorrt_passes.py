@@ -23,16 +23,18 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.weights import PlannedWeights
 from ivc_export.contract import FLOATS, GRAPH_NAMES, FloatName, GraphName
 from ivc_export.errors import UserError
-from ivc_export.exporter.decoder import decoder_graph
+from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.pipeline import export
-from ivc_export.exporter.prefix import prefix_graph
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.exporter.vision import vision_graph
 from ivc_export.families import Grid
-from ivc_export.lowering import RetypeFloatsPass, ScaleResidualsPass, UsePluginPass, WidenResidualsPass, lower
+from ivc_export.graph.functions import function as function_body
+from ivc_export.lowering import LOWERINGS, lower
+from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
+from ivc_export.lowering.precision.scale_residuals import ScaleResidualsPass
+from ivc_export.lowering.precision.widen_residuals import WidenResidualsPass
+from ivc_export.lowering.tensorrt.plugin import UsePluginPass
 from ivc_export.runtime.conversation import Conversation, Step
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
-from ivc_export.selection import ivc_prune as selection
 from samples.make_sample import make_checkpoint
 from tests.conftest import make_overflowing_checkpoint, random_picture
 from tools.generate import listing
@@ -73,7 +75,7 @@ def prefill(golden_bundle: Bundle) -> Step:
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_plugin_graphs_keep_the_contract(golden_bundle: Bundle, name: GraphName) -> None:
     model = lower(load(golden_bundle, name), "plugin")
-    contract.verify(name, model, golden_bundle.manifest.graphs[name], "plugin")
+    LOWERINGS["plugin"].verify(name, model, golden_bundle.manifest.graphs[name])
     assert not model.functions
     operators = [node.op_type for node in model.graph if node.domain == contract.IVC_DOMAIN]
     assert operators == {"vision": [], "prefix": ["SelectTokens"], "decoder": ["CompactGatherN"]}[name]
@@ -93,7 +95,7 @@ def spell_out(model: ir.Model) -> None:
             node.replace_input_with(5, count.outputs[0])
             for name in ("plugin_namespace", "plugin_version"):
                 del node.attributes[name]
-            function = selection.operator("SelectTokens").clone()
+            function = function_body("SelectTokens").clone()
             model.functions[function.identifier()] = function
         elif node.op_type == "CompactGatherN":
             for source, old, axis in zip(node.inputs[1:], node.outputs, node.attributes["axes"].as_ints(), strict=True):
@@ -148,8 +150,7 @@ def tiny_graphs(dtype: FloatName, name: str = "qwen2_vl") -> list[ir.Model]:
 
     weights = PlannedWeights(dtype)
     layer = family.default_layer(model.decoder).layer
-    graphs = prefix_graph(model, weights, layer), decoder_graph(model, weights, layer)
-    return [vision_graph(family, model, weights), *graphs]
+    return list(build_graphs(family, model, weights, layer).values())
 
 
 @pytest.mark.parametrize("to", FLOATS)
@@ -186,8 +187,8 @@ def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_cast_is_found(golden_bundle: Bundle) -> None:
-    model = load(golden_bundle, "prefix")
-    cast = next(node for node in model.graph if node.op_type == "Cast" and node.name == "layers.0/Cast_1")
+    model = load(golden_bundle, "vision")
+    cast = next(node for node in model.graph if node.op_type == "Cast" and node.inputs[0].const_value is not None)  # type: ignore[union-attr]
     cast.outputs[0].replace_all_uses_with(cast.inputs[0])  # type: ignore[arg-type]
     with pytest.raises(ir.passes.PreconditionError, match="mixes float32"):
         RetypeFloatsPass("float16")(model)

@@ -16,7 +16,7 @@ from ivc_export.contract import GRAPH_NAMES, GraphName
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.lowering import lower
+from ivc_export.lowering import LOWERINGS, lower
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
@@ -43,7 +43,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_graphs_with_custom_operators_keep_the_contract(bundle: Bundle, name: GraphName) -> None:
     model = lower(ir.load(bundle.folder / f"{name}.onnx"), "ort-cuda-ops")
-    contract.verify(name, model, contract.ort_cuda_info(bundle.manifest.graphs[name]), "ort-cuda-ops")
+    LOWERINGS["ort-cuda-ops"].verify(name, model, bundle.manifest.graphs[name])
     assert not model.functions
     select = [] if bundle.manifest.selection.tiles else ["SelectTokens"]
     operators = [node for node in model.graph if node.domain == contract.IVC_DOMAIN]

@@ -7,7 +7,8 @@ import onnx_ir as ir
 import onnxruntime
 
 from ivc_export.contract import FLOATS, GraphName
-from ivc_export.lowering import InlineIvcFunctionsPass, WidenFloatsPass
+from ivc_export.lowering.inline import InlinePass
+from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 
 
@@ -17,10 +18,10 @@ class RoundedSession(OnnxSession):
     def _open(self, name: GraphName) -> onnxruntime.InferenceSession:
         path = self.bundle.folder / f"{name}.onnx"
         narrow = int(FLOATS[self.bundle.manifest.dtype])
-        graph = onnx.shape_inference.infer_shapes(ir.to_proto(InlineIvcFunctionsPass()(ir.load(path)).model)).graph
+        graph = onnx.shape_inference.infer_shapes(ir.to_proto(InlinePass()(ir.load(path)).model)).graph
         values = (*graph.value_info, *graph.output)
         names = {v.name for v in values if v.type.tensor_type.elem_type == narrow}
-        model = ir.to_proto(InlineIvcFunctionsPass()(WidenFloatsPass()(ir.load(path)).model).model)
+        model = ir.to_proto(InlinePass()(WidenFloatsPass()(ir.load(path)).model).model)
         nodes = list(model.graph.node)
         del model.graph.node[:]
         for node in nodes:

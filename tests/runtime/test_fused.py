@@ -24,8 +24,10 @@ from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families import Grid
-from ivc_export.lowering import RetypeFloatsPass, lower, scale_residuals
+from ivc_export.lowering import LOWERINGS, lower
 from ivc_export.lowering.join_decode import join_decode
+from ivc_export.lowering.precision import scale_residuals
+from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.chat import Chat, Sampling, generate
 from ivc_export.runtime.conversation import Conversation, Timings
 from ivc_export.runtime.onnxruntime import cuda as fused_module
@@ -59,7 +61,7 @@ def fused(golden_bundle: Bundle) -> FusedSession:
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_fused_graphs_keep_the_contract(golden_bundle: Bundle, name: GraphName) -> None:
     model = lowered(golden_bundle, name)
-    contract.verify(name, model, contract.ort_cuda_info(golden_bundle.manifest.graphs[name]), "ort-cuda")
+    LOWERINGS["ort-cuda"].verify(name, model, golden_bundle.manifest.graphs[name])
     left = {node.op_type for node in model.graph if node.op_type in ("Softmax", "Sigmoid", "ReduceMean", "Sqrt")}
     assert not left
     layers = golden_bundle.manifest.decoder.layers
@@ -69,9 +71,12 @@ def test_fused_graphs_keep_the_contract(golden_bundle: Bundle, name: GraphName) 
 
 
 def test_the_decode_graph_keeps_the_contract(golden_bundle: Bundle) -> None:
-    infos = [contract.ort_cuda_info(golden_bundle.manifest.graphs[name]) for name in ("prefix", "decoder")]
-    model = join_decode(lowered(golden_bundle, "prefix"), lowered(golden_bundle, "decoder"))
-    contract.verify("decoder", model, contract.ort_cuda_decode_info(*infos), "ort-cuda")
+    m = golden_bundle.manifest
+    info = contract.graph_info("decode", m.dtype, m.decoder, m.rotary, m.selection, m.preprocessing, m.selection_layer)
+    model = join_decode(*(ir.load(golden_bundle.folder / f"{name}.onnx") for name in ("prefix", "decoder")))
+    contract.verify("decode", model, info)
+    model = lower(model, "ort-cuda")
+    LOWERINGS["ort-cuda"].verify("decode", model, info)
     assert {node.domain for node in model.graph} == {"", "com.microsoft"}
     operators = Counter(node.op_type for node in model.graph)
     assert operators["Cos"] == 1  # angles of both halves are the same

@@ -19,8 +19,10 @@ from ivc_export import families
 from ivc_export.contract import OPSET, RotarySizes, SelectionRule, kept_tokens
 from ivc_export.families import Grid
 from ivc_export.families.qwen2_vl import positions
+from ivc_export.graph.functions import function
 from ivc_export.runtime.plan import plan_run, tile_inputs
 from ivc_export.selection import ivc_prune as selection
+from ivc_export.selection.operators import selection_operator
 from ivc_export.verify import reference
 from tests.conftest import GOLDENS, SCORE_TOLERANCE
 from tests.families.family_cases import CASES
@@ -43,10 +45,10 @@ RULES = {
 
 def body_model(rule: SelectionRule = RULE) -> onnx.ModelProto:
     """The body of the rule's operator as a graph, its attributes replaced by the rule's."""
-    function = ir.to_proto(selection.operator(selection.selection_operator(rule)))
+    body = ir.to_proto(function(selection_operator(rule)))
     values = {"seed_divisor": rule.seed_divisor, "softmax_all": int(rule.softmax == "all")}
     nodes = []
-    for node in function.node:
+    for node in body.node:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         if copy.attribute and copy.attribute[0].ref_attr_name:
@@ -58,7 +60,7 @@ def body_model(rule: SelectionRule = RULE) -> onnx.ModelProto:
         kind = onnx.TensorProto.FLOAT if name in FLOAT_INPUTS else onnx.TensorProto.INT32
         return onnx.helper.make_tensor_value_info(name, kind, [None] * (4 if name == "values" else 1))
 
-    inputs, outputs = [info(name) for name in function.input], [info(name) for name in function.output]
+    inputs, outputs = [info(name) for name in body.input], [info(name) for name in body.output]
     graph = onnx.helper.make_graph(nodes, "select", inputs, outputs)
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=8)
 

@@ -13,7 +13,9 @@ import pytest
 
 from ivc_export import families
 from ivc_export.contract import FLOATS, IVC_DOMAIN, OPERATORS, PLUGIN_OPERATORS, FloatName
-from ivc_export.lowering import ScaleResidualsPass, WidenResidualsPass, lower
+from ivc_export.lowering import lower
+from ivc_export.lowering.precision.scale_residuals import ScaleResidualsPass
+from ivc_export.lowering.precision.widen_residuals import WidenResidualsPass
 from tests.lowering.test_tensorrt_passes import tiny_graphs
 
 TABLE = json.loads((Path(__file__).parents[1] / "data" / "tensorrt_operators.json").read_text(encoding="utf-8"))

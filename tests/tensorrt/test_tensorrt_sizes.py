@@ -16,9 +16,9 @@ import tensorrt_rtx as trt
 from ivc_export import families
 from ivc_export.checkpoint.weights import PlannedWeights
 from ivc_export.contract import FLOATS
-from ivc_export.exporter.decoder import decoder_graph
-from ivc_export.exporter.prefix import prefix_graph
-from ivc_export.lowering import WidenResidualsPass, lower
+from ivc_export.exporter.graphs import decoder_graph, prefix_graph
+from ivc_export.lowering import lower
+from ivc_export.lowering.precision.widen_residuals import WidenResidualsPass
 from ivc_export.tensorrt.library import Extents, Options, compile_graph
 
 PREFILL: Extents = {  # minimum, optimum, maximum of each symbolic axis

@@ -18,7 +18,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.errors import UserError
 from ivc_export.floats import cast
-from ivc_export.lowering import WidenFloatsPass
+from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.failures import SILENT, SMALLER, told
 

@@ -24,8 +24,9 @@ from ivc_export.contract import GRAPH_NAMES, FloatName, Scaling, check_ratio
 from ivc_export.errors import UserError
 from ivc_export.families import Picture
 from ivc_export.floats import cast
-from ivc_export.lowering import Lowering, RetypeFloatsPass, lower
+from ivc_export.lowering import lower
 from ivc_export.lowering.join_decode import join_decode
+from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.cache import check_capacity
 from ivc_export.runtime.conversation import HEADROOM, Fetched, Step, Timings, one_at_a_time, planned
 from ivc_export.runtime.failures import SILENT, SMALLER, told
@@ -86,7 +87,7 @@ class FusedSession:
         self.backend = f"onnxruntime-{provider}"
         self.dtype: FloatName = DTYPES[provider]
         self.op_library = op_library
-        self.lowering: Lowering = "ort-cuda-ops" if op_library else "ort-cuda"
+        self.lowering = "ort-cuda-ops" if op_library else "ort-cuda"
         cast(pixel_bounds(bundle.manifest.preprocessing), self.dtype, "a normalised picture of this model", WIDER)
         models = {name: self.lowered(name, self.lowering) for name in GRAPH_NAMES}
         take_float32(models["vision"])
@@ -156,16 +157,18 @@ class FusedSession:
         """Keep a workspace for the next conversation."""
         self._idle.append(workspace)
 
-    def lowered(self, name: contract.GraphName, lowering: Lowering) -> ir.Model:
+    def lowered(self, name: contract.GraphName, lowering: str) -> ir.Model:
         """A graph of the bundle, in the dtype that is computed in."""
-        model = self.bundle.graph(name)
+        return self._lower(self.bundle.graph(name), lowering)
+
+    def _lower(self, model: ir.Model, lowering: str) -> ir.Model:
         if self.dtype != self.bundle.manifest.dtype:
             model = RetypeFloatsPass(self.dtype)(model).model
         return lower(model, lowering)
 
     def _joined(self) -> ir.Model:
         """The graph of decode steps."""
-        return join_decode(self.lowered("prefix", "ort-cuda"), self.lowered("decoder", "ort-cuda"))
+        return self._lower(join_decode(self.bundle.graph("prefix"), self.bundle.graph("decoder")), "ort-cuda")
 
     def _open(self, model: ir.Model, cuda_graph: bool = False) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()

@@ -14,8 +14,8 @@ CARRIERS = frozenset(("CompactGather", "Gather", "Reshape", "Squeeze", "Transpos
 class WidenResidualsPass(ir.passes.InPlacePass):
     """Keep the residual stream of a float16 graph in float32: some models' sums leave float16's range, 65504.
 
-    1. Needs: a portable graph of pre-norm layers in one narrow dtype: a residual value is what both a norm (a cast to
-       float32, or LayerNormalization) and an Add read.
+    1. Needs: a portable graph of pre-norm layers in one narrow dtype: a residual value is what both a norm (RMSNorm or
+       LayerNormalization) and an Add read.
     2. Leaves: residual values, their sums and the norms on them in float32, and `hidden_states` between the graphs;
        every other value as it was. Weights of LayerNormalization are cast where it reads them.
     """
@@ -27,39 +27,26 @@ class WidenResidualsPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Widen where a stream starts, and follow it."""
         self.graph = model.graph
-        self.norms: set[ir.Node] = set()  # nodes that read residuals in float32 already
         wide: set[ir.Value] = set()
         for value in model.graph.inputs:
             if value.name in WIDE_RESIDUALS and value.dtype == self.narrow:
                 value.type = ir.TensorType(FLOAT)
                 wide.add(value)
         for node in list(model.graph):
-            if node.graph is None:
-                continue  # dropped on the way
             if any(value in wide for value in node.inputs):
                 self._follow(node, wide)
             for value in node.outputs:
-                if value not in wide and self._starts(value):
-                    wide.add(self._widen(value, node))
+                if value not in wide and starts(value):
+                    wide.add(self._cast_uses(value, FLOAT, node))
         for value in model.graph.outputs:
             if value in wide:
                 value.type = ir.TensorType(FLOAT)
-        return ir.passes.PassResult(model, True)
-
-    def _starts(self, value: ir.Value) -> bool:
-        users = value.consumers()
-        normed = any(user.op_type == "LayerNormalization" or self._widens(user) for user in users)
-        return normed and any(user.op_type == "Add" for user in users)
-
-    def _widens(self, node: ir.Node) -> bool:
-        return node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT
+        return ir.passes.PassResult(model, bool(wide))
 
     def _follow(self, node: ir.Node, wide: set[ir.Value]) -> None:
-        if self._widens(node):
-            self.norms |= set(node.outputs[0].consumers())
-            node.outputs[0].replace_all_uses_with(node.inputs[0])  # type: ignore[arg-type]
-            self.graph.remove(node, safe=True)
-        elif node.op_type == "Add":
+        if node.op_type == "RMSNorm":
+            return  # it computes in float32, and gives its weight's type
+        if node.op_type == "Add":
             self._widen_inputs(node, wide)
             wide.add(node.outputs[0])
         elif node.op_type == "LayerNormalization":
@@ -67,7 +54,7 @@ class WidenResidualsPass(ir.passes.InPlacePass):
             self._cast_uses(node.outputs[0], self.narrow, node)
         elif node.op_type in CARRIERS and node.domain in ("", IVC_DOMAIN) and node.inputs[0] in wide:
             wide.add(node.outputs[0])
-        elif node not in self.norms:
+        else:
             for index, value in enumerate(node.inputs):
                 if value in wide:
                     node.replace_input_with(index, self._cast(value, self.narrow, node))
@@ -76,9 +63,6 @@ class WidenResidualsPass(ir.passes.InPlacePass):
         for index, value in enumerate(node.inputs):
             if value is not None and value not in wide:
                 node.replace_input_with(index, self._cast(value, FLOAT, node))
-
-    def _widen(self, value: ir.Value, node: ir.Node) -> ir.Value:
-        return self._cast_uses(value, FLOAT, node)
 
     def _cast(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
         node = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{before.name}/{value.name}/{dtype.name.lower()}")
@@ -94,3 +78,9 @@ class WidenResidualsPass(ir.passes.InPlacePass):
             user.replace_input_with(index, node.outputs[0])
         self.graph.insert_after(producer, node)
         return node.outputs[0]
+
+
+def starts(value: ir.Value) -> bool:
+    """Whether a residual stream starts at `value`."""
+    readers = {user.op_type for user in value.consumers()}
+    return "Add" in readers and bool(readers & {"LayerNormalization", "RMSNorm"})

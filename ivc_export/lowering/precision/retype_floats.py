@@ -7,9 +7,11 @@ import onnx_ir as ir
 from ivc_export.checkpoint.weights import read_values
 from ivc_export.contract import FLOAT32_TENSORS, FLOATS, IVC_DOMAIN, FloatName
 from ivc_export.floats import cast
+from ivc_export.graph.functions import RESULTS
+from ivc_export.lowering.types import BOOLEANS
 
 FLOAT = ir.DataType.FLOAT
-NOT_FLOAT = frozenset(("And", "Equal", "Greater", "GreaterOrEqual", "Less", "Not", "Or", "Shape"))
+NOT_FLOAT = BOOLEANS | {"Shape"}
 """Operators of the contract whose results are no floats, whatever they are given."""
 
 
@@ -48,11 +50,19 @@ class RetypeFloatsPass(ir.passes.InPlacePass):
                 value.type = ir.TensorType(self.dtype)
         return ir.passes.PassResult(model, True)
 
+    def _kinds(self, node: ir.Node, wide: dict[ir.Value, bool]) -> set[bool]:
+        """Of the floats that an `ivc` function gives: those of one of its inputs, or float32."""
+        found = RESULTS[node.op_type]
+        if isinstance(found, tuple):
+            return {True} if FLOAT in found else set()
+        value = node.inputs[found]
+        return {wide[value]} if value is not None and value in wide else set()
+
     def _follow(self, node: ir.Node, wide: dict[ir.Value, bool]) -> None:
         kinds = {wide[value] for value in node.inputs if value is not None and value in wide}
-        if node.domain == IVC_DOMAIN and node.op_type != "CompactGather":
-            kinds = {True}  # selections give scores, in float32
-        if node.op_type == "Cast" and node.attributes["to"].as_int() in FLOATS.values():
+        if node.domain == IVC_DOMAIN:
+            kinds = self._kinds(node, wide)
+        elif node.op_type == "Cast" and node.attributes["to"].as_int() in FLOATS.values():
             begins = kinds != {True}  # a cast of floats that are no float32 stretch, or of integers, begins one
             node.attributes["to"] = ir.AttrInt64("to", int(FLOAT if begins else self.dtype))
             kinds = {begins}

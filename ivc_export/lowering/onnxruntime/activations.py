@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ivc_export.lowering.match import CONTRIB, Editor, made_by, numbers
+from ivc_export.lowering.edit import CONTRIB, Editor, made_by, numbers
 
 
 class FuseActivationsPass(ir.passes.InPlacePass):
     """Replace `x sigmoid(a x)` by onnxruntime's QuickGelu: SiLU is that with alpha 1.
 
-    1. Needs: activations as layers.silu and layers.quick_gelu write them.
+    1. Needs: activations as graph.activations writes them.
     2. Leaves: one node in the place of two or three.
     """
 

@@ -1,12 +1,12 @@
-"""Compaction of caches in place of compaction of this run's rows."""
+"""Compaction of caches that are written in place, instead of compaction of this run's rows."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ivc_export.contract import IVC_DOMAIN
-from ivc_export.lowering.match import Editor
+from ivc_export.contract import IVC_DOMAIN, TensorName, in_place_lengths
+from ivc_export.lowering.edit import Editor
 
 INT32 = ir.DataType.INT32
 
@@ -14,22 +14,26 @@ INT32 = ir.DataType.INT32
 class CompactCachesPass(ir.passes.InPlacePass):
     """Compact the caches of the layers below the cut, which prefix has written this run's rows to.
 
-    1. Needs: graphs whose attention writes its caches (FuseAttentionPass).
-    2. Leaves: inputs and outputs as contract.ort_cuda_info says. In prefix, cache_index, for each row of a cache the
-       row that it holds after compaction, instead of new_key.i and new_value.i; in decoder, cache_index and these
-       caches as inputs instead, and compact_key.i and compact_value.i as whole caches.
+    1. Needs: graphs whose attention writes its caches in place.
+    2. Leaves: inputs and outputs as contract.in_place_info says. Where rows are chosen, cache_index, for each row of a
+       cache the row that it holds after compaction; where rows are dropped, cache_index and the caches below the cut as
+       inputs, and compact_key.i and compact_value.i as whole caches. No new_key.i and new_value.i.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrite the graph, by its name."""
+        """Look at what the graph gives and takes."""
         graph = model.graph
-        if graph.name == "prefix":
+        chooses = any(value.name == "keep_index" for value in graph.outputs)
+        drops = any(value.name == "keep_index" for value in graph.inputs)
+        if chooses:
             add_cache_index(graph)
-            graph.outputs[:] = [v for v in graph.outputs if not str(v.name).startswith(("new_key.", "new_value."))]
-        elif graph.name == "decoder":
+        if drops:
             gather_caches(graph)
+        kept = [value for value in graph.outputs if TensorName.of(value.name).role != "new"]
+        changed = chooses or drops or len(kept) < len(graph.outputs)
+        graph.outputs[:] = kept
         RemoveUnusedNodesPass()(model)
-        return ir.passes.PassResult(model, graph.name != "vision")
+        return ir.passes.PassResult(model, changed)
 
 
 def add_cache_index(graph: ir.Graph) -> None:
@@ -41,8 +45,8 @@ def add_cache_index(graph: ir.Graph) -> None:
     graph.insert_after(select, end)
     edit = Editor(graph)
 
-    def extent(name: str, axis: int) -> ir.Value:
-        (shape,) = edit.op(end, "Shape", values[name])
+    def extent(value: ir.Value, axis: int) -> ir.Value:
+        (shape,) = edit.op(end, "Shape", value)
         (length,) = edit.op(end, "Gather", shape, edit.ints(axis), axis=0)
         return edit.op(end, "Cast", length, to=int(INT32))[0]
 
@@ -50,12 +54,16 @@ def add_cache_index(graph: ir.Graph) -> None:
         (scalar,) = edit.op(end, "Squeeze", length, edit.ints(0))
         return edit.op(end, "Range", edit.scalar(0), scalar, edit.scalar(1))[0]
 
-    own = {str(name).rpartition(".")[2] for name in values if str(name).startswith("seqlens_k.")}  # kept whole
-    caches = [str(name) for name in values if str(name).startswith("past_key.")]
-    cache = next(name for name in caches if name.rpartition(".")[2] not in own)
-    (last,) = edit.op(end, "Sub", values["seqlens_k"], extent("position_ids", 2))
+    length, _ = in_place_lengths("past_length")
+    whole = {TensorName.of(name).layer for name in values if TensorName.of(name).stem == length}  # and None
+    cache = next(
+        value
+        for name, value in values.items()
+        if TensorName.of(name).role == "past" and TensorName.of(name).layer not in whole
+    )
+    (last,) = edit.op(end, "Sub", values[length], extent(values["position_ids"], 2))
     (past,) = edit.op(end, "Add", last, edit.scalar(1))
-    (target,) = edit.op(end, "Add", counting(extent("keep_index", 0)), past)
+    (target,) = edit.op(end, "Add", counting(extent(values["keep_index"], 0)), past)
     (source,) = edit.op(end, "Add", values["keep_index"], past)
     (index,) = edit.op(end, "ScatterElements", counting(extent(cache, 2)), target, source, axis=0)
     graph.remove(end, safe=True)
@@ -69,22 +77,16 @@ def gather_caches(graph: ir.Graph) -> None:
     keep = next(i for i, value in enumerate(graph.inputs) if value.name == "keep_index")
     index = ir.val("cache_index", dtype=INT32, shape=["P"])
     graph.inputs.insert(keep + 1, index)
+    shape = next(value.shape for value in graph.inputs if TensorName.of(value.name).role == "past")
     for node in list(graph):
-        name = str(node.outputs[0].name)
-        if node.domain != IVC_DOMAIN or not name.startswith("compact_"):
+        name = TensorName.of(node.outputs[0].name)
+        if node.domain != IVC_DOMAIN or name.role != "compact":
             continue
         new = node.inputs[0]
         assert new is not None
-        cache = ir.val(name.replace("compact_", "past_"), type=new.type, shape=past_shape(graph))
+        cache = ir.val(name.to("past"), type=new.type, shape=ir.Shape(shape or ()))
         graph.inputs[list(graph.inputs).index(new)] = cache
         (compact,) = edit.op(node, "Gather", cache, index, axis=2)
-        old = node.outputs[0]
-        edit.replace(old, compact)
+        edit.replace(node.outputs[0], compact)
         compact.shape = cache.shape
         graph.remove(node, safe=True)
-
-
-def past_shape(graph: ir.Graph) -> ir.Shape:
-    """The shape of the graph's caches."""
-    cache = next(value for value in graph.inputs if str(value.name).startswith("past_key."))
-    return ir.Shape(cache.shape or ())

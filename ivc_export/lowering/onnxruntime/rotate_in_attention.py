@@ -5,14 +5,14 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ivc_export.lowering.match import Editor, made_by
-from ivc_export.lowering.pack_projections import projected
+from ivc_export.lowering.edit import Editor, made_by
+from ivc_export.lowering.onnxruntime.projections import projected
 
 
 class RotateInAttentionPass(ir.passes.InPlacePass):
     """Let GroupQueryAttention rotate, and take query, key and value packed.
 
-    1. Needs: the graph of decode steps, of one row, whose projections are packed (PackProjectionsPass).
+    1. Needs: projections that are packed (PackProjectionsPass). Graphs of more rows than one stay as they are.
     2. Leaves: what such a product gives as it is as attention's input. Attention turns a row by its number in the
        cache, which is no position of M-RoPE: position_ids has to say the one row's position for every row of a cache.
        Heads of other sizes than multiples of 16, which it does not turn, stay as they were.
@@ -21,10 +21,14 @@ class RotateInAttentionPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Layer by layer."""
         edit = Editor(model.graph)
+        positions = [value for value in model.graph.inputs if value.name == "position_ids"]
+        if not positions or list(positions[0].shape or ())[-1] != 1:
+            return ir.passes.PassResult(model, False)
         for node in list(model.graph):
             if node.op_type == "GroupQueryAttention":
                 rotate(edit, node)
         RemoveUnusedNodesPass()(model)
+        positions[0].shape = ir.Shape([*list(positions[0].shape or ())[:-1], "P"])
         return ir.passes.PassResult(model, True)
 
 

@@ -1,4 +1,4 @@
-"""Finding operator patterns, from a value backwards through the nodes that made it, and replacing them."""
+"""Looking at what made a value, and putting other nodes in its place."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ivc_export.contract import IVC_DOMAIN
+from ivc_export.lowering.types import types_of
+
 CONTRIB = "com.microsoft"
 """The domain of onnxruntime's own operators."""
 
@@ -17,6 +20,12 @@ def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """The node of the default domain that made `value`, if it is an `op_type`."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.domain == "" and node.op_type == op_type else None
+
+
+def called(value: ir.Value | None, name: str) -> ir.Node | None:
+    """The call of the `ivc` function `name` that made `value`, if one did."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and (node.domain, node.op_type) == (IVC_DOMAIN, name) else None
 
 
 def back(value: ir.Value | None, *op_types: str) -> ir.Value | None:
@@ -38,17 +47,13 @@ def numbers(value: ir.Value | None) -> list[float]:
     return [float(x) for x in tensor.numpy().ravel()]
 
 
-def is_permuted(value: ir.Value | None, *permutation: int) -> ir.Value | None:
-    """What a Transpose by this permutation was given; None if `value` comes from elsewhere."""
-    node = made_by(value, "Transpose")
-    return node.inputs[0] if node is not None and tuple(node.attributes["perm"].as_ints()) == permutation else None
-
-
 class Editor:
     """Adds nodes and constants to a graph, named after what they replace."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
+        self.types = types_of(graph)
+        """Of the values that the graph had; not of those that are added."""
         self._numbers = count()
 
     def op(

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
 
 from ivc_export.contract import IVC_DOMAIN, PLUGIN_OPERATORS
-from ivc_export.lowering.inline_ivc_functions import lift_constants
+from ivc_export.lowering.inline import InlinePass
 
 INT64 = ir.DataType.INT64
 PLUGIN = {"plugin_namespace": IVC_DOMAIN, "plugin_version": "1"}
@@ -31,8 +30,7 @@ class UsePluginPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the nodes, drop the bodies."""
-        InlinePass(lambda f: f.domain == IVC_DOMAIN and f.name not in ("SelectTokens", "CompactGather"))(model)
-        lift_constants(model.graph)
+        InlinePass(kept=("SelectTokens", "CompactGather"))(model)
         gathers = [node for node in model.graph if node.domain == IVC_DOMAIN and node.op_type == "CompactGather"]
         if gathers:
             sources = [node.inputs[0] for node in gathers]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
 
 from ivc_export.contract import IVC_DOMAIN, PLUGIN_OPERATORS
-from ivc_export.lowering.use_plugin import axes, fuse_gathers
+from ivc_export.lowering.inline import InlinePass
+from ivc_export.lowering.tensorrt.plugin import axes, fuse_gathers
 
 
 class UseCustomOpsPass(ir.passes.InPlacePass):
@@ -19,7 +19,7 @@ class UseCustomOpsPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Inline what the library lacks, fuse the gathers of caches, drop the bodies."""
-        InlinePass(lambda f: f.domain == IVC_DOMAIN and f.name not in PLUGIN_OPERATORS)(model)
+        InlinePass(kept=PLUGIN_OPERATORS)(model)
         model.functions.clear()
         gathers = [
             n for n in model.graph if n.op_type == "Gather" and n.inputs[1] and n.inputs[1].name == "cache_index"

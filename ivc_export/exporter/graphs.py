@@ -1,0 +1,70 @@
+"""The three graphs of a model."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ivc_export.checkpoint.weights import Weights
+from ivc_export.contract import GraphName
+from ivc_export.families import Family, Model
+from ivc_export.graph.builder import Graph
+from ivc_export.graph.decoder_stack import DecoderStack
+from ivc_export.graph.linear import linear
+from ivc_export.graph.norms import rms_norm
+from ivc_export.selection.operators import compact_gather, select_tokens
+
+
+def build_graphs(family: Family, model: Model, weights: Weights, selection_layer: int) -> dict[GraphName, ir.Model]:
+    """The portable graphs of a model, by name, cut at `selection_layer`."""
+    return {
+        "vision": vision_graph(family, model, weights),
+        "prefix": prefix_graph(model, weights, selection_layer),
+        "decoder": decoder_graph(model, weights, selection_layer),
+    }
+
+
+def vision_graph(family: Family, model: Model, weights: Weights) -> ir.Model:
+    """One picture, or frames of one size, to visual tokens; what is inside is the family's."""
+    g = Graph(model.graph_info("vision", weights.dtype, 1), weights.dtype, weights)
+    g.output("image_embeds", family.vision(g, model))
+    return g.model("vision")
+
+
+def prefix_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Model:
+    """Layers 0..selection_layer-1 over all rows, then the selection by the values of the last of them."""
+    g = Graph(model.graph_info("prefix", weights.dtype, selection_layer), weights.dtype, weights)
+    rule = model.selection
+    stack = DecoderStack(
+        g, model.decoder, model.rotary, g.inputs["position_ids"], range(selection_layer), rule.whole_layers
+    )
+    x, values = stack.layers(g.inputs["inputs_embeds"])
+    g.output("hidden_states", g.op("Unsqueeze", x, g.ints(0)))
+    with g.scope("select"):
+        selected = select_tokens(g, rule, values)
+    for name, tensor in zip(("keep_index", "token_score", "seed_index"), selected, strict=True):
+        g.output(name, tensor)
+    return g.model("prefix")
+
+
+def decoder_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Model:
+    """CompactGather on everything that has rows, layers selection_layer..N-1, and lm_head on the rows asked for."""
+    g = Graph(model.graph_info("decoder", weights.dtype, selection_layer), weights.dtype, weights)
+    sizes = model.decoder
+    with g.scope("compact"):
+        keep = g.inputs["keep_index"]
+        hidden = compact_gather(g, g.inputs["hidden_states"], keep, axis=1)
+        positions = compact_gather(g, g.inputs["position_ids"], keep, axis=2)
+        for i in range(selection_layer):
+            if i in model.selection.whole_layers:
+                continue
+            for kind in ("key", "value"):
+                g.output(f"compact_{kind}.{i}", compact_gather(g, g.inputs[f"new_{kind}.{i}"], keep, axis=2))
+    stack = DecoderStack(g, sizes, model.rotary, positions, range(selection_layer, sizes.layers), ())
+    x, _ = stack.layers(hidden)
+    with g.scope("lm_head"):
+        rows = g.op("Gather", x, g.inputs["logit_index"], axis=0)
+        normed = rms_norm(g, rows, "model.norm", sizes.hidden_size, sizes.rms_norm_epsilon)
+        head = "model.embed_tokens" if sizes.tied_embeddings else "lm_head"
+        logits = linear(g, normed, head, sizes.vocab_size, sizes.hidden_size, bias=False)
+        g.output("logits", g.op("Unsqueeze", g.to_float32(logits), g.ints(0)))
+    return g.model("decoder")

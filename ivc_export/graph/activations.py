@@ -1,0 +1,25 @@
+"""Activations, element by element."""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+
+from ivc_export.graph.builder import Graph
+
+
+def silu(g: Graph, x: ir.Value) -> ir.Value:
+    """`x sigmoid(x)`."""
+    return g.op("Mul", x, g.op("Sigmoid", x))
+
+
+def quick_gelu(g: Graph, x: ir.Value) -> ir.Value:
+    """`x sigmoid(1.702 x)`."""
+    return g.op("Mul", x, g.op("Sigmoid", g.op("Mul", x, g.scalar(1.702))))
+
+
+def gelu(g: Graph, x: ir.Value) -> ir.Value:
+    """`x (1 + erf(x / sqrt 2)) / 2`, the exact form."""
+    erf = g.op("Erf", g.op("Mul", x, g.scalar(math.sqrt(0.5))))
+    return g.op("Mul", g.op("Mul", x, g.scalar(0.5)), g.op("Add", erf, g.scalar(1.0)))

@@ -1,0 +1,35 @@
+"""The operators of domain `ivc`: functions of standard operators, whose bodies lie under graphs/ops/."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import onnx.parser
+import onnx_ir as ir
+
+Types = int | tuple[ir.DataType, ...]
+
+RESULTS: Mapping[str, Types] = {
+    "Attention": 0,
+    "CausalMask": (ir.DataType.BOOL,),
+    "CompactGather": 0,
+    "EncoderAttention": 0,
+    "RMSNorm": 1,
+    "Rotate": 0,
+    "SelectTileTokens": (ir.DataType.INT32, ir.DataType.FLOAT, ir.DataType.INT32),
+    "SelectTokens": (ir.DataType.INT32, ir.DataType.FLOAT, ir.DataType.INT32),
+    "SplitHeads": 0,
+    "WindowAttention": 0,
+}
+"""Types of each function's outputs: those written out, or that of the input of this number."""
+
+
+@cache
+def function(name: str) -> ir.Function:
+    """The `ivc` operator `name` as a function of standard operators, from graphs/ops/`name`.onnxtxt."""
+    package = Path(__file__).parents[1]
+    folders = (package / "ops", package.parent / "graphs" / "ops")  # installed, or in the repository
+    text = next(folder for folder in folders if folder.is_dir()).joinpath(f"{name}.onnxtxt").read_text(encoding="utf-8")
+    return ir.serde.deserialize_function(onnx.parser.parse_function(text))

@@ -1,0 +1,43 @@
+"""Rotary embedding: frequencies, angles, rotations."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ivc_export.contract import RotarySizes
+from ivc_export.graph.builder import FLOAT, Graph
+
+
+def rotary_frequencies(head_dim: int, rotary: RotarySizes) -> np.ndarray:
+    """Frequencies by axis, float64 [axes, head_dim / 2]: zero where another axis turns the pair.
+
+    Source: Su et al. 2021, section 3.2.2; sections as Wang et al. 2024 (Qwen2-VL), M-RoPE.
+    """
+    table = np.zeros((len(rotary.sections), head_dim // 2))
+    start = 0
+    for axis, length in enumerate(rotary.sections):
+        j = np.arange(start, start + length)
+        table[axis, start : start + length] = rotary.theta ** (-2.0 * j / head_dim)
+        start += length
+    return table
+
+
+def rotary_angles(g: Graph, positions: ir.Value, frequencies: np.ndarray) -> tuple[ir.Value, ir.Value]:
+    """Cosine and sine of the rotary angles, float32 [rows, pairs].
+
+    positions: int32 [axes, rows]; frequencies: [axes, pairs]. The sum over axes is of elementwise products: a
+    MatMul might run in TF32, which cannot hold a position times a frequency.
+    """
+    turns = g.cast(g.op("Unsqueeze", positions, g.ints(2)), FLOAT)
+    table = g.constant(frequencies[:, None, :], FLOAT)
+    angles = g.op("ReduceSum", g.op("Mul", turns, table), g.ints(0), keepdims=0)
+    return g.op("Cos", angles), g.op("Sin", angles)
+
+
+def rotate(g: Graph, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
+    """Rotate the pairs (j, j + head_dim / 2) of `x` [..., rows, head_dim] by angles [rows, head_dim / 2].
+
+    Computed in the dtype of the angles; returns that of `x`.
+    """
+    return g.call("Rotate", x, cos, sin)

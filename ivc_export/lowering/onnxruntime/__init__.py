@@ -1,0 +1,1 @@
+"""What onnxruntime's CUDA provider has kernels for."""

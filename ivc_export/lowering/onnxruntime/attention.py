@@ -1,0 +1,154 @@
+"""Attention and rotary embedding as one node each, over caches that are written in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from ivc_export.contract import IVC_DOMAIN, TensorName, in_place_lengths
+from ivc_export.lowering.edit import CONTRIB, Editor, called, numbers
+
+Tables = dict[tuple[ir.Value, int], ir.Value]
+
+
+class UseFusedAttentionPass(ir.passes.InPlacePass):
+    """Call onnxruntime's GroupQueryAttention for Attention, its MultiHeadAttention for EncoderAttention.
+
+    Rotations before them become its RotaryEmbedding. Both take rows with their heads side by side, as SplitHeads is
+    given them.
+
+    1. Needs: a portable graph.
+    2. Leaves: no Attention and no EncoderAttention; lengths as contract.in_place_info says. present_key.i and
+       present_value.i are the caches with this run's rows behind those that were valid: bound to the buffers of
+       past_key.i and past_value.i, they are written in place. Keys are rotated before: GroupQueryAttention rotates by
+       row, and rows of a picture share M-RoPE positions. Attention in windows stays as it was.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Call by call."""
+        edit, tables, found = Editor(model.graph), Tables(), False
+        for node in list(model.graph):
+            if node.domain == IVC_DOMAIN and node.op_type in REPLACEMENTS:
+                REPLACEMENTS[node.op_type](edit, node, tables)
+                found = True
+        RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, found)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check that no attention is left."""
+        left = [node.name for node in model.graph if node.domain == IVC_DOMAIN and node.op_type in REPLACEMENTS]
+        if left:
+            raise ir.passes.PostconditionError(f"{left[0]} is not replaced")
+
+
+class UseRotaryEmbeddingPass(ir.passes.InPlacePass):
+    """Call onnxruntime's RotaryEmbedding for rotations that no attention has taken.
+
+    1. Needs: rotations of heads that SplitHeads split; others stay.
+    2. Leaves: the same values; a rotation between casts takes the dtype around it.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rotation by rotation."""
+        edit, tables, found = Editor(model.graph), Tables(), False
+        for node in list(model.graph):
+            split = called(node.inputs[0], "SplitHeads") if called(node.outputs[0], "Rotate") else None
+            if split is not None:
+                y, sizes = (
+                    rows(edit, node, node.outputs[0], tables),
+                    (split.attributes[k] for k in ("heads", "head_dim")),
+                )
+                (y,) = edit.op(node, "Reshape", y, edit.ints(0, 0, *(size.as_int() for size in sizes)))
+                (y,) = edit.op(node, "Transpose", y, perm=[0, 2, 1, 3])
+                edit.replace(node.outputs[0], y)
+                found = True
+        RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, found)
+
+
+def use_multi_head(edit: Editor, node: ir.Node, tables: Tables) -> None:
+    """EncoderAttention."""
+    heads, scale = node.attributes["heads"].as_int(), node.attributes["scale"].as_float()
+    inputs = [rows(edit, node, value, tables) for value in node.inputs]
+    (y,) = edit.op(node, "MultiHeadAttention", *inputs, domain=CONTRIB, num_heads=heads, scale=scale)
+    edit.replace(node.outputs[0], flattened(edit, node, y))
+
+
+def use_group_query(edit: Editor, node: ir.Node, tables: Tables) -> None:
+    """Attention."""
+    graph, mask = edit.graph, node.inputs[5]
+    causal = called(mask, "CausalMask")
+    if causal is None or causal.inputs[2] is None:
+        raise ir.passes.PreconditionError(f"{node.name} has a mask of its own, which GroupQueryAttention does not take")
+    inputs = [rows(edit, node, value, tables) for value in node.inputs[:3]]
+    lengths = length_inputs(graph, causal.inputs[2])
+    sizes = {"num_heads": node.attributes["heads"].as_int(), "kv_num_heads": node.attributes["kv_heads"].as_int()}
+    attributes: dict[str, Any] = {**sizes, "scale": node.attributes["scale"].as_float(), "do_rotary": 0}
+    past = node.inputs[3:5]
+    y, *present = edit.op(
+        node, "GroupQueryAttention", *inputs, *past, *lengths, outputs=3, domain=CONTRIB, **attributes
+    )
+    for new, old in zip(present, past, strict=True):
+        assert old is not None
+        new.name, new.type, new.shape = TensorName.of(old.name).to("present"), old.type, old.shape
+        graph.outputs.append(new)
+    edit.replace(node.outputs[0], flattened(edit, node, y))
+
+
+REPLACEMENTS = {"Attention": use_group_query, "EncoderAttention": use_multi_head}
+
+
+def flattened(edit: Editor, node: ir.Node, y: ir.Value) -> ir.Value:
+    """[frames, rows, heads head_dim] as [frames rows, heads head_dim]."""
+    width = node.attributes["heads"].as_int() * node.attributes["head_dim"].as_int()
+    return edit.op(node, "Reshape", y, edit.ints(-1, width))[0]
+
+
+def rows(edit: Editor, before: ir.Node, x: ir.Value | None, tables: Tables) -> ir.Value:
+    """[frames, heads, rows, D] as [frames, rows, heads D], from before the heads were split where they were.
+
+    tables: cosines and sines in the dtype of what they turn, cast once for all layers: angles are computed in float32,
+    and casts around a rotation would move four times its bytes.
+    """
+    assert x is not None
+    rotation = called(x, "Rotate")
+    split = called(rotation.inputs[0] if rotation is not None else x, "SplitHeads")
+    if split is None:
+        (y,) = edit.op(before, "Transpose", x, perm=[0, 2, 1, 3])
+        return edit.op(before, "Reshape", y, edit.ints(0, 0, -1))[0]
+    width = split.attributes["heads"].as_int() * split.attributes["head_dim"].as_int()
+    frames = numbers(split.inputs[1])
+    if frames:
+        shape = edit.ints(int(frames[0]), -1, width)
+    else:
+        (shape,) = edit.op(before, "Concat", split.inputs[1], edit.ints(-1, width), axis=0)
+    (y,) = edit.op(before, "Reshape", split.inputs[0], shape)
+    if rotation is None:
+        return y
+    cos, sin = (like(edit, before, table, edit.types[split.inputs[0]], tables) for table in rotation.inputs[1:])  # type: ignore[index]
+    offset = edit.ints(0)  # row r of this run turns by row r of cos and sin
+    return edit.op(before, "RotaryEmbedding", y, offset, cos, sin, domain=CONTRIB, interleaved=0)[0]
+
+
+def like(edit: Editor, before: ir.Node, table: ir.Value | None, dtype: ir.DataType, tables: Tables) -> ir.Value:
+    """`table` in `dtype`."""
+    assert table is not None
+    if edit.types[table] == dtype:
+        return table
+    if (table, dtype) not in tables:
+        (tables[table, dtype],) = edit.op(before, "Cast", table, to=int(dtype))
+    return tables[table, dtype]
+
+
+def length_inputs(graph: ir.Graph, past_length: ir.Value) -> list[ir.Value]:
+    """The inputs that stand for `past_length`, added in front of it where they are missing; it is no longer read."""
+    known = {value.name: value for value in graph.inputs}
+    wanted = in_place_lengths(str(past_length.name))
+    if not known.keys() & wanted:
+        place = list(graph.inputs).index(past_length)
+        added = [ir.val(name, dtype=ir.DataType.INT32, shape=shape) for name, shape in wanted.items()]
+        graph.inputs[place : place + 1] = added
+        known |= {value.name: value for value in added}
+    return [known[name] for name in wanted]

@@ -1,0 +1,111 @@
+"""Residual sums in units of a power of two, for graphs in float16."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import onnx_ir as ir
+
+from ivc_export.contract import IVC_DOMAIN, RESIDUALS
+from ivc_export.errors import UserError
+from ivc_export.lowering.edit import Editor, made_by
+from ivc_export.lowering.precision.widen_residuals import CARRIERS
+
+SCALE = 2.0**-4
+"""Of the residual stream; sums may then reach 16 * 65504. Embeddings, 0.01 to 0.1 in size, stay normal numbers."""
+
+NORMS = frozenset(("LayerNormalization", "RMSNorm"))
+
+
+class ScaleResidualsPass(ir.passes.InPlacePass):
+    """Keep a decoder's residual stream at SCALE of its size: some models' sums leave float16's range, 65504.
+
+    Layers read the stream through norms alone, which do not change with its scale where epsilon changes with its
+    square: (c x) / sqrt(mean((c x)^2) + c^2 e) = x / sqrt(mean(x^2) + e). Powers of two round nothing.
+
+    1. Needs: a portable graph. The stream begins at `inputs_embeds` or `hidden_states`, and goes through sums; only
+       norms and what hands values on read it. A graph without such an input stays as it is.
+    2. Leaves: embeddings scaled where the stream begins; what is added to it scaled, products by their `alpha` and
+       `beta`, before they are rounded; `hidden_states` between the graphs at SCALE; everything else as it was.
+
+    Raises:
+        UserError: the stream is read in another way, which would give wrong numbers.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Scale where the stream begins, and follow it."""
+        graph, edit = model.graph, Editor(model.graph)
+        stream: set[ir.Value] = set()
+        for value in graph.inputs:
+            if value.name in RESIDUALS:
+                stream.add(value if value.name in RESIDUALS[1:] else scaled_embeddings(edit, value))
+        for node in list(graph) if stream else ():
+            if any(value in stream for value in node.inputs):
+                follow(edit, node, stream)
+        for value in graph.outputs if stream else ():
+            if (value in stream) != (value.name in RESIDUALS):
+                end = value.producer()
+                assert end is not None
+                no = "" if value in stream else "not "
+                refuse(end, f"gives {value.name}, which is {no}the residual stream")
+        return ir.passes.PassResult(model, bool(stream))
+
+
+def scaled_embeddings(edit: Editor, embeds: ir.Value) -> ir.Value:
+    """Scale inputs_embeds before anything reads them."""
+    users, dtype = tuple(embeds.uses()), embeds.dtype
+    assert dtype is not None
+    (scaled,) = edit.op(edit.graph[0], "Mul", embeds, edit.scalar(SCALE, dtype))
+    for user, index in users:
+        user.replace_input_with(index, scaled)
+    return scaled
+
+
+def follow(edit: Editor, node: ir.Node, stream: set[ir.Value]) -> None:
+    """Do at a node that reads the stream what keeps the rest of the graph as it was.
+
+    Raises:
+        UserError: the node is neither a norm nor a sum, and does not hand values on.
+    """
+    if (
+        (node.op_type in CARRIERS or node.op_type == "Cast")
+        and node.domain in ("", IVC_DOMAIN)
+        and node.inputs[0] in stream
+    ):
+        stream.add(node.outputs[0])
+    elif node.op_type in NORMS and node.inputs[0] in stream:
+        epsilon = node.attributes["epsilon"].as_float()
+        node.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon * SCALE**2)
+    elif node.op_type == "Add":
+        for index, value in enumerate(node.inputs):
+            if value is not None and value not in stream:
+                scale_addend(edit, node, index, value)
+        stream.add(node.outputs[0])
+    else:
+        refuse(node, "reads the residual stream")
+
+
+def scale_addend(edit: Editor, total: ir.Node, index: int, value: ir.Value) -> None:
+    """Scale what is added to the stream: in a product that nothing else reads, or behind it."""
+    product = made_by(value, "Gemm")
+    if product is not None and len(value.uses()) == 1 and not value.is_graph_output():
+        for name in ("alpha", "beta"):  # of x W^T and of the bias
+            given = product.attributes.get(name)
+            product.attributes[name] = ir.AttrFloat32(name, SCALE * (given.as_float() if given else 1.0))
+        return
+    dtype = next(value.dtype for value in edit.graph.inputs if value.name in RESIDUALS)
+    assert dtype is not None
+    (scaled,) = edit.op(total, "Mul", value, edit.scalar(SCALE, dtype))
+    total.replace_input_with(index, scaled)
+
+
+def refuse(node: ir.Node, what: str) -> NoReturn:
+    """Say what cannot be scaled.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        f"{node.name or node.op_type} ({node.op_type}) {what}, which cannot be kept within float16's range here: build "
+        "engines with ivc-build --dtype fp32, or use onnxruntime's CPU provider"
+    )

@@ -1,0 +1,1 @@
+"""What TensorRT reads better than standard operators."""

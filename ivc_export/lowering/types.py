@@ -1,0 +1,46 @@
+"""Element types of a graph's values, which portable graphs do not write down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+
+import onnx_ir as ir
+
+from ivc_export.contract import IVC_DOMAIN
+from ivc_export.graph.functions import RESULTS
+
+BOOLEANS = frozenset(("And", "Equal", "Greater", "GreaterOrEqual", "Less", "Not", "Or"))
+"""Operators of the contract whose results are truth values."""
+
+Types = MutableMapping[ir.Value, ir.DataType]
+
+
+def types_of(graph: ir.Graph) -> Types:
+    """The element type of every value of a graph of the contract's operators and `ivc` functions."""
+    types = {value: value.dtype for value in (*graph.inputs, *graph.initializers.values()) if value.dtype is not None}
+    add_types(graph, types)
+    return types
+
+
+def add_types(nodes: Iterable[ir.Node], types: Types) -> None:
+    """Add the types of what `nodes`, in order, give."""
+    for node in nodes:
+        for value, dtype in zip(node.outputs, results(node, types), strict=True):
+            types[value] = dtype
+
+
+def results(node: ir.Node, types: Types) -> list[ir.DataType]:
+    """The types of a node's outputs."""
+    inputs = [types[value] for value in node.inputs if value is not None]
+    if node.domain == IVC_DOMAIN:
+        found = RESULTS[node.op_type]
+        return list(found) if isinstance(found, tuple) else [inputs[found]]
+    if node.op_type in BOOLEANS:
+        dtype = ir.DataType.BOOL
+    elif node.op_type == "Cast":
+        dtype = ir.DataType(node.attributes["to"].as_int())
+    elif node.op_type == "Shape":
+        dtype = ir.DataType.INT64
+    else:
+        dtype = inputs[1 if node.op_type in ("CastLike", "Where") else 0]
+    return [dtype] * len(node.outputs)

@@ -1,7 +1,46 @@
-"""Export large vision-language models with IVC-Prune inside, as ONNX graphs for TensorRT and onnxruntime."""
+"""Export large vision-language models with IVC-Prune inside, as ONNX graphs for TensorRT and onnxruntime.
 
+What stands in `__all__` is for programs; what lies deeper may change. Names are imported when they are first asked
+for, so that `import ivc_export` takes no time, and commands meet Ctrl-C while their modules load.
+"""
+
+import importlib
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ivc_export.bundle.bundle import Bundle
+    from ivc_export.errors import UserError
+    from ivc_export.exporter.pipeline import export
+    from ivc_export.exporter.recipe import ExportRecipe
+    from ivc_export.runtime.backends import open_session
+    from ivc_export.runtime.chat import Chat
+    from ivc_export.text.sampling import Sampling
 
 __version__ = "0.1.0"
+__all__ = ["Bundle", "Chat", "ExportRecipe", "Sampling", "UserError", "export", "open_session"]
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before onnxruntime is imported, which keeps what it finds here
+
+if not TYPE_CHECKING:  # to mypy a module with __getattr__ has every name
+    _HOMES = {
+        "Bundle": "bundle.bundle",
+        "Chat": "runtime.chat",
+        "ExportRecipe": "exporter.recipe",
+        "Sampling": "text.sampling",
+        "UserError": "errors",
+        "export": "exporter.pipeline",
+        "open_session": "runtime.backends",
+    }
+
+    def __getattr__(name):
+        """A public name, out of the module that has it."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = found
+        return found
+
+    def __dir__():
+        """Public names, imported or not."""
+        return sorted({*globals(), *__all__})

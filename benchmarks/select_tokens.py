@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime
 
 from ivc_export.contract import RotarySizes
-from ivc_export.families import Grid
+from ivc_export.families.pictures import Grid
 from ivc_export.families.qwen2_vl import positions
 from ivc_export.selection.ivc_prune import ivc_priority
 from tests.selection.test_selection import RULE, Case, body_model

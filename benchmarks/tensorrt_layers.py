@@ -39,7 +39,7 @@ from ivc_export.contract import GraphName
 from ivc_export.exporter.estimate import COUNTED
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families import Grid
+from ivc_export.families.pictures import Grid
 from ivc_export.graph.counting import count
 from ivc_export.lowering import lower
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass

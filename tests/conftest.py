@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families import Grid, Picture
+from ivc_export.families.pictures import Grid, Picture
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint
 

@@ -10,7 +10,7 @@ from ivc_export import families
 from ivc_export.contract import GraphName
 from ivc_export.exporter.estimate import TEXT, Size, estimate
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families import Family
+from ivc_export.families.family import Family
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "data" / "configs"
 PICTURE = Size(1024, 768)

@@ -12,7 +12,7 @@ from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract import Manifest, PatchPreprocessing, Preprocessing
 from ivc_export.errors import UserError
-from ivc_export.families import Picture
+from ivc_export.families.pictures import Picture
 
 LEAST_TEXT = 8
 """Text tokens at least: the picture's marks, and behind it some that vote."""

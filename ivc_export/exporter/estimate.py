@@ -31,7 +31,8 @@ from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.pipeline import selection_layer
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families import Family, Model, Picture
+from ivc_export.families.family import Family, Model
+from ivc_export.families.pictures import Picture
 from ivc_export.graph.counting import count
 from ivc_export.lowering.inline import InlinePass
 from ivc_export.selection.operators import SELECTIONS

@@ -24,7 +24,7 @@ from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.placement import converted, place_weights, plan_conversions
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families import Family
+from ivc_export.families.family import Family
 from ivc_export.lowering import exported, lower
 from ivc_export.source.configuration import Configuration, Description, read_configuration, read_description
 from ivc_export.source.hub import open_checkpoint

@@ -24,20 +24,8 @@ from pydantic import Field
 
 from ivc_export import contract
 from ivc_export.errors import UserError
-from ivc_export.families import (
-    TILES_ASPECT_LIMIT,
-    DefaultLayer,
-    Family,
-    Grid,
-    Model,
-    Picture,
-    TokenTexts,
-    check_shape,
-    counted_positions,
-    renamed,
-    scaled_layer,
-    scaled_pixels,
-)
+from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, counted_positions, renamed, scaled_layer
+from ivc_export.families.pictures import TILES_ASPECT_LIMIT, Grid, Picture, check_shape, scaled_pixels
 from ivc_export.families.settings import (
     CONFIG,
     PROCESSOR,

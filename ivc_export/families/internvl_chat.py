@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ivc_export import contract
 from ivc_export.errors import UserError
-from ivc_export.families import Model, StockLayout, renamed, required
+from ivc_export.families.family import Model, StockLayout, renamed
 from ivc_export.families.internvl import FAMILY as TRANSFORMERS
 from ivc_export.families.internvl import SHUFFLE, Half, VisionSizes, make_model, read_text
 from ivc_export.families.internvl import stored_name as transformers_name
@@ -29,6 +29,7 @@ from ivc_export.families.settings import (
     Settings,
     check_edges,
     refuse,
+    required,
 )
 from ivc_export.families.text_models import DecoderSettings, Layers, PlainRope, Qwen2Text, Vocabulary, read_decoder
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ivc_export import contract
 from ivc_export.errors import UserError
-from ivc_export.families import DefaultLayer, Family, Model, scaled_layer
+from ivc_export.families.family import DefaultLayer, Family, Model, scaled_layer
 from ivc_export.families.qwen2_vl import (
     CHAT_TEMPLATE,
     TINY_TOKENS,

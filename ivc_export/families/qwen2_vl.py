@@ -14,18 +14,8 @@ from pydantic import Field
 
 from ivc_export import contract
 from ivc_export.errors import UserError
-from ivc_export.families import (
-    DefaultLayer,
-    Family,
-    Grid,
-    Model,
-    Picture,
-    TokenTexts,
-    check_shape,
-    renamed,
-    scaled_layer,
-    scaled_pixels,
-)
+from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, renamed, scaled_layer
+from ivc_export.families.pictures import Grid, Picture, check_shape, scaled_pixels
 from ivc_export.families.settings import (
     PROCESSOR,
     Backendless,

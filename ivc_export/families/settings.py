@@ -138,6 +138,17 @@ def refuse(key: str, value: object, file: str, known: str, cause: Exception | No
     raise UserError(f"{key} {text} of {file} is not supported: {known}") from cause
 
 
+def required(config: Mapping[str, Any], key: str) -> Any:
+    """`config[key]`.
+
+    Raises:
+        UserError: there is none.
+    """
+    if config.get(key) is None:
+        raise UserError(f"config.json has no {key}: give the checkpoint's own config.json")
+    return config[key]
+
+
 def edges(size: Any, one_is_square: bool) -> dict[str, int]:
     """A `size` of an image processor by its edges' names, whatever form it has: an object, two numbers, or one.
 

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 
 from ivc_export.errors import UserError
-from ivc_export.families import Picture
+from ivc_export.families.pictures import Picture
 from ivc_export.runtime.conversation import AnyConversation, AnySession, Step
 from ivc_export.runtime.processor import Processor, parts_message, placed
 from ivc_export.text.sampling import GREEDY, Sampler

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract import FloatName, GraphName, check_ratio
-from ivc_export.families import Picture
+from ivc_export.families.pictures import Picture
 from ivc_export.runtime.cache import KVCache, layer_of
 from ivc_export.runtime.plan import Run, check_kept, check_picture, plan_run
 

@@ -13,7 +13,7 @@ from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from ivc_export.errors import UserError
-from ivc_export.families import Grid, Picture
+from ivc_export.families.pictures import Grid, Picture, covered
 from ivc_export.files import read_object, read_text
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.text.template import ChatTemplate, Message
@@ -69,7 +69,7 @@ class Processor:
 
     def shown(self, image: PIL.Image.Image) -> PIL.Image.Image:
         """The part of a picture that its visual tokens cover."""
-        box = families.covered(*image.size, self.bundle.manifest.preprocessing)
+        box = covered(*image.size, self.bundle.manifest.preprocessing)
         return image if box == (0, 0, *image.size) else image.crop(box)
 
     def extents(self, size: tuple[int, int], grid: Grid) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Processor:
         p = self.bundle.manifest.preprocessing
         return {
             "original": {"width": size[0], "height": size[1]},
-            "covered": families.covered(*size, p),
+            "covered": covered(*size, p),
             "scaled": {"width": grid.columns * p.token_side, "height": grid.rows * p.token_side},
             "grid": {"rows": grid.rows, "columns": grid.columns, "tiles": len(grid.blocks)},
         }

@@ -15,7 +15,7 @@ from ivc_export.checkpoint.kinds import check_tensors, check_whole
 from ivc_export.checkpoint.weights import Weights, main_dtype
 from ivc_export.contract import PREPROCESSOR
 from ivc_export.errors import UserError
-from ivc_export.families import Family, Model
+from ivc_export.families.family import Family, Model
 from ivc_export.source.prompts import PROCESSOR, Prompts, read_prompts
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.contract import CHAT_TEMPLATE, TOKENIZER_CONFIG, SpecialTokens
 from ivc_export.errors import UserError
-from ivc_export.families import Family, Model
+from ivc_export.families.family import Family, Model
 from ivc_export.text.sampling import GENERATION_CONFIG, greedy_note
 from ivc_export.text.template import ChatTemplate, Message
 from ivc_export.text.tokenizer import ADVICE, CheckpointTokenizer, checkpoint_tokenizer, tokenizer_config

@@ -19,7 +19,7 @@ from ivc_export.bundle.recording import Key, Recording, identity
 from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.contract import check_ratio
 from ivc_export.errors import UserError
-from ivc_export.families import Picture
+from ivc_export.families.pictures import Picture
 from ivc_export.source.configuration import read_configuration
 from ivc_export.verify.reference import Reference, ReferenceLayout, ReferencePicture, ReferenceTurn
 

@@ -14,7 +14,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import ivc_run
 from ivc_export.cli import run as run_module
 from ivc_export.errors import UserError
-from ivc_export.families import Grid, Picture
+from ivc_export.families.pictures import Grid, Picture
 from ivc_export.runtime.backends import open_session
 from ivc_export.runtime.conversation import AnyConversation, AnySession
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession

@@ -20,7 +20,7 @@ from ivc_export.errors import UserError
 from ivc_export.exporter import placement
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import FLOAT_NAMES, Dtype, ExportRecipe
-from ivc_export.families import Grid
+from ivc_export.families.pictures import Grid
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint

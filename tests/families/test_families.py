@@ -23,7 +23,8 @@ from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families import Family, Picture
+from ivc_export.families.family import Family
+from ivc_export.families.pictures import Picture
 from ivc_export.lowering import lower
 from ivc_export.report.overlay import count_kinds, overlay
 from ivc_export.runtime.chat import Chat, Sampling

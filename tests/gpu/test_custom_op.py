@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.families import Grid
+from ivc_export.families.pictures import Grid
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
 from tests.conftest import random_picture
 from tests.native.custom_ops import DTYPES, check_gather, check_selection

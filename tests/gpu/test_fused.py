@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.families import Grid
+from ivc_export.families.pictures import Grid
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession, cuda_options

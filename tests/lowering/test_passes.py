@@ -13,7 +13,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, GraphName
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families import Grid
+from ivc_export.families.pictures import Grid
 from ivc_export.lowering import lower
 from ivc_export.lowering.inline import InlinePass
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass

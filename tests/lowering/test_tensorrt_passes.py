@@ -26,7 +26,7 @@ from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families import Grid
+from ivc_export.families.pictures import Grid
 from ivc_export.graph.functions import function as function_body
 from ivc_export.lowering import LOWERINGS, lower
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.families import Grid
+from ivc_export.families.pictures import Grid
 from ivc_export.runtime.plan import plan_run
 from ivc_export.verify.testdata import write_testdata
 from tests.native.test_plugin_builds import CACHE, MISSING, cmake

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import PIL.Image
 
-from ivc_export.families import Grid
+from ivc_export.families.pictures import Grid
 from ivc_export.report.overlay import COLOURS, count_kinds, kinds, overlay, panel
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession

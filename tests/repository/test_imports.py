@@ -94,8 +94,14 @@ def test_heavy_packages_are_imported_where_they_belong() -> None:
             assert own in HEAVY.get(module.split(".")[0], {own}), f"{path} imports {module}"
 
 
+def test_the_registry_names_every_family() -> None:
+    files = (PACKAGE / "families").glob("*.py")
+    found = [path.stem for path in files if "\nFAMILY = " in path.read_text(encoding="utf-8")]
+    assert tuple(sorted(found)) == families.names()
+
+
 def test_no_family_is_named_outside_its_file() -> None:
-    names = {path.stem for path in (PACKAGE / "families").glob("*.py")} - {"__init__", *families.SHARED}
+    names = families.names()
     for path in PACKAGE.rglob("*.py"):
         if path.parent.name != "families":
             assert not [name for name in names if name in path.read_text(encoding="utf-8")], path

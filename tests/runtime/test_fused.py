@@ -23,7 +23,7 @@ from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families import Grid
+from ivc_export.families.pictures import Grid
 from ivc_export.lowering import LOWERINGS, lower
 from ivc_export.lowering.join_decode import join_decode
 from ivc_export.lowering.precision import scale_residuals

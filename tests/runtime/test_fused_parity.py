@@ -17,7 +17,7 @@ from ivc_export.cli import ivc_check
 from ivc_export.contract import FloatName
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families import Grid
+from ivc_export.families.pictures import Grid
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.onnxruntime import cuda as fused
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession

@@ -11,6 +11,7 @@ from ivc_export import cli, families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract import Preprocessing, TilePreprocessing
 from ivc_export.errors import UserError
+from ivc_export.families import pictures
 from ivc_export.runtime.pictures import open_picture
 from tests.conftest import PIXEL_TOLERANCE, rows_first
 from tests.families.family_cases import CASES
@@ -37,8 +38,8 @@ def test_strips_have_the_official_processors_pixels(
     with monkeypatch.context() as patched:
         patched.setattr(PIL.Image.Image, "resize", rows_first)
         wanted = CASES[name].official(preprocessing)(image, return_tensors="np")["pixel_values"]
-    for strip in (families.STRIP, 50_000):
-        monkeypatch.setattr(families, "STRIP", strip)
+    for strip in (pictures.STRIP, 50_000):
+        monkeypatch.setattr(pictures, "STRIP", strip)
         found = families.of(name).picture(image, preprocessing).inputs["pixel_values"]
         assert np.abs(found - wanted).max() < PIXEL_TOLERANCE
 

@@ -13,7 +13,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.errors import UserError
-from ivc_export.families import Grid, of
+from ivc_export.families import of
+from ivc_export.families.pictures import Grid
 from ivc_export.families.qwen2_vl import CHAT_TEMPLATE, positions
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.processor import Processor, user_message

@@ -21,7 +21,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families import Grid
+from ivc_export.families.pictures import Grid
 from ivc_export.runtime.chat import Sampling, generate
 from ivc_export.runtime.conversation import Conversation, Timings
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.families import Grid, Picture
+from ivc_export.families.pictures import Grid, Picture
 from ivc_export.runtime.conversation import AnyConversation, AnySession
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedSession

@@ -17,7 +17,7 @@ import torch
 
 from ivc_export import families
 from ivc_export.contract import OPSET, RotarySizes, SelectionRule, kept_tokens
-from ivc_export.families import Grid
+from ivc_export.families.pictures import Grid
 from ivc_export.families.qwen2_vl import positions
 from ivc_export.graph.functions import function
 from ivc_export.runtime.plan import plan_run, tile_inputs

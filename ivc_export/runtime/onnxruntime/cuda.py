@@ -22,7 +22,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.weights import read_values
 from ivc_export.contract import GRAPH_NAMES, FloatName, Scaling, check_ratio
 from ivc_export.errors import UserError
-from ivc_export.families import Picture
+from ivc_export.families.pictures import Picture
 from ivc_export.floats import cast
 from ivc_export.lowering import lower
 from ivc_export.lowering.join_decode import join_decode

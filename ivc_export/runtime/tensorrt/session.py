@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName, GraphInfo, GraphName, check_ratio
 from ivc_export.errors import UserError
-from ivc_export.families import Picture
+from ivc_export.families.pictures import Picture
 from ivc_export.floats import cast
 from ivc_export.runtime.cache import layer_of
 from ivc_export.runtime.conversation import HEADROOM, Fetched, Step, Timings, one_at_a_time, planned

@@ -1,0 +1,147 @@
+"""What a family of LVLMs is: one record, and what several families share of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import PIL.Image
+
+from ivc_export import contract
+from ivc_export.families.pictures import Grid, Picture
+from ivc_export.graph.builder import Graph
+
+
+class TokenTexts(NamedTuple):
+    """Texts of the tokens that show a picture: the image token, and those before and behind a picture's, if any."""
+
+    image: str
+    start: str | None = None
+    end: str | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """One checkpoint's configuration, digested by its family. `vision` is the family's own record.
+
+    image_token, vision_start_token, vision_end_token: ids that config.json states; None where the tokenizer does, or
+    where the family has no such token.
+    """
+
+    decoder: contract.DecoderSizes
+    rotary: contract.RotarySizes
+    selection: contract.SelectionRule
+    preprocessing: contract.Preprocessing
+    image_token: int | None
+    vision_start_token: int | None
+    vision_end_token: int | None
+    vision: Any
+
+    def graph_info(
+        self, name: contract.GraphName, dtype: contract.FloatName, selection_layer: int
+    ) -> contract.GraphInfo:
+        """Inputs and outputs of graph `name` for this model."""
+        sizes = (self.decoder, self.rotary, self.selection, self.preprocessing)
+        return contract.graph_info(name, dtype, *sizes, selection_layer)
+
+
+@dataclass(frozen=True)
+class DefaultLayer:
+    """The selection layer taken when the user names none; `calibrated` if it was published or measured."""
+
+    layer: int
+    calibrated: bool
+
+
+@dataclass(frozen=True)
+class StockLayout:
+    """A layout that transformers knows instead of the family's own.
+
+    config: config.json, and the image token's id, to config.json as transformers would have it.
+    tensors: config.json, a tensor's name and the tensor (NumPy's or torch's) to those that transformers would have, by
+    name.
+    """
+
+    config: Callable[[Mapping[str, Any], int], dict[str, Any]]
+    tensors: Callable[[Mapping[str, Any], str, Any], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything particular to one family.
+
+    read: config.json, and the image processor's configuration if there is one, to a Model.
+    canonical_name: a tensor's name in the checkpoint to ours (`model.*`, `visual.*`, `lm_head.weight`).
+    stored_name: the inverse, as transformers 4.4x names it, or the family's own code.
+    vision: builds the encoder between the vision graph's inputs and `image_embeds`, which it returns.
+    default_layer: the selection layer for a model of these sizes.
+    picture: an RGB picture to the vision graph's inputs.
+    positions: rotary positions of text (its number of tokens) and pictures in order, from the first free position on;
+        returns int32 [axes, rows] and the next free position.
+    stock_inputs: a Picture as transformers' get_image_features takes it, by name, pictures along the first axis.
+    chat_template: of the family, for checkpoints that come with none, or with one that cannot show pictures.
+    chat_template_of: config.json to that template, where it depends on it.
+    token_texts: of the tokens that show a picture.
+    template_marks: whether chat templates write the tokens before and behind a picture's image tokens.
+    hub: aliases that --model takes, to hub ids.
+    tiny: config.json of a model small enough for tests.
+    tiny_tokens: special tokens of that model by id.
+    default_ratio: fraction of visual tokens kept when the user names none.
+    stock_layout: for checkpoints that transformers cannot load as they are.
+    unused: beginnings of (canonical) names of tensors that checkpoints hold and no graph takes.
+    foreign: of a config.json of the same models in a layout that is not read, the sentence that says so; else None.
+    """
+
+    model_type: str
+    read: Callable[[Mapping[str, Any], Mapping[str, Any] | None], Model]
+    canonical_name: Callable[[str], str]
+    stored_name: Callable[[str], str]
+    vision: Callable[[Graph, Model], ir.Value]
+    default_layer: Callable[[contract.DecoderSizes], DefaultLayer]
+    picture: Callable[[PIL.Image.Image, contract.Preprocessing], Picture]
+    positions: Callable[[Sequence[int | Grid], int], tuple[npt.NDArray[np.int32], int]]
+    stock_inputs: Callable[[Picture, contract.Preprocessing], dict[str, npt.NDArray[Any]]]
+    chat_template: str
+    token_texts: TokenTexts
+    template_marks: bool
+    hub: Mapping[str, str]
+    tiny: Mapping[str, Any]
+    tiny_tokens: Mapping[int, str]
+    default_ratio: float = 0.5
+    stock_layout: StockLayout | None = None
+    unused: Sequence[str] = ()
+    foreign: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    chat_template_of: Callable[[Mapping[str, Any]], str] | None = None
+
+    def own_template(self, config: Mapping[str, Any]) -> str:
+        """The family's chat template for a checkpoint with this config.json.
+
+        Raises:
+            UserError: config.json asks for one that is not known.
+        """
+        return self.chat_template_of(config) if self.chat_template_of else self.chat_template
+
+
+def scaled_layer(sizes: contract.DecoderSizes, published: Mapping[int, int], layer: int, layers: int) -> DefaultLayer:
+    """The published selection layer for this many layers, or else `layer` of `layers` in proportion, uncalibrated."""
+    if sizes.layers in published:
+        return DefaultLayer(published[sizes.layers], calibrated=True)
+    return DefaultLayer(min(sizes.layers - 1, max(1, round(sizes.layers * layer / layers))), calibrated=False)
+
+
+def renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    """`name` with the first of the (old, new) prefixes that it has replaced."""
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def counted_positions(segments: Sequence[int | Grid], start: int) -> tuple[npt.NDArray[np.int32], int]:
+    """One-dimensional rotary positions, which count text and visual tokens alike; as Family.positions."""
+    rows = sum(part.visual if isinstance(part, Grid) else part for part in segments)
+    return np.arange(start, start + rows, dtype=np.int32)[None], start + rows

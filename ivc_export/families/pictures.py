@@ -1,0 +1,121 @@
+"""A picture as a family sees it: its grid of visual tokens, and its pixels, scaled as Pillow does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+
+from ivc_export import contract
+from ivc_export.errors import UserError
+
+STRIP = 32_000_000
+"""Pixels that are resized at a time: 128 MB in Pillow."""
+
+TILES_ASPECT_LIMIT = 3000
+"""Of pictures that are cut into tiles. Beyond it they show nothing, and take memory without bounds to scale."""
+
+
+class Grid(NamedTuple):
+    """A picture's visual tokens: rows by columns, row-major.
+
+    tile: where it is not 0, tokens come tile by tile, of tile x tile tokens each, tiles and the tokens within them
+    row-major; behind several tiles comes a thumbnail of the whole picture, of one tile.
+    """
+
+    rows: int
+    columns: int
+    tile: int = 0
+
+    @property
+    def blocks(self) -> list[int]:
+        """Number of visual tokens of each tile, thumbnail included; without tiles, of the picture."""
+        if not self.tile:
+            return [self.rows * self.columns]
+        tiles = self.rows * self.columns // self.tile**2
+        return [self.tile**2] * (tiles + (tiles > 1))
+
+    @property
+    def visual(self) -> int:
+        """Number of visual tokens."""
+        return sum(self.blocks)
+
+    @property
+    def cells(self) -> npt.NDArray[np.int32]:
+        """Row and column of each visual token but the thumbnail's, in their order, int32 [rows * columns, 2]."""
+        side = self.tile or max(self.rows, self.columns)
+        row, column = np.mgrid[: self.rows, : self.columns].reshape(2, -1)
+        order = np.lexsort((column, row, column // side, row // side))
+        return np.stack([row[order], column[order]], axis=1).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, ready for the vision graph.
+
+    inputs: the vision graph's inputs by name, for one frame; floats in float32.
+    """
+
+    inputs: Mapping[str, npt.NDArray[Any]]
+    grid: Grid
+
+
+def scaled_pixels(
+    image: PIL.Image.Image,
+    width: int,
+    height: int,
+    scaling: contract.Scaling,
+    box: tuple[int, int, int, int] | None = None,
+) -> npt.NDArray[np.float32]:
+    """A picture resized to width x height and normalised, float32 [rows, columns, 3].
+
+    box: left, top, right and bottom of what is kept of the resized picture; None keeps all of it.
+    """
+    left, top, right, bottom = box or (0, 0, width, height)
+    kernel = PIL.Image.Resampling[scaling.resample.upper()]
+    across = resized_rows(image.convert("RGB") if image.mode != "RGB" else image, width, left, right, kernel)
+    turned = PIL.Image.fromarray(np.ascontiguousarray(across.transpose(1, 0, 2)))
+    resized = resized_rows(turned, height, top, bottom, kernel).transpose(1, 0, 2)
+    mean, std = np.array(scaling.mean, np.float32), np.array(scaling.std, np.float32)
+    pixels: npt.NDArray[np.float32] = (resized.astype(np.float32) * np.float32(scaling.rescale_factor) - mean) / std
+    return pixels
+
+
+def resized_rows(
+    image: PIL.Image.Image, width: int, first: int, end: int, kernel: PIL.Image.Resampling
+) -> npt.NDArray[np.uint8]:
+    """Each row of an RGB picture resized to `width` pixels, of which those from `first` to `end` are kept.
+
+    uint8 [image.height, end - first, 3]. The picture's rows and then, turned, its columns make what Pillow makes of
+    both at once, rows first; from 13 on it chooses the order by the shape. A strip of rows at a time bounds the memory.
+    """
+    kept = np.empty((image.height, end - first, 3), np.uint8)
+    rows = max(1, STRIP // max(image.width, width))
+    for start in range(0, image.height, rows):
+        strip = image.crop((0, start, image.width, min(start + rows, image.height)))
+        wide = strip.resize((width, strip.height), kernel)
+        kept[start : start + strip.height] = np.asarray(wide.crop((first, 0, end, strip.height)))
+    return kept
+
+
+def check_shape(width: int, height: int, limit: int) -> None:
+    """Check that a picture's longer side has at most `limit` times the pixels of its shorter one.
+
+    Raises:
+        UserError: it has more.
+    """
+    if max(width, height) > limit * min(width, height):
+        raise UserError(f"a picture of {width} x {height} is too elongated: crop it to an aspect ratio below {limit}")
+
+
+def covered(width: int, height: int, preprocessing: contract.Preprocessing) -> tuple[int, int, int, int]:
+    """The part of a picture of this size that its visual tokens cover: left, top, right and bottom in its pixels."""
+    if not isinstance(preprocessing, contract.TilePreprocessing) or preprocessing.fit == "stretch":
+        return 0, 0, width, height
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side

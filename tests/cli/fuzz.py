@@ -1,6 +1,6 @@
 """Mutants of a bundle and of a checkpoint, each of which a command answers about or refuses in one sentence.
 
-    python -m tests.fuzz FOLDER --seed 1 --count 1000
+    python -m tests.cli.fuzz FOLDER --seed 1 --count 1000
 
 FOLDER: from `prepare`. A line for each mutant goes to standard output before it is tried, and one for each fault; a
 crash or a hang ends the process.

@@ -107,7 +107,7 @@ def test_a_stored_run_of_another_export_is_refused(
 
 def test_weight_files_are_verified(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.ivc_check([str(bundle), "--weights"]) == 0
-    assert "1 weight file and 3 graphs, 1.2 MB: sha256 as in the manifest" in capsys.readouterr().out
+    assert "1 weight file and 3 graphs, 1.1 MB: sha256 as in the manifest" in capsys.readouterr().out
     damage(bundle, "model.layers.3.mlp.down_proj.weight")
     assert cli.ivc_check([str(bundle), "--weights"]) == 2
     said = capsys.readouterr().err

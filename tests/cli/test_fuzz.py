@@ -1,4 +1,4 @@
-"""Whatever is wrong with a file, a command answers or says so in one sentence; see tests/fuzz.py."""
+"""Whatever is wrong with a file, a command answers or says so in one sentence; see tests/cli/fuzz.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_mutants_of_all_files_are_answered_or_refused(tmp_path: Path) -> None:
     share = MUTANTS // PROCESSES
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.fuzz", str(tmp_path), "--seed", str(number * share), "--count", str(share)],
+            [sys.executable, "-m", "tests.cli.fuzz", str(tmp_path), "--seed", str(number * share), "--count", str(share)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -65,7 +65,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def layer_pair(folder: Path) -> dict[str, ir.Model]:
     family, weights = families.of("qwen2_vl"), ZeroWeights()
-    model = family.read({**family.tiny, **SIZES}, None)
+    config = {**family.tiny, **SIZES}
+    config["vision_config"] = {**config["vision_config"], "hidden_size": SIZES["hidden_size"]}
+    model = family.read(config, None)
     models = {}
     for graph in (prefix_graph(model, weights, 1), decoder_graph(model, weights, 1)):
         models[f"{graph.graph.name} float16"] = lower(graph.clone(), "native")

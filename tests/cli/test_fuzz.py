@@ -19,7 +19,16 @@ def test_mutants_of_all_files_are_answered_or_refused(tmp_path: Path) -> None:
     share = MUTANTS // PROCESSES
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.cli.fuzz", str(tmp_path), "--seed", str(number * share), "--count", str(share)],
+            [
+                sys.executable,
+                "-m",
+                "tests.cli.fuzz",
+                str(tmp_path),
+                "--seed",
+                str(number * share),
+                "--count",
+                str(share),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -35,7 +35,7 @@ import onnx_ir as ir
 from benchmarks.models import make_large_checkpoint, qwen2_vl_2b
 from ivc_export.bench.selection import compaction_part, fix_values, selection_feeds, selection_part
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import GraphName
+from ivc_export.contract import GraphName, TensorName
 from ivc_export.exporter.estimate import COUNTED
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
@@ -210,7 +210,7 @@ class Timer:
         found["prefix"], prefix = self.milliseconds("prefix", profile, inputs)
         found["select"], _ = self.milliseconds("select", profile, inputs)
         found["decoder"], _ = self.milliseconds("decoder", profile, inputs | prefix)
-        kept = {name: tensor for name, tensor in prefix.items() if not name.startswith("new_")}
+        kept = {name: tensor for name, tensor in prefix.items() if TensorName.of(name).role != "new"}
         for layer in range(BELOW):
             for kind in ("key", "value"):
                 kept[f"new_{kind}.{layer}"] = inputs["values"]

@@ -26,7 +26,7 @@ from ivc_export import contract
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.checkpoint.weights import EMBEDDING, PlannedWeights
-from ivc_export.contract import kept_tokens
+from ivc_export.contract import TensorName, kept_tokens
 from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.pipeline import selection_layer
@@ -229,7 +229,7 @@ def one_picture(
 
 def empty_caches(graphs: Iterable[onnx.ModelProto]) -> dict[str, int]:
     """0 for the symbolic axes of cache inputs."""
-    caches = [value for graph in graphs for value in graph.graph.input if value.name.startswith("past_")]
+    caches = [value for graph in graphs for value in graph.graph.input if TensorName.of(value.name).role == "past"]
     return {d.dim_param: 0 for value in caches for d in value.type.tensor_type.shape.dim if d.dim_param}
 
 
@@ -246,6 +246,6 @@ def blank(family: Family, preprocessing: contract.Preprocessing, size: Size) -> 
 
 def cache_bytes(prefix: Mapping[str, int], decoder: Mapping[str, int]) -> int:
     """Bytes that a prefill appends to the caches. prefix, decoder: bytes of their outputs by name."""
-    appended = sum(size for name, size in decoder.items() if name.startswith(("compact_", "new_")))
-    compacted = {name.replace("compact_", "new_", 1) for name in decoder}
-    return appended + sum(s for name, s in prefix.items() if name.startswith("new_") and name not in compacted)
+    compacted = {TensorName.of(name).to("new") for name in decoder if TensorName.of(name).role == "compact"}
+    whole = {name: size for name, size in prefix.items() if name not in compacted}
+    return sum(size for name, size in (*decoder.items(), *whole.items()) if TensorName.of(name).kind)

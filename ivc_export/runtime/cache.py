@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ivc_export.contract import DecoderSizes
+from ivc_export.contract import DecoderSizes, TensorName
 from ivc_export.errors import UserError
 
 MOST = 2**31 - 1
@@ -33,14 +33,14 @@ class KVCache:
     def __init__(self, sizes: DecoderSizes, capacity: int | None = None, whole: Collection[int] = ()) -> None:
         self.capacity = None if capacity is None else check_capacity(capacity)
         self.whole = frozenset(whole)
-        self._lengths = dict.fromkeys(range(sizes.layers), 0)
+        self._lengths: dict[int | None, int] = dict.fromkeys(range(sizes.layers), 0)
         shape = (1, sizes.kv_heads, capacity or 0, sizes.head_dim)
         self._arrays = {name: np.zeros(shape, np.float32) for name in input_names(range(sizes.layers))}
 
     @property
     def length(self) -> int:
         """Rows of every layer but the whole ones."""
-        return self._lengths[max(self._lengths)]  # the last layer is never whole
+        return self._lengths[len(self._lengths) - 1]  # the last layer is never whole
 
     @property
     def room(self) -> int | None:
@@ -67,8 +67,9 @@ class KVCache:
         """
         rows = {}
         for name, past in self._arrays.items():
-            suffix, layer = name.removeprefix("past_"), layer_of(name)
-            new = outputs[f"compact_{suffix}" if f"compact_{suffix}" in outputs else f"new_{suffix}"]
+            cache = TensorName.of(name)
+            compact, layer = cache.to("compact"), cache.layer
+            new = outputs[compact if compact in outputs else cache.to("new")]
             start, rows[layer] = self._lengths[layer], new.shape[2]
             if self.capacity is None:
                 self._arrays[name] = np.concatenate([past, new], axis=2)
@@ -84,7 +85,8 @@ class KVCache:
     @property
     def bytes_used(self) -> int:
         """Bytes of the valid rows."""
-        return sum(a.nbytes // max(a.shape[2], 1) * self._lengths[layer_of(name)] for name, a in self._arrays.items())
+        lengths = {name: self._lengths[TensorName.of(name).layer] for name in self._arrays}
+        return sum(a.nbytes // max(a.shape[2], 1) * lengths[name] for name, a in self._arrays.items())
 
 
 def check_capacity(capacity: int) -> int:
@@ -96,8 +98,3 @@ def check_capacity(capacity: int) -> int:
     if not 1 <= capacity <= MOST:
         raise UserError(f"capacity {capacity} is out of range: give 1 to {MOST:,} rows")
     return capacity
-
-
-def layer_of(name: str) -> int:
-    """The layer's number at the end of a tensor's name."""
-    return int(name.rpartition(".")[2])

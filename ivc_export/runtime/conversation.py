@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import FloatName, GraphName, check_ratio
+from ivc_export.contract import FloatName, GraphName, TensorName, check_ratio
 from ivc_export.families.pictures import Picture
-from ivc_export.runtime.cache import KVCache, layer_of
+from ivc_export.runtime.cache import KVCache
 from ivc_export.runtime.plan import Run, check_kept, check_picture, plan_run
 
 T = TypeVar("T")
@@ -287,7 +287,8 @@ class Conversation:
                 "keep_index": chosen,
                 "logit_index": np.array([len(chosen) - 1], np.int32),
             }
-            compacted = [name for name in prefix if name.startswith("new_") and layer_of(name) not in self.cache.whole]
+            names = {name: TensorName.of(name) for name in prefix}
+            compacted = [n for n, of in names.items() if of.role == "new" and of.layer not in self.cache.whole]
             feeds |= {name: prefix[name] for name in compacted}
             above = range(m.selection_layer, m.decoder.layers)
             decoder = self.session.run("decoder", both | feeds | self.cache.inputs(above))

@@ -14,7 +14,7 @@ import PIL.Image
 from ivc_export import contract, families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.recording import Recording, identity
-from ivc_export.contract import FloatName
+from ivc_export.contract import FloatName, TensorName
 from ivc_export.errors import UserError
 from ivc_export.runtime.conversation import OpenSession, Step
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
@@ -192,7 +192,7 @@ def check_whole(reference: Recording, m: contract.Manifest, steps: int, pictures
         UserError: it does not.
     """
     named = {(graph, t.name): t for graph in ("prefix", "decoder") for t in m.graphs[graph].outputs}
-    wanted = {key for key in named if key[1].startswith("new_")} | {("decoder", "logits")}
+    wanted = {key for key in named if TensorName.of(key[1]).role == "new"} | {("decoder", "logits")}
     wanted |= {("prefix", name) for name in ("hidden_states", "keep_index", "token_score", "seed_index")}
     found = {(key.graph, key.name): a for key, a in reference.tensors.items() if key[::2] == ("prefill", "outputs")}
     problem = next((f"{graph}'s {name} is missing" for graph, name in sorted(wanted - {*found})), None)
@@ -255,7 +255,7 @@ def compare_prefill(
     found.append(close(f"hidden_states before layer {cut}", tolerance["hidden_states"], [pair]))
     found += compare_selection(step, wanted, m, tolerance)
     wanted = reference.of("prefill", "decoder")
-    if compact := [name for name in wanted if name.startswith("compact_")]:
+    if compact := [name for name in wanted if TensorName.of(name).role == "compact"]:
         found.append(layers(f"compacted keys and values below layer {cut}", compact, step.decoder, wanted))
     for i in range(cut, m.decoder.layers):
         names = (f"new_key.{i}", f"new_value.{i}")

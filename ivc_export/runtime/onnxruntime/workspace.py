@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from onnxruntime import OrtValue
 
-from ivc_export.contract import FloatName, Manifest
+from ivc_export.contract import FloatName, Manifest, TensorName
 
 Values = dict[str, OrtValue]
 Place = Callable[[npt.NDArray[Any]], OrtValue]
@@ -88,12 +88,12 @@ class DeviceCache:
 
     def inputs(self) -> Values:
         """past_key.i and past_value.i of all layers."""
-        return {f"past_{name}": value for name, value in self.current.items()}
+        return {TensorName.of(name).to("past"): value for name, value in self.current.items()}
 
     def outputs(self) -> Values:
         """present_key.i and present_value.i in place, and compact_key.i and compact_value.i to the second set."""
-        compact = {f"compact_{name}": value for name, value in self.spare.items()}
-        return compact | {f"present_{name}": value for name, value in self.current.items()}
+        compact = {TensorName.of(name).to("compact"): value for name, value in self.spare.items()}
+        return compact | {TensorName.of(name).to("present"): value for name, value in self.current.items()}
 
     def swap(self) -> None:
         """Take the compacted buffers for the current ones."""
@@ -148,13 +148,14 @@ class DeviceCache:
 
 def compacted(m: Manifest) -> list[str]:
     """Names of the caches that are compacted, and have two sets of buffers."""
-    return [t.name.removeprefix("compact_") for t in m.graphs["decoder"].outputs if "compact_" in t.name]
+    names = (TensorName.of(tensor.name) for tensor in m.graphs["decoder"].outputs)
+    return [f"{name.kind}.{name.layer}" for name in names if name.role == "compact"]
 
 
 def whole_layers(m: Manifest) -> tuple[str, ...]:
     """Suffixes of the names of layers that keep every row."""
-    names = [t.name for t in m.graphs["prefix"].inputs if t.name.startswith("past_length.")]
-    return tuple(name.removeprefix("past_length") for name in names)
+    names = (TensorName.of(tensor.name) for tensor in m.graphs["prefix"].inputs)
+    return tuple(f".{name.layer}" for name in names if name.stem == "past_length" and name.layer is not None)
 
 
 @dataclass

@@ -15,11 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import GRAPH_NAMES, FloatName, GraphInfo, GraphName, check_ratio
+from ivc_export.contract import GRAPH_NAMES, FloatName, GraphInfo, GraphName, TensorName, check_ratio
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Picture
 from ivc_export.floats import cast
-from ivc_export.runtime.cache import layer_of
 from ivc_export.runtime.conversation import HEADROOM, Fetched, Step, Timings, one_at_a_time, planned
 from ivc_export.runtime.plan import Run, check_kept
 from ivc_export.runtime.tensorrt.device import Buffers, CudaDevice, Device
@@ -187,8 +186,8 @@ def check_hand_over(engines: Mapping[GraphName, Engine]) -> None:
     found: dict[str, tuple[str, np.dtype[Any]]] = {}
     for engine in engines.values():
         for name, dtype in engine.dtypes.items():
-            stem = name.partition(".")[0]
-            group = "caches" if stem.endswith(("_key", "_value")) else HANDED_OVER.get(stem, stem)
+            parts = TensorName.of(name)
+            group = "caches" if parts.kind else HANDED_OVER.get(parts.stem, parts.stem)
             other, wanted = found.setdefault(group, (name, dtype))
             if dtype != wanted:
                 raise UserError(f"{name} is {dtype} in one engine and {other} {wanted} in another: {REBUILD}")
@@ -319,7 +318,8 @@ class EngineCache:
     def inputs(self, full: bool) -> dict[str, Tensor]:
         """past_key.i and past_value.i of all layers: the buffers, or, before a first run, nothing of them."""
         shape = (1, self._sizes.kv_heads, self.capacity if full else 0, self._sizes.head_dim)
-        return {f"past_{name}": Tensor(address, shape, self.dtype) for name, address in self._addresses.items()}
+        places = {TensorName.of(name).to("past"): address for name, address in self._addresses.items()}
+        return {name: Tensor(address, shape, self.dtype) for name, address in places.items()}
 
     def lengths(self) -> dict[str, int]:
         """past_length, and past_length.i of layers kept whole."""
@@ -328,8 +328,9 @@ class EngineCache:
     def append(self, outputs: Mapping[str, Tensor], kept: int, rows: int) -> None:
         """Append what prefix and decoder gave: `compact_*` of the layers that have it, `new_*` of the others."""
         for name, address in self._addresses.items():
-            new = outputs.get(f"compact_{name}") or outputs[f"new_{name}"]
-            start = self.whole_length if layer_of(name) in self.whole else self.length
+            cache = TensorName.of(name)
+            new = outputs.get(cache.to("compact")) or outputs[cache.to("new")]
+            start = self.whole_length if cache.layer in self.whole else self.length
             size, step = new.shape[2] * self._row, self.capacity * self._row
             self._session.device.copy_blocks(
                 address + start * self._row, step, new.address, size, size, self._sizes.kv_heads

@@ -46,8 +46,12 @@ from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.tensorrt.device import MODULE, Buffers, CudaDevice, median_seconds
 from ivc_export.runtime.tensorrt.session import Engine, Tensor
-from ivc_export.tensorrt.build import EngineRecipe, lowered, profiles, working_folder
-from ivc_export.tensorrt.library import Options, compile_graph, load_plugin, load_tensorrt, make_logger, own_capability
+from ivc_export.tensorrt.build import working_folder
+from ivc_export.tensorrt.compile import compile_graph
+from ivc_export.tensorrt.graphs import lowered
+from ivc_export.tensorrt.library import load_plugin, load_tensorrt, make_logger, own_capability
+from ivc_export.tensorrt.profiles import profiles
+from ivc_export.tensorrt.recipe import EngineRecipe, Options
 
 RESULTS = Path(__file__).parent / "results"
 LAYERS, CUT, BELOW = 6, 3, 16

@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 
 from ivc_export.runtime.tensorrt.session import Engine, TensorrtSession
-from ivc_export.tensorrt.library import Extents, compile_graph
+from ivc_export.tensorrt.compile import compile_graph
+from ivc_export.tensorrt.profiles import Extents
 
 
 def open_engine(session: TensorrtSession, model: ir.Model, profiles: Mapping[str, Extents]) -> Engine:

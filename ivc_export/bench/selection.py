@@ -28,7 +28,8 @@ from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.tensorrt.device import Buffers, median_seconds
 from ivc_export.runtime.tensorrt.session import Engine, Tensor, TensorrtSession
 from ivc_export.selection.operators import SELECTIONS
-from ivc_export.tensorrt.build import profiles, typed
+from ivc_export.tensorrt.graphs import typed
+from ivc_export.tensorrt.profiles import profiles
 
 REPEATS, WARMUPS = 9, 3
 RUNS = 20

@@ -13,8 +13,9 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, make_console
 from ivc_export.contract import FloatName
 from ivc_export.errors import UserError
-from ivc_export.tensorrt.build import RTX_CAPABILITIES, EngineRecipe, build
+from ivc_export.tensorrt.build import build
 from ivc_export.tensorrt.library import MODULES
+from ivc_export.tensorrt.recipe import RTX_CAPABILITIES, EngineRecipe
 
 DTYPES: dict[str, FloatName] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

@@ -1,1 +1,1 @@
-"""TensorRT engines: recipe, profiles, memory, build."""
+"""TensorRT engines: recipe, profiles, footprint, graphs, compilation, build, store."""

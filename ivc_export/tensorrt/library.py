@@ -1,46 +1,20 @@
-"""Calls of TensorRT's and TensorRT-RTX's Python packages, which share an interface; imported late."""
+"""TensorRT's and TensorRT-RTX's Python packages, which share an interface: loaded late, and listened to."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from threading import Event
 from types import ModuleType
 from typing import Any, Literal
-
-import onnx
-import onnx_ir as ir
 
 from ivc_export.errors import UserError
 
 Target = Literal["tensorrt", "tensorrt-rtx"]
 MODULES: Mapping[Target, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 PACKAGES: Mapping[Target, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}
-
-Extents = dict[str, tuple[int, int, int]]
-"""Minimum, optimum and maximum of each symbolic axis, and of keep_count's value."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a graph is compiled; fields as EngineRecipe's.
-
-    reduced: whether the graph is in another dtype than float32. verbose: TensorRT's own messages go to standard error.
-    """
-
-    target: Target
-    compute_capability: str
-    workspace: int | None = None
-    optimization_level: int = 3
-    timing_cache: Path | None = None
-    tactic_sources: tuple[str, ...] | None = None
-    reduced: bool = False
-    verbose: bool = False
 
 
 def load_tensorrt(target: Target) -> Any:
@@ -99,162 +73,6 @@ def own_capability(trt: Any) -> str:
     return f"{parts[0].value}.{parts[1].value}"
 
 
-def compile_graph(
-    trt: Any,
-    model: ir.Model,
-    profiles: Iterable[Extents],
-    options: Options,
-    work: Path,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
-) -> bytes:
-    """Build one engine, and return it serialised.
-
-    model: as TensorRT is to read it; its weights are found from `work`, where files are written.
-
-    Raises:
-        UserError: TensorRT refuses the graph.
-    """
-    name = model.graph.name
-    path = work / f"{name}.onnx"
-    weak = options.target == "tensorrt" and major(trt) < 10
-    converted = any(isinstance(v.const_value, ir.LazyTensor) for v in model.graph.initializers.values())
-    ir.save(model, path, external_data=f"{name}.data" if converted else None)
-    logger = make_logger(trt, options.verbose)
-    builder = trt.Builder(logger)
-    flags = trt.NetworkDefinitionCreationFlag
-    network = builder.create_network(1 << int(flags.EXPLICIT_BATCH if weak else flags.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(path)):
-        raise UserError(f"TensorRT {trt.__version__} does not read the {name} graph ({parser.get_error(0)})")
-    config = builder.create_builder_config()
-    configure(trt, config, options)
-    if weak and options.reduced:  # in float32 there is nothing to choose
-        fix_precisions(trt, network, config, float_types(model))
-    if options.target == "tensorrt-rtx":
-        config.num_compute_capabilities = 1
-        capability = getattr(trt.ComputeCapability, f"SM{options.compute_capability.replace('.', '')}")
-        config.set_compute_capability(capability, 0)
-    for extents in profiles:
-        config.add_optimization_profile(make_profile(builder, model, extents))
-    timed = None if options.timing_cache is None else options.timing_cache / f"{name}.cache"
-    if timed is not None:
-        use_timings(config, timed.read_bytes() if timed.is_file() else b"")
-    plan = build_network(trt, builder, network, config, progress)
-    if plan is None:
-        raise UserError(
-            f"TensorRT {trt.__version__} cannot build the {name} graph ({logger.last}): see docs/tensorrt.md"
-        )
-    if timed is not None:
-        timed.write_bytes(memoryview(config.get_timing_cache().serialize()))
-    for file in work.glob(f"{name}.*"):
-        file.unlink()
-    return bytes(memoryview(plan))
-
-
-def use_timings(config: Any, saved: bytes) -> None:
-    """Take the timing cache that an earlier build has saved, or a new one where that is of another TensorRT or GPU."""
-    for content in (saved, b""):
-        cache = config.create_timing_cache(content)
-        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
-            return
-
-
-def build_network(trt: Any, builder: Any, network: Any, config: Any, progress: Callable[[str, int, int], None]) -> Any:
-    """The serialised engine, or None, built on another thread: TensorRT swallows what signals raise in its callbacks.
-
-    Ctrl-C ends a build at its next step, and where TensorRT has no progress monitor (before 10) when it is done.
-    """
-    stopped = Event()
-    if hasattr(trt, "IProgressMonitor"):
-        config.progress_monitor = make_monitor(trt, progress, stopped)
-    with ThreadPoolExecutor(1) as pool:
-        building = pool.submit(builder.build_serialized_network, network, config)
-        try:
-            return building.result()
-        except BaseException:
-            stopped.set()
-            raise
-
-
-def configure(trt: Any, config: Any, options: Options) -> None:
-    """Workspace, optimization level, tactic sources, and no TF32: what is float32 in a graph is so for a reason.
-
-    Raises:
-        UserError: this TensorRT has no such tactic source.
-    """
-    if options.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
-    config.builder_optimization_level = options.optimization_level
-    if options.tactic_sources is not None:
-        known = trt.TacticSource.__members__
-        unknown = [name for name in options.tactic_sources if name not in known]
-        if unknown:
-            raise UserError(f"there is no tactic source {unknown[0]}: give some of {', '.join(known)}")
-        config.set_tactic_sources(sum(1 << int(known[name]) for name in options.tactic_sources))
-    config.clear_flag(trt.BuilderFlag.TF32)
-
-
-def float_types(model: ir.Model) -> dict[str, ir.DataType]:
-    """Types of the float32 and float16 values that a graph computes, inferred, by name."""
-    graph = onnx.shape_inference.infer_shapes(ir.to_proto(model)).graph
-    types = {v.name: ir.DataType(v.type.tensor_type.elem_type) for v in (*graph.value_info, *graph.output)}
-    return {name: dtype for name, dtype in types.items() if dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)}
-
-
-ARITHMETIC = ("ACTIVATION", "ELEMENTWISE", "MATRIX_MULTIPLY", "NORMALIZATION", "REDUCE", "SOFTMAX", "UNARY")
-"""TensorRT's layers that compute."""
-
-
-def fix_precisions(trt: Any, network: Any, config: Any, types: Mapping[str, ir.DataType]) -> None:
-    """Tell TensorRT 8.6's weakly typed builder what must be float32, and that inputs and outputs are linear.
-
-    Otherwise it tries every mix of formats of inputs and outputs, and compiles the whole graph for each. Constraints on
-    more layers, on those that compute in float16 or that reshape, contradict its own, and leave it nothing to choose
-    from.
-
-    types: of values by name, which are names of the network's tensors. What the parser adds between them is of the
-    widest type that it reads.
-    """
-    config.set_flag(trt.BuilderFlag.FP16)
-    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    linear = 1 << int(trt.TensorFormat.LINEAR)
-    for tensor in (
-        *(network.get_input(i) for i in range(network.num_inputs)),
-        *(network.get_output(i) for i in range(network.num_outputs)),
-    ):
-        tensor.allowed_formats = linear
-    kinds = {ir.DataType.FLOAT: trt.DataType.FLOAT, ir.DataType.FLOAT16: trt.DataType.HALF}
-    known = {name: kinds[dtype] for name, dtype in types.items()}
-    for layer in (network.get_layer(i) for i in range(network.num_layers)):
-        given = {known.get(t.name) for t in (layer.get_input(i) for i in range(layer.num_inputs)) if t is not None}
-        widest = next((kind for kind in kinds.values() if kind in given), None)
-        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-        for output in outputs:
-            if output.name not in known and output.dtype in kinds.values():  # what the parser added
-                kind = output.dtype if layer.type == trt.LayerType.CONSTANT else widest
-                if kind is not None:
-                    known[output.name] = kind
-        constrained = layer.type in [getattr(trt.LayerType, name) for name in ARITHMETIC]
-        if constrained and known.get(outputs[0].name, widest) == trt.DataType.FLOAT:  # comparisons give no floats
-            layer.precision = trt.DataType.FLOAT
-            for i, output in enumerate(outputs):
-                if output.name in known:
-                    layer.set_output_type(i, trt.DataType.FLOAT)
-
-
-def make_profile(builder: Any, model: ir.Model, extents: Extents) -> Any:
-    """An optimization profile of a graph."""
-    found = builder.create_optimization_profile()
-    for value in model.graph.inputs:
-        if value.name == "keep_count":
-            found.set_shape_input(value.name, *[[extent] for extent in extents["keep_count"]])
-            continue
-        axes = [axis if isinstance(axis, int) else str(axis.value) for axis in value.shape or ()]
-        shapes = [[axis if isinstance(axis, int) else extents[axis][i] for axis in axes] for i in range(3)]
-        found.set_shape(value.name, *shapes)
-    return found
-
-
 def make_logger(trt: Any, verbose: bool = False) -> Any:
     """A logger that keeps the last error, and prints nothing unless it is verbose."""
 
@@ -273,31 +91,3 @@ def make_logger(trt: Any, verbose: bool = False) -> Any:
                 self.last = message.splitlines()[0]
 
     return Logger()
-
-
-def make_monitor(trt: Any, progress: Callable[[str, int, int], None], stopped: Event) -> Any:
-    """A progress monitor that hands on each phase's steps, and ends the build once `stopped` is set."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """TensorRT calls it from its own threads."""
-
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            """A phase begins."""
-            self.steps[phase] = steps
-            progress(phase, 0, steps)
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            """A step is done; whether to go on."""
-            progress(phase, step + 1, self.steps.get(phase, step + 1))
-            return not stopped.is_set()
-
-        def phase_finish(self, phase: str) -> None:
-            """A phase ends."""
-            steps = self.steps.pop(phase, 1)
-            progress(phase, steps, steps)
-
-    return Monitor()

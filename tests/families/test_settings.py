@@ -38,7 +38,8 @@ from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families import internvl, llava, qwen2_5_vl, qwen2_vl, text_models
 from ivc_export.families.settings import Settings, square
 from ivc_export.tensorrt import build as engine
-from ivc_export.tensorrt.build import EngineRecipe, build
+from ivc_export.tensorrt.build import build
+from ivc_export.tensorrt.recipe import EngineRecipe
 from ivc_export.verify.parity import check
 from samples.make_sample import make_checkpoint
 from tests.conftest import PIXEL_TOLERANCE, rows_first

@@ -25,7 +25,8 @@ from ivc_export.families.pictures import Grid
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.tensorrt.session import TensorrtSession
-from ivc_export.tensorrt.build import EngineRecipe, build
+from ivc_export.tensorrt.build import build
+from ivc_export.tensorrt.recipe import EngineRecipe
 from ivc_export.verify.parity import TOLERANCE
 from tests.conftest import Golden, make_overflowing_checkpoint, random_picture
 

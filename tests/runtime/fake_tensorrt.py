@@ -20,16 +20,10 @@ import onnxruntime
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract import GRAPH_NAMES, FloatName
-from ivc_export.tensorrt.build import (
-    RECORD,
-    BuiltEngine,
-    EngineRecipe,
-    EngineRecord,
-    engine_folder,
-    lowered,
-    make_record,
-    profile_names,
-)
+from ivc_export.tensorrt.graphs import lowered
+from ivc_export.tensorrt.profiles import profile_names
+from ivc_export.tensorrt.recipe import EngineRecipe
+from ivc_export.tensorrt.store import RECORD, BuiltEngine, EngineRecord, engine_folder, make_record
 
 Array = npt.NDArray[Any]
 CAPABILITY = "9.0"

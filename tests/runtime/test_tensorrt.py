@@ -28,7 +28,8 @@ from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.plan import plan_run
 from ivc_export.runtime.tensorrt import session as tensorrt
 from ivc_export.runtime.tensorrt.session import TensorrtSession
-from ivc_export.tensorrt.library import Extents, Options
+from ivc_export.tensorrt.profiles import Extents
+from ivc_export.tensorrt.recipe import Options
 from ivc_export.verify.oracle import record
 from ivc_export.verify.parity import compare
 from ivc_export.verify.testdata import draw_picture, make_prompt

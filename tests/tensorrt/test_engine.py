@@ -20,9 +20,15 @@ from ivc_export.cli import ivc_build
 from ivc_export.contract import GRAPH_NAMES, GraphName
 from ivc_export.errors import UserError
 from ivc_export.tensorrt import build as engine
-from ivc_export.tensorrt.build import EngineRecipe, build, estimate, find_engines, lowered
-from ivc_export.tensorrt.library import use_timings
+from ivc_export.tensorrt import footprint, graphs
+from ivc_export.tensorrt.build import build
+from ivc_export.tensorrt.compile import use_timings
+from ivc_export.tensorrt.footprint import estimate
+from ivc_export.tensorrt.graphs import lowered
 from ivc_export.tensorrt.memory import available_bytes
+from ivc_export.tensorrt.profiles import profiles
+from ivc_export.tensorrt.recipe import EngineRecipe
+from ivc_export.tensorrt.store import find_engines
 
 SMALL: dict[str, Any] = {"max_visual": 64, "max_text": 32, "max_new": 32, "opt_visual": 32, "opt_text": 16}
 RTX = EngineRecipe(target="tensorrt-rtx", compute_capability="8.6", dtype="float16", **SMALL)
@@ -107,7 +113,7 @@ def test_recipes_out_of_range_are_refused(options: dict[str, Any], sentence: str
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_profiles_fit_together(sample_bundle: Bundle, name: GraphName) -> None:
-    for kind, extents in engine.profiles(sample_bundle, name, RTX).items():
+    for kind, extents in profiles(sample_bundle, name, RTX).items():
         for i in range(3):
             assert extents["S"][i] == extents["L"][i] + extents["T"][i]
             assert extents["keep_count"][i] <= extents["L"][i]
@@ -129,8 +135,8 @@ def test_plugin_graphs_are_counted_as_native_ones(sample_bundle: Bundle) -> None
 def test_memory_grows_with_the_square_of_the_picture(sample_bundle: Bundle) -> None:
     def vision(visual: int) -> int:
         recipe = EngineRecipe(max_visual=visual, max_text=32, max_new=32, opt_visual=1, opt_text=1)
-        models = {name: engine.lowered(sample_bundle, name, "float32", False) for name in GRAPH_NAMES}
-        return engine.estimate(sample_bundle, recipe, models).activations["vision"]
+        models = {name: lowered(sample_bundle, name, "float32", False) for name in GRAPH_NAMES}
+        return estimate(sample_bundle, recipe, models).activations["vision"]
 
     scores = 4 * 2 * (4 * 1024) ** 2  # float32, 2 heads
     assert scores < vision(1024) < 4 * scores
@@ -139,7 +145,7 @@ def test_memory_grows_with_the_square_of_the_picture(sample_bundle: Bundle) -> N
 
 def test_too_little_memory_is_told_first(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (available_bytes() or 1) > 0
-    monkeypatch.setattr(engine, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(footprint, "available_bytes", lambda: 1000)
     with pytest.raises(UserError, match=r"are free: close programs .* lower --max-visual 64 .*--force builds anyway"):
         build(bundle, RTX)
     assert not (bundle.folder / "engines").exists()
@@ -155,12 +161,12 @@ def test_dtypes_are_what_tensorrt_and_the_gpu_have(bundle: Bundle) -> None:
     old, new = SimpleNamespace(__version__="8.6.0"), SimpleNamespace(__version__="10.3.0")
     narrow = Bundle(bundle.folder, bundle.manifest.model_copy(update={"dtype": "bfloat16"}))
     recipe = EngineRecipe(**SMALL)
-    assert engine.build_dtype(narrow, recipe, new, "8.7") == "bfloat16"
-    assert engine.build_dtype(narrow, recipe, old, "8.7") == "float16"
-    assert engine.build_dtype(narrow, recipe, new, "7.5") == "float16"
-    assert engine.build_dtype(bundle, recipe, old, "8.7") == "float32"
+    assert graphs.build_dtype(narrow, recipe, new, "8.7") == "bfloat16"
+    assert graphs.build_dtype(narrow, recipe, old, "8.7") == "float16"
+    assert graphs.build_dtype(narrow, recipe, new, "7.5") == "float16"
+    assert graphs.build_dtype(bundle, recipe, old, "8.7") == "float32"
     with pytest.raises(UserError, match="bfloat16 needs TensorRT 10"):
-        engine.build_dtype(bundle, EngineRecipe(dtype="bfloat16", **SMALL), old, "8.7")
+        graphs.build_dtype(bundle, EngineRecipe(dtype="bfloat16", **SMALL), old, "8.7")
 
 
 def test_engines_are_built_whole_and_found(built: Bundle) -> None:

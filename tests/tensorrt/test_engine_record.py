@@ -17,7 +17,9 @@ from ivc_export.contract import MANIFEST
 from ivc_export.errors import UserError
 from ivc_export.runtime.tensorrt import session as tensorrt
 from ivc_export.runtime.tensorrt.session import TensorrtSession
-from ivc_export.tensorrt.build import RECORD, EngineRecipe, build, find_engines
+from ivc_export.tensorrt.build import build
+from ivc_export.tensorrt.recipe import EngineRecipe
+from ivc_export.tensorrt.store import RECORD, find_engines
 from tests.runtime.fake_tensorrt import CAPABILITY, FakeTensorrt, HostDevice, folder_of, put_engines
 
 MAXIMA: dict[str, Any] = {"max_visual": 256, "max_text": 64, "max_new": 64}

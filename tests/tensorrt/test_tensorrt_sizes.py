@@ -19,7 +19,9 @@ from ivc_export.contract import FLOATS
 from ivc_export.exporter.graphs import decoder_graph, prefix_graph
 from ivc_export.lowering import lower
 from ivc_export.lowering.precision.widen_residuals import WidenResidualsPass
-from ivc_export.tensorrt.library import Extents, Options, compile_graph
+from ivc_export.tensorrt.compile import compile_graph
+from ivc_export.tensorrt.profiles import Extents
+from ivc_export.tensorrt.recipe import Options
 
 PREFILL: Extents = {  # minimum, optimum, maximum of each symbolic axis
     "L": (1, 576, 1280),

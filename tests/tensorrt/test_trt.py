@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ivc_export.tensorrt.library import fix_precisions
+from ivc_export.tensorrt.compile import fix_precisions
 
 
 class Kind:

@@ -22,8 +22,8 @@ from ivc_export.floats import cast
 from ivc_export.runtime.conversation import HEADROOM, Fetched, Step, Timings, one_at_a_time, planned
 from ivc_export.runtime.plan import Run, check_kept
 from ivc_export.runtime.tensorrt.device import Buffers, CudaDevice, Device
-from ivc_export.tensorrt.build import find_engines
 from ivc_export.tensorrt.library import Target, load_plugin, load_tensorrt, make_logger, own_capability
+from ivc_export.tensorrt.store import find_engines
 
 DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "BF16": ml_dtypes.bfloat16, "INT32": np.int32}
 """NumPy's types by the names of TensorRT's."""

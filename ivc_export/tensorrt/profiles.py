@@ -1,0 +1,63 @@
+"""Optimization profiles: the least, best and largest extents of each axis of a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.contract import GraphName
+from ivc_export.tensorrt.recipe import EngineRecipe
+
+Extents = dict[str, tuple[int, int, int]]
+"""Minimum, optimum and maximum of each symbolic axis, and of keep_count's value."""
+
+
+def profile_names(name: GraphName) -> tuple[str, ...]:
+    """A graph's optimization profiles, in their order."""
+    return ("prefill",) if name == "vision" else ("prefill", "decode")
+
+
+def profiles(bundle: Bundle, name: GraphName, recipe: EngineRecipe) -> dict[str, Extents]:
+    """A graph's optimization profiles: `prefill`, over caches of any length, and `decode`, over full buffers.
+
+    Vision has `prefill` alone. Minima, optima and maxima each fit together, so that S = L + T.
+    """
+    m = bundle.manifest
+    visual, text = recipe.opt_visual, recipe.opt_text
+    most, longest, capacity = recipe.max_visual, recipe.max_text, recipe.capacity
+    frame = m.graphs["vision"].outputs[0].shape[1]  # tokens of a frame: a number where frames are of one size
+    frames = (1, max(1, visual // frame), max(1, most // frame)) if isinstance(frame, int) else (1, 1, 1)
+    patches = getattr(m.preprocessing, "merge_size", 1) ** 2  # of a visual token, where pictures are cut into patches
+    prefill: Extents = {
+        "B": frames,
+        "patches": (patches, patches * visual, patches * most),
+        "visual": (1, visual, most),
+        "L": (1, visual, most),
+        "H": (1, visual, most),
+        "T": (0, text, longest),
+        "S": (1, visual + text, most + longest),
+        "Q": (1, max(1, text // 2), longest),
+        "M": (1, max(1, visual // 2) + text, most + longest),
+        "P": (0, 0, capacity),
+        "W": (0, 0, capacity),
+        "R": (1, 1, 1),
+        "keep_count": (1, max(1, visual // 2), most),
+    }
+    decode: Extents = dict.fromkeys(prefill, (1, 1, 1)) | {"T": (0, 0, 0)}
+    decode |= dict.fromkeys(("P", "W"), (capacity, capacity, capacity))
+    return {kind: {"prefill": prefill, "decode": decode}[kind] for kind in profile_names(name)}
+
+
+def make_profile(builder: Any, model: ir.Model, extents: Extents) -> Any:
+    """An optimization profile of a graph."""
+    found = builder.create_optimization_profile()
+    for value in model.graph.inputs:
+        if value.name == "keep_count":
+            found.set_shape_input(value.name, *[[extent] for extent in extents["keep_count"]])
+            continue
+        axes = [axis if isinstance(axis, int) else str(axis.value) for axis in value.shape or ()]
+        shapes = [[axis if isinstance(axis, int) else extents[axis][i] for axis in axes] for i in range(3)]
+        found.set_shape(value.name, *shapes)
+    return found

@@ -1,0 +1,102 @@
+"""How engines are built: what a user chooses, and what the compiler is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ivc_export.contract import MOST_VISUAL, FloatName
+from ivc_export.errors import UserError
+from ivc_export.tensorrt.library import Target
+
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a graph is compiled; fields as EngineRecipe's.
+
+    reduced: whether the graph is in another dtype than float32. verbose: TensorRT's own messages go to standard error.
+    """
+
+    target: Target
+    compute_capability: str
+    workspace: int | None = None
+    optimization_level: int = 3
+    timing_cache: Path | None = None
+    tactic_sources: tuple[str, ...] | None = None
+    reduced: bool = False
+    verbose: bool = False
+
+
+@dataclass(frozen=True)
+class EngineRecipe:
+    """How engines are built.
+
+    compute_capability: of the GPU that they are for, as "8.6"; None takes this machine's, which TensorRT requires.
+    dtype: None takes the bundle's, but float16 instead of bfloat16 for TensorRT before 10 and GPUs before 8.0.
+    max_visual, max_text, max_new: visual tokens, other tokens of a prompt, and tokens of all answers, at most.
+    opt_visual, opt_text: those that a prefill is tuned for.
+    plugin: our plugin's library; None builds the `native` graphs.
+    workspace: bytes that a layer may use; None leaves it to TensorRT.
+    timing_cache: a folder of a file for each graph, read and written, so that a second build is short.
+    tactic_sources: names of trt.TacticSource that may serve; None leaves it to TensorRT.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+
+    target: Target = "tensorrt"
+    compute_capability: str | None = None
+    dtype: FloatName | None = None
+    max_visual: int = 1280
+    max_text: int = 512
+    max_new: int = 512
+    opt_visual: int = 576
+    opt_text: int = 64
+    plugin: Path | None = None
+    workspace: int | None = None
+    optimization_level: int = 3
+    timing_cache: Path | None = None
+    tactic_sources: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, least, value, most in (
+            ("max-visual", 1, self.max_visual, MOST_VISUAL),
+            ("max-text", 1, self.max_text, 1 << 20),
+            ("max-new", 1, self.max_new, 1 << 20),
+            ("opt-visual", 1, self.opt_visual, self.max_visual),
+            ("opt-text", 1, self.opt_text, self.max_text),
+            ("optimization-level", 0, self.optimization_level, 5),
+            ("workspace", 1, 1 if self.workspace is None else self.workspace, 1 << 40),
+        ):
+            if not least <= value <= most:
+                raise UserError(f"{name} {value} is out of range: give {least} to {most}")
+        if self.target == "tensorrt-rtx":
+            if self.plugin is not None:
+                raise UserError("TensorRT-RTX has no plugins: leave --plugin out")
+            if self.compute_capability not in RTX_CAPABILITIES:
+                raise UserError(
+                    f"TensorRT-RTX builds for a compute capability: give one of {', '.join(RTX_CAPABILITIES)} "
+                    "with --compute-capability"
+                )
+        elif self.compute_capability is not None:
+            raise UserError("TensorRT builds for this machine's GPU alone: leave --compute-capability out")
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the caches."""
+        return self.max_visual + self.max_text + self.max_new
+
+    def options(self, capability: str, dtype: FloatName, verbose: bool = False) -> Options:
+        """How its graphs are compiled."""
+        return Options(
+            self.target,
+            capability,
+            self.workspace,
+            self.optimization_level,
+            self.timing_cache,
+            self.tactic_sources,
+            dtype != "float32",
+            verbose,
+        )

@@ -1,0 +1,227 @@
+"""The folder of engines in a bundle: what build.json says of them, and how stale ones are found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from ivc_export import __version__, contract
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.contract import GRAPH_NAMES, FloatName, Frozen, GraphName
+from ivc_export.errors import UserError
+from ivc_export.files import check_regular, confined, read_bytes, read_object
+from ivc_export.tensorrt.graphs import residual_scale
+from ivc_export.tensorrt.library import Target
+from ivc_export.tensorrt.profiles import profile_names
+from ivc_export.tensorrt.recipe import EngineRecipe
+
+FOLDER = "engines"
+RECORD = "build.json"
+MOST_PLUGIN_BYTES = 1 << 30
+SMALLEST_SCALE = 2.0**-16
+"""Of a residual stream: below it embeddings would no longer be normal numbers of float16."""
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class BuiltEngine(Frozen):
+    """One engine: its file, that file's size, and its profiles in their order."""
+
+    model_config = ConfigDict(strict=True)
+
+    file: str
+    bytes: int = Field(gt=0)
+    profiles: tuple[str, ...]
+
+
+class EngineRecord(Frozen):
+    """build.json: what engines were built from, and how.
+
+    residual_scale: of the residual stream and of hidden_states between the engines. weights_sha256: of each weight
+    file, where the manifest had it by then. plugin_sha256: of the library whose operators the engines call.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    ivc_export: str
+    target: Target
+    tensorrt: str = Field(pattern=r"^[\w.+-]{1,64}$")
+    compute_capability: str = Field(pattern=r"^\d{1,2}\.\d$")
+    dtype: FloatName
+    graphs: Literal["native", "plugin"]
+    capacity: int
+    residual_scale: float
+    recipe: EngineRecipe
+    inputs_sha256: Sha256
+    weights_sha256: dict[str, str | None]
+    plugin_sha256: Sha256 | None
+    engines: dict[GraphName, BuiltEngine]
+
+    def contradictions(self) -> Iterator[str]:
+        """What cannot be true of engines that ivc-build made: each field for itself may be right."""
+        recipe, plugin = self.recipe, self.graphs == "plugin"
+        if self.capacity != recipe.capacity:
+            yield f"capacity is {self.capacity}, and the recipe's maxima give {recipe.capacity}"
+        if self.target != recipe.target or recipe.compute_capability not in (None, self.compute_capability):
+            yield "the recipe is for another target"
+        if recipe.dtype not in (None, self.dtype):
+            yield f"dtype is {self.dtype}, and the recipe's {recipe.dtype}"
+        power = math.frexp(self.residual_scale)[0] == 0.5 and SMALLEST_SCALE <= self.residual_scale <= 1
+        if not power or (self.dtype != "float16" and self.residual_scale != 1):
+            yield f"residual_scale is {self.residual_scale:g}"
+        if (recipe.plugin is not None, self.plugin_sha256 is not None) != (plugin, plugin):
+            yield f"the graphs are {self.graphs}, and what it says of a plugin does not fit"
+        for name in GRAPH_NAMES:
+            engine = self.engines.get(name)
+            if engine is None or (engine.file, engine.profiles) != (f"{name}.plan", profile_names(name)):
+                yield f"engines.{name} is not as ivc-build makes it"
+
+
+def engine_folder(bundle: Bundle, trt: Any, target: Target, capability: str) -> Path:
+    """Where engines of this TensorRT for this GPU lie.
+
+    Raises:
+        UserError: a link leads out of the bundle.
+    """
+    prefix = "rtx-" if target == "tensorrt-rtx" else ""
+    name = f"{FOLDER}/{prefix}{trt.__version__}-sm{capability.replace('.', '')}"
+    return confined(bundle.folder, name, "remove the link, and build the engines with ivc-build")
+
+
+def fingerprint(bundle: Bundle) -> str:
+    """SHA-256 of what engines are built from: graphs, weights by their sizes and headers, and this program's version.
+
+    Not of what `ivc-check --weights` may add to a manifest, which changes no engine; see weights_sha256.
+    """
+    digest = hashlib.sha256(__version__.encode())
+    for name in GRAPH_NAMES:
+        digest.update((bundle.folder / bundle.manifest.graphs[name].file).read_bytes())
+    for weights in bundle.manifest.weights:
+        digest.update(f"{weights.file} {weights.size} {weights.header_sha256}".encode())
+    return digest.hexdigest()
+
+
+def weights_sha256(bundle: Bundle) -> dict[str, str | None]:
+    """SHA-256 of each weight file, None where the manifest does not have it."""
+    return {weights.file: weights.sha256 for weights in bundle.manifest.weights}
+
+
+def plugin_sha256(plugin: Path) -> str:
+    """SHA-256 of a plugin's library.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return hashlib.sha256(read_bytes(plugin, "name our plugin's library", MOST_PLUGIN_BYTES)).hexdigest()
+
+
+def make_record(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str, dtype: FloatName) -> EngineRecord:
+    """What build.json is to say of engines that are still to be built.
+
+    Raises:
+        UserError: the plugin's library cannot be read.
+    """
+    paths = {name: path.resolve() for name in ("plugin", "timing_cache") if (path := getattr(recipe, name)) is not None}
+    return EngineRecord(
+        ivc_export=__version__,
+        target=recipe.target,
+        tensorrt=trt.__version__,
+        compute_capability=capability,
+        dtype=dtype,
+        graphs="native" if recipe.plugin is None else "plugin",
+        capacity=recipe.capacity,
+        residual_scale=residual_scale(dtype),
+        recipe=replace(recipe, **paths),
+        inputs_sha256=fingerprint(bundle),
+        weights_sha256=weights_sha256(bundle),
+        plugin_sha256=None if recipe.plugin is None else plugin_sha256(recipe.plugin),
+        engines={},
+    )
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Engines for this TensorRT and GPU. mend: the command that builds them anew."""
+
+    folder: Path
+    record: EngineRecord
+    mend: str
+
+    def path(self, name: GraphName) -> Path:
+        """The file of one of them."""
+        return self.folder / self.record.engines[name].file
+
+    def check_plugin(self, plugin: Path | None) -> None:
+        """Check that `plugin` is the library that these engines call, which nothing but the caller may name.
+
+        Raises:
+            UserError: it is not, or there is none, or they call none.
+        """
+        wanted = self.record.plugin_sha256
+        if wanted is None:
+            if plugin is not None:
+                raise UserError(f"the engines in {self.folder} call no plugin: leave --plugin out")
+        elif plugin is None:
+            raise UserError(
+                f"the engines in {self.folder} call our plugin: name its library, libivc_plugin.so, with --plugin"
+            )
+        elif plugin_sha256(plugin) != wanted:
+            raise UserError(
+                f"{plugin} is not the plugin that the engines in {self.folder} were built with (its SHA-256 is "
+                f"another): name that one with --plugin, or {self.mend}"
+            )
+
+
+def find_engines(bundle: Bundle, target: Target, capability: str, trt: Any) -> Engines:
+    """The engines for this TensorRT and GPU.
+
+    Raises:
+        UserError: there are none, or they are others' or older than the bundle; with the command that builds them.
+    """
+    folder = engine_folder(bundle, trt, target, capability)
+    command = ["ivc-build", str(bundle.folder), "--target", target]
+    if target == "tensorrt-rtx":
+        command += ["--compute-capability", capability]
+    mend = f"build them with {shlex.join(command)}"
+    if not (folder / RECORD).is_file():
+        others = sorted(path.parent.name for path in (bundle.folder / FOLDER).glob(f"*/{RECORD}"))
+        found = f"; there are {', '.join(others)}" if others else ""
+        raise UserError(f"{bundle.folder} has no engines for {folder.name}{found}: {mend}")
+    record = read_record(confined(folder, RECORD, mend), mend)
+    for engine in record.engines.values():
+        path = confined(folder, engine.file, mend)
+        if check_regular(path, mend) != engine.bytes:
+            raise UserError(f"{path} is damaged (it has not the size that {RECORD} says): {mend}")
+    if (record.target, record.tensorrt, record.compute_capability) != (target, trt.__version__, capability):
+        raise UserError(
+            f"the engines in {folder} are of TensorRT {record.tensorrt} for sm{record.compute_capability}: {mend}"
+        )
+    then, now = record.weights_sha256, weights_sha256(bundle)
+    known = {file for file in {*then, *now} if then.get(file) and now.get(file)}
+    if record.inputs_sha256 != fingerprint(bundle) or any(then[file] != now[file] for file in known):
+        raise UserError(f"the engines in {folder} were built from other graphs or weights: {mend}")
+    return Engines(folder, record, mend)
+
+
+def read_record(path: Path, mend: str) -> EngineRecord:
+    """What build.json says, if it says what ivc-build does.
+
+    Raises:
+        UserError: it is damaged, or another version's; with `mend`.
+    """
+    content = read_object(path, mend)
+    try:
+        record = EngineRecord.model_validate_json(json.dumps(content))  # as JSON, where lists stand for tuples
+    except (ValidationError, UserError) as error:
+        raise UserError(f"{path} cannot be used ({contract.first_problem(error)}): {mend}") from error
+    for contradiction in record.contradictions():
+        raise UserError(f"{path} cannot be used ({contradiction}): {mend}")
+    return record

@@ -36,12 +36,12 @@ from ivc_export.families.pictures import Picture
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 
 RESULT = Path(__file__).parent / "results" / "cpu_generate.json"
 RATIOS = (1.0, 0.5)
 PICTURE, TEXT = (448, 336), 40  # 16 x 12 visual tokens, 40 others
-TINY = dict(families.of("qwen2_vl").tiny)
-FIFTH = TINY | {  # 0.2 B parameters: 97 M in the layers, 25 M in the embeddings, 97 M in the vision encoder
+FIFTH = TINY["qwen2_vl"] | {  # 0.2 B parameters: 97 M in layers, 25 M in embeddings, 97 M in vision
     "hidden_size": 768,
     "intermediate_size": 2048,
     "num_hidden_layers": 16,
@@ -50,10 +50,10 @@ FIFTH = TINY | {  # 0.2 B parameters: 97 M in the layers, 25 M in the embeddings
     "vocab_size": 32000,
     "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
     "tie_word_embeddings": True,
-    "vision_config": TINY["vision_config"]
+    "vision_config": TINY["qwen2_vl"]["vision_config"]
     | {"depth": 12, "embed_dim": 768, "hidden_size": 768, "mlp_ratio": 4, "num_heads": 12},
 }
-MODELS = {"tiny": (TINY, 64), "0.2B": (FIFTH, 12)}  # configuration, tokens to decode
+MODELS = {"tiny": (TINY["qwen2_vl"], 64), "0.2B": (FIFTH, 12)}  # configuration, tokens to decode
 
 
 class Transformers:

@@ -30,7 +30,6 @@ from typing import Any
 import onnxruntime
 
 from benchmarks.models import make_large_checkpoint, qwen2_vl_2b
-from ivc_export import families
 from ivc_export.bench.entrants import PEERS, Entrants, open_contestants, report
 from ivc_export.bench.facts import gpu
 from ivc_export.bench.measure import Bench, Contestant, Progress, Row, Settings, noted
@@ -40,6 +39,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
+from samples.tiny import TINY
 
 RESULTS = Path(__file__).parent / "results"
 BAR_SIZE = 1024
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{time.perf_counter() - start:6.1f} s  {text}", flush=True)
 
     try:
-        config = dict(families.of("qwen2_vl").tiny) if options.tiny else qwen2_vl_2b()
+        config = TINY["qwen2_vl"] if options.tiny else qwen2_vl_2b()
         checkpoint = options.checkpoint or work / "checkpoint"
         if not (checkpoint / "config.json").is_file():
             make_large_checkpoint(checkpoint, config, "float16")

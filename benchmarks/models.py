@@ -16,13 +16,14 @@ from ivc_export import families
 from ivc_export.checkpoint.weights import EMBEDDING, PlannedWeights
 from ivc_export.contract import FloatName
 from ivc_export.exporter.graphs import build_graphs
+from samples.tiny import TINY
 
 BLOCK = 1 << 24
 
 
 def qwen2_vl_2b(layers: int = 28, depth: int = 32) -> dict[str, Any]:
     """config.json of Qwen2-VL-2B-Instruct's sizes, 2.2 B parameters, or of fewer layers."""
-    tiny = families.of("qwen2_vl").tiny
+    tiny = TINY["qwen2_vl"]
     return {
         **tiny,
         "hidden_size": 1536,

@@ -25,6 +25,7 @@ from ivc_export import families
 from ivc_export.checkpoint.weights import EMBEDDING, PlannedWeights
 from ivc_export.contract import FloatName
 from ivc_export.exporter.graphs import build_graphs
+from samples.tiny import TINY, TOKENS
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>", "</s>")
 TEXT = (
@@ -71,15 +72,15 @@ def make_checkpoint(
     folder: Path, config: Mapping[str, Any] | None = None, dtype: FloatName = "float32", seed: int = 0
 ) -> Path:
     """Write a checkpoint in transformers 4.4x's layout, with tokenizer and processor files, and return its folder."""
-    config = dict(config or families.of("qwen2_vl").tiny) | {"torch_dtype": dtype}
+    config = dict(config or TINY["qwen2_vl"]) | {"torch_dtype": dtype}
     family = families.of(config["model_type"])
     folder.mkdir(parents=True, exist_ok=True)
     arrays = random_tensors(config, seed)
     tensors = {family.stored_name(name): array.astype(dtype) for name, array in arrays.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    make_tokenizer(family.tiny_tokens).save(str(folder / "tokenizer.json"))
+    make_tokenizer(TOKENS[family.model_type]).save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(family.chat_template, encoding="utf-8")
-    stop = sorted((i for i, token in family.tiny_tokens.items() if token in STOP_TOKENS), reverse=True)
+    stop = sorted((i for i, token in TOKENS[family.model_type].items() if token in STOP_TOKENS), reverse=True)
     for name, content in {
         "config.json": config,
         "generation_config.json": {"eos_token_id": stop},

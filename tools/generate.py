@@ -21,6 +21,7 @@ from ivc_export.contract import AXES, GRAPHS, Layers, TensorSpec, in_place_info
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.lowering import LOWERINGS
 from ivc_export.lowering.join_decode import join_decode
+from samples.tiny import TINY
 from tools.families_doc import families_doc
 
 ROOT = Path(__file__).parent.parent
@@ -203,7 +204,7 @@ def listings() -> dict[str, str]:
 def tiny(name: str) -> dict[contract.GraphName, ir.Model]:
     """The graphs of a family's tiny model."""
     family = families.of(name)
-    model = family.read(family.tiny, None)
+    model = family.read(TINY[family.model_type], None)
     return build_graphs(family, model, PlannedWeights(), family.default_layer(model.decoder).layer)
 
 

@@ -91,7 +91,6 @@ def find_contradiction(m: Manifest) -> str | None:
     if m.family not in families.names():
         return f"family {m.family!r} is not one of {', '.join(families.names())}"
     family = families.of(m.family)
-    like = family.read(family.tiny, None)  # a model of the family: of its kinds of pictures and positions
     d, ids = m.decoder, [m.tokens.image, m.tokens.vision_start, m.tokens.vision_end, *m.tokens.stop]
     beyond = [i for i in ids if i is not None and i >= d.vocab_size]
     facts = (
@@ -99,11 +98,11 @@ def find_contradiction(m: Manifest) -> str | None:
         ("selection_layer", m.selection_layer < d.layers),
         ("decoder.kv_heads", d.heads % d.kv_heads == 0),
         ("rotary.sections", 2 * sum(m.rotary.sections) == d.head_dim),
-        ("rotary.sections", len(m.rotary.sections) == len(like.rotary.sections)),
-        ("selection.tiles", m.selection.tiles == like.selection.tiles),
+        ("rotary.sections", len(m.rotary.sections) == family.axes),
+        ("selection.tiles", m.selection.tiles == family.tiles),
         ("selection.whole_layers", all(0 <= i < d.layers for i in m.selection.whole_layers)),
         ("selection.whole_layers", max(Counter(m.selection.whole_layers).values(), default=1) == 1),
-        ("preprocessing.kind", m.preprocessing.kind == like.preprocessing.kind),
+        ("preprocessing.kind", isinstance(m.preprocessing, family.preprocessing)),
         ("preprocessing", m.preprocessing.capped(m.max_visual) == m.preprocessing),
         ("tokens", not beyond),
         ("embedding.shape", m.embedding.shape == (d.vocab_size, d.hidden_size)),

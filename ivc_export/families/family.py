@@ -74,6 +74,9 @@ class StockLayout:
 class Family:
     """Everything particular to one family.
 
+    preprocessing: how its pictures are made ready.
+    axes: of its rotary positions.
+    tiles: whether it cuts pictures into tiles, and chooses tokens within each.
     read: config.json, and the image processor's configuration if there is one, to a Model.
     canonical_name: a tensor's name in the checkpoint to ours (`model.*`, `visual.*`, `lm_head.weight`).
     stored_name: the inverse, as transformers 4.4x names it, or the family's own code.
@@ -88,8 +91,6 @@ class Family:
     token_texts: of the tokens that show a picture.
     template_marks: whether chat templates write the tokens before and behind a picture's image tokens.
     hub: aliases that --model takes, to hub ids.
-    tiny: config.json of a model small enough for tests.
-    tiny_tokens: special tokens of that model by id.
     default_ratio: fraction of visual tokens kept when the user names none.
     stock_layout: for checkpoints that transformers cannot load as they are.
     unused: beginnings of (canonical) names of tensors that checkpoints hold and no graph takes.
@@ -97,6 +98,9 @@ class Family:
     """
 
     model_type: str
+    preprocessing: type[contract.Preprocessing]
+    axes: int
+    tiles: bool
     read: Callable[[Mapping[str, Any], Mapping[str, Any] | None], Model]
     canonical_name: Callable[[str], str]
     stored_name: Callable[[str], str]
@@ -109,8 +113,6 @@ class Family:
     token_texts: TokenTexts
     template_marks: bool
     hub: Mapping[str, str]
-    tiny: Mapping[str, Any]
-    tiny_tokens: Mapping[int, str]
     default_ratio: float = 0.5
     stock_layout: StockLayout | None = None
     unused: Sequence[str] = ()

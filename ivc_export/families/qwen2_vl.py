@@ -374,19 +374,11 @@ You are a helpful assistant.<|im_end|>
 
 TOKEN_TEXTS = TokenTexts("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
 
-TINY_TOKENS = {
-    500: "<|vision_start|>",
-    501: "<|vision_end|>",
-    502: "<|vision_pad|>",
-    503: "<|image_pad|>",
-    504: "<|video_pad|>",
-    505: "<|endoftext|>",
-    506: "<|im_start|>",
-    507: "<|im_end|>",
-}
-
 FAMILY = Family(
     model_type="qwen2_vl",
+    preprocessing=contract.PatchPreprocessing,
+    axes=3,
+    tiles=False,
     read=read,
     canonical_name=canonical_name,
     stored_name=str,
@@ -399,39 +391,4 @@ FAMILY = Family(
     token_texts=TOKEN_TEXTS,
     template_marks=True,
     hub={"qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct", "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct"},
-    tiny_tokens=TINY_TOKENS,
-    tiny={
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "model_type": "qwen2_vl",
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-        "bos_token_id": 505,
-        "eos_token_id": 507,
-        "use_sliding_window": False,
-        "image_token_id": 503,
-        "video_token_id": 504,
-        "vision_start_token_id": 500,
-        "vision_end_token_id": 501,
-        "vision_config": {
-            "model_type": "qwen2_vl",
-            "depth": 2,
-            "embed_dim": 32,
-            "hidden_size": 64,
-            "mlp_ratio": 2,
-            "num_heads": 2,
-            "in_channels": 3,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-        },
-    },
 )

@@ -38,6 +38,7 @@ from ivc_export.runtime.onnxruntime.cuda import FusedSession
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.selection.ivc_prune import select
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 
 SHORT = ["--tokens", "2", "--rounds", "1", "--warmups", "1", "--sizes", "25", "16", "--peers", "torch-eager"]
 """Of benchmarks.gpu_generate."""
@@ -50,7 +51,7 @@ def plan_of(bundle: Bundle, prompt: Prompt, ratio: float = 0.5) -> Run:
 
 @pytest.mark.parametrize("family", families.names())
 def test_prompts_have_the_size_that_is_asked_for(family: str, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", dict(families.of(family).tiny))
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", TINY[family])
     bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle"))
     p = bundle.manifest.preprocessing
     for asked in (50, 200):

@@ -22,6 +22,7 @@ from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 from tests.exporter.test_export import files
 
 POINTS = 20
@@ -427,7 +428,7 @@ def test_a_bundle_in_which_engines_are_being_built_stays(place: Path) -> None:
 
 @pytest.mark.parametrize("family", families.names())
 def test_what_commands_write_into_a_bundle_can_be_replaced(family: str, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", dict(families.of(family).tiny))
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", TINY[family])
     recipe = ExportRecipe(checkpoint, tmp_path / "bundle", testdata=True, force=True)
     export(recipe)
     checked = ["report/parity.json", "report/parity.html", "report/reference/prefill/vision/outputs/image_embeds.bin"]

@@ -20,9 +20,8 @@ from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.verify.parity import check
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 from tests.conftest import random_picture
-
-TINY = dict(families.of("qwen2_vl").tiny)
 
 
 def logits(bundle: Bundle) -> Any:
@@ -37,7 +36,7 @@ def exported(checkpoint: Path) -> Bundle:
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_transformers_saves_is_the_same_model(tmp_path: Path, tied: bool) -> None:
     """The layout of transformers 4.4x, saved again by transformers 5 (text_config, other names), whole and sharded."""
-    config = {**TINY, "tie_word_embeddings": tied, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
+    config = {**TINY["qwen2_vl"], "tie_word_embeddings": tied, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
     old = make_checkpoint(tmp_path / "old", config)
     model = transformers.AutoModelForImageTextToText.from_pretrained(old, dtype=torch.float32)
     model.save_pretrained(tmp_path / "new")

@@ -18,9 +18,10 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ivc_export import cli, families
+from ivc_export import cli
 from ivc_export.checkpoint.kinds import METHODS, TAKEN
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 
 COMMIT = "c" * 40
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -424,7 +425,7 @@ def test_what_is_not_told_exports(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_tied_model_needs_no_head(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "c", dict(families.of("qwen2_vl").tiny) | {"tie_word_embeddings": True})
+    checkpoint = make_checkpoint(tmp_path / "c", TINY["qwen2_vl"] | {"tie_word_embeddings": True})
     assert "lm_head.weight" not in load_file(checkpoint / SINGLE)
     assert cli.ivc_export(["--model", str(checkpoint), "--output", str(tmp_path / "out"), "--quiet"]) == 0
 

@@ -21,12 +21,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 
-from ivc_export import cli, families
+from ivc_export import cli
 from ivc_export.bundle.bundle import Bundle
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 from tests.conftest import SHAPES, Golden
 
-TINY = dict(families.of("qwen2_vl").tiny)
 NORM = "model.norm.weight"
 
 
@@ -57,7 +57,7 @@ def rewrite(place: Place, **changes: Any) -> None:
 
 
 def rewrite_vision(place: Place, **changes: Any) -> None:
-    rewrite(place, vision_config={**TINY["vision_config"], **changes})
+    rewrite(place, vision_config={**TINY["qwen2_vl"]["vision_config"], **changes})
 
 
 def write(place: Place, name: str, content: bytes) -> None:

@@ -24,6 +24,7 @@ from ivc_export.graph.counting import count
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 
 PICTURE = Size(300, 200)
 
@@ -125,7 +126,7 @@ def test_peak_activations_are_the_tensors_alive_at_once() -> None:
 
 @pytest.mark.parametrize("name", families.names())
 def test_every_family_can_be_estimated(tmp_path: Path, name: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(dict(families.of(name).tiny)))
+    (tmp_path / "config.json").write_text(json.dumps(TINY[name]))
     found = estimate_recipe(ExportRecipe(tmp_path, tmp_path / "b", ratio=0.25), [Size(448, 448), Size(200, 100)])
     for picture in found.pictures:
         assert picture.pruned.flops["vision"] == picture.unpruned.flops["vision"] > 0
@@ -154,7 +155,7 @@ def rest(folder: Path) -> int:
 
 def test_a_model_that_fits_nowhere_small(tmp_path: Path) -> None:
     """Qwen2-VL-2B's true sizes: 2.2 B parameters."""
-    tiny = families.of("qwen2_vl").tiny
+    tiny = TINY["qwen2_vl"]
     sizes: dict[str, Any] = {
         "hidden_size": 1536,
         "intermediate_size": 8960,

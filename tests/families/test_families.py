@@ -36,6 +36,7 @@ from ivc_export.verify.oracle import reference_layout, reference_picture
 from ivc_export.verify.parity import check
 from ivc_export.verify.reference import Reference
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 from tests.conftest import LOGIT_TOLERANCE, PIXEL_TOLERANCE, SHAPES, rows_first
 from tests.families.family_cases import CASES, FamilyCase
 from tools.families_doc import CONFIGS
@@ -78,7 +79,7 @@ def built() -> dict[str, Tiny]:
 def tiny(request: pytest.FixtureRequest, built: dict[str, Tiny], tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     name: str = request.param
     if name not in built:
-        checkpoint = make_checkpoint(tmp_path_factory.mktemp(name) / "checkpoint", families.of(name).tiny)
+        checkpoint = make_checkpoint(tmp_path_factory.mktemp(name) / "checkpoint", TINY[name])
         built[name] = Tiny(families.of(name), CASES[name], checkpoint)
     return built[name]
 
@@ -119,6 +120,15 @@ def test_graphs_of_published_checkpoints_hold_all_of_their_parameters(alias: str
     assert sum(math.prod(shape) for shape in weights.shapes.values()) == PARAMETERS[alias]
 
 
+@pytest.mark.parametrize("alias", PARAMETERS)
+def test_a_record_says_what_reading_its_checkpoints_gives(alias: str) -> None:
+    config = json.loads((CONFIGS / f"{alias}.json").read_text(encoding="utf-8"))
+    family = families.of(config["model_type"])
+    model = family.read(config, None)
+    assert isinstance(model.preprocessing, family.preprocessing)
+    assert (len(model.rotary.sections), model.selection.tiles) == (family.axes, family.tiles)
+
+
 @every_family
 @pytest.mark.parametrize("ratio", [None, 1.0, 0.15])
 def test_bundles_equal_pytorch(tiny: Tiny, ratio: float | None) -> None:
@@ -129,7 +139,7 @@ def test_bundles_equal_pytorch(tiny: Tiny, ratio: float | None) -> None:
 
 
 def test_a_cut_behind_the_layer_that_is_kept_whole(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "c", families.of("llava").tiny)
+    checkpoint = make_checkpoint(tmp_path / "c", TINY["llava"])
     bundle = export(ExportRecipe(checkpoint, tmp_path / "b", layer=1))
     assert not [t.name for t in bundle.manifest.graphs["decoder"].outputs if t.name.startswith("compact_")]
     report = check(bundle, checkpoint, steps=2)
@@ -279,7 +289,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("name", "changes", "sentence"), BAD, ids=[f"{n}: {s}" for n, _, s in BAD])
 def test_what_is_not_supported_says_so(name: str, changes: dict[str, Any], sentence: str) -> None:
-    tiny: Any = families.of(name).tiny
+    tiny: Any = TINY[name]
     merged = {key: {**tiny[key], **value} if isinstance(value, dict) else value for key, value in changes.items()}
     with pytest.raises(UserError, match=sentence):
         families.of(name).read({**tiny, **merged}, None)
@@ -287,7 +297,7 @@ def test_what_is_not_supported_says_so(name: str, changes: dict[str, Any], sente
 
 @pytest.mark.parametrize("name", ["llava", "internvl"])
 def test_a_picture_of_fixed_size_needs_its_tokens(tmp_path: Path, name: str) -> None:
-    checkpoint = make_checkpoint(tmp_path / "c", families.of(name).tiny)
+    checkpoint = make_checkpoint(tmp_path / "c", TINY[name])
     with pytest.raises(UserError, match="max_visual 12 is too small: a picture gives this model at least"):
         export(ExportRecipe(checkpoint, tmp_path / "b", max_visual=12))
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
@@ -295,7 +305,7 @@ def test_a_picture_of_fixed_size_needs_its_tokens(tmp_path: Path, name: str) -> 
 
 @every_family
 def test_narrow_checkpoints_run_widened(tiny: Tiny, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "c", tiny.family.tiny, dtype="bfloat16")
+    checkpoint = make_checkpoint(tmp_path / "c", TINY[tiny.family.model_type], dtype="bfloat16")
     bundle = export(ExportRecipe(checkpoint, tmp_path / "b", max_visual=400))
     assert bundle.manifest.dtype == "bfloat16"
     picture = tiny.picture(120, 100)

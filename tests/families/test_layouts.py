@@ -15,11 +15,12 @@ from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.verify.parity import check
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 
 FAMILY = families.of("internvl_chat")
-TINY: dict[str, Any] = dict(FAMILY.tiny)
+CONFIG = TINY[FAMILY.model_type]
 QWEN2 = {
-    **{key: value for key, value in TINY["llm_config"].items() if key != "bias"},
+    **{key: value for key, value in CONFIG["llm_config"].items() if key != "bias"},
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
 }
@@ -65,14 +66,14 @@ def test_names_of_the_original_code_are_known(stored: str, own: str) -> None:
 
 
 def test_samples_have_the_original_codes_names(tmp_path: Path) -> None:
-    names = {*load_file(make_checkpoint(tmp_path / "c", TINY) / "model.safetensors")}
+    names = {*load_file(make_checkpoint(tmp_path / "c", CONFIG) / "model.safetensors")}
     assert "language_model.model.layers.0.attention.wqkv.weight" in names
     assert "vision_model.encoder.layers.1.attn.qkv.weight" in names
     assert not [name for name in names if not name.startswith(("language_model.", "vision_model.", "mlp1."))]
 
 
 def test_a_qwen2_decoder_equals_transformers_layout(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "c", {**TINY, "llm_config": QWEN2})
+    checkpoint = make_checkpoint(tmp_path / "c", {**CONFIG, "llm_config": QWEN2})
     bundle = export(ExportRecipe(checkpoint, tmp_path / "b", max_visual=400))
     assert not bundle.manifest.decoder.fused_qkv
     report = check(bundle, checkpoint, steps=1)
@@ -86,14 +87,14 @@ def test_what_older_versions_wrote_does_not_reach_transformers() -> None:
         "id2label": {},
     }
     assert FAMILY.stock_layout is not None
-    found = FAMILY.stock_layout.config({**TINY, "llm_config": {**TINY["llm_config"], **old}}, 503)["text_config"]
+    found = FAMILY.stock_layout.config({**CONFIG, "llm_config": {**CONFIG["llm_config"], **old}}, 503)["text_config"]
     assert not {*old} & {*found}
     assert (found["model_type"], found["attention_bias"], found["rope_theta"]) == ("llama", False, 1000000)
 
 
 def test_fused_weights_are_split_by_key_value_head() -> None:
     """Rows numbered by what they are: head, then queries 0 and 1, key 2, value 3 of each key-value head."""
-    stock, config = FAMILY.stock_layout, TINY
+    stock, config = FAMILY.stock_layout, CONFIG
     assert stock is not None
     heads, size = 2, 16
     rows = np.array([(head, part, d) for head in range(heads) for part in range(4) for d in range(size)])
@@ -115,10 +116,10 @@ def test_fused_weights_are_split_by_key_value_head() -> None:
             {"llm_config": {**QWEN2, "rope_scaling": {"type": "yarn", "factor": 4.0}}},
             "llm_config.rope_scaling.type 'yarn'",
         ),
-        ({"vision_config": {**TINY["vision_config"], "norm_type": "rms_norm"}}, "vision_config.norm_type 'rms_norm'"),
+        ({"vision_config": {**CONFIG["vision_config"], "norm_type": "rms_norm"}}, "vision_config.norm_type 'rms_norm'"),
         ({"force_image_size": 100}, "does not divide"),
     ],
 )
 def test_what_is_not_supported_says_so(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        FAMILY.read({**TINY, **changes}, None)
+        FAMILY.read({**CONFIG, **changes}, None)

@@ -42,6 +42,7 @@ from ivc_export.tensorrt.build import build
 from ivc_export.tensorrt.recipe import EngineRecipe
 from ivc_export.verify.parity import check
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 from tests.conftest import PIXEL_TOLERANCE, rows_first
 from tools.families_doc import CONFIGS
 
@@ -51,7 +52,7 @@ TILED = ["llava", "internvl", "internvl_chat"]
 @pytest.fixture(scope="module")
 def tiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     folder = tmp_path_factory.mktemp("tiled")
-    checkpoints = {name: make_checkpoint(folder / name, families.of(name).tiny) for name in TILED}
+    checkpoints = {name: make_checkpoint(folder / name, TINY[name]) for name in TILED}
     return {
         name: export(ExportRecipe(path, folder / f"{name}-b", max_visual=400)) for name, path in checkpoints.items()
     }
@@ -82,7 +83,7 @@ def test_engines_below_a_tile_are_refused_before_any_work(
 
 
 def test_an_export_below_a_tile_is_refused_before_weights_are_read(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "c", families.of("llava").tiny)
+    checkpoint = make_checkpoint(tmp_path / "c", TINY["llava"])
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(UserError, match="max_visual 12 is too small: a picture gives this model at least 64 visual"):
         export(ExportRecipe(checkpoint, tmp_path / "b", max_visual=12))
@@ -90,7 +91,7 @@ def test_an_export_below_a_tile_is_refused_before_weights_are_read(tmp_path: Pat
 
 def changed(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a tiny model with changes, of its parts too."""
-    tiny: Any = families.of(name).tiny
+    tiny: Any = TINY[name]
     parts = {
         key: {**tiny[key], **value} if isinstance(value, dict) and key.endswith("_config") else value
         for key, value in changes.items()
@@ -241,7 +242,7 @@ def test_a_quantised_checkpoints_configuration_is_read() -> None:
     ("name", "epsilon"), [("qwen2_vl", 1e-5), ("qwen2_5_vl", 1e-5), ("llava", 1e-6), ("internvl", 1e-6)]
 )
 def test_norms_have_their_classes_epsilon(name: str, epsilon: float) -> None:
-    config = json.loads(json.dumps(families.of(name).tiny))
+    config = json.loads(json.dumps(TINY[name]))
     (config.get("text_config") or config).pop("rms_norm_eps")
     text = AutoConfig.for_model(
         name, **{key: value for key, value in config.items() if key != "model_type"}
@@ -399,7 +400,7 @@ def stock_pixels(
 
 def own_pixels(name: str, processor: Mapping[str, Any], image: PIL.Image.Image) -> npt.NDArray[np.float32]:
     family = families.of(name)
-    preprocessing = family.read(family.tiny, processor).preprocessing
+    preprocessing = family.read(TINY[family.model_type], processor).preprocessing
     return np.asarray(family.stock_inputs(family.picture(image, preprocessing), preprocessing)["pixel_values"])
 
 
@@ -565,6 +566,6 @@ def test_configurations_that_are_refused(
 def test_image_processors_that_are_refused(
     name: str, settings: dict[str, Any], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(dict(families.of(name).tiny)))
+    (tmp_path / "config.json").write_text(json.dumps(TINY[name]))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     assert sentence in refused(tmp_path, capsys)

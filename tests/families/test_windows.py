@@ -15,12 +15,13 @@ from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.lowering.inline import InlinePass
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 
 FAMILY = families.of("qwen2_5_vl")
 
 
 def test_scores_grow_with_the_picture_and_not_with_its_square(tmp_path: Path) -> None:
-    bundle = export(ExportRecipe(make_checkpoint(tmp_path / "c", FAMILY.tiny), tmp_path / "b"))
+    bundle = export(ExportRecipe(make_checkpoint(tmp_path / "c", TINY[FAMILY.model_type]), tmp_path / "b"))
     path = bundle.folder / "vision.onnx"
     model = ir.to_proto(InlinePass()(ir.load(path)).model)
     scores = [node.output[0] for node in model.graph.node if node.op_type == "Softmax"]

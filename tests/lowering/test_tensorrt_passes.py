@@ -36,6 +36,7 @@ from ivc_export.lowering.tensorrt.plugin import UsePluginPass
 from ivc_export.runtime.conversation import Conversation, Step
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 from tests.conftest import make_overflowing_checkpoint, random_picture
 from tools.generate import listing
 
@@ -146,7 +147,7 @@ def test_the_plugin_is_told_which_tensors_are_wider(golden_bundle: Bundle) -> No
 
 def tiny_graphs(dtype: FloatName, name: str = "qwen2_vl") -> list[ir.Model]:
     family = families.of(name)
-    model = family.read(family.tiny, None)
+    model = family.read(TINY[family.model_type], None)
 
     weights = PlannedWeights(dtype)
     layer = family.default_layer(model.decoder).layer

@@ -22,6 +22,7 @@ from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
 from ivc_export.verify.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 from tests.conftest import LOGIT_TOLERANCE
 from tests.native.custom_ops import check_gather, check_selection, select
 from tests.native.kernels import random_case
@@ -36,7 +37,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=families.names())
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp(request.param)
-    checkpoint = make_checkpoint(folder / "checkpoint", families.of(request.param).tiny)
+    checkpoint = make_checkpoint(folder / "checkpoint", TINY[request.param])
     return export(ExportRecipe(checkpoint, folder / "bundle"))
 
 

@@ -36,6 +36,7 @@ from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession,
 from ivc_export.runtime.onnxruntime.workspace import DeviceCache
 from ivc_export.verify.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 from tests.conftest import (
     LOGIT_TOLERANCE,
     SCORE_TOLERANCE,
@@ -488,7 +489,7 @@ def test_old_norms_are_told_to_square_in_float32(version: str, strict: bool) -> 
 
 def test_small_heads_are_turned_outside_attention(tmp_path: Path) -> None:
     """Of 8 columns: GroupQueryAttention turns multiples of 16 alone."""
-    config = dict(families.of("qwen2_vl").tiny) | {"num_attention_heads": 8, "num_key_value_heads": 4}
+    config = TINY["qwen2_vl"] | {"num_attention_heads": 8, "num_key_value_heads": 4}
     config["rope_scaling"] = {"type": "mrope", "mrope_section": [1, 1, 2]}
     bundle = export(ExportRecipe(make_checkpoint(tmp_path / "checkpoint", config), tmp_path / "bundle"))
     assert bundle.manifest.decoder.head_dim == 8
@@ -543,7 +544,7 @@ def test_a_missing_capture_is_said(
 
 @pytest.mark.parametrize("family", families.names())
 def test_every_family_runs_fused(family: str, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", dict(families.of(family).tiny))
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", TINY[family])
     bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle"))
     _, tokens, picture = make_prompt(bundle, draw_picture())
     portable, found = Conversation(OnnxSession(bundle)), FusedConversation(FusedSession(bundle, "cpu"), capacity=700)

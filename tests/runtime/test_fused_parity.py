@@ -11,7 +11,6 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import ivc_check
 from ivc_export.contract import FloatName
@@ -27,6 +26,7 @@ from ivc_export.verify.oracle import record
 from ivc_export.verify.parity import compare
 from ivc_export.verify.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 from tests.conftest import LOGIT_TOLERANCE, random_picture
 
 PROMPT = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]
@@ -36,7 +36,7 @@ PROMPT = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava", "internvl"])  # llava keeps a layer whole; internvl has tiles
 def test_every_tensor_is_compared(name: str, dtype: FloatName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cast("dict[str, str]", fused.DTYPES), "cpu", dtype)
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", families.of(name).tiny, dtype=dtype)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", TINY[name], dtype=dtype)
     bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", max_visual=400))
     image = draw_picture()
     reference = record(bundle, checkpoint, make_prompt(bundle, image)[1], [image], 0.5, 3)

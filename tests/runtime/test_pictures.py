@@ -13,6 +13,7 @@ from ivc_export.contract import Preprocessing, TilePreprocessing
 from ivc_export.errors import UserError
 from ivc_export.families import pictures
 from ivc_export.runtime.pictures import open_picture
+from samples.tiny import TINY
 from tests.conftest import PIXEL_TOLERANCE, rows_first
 from tests.families.family_cases import CASES
 
@@ -25,7 +26,7 @@ def noise(size: tuple[int, int], channels: int = 3) -> PIL.Image.Image:
 @pytest.fixture(params=["llava", "internvl"])
 def tiled(request: pytest.FixtureRequest) -> tuple[str, Preprocessing]:
     family = families.of(request.param)
-    return family.model_type, family.read(family.tiny, None).preprocessing
+    return family.model_type, family.read(TINY[family.model_type], None).preprocessing
 
 
 @pytest.mark.parametrize("size", [(900, 3), (3, 900), (1801, 7), (5, 1299)], ids=str)

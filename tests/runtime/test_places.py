@@ -21,6 +21,7 @@ from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.processor import Processor, user_message
 from ivc_export.text.template import ChatTemplate
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 from tests.conftest import SHAPES
 
 SHORT = Sampling(max_tokens=2)
@@ -175,7 +176,7 @@ def test_the_original_internvl_code_writes_such_a_conversation() -> None:
     ],
 )
 def test_config_json_chooses_the_system_message(changes: dict[str, Any], begins: str, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", {**families.of("internvl_chat").tiny, **changes})
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", {**TINY["internvl_chat"], **changes})
     (checkpoint / "chat_template.jinja").unlink()
     recipe = ExportRecipe(checkpoint, tmp_path / "bundle")
     if not begins.startswith("<"):
@@ -199,7 +200,7 @@ def test_config_json_chooses_the_system_message(changes: dict[str, Any], begins:
 def test_json_tells_how_pictures_were_scaled(
     family: str, size: tuple[int, int], wanted: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", families.of(family).tiny)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", TINY[family])
     bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle"))
     PIL.Image.new("RGB", size).save(tmp_path / "picture.png")
     arguments = [str(bundle.folder), "--image", str(tmp_path / "picture.png"), "--prompt", "Where?"]

@@ -34,6 +34,7 @@ from ivc_export.verify.oracle import record
 from ivc_export.verify.parity import compare
 from ivc_export.verify.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 from tests.conftest import LOGIT_TOLERANCE, SCORE_TOLERANCE, Golden, make_large_embeddings, random_picture
 from tests.runtime.fake_tensorrt import (
     CAPABILITY,
@@ -94,7 +95,7 @@ def test_a_picture_of_one_row_is_no_decode_step(bundle: Bundle, monkeypatch: pyt
 @pytest.mark.parametrize("name", ["llava", "internvl"])  # a layer kept whole; tiles
 def test_families_that_need_more(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = families.of(name)
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", family.tiny)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", TINY[family.model_type])
     bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", max_visual=400))
     session, device = opened(bundle, monkeypatch, max_visual=400)
     noise = np.random.default_rng(0).integers(0, 256, (90, 200, 3), np.uint8)

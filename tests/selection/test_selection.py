@@ -24,6 +24,7 @@ from ivc_export.runtime.plan import plan_run, tile_inputs
 from ivc_export.selection import ivc_prune as selection
 from ivc_export.selection.operators import selection_operator
 from ivc_export.verify import reference
+from samples.tiny import TINY
 from tests.conftest import GOLDENS, SCORE_TOLERANCE
 from tests.families.family_cases import CASES
 
@@ -147,7 +148,7 @@ SELECTIONS = [
 @pytest.mark.parametrize(("name", "path"), SELECTIONS, ids=[f"{name}-{path.stem}" for name, path in SELECTIONS])
 def test_selection_equals_the_official_code(name: str, path: Path, run_rule: dict[str, Runner]) -> None:
     golden, family = np.load(path), families.of(name)
-    model, grid = family.read(family.tiny, None), CASES[name].grid(golden)
+    model, grid = family.read(TINY[family.model_type], None), CASES[name].grid(golden)
     assert model.image_token is not None
     start, length, rows = int(golden["visual_start"]), int(golden["visual_len"]), len(golden["values"])
     kept = len(golden["keep_indices"]) - (rows - length)

@@ -23,6 +23,7 @@ from ivc_export.runtime.processor import Processor
 from ivc_export.source.configuration import Description, read_description
 from ivc_export.source.prompts import Prompts
 from samples.make_sample import make_checkpoint, make_tokenizer
+from samples.tiny import TINY
 from tests.conftest import SHAPES
 
 QWEN = families.of("qwen2_vl")
@@ -226,7 +227,7 @@ def test_an_answer_ends_where_a_template_of_parts_ends_it(folder: Path) -> None:
 def test_internvl_asks_the_tokenizer_for_its_tokens(tmp_path: Path, layout: str) -> None:
     """The marks at ids that no arithmetic gives, and an image token that config.json does not name."""
     family = families.of(layout)
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", family.tiny)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", TINY[family.model_type])
     tokens = {500: "<|endoftext|>", 501: "</img>", 502: "<|im_start|>", 503: "<IMG_CONTEXT>", 504: "<img>"}
     make_tokenizer({**tokens, 505: "<|im_end|>"}).save(str(checkpoint / "tokenizer.json"))
     if layout == "internvl_chat":

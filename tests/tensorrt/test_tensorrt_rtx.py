@@ -16,6 +16,7 @@ from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.lowering import lower
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 
 Extents = dict[str, tuple[int, int, int]]
 PREFILL: Extents = {  # minimum, optimum, maximum of each symbolic axis
@@ -51,7 +52,7 @@ def profile(builder: Any, model: ir.Model, extents: Extents) -> Any:
 @pytest.fixture(scope="module", params=families.names())
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp(request.param)
-    checkpoint = make_checkpoint(folder / "checkpoint", families.of(request.param).tiny)
+    checkpoint = make_checkpoint(folder / "checkpoint", TINY[request.param])
     return export(ExportRecipe(checkpoint, folder / "bundle"))
 
 

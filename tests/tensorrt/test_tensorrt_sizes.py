@@ -22,6 +22,7 @@ from ivc_export.lowering.precision.widen_residuals import WidenResidualsPass
 from ivc_export.tensorrt.compile import compile_graph
 from ivc_export.tensorrt.profiles import Extents
 from ivc_export.tensorrt.recipe import Options
+from samples.tiny import TINY
 
 PREFILL: Extents = {  # minimum, optimum, maximum of each symbolic axis
     "L": (1, 576, 1280),
@@ -67,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def layer_pair(folder: Path) -> dict[str, ir.Model]:
     family, weights = families.of("qwen2_vl"), ZeroWeights()
-    config = {**family.tiny, **SIZES}
+    config = {**TINY[family.model_type], **SIZES}
     config["vision_config"] = {**config["vision_config"], "hidden_size": SIZES["hidden_size"]}
     model = family.read(config, None)
     models = {}

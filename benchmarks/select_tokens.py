@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from ivc_export.contract import RotarySizes
+from ivc_export.contract.manifest import RotarySizes
 from ivc_export.families.pictures import Grid
 from ivc_export.families.qwen2_vl import positions
 from ivc_export.selection.ivc_prune import ivc_priority

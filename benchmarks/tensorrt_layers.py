@@ -35,7 +35,8 @@ import onnx_ir as ir
 from benchmarks.models import make_large_checkpoint, qwen2_vl_2b
 from ivc_export.bench.selection import compaction_part, fix_values, selection_feeds, selection_part
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import GraphName, TensorName
+from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.names import GraphName
 from ivc_export.exporter.estimate import COUNTED
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from ivc_export.contract import FloatName
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 
 FLOAT_DTYPES: dict[FloatName, np.dtype[Any]] = {

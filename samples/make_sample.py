@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from ivc_export import families
 from ivc_export.checkpoint.weights import EMBEDDING, PlannedWeights
-from ivc_export.contract import FloatName
+from ivc_export.dtypes import FloatName
 from ivc_export.exporter.graphs import build_graphs
 from samples.tiny import TINY, TOKENS
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ivc_export import families
-from ivc_export.contract import GraphName
+from ivc_export.contract.names import GraphName
 from ivc_export.exporter.estimate import TEXT, Size, estimate
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.family import Family

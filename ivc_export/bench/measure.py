@@ -17,7 +17,8 @@ from ivc_export.bench.roofline import Ceilings, Workload, measure_ceilings
 from ivc_export.bench.selection import selection_times
 from ivc_export.bench.sides import Answer, BundleSide, Side
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import FloatName, check_ratio, kept_tokens
+from ivc_export.contract.ratio import check_ratio, kept_tokens
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.runtime.plan import plan_run
 from ivc_export.runtime.tensorrt.session import TensorrtSession

@@ -19,7 +19,7 @@ from ivc_export import families
 from ivc_export.bench.prompts import Prompt
 from ivc_export.bench.sides import Answer, visual_part
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import FloatName
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.runtime.plan import plan_run
 

@@ -10,7 +10,7 @@ import PIL.Image
 
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import Manifest, PatchPreprocessing, Preprocessing
+from ivc_export.contract.manifest import Manifest, PatchPreprocessing, Preprocessing
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Picture
 

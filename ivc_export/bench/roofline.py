@@ -21,11 +21,11 @@ import onnx_ir as ir
 import onnxruntime
 from onnxruntime import OrtValue
 
-from ivc_export import contract
 from ivc_export.bench.engines import open_engine
 from ivc_export.bench.prompts import Prompt
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
+from ivc_export.contract.names import GRAPH_NAMES, IR_VERSION, OPSET, GraphName
+from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.exporter.estimate import COUNTED, empty_caches
 from ivc_export.graph.counting import count
 from ivc_export.runtime.onnxruntime.cuda import PROVIDERS, Provider
@@ -148,7 +148,7 @@ def tensorrt_ceilings(session: TensorrtSession) -> Ceilings:
 
 def onnxruntime_ceilings(device: Provider, dtype: FloatName) -> Ceilings:
     """By onnxruntime's operators Neg and MatMul."""
-    (side, size), element = SIZES[device], contract.FLOATS[dtype].numpy()
+    (side, size), element = SIZES[device], FLOATS[dtype].numpy()
 
     def timed(op_type: str, shape: tuple[int, ...], inputs: int) -> float:
         content = ir.to_proto(one_node(op_type, shape, inputs, dtype)).SerializeToString()
@@ -167,12 +167,12 @@ def onnxruntime_ceilings(device: Provider, dtype: FloatName) -> Ceilings:
 
 def one_node(op_type: str, shape: tuple[int, ...], inputs: int, dtype: FloatName) -> ir.Model:
     """A graph that applies an operator to `x` as each of its inputs; `y` has the same shape."""
-    element = contract.FLOATS[dtype]
+    element = FLOATS[dtype]
     x = ir.val("x", dtype=element, shape=ir.Shape(shape))
     node = ir.node(op_type, [x] * inputs)
     node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(element)
-    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": contract.OPSET}, name=op_type.lower())
-    return ir.Model(graph, ir_version=contract.IR_VERSION)
+    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": OPSET}, name=op_type.lower())
+    return ir.Model(graph, ir_version=IR_VERSION)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Work:
 
         cache_bytes: of the caches' rows after the prefill.
         """
-        size = contract.FLOATS[ceilings.dtype].itemsize
+        size = FLOATS[ceilings.dtype].itemsize
         graphs = {name: ceilings.seconds(self.flops[name], size * self.parameters[name]) for name in GRAPH_NAMES}
         read = size * (self.parameters["prefix"] + self.parameters["decoder"] + self.row * tokens / 2) + cache_bytes
         return {

@@ -17,8 +17,9 @@ import onnxruntime
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime import OrtValue
 
-from ivc_export import contract
 from ivc_export.bench.engines import open_engine
+from ivc_export.contract.manifest import Manifest
+from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering import lower
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.conversation import AnySession
@@ -157,7 +158,7 @@ def selection_times(session: AnySession, plan: Run, rows: int) -> SelectionTimes
 def selection_part(prefix: ir.Model) -> ir.Model:
     """The selection's node of a prefix graph, and what makes cache_index of its choice. Uses the graph up."""
     graph = prefix.graph
-    (select,) = [node for node in graph if node.domain == contract.IVC_DOMAIN and node.op_type in SELECTIONS]
+    (select,) = [node for node in graph if node.domain == IVC_DOMAIN and node.op_type in SELECTIONS]
     values = select.inputs[0]
     assert values is not None
     given = ir.val("values", type=values.type or ir.TensorType(graph_dtype(prefix)), shape=ir.Shape(VALUES))
@@ -168,7 +169,7 @@ def selection_part(prefix: ir.Model) -> ir.Model:
 VALUES = (1, "kv_heads", "S", "head_dim")
 
 
-def fix_values(part: ir.Model, m: contract.Manifest) -> None:
+def fix_values(part: ir.Model, m: Manifest) -> None:
     """Give the selection's values the numbers of heads and of a head's size, as TensorRT's profiles want them."""
     (values,) = [value for value in part.graph.inputs if value.name == "values"]
     values.shape = ir.Shape([1, m.decoder.kv_heads, "S", m.decoder.head_dim])
@@ -202,7 +203,7 @@ def only(model: ir.Model, outputs: Sequence[ir.Value], inputs: Sequence[ir.Value
     return model
 
 
-def extents(m: contract.Manifest, plan: Run, rows: int) -> dict[str, int]:
+def extents(m: Manifest, plan: Run, rows: int) -> dict[str, int]:
     """Of symbolic axes, in a prefill over caches of `rows` rows."""
     return {"S": plan.rows, "P": rows, "W": rows, "kv_heads": m.decoder.kv_heads, "head_dim": m.decoder.head_dim}
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ivc_export.bench.prompts import Prompt
-from ivc_export.contract import FloatName, Manifest
+from ivc_export.contract.manifest import Manifest
+from ivc_export.dtypes import FloatName
 from ivc_export.runtime.conversation import AnyConversation, AnySession
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
 

@@ -14,7 +14,8 @@ import onnx_ir as ir
 from ivc_export.bundle import staging
 from ivc_export.bundle.graph_files import read_graph
 from ivc_export.bundle.manifest import read_manifest
-from ivc_export.contract import CHAT_TEMPLATE, TOKENIZER, GraphName, Manifest
+from ivc_export.contract.manifest import Manifest
+from ivc_export.contract.names import CHAT_TEMPLATE, TOKENIZER, GraphName
 from ivc_export.errors import UserError
 from ivc_export.files import confined
 from ivc_export.floats import FLOAT_DTYPES

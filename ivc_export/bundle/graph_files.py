@@ -10,7 +10,8 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from ivc_export.contract import GraphName, Manifest
+from ivc_export.contract.manifest import Manifest
+from ivc_export.contract.names import GraphName
 from ivc_export.errors import UserError
 from ivc_export.files import confined, read_bytes
 from ivc_export.lowering import LOWERINGS

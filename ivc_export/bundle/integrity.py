@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Callable
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import MANIFEST, GraphInfo, WeightFile
+from ivc_export.contract.manifest import GraphInfo, WeightFile
+from ivc_export.contract.names import MANIFEST
 from ivc_export.errors import UserError
 from ivc_export.files import replace_text
 

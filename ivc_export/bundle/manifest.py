@@ -6,9 +6,12 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from ivc_export import contract, families
+from ivc_export import families
 from ivc_export.checkpoint.folder import header_sha256, read_index
-from ivc_export.contract import MANIFEST, SCHEMA_VERSION, Manifest
+from ivc_export.contract.graphs import graph_info
+from ivc_export.contract.manifest import Manifest, constants_sha256
+from ivc_export.contract.names import GRAPH_NAMES, MANIFEST, SCHEMA_VERSION
+from ivc_export.contract.records import first_problem
 from ivc_export.errors import UserError
 from ivc_export.files import check_regular, confined, read_object
 from ivc_export.floats import FLOAT_DTYPES
@@ -36,14 +39,14 @@ def read_manifest(folder: Path) -> Manifest:
             )
         manifest = Manifest.model_validate(content)
     except (ValueError, KeyError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{path} is damaged ({contract.first_problem(error)}): export the model again") from error
-    if set(manifest.graphs) != set(contract.GRAPH_NAMES):
+        raise UserError(f"{path} is damaged ({first_problem(error)}): export the model again") from error
+    if set(manifest.graphs) != set(GRAPH_NAMES):
         raise UserError(f"{path} is damaged (it names {len(manifest.graphs)} graphs of 3): export the model again")
     check_files(folder, manifest)
     problem = find_contradiction(manifest)
     if problem:
         raise UserError(f"{path} is damaged ({problem}): export the model again")
-    if manifest.constants_sha256 not in (None, contract.constants_sha256(content)):
+    if manifest.constants_sha256 not in (None, constants_sha256(content)):
         raise UserError(
             f"{path} was edited after the export, and what it says decides the answers: "
             f"export the model again with ivc-export --model CHECKPOINT --output {folder} --force"
@@ -113,6 +116,6 @@ def find_contradiction(m: Manifest) -> str | None:
             return f"{field} does not fit the other fields"
     sizes = (d, m.rotary, m.selection, m.preprocessing, m.selection_layer)
     for name, info in m.graphs.items():
-        if info.model_copy(update={"sha256": None}) != contract.graph_info(name, m.dtype, *sizes):
+        if info.model_copy(update={"sha256": None}) != graph_info(name, m.dtype, *sizes):
             return f"graphs.{name} does not fit the other fields"
     return None

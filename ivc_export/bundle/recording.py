@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ivc_export.contract import Manifest
+from ivc_export.contract.manifest import Manifest
 from ivc_export.errors import UserError
 from ivc_export.files import check_regular, confined, read_object
 

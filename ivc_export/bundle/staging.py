@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ivc_export.contract import GRAPH_NAMES, MANIFEST
+from ivc_export.contract.names import GRAPH_NAMES, MANIFEST
 from ivc_export.errors import UserError
 from ivc_export.files import read_object
 

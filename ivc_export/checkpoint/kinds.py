@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from ivc_export.checkpoint.folder import Checkpoint, StoredTensor
-from ivc_export.contract import MANIFEST
+from ivc_export.contract.names import MANIFEST
 from ivc_export.errors import UserError
 
 ADAPTER = "adapter_config.json"

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ivc_export import contract
 from ivc_export.checkpoint.folder import StoredTensor
+from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
 
 FOLDER = "weights"
@@ -35,7 +35,7 @@ class Weights:
     """A checkpoint's tensors under canonical names (`model.*`, `visual.*`, `lm_head.weight`)."""
 
     tensors: Mapping[str, StoredTensor]
-    dtype: contract.FloatName
+    dtype: FloatName
 
     def find(self, name: str, shape: Sequence[int]) -> StoredTensor:
         """The stored tensor `name`.
@@ -54,7 +54,7 @@ class Weights:
                 f"{list(shape)}: check that both belong to the same checkpoint"
             )
         if tensor.dtype != self.dtype:
-            known = tensor.dtype in contract.FLOATS
+            known = tensor.dtype in FLOATS
             mend = "convert them all with --dtype fp32, fp16 or bf16" if known else f"give one in {self.dtype}"
             raise UserError(
                 f"{tensor.name} in {tensor.file.name} is {tensor.dtype} and other tensors are {self.dtype}: {mend}"
@@ -68,13 +68,13 @@ class Weights:
             f"{FOLDER}/{stored.file.name}",
             stored.offset,
             stored.length,
-            contract.FLOATS[self.dtype],
+            FLOATS[self.dtype],
             shape=ir.Shape(shape),
             name=name,
         )
 
 
-def main_dtype(tensors: Mapping[str, StoredTensor]) -> contract.FloatName:
+def main_dtype(tensors: Mapping[str, StoredTensor]) -> FloatName:
     """The dtype of the checkpoint's matrices.
 
     Raises:
@@ -84,7 +84,7 @@ def main_dtype(tensors: Mapping[str, StoredTensor]) -> contract.FloatName:
     for tensor in tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.length
     dtype = max(sizes, key=lambda name: sizes[name], default="nothing")
-    for known in contract.FLOATS:
+    for known in FLOATS:
         if known == dtype:
             return known
     raise UserError(f"the checkpoint's weights are {dtype}: give one in float32, float16 or bfloat16")
@@ -96,14 +96,14 @@ class PlannedWeights(Weights):
     What a family's graphs ask for is what a checkpoint of it holds.
     """
 
-    def __init__(self, dtype: contract.FloatName = "float32") -> None:
+    def __init__(self, dtype: FloatName = "float32") -> None:
         super().__init__({}, dtype)
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def external(self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None) -> ir.ExternalTensor:
         """A tensor that lies nowhere."""
         self.shapes[name] = tuple(stored_shape or shape)
-        return ir.ExternalTensor("none", 0, 0, contract.FLOATS[self.dtype], shape=ir.Shape(shape), name=name)
+        return ir.ExternalTensor("none", 0, 0, FLOATS[self.dtype], shape=ir.Shape(shape), name=name)
 
     def find(self, name: str, shape: Sequence[int]) -> StoredTensor:
         """Nothing is stored."""

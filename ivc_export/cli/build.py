@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from ivc_export import __version__
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, make_console
-from ivc_export.contract import FloatName
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.tensorrt.build import build
 from ivc_export.tensorrt.library import MODULES

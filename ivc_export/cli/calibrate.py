@@ -11,8 +11,8 @@ from rich.table import Table
 
 from ivc_export import __version__
 from ivc_export.cli import Parser, check_output, make_console
-from ivc_export.contract import check_ratio
 from ivc_export.contract.calibration import ENOUGH, Calibration
+from ivc_export.contract.ratio import check_ratio
 from ivc_export.errors import UserError
 
 

@@ -24,7 +24,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.integrity import verify_files
 from ivc_export.bundle.recording import INDEX, Recording
 from ivc_export.cli import Parser, make_console
-from ivc_export.contract import Frozen, TokenId, first_problem
+from ivc_export.contract.records import Frozen, TokenId, first_problem
 from ivc_export.errors import UserError
 from ivc_export.files import confined, replace_text
 from ivc_export.runtime.backends import BACKENDS

@@ -20,7 +20,7 @@ from rich.table import Table
 from ivc_export import __version__
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, make_console
-from ivc_export.contract import GRAPH_NAMES, PREPROCESSOR
+from ivc_export.contract.names import GRAPH_NAMES, PREPROCESSOR
 from ivc_export.errors import UserError
 from ivc_export.exporter.estimate import Cost, Estimate, PictureEstimate, Size, estimate_bundle, estimate_recipe
 from ivc_export.exporter.pipeline import export

@@ -8,7 +8,8 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from ivc_export.contract import DecoderSizes, Frozen, first_problem
+from ivc_export.contract.manifest import DecoderSizes
+from ivc_export.contract.records import Frozen, first_problem
 from ivc_export.errors import UserError
 from ivc_export.files import read_json
 

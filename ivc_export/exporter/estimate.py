@@ -22,11 +22,14 @@ import onnx
 import onnx_ir as ir
 import PIL.Image
 
-from ivc_export import contract
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.checkpoint.weights import EMBEDDING, PlannedWeights
-from ivc_export.contract import TensorName, kept_tokens
+from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.manifest import Preprocessing
+from ivc_export.contract.names import GRAPH_NAMES, GraphName
+from ivc_export.contract.ratio import kept_tokens
+from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.pipeline import selection_layer
@@ -77,8 +80,8 @@ DEVICES = (
 class Cost:
     """One answer's prefill. flops and activation_bytes by graph; cache_bytes of all layers."""
 
-    flops: Mapping[contract.GraphName, int]
-    activation_bytes: Mapping[contract.GraphName, int]
+    flops: Mapping[GraphName, int]
+    activation_bytes: Mapping[GraphName, int]
     cache_bytes: int
 
 
@@ -93,7 +96,7 @@ class PictureEstimate:
     pruned: Cost
     unpruned: Cost
 
-    def saved(self, *graphs: contract.GraphName) -> float:
+    def saved(self, *graphs: GraphName) -> float:
         """The part of the FLOPs of `graphs` that pruning saves."""
         pruned, unpruned = (sum(cost.flops[name] for name in graphs) for cost in (self.pruned, self.unpruned))
         return 1 - pruned / unpruned
@@ -109,7 +112,7 @@ class Estimate:
     """What an export buys."""
 
     family: str
-    dtype: contract.FloatName
+    dtype: FloatName
     layers: int
     selection_layer: int
     calibrated: bool
@@ -160,11 +163,11 @@ def estimate_bundle(bundle: Bundle, pictures: Sequence[Size]) -> Estimate:
     return estimate(family, model, m.preprocessing, layer, m.calibrated, ratio, m.dtype, pictures)
 
 
-def stated_dtype(config: Mapping[str, Any]) -> contract.FloatName:
+def stated_dtype(config: Mapping[str, Any]) -> FloatName:
     """The dtype that config.json says the weights have; float32 where it is silent, as transformers takes it."""
     text = config.get("text_config") or {}
     for stated in (config.get("dtype"), config.get("torch_dtype"), text.get("dtype"), text.get("torch_dtype")):
-        for name in contract.FLOATS:
+        for name in FLOATS:
             if stated == name:
                 return name
     return "float32"
@@ -173,11 +176,11 @@ def stated_dtype(config: Mapping[str, Any]) -> contract.FloatName:
 def estimate(
     family: Family,
     model: Model,
-    preprocessing: contract.Preprocessing,
+    preprocessing: Preprocessing,
     layer: int,
     calibrated: bool,
     ratio: float,
-    dtype: contract.FloatName,
+    dtype: FloatName,
     pictures: Sequence[Size],
 ) -> Estimate:
     """Count on the model's graphs. preprocessing: the model's, or with a lower cap."""
@@ -199,10 +202,10 @@ def estimate(
 
 
 def one_picture(
-    graphs: Mapping[contract.GraphName, onnx.ModelProto],
+    graphs: Mapping[GraphName, onnx.ModelProto],
     family: Family,
     model: Model,
-    preprocessing: contract.Preprocessing,
+    preprocessing: Preprocessing,
     size: Size,
     ratio: float,
 ) -> PictureEstimate:
@@ -219,8 +222,8 @@ def one_picture(
         decoder = count(graphs["decoder"], axes | {"M": rows})
         found = {"vision": vision, "prefix": prefix, "decoder": decoder}
         return Cost(
-            flops={name: found[name].flops for name in contract.GRAPH_NAMES},
-            activation_bytes={name: found[name].peak_bytes for name in contract.GRAPH_NAMES},
+            flops={name: found[name].flops for name in GRAPH_NAMES},
+            activation_bytes={name: found[name].peak_bytes for name in GRAPH_NAMES},
             cache_bytes=cache_bytes(prefix.outputs, decoder.outputs),
         )
 
@@ -233,7 +236,7 @@ def empty_caches(graphs: Iterable[onnx.ModelProto]) -> dict[str, int]:
     return {d.dim_param: 0 for value in caches for d in value.type.tensor_type.shape.dim if d.dim_param}
 
 
-def blank(family: Family, preprocessing: contract.Preprocessing, size: Size) -> Picture:
+def blank(family: Family, preprocessing: Preprocessing, size: Size) -> Picture:
     """A picture of that size, as the family prepares it.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ivc_export.checkpoint.weights import Weights
-from ivc_export.contract import GraphName
+from ivc_export.contract.names import GraphName
 from ivc_export.families.family import Family, Model
 from ivc_export.graph.builder import Graph
 from ivc_export.graph.decoder_stack import DecoderStack

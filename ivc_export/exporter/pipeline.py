@@ -12,14 +12,24 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from ivc_export import __version__, contract
+from ivc_export import __version__
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.manifest import read_manifest
 from ivc_export.bundle.staging import check_apart, check_free, staged_folder
 from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.checkpoint.weights import EMBEDDING, FOLDER, Weights
-from ivc_export.contract import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER, TOKENIZER_CONFIG
 from ivc_export.contract.calibration import read_calibration
+from ivc_export.contract.manifest import EmbeddingTable, Manifest, WeightFile
+from ivc_export.contract.names import (
+    CHAT_TEMPLATE,
+    GRAPH_NAMES,
+    MANIFEST,
+    PREPROCESSOR,
+    SCHEMA_VERSION,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    GraphName,
+)
 from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.placement import converted, place_weights, plan_conversions
@@ -73,7 +83,7 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
         )
         copy_processor_files(checkpoint, configuration, folder)
         manifest = make_manifest(recipe, configuration, weights, layer, calibrated, files, hashes)
-        (folder / contract.MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         manifest = read_manifest(folder)  # as it will be read
         if recipe.testdata:
             from ivc_export.verify.testdata import write_testdata  # with onnxruntime, which nothing else here needs
@@ -194,15 +204,15 @@ def make_manifest(
     weights: Weights,
     layer: int,
     calibrated: bool,
-    files: tuple[contract.WeightFile, ...],
-    hashes: Mapping[contract.GraphName, str],
-) -> contract.Manifest:
+    files: tuple[WeightFile, ...],
+    hashes: Mapping[GraphName, str],
+) -> Manifest:
     """The manifest of the bundle."""
     model = configuration.model
     shape = (model.decoder.vocab_size, model.decoder.hidden_size)
     embedding = weights.find(EMBEDDING, shape)
-    return contract.Manifest(
-        schema_version=contract.SCHEMA_VERSION,
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
         family=configuration.family.model_type,
         dtype=weights.dtype,
         lowering=recipe.lowering,
@@ -217,9 +227,9 @@ def make_manifest(
         tokens=configuration.prompts.tokens,
         graphs={
             name: model.graph_info(name, weights.dtype, layer).model_copy(update={"sha256": hashes.get(name)})
-            for name in contract.GRAPH_NAMES
+            for name in GRAPH_NAMES
         },
-        embedding=contract.EmbeddingTable(
+        embedding=EmbeddingTable(
             file=f"{FOLDER}/{embedding.file.name}", offset=embedding.offset, dtype=weights.dtype, shape=shape
         ),
         weights=files,

@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 from rich.filesize import decimal
 
-from ivc_export import contract, floats
+from ivc_export import floats
 from ivc_export.checkpoint.folder import STORED_NAMES, StoredTensor, header_bytes, header_sha256
 from ivc_export.checkpoint.weights import FOLDER, Weights
+from ivc_export.contract.manifest import WeightFile
+from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.recipe import Placing
 
@@ -47,7 +49,7 @@ class Conversion:
         return len(self.header) + sum(after.length for _, after in self.tensors)
 
 
-def plan_conversions(tensors: Iterable[StoredTensor], dtype: contract.FloatName | None) -> dict[Path, Conversion]:
+def plan_conversions(tensors: Iterable[StoredTensor], dtype: FloatName | None) -> dict[Path, Conversion]:
     """Lay out the files that hold floats of other dtypes than `dtype` anew; other files, or all for None, stay."""
     if dtype is None:
         return {}
@@ -57,18 +59,18 @@ def plan_conversions(tensors: Iterable[StoredTensor], dtype: contract.FloatName 
     return {
         file: lay_out(file, stored, dtype)
         for file, stored in by_file.items()
-        if any(t.dtype in contract.FLOATS and t.dtype != dtype for t in stored)
+        if any(t.dtype in FLOATS and t.dtype != dtype for t in stored)
     }
 
 
-def lay_out(file: Path, stored: list[StoredTensor], dtype: contract.FloatName) -> Conversion:
+def lay_out(file: Path, stored: list[StoredTensor], dtype: FloatName) -> Conversion:
     """The file as it will be: the same tensors in the same order, floats in `dtype`.
 
     Source: the safetensors format; its header is padded with spaces to a multiple of 8 bytes.
     """
     after, start = [], 0
     for tensor in stored:
-        if tensor.dtype in contract.FLOATS:
+        if tensor.dtype in FLOATS:
             length = int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(dtype).itemsize
             after.append(replace(tensor, offset=start, length=length, dtype=dtype))
         else:
@@ -91,7 +93,7 @@ def lay_out(file: Path, stored: list[StoredTensor], dtype: contract.FloatName) -
     )
 
 
-def converted(weights: Weights, conversions: Mapping[Path, Conversion], dtype: contract.FloatName | None) -> Weights:
+def converted(weights: Weights, conversions: Mapping[Path, Conversion], dtype: FloatName | None) -> Weights:
     """The same weights where `conversions` puts them, in `dtype`, or in their own for None."""
     moved = {(old.file, old.name): new for conversion in conversions.values() for old, new in conversion.tensors}
     return Weights(
@@ -101,7 +103,7 @@ def converted(weights: Weights, conversions: Mapping[Path, Conversion], dtype: c
 
 def place_weights(
     files: Iterable[Path], conversions: Mapping[Path, Conversion], placing: Placing, folder: Path, progress: Bytes
-) -> tuple[contract.WeightFile, ...]:
+) -> tuple[WeightFile, ...]:
     """Bring the weight files to `folder`/weights under their own names, hashed in the pass that writes them.
 
     Raises:
@@ -132,14 +134,14 @@ def place_weights(
     return tuple(placed)
 
 
-def record(file: Path, sha256: str | None) -> contract.WeightFile:
+def record(file: Path, sha256: str | None) -> WeightFile:
     """What the manifest says of a weight file."""
-    return contract.WeightFile(
+    return WeightFile(
         file=f"{FOLDER}/{file.name}", size=file.stat().st_size, header_sha256=header_sha256(file), sha256=sha256
     )
 
 
-def link(source: Path, target: Path) -> contract.WeightFile:
+def link(source: Path, target: Path) -> WeightFile:
     """Hard-link the real file behind `source`: onnxruntime refuses external data behind a symbolic link.
 
     A file of the hub's cache is named by its SHA-256; of others the hash is left out, since nothing is read.
@@ -229,7 +231,7 @@ def convert(conversion: Conversion) -> Iterator[memoryview]:
     """
     yield memoryview(conversion.header)
     for before, after in conversion.tensors:
-        known = before.dtype in contract.FLOATS
+        known = before.dtype in FLOATS
         with before.file.open("rb") as reader:
             reader.seek(before.offset)
             for start in range(0, before.length, _CHUNK):

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ivc_export.contract import MOST_VISUAL, FloatName, check_ratio
+from ivc_export.contract.names import MOST_VISUAL
+from ivc_export.contract.ratio import check_ratio
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 
 Dtype = Literal["checkpoint", "fp32", "fp16", "bf16"]

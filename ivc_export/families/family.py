@@ -11,7 +11,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 import PIL.Image
 
-from ivc_export import contract
+from ivc_export.contract.graphs import graph_info
+from ivc_export.contract.manifest import DecoderSizes, GraphInfo, Preprocessing, RotarySizes, SelectionRule
+from ivc_export.contract.names import GraphName
+from ivc_export.dtypes import FloatName
 from ivc_export.families.pictures import Grid, Picture
 from ivc_export.graph.builder import Graph
 
@@ -32,21 +35,19 @@ class Model:
     where the family has no such token.
     """
 
-    decoder: contract.DecoderSizes
-    rotary: contract.RotarySizes
-    selection: contract.SelectionRule
-    preprocessing: contract.Preprocessing
+    decoder: DecoderSizes
+    rotary: RotarySizes
+    selection: SelectionRule
+    preprocessing: Preprocessing
     image_token: int | None
     vision_start_token: int | None
     vision_end_token: int | None
     vision: Any
 
-    def graph_info(
-        self, name: contract.GraphName, dtype: contract.FloatName, selection_layer: int
-    ) -> contract.GraphInfo:
+    def graph_info(self, name: GraphName, dtype: FloatName, selection_layer: int) -> GraphInfo:
         """Inputs and outputs of graph `name` for this model."""
         sizes = (self.decoder, self.rotary, self.selection, self.preprocessing)
-        return contract.graph_info(name, dtype, *sizes, selection_layer)
+        return graph_info(name, dtype, *sizes, selection_layer)
 
 
 @dataclass(frozen=True)
@@ -98,17 +99,17 @@ class Family:
     """
 
     model_type: str
-    preprocessing: type[contract.Preprocessing]
+    preprocessing: type[Preprocessing]
     axes: int
     tiles: bool
     read: Callable[[Mapping[str, Any], Mapping[str, Any] | None], Model]
     canonical_name: Callable[[str], str]
     stored_name: Callable[[str], str]
     vision: Callable[[Graph, Model], ir.Value]
-    default_layer: Callable[[contract.DecoderSizes], DefaultLayer]
-    picture: Callable[[PIL.Image.Image, contract.Preprocessing], Picture]
+    default_layer: Callable[[DecoderSizes], DefaultLayer]
+    picture: Callable[[PIL.Image.Image, Preprocessing], Picture]
     positions: Callable[[Sequence[int | Grid], int], tuple[npt.NDArray[np.int32], int]]
-    stock_inputs: Callable[[Picture, contract.Preprocessing], dict[str, npt.NDArray[Any]]]
+    stock_inputs: Callable[[Picture, Preprocessing], dict[str, npt.NDArray[Any]]]
     chat_template: str
     token_texts: TokenTexts
     template_marks: bool
@@ -128,7 +129,7 @@ class Family:
         return self.chat_template_of(config) if self.chat_template_of else self.chat_template
 
 
-def scaled_layer(sizes: contract.DecoderSizes, published: Mapping[int, int], layer: int, layers: int) -> DefaultLayer:
+def scaled_layer(sizes: DecoderSizes, published: Mapping[int, int], layer: int, layers: int) -> DefaultLayer:
     """The published selection layer for this many layers, or else `layer` of `layers` in proportion, uncalibrated."""
     if sizes.layers in published:
         return DefaultLayer(published[sizes.layers], calibrated=True)

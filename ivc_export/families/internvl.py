@@ -22,7 +22,8 @@ import onnx_ir as ir
 import PIL.Image
 from pydantic import Field
 
-from ivc_export import contract
+from ivc_export.contract.manifest import DecoderSizes, Preprocessing, RotarySizes, SelectionRule, TilePreprocessing
+from ivc_export.contract.records import Depth, Epsilon, Frozen, Heads, Side, Tiles, TokenId, Width
 from ivc_export.errors import UserError
 from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, counted_positions, renamed, scaled_layer
 from ivc_export.families.pictures import TILES_ASPECT_LIMIT, Grid, Picture, check_shape, scaled_pixels
@@ -52,7 +53,7 @@ PROJECTOR_EPSILON = 1e-5
 class Whole(Settings):
     """InternVLConfig of transformers."""
 
-    image_token_id: contract.TokenId = 151667
+    image_token_id: TokenId = 151667
     downsample_ratio: Half = 1 / SHUFFLE
     projector_hidden_act: Literal["gelu"] = "gelu"
     vision_feature_layer: Literal[-1] = -1
@@ -65,17 +66,17 @@ class Vision(Settings):
     """InternVLVisionConfig of transformers."""
 
     model_type: Literal["internvl_vision"] = "internvl_vision"
-    hidden_size: contract.Width = 1024
-    num_hidden_layers: contract.Depth = 24
-    num_attention_heads: contract.Heads = 16
+    hidden_size: Width = 1024
+    num_hidden_layers: Depth = 24
+    num_attention_heads: Heads = 16
     attention_bias: bool = False
     use_qk_norm: Literal[False] = False
-    intermediate_size: contract.Width = 4096
+    intermediate_size: Width = 4096
     hidden_act: Literal["gelu"] = "gelu"
     norm_type: Literal["layer_norm"] = "layer_norm"
-    layer_norm_eps: contract.Epsilon = 1e-6
-    image_size: Annotated[contract.Side, Square] = 448
-    patch_size: Annotated[contract.Side, Square] = 14
+    layer_norm_eps: Epsilon = 1e-6
+    image_size: Annotated[Side, Square] = 448
+    patch_size: Annotated[Side, Square] = 14
     num_channels: Literal[3] = 3
     use_absolute_position_embeddings: Literal[True] = True
     use_mean_pooling: Literal[True] = True
@@ -90,23 +91,23 @@ class Pictures(PictureSettings):
 
     image_processor_type: Annotated[Literal["GotOcr2ImageProcessor"], Backendless] = "GotOcr2ImageProcessor"
     size: Any = None
-    min_patches: contract.Tiles = 1
-    max_patches: contract.Tiles = 12
+    min_patches: Tiles = 1
+    max_patches: Tiles = 12
 
 
 TEXTS: Mapping[str, type[DecoderSettings]] = {"qwen2": Qwen2Text, "llama": LlamaText}
 
 
-class VisionSizes(contract.Frozen):
+class VisionSizes(Frozen):
     """Sizes of the vision encoder; `image` and `patch` are sides in pixels."""
 
-    layers: contract.Depth
-    width: contract.Width
-    heads: contract.Heads
-    mlp_size: contract.Width
-    image: contract.Side
-    patch: contract.Side
-    epsilon: contract.Epsilon
+    layers: Depth
+    width: Width
+    heads: Heads
+    mlp_size: Width
+    image: Side
+    patch: Side
+    epsilon: Epsilon
     qkv_bias: bool
     fused_qkv: bool
 
@@ -148,7 +149,7 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
 
 
 def make_model(
-    decoder: contract.DecoderSizes,
+    decoder: DecoderSizes,
     text: DecoderSettings,
     sizes: VisionSizes,
     pictures: PictureSettings,
@@ -166,9 +167,9 @@ def make_model(
         )
     return Model(
         decoder=decoder,
-        rotary=contract.RotarySizes(theta=text.theta, sections=(decoder.head_dim // 2,)),
-        selection=contract.SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2, softmax="all", tiles=True),
-        preprocessing=contract.TilePreprocessing(
+        rotary=RotarySizes(theta=text.theta, sections=(decoder.head_dim // 2,)),
+        selection=SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2, softmax="all", tiles=True),
+        preprocessing=TilePreprocessing(
             tile_pixels=sizes.image,
             tile_side=sizes.image // sizes.patch // SHUFFLE,
             min_tiles=tiles[0],
@@ -248,12 +249,12 @@ def vision(g: Graph, model: Model) -> ir.Value:
         return g.reshape(x, -1, tokens**2, hidden)
 
 
-def default_layer(sizes: contract.DecoderSizes) -> DefaultLayer:
+def default_layer(sizes: DecoderSizes) -> DefaultLayer:
     """16 of 32 for InternVL2.5-8B, as the official evaluation; others in proportion."""
     return scaled_layer(sizes, {32: 16}, 16, 32)
 
 
-def tiling(width: int, height: int, p: contract.TilePreprocessing) -> tuple[int, int]:
+def tiling(width: int, height: int, p: TilePreprocessing) -> tuple[int, int]:
     """Columns and rows of tiles: the closest aspect ratio; of equals the most tiles that are not twice the picture.
 
     Source: get_optimal_tiled_canvas of GotOcr2ImageProcessor in transformers; dynamic_preprocess in the original code.
@@ -269,12 +270,12 @@ def tiling(width: int, height: int, p: contract.TilePreprocessing) -> tuple[int,
     return best
 
 
-def picture(image: PIL.Image.Image, p: contract.Preprocessing) -> Picture:
+def picture(image: PIL.Image.Image, p: Preprocessing) -> Picture:
     """Stretch a picture to its tiles, and to the thumbnail if there are several, and normalise.
 
     Source: GotOcr2ImageProcessor in transformers, as InternVLProcessor calls it.
     """
-    assert isinstance(p, contract.TilePreprocessing)
+    assert isinstance(p, TilePreprocessing)
     check_shape(*image.size, TILES_ASPECT_LIMIT)
     pixels, tile = p.tile_pixels, p.tile_side
     columns, rows = tiling(*image.size, p)
@@ -286,7 +287,7 @@ def picture(image: PIL.Image.Image, p: contract.Preprocessing) -> Picture:
     return Picture({"pixel_values": np.ascontiguousarray(tiles)}, Grid(rows * tile, columns * tile, tile))
 
 
-def stock_inputs(picture: Picture, p: contract.Preprocessing) -> dict[str, npt.NDArray[Any]]:
+def stock_inputs(picture: Picture, p: Preprocessing) -> dict[str, npt.NDArray[Any]]:
     """The same tiles."""
     return {"pixel_values": picture.inputs["pixel_values"]}
 
@@ -314,7 +315,7 @@ CHAT_TEMPLATE = """\
 
 FAMILY = Family(
     model_type="internvl",
-    preprocessing=contract.TilePreprocessing,
+    preprocessing=TilePreprocessing,
     axes=1,
     tiles=True,
     read=read,

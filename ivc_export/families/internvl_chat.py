@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from ivc_export import contract
+from ivc_export.contract.records import Count, Depth, Epsilon, Heads, Side, Tiles, TokenId, Width
 from ivc_export.errors import UserError
 from ivc_export.families.family import Model, StockLayout, renamed
 from ivc_export.families.internvl import FAMILY as TRANSFORMERS
@@ -39,14 +39,14 @@ class Whole(Settings):
 
     select_layer: Literal[-1] = -1
     pad2square: Literal[False] = False
-    force_image_size: contract.Side | None = None
+    force_image_size: Side | None = None
     downsample_ratio: Half = 1 / SHUFFLE
     dynamic_image_size: bool = False
     use_thumbnail: bool = False
     ps_version: Literal["v2"]
-    min_dynamic_patch: contract.Tiles = 1
-    max_dynamic_patch: contract.Tiles = 6
-    img_context_token_id: contract.TokenId | None = None
+    min_dynamic_patch: Tiles = 1
+    max_dynamic_patch: Tiles = 6
+    img_context_token_id: TokenId | None = None
     """null, as published: the original code asks the tokenizer."""
     tie_word_embeddings: bool = False
 
@@ -55,17 +55,17 @@ class Vision(Settings):
     """InternVisionConfig of the original code; what has no default here is not supported as it has it there."""
 
     num_channels: Literal[3] = 3
-    patch_size: contract.Side = 14
-    image_size: contract.Side = 224
+    patch_size: Side = 14
+    image_size: Side = 224
     qkv_bias: bool = False
-    hidden_size: contract.Width = 3200
-    num_attention_heads: contract.Heads = 25
-    intermediate_size: contract.Width = 12800
+    hidden_size: Width = 3200
+    num_attention_heads: Heads = 25
+    intermediate_size: Width = 12800
     qk_normalization: Literal[False]
-    num_hidden_layers: contract.Depth = 48
+    num_hidden_layers: Depth = 48
     hidden_act: Literal["gelu"] = "gelu"
     norm_type: Literal["layer_norm"]
-    layer_norm_eps: contract.Epsilon = 1e-6
+    layer_norm_eps: Epsilon = 1e-6
 
 
 class InternLM2Text(DecoderSettings):
@@ -73,13 +73,13 @@ class InternLM2Text(DecoderSettings):
 
     model_type: Literal["internlm2"] = "internlm2"
     vocab_size: Vocabulary = 103168
-    hidden_size: contract.Width = 4096
-    intermediate_size: contract.Width = 11008
+    hidden_size: Width = 4096
+    intermediate_size: Width = 11008
     num_hidden_layers: Layers = 32
-    num_attention_heads: contract.Heads = 32
-    num_key_value_heads: contract.Heads | None = None
-    max_position_embeddings: contract.Count = 2048
-    rms_norm_eps: contract.Epsilon = 1e-6
+    num_attention_heads: Heads = 32
+    num_key_value_heads: Heads | None = None
+    max_position_embeddings: Count = 2048
+    rms_norm_eps: Epsilon = 1e-6
     rope_parameters: PlainRope | None = None
     rope_scaling: PlainRope | None = None
     bias: Literal[False]

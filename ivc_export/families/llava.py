@@ -17,7 +17,8 @@ import onnx_ir as ir
 import PIL.Image
 from pydantic import AliasChoices, Field
 
-from ivc_export import contract
+from ivc_export.contract.manifest import DecoderSizes, Preprocessing, RotarySizes, SelectionRule, TilePreprocessing
+from ivc_export.contract.records import Depth, Epsilon, Frozen, Heads, Side, TokenId, Width
 from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, counted_positions, renamed, scaled_layer
 from ivc_export.families.pictures import TILES_ASPECT_LIMIT, Grid, Picture, check_shape, scaled_pixels
 from ivc_export.families.settings import (
@@ -52,7 +53,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 class Whole(Settings):
     """LlavaConfig of transformers."""
 
-    image_token_index: contract.TokenId = Field(
+    image_token_index: TokenId = Field(
         default=32000, validation_alias=AliasChoices("image_token_index", "image_token_id")
     )
     projector_hidden_act: Literal["gelu"] = "gelu"
@@ -66,15 +67,15 @@ class Vision(Settings):
     """CLIPVisionConfig of transformers."""
 
     model_type: Literal["clip_vision_model"] = "clip_vision_model"
-    hidden_size: contract.Width = 768
-    intermediate_size: contract.Width = 3072
-    num_hidden_layers: contract.Depth = 12
-    num_attention_heads: contract.Heads = 12
+    hidden_size: Width = 768
+    intermediate_size: Width = 3072
+    num_hidden_layers: Depth = 12
+    num_attention_heads: Heads = 12
     num_channels: Literal[3] = 3
-    image_size: Annotated[contract.Side, Square] = 224
-    patch_size: Annotated[contract.Side, Square] = 32
+    image_size: Annotated[Side, Square] = 224
+    patch_size: Annotated[Side, Square] = 32
     hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    layer_norm_eps: contract.Epsilon = 1e-5
+    layer_norm_eps: Epsilon = 1e-5
 
 
 class Pictures(PictureSettings):
@@ -91,16 +92,16 @@ class Pictures(PictureSettings):
     use_square_size: Literal[False] = False
 
 
-class VisionSizes(contract.Frozen):
+class VisionSizes(Frozen):
     """Sizes of the vision encoder; `layers` of them are run, up to the feature layer."""
 
-    layers: contract.Depth
-    width: contract.Width
-    heads: contract.Heads
-    mlp_size: contract.Width
-    image: contract.Side
-    patch: contract.Side
-    epsilon: contract.Epsilon
+    layers: Depth
+    width: Width
+    heads: Heads
+    mlp_size: Width
+    image: Side
+    patch: Side
+    epsilon: Epsilon
     activation: str
     projector_bias: bool
 
@@ -112,10 +113,8 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
     vision = read_vision(whole, config.get("vision_config"))
     return Model(
         decoder=decoder,
-        rotary=contract.RotarySizes(theta=text.theta, sections=(decoder.head_dim // 2,)),
-        selection=contract.SelectionRule(
-            ivc_fraction=0.05, seed_divisor=100, query_offset=2, softmax="all", whole_layers=(0,)
-        ),
+        rotary=RotarySizes(theta=text.theta, sections=(decoder.head_dim // 2,)),
+        selection=SelectionRule(ivc_fraction=0.05, seed_divisor=100, query_offset=2, softmax="all", whole_layers=(0,)),
         preprocessing=read_preprocessing(vision, Pictures.read(processor, PROCESSOR)),
         image_token=whole.image_token_index,
         vision_start_token=None,
@@ -159,7 +158,7 @@ def read_vision(whole: Whole, content: object) -> VisionSizes:
     return sizes
 
 
-def read_preprocessing(vision: VisionSizes, pictures: Pictures) -> contract.TilePreprocessing:
+def read_preprocessing(vision: VisionSizes, pictures: Pictures) -> TilePreprocessing:
     """The image processor's settings.
 
     Raises:
@@ -170,7 +169,7 @@ def read_preprocessing(vision: VisionSizes, pictures: Pictures) -> contract.Tile
         size = {"height": size, "width": size}
     check_edges("size", size, {"shortest_edge": side}, "the shorter side is scaled to the encoder's input")
     check_edges("crop_size", pictures.crop_size, {"height": side, "width": side}, "the encoder's input is cut out")
-    return contract.TilePreprocessing(
+    return TilePreprocessing(
         tile_pixels=side,
         tile_side=side // vision.patch,
         min_tiles=1,
@@ -245,17 +244,17 @@ def vision(g: Graph, model: Model) -> ir.Value:
         return g.reshape(x, -1, side**2, hidden)
 
 
-def default_layer(sizes: contract.DecoderSizes) -> DefaultLayer:
+def default_layer(sizes: DecoderSizes) -> DefaultLayer:
     """16 of 32 for 7B, as the official evaluation; others in proportion."""
     return scaled_layer(sizes, {32: 16}, 16, 32)
 
 
-def picture(image: PIL.Image.Image, p: contract.Preprocessing) -> Picture:
+def picture(image: PIL.Image.Image, p: Preprocessing) -> Picture:
     """Scale the shorter side to the encoder's input, cut out the middle, and normalise.
 
     Source: CLIPImageProcessor in transformers.
     """
-    assert isinstance(p, contract.TilePreprocessing)
+    assert isinstance(p, TilePreprocessing)
     check_shape(*image.size, TILES_ASPECT_LIMIT)
     short, side = min(image.size), p.tile_pixels
     width, height = (int(side * extent / short) for extent in image.size)
@@ -266,7 +265,7 @@ def picture(image: PIL.Image.Image, p: contract.Preprocessing) -> Picture:
     )
 
 
-def stock_inputs(picture: Picture, p: contract.Preprocessing) -> dict[str, npt.NDArray[Any]]:
+def stock_inputs(picture: Picture, p: Preprocessing) -> dict[str, npt.NDArray[Any]]:
     """The same pixels."""
     return {"pixel_values": picture.inputs["pixel_values"]}
 
@@ -291,7 +290,7 @@ ASSISTANT:
 
 FAMILY = Family(
     model_type="llava",
-    preprocessing=contract.TilePreprocessing,
+    preprocessing=TilePreprocessing,
     axes=1,
     tiles=False,
     read=read,

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from ivc_export import contract
+from ivc_export.contract.manifest import Preprocessing, Scaling, TilePreprocessing
 from ivc_export.errors import UserError
 
 STRIP = 32_000_000
@@ -68,7 +68,7 @@ def scaled_pixels(
     image: PIL.Image.Image,
     width: int,
     height: int,
-    scaling: contract.Scaling,
+    scaling: Scaling,
     box: tuple[int, int, int, int] | None = None,
 ) -> npt.NDArray[np.float32]:
     """A picture resized to width x height and normalised, float32 [rows, columns, 3].
@@ -112,9 +112,9 @@ def check_shape(width: int, height: int, limit: int) -> None:
         raise UserError(f"a picture of {width} x {height} is too elongated: crop it to an aspect ratio below {limit}")
 
 
-def covered(width: int, height: int, preprocessing: contract.Preprocessing) -> tuple[int, int, int, int]:
+def covered(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int, int, int]:
     """The part of a picture of this size that its visual tokens cover: left, top, right and bottom in its pixels."""
-    if not isinstance(preprocessing, contract.TilePreprocessing) or preprocessing.fit == "stretch":
+    if not isinstance(preprocessing, TilePreprocessing) or preprocessing.fit == "stretch":
         return 0, 0, width, height
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2

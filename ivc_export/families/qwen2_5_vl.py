@@ -9,7 +9,8 @@ from typing import Any, Literal
 import onnx_ir as ir
 from pydantic import Field
 
-from ivc_export import contract
+from ivc_export.contract.manifest import DecoderSizes, PatchPreprocessing
+from ivc_export.contract.records import Depth, Frozen, Heads, Side, Width
 from ivc_export.errors import UserError
 from ivc_export.families.family import DefaultLayer, Family, Model, scaled_layer
 from ivc_export.families.qwen2_vl import (
@@ -39,24 +40,24 @@ class Vision(Patches):
     """Qwen2_5_VLVisionConfig of transformers."""
 
     model_type: Literal["qwen2_5_vl", "qwen2_5_vl_vision"] = "qwen2_5_vl_vision"
-    depth: contract.Depth = 32
-    hidden_size: contract.Width = 3584
+    depth: Depth = 32
+    hidden_size: Width = 3584
     hidden_act: Literal["silu"] = "silu"
-    intermediate_size: contract.Width = 3420
-    num_heads: contract.Heads = 16
-    window_size: contract.Side = 112
-    out_hidden_size: contract.Width = 3584
+    intermediate_size: Width = 3420
+    num_heads: Heads = 16
+    window_size: Side = 112
+    out_hidden_size: Width = 3584
     """Of what the merger gives, which is the decoder's."""
     fullatt_block_indexes: Ints = (7, 15, 23, 31)
 
 
-class VisionSizes(contract.Frozen):
+class VisionSizes(Frozen):
     """Sizes of the vision encoder; `window` is a window's side in patches."""
 
-    depth: contract.Depth
-    embed_dim: contract.Width
-    heads: contract.Heads
-    mlp_size: contract.Width
+    depth: Depth
+    embed_dim: Width
+    heads: Heads
+    mlp_size: Width
     window: int = Field(gt=0, le=1024)
     full_blocks: tuple[int, ...]
 
@@ -154,7 +155,7 @@ def vision(g: Graph, model: Model) -> ir.Value:
     """
     sizes: VisionSizes = model.vision
     p = model.preprocessing
-    assert isinstance(p, contract.PatchPreprocessing)
+    assert isinstance(p, PatchPreprocessing)
     frames = g.extent(g.inputs["pixel_values"], 0)
     with g.scope("rotary"):
         cos, sin = rotary_angles(g, g.transpose(g.inputs["patch_position"], 1, 0), frequencies(sizes.head_dim))
@@ -197,14 +198,14 @@ def windowed_attention(g: Graph, sizes: VisionSizes, qkv: ir.Value, frames: ir.V
     return g.reshape(g.op("Gather", rows, layout.slot, axis=1), -1, width)
 
 
-def default_layer(sizes: contract.DecoderSizes) -> DefaultLayer:
+def default_layer(sizes: DecoderSizes) -> DefaultLayer:
     """22 of 36 for 3B and 16 of 28 for 7B, as the official evaluation; others in proportion."""
     return scaled_layer(sizes, {36: 22, 28: 16}, 16, 28)
 
 
 FAMILY = Family(
     model_type="qwen2_5_vl",
-    preprocessing=contract.PatchPreprocessing,
+    preprocessing=PatchPreprocessing,
     axes=3,
     tiles=False,
     read=read,

@@ -12,7 +12,8 @@ import onnx_ir as ir
 import PIL.Image
 from pydantic import Field
 
-from ivc_export import contract
+from ivc_export.contract.manifest import DecoderSizes, PatchPreprocessing, Preprocessing, RotarySizes, SelectionRule
+from ivc_export.contract.records import Count, Depth, Epsilon, Frozen, Heads, TokenId, Width
 from ivc_export.errors import UserError
 from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, renamed, scaled_layer
 from ivc_export.families.pictures import Grid, Picture, check_shape, scaled_pixels
@@ -55,13 +56,13 @@ class Text(WindowedText):
     default_theta: ClassVar[float] = 1e6
 
     vocab_size: Vocabulary = 152064
-    hidden_size: contract.Width = 8192
-    intermediate_size: contract.Width = 29568
+    hidden_size: Width = 8192
+    intermediate_size: Width = 29568
     num_hidden_layers: Layers = 80
-    num_attention_heads: contract.Heads = 64
-    num_key_value_heads: contract.Heads | None = 8
-    max_position_embeddings: contract.Count = 32768
-    rms_norm_eps: contract.Epsilon = 1e-5
+    num_attention_heads: Heads = 64
+    num_key_value_heads: Heads | None = 8
+    max_position_embeddings: Count = 32768
+    rms_norm_eps: Epsilon = 1e-5
     rope_parameters: MRope | None = None
     rope_scaling: MRope | None = None
     max_window_layers: Windows = 80
@@ -70,9 +71,9 @@ class Text(WindowedText):
 class Whole(Settings):
     """Qwen2VLConfig of transformers."""
 
-    image_token_id: contract.TokenId = 151655
-    vision_start_token_id: contract.TokenId = 151652
-    vision_end_token_id: contract.TokenId = 151653
+    image_token_id: TokenId = 151655
+    vision_start_token_id: TokenId = 151652
+    vision_end_token_id: TokenId = 151653
     tie_word_embeddings: bool = False
 
 
@@ -98,13 +99,13 @@ class Vision(Patches):
     """Qwen2VLVisionConfig of transformers."""
 
     model_type: Literal["qwen2_vl", "qwen2_vl_vision"] = "qwen2_vl_vision"
-    depth: contract.Depth = 32
-    embed_dim: contract.Width = 1280
-    hidden_size: contract.Width = 3584
+    depth: Depth = 32
+    embed_dim: Width = 1280
+    hidden_size: Width = 3584
     """Of what the merger gives, which is the decoder's."""
     hidden_act: Literal["quick_gelu"] = "quick_gelu"
     mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4
-    num_heads: contract.Heads = 16
+    num_heads: Heads = 16
 
 
 class Pictures(PictureSettings):
@@ -113,20 +114,20 @@ class Pictures(PictureSettings):
     image_processor_type: Annotated[Literal["Qwen2VLImageProcessor"], Backendless] = "Qwen2VLImageProcessor"
     size: Any = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}  # noqa: RUF012
     """Pixels of the resized picture, fewest and most; min_pixels and max_pixels count before it."""
-    min_pixels: contract.Count | None = None
-    max_pixels: contract.Count | None = None
+    min_pixels: Count | None = None
+    max_pixels: Count | None = None
     patch_size: int | None = None
     merge_size: int | None = None
     temporal_patch_size: int | None = None
 
 
-class VisionSizes(contract.Frozen):
+class VisionSizes(Frozen):
     """Sizes of the vision encoder."""
 
-    depth: contract.Depth
-    embed_dim: contract.Width
-    heads: contract.Heads
-    mlp_size: contract.Width
+    depth: Depth
+    embed_dim: Width
+    heads: Heads
+    mlp_size: Width
 
     @property
     def head_dim(self) -> int:
@@ -176,8 +177,8 @@ def read_around(
         )
     return Model(
         decoder=decoder,
-        rotary=contract.RotarySizes(theta=text.theta, sections=sections),
-        selection=contract.SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2),
+        rotary=RotarySizes(theta=text.theta, sections=sections),
+        selection=SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2),
         preprocessing=read_preprocessing(vision, Pictures.read(processor, PROCESSOR)),
         image_token=whole.image_token_id,
         vision_start_token=whole.vision_start_token_id,
@@ -186,7 +187,7 @@ def read_around(
     )
 
 
-def read_preprocessing(vision: Patches, pictures: Pictures) -> contract.PatchPreprocessing:
+def read_preprocessing(vision: Patches, pictures: Pictures) -> PatchPreprocessing:
     """The image processor's settings.
 
     Raises:
@@ -207,7 +208,7 @@ def read_preprocessing(vision: Patches, pictures: Pictures) -> contract.PatchPre
         refuse("size", pictures.size, PROCESSOR, known)
     if fewest > most:
         refuse("min_pixels", fewest, PROCESSOR, f"max_pixels is {most}, and there is no size between them")
-    return contract.PatchPreprocessing(
+    return PatchPreprocessing(
         patch_size=vision.patch_size,
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=vision.temporal_patch_size,
@@ -229,7 +230,7 @@ def vision(g: Graph, model: Model) -> ir.Value:
     """
     sizes: VisionSizes = model.vision
     p = model.preprocessing
-    assert isinstance(p, contract.PatchPreprocessing)
+    assert isinstance(p, PatchPreprocessing)
     frames = g.extent(g.inputs["pixel_values"], 0)
     with g.scope("rotary"):
         cos, sin = rotary_angles(g, g.transpose(g.inputs["patch_position"], 1, 0), frequencies(sizes.head_dim))
@@ -253,7 +254,7 @@ def frequencies(head_dim: int) -> npt.NDArray[np.float64]:
     return np.stack([np.pad(table, (0, quarter)), np.pad(table, (quarter, 0))])
 
 
-def patch_rows(g: Graph, p: contract.PatchPreprocessing, width: int) -> ir.Value:
+def patch_rows(g: Graph, p: PatchPreprocessing, width: int) -> ir.Value:
     """Embedded patches [B patches, width]: the convolution over one patch is a Gemm on the same bytes."""
     kernel = g.weight(
         "visual.patch_embed.proj.weight",
@@ -280,12 +281,12 @@ def block(
         return g.op("Add", x, linear(g, y, f"{name}.mlp.fc2", width, sizes.mlp_size, bias=True))
 
 
-def default_layer(sizes: contract.DecoderSizes) -> DefaultLayer:
+def default_layer(sizes: DecoderSizes) -> DefaultLayer:
     """16 of 28, and in proportion: none is published for Qwen2-VL, so this is uncalibrated."""
     return scaled_layer(sizes, {}, 16, 28)
 
 
-def resized(height: int, width: int, p: contract.PatchPreprocessing) -> tuple[int, int]:
+def resized(height: int, width: int, p: PatchPreprocessing) -> tuple[int, int]:
     """The size that a picture is scaled to: multiples of patch x merge, within min_pixels and max_pixels.
 
     Source: smart_resize of Qwen2VLImageProcessor in transformers.
@@ -302,12 +303,12 @@ def resized(height: int, width: int, p: contract.PatchPreprocessing) -> tuple[in
     return rows * unit, columns * unit
 
 
-def picture(image: PIL.Image.Image, p: contract.Preprocessing) -> Picture:
+def picture(image: PIL.Image.Image, p: Preprocessing) -> Picture:
     """Scale, normalise and cut a picture into patches, merge blocks of patches row-major.
 
     Source: Qwen2VLImageProcessor in transformers; a still picture repeats over the temporal patch.
     """
-    assert isinstance(p, contract.PatchPreprocessing)
+    assert isinstance(p, PatchPreprocessing)
     height, width = resized(image.height, image.width, p)
     pixels = scaled_pixels(image, width, height, p)
     rows, columns = height // p.patch_size, width // p.patch_size
@@ -340,9 +341,9 @@ def positions(segments: Sequence[int | Grid], start: int) -> tuple[npt.NDArray[n
     return np.concatenate(parts, axis=1).astype(np.int32), start
 
 
-def stock_inputs(picture: Picture, p: contract.Preprocessing) -> dict[str, npt.NDArray[Any]]:
+def stock_inputs(picture: Picture, p: Preprocessing) -> dict[str, npt.NDArray[Any]]:
     """Patches, and the grid of patches (time, rows, columns)."""
-    assert isinstance(p, contract.PatchPreprocessing)
+    assert isinstance(p, PatchPreprocessing)
     grid = np.array([(1, p.merge_size * picture.grid.rows, p.merge_size * picture.grid.columns)])
     return {"pixel_values": picture.inputs["pixel_values"][0], "image_grid_thw": grid}
 
@@ -376,7 +377,7 @@ TOKEN_TEXTS = TokenTexts("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
 
 FAMILY = Family(
     model_type="qwen2_vl",
-    preprocessing=contract.PatchPreprocessing,
+    preprocessing=PatchPreprocessing,
     axes=3,
     tiles=False,
     read=read,

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from ivc_export.contract import Factor, Level, Resample
+from ivc_export.contract.manifest import Resample
+from ivc_export.contract.records import Factor, Level
 from ivc_export.errors import UserError
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class PictureSettings(Settings):
 
     @property
     def scaling(self) -> dict[str, Any]:
-        """The fields of contract.Scaling."""
+        """The fields of contract.manifest.Scaling."""
         return {
             "rescale_factor": self.rescale_factor if self.do_rescale else 1.0,
             "mean": self.image_mean if self.do_normalize else (0.0, 0.0, 0.0),

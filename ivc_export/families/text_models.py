@@ -6,7 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Strict
 
-from ivc_export import contract
+from ivc_export.contract.manifest import DecoderSizes
+from ivc_export.contract.records import INT32_MOST, Count, Epsilon, Heads, Width
 from ivc_export.errors import UserError
 from ivc_export.families.settings import CONFIG, One, Settings, check_divides, refuse
 
@@ -14,7 +15,7 @@ Theta = Annotated[float, Field(gt=0, le=1e12)]
 Vocabulary = Annotated[int, Field(gt=0, le=1 << 24)]
 Layers = Annotated[int, Field(gt=1, le=1000)]
 HeadSize = Annotated[int, Field(gt=0, le=4096)]
-Windows = Annotated[int, Field(ge=0, le=contract.INT32_MOST)]
+Windows = Annotated[int, Field(ge=0, le=INT32_MOST)]
 
 
 class RopeSettings(Settings):
@@ -39,17 +40,17 @@ class DecoderSettings(Settings):
     default_theta: ClassVar[float] = 10000.0
 
     vocab_size: Vocabulary
-    hidden_size: contract.Width
-    intermediate_size: contract.Width
+    hidden_size: Width
+    intermediate_size: Width
     num_hidden_layers: Layers
-    num_attention_heads: contract.Heads
-    num_key_value_heads: contract.Heads | None
+    num_attention_heads: Heads
+    num_key_value_heads: Heads | None
     """null: as many as num_attention_heads."""
     head_dim: HeadSize | None = None
     """null: hidden_size / num_attention_heads."""
     hidden_act: Literal["silu", "swish"] = "silu"
-    max_position_embeddings: contract.Count
-    rms_norm_eps: contract.Epsilon
+    max_position_embeddings: Count
+    rms_norm_eps: Epsilon
     rope_theta: Theta | None = None
     rope_parameters: RopeSettings | None = None
     rope_scaling: RopeSettings | None = None
@@ -73,13 +74,13 @@ class LlamaText(DecoderSettings):
 
     model_type: Literal["llama"] = "llama"
     vocab_size: Vocabulary = 32000
-    hidden_size: contract.Width = 4096
-    intermediate_size: contract.Width = 11008
+    hidden_size: Width = 4096
+    intermediate_size: Width = 11008
     num_hidden_layers: Layers = 32
-    num_attention_heads: contract.Heads = 32
-    num_key_value_heads: contract.Heads | None = None
-    max_position_embeddings: contract.Count = 2048
-    rms_norm_eps: contract.Epsilon = 1e-6
+    num_attention_heads: Heads = 32
+    num_key_value_heads: Heads | None = None
+    max_position_embeddings: Count = 2048
+    rms_norm_eps: Epsilon = 1e-6
     rope_parameters: PlainRope | None = None
     rope_scaling: PlainRope | None = None
     attention_bias: Literal[False] = False
@@ -122,19 +123,19 @@ class Qwen2Text(WindowedText):
 
     model_type: Literal["qwen2"] = "qwen2"
     vocab_size: Vocabulary = 151936
-    hidden_size: contract.Width = 4096
-    intermediate_size: contract.Width = 22016
+    hidden_size: Width = 4096
+    intermediate_size: Width = 22016
     num_hidden_layers: Layers = 32
-    num_attention_heads: contract.Heads = 32
-    num_key_value_heads: contract.Heads | None = 32
-    max_position_embeddings: contract.Count = 32768
-    rms_norm_eps: contract.Epsilon = 1e-6
+    num_attention_heads: Heads = 32
+    num_key_value_heads: Heads | None = 32
+    max_position_embeddings: Count = 32768
+    rms_norm_eps: Epsilon = 1e-6
     rope_parameters: PlainRope | None = None
     rope_scaling: PlainRope | None = None
     max_window_layers: Windows = 28
 
 
-def read_decoder(text: DecoderSettings, tied: bool, qkv_bias: bool) -> contract.DecoderSizes:
+def read_decoder(text: DecoderSettings, tied: bool, qkv_bias: bool) -> DecoderSizes:
     """Sizes of a decoder.
 
     Raises:
@@ -149,7 +150,7 @@ def read_decoder(text: DecoderSettings, tied: bool, qkv_bias: bool) -> contract.
     else:
         check_divides(("head_dim", text.head_dim, 2))
     check_divides(("num_attention_heads", heads, kv_heads))
-    return contract.DecoderSizes(
+    return DecoderSizes(
         layers=text.num_hidden_layers,
         hidden_size=hidden,
         intermediate_size=text.intermediate_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ivc_export.contract import DecoderSizes
+from ivc_export.contract.manifest import DecoderSizes
 from ivc_export.graph.builder import Graph
 from ivc_export.graph.rotary import rotate
 

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ivc_export import contract
 from ivc_export.checkpoint.weights import Weights
+from ivc_export.contract.manifest import GraphInfo
+from ivc_export.contract.names import IR_VERSION, IVC_DOMAIN, IVC_VERSION, OPSET, GraphName
+from ivc_export.contract.operators import verify_graph
+from ivc_export.dtypes import FLOATS, FloatName, data_type
 from ivc_export.graph.functions import function
 
 FLOAT = ir.DataType.FLOAT
@@ -25,11 +28,11 @@ class Graph:
     written, also where the graph is float32, so that graphs of all dtypes have the same nodes.
     """
 
-    def __init__(self, info: contract.GraphInfo, dtype: contract.FloatName, weights: Weights) -> None:
+    def __init__(self, info: GraphInfo, dtype: FloatName, weights: Weights) -> None:
         self.info = info
-        self.dtype = contract.FLOATS[dtype]
+        self.dtype = FLOATS[dtype]
         self.weights = weights
-        self.inputs = {t.name: ir.val(t.name, dtype=contract.data_type(t.dtype), shape=t.shape) for t in info.inputs}
+        self.inputs = {t.name: ir.val(t.name, dtype=data_type(t.dtype), shape=t.shape) for t in info.inputs}
         self._outputs: dict[str, ir.Value] = {}
         self._tape = ir.tape.Tape()
         self._weights: dict[str, ir.Value] = {}
@@ -66,7 +69,7 @@ class Graph:
     def call_with_outputs(self, outputs: int, name: str, *inputs: ir.Value, **attributes: Any) -> Sequence[ir.Value]:
         """Call the `ivc` function `name`, and return its outputs."""
         self._functions[name] = function(name)
-        return self.op_with_outputs(outputs, name, *inputs, domain=contract.IVC_DOMAIN, **attributes)
+        return self.op_with_outputs(outputs, name, *inputs, domain=IVC_DOMAIN, **attributes)
 
     def _unique(self, stem: str) -> str:
         """`stem`, or with a number where it has been given before."""
@@ -76,7 +79,7 @@ class Graph:
     def output(self, name: str, value: ir.Value) -> None:
         """Make `value` the graph's output `name`."""
         info = next(t for t in self.info.outputs if t.name == name)
-        value.name, value.dtype, value.shape = name, contract.data_type(info.dtype), ir.Shape(info.shape)
+        value.name, value.dtype, value.shape = name, data_type(info.dtype), ir.Shape(info.shape)
         self._outputs[name] = value
 
     def constant(self, value: Any, dtype: ir.DataType) -> ir.Value:
@@ -128,7 +131,7 @@ class Graph:
         """The extent of one axis, int64 [1]; by Gather, since TensorRT 8.6 ignores Shape's start and end."""
         return self.op("Gather", self.op("Shape", x), self.ints(axis), axis=0)
 
-    def model(self, name: contract.GraphName) -> ir.Model:
+    def model(self, name: GraphName) -> ir.Model:
         """Finish: a model with the contract's inputs and outputs, checked against it."""
         functions = [self._functions[key].clone() for key in sorted(self._functions)]
         graph = ir.Graph(
@@ -136,9 +139,9 @@ class Graph:
             [self._outputs[t.name] for t in self.info.outputs],
             nodes=self._tape.nodes,
             initializers=[*self._weights.values(), *self._constants.values()],
-            opset_imports={"": contract.OPSET} | ({contract.IVC_DOMAIN: contract.IVC_VERSION} if functions else {}),
+            opset_imports={"": OPSET} | ({IVC_DOMAIN: IVC_VERSION} if functions else {}),
             name=name,
         )
-        model = ir.Model(graph, ir_version=contract.IR_VERSION, producer_name="ivc-export", functions=functions)
-        contract.verify(name, model, self.info)
+        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="ivc-export", functions=functions)
+        verify_graph(name, model, self.info)
         return model

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
 
-from ivc_export.contract import DecoderSizes, RotarySizes
+from ivc_export.contract.manifest import DecoderSizes, RotarySizes
 from ivc_export.graph.attention import attention, causal_mask, split_heads
 from ivc_export.graph.builder import Graph
 from ivc_export.graph.linear import gated_mlp, linear

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ivc_export.contract import RotarySizes
+from ivc_export.contract.manifest import RotarySizes
 from ivc_export.graph.builder import FLOAT, Graph
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ivc_export import contract
-from ivc_export.contract import IVC_DOMAIN, PLUGIN_OPERATORS, AnyGraphName, GraphInfo, in_place_info
+from ivc_export.contract.graphs import in_place_info
+from ivc_export.contract.manifest import GraphInfo
+from ivc_export.contract.names import IVC_DOMAIN, OPSET, AnyGraphName
+from ivc_export.contract.operators import PLUGIN_OPERATORS, verify_graph
 from ivc_export.lowering.in_place_caches import CompactCachesPass
 from ivc_export.lowering.inline import InlinePass
 from ivc_export.lowering.onnxruntime.activations import FuseActivationsPass
@@ -39,7 +41,7 @@ class Lowering:
     passes: Callable[[], Passes]
     operators: Operators = frozenset()
     io: Callable[[GraphInfo], GraphInfo] = lambda info: info
-    opset: int = contract.OPSET
+    opset: int = OPSET
     hidden_scale: float = 1.0
     exported: bool = False
 
@@ -59,7 +61,7 @@ class Lowering:
         Raises:
             AssertionError: it breaks it; a bug.
         """
-        contract.verify(name, model, self.io(portable), self.operators, self.opset)
+        verify_graph(name, model, self.io(portable), self.operators, self.opset)
 
 
 def fused(*more: ir.passes.PassBase) -> Passes:

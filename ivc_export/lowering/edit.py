@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ivc_export.contract import IVC_DOMAIN
+from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering.types import types_of
 
 CONTRIB = "com.microsoft"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ivc_export.contract import IVC_DOMAIN, TensorName, in_place_lengths
+from ivc_export.contract.graphs import TensorName, in_place_lengths
+from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering.edit import Editor
 
 INT32 = ir.DataType.INT32
@@ -15,9 +16,9 @@ class CompactCachesPass(ir.passes.InPlacePass):
     """Compact the caches of the layers below the cut, which prefix has written this run's rows to.
 
     1. Needs: graphs whose attention writes its caches in place.
-    2. Leaves: inputs and outputs as contract.in_place_info says. Where rows are chosen, cache_index, for each row of a
-       cache the row that it holds after compaction; where rows are dropped, cache_index and the caches below the cut as
-       inputs, and compact_key.i and compact_value.i as whole caches. No new_key.i and new_value.i.
+    2. Leaves: inputs and outputs as contract.graphs.in_place_info says. Where rows are chosen, cache_index, for each
+       row of a cache the row that it holds after compaction; where rows are dropped, cache_index and the caches below
+       the cut as inputs, and compact_key.i and compact_value.i as whole caches. No new_key.i and new_value.i.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from ivc_export.contract import IVC_DOMAIN
+from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering.types import Types, add_types, types_of
 
 FOLDED: Mapping[str, Callable[..., npt.NDArray[Any]]] = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from ivc_export.contract import IVC_DOMAIN, IVC_VERSION, TensorName
+from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.names import IVC_DOMAIN, IVC_VERSION
 from ivc_export.lowering.edit import called
 
 ABOVE = "above"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, MutableMapping
 
 import onnx_ir as ir
 
-from ivc_export.contract import IVC_DOMAIN
+from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.graph.functions import RESULTS
 
 BOOLEANS = frozenset(("And", "Equal", "Greater", "GreaterOrEqual", "Less", "Not", "Or"))

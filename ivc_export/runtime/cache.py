@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ivc_export.contract import DecoderSizes, TensorName
+from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.manifest import DecoderSizes
 from ivc_export.errors import UserError
 
 MOST = 2**31 - 1

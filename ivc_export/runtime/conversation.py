@@ -13,7 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import FloatName, GraphName, TensorName, check_ratio
+from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.names import GraphName
+from ivc_export.contract.ratio import check_ratio
+from ivc_export.dtypes import FloatName
 from ivc_export.families.pictures import Picture
 from ivc_export.runtime.cache import KVCache
 from ivc_export.runtime.plan import Run, check_kept, check_picture, plan_run

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ivc_export import families
-from ivc_export.contract import Manifest, kept_tokens
+from ivc_export.contract.manifest import Manifest
+from ivc_export.contract.ratio import kept_tokens
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Grid, Picture
 from ivc_export.selection.ivc_prune import ivc_priority

@@ -11,7 +11,7 @@ from tokenizers.decoders import DecodeStream
 
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from ivc_export.contract.names import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Grid, Picture, covered
 from ivc_export.files import read_object, read_text

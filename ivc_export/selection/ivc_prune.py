@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ivc_export import contract
+from ivc_export.contract.manifest import RotarySizes, SelectionRule
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -39,7 +39,7 @@ def descending(score: npt.NDArray[Any]) -> Ints:
     return np.argsort(-score, kind="stable").astype(np.int32)
 
 
-def ivc_priority(positions: Ints, rotary: contract.RotarySizes, head_dim: int, rule: contract.SelectionRule) -> Floats:
+def ivc_priority(positions: Ints, rotary: RotarySizes, head_dim: int, rule: SelectionRule) -> Floats:
     """Priorities of one picture's implicit-visual-coordinate tokens; they depend on positions alone.
 
     positions: int32 [axes, L]. Returns float32 [L]: 0, or for IVC tokens IVC_PRIORITY and less. These are the
@@ -65,7 +65,7 @@ def ivc_priority(positions: Ints, rotary: contract.RotarySizes, head_dim: int, r
     return priority
 
 
-def sharers(rule: contract.SelectionRule, text_index: Ints) -> Ints:
+def sharers(rule: SelectionRule, text_index: Ints) -> Ints:
     """Rows that share a vote with the visual tokens."""
     return text_index if rule.softmax == "all" else text_index[:0]
 
@@ -144,7 +144,7 @@ def select(
     text_index: Ints,
     query_index: Ints,
     keep_count: int,
-    rule: contract.SelectionRule,
+    rule: SelectionRule,
     tiles: Mapping[str, Ints] | None = None,
     seed_index: Ints | None = None,
 ) -> Selected:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ivc_export import contract
+from ivc_export.contract.manifest import SelectionRule
 from ivc_export.graph.builder import Graph
 
 SELECTIONS = ("SelectTileTokens", "SelectTokens")
 """The `ivc` operators that choose visual tokens."""
 
 
-def selection_operator(rule: contract.SelectionRule) -> str:
+def selection_operator(rule: SelectionRule) -> str:
     """The `ivc` operator that chooses by `rule`."""
     return "SelectTileTokens" if rule.tiles else "SelectTokens"
 
 
-def select_tokens(g: Graph, rule: contract.SelectionRule, values: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+def select_tokens(g: Graph, rule: SelectionRule, values: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Add the rule's operator on `values` [1, kv_heads, S, head_dim]: keep_index, token_score, seed_index."""
     names = ["ivc_priority", "visual_index", "text_index", "query_index", "keep_count"]
     attributes = {"seed_divisor": rule.seed_divisor}

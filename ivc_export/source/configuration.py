@@ -9,11 +9,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ivc_export import contract, families
+from ivc_export import families
 from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.checkpoint.kinds import check_tensors, check_whole
 from ivc_export.checkpoint.weights import Weights, main_dtype
-from ivc_export.contract import PREPROCESSOR
+from ivc_export.contract.names import PREPROCESSOR
+from ivc_export.contract.records import first_problem
 from ivc_export.errors import UserError
 from ivc_export.families.family import Family, Model
 from ivc_export.source.prompts import PROCESSOR, Prompts, read_prompts
@@ -69,7 +70,7 @@ def described(checkpoint: Checkpoint) -> Iterator[None]:
         yield
     except (ValidationError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(
-            f"the JSON files of {checkpoint.folder} do not describe a model ({contract.first_problem(error)}): "
+            f"the JSON files of {checkpoint.folder} do not describe a model ({first_problem(error)}): "
             "give the checkpoint's own files"
         ) from error
 

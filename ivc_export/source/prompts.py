@@ -10,7 +10,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ivc_export.checkpoint.folder import Checkpoint
-from ivc_export.contract import CHAT_TEMPLATE, TOKENIZER_CONFIG, SpecialTokens
+from ivc_export.contract.manifest import SpecialTokens
+from ivc_export.contract.names import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from ivc_export.errors import UserError
 from ivc_export.families.family import Family, Model
 from ivc_export.text.sampling import GENERATION_CONFIG, greedy_note

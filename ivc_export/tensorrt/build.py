@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ivc_export.bundle import staging
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import GRAPH_NAMES, GraphName
+from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.errors import UserError
 from ivc_export.tensorrt.compile import compile_graph
 from ivc_export.tensorrt.footprint import Footprint, check_memory, estimate

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from rich.filesize import decimal
 
-from ivc_export import contract
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import GraphName
+from ivc_export.contract.names import GraphName
+from ivc_export.dtypes import FLOATS
 from ivc_export.errors import UserError
 from ivc_export.graph.counting import count
 from ivc_export.tensorrt.memory import available_bytes
@@ -41,7 +41,7 @@ def estimate(bundle: Bundle, recipe: EngineRecipe, models: Mapping[GraphName, ir
     """Estimate memory from the graphs themselves, at the profiles' maxima."""
     m = bundle.manifest
     activations = {}
-    dtype = contract.FLOATS[recipe.dtype or m.dtype]
+    dtype = FLOATS[recipe.dtype or m.dtype]
     for name, model in models.items():
         largest = {axis: extents[2] for axis, extents in profiles(bundle, name, recipe)["prefill"].items()}
         activations[name] = count(ir.to_proto(model), largest).peak_bytes

@@ -7,7 +7,8 @@ from typing import Any
 import onnx_ir as ir
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import FloatName, GraphName
+from ivc_export.contract.names import GraphName
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.lowering import lower
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass

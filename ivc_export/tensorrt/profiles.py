@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import GraphName
+from ivc_export.contract.names import GraphName
 from ivc_export.tensorrt.recipe import EngineRecipe
 
 Extents = dict[str, tuple[int, int, int]]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ivc_export.contract import MOST_VISUAL, FloatName
+from ivc_export.contract.names import MOST_VISUAL
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.tensorrt.library import Target
 

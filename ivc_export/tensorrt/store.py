@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from ivc_export import __version__, contract
+from ivc_export import __version__
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import GRAPH_NAMES, FloatName, Frozen, GraphName
+from ivc_export.contract.names import GRAPH_NAMES, GraphName
+from ivc_export.contract.records import Frozen, first_problem
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.files import check_regular, confined, read_bytes, read_object
 from ivc_export.tensorrt.graphs import residual_scale
@@ -221,7 +223,7 @@ def read_record(path: Path, mend: str) -> EngineRecord:
     try:
         record = EngineRecord.model_validate_json(json.dumps(content))  # as JSON, where lists stand for tuples
     except (ValidationError, UserError) as error:
-        raise UserError(f"{path} cannot be used ({contract.first_problem(error)}): {mend}") from error
+        raise UserError(f"{path} cannot be used ({first_problem(error)}): {mend}") from error
     for contradiction in record.contradictions():
         raise UserError(f"{path} cannot be used ({contradiction}): {mend}")
     return record

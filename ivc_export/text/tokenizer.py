@@ -11,7 +11,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ivc_export.checkpoint.folder import Checkpoint
-from ivc_export.contract import INT32_MOST, TOKENIZER, TOKENIZER_CONFIG
+from ivc_export.contract.names import TOKENIZER, TOKENIZER_CONFIG
+from ivc_export.contract.records import INT32_MOST
 from ivc_export.errors import UserError
 from ivc_export.files import parse_json, read_text
 from ivc_export.text.conversion import converted

@@ -13,11 +13,13 @@ import numpy.typing as npt
 import PIL.Image
 import torch
 
-from ivc_export import contract, families
+from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.recording import Key, Recording, identity
 from ivc_export.checkpoint.folder import Checkpoint
-from ivc_export.contract import check_ratio
+from ivc_export.contract.manifest import Manifest
+from ivc_export.contract.ratio import check_ratio
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Picture
 from ivc_export.source.configuration import read_configuration
@@ -71,7 +73,7 @@ def record(
     return Recording(facts, found)
 
 
-def outputs(turn: ReferenceTurn, m: contract.Manifest) -> Mapping[tuple[str, str], npt.NDArray[Any]]:
+def outputs(turn: ReferenceTurn, m: Manifest) -> Mapping[tuple[str, str], npt.NDArray[Any]]:
     """What the graphs should give in this prefill, by graph and name."""
     found: dict[tuple[str, str], torch.Tensor] = {
         ("prefix", "hidden_states"): turn.hidden_states,
@@ -92,7 +94,7 @@ def outputs(turn: ReferenceTurn, m: contract.Manifest) -> Mapping[tuple[str, str
     return {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in found.items()}
 
 
-def round_weights(model: torch.nn.Module, dtype: contract.FloatName) -> None:
+def round_weights(model: torch.nn.Module, dtype: FloatName) -> None:
     """Round float32 parameters to `dtype`, as an export to it does; no change where the checkpoint has it already."""
     if dtype != "float32":
         for parameter in model.parameters():

@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from ivc_export import contract, families
+from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.recording import Recording, identity
-from ivc_export.contract import FloatName, TensorName
+from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.manifest import Manifest, SelectionRule
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.runtime.conversation import OpenSession, Step
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
@@ -185,7 +187,7 @@ def compare(
     return report, prefill
 
 
-def check_whole(reference: Recording, m: contract.Manifest, steps: int, pictures: bool) -> None:
+def check_whole(reference: Recording, m: Manifest, steps: int, pictures: bool) -> None:
     """Check that a recorded run holds what `compare` compares, in shapes that can be.
 
     Raises:
@@ -235,9 +237,7 @@ def find_tolerances(session: OpenSession) -> dict[str, float]:
     return {kind: bound for kind, (bound, _) in found.items()}
 
 
-def compare_prefill(
-    step: Step, reference: Recording, m: contract.Manifest, tolerance: Mapping[str, float]
-) -> list[Comparison]:
+def compare_prefill(step: Step, reference: Recording, m: Manifest, tolerance: Mapping[str, float]) -> list[Comparison]:
     """Everything that passes between the graphs in one prefill."""
     cut, found = m.selection_layer, []
     vision, wanted = reference.of("prefill", "vision"), reference.of("prefill", "prefix")
@@ -265,7 +265,7 @@ def compare_prefill(
 
 
 def compare_selection(
-    step: Step, wanted: Mapping[str, Array], m: contract.Manifest, tolerance: Mapping[str, float]
+    step: Step, wanted: Mapping[str, Array], m: Manifest, tolerance: Mapping[str, float]
 ) -> list[Comparison]:
     """The choice, twice: against NumPy on the graph's own values, and against the reference.
 
@@ -282,7 +282,7 @@ def compare_selection(
     ]
 
 
-def choose(values: Floats, run: Run, rule: contract.SelectionRule, seed_index: Ints | None = None) -> Selected:
+def choose(values: Floats, run: Run, rule: SelectionRule, seed_index: Ints | None = None) -> Selected:
     """The choice in NumPy by `values` [kv_heads, S, head_dim], with the seeds given or its own."""
     rows = (run.visual_index, run.text_index, run.query_index)
     return select(values, run.ivc_priority, *rows, run.keep_count, rule, run.tiles, seed_index)
@@ -293,7 +293,7 @@ def compare_choice(
     own: Floats,
     values: Floats,
     wanted: Selected,
-    rule: contract.SelectionRule,
+    rule: SelectionRule,
     tolerance: float,
     suffix: str,
 ) -> list[Comparison]:

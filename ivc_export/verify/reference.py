@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from ivc_export.contract import SelectionRule
+from ivc_export.contract.manifest import SelectionRule
 from ivc_export.errors import UserError
 
 

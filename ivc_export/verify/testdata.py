@@ -13,7 +13,7 @@ import PIL.ImageDraw
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.recording import Key, Recording
-from ivc_export.contract import GraphName
+from ivc_export.contract.names import GraphName
 from ivc_export.families.pictures import Picture
 from ivc_export.runtime.conversation import Conversation, Session
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession

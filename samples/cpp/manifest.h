@@ -1,4 +1,4 @@
-// manifest.json, checked before anything is computed of it: by the limits of ivc_export/contract.py, and one field by
+// manifest.json, checked before anything is computed of it: by the limits of ivc_export/contract, and one field by
 // another.
 #pragma once
 

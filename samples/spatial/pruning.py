@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ivc_export.contract import RotarySizes, SelectionRule
+from ivc_export.contract.manifest import RotarySizes, SelectionRule
 from ivc_export.selection.ivc_prune import ivc_priority
 from samples.spatial.held_out import Evidence
 from samples.spatial.network import CONFIG

@@ -27,7 +27,7 @@ from ivc_export.bench.sides import Answer, BundleSide
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.folder import read_index
 from ivc_export.cli import ivc_bench
-from ivc_export.contract import GRAPH_NAMES
+from ivc_export.contract.names import GRAPH_NAMES
 from ivc_export.errors import UserError
 from ivc_export.exporter.estimate import TEXT, Size, estimate_bundle
 from ivc_export.exporter.pipeline import export

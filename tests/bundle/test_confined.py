@@ -13,7 +13,8 @@ import pytest
 
 from ivc_export import cli
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import MANIFEST, constants_sha256
+from ivc_export.contract.manifest import constants_sha256
+from ivc_export.contract.names import MANIFEST
 
 ASK = ["--prompt", "Where?", "--max-tokens", "1"]
 

@@ -12,7 +12,8 @@ import pytest
 from ivc_export import cli
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.integrity import verify_files
-from ivc_export.contract import CONSTANTS, MANIFEST, constants_sha256
+from ivc_export.contract.manifest import CONSTANTS, constants_sha256
+from ivc_export.contract.names import MANIFEST
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from ivc_export import cli
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.integrity import verify_files
-from ivc_export.contract import GRAPH_NAMES, MANIFEST
+from ivc_export.contract.names import GRAPH_NAMES, MANIFEST
 from tests.conftest import SHAPES
 
 

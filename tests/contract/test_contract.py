@@ -8,16 +8,17 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from ivc_export import contract
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import GRAPH_NAMES, GraphName, kept_tokens
+from ivc_export.contract.names import GRAPH_NAMES, GraphName
+from ivc_export.contract.operators import verify_graph
+from ivc_export.contract.ratio import kept_tokens
 from ivc_export.errors import UserError
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_saved_graphs_keep_the_contract(golden_bundle: Bundle, name: GraphName) -> None:
     model = ir.load(golden_bundle.folder / f"{name}.onnx")
-    contract.verify(name, model, golden_bundle.manifest.graphs[name])
+    verify_graph(name, model, golden_bundle.manifest.graphs[name])
 
 
 def test_a_graph_that_breaks_the_contract_is_found(golden_bundle: Bundle) -> None:
@@ -31,7 +32,7 @@ def test_a_graph_that_breaks_the_contract_is_found(golden_bundle: Bundle) -> Non
         else:
             model.graph.opset_imports[""] = 18
         with pytest.raises(AssertionError):
-            contract.verify("vision", model, info)
+            verify_graph("vision", model, info)
 
 
 def test_weights_exist_once_and_stay_outside_the_graphs(golden_bundle: Bundle) -> None:

@@ -14,9 +14,9 @@ import PIL.Image
 import pytest
 from onnx import TensorProto, helper
 
-from ivc_export import cli, contract, families
+from ivc_export import cli, families
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import GraphName
+from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.exporter.estimate import COUNTED, TEXT, Size, estimate_bundle, estimate_recipe
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
@@ -79,7 +79,7 @@ def test_flops_and_cache_are_those_of_a_run(sample_bundle: Bundle, ratio: float)
     session = Feeds(bundle)
     conversation = Conversation(session)
     conversation.run(tokens, [picture])
-    for name in contract.GRAPH_NAMES:
+    for name in GRAPH_NAMES:
         assert found.pruned.flops[name] == flops_of_a_run(bundle.folder / f"{name}.onnx", session.fed[name]), name
     assert found.pruned.cache_bytes == conversation.cache.bytes_used
     assert (found.pruned == found.unpruned) == (ratio == 1.0)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import FloatName
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter import placement
 from ivc_export.exporter.pipeline import export

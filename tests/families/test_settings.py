@@ -30,8 +30,9 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig, Q
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
 
-from ivc_export import cli, contract, families
+from ivc_export import cli, families
 from ivc_export.bundle.bundle import Bundle
+from ivc_export.contract.names import MOST_VISUAL
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
@@ -59,7 +60,7 @@ def tiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
 
 
 def test_exports_and_engines_share_their_most_visual_tokens(tmp_path: Path) -> None:
-    most = contract.MOST_VISUAL
+    most = MOST_VISUAL
     assert ExportRecipe("a", tmp_path, max_visual=most).max_visual == EngineRecipe(max_visual=most).max_visual
     with pytest.raises(UserError, match=f"max_visual {most + 1} is too large: give at most {most} visual tokens"):
         ExportRecipe("a", tmp_path, max_visual=most + 1)
@@ -376,7 +377,7 @@ def test_files_of_published_checkpoints_are_taken(alias: str, processor: dict[st
     preprocessing = families.of(config["model_type"]).read(config, processor).preprocessing
     assert (list(preprocessing.mean), list(preprocessing.std)) == (processor["image_mean"], processor["image_std"])
     if preprocessing.kind == "patches":
-        assert preprocessing.max_pixels == contract.MOST_VISUAL * preprocessing.token_side**2
+        assert preprocessing.max_pixels == MOST_VISUAL * preprocessing.token_side**2
 
 
 def noise(width: int, height: int) -> PIL.Image.Image:

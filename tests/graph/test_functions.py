@@ -13,7 +13,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from ivc_export.contract import BODY_OPERATORS, IR_VERSION, IVC_DOMAIN, OPSET
+from ivc_export.contract.names import IR_VERSION, IVC_DOMAIN, OPSET
+from ivc_export.contract.operators import BODY_OPERATORS
 from ivc_export.graph.functions import RESULTS, function
 from ivc_export.lowering.inline import InlinePass
 from ivc_export.lowering.types import types_of

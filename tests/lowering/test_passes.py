@@ -8,9 +8,10 @@ import onnxruntime
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ivc_export import contract
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import GRAPH_NAMES, GraphName
+from ivc_export.contract.names import GRAPH_NAMES, IVC_DOMAIN, GraphName
+from ivc_export.contract.operators import verify_graph
+from ivc_export.dtypes import FloatName
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Grid
@@ -32,8 +33,8 @@ def test_native_has_standard_operators_only(golden_bundle: Bundle, name: GraphNa
     assert {node.domain for node in model.graph.all_nodes()} == {""}
     constants = {a for node in model.graph if node.op_type == "Constant" for a in node.attributes}
     assert constants <= {"value"}  # TensorRT 8.6 misreads value_int and value_ints
-    assert contract.IVC_DOMAIN not in model.opset_imports
-    contract.verify(name, model, golden_bundle.manifest.graphs[name])
+    assert IVC_DOMAIN not in model.opset_imports
+    verify_graph(name, model, golden_bundle.manifest.graphs[name])
 
 
 def test_native_computes_what_portable_does(golden_bundle: Bundle) -> None:
@@ -65,13 +66,13 @@ def test_inlining_needs_a_body(golden_bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_checkpoints_run_widened(tmp_path: Path, dtype: contract.FloatName) -> None:
+def test_narrow_checkpoints_run_widened(tmp_path: Path, dtype: FloatName) -> None:
     """The same weights, rounded by us and stored in float32, give the same logits as the narrow bundle, widened."""
     narrow = export(ExportRecipe(make_checkpoint(tmp_path / "narrow", dtype=dtype), tmp_path / "narrow-ivc"))
     assert narrow.manifest.dtype == dtype
     for name in GRAPH_NAMES:
         info = narrow.manifest.graphs[name]
-        contract.verify(name, ir.load(narrow.folder / info.file), info)
+        verify_graph(name, ir.load(narrow.folder / info.file), info)
     tokens, picture = IMAGE_PROMPT, random_picture(Grid(4, 5), 0)
     step = Conversation(OnnxSession(narrow)).run(tokens, [picture])
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from ivc_export.contract import IR_VERSION, IVC_DOMAIN, OPSET
+from ivc_export.contract.names import IR_VERSION, IVC_DOMAIN, OPSET
 from ivc_export.errors import UserError
 from ivc_export.graph.functions import function
 from ivc_export.lowering.precision.scale_residuals import SCALE, ScaleResidualsPass

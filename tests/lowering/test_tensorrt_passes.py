@@ -18,10 +18,11 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file, save_file
 
-from ivc_export import contract, families
+from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.weights import PlannedWeights
-from ivc_export.contract import FLOATS, GRAPH_NAMES, FloatName, GraphName
+from ivc_export.contract.names import GRAPH_NAMES, IVC_DOMAIN, GraphName
+from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.pipeline import export
@@ -78,10 +79,10 @@ def test_plugin_graphs_keep_the_contract(golden_bundle: Bundle, name: GraphName)
     model = lower(load(golden_bundle, name), "plugin")
     LOWERINGS["plugin"].verify(name, model, golden_bundle.manifest.graphs[name])
     assert not model.functions
-    operators = [node.op_type for node in model.graph if node.domain == contract.IVC_DOMAIN]
+    operators = [node.op_type for node in model.graph if node.domain == IVC_DOMAIN]
     assert operators == {"vision": [], "prefix": ["SelectTokens"], "decoder": ["CompactGatherN"]}[name]
     for node in model.graph:
-        if node.domain == contract.IVC_DOMAIN:
+        if node.domain == IVC_DOMAIN:
             assert node.attributes["plugin_namespace"].as_string() == "ivc"
             assert node.attributes["plugin_version"].as_string() == "1"
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnxruntime
 from onnx import TensorProto, helper
 
-from ivc_export.contract import IR_VERSION, IVC_DOMAIN, IVC_VERSION, OPSET
+from ivc_export.contract.names import IR_VERSION, IVC_DOMAIN, IVC_VERSION, OPSET
 from ivc_export.runtime.onnxruntime.cuda import PROVIDERS, Provider, register
 from tests.conftest import SCORE_TOLERANCE
 from tests.native.kernels import SEED_DIVISOR, Case, random_case

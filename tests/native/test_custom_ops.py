@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from ivc_export import contract, families
+from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import ivc_run
-from ivc_export.contract import GRAPH_NAMES, GraphName
+from ivc_export.contract.names import GRAPH_NAMES, IVC_DOMAIN, GraphName
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
@@ -47,7 +47,7 @@ def test_graphs_with_custom_operators_keep_the_contract(bundle: Bundle, name: Gr
     LOWERINGS["ort-cuda-ops"].verify(name, model, bundle.manifest.graphs[name])
     assert not model.functions
     select = [] if bundle.manifest.selection.tiles else ["SelectTokens"]
-    operators = [node for node in model.graph if node.domain == contract.IVC_DOMAIN]
+    operators = [node for node in model.graph if node.domain == IVC_DOMAIN]
     wanted = {"vision": [], "prefix": select, "decoder": ["CompactGatherN"]}[name]
     assert [node.op_type for node in operators] == wanted
     if name == "decoder":

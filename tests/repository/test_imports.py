@@ -9,7 +9,7 @@ from ivc_export import families
 
 PACKAGE = Path(__file__).parents[2] / "ivc_export"
 ORDER = [  # from the bottom up; a module imports from its own line or from lower ones
-    {"errors"},
+    {"errors", "dtypes"},
     {"files"},
     {"contract"},
     {"floats"},
@@ -84,7 +84,7 @@ def test_imports_go_one_way() -> None:
 
 def test_the_reference_shares_no_code_with_what_it_checks() -> None:
     own = {module for module in imported(PACKAGE / "verify" / "reference.py") if module.startswith("ivc_export")}
-    assert own == {"ivc_export.contract", "ivc_export.errors"}
+    assert own == {"ivc_export.contract.manifest", "ivc_export.errors"}
 
 
 def test_heavy_packages_are_imported_where_they_belong() -> None:

@@ -19,7 +19,8 @@ import onnx_ir as ir
 import onnxruntime
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import GRAPH_NAMES, FloatName
+from ivc_export.contract.names import GRAPH_NAMES
+from ivc_export.dtypes import FloatName
 from ivc_export.tensorrt.graphs import lowered
 from ivc_export.tensorrt.profiles import profile_names
 from ivc_export.tensorrt.recipe import EngineRecipe

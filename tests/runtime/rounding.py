@@ -6,7 +6,8 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
-from ivc_export.contract import FLOATS, GraphName
+from ivc_export.contract.names import GraphName
+from ivc_export.dtypes import FLOATS
 from ivc_export.lowering.inline import InlinePass
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession

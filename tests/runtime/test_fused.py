@@ -15,11 +15,14 @@ import onnxruntime
 import pytest
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from ivc_export import contract, families
+from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import ivc_run
 from ivc_export.cli import run as run_module
-from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
+from ivc_export.contract.graphs import graph_info
+from ivc_export.contract.names import GRAPH_NAMES, GraphName
+from ivc_export.contract.operators import verify_graph
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
@@ -73,9 +76,9 @@ def test_fused_graphs_keep_the_contract(golden_bundle: Bundle, name: GraphName) 
 
 def test_the_decode_graph_keeps_the_contract(golden_bundle: Bundle) -> None:
     m = golden_bundle.manifest
-    info = contract.graph_info("decode", m.dtype, m.decoder, m.rotary, m.selection, m.preprocessing, m.selection_layer)
+    info = graph_info("decode", m.dtype, m.decoder, m.rotary, m.selection, m.preprocessing, m.selection_layer)
     model = join_decode(*(ir.load(golden_bundle.folder / f"{name}.onnx") for name in ("prefix", "decoder")))
-    contract.verify("decode", model, info)
+    verify_graph("decode", model, info)
     model = lower(model, "ort-cuda")
     LOWERINGS["ort-cuda"].verify("decode", model, info)
     assert {node.domain for node in model.graph} == {"", "com.microsoft"}

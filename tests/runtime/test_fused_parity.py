@@ -13,7 +13,7 @@ import pytest
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import ivc_check
-from ivc_export.contract import FloatName
+from ivc_export.dtypes import FloatName
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Grid

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import FloatName
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe

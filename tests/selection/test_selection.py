@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from ivc_export import families
-from ivc_export.contract import OPSET, RotarySizes, SelectionRule, kept_tokens
+from ivc_export.contract.manifest import RotarySizes, SelectionRule
+from ivc_export.contract.names import OPSET
+from ivc_export.contract.ratio import kept_tokens
 from ivc_export.families.pictures import Grid
 from ivc_export.families.qwen2_vl import positions
 from ivc_export.graph.functions import function

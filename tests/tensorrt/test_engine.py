@@ -17,7 +17,7 @@ import tensorrt_rtx as trt
 from ivc_export.bundle import staging
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import ivc_build
-from ivc_export.contract import GRAPH_NAMES, GraphName
+from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.errors import UserError
 from ivc_export.tensorrt import build as engine
 from ivc_export.tensorrt import footprint, graphs

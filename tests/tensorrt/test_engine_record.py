@@ -13,7 +13,7 @@ import pytest
 from ivc_export import cli
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.integrity import verify_files
-from ivc_export.contract import MANIFEST
+from ivc_export.contract.names import MANIFEST
 from ivc_export.errors import UserError
 from ivc_export.runtime.tensorrt import session as tensorrt
 from ivc_export.runtime.tensorrt.session import TensorrtSession

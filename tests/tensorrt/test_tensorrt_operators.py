@@ -12,7 +12,9 @@ import onnx_ir as ir
 import pytest
 
 from ivc_export import families
-from ivc_export.contract import FLOATS, IVC_DOMAIN, OPERATORS, PLUGIN_OPERATORS, FloatName
+from ivc_export.contract.names import IVC_DOMAIN
+from ivc_export.contract.operators import OPERATORS, PLUGIN_OPERATORS
+from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.lowering import lower
 from ivc_export.lowering.precision.scale_residuals import ScaleResidualsPass
 from ivc_export.lowering.precision.widen_residuals import WidenResidualsPass

@@ -11,7 +11,7 @@ import tensorrt_rtx as trt
 
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import GRAPH_NAMES, GraphName
+from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.lowering import lower

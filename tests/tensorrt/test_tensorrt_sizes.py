@@ -15,7 +15,7 @@ import tensorrt_rtx as trt
 
 from ivc_export import families
 from ivc_export.checkpoint.weights import PlannedWeights
-from ivc_export.contract import FLOATS
+from ivc_export.dtypes import FLOATS
 from ivc_export.exporter.graphs import decoder_graph, prefix_graph
 from ivc_export.lowering import lower
 from ivc_export.lowering.precision.widen_residuals import WidenResidualsPass

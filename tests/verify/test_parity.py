@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.recording import Recording
-from ivc_export.contract import SelectionRule
+from ivc_export.contract.manifest import SelectionRule
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe

@@ -15,7 +15,8 @@ import PIL.Image
 import pytest
 
 from ivc_export.bundle.recording import Recording
-from ivc_export.contract import Frozen, Manifest
+from ivc_export.contract.manifest import Manifest
+from ivc_export.contract.records import Frozen
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe

@@ -7,7 +7,8 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ivc_export.contract import IVC_DOMAIN, TensorName, in_place_lengths
+from ivc_export.contract.graphs import TensorName, in_place_lengths
+from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering.edit import CONTRIB, Editor, called, numbers
 
 Tables = dict[tuple[ir.Value, int], ir.Value]
@@ -20,7 +21,7 @@ class UseFusedAttentionPass(ir.passes.InPlacePass):
     given them.
 
     1. Needs: a portable graph.
-    2. Leaves: no Attention and no EncoderAttention; lengths as contract.in_place_info says. present_key.i and
+    2. Leaves: no Attention and no EncoderAttention; lengths as contract.graphs.in_place_info says. present_key.i and
        present_value.i are the caches with this run's rows behind those that were valid: bound to the buffers of
        past_key.i and past_value.i, they are written in place. Keys are rotated before: GroupQueryAttention rotates by
        row, and rows of a picture share M-RoPE positions. Attention in windows stays as it was.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ivc_export.contract import IVC_DOMAIN, PLUGIN_OPERATORS
+from ivc_export.contract.names import IVC_DOMAIN
+from ivc_export.contract.operators import PLUGIN_OPERATORS
 from ivc_export.lowering.inline import InlinePass
 from ivc_export.lowering.tensorrt.plugin import axes, fuse_gathers
 

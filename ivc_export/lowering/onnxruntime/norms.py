@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ivc_export.contract import IVC_DOMAIN
+from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering.edit import CONTRIB, Editor, made_by
 
 NORMS = {"LayerNormalization": "LayerNormalization", "RMSNorm": "SimplifiedLayerNormalization"}

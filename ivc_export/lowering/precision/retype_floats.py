@@ -5,7 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ivc_export.checkpoint.weights import read_values
-from ivc_export.contract import FLOAT32_TENSORS, FLOATS, IVC_DOMAIN, FloatName
+from ivc_export.contract.graphs import FLOAT32_TENSORS
+from ivc_export.contract.names import IVC_DOMAIN
+from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.floats import cast
 from ivc_export.graph.functions import RESULTS
 from ivc_export.lowering.types import BOOLEANS

@@ -6,7 +6,8 @@ from typing import NoReturn
 
 import onnx_ir as ir
 
-from ivc_export.contract import IVC_DOMAIN, RESIDUALS
+from ivc_export.contract.graphs import RESIDUALS
+from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.errors import UserError
 from ivc_export.lowering.edit import Editor, made_by
 from ivc_export.lowering.precision.widen_residuals import CARRIERS

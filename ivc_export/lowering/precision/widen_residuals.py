@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ivc_export.contract import IVC_DOMAIN, WIDE_RESIDUALS
+from ivc_export.contract.graphs import WIDE_RESIDUALS
+from ivc_export.contract.names import IVC_DOMAIN
 
 FLOAT = ir.DataType.FLOAT
 CARRIERS = frozenset(("CompactGather", "Gather", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))

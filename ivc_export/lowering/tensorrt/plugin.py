@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ivc_export.contract import IVC_DOMAIN, PLUGIN_OPERATORS
+from ivc_export.contract.names import IVC_DOMAIN
+from ivc_export.contract.operators import PLUGIN_OPERATORS
 from ivc_export.lowering.inline import InlinePass
 
 INT64 = ir.DataType.INT64

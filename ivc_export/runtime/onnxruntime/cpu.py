@@ -15,7 +15,8 @@ import onnxruntime
 from rich.filesize import decimal
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import GRAPH_NAMES, FloatName, GraphName
+from ivc_export.contract.names import GRAPH_NAMES, GraphName
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.floats import cast
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass

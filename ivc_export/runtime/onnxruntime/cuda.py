@@ -17,10 +17,12 @@ import onnxruntime
 from onnxruntime import OrtValue
 from rich.filesize import decimal
 
-from ivc_export import contract
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.weights import read_values
-from ivc_export.contract import GRAPH_NAMES, FloatName, Scaling, check_ratio
+from ivc_export.contract.manifest import Scaling
+from ivc_export.contract.names import GRAPH_NAMES, GraphName
+from ivc_export.contract.ratio import check_ratio
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Picture
 from ivc_export.floats import cast
@@ -157,7 +159,7 @@ class FusedSession:
         """Keep a workspace for the next conversation."""
         self._idle.append(workspace)
 
-    def lowered(self, name: contract.GraphName, lowering: str) -> ir.Model:
+    def lowered(self, name: GraphName, lowering: str) -> ir.Model:
         """A graph of the bundle, in the dtype that is computed in."""
         return self._lower(self.bundle.graph(name), lowering)
 

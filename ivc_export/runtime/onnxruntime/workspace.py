@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from onnxruntime import OrtValue
 
-from ivc_export.contract import FloatName, Manifest, TensorName
+from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.manifest import Manifest
+from ivc_export.dtypes import FloatName
 
 Values = dict[str, OrtValue]
 Place = Callable[[npt.NDArray[Any]], OrtValue]
@@ -102,7 +104,7 @@ class DeviceCache:
             self.spare[name], self.current[name] = self.current[name], value
 
     def index(self, keep_index: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """cache_index int32 [capacity] for rows of a run to keep: see contract.ort_cuda_info."""
+        """cache_index int32 [capacity] for rows of a run to keep: see contract.graphs.in_place_info."""
         found = np.arange(self.capacity, dtype=np.int32)
         found[self.length : self.length + len(keep_index)] = self.length + keep_index
         return found

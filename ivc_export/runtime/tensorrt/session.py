@@ -15,7 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract import GRAPH_NAMES, FloatName, GraphInfo, GraphName, TensorName, check_ratio
+from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.manifest import GraphInfo
+from ivc_export.contract.names import GRAPH_NAMES, GraphName
+from ivc_export.contract.ratio import check_ratio
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Picture
 from ivc_export.floats import cast

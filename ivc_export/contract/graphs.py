@@ -1,0 +1,347 @@
+"""The graphs: their inputs and outputs, axes, and how a model's sizes write them out."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from ivc_export.contract.manifest import (
+    DecoderSizes,
+    GraphInfo,
+    PatchPreprocessing,
+    Preprocessing,
+    RotarySizes,
+    SelectionRule,
+    TensorInfo,
+)
+from ivc_export.contract.names import AnyGraphName, graph_file
+from ivc_export.dtypes import FloatName
+
+Kind = Literal["key", "value"]
+CacheRole = Literal["past", "new", "compact", "present"]
+
+AXES = {
+    "B": "frames of one size in `vision`; the literal 1 in `prefix` and `decoder`",
+    "S": "rows of this run: text and visual tokens",
+    "L": "visual tokens of this run",
+    "T": "the other tokens of this run; S = L + T",
+    "Q": "text rows that vote for visual tokens, at least 1",
+    "M": "rows kept: M = T + keep_count",
+    "P": "rows of a cache: its exact length, or a buffer's capacity",
+    "W": "the same of a layer whose cache keeps every row",
+    "H": "thumbnail tokens of this run: the last tile of each picture",
+    "R": "rows whose logits are wanted",
+    "seeds": "visual tokens chosen as seeds: max(1, round(0.01 L)), half to even; of H where there are tiles",
+    "patches": "patches of one frame",
+    "visual": "visual tokens of one frame: patches / merge_size^2, or tile_side^2",
+    "height": "pixels along a side of the fixed-size vision encoder's input",
+    "axes": "axes of a position: 3 for M-RoPE (time, row, column), else 1",
+    "patch_dim": "values of one patch: channels x frames x height x width",
+    "hidden": "hidden size",
+    "kv_heads": "heads of keys and values",
+    "head_dim": "values of one head",
+    "vocab": "vocabulary size",
+}
+
+
+class Layers(enum.Enum):
+    """The layers for which a tensor exists, once each, `{i}` in its name being the layer's number."""
+
+    NONE = enum.auto()
+    BELOW = enum.auto()  # layers 0..k-1, which see every token
+    COMPACTED = enum.auto()  # those of them whose cache is compacted: all, for most families
+    WHOLE = enum.auto()  # those of them whose cache keeps every row
+    ABOVE = enum.auto()  # layers k..N-1, which see kept tokens
+    ALL = enum.auto()
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a graph; dtype "graph" is the one that the graph computes in, `only` names who has the tensor."""
+
+    name: str
+    dtype: Literal["graph", "float32", "int32"]
+    axes: tuple[str | int, ...]
+    about: str
+    layers: Layers = Layers.NONE
+    only: Literal["", "patches", "tiles", "tile rule"] = ""
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """Inputs and outputs of a graph, in order."""
+
+    about: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+_CACHE = (1, "kv_heads", "P", "head_dim")
+
+_NEW = (1, "kv_heads", "S", "head_dim")
+
+_KEPT = (1, "kv_heads", "M", "head_dim")
+
+_PAST_LENGTH = TensorSpec("past_length", "int32", (1,), "valid rows of the caches; the others are masked, but finite")
+
+_WHOLE_LENGTH = TensorSpec("past_length.{i}", "int32", (1,), "the same of a layer that is kept whole", Layers.WHOLE)
+
+_POSITION_IDS = TensorSpec("position_ids", "int32", ("axes", 1, "S"), "rotary positions of this run's rows, unpruned")
+
+_ROW_NEW = (1, "kv_heads", 1, "head_dim")
+
+GRAPHS: dict[AnyGraphName, GraphSpec] = {
+    "vision": GraphSpec(
+        "One picture, or B frames of one size, to visual tokens. No frame sees another.",
+        inputs=(
+            TensorSpec(
+                "pixel_values",
+                "graph",
+                ("B", "patches", "patch_dim"),
+                "normalised pixels, a row a patch",
+                only="patches",
+            ),
+            TensorSpec(
+                "patch_position",
+                "int32",
+                ("patches", 2),
+                "row and column of each patch, in merge-block order",
+                only="patches",
+            ),
+            TensorSpec(
+                "pixel_values", "graph", ("B", 3, "height", "height"), "normalised pixels, B tiles", only="tiles"
+            ),
+        ),
+        outputs=(TensorSpec("image_embeds", "graph", ("B", "visual", "hidden"), "one row a visual token"),),
+    ),
+    "prefix": GraphSpec(
+        "Layers 0..k-1 over every row, and the selection of visual tokens by the values of layer k-1.",
+        inputs=(
+            TensorSpec("inputs_embeds", "graph", (1, "S", "hidden"), "token embeddings, visual rows in their places"),
+            _POSITION_IDS,
+            TensorSpec("visual_index", "int32", ("L",), "rows that hold visual tokens, ascending"),
+            TensorSpec("text_index", "int32", ("T",), "all other rows, ascending"),
+            TensorSpec("query_index", "int32", ("Q",), "text rows that vote"),
+            TensorSpec(
+                "ivc_priority", "float32", ("L",), "0, or for IVC tokens at least 2 and larger for better ranks"
+            ),
+            TensorSpec("keep_count", "int32", (1,), "visual tokens to keep, 1..L; a shape input in TensorRT"),
+            TensorSpec(
+                "thumbnail_index",
+                "int32",
+                ("H",),
+                "thumbnail tokens, as positions within visual_index",
+                only="tile rule",
+            ),
+            TensorSpec(
+                "tile_map",
+                "int32",
+                ("L",),
+                "for each visual token, the position within thumbnail_index of the one that shows the same place",
+                only="tile rule",
+            ),
+            _PAST_LENGTH,
+            _WHOLE_LENGTH,
+            TensorSpec("past_key.{i}", "graph", _CACHE, "cached keys, after rotation", Layers.BELOW),
+            TensorSpec("past_value.{i}", "graph", _CACHE, "cached values", Layers.BELOW),
+        ),
+        outputs=(
+            TensorSpec("hidden_states", "graph", (1, "S", "hidden"), "after layer k-1"),
+            TensorSpec("new_key.{i}", "graph", _NEW, "keys of this run's rows", Layers.BELOW),
+            TensorSpec("new_value.{i}", "graph", _NEW, "values of this run's rows", Layers.BELOW),
+            TensorSpec("keep_index", "int32", ("M",), "rows to keep, ascending: all text and the chosen visual tokens"),
+            TensorSpec("token_score", "float32", ("L",), "score of each visual token, before seeds and priorities"),
+            TensorSpec("seed_index", "int32", ("seeds",), "seeds, best first, as positions within visual_index"),
+        ),
+    ),
+    "decoder": GraphSpec(
+        "Drops the rows that were not kept, also from the keys and values of the layers below; then layers k..N-1.",
+        inputs=(
+            TensorSpec("hidden_states", "graph", (1, "S", "hidden"), "from prefix"),
+            TensorSpec("keep_index", "int32", ("M",), "from prefix"),
+            TensorSpec("logit_index", "int32", ("R",), "rows of the kept sequence whose logits are wanted"),
+            _POSITION_IDS,
+            _PAST_LENGTH,
+            TensorSpec("new_key.{i}", "graph", _NEW, "from prefix", Layers.COMPACTED),
+            TensorSpec("new_value.{i}", "graph", _NEW, "from prefix", Layers.COMPACTED),
+            TensorSpec("past_key.{i}", "graph", _CACHE, "cached keys, after rotation", Layers.ABOVE),
+            TensorSpec("past_value.{i}", "graph", _CACHE, "cached values", Layers.ABOVE),
+        ),
+        outputs=(
+            TensorSpec("logits", "float32", (1, "R", "vocab"), "next-token logits"),
+            TensorSpec("compact_key.{i}", "graph", _KEPT, "kept keys, to append to the cache", Layers.COMPACTED),
+            TensorSpec("compact_value.{i}", "graph", _KEPT, "kept values, to append to the cache", Layers.COMPACTED),
+            TensorSpec("new_key.{i}", "graph", _KEPT, "keys, to append to the cache", Layers.ABOVE),
+            TensorSpec("new_value.{i}", "graph", _KEPT, "values, to append to the cache", Layers.ABOVE),
+        ),
+    ),
+    "decode": GraphSpec(
+        "All layers over one row that is no picture, where nothing is chosen: prefix and decoder, joined when a bundle "
+        "is opened. No file of a bundle holds it.",
+        inputs=(
+            TensorSpec("inputs_embeds", "graph", (1, 1, "hidden"), "the row's embedding"),
+            TensorSpec("position_ids", "int32", ("axes", 1, 1), "the row's rotary position"),
+            _PAST_LENGTH,
+            _WHOLE_LENGTH,
+            TensorSpec("past_key.{i}", "graph", _CACHE, "cached keys, after rotation", Layers.ALL),
+            TensorSpec("past_value.{i}", "graph", _CACHE, "cached values", Layers.ALL),
+        ),
+        outputs=(
+            TensorSpec("logits", "float32", (1, 1, "vocab"), "next-token logits"),
+            TensorSpec("new_key.{i}", "graph", _ROW_NEW, "the row's keys, to append to the cache", Layers.ALL),
+            TensorSpec("new_value.{i}", "graph", _ROW_NEW, "the row's values, to append to the cache", Layers.ALL),
+        ),
+    ),
+}
+
+FLOAT32_TENSORS = frozenset(
+    spec.name for graph in GRAPHS.values() for spec in (*graph.inputs, *graph.outputs) if spec.dtype == "float32"
+)
+"""Inputs and outputs that are float32 in graphs of every dtype."""
+
+RESIDUALS = ("inputs_embeds", "hidden_states")
+"""Tensors of the residual stream: what begins it, and what hands it from graph to graph."""
+
+WIDE_RESIDUALS = frozenset(("hidden_states",))
+"""Tensors between float16 graphs that are float32 after the lowering that keeps residual sums in float32."""
+
+
+def expand_layers(
+    specs: tuple[TensorSpec, ...], layers: int, selection_layer: int, whole_layers: Collection[int] = ()
+) -> list[tuple[str, TensorSpec]]:
+    """Write out `{i}`: key and value of one layer, then of the next, where neighbours exist for the same layers."""
+    below = range(selection_layer)
+    numbers = {
+        Layers.NONE: range(1),
+        Layers.BELOW: below,
+        Layers.COMPACTED: [i for i in below if i not in whole_layers],
+        Layers.WHOLE: [i for i in below if i in whole_layers],
+        Layers.ABOVE: range(selection_layer, layers),
+        Layers.ALL: range(layers),
+    }
+    expanded = []
+    for which, group in itertools.groupby(specs, key=lambda spec: spec.layers):
+        members = tuple(group)
+        for i in numbers[which]:
+            for spec in members:
+                if which in (Layers.BELOW, Layers.ALL) and i in whole_layers:
+                    spec = replace(spec, axes=tuple("W" if axis == "P" else axis for axis in spec.axes))
+                expanded.append((spec.name.format(i=i), spec))
+    return expanded
+
+
+def graph_info(
+    name: AnyGraphName,
+    dtype: FloatName,
+    decoder: DecoderSizes,
+    rotary: RotarySizes,
+    selection: SelectionRule,
+    preprocessing: Preprocessing,
+    selection_layer: int,
+) -> GraphInfo:
+    """Write out the inputs and outputs of graph `name` for a model of these sizes, cut at `selection_layer`."""
+    sizes: dict[str | int, int] = {
+        "hidden": decoder.hidden_size,
+        "kv_heads": decoder.kv_heads,
+        "head_dim": decoder.head_dim,
+        "vocab": decoder.vocab_size,
+        "axes": len(rotary.sections),
+    }
+    if isinstance(preprocessing, PatchPreprocessing):
+        sizes["patch_dim"] = preprocessing.patch_dim
+    else:
+        sizes |= {"height": preprocessing.tile_pixels, "visual": preprocessing.tile_side**2}
+    has = {"", preprocessing.kind} | ({"tile rule"} if selection.tiles else set())
+
+    def infos(specs: tuple[TensorSpec, ...]) -> tuple[TensorInfo, ...]:
+        own = tuple(spec for spec in specs if spec.only in has)
+        return tuple(
+            TensorInfo(
+                name=tensor_name,
+                dtype=dtype if spec.dtype == "graph" else spec.dtype,
+                shape=tuple(sizes.get(axis, axis) for axis in spec.axes),
+            )
+            for tensor_name, spec in expand_layers(own, decoder.layers, selection_layer, selection.whole_layers)
+        )
+
+    spec = GRAPHS[name]
+    return GraphInfo(file=graph_file(name), inputs=infos(spec.inputs), outputs=infos(spec.outputs))
+
+
+class TensorName(NamedTuple):
+    """A tensor's name by its parts: `past_key.3` is ("past_key", 3), and `logits` is ("logits", None)."""
+
+    stem: str
+    layer: int | None
+
+    @staticmethod
+    def of(name: str | None) -> TensorName:
+        """Of a graph's input or output, or of its name in a run."""
+        stem, dot, number = (name or "").partition(".")
+        return TensorName(stem, int(number) if dot and number.isdecimal() else None)
+
+    @property
+    def kind(self) -> Kind | None:
+        """Whether it holds keys or values of one layer."""
+        found = self.stem.rpartition("_")[2] if self.layer is not None else ""
+        return "key" if found == "key" else "value" if found == "value" else None
+
+    @property
+    def role(self) -> str:
+        """What it holds of its layer's keys or values: past, new, compact, present where caches are written in place;
+        "" of other tensors.
+        """
+        return self.stem.partition("_")[0] if self.kind else ""
+
+    def to(self, role: CacheRole) -> str:
+        """The name of the same layer's keys or values in another role."""
+        return f"{role}_{self.kind}.{self.layer}"
+
+
+def in_place_lengths(past_length: str) -> dict[str, tuple[int, ...]]:
+    """Inputs that stand for `past_length`, or `past_length.i`, where caches are written in place, and their shapes."""
+    _, dot, layer = past_length.partition(".")
+    return {f"seqlens_k{dot}{layer}": (1,), f"total_sequence_length{dot}{layer}": ()}
+
+
+def in_place_info(info: GraphInfo) -> GraphInfo:
+    """Inputs and outputs of a graph whose caches are written in place, in buffers of one capacity P.
+
+    - past_length becomes seqlens_k int32 [1], which is past_length + S - 1 (in decoder M for S), and
+      total_sequence_length int32 [], in host memory: past_length + S, or P in a decode step that a CUDA graph replays.
+    - present_key.i and present_value.i are to be bound to the buffers of past_key.i and past_value.i, and stand for
+      new_key.i and new_value.i.
+    - new_key.i and new_value.i of the layers below the cut are rows of the caches already, which go from prefix to
+      decoder instead. cache_index int32 [P] says which row each row of a compacted cache is. compact_key.i and
+      compact_value.i are such caches, to be bound to other buffers.
+    - position_ids of `decode` says the row's position P times, once for each row of a cache: attention rotates.
+    - hidden_states are a sixteenth of their size: see lowering.precision.scale_residuals.
+
+    The vision graph's stay as they are.
+    """
+
+    def changed(tensor: TensorInfo) -> list[TensorInfo]:
+        name = TensorName.of(tensor.name)
+        if name.stem == "past_length":
+            return [TensorInfo(name=n, dtype="int32", shape=s) for n, s in in_place_lengths(tensor.name).items()]
+        if name.stem == "keep_index":
+            return [tensor, TensorInfo(name="cache_index", dtype="int32", shape=("P",))]
+        if name.role in ("new", "compact"):
+            renamed = name.to("past") if name.role == "new" else tensor.name
+            return [TensorInfo(name=renamed, dtype=tensor.dtype, shape=(*tensor.shape[:2], "P", *tensor.shape[3:]))]
+        if name.stem == "position_ids" and info.file == graph_file("decode"):
+            return [tensor.model_copy(update={"shape": (*tensor.shape[:-1], "P")})]
+        return [tensor]
+
+    caches = [t for t in info.inputs if TensorName.of(t.name).role == "past"]
+    present = [t.model_copy(update={"name": TensorName.of(t.name).to("present")}) for t in caches]
+    outputs = [t for t in info.outputs if TensorName.of(t.name).role != "new"]
+    return info.model_copy(
+        update={
+            "inputs": tuple(new for t in info.inputs for new in changed(t)),
+            "outputs": (*(new for t in outputs for new in changed(t)), *present),
+        }
+    )

@@ -1,0 +1,248 @@
+"""The manifest: everything that a runtime needs to know about a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ivc_export.contract.names import MOST_VISUAL, GraphName
+from ivc_export.contract.records import Count, Epsilon, Factor, Frozen, Heads, Level, Side, Tiles, TokenId, Width
+from ivc_export.dtypes import FloatName
+from ivc_export.errors import UserError
+
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+
+
+class DecoderSizes(Frozen):
+    """Sizes of the language decoder."""
+
+    layers: int = Field(gt=1, le=1000)
+    hidden_size: Width
+    intermediate_size: Width
+    heads: Heads
+    kv_heads: Heads
+    head_dim: int = Field(gt=0, le=4096, multiple_of=2)
+    vocab_size: int = Field(gt=0, le=1 << 24)
+    rms_norm_epsilon: Epsilon
+    qkv_bias: bool
+    fused_qkv: bool = False
+    """One weight for queries, keys and values: by key-value head, its queries, its key, its value."""
+    tied_embeddings: bool
+    max_positions: Count
+
+
+class RotarySizes(Frozen):
+    """Rotary embedding: frequency j is `theta ** (-2 j / head_dim)`, and `sections[a]` of them turn with axis a."""
+
+    theta: float = Field(gt=0, le=1e12)
+    sections: tuple[Heads, ...] = Field(min_length=1, max_length=3)
+
+
+class SelectionRule(Frozen):
+    """IVC-Prune's constants for a family; `round` is half to even throughout."""
+
+    ivc_fraction: float = Field(ge=0, le=1)
+    """Of each picture's tokens, or of each tile's: as many by mean cosine, and as many by mean sine."""
+    seed_divisor: int = Field(gt=0, le=1 << 20, multiple_of=2)
+    query_offset: int = Field(ge=0, le=1 << 20)
+    """Text votes from row `end + query_offset` on, where `end` is the row behind the last picture."""
+    softmax: Literal["visual", "all"] = "visual"
+    """What a vote is shared among: the visual tokens, or every row of the run."""
+    tiles: bool = False
+    """Whether pictures are tiles with a thumbnail, by which tokens are chosen (SelectTileTokens)."""
+    whole_layers: tuple[int, ...] = ()
+    """Layers whose cache keeps every row, also of pruned tokens: it has a length of its own."""
+
+
+class Scaling(Frozen):
+    """How pixels are scaled: times rescale_factor, minus mean, by std, the latter two per RGB channel.
+
+    A processor that leaves one of these steps out has a factor of 1, or means of 0 and deviations of 1.
+    """
+
+    rescale_factor: Factor
+    mean: tuple[Level, Level, Level]
+    std: tuple[Factor, Factor, Factor]
+    resample: Resample = "bicubic"
+    """Pillow's filter."""
+
+
+class PatchPreprocessing(Scaling):
+    """How a picture becomes patches, at its own size. Pixel counts are of the resized picture."""
+
+    kind: Literal["patches"] = "patches"
+    patch_size: int = Field(gt=0, le=256)
+    merge_size: int = Field(gt=0, le=64)
+    temporal_patch_size: int = Field(gt=0, le=64)
+    min_pixels: Count
+    max_pixels: Count
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of one patch: channels x frames x height x width."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def token_side(self) -> int:
+        """Pixels along one side of a visual token."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def least_visual(self) -> int:
+        """Visual tokens of the smallest picture."""
+        return max(1, -(-self.min_pixels // self.token_side**2))
+
+    def capped(self, max_visual: int) -> PatchPreprocessing:
+        """With max_pixels such that a picture gives at most `max_visual` tokens."""
+        most = min(self.max_pixels, max_visual * self.token_side**2)
+        return self.model_copy(update={"max_pixels": most, "min_pixels": min(self.min_pixels, most)})
+
+
+class TilePreprocessing(Scaling):
+    """How a picture becomes one tile of fixed size, or several and a thumbnail of the whole.
+
+    Of the shapes of min_tiles to max_tiles tiles, fewest first, the one closest to the picture's aspect ratio is taken
+    (width / height, by absolute difference); a later one of the same difference takes its place if the picture has
+    more than half as many pixels as it has.
+    """
+
+    kind: Literal["tiles"] = "tiles"
+    tile_pixels: Side
+    """Pixels along one side of a tile."""
+    tile_side: int = Field(gt=0, le=1024)
+    """Visual tokens along one side of a tile."""
+    min_tiles: Tiles
+    max_tiles: Tiles
+    """Without the thumbnail, which a picture of several tiles has behind them."""
+    fit: Literal["crop", "stretch"]
+    """Whether the middle of the picture is cut out, or all of it is stretched to the tiles."""
+
+    @property
+    def token_side(self) -> int:
+        """Pixels along one side of a visual token."""
+        return self.tile_pixels // self.tile_side
+
+    @property
+    def least_visual(self) -> int:
+        """Visual tokens of the smallest picture."""
+        return self.tile_side**2 * (self.min_tiles + (self.min_tiles > 1))
+
+    def capped(self, max_visual: int) -> TilePreprocessing:
+        """With max_tiles such that a picture gives at most `max_visual` tokens.
+
+        Raises:
+            UserError: one tile has more.
+        """
+        tile = self.tile_side**2
+        if max_visual < tile:
+            raise UserError(
+                f"max_visual {max_visual} is too small: a picture gives this model at least {tile} visual tokens"
+            )
+        most = max(1, min(self.max_tiles, max_visual // tile - 1))  # a single tile has no thumbnail
+        return self.model_copy(update={"max_tiles": most, "min_tiles": min(self.min_tiles, most)})
+
+
+Preprocessing = Annotated[PatchPreprocessing | TilePreprocessing, Field(discriminator="kind")]
+
+
+class SpecialTokens(Frozen):
+    """Token ids that a runtime must know."""
+
+    image: TokenId
+    vision_start: TokenId | None
+    vision_end: TokenId | None
+    """Before and behind a picture's image tokens; None where the family has no such tokens."""
+    template_marks: bool
+    """Whether the chat template writes vision_start and vision_end, or a runtime does beside the image tokens."""
+    stop: tuple[TokenId, ...]
+
+
+class TensorInfo(Frozen):
+    """One input or output of a graph: symbolic axes are strings."""
+
+    name: str
+    dtype: Literal["float32", "float16", "bfloat16", "int32"]
+    shape: tuple[int | str, ...]
+
+
+class GraphInfo(Frozen):
+    """One graph of the bundle; `sha256` is of its file, which holds no weights. Older bundles have none."""
+
+    file: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    sha256: str | None = None
+
+
+class WeightFile(Frozen):
+    """A safetensors file of the bundle; `header_sha256` is of its header alone.
+
+    `sha256`, of the whole file, is None until somebody has read it: `ivc-check --weights` does.
+    """
+
+    file: str
+    size: int = Field(ge=0)
+    header_sha256: str
+    sha256: str | None = None
+
+
+class EmbeddingTable(Frozen):
+    """Where the token embeddings lie: row-major [vocab, hidden] at byte `offset` of `file`."""
+
+    file: str
+    offset: int = Field(ge=0)
+    dtype: FloatName
+    shape: tuple[Count, Count]
+
+
+class Manifest(Frozen):
+    """manifest.json: everything that a runtime needs to know about a bundle."""
+
+    schema_version: int
+    family: str
+    dtype: FloatName
+    lowering: str
+    """Which runtimes the graphs were lowered for: "portable" is none, and every lowering begins there."""
+    selection_layer: int = Field(gt=0)
+    calibrated: bool
+    default_ratio: float = Field(gt=0, le=1)
+    max_visual: int = Field(gt=0, le=MOST_VISUAL)
+    decoder: DecoderSizes
+    rotary: RotarySizes
+    selection: SelectionRule
+    preprocessing: Preprocessing
+    tokens: SpecialTokens
+    graphs: dict[GraphName, GraphInfo]
+    embedding: EmbeddingTable
+    weights: tuple[WeightFile, ...]
+    versions: dict[str, str]
+    constants_sha256: str | None = None
+    """See the function of that name. Older bundles have none."""
+
+    def sealed(self) -> Manifest:
+        """The same with the hash over its constants."""
+        found = constants_sha256(self.model_dump(mode="json"))
+        return self.model_copy(update={"constants_sha256": found})
+
+
+CONSTANTS = frozenset(
+    (
+        *("family", "dtype", "lowering", "selection_layer", "default_ratio", "max_visual", "decoder", "rotary"),
+        *("selection", "preprocessing", "tokens", "graphs", "embedding"),
+    )
+)
+"""Fields of the manifest that nothing else tells of when they change, but other answers."""
+
+
+def constants_sha256(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over the CONSTANTS of a manifest, by which an edited one is known.
+
+    manifest: the JSON object. The fields are hashed as JSON in UTF-8, of sorted keys and without spaces, numbers as
+    Python writes them.
+    """
+    constants = {name: manifest[name] for name in CONSTANTS if name in manifest}
+    return hashlib.sha256(json.dumps(constants, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,27 @@
+"""Names and versions that bundles, graphs and runtimes agree on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+PREPROCESSOR = "preprocessor_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SCHEMA_VERSION = 1
+OPSET = 17
+IVC_DOMAIN = "ivc"
+IVC_VERSION = 1
+IR_VERSION = 8  # the lowest that knows functions: TensorRT 8.6's parser is of its time
+MOST_VISUAL = 16384
+"""Visual tokens of a picture, and of an engine's prompt, at most: those of the largest picture that a published
+processor lets through (12,845,056 pixels, 28 x 28 a token). Attention in the vision encoder is quadratic in them."""
+GraphName = Literal["vision", "prefix", "decoder"]
+AnyGraphName = Literal["vision", "prefix", "decoder", "decode"]
+GRAPH_NAMES: tuple[GraphName, ...] = ("vision", "prefix", "decoder")
+
+
+def graph_file(name: AnyGraphName) -> str:
+    """The file of graph `name` in a bundle; `decode` has none, but a name."""
+    return f"{name}.onnx"

@@ -1,0 +1,74 @@
+"""Operators that a graph may use, and the check that a graph keeps the contract."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ivc_export.contract.manifest import GraphInfo
+from ivc_export.contract.names import IR_VERSION, OPSET, AnyGraphName
+from ivc_export.dtypes import data_type
+
+OPERATORS = frozenset(
+    (
+        *("Add", "And", "Cast", "Concat", "Constant", "Cos", "Div", "Equal", "Erf", "Expand", "Gather", "Gemm"),
+        *(
+            "Greater",
+            "GreaterOrEqual",
+            "LayerNormalization",
+            "Less",
+            "MatMul",
+            "Max",
+            "Min",
+            "Mul",
+            "Not",
+            "Or",
+            "Range",
+        ),
+        *("ReduceMean", "ReduceSum", "Reshape", "ScatterElements", "Shape", "Sigmoid", "Sin", "Slice", "Softmax"),
+        *("Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
+    )
+)
+"""Operators of the default domain that a portable or native graph may use: opset 17, read by TensorRT 8.6 and later."""
+
+BODY_OPERATORS = OPERATORS | {"CastLike"}
+"""Operators of the default domain that the bodies of the `ivc` functions may use; inlining leaves no CastLike."""
+
+PLUGIN_OPERATORS = frozenset(("SelectTokens", "CompactGatherN"))
+"""Operators of domain `ivc` without a body that `plugin` leaves to our TensorRT plugin, and `ort-cuda-ops` to our
+library of custom operators for onnxruntime."""
+
+
+def verify_graph(
+    name: AnyGraphName,
+    model: ir.Model,
+    info: GraphInfo,
+    lowered: frozenset[tuple[str, str]] = frozenset(),
+    opset: int = OPSET,
+) -> None:
+    """Check a graph against the contract: inputs and outputs, operators, functions, versions.
+
+    lowered: operators that it may have beyond the contract's, by domain and name.
+
+    Raises:
+        AssertionError: the graph breaks the contract; a bug of the builder, not of the user.
+    """
+    for kind, values, tensors in (
+        ("input", model.graph.inputs, info.inputs),
+        ("output", model.graph.outputs, info.outputs),
+    ):
+        found = [
+            (v.name, v.dtype, [d.value if isinstance(d, ir.SymbolicDim) else d for d in v.shape or ()]) for v in values
+        ]
+        wanted = [(t.name, data_type(t.dtype), list(t.shape)) for t in tensors]
+        if found != wanted:
+            raise AssertionError(f"{name}: the {kind}s are {found}, the contract says {wanted}")
+    functions = {identifier[:2] for identifier in model.functions} | lowered
+    own = [(node, OPERATORS) for node in model.graph.all_nodes()]
+    bodies = [(node, BODY_OPERATORS) for f in model.functions.values() for node in f.all_nodes()]
+    for node, operators in own + bodies:
+        if (node.domain or node.op_type not in operators) and (node.domain, node.op_type) not in functions:
+            raise AssertionError(
+                f"{name}: {node.domain or 'ai.onnx'}::{node.op_type} is not an operator of the contract"
+            )
+    if model.opset_imports.get("") != opset or model.ir_version != IR_VERSION:
+        raise AssertionError(f"{name}: opset {model.opset_imports.get('')} and IR version {model.ir_version}")

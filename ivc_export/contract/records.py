@@ -1,0 +1,40 @@
+"""What every record of the contract rests on: its base, and the bounds of its numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+INT32_MOST = 2**31 - 1
+Depth = Annotated[int, Field(gt=0, le=1000)]
+"""Layers."""
+Width = Annotated[int, Field(gt=0, le=1 << 20)]
+"""Channels of a layer: any real model's many times over, and little enough that products of two fit 64 bits."""
+Heads = Annotated[int, Field(gt=0, le=4096)]
+Count = Annotated[int, Field(gt=0, le=INT32_MOST)]
+"""Of tokens, positions or pixels, which graphs and runtimes hold in int32."""
+Side = Annotated[int, Field(gt=0, le=16384)]
+"""Pixels along a side."""
+Tiles = Annotated[int, Field(gt=0, le=256)]
+"""Tiles of a picture; all shapes of so many are tried for each picture."""
+TokenId = Annotated[int, Field(ge=0, le=INT32_MOST)]
+Epsilon = Annotated[float, Field(gt=0, le=1)]
+Factor = Annotated[float, Field(ge=1e-9, le=1e9)]
+"""What pixels are multiplied or divided by: neither zero nor infinite in float32."""
+Level = Annotated[float, Field(ge=-1e9, le=1e9)]
+"""What is taken from pixels."""
+
+
+class Frozen(BaseModel):
+    """Base of every record: immutable, and no field that the schema does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def first_problem(error: Exception) -> str:
+    """An exception in one line: a validation error's first field and what is wrong with it, or the message."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    detail = error.errors()[0]
+    return f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}"

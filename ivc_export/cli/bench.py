@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ivc_export import __version__
+from ivc_export.bench.baseline import TIMES_FACTOR, compare_times, read_times, report_facts
 from ivc_export.bench.entrants import PEERS, RUNTIMES, Entrants, check_entrants, open_contestants, report
 from ivc_export.bench.measure import Bench, Row, Settings
 from ivc_export.bench.prompts import Prompt, make_prompt
@@ -63,12 +64,18 @@ def parser() -> Parser:
     p.add_argument("--warmups", type=int, default=2, help="rounds before these (default: 2)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw the stages")
+    p.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="of --json, earlier: fail where a time grew since then"
+    )
+    p.add_argument(
+        "--baseline-factor", type=float, metavar="X", help=f"beyond so many times (default: {TIMES_FACTOR:g})"
+    )
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Measure, print a table for each picture, and write what is asked for."""
+    """Measure, print a table for each picture, and write what is asked for; 1 if a time grew beyond the baseline's."""
     options = parser().parse_args(arguments)
     check_outputs(options)
     entrants = Entrants(
@@ -79,6 +86,7 @@ def command(arguments: Sequence[str]) -> int:
         plugin=options.plugin,
     )
     check_entrants(entrants)
+    baseline = read_times(options.baseline, options.baseline_factor) if options.baseline else None
     bundle = Bundle.load(options.bundle)
     ratios = tuple(options.ratio or [bundle.manifest.default_ratio])
     settings = Settings(ratios, options.tokens, options.rounds, options.warmups)
@@ -88,9 +96,12 @@ def command(arguments: Sequence[str]) -> int:
     with errors.status("reading the graphs") as status:
         bench = Bench(bundle, settings, status.update)
         contestants = open_contestants(bundle, entrants, status.update)
+        command = shlex.join(["ivc-bench", *arguments])
+        if baseline:
+            baseline.check_same(report_facts(report(bench, contestants, rows, command)))
         for prompt in prompts:
             rows += bench.measure(contestants, prompt)
-        content = report(bench, contestants, rows, shlex.join(["ivc-bench", *arguments]))
+        content = report(bench, contestants, rows, command)
     if options.json:
         options.json.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     if options.plot:
@@ -107,7 +118,11 @@ def command(arguments: Sequence[str]) -> int:
             f"{limit['device']}: copies {limit['copy_gb_per_second']:g} GB/s, multiplies {limit['matmul_tflops']:g} "
             f"TFLOP/s in {limit['dtype']} ({limit['source']})"
         )
-    return 0
+    changes = compare_times(baseline, rows) if baseline else None
+    if baseline and changes:
+        for sentence in changes.sentences(baseline, " ms").values():
+            console.print(sentence, markup=False)
+    return 1 if changes and changes.grown else 0
 
 
 def check_outputs(options: argparse.Namespace) -> None:
@@ -125,6 +140,8 @@ def check_outputs(options: argparse.Namespace) -> None:
         raise UserError(f"{options.plot} does not end in .png: give it that ending")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib: install ivc-export[check], its extra with it")
+    if options.baseline_factor is not None and not options.baseline:
+        raise UserError("--baseline-factor needs figures to compare with: give them with --baseline")
     if options.peer and not options.against:
         raise UserError("--peer needs the checkpoint that was exported: give it with --against")
 

@@ -22,11 +22,12 @@ from rich.table import Table
 from ivc_export import __version__
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.integrity import verify_files
-from ivc_export.bundle.recording import INDEX, Recording
-from ivc_export.cli import Parser, make_console
+from ivc_export.bundle.recording import INDEX, Recording, identity
+from ivc_export.cli import Parser, check_output, make_console
 from ivc_export.contract.records import Frozen, TokenId, first_problem
 from ivc_export.errors import UserError
 from ivc_export.files import confined, replace_text
+from ivc_export.report.junit import junit
 from ivc_export.runtime.backends import BACKENDS
 from ivc_export.runtime.conversation import OpenSession, Step
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession, check_dtype
@@ -34,6 +35,7 @@ from ivc_export.runtime.onnxruntime.shown import OpenFusedSession
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.processor import Processor
 from ivc_export.runtime.tensorrt.session import TensorrtSession
+from ivc_export.verify.baseline import ERRORS_FACTOR, compare_errors, read_errors
 from ivc_export.verify.parity import BOUNDS, ParityReport, compare, find_tolerances
 from ivc_export.verify.testdata import draw_picture, make_prompt
 
@@ -88,15 +90,24 @@ def parser() -> Parser:
     p.add_argument("--provider", choices=("cpu", "cuda"), help="onnxruntime's provider (default: cpu)")
     p.add_argument("--op-library", type=Path, metavar="LIB", help="our custom operators, for --provider cuda")
     p.add_argument("--plugin", type=Path, metavar="LIB", help="libivc_plugin.so, for TensorRT engines built with it")
+    p.add_argument("--junit", type=Path, metavar="FILE", help="also write the comparisons as JUnit's XML")
+    p.add_argument("--baseline", type=Path, metavar="FILE", help="a parity.json: fail where an error grew since then")
+    p.add_argument(
+        "--baseline-factor", type=float, metavar="X", help=f"beyond so many times (default: {ERRORS_FACTOR:g})"
+    )
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Check, print a table, write report/parity.json and parity.html; 1 if anything is out of tolerance."""
+    """Check, print a table, write report/parity.json and parity.html; 1 if anything is out of tolerance, or grew."""
     options = parser().parse_args(arguments)
     check_options(options)
     bundle, console = Bundle.load(options.bundle), make_console(stderr=False)
+    baseline = None
+    if options.baseline:
+        baseline = read_errors(options.baseline, options.baseline_factor)
+        baseline.check_same({"model": identity(bundle.manifest)})
     if options.weights:
         bundle = verify(bundle, console)
     if not options.against and not options.onnx_only:
@@ -109,15 +120,22 @@ def command(arguments: Sequence[str]) -> int:
         reference, images = stored(bundle) if options.onnx_only else recorded(bundle, options, status.update)
         session = device or OnnxSession(bundle, dtype=options.precision or "float32")
         report, step = compare(session, reference, images, status.update)
+        changes = compare_errors(baseline, report) if baseline else None
         status.update("writing the report")
         page = write_report(bundle, report, step, images)
+    told = changes.sentences(baseline) if baseline and changes else {}
+    passed = report.passed and not (changes and changes.grown)
+    if options.junit:
+        replace_text(options.junit, junit(report, {name: told[name] for name in changes.grown} if changes else {}))
     console.print(table(report))
-    console.print(f"{'passed' if report.passed else 'FAILED'}; the report is {page}", markup=False)
+    for sentence in told.values():
+        console.print(sentence, markup=False)
+    console.print(f"{'passed' if passed else 'FAILED'}; the report is {page}", markup=False)
     if (report.backend, report.dtype) in BOUNDS:
         console.print(UNMEASURED.format(backend=report.backend, dtype=report.dtype), markup=False)
     if page.suffix != ".html":
         console.print("for report/parity.html, with plots, install matplotlib", markup=False)
-    return 0 if report.passed else 1
+    return 0 if passed else 1
 
 
 def open_on_device(bundle: Bundle, options: argparse.Namespace) -> OpenSession | None:
@@ -155,6 +173,13 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError("--op-library is for onnxruntime's CUDA provider: use it with --provider cuda alone")
     if options.plugin and options.backend == "onnxruntime":
         raise UserError("--plugin is for TensorRT's engines: use it with --backend tensorrt")
+    for path, option in ((options.junit, "--junit"), (options.baseline, "--baseline")):
+        if path and not options.against and not options.onnx_only:
+            raise UserError(f"{option} is for a comparison: use it with --against CHECKPOINT or --onnx-only")
+    if options.baseline_factor is not None and not options.baseline:
+        raise UserError("--baseline-factor needs a report to compare with: give it with --baseline")
+    if options.junit:
+        check_output(options.junit)
     if options.onnx_only:
         given = [f"--{name}" for name in ("against", *PROMPT_OPTIONS) if getattr(options, name) is not None]
         if given:

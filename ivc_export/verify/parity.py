@@ -101,10 +101,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """All comparisons of one check."""
+    """All comparisons of one check. model: see recording.identity."""
 
     bundle: str
     reference: str
+    model: dict[str, Any]
     backend: str
     dtype: str
     ratio: float
@@ -176,6 +177,7 @@ def compare(
     report = ParityReport(
         bundle=str(bundle.folder),
         reference=facts["checkpoint"],
+        model=identity(m),
         backend=session.backend,
         dtype=session.dtype,
         ratio=conversation.ratio,

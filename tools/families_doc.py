@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ivc_export import families
 from ivc_export.contract.names import GraphName
-from ivc_export.exporter.estimate import TEXT, Size, estimate
+from ivc_export.exporter.estimate import TEXT, Export, Size
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.family import Family
 
@@ -50,8 +50,8 @@ def row(family: Family, alias: str, hub_id: str) -> str:
     model = family.read(config, None)
     layer, ratio = family.default_layer(model.decoder), family.default_ratio
     preprocessing = model.preprocessing.capped(ExportRecipe.max_visual)
-    found = estimate(family, model, preprocessing, layer.layer, layer.calibrated, ratio, "bfloat16", [PICTURE])
-    (picture,) = found.pictures
+    planned = Export.planned(family, model, preprocessing, layer.layer, layer.calibrated, "bfloat16")
+    (picture,) = planned.estimate(ratio, [PICTURE]).pictures
     pruned, full = (sum(cost.flops[name] for name in DECODER) for cost in (picture.pruned, picture.unpruned))
     kept, cache = picture.pruned.cache_bytes, picture.unpruned.cache_bytes
     cells = [

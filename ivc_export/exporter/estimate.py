@@ -1,7 +1,7 @@
-"""What a model costs at an export's ratio and layer, from its configuration alone.
+"""What a model costs at an export's ratio and layer, from its graphs without their weights.
 
-The three graphs are built without weights and their shapes inferred for a picture and a prompt, so the figures are of
-the graphs that an export writes, whatever the family:
+Shapes are inferred for a picture and a prompt, so the figures are of the graphs that an export writes, whatever the
+family:
 
 - FLOPs: two for each multiply-add of `Gemm` (2 m n k) and `MatMul` (2 batch m n k). Element-wise operators, norms and
   softmax are left out, and the selection, whose votes are one part in 100,000 of the prefix.
@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import onnx
 import onnx_ir as ir
 import PIL.Image
 
+from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.checkpoint.weights import EMBEDDING, PlannedWeights
 from ivc_export.contract.graphs import TensorName
-from ivc_export.contract.manifest import Preprocessing
+from ivc_export.contract.manifest import Preprocessing, SelectionRule
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.contract.ratio import kept_tokens
 from ivc_export.dtypes import FLOATS, FloatName
@@ -38,8 +38,9 @@ from ivc_export.families.family import Family, Model
 from ivc_export.families.pictures import Picture
 from ivc_export.graph.counting import count
 from ivc_export.lowering.inline import InlinePass
+from ivc_export.selection.ivc_prune import seed_count
 from ivc_export.selection.operators import SELECTIONS
-from ivc_export.source.configuration import read_description, read_model
+from ivc_export.source.configuration import read_description
 from ivc_export.source.hub import open_checkpoint
 
 TEXT = 64
@@ -135,6 +136,101 @@ class Estimate:
         return asdict(self) | {"memory_bytes": self.memory_bytes, "fits": self.fits()}
 
 
+@dataclass(frozen=True)
+class Export:
+    """What an export writes, or would write: three graphs, built once, and the facts that their costs follow from.
+
+    parameters: of all weights. preprocessing: the model's, or with a lower cap.
+    """
+
+    family: Family
+    graphs: Mapping[GraphName, ir.Model]
+    parameters: int
+    dtype: FloatName
+    layers: int
+    selection_layer: int
+    calibrated: bool
+    selection: SelectionRule
+    preprocessing: Preprocessing
+
+    @staticmethod
+    def planned(
+        family: Family,
+        model: Model,
+        preprocessing: Preprocessing,
+        layer: int,
+        calibrated: bool,
+        dtype: FloatName,
+    ) -> Export:
+        """An export of this model, with graphs that have no weights."""
+        weights = PlannedWeights(dtype)
+        graphs = build_graphs(family, model, weights, layer)
+        weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
+        parameters = sum(math.prod(shape) for shape in weights.shapes.values())
+        layers, rule = model.decoder.layers, model.selection
+        return Export(family, graphs, parameters, dtype, layers, layer, calibrated, rule, preprocessing)
+
+    @staticmethod
+    def of(bundle: Bundle) -> Export:
+        """The export that wrote a bundle.
+
+        Raises:
+            UserError: a graph of it is damaged.
+        """
+        m = bundle.manifest
+        graphs = {name: bundle.graph(name) for name in GRAPH_NAMES}
+        stored = [
+            (name, value.const_value.size)
+            for graph in graphs.values()
+            for name, value in graph.graph.initializers.items()
+            if isinstance(value.const_value, ir.ExternalTensor)
+        ]
+        parameters = sum(dict([*stored, (EMBEDDING, math.prod(m.embedding.shape))]).values())
+        family, layers = families.of(m.family), m.decoder.layers
+        return Export(
+            family, graphs, parameters, m.dtype, layers, m.selection_layer, m.calibrated, m.selection, m.preprocessing
+        )
+
+    def estimate(self, ratio: float, pictures: Sequence[Size]) -> Estimate:
+        """What it buys where this part of the visual tokens is kept.
+
+        Raises:
+            UserError: a picture is too large, too small or too elongated.
+        """
+        graphs = {name: ir.to_proto(COUNTED(graph).model) for name, graph in self.graphs.items()}
+        size = FLOATS[self.dtype].itemsize
+        return Estimate(
+            family=self.family.model_type,
+            dtype=self.dtype,
+            layers=self.layers,
+            selection_layer=self.selection_layer,
+            calibrated=self.calibrated,
+            ratio=ratio,
+            weight_bytes=size * self.parameters,
+            pictures=tuple(self._one_picture(graphs, picture, ratio) for picture in pictures),
+        )
+
+    def _one_picture(self, graphs: Mapping[GraphName, onnx.ModelProto], size: Size, ratio: float) -> PictureEstimate:
+        picture = blank(self.family, self.preprocessing, size)
+        visual = picture.grid.visual
+        kept = kept_tokens(visual, ratio)
+        vision = count(graphs["vision"], {}, picture.inputs)
+        axes = {"S": visual + TEXT, "L": visual, "T": TEXT, "Q": TEXT // 2, "R": 1, **empty_caches(graphs.values())}
+        axes["seeds"] = seed_count(visual, self.selection.seed_divisor)
+        prefix = count(graphs["prefix"], axes | {"M": TEXT + kept})
+
+        def cost(rows: int) -> Cost:
+            decoder = count(graphs["decoder"], axes | {"M": rows})
+            found = {"vision": vision, "prefix": prefix, "decoder": decoder}
+            return Cost(
+                flops={name: found[name].flops for name in GRAPH_NAMES},
+                activation_bytes={name: found[name].peak_bytes for name in GRAPH_NAMES},
+                cache_bytes=cache_bytes(prefix.outputs, decoder.outputs),
+            )
+
+        return PictureEstimate(size, visual, kept, TEXT, cost(TEXT + kept), cost(TEXT + visual))
+
+
 def estimate_recipe(recipe: ExportRecipe, pictures: Sequence[Size]) -> Estimate:
     """What `recipe` would buy; reads JSON files alone, and writes nothing but them to the hub's cache.
 
@@ -147,20 +243,17 @@ def estimate_recipe(recipe: ExportRecipe, pictures: Sequence[Size]) -> Estimate:
     dtype = recipe.float_name or stated_dtype(checkpoint.config)
     preprocessing = description.model.preprocessing.capped(recipe.max_visual)
     ratio = description.family.default_ratio if recipe.ratio is None else recipe.ratio
-    return estimate(description.family, description.model, preprocessing, layer, calibrated, ratio, dtype, pictures)
+    planned = Export.planned(description.family, description.model, preprocessing, layer, calibrated, dtype)
+    return planned.estimate(ratio, pictures)
 
 
 def estimate_bundle(bundle: Bundle, pictures: Sequence[Size]) -> Estimate:
-    """What a bundle buys; it holds the checkpoint's JSON files.
+    """What a bundle buys, counted on its own graphs.
 
     Raises:
-        UserError: these are damaged.
+        UserError: a graph is damaged, or a picture is too large, too small or too elongated.
     """
-    m = bundle.manifest
-    family, model, _ = read_model(Checkpoint.open(bundle.folder))
-    model = replace(model, decoder=m.decoder)
-    ratio, layer = m.default_ratio, m.selection_layer
-    return estimate(family, model, m.preprocessing, layer, m.calibrated, ratio, m.dtype, pictures)
+    return Export.of(bundle).estimate(bundle.manifest.default_ratio, pictures)
 
 
 def stated_dtype(config: Mapping[str, Any]) -> FloatName:
@@ -171,63 +264,6 @@ def stated_dtype(config: Mapping[str, Any]) -> FloatName:
             if stated == name:
                 return name
     return "float32"
-
-
-def estimate(
-    family: Family,
-    model: Model,
-    preprocessing: Preprocessing,
-    layer: int,
-    calibrated: bool,
-    ratio: float,
-    dtype: FloatName,
-    pictures: Sequence[Size],
-) -> Estimate:
-    """Count on the model's graphs. preprocessing: the model's, or with a lower cap."""
-    weights = PlannedWeights(dtype)
-    built = build_graphs(family, model, weights, layer)
-    weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
-    graphs = {name: ir.to_proto(COUNTED(graph).model) for name, graph in built.items()}
-    size = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
-    return Estimate(
-        family=family.model_type,
-        dtype=dtype,
-        layers=model.decoder.layers,
-        selection_layer=layer,
-        calibrated=calibrated,
-        ratio=ratio,
-        weight_bytes=size * sum(math.prod(shape) for shape in weights.shapes.values()),
-        pictures=tuple(one_picture(graphs, family, model, preprocessing, size, ratio) for size in pictures),
-    )
-
-
-def one_picture(
-    graphs: Mapping[GraphName, onnx.ModelProto],
-    family: Family,
-    model: Model,
-    preprocessing: Preprocessing,
-    size: Size,
-    ratio: float,
-) -> PictureEstimate:
-    """Count for one picture."""
-    picture = blank(family, preprocessing, size)
-    visual = picture.grid.visual
-    kept = kept_tokens(visual, ratio)
-    vision = count(graphs["vision"], {}, picture.inputs)
-    axes = {"S": visual + TEXT, "L": visual, "T": TEXT, "Q": TEXT // 2, "R": 1, **empty_caches(graphs.values())}
-    axes["seeds"] = max(1, round(visual / model.selection.seed_divisor))
-    prefix = count(graphs["prefix"], axes | {"M": TEXT + kept})
-
-    def cost(rows: int) -> Cost:
-        decoder = count(graphs["decoder"], axes | {"M": rows})
-        found = {"vision": vision, "prefix": prefix, "decoder": decoder}
-        return Cost(
-            flops={name: found[name].flops for name in GRAPH_NAMES},
-            activation_bytes={name: found[name].peak_bytes for name in GRAPH_NAMES},
-            cache_bytes=cache_bytes(prefix.outputs, decoder.outputs),
-        )
-
-    return PictureEstimate(size, visual, kept, TEXT, cost(TEXT + kept), cost(TEXT + visual))
 
 
 def empty_caches(graphs: Iterable[onnx.ModelProto]) -> dict[str, int]:

@@ -82,6 +82,11 @@ def votes(values: Floats, visual_index: Ints, rows: Ints, others: Ints) -> Float
     return by_row[:, : len(visual_index)]
 
 
+def seed_count(tokens: int, divisor: int) -> int:
+    """Seeds among so many visual tokens: one of every `divisor`, half to even, at least 1."""
+    return max(1, round(tokens / divisor))
+
+
 def token_scores(
     values: Floats,
     visual_index: Ints,
@@ -99,8 +104,8 @@ def token_scores(
     """
     by_text = votes(values, visual_index, query_index, others)
     if seed_index is None:
-        seeds = max(1, round(len(candidates) / seed_divisor))
-        seed_index = candidates[descending(by_text.mean(axis=0)[candidates])[:seeds]]
+        seeds = descending(by_text.mean(axis=0)[candidates])[: seed_count(len(candidates), seed_divisor)]
+        seed_index = candidates[seeds]
     by_seeds = votes(values, visual_index, visual_index[seed_index], others)
     return np.concatenate([by_text, by_seeds]).mean(axis=0), seed_index
 

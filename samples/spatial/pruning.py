@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ivc_export.contract.manifest import RotarySizes, SelectionRule
-from ivc_export.selection.ivc_prune import ivc_priority
+from ivc_export.selection.ivc_prune import ivc_priority, seed_count
 from samples.spatial.held_out import Evidence
 from samples.spatial.network import CONFIG
 
@@ -50,7 +50,7 @@ def foreground(evidence: Evidence) -> Tensor:
     by_text, voting = votes(evidence.values), evidence.votes[:, :, None]
     text = (by_text * voting).sum(1)
     lengths = evidence.is_visual.sum(1)
-    counts = [max(1, round(length / RULE.seed_divisor)) for length in lengths.tolist()]
+    counts = [seed_count(length, RULE.seed_divisor) for length in lengths.tolist()]
     ranked = (text / voting.sum(1)).masked_fill(~evidence.is_visual, -1).argsort(dim=1, descending=True, stable=True)
     seeds = ranked[:, : max(counts)]
     is_seed = torch.arange(max(counts), device=seeds.device) < torch.tensor(counts, device=seeds.device)[:, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from onnx import TensorProto, helper
 from ivc_export import cli, families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
+from ivc_export.exporter import estimate
 from ivc_export.exporter.estimate import COUNTED, TEXT, Size, estimate_bundle, estimate_recipe
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.graph.counting import count
+from ivc_export.lowering import exported
 from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint
@@ -83,6 +86,19 @@ def test_flops_and_cache_are_those_of_a_run(sample_bundle: Bundle, ratio: float)
         assert found.pruned.flops[name] == flops_of_a_run(bundle.folder / f"{name}.onnx", session.fed[name]), name
     assert found.pruned.cache_bytes == conversation.cache.bytes_used
     assert (found.pruned == found.unpruned) == (ratio == 1.0)
+
+
+@pytest.mark.parametrize("lowering", exported())
+def test_a_bundle_is_counted_on_its_own_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lowering: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c")
+    recipe = ExportRecipe(checkpoint, tmp_path / "b", lowering=lowering)
+    planned, bundle = estimate_recipe(recipe, [PICTURE]), export(recipe)
+    monkeypatch.setattr(estimate, "build_graphs", None)
+    found = estimate_bundle(bundle, [PICTURE])
+    assert replace(found, pictures=planned.pictures) == planned
+    for name in GRAPH_NAMES:  # where it is lowered, the selection's votes count
+        assert found.pictures[0].pruned.flops[name] == pytest.approx(planned.pictures[0].pruned.flops[name], rel=0.01)
+    assert found.pictures[0].pruned.cache_bytes == planned.pictures[0].pruned.cache_bytes
 
 
 def test_flops_are_the_textbooks(sample_bundle: Bundle) -> None:

@@ -198,7 +198,6 @@ class Export:
             UserError: a picture is too large, too small or too elongated.
         """
         graphs = {name: ir.to_proto(COUNTED(graph).model) for name, graph in self.graphs.items()}
-        size = FLOATS[self.dtype].itemsize
         return Estimate(
             family=self.family.model_type,
             dtype=self.dtype,
@@ -206,7 +205,7 @@ class Export:
             selection_layer=self.selection_layer,
             calibrated=self.calibrated,
             ratio=ratio,
-            weight_bytes=size * self.parameters,
+            weight_bytes=int(FLOATS[self.dtype].itemsize * self.parameters),
             pictures=tuple(self._one_picture(graphs, picture, ratio) for picture in pictures),
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -12,6 +12,7 @@ from ivc_export.contract.graphs import in_place_info
 from ivc_export.contract.manifest import GraphInfo
 from ivc_export.contract.names import IVC_DOMAIN, OPSET, AnyGraphName
 from ivc_export.contract.operators import PLUGIN_OPERATORS, verify_graph
+from ivc_export.graph.functions import RESULTS
 from ivc_export.lowering.in_place_caches import CompactCachesPass
 from ivc_export.lowering.inline import InlinePass
 from ivc_export.lowering.onnxruntime.activations import FuseActivationsPass
@@ -32,13 +33,15 @@ Operators = frozenset[tuple[str, str]]
 class Lowering:
     """How portable graphs become graphs for one runtime.
 
-    passes: what makes them, in order, new for each graph. operators: beyond the contract's, by domain and name, that
-    may be left. io: a graph's inputs and outputs as they are then. opset: of the default domain. hidden_scale: what
-    hidden_states are multiplied by between the graphs. exported: whether a bundle can be exported in it; others are
-    applied when an engine is built or a session opened.
+    passes: what makes them, in order, new for each graph. functions: of domain `ivc`, that may be left: as calls of
+    bodies, or as operators of a library of ours; any other that is left is an error. operators: beyond those and the
+    contract's, by domain and name, that may be left. io: a graph's inputs and outputs as they are then. opset: of the
+    default domain. hidden_scale: what hidden_states are multiplied by between the graphs. exported: whether a bundle
+    can be exported in it; others are applied when an engine is built or a session opened.
     """
 
     passes: Callable[[], Passes]
+    functions: frozenset[str] = frozenset()
     operators: Operators = frozenset()
     io: Callable[[GraphInfo], GraphInfo] = lambda info: info
     opset: int = OPSET
@@ -49,10 +52,15 @@ class Lowering:
         """Lower a portable graph, in place.
 
         Raises:
-            PreconditionError, PostconditionError: the graph is not what a pass needs or should leave; a bug.
+            PreconditionError, PostconditionError: the graph is not what a pass needs or should leave, calls what is no
+                function of ours, or still calls one that this lowering should have replaced; a bug.
         """
+        for node in calls(model, RESULTS):
+            raise ir.passes.PreconditionError(f"{node.name}: there is no function ivc::{node.op_type}")
         for one in self.passes():
             model = one(model).model
+        for node in calls(model, self.functions):
+            raise ir.passes.PostconditionError(f"{node.name}: ivc::{node.op_type} is neither replaced nor inlined")
         return model
 
     def verify(self, name: AnyGraphName, model: ir.Model, portable: GraphInfo) -> None:
@@ -61,7 +69,15 @@ class Lowering:
         Raises:
             AssertionError: it breaks it; a bug.
         """
-        verify_graph(name, model, self.io(portable), self.operators, self.opset)
+        for node in calls(model, self.functions):
+            raise AssertionError(f"{name}: {node.name} calls ivc::{node.op_type}, which this lowering does not leave")
+        ours = frozenset((IVC_DOMAIN, function) for function in self.functions)
+        verify_graph(name, model, self.io(portable), self.operators | ours, self.opset)
+
+
+def calls(model: ir.Model, but: Collection[str]) -> Iterator[ir.Node]:
+    """Nodes of domain `ivc` that are none of these."""
+    return (n for n in model.graph.all_nodes() if n.domain == IVC_DOMAIN and n.op_type not in but)
 
 
 def fused(*more: ir.passes.PassBase) -> Passes:
@@ -72,7 +88,7 @@ def fused(*more: ir.passes.PassBase) -> Passes:
         CompactCachesPass(),
         UseRotaryEmbeddingPass(),
         FuseNormsPass(),
-        InlinePass(kept=("SelectTokens", "SelectTileTokens", "CompactGather")),  # whose bodies onnxruntime inlines
+        InlinePass(kept=SELECTION | PLUGIN_OPERATORS),  # onnxruntime inlines bodies, or has operators of ours
         PackProjectionsPass(),
         RotateInAttentionPass(),
         FuseActivationsPass(),
@@ -82,7 +98,7 @@ def fused(*more: ir.passes.PassBase) -> Passes:
     )
 
 
-OUR_OPERATORS: Operators = frozenset((IVC_DOMAIN, name) for name in PLUGIN_OPERATORS)
+SELECTION = frozenset(("SelectTokens", "SelectTileTokens", "CompactGather"))
 FUSED_OPERATORS: Operators = frozenset(
     [("", "SimplifiedLayerNormalization")]
     + [("com.microsoft", op) for op in ("GroupQueryAttention", "MultiHeadAttention", "RotaryEmbedding")]
@@ -91,16 +107,19 @@ FUSED_OPERATORS: Operators = frozenset(
 
 LOWERINGS: dict[str, Lowering] = {
     # keeps ivc functions and their bodies: onnxruntime inlines them
-    "portable": Lowering(passes=lambda: (), exported=True),
+    "portable": Lowering(passes=lambda: (), functions=frozenset(RESULTS), exported=True),
     # standard operators only: any TensorRT, no plugin
     "native": Lowering(passes=lambda: (InlinePass(),), exported=True),
     # nodes without bodies: TensorRT with our plugin library
-    "plugin": Lowering(passes=lambda: (UsePluginPass(),), operators=OUR_OPERATORS),
-    "ort-cuda": Lowering(passes=fused, operators=FUSED_OPERATORS, io=in_place_info, hidden_scale=SCALE),
+    "plugin": Lowering(passes=lambda: (UsePluginPass(),), functions=PLUGIN_OPERATORS),
+    "ort-cuda": Lowering(
+        passes=fused, functions=SELECTION, operators=FUSED_OPERATORS, io=in_place_info, hidden_scale=SCALE
+    ),
     # the same with our library of custom operators, which selects and compacts
     "ort-cuda-ops": Lowering(
         passes=lambda: fused(UseCustomOpsPass()),
-        operators=FUSED_OPERATORS | OUR_OPERATORS,
+        functions=PLUGIN_OPERATORS,
+        operators=FUSED_OPERATORS,
         io=in_place_info,
         hidden_scale=SCALE,
     ),

@@ -7,7 +7,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.contract.graphs import TensorName, in_place_lengths
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.lowering.edit import Editor
+from ivc_export.lowering.edit import Editor, called
 
 INT32 = ir.DataType.INT32
 
@@ -15,26 +15,44 @@ INT32 = ir.DataType.INT32
 class CompactCachesPass(ir.passes.InPlacePass):
     """Compact the caches of the layers below the cut, which prefix has written this run's rows to.
 
-    1. Needs: graphs whose attention writes its caches in place.
+    1. Needs: graphs whose attention writes its caches in place (UseFusedAttentionPass).
     2. Leaves: inputs and outputs as contract.graphs.in_place_info says. Where rows are chosen, cache_index, for each
        row of a cache the row that it holds after compaction; where rows are dropped, cache_index and the caches below
        the cut as inputs, and compact_key.i and compact_value.i as whole caches. No new_key.i and new_value.i.
     """
 
+    def requires(self, model: ir.Model) -> None:
+        """Check that no attention is left that takes caches and gives rows."""
+        left = [node.name for node in model.graph if called(node.outputs[0], "Attention")]
+        if left:
+            raise ir.passes.PreconditionError(f"{left[0]} does not write its caches in place")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Look at what the graph gives and takes."""
         graph = model.graph
-        chooses = any(value.name == "keep_index" for value in graph.outputs)
-        drops = any(value.name == "keep_index" for value in graph.inputs)
+        done = any(value.name == "cache_index" for value in (*graph.inputs, *graph.outputs))
+        chooses = not done and any(value.name == "keep_index" for value in graph.outputs)
+        drops = not done and any(value.name == "keep_index" for value in graph.inputs)
         if chooses:
             add_cache_index(graph)
         if drops:
             gather_caches(graph)
         kept = [value for value in graph.outputs if TensorName.of(value.name).role != "new"]
         changed = chooses or drops or len(kept) < len(graph.outputs)
-        graph.outputs[:] = kept
-        RemoveUnusedNodesPass()(model)
+        if changed:
+            graph.outputs[:] = kept
+            RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, changed)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check that no rows of this run are given, and that cache_index goes with keep_index."""
+        for values in (model.graph.inputs, model.graph.outputs):
+            names = {value.name for value in values}
+            if ("keep_index" in names) != ("cache_index" in names):
+                raise ir.passes.PostconditionError("keep_index and cache_index do not go together")
+        left = [value.name for value in model.graph.outputs if TensorName.of(value.name).role == "new"]
+        if left:
+            raise ir.passes.PostconditionError(f"{left[0]} is still given beside its cache")
 
 
 def add_cache_index(graph: ir.Graph) -> None:

@@ -32,6 +32,8 @@ def add_types(nodes: Iterable[ir.Node], types: Types) -> None:
 def results(node: ir.Node, types: Types) -> list[ir.DataType]:
     """The types of a node's outputs."""
     inputs = [types[value] for value in node.inputs if value is not None]
+    if (node.domain, node.op_type) == (IVC_DOMAIN, "CompactGatherN"):  # an operator of ours, of many inputs
+        return inputs[1:]
     if node.domain == IVC_DOMAIN:
         found = RESULTS[node.op_type]
         return list(found) if isinstance(found, tuple) else [inputs[found]]

@@ -20,12 +20,20 @@ class UseFusedAttentionPass(ir.passes.InPlacePass):
     Rotations before them become its RotaryEmbedding. Both take rows with their heads side by side, as SplitHeads is
     given them.
 
-    1. Needs: a portable graph.
+    1. Needs: a portable graph whose decoder layers see what CausalMask lets them.
     2. Leaves: no Attention and no EncoderAttention; lengths as contract.graphs.in_place_info says. present_key.i and
        present_value.i are the caches with this run's rows behind those that were valid: bound to the buffers of
        past_key.i and past_value.i, they are written in place. Keys are rotated before: GroupQueryAttention rotates by
        row, and rows of a picture share M-RoPE positions. Attention in windows stays as it was.
     """
+
+    def requires(self, model: ir.Model) -> None:
+        """Check the masks."""
+        for node in model.graph:
+            if called(node.outputs[0], "Attention") and called(node.inputs[5], "CausalMask") is None:
+                raise ir.passes.PreconditionError(
+                    f"{node.name} has a mask of its own, which GroupQueryAttention does not take"
+                )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Call by call."""
@@ -34,7 +42,8 @@ class UseFusedAttentionPass(ir.passes.InPlacePass):
             if node.domain == IVC_DOMAIN and node.op_type in REPLACEMENTS:
                 REPLACEMENTS[node.op_type](edit, node, tables)
                 found = True
-        RemoveUnusedNodesPass()(model)
+        if found:
+            RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, found)
 
     def ensures(self, model: ir.Model) -> None:
@@ -55,18 +64,27 @@ class UseRotaryEmbeddingPass(ir.passes.InPlacePass):
         """Rotation by rotation."""
         edit, tables, found = Editor(model.graph), Tables(), False
         for node in list(model.graph):
-            split = called(node.inputs[0], "SplitHeads") if called(node.outputs[0], "Rotate") else None
-            if split is not None:
-                y, sizes = (
-                    rows(edit, node, node.outputs[0], tables),
-                    (split.attributes[k] for k in ("heads", "head_dim")),
-                )
+            if (split := split_before(node)) is not None:
+                sizes = [split.attributes[name] for name in ("heads", "head_dim")]
+                y = rows(edit, node, node.outputs[0], tables)
                 (y,) = edit.op(node, "Reshape", y, edit.ints(0, 0, *(size.as_int() for size in sizes)))
                 (y,) = edit.op(node, "Transpose", y, perm=[0, 2, 1, 3])
                 edit.replace(node.outputs[0], y)
                 found = True
-        RemoveUnusedNodesPass()(model)
+        if found:
+            RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, found)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check that no such rotation is left."""
+        left = [node.name for node in model.graph if split_before(node) is not None]
+        if left:
+            raise ir.passes.PostconditionError(f"{left[0]} is not replaced")
+
+
+def split_before(node: ir.Node) -> ir.Node | None:
+    """What split the heads that a node turns, if it does."""
+    return called(node.inputs[0], "SplitHeads") if called(node.outputs[0], "Rotate") else None
 
 
 def use_multi_head(edit: Editor, node: ir.Node, tables: Tables) -> None:
@@ -79,10 +97,8 @@ def use_multi_head(edit: Editor, node: ir.Node, tables: Tables) -> None:
 
 def use_group_query(edit: Editor, node: ir.Node, tables: Tables) -> None:
     """Attention."""
-    graph, mask = edit.graph, node.inputs[5]
-    causal = called(mask, "CausalMask")
-    if causal is None or causal.inputs[2] is None:
-        raise ir.passes.PreconditionError(f"{node.name} has a mask of its own, which GroupQueryAttention does not take")
+    graph, causal = edit.graph, called(node.inputs[5], "CausalMask")
+    assert causal is not None and causal.inputs[2] is not None
     inputs = [rows(edit, node, value, tables) for value in node.inputs[:3]]
     lengths = length_inputs(graph, causal.inputs[2])
     sizes = {"num_heads": node.attributes["heads"].as_int(), "kv_num_heads": node.attributes["kv_heads"].as_int()}

@@ -21,12 +21,24 @@ class AddBiasesPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Product by product."""
-        edit = Editor(model.graph)
+        edit, changed = Editor(model.graph), False
         for node in list(model.graph):
-            if node.op_type == "Gemm" and len(node.inputs) == 3:
+            if has_bias(node):
                 attributes: dict[str, Any] = {name: value.value for name, value in node.attributes.items()}
                 (product,) = edit.op(node, "Gemm", *node.inputs[:2], **attributes)
                 (total,) = edit.op(node, "Add", product, node.inputs[2])
                 edit.replace(node.outputs[0], total)
                 model.graph.remove(node, safe=True)
-        return ir.passes.PassResult(model, True)
+                changed = True
+        return ir.passes.PassResult(model, changed)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check that no product with a bias is left."""
+        left = [node.name for node in model.graph if has_bias(node)]
+        if left:
+            raise ir.passes.PostconditionError(f"{left[0]} has its bias still")
+
+
+def has_bias(node: ir.Node) -> bool:
+    """Whether a node is a product with a bias."""
+    return node.op_type == "Gemm" and len(node.inputs) == 3

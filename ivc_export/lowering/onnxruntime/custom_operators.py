@@ -18,16 +18,20 @@ class UseCustomOpsPass(ir.passes.InPlacePass):
        in the place of the Gather of all caches. Other `ivc` operators are inlined. Inputs and outputs as before.
     """
 
+    def requires(self, model: ir.Model) -> None:
+        """Check that what is inlined has a body."""
+        InlinePass(kept=PLUGIN_OPERATORS).requires(model)
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Inline what the library lacks, fuse the gathers of caches, drop the bodies."""
-        InlinePass(kept=PLUGIN_OPERATORS)(model)
+        changed = InlinePass(kept=PLUGIN_OPERATORS)(model).modified or bool(model.functions)
         model.functions.clear()
         gathers = [
             n for n in model.graph if n.op_type == "Gather" and n.inputs[1] and n.inputs[1].name == "cache_index"
         ]
         if gathers:
             fuse_gathers(model.graph, gathers, {"axes": axes(gathers)})
-        return ir.passes.PassResult(model, True)
+        return ir.passes.PassResult(model, changed or bool(gathers))
 
     def ensures(self, model: ir.Model) -> None:
         """Check that every `ivc` node is one of the library's."""

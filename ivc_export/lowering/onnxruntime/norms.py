@@ -32,17 +32,20 @@ class FuseNormsPass(ir.passes.InPlacePass):
             epsilon, total = node.attributes["epsilon"].as_float(), made_by(node.inputs[0], "Add")
             if total is not None:
                 fuse_sum(edit, total, node, f"Skip{NORMS[node.op_type]}", epsilon)
+                changed = True
             elif node.op_type == "RMSNorm":
                 attributes: dict[str, Any] = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
                 (normed,) = edit.op(node, NORMS[node.op_type], *node.inputs, **attributes)
                 edit.replace(node.outputs[0], normed)
-            changed = True
-        RemoveUnusedNodesPass()(model)
+                changed = True
+        if changed:
+            RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, changed)
 
     def ensures(self, model: ir.Model) -> None:
-        """Check that no RMS norm is left."""
-        left = [node.name for node in model.graph if (node.domain, node.op_type) == (IVC_DOMAIN, "RMSNorm")]
+        """Check that no RMS norm is left, and no norm of a sum."""
+        norms = [node for node in model.graph if node.op_type in NORMS]
+        left = [n.name for n in norms if n.domain == IVC_DOMAIN or made_by(n.inputs[0], "Add") is not None]
         if left:
             raise ir.passes.PostconditionError(f"{left[0]} is not replaced")
 

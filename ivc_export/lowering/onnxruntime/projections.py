@@ -21,7 +21,7 @@ class PackProjectionsPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Layer by layer."""
-        edit = Editor(model.graph)
+        edit, changed = Editor(model.graph), False
         place = {node: number for number, node in enumerate(model.graph)}
         for node in list(model.graph):
             if node.op_type == "GroupQueryAttention":
@@ -29,7 +29,8 @@ class PackProjectionsPass(ir.passes.InPlacePass):
                 products = [product for product in found if product is not None]
                 if len(products) == 3 and len({(p.inputs[0], len(p.inputs)) for p in products}) == 1:
                     pack(edit, min(products, key=place.__getitem__), products)
-        return ir.passes.PassResult(model, True)
+                    changed = True
+        return ir.passes.PassResult(model, changed)
 
 
 def projected(value: ir.Value | None) -> ir.Value | None:

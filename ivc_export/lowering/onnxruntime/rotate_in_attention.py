@@ -27,9 +27,15 @@ class RotateInAttentionPass(ir.passes.InPlacePass):
         for node in list(model.graph):
             if node.op_type == "GroupQueryAttention":
                 rotate(edit, node)
-        RemoveUnusedNodesPass()(model)
+        RemoveUnusedNodesPass()(model)  # the rotations
         positions[0].shape = ir.Shape([*list(positions[0].shape or ())[:-1], "P"])
         return ir.passes.PassResult(model, True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check that no graph of one row says its position once."""
+        for value in model.graph.inputs:
+            if value.name == "position_ids" and list(value.shape or ())[-1] == 1:
+                raise ir.passes.PostconditionError("position_ids has no place for every row of a cache")
 
 
 def rotate(edit: Editor, node: ir.Node) -> None:

@@ -20,9 +20,9 @@ NOT_FLOAT = BOOLEANS | {"Shape"}
 class RetypeFloatsPass(ir.passes.InPlacePass):
     """Make a graph compute in another dtype, as if it had been built in it.
 
-    1. Needs: a portable graph of one dtype, whose weights are external data and whose constants are float32. Casts
-       stand around its float32 stretches, also where its dtype is float32: which stretch a value belongs to follows
-       from the inputs, the weights and the casts before it.
+    1. Needs: a portable graph of one dtype, whose weights are external data, or converted when they are read, and whose
+       constants are float32. Casts stand around its float32 stretches, also where its dtype is float32: which stretch a
+       value belongs to follows from the inputs, the weights and the casts before it.
     2. Leaves: the same nodes; inputs, outputs, weights and the casts that end float32 stretches in `dtype`. A weight is
        converted when it is read, and refused then if it is too large for `dtype`.
     """
@@ -31,26 +31,52 @@ class RetypeFloatsPass(ir.passes.InPlacePass):
         super().__init__()
         self.dtype = FLOATS[dtype]
 
+    def requires(self, model: ir.Model) -> None:
+        """Check that float32 stretches begin and end by casts."""
+        self._stretches(model.graph)
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Follow both kinds of floats through the graph, and retype one of them."""
+        """Retype the floats of no float32 stretch, and the casts that end these."""
         graph = model.graph
-        wide: dict[ir.Value, bool] = {}  # whether a float belongs to a float32 stretch
+        wide = self._stretches(graph)
+        casts = [node for node in graph if node.op_type == "Cast" and wide.get(node.outputs[0]) is not None]
+        ends = [node for node in casts if not wide[node.outputs[0]] and node.attributes["to"].as_int() != self.dtype]
+        for node in ends:
+            node.attributes["to"] = ir.AttrInt64("to", int(self.dtype))
+        begins = [node for node in casts if wide[node.outputs[0]] and node.attributes["to"].as_int() != FLOAT]
+        for node in begins:
+            node.attributes["to"] = ir.AttrInt64("to", int(FLOAT))
+        values = (*graph.inputs, *graph.outputs, *graph.initializers.values())
+        others = [value for value in values if not wide.get(value, True) and value.dtype != self.dtype]
+        for value in others:
+            if value.const_value is not None:
+                value.const_value = converted(value.const_value, self.dtype)
+            value.type = ir.TensorType(self.dtype)
+        return ir.passes.PassResult(model, bool(ends or begins or others))
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check that there are floats of two dtypes at most."""
+        graph = model.graph
+        for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+            if value.dtype in FLOATS.values() and value.dtype not in (self.dtype, FLOAT):
+                raise ir.passes.PostconditionError(f"{value.name} is {value.dtype} still")
+
+    def _stretches(self, graph: ir.Graph) -> dict[ir.Value, bool]:
+        """Whether a float belongs to a float32 stretch, by following both kinds through the graph.
+
+        Raises:
+            PreconditionError: they mix.
+        """
+        wide: dict[ir.Value, bool] = {}
         for value in graph.inputs:
             if value.dtype in FLOATS.values():
                 wide[value] = value.name in FLOAT32_TENSORS
         for value in graph.initializers.values():
             if value.dtype in FLOATS.values():
-                wide[value] = not isinstance(value.const_value, ir.ExternalTensor)
+                wide[value] = not isinstance(value.const_value, ir.ExternalTensor | ir.LazyTensor)
         for node in graph:
             self._follow(node, wide)
-        for value in (*graph.inputs, *graph.outputs):
-            if value in wide and not wide[value]:
-                value.type = ir.TensorType(self.dtype)
-        for value in graph.initializers.values():
-            if value in wide and not wide[value]:
-                value.const_value = converted(value.const_value, self.dtype)
-                value.type = ir.TensorType(self.dtype)
-        return ir.passes.PassResult(model, True)
+        return wide
 
     def _kinds(self, node: ir.Node, wide: dict[ir.Value, bool]) -> set[bool]:
         """Of the floats that an `ivc` function gives: those of one of its inputs, or float32."""
@@ -65,9 +91,7 @@ class RetypeFloatsPass(ir.passes.InPlacePass):
         if node.domain == IVC_DOMAIN:
             kinds = self._kinds(node, wide)
         elif node.op_type == "Cast" and node.attributes["to"].as_int() in FLOATS.values():
-            begins = kinds != {True}  # a cast of floats that are no float32 stretch, or of integers, begins one
-            node.attributes["to"] = ir.AttrInt64("to", int(FLOAT if begins else self.dtype))
-            kinds = {begins}
+            kinds = {kinds != {True}}  # a cast of floats that are no float32 stretch, or of integers, begins one
         elif node.op_type == "Cast" or node.op_type in NOT_FLOAT:
             kinds = set()
         if len(kinds) > 1:

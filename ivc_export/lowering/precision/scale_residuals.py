@@ -40,16 +40,17 @@ class ScaleResidualsPass(ir.passes.InPlacePass):
         for value in graph.inputs:
             if value.name in RESIDUALS:
                 stream.add(value if value.name in RESIDUALS[1:] else scaled_embeddings(edit, value))
+        changed = any(value.name == RESIDUALS[0] for value in graph.inputs)
         for node in list(graph) if stream else ():
             if any(value in stream for value in node.inputs):
-                follow(edit, node, stream)
+                changed |= follow(edit, node, stream)
         for value in graph.outputs if stream else ():
             if (value in stream) != (value.name in RESIDUALS):
                 end = value.producer()
                 assert end is not None
                 no = "" if value in stream else "not "
                 refuse(end, f"gives {value.name}, which is {no}the residual stream")
-        return ir.passes.PassResult(model, bool(stream))
+        return ir.passes.PassResult(model, changed)
 
 
 def scaled_embeddings(edit: Editor, embeds: ir.Value) -> ir.Value:
@@ -62,8 +63,8 @@ def scaled_embeddings(edit: Editor, embeds: ir.Value) -> ir.Value:
     return scaled
 
 
-def follow(edit: Editor, node: ir.Node, stream: set[ir.Value]) -> None:
-    """Do at a node that reads the stream what keeps the rest of the graph as it was.
+def follow(edit: Editor, node: ir.Node, stream: set[ir.Value]) -> bool:
+    """Do at a node that reads the stream what keeps the rest of the graph as it was; return whether it took a change.
 
     Raises:
         UserError: the node is neither a norm nor a sum, and does not hand values on.
@@ -74,16 +75,18 @@ def follow(edit: Editor, node: ir.Node, stream: set[ir.Value]) -> None:
         and node.inputs[0] in stream
     ):
         stream.add(node.outputs[0])
-    elif node.op_type in NORMS and node.inputs[0] in stream:
+        return False
+    if node.op_type in NORMS and node.inputs[0] in stream:
         epsilon = node.attributes["epsilon"].as_float()
         node.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon * SCALE**2)
-    elif node.op_type == "Add":
-        for index, value in enumerate(node.inputs):
-            if value is not None and value not in stream:
-                scale_addend(edit, node, index, value)
-        stream.add(node.outputs[0])
-    else:
+        return True
+    if node.op_type != "Add":
         refuse(node, "reads the residual stream")
+    addends = [(i, value) for i, value in enumerate(node.inputs) if value is not None and value not in stream]
+    for index, value in addends:
+        scale_addend(edit, node, index, value)
+    stream.add(node.outputs[0])
+    return bool(addends)
 
 
 def scale_addend(edit: Editor, total: ir.Node, index: int, value: ir.Value) -> None:

@@ -19,20 +19,36 @@ class WidenFloatsPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Retype inputs, outputs and casts, and put a Cast behind each weight."""
         graph = model.graph
-        for value in (*graph.inputs, *graph.outputs):
-            if value.dtype in NARROW:
-                value.dtype = FLOAT
-        for node in graph.all_nodes():
-            if node.op_type == "Cast" and node.attributes["to"].as_int() in NARROW:
-                node.attributes["to"] = ir.AttrInt64("to", int(FLOAT))
-        for name, value in list(graph.initializers.items()):
-            tensor = value.const_value
-            if tensor is None or tensor.dtype not in NARROW:
-                continue
-            users = tuple(value.uses())
+        casts, weights = narrow_casts(graph), narrow_weights(graph)
+        ends = [value for value in (*graph.inputs, *graph.outputs) if value.dtype in NARROW]
+        for value in ends:
+            value.dtype = FLOAT
+        for node in casts:
+            node.attributes["to"] = ir.AttrInt64("to", int(FLOAT))
+        for value in weights:
+            users, name = tuple(value.uses()), value.name
             cast = ir.node("Cast", [value], {"to": int(FLOAT)}, name=f"{name}/widen")
             cast.outputs[0].name = f"{name}/float32"
             graph.insert_before(graph[0], cast)
             for user, index in users:
                 user.replace_input_with(index, cast.outputs[0])
-        return ir.passes.PassResult(model, True)
+        return ir.passes.PassResult(model, bool(casts or weights or ends))
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check that nothing but weights is narrow, and that casts alone read these."""
+        left = [node.name for node in narrow_casts(model.graph)]
+        left += [value.name for value in narrow_weights(model.graph)]
+        left += [value.name for value in (*model.graph.inputs, *model.graph.outputs) if value.dtype in NARROW]
+        if left:
+            raise ir.passes.PostconditionError(f"{left[0]} is not widened")
+
+
+def narrow_casts(graph: ir.Graph) -> list[ir.Node]:
+    """Casts to a narrow dtype."""
+    return [n for n in graph.all_nodes() if n.op_type == "Cast" and n.attributes["to"].as_int() in NARROW]
+
+
+def narrow_weights(graph: ir.Graph) -> list[ir.Value]:
+    """Narrow weights that not only casts to float32 read."""
+    weights = [v for v in graph.initializers.values() if v.const_value is not None and v.const_value.dtype in NARROW]
+    return [v for v in weights if any(user.op_type != "Cast" for user in v.consumers())]

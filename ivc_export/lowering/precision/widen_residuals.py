@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from ivc_export.contract.graphs import WIDE_RESIDUALS
 from ivc_export.contract.names import IVC_DOMAIN
+from ivc_export.lowering.types import types_of
 
 FLOAT = ir.DataType.FLOAT
 CARRIERS = frozenset(("CompactGather", "Gather", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
@@ -15,8 +16,8 @@ CARRIERS = frozenset(("CompactGather", "Gather", "Reshape", "Squeeze", "Transpos
 class WidenResidualsPass(ir.passes.InPlacePass):
     """Keep the residual stream of a float16 graph in float32: some models' sums leave float16's range, 65504.
 
-    1. Needs: a portable graph of pre-norm layers in one narrow dtype: a residual value is what both a norm (RMSNorm or
-       LayerNormalization) and an Add read.
+    1. Needs: a portable graph of pre-norm layers: a residual value is what both a norm (RMSNorm or LayerNormalization)
+       and an Add read. A graph in another dtype than `narrow` stays as it is.
     2. Leaves: residual values, their sums and the norms on them in float32, and `hidden_states` between the graphs;
        every other value as it was. Weights of LayerNormalization are cast where it reads them.
     """
@@ -27,7 +28,7 @@ class WidenResidualsPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Widen where a stream starts, and follow it."""
-        self.graph = model.graph
+        self.graph, types = model.graph, types_of(model.graph)
         wide: set[ir.Value] = set()
         for value in model.graph.inputs:
             if value.name in WIDE_RESIDUALS and value.dtype == self.narrow:
@@ -37,12 +38,19 @@ class WidenResidualsPass(ir.passes.InPlacePass):
             if any(value in wide for value in node.inputs):
                 self._follow(node, wide)
             for value in node.outputs:
-                if value not in wide and starts(value):
+                if value not in wide and types.get(value) == self.narrow and starts(value):
                     wide.add(self._cast_uses(value, FLOAT, node))
         for value in model.graph.outputs:
             if value in wide:
                 value.type = ir.TensorType(FLOAT)
         return ir.passes.PassResult(model, bool(wide))
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check that no residual value is narrow."""
+        types = types_of(model.graph)
+        left = [v.name for n in model.graph for v in n.outputs if types[v] == self.narrow and starts(v)]
+        if left:
+            raise ir.passes.PostconditionError(f"{left[0]} is a residual value in {self.narrow.name.lower()}")
 
     def _follow(self, node: ir.Node, wide: set[ir.Value]) -> None:
         if node.op_type == "RMSNorm":

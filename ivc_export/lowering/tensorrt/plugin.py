@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.contract.operators import PLUGIN_OPERATORS
+from ivc_export.lowering.edit import called
 from ivc_export.lowering.inline import InlinePass
 
 INT64 = ir.DataType.INT64
@@ -29,21 +30,28 @@ class UsePluginPass(ir.passes.InPlacePass):
        parsers up to 10.14 would prefer them. Operators that the plugin lacks are inlined. Inputs and outputs as before.
     """
 
+    def requires(self, model: ir.Model) -> None:
+        """Check that what is inlined has a body, and that gathers can be fused."""
+        InlinePass(kept=("SelectTokens", "CompactGather", *PLUGIN_OPERATORS)).requires(model)
+        one_index([node for node in model.graph if called(node.outputs[0], "CompactGather")])
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the nodes, drop the bodies."""
-        InlinePass(kept=("SelectTokens", "CompactGather"))(model)
-        gathers = [node for node in model.graph if node.domain == IVC_DOMAIN and node.op_type == "CompactGather"]
+        inlined = InlinePass(kept=("SelectTokens", "CompactGather", *PLUGIN_OPERATORS))(model).modified
+        gathers = [node for node in model.graph if called(node.outputs[0], "CompactGather")]
         if gathers:
             sources = [node.inputs[0] for node in gathers]
             kinds = [kind(x, sources) for x in sources]
             fuse_gathers(model.graph, gathers, {"axes": axes(gathers), "kinds": kinds, **PLUGIN})
-        for node in list(model.graph):
-            if node.domain == IVC_DOMAIN and node.op_type == "SelectTokens":
-                node.replace_input_with(5, keep_slots(model.graph, node))
-                for name, value in PLUGIN.items():
-                    node.attributes[name] = ir.AttrString(name, value)
+        selections = [node for node in model.graph if called(node.outputs[0], "SelectTokens")]
+        selections = [node for node in selections if not PLUGIN.keys() <= node.attributes.keys()]
+        for node in selections:
+            node.replace_input_with(5, keep_slots(model.graph, node))
+            for name, value in PLUGIN.items():
+                node.attributes[name] = ir.AttrString(name, value)
+        changed = inlined or bool(gathers or selections or model.functions)
         model.functions.clear()
-        return ir.passes.PassResult(model, True)
+        return ir.passes.PassResult(model, changed)
 
     def ensures(self, model: ir.Model) -> None:
         """Check that every `ivc` node is one of the plugin's."""
@@ -71,9 +79,7 @@ def axes(gathers: Sequence[ir.Node]) -> list[int]:
 
 def fuse_gathers(graph: ir.Graph, gathers: Sequence[ir.Node], attributes: Mapping[str, str | list[int]]) -> None:
     """Replace CompactGather or Gather nodes of one index by one CompactGatherN in the place of the first."""
-    index = gathers[0].inputs[1]
-    if any(node.inputs[1] is not index for node in gathers):
-        raise ir.passes.PreconditionError("CompactGather nodes with another keep_index cannot be fused into one")
+    index = one_index(gathers)
     fused = ir.node(
         "CompactGatherN",
         [index, *(node.inputs[0] for node in gathers)],
@@ -95,6 +101,18 @@ def fuse_gathers(graph: ir.Graph, gathers: Sequence[ir.Node], attributes: Mappin
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
         new.name = name
+
+
+def one_index(gathers: Sequence[ir.Node]) -> ir.Value | None:
+    """By what all of these gather.
+
+    Raises:
+        PreconditionError: by more than one index.
+    """
+    indices = {node.inputs[1] for node in gathers}
+    if len(indices) > 1:
+        raise ir.passes.PreconditionError("CompactGather nodes with another keep_index cannot be fused into one")
+    return next(iter(indices), None)
 
 
 def kind(value: ir.Value | None, among: Sequence[ir.Value | None]) -> int:

@@ -33,7 +33,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Picture
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
@@ -97,7 +97,7 @@ class Transformers:
 
 def ours(session: OnnxSession, ratio: float, tokens: list[int], picture: Picture, count: int) -> tuple[Any, ...]:
     """The same of a bundle on onnxruntime, and the seconds of each stage."""
-    conversation = Conversation(session, ratio)
+    conversation = HostConversation(session, ratio)
     start = time.perf_counter()
     step = conversation.run(tokens, [picture])
     drawn = [int(step.logits.argmax())]

@@ -83,7 +83,7 @@ def one_session(bundle: str, prepacking: str) -> dict[str, Any]:
     from ivc_export import families
     from ivc_export.bundle.bundle import Bundle
     from ivc_export.runtime.chat import Sampling, generate
-    from ivc_export.runtime.conversation import Conversation
+    from ivc_export.runtime.host import HostConversation
     from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 
     opened = Bundle.load(bundle)
@@ -96,7 +96,7 @@ def one_session(bundle: str, prepacking: str) -> dict[str, Any]:
         session = OnnxSession(opened, prepacking=prepacking == "on")
         seconds = time.perf_counter() - start
         after_opening = memory()
-        conversation = Conversation(session, ratio=0.5)
+        conversation = HostConversation(session, ratio=0.5)
         start = time.perf_counter()
         stream = generate(conversation, tokens, [picture], Sampling(max_tokens=8), stop=())
         next(stream)

@@ -46,7 +46,7 @@ from ivc_export.lowering import lower
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.tensorrt.device import MODULE, Buffers, CudaDevice, median_seconds
-from ivc_export.runtime.tensorrt.session import Engine, Tensor
+from ivc_export.runtime.tensorrt.engine import Engine, Tensor
 from ivc_export.tensorrt.build import working_folder
 from ivc_export.tensorrt.compile import compile_graph
 from ivc_export.tensorrt.graphs import lowered

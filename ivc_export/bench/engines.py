@@ -9,7 +9,8 @@ from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
-from ivc_export.runtime.tensorrt.session import Engine, TensorrtSession
+from ivc_export.runtime.tensorrt.engine import Engine
+from ivc_export.runtime.tensorrt.session import TensorrtSession
 from ivc_export.tensorrt.compile import compile_graph
 from ivc_export.tensorrt.profiles import Extents
 

@@ -28,9 +28,10 @@ from ivc_export.contract.names import GRAPH_NAMES, IR_VERSION, OPSET, GraphName
 from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.exporter.estimate import COUNTED, empty_caches
 from ivc_export.graph.counting import count
-from ivc_export.runtime.onnxruntime.cuda import PROVIDERS, Provider
+from ivc_export.runtime.onnxruntime.fused_graphs import PROVIDERS, Provider
 from ivc_export.runtime.tensorrt.device import Buffers, median_seconds
-from ivc_export.runtime.tensorrt.session import Engine, Tensor, TensorrtSession
+from ivc_export.runtime.tensorrt.engine import Engine, Tensor
+from ivc_export.runtime.tensorrt.session import TensorrtSession
 
 SIZES: Mapping[str, tuple[int, int]] = {"cuda": (8192, 2**30), "cpu": (1024, 2**27)}
 """Side of the matmul's matrices, and bytes of the copy, by device."""

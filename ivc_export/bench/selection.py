@@ -22,12 +22,14 @@ from ivc_export.contract.manifest import Manifest
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering import lower
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
-from ivc_export.runtime.conversation import AnySession
 from ivc_export.runtime.failures import SILENT
-from ivc_export.runtime.onnxruntime.cuda import PROVIDERS, FusedSession, Provider, register
+from ivc_export.runtime.interface import Session
+from ivc_export.runtime.onnxruntime.cuda import FusedSession
+from ivc_export.runtime.onnxruntime.fused_graphs import PROVIDERS, Provider, register
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.tensorrt.device import Buffers, median_seconds
-from ivc_export.runtime.tensorrt.session import Engine, Tensor, TensorrtSession
+from ivc_export.runtime.tensorrt.engine import Engine, Tensor
+from ivc_export.runtime.tensorrt.session import TensorrtSession
 from ivc_export.selection.operators import SELECTIONS
 from ivc_export.tensorrt.graphs import typed
 from ivc_export.tensorrt.profiles import profiles
@@ -46,7 +48,7 @@ class SelectionTimes:
     decode: float
 
 
-def portable_times(session: AnySession, plan: Run, rows: int) -> SelectionTimes:
+def portable_times(session: Session, plan: Run, rows: int) -> SelectionTimes:
     """On onnxruntime's CPU provider, as OnnxSession lowers graphs; a decode step runs both nodes on one row."""
     m = session.bundle.manifest
     models = {}
@@ -64,7 +66,7 @@ def portable_times(session: AnySession, plan: Run, rows: int) -> SelectionTimes:
     return SelectionTimes(*seconds, decode=sum(both(one)))
 
 
-def fused_times(session: AnySession, plan: Run, rows: int, provider: Provider = "cuda") -> SelectionTimes:
+def fused_times(session: Session, plan: Run, rows: int, provider: Provider = "cuda") -> SelectionTimes:
     """On the provider of a FusedSession, over caches of `rows` rows; its decode steps choose nothing."""
     assert isinstance(session, FusedSession)
     library, lowering = session.op_library, session.lowering
@@ -121,11 +123,11 @@ class EngineParts:
         return median_seconds(device, lambda: context.execute_async_v3(device.stream), REPEATS, RUNS)
 
 
-PARTS: WeakKeyDictionary[AnySession, EngineParts] = WeakKeyDictionary()
+PARTS: WeakKeyDictionary[Session, EngineParts] = WeakKeyDictionary()
 """Built once for a session."""
 
 
-def engine_times(session: AnySession, plan: Run, rows: int) -> SelectionTimes:
+def engine_times(session: Session, plan: Run, rows: int) -> SelectionTimes:
     """On TensorRT, by events; a decode step runs both engines' nodes on one row. Caches take no part in that."""
     assert isinstance(session, TensorrtSession)
     if session not in PARTS:
@@ -141,7 +143,7 @@ def engine_times(session: AnySession, plan: Run, rows: int) -> SelectionTimes:
     return SelectionTimes(*seconds, decode=sum(both(one, "decode")))
 
 
-TIMES: Mapping[str, Callable[[AnySession, Run, int], SelectionTimes]] = {
+TIMES: Mapping[str, Callable[[Session, Run, int], SelectionTimes]] = {
     "onnxruntime-cpu": portable_times,
     "onnxruntime-cuda": fused_times,
     "tensorrt": engine_times,
@@ -149,7 +151,7 @@ TIMES: Mapping[str, Callable[[AnySession, Run, int], SelectionTimes]] = {
 """By backend; a session, the prefill's plan and the rows of the caches."""
 
 
-def selection_times(session: AnySession, plan: Run, rows: int) -> SelectionTimes | None:
+def selection_times(session: Session, plan: Run, rows: int) -> SelectionTimes | None:
     """Time selection and compaction by themselves, or None for a backend where nothing knows how."""
     found = TIMES.get(session.backend)
     return found(session, plan, rows) if found else None

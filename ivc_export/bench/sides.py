@@ -10,7 +10,7 @@ from typing import Protocol
 from ivc_export.bench.prompts import Prompt
 from ivc_export.contract.manifest import Manifest
 from ivc_export.dtypes import FloatName
-from ivc_export.runtime.conversation import AnyConversation, AnySession
+from ivc_export.runtime.interface import Conversation, Session
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
 
 
@@ -52,12 +52,12 @@ class BundleSide:
 
     prunes = True
 
-    def __init__(self, session: AnySession, notes: str = "") -> None:
+    def __init__(self, session: Session, notes: str = "") -> None:
         self.session, self.notes = session, notes
         self.name, self.dtype = session.backend, session.dtype
         self.device = "cpu" if session.backend.endswith("-cpu") else "cuda"
 
-    def converse(self, prompt: Prompt, ratio: float, count: int) -> AnyConversation:
+    def converse(self, prompt: Prompt, ratio: float, count: int) -> Conversation:
         """Begin a conversation, in a FusedSession in caches of just the capacity that the answer takes."""
         capacity = len(prompt.tokens) + count if isinstance(self.session, FusedSession) else None
         return self.session.converse(ratio, capacity)

@@ -29,9 +29,9 @@ from ivc_export.errors import UserError
 from ivc_export.files import confined, replace_text
 from ivc_export.report.junit import junit
 from ivc_export.runtime.backends import BACKENDS
-from ivc_export.runtime.conversation import OpenSession, Step
+from ivc_export.runtime.interface import Session, Step
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession, check_dtype
-from ivc_export.runtime.onnxruntime.shown import OpenFusedSession
+from ivc_export.runtime.onnxruntime.shown import ShownSession
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.processor import Processor
 from ivc_export.runtime.tensorrt.session import TensorrtSession
@@ -138,17 +138,17 @@ def command(arguments: Sequence[str]) -> int:
     return 0 if passed else 1
 
 
-def open_on_device(bundle: Bundle, options: argparse.Namespace) -> OpenSession | None:
+def open_on_device(bundle: Bundle, options: argparse.Namespace) -> Session | None:
     """What runs the bundle on a GPU, if that is asked for.
 
     Raises:
         UserError: it cannot be opened, or nothing is known about its precision.
     """
-    session: OpenSession
+    session: Session
     if options.backend != "onnxruntime":
         session = TensorrtSession(bundle, options.backend, options.plugin)
     elif options.provider == "cuda":
-        session = OpenFusedSession(bundle, "cuda", op_library=options.op_library)
+        session = ShownSession(bundle, "cuda", op_library=options.op_library)
     else:
         return None
     find_tolerances(session)

@@ -21,7 +21,7 @@ from ivc_export.files import read_object
 from ivc_export.report.overlay import count_kinds, overlay
 from ivc_export.runtime.backends import BACKENDS, open_session
 from ivc_export.runtime.chat import Chat
-from ivc_export.runtime.conversation import Timings
+from ivc_export.runtime.interface import Timings
 from ivc_export.runtime.onnxruntime.cpu import widening_note
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
 from ivc_export.runtime.pictures import open_picture

@@ -10,7 +10,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from ivc_export.families.pictures import Grid
-from ivc_export.runtime.conversation import Step
+from ivc_export.runtime.interface import Step
 
 COLOURS = {"seed": (230, 57, 70), "ivc": (29, 132, 255), "foreground": (46, 174, 92), "pruned": (120, 120, 120)}
 LABELS = {"seed": "seeds", "ivc": "IVC tokens", "foreground": "foreground", "pruned": "pruned"}

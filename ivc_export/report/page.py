@@ -14,7 +14,7 @@ import PIL.Image
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.report.overlay import count_kinds, overlay
 from ivc_export.report.plots import plot_errors, plot_scores
-from ivc_export.runtime.conversation import Step
+from ivc_export.runtime.interface import Step
 from ivc_export.verify.parity import TOLERANCE, ParityReport
 
 TEMPLATE = Path(__file__).parent / "parity.html.jinja"

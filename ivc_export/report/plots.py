@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ivc_export.report.overlay import COLOURS, LABELS, kinds
-from ivc_export.runtime.conversation import Step
+from ivc_export.runtime.interface import Step
 from ivc_export.verify.parity import Comparison
 
 INK, GRID, OK, BAD = "#1f2937", "#e5e7eb", "#2563eb", "#dc2626"

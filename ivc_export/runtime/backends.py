@@ -7,9 +7,10 @@ from typing import Literal, get_args
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.errors import UserError
-from ivc_export.runtime.conversation import AnySession
+from ivc_export.runtime.interface import Session
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
-from ivc_export.runtime.onnxruntime.cuda import PROVIDERS, FusedSession
+from ivc_export.runtime.onnxruntime.cuda import FusedSession
+from ivc_export.runtime.onnxruntime.fused_graphs import PROVIDERS
 from ivc_export.runtime.tensorrt.session import TensorrtSession
 
 Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
@@ -23,7 +24,7 @@ def open_session(
     op_library: Path | None = None,
     cuda_graph: bool = True,
     plugin: Path | None = None,
-) -> AnySession:
+) -> Session:
     """A bundle in a runtime.
 
     provider: onnxruntime's, "cpu" or "cuda"; op_library, cuda_graph: for the latter, as FusedSession's. plugin: for

@@ -11,7 +11,7 @@ import PIL.Image
 
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Picture
-from ivc_export.runtime.conversation import AnyConversation, AnySession, Step
+from ivc_export.runtime.interface import Conversation, Session, Step
 from ivc_export.runtime.processor import Processor, parts_message, placed
 from ivc_export.text.sampling import GREEDY, Sampler
 from ivc_export.text.sampling import Sampling as Sampling
@@ -22,7 +22,7 @@ Part = str | Path | PIL.Image.Image
 
 
 def generate(
-    conversation: AnyConversation,
+    conversation: Conversation,
     tokens: Sequence[int],
     pictures: Sequence[Picture] = (),
     sampling: Sampling | Sampler = GREEDY,
@@ -41,7 +41,7 @@ def generate(
 
 
 def continue_from(
-    conversation: AnyConversation,
+    conversation: Conversation,
     step: Step,
     sampler: Sampler,
     stop: Sequence[int] | None = None,
@@ -66,7 +66,7 @@ def continue_from(
         step = conversation.run([token])
 
 
-def no_numbers(session: AnySession) -> str:
+def no_numbers(session: Session) -> str:
     """What to do where logits are no numbers: another dtype if there is a wider one, and never what is done already."""
     if session.dtype == "float32":
         return (
@@ -79,10 +79,10 @@ def no_numbers(session: AnySession) -> str:
     return f"{leaves}: use onnxruntime on the CPU (ivc-run's default), or build engines with --dtype fp32"
 
 
-PROCESSORS: WeakKeyDictionary[AnySession, Processor] = WeakKeyDictionary()
+PROCESSORS: WeakKeyDictionary[Session, Processor] = WeakKeyDictionary()
 
 
-def processor_of(session: AnySession) -> Processor:
+def processor_of(session: Session) -> Processor:
     """The processor that all chats of a session share.
 
     Reading a tokenizer takes longer than many an answer, and tokenizers 0.23 never frees what each of them has cached.
@@ -109,7 +109,7 @@ class Chat:
 
     def __init__(
         self,
-        session: AnySession,
+        session: Session,
         ratio: float | None = None,
         capacity: int | None = None,
         sampling: Sampling = GREEDY,

@@ -18,7 +18,7 @@ from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.manifest import Manifest, SelectionRule
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
-from ivc_export.runtime.conversation import OpenSession, Step
+from ivc_export.runtime.interface import Session, Step
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.plan import Run
 from ivc_export.selection.ivc_prune import Selected, select, sharers, votes
@@ -141,7 +141,7 @@ def check(bundle: Bundle, checkpoint: Path, ratio: float | None = None, steps: i
 
 
 def compare(
-    session: OpenSession,
+    session: Session,
     reference: Recording,
     images: Sequence[PIL.Image.Image] = (),
     progress: Callable[[str], None] = lambda stage: None,
@@ -224,7 +224,7 @@ def check_whole(reference: Recording, m: Manifest, steps: int, pictures: bool) -
         raise UserError(f"the stored run is damaged ({problem}): run ivc-check --against again")
 
 
-def find_tolerances(session: OpenSession) -> dict[str, float]:
+def find_tolerances(session: Session) -> dict[str, float]:
     """The largest errors, by kind of tensor, of what a session runs on.
 
     Raises:

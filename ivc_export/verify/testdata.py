@@ -15,7 +15,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.recording import Key, Recording
 from ivc_export.contract.names import GraphName
 from ivc_export.families.pictures import Picture
-from ivc_export.runtime.conversation import Conversation, Session
+from ivc_export.runtime.host import HostConversation, HostSession
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.processor import Processor, user_message
 
@@ -28,15 +28,15 @@ STEPS = 2
 class RecordingSession:
     """A session that remembers the inputs and outputs of every run under the stage that is set."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: HostSession) -> None:
         self.session, self.bundle, self.backend, self.dtype = session, session.bundle, session.backend, session.dtype
         self.versions, self.lock = session.versions, session.lock
         self.stage = "prefill"
         self.tensors: dict[Key, npt.NDArray[Any]] = {}
 
-    def converse(self, ratio: float | None = None, capacity: int | None = None) -> Conversation:
-        """Begin a conversation; see Conversation."""
-        return Conversation(self, ratio, capacity)
+    def converse(self, ratio: float | None = None, capacity: int | None = None) -> HostConversation:
+        """Begin a conversation; see HostConversation."""
+        return HostConversation(self, ratio, capacity)
 
     def run(self, name: GraphName, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Run graph `name` and remember."""

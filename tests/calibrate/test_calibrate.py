@@ -24,7 +24,7 @@ from ivc_export.contract.calibration import Calibration, Trial, propose, read_ca
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.processor import Processor
 from ivc_export.verify.oracle import reference_picture
@@ -81,7 +81,7 @@ def test_divergence_is_that_of_bundles(tmp_path: Path) -> None:
     prompt = processor.question(example.prompt, [picture])
     logs, token = [], 0
     for ratio in (1.0, 0.4):
-        conversation = Conversation(session, ratio)
+        conversation = HostConversation(session, ratio)
         first = conversation.run(prompt, [picture]).logits
         token = int(first.argmax()) if ratio == 1.0 else token
         logs.append(torch.from_numpy(np.stack([first, conversation.run([token]).logits])).log_softmax(-1))

@@ -16,7 +16,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Grid
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.verify.parity import check
 from samples.make_sample import make_checkpoint
@@ -26,7 +26,7 @@ from tests.conftest import random_picture
 
 def logits(bundle: Bundle) -> Any:
     tokens = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]
-    return Conversation(OnnxSession(bundle)).run(tokens, [random_picture(Grid(4, 5), 0)]).logits
+    return HostConversation(OnnxSession(bundle)).run(tokens, [random_picture(Grid(4, 5), 0)]).logits
 
 
 def exported(checkpoint: Path) -> Bundle:

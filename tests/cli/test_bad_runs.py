@@ -16,7 +16,7 @@ from ivc_export.cli import run as run_module
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Grid, Picture
 from ivc_export.runtime.backends import open_session
-from ivc_export.runtime.conversation import AnyConversation, AnySession
+from ivc_export.runtime.interface import Conversation, Session
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
 from tests.conftest import random_picture
@@ -70,9 +70,7 @@ CHOICES: Mapping[str, Any] = {
 
 
 @pytest.fixture(params=["onnxruntime", "fused", "tensorrt"], scope="module")
-def session(
-    request: pytest.FixtureRequest, golden_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
-) -> AnySession:
+def session(request: pytest.FixtureRequest, golden_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Session:
     if request.param == "onnxruntime":
         return OnnxSession(golden_bundle)
     if request.param == "fused":
@@ -82,7 +80,7 @@ def session(
         return opened(bundle, patch)[0]
 
 
-def check(conversation: AnyConversation, sentence: str, *given: Any) -> None:
+def check(conversation: Conversation, sentence: str, *given: Any) -> None:
     conversation.run([1, 2])
     with pytest.raises(UserError, match=sentence):
         conversation.run(*given)
@@ -91,19 +89,19 @@ def check(conversation: AnyConversation, sentence: str, *given: Any) -> None:
 
 
 @pytest.mark.parametrize("name", TOKENS)
-def test_tokens_that_are_none(name: str, session: AnySession) -> None:
+def test_tokens_that_are_none(name: str, session: Session) -> None:
     tokens, sentence = TOKENS[name]
     check(session.converse(), sentence, tokens)
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_pictures_that_do_not_fit(name: str, session: AnySession) -> None:
+def test_pictures_that_do_not_fit(name: str, session: Session) -> None:
     picture, sentence = PICTURES[name]
     check(session.converse(), sentence, PROMPT, [picture])
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_choices_that_cannot_be(name: str, session: AnySession) -> None:
+def test_choices_that_cannot_be(name: str, session: Session) -> None:
     if isinstance(session, FusedSession):
         pytest.skip("it replays no choices")
     sentence = "the rows to keep are no ascending numbers of 0 to 5: give those of this same run"

@@ -24,7 +24,7 @@ from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.graph.counting import count
 from ivc_export.lowering import exported
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
@@ -80,7 +80,7 @@ def test_flops_and_cache_are_those_of_a_run(sample_bundle: Bundle, ratio: float)
     text = np.random.default_rng(0).integers(0, 400, TEXT).tolist()
     tokens = [*text[:-after], *[manifest.tokens.image] * picture.grid.visual, *text[-after:]]
     session = Feeds(bundle)
-    conversation = Conversation(session)
+    conversation = HostConversation(session)
     conversation.run(tokens, [picture])
     for name in GRAPH_NAMES:
         assert found.pruned.flops[name] == flops_of_a_run(bundle.folder / f"{name}.onnx", session.fed[name]), name

@@ -21,7 +21,7 @@ from ivc_export.exporter import placement
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import FLOAT_NAMES, Dtype, ExportRecipe
 from ivc_export.families.pictures import Grid
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint
 from tests.conftest import random_picture
@@ -29,7 +29,7 @@ from tests.conftest import random_picture
 
 def logits(bundle: Bundle) -> Any:
     tokens = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]
-    return Conversation(OnnxSession(bundle)).run(tokens, [random_picture(Grid(4, 5), 0)]).logits
+    return HostConversation(OnnxSession(bundle)).run(tokens, [random_picture(Grid(4, 5), 0)]).logits
 
 
 def weights(bundle: Bundle) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ivc_export.families.pictures import Picture
 from ivc_export.lowering import lower
 from ivc_export.report.overlay import count_kinds, overlay
 from ivc_export.runtime.chat import Chat, Sampling
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.processor import Processor
@@ -151,7 +151,7 @@ def test_a_cut_behind_the_layer_that_is_kept_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("capacity", [None, 1600], ids=["exact-length", "fixed-capacity"])
 def test_turns_with_pictures_equal_the_reference(tiny: Tiny, capacity: int | None) -> None:
     m = tiny.bundle.manifest
-    conversation = Conversation(tiny.session, 0.4, capacity)
+    conversation = HostConversation(tiny.session, 0.4, capacity)
     layout = reference_layout(tiny.bundle, tiny.checkpoint)
     reference = Reference(tiny.checkpoint, m.selection_layer, 0.4, m.selection, layout)
     wide, high = tiny.picture(280, 120), tiny.picture(100, 230)
@@ -204,8 +204,8 @@ def test_what_transformers_saves_is_the_same_model(tiny: Tiny, tmp_path: Path) -
     assert saved.manifest.tokens.image == tiny.bundle.manifest.tokens.image
     picture = tiny.picture(120, 100)
     tokens = [1, 2, *tiny.shown(picture), 7, 8, 9, 10]
-    wanted = Conversation(tiny.session, 0.5).run(tokens, [picture]).logits
-    np.testing.assert_array_equal(Conversation(OnnxSession(saved), 0.5).run(tokens, [picture]).logits, wanted)
+    wanted = HostConversation(tiny.session, 0.5).run(tokens, [picture]).logits
+    np.testing.assert_array_equal(HostConversation(OnnxSession(saved), 0.5).run(tokens, [picture]).logits, wanted)
 
 
 @every_family
@@ -311,8 +311,8 @@ def test_narrow_checkpoints_run_widened(tiny: Tiny, tmp_path: Path) -> None:
     assert bundle.manifest.dtype == "bfloat16"
     picture = tiny.picture(120, 100)
     tokens = [1, 2, *tiny.shown(picture), 7, 8, 9, 10]
-    found = Conversation(OnnxSession(bundle), 0.5).run(tokens, [picture]).logits
-    wide = Conversation(tiny.session, 0.5).run(tokens, [picture]).logits
+    found = HostConversation(OnnxSession(bundle), 0.5).run(tokens, [picture]).logits
+    wide = HostConversation(tiny.session, 0.5).run(tokens, [picture]).logits
     assert np.corrcoef(found, wide)[0, 1] > 0.99  # the weights differ by their rounding
 
 

@@ -12,10 +12,11 @@ from onnx import TensorProto, helper
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.families.pictures import Grid
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
-from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession, cuda_options
-from ivc_export.runtime.onnxruntime.shown import OpenFusedSession
+from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
+from ivc_export.runtime.onnxruntime.fused_graphs import cuda_options
+from ivc_export.runtime.onnxruntime.shown import ShownSession
 from ivc_export.verify.oracle import record
 from ivc_export.verify.parity import compare
 from ivc_export.verify.testdata import draw_picture, make_prompt
@@ -33,7 +34,7 @@ TOLERANCE = 2e-2
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_conversations_on_the_gpu_follow_float32(golden_bundle: Bundle, cuda_graph: bool) -> None:
-    wanted = Conversation(OnnxSession(golden_bundle))
+    wanted = HostConversation(OnnxSession(golden_bundle))
     found = FusedConversation(FusedSession(golden_bundle, "cuda", cuda_graph), capacity=160)
     image = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]
     for turn in range(2):
@@ -48,7 +49,7 @@ def test_every_tensor_is_within_its_bound(golden: Golden, golden_bundle: Bundle)
     """By the tolerances that ivc-check has for the CUDA provider, which come from the CPU provider's errors."""
     image = draw_picture()
     reference = record(golden_bundle, golden.folder, make_prompt(golden_bundle, image)[1], [image], 0.5, 8)
-    report, _ = compare(OpenFusedSession(golden_bundle, "cuda"), reference, [image])
+    report, _ = compare(ShownSession(golden_bundle, "cuda"), reference, [image])
     assert report.passed, [c for c in report.comparisons if not c.passed]
 
 

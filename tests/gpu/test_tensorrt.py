@@ -22,7 +22,7 @@ from ivc_export.dtypes import FloatName
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Grid
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.tensorrt.session import TensorrtSession
 from ivc_export.tensorrt.build import build
@@ -76,7 +76,7 @@ def test_conversations_follow_onnxruntime(
 ) -> None:
     """A picture, decode steps, a turn without and one with two pictures, and decode steps, over one cache."""
     bundle = Bundle.load(shutil.copytree(golden_bundle.folder, tmp_path / "bundle"))
-    found, wanted = engines(bundle, dtype, plugin).converse(0.4), Conversation(OnnxSession(bundle), 0.4)
+    found, wanted = engines(bundle, dtype, plugin).converse(0.4), HostConversation(OnnxSession(bundle), 0.4)
     two = [1, 500, *[503] * 12, 501, 3, 500, *[503] * 20, 501, 7, 8]
     pictures = [random_picture(Grid(3, 4), 1), random_picture(Grid(4, 5), 2)]
     tolerance = {kind: bound for kind, (bound, _) in TOLERANCE["tensorrt", dtype].items()}
@@ -104,7 +104,7 @@ def test_conversations_follow_onnxruntime(
 def test_activations_beyond_float16(tmp_path: Path) -> None:
     bundle = export(ExportRecipe(make_overflowing_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle"))
     picture = random_picture(Grid(4, 5), 0)
-    wanted = Conversation(OnnxSession(bundle)).run(PROMPT, [picture])
+    wanted = HostConversation(OnnxSession(bundle)).run(PROMPT, [picture])
     assert np.abs(wanted.prefix["hidden_states"]).max() > 65504
     session = engines(bundle, "float16", plugin=False)
     step = session.converse().run(PROMPT, [picture], wanted.keep_index)

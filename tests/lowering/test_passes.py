@@ -18,7 +18,7 @@ from ivc_export.families.pictures import Grid
 from ivc_export.lowering import lower
 from ivc_export.lowering.inline import InlinePass
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint
 from tests.conftest import LOGIT_TOLERANCE, random_picture
@@ -39,7 +39,7 @@ def test_native_has_standard_operators_only(golden_bundle: Bundle, name: GraphNa
 
 def test_native_computes_what_portable_does(golden_bundle: Bundle) -> None:
     """Written beside the portable graph, where its weights are, and run on the same inputs."""
-    step = Conversation(OnnxSession(golden_bundle)).run(IMAGE_PROMPT, [random_picture(Grid(4, 5), 0)])
+    step = HostConversation(OnnxSession(golden_bundle)).run(IMAGE_PROMPT, [random_picture(Grid(4, 5), 0)])
     path = golden_bundle.folder / "prefix.native.onnx"
     ir.save(lower(ir.load(golden_bundle.folder / "prefix.onnx"), "native"), path)
     try:
@@ -74,7 +74,7 @@ def test_narrow_checkpoints_run_widened(tmp_path: Path, dtype: FloatName) -> Non
         info = narrow.manifest.graphs[name]
         verify_graph(name, ir.load(narrow.folder / info.file), info)
     tokens, picture = IMAGE_PROMPT, random_picture(Grid(4, 5), 0)
-    step = Conversation(OnnxSession(narrow)).run(tokens, [picture])
+    step = HostConversation(OnnxSession(narrow)).run(tokens, [picture])
 
     wide_checkpoint = make_checkpoint(tmp_path / "wide")
     rounded = {
@@ -82,7 +82,7 @@ def test_narrow_checkpoints_run_widened(tmp_path: Path, dtype: FloatName) -> Non
     }
     save_file(rounded, wide_checkpoint / "model.safetensors")
     wide = export(ExportRecipe(wide_checkpoint, tmp_path / "wide-ivc"))
-    wanted = Conversation(OnnxSession(wide)).run(tokens, [picture])
+    wanted = HostConversation(OnnxSession(wide)).run(tokens, [picture])
     np.testing.assert_array_equal(step.keep_index, wanted.keep_index)
     assert np.abs(step.logits - wanted.logits).max() < LOGIT_TOLERANCE
 

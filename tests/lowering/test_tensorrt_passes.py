@@ -34,7 +34,8 @@ from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.lowering.precision.scale_residuals import ScaleResidualsPass
 from ivc_export.lowering.precision.widen_residuals import WidenResidualsPass
 from ivc_export.lowering.tensorrt.plugin import UsePluginPass
-from ivc_export.runtime.conversation import Conversation, Step
+from ivc_export.runtime.host import HostConversation
+from ivc_export.runtime.interface import Step
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
@@ -71,7 +72,7 @@ def feeds(step: Step, bundle: Bundle) -> dict[GraphName, Arrays]:
 
 @pytest.fixture(scope="module")
 def prefill(golden_bundle: Bundle) -> Step:
-    return Conversation(OnnxSession(golden_bundle)).run(IMAGE_PROMPT, [random_picture(Grid(4, 5), 0)])
+    return HostConversation(OnnxSession(golden_bundle)).run(IMAGE_PROMPT, [random_picture(Grid(4, 5), 0)])
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
@@ -252,7 +253,7 @@ def run_in_float16(
 def test_residual_sums_may_leave_float16s_range(tmp_path: Path) -> None:
     """Activations beyond 65504, as some models have in a few channels: float16 gives no number, float32 sums do."""
     bundle = export(ExportRecipe(make_overflowing_checkpoint(tmp_path / "c"), tmp_path / "b"))
-    step = Conversation(OnnxSession(bundle)).run(IMAGE_PROMPT, [random_picture(Grid(4, 5), 0)])
+    step = HostConversation(OnnxSession(bundle)).run(IMAGE_PROMPT, [random_picture(Grid(4, 5), 0)])
     step = replace(step, replayed=step.prefix["keep_index"])
     arrays = feeds(step, bundle)
     assert np.abs(step.prefix["hidden_states"]).max() > 65504

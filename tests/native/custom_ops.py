@@ -13,7 +13,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from ivc_export.contract.names import IR_VERSION, IVC_DOMAIN, IVC_VERSION, OPSET
-from ivc_export.runtime.onnxruntime.cuda import PROVIDERS, Provider, register
+from ivc_export.runtime.onnxruntime.fused_graphs import PROVIDERS, Provider, register
 from tests.conftest import SCORE_TOLERANCE
 from tests.native.kernels import SEED_DIVISOR, Case, random_case
 

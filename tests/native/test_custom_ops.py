@@ -17,7 +17,7 @@ from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.lowering import LOWERINGS, lower
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
 from ivc_export.verify.testdata import draw_picture, make_prompt
@@ -79,7 +79,7 @@ def test_impossible_inputs_are_refused(library: Path) -> None:
 def test_every_family_runs_with_custom_operators(bundle: Bundle, library: Path) -> None:
     _, tokens, picture = make_prompt(bundle, draw_picture())
     session = FusedSession(bundle, "cpu", op_library=library)
-    wanted, found = Conversation(OnnxSession(bundle)), FusedConversation(session, capacity=700)
+    wanted, found = HostConversation(OnnxSession(bundle)), FusedConversation(session, capacity=700)
     for more in (tokens, [5], [6], tokens, [7]):
         given = [picture] if more is tokens else []
         reference, step = wanted.run(more, given), found.run(more, given)

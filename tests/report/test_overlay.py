@@ -5,7 +5,7 @@ import PIL.Image
 
 from ivc_export.families.pictures import Grid
 from ivc_export.report.overlay import COLOURS, count_kinds, kinds, overlay, panel
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.processor import Processor, user_message
@@ -16,7 +16,7 @@ def test_every_token_is_drawn_as_what_it_is(sample_session: OnnxSession) -> None
     processor = Processor(sample_session.bundle)
     picture = processor.picture(SHAPES)
     tokens = processor.encode(processor.render([user_message("Where?", 1)]), [picture])
-    step = Conversation(sample_session).run(tokens, [picture])
+    step = HostConversation(sample_session).run(tokens, [picture])
     found, image = kinds(step), open_picture(SHAPES)
     drawn = np.asarray(overlay([image], step)).astype(int)
     cell = round(560 / 12)

@@ -14,7 +14,7 @@ from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Grid, Picture
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.plan import plan_run
 from ivc_export.verify.oracle import reference_picture
@@ -57,7 +57,7 @@ def oracle(golden: Golden, session: OnnxSession, ratio: float) -> Reference:
 def test_turns_with_pictures_equal_the_reference(
     golden: Golden, golden_session: OnnxSession, ratio: float, capacity: int | None
 ) -> None:
-    conversation, reference = Conversation(golden_session, ratio, capacity), oracle(golden, golden_session, ratio)
+    conversation, reference = HostConversation(golden_session, ratio, capacity), oracle(golden, golden_session, ratio)
     for tokens, pictures in TURNS:
         step = conversation.run(tokens, pictures)
         turn = reference.run(tokens, [reference_picture(golden_session.bundle, p) for p in pictures])
@@ -67,7 +67,7 @@ def test_turns_with_pictures_equal_the_reference(
 
 
 def test_exact_and_fixed_caches_give_the_same_logits(golden_session: OnnxSession) -> None:
-    exact, fixed = Conversation(golden_session, 0.5), Conversation(golden_session, 0.5, capacity=512)
+    exact, fixed = HostConversation(golden_session, 0.5), HostConversation(golden_session, 0.5, capacity=512)
     for tokens, pictures in TURNS:
         assert np.abs(exact.run(tokens, pictures).logits - fixed.run(tokens, pictures).logits).max() < LOGIT_TOLERANCE
     for name in ("past_key.0", "past_value.5"):
@@ -75,15 +75,15 @@ def test_exact_and_fixed_caches_give_the_same_logits(golden_session: OnnxSession
 
 
 def test_weights_that_stay_in_the_memory_map_give_the_same_logits(golden_session: OnnxSession) -> None:
-    mapped = Conversation(OnnxSession(golden_session.bundle, prepacking=False), 0.5)
-    packed = Conversation(golden_session, 0.5)
+    mapped = HostConversation(OnnxSession(golden_session.bundle, prepacking=False), 0.5)
+    packed = HostConversation(golden_session, 0.5)
     for tokens, pictures in TURNS[:3]:
         assert np.abs(mapped.run(tokens, pictures).logits - packed.run(tokens, pictures).logits).max() < LOGIT_TOLERANCE
 
 
 def test_compaction_equals_masked_attention(golden: Golden, golden_session: OnnxSession) -> None:
     """One stock forward pass over all turns at once, no cache, a mask by layer: what is pruned is not seen later."""
-    conversation = Conversation(golden_session, 0.5)
+    conversation = HostConversation(golden_session, 0.5)
     steps = [conversation.run(tokens, pictures) for tokens, pictures in TURNS]
     tokens = [token for turn, _ in TURNS for token in turn]
     kept = np.zeros(len(tokens), bool)
@@ -140,7 +140,7 @@ def test_a_run_is_planned_as_the_contract_says(golden_session: OnnxSession) -> N
 
 
 def test_a_drawn_image_token_is_a_row_like_any_other(golden: Golden, golden_session: OnnxSession) -> None:
-    conversation, reference = Conversation(golden_session), oracle(golden, golden_session, 0.5)
+    conversation, reference = HostConversation(golden_session), oracle(golden, golden_session, 0.5)
     for tokens in ([1, IMAGE, 2], [IMAGE]):
         step, turn = conversation.run(tokens), reference.run(tokens)
         assert np.abs(step.logits - turn.logits.numpy()).max() < LOGIT_TOLERANCE
@@ -170,7 +170,7 @@ def test_runs_that_cannot_be(golden_session: OnnxSession, tokens: list[int], gri
 
 def test_a_full_cache_says_so(golden_session: OnnxSession) -> None:
     with pytest.raises(UserError, match="holds 4 rows, 5 are needed"):
-        Conversation(golden_session, capacity=4).run([1, 2, 3, 4, 5])
+        HostConversation(golden_session, capacity=4).run([1, 2, 3, 4, 5])
 
 
 def test_frames_of_one_size_run_as_one_batch(golden_session: OnnxSession) -> None:

@@ -17,8 +17,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.errors import UserError
-from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.failures import OWN, is_short_of_memory, told
+from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
 from ivc_export.runtime.tensorrt import device
@@ -92,7 +92,9 @@ def test_onnxruntimes_own_words_are_known() -> None:
 def test_programming_errors_are_not_called_lack_of_memory(
     fused: bool, golden_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = FusedConversation(FusedSession(golden_bundle, "cpu")) if fused else Conversation(OnnxSession(golden_bundle))
+    one = (
+        FusedConversation(FusedSession(golden_bundle, "cpu")) if fused else HostConversation(OnnxSession(golden_bundle))
+    )
 
     class Broken:
         def run(self, *_: object) -> None:

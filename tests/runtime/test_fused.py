@@ -32,10 +32,13 @@ from ivc_export.lowering.join_decode import join_decode
 from ivc_export.lowering.precision import scale_residuals
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.chat import Chat, Sampling, generate
-from ivc_export.runtime.conversation import Conversation, Timings
+from ivc_export.runtime.host import HostConversation
+from ivc_export.runtime.interface import Timings
 from ivc_export.runtime.onnxruntime import cuda as fused_module
+from ivc_export.runtime.onnxruntime import fused_graphs as graphs_module
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
-from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession, take_float32
+from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
+from ivc_export.runtime.onnxruntime.fused_graphs import take_float32
 from ivc_export.runtime.onnxruntime.workspace import DeviceCache
 from ivc_export.verify.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
@@ -91,7 +94,7 @@ def test_the_decode_graph_keeps_the_contract(golden_bundle: Bundle) -> None:
 
 def test_fused_prefill_equals_portable(golden_bundle: Bundle, fused: FusedSession) -> None:
     picture = random_picture(Grid(4, 5), 0)
-    wanted = Conversation(OnnxSession(golden_bundle), 0.4).run(PROMPT, [picture])
+    wanted = HostConversation(OnnxSession(golden_bundle), 0.4).run(PROMPT, [picture])
     found = FusedConversation(fused, 0.4, capacity=64).run(PROMPT, [picture])
     np.testing.assert_array_equal(found.keep_index, wanted.keep_index)
     np.testing.assert_array_equal(found.prefix["seed_index"], wanted.prefix["seed_index"])
@@ -102,7 +105,7 @@ def test_fused_prefill_equals_portable(golden_bundle: Bundle, fused: FusedSessio
 
 def test_fused_conversations_equal_portable_ones(golden_bundle: Bundle, fused: FusedSession) -> None:
     """Prefill, decode steps, a turn with two pictures, and decode steps again, over one cache."""
-    portable, found = Conversation(OnnxSession(golden_bundle)), FusedConversation(fused, capacity=150)
+    portable, found = HostConversation(OnnxSession(golden_bundle)), FusedConversation(fused, capacity=150)
     two = [1, 500, *[503] * 12, 501, 3, 500, *[503] * 20, 501, 7, 8]
     turns = [(PROMPT, [random_picture(Grid(4, 5), 0)]), ([5], []), ([6], [])]
     turns += [
@@ -121,7 +124,7 @@ def test_fused_conversations_equal_portable_ones(golden_bundle: Bundle, fused: F
 
 def test_a_picture_of_one_row_is_no_decode_step(golden_bundle: Bundle, fused: FusedSession) -> None:
     """Nor is the first row of all, which has no others to look at."""
-    portable, found = Conversation(OnnxSession(golden_bundle)), FusedConversation(fused, capacity=50)
+    portable, found = HostConversation(OnnxSession(golden_bundle)), FusedConversation(fused, capacity=50)
     picture = random_picture(Grid(1, 1), 3)
     turns = [("prefill", [5], []), ("decode", [6], []), ("prefill", [503], [picture]), ("decode", [503], [])]
     for stage, tokens, pictures in turns:
@@ -136,7 +139,7 @@ def test_a_picture_of_one_row_is_no_decode_step(golden_bundle: Bundle, fused: Fu
 
 
 def test_fused_caches_hold_the_kept_rows(golden_bundle: Bundle, fused: FusedSession) -> None:
-    portable, found = Conversation(OnnxSession(golden_bundle)), FusedConversation(fused, capacity=50)
+    portable, found = HostConversation(OnnxSession(golden_bundle)), FusedConversation(fused, capacity=50)
     for tokens, pictures in ((PROMPT, [random_picture(Grid(4, 5), 0)]), ([5], [])):
         portable.run(tokens, pictures)
         found.run(tokens, pictures)
@@ -178,7 +181,7 @@ def test_live_conversations_share_no_memory(golden_bundle: Bundle, fused: FusedS
     """Nor does one of another capacity take what a finished one leaves."""
     ours, others = (FusedConversation(fused, 0.4, capacity=61) for _ in range(2))
     assert not addresses(ours) & addresses(others)
-    wanted = Conversation(OnnxSession(golden_bundle), 0.4)
+    wanted = HostConversation(OnnxSession(golden_bundle), 0.4)
     for tokens, pictures in ((PROMPT, [random_picture(Grid(4, 5), 0)]), ([5], []), ([6], [])):
         others.run([3, 4, *tokens[-4:]])
         step, reference = ours.run(tokens, pictures), wanted.run(tokens, pictures)
@@ -238,9 +241,9 @@ def test_weights_go_to_the_device_once(stored: FloatName, tmp_path: Path, monkey
 
 def test_float16_graphs_follow_float32(golden_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the CUDA provider gets, weights converted, on the CPU provider, which rounds after each operator."""
-    monkeypatch.setitem(cast("dict[str, str]", fused_module.DTYPES), "cpu", "float16")
+    monkeypatch.setitem(cast("dict[str, str]", graphs_module.DTYPES), "cpu", "float16")
     found = FusedConversation(FusedSession(golden_bundle, "cpu"), 0.4, capacity=80)
-    wanted = Conversation(OnnxSession(golden_bundle), 0.4)
+    wanted = HostConversation(OnnxSession(golden_bundle), 0.4)
     for tokens, pictures in [
         (PROMPT, [random_picture(Grid(4, 5), 0)]),
         ([5], []),
@@ -256,8 +259,8 @@ def test_float16_graphs_follow_float32(golden_bundle: Bundle, monkeypatch: pytes
 
 def test_residual_sums_may_leave_float16s_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = export(ExportRecipe(make_overflowing_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle"))
-    wanted = Conversation(OnnxSession(bundle))
-    monkeypatch.setitem(cast("dict[str, str]", fused_module.DTYPES), "cpu", "float16")
+    wanted = HostConversation(OnnxSession(bundle))
+    monkeypatch.setitem(cast("dict[str, str]", graphs_module.DTYPES), "cpu", "float16")
     found = FusedConversation(FusedSession(bundle, "cpu"), capacity=40)
     for tokens, pictures in ((PROMPT, [random_picture(Grid(4, 5), 0)]), ([5], []), ([6], [])):
         step = wanted.run(tokens, pictures)
@@ -271,7 +274,7 @@ def test_activations_beyond_float16_are_one_sentence(tmp_path: Path, monkeypatch
     monkeypatch.setattr(scale_residuals, "SCALE", 1.0)
     bundle = export(ExportRecipe(make_overflowing_checkpoint(tmp_path / "checkpoint"), tmp_path / "bundle"))
     assert np.isfinite(FusedConversation(FusedSession(bundle, "cpu")).run(PROMPT[-4:]).logits).all()
-    monkeypatch.setitem(cast("dict[str, str]", fused_module.DTYPES), "cpu", "float16")
+    monkeypatch.setitem(cast("dict[str, str]", graphs_module.DTYPES), "cpu", "float16")
     session = FusedSession(bundle, "cpu")
     for _ in range(2):
         wanted = "leave float16's range: use --provider cpu, or TensorRT engines built with ivc-build --dtype fp32"
@@ -285,7 +288,7 @@ def test_embeddings_beyond_float16_are_one_sentence(tmp_path: Path, monkeypatch:
     """In a prefill and in a decode step, and only where such a token is run."""
     bundle = export(ExportRecipe(make_large_embeddings(tmp_path / "checkpoint"), tmp_path / "bundle"))
     assert np.isfinite(FusedConversation(FusedSession(bundle, "cpu")).run([1, 5]).logits).all()
-    monkeypatch.setitem(cast("dict[str, str]", fused_module.DTYPES), "cpu", "float16")
+    monkeypatch.setitem(cast("dict[str, str]", graphs_module.DTYPES), "cpu", "float16")
     conversation = FusedConversation(FusedSession(bundle, "cpu"), capacity=10)
     for tokens in ([1, 5], [1, 2], [5], [3]):
         if 5 not in tokens:
@@ -303,10 +306,10 @@ def test_pixels_beyond_float16_are_one_sentence(golden_bundle: Bundle, monkeypat
     """What normalisation makes of white and black is known before any picture."""
     m = golden_bundle.manifest
     narrow = m.preprocessing.model_copy(update={"std": (1.0, 1e-5, 1.0), "mean": (0.5, 0.9, 0.5)})
-    assert np.allclose(fused_module.pixel_bounds(narrow)[:, 1], [-9e4, 1e4])
+    assert np.allclose(graphs_module.pixel_bounds(narrow)[:, 1], [-9e4, 1e4])
     bundle = replace(golden_bundle, manifest=m.model_copy(update={"preprocessing": narrow}))
     FusedSession(bundle, "cpu")
-    monkeypatch.setitem(cast("dict[str, str]", fused_module.DTYPES), "cpu", "float16")
+    monkeypatch.setitem(cast("dict[str, str]", graphs_module.DTYPES), "cpu", "float16")
     with pytest.raises(
         UserError, match=r"normalised picture of this model has values up to 9e\+04, and float16 ends at 65504"
     ):
@@ -350,7 +353,7 @@ def test_a_cache_without_a_capacity_grows(
     """In a prefill and in a decode step; the smaller one goes to the next conversation that it fits."""
     monkeypatch.setattr(fused_module, "BLOCK", 8)
     fused._idle.clear()
-    wanted, found = Conversation(OnnxSession(golden_bundle)), FusedConversation(fused)
+    wanted, found = HostConversation(OnnxSession(golden_bundle)), FusedConversation(fused)
     found.headroom = 4
     assert (found.cache.capacity, found.cache.bytes_used, found.cache.room) == (0, 0, None)
     capacities = []
@@ -486,8 +489,8 @@ def test_rotations_need_no_casts(golden_bundle: Bundle) -> None:
     ("version", "strict"), [("1.26.0", True), ("1.27.0", False), ("1.31.1", False), ("2.0", False)]
 )
 def test_old_norms_are_told_to_square_in_float32(version: str, strict: bool) -> None:
-    assert ("enable_skip_layer_norm_strict_mode" in fused_module.cuda_options(version, True)) == strict
-    assert "enable_cuda_graph" not in fused_module.cuda_options(version, False)
+    assert ("enable_skip_layer_norm_strict_mode" in graphs_module.cuda_options(version, True)) == strict
+    assert "enable_cuda_graph" not in graphs_module.cuda_options(version, False)
 
 
 def test_small_heads_are_turned_outside_attention(tmp_path: Path) -> None:
@@ -496,7 +499,7 @@ def test_small_heads_are_turned_outside_attention(tmp_path: Path) -> None:
     config["rope_scaling"] = {"type": "mrope", "mrope_section": [1, 1, 2]}
     bundle = export(ExportRecipe(make_checkpoint(tmp_path / "checkpoint", config), tmp_path / "bundle"))
     assert bundle.manifest.decoder.head_dim == 8
-    wanted, found = Conversation(OnnxSession(bundle)), FusedConversation(FusedSession(bundle, "cpu"))
+    wanted, found = HostConversation(OnnxSession(bundle)), FusedConversation(FusedSession(bundle, "cpu"))
     for tokens in ([1, 2, 3], [4], [5]):
         assert np.abs(found.run(tokens).logits - wanted.run(tokens).logits).max() < LOGIT_TOLERANCE
 
@@ -525,8 +528,8 @@ def test_what_onnxruntime_does_not_capture_is_launched(
 
     session_class = onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
-    monkeypatch.setitem(cast("dict[str, str]", fused_module.PROVIDERS), "cuda", "CPUExecutionProvider")
-    monkeypatch.setitem(cast("dict[str, str]", fused_module.DTYPES), "cuda", "float32")
+    monkeypatch.setitem(cast("dict[str, str]", graphs_module.PROVIDERS), "cuda", "CPUExecutionProvider")
+    monkeypatch.setitem(cast("dict[str, str]", graphs_module.DTYPES), "cuda", "float32")
     monkeypatch.setattr(FusedSession, "value", lambda self, array: onnxruntime.OrtValue.ortvalue_from_numpy(array))
     if sentence:
         with pytest.raises(UserError, match=sentence):
@@ -550,7 +553,10 @@ def test_every_family_runs_fused(family: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", TINY[family])
     bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle"))
     _, tokens, picture = make_prompt(bundle, draw_picture())
-    portable, found = Conversation(OnnxSession(bundle)), FusedConversation(FusedSession(bundle, "cpu"), capacity=700)
+    portable, found = (
+        HostConversation(OnnxSession(bundle)),
+        FusedConversation(FusedSession(bundle, "cpu"), capacity=700),
+    )
     for more in (tokens, [5], [6], [7]):
         given = [picture] if more is tokens else []
         wanted, step = portable.run(more, given), found.run(more, given)

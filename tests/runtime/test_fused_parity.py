@@ -17,11 +17,11 @@ from ivc_export.dtypes import FloatName
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Grid
-from ivc_export.runtime.conversation import Conversation
-from ivc_export.runtime.onnxruntime import cuda as fused
+from ivc_export.runtime.host import HostConversation
+from ivc_export.runtime.onnxruntime import fused_graphs as fused
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
-from ivc_export.runtime.onnxruntime.shown import OpenFusedSession
+from ivc_export.runtime.onnxruntime.shown import ShownSession
 from ivc_export.verify.oracle import record
 from ivc_export.verify.parity import compare
 from ivc_export.verify.testdata import draw_picture, make_prompt
@@ -40,7 +40,7 @@ def test_every_tensor_is_compared(name: str, dtype: FloatName, tmp_path: Path, m
     bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", max_visual=400))
     image = draw_picture()
     reference = record(bundle, checkpoint, make_prompt(bundle, image)[1], [image], 0.5, 3)
-    report, _ = compare(OpenFusedSession(bundle, "cpu"), reference, [image])
+    report, _ = compare(ShownSession(bundle, "cpu"), reference, [image])
     assert report.passed, [c for c in report.comparisons if not c.passed]
     wanted, _ = compare(OnnxSession(bundle), reference, [image])
     assert [c.name for c in report.comparisons] == [c.name for c in wanted.comparisons]
@@ -48,7 +48,7 @@ def test_every_tensor_is_compared(name: str, dtype: FloatName, tmp_path: Path, m
 
 def test_a_replayed_choice_goes_on(golden_bundle: Bundle) -> None:
     """Behind cached rows, too: the rows that another run kept, of which the graph would have kept others."""
-    found, wanted = OpenFusedSession(golden_bundle, "cpu").converse(0.5), Conversation(OnnxSession(golden_bundle), 0.5)
+    found, wanted = ShownSession(golden_bundle, "cpu").converse(0.5), HostConversation(OnnxSession(golden_bundle), 0.5)
     for seed in (0, 1):
         own = wanted.session.converse(0.5).run(PROMPT, [random_picture(Grid(4, 5), seed)]).keep_index
         visual = np.setdiff1d(np.arange(3, 23), own)
@@ -80,7 +80,7 @@ def test_ivc_check_takes_the_cuda_provider(
         FusedSession.__init__(self, bundle, "cpu")
         self.backend = "onnxruntime-cuda"
 
-    monkeypatch.setattr(OpenFusedSession, "__init__", opened)
+    monkeypatch.setattr(ShownSession, "__init__", opened)
     monkeypatch.setitem(cast("dict[str, str]", fused.DTYPES), "cpu", "float16")
     command = [str(bundle), "--provider", "cuda", "--against", str(sample_checkpoint), "--steps", "1"]
     assert ivc_check(command) == 0

@@ -14,7 +14,7 @@ from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.runtime.chat import Chat, Sampling, continue_from, generate
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.processor import Processor, user_message
 from ivc_export.text.sampling import Sampler
@@ -70,7 +70,7 @@ def test_turns_of_a_conversation_draw_on_and_runs_repeat(
 
     def turns(sampler: Sampling | Sampler) -> list[list[int]]:
         """The same prompt twice, each over a cache of its own, so that only the random numbers differ."""
-        return [list(generate(Conversation(sample_session), [1, 2, 3], sampling=sampler, stop=())) for _ in "ab"]
+        return [list(generate(HostConversation(sample_session), [1, 2, 3], sampling=sampler, stop=())) for _ in "ab"]
 
     first, second = turns(Sampler(sampling))
     assert first != second
@@ -91,15 +91,15 @@ def test_turns_of_a_conversation_draw_on_and_runs_repeat(
 
 
 def test_stop_tokens_end_an_answer_and_are_not_run(sample_session: OnnxSession) -> None:
-    free = list(generate(Conversation(sample_session), [1, 2, 3], sampling=SHORT, stop=()))
-    conversation = Conversation(sample_session)
+    free = list(generate(HostConversation(sample_session), [1, 2, 3], sampling=SHORT, stop=()))
+    conversation = HostConversation(sample_session)
     stopped = list(generate(conversation, [1, 2, 3], sampling=SHORT, stop=(free[2],)))
     assert stopped == [*itertools.takewhile(lambda token: token != free[2], free), free[2]]
     assert conversation.cache.length == 3 + len(stopped) - 1
 
 
 def test_an_answer_ends_at_the_models_last_position(sample_session: OnnxSession) -> None:
-    conversation = Conversation(sample_session)
+    conversation = HostConversation(sample_session)
     conversation.run([5] * 4093)
     assert len(list(generate(conversation, [6], sampling=Sampling(max_tokens=50), stop=()))) == 3
     with pytest.raises(UserError, match="knows 4,096"):
@@ -107,10 +107,10 @@ def test_an_answer_ends_at_the_models_last_position(sample_session: OnnxSession)
 
 
 def test_an_answer_ends_at_the_caches_last_row(sample_session: OnnxSession) -> None:
-    conversation = Conversation(sample_session, capacity=6)
+    conversation = HostConversation(sample_session, capacity=6)
     assert len(list(generate(conversation, [1, 2, 3], stop=()))) == 4
     assert conversation.cache.room == 0
-    assert Conversation(sample_session).cache.room is None
+    assert HostConversation(sample_session).cache.room is None
 
 
 def test_logits_that_are_no_numbers_end_an_answer(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_an_empty_question_is_refused(sample_session: OnnxSession) -> None:
 @pytest.mark.parametrize("ratio", [0.0, -1.0, 1.01, float("nan")])
 def test_ratios_out_of_range(sample_session: OnnxSession, ratio: float) -> None:
     with pytest.raises(UserError, match="out of range"):
-        Conversation(sample_session, ratio)
+        HostConversation(sample_session, ratio)
 
 
 def test_chats_of_a_session_share_one_tokenizer(sample_bundle: Bundle) -> None:

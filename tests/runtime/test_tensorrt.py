@@ -23,7 +23,8 @@ from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Grid
 from ivc_export.runtime.chat import Sampling, generate
-from ivc_export.runtime.conversation import Conversation, Timings
+from ivc_export.runtime.host import HostConversation
+from ivc_export.runtime.interface import Timings
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.plan import plan_run
 from ivc_export.runtime.tensorrt import session as tensorrt
@@ -70,7 +71,7 @@ def bundle(golden_bundle: Bundle, tmp_path: Path) -> Bundle:
 def test_conversations_equal_those_on_the_host(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefill, decode steps, turns with one and two pictures and with none, over one cache."""
     session, device = opened(bundle, monkeypatch)
-    found, wanted = session.converse(0.4), Conversation(OnnxSession(bundle), 0.4)
+    found, wanted = session.converse(0.4), HostConversation(OnnxSession(bundle), 0.4)
     for tokens, pictures in TURNS:
         step, reference = found.run(tokens, pictures), wanted.run(tokens, pictures)
         np.testing.assert_array_equal(step.keep_index, reference.keep_index)
@@ -83,7 +84,7 @@ def test_conversations_equal_those_on_the_host(bundle: Bundle, monkeypatch: pyte
 
 def test_a_picture_of_one_row_is_no_decode_step(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     session, device = opened(bundle, monkeypatch)
-    found, wanted = session.converse(), Conversation(OnnxSession(bundle))
+    found, wanted = session.converse(), HostConversation(OnnxSession(bundle))
     for stage, tokens, pictures in (("prefill", [5], []), ("prefill", [503], [random_picture(Grid(1, 1), 3)])):
         found.timings = Timings()
         step, reference = found.run(tokens, pictures), wanted.run(tokens, pictures)
@@ -101,7 +102,7 @@ def test_families_that_need_more(name: str, tmp_path: Path, monkeypatch: pytest.
     noise = np.random.default_rng(0).integers(0, 256, (90, 200, 3), np.uint8)
     picture = family.picture(PIL.Image.fromarray(noise), bundle.manifest.preprocessing)
     prompt = [1, 2, *[bundle.manifest.tokens.image] * picture.grid.visual, 7, 8, 9]
-    found, wanted = session.converse(0.4), Conversation(OnnxSession(bundle), 0.4)
+    found, wanted = session.converse(0.4), HostConversation(OnnxSession(bundle), 0.4)
     for tokens, pictures in [(prompt, [picture]), ([5], []), ([6], []), ([4, 3, 2], []), ([9], [])]:
         step, reference = found.run(tokens, pictures), wanted.run(tokens, pictures)
         np.testing.assert_array_equal(step.keep_index, reference.keep_index)
@@ -143,7 +144,7 @@ def test_parity_of_engines(golden: Golden, bundle: Bundle, monkeypatch: pytest.M
 def test_float16_engines_take_and_give_float16(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     session, device = opened(bundle, monkeypatch, dtype="float16")
     picture = random_picture(Grid(4, 5), 0)
-    wanted = Conversation(OnnxSession(bundle)).run(IMAGE_PROMPT, [picture])
+    wanted = HostConversation(OnnxSession(bundle)).run(IMAGE_PROMPT, [picture])
     conversation = session.converse()
     step = conversation.run(IMAGE_PROMPT, [picture], keep_index=wanted.keep_index)
     np.testing.assert_array_equal(step.keep_index, wanted.keep_index)

@@ -16,7 +16,7 @@ import pytest
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.families.pictures import Grid, Picture
-from ivc_export.runtime.conversation import AnyConversation, AnySession
+from ivc_export.runtime.interface import Conversation, Session
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
 from tests.conftest import random_picture
@@ -29,7 +29,7 @@ ROUNDS = 3
 @pytest.fixture(params=["onnxruntime", "fused", "tensorrt"])
 def session(
     request: pytest.FixtureRequest, golden_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AnySession:
+) -> Session:
     if request.param == "onnxruntime":
         return OnnxSession(golden_bundle)
     if request.param == "fused":
@@ -53,7 +53,7 @@ def turns(number: int) -> list[tuple[list[int], list[Picture]]]:
     return [(prompt, [random_picture(grid, number)]), *steps, ([5, 6, number], [])]
 
 
-def answers(session: AnySession, number: int, start: threading.Barrier | None = None) -> list[npt.NDArray[Any]]:
+def answers(session: Session, number: int, start: threading.Barrier | None = None) -> list[npt.NDArray[Any]]:
     """The logits of one thread's conversations, one after the other."""
     found = []
     if start:
@@ -64,7 +64,7 @@ def answers(session: AnySession, number: int, start: threading.Barrier | None = 
     return found
 
 
-def test_conversations_of_threads_equal_those_one_after_the_other(session: AnySession) -> None:
+def test_conversations_of_threads_equal_those_one_after_the_other(session: Session) -> None:
     wanted = [answers(session, number) for number in range(len(GRIDS))]
     start = threading.Barrier(len(GRIDS))
     with ThreadPoolExecutor(len(GRIDS)) as pool:
@@ -74,8 +74,8 @@ def test_conversations_of_threads_equal_those_one_after_the_other(session: AnySe
             np.testing.assert_array_equal(logits, alone)
 
 
-def test_a_run_waits_for_the_one_before(session: AnySession) -> None:
-    conversation: AnyConversation = session.converse()
+def test_a_run_waits_for_the_one_before(session: Session) -> None:
+    conversation: Conversation = session.converse()
     done = threading.Event()
 
     def run() -> None:

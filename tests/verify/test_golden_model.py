@@ -6,7 +6,7 @@ import pytest
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.runtime.chat import Sampling, generate
-from ivc_export.runtime.conversation import Conversation
+from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from tests.conftest import GOLDENS, LOGIT_TOLERANCE, Golden
 
@@ -34,7 +34,7 @@ def ratio(golden: Golden, kind: str) -> float:
 def test_the_model_equals_the_official_code(
     golden: Golden, golden_session: OnnxSession, kind: str, capacity: int | None
 ) -> None:
-    conversation = Conversation(golden_session, ratio(golden, kind), capacity)
+    conversation = HostConversation(golden_session, ratio(golden, kind), capacity)
     step = conversation.run(golden.tokens, [golden.picture])
     np.testing.assert_array_equal(step.run.position_ids[:, 0], np.atleast_2d(golden.data["position_ids"]))
     rows = golden.data["keep_indices"] if kind == "pruned" else np.arange(len(golden.tokens))
@@ -47,7 +47,7 @@ def test_the_model_equals_the_official_code(
 
 
 def test_every_cache_holds_as_many_rows_as_the_official_ones(golden: Golden, golden_session: OnnxSession) -> None:
-    conversation = Conversation(golden_session, ratio(golden, "pruned"))
+    conversation = HostConversation(golden_session, ratio(golden, "pruned"))
     conversation.run(golden.tokens, [golden.picture])
     for layer, rows in enumerate(golden.data["prefill_kv_lengths"]):
         for kind in ("key", "value"):
@@ -57,7 +57,7 @@ def test_every_cache_holds_as_many_rows_as_the_official_ones(golden: Golden, gol
 def test_greedy_generation_gives_the_official_tokens(golden: Golden, golden_session: OnnxSession) -> None:
     for kind in ("pruned", "unpruned"):
         drawn = generate(
-            Conversation(golden_session, ratio(golden, kind)),
+            HostConversation(golden_session, ratio(golden, kind)),
             golden.tokens,
             [golden.picture],
             Sampling(max_tokens=16),
@@ -67,7 +67,7 @@ def test_greedy_generation_gives_the_official_tokens(golden: Golden, golden_sess
 
 
 def test_scores_come_from_the_official_values(golden: Golden, golden_session: OnnxSession) -> None:
-    step = Conversation(golden_session).run(golden.tokens, [golden.picture])
+    step = HostConversation(golden_session).run(golden.tokens, [golden.picture])
     cut = golden_session.bundle.manifest.selection_layer
     values = step.prefix[f"new_value.{cut - 1}"][0].transpose(1, 0, 2)
     assert np.abs(values - golden.data["critical_values"]).max() < LOGIT_TOLERANCE

@@ -16,7 +16,7 @@ from ivc_export.contract.manifest import SelectionRule
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.runtime.conversation import Step
+from ivc_export.runtime.interface import Step
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.plan import Run
 from ivc_export.selection.ivc_prune import IVC_PRIORITY, Selected, select

@@ -20,8 +20,8 @@ from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.floats import cast
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
-from ivc_export.runtime.conversation import Conversation
 from ivc_export.runtime.failures import SILENT, SMALLER, told
+from ivc_export.runtime.host import HostConversation
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -35,7 +35,7 @@ class OnnxSession:
     dtype: "float16" leaves a float16 bundle's graphs as they are, to see what float16 does to a model: the provider
         then rounds to float16 after each operator, slowly.
 
-    Conversations of several threads take turns, a run at a time; see AnySession.
+    Conversations of several threads take turns, a run at a time; see Session.
 
     Raises:
         UserError: the graphs cannot be opened, or not in this dtype.
@@ -71,9 +71,9 @@ class OnnxSession:
         with told(f"{path} does not open in onnxruntime", "close other programs", "export the model again"):
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
-    def converse(self, ratio: float | None = None, capacity: int | None = None) -> Conversation:
-        """Begin a conversation; see Conversation."""
-        return Conversation(self, ratio, capacity)
+    def converse(self, ratio: float | None = None, capacity: int | None = None) -> HostConversation:
+        """Begin a conversation; see HostConversation."""
+        return HostConversation(self, ratio, capacity)
 
     def run(self, name: GraphName, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Run graph `name` on arrays in host memory.

@@ -12,19 +12,19 @@ from ivc_export.runtime.onnxruntime.workspace import Values
 from ivc_export.runtime.plan import Run
 
 
-class OpenFusedSession(FusedSession):
+class ShownSession(FusedSession):
     """A FusedSession whose prefills show every tensor that passes between the graphs, copied from the device.
 
     Keys and values are the rows of this run in the caches, before and after compaction; those of decode steps stay on
     the device, whose logits are shown alone.
     """
 
-    def converse(self, ratio: float | None = None, capacity: int | None = None) -> OpenFusedConversation:
+    def converse(self, ratio: float | None = None, capacity: int | None = None) -> ShownConversation:
         """Begin a conversation; see FusedConversation."""
-        return OpenFusedConversation(self, ratio, capacity)
+        return ShownConversation(self, ratio, capacity)
 
 
-class OpenFusedConversation(FusedConversation):
+class ShownConversation(FusedConversation):
     """As FusedConversation, with the contract's tensors in Step.prefix and Step.decoder of a prefill."""
 
     def _shown(self, plan: Run, kept: int, prefix: Values) -> tuple[Arrays, Arrays]:

@@ -20,7 +20,7 @@ Place = Callable[[npt.NDArray[Any]], OrtValue]
 
 
 @dataclass(frozen=True)
-class Rows:
+class PictureRows:
     """A picture's rows of `inputs_embeds`, where vision writes `image_embeds`.
 
     embeds: [1, S, hidden], of `dtype`. start: the first of `count` rows. frames: that vision takes the picture in.

@@ -1,0 +1,65 @@
+"""Conversations whose tensors lie in host memory, over any runtime that takes arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.names import GraphName
+from ivc_export.runtime.cache import KVCache
+from ivc_export.runtime.interface import Conversation, Session, Step, Turn, image_rows
+
+
+class HostSession(Session, Protocol):
+    """The three graphs of a bundle, each to be run on arrays in host memory."""
+
+    def run(self, name: GraphName, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Run graph `name`; inputs and outputs by the contract's names, floats in float32."""
+        ...
+
+
+class HostConversation(Conversation):
+    """Runs of one session that share a cache in host memory; see Conversation.
+
+    capacity: rows of fixed cache buffers, or None for caches of exact length.
+
+    Raises:
+        UserError: the ratio or the capacity is out of range.
+    """
+
+    session: HostSession
+    cache: KVCache
+
+    def __init__(self, session: HostSession, ratio: float | None = None, capacity: int | None = None) -> None:
+        super().__init__(session, ratio)
+        m = session.bundle.manifest
+        self.cache = KVCache(m.decoder, capacity, m.selection.whole_layers)
+
+    def _go(self, turn: Turn) -> Step:
+        session, cache, m = self.session, self.cache, self.session.bundle.manifest
+        vision = []
+        for picture in turn.pictures:
+            with self.timings.stage("vision"):
+                vision.append(session.run("vision", picture.inputs))
+        embeds = session.bundle.embed(turn.plan.tokens)
+        if vision:
+            embeds[turn.plan.visual_index] = np.concatenate(image_rows(vision))
+        inputs = turn.inputs
+        with self.timings.stage(f"{turn.stage}.prefix"):
+            names = ("position_ids", "keep_count", *turn.plan.selection_inputs)
+            feeds = {name: inputs[name] for name in names} | {"inputs_embeds": embeds[None]}
+            prefix = session.run("prefix", feeds | cache.inputs(range(m.selection_layer)))
+        with self.timings.stage(f"{turn.stage}.decoder"):
+            feeds = {name: inputs[name] for name in ("position_ids", "logit_index")}
+            feeds["hidden_states"] = prefix["hidden_states"]
+            feeds["keep_index"] = prefix["keep_index"] if turn.keep_index is None else turn.keep_index
+            named = {name: TensorName.of(name) for name in prefix}
+            compacted = [name for name, of in named.items() if of.role == "new" and of.layer not in cache.whole]
+            feeds |= {name: prefix[name] for name in compacted}
+            decoder = session.run("decoder", feeds | cache.inputs(range(m.selection_layer, m.decoder.layers)))
+        cache.append(prefix | decoder)
+        return Step(turn.plan, tuple(vision), prefix, decoder, turn.keep_index)

@@ -1,0 +1,235 @@
+"""What every runtime has: a session, its conversations, and what their steps give.
+
+A conversation runs over one compacted cache: prefill, decode steps and later turns are the same call.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.contract.ratio import check_ratio
+from ivc_export.dtypes import FloatName
+from ivc_export.families.pictures import Picture
+from ivc_export.runtime.plan import Ints, Run, check_kept, check_picture, plan_run
+
+T = TypeVar("T")
+
+HEADROOM = 128
+"""Tokens of an answer, where nobody says how many are wanted."""
+
+
+class Fetched(Mapping[str, npt.NDArray[Any]], Generic[T]):
+    """Arrays by name, each made of a tensor by `fetch` when it is first looked at."""
+
+    def __init__(self, tensors: Mapping[str, T], fetch: Callable[[T], npt.NDArray[Any]]) -> None:
+        self._tensors, self._fetch = tensors, fetch
+        self._arrays: dict[str, npt.NDArray[Any]] = {}
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        if name not in self._arrays:
+            self._arrays[name] = self._fetch(self._tensors[name])
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one run gave.
+
+    vision: the graph's outputs by name, for each picture. prefix, decoder: the graphs' outputs by name. Floats in
+    float32.
+    replayed: int32 [M], the rows that went on, if the caller chose them.
+    """
+
+    run: Run
+    vision: tuple[Mapping[str, npt.NDArray[Any]], ...]
+    prefix: Mapping[str, npt.NDArray[Any]]
+    decoder: Mapping[str, npt.NDArray[Any]]
+    replayed: npt.NDArray[np.int32] | None = None
+
+    @property
+    def image_embeds(self) -> tuple[npt.NDArray[np.float32], ...]:
+        """float32 [visual, hidden], one for each picture, the tokens of its tiles one behind the other."""
+        return image_rows(self.vision)
+
+    @property
+    def keep_index(self) -> npt.NDArray[np.int32]:
+        """int32 [M], the rows that went on."""
+        return self.prefix["keep_index"] if self.replayed is None else self.replayed
+
+    @property
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Next-token logits of the last row, float32 [vocab]."""
+        logits: npt.NDArray[np.float32] = self.decoder["logits"][0, 0]
+        return logits
+
+
+def image_rows(vision: Iterable[Mapping[str, npt.NDArray[Any]]]) -> tuple[npt.NDArray[np.float32], ...]:
+    """The visual tokens of each run of the vision graph, [visual, hidden], its frames one behind the other."""
+    frames = (outputs["image_embeds"] for outputs in vision)
+    return tuple(embeds.reshape(-1, embeds.shape[-1]) for embeds in frames)
+
+
+class Cache(Protocol):
+    """What a conversation's runs share, as far as it speaks of itself."""
+
+    @property
+    def length(self) -> int:
+        """Valid rows of every layer but those kept whole."""
+        ...
+
+    @property
+    def room(self) -> int | None:
+        """Rows that every layer still takes; None where caches grow."""
+        ...
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of the valid rows."""
+        ...
+
+
+class Session(Protocol):
+    """A bundle opened in some runtime.
+
+    One run at a time: a run holds the session's lock, so that runs of conversations in other threads wait for it. A
+    conversation is one thread's: two would mix their turns.
+    """
+
+    bundle: Bundle
+    lock: AbstractContextManager[Any]
+    """Held by whatever uses what conversations share; the thread that holds it may take it again."""
+    backend: str
+    """What runs the graphs, by its name in runtime.backends."""
+    dtype: FloatName
+    """What they compute in."""
+    versions: Mapping[str, str]
+    """Of the libraries that run them, by name."""
+
+    def converse(self, ratio: float | None = None, capacity: int | None = None) -> Conversation:
+        """Begin a conversation with a cache of its own.
+
+        ratio: fraction of visual tokens kept; None takes the bundle's default. capacity: rows of the cache; None
+        leaves them to the runtime.
+
+        Raises:
+            UserError: one of them is out of range, or there is no memory for the cache.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One run, planned and checked, before any graph has run.
+
+    keep_index: int32 [M], the rows that the caller wants kept, if there is such a choice. stage: what it is over the
+    caches as they are.
+    """
+
+    plan: Run
+    pictures: Sequence[Picture]
+    keep_index: Ints | None
+    stage: Literal["prefill", "decode"]
+
+    @property
+    def kept(self) -> int:
+        """M, the rows that go on."""
+        return len(self.plan.text_index) + self.plan.keep_count if self.keep_index is None else len(self.keep_index)
+
+    @property
+    def inputs(self) -> dict[str, npt.NDArray[Any]]:
+        """What the plan alone says of the graphs' inputs, int32 but for ivc_priority; names as in the contract."""
+        return {
+            "position_ids": self.plan.position_ids,
+            "keep_count": np.array([self.plan.keep_count], np.int32),
+            "logit_index": np.array([self.kept - 1], np.int32),
+            **self.plan.selection_inputs,
+        }
+
+    @property
+    def places(self) -> list[int]:
+        """The first row of each picture."""
+        seen = np.cumsum([0, *(picture.grid.visual for picture in self.pictures)])[:-1]
+        return [int(self.plan.visual_index[first]) for first in seen]
+
+
+class Conversation(ABC):
+    """Runs of one session that share a cache, for one thread; see Session.
+
+    What an earlier turn pruned is gone: a later question about the same picture sees the tokens that the first
+    question kept.
+
+    ratio: fraction of visual tokens kept; None takes the bundle's default.
+
+    Raises:
+        UserError: the ratio is out of range.
+    """
+
+    session: Session
+    cache: Cache
+
+    def __init__(self, session: Session, ratio: float | None) -> None:
+        self.session = session
+        self.ratio = check_ratio(session.bundle.manifest.default_ratio if ratio is None else ratio)
+        self.headroom = HEADROOM
+        """Rows that are likely to follow the next run's, an answer's, for which a cache that grows leaves room."""
+        self.next_position = 0
+        self.timings = Timings()
+
+    def run(
+        self,
+        tokens: Sequence[int] | npt.NDArray[Any],
+        pictures: Sequence[Picture] = (),
+        keep_index: npt.NDArray[np.int32] | None = None,
+    ) -> Step:
+        """Run `tokens`, image tokens included, over the cache, and append the kept rows to it.
+
+        keep_index: rows to keep instead of those that the prefix graph chooses, to replay another run.
+
+        Raises:
+            UserError: see check_picture, plan_run and check_kept; or the cache is full, or the runtime cannot.
+        """
+        with self.session.lock:
+            manifest = self.session.bundle.manifest
+            for picture in pictures:
+                check_picture(manifest, picture)
+            grids = [picture.grid for picture in pictures]
+            plan = plan_run(manifest, tokens, grids, self.next_position, self.ratio)
+            chosen = None if keep_index is None else check_kept(keep_index, plan.rows)
+            step = self._go(Turn(plan, pictures, chosen, plan.stage(self.cache.length)))
+            self.next_position = plan.next_position
+            return step
+
+    @abstractmethod
+    def _go(self, turn: Turn) -> Step:
+        """Run the graphs, and append to the cache; the session's lock is held."""
+
+
+@dataclass
+class Timings:
+    """Seconds by stage, summed over its runs, and how many these were."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    runs: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to `name`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.runs[name] = self.runs.get(name, 0) + 1

@@ -1,0 +1,256 @@
+"""The graphs of the `ort-cuda` lowering, opened in onnxruntime with one copy of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime
+from onnxruntime import OrtValue
+from rich.filesize import decimal
+
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.checkpoint.weights import read_values
+from ivc_export.contract.manifest import Scaling
+from ivc_export.contract.names import GRAPH_NAMES, GraphName
+from ivc_export.dtypes import FloatName
+from ivc_export.errors import UserError
+from ivc_export.floats import cast
+from ivc_export.lowering import lower
+from ivc_export.lowering.join_decode import join_decode
+from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
+from ivc_export.runtime.failures import SILENT, SMALLER, told
+from ivc_export.runtime.onnxruntime.workspace import PictureRows, Values
+
+Provider = Literal["cuda", "cpu"]
+PROVIDERS: Mapping[Provider, str] = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+DTYPES: Mapping[Provider, FloatName] = {"cuda": "float16", "cpu": "float32"}
+"""GroupQueryAttention's CUDA kernels know float16 and bfloat16, and NumPy no bfloat16; its CPU kernel float32."""
+
+WIDER = "use --provider cpu, or TensorRT engines built with ivc-build --dtype fp32"
+"""What to do where float16 does not reach."""
+
+NO_ROOM = "close other programs that use the GPU, or use --provider cpu"
+CHECK_GPU = "see that the GPU and its driver work, or use --provider cpu"
+NOT_CAPTURED = "cannot use the graph capture feature"
+"""What onnxruntime says of a graph of which it computes a part on the host."""
+
+
+class FusedGraphs:
+    """The vision graph, prefix and decoder, and one graph of both for decode steps, with one copy of the weights.
+
+    provider: "cuda", or "cpu" to check the same graphs and the same hand-over without a GPU.
+    cuda_graph: capture the decode step, and replay it, unless onnxruntime refuses; the attribute says whether it does.
+    op_library: our library of custom operators (graphs/plugin/onnxruntime), which then selects and compacts.
+
+    Raises:
+        UserError: onnxruntime has no such provider, or cannot open a graph or the library.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        provider: Provider = "cuda",
+        cuda_graph: bool = True,
+        op_library: Path | None = None,
+    ) -> None:
+        if PROVIDERS[provider] not in onnxruntime.get_available_providers():
+            raise UserError(
+                "this onnxruntime has no CUDA provider: install onnxruntime-gpu in the place of onnxruntime, or use "
+                "--provider cpu"
+            )
+        if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()  # CUDA's libraries, where pip has put them
+        bundle.check_portable("the CUDA provider")
+        self.bundle = bundle
+        self.device = provider
+        self.dtype: FloatName = DTYPES[provider]
+        self.op_library = op_library
+        self.lowering = "ort-cuda-ops" if op_library else "ort-cuda"
+        cast(pixel_bounds(bundle.manifest.preprocessing), self.dtype, "a normalised picture of this model", WIDER)
+        models = {name: self.lowered(name, self.lowering) for name in GRAPH_NAMES}
+        take_float32(models["vision"])
+        self._owners: Values = {}
+        self._weights: Values = {}
+        """Views of these: onnxruntime shares memory between sessions that it does not own itself."""
+        self._converted: Values = {}
+        """What onnxruntime's optimizers read, while sessions open, of weights that no file has in this dtype."""
+        self._sessions: dict[str, onnxruntime.InferenceSession] = {
+            name: self._open(model) for name, model in models.items()
+        }
+        self.cuda_graph = cuda_graph and provider == "cuda"
+        try:
+            self._sessions["decode"] = self._open(self._joined(), self.cuda_graph)
+        except UserError as error:
+            if not (self.cuda_graph and NOT_CAPTURED in str(error)):
+                raise
+            self.cuda_graph = False  # onnxruntime captures no graph of which it computes a part on the host
+            self._sessions["decode"] = self._open(self._joined())
+        self._converted.clear()
+
+    def lowered(self, name: GraphName, lowering: str) -> ir.Model:
+        """A graph of the bundle, in the dtype that is computed in."""
+        return self._lower(self.bundle.graph(name), lowering)
+
+    def _lower(self, model: ir.Model, lowering: str) -> ir.Model:
+        if self.dtype != self.bundle.manifest.dtype:
+            model = RetypeFloatsPass(self.dtype)(model).model
+        return lower(model, lowering)
+
+    def _joined(self) -> ir.Model:
+        """The graph of decode steps."""
+        return self._lower(join_decode(self.bundle.graph("prefix"), self.bundle.graph("decoder")), "ort-cuda")
+
+    def _open(self, model: ir.Model, cuda_graph: bool = False) -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = SILENT
+        if self.op_library:
+            register(self.op_library, options)
+        folder = str(self.bundle.folder)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor):  # to be converted, or as the bundle has it
+                if name not in self._weights:  # weights that several graphs read, such as tied embeddings, are one
+                    array = np.ascontiguousarray(read_values(tensor))
+                    self._owners[name] = self.value(array)
+                    self._weights[name] = view(self._owners[name])
+                    if isinstance(tensor, ir.LazyTensor):
+                        self._converted[name] = OrtValue.ortvalue_from_numpy(array)
+                options.add_initializer(name, self._weights[name])
+                if isinstance(tensor, ir.LazyTensor):
+                    value.const_value = self._given(name, tensor)
+                    options.add_external_initializers([name], [self._converted[name]])
+        chosen = cuda_options(onnxruntime.__version__, cuda_graph) if self.device == "cuda" else {}
+        provider = (PROVIDERS[self.device], chosen)
+        content = ir.to_proto(model).SerializeToString()
+        with told(f"{model.graph.name} does not open in onnxruntime", NO_ROOM, "use --provider cpu"):
+            session = onnxruntime.InferenceSession(content, options, providers=[provider])
+        if PROVIDERS[self.device] not in session.get_providers():  # onnxruntime falls back to the CPU without a word
+            raise UserError(
+                "onnxruntime's CUDA provider does not load: install the CUDA and cuDNN that this onnxruntime-gpu is "
+                "for, or use --provider cpu"
+            )
+        return session
+
+    def _given(self, name: str, tensor: ir.LazyTensor) -> ir.ExternalTensor:
+        """What stands in a graph for a converted weight that is given in memory: what cannot be read from its file."""
+        shape, file = tensor.shape.numpy(), self.bundle.manifest.embedding.file
+        length = int(np.prod(shape) * tensor.dtype.itemsize)
+        end = (self.bundle.folder / file).stat().st_size
+        return ir.ExternalTensor(file, end, length, tensor.dtype, shape=ir.Shape(shape), name=name)
+
+    def embed(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
+        """Rows of the embedding table for `tokens`, in the dtype that is computed in: [1, len(tokens), hidden].
+
+        Raises:
+            UserError: they leave its range.
+        """
+        return cast(self.bundle.embedding_table[tokens], self.dtype, "an embedding of this model", WIDER)[None]
+
+    def value(self, array: npt.NDArray[Any]) -> OrtValue:
+        """An array in the device's memory; on the CPU it is the array's own.
+
+        Raises:
+            UserError: the device has no memory for it.
+        """
+        with told(f"{decimal(array.nbytes)} cannot be put into the device's memory", SMALLER, CHECK_GPU):
+            return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+
+    def bind(self, name: str, inputs: Values, outputs: Mapping[str, OrtValue | PictureRows | str]) -> Any:
+        """Bind a graph's inputs, and its outputs to memory of the caller's, or to new memory on "cpu" or "cuda"."""
+        session = self._sessions[name]
+        binding = session.io_binding()
+        for tensor in session.get_inputs():
+            binding.bind_ortvalue_input(tensor.name, inputs[tensor.name])
+        for tensor in session.get_outputs():
+            place = outputs.get(tensor.name, self.device)
+            if isinstance(place, str):
+                binding.bind_output(tensor.name, place)
+            elif isinstance(place, PictureRows):
+                dtype = np.dtype(place.dtype).type
+                binding.bind_output(tensor.name, self.device, 0, dtype, place.shape, place.address)
+            else:
+                binding.bind_ortvalue_output(tensor.name, place)
+        return binding
+
+    def run(self, name: str, binding: Any) -> Values:
+        """Run a graph, and return its outputs by name.
+
+        Raises:
+            UserError: onnxruntime cannot, for lack of memory or another reason.
+        """
+        self.run_bound(name, binding)
+        return dict(zip([o.name for o in self._sessions[name].get_outputs()], binding.get_outputs(), strict=True))
+
+    def run_bound(self, name: str, binding: Any, captured: int | None = None) -> None:
+        """Run a graph whose outputs the caller has bound.
+
+        captured: number of the CUDA graph to capture or to replay; one number belongs to one set of addresses.
+
+        Raises:
+            UserError: as run.
+        """
+        session, options = self._sessions[name], onnxruntime.RunOptions()
+        if captured is not None:
+            options.add_run_config_entry("gpu_graph_id", str(captured))
+        with told(f"{name} cannot run", SMALLER, CHECK_GPU):
+            session.run_with_iobinding(binding, options)
+
+
+def cuda_options(version: str, cuda_graph: bool) -> dict[str, str]:
+    """Options of onnxruntime's CUDA provider, by onnxruntime's version.
+
+    Before 1.27 it squared float16 in float16 in norms of sums, which then gave zeros for rows beyond 10,000 or so, as
+    some models have: its strict mode does not (github.com/microsoft/onnxruntime/issues/29034).
+    """
+    chosen = {"enable_cuda_graph": "1"} if cuda_graph else {}
+    if tuple(int(part) for part in version.split(".")[:2]) < (1, 27):
+        chosen["enable_skip_layer_norm_strict_mode"] = "1"
+    return chosen
+
+
+def view(owner: OrtValue) -> OrtValue:
+    """The same memory, as long as `owner` lives. onnxruntime 1.23 has OrtValue.from_dlpack only inside."""
+    inner: Any = owner._ortvalue
+    return OrtValue(type(inner).from_dlpack(inner.to_dlpack()))
+
+
+def pixel_bounds(scaling: Scaling) -> npt.NDArray[np.float64]:
+    """The least and the largest value of each channel of a normalised picture, [2, 3]."""
+    pixels = np.array([[0.0], [255.0]])
+    bounds: npt.NDArray[np.float64] = (pixels * scaling.rescale_factor - np.array(scaling.mean)) / np.array(scaling.std)
+    return bounds
+
+
+def take_float32(vision: ir.Model) -> None:
+    """Let a vision graph take pixels in float32, and cast them itself: a host takes tens of milliseconds for that."""
+    graph = vision.graph
+    (pixels,) = [value for value in graph.inputs if value.name == "pixel_values"]
+    if pixels.dtype == ir.DataType.FLOAT:
+        return
+    given = ir.val("pixel_values", dtype=ir.DataType.FLOAT, shape=pixels.shape)
+    pixels.name = "pixel_values/narrow"
+    cast = ir.node("Cast", [given], {"to": int(pixels.dtype or 0)}, name="pixel_values/cast")
+    graph.inputs[list(graph.inputs).index(pixels)] = given
+    pixels.replace_all_uses_with(cast.outputs[0])
+    cast.outputs[0].name = pixels.name
+    graph.insert_before(graph[0], cast)
+
+
+def register(library: Path, options: onnxruntime.SessionOptions) -> None:
+    """Add a library of custom operators to a session to be opened.
+
+    Raises:
+        UserError: there is no such file, or onnxruntime cannot load it.
+    """
+    if not library.is_file():
+        raise UserError(f"there is no {library}: build it as docs/tensorrt.md says, or leave --op-library out")
+    version = onnxruntime.__version__
+    build = f"build it on this machine, against headers of onnxruntime {version} or older"
+    with told(f"{library} does not load as custom operators", NO_ROOM, build):
+        options.register_custom_ops_library(str(library.resolve()))

@@ -1,0 +1,186 @@
+"""One TensorRT engine, its execution contexts, and what it takes and gives on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.manifest import GraphInfo
+from ivc_export.contract.names import GraphName
+from ivc_export.errors import UserError
+from ivc_export.runtime.tensorrt.device import Buffers, Device
+
+DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "BF16": ml_dtypes.bfloat16, "INT32": np.int32}
+"""NumPy's types by the names of TensorRT's."""
+HANDED_OVER = {"image_embeds": "inputs_embeds"}
+"""Tensors that are copied into others, by their names."""
+REBUILD = "build the engines again with ivc-build"
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in device memory, or in the host's where TensorRT reads a shape from it."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Engine:
+    """One engine and an execution context for each of its profiles.
+
+    info: the graph that it was built from, whose tensors it must have; None for one that belongs to no bundle.
+
+    Raises:
+        UserError: TensorRT does not load it, or it is another graph's.
+    """
+
+    def __init__(
+        self,
+        trt: Any,
+        path: Path,
+        profiles: Sequence[str],
+        device: Device,
+        runtime: Any,
+        info: GraphInfo | None = None,
+    ) -> None:
+        self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            raise UserError(f"{path} does not load in TensorRT {trt.__version__}: build it here with ivc-build")
+        self._name, self.device = path.stem, device
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        types = {name: self._engine.get_tensor_dtype(name).name for name in names}
+        for name, kind in types.items():
+            if kind not in DTYPES:
+                raise UserError(f"{path} has {name} in {kind}, as no graph of ours has it: build it with ivc-build")
+        self.dtypes = {name: np.dtype(DTYPES[kind]) for name, kind in types.items()}
+        self._inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self._outputs = [name for name in names if name not in self._inputs]
+        self._shapes: dict[str, tuple[int | str, ...]] = {}  # of outputs, as the contract has them
+        if info is not None:
+            self._check(info, path)
+            self._shapes = {tensor.name: tensor.shape for tensor in info.outputs}
+        strategies = getattr(trt, "ExecutionContextAllocationStrategy", None)  # from TensorRT 10 on
+        if strategies is not None:
+            contexts = [self._engine.create_execution_context(strategies.USER_MANAGED) for _ in profiles]
+            self.scratch = int(self._engine.device_memory_size_v2)
+        else:
+            contexts = [self._engine.create_execution_context_without_device_memory() for _ in profiles]
+            self.scratch = int(self._engine.device_memory_size)
+        for number, context in enumerate(contexts):
+            if context is None or not context.set_optimization_profile_async(number, device.stream):
+                raise UserError(f"TensorRT cannot prepare {path}: see that the GPU has memory left")
+        self.contexts = dict(zip(profiles, contexts, strict=True))
+
+    def _check(self, info: GraphInfo, path: Path) -> None:
+        """Compare its tensors with the graph's: what it reads, all that it gives, their kinds and known extents."""
+        wanted = {tensor.name: tensor for tensor in (*info.inputs, *info.outputs)}
+        strange = {*self._inputs} - {t.name for t in info.inputs} or {*self._outputs} ^ {t.name for t in info.outputs}
+        for name in self.dtypes:
+            if name in wanted and not strange:
+                shape, graph = tuple(self._engine.get_tensor_shape(name)), wanted[name].shape
+                same = len(shape) == len(graph) and all(
+                    isinstance(axis, str) or extent in (-1, axis) for extent, axis in zip(shape, graph, strict=True)
+                )
+                if not same or (self.dtypes[name] == np.int32) != (wanted[name].dtype == "int32"):
+                    strange = {name}
+        if strange:
+            raise UserError(
+                f"{path} is not an engine of this bundle's {path.stem} graph (its {min(strange)} is another): build it "
+                "with ivc-build"
+            )
+
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of its inputs, -1 where the extent is a run's."""
+        return {name: tuple(self._engine.get_tensor_shape(name)) for name in self._inputs}
+
+    def use_scratch(self, address: int) -> None:
+        """Let all contexts work in the same memory, `scratch` bytes of it: they run one after the other."""
+        for context in self.contexts.values():
+            if hasattr(context, "set_device_memory"):
+                context.set_device_memory(address, self.scratch)
+            else:
+                context.device_memory = address
+
+    def run(
+        self,
+        profile: str,
+        inputs: Mapping[str, Tensor],
+        buffers: Buffers,
+        place: str,
+        extents: Mapping[str, int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Start a run, and return its outputs, which lie in `buffers` under `place`. Does not wait for it.
+
+        inputs: by name; those that the engine does not read are left out. extents: of the graph's symbolic axes, which
+        outputs must have; those of other axes are the engine's to say.
+
+        Raises:
+            UserError: an input does not fit the engine's profile, or an output not the graph, or TensorRT cannot run
+                it.
+        """
+        context = self.contexts[profile]
+        for name in self._inputs:
+            tensor = inputs[name]
+            fits = context.set_input_shape(name, tensor.shape) and context.set_tensor_address(name, tensor.address)
+            if not fits:
+                raise UserError(
+                    f"{name} of {list(tensor.shape)} does not fit the {self._name} engine: build engines with larger "
+                    "maxima"
+                )
+        shapes = {name: self._shape(context, name, extents or {}) for name in self._outputs}
+        outputs = {}
+        for name, shape in shapes.items():
+            size = math.prod(shape) * self.dtypes[name].itemsize
+            outputs[name] = Tensor(buffers.get(f"{place}/{name}", size), shape, self.dtypes[name])
+            if not context.set_tensor_address(name, outputs[name].address):
+                raise UserError(f"TensorRT takes no memory for {name} of the {self._name} engine: {REBUILD}")
+        if not context.execute_async_v3(self.device.stream):
+            raise UserError(f"TensorRT cannot run the {self._name} engine: see that the GPU has memory left")
+        return outputs
+
+    def _shape(self, context: Any, name: str, extents: Mapping[str, int]) -> tuple[int, ...]:
+        """An output's shape, once all inputs are set: known, and the graph's."""
+        try:
+            shape = tuple(context.get_tensor_shape(name))
+        except ValueError:  # TensorRT's Dims of no known rank have a length of -1
+            shape = (-1,)
+        if any(extent < 0 for extent in shape):
+            raise UserError(f"the {self._name} engine does not say how large {name} becomes: {REBUILD}")
+        graph = self._shapes.get(name, shape)
+        wanted = [extents.get(axis) if isinstance(axis, str) else axis for axis in graph]
+        if len(shape) != len(wanted) or any(w not in (None, s) for w, s in zip(wanted, shape, strict=True)):
+            due = ", ".join(str(axis if extent is None else extent) for axis, extent in zip(graph, wanted, strict=True))
+            raise UserError(f"the {self._name} engine gives {name} of {list(shape)} in place of [{due}]: {REBUILD}")
+        return shape
+
+
+def check_hand_over(engines: Mapping[GraphName, Engine]) -> None:
+    """Check that what goes from engine to engine as bytes is of one dtype on both sides.
+
+    Raises:
+        UserError: it is not: the engines were not built together.
+    """
+    found: dict[str, tuple[str, np.dtype[Any]]] = {}
+    for engine in engines.values():
+        for name, dtype in engine.dtypes.items():
+            parts = TensorName.of(name)
+            group = "caches" if parts.kind else HANDED_OVER.get(parts.stem, parts.stem)
+            other, wanted = found.setdefault(group, (name, dtype))
+            if dtype != wanted:
+                raise UserError(f"{name} is {dtype} in one engine and {other} {wanted} in another: {REBUILD}")

@@ -102,8 +102,6 @@ def test_pictures_that_do_not_fit(name: str, session: Session) -> None:
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices_that_cannot_be(name: str, session: Session) -> None:
-    if isinstance(session, FusedSession):
-        pytest.skip("it replays no choices")
     sentence = "the rows to keep are no ascending numbers of 0 to 5: give those of this same run"
     check(session.converse(), sentence, PROMPT, [WHOLE], np.array(CHOICES[name]))
     conversation: Any = session.converse()

@@ -42,10 +42,10 @@ def memory() -> dict[str, int]:
     return {kind: int(status[field].split()[0]) // 1024 for kind, field in kinds.items()}
 
 
-class Sampler:
+class MemorySampler:
     """The largest anonymous memory while it runs, in MiB, above what was there before and in all."""
 
-    def __enter__(self) -> Sampler:
+    def __enter__(self) -> MemorySampler:
         self.before = self.peak = memory()["anonymous"]
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample)
@@ -68,7 +68,7 @@ def one_export(checkpoint: str, output: str, weights: str, dtype: str) -> dict[s
     from ivc_export.exporter.recipe import ExportRecipe
 
     recipe = ExportRecipe(checkpoint, Path(output), weights=weights, dtype=dtype)  # type: ignore[arg-type]
-    with Sampler() as sampler:
+    with MemorySampler() as sampler:
         start = time.perf_counter()
         export(recipe)
         seconds = time.perf_counter() - start
@@ -91,7 +91,7 @@ def one_session(bundle: str, prepacking: str) -> dict[str, Any]:
     noise = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
     picture = families.of(m.family).picture(PIL.Image.fromarray(noise), m.preprocessing)
     tokens = [1, 2, START, *[IMAGE] * picture.grid.visual, END, *range(10, 26)]
-    with Sampler() as sampler:
+    with MemorySampler() as sampler:
         start = time.perf_counter()
         session = OnnxSession(opened, prepacking=prepacking == "on")
         seconds = time.perf_counter() - start

@@ -32,8 +32,8 @@ import onnxruntime
 from benchmarks.models import make_large_checkpoint, qwen2_vl_2b
 from ivc_export.bench.entrants import PEERS, Entrants, open_contestants, report
 from ivc_export.bench.facts import gpu
-from ivc_export.bench.measure import Bench, Contestant, Progress, Row, Settings, noted
-from ivc_export.bench.prompts import Prompt, make_prompt
+from ivc_export.bench.measure import Bench, BenchSettings, Contestant, Row, noted
+from ivc_export.bench.prompts import Prompt, noise_prompt
 from ivc_export.bench.sides import BundleSide
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.exporter.pipeline import export
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         bundle = export(recipe)
         say("exported")
-        settings = Settings(tuple(options.ratios), options.tokens, options.rounds, options.warmups)
+        settings = BenchSettings(tuple(options.ratios), options.tokens, options.rounds, options.warmups)
         failures: dict[str, str] = {}
         bench = Bench(bundle, settings, say, failures)
         entrants = Entrants(options.backends, options.peers, checkpoint, options.compile_prefill, options.op_library)
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             takes_part = [one for one in contestants if one.side.name != "torch-compiled" or size in compiled]
             with noted(failures, f"{size} visual tokens"):
-                prompts.append(make_prompt(bundle, size, 64))
+                prompts.append(noise_prompt(bundle, size, 64))
                 rows += bench.measure(takes_part, prompts[-1])
             clock[f"{size} visual tokens"] = time.perf_counter() - start
             write()
@@ -149,11 +149,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def open_and_try(bundle: Bundle, entrants: Entrants, say: Progress, failures: dict[str, str]) -> list[Contestant]:
+def open_and_try(
+    bundle: Bundle, entrants: Entrants, say: Callable[[str], None], failures: dict[str, str]
+) -> list[Contestant]:
     """Those who open and answer a short prompt, ours first; onnxruntime's CUDA provider, where it does not, once more
     without a CUDA graph, as its notes then say. torch-compiled answers nothing here: it would compile for that.
     """
-    prompt = make_prompt(bundle, *SHORT)
+    prompt = noise_prompt(bundle, *SHORT)
 
     def works(one: Contestant) -> bool:
         name = f"{one.side.name}, first answer"

@@ -31,7 +31,7 @@ RATIOS = (1.0, 0.5)
 LONGEST_ANSWER = 20
 
 
-def record(options: argparse.Namespace) -> None:
+def record_answers(options: argparse.Namespace) -> None:
     """Ask stock transformers, pruned by the reference implementation."""
     from samples.spatial import held_out
     from samples.spatial.questions import TASKS
@@ -51,7 +51,7 @@ def record(options: argparse.Namespace) -> None:
     (options.folder / INDEX).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def compare(options: argparse.Namespace) -> None:
+def compare_answers(options: argparse.Namespace) -> None:
     """Ask the bundle the same, and write how many answers are the same."""
     bundle = Bundle.load(options.bundle)
     recorded = json.loads((options.folder / INDEX).read_text(encoding="utf-8"))
@@ -113,7 +113,7 @@ def main() -> None:
     p.add_argument("--plugin", type=Path, help="for engines that were built with it")
     p.add_argument("--output", type=Path, default=Path("agreement.json"))
     options = p.parse_args()
-    {"record": record, "compare": compare}[options.what](options)
+    {"record": record_answers, "compare": compare_answers}[options.what](options)
 
 
 if __name__ == "__main__":

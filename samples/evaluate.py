@@ -54,7 +54,7 @@ def difference(right: Sequence[bool], base: Sequence[bool]) -> dict[str, Any]:
     return {"mean": round(gaps.mean(), 4), "interval": [round(gaps.mean() - half, 4), round(gaps.mean() + half, 4)]}
 
 
-class Trial:
+class SplitTrial:
     """Both answers to every question of one split, under any pruning."""
 
     def __init__(self, answering: Answering, split: str, each: int) -> None:
@@ -84,7 +84,7 @@ def evaluate_methods(arguments: argparse.Namespace) -> None:
     network = load_network(arguments.model).to(device)
     answering = Answering(network, Tokenizer.from_file(str(arguments.model / "tokenizer.json")))
     ivc_prune = METHODS["IVC-Prune"]
-    calibration = Trial(answering, "calibration", arguments.calibration)
+    calibration = SplitTrial(answering, "calibration", arguments.calibration)
     layers: dict[str, Any] = {"unpruned": calibration.run(None)}
     depth = len(network.model.layers)
     for layer in track(range(1, depth), "layers", disable=not sys.stderr.isatty()):
@@ -94,7 +94,7 @@ def evaluate_methods(arguments: argparse.Namespace) -> None:
     chosen = next(
         (layer for layer, found in accuracy.items() if found >= bar), max(accuracy, key=lambda i: accuracy[i])
     )
-    trial = Trial(answering, "test", arguments.test)
+    trial = SplitTrial(answering, "test", arguments.test)
     results: dict[str, Any] = {"none": {"1.0": trial.run(None)}}
     for name, rank in track(METHODS.items(), "methods", disable=not sys.stderr.isatty()):
         layer = 0 if name in BEFORE_THE_DECODER else chosen

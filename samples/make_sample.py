@@ -90,7 +90,7 @@ def make_checkpoint(
     return folder
 
 
-def draw_picture() -> PIL.Image.Image:
+def draw_shapes() -> PIL.Image.Image:
     """A few shapes on a shaded ground, 448 x 336."""
     ground = np.linspace(232, 200, 336)[:, None, None] * np.array([1.0, 0.98, 0.94])
     image = PIL.Image.fromarray(np.broadcast_to(ground, (336, 448, 3)).astype(np.uint8))

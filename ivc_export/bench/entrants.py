@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ivc_export.bench.facts import machine
 from ivc_export.bench.footprint import Footprints, device_counter, host_peak_bytes
-from ivc_export.bench.measure import Bench, Contestant, Progress, Row, noted
+from ivc_export.bench.measure import Bench, Contestant, Row, noted
 from ivc_export.bench.sides import BundleSide
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.manifest import PatchPreprocessing
@@ -68,7 +68,7 @@ def check_entrants(entrants: Entrants) -> None:
 
 
 def open_contestants(
-    bundle: Bundle, entrants: Entrants, progress: Progress, failures: dict[str, str] | None = None
+    bundle: Bundle, entrants: Entrants, progress: Callable[[str], None], failures: dict[str, str] | None = None
 ) -> list[Contestant]:
     """Open everyone, each watched while it opens. failures: takes those that do not open, where that ends nothing.
 

@@ -64,7 +64,7 @@ def memory_of(library: ctypes.CDLL) -> int | None:
     return total.value - free.value
 
 
-class Footprint:
+class Growth:
     """What one side holds, and the most that it has held: growth while it opens and runs, all others being at rest.
 
     Allocators keep what they have had, so that the most is of all runs so far.
@@ -106,12 +106,12 @@ class Footprints:
     """One side's memory on the host, and on the GPU where there is a counter for that."""
 
     def __init__(self, device: Callable[[], int] | None) -> None:
-        self.host = Footprint(host_bytes)
-        self.device = Footprint(device, watched=False) if device is not None else None
+        self.host = Growth(host_bytes)
+        self.device = Growth(device, watched=False) if device is not None else None
 
     @contextmanager
     def grow(self) -> Iterator[None]:
-        """As Footprint.grow, both."""
+        """As Growth.grow, both."""
         with ExitStack() as stack:
             stack.enter_context(self.host.grow())
             if self.device is not None:

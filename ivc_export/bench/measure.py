@@ -26,11 +26,9 @@ from ivc_export.runtime.tensorrt.session import TensorrtSession
 FIRST_TOKENS = 8
 """Tokens at the beginning that float32 sides must agree on."""
 
-Progress = Callable[[str], None]
-
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """ratios: fractions of visual tokens kept, beside 1, which is always measured. count: tokens decoded.
 
     Raises:
@@ -132,8 +130,8 @@ class Bench:
     def __init__(
         self,
         bundle: Bundle,
-        settings: Settings,
-        progress: Progress = lambda text: None,
+        settings: BenchSettings,
+        progress: Callable[[str], None] = lambda text: None,
         failures: dict[str, str] | None = None,
     ) -> None:
         bundle.check_portable("ivc-bench")

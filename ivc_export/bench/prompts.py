@@ -31,7 +31,7 @@ class Prompt:
         return self.picture.grid.visual
 
 
-def make_prompt(bundle: Bundle, visual: int, text: int) -> Prompt:
+def noise_prompt(bundle: Bundle, visual: int, text: int) -> Prompt:
     """A picture of noise with about `visual` tokens, and `text` random tokens around it.
 
     A picture's tokens fill a grid, so that the nearest grid to a square is taken; a family with tiles of fixed size

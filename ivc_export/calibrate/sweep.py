@@ -71,7 +71,7 @@ def layers_to_try(count: int) -> list[int]:
 
 
 @contextmanager
-def described(checkpoint: Checkpoint) -> Iterator[Bundle]:
+def prompt_bundle(checkpoint: Checkpoint) -> Iterator[Bundle]:
     """A bundle without graphs and weights: what prompts and pictures are prepared by."""
     recipe = ExportRecipe(checkpoint.folder, Path("unused"))
     configuration = read_configuration(checkpoint)
@@ -100,7 +100,7 @@ def calibrate(
         UserError: the checkpoint cannot be loaded, or a layer, ratio or example is out of range.
     """
     checkpoint = open_checkpoint(model)
-    with described(checkpoint) as bundle:
+    with prompt_bundle(checkpoint) as bundle:
         m = bundle.manifest
         tried = sorted(set(layers)) if layers else layers_to_try(m.decoder.layers)
         if not 1 <= tried[0] <= tried[-1] < m.decoder.layers:
@@ -117,7 +117,7 @@ def calibrate(
             picture = processor.picture(example.picture)
             prompt = processor.question(example.prompt, [picture])
             given = reference_picture(bundle, picture)
-            base = draw(reference, prompt, given, m.tokens.stop, tokens)
+            base = greedy_answer(reference, prompt, given, m.tokens.stop, tokens)
             compared = []
             for ratio, layer in cases:
                 compared.append(base.compare(reference, prompt, given, layer, ratio, m.tokens.image))
@@ -188,7 +188,7 @@ class Drawn:
         return Compared(float(divergence), logs.argmax(-1).tolist() == self.tokens, kept)
 
 
-def draw(
+def greedy_answer(
     reference: Reference, prompt: Sequence[int], picture: ReferencePicture, stop: Sequence[int], most: int
 ) -> Drawn:
     """A greedy answer without pruning, its stop token included."""

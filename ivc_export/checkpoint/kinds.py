@@ -33,7 +33,7 @@ METHODS = {
 """Values of `quant_method`, which is shown as it is where it is none of these."""
 
 
-class Kind(NamedTuple):
+class CheckpointKind(NamedTuple):
     """told_by: what shows it, or None if nothing does. sentence: behind the folder's or the repository's name."""
 
     told_by: Callable[[Checkpoint], str | None]
@@ -103,42 +103,42 @@ def shown(value: object) -> str:
 
 
 KINDS = (
-    Kind(
+    CheckpointKind(
         lambda checkpoint: files("prefix.onnx", without=())(checkpoint) if MANIFEST in checkpoint.names else None,
         "is a bundle, which ivc-export wrote: give the checkpoint that it was made from",
     ),
-    Kind(
+    CheckpointKind(
         adapter,
         "is an adapter ({found}), and no whole model: merge both with PEFT's merge_and_unload, and give what "
         "save_pretrained writes then",
     ),
-    Kind(
+    CheckpointKind(
         adapted,
         "holds an adapter beside a model ({found}): merge both with PEFT's merge_and_unload and save them to a new "
         "folder, or take {found} away where they are merged already",
     ),
-    Kind(quantised, f"is quantised ({{found}}), and {TAKEN}: give the checkpoint that it was made from"),
-    Kind(
+    CheckpointKind(quantised, f"is quantised ({{found}}), and {TAKEN}: give the checkpoint that it was made from"),
+    CheckpointKind(
         files("*.gguf"),
         "is for llama.cpp ({found} is a GGUF file): give the checkpoint in transformers' layout that it was made from",
     ),
-    Kind(
+    CheckpointKind(
         files("openvino*.xml", "openvino"),
         "is an export for OpenVINO ({found}): give the checkpoint that it was made from",
     ),
-    Kind(
+    CheckpointKind(
         files("*.onnx", "onnx"),
         "is an ONNX export of another program ({found}): give the checkpoint that it was made from",
     ),
-    Kind(
+    CheckpointKind(
         files("model_index.json", without=()),
         "is a pipeline of diffusers ({found}), and no vision-language model: give one in transformers' layout",
     ),
-    Kind(
+    CheckpointKind(
         files("tf_model*.h5", "flax_model*.msgpack"),
         "holds no weights of PyTorch ({found}): load it with transformers, and give what save_pretrained writes",
     ),
-    Kind(
+    CheckpointKind(
         files("pytorch_model*.bin", "model*.bin", "*.pth", "*.pt", "*.ckpt"),
         "holds pickled weights alone ({found}), which can run code when they are opened: give safetensors files, as "
         "transformers' save_pretrained writes them",

@@ -15,8 +15,8 @@ from rich.table import Table
 from ivc_export import __version__
 from ivc_export.bench.baseline import TIMES_FACTOR, compare_times, read_times, report_facts
 from ivc_export.bench.entrants import PEERS, RUNTIMES, Entrants, check_entrants, open_contestants, report
-from ivc_export.bench.measure import Bench, Row, Settings
-from ivc_export.bench.prompts import Prompt, make_prompt
+from ivc_export.bench.measure import Bench, BenchSettings, Row
+from ivc_export.bench.prompts import Prompt, noise_prompt
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, check_output, make_console
 from ivc_export.errors import UserError
@@ -89,7 +89,7 @@ def command(arguments: Sequence[str]) -> int:
     baseline = read_times(options.baseline, options.baseline_factor) if options.baseline else None
     bundle = Bundle.load(options.bundle)
     ratios = tuple(options.ratio or [bundle.manifest.default_ratio])
-    settings = Settings(ratios, options.tokens, options.rounds, options.warmups)
+    settings = BenchSettings(ratios, options.tokens, options.rounds, options.warmups)
     prompts = make_prompts(bundle, options.visual or VISUAL, options.text)
     errors, console = make_console(), make_console(stderr=False)
     rows: list[Row] = []
@@ -148,7 +148,7 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 def make_prompts(bundle: Bundle, sizes: Sequence[int], text: int) -> list[Prompt]:
     """A prompt for each size, smallest first, once where two sizes give the same picture."""
-    prompts = [make_prompt(bundle, visual, text) for visual in sizes]
+    prompts = [noise_prompt(bundle, visual, text) for visual in sizes]
     return list({prompt.visual: prompt for prompt in sorted(prompts, key=lambda prompt: prompt.visual)}.values())
 
 

@@ -117,7 +117,7 @@ def command(arguments: Sequence[str]) -> int:
         check_dtype(bundle, options.precision or "float32")
     with make_console().status("checking") as status:
         device = open_on_device(bundle, options)  # what it lacks is told before the checkpoint runs
-        reference, images = stored(bundle) if options.onnx_only else recorded(bundle, options, status.update)
+        reference, images = stored(bundle) if options.onnx_only else record_reference(bundle, options, status.update)
         session = device or OnnxSession(bundle, dtype=options.precision or "float32")
         report, step = compare(session, reference, images, status.update)
         changes = compare_errors(baseline, report) if baseline else None
@@ -228,7 +228,9 @@ def verify(bundle: Bundle, console: Console) -> Bundle:
     return bundle
 
 
-def recorded(bundle: Bundle, options: argparse.Namespace, progress: Callable[[str], None]) -> tuple[Recording, Images]:
+def record_reference(
+    bundle: Bundle, options: argparse.Namespace, progress: Callable[[str], None]
+) -> tuple[Recording, Images]:
     """Run the checkpoint on PyTorch, and leave the run in the bundle for machines without torch."""
     from ivc_export.verify.oracle import record
 

@@ -63,7 +63,7 @@ def parser() -> Parser:
     p.add_argument("--force", action="store_true", help="replace an older bundle, and nothing else")
     p.add_argument("--dry-run", action="store_true", help="say what the export would buy, and write nothing")
     p.add_argument(
-        "--picture", metavar="WIDTHxHEIGHT", action="append", type=picture_size, help="for --dry-run; may be repeated"
+        "--picture", metavar="WIDTHxHEIGHT", action="append", type=parse_size, help="for --dry-run; may be repeated"
     )
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("--quiet", action="store_true", help="print errors, and what changes answers")
@@ -71,7 +71,7 @@ def parser() -> Parser:
     return p
 
 
-def picture_size(text: str) -> Size:
+def parse_size(text: str) -> Size:
     """A size such as 1024x768."""
     match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text)
     if match is None:
@@ -114,7 +114,7 @@ def command(arguments: Sequence[str]) -> int:
         bundle = export(recipe, progress)
     seconds = time.perf_counter() - start
     if options.json:
-        print(json.dumps(record(bundle, seconds)))
+        print(json.dumps(export_record(bundle, seconds)))
     elif options.quiet:
         for note in bundle.notes:
             make_console().print(note, style="yellow", markup=False)
@@ -147,7 +147,7 @@ def progress_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]
         bars.stop()
 
 
-def record(bundle: Bundle, seconds: float) -> dict[str, Any]:
+def export_record(bundle: Bundle, seconds: float) -> dict[str, Any]:
     """What --json prints after an export."""
     m = bundle.manifest
     return {

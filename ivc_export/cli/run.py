@@ -171,12 +171,12 @@ def answer(chat: Chat, prompt: str, images: Sequence[PIL.Image.Image], options: 
         pieces.append(piece)
         if not options.json:
             print(piece, end="", flush=True)
-    print(json.dumps(record(chat, "".join(pieces), images)) if options.json else "", flush=True)
+    print(json.dumps(answer_record(chat, "".join(pieces), images)) if options.json else "", flush=True)
     if options.show and images and chat.step is not None:
         overlay([chat.processor.shown(image) for image in images], chat.step).save(options.show)
 
 
-def record(chat: Chat, text: str, images: Sequence[PIL.Image.Image]) -> dict[str, Any]:
+def answer_record(chat: Chat, text: str, images: Sequence[PIL.Image.Image]) -> dict[str, Any]:
     """What --json prints."""
     assert chat.step is not None
     seconds, runs = chat.conversation.timings.seconds, chat.conversation.timings.runs

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ivc_export.contract.names import MOST_VISUAL, GraphName
-from ivc_export.contract.records import Count, Epsilon, Factor, Frozen, Heads, Level, Side, Tiles, TokenId, Width
+from ivc_export.contract.records import Count, Epsilon, Factor, Frozen, Heads, Level, SideLength, Tiles, TokenId, Width
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 
@@ -102,8 +102,8 @@ class PatchPreprocessing(Scaling):
         return self.model_copy(update={"max_pixels": most, "min_pixels": min(self.min_pixels, most)})
 
 
-class TilePreprocessing(Scaling):
-    """How a picture becomes one tile of fixed size, or several and a thumbnail of the whole.
+class FixedPreprocessing(Scaling):
+    """How a picture becomes what an encoder of fixed size takes: one tile, or several and a thumbnail of the whole.
 
     Of the shapes of min_tiles to max_tiles tiles, fewest first, the one closest to the picture's aspect ratio is taken
     (width / height, by absolute difference); a later one of the same difference takes its place if the picture has
@@ -111,7 +111,7 @@ class TilePreprocessing(Scaling):
     """
 
     kind: Literal["tiles"] = "tiles"
-    tile_pixels: Side
+    tile_pixels: SideLength
     """Pixels along one side of a tile."""
     tile_side: int = Field(gt=0, le=1024)
     """Visual tokens along one side of a tile."""
@@ -131,7 +131,7 @@ class TilePreprocessing(Scaling):
         """Visual tokens of the smallest picture."""
         return self.tile_side**2 * (self.min_tiles + (self.min_tiles > 1))
 
-    def capped(self, max_visual: int) -> TilePreprocessing:
+    def capped(self, max_visual: int) -> FixedPreprocessing:
         """With max_tiles such that a picture gives at most `max_visual` tokens.
 
         Raises:
@@ -146,7 +146,7 @@ class TilePreprocessing(Scaling):
         return self.model_copy(update={"max_tiles": most, "min_tiles": min(self.min_tiles, most)})
 
 
-Preprocessing = Annotated[PatchPreprocessing | TilePreprocessing, Field(discriminator="kind")]
+Preprocessing = Annotated[PatchPreprocessing | FixedPreprocessing, Field(discriminator="kind")]
 
 
 class SpecialTokens(Frozen):

@@ -14,7 +14,7 @@ Width = Annotated[int, Field(gt=0, le=1 << 20)]
 Heads = Annotated[int, Field(gt=0, le=4096)]
 Count = Annotated[int, Field(gt=0, le=INT32_MOST)]
 """Of tokens, positions or pixels, which graphs and runtimes hold in int32."""
-Side = Annotated[int, Field(gt=0, le=16384)]
+SideLength = Annotated[int, Field(gt=0, le=16384)]
 """Pixels along a side."""
 Tiles = Annotated[int, Field(gt=0, le=256)]
 """Tiles of a picture; all shapes of so many are tried for each picture."""

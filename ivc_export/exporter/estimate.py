@@ -60,7 +60,7 @@ class Size(NamedTuple):
     height: int
 
 
-class Device(NamedTuple):
+class DeviceMemory(NamedTuple):
     """A device, its memory, and what of it the system and the runtime's context take, in GiB."""
 
     name: str
@@ -69,11 +69,11 @@ class Device(NamedTuple):
 
 
 DEVICES = (
-    *(Device(f"Jetson {name}", memory, 1.5) for name, memory in (
+    *(DeviceMemory(f"Jetson {name}", memory, 1.5) for name, memory in (
         ("Orin Nano 4 GB", 4), ("Orin Nano 8 GB", 8), ("Orin NX 8 GB", 8), ("Orin NX 16 GB", 16),
         ("AGX Orin 32 GB", 32), ("AGX Orin 64 GB", 64), ("Thor 128 GB", 128),
     )),
-    *(Device(f"GPU {memory} GB", memory, 0.75) for memory in (8, 12, 16, 24, 48, 80)),
+    *(DeviceMemory(f"GPU {memory} GB", memory, 0.75) for memory in (8, 12, 16, 24, 48, 80)),
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from ivc_export.contract.names import (
 )
 from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
-from ivc_export.exporter.placement import converted, place_weights, plan_conversions
+from ivc_export.exporter.placement import converted_weights, place_weights, plan_conversions
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.family import Family
 from ivc_export.lowering import exported, lower
@@ -42,15 +42,15 @@ from ivc_export.source.hub import open_checkpoint
 BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 """Ends of names of tensors that old checkpoints hold and every graph computes."""
 
-Progress = Callable[[str, int, int], None]
+StageProgress = Callable[[str, int, int], None]
 """Called with a stage's name, and how much of how much of it is done."""
 
 
-def silent(stage: str, done: int, total: int) -> None:
+def no_progress(stage: str, done: int, total: int) -> None:
     """Show no progress."""
 
 
-def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
+def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundle:
     """Turn a checkpoint into a bundle of three graphs. Nothing is visible at `recipe.output` until all of it is there.
 
     Raises:
@@ -66,7 +66,7 @@ def export(recipe: ExportRecipe, progress: Progress = silent) -> Bundle:
     description.model.preprocessing.capped(recipe.max_visual)  # or a sentence, where no picture is so small
     configuration = read_configuration(checkpoint, description)
     conversions = plan_conversions(checkpoint.tensors.values(), recipe.float_name)
-    model, weights = configuration.model, converted(configuration.weights, conversions, recipe.float_name)
+    model, weights = configuration.model, converted_weights(configuration.weights, conversions, recipe.float_name)
     with staged_folder(recipe.output, recipe.force) as folder:
         graphs = build_graphs(configuration.family, model, weights, layer)
         check_all_used(weights, configuration.family, graphs.values())

@@ -26,7 +26,7 @@ from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.recipe import Placing
 
-Bytes = Callable[[int, int], None]
+ByteProgress = Callable[[int, int], None]
 """Called with the bytes done so far and their total."""
 
 _CHUNK = 1 << 22
@@ -37,7 +37,7 @@ _LAG = 64
 
 
 @dataclass(frozen=True)
-class Conversion:
+class FileConversion:
     """A weight file in another dtype. tensors: each as it is stored and as it will be, in the order of their bytes."""
 
     header: bytes
@@ -49,7 +49,7 @@ class Conversion:
         return len(self.header) + sum(after.length for _, after in self.tensors)
 
 
-def plan_conversions(tensors: Iterable[StoredTensor], dtype: FloatName | None) -> dict[Path, Conversion]:
+def plan_conversions(tensors: Iterable[StoredTensor], dtype: FloatName | None) -> dict[Path, FileConversion]:
     """Lay out the files that hold floats of other dtypes than `dtype` anew; other files, or all for None, stay."""
     if dtype is None:
         return {}
@@ -63,7 +63,7 @@ def plan_conversions(tensors: Iterable[StoredTensor], dtype: FloatName | None) -
     }
 
 
-def lay_out(file: Path, stored: list[StoredTensor], dtype: FloatName) -> Conversion:
+def lay_out(file: Path, stored: list[StoredTensor], dtype: FloatName) -> FileConversion:
     """The file as it will be: the same tensors in the same order, floats in `dtype`.
 
     Source: the safetensors format; its header is padded with spaces to a multiple of 8 bytes.
@@ -88,12 +88,12 @@ def lay_out(file: Path, stored: list[StoredTensor], dtype: FloatName) -> Convers
     content = json.dumps(({"__metadata__": metadata} if metadata else {}) | header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
     head = len(content).to_bytes(8, "little") + content
-    return Conversion(
+    return FileConversion(
         head, tuple((old, replace(new, offset=new.offset + len(head))) for old, new in zip(stored, after, strict=True))
     )
 
 
-def converted(weights: Weights, conversions: Mapping[Path, Conversion], dtype: FloatName | None) -> Weights:
+def converted_weights(weights: Weights, conversions: Mapping[Path, FileConversion], dtype: FloatName | None) -> Weights:
     """The same weights where `conversions` puts them, in `dtype`, or in their own for None."""
     moved = {(old.file, old.name): new for conversion in conversions.values() for old, new in conversion.tensors}
     return Weights(
@@ -102,7 +102,11 @@ def converted(weights: Weights, conversions: Mapping[Path, Conversion], dtype: F
 
 
 def place_weights(
-    files: Iterable[Path], conversions: Mapping[Path, Conversion], placing: Placing, folder: Path, progress: Bytes
+    files: Iterable[Path],
+    conversions: Mapping[Path, FileConversion],
+    placing: Placing,
+    folder: Path,
+    progress: ByteProgress,
 ) -> tuple[WeightFile, ...]:
     """Bring the weight files to `folder`/weights under their own names, hashed in the pass that writes them.
 
@@ -129,12 +133,12 @@ def place_weights(
             sha256 = write_hashed(convert(conversions[file]), placed_file, advance)
         else:
             sha256 = copy_hashed(file, placed_file, advance)
-        placed.append(record(placed_file, sha256))
+        placed.append(weight_file(placed_file, sha256))
         done += size
     return tuple(placed)
 
 
-def record(file: Path, sha256: str | None) -> WeightFile:
+def weight_file(file: Path, sha256: str | None) -> WeightFile:
     """What the manifest says of a weight file."""
     return WeightFile(
         file=f"{FOLDER}/{file.name}", size=file.stat().st_size, header_sha256=header_sha256(file), sha256=sha256
@@ -161,7 +165,7 @@ def link(source: Path, target: Path) -> WeightFile:
             reason = error.strerror or str(error)
         raise UserError(f"{real} cannot be linked ({reason}): use --weights copy, or another output") from error
     in_cache = real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name)
-    return record(target, real.name if in_cache else None)
+    return weight_file(target, real.name if in_cache else None)
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -223,7 +227,7 @@ def write_hashed(chunks: Iterator[memoryview], target: Path, progress: Callable[
     return digest.hexdigest()
 
 
-def convert(conversion: Conversion) -> Iterator[memoryview]:
+def convert(conversion: FileConversion) -> Iterator[memoryview]:
     """The bytes of a file in its new dtype, a piece at a time.
 
     Raises:
@@ -238,10 +242,10 @@ def convert(conversion: Conversion) -> Iterator[memoryview]:
                 stored = reader.read(min(before.length - start, _CHUNK))
                 if len(stored) != min(before.length - start, _CHUNK):
                     raise UserError(f"{before.file} became shorter during the export: download it again")
-                yield cast(stored, before, after) if known else memoryview(stored)
+                yield cast_piece(stored, before, after) if known else memoryview(stored)
 
 
-def cast(stored: bytes, before: StoredTensor, after: StoredTensor) -> memoryview:
+def cast_piece(stored: bytes, before: StoredTensor, after: StoredTensor) -> memoryview:
     """A piece of a tensor in its new dtype.
 
     Raises:

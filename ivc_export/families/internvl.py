@@ -22,8 +22,8 @@ import onnx_ir as ir
 import PIL.Image
 from pydantic import Field
 
-from ivc_export.contract.manifest import DecoderSizes, Preprocessing, RotarySizes, SelectionRule, TilePreprocessing
-from ivc_export.contract.records import Depth, Epsilon, Frozen, Heads, Side, Tiles, TokenId, Width
+from ivc_export.contract.manifest import DecoderSizes, FixedPreprocessing, Preprocessing, RotarySizes, SelectionRule
+from ivc_export.contract.records import Depth, Epsilon, Frozen, Heads, SideLength, Tiles, TokenId, Width
 from ivc_export.errors import UserError
 from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, counted_positions, renamed, scaled_layer
 from ivc_export.families.pictures import TILES_ASPECT_LIMIT, Grid, Picture, check_shape, scaled_pixels
@@ -75,8 +75,8 @@ class Vision(Settings):
     hidden_act: Literal["gelu"] = "gelu"
     norm_type: Literal["layer_norm"] = "layer_norm"
     layer_norm_eps: Epsilon = 1e-6
-    image_size: Annotated[Side, Square] = 448
-    patch_size: Annotated[Side, Square] = 14
+    image_size: Annotated[SideLength, Square] = 448
+    patch_size: Annotated[SideLength, Square] = 14
     num_channels: Literal[3] = 3
     use_absolute_position_embeddings: Literal[True] = True
     use_mean_pooling: Literal[True] = True
@@ -105,14 +105,14 @@ class VisionSizes(Frozen):
     width: Width
     heads: Heads
     mlp_size: Width
-    image: Side
-    patch: Side
+    image: SideLength
+    patch: SideLength
     epsilon: Epsilon
     qkv_bias: bool
     fused_qkv: bool
 
 
-def read_text(content: Any, part: str, kinds: Mapping[str, type[DecoderSettings]]) -> DecoderSettings:
+def decoder_settings(content: Any, part: str, kinds: Mapping[str, type[DecoderSettings]]) -> DecoderSettings:
     """The decoder's settings by its model_type, the first of `kinds` where there is none.
 
     Raises:
@@ -128,7 +128,7 @@ def read_text(content: Any, part: str, kinds: Mapping[str, type[DecoderSettings]
 
 def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
     """Digest config.json of transformers' layout, and the processor's file."""
-    whole, text = Whole.read(config), read_text(config.get("text_config"), "text_config", TEXTS)
+    whole, text = Whole.read(config), decoder_settings(config.get("text_config"), "text_config", TEXTS)
     vision = Vision.read(config.get("vision_config"), part="vision_config")
     pictures = Pictures.read(processor, PROCESSOR)
     sizes = VisionSizes(
@@ -169,7 +169,7 @@ def make_model(
         decoder=decoder,
         rotary=RotarySizes(theta=text.theta, sections=(decoder.head_dim // 2,)),
         selection=SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2, softmax="all", tiles=True),
-        preprocessing=TilePreprocessing(
+        preprocessing=FixedPreprocessing(
             tile_pixels=sizes.image,
             tile_side=sizes.image // sizes.patch // SHUFFLE,
             min_tiles=tiles[0],
@@ -254,7 +254,7 @@ def default_layer(sizes: DecoderSizes) -> DefaultLayer:
     return scaled_layer(sizes, {32: 16}, 16, 32)
 
 
-def tiling(width: int, height: int, p: TilePreprocessing) -> tuple[int, int]:
+def tiling(width: int, height: int, p: FixedPreprocessing) -> tuple[int, int]:
     """Columns and rows of tiles: the closest aspect ratio; of equals the most tiles that are not twice the picture.
 
     Source: get_optimal_tiled_canvas of GotOcr2ImageProcessor in transformers; dynamic_preprocess in the original code.
@@ -275,7 +275,7 @@ def picture(image: PIL.Image.Image, p: Preprocessing) -> Picture:
 
     Source: GotOcr2ImageProcessor in transformers, as InternVLProcessor calls it.
     """
-    assert isinstance(p, TilePreprocessing)
+    assert isinstance(p, FixedPreprocessing)
     check_shape(*image.size, TILES_ASPECT_LIMIT)
     pixels, tile = p.tile_pixels, p.tile_side
     columns, rows = tiling(*image.size, p)
@@ -315,7 +315,7 @@ CHAT_TEMPLATE = """\
 
 FAMILY = Family(
     model_type="internvl",
-    preprocessing=TilePreprocessing,
+    preprocessing=FixedPreprocessing,
     axes=1,
     tiles=True,
     read=read,

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from ivc_export.contract.records import Count, Depth, Epsilon, Heads, Side, Tiles, TokenId, Width
+from ivc_export.contract.records import Count, Depth, Epsilon, Heads, SideLength, Tiles, TokenId, Width
 from ivc_export.errors import UserError
 from ivc_export.families.family import Model, StockLayout, renamed
 from ivc_export.families.internvl import FAMILY as TRANSFORMERS
-from ivc_export.families.internvl import SHUFFLE, Half, VisionSizes, make_model, read_text
+from ivc_export.families.internvl import SHUFFLE, Half, VisionSizes, decoder_settings, make_model
 from ivc_export.families.internvl import stored_name as transformers_name
 from ivc_export.families.settings import (
     CONFIG,
@@ -31,7 +31,14 @@ from ivc_export.families.settings import (
     refuse,
     required,
 )
-from ivc_export.families.text_models import DecoderSettings, Layers, PlainRope, Qwen2Text, Vocabulary, read_decoder
+from ivc_export.families.text_models import (
+    DecoderLayers,
+    DecoderSettings,
+    PlainRope,
+    Qwen2Text,
+    Vocabulary,
+    read_decoder,
+)
 
 
 class Whole(Settings):
@@ -39,7 +46,7 @@ class Whole(Settings):
 
     select_layer: Literal[-1] = -1
     pad2square: Literal[False] = False
-    force_image_size: Side | None = None
+    force_image_size: SideLength | None = None
     downsample_ratio: Half = 1 / SHUFFLE
     dynamic_image_size: bool = False
     use_thumbnail: bool = False
@@ -55,8 +62,8 @@ class Vision(Settings):
     """InternVisionConfig of the original code; what has no default here is not supported as it has it there."""
 
     num_channels: Literal[3] = 3
-    patch_size: Side = 14
-    image_size: Side = 224
+    patch_size: SideLength = 14
+    image_size: SideLength = 224
     qkv_bias: bool = False
     hidden_size: Width = 3200
     num_attention_heads: Heads = 25
@@ -75,7 +82,7 @@ class InternLM2Text(DecoderSettings):
     vocab_size: Vocabulary = 103168
     hidden_size: Width = 4096
     intermediate_size: Width = 11008
-    num_hidden_layers: Layers = 32
+    num_hidden_layers: DecoderLayers = 32
     num_attention_heads: Heads = 32
     num_key_value_heads: Heads | None = None
     max_position_embeddings: Count = 2048
@@ -100,7 +107,7 @@ TEXTS: Mapping[str, type[DecoderSettings]] = {"qwen2": Qwen2Text, "internlm2": I
 
 def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
     """Digest config.json of the original layout, whose decoder is Qwen2 or InternLM2."""
-    whole, text = Whole.read(config), read_text(required(config, "llm_config"), "llm_config", TEXTS)
+    whole, text = Whole.read(config), decoder_settings(required(config, "llm_config"), "llm_config", TEXTS)
     vision = Vision.read(required(config, "vision_config"), part="vision_config")
     fused = isinstance(text, InternLM2Text)
     decoder = read_decoder(text, whole.tie_word_embeddings or text.tie_word_embeddings, qkv_bias=not fused)
@@ -161,7 +168,7 @@ CHAT_TEMPLATE = """\
 stand."""
 
 
-def chat_template(config: Mapping[str, Any]) -> str:
+def template_of(config: Mapping[str, Any]) -> str:
     """The template of the conversation that config.json names, with its system message.
 
     Raises:
@@ -281,8 +288,8 @@ FAMILY = replace(
     TRANSFORMERS,
     model_type="internvl_chat",
     read=read,
-    chat_template=chat_template({}),
-    chat_template_of=chat_template,
+    chat_template=template_of({}),
+    chat_template_of=template_of,
     canonical_name=canonical_name,
     stored_name=stored_name,
     stock_layout=StockLayout(stock_config, stock_tensors),

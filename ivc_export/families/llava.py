@@ -17,8 +17,8 @@ import onnx_ir as ir
 import PIL.Image
 from pydantic import AliasChoices, Field
 
-from ivc_export.contract.manifest import DecoderSizes, Preprocessing, RotarySizes, SelectionRule, TilePreprocessing
-from ivc_export.contract.records import Depth, Epsilon, Frozen, Heads, Side, TokenId, Width
+from ivc_export.contract.manifest import DecoderSizes, FixedPreprocessing, Preprocessing, RotarySizes, SelectionRule
+from ivc_export.contract.records import Depth, Epsilon, Frozen, Heads, SideLength, TokenId, Width
 from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, counted_positions, renamed, scaled_layer
 from ivc_export.families.pictures import TILES_ASPECT_LIMIT, Grid, Picture, check_shape, scaled_pixels
 from ivc_export.families.settings import (
@@ -72,8 +72,8 @@ class Vision(Settings):
     num_hidden_layers: Depth = 12
     num_attention_heads: Heads = 12
     num_channels: Literal[3] = 3
-    image_size: Annotated[Side, Square] = 224
-    patch_size: Annotated[Side, Square] = 32
+    image_size: Annotated[SideLength, Square] = 224
+    patch_size: Annotated[SideLength, Square] = 32
     hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
     layer_norm_eps: Epsilon = 1e-5
 
@@ -99,8 +99,8 @@ class VisionSizes(Frozen):
     width: Width
     heads: Heads
     mlp_size: Width
-    image: Side
-    patch: Side
+    image: SideLength
+    patch: SideLength
     epsilon: Epsilon
     activation: str
     projector_bias: bool
@@ -158,7 +158,7 @@ def read_vision(whole: Whole, content: object) -> VisionSizes:
     return sizes
 
 
-def read_preprocessing(vision: VisionSizes, pictures: Pictures) -> TilePreprocessing:
+def read_preprocessing(vision: VisionSizes, pictures: Pictures) -> FixedPreprocessing:
     """The image processor's settings.
 
     Raises:
@@ -169,7 +169,7 @@ def read_preprocessing(vision: VisionSizes, pictures: Pictures) -> TilePreproces
         size = {"height": size, "width": size}
     check_edges("size", size, {"shortest_edge": side}, "the shorter side is scaled to the encoder's input")
     check_edges("crop_size", pictures.crop_size, {"height": side, "width": side}, "the encoder's input is cut out")
-    return TilePreprocessing(
+    return FixedPreprocessing(
         tile_pixels=side,
         tile_side=side // vision.patch,
         min_tiles=1,
@@ -254,7 +254,7 @@ def picture(image: PIL.Image.Image, p: Preprocessing) -> Picture:
 
     Source: CLIPImageProcessor in transformers.
     """
-    assert isinstance(p, TilePreprocessing)
+    assert isinstance(p, FixedPreprocessing)
     check_shape(*image.size, TILES_ASPECT_LIMIT)
     short, side = min(image.size), p.tile_pixels
     width, height = (int(side * extent / short) for extent in image.size)
@@ -290,7 +290,7 @@ ASSISTANT:
 
 FAMILY = Family(
     model_type="llava",
-    preprocessing=TilePreprocessing,
+    preprocessing=FixedPreprocessing,
     axes=1,
     tiles=False,
     read=read,

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from ivc_export.contract.manifest import Preprocessing, Scaling, TilePreprocessing
+from ivc_export.contract.manifest import FixedPreprocessing, Preprocessing, Scaling
 from ivc_export.errors import UserError
 
 STRIP = 32_000_000
@@ -114,7 +114,7 @@ def check_shape(width: int, height: int, limit: int) -> None:
 
 def covered(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int, int, int]:
     """The part of a picture of this size that its visual tokens cover: left, top, right and bottom in its pixels."""
-    if not isinstance(preprocessing, TilePreprocessing) or preprocessing.fit == "stretch":
+    if not isinstance(preprocessing, FixedPreprocessing) or preprocessing.fit == "stretch":
         return 0, 0, width, height
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from pydantic import Field
 
 from ivc_export.contract.manifest import DecoderSizes, PatchPreprocessing
-from ivc_export.contract.records import Depth, Frozen, Heads, Side, Width
+from ivc_export.contract.records import Depth, Frozen, Heads, SideLength, Width
 from ivc_export.errors import UserError
 from ivc_export.families.family import DefaultLayer, Family, Model, scaled_layer
 from ivc_export.families.qwen2_vl import (
@@ -45,7 +45,7 @@ class Vision(Patches):
     hidden_act: Literal["silu"] = "silu"
     intermediate_size: Width = 3420
     num_heads: Heads = 16
-    window_size: Side = 112
+    window_size: SideLength = 112
     out_hidden_size: Width = 3584
     """Of what the merger gives, which is the decoder's."""
     fullatt_block_indexes: Ints = (7, 15, 23, 31)

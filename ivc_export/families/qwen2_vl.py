@@ -28,7 +28,14 @@ from ivc_export.families.settings import (
     edges,
     refuse,
 )
-from ivc_export.families.text_models import Layers, RopeSettings, Vocabulary, WindowedText, Windows, read_decoder
+from ivc_export.families.text_models import (
+    DecoderLayers,
+    RopeSettings,
+    Vocabulary,
+    WindowedText,
+    WindowRows,
+    read_decoder,
+)
 from ivc_export.graph.activations import gelu, quick_gelu
 from ivc_export.graph.attention import encoder_attention, rotated_heads
 from ivc_export.graph.builder import Graph
@@ -58,14 +65,14 @@ class Text(WindowedText):
     vocab_size: Vocabulary = 152064
     hidden_size: Width = 8192
     intermediate_size: Width = 29568
-    num_hidden_layers: Layers = 80
+    num_hidden_layers: DecoderLayers = 80
     num_attention_heads: Heads = 64
     num_key_value_heads: Heads | None = 8
     max_position_embeddings: Count = 32768
     rms_norm_eps: Epsilon = 1e-5
     rope_parameters: MRope | None = None
     rope_scaling: MRope | None = None
-    max_window_layers: Windows = 80
+    max_window_layers: WindowRows = 80
 
 
 class Whole(Settings):

@@ -13,9 +13,9 @@ from ivc_export.families.settings import CONFIG, One, Settings, check_divides, r
 
 Theta = Annotated[float, Field(gt=0, le=1e12)]
 Vocabulary = Annotated[int, Field(gt=0, le=1 << 24)]
-Layers = Annotated[int, Field(gt=1, le=1000)]
+DecoderLayers = Annotated[int, Field(gt=1, le=1000)]
 HeadSize = Annotated[int, Field(gt=0, le=4096)]
-Windows = Annotated[int, Field(ge=0, le=INT32_MOST)]
+WindowRows = Annotated[int, Field(ge=0, le=INT32_MOST)]
 
 
 class RopeSettings(Settings):
@@ -42,7 +42,7 @@ class DecoderSettings(Settings):
     vocab_size: Vocabulary
     hidden_size: Width
     intermediate_size: Width
-    num_hidden_layers: Layers
+    num_hidden_layers: DecoderLayers
     num_attention_heads: Heads
     num_key_value_heads: Heads | None
     """null: as many as num_attention_heads."""
@@ -76,7 +76,7 @@ class LlamaText(DecoderSettings):
     vocab_size: Vocabulary = 32000
     hidden_size: Width = 4096
     intermediate_size: Width = 11008
-    num_hidden_layers: Layers = 32
+    num_hidden_layers: DecoderLayers = 32
     num_attention_heads: Heads = 32
     num_key_value_heads: Heads | None = None
     max_position_embeddings: Count = 2048
@@ -91,8 +91,8 @@ class WindowedText(DecoderSettings):
     """The keys by which some layers of Qwen2's kind see a window of the rows before; only those without are known."""
 
     use_sliding_window: bool = False
-    sliding_window: Windows | None = 4096
-    max_window_layers: Windows
+    sliding_window: WindowRows | None = 4096
+    max_window_layers: WindowRows
     """Layers from here on have windows, if use_sliding_window and sliding_window say so."""
     layer_types: Annotated[tuple[str, ...], Strict(False)] | None = None
 
@@ -125,14 +125,14 @@ class Qwen2Text(WindowedText):
     vocab_size: Vocabulary = 151936
     hidden_size: Width = 4096
     intermediate_size: Width = 22016
-    num_hidden_layers: Layers = 32
+    num_hidden_layers: DecoderLayers = 32
     num_attention_heads: Heads = 32
     num_key_value_heads: Heads | None = 32
     max_position_embeddings: Count = 32768
     rms_norm_eps: Epsilon = 1e-6
     rope_parameters: PlainRope | None = None
     rope_scaling: PlainRope | None = None
-    max_window_layers: Windows = 28
+    max_window_layers: WindowRows = 28
 
 
 def read_decoder(text: DecoderSettings, tied: bool, qkv_bias: bool) -> DecoderSizes:

@@ -20,7 +20,7 @@ ALIASES = frozenset(("Reshape", "Squeeze", "Unsqueeze"))
 Value = npt.NDArray[Any]
 
 
-class Count(NamedTuple):
+class GraphCost(NamedTuple):
     """What one graph takes at concrete sizes; outputs: bytes by name."""
 
     flops: int
@@ -90,7 +90,7 @@ class Tensors:
 
 def count(
     graph: onnx.ModelProto, axes: Mapping[str, int], inputs: Mapping[str, npt.NDArray[Any]] | None = None
-) -> Count:
+) -> GraphCost:
     """Count on a graph, where what is inside operators of our own counts nothing.
 
     axes: extents of symbolic axes; inputs: arrays whose shapes, and values if they are integers, are taken instead.
@@ -110,7 +110,7 @@ def count(
     for node in model.graph.node:
         tensors.add(node)
     flops = sum(flops_of(node, tensors) for node in model.graph.node)
-    return Count(flops, peak(model.graph, tensors), {o.name: tensors.size(o.name) for o in model.graph.output})
+    return GraphCost(flops, peak(model.graph, tensors), {o.name: tensors.size(o.name) for o in model.graph.output})
 
 
 def flops_of(node: onnx.NodeProto, tensors: Tensors) -> int:

@@ -19,7 +19,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.ratio import check_ratio
 from ivc_export.dtypes import FloatName
 from ivc_export.families.pictures import Picture
-from ivc_export.runtime.plan import Ints, Run, check_kept, check_picture, plan_run
+from ivc_export.runtime.plan import Ints, Run, check_inputs, check_kept, plan_run
 
 T = TypeVar("T")
 
@@ -201,12 +201,12 @@ class Conversation(ABC):
         keep_index: rows to keep instead of those that the prefix graph chooses, to replay another run.
 
         Raises:
-            UserError: see check_picture, plan_run and check_kept; or the cache is full, or the runtime cannot.
+            UserError: see check_inputs, plan_run and check_kept; or the cache is full, or the runtime cannot.
         """
         with self.session.lock:
             manifest = self.session.bundle.manifest
             for picture in pictures:
-                check_picture(manifest, picture)
+                check_inputs(manifest, picture)
             grids = [picture.grid for picture in pictures]
             plan = plan_run(manifest, tokens, grids, self.next_position, self.ratio)
             chosen = None if keep_index is None else check_kept(keep_index, plan.rows)

@@ -26,11 +26,11 @@ Note = Callable[[str], None]
 """Called with a sentence about what was done to a picture."""
 
 
-def silent(sentence: str) -> None:
+def no_note(sentence: str) -> None:
     """Say nothing."""
 
 
-def open_picture(image: Path | PIL.Image.Image, note: Note = silent) -> PIL.Image.Image:
+def open_picture(image: Path | PIL.Image.Image, note: Note = no_note) -> PIL.Image.Image:
     """An RGB picture, turned as its EXIF orientation says.
 
     Raises:
@@ -58,7 +58,7 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def check_picture(image: PIL.Image.Image, name: str, note: Note = silent) -> None:
+def check_picture(image: PIL.Image.Image, name: str, note: Note = no_note) -> None:
     """Refuse, before pixels are decoded, what would be answered about wrongly, or take the machine's memory.
 
     note: called where other programs may show the picture in other colours.

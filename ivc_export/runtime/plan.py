@@ -116,7 +116,7 @@ def plan_run(
     )
 
 
-def check_picture(manifest: Manifest, picture: Picture) -> None:
+def check_inputs(manifest: Manifest, picture: Picture) -> None:
     """Check that the vision graph takes a picture, and gives as many visual tokens of it as its grid has.
 
     Raises:

@@ -44,7 +44,7 @@ def read_description(checkpoint: Checkpoint) -> Description:
         UserError: a file or a value is missing, damaged or out of range.
     """
     family, model, processor = read_model(checkpoint)
-    with described(checkpoint):
+    with in_one_sentence(checkpoint):
         prompts = read_prompts(checkpoint, family, model)
     if checkpoint.shards is not None:
         names = {family.canonical_name(name) for name in checkpoint.shards}
@@ -59,12 +59,12 @@ def read_model(checkpoint: Checkpoint) -> tuple[Family, Model, dict[str, Any] | 
         UserError: a file or a value is missing, damaged or out of range.
     """
     family, processor = families.described(checkpoint.config), image_processor(checkpoint)
-    with described(checkpoint):
+    with in_one_sentence(checkpoint):
         return family, family.read(checkpoint.config, processor), processor
 
 
 @contextmanager
-def described(checkpoint: Checkpoint) -> Iterator[None]:
+def in_one_sentence(checkpoint: Checkpoint) -> Iterator[None]:
     """Turn what values of a wrong kind raise into one sentence."""
     try:
         yield

@@ -20,14 +20,14 @@ from ivc_export.tensorrt.profiles import profile_names, profiles
 from ivc_export.tensorrt.recipe import EngineRecipe
 from ivc_export.tensorrt.store import RECORD, BuiltEngine, engine_folder, make_record
 
-Progress = Callable[[str, str, int, int], None]
+BuildProgress = Callable[[str, str, int, int], None]
 """Called with the graph's name, a phase of its build, and how many of how many steps are done."""
 
 
 def build(
     bundle: Bundle,
     recipe: EngineRecipe,
-    progress: Progress = lambda *_: None,
+    progress: BuildProgress = lambda *_: None,
     force: bool = False,
     verbose: bool = False,
 ) -> tuple[Path, Footprint]:

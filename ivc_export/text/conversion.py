@@ -28,14 +28,14 @@ LLAMA_NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 @dataclass(frozen=True)
-class Conversion:
+class ConvertedTokenizer:
     """A tokenizer, and the special tokens that its class names where tokenizer_config.json names none."""
 
     tokenizer: Tokenizer
     names: Mapping[str, str]
 
 
-def converted(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Conversion | None:
+def converted_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> ConvertedTokenizer | None:
     """The tokenizer of vocab.json and merges.txt, or of tokenizer.model; None if there are no such files.
 
     config: tokenizer_config.json, which names the class.
@@ -56,7 +56,7 @@ def converted(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Conversion |
             f"{files} of a {kind} in {folder} are not converted here: load the folder with transformers' "
             "AutoTokenizer, and write tokenizer.json with its save_pretrained"
         )
-    convert: Callable[[Path, Mapping[str, Any]], Conversion] = known[kind]
+    convert: Callable[[Path, Mapping[str, Any]], ConvertedTokenizer] = known[kind]
     try:
         return convert(folder, config)
     except (UserError, KeyboardInterrupt, SystemExit):
@@ -66,7 +66,7 @@ def converted(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Conversion |
         raise UserError(f"there is no tokenizer in {files} of {folder} ({reason}): {AGAIN}") from error
 
 
-def qwen(folder: Path, config: Mapping[str, Any]) -> Conversion:
+def qwen(folder: Path, config: Mapping[str, Any]) -> ConvertedTokenizer:
     """Byte-level BPE in Qwen2's way.
 
     Source: Qwen2Tokenizer in transformers.
@@ -88,10 +88,10 @@ def qwen(folder: Path, config: Mapping[str, Any]) -> Conversion:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    return Conversion(tokenizer, QWEN_NAMES)
+    return ConvertedTokenizer(tokenizer, QWEN_NAMES)
 
 
-def llama(folder: Path, config: Mapping[str, Any]) -> Conversion:
+def llama(folder: Path, config: Mapping[str, Any]) -> ConvertedTokenizer:
     """A SentencePiece model in Llama's way.
 
     Source: LlamaTokenizer in transformers.
@@ -104,7 +104,7 @@ def llama(folder: Path, config: Mapping[str, Any]) -> Conversion:
     return finished(tokenizer, model, config, prefix, begins=False)
 
 
-def internlm(folder: Path, config: Mapping[str, Any]) -> Conversion:
+def internlm(folder: Path, config: Mapping[str, Any]) -> ConvertedTokenizer:
     """A SentencePiece model in InternLM2's way: the same, but for its own settings of spaces.
 
     Source: the code that comes with InternLM2's checkpoints.
@@ -118,7 +118,9 @@ def internlm(folder: Path, config: Mapping[str, Any]) -> Conversion:
     return finished(tokenizer, model, config, model.prefix, begins=True)
 
 
-def finished(tokenizer: Tokenizer, model: Pieces, config: Mapping[str, Any], prefix: bool, begins: bool) -> Conversion:
+def finished(
+    tokenizer: Tokenizer, model: Pieces, config: Mapping[str, Any], prefix: bool, begins: bool
+) -> ConvertedTokenizer:
     """With decoder, special tokens, and what begins and ends a text.
 
     prefix: whether a space is written before a text. begins: whether BOS begins one where `config` does not say.
@@ -134,7 +136,7 @@ def finished(tokenizer: Tokenizer, model: Pieces, config: Mapping[str, Any], pre
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{ends['bos_token']} $A {ends['eos_token']}".strip(), special_tokens=known
     )
-    return Conversion(tokenizer, LLAMA_NAMES)
+    return ConvertedTokenizer(tokenizer, LLAMA_NAMES)
 
 
 @dataclass(frozen=True)

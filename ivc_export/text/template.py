@@ -45,7 +45,7 @@ class ChatTemplate:
         self._environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
         )
-        self._environment.globals |= {"raise_exception": refuse, "strftime_now": strftime_now}
+        self._environment.globals |= {"raise_exception": refuse_conversation, "strftime_now": strftime_now}
         self._environment.add_filter("tojson", to_json)
         try:
             self.tokens = named_tokens(config)
@@ -87,7 +87,7 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def refuse(message: str) -> None:
+def refuse_conversation(message: str) -> None:
     """What templates call where they do not take a conversation."""
     raise UserError(f"the chat template refuses the conversation: {message}")
 

@@ -15,7 +15,7 @@ from ivc_export.contract.names import TOKENIZER, TOKENIZER_CONFIG
 from ivc_export.contract.records import INT32_MOST
 from ivc_export.errors import UserError
 from ivc_export.files import parse_json, read_text
-from ivc_export.text.conversion import converted
+from ivc_export.text.conversion import converted_tokenizer
 from ivc_export.text.template import NAMED_TOKENS, named_tokens
 
 MOST_BYTES = 128 << 20
@@ -83,7 +83,7 @@ def checkpoint_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> C
     if path.exists():
         text = read_text(path, "download it again", MOST_BYTES)
     else:
-        conversion = converted(checkpoint, config)
+        conversion = converted_tokenizer(checkpoint, config)
         if conversion is None:
             return None
         text, config = conversion.tokenizer.to_str(pretty=True), {**conversion.names, **config}

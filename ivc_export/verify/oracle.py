@@ -25,8 +25,6 @@ from ivc_export.families.pictures import Picture
 from ivc_export.source.configuration import read_configuration
 from ivc_export.verify.reference import Reference, ReferenceLayout, ReferencePicture, ReferenceTurn
 
-Progress = Callable[[str], None]
-
 
 def record(
     bundle: Bundle,
@@ -35,7 +33,7 @@ def record(
     images: Sequence[PIL.Image.Image],
     ratio: float,
     steps: int,
-    progress: Progress = lambda stage: None,
+    progress: Callable[[str], None] = lambda stage: None,
 ) -> Recording:
     """Run the checkpoint in float32, on weights rounded to the bundle's dtype: a prefill and `steps` greedy tokens.
 

@@ -161,7 +161,7 @@ def compare(
         raise UserError(
             f"the recorded run is not of {bundle.folder}: check the bundle against its checkpoint where there is torch"
         )
-    check_whole(reference, m, len(facts["drawn_tokens"]), bool(images))
+    check_recording(reference, m, len(facts["drawn_tokens"]), bool(images))
     tolerance = find_tolerances(session)
     pictures = [families.of(m.family).picture(image, m.preprocessing) for image in images]
     progress("prefill")
@@ -189,7 +189,7 @@ def compare(
     return report, prefill
 
 
-def check_whole(reference: Recording, m: Manifest, steps: int, pictures: bool) -> None:
+def check_recording(reference: Recording, m: Manifest, steps: int, pictures: bool) -> None:
     """Check that a recorded run holds what `compare` compares, in shapes that can be.
 
     Raises:
@@ -327,9 +327,9 @@ def same_seeds(name: str, found: Ints, wanted: Ints, score: Floats, error: float
     If no score is off by more, the i-th best of one side is within twice that of the i-th best of the other.
     """
     if np.array_equal(found, wanted):
-        return Comparison(name, None, None, True, f"{count(len(found), 'seed')}, equal")
+        return Comparison(name, None, None, True, f"{counted(len(found), 'seed')}, equal")
     gap = largest(score[found] - score[wanted])
-    note = f"{int((found != wanted).sum())} of {count(len(found), 'seed')} differ, their scores {gap:.1e} apart"
+    note = f"{int((found != wanted).sum())} of {counted(len(found), 'seed')} differ, their scores {gap:.1e} apart"
     tied = gap <= 2 * error and len(np.unique(found)) == len(found)
     return Comparison(name, None, None, tied, f"{note}: a tie" if tied else note)
 
@@ -376,6 +376,6 @@ def largest(array: Array) -> float:
     return float(np.abs(array).max(initial=0))
 
 
-def count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
     """A number and its noun."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

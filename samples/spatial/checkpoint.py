@@ -13,7 +13,7 @@ from torch import Tensor
 from ivc_export.families.qwen2_vl import CHAT_TEMPLATE
 from samples.spatial.batches import DEVIATION, MEAN, UNIT
 from samples.spatial.held_out import MOST_VISUAL
-from samples.spatial.language import SPECIAL_TOKENS, TOKEN, make_tokenizer
+from samples.spatial.language import SPECIAL_TOKENS, TOKEN, word_tokenizer
 from samples.spatial.network import CONFIG, Network
 
 STOP = [TOKEN["<|im_end|>"], TOKEN["<|endoftext|>"]]
@@ -49,7 +49,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
     for name, content in FILES.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    make_tokenizer().save(str(folder / "tokenizer.json"))
+    word_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 

@@ -48,7 +48,7 @@ def sentences(scenes: int = 400) -> Iterable[str]:
                     yield question.answer
 
 
-def make_tokenizer() -> Tokenizer:
+def word_tokenizer() -> Tokenizer:
     """A byte-level BPE tokenizer of 512 tokens, split into words and single digits much as Qwen's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from samples.spatial.batches import Batch, Batches, frame
 from samples.spatial.checkpoint import write_checkpoint
 from samples.spatial.held_out import Answering, held_out
-from samples.spatial.language import make_tokenizer
+from samples.spatial.language import word_tokenizer
 from samples.spatial.learning import Muon, Probe, loss_of
 from samples.spatial.network import CONFIG, Network
 
@@ -126,7 +126,7 @@ def train(arguments: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer()
+    tokenizer = word_tokenizer()
     run = Run.start(arguments, device)
     if arguments.compile:
         for block in (*run.network.visual.blocks, *run.network.model.layers):

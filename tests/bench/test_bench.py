@@ -18,9 +18,9 @@ import pytest
 from benchmarks import gpu_generate
 from ivc_export import families
 from ivc_export.bench import entrants
-from ivc_export.bench.footprint import Footprint, host_bytes
-from ivc_export.bench.measure import Bench, Contestant, Row, Settings, agreement, check_tokens
-from ivc_export.bench.prompts import Prompt, make_prompt
+from ivc_export.bench.footprint import Growth, host_bytes
+from ivc_export.bench.measure import Bench, BenchSettings, Contestant, Row, agreement, check_tokens
+from ivc_export.bench.prompts import Prompt, noise_prompt
 from ivc_export.bench.roofline import Ceilings, Workload, measure_ceilings
 from ivc_export.bench.selection import compaction_part, fused_times, portable_times, selection_part
 from ivc_export.bench.sides import Answer, BundleSide
@@ -55,10 +55,10 @@ def test_prompts_have_the_size_that_is_asked_for(family: str, tmp_path: Path) ->
     bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle"))
     p = bundle.manifest.preprocessing
     for asked in (50, 200):
-        prompt = make_prompt(bundle, min(asked, bundle.manifest.max_visual), 40) if p.kind == "patches" else None
+        prompt = noise_prompt(bundle, min(asked, bundle.manifest.max_visual), 40) if p.kind == "patches" else None
         if prompt is not None:
             assert 0.85 * asked <= prompt.visual <= asked and len(prompt.tokens) == prompt.visual + 40
-    prompt = make_prompt(bundle, 1, 40)
+    prompt = noise_prompt(bundle, 1, 40)
     step = OnnxSession(bundle).converse(0.5).run(prompt.tokens, [prompt.picture])
     assert len(step.run.visual_index) == prompt.visual == len(prompt.tokens) - 40
     assert len(step.run.query_index) > 1
@@ -67,7 +67,7 @@ def test_prompts_have_the_size_that_is_asked_for(family: str, tmp_path: Path) ->
 @pytest.mark.parametrize("lowering", ["portable", "ort-cuda"])
 def test_the_part_that_selects_is_the_selection(golden_bundle: Bundle, lowering: Any) -> None:
     m = golden_bundle.manifest
-    prompt = make_prompt(golden_bundle, 42, 20)
+    prompt = noise_prompt(golden_bundle, 42, 20)
     plan = plan_of(golden_bundle, prompt)
     values = np.random.default_rng(1).standard_normal(
         (1, m.decoder.kv_heads, plan.rows, m.decoder.head_dim), np.float32
@@ -112,7 +112,7 @@ def test_the_part_that_compacts_gathers_rows_and_caches(golden_bundle: Bundle, l
 
 
 def test_selection_is_timed_in_both_runtimes_of_onnxruntime(golden_bundle: Bundle) -> None:
-    prompt = make_prompt(golden_bundle, 42, 20)
+    prompt = noise_prompt(golden_bundle, 42, 20)
     plan = plan_of(golden_bundle, prompt)
     portable_found = portable_times(OnnxSession(golden_bundle), plan, 70)
     fused_found = fused_times(FusedSession(golden_bundle, "cpu"), plan, 70, "cpu")
@@ -121,7 +121,7 @@ def test_selection_is_timed_in_both_runtimes_of_onnxruntime(golden_bundle: Bundl
 
 
 def test_work_is_what_the_dry_run_counts(sample_bundle: Bundle) -> None:
-    prompt = make_prompt(sample_bundle, 48, TEXT)
+    prompt = noise_prompt(sample_bundle, 48, TEXT)
     side = 28 * prompt.picture.grid.columns, 28 * prompt.picture.grid.rows
     (wanted,) = estimate_bundle(sample_bundle, [Size(*side)]).pictures
     assert wanted.visual_tokens == prompt.visual
@@ -140,7 +140,7 @@ def test_the_roofline_is_the_slower_of_both_limits(sample_bundle: Bundle) -> Non
     best = ceilings.best(replace(ceilings, bytes_per_second=50.0, flops_per_second=2000.0))
     assert (best.bytes_per_second, best.flops_per_second) == (100, 2000)
     workload = Workload(sample_bundle)
-    work = workload.work(make_prompt(sample_bundle, 48, TEXT), 24)
+    work = workload.work(noise_prompt(sample_bundle, 48, TEXT), 24)
     read = 4 * (workload.parameters["prefix"] + workload.parameters["decoder"])
     sizes = sample_bundle.manifest.decoder
     row = 4 * 2 * sizes.layers * sizes.kv_heads * sizes.head_dim
@@ -161,7 +161,7 @@ def test_a_footprint_is_the_growth_while_a_side_is_at_work() -> None:
         last = next(readings, last)
         return last
 
-    footprint = Footprint(counter)
+    footprint = Growth(counter)
     for before, top, after in ((100, 150, 130), (500, 520, 490)):  # others took 370 in between
         readings = iter([before])
         with footprint.grow():
@@ -174,14 +174,14 @@ def test_a_footprint_is_the_growth_while_a_side_is_at_work() -> None:
 
 def test_an_unwatched_footprint_looks_before_and_after_alone() -> None:
     readings = iter([100, 160])
-    footprint = Footprint(lambda: next(readings), watched=False)
+    footprint = Growth(lambda: next(readings), watched=False)
     with footprint.grow():
         pass
     assert (footprint.held, footprint.most) == (60, 60)
 
 
 def test_host_memory_grows_by_what_is_taken() -> None:
-    footprint = Footprint(host_bytes)
+    footprint = Growth(host_bytes)
     with footprint.grow():
         taken = np.ones(8_000_000)
     assert taken.nbytes * 0.9 < footprint.held < taken.nbytes * 1.3
@@ -249,8 +249,8 @@ class Failing:
 def test_a_side_that_fails_ends_a_run_only_where_it_should(sample_bundle: Bundle) -> None:
     from ivc_export.bench.footprint import Footprints
 
-    prompt = make_prompt(sample_bundle, 20, 16)
-    settings = Settings((0.5,), count=2, rounds=1, warmups=1)
+    prompt = noise_prompt(sample_bundle, 20, 16)
+    settings = BenchSettings((0.5,), count=2, rounds=1, warmups=1)
     failures: dict[str, str] = {}
     sides: list[Any] = [BundleSide(OnnxSession(sample_bundle)), Failing()]
     contestants = [Contestant(side, Footprints(None)) for side in sides]
@@ -368,7 +368,7 @@ def test_torch_compiled_takes_part_where_it_is_asked_for(tmp_path: Path, monkeyp
 
 
 def test_the_profile_names_operators(golden_bundle: Bundle) -> None:
-    prompt = make_prompt(golden_bundle, 20, 16)
+    prompt = noise_prompt(golden_bundle, 20, 16)
     found = gpu_generate.operators(golden_bundle, FusedSession(golden_bundle, "cpu"), prompt, 2)
     assert set(found) == {*GRAPH_NAMES, "decode"}
     assert "GroupQueryAttention" in {one["name"] for one in found["decode"]}

@@ -14,9 +14,9 @@ from ivc_export.calibrate.sweep import (
     Example,
     calibrate,
     default_examples,
-    described,
-    draw,
+    greedy_answer,
     layers_to_try,
+    prompt_bundle,
     read_examples,
 )
 from ivc_export.checkpoint.folder import Checkpoint
@@ -195,12 +195,12 @@ def test_the_default_set_is_complete() -> None:
 
 def test_kept_rows_are_those_of_visual_tokens_alone() -> None:
     example, checkpoint = read_examples(default_examples())[0], Checkpoint.open(MODEL)
-    with described(checkpoint) as bundle:
+    with prompt_bundle(checkpoint) as bundle:
         processor, m = Processor(bundle), bundle.manifest
         picture = processor.picture(example.picture)
         prompt = processor.question(example.prompt, [picture])
         reference, given = Reference(MODEL, 1, 1.0, m.selection), reference_picture(bundle, picture)
-        base = draw(reference, prompt, given, m.tokens.stop, 1)
+        base = greedy_answer(reference, prompt, given, m.tokens.stop, 1)
         found = base.compare(reference, prompt, given, 2, 0.5, m.tokens.image)
     assert len(found.kept) == round(0.5 * picture.grid.visual)
     assert all(prompt[row] == m.tokens.image for row in found.kept)

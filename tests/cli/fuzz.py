@@ -36,7 +36,7 @@ from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.files import read_object
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.verify.testdata import RecordingSession, make_prompt
-from samples.make_sample import draw_picture, make_checkpoint
+from samples.make_sample import draw_shapes, make_checkpoint
 
 SECONDS = 60
 """For one mutant: many times what the slowest takes."""
@@ -85,7 +85,7 @@ def prepare(folder: Path) -> None:
     )
     record(export(ExportRecipe(checkpoint, folder / "bundle")))
     (folder / "inputs").mkdir()
-    draw_picture().resize((60, 60)).save(folder / "inputs" / "picture.png")
+    draw_shapes().resize((60, 60)).save(folder / "inputs" / "picture.png")
     trial = Trial(layer=2, ratio=0.5, divergence=0.1, agreement=1.0, overlap=None, saved=0.2)
     found = Calibration(
         family="qwen2_vl",
@@ -101,7 +101,7 @@ def prepare(folder: Path) -> None:
 
 def record(bundle: Bundle) -> None:
     """Leave a run in a bundle, as ivc-check --against does, but of the bundle itself."""
-    image = draw_picture().resize((60, 60))
+    image = draw_shapes().resize((60, 60))
     _, tokens, picture = make_prompt(bundle, image)
     session = RecordingSession(OnnxSession(bundle))
     conversation = session.converse()

@@ -21,7 +21,7 @@ from samples.spatial import train as training
 from samples.spatial.batches import Batch, Batches, frame, normalise
 from samples.spatial.checkpoint import FILES, load_network
 from samples.spatial.held_out import LONGEST_ANSWER, Answering, Pruning, held_out, scale, scores
-from samples.spatial.language import make_tokenizer
+from samples.spatial.language import word_tokenizer
 from samples.spatial.learning import Probe, loss_of, orthogonal
 from samples.spatial.network import CONFIG, patches_of
 from samples.spatial.pruning import METHODS
@@ -33,7 +33,7 @@ MODEL = Path(__file__).parents[2] / "samples" / "spatial-vl"
 
 @pytest.fixture(scope="module")
 def answering() -> Answering:
-    return Answering(load_network(MODEL), make_tokenizer(), batch=16)
+    return Answering(load_network(MODEL), word_tokenizer(), batch=16)
 
 
 def test_the_checkpoint_is_small_and_has_the_files_that_its_code_writes() -> None:
@@ -41,7 +41,7 @@ def test_the_checkpoint_is_small_and_has_the_files_that_its_code_writes() -> Non
     for name, content in FILES.items():
         assert json.loads((MODEL / name).read_text(encoding="utf-8")) == content
     stored = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
-    assert stored.get_vocab() == make_tokenizer().get_vocab()
+    assert stored.get_vocab() == word_tokenizer().get_vocab()
 
 
 def test_its_network_is_qwen2_vl() -> None:
@@ -96,7 +96,7 @@ def test_pictures_are_scaled_as_a_bundle_scales_them() -> None:
 
 
 def test_labels_name_what_a_token_shows() -> None:
-    batch = Batches(make_tokenizer().to_str(), 2, 10, seed=0)[3]
+    batch = Batches(word_tokenizer().to_str(), 2, 10, seed=0)[3]
     rows, columns = (side // 28 for side in batch.pixels.shape[1:3])
     assert batch.shown.shape[:2] == batch.box.shape[:2] == (2, rows * columns)
     inside = batch.shown[..., 1] >= 0
@@ -110,8 +110,8 @@ def test_labels_name_what_a_token_shows() -> None:
 
 def test_branches_do_not_see_each_other() -> None:
     """The loss of two conversations about a picture is the mean of their losses alone."""
-    batch = Batches(make_tokenizer().to_str(), 1, 10, seed=0)[1]
-    network, shared = load_network(MODEL), frame(make_tokenizer())
+    batch = Batches(word_tokenizer().to_str(), 1, 10, seed=0)[1]
+    network, shared = load_network(MODEL), frame(word_tokenizer())
     probe = Probe(CONFIG["hidden_size"])
     parts = []
     with torch.no_grad():

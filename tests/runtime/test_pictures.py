@@ -9,7 +9,7 @@ import pytest
 
 from ivc_export import cli, families
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract.manifest import Preprocessing, TilePreprocessing
+from ivc_export.contract.manifest import FixedPreprocessing, Preprocessing
 from ivc_export.errors import UserError
 from ivc_export.families import pictures
 from ivc_export.runtime.pictures import open_picture
@@ -51,7 +51,7 @@ def test_a_strip_takes_little_memory(
 ) -> None:
     """No picture of more than 32 million pixels is made on the way, though 1,008,000 x 336 are in LLaVA's."""
     name, preprocessing = tiled
-    assert isinstance(preprocessing, TilePreprocessing)
+    assert isinstance(preprocessing, FixedPreprocessing)
     preprocessing = preprocessing.model_copy(update={"tile_pixels": 336})
     made: list[int] = []
     whole = PIL.Image.Image.resize

@@ -367,7 +367,7 @@ def test_selection_is_timed_in_engines_built_as_the_sessions(
     session, device = opened(bundle, monkeypatch, dtype=dtype, **recipe)
     asked = compile_parts(monkeypatch)
     written = bundle.folder.stat().st_mtime_ns
-    prompt = prompts.make_prompt(bundle, 42, 20)
+    prompt = prompts.noise_prompt(bundle, 42, 20)
     for ratio in (1.0, 0.5):
         plan = plan_run(bundle.manifest, np.array(prompt.tokens, np.int32), [prompt.picture.grid], 0, ratio)
         found = selection.selection_times(session, plan, 70)

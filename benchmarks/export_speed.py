@@ -207,14 +207,14 @@ def measure(folder: Path) -> dict[str, Any]:
         "conversion": {},
         "session": [],
     }
-    for dtype in ("fp16", "fp32"):
+    for dtype in ("float16", "float32"):
         one = apart("export", checkpoint, folder / dtype, "copy", dtype)
-        result["conversion"][f"bf16 to {dtype}"] = {
+        result["conversion"][f"bfloat16 to {dtype}"] = {
             "seconds": round(one["seconds"], 1),
             "peak_anonymous_mib": one["peak_anonymous_mib"],
         }
-    remove(folder / "fp16")
-    for name, bundle in (("float32", folder / "fp32"), ("bfloat16, widened", folder / "linked")):
+    remove(folder / "float16")
+    for name, bundle in (("float32", folder / "float32"), ("bfloat16, widened", folder / "linked")):
         for prepacking in ("on", "off"):
             one = apart("session", bundle, prepacking)
             rounded = {key: round(value, 2) if isinstance(value, float) else value for key, value in one.items()}

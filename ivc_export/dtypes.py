@@ -1,21 +1,76 @@
-"""Floating-point types: names and what other libraries call them."""
+"""The one table of dtypes: their names, what other libraries call them, and the one way from a wider to a narrower."""
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
+from ivc_export.errors import UserError
+
 FloatName = Literal["float32", "float16", "bfloat16"]
+DtypeName = Literal["float32", "float16", "bfloat16", "int32"]
 
 
-FLOATS: dict[FloatName, ir.DataType] = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
+@dataclass(frozen=True)
+class Dtype:
+    """One dtype, as others call it. stored: safetensors' name; tensorrt: of the member of TensorRT's DataType.
+
+    short: another name, which options accept. end: the least value that rounds to infinity; 0 where float32 has none.
+    """
+
+    numpy: np.dtype[Any]
+    onnx: ir.DataType
+    stored: str
+    tensorrt: str
+    short: str = ""
+    end: float = 0
+
+    @property
+    def bytes(self) -> int:
+        """Of one value."""
+        return self.numpy.itemsize
+
+
+DTYPES: dict[DtypeName, Dtype] = {
+    "float32": Dtype(np.dtype(np.float32), ir.DataType.FLOAT, "F32", "FLOAT", "fp32"),
+    "float16": Dtype(np.dtype(np.float16), ir.DataType.FLOAT16, "F16", "HALF", "fp16", (2 - 2.0**-11) * 2.0**15),
+    "bfloat16": Dtype(
+        np.dtype(ml_dtypes.bfloat16), ir.DataType.BFLOAT16, "BF16", "BF16", "bf16", (2 - 2.0**-8) * 2.0**127
+    ),
+    "int32": Dtype(np.dtype(np.int32), ir.DataType.INT32, "I32", "INT32"),
 }
+"""Of inputs and outputs of graphs."""
+FLOATS: dict[FloatName, Dtype] = {name: DTYPES[name] for name in get_args(FloatName)}
+"""In which graphs compute."""
+ONNX_FLOATS = frozenset(one.onnx for one in FLOATS.values())
 
 
-def data_type(name: str) -> ir.DataType:
-    """ONNX element type of a dtype's name in the manifest."""
-    return ir.DataType.INT32 if name == "int32" else FLOATS[name]  # type: ignore[index]
+def long_name(text: str) -> str:
+    """The name of the float that `text` names: float16 for fp16. What names none stays as it is."""
+    return next((name for name, one in FLOATS.items() if one.short == text), text)
+
+
+def cast(values: npt.NDArray[Any], dtype: np.dtype[Any] | str, what: str, mend: str) -> npt.NDArray[Any]:
+    """`values` in `dtype`, of the same shape; themselves where they are in it. Infinities stay.
+
+    what, mend: for the sentence: whose values these are, and what to do where they do not fit.
+
+    Raises:
+        UserError: finite values would become infinite.
+    """
+    target = np.dtype(dtype)
+    if values.dtype == target:
+        return values
+    wide = values if values.dtype.itemsize >= 4 else values.astype(np.float32)  # which NumPy compares faster
+    end = next((one.end for one in FLOATS.values() if one.numpy == target), 0)
+    if end and wide.size and not (-end < wide.min() and wide.max() < end):  # or there are NaN
+        largest = np.abs(wide[np.isfinite(wide)]).max(initial=0)
+        if largest >= end:
+            most = float(ml_dtypes.finfo(target).max)
+            raise UserError(f"{what} has values up to {largest:.4g}, and {target.name} ends at {most:.5g}: {mend}")
+    return wide.astype(target)

@@ -149,7 +149,7 @@ def tensorrt_ceilings(session: TensorrtSession) -> Ceilings:
 
 def onnxruntime_ceilings(device: Provider, dtype: FloatName) -> Ceilings:
     """By onnxruntime's operators Neg and MatMul."""
-    (side, size), element = SIZES[device], FLOATS[dtype].numpy()
+    (side, size), element = SIZES[device], FLOATS[dtype].numpy
 
     def timed(op_type: str, shape: tuple[int, ...], inputs: int) -> float:
         content = ir.to_proto(one_node(op_type, shape, inputs, dtype)).SerializeToString()
@@ -161,14 +161,14 @@ def onnxruntime_ceilings(device: Provider, dtype: FloatName) -> Ceilings:
         binding.bind_ortvalue_output("y", y)  # a binding keeps neither array alive
         return best(lambda: session.run_with_iobinding(binding))
 
-    copied = 2 * size / timed("Neg", (size // np.dtype(element).itemsize,), 1)
+    copied = 2 * size / timed("Neg", (size // element.itemsize,), 1)
     multiplied = 2 * side**3 / timed("MatMul", (side, side), 2)
     return Ceilings(copied, multiplied, dtype, f"onnxruntime {onnxruntime.__version__}")
 
 
 def one_node(op_type: str, shape: tuple[int, ...], inputs: int, dtype: FloatName) -> ir.Model:
     """A graph that applies an operator to `x` as each of its inputs; `y` has the same shape."""
-    element = FLOATS[dtype]
+    element = FLOATS[dtype].onnx
     x = ir.val("x", dtype=element, shape=ir.Shape(shape))
     node = ir.node(op_type, [x] * inputs)
     node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(element)
@@ -189,7 +189,7 @@ class Work:
 
         cache_bytes: of the caches' rows after the prefill.
         """
-        size = FLOATS[ceilings.dtype].itemsize
+        size = FLOATS[ceilings.dtype].bytes
         graphs = {name: ceilings.seconds(self.flops[name], size * self.parameters[name]) for name in GRAPH_NAMES}
         read = size * (self.parameters["prefix"] + self.parameters["decoder"] + self.row * tokens / 2) + cache_bytes
         return {

@@ -16,9 +16,9 @@ from ivc_export.bundle.graph_files import read_graph
 from ivc_export.bundle.manifest import read_manifest
 from ivc_export.contract.manifest import Manifest
 from ivc_export.contract.names import CHAT_TEMPLATE, TOKENIZER, GraphName
+from ivc_export.dtypes import FLOATS
 from ivc_export.errors import UserError
 from ivc_export.files import confined
-from ivc_export.floats import FLOAT_DTYPES
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Bundle:
     def embedding_table(self) -> npt.NDArray[Any]:
         """Token embeddings [vocab, hidden] in the checkpoint's dtype, mapped from the weight file."""
         table = self.manifest.embedding
-        return np.memmap(self.folder / table.file, FLOAT_DTYPES[table.dtype], "r", table.offset, table.shape)
+        return np.memmap(self.folder / table.file, FLOATS[table.dtype].numpy, "r", table.offset, table.shape)
 
     def embed(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Rows of the embedding table for `tokens`, in float32 [len(tokens), hidden]."""

@@ -12,9 +12,9 @@ from ivc_export.contract.graphs import graph_info
 from ivc_export.contract.manifest import Manifest, constants_sha256
 from ivc_export.contract.names import GRAPH_NAMES, MANIFEST, SCHEMA_VERSION
 from ivc_export.contract.records import first_problem
+from ivc_export.dtypes import FLOATS
 from ivc_export.errors import UserError
 from ivc_export.files import check_regular, confined, read_object
-from ivc_export.floats import FLOAT_DTYPES
 from ivc_export.lowering import exported
 
 COPY = "copy the whole bundle, or export the model again"
@@ -82,7 +82,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             f"{folder / MANIFEST} is damaged (the embedding table is in {table.file}, which is no weight file of it): "
             "export the model again"
         )
-    end = table.offset + math.prod(table.shape) * FLOAT_DTYPES[table.dtype].itemsize
+    end = table.offset + math.prod(table.shape) * FLOATS[table.dtype].bytes
     if end > (folder / table.file).stat().st_size:
         raise UserError(
             f"{folder / MANIFEST} is damaged (the embedding table is not within its file): export the model again"

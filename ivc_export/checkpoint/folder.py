@@ -11,14 +11,15 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ivc_export.dtypes import FLOATS
 from ivc_export.errors import UserError
 from ivc_export.files import check_regular, parse_json, read_object, read_text
 
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-STORED_NAMES = {ours: stored for stored, ours in _DTYPES.items()}
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-(?P<all>\d+)\.safetensors")
+STORED_NAMES: dict[str, str] = {name: one.stored for name, one in FLOATS.items()}
+_NAMES = {stored: name for name, stored in STORED_NAMES.items()}
 _LFS = b"version https://git-lfs"
 
 
@@ -73,7 +74,7 @@ def read_index(file: Path, advice: str = "download it again, or check the disk")
             file,
             start + entry["data_offsets"][0],
             entry["data_offsets"][1] - entry["data_offsets"][0],
-            _DTYPES.get(entry["dtype"], entry["dtype"]),
+            _NAMES.get(entry["dtype"], entry["dtype"]),
             tuple(entry["shape"]),
         )
         for name, entry in header.items()

@@ -55,7 +55,8 @@ class Weights:
             )
         if tensor.dtype != self.dtype:
             known = tensor.dtype in FLOATS
-            mend = "convert them all with --dtype fp32, fp16 or bf16" if known else f"give one in {self.dtype}"
+            convert = "convert them all with --dtype float32, float16 or bfloat16"
+            mend = convert if known else f"give one in {self.dtype}"
             raise UserError(
                 f"{tensor.name} in {tensor.file.name} is {tensor.dtype} and other tensors are {self.dtype}: {mend}"
             )
@@ -68,7 +69,7 @@ class Weights:
             f"{FOLDER}/{stored.file.name}",
             stored.offset,
             stored.length,
-            FLOATS[self.dtype],
+            FLOATS[self.dtype].onnx,
             shape=ir.Shape(shape),
             name=name,
         )
@@ -103,7 +104,7 @@ class PlannedWeights(Weights):
     def external(self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None) -> ir.ExternalTensor:
         """A tensor that lies nowhere."""
         self.shapes[name] = tuple(stored_shape or shape)
-        return ir.ExternalTensor("none", 0, 0, FLOATS[self.dtype], shape=ir.Shape(shape), name=name)
+        return ir.ExternalTensor("none", 0, 0, FLOATS[self.dtype].onnx, shape=ir.Shape(shape), name=name)
 
     def find(self, name: str, shape: Sequence[int]) -> StoredTensor:
         """Nothing is stored."""

@@ -11,13 +11,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from ivc_export import __version__
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, make_console
-from ivc_export.dtypes import FloatName
+from ivc_export.dtypes import FLOATS, long_name
 from ivc_export.errors import UserError
 from ivc_export.tensorrt.build import build
 from ivc_export.tensorrt.library import MODULES
 from ivc_export.tensorrt.recipe import RTX_CAPABILITIES, EngineRecipe
-
-DTYPES: dict[str, FloatName] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def parser() -> Parser:
@@ -26,7 +24,12 @@ def parser() -> Parser:
     p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
     p.add_argument("--target", choices=tuple(MODULES), default="tensorrt", help="default: tensorrt")
     p.add_argument("--compute-capability", help=f"of the GPU, for tensorrt-rtx: {', '.join(RTX_CAPABILITIES)}")
-    p.add_argument("--dtype", choices=tuple(DTYPES), help="default: the bundle's, where TensorRT and the GPU have it")
+    p.add_argument(
+        "--dtype",
+        type=long_name,
+        choices=tuple(FLOATS),
+        help="default: the bundle's, where TensorRT and the GPU have it",
+    )
     p.add_argument("--max-visual", type=int, help="visual tokens a prompt at most (default: the bundle's)")
     p.add_argument("--max-text", type=int, default=512, help="other tokens of a prompt at most (default: 512)")
     p.add_argument("--max-new", type=int, default=512, help="tokens of all answers at most (default: 512)")
@@ -57,7 +60,7 @@ def command(arguments: Sequence[str]) -> int:
     recipe = EngineRecipe(
         target=options.target,
         compute_capability=options.compute_capability,
-        dtype=DTYPES.get(options.dtype),
+        dtype=options.dtype,
         max_visual=most,
         max_text=options.max_text,
         max_new=options.max_new,

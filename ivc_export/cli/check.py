@@ -25,6 +25,7 @@ from ivc_export.bundle.integrity import verify_files
 from ivc_export.bundle.recording import INDEX, Recording, identity
 from ivc_export.cli import Parser, check_output, make_console
 from ivc_export.contract.records import Frozen, TokenId, first_problem
+from ivc_export.dtypes import long_name
 from ivc_export.errors import UserError
 from ivc_export.files import confined, replace_text
 from ivc_export.report.junit import junit
@@ -78,6 +79,7 @@ def parser() -> Parser:
     p.add_argument("--steps", type=int, help=f"decode steps to compare (default: {STEPS})")
     p.add_argument(
         "--precision",
+        type=long_name,
         choices=("float32", "float16"),
         help="what onnxruntime computes in; float16 shows what it costs a float16 bundle (default: float32)",
     )

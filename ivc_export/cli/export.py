@@ -21,6 +21,7 @@ from ivc_export import __version__
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, make_console
 from ivc_export.contract.names import GRAPH_NAMES, PREPROCESSOR
+from ivc_export.dtypes import long_name
 from ivc_export.errors import UserError
 from ivc_export.exporter.estimate import Cost, Estimate, PictureEstimate, Size, estimate_bundle, estimate_recipe
 from ivc_export.exporter.pipeline import export
@@ -44,6 +45,7 @@ def parser() -> Parser:
     p.add_argument("--max-visual", type=int, default=1280, help="visual tokens a picture at most (default: 1280)")
     p.add_argument(
         "--dtype",
+        type=long_name,
         choices=get_args(Dtype),
         default="checkpoint",
         help="of weights and graphs (default: the checkpoint's, which sessions and engines cast as they need)",

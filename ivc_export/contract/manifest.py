@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ivc_export.contract.names import MOST_VISUAL, GraphName
 from ivc_export.contract.records import Count, Epsilon, Factor, Frozen, Heads, Level, SideLength, Tiles, TokenId, Width
-from ivc_export.dtypes import FloatName
+from ivc_export.dtypes import DtypeName, FloatName
 from ivc_export.errors import UserError
 
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
@@ -165,7 +165,7 @@ class TensorInfo(Frozen):
     """One input or output of a graph: symbolic axes are strings."""
 
     name: str
-    dtype: Literal["float32", "float16", "bfloat16", "int32"]
+    dtype: DtypeName
     shape: tuple[int | str, ...]
 
 

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from ivc_export.contract.manifest import GraphInfo
 from ivc_export.contract.names import IR_VERSION, OPSET, AnyGraphName
-from ivc_export.dtypes import data_type
+from ivc_export.dtypes import DTYPES
 
 OPERATORS = frozenset(
     (
@@ -59,7 +59,7 @@ def verify_graph(
         found = [
             (v.name, v.dtype, [d.value if isinstance(d, ir.SymbolicDim) else d for d in v.shape or ()]) for v in values
         ]
-        wanted = [(t.name, data_type(t.dtype), list(t.shape)) for t in tensors]
+        wanted = [(t.name, DTYPES[t.dtype].onnx, list(t.shape)) for t in tensors]
         if found != wanted:
             raise AssertionError(f"{name}: the {kind}s are {found}, the contract says {wanted}")
     functions = {identifier[:2] for identifier in model.functions} | lowered

@@ -205,7 +205,7 @@ class Export:
             selection_layer=self.selection_layer,
             calibrated=self.calibrated,
             ratio=ratio,
-            weight_bytes=int(FLOATS[self.dtype].itemsize * self.parameters),
+            weight_bytes=FLOATS[self.dtype].bytes * self.parameters,
             pictures=tuple(self._one_picture(graphs, picture, ratio) for picture in pictures),
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from rich.filesize import decimal
 
-from ivc_export import floats
+from ivc_export import dtypes
 from ivc_export.checkpoint.folder import STORED_NAMES, StoredTensor, header_bytes, header_sha256
 from ivc_export.checkpoint.weights import FOLDER, Weights
 from ivc_export.contract.manifest import WeightFile
@@ -71,7 +71,7 @@ def lay_out(file: Path, stored: list[StoredTensor], dtype: FloatName) -> FileCon
     after, start = [], 0
     for tensor in stored:
         if tensor.dtype in FLOATS:
-            length = int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+            length = int(np.prod(tensor.shape, dtype=np.int64)) * FLOATS[dtype].bytes
             after.append(replace(tensor, offset=start, length=length, dtype=dtype))
         else:
             after.append(replace(tensor, offset=start))
@@ -253,5 +253,5 @@ def cast_piece(stored: bytes, before: StoredTensor, after: StoredTensor) -> memo
     """
     values = np.frombuffer(stored, np.dtype(before.dtype))
     what = f"{before.name} in {before.file.name}"
-    changed = floats.cast(values, after.dtype, what, "use --dtype bf16 or fp32")
+    changed = dtypes.cast(values, after.dtype, what, "use --dtype bfloat16 or float32")
     return changed.view(np.uint8).data

@@ -11,9 +11,8 @@ from ivc_export.contract.ratio import check_ratio
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 
-Dtype = Literal["checkpoint", "fp32", "fp16", "bf16"]
+Dtype = Literal["checkpoint", "float32", "float16", "bfloat16"]
 Placing = Literal["copy", "link"]
-FLOAT_NAMES: dict[Dtype, FloatName] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -70,4 +69,4 @@ class ExportRecipe:
     @property
     def float_name(self) -> FloatName | None:
         """The dtype asked for, or None for the checkpoint's."""
-        return FLOAT_NAMES.get(self.dtype)
+        return None if self.dtype == "checkpoint" else self.dtype

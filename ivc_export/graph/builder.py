@@ -13,7 +13,7 @@ from ivc_export.checkpoint.weights import Weights
 from ivc_export.contract.manifest import GraphInfo
 from ivc_export.contract.names import IR_VERSION, IVC_DOMAIN, IVC_VERSION, OPSET, GraphName
 from ivc_export.contract.operators import verify_graph
-from ivc_export.dtypes import FLOATS, FloatName, data_type
+from ivc_export.dtypes import DTYPES, FLOATS, FloatName
 from ivc_export.graph.functions import function
 
 FLOAT = ir.DataType.FLOAT
@@ -30,9 +30,9 @@ class Graph:
 
     def __init__(self, info: GraphInfo, dtype: FloatName, weights: Weights) -> None:
         self.info = info
-        self.dtype = FLOATS[dtype]
+        self.dtype = FLOATS[dtype].onnx
         self.weights = weights
-        self.inputs = {t.name: ir.val(t.name, dtype=data_type(t.dtype), shape=t.shape) for t in info.inputs}
+        self.inputs = {t.name: ir.val(t.name, dtype=DTYPES[t.dtype].onnx, shape=t.shape) for t in info.inputs}
         self._outputs: dict[str, ir.Value] = {}
         self._tape = ir.tape.Tape()
         self._weights: dict[str, ir.Value] = {}
@@ -79,7 +79,7 @@ class Graph:
     def output(self, name: str, value: ir.Value) -> None:
         """Make `value` the graph's output `name`."""
         info = next(t for t in self.info.outputs if t.name == name)
-        value.name, value.dtype, value.shape = name, data_type(info.dtype), ir.Shape(info.shape)
+        value.name, value.dtype, value.shape = name, DTYPES[info.dtype].onnx, ir.Shape(info.shape)
         self._outputs[name] = value
 
     def constant(self, value: Any, dtype: ir.DataType) -> ir.Value:

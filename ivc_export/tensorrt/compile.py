@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
 from ivc_export.tensorrt.library import major, make_logger
 from ivc_export.tensorrt.profiles import Extents, make_profile
@@ -116,9 +117,11 @@ def float_types(model: ir.Model) -> dict[str, ir.DataType]:
     """Types of the float32 and float16 values that a graph computes, inferred, by name."""
     graph = onnx.shape_inference.infer_shapes(ir.to_proto(model)).graph
     types = {v.name: ir.DataType(v.type.tensor_type.elem_type) for v in (*graph.value_info, *graph.output)}
-    return {name: dtype for name, dtype in types.items() if dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)}
+    return {name: dtype for name, dtype in types.items() if dtype in [FLOATS[known].onnx for known in MIXED]}
 
 
+MIXED: tuple[FloatName, ...] = ("float32", "float16")
+"""What a weakly typed builder mixes."""
 ARITHMETIC = ("ACTIVATION", "ELEMENTWISE", "MATRIX_MULTIPLY", "NORMALIZATION", "REDUCE", "SOFTMAX", "UNARY")
 """TensorRT's layers that compute."""
 
@@ -141,7 +144,7 @@ def fix_precisions(trt: Any, network: Any, config: Any, types: Mapping[str, ir.D
         *(network.get_output(i) for i in range(network.num_outputs)),
     ):
         tensor.allowed_formats = linear
-    kinds = {ir.DataType.FLOAT: trt.DataType.FLOAT, ir.DataType.FLOAT16: trt.DataType.HALF}
+    kinds = {FLOATS[name].onnx: getattr(trt.DataType, FLOATS[name].tensorrt) for name in MIXED}
     known = {name: kinds[dtype] for name, dtype in types.items()}
     for layer in (network.get_layer(i) for i in range(network.num_layers)):
         given = {known.get(t.name) for t in (layer.get_input(i) for i in range(layer.num_inputs)) if t is not None}

@@ -41,7 +41,6 @@ def estimate(bundle: Bundle, recipe: EngineRecipe, models: Mapping[GraphName, ir
     """Estimate memory from the graphs themselves, at the profiles' maxima."""
     m = bundle.manifest
     activations = {}
-    dtype = FLOATS[recipe.dtype or m.dtype]
     for name, model in models.items():
         largest = {axis: extents[2] for axis, extents in profiles(bundle, name, recipe)["prefill"].items()}
         activations[name] = count(ir.to_proto(model), largest).peak_bytes
@@ -52,7 +51,7 @@ def estimate(bundle: Bundle, recipe: EngineRecipe, models: Mapping[GraphName, ir
         if value.const_value is not None
     }
     rows = 2 * m.decoder.layers * recipe.capacity * m.decoder.kv_heads * m.decoder.head_dim
-    return Footprint(sum(weights.values()), int(rows * dtype.itemsize), activations)
+    return Footprint(sum(weights.values()), int(rows * FLOATS[recipe.dtype or m.dtype].bytes), activations)
 
 
 def check_memory(found: Footprint, recipe: EngineRecipe) -> None:
@@ -66,6 +65,6 @@ def check_memory(found: Footprint, recipe: EngineRecipe) -> None:
         largest = max(found.activations, key=lambda name: found.activations[name])
         raise UserError(
             f"the build needs about {decimal(found.building)} and {decimal(free)} are free: close programs or add "
-            f"swap, use --dtype fp16, or lower --max-visual {recipe.max_visual} (the {largest} graph takes "
+            f"swap, use --dtype float16, or lower --max-visual {recipe.max_visual} (the {largest} graph takes "
             f"{decimal(found.activations[largest])}); --force builds anyway"
         )

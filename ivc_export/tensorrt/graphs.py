@@ -26,7 +26,7 @@ def build_dtype(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str)
     """
     old = (recipe.target == "tensorrt" and major(trt) < 10) or float(capability) < 8.0
     if recipe.dtype == "bfloat16" and old:
-        raise UserError("bfloat16 needs TensorRT 10 and a GPU of compute capability 8.0: use --dtype fp16")
+        raise UserError("bfloat16 needs TensorRT 10 and a GPU of compute capability 8.0: use --dtype float16")
     if recipe.dtype is not None:
         return recipe.dtype
     dtype: FloatName = bundle.manifest.dtype

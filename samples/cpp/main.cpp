@@ -82,7 +82,7 @@ class Generator {
         const int32_t best = mostProbable(logits_, vocabulary());
         if (best < 0) {
             throw std::runtime_error(
-                "this model's activations leave float16's range: build engines with ivc-build --dtype fp32");
+                "this model's activations leave float16's range: build engines with ivc-build --dtype float32");
         }
         return best;
     }

@@ -75,7 +75,7 @@ def test_divergence_is_that_of_bundles(tmp_path: Path) -> None:
     """Measured again on onnxruntime: the first token's distribution, and one more."""
     example = read_examples(default_examples())[3]
     (measured,) = calibrate(MODEL, [example], [0.4], [2], tokens=2).trials
-    bundle = export(ExportRecipe(MODEL, tmp_path / "bundle", layer=2, dtype="fp32"))
+    bundle = export(ExportRecipe(MODEL, tmp_path / "bundle", layer=2, dtype="float32"))
     processor, session = Processor(bundle), OnnxSession(bundle)
     picture = processor.picture(example.picture)
     prompt = processor.question(example.prompt, [picture])

@@ -157,7 +157,7 @@ def test_weights_dtype_and_cap_count(tmp_path: Path) -> None:
     found = estimate_recipe(recipe, [PICTURE])
     assert found.dtype == "bfloat16" and found.pictures[0].visual_tokens <= 16
     assert found.weight_bytes == sum(t.nbytes for t in export(recipe).embedding_table[None]) + rest(tmp_path / "b")
-    wide = estimate_recipe(ExportRecipe(checkpoint, tmp_path / "w", dtype="fp32"), [PICTURE])
+    wide = estimate_recipe(ExportRecipe(checkpoint, tmp_path / "w", dtype="float32"), [PICTURE])
     assert wide.weight_bytes == 2 * found.weight_bytes
 
 
@@ -234,7 +234,7 @@ def test_an_export_prints_one_object_or_nothing(
     sample_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--model", str(sample_checkpoint), "--output", str(tmp_path / "bundle"), "--force"]
-    assert cli.ivc_export([*command, "--json", "--dtype", "bf16", "--lowering", "native"]) == 0
+    assert cli.ivc_export([*command, "--json", "--dtype", "bfloat16", "--lowering", "native"]) == 0
     out, err = capsys.readouterr()
     content = json.loads(out)
     assert (content["dtype"], content["lowering"], content["bundle"]) == ("bfloat16", "native", command[3])

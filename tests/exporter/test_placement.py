@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.dtypes import FloatName
+from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter import placement
 from ivc_export.exporter.pipeline import export
-from ivc_export.exporter.recipe import FLOAT_NAMES, Dtype, ExportRecipe
+from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Grid
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
@@ -39,20 +39,20 @@ def weights(bundle: Bundle) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dtype", list(FLOATS))
 def test_a_conversion_is_the_same_as_a_checkpoint_saved_in_that_dtype(
-    tmp_path: Path, stored: FloatName, dtype: Dtype, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, stored: FloatName, dtype: FloatName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(placement, "_CHUNK", 4096)  # pieces smaller than tensors
     checkpoint = make_checkpoint(tmp_path / "checkpoint", dtype=stored)
     bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype=dtype))
-    wanted = np.dtype(FLOAT_NAMES[dtype])
+    wanted = np.dtype(dtype)
     found, source = weights(bundle), load_file(checkpoint / "model.safetensors")
     assert set(found) == set(source)
     for name, array in source.items():
         assert found[name].dtype == wanted
         np.testing.assert_array_equal(found[name].astype(np.float32), array.astype(wanted).astype(np.float32))
-    assert bundle.manifest.dtype == FLOAT_NAMES[dtype] == bundle.manifest.embedding.dtype
+    assert bundle.manifest.dtype == dtype == bundle.manifest.embedding.dtype
     (file,) = bundle.manifest.weights
     assert file.sha256 == hashlib.sha256((bundle.folder / file.file).read_bytes()).hexdigest()
     save_file({name: array.astype(wanted) for name, array in source.items()}, checkpoint / "model.safetensors")
@@ -82,7 +82,7 @@ def placement_tensors(file: Path) -> Any:
 
 def test_files_in_the_right_dtype_are_copied_as_they_are(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", dtype="float16")
-    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="fp16"))
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="float16"))
     copied = (bundle.folder / "weights" / "model.safetensors").read_bytes()
     assert copied == (checkpoint / "model.safetensors").read_bytes()
 
@@ -91,9 +91,9 @@ def test_mixed_dtypes_need_a_choice(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     tensors = load_file(checkpoint / "model.safetensors")
     save_file(tensors | {"model.norm.weight": np.ones(64, np.float16)}, checkpoint / "model.safetensors")
-    with pytest.raises(UserError, match=r"model.norm.weight .* is float16 .* --dtype fp32, fp16 or bf16"):
+    with pytest.raises(UserError, match=r"model.norm.weight .* is float16 .* --dtype float32, float16 or bfloat16"):
         export(ExportRecipe(checkpoint, tmp_path / "bundle"))
-    assert export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="bf16")).manifest.dtype == "bfloat16"
+    assert export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="bfloat16")).manifest.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("value", [65519.0, 65520.0, -1e6])
@@ -103,12 +103,14 @@ def test_a_value_beyond_float16_is_named(tmp_path: Path, value: float) -> None:
     tensors["model.norm.weight"][3] = value
     save_file(tensors, checkpoint / "model.safetensors")
     if value == 65519.0:
-        assert weights(export(ExportRecipe(checkpoint, tmp_path / "b", dtype="fp16")))["model.norm.weight"][3] == 65504
+        assert (
+            weights(export(ExportRecipe(checkpoint, tmp_path / "b", dtype="float16")))["model.norm.weight"][3] == 65504
+        )
         return
-    with pytest.raises(UserError, match=r"model.norm.weight in model.safetensors has values up to .* --dtype bf16"):
-        export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="fp16"))
+    with pytest.raises(UserError, match=r"model.norm.weight in model.safetensors has values up to .* --dtype bfloat16"):
+        export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="float16"))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-    export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="bf16"))
+    export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="bfloat16"))
 
 
 def cache_of_links(checkpoint: Path, cache: Path, hash_names: bool = True) -> Path:
@@ -144,7 +146,7 @@ def test_what_cannot_be_linked_says_what_to_do(
     sample_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="another dtype cannot be linked"):
-        export(ExportRecipe(sample_checkpoint, tmp_path / "bundle", weights="link", dtype="fp16"))
+        export(ExportRecipe(sample_checkpoint, tmp_path / "bundle", weights="link", dtype="float16"))
     for number, sentence in ((18, "another file system"), (1, "another user's"), (31, "Too many links")):
 
         def refuse(source: Path, target: Path, number: int = number) -> None:

@@ -210,7 +210,7 @@ def test_what_cannot_be_scaled_is_refused(name: str, make: Callable[[Block], onn
     block, sentence = REFUSED[name]
     model = make(block)
     assert all(np.isfinite(array).all() for array in run(model, 1.0).values())
-    with pytest.raises(UserError, match=re.escape(sentence) + ".*: build engines with ivc-build --dtype fp32"):
+    with pytest.raises(UserError, match=re.escape(sentence) + ".*: build engines with ivc-build --dtype float32"):
         scaled(model)
 
 

@@ -12,7 +12,6 @@ ORDER = [  # from the bottom up; a module imports from its own line or from lowe
     {"errors", "dtypes"},
     {"files"},
     {"contract"},
-    {"floats"},
     {"checkpoint"},
     {"graph", "text"},
     {"lowering", "selection"},

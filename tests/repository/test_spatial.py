@@ -164,7 +164,7 @@ def test_a_resumed_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_masked_batches_bundles_and_stock_transformers_answer_alike(
     ratio: float, answering: Answering, tmp_path: Path
 ) -> None:
-    bundle = export(ExportRecipe(MODEL, tmp_path / "bundle", layer=2, dtype="fp32"))
+    bundle = export(ExportRecipe(MODEL, tmp_path / "bundle", layer=2, dtype="float32"))
     session, stock = OnnxSession(bundle), StockAnswers(MODEL, bundle, ratio)
     examples = held_out("test", 1)
     masked = answering.converse(examples, answering.encode(examples), Pruning(2, ratio, METHODS["IVC-Prune"]))

@@ -18,7 +18,7 @@ class RoundedSession(OnnxSession):
 
     def _open(self, name: GraphName) -> onnxruntime.InferenceSession:
         path = self.bundle.folder / f"{name}.onnx"
-        narrow = int(FLOATS[self.bundle.manifest.dtype])
+        narrow = int(FLOATS[self.bundle.manifest.dtype].onnx)
         graph = onnx.shape_inference.infer_shapes(ir.to_proto(InlinePass()(ir.load(path)).model)).graph
         values = (*graph.value_info, *graph.output)
         names = {v.name for v in values if v.type.tensor_type.elem_type == narrow}

@@ -115,7 +115,7 @@ def test_an_answer_ends_at_the_caches_last_row(sample_session: OnnxSession) -> N
 
 def test_logits_that_are_no_numbers_end_an_answer(tmp_path: Path) -> None:
     checkpoint = make_overflowing_checkpoint(tmp_path / "checkpoint")
-    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="fp16"))
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="float16"))
     assert len(list(generate(OnnxSession(bundle).converse(), [7, 8, 9, 10], sampling=SHORT, stop=()))) == 6
     narrow = OnnxSession(bundle, dtype="float16").converse()
     with pytest.raises(UserError, match=r"leave float16's range on onnxruntime-cpu: compute in float32, which is the"):
@@ -131,7 +131,7 @@ def test_logits_that_are_no_numbers_end_an_answer(tmp_path: Path) -> None:
         (
             "tensorrt",
             "float16",
-            r"range on tensorrt: use onnxruntime on the CPU .*, or build engines with --dtype fp32",
+            r"range on tensorrt: use onnxruntime on the CPU .*, or build engines with --dtype float32",
         ),
         ("tensorrt", "float32", r"no numbers, in float32 on tensorrt: its weights are damaged"),
     ],

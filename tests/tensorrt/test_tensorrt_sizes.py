@@ -57,7 +57,7 @@ class ZeroWeights(PlannedWeights):
     def external(self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None) -> ir.ExternalTensor:
         offset, length = self.size, 2 * int(np.prod(shape))
         self.size += -(-length // 256) * 256
-        return ir.ExternalTensor("zeros", offset, length, FLOATS["float16"], shape=ir.Shape(shape), name=name)
+        return ir.ExternalTensor("zeros", offset, length, FLOATS["float16"].onnx, shape=ir.Shape(shape), name=name)
 
 
 @pytest.fixture(scope="module")

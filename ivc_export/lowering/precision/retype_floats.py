@@ -7,8 +7,7 @@ import onnx_ir as ir
 from ivc_export.checkpoint.weights import read_values
 from ivc_export.contract.graphs import FLOAT32_TENSORS
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.dtypes import FLOATS, FloatName
-from ivc_export.floats import cast
+from ivc_export.dtypes import FLOATS, ONNX_FLOATS, FloatName, cast
 from ivc_export.graph.functions import RESULTS
 from ivc_export.lowering.types import BOOLEANS
 
@@ -29,7 +28,7 @@ class RetypeFloatsPass(ir.passes.InPlacePass):
 
     def __init__(self, dtype: FloatName) -> None:
         super().__init__()
-        self.dtype = FLOATS[dtype]
+        self.dtype = FLOATS[dtype].onnx
 
     def requires(self, model: ir.Model) -> None:
         """Check that float32 stretches begin and end by casts."""
@@ -58,7 +57,7 @@ class RetypeFloatsPass(ir.passes.InPlacePass):
         """Check that there are floats of two dtypes at most."""
         graph = model.graph
         for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
-            if value.dtype in FLOATS.values() and value.dtype not in (self.dtype, FLOAT):
+            if value.dtype in ONNX_FLOATS and value.dtype not in (self.dtype, FLOAT):
                 raise ir.passes.PostconditionError(f"{value.name} is {value.dtype} still")
 
     def _stretches(self, graph: ir.Graph) -> dict[ir.Value, bool]:
@@ -69,10 +68,10 @@ class RetypeFloatsPass(ir.passes.InPlacePass):
         """
         wide: dict[ir.Value, bool] = {}
         for value in graph.inputs:
-            if value.dtype in FLOATS.values():
+            if value.dtype in ONNX_FLOATS:
                 wide[value] = value.name in FLOAT32_TENSORS
         for value in graph.initializers.values():
-            if value.dtype in FLOATS.values():
+            if value.dtype in ONNX_FLOATS:
                 wide[value] = not isinstance(value.const_value, ir.ExternalTensor | ir.LazyTensor)
         for node in graph:
             self._follow(node, wide)
@@ -90,7 +89,7 @@ class RetypeFloatsPass(ir.passes.InPlacePass):
         kinds = {wide[value] for value in node.inputs if value is not None and value in wide}
         if node.domain == IVC_DOMAIN:
             kinds = self._kinds(node, wide)
-        elif node.op_type == "Cast" and node.attributes["to"].as_int() in FLOATS.values():
+        elif node.op_type == "Cast" and node.attributes["to"].as_int() in ONNX_FLOATS:
             kinds = {kinds != {True}}  # a cast of floats that are no float32 stretch, or of integers, begins one
         elif node.op_type == "Cast" or node.op_type in NOT_FLOAT:
             kinds = set()

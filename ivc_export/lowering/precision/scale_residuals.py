@@ -111,5 +111,5 @@ def refuse(node: ir.Node, what: str) -> NoReturn:
     """
     raise UserError(
         f"{node.name or node.op_type} ({node.op_type}) {what}, which cannot be kept within float16's range here: build "
-        "engines with ivc-build --dtype fp32, or use onnxruntime's CPU provider"
+        "engines with ivc-build --dtype float32, or use onnxruntime's CPU provider"
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from ivc_export.dtypes import ONNX_FLOATS
+
 FLOAT = ir.DataType.FLOAT
-NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+NARROW = ONNX_FLOATS - {FLOAT}
 
 
 class WidenFloatsPass(ir.passes.InPlacePass):

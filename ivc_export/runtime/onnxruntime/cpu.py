@@ -16,9 +16,8 @@ from rich.filesize import decimal
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
-from ivc_export.dtypes import FloatName
+from ivc_export.dtypes import FloatName, cast
 from ivc_export.errors import UserError
-from ivc_export.floats import cast
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.failures import SILENT, SMALLER, told
 from ivc_export.runtime.host import HostConversation
@@ -113,5 +112,5 @@ def widening_note(bundle: Bundle) -> str | None:
     size = decimal(2 * sum(file.size for file in bundle.manifest.weights))
     return (
         f"onnxruntime's CPU provider computes in float32: {bundle.manifest.dtype} weights widen to about {size} "
-        "whenever a session opens; a bundle exported with --dtype fp32 opens faster, and its weights stay on the disk"
+        "whenever a session opens; a bundle exported with --dtype float32 opens faster, its weights stay on the disk"
     )

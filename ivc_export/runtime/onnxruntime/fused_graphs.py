@@ -17,9 +17,8 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.weights import read_values
 from ivc_export.contract.manifest import Scaling
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
-from ivc_export.dtypes import FloatName
+from ivc_export.dtypes import FloatName, cast
 from ivc_export.errors import UserError
-from ivc_export.floats import cast
 from ivc_export.lowering import lower
 from ivc_export.lowering.join_decode import join_decode
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
@@ -31,7 +30,7 @@ PROVIDERS: Mapping[Provider, str] = {"cuda": "CUDAExecutionProvider", "cpu": "CP
 DTYPES: Mapping[Provider, FloatName] = {"cuda": "float16", "cpu": "float32"}
 """GroupQueryAttention's CUDA kernels know float16 and bfloat16, and NumPy no bfloat16; its CPU kernel float32."""
 
-WIDER = "use --provider cpu, or TensorRT engines built with ivc-build --dtype fp32"
+WIDER = "use --provider cpu, or TensorRT engines built with ivc-build --dtype float32"
 """What to do where float16 does not reach."""
 
 NO_ROOM = "close other programs that use the GPU, or use --provider cpu"

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.manifest import GraphInfo
 from ivc_export.contract.names import GraphName
+from ivc_export.dtypes import DTYPES
 from ivc_export.errors import UserError
 from ivc_export.runtime.tensorrt.device import Buffers, Device
 
-DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "BF16": ml_dtypes.bfloat16, "INT32": np.int32}
+TYPES = {one.tensorrt: one.numpy for one in DTYPES.values()}
+"""By TensorRT's names."""
 """NumPy's types by the names of TensorRT's."""
 HANDED_OVER = {"image_embeds": "inputs_embeds"}
 """Tensors that are copied into others, by their names."""
@@ -66,9 +67,9 @@ class Engine:
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         types = {name: self._engine.get_tensor_dtype(name).name for name in names}
         for name, kind in types.items():
-            if kind not in DTYPES:
+            if kind not in TYPES:
                 raise UserError(f"{path} has {name} in {kind}, as no graph of ours has it: build it with ivc-build")
-        self.dtypes = {name: np.dtype(DTYPES[kind]) for name, kind in types.items()}
+        self.dtypes = {name: TYPES[kind] for name, kind in types.items()}
         self._inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self._outputs = [name for name in names if name not in self._inputs]
         self._shapes: dict[str, tuple[int | str, ...]] = {}  # of outputs, as the contract has them

@@ -13,9 +13,8 @@ import numpy as np
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import GRAPH_NAMES
-from ivc_export.dtypes import FloatName
+from ivc_export.dtypes import FloatName, cast
 from ivc_export.errors import UserError
-from ivc_export.floats import cast
 from ivc_export.runtime.interface import Conversation, Fetched, Step, Turn
 from ivc_export.runtime.tensorrt.device import Buffers, CudaDevice, Device
 from ivc_export.runtime.tensorrt.engine import Array, Engine, Tensor, check_hand_over
@@ -97,7 +96,7 @@ class TensorrtSession:
         Raises:
             UserError: values do not fit `dtype`.
         """
-        array = cast(array, dtype, name, "build engines with ivc-build --dtype fp32")
+        array = cast(array, dtype, name, "build engines with ivc-build --dtype float32")
         tensor = Tensor(self.buffers.get(f"{place}/{name}", array.size * dtype.itemsize), array.shape, dtype)
         self.device.upload(tensor.address, np.ascontiguousarray(array))
         return tensor

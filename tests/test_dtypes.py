@@ -6,8 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ivc_export.cli import Parser, build, check, export
+from ivc_export.dtypes import FLOATS, cast
 from ivc_export.errors import UserError
-from ivc_export.floats import FLOAT_DTYPES, cast
 
 END = 65520.0  # halfway from 65504, float16's largest, to the next power of two
 BFLOAT16_END = 3.3961775e38
@@ -16,10 +17,10 @@ BFLOAT16_END = 3.3961775e38
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 def test_values_round_as_numpy_rounds_them(stored: Any, name: Any) -> None:
-    values = (np.random.default_rng(0).standard_normal(1000) * 100).astype(FLOAT_DTYPES[stored])
+    values = (np.random.default_rng(0).standard_normal(1000) * 100).astype(FLOATS[stored].numpy)
     found = cast(values, name, "x", "mend it")
-    assert found.dtype == FLOAT_DTYPES[name]
-    np.testing.assert_array_equal(found, values.astype(np.float32).astype(FLOAT_DTYPES[name]))
+    assert found.dtype == FLOATS[name].numpy
+    np.testing.assert_array_equal(found, values.astype(np.float32).astype(FLOATS[name].numpy))
     assert cast(found, name, "x", "mend it") is found
 
 
@@ -46,3 +47,17 @@ def test_values_that_round_into_the_range_are_kept() -> None:
     np.testing.assert_array_equal(cast(values, "float16", "x", ""), np.array([65504, -65504, np.inf, -np.inf, np.nan]))
     assert cast(np.array([], np.float32), "float16", "x", "").size == 0
     np.testing.assert_array_equal(cast(np.array([70000], np.int64), np.dtype(np.int32), "x", ""), [70000])
+
+
+@pytest.mark.parametrize(("short", "name"), [("fp32", "float32"), ("fp16", "float16"), ("bf16", "bfloat16")])
+def test_commands_take_short_names_for_long_ones(short: str, name: str) -> None:
+    options: list[tuple[Parser, list[str]]] = [
+        (export.parser(), ["--model", "m", "--dtype"]),
+        (build.parser(), ["b", "--dtype"]),
+    ]
+    if name != "bfloat16":
+        options.append((check.parser(), ["b", "--precision"]))
+    for parser, given in options:
+        option = given[-1].removeprefix("--")
+        assert vars(parser.parse_args([*given, short])) == vars(parser.parse_args([*given, name]))
+        assert vars(parser.parse_args([*given, short]))[option] == name

@@ -20,7 +20,7 @@ import onnxruntime
 
 from ivc_export.contract.manifest import RotarySizes
 from ivc_export.families.pictures import Grid
-from ivc_export.families.qwen2_vl import positions
+from ivc_export.families.positions import mrope_positions
 from ivc_export.selection.ivc_prune import ivc_priority
 from tests.selection.test_selection import RULE, Case, body_model
 
@@ -55,7 +55,7 @@ def main() -> None:
     rows = []
     for visual in (1, 256, 1024, 1280, 4096):
         one = case(visual)
-        picture, _ = positions([Grid(max(1, visual // 32), min(visual, 32))], 15)
+        picture, _ = mrope_positions([Grid(max(1, visual // 32), min(visual, 32))], 15)
         feeds = one.feeds
         rows.append(
             {

@@ -142,9 +142,3 @@ def renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
-
-
-def counted_positions(segments: Sequence[int | Grid], start: int) -> tuple[npt.NDArray[np.int32], int]:
-    """One-dimensional rotary positions, which count text and visual tokens alike; as Family.positions."""
-    rows = sum(part.visual if isinstance(part, Grid) else part for part in segments)
-    return np.arange(start, start + rows, dtype=np.int32)[None], start + rows

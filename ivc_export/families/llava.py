@@ -19,8 +19,9 @@ from pydantic import AliasChoices, Field
 
 from ivc_export.contract.manifest import DecoderSizes, FixedPreprocessing, Preprocessing, RotarySizes, SelectionRule
 from ivc_export.contract.records import Depth, Epsilon, Frozen, Heads, SideLength, TokenId, Width
-from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, counted_positions, renamed, scaled_layer
+from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, renamed, scaled_layer
 from ivc_export.families.pictures import TILES_ASPECT_LIMIT, Grid, Picture, check_shape, scaled_pixels
+from ivc_export.families.positions import counted_positions
 from ivc_export.families.settings import (
     CONFIG,
     PROCESSOR,

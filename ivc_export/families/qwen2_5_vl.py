@@ -13,6 +13,7 @@ from ivc_export.contract.manifest import DecoderSizes, PatchPreprocessing
 from ivc_export.contract.records import Depth, Frozen, Heads, SideLength, Width
 from ivc_export.errors import UserError
 from ivc_export.families.family import DefaultLayer, Family, Model, scaled_layer
+from ivc_export.families.positions import mrope_positions
 from ivc_export.families.qwen2_vl import (
     CHAT_TEMPLATE,
     TOKEN_TEXTS,
@@ -21,7 +22,6 @@ from ivc_export.families.qwen2_vl import (
     frequencies,
     patch_rows,
     picture,
-    positions,
     read_around,
     stock_inputs,
 )
@@ -214,7 +214,7 @@ FAMILY = Family(
     vision=vision,
     default_layer=default_layer,
     picture=picture,
-    positions=positions,
+    positions=mrope_positions,
     stock_inputs=stock_inputs,
     chat_template=CHAT_TEMPLATE,
     token_texts=TOKEN_TEXTS,

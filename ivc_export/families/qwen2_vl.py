@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from ivc_export.contract.records import Count, Depth, Epsilon, Frozen, Heads, To
 from ivc_export.errors import UserError
 from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, renamed, scaled_layer
 from ivc_export.families.pictures import Grid, Picture, check_shape, scaled_pixels
+from ivc_export.families.positions import mrope_positions
 from ivc_export.families.settings import (
     PROCESSOR,
     Backendless,
@@ -331,23 +332,6 @@ def picture(image: PIL.Image.Image, p: Preprocessing) -> Picture:
     return Picture(inputs, Grid(blocks[0], blocks[2]))
 
 
-def positions(segments: Sequence[int | Grid], start: int) -> tuple[npt.NDArray[np.int32], int]:
-    """M-RoPE positions: text turns all axes alike, a picture stays at one time and spreads over rows and columns.
-
-    Source: arXiv 2409.12191, section 2.1; get_rope_index in transformers.
-    """
-    parts = []
-    for segment in segments:
-        if isinstance(segment, Grid):
-            rows, columns = np.mgrid[: segment.rows, : segment.columns].reshape(2, -1)
-            parts.append(start + np.stack([np.zeros_like(rows), rows, columns]))
-            start += max(segment.rows, segment.columns)
-        else:
-            parts.append(np.broadcast_to(np.arange(start, start + segment), (3, segment)))
-            start += segment
-    return np.concatenate(parts, axis=1).astype(np.int32), start
-
-
 def stock_inputs(picture: Picture, p: Preprocessing) -> dict[str, npt.NDArray[Any]]:
     """Patches, and the grid of patches (time, rows, columns)."""
     assert isinstance(p, PatchPreprocessing)
@@ -393,7 +377,7 @@ FAMILY = Family(
     vision=vision,
     default_layer=default_layer,
     picture=picture,
-    positions=positions,
+    positions=mrope_positions,
     stock_inputs=stock_inputs,
     chat_template=CHAT_TEMPLATE,
     token_texts=TOKEN_TEXTS,

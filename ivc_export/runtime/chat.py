@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import PIL.Image
 
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Picture
-from ivc_export.runtime.interface import Conversation, Session, Step
+from ivc_export.runtime.interface import Conversation, Session, Step, check_numbers
 from ivc_export.runtime.processor import Processor, parts_message, placed
 from ivc_export.text.sampling import GREEDY, Sampler
 from ivc_export.text.sampling import Sampling as Sampling
@@ -56,27 +55,13 @@ def continue_from(
     manifest = conversation.session.bundle.manifest
     stop = manifest.tokens.stop if stop is None else stop
     for left in reversed(range(sampler.sampling.max_tokens)):
-        if not np.isfinite(step.logits.max()):  # NaN if any of them is
-            raise UserError(no_numbers(conversation.session))
+        check_numbers(conversation.session, step.logits)
         token = sampler.draw(step.logits)
         yield token
         full = conversation.next_position >= manifest.decoder.max_positions or conversation.cache.room == 0
         if token in stop or not left or full:
             return
         step = conversation.run([token])
-
-
-def no_numbers(session: Session) -> str:
-    """What to do where logits are no numbers: another dtype if there is a wider one, and never what is done already."""
-    if session.dtype == "float32":
-        return (
-            f"this model gives logits that are no numbers, in float32 on {session.backend}: its weights are damaged, "
-            "so verify them with ivc-check --weights, or download the checkpoint again and export it"
-        )
-    leaves = f"this model's activations leave {session.dtype}'s range on {session.backend}"
-    if session.backend == "onnxruntime-cpu":
-        return f"{leaves}: compute in float32, which is the default there"
-    return f"{leaves}: use onnxruntime on the CPU (ivc-run's default), or build engines with --dtype float32"
 
 
 PROCESSORS: WeakKeyDictionary[Session, Processor] = WeakKeyDictionary()

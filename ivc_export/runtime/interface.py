@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.ratio import check_ratio
 from ivc_export.dtypes import FloatName
+from ivc_export.errors import UserError
 from ivc_export.families.pictures import Picture
 from ivc_export.runtime.plan import Ints, Run, check_inputs, check_kept, plan_run
 
@@ -130,6 +131,29 @@ class Session(Protocol):
             UserError: one of them is out of range, or there is no memory for the cache.
         """
         ...
+
+
+def check_numbers(session: Session, logits: npt.NDArray[np.float32]) -> None:
+    """Check that logits are numbers.
+
+    Raises:
+        UserError: one of them is none.
+    """
+    if not np.isfinite(logits.max()):  # NaN if any of them is
+        raise UserError(no_numbers(session))
+
+
+def no_numbers(session: Session) -> str:
+    """What to do where logits are no numbers: another dtype if there is a wider one, and never what is done already."""
+    if session.dtype == "float32":
+        return (
+            f"this model gives logits that are no numbers, in float32 on {session.backend}: its weights are damaged, "
+            "so verify them with ivc-check --weights, or download the checkpoint again and export it"
+        )
+    leaves = f"this model's activations leave {session.dtype}'s range on {session.backend}"
+    if session.backend == "onnxruntime-cpu":
+        return f"{leaves}: compute in float32, which is the default there"
+    return f"{leaves}: use onnxruntime on the CPU (ivc-run's default), or build engines with --dtype float32"
 
 
 @dataclass(frozen=True)

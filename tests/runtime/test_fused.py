@@ -277,7 +277,7 @@ def test_activations_beyond_float16_are_one_sentence(tmp_path: Path, monkeypatch
     monkeypatch.setitem(cast("dict[str, str]", graphs_module.DTYPES), "cpu", "float16")
     session = FusedSession(bundle, "cpu")
     for _ in range(2):
-        wanted = "leave float16's range: use --provider cpu, or TensorRT engines built with ivc-build --dtype float32"
+        wanted = "leave float16's range on onnxruntime-cpu: compute in float32, which is the default there"
         with pytest.raises(UserError, match=wanted):
             FusedConversation(session, capacity=10).run(PROMPT[-4:])
     gc.collect()

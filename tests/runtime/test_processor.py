@@ -15,7 +15,8 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.errors import UserError
 from ivc_export.families import of
 from ivc_export.families.pictures import Grid
-from ivc_export.families.qwen2_vl import CHAT_TEMPLATE, positions
+from ivc_export.families.positions import mrope_positions
+from ivc_export.families.qwen2_vl import CHAT_TEMPLATE
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.processor import Processor, user_message
 from tests.conftest import PIXEL_TOLERANCE, SHAPES, patch_positions, rows_first
@@ -195,10 +196,10 @@ def test_positions_equal_transformers(sample_checkpoint: Path) -> None:
         mm_token_type_ids=(ids == 503).int(),
         image_grid_thw=torch.tensor([(1, 2 * g.rows, 2 * g.columns) for g in grids]),
     )
-    found, after = positions([3, grids[0], 3, grids[1], 3], 0)
+    found, after = mrope_positions([3, grids[0], 3, grids[1], 3], 0)
     np.testing.assert_array_equal(found, wanted[:, 0].numpy())
     assert after == ids.shape[1] + int(delta)
-    np.testing.assert_array_equal(positions([grids[0], 4], 7)[0], positions([grids[0], 4], 0)[0] + 7)
+    np.testing.assert_array_equal(mrope_positions([grids[0], 4], 7)[0], mrope_positions([grids[0], 4], 0)[0] + 7)
 
 
 def test_damaged_processor_files_say_so(sample_bundle: Bundle, golden_bundle: Bundle, tmp_path: Path) -> None:

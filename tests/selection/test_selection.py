@@ -20,7 +20,7 @@ from ivc_export.contract.manifest import RotarySizes, SelectionRule
 from ivc_export.contract.names import OPSET
 from ivc_export.contract.ratio import kept_tokens
 from ivc_export.families.pictures import Grid
-from ivc_export.families.qwen2_vl import positions
+from ivc_export.families.positions import mrope_positions
 from ivc_export.graph.functions import function
 from ivc_export.runtime.plan import plan_run, tile_inputs
 from ivc_export.selection import ivc_prune as selection
@@ -289,7 +289,7 @@ def test_a_decode_step_keeps_its_only_row(select_onnx: Runner) -> None:
 
 
 def test_ivc_tokens_tie_across_the_diagonal_and_rank_by_index() -> None:
-    position_ids, _ = positions([Grid(12, 12)], 0)
+    position_ids, _ = mrope_positions([Grid(12, 12)], 0)
     priority = selection.ivc_priority(position_ids, RotarySizes(theta=1e6, sections=(4, 6, 6)), 32, RULE)
     ranked = np.argsort(-priority, kind="stable")[: np.count_nonzero(priority)]
     assert np.all(np.diff(priority[ranked]) == -1)
@@ -305,7 +305,7 @@ def test_ivc_tokens_tie_across_the_diagonal_and_rank_by_index() -> None:
 
 def test_the_reference_picks_the_same_ivc_tokens() -> None:
     for grid, start, head_dim in ((Grid(8, 8), 10, 64), (Grid(34, 20), 3, 128), (Grid(1, 7), 0, 32)):
-        position_ids, _ = positions([start, grid], 0)
+        position_ids, _ = mrope_positions([start, grid], 0)
         picture = position_ids[:, start:]
         priority = selection.ivc_priority(picture, RotarySizes(theta=1e6, sections=(1, 1, 1)), head_dim, RULE)
         wanted = reference.ivc_tokens(torch.from_numpy(picture), 1e6, head_dim, 0.1)

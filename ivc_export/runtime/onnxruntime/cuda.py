@@ -19,8 +19,8 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.errors import UserError
 from ivc_export.runtime.cache import check_capacity
 from ivc_export.runtime.failures import SMALLER, told
-from ivc_export.runtime.interface import Conversation, Fetched, Step, Turn
-from ivc_export.runtime.onnxruntime.fused_graphs import CHECK_GPU, WIDER, FusedGraphs, Provider
+from ivc_export.runtime.interface import Conversation, Fetched, Step, Turn, check_numbers
+from ivc_export.runtime.onnxruntime.fused_graphs import CHECK_GPU, FusedGraphs, Provider
 from ivc_export.runtime.onnxruntime.workspace import DeviceCache, PictureRows, Values, Workspace
 from ivc_export.runtime.plan import Run
 from ivc_export.tensorrt.memory import available_bytes
@@ -220,10 +220,12 @@ class FusedConversation(Conversation):
         return Step(plan, (), {"keep_index": np.zeros(1, np.int32)}, {"logits": found})
 
     def _checked(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        if not np.isfinite(logits.max()):  # NaN if any of them is
+        try:
+            check_numbers(self.session, logits)
+        except UserError:
             if self._give_back is not None:
                 self._give_back.detach()  # caches are to be finite; see DeviceCache.clear
-            raise UserError(f"this model's activations leave float16's range: {WIDER}")
+            raise
         return logits
 
     def _lengths(self, rows: int) -> Values:

@@ -1,0 +1,33 @@
+"""Rotary positions of text and pictures in order, as Family.positions gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ivc_export.families.pictures import Grid
+
+
+def counted_positions(segments: Sequence[int | Grid], start: int) -> tuple[npt.NDArray[np.int32], int]:
+    """One-dimensional positions, which count text and visual tokens alike."""
+    rows = sum(part.visual if isinstance(part, Grid) else part for part in segments)
+    return np.arange(start, start + rows, dtype=np.int32)[None], start + rows
+
+
+def mrope_positions(segments: Sequence[int | Grid], start: int) -> tuple[npt.NDArray[np.int32], int]:
+    """M-RoPE positions: text turns all axes alike, a picture stays at one time and spreads over rows and columns.
+
+    Source: arXiv 2409.12191, section 2.1; get_rope_index in transformers.
+    """
+    parts = []
+    for segment in segments:
+        if isinstance(segment, Grid):
+            rows, columns = np.mgrid[: segment.rows, : segment.columns].reshape(2, -1)
+            parts.append(start + np.stack([np.zeros_like(rows), rows, columns]))
+            start += max(segment.rows, segment.columns)
+        else:
+            parts.append(np.broadcast_to(np.arange(start, start + segment), (3, segment)))
+            start += segment
+    return np.concatenate(parts, axis=1).astype(np.int32), start

@@ -28,7 +28,7 @@ class ExportRecipe:
     dtype: of weights and graphs; "checkpoint" leaves the weights as they are.
     weights: whether the weight files are copied, or hard-linked, which takes neither time nor space, but lets a change
         of the checkpoint's file change the bundle.
-    lowering: what the graphs are made for; one of passes.EXPORTED.
+    lowering: what the graphs are made for; one of lowering.exported().
     calibration: a file of ivc-calibrate's, whose layer is taken; None for none.
     testdata: whether to write testdata/, inputs and outputs of every graph for one picture and prompt.
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from ivc_export import families
@@ -20,6 +21,7 @@ from ivc_export.lowering import LOWERINGS, lower
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
+from ivc_export.runtime.onnxruntime.fused_graphs import register
 from ivc_export.verify.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
@@ -85,6 +87,21 @@ def test_every_family_runs_with_custom_operators(bundle: Bundle, library: Path) 
         reference, step = wanted.run(more, given), found.run(more, given)
         np.testing.assert_array_equal(step.keep_index, reference.keep_index)
         assert np.abs(step.logits - reference.logits).max() < LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize("lowering", ["portable", "native"])
+def test_graphs_of_functions_open_where_our_operators_are_registered(
+    bundle: Bundle, library: Path, lowering: str
+) -> None:
+    """onnxruntime prefers a registered operator to a body of its name: those of one name must have one signature."""
+    for name in GRAPH_NAMES:
+        options = onnxruntime.SessionOptions()
+        folder = str(bundle.folder)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        register(library, options)
+        content = ir.to_proto(lower(bundle.graph(name), lowering)).SerializeToString()
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        assert [o.name for o in session.get_outputs()] == [t.name for t in bundle.manifest.graphs[name].outputs]
 
 
 def test_a_library_that_does_not_load_is_one_sentence(golden_bundle: Bundle, tmp_path: Path) -> None:

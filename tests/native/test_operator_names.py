@@ -1,0 +1,54 @@
+"""Names of our libraries' operators, read from their sources: a kernel with another signature has another name.
+
+onnxruntime prefers a registered operator to a function's body of that name, so that a portable graph, which calls
+functions, would not open, or compute something else, where our library is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+
+import onnx_ir as ir
+
+from ivc_export.contract.operators import PLUGIN_OPERATORS
+from ivc_export.graph.functions import RESULTS, function
+from tests.native.kernels import PLUGIN
+
+ONNXRUNTIME = (PLUGIN / "onnxruntime" / "custom_ops.cpp").read_text(encoding="utf-8")
+TENSORRT = (PLUGIN / "tensorrt" / "operators.h").read_text(encoding="utf-8")
+SHARED = {"SelectTokens"}
+"""Functions that have a kernel of the same signature."""
+
+
+def descriptions() -> dict[str, str]:
+    """What the library for onnxruntime says of each operator, by its name."""
+    found = re.findall(r"struct \w+Operator : .*?\n\};", ONNXRUNTIME, re.DOTALL)
+    return {re.findall(r'GetName\(\) const \{ return "(\w+)"', text)[0]: text for text in found}
+
+
+def returned(text: str, method: str) -> int:
+    """The number that a method returns."""
+    return int(re.findall(rf"{method}\(\) const \{{ return (\d+); \}}", text)[0])
+
+
+def test_both_libraries_have_the_operators_of_the_contract() -> None:
+    assert descriptions().keys() == PLUGIN_OPERATORS
+    assert set(re.findall(r'kName = "(\w+)"', TENSORRT)) == PLUGIN_OPERATORS
+
+
+def test_no_other_function_has_an_operators_name() -> None:
+    registered = {*descriptions(), *re.findall(r'kName = "(\w+)"', TENSORRT)}
+    assert registered & set(RESULTS) == SHARED
+
+
+def test_kernels_of_a_functions_name_have_its_signature() -> None:
+    for name in SHARED:
+        text, body, types = descriptions()[name], function(name), RESULTS[name]
+        assert returned(text, "GetInputTypeCount") == len(body.inputs)
+        assert returned(text, "GetOutputTypeCount") == len(body.outputs)
+        assert isinstance(types, tuple)
+        (floats,) = re.findall(r"GetOutputType\(size_t i\) const \{ return i == (\d+) \? kFloat32 : kInt32; \}", text)
+        assert [t == ir.DataType.FLOAT for t in types] == [i == int(floats) for i in range(len(types))]
+        (kernel,) = re.findall(rf"\n(?:class|struct) {name} \{{.*?\n\}};", ONNXRUNTIME, re.DOTALL)
+        read = set(re.findall(r'GetAttribute<[^>]*>\("(\w+)"\)', kernel))
+        assert read == set(body.attributes)

@@ -27,7 +27,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from samples.spatial.checkpoint import load_network
-from samples.spatial.held_out import LONGEST_ANSWER, Answering, Example, Pruning, Score, held_out, scores
+from samples.spatial.held_out import LONGEST_ANSWER, Answering, HeldOutExample, Pruning, Score, held_out, scores
 from samples.spatial.pruning import BEFORE_THE_DECODER, METHODS
 from samples.spatial.questions import TASKS, is_correct
 
@@ -59,7 +59,7 @@ class SplitTrial:
 
     def __init__(self, answering: Answering, split: str, each: int) -> None:
         self.answering = answering
-        self.examples: list[Example] = held_out(split, each)
+        self.examples: list[HeldOutExample] = held_out(split, each)
         self.images = answering.encode(self.examples)
         self.base: list[list[bool]] = []
 

@@ -25,7 +25,7 @@ from ivc_export.families.qwen2_vl import (
     read_around,
     stock_inputs,
 )
-from ivc_export.families.settings import Ints, check_divides
+from ivc_export.families.settings import IntList, check_divides
 from ivc_export.graph.activations import gelu
 from ivc_export.graph.attention import encoder_attention, rotated_heads, window_attention
 from ivc_export.graph.builder import INT32, Graph
@@ -48,7 +48,7 @@ class Vision(Patches):
     window_size: SideLength = 112
     out_hidden_size: Width = 3584
     """Of what the merger gives, which is the decoder's."""
-    fullatt_block_indexes: Ints = (7, 15, 23, 31)
+    fullatt_block_indexes: IntList = (7, 15, 23, 31)
 
 
 class VisionSizes(Frozen):

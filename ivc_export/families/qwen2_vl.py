@@ -21,7 +21,7 @@ from ivc_export.families.positions import mrope_positions
 from ivc_export.families.settings import (
     PROCESSOR,
     Backendless,
-    Ints,
+    IntList,
     PictureSettings,
     Settings,
     Square,
@@ -55,7 +55,7 @@ class MRope(RopeSettings):
 
     rope_type: Literal["default", "mrope"] | None = None
     type: Literal["default", "mrope"] | None = None
-    mrope_section: Ints = (16, 24, 24)
+    mrope_section: IntList = (16, 24, 24)
 
 
 class Text(WindowedText):

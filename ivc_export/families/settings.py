@@ -47,7 +47,7 @@ def backendless(value: Any) -> Any:
     return value.removesuffix("Fast").removesuffix("Pil") if isinstance(value, str) else value
 
 
-Ints = Annotated[tuple[int, ...], Strict(False)]
+IntList = Annotated[tuple[int, ...], Strict(False)]
 Square = BeforeValidator(square)
 Means = Annotated[tuple[Level, Level, Level], Strict(False), BeforeValidator(for_each_channel)]
 Deviations = Annotated[tuple[Factor, Factor, Factor], Strict(False), BeforeValidator(for_each_channel)]

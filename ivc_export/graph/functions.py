@@ -9,9 +9,9 @@ from pathlib import Path
 import onnx.parser
 import onnx_ir as ir
 
-Types = int | tuple[ir.DataType, ...]
+ResultTypes = int | tuple[ir.DataType, ...]
 
-RESULTS: Mapping[str, Types] = {
+RESULTS: Mapping[str, ResultTypes] = {
     "Attention": 0,
     "CausalMask": (ir.DataType.BOOL,),
     "CompactGather": 0,

@@ -27,7 +27,7 @@ MOST_VISUAL = 256
 
 
 @dataclass(frozen=True)
-class Example:
+class HeldOutExample:
     """A question about a picture, and a second one about the same picture."""
 
     picture: PIL.Image.Image
@@ -41,7 +41,7 @@ class Example:
         return round(height / UNIT), round(width / UNIT)
 
 
-def held_out(split: str, each: int, seed: int = 0) -> list[Example]:
+def held_out(split: str, each: int, seed: int = 0) -> list[HeldOutExample]:
     """`each` questions of every task, in turn; every question has a picture of its own."""
     found = []
     for number in range(each):
@@ -53,7 +53,7 @@ def held_out(split: str, each: int, seed: int = 0) -> list[Example]:
                 question = TASKS[task](asker)
                 second = TASKS[list(TASKS)[int(generator.integers(len(TASKS)))]](asker)
                 if question and second and second.text != question.text:
-                    found.append(Example(scene.picture, question, second))
+                    found.append(HeldOutExample(scene.picture, question, second))
                     break
     return found
 
@@ -79,7 +79,7 @@ class Score:
         return middle - half, middle + half
 
 
-def scores(examples: Sequence[Example], answers: Sequence[str], second: bool = False) -> dict[str, Score]:
+def scores(examples: Sequence[HeldOutExample], answers: Sequence[str], second: bool = False) -> dict[str, Score]:
     """Scores by task, and of all under "all"."""
     right: dict[str, list[bool]] = defaultdict(list)
     for example, answer in zip(examples, answers, strict=True):
@@ -143,12 +143,12 @@ class Answering:
         self.device = next(network.parameters()).device
         self.before, self.after = frame(tokenizer)
 
-    def score(self, examples: Sequence[Example]) -> dict[str, Score]:
+    def score(self, examples: Sequence[HeldOutExample]) -> dict[str, Score]:
         """Scores by task, nothing pruned."""
         return scores(examples, self.answer(examples, self.encode(examples)))
 
     @torch.no_grad()
-    def encode(self, examples: Sequence[Example]) -> list[Tensor]:
+    def encode(self, examples: Sequence[HeldOutExample]) -> list[Tensor]:
         """Image embeddings of each picture, [L, hidden]."""
         by_grid: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, example in enumerate(examples):
@@ -163,14 +163,14 @@ class Answering:
         return found
 
     def answer(
-        self, examples: Sequence[Example], images: Sequence[Tensor], pruning: Pruning | None = None
+        self, examples: Sequence[HeldOutExample], images: Sequence[Tensor], pruning: Pruning | None = None
     ) -> list[str]:
         """Answers to the questions."""
         return self.converse(examples, images, pruning, turns=1)[0]
 
     @torch.no_grad()
     def converse(
-        self, examples: Sequence[Example], images: Sequence[Tensor], pruning: Pruning | None, turns: int = 2
+        self, examples: Sequence[HeldOutExample], images: Sequence[Tensor], pruning: Pruning | None, turns: int = 2
     ) -> list[list[str]]:
         """Answers to the questions, and with two turns to the second ones, asked of what the first turn left."""
         found: list[list[str]] = [[] for _ in range(turns)]

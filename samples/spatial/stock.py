@@ -8,7 +8,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.runtime.processor import Processor
 from ivc_export.verify.oracle import reference_picture
 from ivc_export.verify.reference import Reference
-from samples.spatial.held_out import LONGEST_ANSWER, Example
+from samples.spatial.held_out import LONGEST_ANSWER, HeldOutExample
 
 
 class StockAnswers:
@@ -19,7 +19,7 @@ class StockAnswers:
         m = bundle.manifest
         self.reference = Reference(checkpoint, m.selection_layer, ratio, m.selection)
 
-    def answer(self, example: Example) -> str:
+    def answer(self, example: HeldOutExample) -> str:
         """The answer to one question."""
         picture = self.processor.picture(example.picture)
         prompt = self.processor.question(example.question.text, [picture])

@@ -38,7 +38,7 @@ SAVED_EVERY = 2000
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """What is trained, and how far."""
 
     network: Network
@@ -47,7 +47,7 @@ class Run:
     step: int = 0
 
     @staticmethod
-    def start(arguments: argparse.Namespace, device: torch.device) -> Run:
+    def start(arguments: argparse.Namespace, device: torch.device) -> TrainingRun:
         """Fresh weights or given ones, or what an earlier call saved."""
         network, probe = Network(), Probe(CONFIG["hidden_size"])
         network.reset(arguments.seed)
@@ -59,7 +59,7 @@ class Run:
         others = [p for p in (*network.parameters(), *probe.parameters()) if id(p) not in inside]
         muon = Muon(matrices, lr=arguments.rate, momentum=0.95, weight_decay=0.05)
         adam = torch.optim.AdamW(others, lr=arguments.rate, betas=(0.9, 0.98), weight_decay=0.0)
-        run = Run(network, probe, [muon, adam])
+        run = TrainingRun(network, probe, [muon, adam])
         if (arguments.output / "state.pt").exists():
             state = torch.load(arguments.output / "state.pt", map_location=device)
             run.step = state["step"]
@@ -127,7 +127,7 @@ def train(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments.output.mkdir(parents=True, exist_ok=True)
     tokenizer = word_tokenizer()
-    run = Run.start(arguments, device)
+    run = TrainingRun.start(arguments, device)
     if arguments.compile:
         for block in (*run.network.visual.blocks, *run.network.model.layers):
             block.compile(dynamic=True)

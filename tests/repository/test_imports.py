@@ -110,3 +110,16 @@ def test_the_commands_start_without_torch() -> None:
     code = """import sys, ivc_export.cli.export, ivc_export.cli.run, ivc_export.cli.check, ivc_export.cli.bench
 print({"torch", "matplotlib"} & {*sys.modules})"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_public_functions_and_classes_have_names_of_their_own() -> None:
+    """A family's file and a command's have the same parts each; the reference scores by itself what it checks."""
+    homes: dict[str, list[Path]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(path)
+    twice = {name: paths for name, paths in homes.items() if len(paths) > 1 and name != "token_scores"}
+    for name, paths in twice.items():
+        folders = {path.parent.name for path in paths}
+        assert folders in ({"families"}, {"cli"}), f"{name} stands in {', '.join(map(str, paths))}"

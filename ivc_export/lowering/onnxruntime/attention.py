@@ -66,7 +66,7 @@ class UseRotaryEmbeddingPass(ir.passes.InPlacePass):
         for node in list(model.graph):
             if (split := split_before(node)) is not None:
                 sizes = [split.attributes[name] for name in ("heads", "head_dim")]
-                y = rows(edit, node, node.outputs[0], tables)
+                y = joined_heads(edit, node, node.outputs[0], tables)
                 (y,) = edit.op(node, "Reshape", y, edit.ints(0, 0, *(size.as_int() for size in sizes)))
                 (y,) = edit.op(node, "Transpose", y, perm=[0, 2, 1, 3])
                 edit.replace(node.outputs[0], y)
@@ -90,7 +90,7 @@ def split_before(node: ir.Node) -> ir.Node | None:
 def use_multi_head(edit: Editor, node: ir.Node, tables: Tables) -> None:
     """EncoderAttention."""
     heads, scale = node.attributes["heads"].as_int(), node.attributes["scale"].as_float()
-    inputs = [rows(edit, node, value, tables) for value in node.inputs]
+    inputs = [joined_heads(edit, node, value, tables) for value in node.inputs]
     (y,) = edit.op(node, "MultiHeadAttention", *inputs, domain=CONTRIB, num_heads=heads, scale=scale)
     edit.replace(node.outputs[0], flattened(edit, node, y))
 
@@ -99,7 +99,7 @@ def use_group_query(edit: Editor, node: ir.Node, tables: Tables) -> None:
     """Attention."""
     graph, causal = edit.graph, called(node.inputs[5], "CausalMask")
     assert causal is not None and causal.inputs[2] is not None
-    inputs = [rows(edit, node, value, tables) for value in node.inputs[:3]]
+    inputs = [joined_heads(edit, node, value, tables) for value in node.inputs[:3]]
     lengths = length_inputs(graph, causal.inputs[2])
     sizes = {"num_heads": node.attributes["heads"].as_int(), "kv_num_heads": node.attributes["kv_heads"].as_int()}
     attributes: dict[str, Any] = {**sizes, "scale": node.attributes["scale"].as_float(), "do_rotary": 0}
@@ -123,7 +123,7 @@ def flattened(edit: Editor, node: ir.Node, y: ir.Value) -> ir.Value:
     return edit.op(node, "Reshape", y, edit.ints(-1, width))[0]
 
 
-def rows(edit: Editor, before: ir.Node, x: ir.Value | None, tables: Tables) -> ir.Value:
+def joined_heads(edit: Editor, before: ir.Node, x: ir.Value | None, tables: Tables) -> ir.Value:
     """[frames, heads, rows, D] as [frames, rows, heads D], from before the heads were split where they were.
 
     tables: cosines and sines in the dtype of what they turn, cast once for all layers: angles are computed in float32,

@@ -54,13 +54,13 @@ def pack(edit: Editor, before: ir.Node, products: list[ir.Node]) -> None:
     weights = [stacked(edit.graph, [value for value in column if value is not None]) for column in columns]
     attributes: dict[str, Any] = {name: value.value for name, value in before.attributes.items()}
     (y,) = edit.op(before, "Gemm", before.inputs[0], *weights, **attributes)
-    parts = edit.op(before, "Split", y, edit.ints(*map(rows, products)), outputs=len(products), axis=-1)
+    parts = edit.op(before, "Split", y, edit.ints(*map(features, products)), outputs=len(products), axis=-1)
     for product, part in zip(products, parts, strict=True):
         edit.replace(product.outputs[0], part)
         edit.graph.remove(product, safe=True)
 
 
-def rows(product: ir.Node) -> int:
+def features(product: ir.Node) -> int:
     """What a product gives for each row."""
     weight = product.inputs[1]
     assert weight is not None and weight.const_value is not None

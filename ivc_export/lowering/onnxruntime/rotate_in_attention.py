@@ -26,7 +26,7 @@ class RotateInAttentionPass(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, False)
         for node in list(model.graph):
             if node.op_type == "GroupQueryAttention":
-                rotate(edit, node)
+                take_packed_rows(edit, node)
         RemoveUnusedNodesPass()(model)  # the rotations
         positions[0].shape = ir.Shape([*list(positions[0].shape or ())[:-1], "P"])
         return ir.passes.PassResult(model, True)
@@ -38,7 +38,7 @@ class RotateInAttentionPass(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError("position_ids has no place for every row of a cache")
 
 
-def rotate(edit: Editor, node: ir.Node) -> None:
+def take_packed_rows(edit: Editor, node: ir.Node) -> None:
     """Give attention the packed rows, if its inputs are their parts, and query and key are turned alike."""
     past_key = node.inputs[3]
     if past_key is None or past_key.shape is None or int(past_key.shape[3]) % 16:  # type: ignore[arg-type]

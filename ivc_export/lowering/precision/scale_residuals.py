@@ -49,7 +49,7 @@ class ScaleResidualsPass(ir.passes.InPlacePass):
                 end = value.producer()
                 assert end is not None
                 no = "" if value in stream else "not "
-                refuse(end, f"gives {value.name}, which is {no}the residual stream")
+                cannot_scale(end, f"gives {value.name}, which is {no}the residual stream")
         return ir.passes.PassResult(model, changed)
 
 
@@ -81,7 +81,7 @@ def follow(edit: Editor, node: ir.Node, stream: set[ir.Value]) -> bool:
         node.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon * SCALE**2)
         return True
     if node.op_type != "Add":
-        refuse(node, "reads the residual stream")
+        cannot_scale(node, "reads the residual stream")
     addends = [(i, value) for i, value in enumerate(node.inputs) if value is not None and value not in stream]
     for index, value in addends:
         scale_addend(edit, node, index, value)
@@ -103,7 +103,7 @@ def scale_addend(edit: Editor, total: ir.Node, index: int, value: ir.Value) -> N
     total.replace_input_with(index, scaled)
 
 
-def refuse(node: ir.Node, what: str) -> NoReturn:
+def cannot_scale(node: ir.Node, what: str) -> NoReturn:
     """Say what cannot be scaled.
 
     Raises:

@@ -34,16 +34,16 @@ class ShownConversation(FusedConversation):
         for i in range(m.decoder.layers):
             for name in (f"key.{i}", f"value.{i}"):
                 if i in m.selection.whole_layers:
-                    below[f"new_{name}"] = rows(cache.current[name], cache.whole_length, plan.rows)
+                    below[f"new_{name}"] = cache_rows(cache.current[name], cache.whole_length, plan.rows)
                 elif i < m.selection_layer:  # compaction has changed the two sets of buffers
-                    below[f"new_{name}"] = rows(cache.spare[name], cache.length, plan.rows)
-                    above[f"compact_{name}"] = rows(cache.current[name], cache.length, kept)
+                    below[f"new_{name}"] = cache_rows(cache.spare[name], cache.length, plan.rows)
+                    above[f"compact_{name}"] = cache_rows(cache.current[name], cache.length, kept)
                 else:
-                    above[f"new_{name}"] = rows(cache.current[name], cache.length, kept)
+                    above[f"new_{name}"] = cache_rows(cache.current[name], cache.length, kept)
         return below, above
 
 
-def rows(cache: OrtValue, start: int, count: int) -> npt.NDArray[np.float32]:
+def cache_rows(cache: OrtValue, start: int, count: int) -> npt.NDArray[np.float32]:
     """Rows of a cache [1, kv_heads, capacity, head_dim], as a copy in host memory."""
     array: npt.NDArray[np.float32] = cache.numpy()[:, :, start : start + count].astype(np.float32)
     return array

@@ -15,7 +15,7 @@ import torch
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.folder import Checkpoint
-from ivc_export.contract.calibration import ENOUGH, Calibration, Trial, propose
+from ivc_export.contract.calibration import ENOUGH, Calibration, MeasuredDecoder, Trial, propose
 from ivc_export.errors import UserError
 from ivc_export.exporter.estimate import Size, estimate_recipe
 from ivc_export.exporter.pipeline import copy_processor_files, make_manifest
@@ -144,7 +144,7 @@ def calibrate(
             )
         return Calibration(
             family=m.family,
-            decoder=m.decoder,
+            decoder=MeasuredDecoder(layers=m.decoder.layers, hidden_size=m.decoder.hidden_size),
             layer=propose(trials, ratios[0], enough),
             ratio=ratios[0],
             answers=len(examples),

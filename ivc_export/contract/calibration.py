@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
-from ivc_export.contract.manifest import DecoderSizes
-from ivc_export.contract.records import Frozen, first_problem
+from ivc_export.contract.records import Frozen, Width, first_problem
 from ivc_export.errors import UserError
 from ivc_export.files import read_json
 
@@ -34,12 +33,21 @@ class Trial(Frozen):
     saved: float
 
 
+class MeasuredDecoder(Frozen):
+    """What a calibrated model is known by, beside its family; files of earlier versions say more of it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    layers: int = Field(gt=1, le=1000)
+    hidden_size: Width
+
+
 class Calibration(Frozen):
     """A proposal for one model, and what it rests on."""
 
     schema_version: Literal[1] = 1
     family: str
-    decoder: DecoderSizes
+    decoder: MeasuredDecoder
     layer: int = Field(gt=0)
     ratio: float = Field(gt=0, le=1)
     answers: int = Field(gt=0)

@@ -28,9 +28,6 @@ class DecoderSizes(Frozen):
     head_dim: int = Field(gt=0, le=4096, multiple_of=2)
     vocab_size: int = Field(gt=0, le=1 << 24)
     rms_norm_epsilon: Epsilon
-    qkv_bias: bool
-    fused_qkv: bool = False
-    """One weight for queries, keys and values: by key-value head, its queries, its key, its value."""
     tied_embeddings: bool
     max_positions: Count
 

@@ -10,7 +10,6 @@ from ivc_export.families.family import Family, Model
 from ivc_export.graph.builder import Graph
 from ivc_export.graph.decoder_stack import DecoderStack
 from ivc_export.graph.linear import linear
-from ivc_export.graph.norms import rms_norm
 from ivc_export.selection.operators import compact_gather, select_tokens
 
 
@@ -35,7 +34,7 @@ def prefix_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Mod
     g = Graph(model.graph_info("prefix", weights.dtype, selection_layer), weights.dtype, weights)
     rule = model.selection
     stack = DecoderStack(
-        g, model.decoder, model.rotary, g.inputs["position_ids"], range(selection_layer), rule.whole_layers
+        g, model.block, model.decoder, model.rotary, g.inputs["position_ids"], range(selection_layer), rule.whole_layers
     )
     x, values = stack.layers(g.inputs["inputs_embeds"])
     g.output("hidden_states", g.op("Unsqueeze", x, g.ints(0)))
@@ -59,11 +58,11 @@ def decoder_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Mo
                 continue
             for kind in ("key", "value"):
                 g.output(f"compact_{kind}.{i}", compact_gather(g, g.inputs[f"new_{kind}.{i}"], keep, axis=2))
-    stack = DecoderStack(g, sizes, model.rotary, positions, range(selection_layer, sizes.layers), ())
+    stack = DecoderStack(g, model.block, sizes, model.rotary, positions, range(selection_layer, sizes.layers), ())
     x, _ = stack.layers(hidden)
     with g.scope("lm_head"):
         rows = g.op("Gather", x, g.inputs["logit_index"], axis=0)
-        normed = rms_norm(g, rows, "model.norm", sizes.hidden_size, sizes.rms_norm_epsilon)
+        normed = model.block.norm(g, sizes, rows, "model.norm")
         head = "model.embed_tokens" if sizes.tied_embeddings else "lm_head"
         logits = linear(g, normed, head, sizes.vocab_size, sizes.hidden_size, bias=False)
         g.output("logits", g.op("Unsqueeze", g.to_float32(logits), g.ints(0)))

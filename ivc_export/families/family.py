@@ -17,6 +17,7 @@ from ivc_export.contract.names import GraphName
 from ivc_export.dtypes import FloatName
 from ivc_export.families.pictures import Grid, Picture
 from ivc_export.graph.builder import Graph
+from ivc_export.graph.decoder_block import DecoderBlock
 
 
 class TokenTexts(NamedTuple):
@@ -31,11 +32,13 @@ class TokenTexts(NamedTuple):
 class Model:
     """One checkpoint's configuration, digested by its family. `vision` is the family's own record.
 
+    block: what its decoder layers are made of.
     image_token, vision_start_token, vision_end_token: ids that config.json states; None where the tokenizer does, or
     where the family has no such token.
     """
 
     decoder: DecoderSizes
+    block: DecoderBlock
     rotary: RotarySizes
     selection: SelectionRule
     preprocessing: Preprocessing

@@ -144,7 +144,7 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
         fused_qkv=False,
     )
     check_edges("size", pictures.size, {"height": sizes.image, "width": sizes.image}, "a tile is the encoder's input")
-    decoder = read_decoder(text, whole.tie_word_embeddings, qkv_bias=isinstance(text, Qwen2Text))
+    decoder = read_decoder(text, whole.tie_word_embeddings)
     tiles = (pictures.min_patches, pictures.max_patches)
     return make_model(decoder, text, sizes, pictures, tiles, whole.image_token_id)
 
@@ -168,6 +168,7 @@ def make_model(
         )
     return Model(
         decoder=decoder,
+        block=text.block,
         rotary=RotarySizes(theta=text.theta, sections=(decoder.head_dim // 2,)),
         selection=SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2, softmax="all", tiles=True),
         preprocessing=FixedPreprocessing(

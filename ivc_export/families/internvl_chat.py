@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ivc_export.contract.records import Count, Depth, Epsilon, Heads, SideLength, Tiles, TokenId, Width
 from ivc_export.errors import UserError
@@ -39,6 +39,7 @@ from ivc_export.families.text_models import (
     Vocabulary,
     read_decoder,
 )
+from ivc_export.graph.decoder_block import DecoderBlock, ProjectionsByHead, SelfAttention
 
 
 class Whole(Settings):
@@ -78,6 +79,8 @@ class Vision(Settings):
 class InternLM2Text(DecoderSettings):
     """InternLM2Config of the original code; its bias, which is the default there, is not supported."""
 
+    block: ClassVar[DecoderBlock] = DecoderBlock(SelfAttention(ProjectionsByHead(bias=False)))
+
     model_type: Literal["internlm2"] = "internlm2"
     vocab_size: Vocabulary = 103168
     hidden_size: Width = 4096
@@ -109,8 +112,7 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
     """Digest config.json of the original layout, whose decoder is Qwen2 or InternLM2."""
     whole, text = Whole.read(config), decoder_settings(required(config, "llm_config"), "llm_config", TEXTS)
     vision = Vision.read(required(config, "vision_config"), part="vision_config")
-    fused = isinstance(text, InternLM2Text)
-    decoder = read_decoder(text, whole.tie_word_embeddings or text.tie_word_embeddings, qkv_bias=not fused)
+    decoder = read_decoder(text, whole.tie_word_embeddings or text.tie_word_embeddings)
     sizes = VisionSizes(
         layers=vision.num_hidden_layers,
         width=vision.hidden_size,
@@ -128,7 +130,6 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
     if whole.dynamic_image_size and not whole.use_thumbnail:
         refuse("use_thumbnail", False, CONFIG, "where dynamic_image_size is true there must be a thumbnail")
     tiles = (whole.min_dynamic_patch, whole.max_dynamic_patch) if whole.dynamic_image_size else (1, 1)
-    decoder = decoder.model_copy(update={"fused_qkv": fused})
     return make_model(decoder, text, sizes, pictures, tiles, whole.img_context_token_id)
 
 
@@ -244,8 +245,8 @@ def stock_config(config: Mapping[str, Any], image_token: int) -> dict[str, Any]:
     text, vision, model = config["llm_config"], config["vision_config"], read(config, None)
     sizes: VisionSizes = model.vision
     own: dict[str, Any] = {"model_type": "qwen2"}
-    if model.decoder.fused_qkv:
-        own = {"model_type": "llama", "attention_bias": model.decoder.qkv_bias}
+    if model.block == InternLM2Text.block:
+        own = {"model_type": "llama", "attention_bias": False}
     return {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",

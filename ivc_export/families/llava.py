@@ -110,10 +110,11 @@ class VisionSizes(Frozen):
 def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
     """Digest config.json and the processor's file."""
     whole, text = Whole.read(config), LlamaText.read(config.get("text_config"), part="text_config")
-    decoder = read_decoder(text, whole.tie_word_embeddings or text.tie_word_embeddings, qkv_bias=False)
+    decoder = read_decoder(text, whole.tie_word_embeddings or text.tie_word_embeddings)
     vision = read_vision(whole, config.get("vision_config"))
     return Model(
         decoder=decoder,
+        block=text.block,
         rotary=RotarySizes(theta=text.theta, sections=(decoder.head_dim // 2,)),
         selection=SelectionRule(ivc_fraction=0.05, seed_divisor=100, query_offset=2, softmax="all", whole_layers=(0,)),
         preprocessing=read_preprocessing(vision, Pictures.read(processor, PROCESSOR)),

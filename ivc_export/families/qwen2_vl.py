@@ -167,7 +167,7 @@ def read_around(
     whole, nested = Whole.read(config), config.get("text_config") is not None
     text = Text.read(config["text_config"], part="text_config") if nested else Text.read(config)
     tied = whole.tie_word_embeddings or text.tie_word_embeddings
-    decoder = read_decoder(text, tied, qkv_bias=True)
+    decoder = read_decoder(text, tied)
     sections = text.rope.mrope_section if isinstance(text.rope, MRope) else MRope().mrope_section
     if len(sections) != 3 or min(sections) < 1 or 2 * sum(sections) != decoder.head_dim:
         raise UserError(
@@ -185,6 +185,7 @@ def read_around(
         )
     return Model(
         decoder=decoder,
+        block=text.block,
         rotary=RotarySizes(theta=text.theta, sections=sections),
         selection=SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2),
         preprocessing=read_preprocessing(vision, Pictures.read(processor, PROCESSOR)),

@@ -10,6 +10,7 @@ from ivc_export.contract.manifest import DecoderSizes
 from ivc_export.contract.records import INT32_MOST, Count, Epsilon, Heads, Width
 from ivc_export.errors import UserError
 from ivc_export.families.settings import CONFIG, One, Settings, check_divides, refuse
+from ivc_export.graph.decoder_block import DecoderBlock, SelfAttention, SeparateProjections
 
 Theta = Annotated[float, Field(gt=0, le=1e12)]
 Vocabulary = Annotated[int, Field(gt=0, le=1 << 24)]
@@ -38,6 +39,8 @@ class DecoderSettings(Settings):
     """A decoder of Llama's kind (Llama, Qwen2, InternLM2): the keys that all of them have."""
 
     default_theta: ClassVar[float] = 10000.0
+    block: ClassVar[DecoderBlock]
+    """What its layers are made of."""
 
     vocab_size: Vocabulary
     hidden_size: Width
@@ -72,6 +75,8 @@ class DecoderSettings(Settings):
 class LlamaText(DecoderSettings):
     """LlamaConfig of transformers."""
 
+    block: ClassVar[DecoderBlock] = DecoderBlock(SelfAttention(SeparateProjections(bias=False)))
+
     model_type: Literal["llama"] = "llama"
     vocab_size: Vocabulary = 32000
     hidden_size: Width = 4096
@@ -89,6 +94,8 @@ class LlamaText(DecoderSettings):
 
 class WindowedText(DecoderSettings):
     """The keys by which some layers of Qwen2's kind see a window of the rows before; only those without are known."""
+
+    block: ClassVar[DecoderBlock] = DecoderBlock(SelfAttention(SeparateProjections(bias=True)))
 
     use_sliding_window: bool = False
     sliding_window: WindowRows | None = 4096
@@ -135,7 +142,7 @@ class Qwen2Text(WindowedText):
     max_window_layers: WindowRows = 28
 
 
-def read_decoder(text: DecoderSettings, tied: bool, qkv_bias: bool) -> DecoderSizes:
+def read_decoder(text: DecoderSettings, tied: bool) -> DecoderSizes:
     """Sizes of a decoder.
 
     Raises:
@@ -159,7 +166,6 @@ def read_decoder(text: DecoderSettings, tied: bool, qkv_bias: bool) -> DecoderSi
         head_dim=text.head_dim or hidden // heads,
         vocab_size=text.vocab_size,
         rms_norm_epsilon=text.rms_norm_eps,
-        qkv_bias=qkv_bias,
         tied_embeddings=tied,
         max_positions=text.max_position_embeddings,
     )

@@ -29,7 +29,7 @@ from ivc_export import cli
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.recording import Key, Recording, identity
 from ivc_export.checkpoint.folder import header_sha256
-from ivc_export.contract.calibration import Calibration, Trial
+from ivc_export.contract.calibration import Calibration, MeasuredDecoder, Trial
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
@@ -87,9 +87,10 @@ def prepare(folder: Path) -> None:
     (folder / "inputs").mkdir()
     draw_shapes().resize((60, 60)).save(folder / "inputs" / "picture.png")
     trial = Trial(layer=2, ratio=0.5, divergence=0.1, agreement=1.0, overlap=None, saved=0.2)
+    sizes = Bundle.load(folder / "bundle").manifest.decoder
     found = Calibration(
         family="qwen2_vl",
-        decoder=Bundle.load(folder / "bundle").manifest.decoder,
+        decoder=MeasuredDecoder(layers=sizes.layers, hidden_size=sizes.hidden_size),
         layer=2,
         ratio=0.5,
         answers=1,

@@ -18,8 +18,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
-from onnxruntime import OrtValue
 
 from ivc_export.bench.engines import open_engine
 from ivc_export.bench.prompts import Prompt
@@ -29,6 +27,7 @@ from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.exporter.estimate import COUNTED, empty_caches
 from ivc_export.graph.counting import count
 from ivc_export.runtime.onnxruntime.fused_graphs import PROVIDERS, Provider
+from ivc_export.runtime.onnxruntime.library import load
 from ivc_export.runtime.tensorrt.device import Buffers, median_seconds
 from ivc_export.runtime.tensorrt.engine import Engine, Tensor
 from ivc_export.runtime.tensorrt.session import TensorrtSession
@@ -149,14 +148,14 @@ def tensorrt_ceilings(session: TensorrtSession) -> Ceilings:
 
 def onnxruntime_ceilings(device: Provider, dtype: FloatName) -> Ceilings:
     """By onnxruntime's operators Neg and MatMul."""
-    (side, size), element = SIZES[device], FLOATS[dtype].numpy
+    onnxruntime, (side, size), element = load(), SIZES[device], FLOATS[dtype].numpy
 
     def timed(op_type: str, shape: tuple[int, ...], inputs: int) -> float:
         content = ir.to_proto(one_node(op_type, shape, inputs, dtype)).SerializeToString()
         session: Any = onnxruntime.InferenceSession(content, providers=[PROVIDERS[device]])
         values = np.random.default_rng(0).standard_normal(shape, np.float32).astype(element)
         binding = session.io_binding()
-        x, y = (OrtValue.ortvalue_from_numpy(array, device, 0) for array in (values, values.copy()))
+        x, y = (onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0) for array in (values, values.copy()))
         binding.bind_ortvalue_input("x", x)
         binding.bind_ortvalue_output("y", y)  # a binding keeps neither array alive
         return best(lambda: session.run_with_iobinding(binding))

@@ -13,19 +13,17 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from onnxruntime import OrtValue
 
 from ivc_export.bench.engines import open_engine
 from ivc_export.contract.manifest import Manifest
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering import lower
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
-from ivc_export.runtime.failures import SILENT
 from ivc_export.runtime.interface import Session
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
 from ivc_export.runtime.onnxruntime.fused_graphs import PROVIDERS, Provider, register
+from ivc_export.runtime.onnxruntime.library import SILENT, load
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.tensorrt.device import Buffers, median_seconds
 from ivc_export.runtime.tensorrt.engine import Engine, Tensor
@@ -229,6 +227,7 @@ class Timed:
     """A small graph in onnxruntime, its inputs and outputs on the device."""
 
     def __init__(self, model: ir.Model, provider: Provider = "cpu", library: Path | None = None) -> None:
+        onnxruntime = load()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = SILENT
         if library:
@@ -248,7 +247,7 @@ class Timed:
                 array = generator.standard_normal(shape, np.float32)
                 array = array.astype(np.float16 if "float16" in tensor.type else np.float32)
             place = "cpu" if tensor.name == "keep_count" else self.device  # as FusedConversation has it
-            value = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), place, 0)
+            value = load().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), place, 0)
             held.append(value)
             binding.bind_ortvalue_input(tensor.name, value)
         for tensor in self.session.get_outputs():

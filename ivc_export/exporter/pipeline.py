@@ -36,6 +36,7 @@ from ivc_export.exporter.placement import converted_weights, place_weights, plan
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.family import Family
 from ivc_export.lowering import exported, lower
+from ivc_export.runtime.onnxruntime.library import load
 from ivc_export.source.configuration import Configuration, Description, read_configuration, read_description
 from ivc_export.source.hub import open_checkpoint
 
@@ -58,6 +59,8 @@ def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundl
         OSError: a file cannot be read or written; nothing is left, and an older bundle is as it was.
     """
     lowering = check_lowering(recipe.lowering)
+    if recipe.testdata:
+        load()  # which nothing else here needs, or a sentence before all the work
     check_free(recipe.output, recipe.force)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     check_apart(recipe.output, [checkpoint.folder, *checkpoint.folder.iterdir()])
@@ -86,7 +89,7 @@ def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundl
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         manifest = read_manifest(folder)  # as it will be read
         if recipe.testdata:
-            from ivc_export.verify.testdata import write_testdata  # with onnxruntime, which nothing else here needs
+            from ivc_export.verify.testdata import write_testdata
 
             write_testdata(Bundle(folder, manifest))
             progress("testdata", 1, 1)

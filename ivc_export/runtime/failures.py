@@ -5,18 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as state
+from functools import cache
 
 from ivc_export.errors import UserError
-
-OWN: tuple[type[Exception], ...] = tuple(
-    kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
-)
-"""onnxruntime's exceptions, one for each of its status codes, which share no base class."""
-KNOWN: tuple[type[Exception], ...] = (MemoryError, RuntimeError, *OWN)
-"""What its bindings raise; RuntimeError is told only where it tells of a lack of memory."""
 
 _SHORT = (
     "failed to allocate",  # its arenas, of any device
@@ -43,9 +34,17 @@ def is_short_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in reason(error).lower() for words in _SHORT)
 
 
-SILENT = 4
-"""Severity of what onnxruntime writes to standard error by itself: what it says of errors is in its exceptions."""
-onnxruntime.set_default_logger_severity(SILENT)
+@cache
+def own() -> tuple[type[Exception], ...]:
+    """onnxruntime's exceptions, one for each of its status codes, which share no base class."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+
+
+def known() -> tuple[type[Exception], ...]:
+    """What its bindings raise; RuntimeError is told only where it tells of a lack of memory."""
+    return (MemoryError, RuntimeError, *own())
 
 
 @contextmanager
@@ -59,9 +58,9 @@ def told(what: str, short: str, otherwise: str) -> Iterator[None]:
     """
     try:
         yield
-    except KNOWN as error:
+    except known() as error:
         if is_short_of_memory(error):
             raise UserError(f"{what} for lack of memory ({reason(error)}): {short}") from error
-        if not isinstance(error, OWN):
+        if not isinstance(error, own()):
             raise
         raise UserError(f"{what} ({reason(error)}): {otherwise}") from error

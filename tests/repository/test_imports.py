@@ -106,9 +106,9 @@ def test_no_family_is_named_outside_its_file() -> None:
             assert not [name for name in names if name in path.read_text(encoding="utf-8")], path
 
 
-def test_the_commands_start_without_torch() -> None:
+def test_the_commands_start_without_torch_and_onnxruntime() -> None:
     code = """import sys, ivc_export.cli.export, ivc_export.cli.run, ivc_export.cli.check, ivc_export.cli.bench
-print({"torch", "matplotlib"} & {*sys.modules})"""
+print({"torch", "matplotlib", "onnxruntime"} & {*sys.modules})"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

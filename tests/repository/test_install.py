@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("install") / "venv"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    subprocess.run([folder / "bin" / "pip", "install", "-q", "--disable-pip-version-check", str(ROOT)], check=True)
+    subprocess.run([folder / "bin" / "pip", "install", "-q", "--disable-pip-version-check", f"{ROOT}[cpu]"], check=True)
     return folder
 
 

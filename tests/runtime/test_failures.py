@@ -17,7 +17,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.errors import UserError
-from ivc_export.runtime.failures import OWN, is_short_of_memory, told
+from ivc_export.runtime.failures import is_short_of_memory, own, told
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
@@ -77,10 +77,10 @@ def run_node(operator: str, x: npt.NDArray[Any], shape: list[int]) -> None:
 
 
 def test_onnxruntimes_own_words_are_known() -> None:
-    with pytest.raises(OWN) as found:
+    with pytest.raises(own()) as found:
         run_node("Expand", np.zeros(1, np.float32), [10**13])
     assert is_short_of_memory(found.value)
-    with pytest.raises(OWN) as found:
+    with pytest.raises(own()) as found:
         run_node("Expand", np.zeros(2, np.float32), [2])
     assert not is_short_of_memory(found.value)
     with pytest.raises(MemoryError) as error:

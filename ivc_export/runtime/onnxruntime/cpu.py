@@ -6,12 +6,11 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime
 from rich.filesize import decimal
 
 from ivc_export.bundle.bundle import Bundle
@@ -19,8 +18,12 @@ from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.dtypes import FloatName, cast
 from ivc_export.errors import UserError
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
-from ivc_export.runtime.failures import SILENT, SMALLER, told
+from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.host import HostConversation
+from ivc_export.runtime.onnxruntime.library import SILENT, load
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -48,15 +51,15 @@ class OnnxSession:
         check_dtype(bundle, dtype)
         self.bundle, self.dtype = bundle, dtype
         self.lock: AbstractContextManager[Any] = threading.RLock()
-        self.versions: Mapping[str, str] = {"onnxruntime": onnxruntime.__version__}
+        self.versions: Mapping[str, str] = {"onnxruntime": load().__version__}
         self._threads, self._prepacking = threads, prepacking
         # side by side, unless weights are widened: that would hold several widened graphs' temporary copies at once
         with ThreadPoolExecutor(len(GRAPH_NAMES) if bundle.manifest.dtype == dtype else 1) as pool:
             self._sessions = dict(zip(GRAPH_NAMES, pool.map(self._open, GRAPH_NAMES), strict=True))
         self._outputs = {name: [o.name for o in s.get_outputs()] for name, s in self._sessions.items()}
 
-    def _open(self, name: GraphName) -> onnxruntime.InferenceSession:
-        path = self.bundle.folder / self.bundle.manifest.graphs[name].file
+    def _open(self, name: GraphName) -> InferenceSession:
+        onnxruntime, path = load(), self.bundle.folder / self.bundle.manifest.graphs[name].file
         options = onnxruntime.SessionOptions()
         options.log_severity_level = SILENT
         options.intra_op_num_threads = self._threads or 0
@@ -93,11 +96,12 @@ class OnnxSession:
 
 
 def check_dtype(bundle: Bundle, dtype: FloatName) -> None:
-    """Check that onnxruntime's CPU provider can compute this bundle in `dtype`.
+    """Check that onnxruntime's CPU provider is here, and can compute this bundle in `dtype`.
 
     Raises:
-        UserError: it cannot.
+        UserError: it is not, or cannot.
     """
+    load()
     if dtype != "float32" and (dtype, dtype) != ("float16", bundle.manifest.dtype):
         raise UserError(
             f"onnxruntime's CPU provider cannot compute a {bundle.manifest.dtype} bundle in {dtype}: take float32, "

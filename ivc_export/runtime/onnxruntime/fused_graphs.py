@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime
-from onnxruntime import OrtValue
 from rich.filesize import decimal
 
 from ivc_export.bundle.bundle import Bundle
@@ -22,8 +20,12 @@ from ivc_export.errors import UserError
 from ivc_export.lowering import lower
 from ivc_export.lowering.join_decode import join_decode
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
-from ivc_export.runtime.failures import SILENT, SMALLER, told
+from ivc_export.runtime.failures import SMALLER, told
+from ivc_export.runtime.onnxruntime.library import SILENT, load
 from ivc_export.runtime.onnxruntime.workspace import PictureRows, Values
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
 Provider = Literal["cuda", "cpu"]
 PROVIDERS: Mapping[Provider, str] = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -57,6 +59,7 @@ class FusedGraphs:
         cuda_graph: bool = True,
         op_library: Path | None = None,
     ) -> None:
+        onnxruntime = load()
         if PROVIDERS[provider] not in onnxruntime.get_available_providers():
             raise UserError(
                 "this onnxruntime has no CUDA provider: install onnxruntime-gpu in the place of onnxruntime, or use "
@@ -78,9 +81,7 @@ class FusedGraphs:
         """Views of these: onnxruntime shares memory between sessions that it does not own itself."""
         self._converted: Values = {}
         """What onnxruntime's optimizers read, while sessions open, of weights that no file has in this dtype."""
-        self._sessions: dict[str, onnxruntime.InferenceSession] = {
-            name: self._open(model) for name, model in models.items()
-        }
+        self._sessions: dict[str, InferenceSession] = {name: self._open(model) for name, model in models.items()}
         self.cuda_graph = cuda_graph and provider == "cuda"
         try:
             self._sessions["decode"] = self._open(self._joined(), self.cuda_graph)
@@ -104,7 +105,8 @@ class FusedGraphs:
         """The graph of decode steps."""
         return self._lower(join_decode(self.bundle.graph("prefix"), self.bundle.graph("decoder")), "ort-cuda")
 
-    def _open(self, model: ir.Model, cuda_graph: bool = False) -> onnxruntime.InferenceSession:
+    def _open(self, model: ir.Model, cuda_graph: bool = False) -> InferenceSession:
+        onnxruntime = load()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = SILENT
         if self.op_library:
@@ -119,7 +121,7 @@ class FusedGraphs:
                     self._owners[name] = self.value(array)
                     self._weights[name] = view(self._owners[name])
                     if isinstance(tensor, ir.LazyTensor):
-                        self._converted[name] = OrtValue.ortvalue_from_numpy(array)
+                        self._converted[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
                 options.add_initializer(name, self._weights[name])
                 if isinstance(tensor, ir.LazyTensor):
                     value.const_value = self._given(name, tensor)
@@ -158,7 +160,7 @@ class FusedGraphs:
             UserError: the device has no memory for it.
         """
         with told(f"{decimal(array.nbytes)} cannot be put into the device's memory", SMALLER, CHECK_GPU):
-            return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+            return load().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
 
     def bind(self, name: str, inputs: Values, outputs: Mapping[str, OrtValue | PictureRows | str]) -> Any:
         """Bind a graph's inputs, and its outputs to memory of the caller's, or to new memory on "cpu" or "cuda"."""
@@ -194,7 +196,7 @@ class FusedGraphs:
         Raises:
             UserError: as run.
         """
-        session, options = self._sessions[name], onnxruntime.RunOptions()
+        session, options = self._sessions[name], load().RunOptions()
         if captured is not None:
             options.add_run_config_entry("gpu_graph_id", str(captured))
         with told(f"{name} cannot run", SMALLER, CHECK_GPU):
@@ -216,7 +218,7 @@ def cuda_options(version: str, cuda_graph: bool) -> dict[str, str]:
 def view(owner: OrtValue) -> OrtValue:
     """The same memory, as long as `owner` lives. onnxruntime 1.23 has OrtValue.from_dlpack only inside."""
     inner: Any = owner._ortvalue
-    return OrtValue(type(inner).from_dlpack(inner.to_dlpack()))
+    return load().OrtValue(type(inner).from_dlpack(inner.to_dlpack()))
 
 
 def pixel_bounds(scaling: Scaling) -> npt.NDArray[np.float64]:
@@ -241,7 +243,7 @@ def take_float32(vision: ir.Model) -> None:
     graph.insert_before(graph[0], cast)
 
 
-def register(library: Path, options: onnxruntime.SessionOptions) -> None:
+def register(library: Path, options: SessionOptions) -> None:
     """Add a library of custom operators to a session to be opened.
 
     Raises:
@@ -249,7 +251,7 @@ def register(library: Path, options: onnxruntime.SessionOptions) -> None:
     """
     if not library.is_file():
         raise UserError(f"there is no {library}: build it as docs/tensorrt.md says, or leave --op-library out")
-    version = onnxruntime.__version__
+    version = load().__version__
     build = f"build it on this machine, against headers of onnxruntime {version} or older"
     with told(f"{library} does not load as custom operators", NO_ROOM, build):
         options.register_custom_ops_library(str(library.resolve()))

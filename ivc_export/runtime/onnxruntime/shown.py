@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
-from onnxruntime import OrtValue
 
 from ivc_export.lowering.precision.scale_residuals import SCALE
 from ivc_export.runtime.onnxruntime.cuda import Arrays, FusedConversation, FusedSession
 from ivc_export.runtime.onnxruntime.workspace import Values
 from ivc_export.runtime.plan import Run
+
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
 
 
 class ShownSession(FusedSession):

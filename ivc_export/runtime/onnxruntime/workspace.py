@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from onnxruntime import OrtValue
 
 from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.manifest import Manifest
 from ivc_export.dtypes import FloatName
+from ivc_export.runtime.onnxruntime.library import load
 
-Values = dict[str, OrtValue]
-Place = Callable[[npt.NDArray[Any]], OrtValue]
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
+
+Values = dict[str, "OrtValue"]
+Place = Callable[[npt.NDArray[Any]], "OrtValue"]
 """Puts an array into the device's memory."""
 
 
@@ -183,5 +186,5 @@ class Workspace:
         }
         for suffix in cache.lengths(0):
             step[f"seqlens_k{suffix}"] = place(np.zeros(1, np.int32))
-            step[f"total_sequence_length{suffix}"] = OrtValue.ortvalue_from_numpy(np.array(capacity, np.int32))
+            step[f"total_sequence_length{suffix}"] = load().OrtValue.ortvalue_from_numpy(np.array(capacity, np.int32))
         return Workspace(cache, step, place(np.zeros((1, 1, m.decoder.vocab_size), np.float32)))

@@ -1,11 +1,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
+QUICK := tests/contract tests/exporter tests/graph tests/lowering tests/report tests/test_files.py \
+	tests/bundle/test_manifest.py tests/bundle/test_staging.py tests/checkpoint/test_folders.py tests/cli/test_bad_inputs.py \
+	tests/runtime/test_failures.py tests/runtime/test_fused.py tests/runtime/test_generate.py tests/source/test_hub.py
 MODEL := samples/spatial-vl
 BUNDLE := demo/spatial-vl-ivc
 PICTURES := samples/pictures
 
-.PHONY: demo test lint docs generate clean
+.PHONY: demo test lowest lint docs generate clean
 
 demo: $(VENV)/installed  ## set up, export the sample, ask about pictures, draw which tokens were kept
 	$(BIN)/ivc-export --model $(MODEL) --calibration $(MODEL)/calibration.json --output $(BUNDLE) --force
@@ -16,6 +20,10 @@ demo: $(VENV)/installed  ## set up, export the sample, ask about pictures, draw 
 
 test: $(VENV)/installed-dev lint  ## set up, check style and types, run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto  # as many processes as cores, each with one thread
+
+lowest: $(LOWEST)/pinned  ## the demo, and the tests that need no PyTorch, on the lowest versions that pyproject.toml allows
+	$(MAKE) demo VENV=$(LOWEST)
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto $(QUICK)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -28,12 +36,12 @@ docs: $(VENV)/installed-dev  ## build the documentation site into site/, warning
 generate: $(VENV)/installed-dev  ## write graphs/README.md, graphs/listings/ and the generated pages of docs/ anew
 	$(BIN)/python -m tools.generate
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check --upgrade pip
+%/bin/python:
+	$(PYTHON) -m venv $*
+	$(@D)/pip install -q --disable-pip-version-check --upgrade pip
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml
-	$(BIN)/pip install -q --disable-pip-version-check -e .
+	$(BIN)/pip install -q --disable-pip-version-check -e .[cpu]
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml
@@ -41,5 +49,10 @@ $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install -q --disable-pip-version-check -e .[dev]
 	@touch $@ $(VENV)/installed
 
+$(LOWEST)/pinned: $(LOWEST)/bin/python pyproject.toml tools/lowest.py
+	$(LOWEST)/bin/python -m tools.lowest cpu test > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/pip install -q --disable-pip-version-check -r $(LOWEST)/lowest.txt -e .
+	@touch $(LOWEST)/installed $@
+
 clean:
-	rm -rf $(VENV) demo site build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) demo site build dist .mypy_cache .pytest_cache .ruff_cache

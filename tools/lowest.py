@@ -10,6 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    from pip._vendor import tomli as tomllib
+
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 REQUIREMENT = re.compile(r"(?P<name>[\w-]+)(?:>=|==)(?P<lowest>[\d.]+)(?:,<[\d.]+)?(?P<marker>;.*)?")
 
@@ -20,8 +25,6 @@ def lowest(extras: Sequence[str] = ()) -> list[str]:
     Raises:
         ValueError: a requirement has no lower bound; KeyError: there is no such extra.
     """
-    import tomllib  # Python 3.11's, and the tests run on 3.10
-
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     lines = []
     for requirement in [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e])]:

@@ -431,6 +431,7 @@ def test_a_tied_model_needs_no_head(tmp_path: Path) -> None:
 
 
 def test_methods_are_those_that_transformers_reads() -> None:
+    pytest.importorskip("transformers", reason="needs transformers")
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     assert set(METHODS) - {"modelopt", "nvfp4"} <= set(AUTO_QUANTIZER_MAPPING)

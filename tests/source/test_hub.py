@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -185,6 +186,9 @@ def test_a_hub_that_does_not_give_the_model(
     assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == []
 
 
+@pytest.mark.skipif(
+    int(version("huggingface-hub").split(".")[0]) < 2, reason="older ones give what there is; our check names the file"
+)
 def test_a_cache_without_the_weights_says_so_offline(server: Hub, tmp_path: Path) -> None:
     assert export(tmp_path, "--model", "owner/model", "--dry-run", HF_ENDPOINT=server.address).returncode == 0
     done = export(tmp_path, "--model", "owner/model", "--quiet", HF_HUB_OFFLINE="1")

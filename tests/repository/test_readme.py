@@ -124,3 +124,5 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stdout + built.stderr
     home = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
     assert "What it buys, honestly" in home and "fonts.googleapis" not in home
+    api = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+    assert "Turn a checkpoint into a bundle of three graphs." in api

@@ -1,0 +1,142 @@
+"""Commands in README and docs that no test can run (a GPU, a Jetson, the hub) have options that exist."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import itertools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ivc_export import cli
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES.remove(ROOT / "docs" / "commands.md")  # which is made of the parsers
+FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+SPAN = re.compile(r"`([^`]+)`")
+OPTION = re.compile(r"--[a-z][\w-]*")
+COMMANDS: dict[str, argparse.ArgumentParser] = {
+    name.replace("_", "-"): importlib.import_module(f"ivc_export.cli.{name.removeprefix('ivc_')}").parser()
+    for name in tuple(vars(cli))
+    if name.startswith("ivc_")
+}
+OTHERS = ("build/ivc_sample", "cmake", "make", "pip", "python")
+"""Programs that are looked at; any other has no place in a block of commands."""
+
+
+def lines(text: str) -> list[str]:
+    """Whole command lines: of blocks in a shell's language, of workflows, and of indented blocks."""
+    found = []
+    for language, block in FENCE.findall(text):
+        if language in ("bash", "console"):
+            found += [line.removeprefix("$ ") for line in block.splitlines()]
+        elif language == "yaml":
+            found += re.findall(r"run: (.+)", block)
+    known = {*COMMANDS, *OTHERS}
+    indented = re.findall(r"^ {4}(\S.*)$", FENCE.sub("", text), re.MULTILINE)
+    return found + [line for line in indented if line.split()[0] in known]
+
+
+def spans(text: str) -> list[str]:
+    """Parts of commands within sentences: a program with some of its options, or options alone."""
+    found = [" ".join(span.split()) for span in SPAN.findall(FENCE.sub("", text))]
+    return [span for span in found if span.startswith("--") or span.split(" ")[0] in {*COMMANDS, *OTHERS}]
+
+
+def check_line(line: str) -> None:
+    """Check one whole line, each of its commands."""
+    for part in line.split(" && "):
+        name, *arguments = shlex.split(part, comments=True)
+        if name in COMMANDS:
+            COMMANDS[name].parse_args(arguments)
+        else:
+            check_other(name, arguments)
+
+
+def check_span(span: str) -> None:
+    """Check the options of a part of a command, and values that are one of few."""
+    name, *arguments = span.split() if not span.startswith("--") else ("", *span.split())
+    if name in OTHERS:
+        check_other(name, [argument.strip("'\"") for argument in arguments])
+        return
+    parsers = [COMMANDS[name]] if name else [*COMMANDS.values()]
+    problems = [mistaken(parser, arguments) for parser in parsers]
+    assert None in problems, problems[0]
+
+
+def mistaken(parser: argparse.ArgumentParser, arguments: list[str]) -> str | None:
+    """What of these the command does not take; None if it takes all."""
+    for argument, value in itertools.pairwise([*arguments, "--"]):
+        if OPTION.match(argument):
+            action = parser._option_string_actions.get(argument)
+            if action is None:
+                return f"{parser.prog} has no {argument}"
+            given = [] if value.startswith("-") or value.isupper() else value.split("|")
+            wrong = [one for one in given if action.choices is not None and one not in action.choices]
+            if wrong:
+                return f"{parser.prog} takes no {argument} {wrong[0]}"
+    return None
+
+
+def check_other(name: str, arguments: list[str]) -> None:
+    """Check that a command of another program names what is here."""
+    assert name in OTHERS, f"{name} is no command that a test looks at"
+    if name == "make":
+        assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), arguments
+    elif name == "python" and arguments[:1] == ["-m"]:
+        assert importlib.util.find_spec(arguments[1]) is not None, arguments[1]
+    elif name == "pip":
+        extras = "".join(re.findall(r"\[(.+?)\]", " ".join(arguments))).split(",")
+        declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1]
+        assert all(re.search(rf"^{extra} = \[", declared, re.MULTILINE) for extra in extras if extra), arguments
+    elif name == "cmake" and "-S" in arguments:
+        source = ROOT / arguments[arguments.index("-S") + 1] / "CMakeLists.txt"
+        defined = re.findall(r"-D(\w+)=", " ".join(arguments))
+        assert all(variable in source.read_text(encoding="utf-8") for variable in defined), arguments
+    elif name == "build/ivc_sample":
+        source = ROOT / "samples" / "cpp"
+        text = "".join(file.read_text(encoding="utf-8") for file in source.glob("*.cpp"))
+        assert all(f'"{option}"' in text for option in arguments if option.startswith("--")), arguments
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_has_options_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for line in lines(text):
+        check_line(line)
+    for span in spans(text):
+        check_span(span)
+
+
+def test_the_commands_are_found() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "ivc-export --model qwen2-vl-2b --ratio 0.5" in lines(text) and "ivc-check --against" in spans(text)
+    assert sum(line.startswith("ivc-") for page in PAGES for line in lines(page.read_text(encoding="utf-8"))) > 25
+    workflow = lines((ROOT / "docs" / "ci.md").read_text(encoding="utf-8"))
+    assert {line.split()[0] for line in workflow[:10]} >= {"pip", "ivc-export", "ivc-check", "ivc-bench"}
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        "ivc-run --no-such-option",
+        "--no-such-option",
+        "ivc-build --target cuda",
+        "make nothing",
+        "python -m no_such_module",
+    ],
+)
+def test_a_command_that_does_not_exist_is_seen(span: str) -> None:
+    with pytest.raises(AssertionError):
+        check_span(span)
+
+
+def test_the_workflow_is_one() -> None:
+    (block,) = (block for language, block in FENCE.findall((ROOT / "docs/ci.md").read_text()) if language == "yaml")
+    workflow = importlib.import_module("yaml").safe_load(block)
+    assert [*workflow["jobs"]["parity"]["steps"][-1]["with"]] == ["name", "path"]

@@ -27,7 +27,7 @@ from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.exporter.estimate import COUNTED, empty_caches
 from ivc_export.graph.counting import count
 from ivc_export.runtime.onnxruntime.fused_graphs import PROVIDERS, Provider
-from ivc_export.runtime.onnxruntime.library import load
+from ivc_export.runtime.onnxruntime.library import load_onnxruntime
 from ivc_export.runtime.tensorrt.device import Buffers, median_seconds
 from ivc_export.runtime.tensorrt.engine import Engine, Tensor
 from ivc_export.runtime.tensorrt.session import TensorrtSession
@@ -148,7 +148,7 @@ def tensorrt_ceilings(session: TensorrtSession) -> Ceilings:
 
 def onnxruntime_ceilings(device: Provider, dtype: FloatName) -> Ceilings:
     """By onnxruntime's operators Neg and MatMul."""
-    onnxruntime, (side, size), element = load(), SIZES[device], FLOATS[dtype].numpy
+    onnxruntime, (side, size), element = load_onnxruntime(), SIZES[device], FLOATS[dtype].numpy
 
     def timed(op_type: str, shape: tuple[int, ...], inputs: int) -> float:
         content = ir.to_proto(one_node(op_type, shape, inputs, dtype)).SerializeToString()

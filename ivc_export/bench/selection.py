@@ -23,7 +23,7 @@ from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.interface import Session
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
 from ivc_export.runtime.onnxruntime.fused_graphs import PROVIDERS, Provider, register
-from ivc_export.runtime.onnxruntime.library import SILENT, load
+from ivc_export.runtime.onnxruntime.library import SILENT, load_onnxruntime
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.tensorrt.device import Buffers, median_seconds
 from ivc_export.runtime.tensorrt.engine import Engine, Tensor
@@ -227,7 +227,7 @@ class Timed:
     """A small graph in onnxruntime, its inputs and outputs on the device."""
 
     def __init__(self, model: ir.Model, provider: Provider = "cpu", library: Path | None = None) -> None:
-        onnxruntime = load()
+        onnxruntime = load_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = SILENT
         if library:
@@ -247,7 +247,7 @@ class Timed:
                 array = generator.standard_normal(shape, np.float32)
                 array = array.astype(np.float16 if "float16" in tensor.type else np.float32)
             place = "cpu" if tensor.name == "keep_count" else self.device  # as FusedConversation has it
-            value = load().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), place, 0)
+            value = load_onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), place, 0)
             held.append(value)
             binding.bind_ortvalue_input(tensor.name, value)
         for tensor in self.session.get_outputs():

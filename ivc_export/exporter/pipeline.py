@@ -36,7 +36,7 @@ from ivc_export.exporter.placement import converted_weights, place_weights, plan
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.family import Family
 from ivc_export.lowering import exported, lower
-from ivc_export.runtime.onnxruntime.library import load
+from ivc_export.runtime.onnxruntime.library import load_onnxruntime
 from ivc_export.source.configuration import Configuration, Description, read_configuration, read_description
 from ivc_export.source.hub import open_checkpoint
 
@@ -60,7 +60,7 @@ def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundl
     """
     lowering = check_lowering(recipe.lowering)
     if recipe.testdata:
-        load()  # which nothing else here needs, or a sentence before all the work
+        load_onnxruntime()  # which nothing else here needs, or a sentence before all the work
     check_free(recipe.output, recipe.force)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     check_apart(recipe.output, [checkpoint.folder, *checkpoint.folder.iterdir()])

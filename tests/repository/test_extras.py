@@ -11,7 +11,7 @@ import pytest
 
 from ivc_export import cli
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.runtime.onnxruntime.library import load
+from ivc_export.runtime.onnxruntime.library import load_onnxruntime
 
 EVERYTHING = """
 import sys
@@ -33,9 +33,9 @@ def no_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in sys.modules if name.partition(".")[0] == "onnxruntime"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    load.cache_clear()
+    load_onnxruntime.cache_clear()
     yield
-    load.cache_clear()
+    load_onnxruntime.cache_clear()
 
 
 def test_every_module_is_imported_without_onnxruntime() -> None:

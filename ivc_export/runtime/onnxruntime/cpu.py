@@ -20,7 +20,7 @@ from ivc_export.errors import UserError
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.host import HostConversation
-from ivc_export.runtime.onnxruntime.library import SILENT, load
+from ivc_export.runtime.onnxruntime.library import SILENT, load_onnxruntime
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -51,7 +51,7 @@ class OnnxSession:
         check_dtype(bundle, dtype)
         self.bundle, self.dtype = bundle, dtype
         self.lock: AbstractContextManager[Any] = threading.RLock()
-        self.versions: Mapping[str, str] = {"onnxruntime": load().__version__}
+        self.versions: Mapping[str, str] = {"onnxruntime": load_onnxruntime().__version__}
         self._threads, self._prepacking = threads, prepacking
         # side by side, unless weights are widened: that would hold several widened graphs' temporary copies at once
         with ThreadPoolExecutor(len(GRAPH_NAMES) if bundle.manifest.dtype == dtype else 1) as pool:
@@ -59,7 +59,7 @@ class OnnxSession:
         self._outputs = {name: [o.name for o in s.get_outputs()] for name, s in self._sessions.items()}
 
     def _open(self, name: GraphName) -> InferenceSession:
-        onnxruntime, path = load(), self.bundle.folder / self.bundle.manifest.graphs[name].file
+        onnxruntime, path = load_onnxruntime(), self.bundle.folder / self.bundle.manifest.graphs[name].file
         options = onnxruntime.SessionOptions()
         options.log_severity_level = SILENT
         options.intra_op_num_threads = self._threads or 0
@@ -101,7 +101,7 @@ def check_dtype(bundle: Bundle, dtype: FloatName) -> None:
     Raises:
         UserError: it is not, or cannot.
     """
-    load()
+    load_onnxruntime()
     if dtype != "float32" and (dtype, dtype) != ("float16", bundle.manifest.dtype):
         raise UserError(
             f"onnxruntime's CPU provider cannot compute a {bundle.manifest.dtype} bundle in {dtype}: take float32, "

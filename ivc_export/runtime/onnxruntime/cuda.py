@@ -19,7 +19,7 @@ from ivc_export.runtime.cache import check_capacity
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.interface import Conversation, Fetched, Step, Turn, check_numbers
 from ivc_export.runtime.onnxruntime.fused_graphs import CHECK_GPU, FusedGraphs, Provider
-from ivc_export.runtime.onnxruntime.library import load
+from ivc_export.runtime.onnxruntime.library import load_onnxruntime
 from ivc_export.runtime.onnxruntime.workspace import DeviceCache, PictureRows, Values, Workspace
 from ivc_export.runtime.plan import Run
 from ivc_export.tensorrt.memory import available_bytes
@@ -52,7 +52,7 @@ class FusedSession(FusedGraphs):
         super().__init__(bundle, provider, cuda_graph, op_library)
         self.lock: AbstractContextManager[Any] = threading.RLock()
         self.backend = f"onnxruntime-{provider}"
-        self.versions: Mapping[str, str] = {"onnxruntime": load().__version__}
+        self.versions: Mapping[str, str] = {"onnxruntime": load_onnxruntime().__version__}
         self.captures = count(1)
         """Numbers for captured CUDA graphs."""
         self._idle: list[Workspace] = []
@@ -171,7 +171,7 @@ class FusedConversation(Conversation):
         embeds = put(session.embed(plan.tokens))
         images = self._see(turn, embeds)
         arrays = turn.inputs
-        count = load().OrtValue.ortvalue_from_numpy(arrays.pop("keep_count"))  # on the host
+        count = load_onnxruntime().OrtValue.ortvalue_from_numpy(arrays.pop("keep_count"))  # on the host
         with self.timings.stage("prefill.prefix"):
             given = {name: put(array) for name, array in arrays.items()}
             feeds = cache.inputs() | self._lengths(plan.rows) | given
@@ -234,6 +234,6 @@ class FusedConversation(Conversation):
         values: Values = {}
         for suffix, total in self.cache.lengths(rows).items():
             values[f"seqlens_k{suffix}"] = self.session.value(np.array([total - 1], np.int32))
-            length = load().OrtValue.ortvalue_from_numpy(np.array(total, np.int32))
+            length = load_onnxruntime().OrtValue.ortvalue_from_numpy(np.array(total, np.int32))
             values[f"total_sequence_length{suffix}"] = length
         return values

@@ -21,7 +21,7 @@ from ivc_export.lowering import lower
 from ivc_export.lowering.join_decode import join_decode
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.failures import SMALLER, told
-from ivc_export.runtime.onnxruntime.library import SILENT, load
+from ivc_export.runtime.onnxruntime.library import SILENT, load_onnxruntime
 from ivc_export.runtime.onnxruntime.workspace import PictureRows, Values
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class FusedGraphs:
         cuda_graph: bool = True,
         op_library: Path | None = None,
     ) -> None:
-        onnxruntime = load()
+        onnxruntime = load_onnxruntime()
         if PROVIDERS[provider] not in onnxruntime.get_available_providers():
             raise UserError(
                 "this onnxruntime has no CUDA provider: install onnxruntime-gpu in the place of onnxruntime, or use "
@@ -106,7 +106,7 @@ class FusedGraphs:
         return self._lower(join_decode(self.bundle.graph("prefix"), self.bundle.graph("decoder")), "ort-cuda")
 
     def _open(self, model: ir.Model, cuda_graph: bool = False) -> InferenceSession:
-        onnxruntime = load()
+        onnxruntime = load_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = SILENT
         if self.op_library:
@@ -160,7 +160,7 @@ class FusedGraphs:
             UserError: the device has no memory for it.
         """
         with told(f"{decimal(array.nbytes)} cannot be put into the device's memory", SMALLER, CHECK_GPU):
-            return load().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+            return load_onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
 
     def bind(self, name: str, inputs: Values, outputs: Mapping[str, OrtValue | PictureRows | str]) -> Any:
         """Bind a graph's inputs, and its outputs to memory of the caller's, or to new memory on "cpu" or "cuda"."""
@@ -196,7 +196,7 @@ class FusedGraphs:
         Raises:
             UserError: as run.
         """
-        session, options = self._sessions[name], load().RunOptions()
+        session, options = self._sessions[name], load_onnxruntime().RunOptions()
         if captured is not None:
             options.add_run_config_entry("gpu_graph_id", str(captured))
         with told(f"{name} cannot run", SMALLER, CHECK_GPU):
@@ -218,7 +218,7 @@ def cuda_options(version: str, cuda_graph: bool) -> dict[str, str]:
 def view(owner: OrtValue) -> OrtValue:
     """The same memory, as long as `owner` lives. onnxruntime 1.23 has OrtValue.from_dlpack only inside."""
     inner: Any = owner._ortvalue
-    return load().OrtValue(type(inner).from_dlpack(inner.to_dlpack()))
+    return load_onnxruntime().OrtValue(type(inner).from_dlpack(inner.to_dlpack()))
 
 
 def pixel_bounds(scaling: Scaling) -> npt.NDArray[np.float64]:
@@ -251,7 +251,7 @@ def register(library: Path, options: SessionOptions) -> None:
     """
     if not library.is_file():
         raise UserError(f"there is no {library}: build it as docs/tensorrt.md says, or leave --op-library out")
-    version = load().__version__
+    version = load_onnxruntime().__version__
     build = f"build it on this machine, against headers of onnxruntime {version} or older"
     with told(f"{library} does not load as custom operators", NO_ROOM, build):
         options.register_custom_ops_library(str(library.resolve()))

@@ -12,7 +12,7 @@ SILENT = 4
 
 
 @cache
-def load() -> Any:
+def load_onnxruntime() -> Any:
     """The module, which writes nothing by itself.
 
     Raises:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.manifest import Manifest
 from ivc_export.dtypes import FloatName
-from ivc_export.runtime.onnxruntime.library import load
+from ivc_export.runtime.onnxruntime.library import load_onnxruntime
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -186,5 +186,7 @@ class Workspace:
         }
         for suffix in cache.lengths(0):
             step[f"seqlens_k{suffix}"] = place(np.zeros(1, np.int32))
-            step[f"total_sequence_length{suffix}"] = load().OrtValue.ortvalue_from_numpy(np.array(capacity, np.int32))
+            step[f"total_sequence_length{suffix}"] = load_onnxruntime().OrtValue.ortvalue_from_numpy(
+                np.array(capacity, np.int32)
+            )
         return Workspace(cache, step, place(np.zeros((1, 1, m.decoder.vocab_size), np.float32)))

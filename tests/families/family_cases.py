@@ -11,6 +11,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ivc_export.families.pictures import Grid
+from samples.tiny import TINY
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,13 @@ CASES: dict[str, FamilyCase] = {
     ),
     "internvl_chat": FamilyCase(selection=None, grid=lambda golden: Grid(0, 0), official=tiles),
 }
+
+
+def changed(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a tiny model with changes, of its parts too."""
+    tiny: Any = TINY[name]
+    parts = {
+        key: {**tiny[key], **value} if isinstance(value, dict) and key.endswith("_config") else value
+        for key, value in changes.items()
+    }
+    return {**tiny, **parts}

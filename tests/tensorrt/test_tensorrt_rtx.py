@@ -15,6 +15,7 @@ from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.lowering import lower
+from ivc_export.tensorrt.graphs import typed
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
 
@@ -56,12 +57,12 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return export(ExportRecipe(checkpoint, folder / "bundle"))
 
 
-@pytest.mark.parametrize("architecture", ["SM86", "SM89", "SM120"])
-@pytest.mark.parametrize("name", GRAPH_NAMES)
-def test_native_graphs_compile(bundle: Bundle, name: GraphName, architecture: str) -> None:
-    model = lower(ir.load(bundle.folder / f"{name}.onnx"), "native")
-    path: Path = bundle.folder / f"{name}.{architecture}.onnx"
-    ir.save(model, path)
+def compiled(model: ir.Model, folder: Path, name: GraphName, architecture: str) -> Any:
+    """A serialised engine."""
+    path: Path = folder / f"{name}.{architecture}.onnx"
+    weights: Path = folder / f"{name}.{architecture}.data"
+    converted = any(isinstance(value.const_value, ir.LazyTensor) for value in model.graph.initializers.values())
+    ir.save(model, path, external_data=weights.name if converted else None)
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
@@ -69,11 +70,27 @@ def test_native_graphs_compile(bundle: Bundle, name: GraphName, architecture: st
         parsed = parser.parse_from_file(str(path))
     finally:
         path.unlink()
+        weights.unlink(missing_ok=True)
     assert parsed, [str(parser.get_error(i)) for i in range(parser.num_errors)]
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(trt.ComputeCapability, architecture), 0)
     for extents in (PREFILL,) if name == "vision" else (PREFILL, DECODE):
         config.add_optimization_profile(profile(builder, model, extents))
-    engine = builder.build_serialized_network(network, config)
+    return builder.build_serialized_network(network, config)
+
+
+@pytest.mark.parametrize("architecture", ["SM86", "SM89", "SM120"])
+@pytest.mark.parametrize("name", GRAPH_NAMES)
+def test_native_graphs_compile(bundle: Bundle, name: GraphName, architecture: str) -> None:
+    engine = compiled(lower(bundle.graph(name), "native"), bundle.folder, name, architecture)
+    assert engine is not None and engine.nbytes > 0
+
+
+@pytest.mark.parametrize("bundle", ["qwen2_5_vl"], indirect=True)  # it has every function but SelectTileTokens
+@pytest.mark.parametrize("name", ["vision", "prefix"])
+def test_graphs_in_float16_compile(bundle: Bundle, name: GraphName) -> None:
+    """With residual sums in scale and in float32, as ivc-build gives them to it."""
+    model = lower(typed(bundle, name, "float16"), "native")
+    engine = compiled(model, bundle.folder, name, "SM120")
     assert engine is not None and engine.nbytes > 0

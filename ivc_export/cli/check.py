@@ -182,6 +182,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError("--baseline-factor needs a report to compare with: give it with --baseline")
     if options.junit:
         check_output(options.junit)
+        if options.baseline and options.junit.resolve() == options.baseline.resolve():
+            raise UserError(f"--junit and --baseline both name {options.junit}: name two files")
     if options.onnx_only:
         given = [f"--{name}" for name in ("against", *PROMPT_OPTIONS) if getattr(options, name) is not None]
         if given:

@@ -1,4 +1,4 @@
-"""Commands in README and docs that no test can run (a GPU, a Jetson, the hub) have options that exist."""
+"""Commands in READMEs and docs that no test can run (a GPU, a Jetson, the hub) have options that exist."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ import pytest
 from ivc_export import cli
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *ROOT.glob("samples/*/README.md"),
+]
 PAGES.remove(ROOT / "docs" / "commands.md")  # which is made of the parsers
 FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 SPAN = re.compile(r"`([^`]+)`")
@@ -104,7 +109,7 @@ def check_other(name: str, arguments: list[str]) -> None:
         assert all(f'"{option}"' in text for option in arguments if option.startswith("--")), arguments
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_of_a_page_has_options_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for line in lines(text):

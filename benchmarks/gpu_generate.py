@@ -38,7 +38,7 @@ from ivc_export.bench.sides import BundleSide
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.runtime.onnxruntime.cuda import FusedSession
+from ivc_export.runtime.backends import find_backend
 from samples.tiny import TINY
 
 RESULTS = Path(__file__).parent / "results"
@@ -97,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = BenchSettings(tuple(options.ratios), options.tokens, options.rounds, options.warmups)
         failures: dict[str, str] = {}
         bench = Bench(bundle, settings, say, failures)
-        entrants = Entrants(options.backends, options.peers, checkpoint, options.compile_prefill, options.op_library)
+        libraries = {"op_library": options.op_library} if options.op_library else {}
+        entrants = Entrants(options.backends, options.peers, checkpoint, options.compile_prefill, libraries)
         contestants = open_and_try(bundle, entrants, say, failures)
         clock["open"] = time.perf_counter() - start
         rows: list[Row] = []
@@ -165,16 +166,20 @@ def open_and_try(
         return name not in failures
 
     found: list[Contestant] = []
-    libraries = {"onnxruntime-cuda": entrants.op_library}
-    parts = [replace(entrants, backends=[n], peers=(), op_library=libraries.get(n)) for n in entrants.backends]
-    parts.append(replace(entrants, backends=(), op_library=None))
+    parts = []
+    for name in entrants.backends:
+        options = {key: value for key, value in entrants.options.items() if find_backend(name).takes(key)}
+        parts.append(replace(entrants, backends=[name], peers=(), options=options))
+    parts.append(replace(entrants, backends=(), options={}))
     for part in parts:
         opened = [one for one in open_contestants(bundle, part, say, failures) if works(one)]
-        if not opened and "onnxruntime-cuda" in part.backends:
-            for name in [name for name in failures if name.startswith("onnxruntime-cuda")]:
+        captures = [name for name in part.backends if find_backend(name).takes("cuda_graph")]
+        if not opened and captures:
+            for name in [name for name in failures if name.startswith(captures[0])]:
                 failures[f"{name}, with a CUDA graph"] = failures.pop(name)
             say("again without a CUDA graph")
-            opened = open_contestants(bundle, replace(part, cuda_graph=False), say, failures)
+            launched = replace(part, options={**part.options, "cuda_graph": False})
+            opened = open_contestants(bundle, launched, say, failures)
             opened = [one for one in opened if works(one)]
         found += opened
     return found
@@ -236,7 +241,7 @@ def bars(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def profile(one: Contestant, prompt: Prompt, count: int, failures: dict[str, str]) -> dict[str, Any]:
-    """The GPU's kernels up to the first token and in decode steps, nothing pruned, and a FusedSession's operators."""
+    """The GPU's kernels up to the first token and in decode steps, nothing pruned; operators where captured."""
     side = one.side
     assert isinstance(side, BundleSide)
     found: dict[str, Any] = {"side": side.name, "visual_tokens": prompt.visual, "decoded_tokens": count}
@@ -246,9 +251,9 @@ def profile(one: Contestant, prompt: Prompt, count: int, failures: dict[str, str
         found["first_token"] = kernels(lambda: conversation.run(prompt.tokens, [prompt.picture]))
         token = prompt.tokens[-1:]
         found["decode"] = kernels(lambda: [conversation.run(token) for _ in range(count)])
-    if isinstance(side.session, FusedSession):
+    if side.backend.takes("cuda_graph"):
         with noted(failures, f"operators {where}"):
-            found["operators"] = operators(side.session.bundle, side.session, prompt, count)
+            found["operators"] = operators(side.session, prompt, count)
     return found
 
 
@@ -282,7 +287,7 @@ def top(total: dict[str, list[float]]) -> list[dict[str, Any]]:
     return [{"name": name[:160], "ms": round(ms, 3), "count": int(count)} for name, (ms, count) in best]
 
 
-def operators(bundle: Bundle, session: FusedSession, prompt: Prompt, count: int) -> dict[str, list[dict[str, Any]]]:
+def operators(session: Any, prompt: Prompt, count: int) -> dict[str, list[dict[str, Any]]]:
     """Milliseconds by operator and graph, in sessions of their own that record, without captured CUDA graphs."""
     options, folder = onnxruntime.SessionOptions, tempfile.mkdtemp()
 
@@ -293,7 +298,8 @@ def operators(bundle: Bundle, session: FusedSession, prompt: Prompt, count: int)
 
     onnxruntime.SessionOptions = recording
     try:
-        watched = FusedSession(bundle, session.device, cuda_graph=False, op_library=session.op_library)
+        given = {"cuda_graph": False, "op_library": session.op_library}
+        watched = type(session)(session.bundle, session.device, **given)
     finally:
         onnxruntime.SessionOptions = options
     BundleSide(watched).answer(prompt, 1.0, count)

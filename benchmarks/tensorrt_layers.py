@@ -33,7 +33,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from benchmarks.models import make_large_checkpoint, qwen2_vl_2b
-from ivc_export.bench.selection import compaction_part, fix_values, selection_feeds, selection_part
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import GraphName
@@ -45,6 +44,7 @@ from ivc_export.graph.counting import count
 from ivc_export.lowering import lower
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.plan import Run, plan_run
+from ivc_export.runtime.probes import compaction_part, fix_values, selection_feeds, selection_part
 from ivc_export.runtime.tensorrt.device import MODULE, Buffers, CudaDevice, median_seconds
 from ivc_export.runtime.tensorrt.engine import Engine, Tensor
 from ivc_export.tensorrt.build import working_folder

@@ -21,9 +21,9 @@ from typing import Any
 from rich.progress import track
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.runtime.backends import BACKENDS, open_session
+from ivc_export.runtime.backends import BACKENDS, DEFAULT, open_session
 from ivc_export.runtime.chat import Chat, Sampling
-from ivc_export.runtime.onnxruntime.cpu import OnnxSession
+from ivc_export.runtime.interface import Session
 
 MODEL = Path("samples/spatial-vl")
 INDEX = "questions.json"
@@ -57,7 +57,8 @@ def compare_answers(options: argparse.Namespace) -> None:
     recorded = json.loads((options.folder / INDEX).read_text(encoding="utf-8"))
     if recorded["layer"] != bundle.manifest.selection_layer:
         sys.exit(f"recorded with the cut at layer {recorded['layer']}: record again")
-    session, exact = open_session(bundle, options.backend, options.provider, plugin=options.plugin), OnnxSession(bundle)
+    libraries = {} if options.plugin is None else {"plugin": options.plugin}
+    session, exact = open_session(bundle, options.backend, **libraries), open_session(bundle)
     found: dict[str, Any] = {}
     for ratio in RATIOS:
         same, differing, began = 0, [], time.perf_counter()
@@ -83,7 +84,7 @@ def compare_answers(options: argparse.Namespace) -> None:
     options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def parting(session: OnnxSession, ratio: float, question: str, picture: Path, tokens: Sequence[int]) -> float:
+def parting(session: Session, ratio: float, question: str, picture: Path, tokens: Sequence[int]) -> float:
     """How far apart in float32 the logits of the two tokens are at which answers part, by the largest logit.
 
     tokens: those drawn in the other runtime. A gap within its error of the logits is a tie that fell otherwise.
@@ -108,8 +109,7 @@ def main() -> None:
     p.add_argument("folder", type=Path)
     p.add_argument("--bundle", type=Path, required=True)
     p.add_argument("--count", type=int, default=200)
-    p.add_argument("--backend", choices=BACKENDS, default="onnxruntime")
-    p.add_argument("--provider", choices=("cpu", "cuda"))
+    p.add_argument("--backend", choices=tuple(BACKENDS), default=DEFAULT)
     p.add_argument("--plugin", type=Path, help="for engines that were built with it")
     p.add_argument("--output", type=Path, default=Path("agreement.json"))
     options = p.parse_args()

@@ -131,12 +131,12 @@ def table_of(report: dict[str, Any]) -> Table:
 def evaluate_bundle(arguments: argparse.Namespace) -> None:
     """Answers of a bundle and of stock transformers to the same questions."""
     from ivc_export.bundle.bundle import Bundle
+    from ivc_export.runtime.backends import open_session
     from ivc_export.runtime.chat import Chat, Sampling
-    from ivc_export.runtime.onnxruntime.cpu import OnnxSession
     from samples.spatial.stock import StockAnswers
 
     bundle = Bundle.load(arguments.bundle)
-    session = OnnxSession(bundle)
+    session = open_session(bundle)
     examples = held_out("test", math.ceil(arguments.count / len(TASKS)))[: arguments.count]
     rows: dict[str, Any] = {}
     for ratio in (1.0, 0.5):

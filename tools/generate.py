@@ -155,7 +155,11 @@ def commands() -> str:
     for entry in [name for name in vars(cli) if name.startswith("ivc_")]:
         parser = importlib.import_module(f"ivc_export.cli.{entry.removeprefix('ivc_')}").parser()
         lines += ["", f"## {parser.prog}", "", parser.description or "", "", "| | |", "| --- | --- |"]
-        lines += [f"| {spelling(action)} | {meaning(action)} |" for action in parser._actions]
+        lines += [
+            f"| {spelling(action)} | {meaning(action)} |"
+            for action in parser._actions
+            if action.help != argparse.SUPPRESS
+        ]
     return "\n".join(lines) + "\n"
 
 

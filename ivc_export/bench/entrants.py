@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +15,34 @@ from ivc_export.bench.sides import BundleSide
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.manifest import PatchPreprocessing
 from ivc_export.errors import UserError
-from ivc_export.runtime.backends import Backend, open_session
-from ivc_export.runtime.onnxruntime.cuda import FusedSession
-
-RUNTIMES: Mapping[str, tuple[Backend, str | None]] = {
-    "onnxruntime-cpu": ("onnxruntime", "cpu"),
-    "onnxruntime-cuda": ("onnxruntime", "cuda"),
-    "tensorrt": ("tensorrt", None),
-    "tensorrt-rtx": ("tensorrt-rtx", None),
-}
-"""A runtime and its provider, by the names that sessions give themselves."""
+from ivc_export.runtime.backends import find_backend, open_session
 
 PEERS = ("torch-eager", "torch-compiled")
 
 
 @dataclass(frozen=True)
 class Entrants:
-    """Who takes part. backends: of RUNTIMES; peers: of PEERS, on the stock model in `checkpoint`."""
+    """Who takes part. backends: by their names; peers: of PEERS, on the stock model in `checkpoint`."""
 
     backends: Sequence[str]
     peers: Sequence[str] = ()
     checkpoint: Path | None = None
     compile_prefill: bool = False
     """Whether torch-compiled compiles its prefill too."""
-    op_library: Path | None = None
-    """Our custom operators, for onnxruntime-cuda."""
-    cuda_graph: bool = True
-    """Whether onnxruntime-cuda captures its decode steps."""
-    plugin: Path | None = None
-    """Our plugin, for TensorRT's engines that call it."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """For open_session; each backend gets those that it takes."""
 
 
 def check_entrants(entrants: Entrants) -> None:
     """Refuse, before any work, what cannot run here.
 
     Raises:
-        UserError: there is no such peer, or no torch, or nobody who takes the operators.
+        UserError: there is no such backend or peer, or no torch, or nobody who takes an option.
     """
-    if entrants.op_library and "onnxruntime-cuda" not in entrants.backends:
-        raise UserError("--op-library is for onnxruntime's CUDA provider: use it with --backend onnxruntime-cuda")
-    if entrants.plugin and "tensorrt" not in entrants.backends:
-        raise UserError("--plugin is for TensorRT's engines: use it with --backend tensorrt")
+    backends = [find_backend(name) for name in entrants.backends]
+    for option in entrants.options:
+        if not any(backend.takes(option) for backend in backends):
+            raise UserError(f"{', '.join(entrants.backends)} takes no {option}: leave it out")
     for name in entrants.peers:
         if name not in PEERS:
             raise UserError(f"there is no peer {name}: give one of {', '.join(PEERS)}")
@@ -76,7 +63,7 @@ def open_contestants(
         UserError: see open_session, check_entrants and oracle.check_same_model.
     """
     check_entrants(entrants)
-    cuda = bool(entrants.peers) or any(not name.endswith("-cpu") for name in entrants.backends)
+    cuda = bool(entrants.peers) or any(find_backend(name).device == "cuda" for name in entrants.backends)
     counter = device_counter() if cuda else None
     found: list[Contestant] = []
     for name in entrants.backends:
@@ -84,10 +71,9 @@ def open_contestants(
         with noted(failures, name):
             memory = Footprints(counter)
             with memory.grow():
-                plugin = entrants.plugin if name == "tensorrt" else None
-                session = open_session(bundle, *RUNTIMES[name], entrants.op_library, entrants.cuda_graph, plugin)
-                launched = isinstance(session, FusedSession) and not session.cuda_graph
-                side = BundleSide(session, "decode steps without a CUDA graph" if launched else "")
+                backend = find_backend(name)
+                options = {key: value for key, value in entrants.options.items() if backend.takes(key)}
+                side = BundleSide(open_session(bundle, name, **options))
             found.append(Contestant(side, memory))
     if entrants.peers and entrants.checkpoint is not None:
         progress("opening the checkpoint on PyTorch")
@@ -100,8 +86,8 @@ def open_contestants(
             with memory.grow():
                 model = peers.load(entrants.checkpoint)
             for name in entrants.peers:
-                options = {"compile_prefill": entrants.compile_prefill} if name == "torch-compiled" else {}
-                found.append(Contestant(peers.PEERS[name](bundle, model, **options), memory.copy()))
+                more = {"compile_prefill": entrants.compile_prefill} if name == "torch-compiled" else {}
+                found.append(Contestant(peers.PEERS[name](bundle, model, **more), memory.copy()))
     return found
 
 

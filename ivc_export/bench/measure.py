@@ -13,15 +13,15 @@ import numpy as np
 
 from ivc_export.bench.footprint import Footprints
 from ivc_export.bench.prompts import Prompt
-from ivc_export.bench.roofline import Ceilings, Workload, measure_ceilings
-from ivc_export.bench.selection import selection_times
+from ivc_export.bench.roofline import Workload, measure_ceilings
 from ivc_export.bench.sides import Answer, BundleSide, Side
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.ratio import check_ratio, kept_tokens
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
+from ivc_export.runtime.interface import Session
 from ivc_export.runtime.plan import plan_run
-from ivc_export.runtime.tensorrt.session import TensorrtSession
+from ivc_export.runtime.probes import Ceilings
 
 FIRST_TOKENS = 8
 """Tokens at the beginning that float32 sides must agree on."""
@@ -169,11 +169,11 @@ class Bench:
 
     def _measure_ceilings(self, contestants: Sequence[Contestant]) -> None:
         """Keep the best of all measurements, before and after rounds: what else a machine does only lowers them."""
-        sessions: dict[tuple[str, FloatName], TensorrtSession | None] = {}
+        sessions: dict[tuple[str, FloatName], Session | None] = {}
         for side in (one.side for one in contestants):
-            session = side.session if isinstance(side, BundleSide) else None
             key = side.device, side.dtype
-            sessions[key] = session if isinstance(session, TensorrtSession) else sessions.get(key)
+            measures = isinstance(side, BundleSide) and side.backend.ceilings is not None
+            sessions[key] = side.session if isinstance(side, BundleSide) and measures else sessions.get(key)
         for key, session in sessions.items():
             self.progress(f"the roofline of {key[0]} in {key[1]}")
             found = measure_ceilings(*key, session)
@@ -243,12 +243,12 @@ class Bench:
     def _selection(
         self, side: Side, ratio: float, prompt: Prompt, prefill: float, decode: float
     ) -> dict[str, float] | None:
-        if not isinstance(side, BundleSide):
+        if not isinstance(side, BundleSide) or side.backend.time_selection is None:
             return None
         plan = plan_run(self.bundle.manifest, np.array(prompt.tokens, np.int32), [prompt.picture.grid], 0, ratio)
         found = None
         with noted(self.failures, f"selection of {side.name}, {prompt.visual} visual tokens"):
-            found = selection_times(side.session, plan, len(prompt.tokens) + self.settings.count)
+            found = side.backend.time_selection(side.session, plan, len(prompt.tokens) + self.settings.count)
         if found is None:
             return None
         times = {name: 1000 * seconds for name, seconds in asdict(found).items()}

@@ -10,8 +10,8 @@ from typing import Protocol
 from ivc_export.bench.prompts import Prompt
 from ivc_export.contract.manifest import Manifest
 from ivc_export.dtypes import FloatName
+from ivc_export.runtime.backends import find_backend
 from ivc_export.runtime.interface import Conversation, Session
-from ivc_export.runtime.onnxruntime.cuda import FusedSession
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,15 @@ class BundleSide:
 
     prunes = True
 
-    def __init__(self, session: Session, notes: str = "") -> None:
-        self.session, self.notes = session, notes
+    def __init__(self, session: Session) -> None:
+        self.session, self.backend = session, find_backend(session.backend)
         self.name, self.dtype = session.backend, session.dtype
-        self.device = "cpu" if session.backend.endswith("-cpu") else "cuda"
+        self.device: str = self.backend.device
+        self.notes = self.backend.after(session) or ""
 
     def converse(self, prompt: Prompt, ratio: float, count: int) -> Conversation:
-        """Begin a conversation, in a FusedSession in caches of just the capacity that the answer takes."""
-        capacity = len(prompt.tokens) + count if isinstance(self.session, FusedSession) else None
+        """Begin a conversation, where the backend wants that in caches of just the rows that the answer takes."""
+        capacity = len(prompt.tokens) + count if self.backend.needs_capacity else None
         return self.session.converse(ratio, capacity)
 
     def answer(self, prompt: Prompt, ratio: float, count: int) -> Answer:

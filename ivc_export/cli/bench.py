@@ -14,12 +14,14 @@ from rich.table import Table
 
 from ivc_export import __version__
 from ivc_export.bench.baseline import TIMES_FACTOR, compare_times, read_times, report_facts
-from ivc_export.bench.entrants import PEERS, RUNTIMES, Entrants, check_entrants, open_contestants, report
+from ivc_export.bench.entrants import PEERS, Entrants, check_entrants, open_contestants, report
 from ivc_export.bench.measure import Bench, BenchSettings, Row
 from ivc_export.bench.prompts import Prompt, noise_prompt
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, check_output, make_console
+from ivc_export.cli.backends import add_backend_options, given_libraries
 from ivc_export.errors import UserError
+from ivc_export.runtime.backends import DEFAULT
 
 VISUAL = (256,)
 WIDTH = 200
@@ -34,14 +36,7 @@ def parser() -> Parser:
         description="Time a bundle's stages on random pictures, unpruned and pruned, beside PyTorch and the roofline.",
     )
     p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
-    p.add_argument(
-        "--backend",
-        action="append",
-        choices=tuple(RUNTIMES),
-        help="a runtime; may be repeated (default: onnxruntime-cpu)",
-    )
-    p.add_argument("--op-library", type=Path, metavar="LIB", help="our custom operators, for onnxruntime-cuda")
-    p.add_argument("--plugin", type=Path, metavar="LIB", help="libivc_plugin.so, for TensorRT engines built with it")
+    add_backend_options(p, several=True)
     p.add_argument("--against", type=Path, metavar="CHECKPOINT", help="also time it on stock transformers")
     p.add_argument(
         "--peer", action="append", choices=PEERS, help="how, with --against; may be repeated (default: torch-eager)"
@@ -78,12 +73,12 @@ def command(arguments: Sequence[str]) -> int:
     """Measure, print a table for each picture, and write what is asked for; 1 if a time grew beyond the baseline's."""
     options = parser().parse_args(arguments)
     check_outputs(options)
+    backends = tuple(dict.fromkeys(options.backend or [DEFAULT]))
     entrants = Entrants(
-        backends=tuple(dict.fromkeys(options.backend or ["onnxruntime-cpu"])),
+        backends=backends,
         peers=tuple(dict.fromkeys(options.peer or PEERS[:1])) if options.against else (),
         checkpoint=options.against,
-        op_library=options.op_library,
-        plugin=options.plugin,
+        options=given_libraries(options, backends),
     )
     check_entrants(entrants)
     baseline = read_times(options.baseline, options.baseline_factor) if options.baseline else None

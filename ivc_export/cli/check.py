@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,19 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.integrity import verify_files
 from ivc_export.bundle.recording import INDEX, Recording, identity
 from ivc_export.cli import Parser, check_output, make_console
+from ivc_export.cli.backends import add_backend_options, check_taken, given_libraries
 from ivc_export.contract.records import Frozen, TokenId, first_problem
 from ivc_export.dtypes import long_name
 from ivc_export.errors import UserError
 from ivc_export.files import confined, replace_text
 from ivc_export.report.junit import junit
-from ivc_export.runtime.backends import BACKENDS
+from ivc_export.runtime.backend import Backend
+from ivc_export.runtime.backends import find_backend
 from ivc_export.runtime.interface import Session, Step
-from ivc_export.runtime.onnxruntime.cpu import OnnxSession, check_dtype
-from ivc_export.runtime.onnxruntime.shown import ShownSession
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.processor import Processor
-from ivc_export.runtime.tensorrt.session import TensorrtSession
 from ivc_export.verify.baseline import ERRORS_FACTOR, compare_errors, read_errors
-from ivc_export.verify.parity import BOUNDS, ParityReport, compare, find_tolerances
+from ivc_export.verify.parity import ParityReport, compare, find_tolerances
 from ivc_export.verify.testdata import draw_picture, make_prompt
 
 REPORT, REFERENCE = "report", "report/reference"
@@ -81,17 +80,9 @@ def parser() -> Parser:
         "--precision",
         type=long_name,
         choices=("float32", "float16"),
-        help="what onnxruntime computes in; float16 shows what it costs a float16 bundle (default: float32)",
+        help="what onnxruntime-cpu computes in; float16 shows what it costs a float16 bundle (default: float32)",
     )
-    p.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        default="onnxruntime",
-        help="what runs the graphs, or the engines that ivc-build made (default: onnxruntime)",
-    )
-    p.add_argument("--provider", choices=("cpu", "cuda"), help="onnxruntime's provider (default: cpu)")
-    p.add_argument("--op-library", type=Path, metavar="LIB", help="our custom operators, for --provider cuda")
-    p.add_argument("--plugin", type=Path, metavar="LIB", help="libivc_plugin.so, for TensorRT engines built with it")
+    add_backend_options(p)
     p.add_argument("--junit", type=Path, metavar="FILE", help="also write the comparisons as JUnit's XML")
     p.add_argument("--baseline", type=Path, metavar="FILE", help="a parity.json: fail where an error grew since then")
     p.add_argument(
@@ -115,12 +106,13 @@ def command(arguments: Sequence[str]) -> int:
     if not options.against and not options.onnx_only:
         return 0
     check_report(bundle)
-    if (options.backend, options.provider) in (("onnxruntime", None), ("onnxruntime", "cpu")):
-        check_dtype(bundle, options.precision or "float32")
+    backend, more = find_backend(options.backend), opening(options)
+    backend.check(bundle, **more)
     with make_console().status("checking") as status:
-        device = open_on_device(bundle, options)  # what it lacks is told before the checkpoint runs
+        # what a GPU lacks is told before the checkpoint runs; on a CPU both would want the same memory at once
+        early = open_shown(bundle, backend, more) if backend.device == "cuda" else None
         reference, images = stored(bundle) if options.onnx_only else record_reference(bundle, options, status.update)
-        session = device or OnnxSession(bundle, dtype=options.precision or "float32")
+        session = early or open_shown(bundle, backend, more)
         report, step = compare(session, reference, images, status.update)
         changes = compare_errors(baseline, report) if baseline else None
         status.update("writing the report")
@@ -133,26 +125,33 @@ def command(arguments: Sequence[str]) -> int:
     for sentence in told.values():
         console.print(sentence, markup=False)
     console.print(f"{'passed' if passed else 'FAILED'}; the report is {page}", markup=False)
-    if (report.backend, report.dtype) in BOUNDS:
+    if not backend.tolerances[report.dtype].measured:
         console.print(UNMEASURED.format(backend=report.backend, dtype=report.dtype), markup=False)
     if page.suffix != ".html":
         console.print("for report/parity.html, with plots, install matplotlib", markup=False)
     return 0 if passed else 1
 
 
-def open_on_device(bundle: Bundle, options: argparse.Namespace) -> Session | None:
-    """What runs the bundle on a GPU, if that is asked for.
+def opening(options: argparse.Namespace) -> dict[str, Any]:
+    """What the session is opened with, beside the bundle.
+
+    Raises:
+        UserError: an option is another backend's.
+    """
+    found = given_libraries(options, [options.backend])
+    if options.precision:
+        check_taken("--precision", "dtype", [options.backend])
+        found["dtype"] = options.precision
+    return found
+
+
+def open_shown(bundle: Bundle, backend: Backend, more: Mapping[str, Any]) -> Session:
+    """A session whose steps show what passes between the graphs.
 
     Raises:
         UserError: it cannot be opened, or nothing is known about its precision.
     """
-    session: Session
-    if options.backend != "onnxruntime":
-        session = TensorrtSession(bundle, options.backend, options.plugin)
-    elif options.provider == "cuda":
-        session = ShownSession(bundle, "cuda", op_library=options.op_library)
-    else:
-        return None
+    session = (backend.open_shown or backend.open)(bundle, **more)
     find_tolerances(session)
     return session
 
@@ -163,18 +162,7 @@ def check_options(options: argparse.Namespace) -> None:
     Raises:
         UserError: there is nothing to do, or an option has no meaning beside another, or torch is missing.
     """
-    if options.precision and options.backend != "onnxruntime":
-        raise UserError("--precision is onnxruntime's: engines compute in what ivc-build --dtype said")
-    if options.precision and options.provider == "cuda":
-        raise UserError(
-            "--precision is the CPU provider's: leave it out with --provider cuda, which computes in float16"
-        )
-    if options.provider and options.backend != "onnxruntime":
-        raise UserError(f"--provider is onnxruntime's: leave it out with --backend {options.backend}")
-    if options.op_library and (options.backend, options.provider) != ("onnxruntime", "cuda"):
-        raise UserError("--op-library is for onnxruntime's CUDA provider: use it with --provider cuda alone")
-    if options.plugin and options.backend == "onnxruntime":
-        raise UserError("--plugin is for TensorRT's engines: use it with --backend tensorrt")
+    opening(options)
     for path, option in ((options.junit, "--junit"), (options.baseline, "--baseline")):
         if path and not options.against and not options.onnx_only:
             raise UserError(f"{option} is for a comparison: use it with --against CHECKPOINT or --onnx-only")

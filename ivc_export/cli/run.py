@@ -16,19 +16,17 @@ from rich.console import Console
 from ivc_export import __version__
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, check_output, make_console, tell
+from ivc_export.cli.backends import add_backend_options, given_libraries
 from ivc_export.errors import UserError
 from ivc_export.files import read_object
 from ivc_export.report.overlay import count_kinds, overlay
-from ivc_export.runtime.backends import BACKENDS, open_session
+from ivc_export.runtime.backends import find_backend, open_session
 from ivc_export.runtime.chat import Chat
 from ivc_export.runtime.interface import Timings
-from ivc_export.runtime.onnxruntime.cpu import widening_note
-from ivc_export.runtime.onnxruntime.cuda import FusedSession
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.text.sampling import GENERATION_CONFIG, Sampling, checkpoint_sampling, greedy_note
 
 CHAT_HELP = "/image FILE adds a picture to your next question, /quit ends the chat"
-NO_CUDA_GRAPH = "this onnxruntime captures no CUDA graph of decode steps, which take longer so: try a newer one"
 
 
 def parser() -> Parser:
@@ -55,15 +53,7 @@ def parser() -> Parser:
         help="above 1, tokens of the prompt and the answer become less likely (default: --sampling's)",
     )
     p.add_argument("--seed", type=int, default=0, help="of the random draws (default: 0)")
-    p.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        default="onnxruntime",
-        help="what runs the graphs, or the engines that ivc-build made (default: onnxruntime)",
-    )
-    p.add_argument("--provider", choices=("cpu", "cuda"), help="onnxruntime's provider (default: cpu)")
-    p.add_argument("--op-library", type=Path, metavar="LIB", help="our custom operators, for --provider cuda")
-    p.add_argument("--plugin", type=Path, metavar="LIB", help="libivc_plugin.so, for TensorRT engines built with it")
+    add_backend_options(p)
     p.add_argument("--show", type=Path, metavar="PNG", help="draw which tokens were kept over the picture")
     p.add_argument("--json", action="store_true", help="print one JSON object an answer, and no text")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -77,25 +67,22 @@ def command(arguments: Sequence[str]) -> int:
         raise UserError("there is no question: give one with --prompt, or chat with --chat")
     if options.chat and sys.stdin is None:
         raise UserError("--chat reads questions from standard input, which is closed: leave it open, or use --prompt")
-    if options.backend != "onnxruntime" and options.provider:
-        raise UserError(f"--provider is onnxruntime's: leave it out with --backend {options.backend}")
-    if options.op_library and (options.backend, options.provider) != ("onnxruntime", "cuda"):
-        raise UserError("--op-library is for onnxruntime's CUDA provider: use it with --provider cuda alone")
-    if options.plugin and options.backend == "onnxruntime":
-        raise UserError("--plugin is for TensorRT's engines: use it with --backend tensorrt")
+    libraries = given_libraries(options, [options.backend])
     if options.show:
         check_show(options.show, bool(options.image) or options.chat)
     bundle, console = Bundle.load(options.bundle), make_console()
     sampling = choose_sampling(bundle, options, console)
     images = [open_picture(image, partial(console.print, markup=False)) for image in options.image]
-    note = widening_note(bundle)
-    if note and options.backend == "onnxruntime" and options.provider != "cuda":
+    backend = find_backend(options.backend)
+    note = backend.before(bundle)
+    if note:
         console.print(note, markup=False)
     with console.status("opening the graphs"):
-        session = open_session(bundle, options.backend, options.provider, options.op_library, plugin=options.plugin)
+        session = open_session(bundle, options.backend, **libraries)
         chat = Chat(session, options.ratio, sampling=sampling, system=options.system)
-    if isinstance(session, FusedSession) and not session.cuda_graph:
-        console.print(NO_CUDA_GRAPH, markup=False)
+    note = backend.after(session)
+    if note:
+        console.print(note, markup=False)
     if options.prompt is not None:
         answer(chat, options.prompt, images, options)
     if options.chat:

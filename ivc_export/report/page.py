@@ -14,8 +14,9 @@ import PIL.Image
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.report.overlay import count_kinds, overlay
 from ivc_export.report.plots import plot_errors, plot_scores
+from ivc_export.runtime.backends import find_backend
 from ivc_export.runtime.interface import Step
-from ivc_export.verify.parity import TOLERANCE, ParityReport
+from ivc_export.verify.parity import ParityReport
 
 TEMPLATE = Path(__file__).parent / "parity.html.jinja"
 
@@ -42,7 +43,7 @@ def parity_page(bundle: Bundle, report: ParityReport, step: Step, images: Sequen
         errors=plot_errors(report.comparisons),
         scores=plot_scores(step) if images else None,
         picture=png(overlay(images, step)) if images else None,
-        reasons=TOLERANCE[report.backend, report.dtype],  # type: ignore[index]
+        reasons=find_backend(report.backend).tolerances[report.dtype].errors,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
 

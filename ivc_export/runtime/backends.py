@@ -1,44 +1,44 @@
-"""The runtimes by the names that commands have for them."""
+"""The registry of runtimes. A new one is a record, and its name in BACKENDS."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal, get_args
+from typing import Any
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.errors import UserError
+from ivc_export.runtime.backend import Backend
 from ivc_export.runtime.interface import Session
-from ivc_export.runtime.onnxruntime.cpu import OnnxSession
-from ivc_export.runtime.onnxruntime.cuda import FusedSession
-from ivc_export.runtime.onnxruntime.fused_graphs import PROVIDERS
-from ivc_export.runtime.tensorrt.session import TensorrtSession
+from ivc_export.runtime.onnxruntime.records import ONNXRUNTIME_CPU, ONNXRUNTIME_CUDA
+from ivc_export.runtime.tensorrt.records import TENSORRT, TENSORRT_RTX
 
-Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
+DEFAULT = "onnxruntime-cpu"
+BACKENDS: dict[str, Backend] = {
+    record.name: record for record in (ONNXRUNTIME_CPU, ONNXRUNTIME_CUDA, TENSORRT, TENSORRT_RTX)
+}
+"""Every runtime, by the name that commands and Python have for it."""
 
 
-def open_session(
-    bundle: Bundle,
-    backend: Backend,
-    provider: str | None = None,
-    op_library: Path | None = None,
-    cuda_graph: bool = True,
-    plugin: Path | None = None,
-) -> Session:
-    """A bundle in a runtime.
-
-    provider: onnxruntime's, "cpu" or "cuda"; op_library, cuda_graph: for the latter, as FusedSession's. plugin: for
-    engines that call it, as TensorrtSession's.
+def find_backend(name: str) -> Backend:
+    """The runtime of this name.
 
     Raises:
-        UserError: the runtime is missing, or cannot open the bundle; or there is none of this name.
+        UserError: there is none.
     """
-    if backend not in BACKENDS:
-        raise UserError(f"there is no backend {backend}: give one of {', '.join(BACKENDS)}")
-    if provider not in (None, *PROVIDERS):
-        raise UserError(f"there is no provider {provider}: give one of {', '.join(sorted(PROVIDERS))}")
-    if backend == "onnxruntime":
-        if provider == "cuda":
-            return FusedSession(bundle, cuda_graph=cuda_graph, op_library=op_library)
-        return OnnxSession(bundle)
-    return TensorrtSession(bundle, backend, plugin)
+    if name not in BACKENDS:
+        raise UserError(f"there is no backend {name}: give one of {', '.join(BACKENDS)}")
+    return BACKENDS[name]
+
+
+def open_session(bundle: Bundle, backend: str = DEFAULT, **options: Any) -> Session:
+    """A bundle in a runtime.
+
+    backend: "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt" or "tensorrt-rtx".
+    options: the runtime's own. onnxruntime-cpu: `threads`, `prepacking`, `dtype`, as OnnxSession's; onnxruntime-cuda:
+        `op_library`, `cuda_graph`, as FusedSession's; tensorrt: `plugin`, as TensorrtSession's.
+
+    Raises:
+        UserError: there is no such runtime, or it has no such option; or it is missing, or cannot open the bundle.
+    """
+    record = find_backend(backend)
+    record.check_options(options)
+    return record.open(bundle, **options)

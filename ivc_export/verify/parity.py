@@ -18,6 +18,7 @@ from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.manifest import Manifest, SelectionRule
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
+from ivc_export.runtime.backends import BACKENDS, find_backend
 from ivc_export.runtime.interface import Session, Step
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.plan import Run
@@ -27,65 +28,6 @@ from ivc_export.verify.testdata import draw_picture, make_prompt
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
-
-_SELECTION = (1e-6, "the operator against NumPy on the same values, in float32 always; 9e-8 in 500 random cases")
-_FLOAT32 = {
-    "image_embeds": (1e-4, "order of summation; 2e-6 measured on small models"),
-    "hidden_states": (1e-4, "order of summation; 3e-6 measured on small models"),
-    "keys and values": (1e-4, "order of summation; 3e-6 measured on small models"),
-    "token_score": (1e-6, "probabilities, absolute; 1e-8 measured on small models"),
-    "logits": (1e-4, "order of summation; 16 steps measured at 2e-5"),
-    "selection": _SELECTION,
-}
-_FLOAT16 = {
-    "image_embeds": (5e-3, "rounding to 11 bits after each operator; 8e-4 measured on small models"),
-    "hidden_states": (5e-3, "rounding to 11 bits after each operator; 1e-3 measured on small models"),
-    "keys and values": (5e-3, "rounding to 11 bits after each operator; 1.5e-3 measured on small models"),
-    "token_score": (1e-4, "probabilities, absolute, of values in float16; 3e-5 measured on small models"),
-    "logits": (5e-3, "rounding to 11 bits after each operator; 1.4e-3 measured on small models"),
-    "selection": _SELECTION,
-}
-_TENSORRT_FLOAT16 = {
-    "image_embeds": (5e-3, "TensorRT fuses layers and rounds elsewhere; 5.6e-4 measured on small models, 8.6, H100"),
-    "hidden_states": (1e-2, "as above, twice onnxruntime's error on the same graphs; 3.6e-3 measured"),
-    "keys and values": (1.5e-2, "as above; 6.6e-3 measured, 4.0e-3 in onnxruntime, of float32 weights rounded"),
-    "token_score": (1e-3, "probabilities, absolute, of such values; 1.7e-4 measured, 8.6e-4 with sums beyond 65504"),
-    "logits": (1e-2, "as image_embeds; 4.5e-3 measured, 2.8e-3 in onnxruntime"),
-    "selection": (1e-4, "8.6 may hand values on before it rounds them: 1.9e-5 measured; plugin 1.4e-7"),
-}
-_TENSORRT_BFLOAT16 = {
-    # eight times float16's: 8 bits against 11; each error was 8 times float16's, with every value rounded
-    "image_embeds": (4e-2, "rounding to 8 bits; 1.1e-2 in onnxruntime on small models; on TensorRT not measured"),
-    "hidden_states": (8e-2, "rounding to 8 bits; 1.6e-2 in onnxruntime on small models; on TensorRT not measured"),
-    "keys and values": (1.2e-1, "rounding to 8 bits; 2.9e-2 in onnxruntime on small models; on TensorRT not measured"),
-    "token_score": (8e-3, "probabilities, absolute; 8.5e-4 in onnxruntime on small models; on TensorRT not measured"),
-    "logits": (8e-2, "rounding to 8 bits; 1.4e-2 in onnxruntime on small models; on TensorRT not measured"),
-    "selection": (8e-4, "values may be handed on before they are rounded, as in float16; not measured"),
-}
-_CUDA_FLOAT16 = {
-    "image_embeds": (5e-3, "CUDA's kernels fuse and sum elsewhere; 1.1e-3 on the CPU provider, on CUDA not measured"),
-    "hidden_states": (1e-2, "as above; 1.2e-3 on the CPU provider, on CUDA not measured"),
-    "keys and values": (1.5e-2, "as above; 1.7e-3 on the CPU provider, on CUDA not measured"),
-    "token_score": (1e-3, "probabilities, absolute, of such values; 2.6e-5 on the CPU provider, on CUDA not measured"),
-    "logits": (2e-2, "as above; 1.1e-3 on the CPU provider; the bound that tests/gpu hold CUDA to"),
-    "selection": _SELECTION,
-}
-TOLERANCE: Mapping[tuple[str, FloatName], Mapping[str, tuple[float, str]]] = {
-    ("onnxruntime-cpu", "float32"): _FLOAT32,
-    ("onnxruntime-cpu", "float16"): _FLOAT16,
-    ("tensorrt", "float32"): _FLOAT32,
-    ("tensorrt", "float16"): _TENSORRT_FLOAT16,
-    ("tensorrt", "bfloat16"): _TENSORRT_BFLOAT16,
-    ("onnxruntime-cuda", "float16"): _CUDA_FLOAT16,
-}
-"""By what runs the graphs and the dtype that they compute in: the largest error, and why. The reference computes in
-float32 on the same weights, rounded to the bundle's dtype. Errors are relative to the reference's largest magnitude
-where that exceeds 1."""
-
-
-BOUNDS = frozenset((("tensorrt", "bfloat16"), ("onnxruntime-cuda", "float16")))
-"""Of these, those that are not yet measured there: multiples of what rounding costs elsewhere, so that a report that
-passes says less than others."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +49,7 @@ class ParityReport:
     reference: str
     model: dict[str, Any]
     backend: str
-    dtype: str
+    dtype: FloatName
     ratio: float
     visual_tokens: int
     kept_tokens: int
@@ -230,13 +172,13 @@ def find_tolerances(session: Session) -> dict[str, float]:
     Raises:
         UserError: nothing is known about this backend's precision.
     """
-    found = TOLERANCE.get((session.backend, session.dtype))
-    if found is None:
-        known = ", ".join(f"{backend} in {dtype}" for backend, dtype in TOLERANCE)
+    known = find_backend(session.backend).tolerances
+    if session.dtype not in known:
+        measured = ", ".join(f"{name} in {dtype}" for name, one in BACKENDS.items() for dtype in one.tolerances)
         raise UserError(
-            f"no tolerance has been measured for {session.backend} in {session.dtype}: check one of {known}"
+            f"no tolerance has been measured for {session.backend} in {session.dtype}: check one of {measured}"
         )
-    return {kind: bound for kind, (bound, _) in found.items()}
+    return {kind: bound for kind, (bound, _) in known[session.dtype].errors.items()}
 
 
 def compare_prefill(step: Step, reference: Recording, m: Manifest, tolerance: Mapping[str, float]) -> list[Comparison]:

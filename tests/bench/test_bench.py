@@ -17,12 +17,10 @@ import pytest
 
 from benchmarks import gpu_generate
 from ivc_export import families
-from ivc_export.bench import entrants
 from ivc_export.bench.footprint import Growth, host_bytes
 from ivc_export.bench.measure import Bench, BenchSettings, Contestant, Row, agreement, check_tokens
 from ivc_export.bench.prompts import Prompt, noise_prompt
-from ivc_export.bench.roofline import Ceilings, Workload, measure_ceilings
-from ivc_export.bench.selection import compaction_part, fused_times, portable_times, selection_part
+from ivc_export.bench.roofline import Workload, measure_ceilings
 from ivc_export.bench.sides import Answer, BundleSide
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.folder import read_index
@@ -33,9 +31,13 @@ from ivc_export.exporter.estimate import TEXT, Size, estimate_bundle
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.lowering import lower
+from ivc_export.runtime.backends import BACKENDS
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
+from ivc_export.runtime.onnxruntime.probes import fused_times, portable_times
+from ivc_export.runtime.onnxruntime.records import NO_CUDA_GRAPH
 from ivc_export.runtime.plan import Run, plan_run
+from ivc_export.runtime.probes import Ceilings, compaction_part, selection_part
 from ivc_export.selection.ivc_prune import select
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
@@ -114,8 +116,8 @@ def test_the_part_that_compacts_gathers_rows_and_caches(golden_bundle: Bundle, l
 def test_selection_is_timed_in_both_runtimes_of_onnxruntime(golden_bundle: Bundle) -> None:
     prompt = noise_prompt(golden_bundle, 42, 20)
     plan = plan_of(golden_bundle, prompt)
-    portable_found = portable_times(OnnxSession(golden_bundle), plan, 70)
-    fused_found = fused_times(FusedSession(golden_bundle, "cpu"), plan, 70, "cpu")
+    portable_found = portable_times(OnnxSession(golden_bundle), plan)
+    fused_found = fused_times(FusedSession(golden_bundle, "cpu"), plan, 70)
     assert min(portable_found.select, portable_found.compact, portable_found.decode) > 0
     assert min(fused_found.select, fused_found.compact) > 0 and fused_found.decode == 0
 
@@ -322,11 +324,9 @@ def test_a_side_that_fails_at_first_is_tried_without_a_cuda_graph(
 ) -> None:
     output = tmp_path / "found.json"
 
-    def opened(
-        bundle: Bundle, backend: str, provider: str, library: Path | None, cuda_graph: bool, plugin: Path | None
-    ) -> FusedSession:
+    def opened(bundle: Bundle, cuda_graph: bool = True) -> FusedSession:
         session = FusedSession(bundle, "cpu")
-        session.backend = "onnxruntime-cuda-on-cpu"
+        session.backend = "onnxruntime-cuda"
 
         def run_bound(name: str, binding: Any, captured: int | None = None) -> None:
             if captured is not None and (cuda_graph or broken == "everything"):
@@ -336,15 +336,16 @@ def test_a_side_that_fails_at_first_is_tried_without_a_cuda_graph(
         monkeypatch.setattr(session, "run_bound", run_bound)
         return session
 
-    monkeypatch.setattr(entrants, "open_session", opened)
+    record = replace(BACKENDS["onnxruntime-cuda"], open=opened, device="cpu")
+    monkeypatch.setitem(BACKENDS, "onnxruntime-cuda", record)
     gpu_generate.main(["--tiny", "--backends", "onnxruntime-cuda", *SHORT, "--profile", "--output", str(output)])
     content = json.loads(output.read_text())
-    name = "onnxruntime-cuda-on-cpu"
+    name = "onnxruntime-cuda"
     failed = content["failures"]
     assert "no capture" in failed[f"{name}, first answer, with a CUDA graph"]
     assert (f"{name}, first answer" in failed) == (broken == "everything")
     if broken == "capture":
-        assert content["sides"][name] == "decode steps without a CUDA graph"
+        assert content["sides"][name] == NO_CUDA_GRAPH
         assert [one["side"] for one in content["rows"]] == 2 * [name, name, "torch-eager"]
         assert content["rows"][0]["agreement"] == content["rows"][2]["agreement"] == 3
         assert content["profiles"][0]["operators"]["decode"]
@@ -369,15 +370,17 @@ def test_torch_compiled_takes_part_where_it_is_asked_for(tmp_path: Path, monkeyp
 
 def test_the_profile_names_operators(golden_bundle: Bundle) -> None:
     prompt = noise_prompt(golden_bundle, 20, 16)
-    found = gpu_generate.operators(golden_bundle, FusedSession(golden_bundle, "cpu"), prompt, 2)
+    found = gpu_generate.operators(FusedSession(golden_bundle, "cpu"), prompt, 2)
     assert set(found) == {*GRAPH_NAMES, "decode"}
     assert "GroupQueryAttention" in {one["name"] for one in found["decode"]}
 
 
 ERRORS = [
+    (["--backend", "onnxruntime"], "choose from 'onnxruntime-cpu', 'onnxruntime-cuda', 'tensorrt', 'tensorrt-rtx'"),
+    (["--provider", "cuda"], "there is no --provider: give --backend onnxruntime-cpu in place of --provider cpu"),
     (["--backend", "tpu"], "invalid choice: 'tpu'"),
     (["--backend", "onnxruntime-cuda"], "has no CUDA provider: install onnxruntime-gpu"),
-    (["--op-library", "libops.so"], "--op-library is for onnxruntime's CUDA provider"),
+    (["--op-library", "libops.so"], "--op-library is for onnxruntime-cuda: use it with --backend onnxruntime-cuda"),
     (["--visual", "5000"], "5000 visual tokens are out of range: this bundle takes 1 to 1280"),
     (["--visual", "0"], "0 visual tokens are out of range"),
     (["--text", "3"], "3 text tokens are too few"),

@@ -110,15 +110,21 @@ def test_choices_that_cannot_be(name: str, session: Session) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "provider", "sentence"),
+    ("backend", "options", "sentence"),
     [
-        ("onnxruntime", "gpu", "there is no provider gpu: give one of cpu, cuda"),
-        ("torch", None, "there is no backend torch: give one of onnxruntime, tensorrt, tensorrt-rtx"),
+        (
+            "torch",
+            {},
+            "there is no backend torch: give one of onnxruntime-cpu, onnxruntime-cuda, tensorrt, tensorrt-rtx",
+        ),
+        ("onnxruntime", {}, "there is no backend onnxruntime: give one of onnxruntime-cpu"),
+        ("onnxruntime-cpu", {"plugin": "lib.so"}, "onnxruntime-cpu takes no plugin: leave it out"),
+        ("tensorrt-rtx", {"plugin": "lib.so"}, "tensorrt-rtx takes no plugin: leave it out .its options: none"),
     ],
 )
-def test_runtimes_that_are_none(backend: Any, provider: str | None, sentence: str, golden_bundle: Bundle) -> None:
+def test_runtimes_that_are_none(backend: str, options: Any, sentence: str, golden_bundle: Bundle) -> None:
     with pytest.raises(UserError, match=sentence):
-        open_session(golden_bundle, backend, provider)
+        open_session(golden_bundle, backend, **options)
 
 
 def test_what_a_runtime_raises_ends_a_command_with_one_sentence(

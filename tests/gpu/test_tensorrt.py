@@ -24,10 +24,10 @@ from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Grid
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
+from ivc_export.runtime.tensorrt.records import TENSORRT
 from ivc_export.runtime.tensorrt.session import TensorrtSession
 from ivc_export.tensorrt.build import build
 from ivc_export.tensorrt.recipe import EngineRecipe
-from ivc_export.verify.parity import TOLERANCE
 from tests.conftest import Golden, make_overflowing_checkpoint, random_picture
 
 pytestmark = [
@@ -79,7 +79,7 @@ def test_conversations_follow_onnxruntime(
     found, wanted = engines(bundle, dtype, plugin).converse(0.4), HostConversation(OnnxSession(bundle), 0.4)
     two = [1, 500, *[503] * 12, 501, 3, 500, *[503] * 20, 501, 7, 8]
     pictures = [random_picture(Grid(3, 4), 1), random_picture(Grid(4, 5), 2)]
-    tolerance = {kind: bound for kind, (bound, _) in TOLERANCE["tensorrt", dtype].items()}
+    tolerance = {kind: bound for kind, (bound, _) in TENSORRT.tolerances[dtype].errors.items()}
     turns = [
         (golden.tokens, [golden.picture]),
         ([5], []),
@@ -108,5 +108,5 @@ def test_activations_beyond_float16(tmp_path: Path) -> None:
     assert np.abs(wanted.prefix["hidden_states"]).max() > 65504
     session = engines(bundle, "float16", plugin=False)
     step = session.converse().run(PROMPT, [picture], wanted.keep_index)
-    bound, _ = TOLERANCE["tensorrt", "float16"]["logits"]
+    bound, _ = TENSORRT.tolerances["float16"].errors["logits"]
     assert np.abs(step.logits - wanted.logits).max() < bound * np.abs(wanted.logits).max()

@@ -116,4 +116,4 @@ def test_a_library_without_the_cuda_provider_is_one_sentence(
     sample_bundle: Bundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ivc_run([str(sample_bundle.folder), "--prompt", "Hello", "--op-library", "operators.so"]) == 2
-    assert "use it with --provider cuda" in " ".join(capsys.readouterr().err.split())
+    assert "use it with --backend onnxruntime-cuda" in " ".join(capsys.readouterr().err.split())

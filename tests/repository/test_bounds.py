@@ -10,13 +10,14 @@ import weakref
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from ivc_export.bench import roofline, selection
+from ivc_export.runtime import probes as base
+from ivc_export.runtime.onnxruntime import probes
 from tools.lowest import lowest
 
 
@@ -79,16 +80,16 @@ def test_bound_arrays_live_while_ceilings_are_measured(monkeypatch: pytest.Monke
         return 1.0
 
     monkeypatch.setattr(onnxruntime, "OrtValue", watched)
-    monkeypatch.setattr(roofline, "best", best)
-    monkeypatch.setitem(roofline.SIZES, "cpu", (64, 4096))
-    roofline.onnxruntime_ceilings("cpu", "float32")
+    monkeypatch.setattr(probes, "best", best)
+    monkeypatch.setitem(cast("dict[str, Any]", base.SIZES), "cpu", (64, 4096))
+    probes.onnxruntime_ceilings("cpu", "float32")
     assert seen == [True, True]
 
 
 def test_bound_arrays_live_while_a_part_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     text = """<ir_version: 8, opset_import: ["" : 17]>
     add (float[2] x, float[2] y) => (float[2] z) { z = Add(x, y) }"""
-    timed, watched, seen = selection.Timed(ir.from_onnx_text(text)), Watched(), []
+    timed, watched, seen = probes.Timed(ir.from_onnx_text(text)), Watched(), []
     whole = timed.session
 
     class Session:
@@ -112,7 +113,7 @@ def test_onnxruntime_refuses_weights_outside_a_models_folder(tmp_path: Path) -> 
     """What makes 1.24.1 the lowest, beside our own check."""
     (tmp_path / "outside.bin").write_bytes(bytes(64))
     (tmp_path / "inside").mkdir()
-    model = roofline.one_node("Neg", (16,), 1, "float32")
+    model = base.one_node("Neg", (16,), 1, "float32")
     weight = ir.ExternalTensor("../outside.bin", 0, 64, ir.DataType.FLOAT, shape=ir.Shape((16,)), name="w")
     value = ir.Value(name="w", shape=weight.shape, type=ir.TensorType(weight.dtype), const_value=weight)
     model.graph.register_initializer(value)

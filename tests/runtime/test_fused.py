@@ -455,7 +455,7 @@ def test_chats_run_fused(sample_bundle: Bundle, sample_session: OnnxSession) -> 
 
 
 def test_run_without_a_gpu_is_one_sentence(sample_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ivc_run([str(sample_bundle.folder), "--prompt", "Hello", "--provider", "cuda"]) == 2
+    assert ivc_run([str(sample_bundle.folder), "--prompt", "Hello", "--backend", "onnxruntime-cuda"]) == 2
     assert "install onnxruntime-gpu" in " ".join(capsys.readouterr().err.split())
 
 
@@ -509,7 +509,7 @@ def test_small_heads_are_turned_outside_attention(tmp_path: Path) -> None:
     [
         ("This session cannot use the graph capture feature as requested by the user", None),
         ("Failed to allocate memory for requested buffer of size 9", "for lack of memory .*size 9.: close other prog"),
-        ("EP Error: no device", r"decode does not open in onnxruntime \(.*no device\): use --provider cpu"),
+        ("EP Error: no device", r"decode does not open in onnxruntime \(.*no device\): use --backend onnxruntime-cpu"),
     ],
 )
 def test_what_onnxruntime_does_not_capture_is_launched(
@@ -543,9 +543,9 @@ def test_a_missing_capture_is_said(
     sample_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_module, "open_session", lambda bundle, *_, **__: FusedSession(bundle, "cpu"))
-    asked = ["--prompt", "Hello", "--provider", "cuda", "--max-tokens", "1"]
+    asked = ["--prompt", "Hello", "--backend", "onnxruntime-cuda", "--max-tokens", "1"]
     assert ivc_run([str(sample_bundle.folder), *asked]) == 0
-    assert "captures no CUDA graph" in " ".join(capsys.readouterr().err.split())
+    assert "without a CUDA graph" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("family", families.names())

@@ -75,14 +75,14 @@ def test_ivc_check_takes_the_cuda_provider(
 ) -> None:
     """With the CPU provider in its place; the report says that its tolerances are bounds."""
 
-    def opened(self: FusedSession, bundle: Bundle, provider: str, op_library: Path | None) -> None:
-        assert (provider, op_library) == ("cuda", None)
+    def opened(self: FusedSession, bundle: Bundle, **options: object) -> None:
+        assert not options
         FusedSession.__init__(self, bundle, "cpu")
         self.backend = "onnxruntime-cuda"
 
     monkeypatch.setattr(ShownSession, "__init__", opened)
     monkeypatch.setitem(cast("dict[str, str]", fused.DTYPES), "cpu", "float16")
-    command = [str(bundle), "--provider", "cuda", "--against", str(sample_checkpoint), "--steps", "1"]
+    command = [str(bundle), "--backend", "onnxruntime-cuda", "--against", str(sample_checkpoint), "--steps", "1"]
     assert ivc_check(command) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "on onnxruntime-cuda in float16 errors of a right bundle have not been measured yet" in said
@@ -93,11 +93,14 @@ def test_ivc_check_takes_the_cuda_provider(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--provider", "cuda"], "this onnxruntime has no CUDA provider: install onnxruntime-gpu"),
-        (["--provider", "cuda", "--precision", "float16"], "--precision is the CPU provider's: leave it out"),
-        (["--provider", "cuda", "--backend", "tensorrt"], "--provider is onnxruntime's: leave it out"),
-        (["--op-library", "lib.so"], "--op-library is for onnxruntime's CUDA provider: use it with --provider cuda"),
-        (["--provider", "cpu", "--op-library", "lib.so"], "--op-library is for onnxruntime's CUDA provider"),
+        (["--backend", "onnxruntime-cuda"], "this onnxruntime has no CUDA provider: install onnxruntime-gpu"),
+        (
+            ["--backend", "onnxruntime-cuda", "--precision", "float16"],
+            "--precision is for onnxruntime-cpu",
+        ),
+        (["--provider", "cuda"], "there is no --provider: give --backend onnxruntime-cpu in place of --provider cpu"),
+        (["--op-library", "lib.so"], "--op-library is for onnxruntime-cuda: use it with --backend onnxruntime-cuda"),
+        (["--plugin", "lib.so"], "--plugin is for tensorrt: use it with --backend tensorrt, or leave it out"),
     ],
 )
 def test_what_the_provider_lacks_is_told_before_the_checkpoint_runs(

@@ -6,8 +6,9 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -16,17 +17,20 @@ import PIL.Image
 import pytest
 
 from ivc_export import cli, families
-from ivc_export.bench import engines, prompts, roofline, selection
+from ivc_export.bench import prompts
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Grid
+from ivc_export.runtime.backends import BACKENDS
 from ivc_export.runtime.chat import Sampling, generate
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.interface import Timings
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.plan import plan_run
+from ivc_export.runtime.probes import SIZES
+from ivc_export.runtime.tensorrt import probes
 from ivc_export.runtime.tensorrt import session as tensorrt
 from ivc_export.runtime.tensorrt.session import TensorrtSession
 from ivc_export.tensorrt.profiles import Extents
@@ -355,7 +359,7 @@ def compile_parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Options, l
         asked.append((str(model.graph.name), options, list(profiles)))
         return bytes(ir.to_proto(model).SerializeToString())
 
-    monkeypatch.setattr(engines, "compile_graph", stay)
+    monkeypatch.setattr(probes, "compile_graph", stay)
     return asked
 
 
@@ -371,8 +375,8 @@ def test_selection_is_timed_in_engines_built_as_the_sessions(
     prompt = prompts.noise_prompt(bundle, 42, 20)
     for ratio in (1.0, 0.5):
         plan = plan_run(bundle.manifest, np.array(prompt.tokens, np.int32), [prompt.picture.grid], 0, ratio)
-        found = selection.selection_times(session, plan, 70)
-        assert found is not None and min(found.select, found.compact, found.decode) > 0
+        found = probes.engine_times(session, plan)
+        assert min(found.select, found.compact, found.decode) > 0
     assert [name for name, *_ in asked] == ["select", "compact"]  # once for a session
     assert bundle.folder.stat().st_mtime_ns == written  # a bundle may be read-only
     for _, options, extents in asked:
@@ -380,7 +384,7 @@ def test_selection_is_timed_in_engines_built_as_the_sessions(
             "tensorrt", CAPABILITY, 1 << 20, 2, None, ("EDGE_MASK_CONVOLUTIONS",), dtype != "float32"
         )
         assert [profile["L"] for profile in extents] == [(1, 1, MAXIMA["max_visual"]), (1, 1, 1)]
-    parts = selection.PARTS[session]
+    parts = probes.PARTS[session]
     assert parts.engines["compact"].dtypes["hidden_states"] == np.float32  # as residual sums are
     assert parts.engines["compact"].dtypes["new_key.0"] == parts.engines["select"].dtypes["values"] == np.dtype(dtype)
     device.check()
@@ -392,7 +396,7 @@ def test_the_bench_takes_engines(
     bundle = Bundle.load(shutil.copytree(sample_bundle.folder, tmp_path / "bundle"))
     opened(bundle, monkeypatch)
     asked = compile_parts(monkeypatch)
-    monkeypatch.setattr(roofline, "SIZES", {**roofline.SIZES, "cuda": (64, 2**16)})
+    monkeypatch.setitem(cast("dict[str, Any]", SIZES), "cuda", (64, 2**16))
     words = ["--visual", "20", "--text", "16", "--tokens", "3", "--rounds", "2", "--warmups", "1"]
     ratios, file = ["--ratio", "0.5", "--ratio", "0.2"], tmp_path / "bench.json"
     backends = ["--backend", "tensorrt", "--backend", "onnxruntime-cpu"]
@@ -424,7 +428,7 @@ def test_commands_take_engines(
     image = tmp_path / "picture.png"
     draw_picture().save(image)
     answers = []
-    for backend in ("tensorrt", "onnxruntime"):
+    for backend in ("tensorrt", "onnxruntime-cpu"):
         command = [str(bundle.folder), "--image", str(image), "--prompt", "Where is the ring?", "--json"]
         assert cli.ivc_run([*command, "--max-tokens", "4", "--backend", backend]) == 0
         answers.append(json.loads(capsys.readouterr().out))
@@ -436,8 +440,6 @@ def test_commands_take_engines(
 def test_commands_say_what_engines_lack(sample_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.ivc_run([str(sample_bundle.folder), "--prompt", "x", "--backend", "tensorrt"]) == 2
     assert "tensorrt does not load" in capsys.readouterr().err
-    assert cli.ivc_run([str(sample_bundle.folder), "--prompt", "x", "--backend", "tensorrt", "--provider", "cuda"]) == 2
-    assert "--provider is onnxruntime's" in capsys.readouterr().err
 
 
 def test_check_says_what_engines_lack_before_the_checkpoint_runs(
@@ -448,7 +450,8 @@ def test_check_says_what_engines_lack_before_the_checkpoint_runs(
     assert cli.ivc_check(command) == 2
     assert "tensorrt does not load" in capsys.readouterr().err
     session, _ = opened(bundle, monkeypatch)
-    monkeypatch.setattr("ivc_export.cli.check.TensorrtSession", lambda *_: session)
+    record = replace(BACKENDS["tensorrt"], open=lambda bundle: session)
+    monkeypatch.setitem(BACKENDS, "tensorrt", record)
     session.backend = "tensorrt-rtx"
     assert cli.ivc_check(command) == 2
     assert "no tolerance has been measured for tensorrt-rtx in float32: check one of" in capsys.readouterr().err

@@ -212,9 +212,9 @@ def test_a_library_that_a_record_names_is_not_loaded(
         (cli.ivc_run, ["--prompt", "x", "--backend", "tensorrt"], "call no plugin: leave --plugin out"),
         (cli.ivc_check, ["--onnx-only", "--backend", "tensorrt"], "call no plugin: leave --plugin out"),
         (cli.ivc_bench, ["--backend", "tensorrt"], "call no plugin: leave --plugin out"),
-        (cli.ivc_run, ["--prompt", "x"], "--plugin is for TensorRT's engines: use it with --backend tensorrt"),
-        (cli.ivc_check, ["--onnx-only"], "--plugin is for TensorRT's engines: use it with --backend tensorrt"),
-        (cli.ivc_bench, [], "--plugin is for TensorRT's engines: use it with --backend tensorrt"),
+        (cli.ivc_run, ["--prompt", "x"], "--plugin is for tensorrt: use it with --backend tensorrt"),
+        (cli.ivc_check, ["--onnx-only"], "--plugin is for tensorrt: use it with --backend tensorrt"),
+        (cli.ivc_bench, [], "--plugin is for tensorrt: use it with --backend tensorrt"),
     ],
 )
 def test_a_plugin_that_nothing_calls_is_refused(

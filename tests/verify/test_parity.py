@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -16,14 +17,14 @@ from ivc_export.contract.manifest import SelectionRule
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.runtime.backends import BACKENDS
 from ivc_export.runtime.interface import Step
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.plan import Run
+from ivc_export.runtime.tolerances import FLOAT16, TENSORRT_BFLOAT16, TENSORRT_FLOAT16
 from ivc_export.selection.ivc_prune import IVC_PRIORITY, Selected, select
 from ivc_export.verify.oracle import record
 from ivc_export.verify.parity import (
-    BOUNDS,
-    TOLERANCE,
     Comparison,
     Floats,
     check,
@@ -157,22 +158,22 @@ def test_tensorrts_tolerances_in_bfloat16_hold_rounded_runs(
     name = "model.layers.2.mlp.down_proj.weight"
     tensors[name] = (tensors[name].astype(np.float32) * scale).astype(tensors[name].dtype)
     save_file(tensors, path, metadata={"format": "pt"})
-    tolerance = TOLERANCE["tensorrt", "bfloat16"]
-    monkeypatch.setitem(cast("dict[Any, Any]", TOLERANCE), ("onnxruntime-cpu", "float32"), tolerance)
+    wider = replace(BACKENDS["onnxruntime-cpu"], tolerances={"float32": TENSORRT_BFLOAT16})
+    monkeypatch.setitem(BACKENDS, "onnxruntime-cpu", wider)
     report, _ = compare(RoundedSession(bundle), reference, [image])
     assert report.passed is passes
     if passes:
         errors = {c.name: c.error or 0.0 for c in report.comparisons}
-        assert errors["image_embeds"] > TOLERANCE["tensorrt", "float16"]["image_embeds"][0]
-        assert errors["logits of prefill"] > TOLERANCE["onnxruntime-cpu", "float16"]["logits"][0]
+        assert errors["image_embeds"] > TENSORRT_FLOAT16.errors["image_embeds"][0]
+        assert errors["logits of prefill"] > FLOAT16.errors["logits"][0]
     else:
         assert first_failure(report.comparisons) == "keys and values of layer 3"
 
 
 def test_bounds_are_told_from_what_was_measured() -> None:
-    for key, kinds in TOLERANCE.items():
-        assert any("not measured" in why for _, why in kinds.values()) is (key in BOUNDS)
-    wide, narrow = TOLERANCE["tensorrt", "bfloat16"], TOLERANCE["tensorrt", "float16"]
+    for one in (one for backend in BACKENDS.values() for one in backend.tolerances.values()):
+        assert any("not measured" in why for _, why in one.errors.values()) is not one.measured
+    wide, narrow = TENSORRT_BFLOAT16.errors, TENSORRT_FLOAT16.errors
     assert all(wide[kind][0] == pytest.approx(8 * bound) for kind, (bound, _) in narrow.items())
 
 

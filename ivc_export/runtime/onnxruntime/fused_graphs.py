@@ -32,11 +32,11 @@ PROVIDERS: Mapping[Provider, str] = {"cuda": "CUDAExecutionProvider", "cpu": "CP
 DTYPES: Mapping[Provider, FloatName] = {"cuda": "float16", "cpu": "float32"}
 """GroupQueryAttention's CUDA kernels know float16 and bfloat16, and NumPy no bfloat16; its CPU kernel float32."""
 
-WIDER = "use --provider cpu, or TensorRT engines built with ivc-build --dtype float32"
+WIDER = "use --backend onnxruntime-cpu, or TensorRT engines built with ivc-build --dtype float32"
 """What to do where float16 does not reach."""
 
-NO_ROOM = "close other programs that use the GPU, or use --provider cpu"
-CHECK_GPU = "see that the GPU and its driver work, or use --provider cpu"
+NO_ROOM = "close other programs that use the GPU, or use --backend onnxruntime-cpu"
+CHECK_GPU = "see that the GPU and its driver work, or use --backend onnxruntime-cpu"
 NOT_CAPTURED = "cannot use the graph capture feature"
 """What onnxruntime says of a graph of which it computes a part on the host."""
 
@@ -63,7 +63,7 @@ class FusedGraphs:
         if PROVIDERS[provider] not in onnxruntime.get_available_providers():
             raise UserError(
                 "this onnxruntime has no CUDA provider: install onnxruntime-gpu in the place of onnxruntime, or use "
-                "--provider cpu"
+                "--backend onnxruntime-cpu"
             )
         if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # CUDA's libraries, where pip has put them
@@ -129,12 +129,12 @@ class FusedGraphs:
         chosen = cuda_options(onnxruntime.__version__, cuda_graph) if self.device == "cuda" else {}
         provider = (PROVIDERS[self.device], chosen)
         content = ir.to_proto(model).SerializeToString()
-        with told(f"{model.graph.name} does not open in onnxruntime", NO_ROOM, "use --provider cpu"):
+        with told(f"{model.graph.name} does not open in onnxruntime", NO_ROOM, "use --backend onnxruntime-cpu"):
             session = onnxruntime.InferenceSession(content, options, providers=[provider])
         if PROVIDERS[self.device] not in session.get_providers():  # onnxruntime falls back to the CPU without a word
             raise UserError(
                 "onnxruntime's CUDA provider does not load: install the CUDA and cuDNN that this onnxruntime-gpu is "
-                "for, or use --provider cpu"
+                "for, or use --backend onnxruntime-cpu"
             )
         return session
 

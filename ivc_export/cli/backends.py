@@ -1,0 +1,78 @@
+"""The options by which commands choose a runtime, made of its records."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ivc_export.errors import UserError
+from ivc_export.runtime.backends import BACKENDS, DEFAULT, find_backend
+
+
+class Gone(argparse.Action):
+    """An option that there was once."""
+
+    def __call__(self, *arguments: object, **more: object) -> NoReturn:
+        """Say what to give instead.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "there is no --provider: give --backend onnxruntime-cpu in place of --provider cpu, and --backend "
+            "onnxruntime-cuda in place of --provider cuda"
+        )
+
+
+def add_backend_options(p: argparse.ArgumentParser, several: bool = False) -> None:
+    """Add --backend, and an option for each library that a runtime may load. several: --backend may be repeated."""
+    names = tuple(BACKENDS)
+    if several:
+        text = f"a runtime; may be repeated (default: {DEFAULT})"
+        p.add_argument("--backend", action="append", choices=names, help=text)
+    else:
+        text = f"what runs the graphs, or the engines that ivc-build made (default: {DEFAULT})"
+        p.add_argument("--backend", choices=names, default=DEFAULT, help=text)
+    for option, what in libraries().items():
+        p.add_argument(flag(option), type=Path, metavar="LIB", help=f"{what}, for {', '.join(takers(option))}")
+    p.add_argument("--provider", nargs="?", action=Gone, help=argparse.SUPPRESS)
+
+
+def libraries() -> dict[str, str]:
+    """What each option that names a library is, by its name in Python."""
+    return {option: what for backend in BACKENDS.values() for option, what in backend.libraries.items()}
+
+
+def flag(option: str) -> str:
+    """An option's name in commands."""
+    return f"--{option.replace('_', '-')}"
+
+
+def takers(option: str) -> list[str]:
+    """Names of the runtimes that take an option."""
+    return [name for name, backend in BACKENDS.items() if backend.takes(option)]
+
+
+def given_libraries(options: argparse.Namespace, backends: Sequence[str]) -> dict[str, Any]:
+    """The libraries that are named, as options of open_session.
+
+    Raises:
+        UserError: none of `backends` takes one of them.
+    """
+    given = {name: getattr(options, name) for name in libraries() if getattr(options, name) is not None}
+    for option in given:
+        check_taken(flag(option), option, backends)
+    return given
+
+
+def check_taken(shown: str, option: str, backends: Sequence[str]) -> None:
+    """Check that one of `backends` takes an option, which commands show as `shown`.
+
+    Raises:
+        UserError: none does.
+    """
+    if not any(find_backend(name).takes(option) for name in backends):
+        names = takers(option)
+        raise UserError(f"{shown} is for {' and '.join(names)}: use it with --backend {names[0]}, or leave it out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import ivc_export
 
 ROOT = Path(__file__).parents[2]
+EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 NAMES = ["Bundle", "Chat", "ExportRecipe", "Sampling", "UserError", "export", "open_session"]
 
 
@@ -55,3 +57,15 @@ def test_a_public_name_loads_only_what_it_needs() -> None:
     heavy = {"numpy", "onnx", "onnx_ir", "onnxruntime", "pydantic", "torch"}
     loaded = {*python("import sys; from ivc_export import UserError; print(*sys.modules)").split()}
     assert not loaded & heavy and "ivc_export.errors" in loaded
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name
+)
+def test_examples_need_nothing_below_the_face(page: Path) -> None:
+    for program in EXAMPLE.findall(page.read_text(encoding="utf-8")):
+        for node in ast.walk(ast.parse(program)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ivc_export"):
+                assert node.module == "ivc_export" and {alias.name for alias in node.names} <= {*NAMES}
+            if isinstance(node, ast.Import):
+                assert not [alias.name for alias in node.names if alias.name.startswith("ivc_export.")]

@@ -14,6 +14,7 @@ from ivc_export import cli
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from tests.conftest import SHAPES
+from tests.repository.test_face import EXAMPLE
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +23,10 @@ ROOT = Path(__file__).parents[2]
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("install") / "venv"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    subprocess.run([folder / "bin" / "pip", "install", "-q", "--disable-pip-version-check", f"{ROOT}[cpu]"], check=True)
+    subprocess.run(
+        [folder / "bin" / "pip", "install", "-q", "--no-compile", "--disable-pip-version-check", f"{ROOT}[cpu]"],
+        check=True,
+    )
     return folder
 
 
@@ -62,3 +66,15 @@ def test_a_bundle_checked_elsewhere_is_checked_without_torch(
     assert checked.returncode == 0, checked.stderr
     assert "logits of decode step 2" in checked.stdout and "install matplotlib" in checked.stdout
     assert json.loads((bundle / "report" / "parity.json").read_text())["passed"] is True
+
+
+def test_a_program_is_checked_against_the_installed_types(environment: Path, tmp_path: Path) -> None:
+    """README's example, with a mistake behind it that mypy sees only where it sees our types."""
+    (program,) = EXAMPLE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    (tmp_path / "program.py").write_text(f"{program}reveal_type(bundle)\nwrong: int = chat\n", encoding="utf-8")
+    options = ["--strict", "--python-executable", str(environment / "bin" / "python"), "--cache-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mypy", *options, "program.py"]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert 'Revealed type is "ivc_export.bundle.bundle.Bundle"' in told
+    (error,) = [line for line in told.splitlines() if ": error: " in line]
+    assert error.endswith('has type "Chat", variable has type "int")  [assignment]'), told

@@ -17,6 +17,8 @@ from tests.conftest import SHAPES
 from tests.repository.test_face import EXAMPLE
 
 ROOT = Path(__file__).parents[2]
+NOT_ITS_OWN = ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
+"""Variables of the tests, which the environment does without: it compiles what it imports, and pip compiles nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shell(environment: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
     arguments = [str(environment / "bin" / command[0]), *map(str, command[1:])]
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    clean = {name: value for name, value in os.environ.items() if name not in NOT_ITS_OWN}
     return subprocess.run(arguments, cwd=environment, env=clean, capture_output=True, text=True)
 
 

@@ -110,9 +110,9 @@ def command(arguments: Sequence[str]) -> int:
     backend.check(bundle, **more)
     with make_console().status("checking") as status:
         # what a GPU lacks is told before the checkpoint runs; on a CPU both would want the same memory at once
-        early = open_shown(bundle, backend, more) if backend.device == "cuda" else None
+        early = open_for_check(bundle, backend, more) if backend.device == "cuda" else None
         reference, images = stored(bundle) if options.onnx_only else record_reference(bundle, options, status.update)
-        session = early or open_shown(bundle, backend, more)
+        session = early or open_for_check(bundle, backend, more)
         report, step = compare(session, reference, images, status.update)
         changes = compare_errors(baseline, report) if baseline else None
         status.update("writing the report")
@@ -145,7 +145,7 @@ def opening(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def open_shown(bundle: Bundle, backend: Backend, more: Mapping[str, Any]) -> Session:
+def open_for_check(bundle: Bundle, backend: Backend, more: Mapping[str, Any]) -> Session:
     """A session whose steps show what passes between the graphs.
 
     Raises:

@@ -123,3 +123,10 @@ def test_public_functions_and_classes_have_names_of_their_own() -> None:
     for name, paths in twice.items():
         folders = {path.parent.name for path in paths}
         assert folders in ({"families"}, {"cli"}), f"{name} stands in {', '.join(map(str, paths))}"
+
+
+def test_no_file_is_longer_than_can_be_read_at_once() -> None:
+    """A longer one says in its docstring, by the word lines, why it is."""
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 400 or " lines" in (ast.get_docstring(ast.parse(text)) or ""), path

@@ -31,7 +31,7 @@ def read_graph(folder: Path, name: GraphName, manifest: Manifest) -> ir.Model:
     info = manifest.graphs[name]
     path = confined(folder, info.file, ADVICE)
     content, proto = read_bytes(path, ADVICE, MOST_BYTES), onnx.ModelProto()
-    if info.sha256 not in (None, hashlib.sha256(content).hexdigest()):
+    if info.sha256 != hashlib.sha256(content).hexdigest():
         raise UserError(f"{path} is not the graph that was exported: copy the bundle again, or {ADVICE}")
     try:
         proto.ParseFromString(content)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract.manifest import GraphInfo, WeightFile
+from ivc_export.contract.manifest import StoredGraph, WeightFile
 from ivc_export.contract.names import MANIFEST
 from ivc_export.errors import UserError
 from ivc_export.files import replace_text
@@ -15,7 +15,7 @@ _CHUNK = 1 << 24
 
 
 def verify_files(bundle: Bundle, progress: Callable[[int, int], None] = lambda done, total: None) -> Bundle:
-    """Hash every graph and weight file and compare; a hash that the manifest lacks is added to it.
+    """Hash every graph and weight file and compare; a weight file's hash that the manifest lacks is added to it.
 
     progress: called with the bytes read so far and their total. Returns the bundle with its manifest complete.
 
@@ -26,7 +26,7 @@ def verify_files(bundle: Bundle, progress: Callable[[int, int], None] = lambda d
     manifest, done = bundle.manifest, 0
     total = sum((bundle.folder / file).stat().st_size for file in bundle.files)
 
-    def hashed(record: GraphInfo | WeightFile) -> str:
+    def hashed(record: StoredGraph | WeightFile) -> str:
         nonlocal done
         digest = hashlib.sha256()
         with (bundle.folder / record.file).open("rb") as stream:
@@ -38,11 +38,10 @@ def verify_files(bundle: Bundle, progress: Callable[[int, int], None] = lambda d
             raise UserError(f"{bundle.folder / record.file} is not the file that was exported: export the model again")
         return digest.hexdigest()
 
-    graphs = {name: info.model_copy(update={"sha256": hashed(info)}) for name, info in manifest.graphs.items()}
+    for info in manifest.graphs.values():
+        hashed(info)
     weights = tuple(file.model_copy(update={"sha256": hashed(file)}) for file in manifest.weights)
-    if (graphs, weights) != (manifest.graphs, manifest.weights):
-        manifest = manifest.model_copy(update={"graphs": graphs, "weights": weights})
-        if manifest.constants_sha256 is not None:
-            manifest = manifest.sealed()
+    if weights != manifest.weights:
+        manifest = manifest.model_copy(update={"weights": weights})
         replace_text(bundle.folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     return Bundle(bundle.folder, manifest)

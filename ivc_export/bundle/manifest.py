@@ -6,16 +6,19 @@ import math
 from collections import Counter
 from pathlib import Path
 
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
 from ivc_export import families
 from ivc_export.checkpoint.folder import header_sha256, read_index
 from ivc_export.contract.graphs import graph_info
-from ivc_export.contract.manifest import Manifest, constants_sha256
+from ivc_export.contract.manifest import Manifest, StoredGraph, constants_sha256
 from ivc_export.contract.names import GRAPH_NAMES, MANIFEST, SCHEMA_VERSION
 from ivc_export.contract.records import first_problem
 from ivc_export.dtypes import FLOATS
 from ivc_export.errors import UserError
 from ivc_export.files import check_regular, confined, read_object
-from ivc_export.lowering import exported
+from ivc_export.lowering import LOWERINGS, exported
 
 COPY = "copy the whole bundle, or export the model again"
 
@@ -29,15 +32,20 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} is not a bundle (it has no {MANIFEST}): make one with ivc-export")
+    again = f"export the model again with ivc-export --model CHECKPOINT --output {folder} --force"
     content = read_object(confined(folder, MANIFEST, COPY), "export the model again")
     try:
         version = content["schema_version"]
         if version != SCHEMA_VERSION:
             raise UserError(
                 f"{path} has schema version {version}, and this ivc-export reads {SCHEMA_VERSION}: "
-                f"{'upgrade ivc-export' if version > SCHEMA_VERSION else 'export the model again'}"
+                f"{'upgrade ivc-export' if version > SCHEMA_VERSION else again}"
             )
         manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        newer = any(is_unknown(detail) for detail in error.errors())
+        what, mend = ("was made by a newer ivc-export", "upgrade ivc-export, or ") if newer else ("is damaged", "")
+        raise UserError(f"{path} {what} ({first_problem(error)}): {mend}{again}") from error
     except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path} is damaged ({first_problem(error)}): export the model again") from error
     if set(manifest.graphs) != set(GRAPH_NAMES):
@@ -46,12 +54,15 @@ def read_manifest(folder: Path) -> Manifest:
     problem = find_contradiction(manifest)
     if problem:
         raise UserError(f"{path} is damaged ({problem}): export the model again")
-    if manifest.constants_sha256 not in (None, constants_sha256(content)):
-        raise UserError(
-            f"{path} was edited after the export, and what it says decides the answers: "
-            f"export the model again with ivc-export --model CHECKPOINT --output {folder} --force"
-        )
+    if manifest.constants_sha256 != constants_sha256(content):
+        raise UserError(f"{path} was edited after the export, and what it says decides the answers: {again}")
     return manifest
+
+
+def is_unknown(problem: ErrorDetails) -> bool:
+    """Whether a field, method or format is one that this version does not know."""
+    chosen = problem["loc"][-1] in ("method", "format", "kind") and problem["type"] == "literal_error"
+    return chosen or problem["type"] in ("extra_forbidden", "union_tag_invalid")
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -108,6 +119,7 @@ def find_contradiction(m: Manifest) -> str | None:
         ("preprocessing.kind", isinstance(m.preprocessing, family.preprocessing)),
         ("preprocessing", m.preprocessing.capped(m.max_visual) == m.preprocessing),
         ("tokens", not beyond),
+        ("residual_scale", m.lowering in LOWERINGS and m.residual_scale == LOWERINGS[m.lowering].hidden_scale),
         ("embedding.shape", m.embedding.shape == (d.vocab_size, d.hidden_size)),
         ("embedding.dtype", m.embedding.dtype == m.dtype),
     )
@@ -116,6 +128,6 @@ def find_contradiction(m: Manifest) -> str | None:
             return f"{field} does not fit the other fields"
     sizes = (d, m.rotary, m.selection, m.preprocessing, m.selection_layer)
     for name, info in m.graphs.items():
-        if info.model_copy(update={"sha256": None}) != graph_info(name, m.dtype, *sizes):
+        if info != StoredGraph(**dict(graph_info(name, m.dtype, *sizes)), sha256=info.sha256):
             return f"graphs.{name} does not fit the other fields"
     return None

@@ -38,8 +38,13 @@ class Key(NamedTuple):
 
 def identity(m: Manifest) -> dict[str, Any]:
     """What a recorded run and the bundle that it is compared with must share."""
-    headers = {file.file: file.header_sha256 for file in m.weights}
-    return {"family": m.family, "dtype": m.dtype, "selection_layer": m.selection_layer, "weights": headers}
+    return {
+        "family": m.family,
+        "dtype": m.dtype,
+        "selection_layer": m.selection_layer,
+        "method": m.selection.method,
+        "weights": {file.file: file.header_sha256 for file in m.weights},
+    }
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ivc_export.contract.names import MOST_VISUAL, GraphName
-from ivc_export.contract.records import Count, Epsilon, Factor, Frozen, Heads, Level, SideLength, Tiles, TokenId, Width
+from ivc_export.contract.names import MOST_VISUAL, SCHEMA_VERSION, GraphName
+from ivc_export.contract.records import (
+    Count,
+    Epsilon,
+    Factor,
+    Frozen,
+    Heads,
+    Level,
+    Sha256,
+    SideLength,
+    Tiles,
+    TokenId,
+    Width,
+)
 from ivc_export.dtypes import DtypeName, FloatName
 from ivc_export.errors import UserError
 
@@ -40,8 +52,12 @@ class RotarySizes(Frozen):
 
 
 class SelectionRule(Frozen):
-    """IVC-Prune's constants for a family; `round` is half to even throughout."""
+    """IVC-Prune's constants for a family; `round` is half to even throughout.
 
+    `method` tells records of other methods, which there may be, from this one.
+    """
+
+    method: Literal["ivc-prune"] = "ivc-prune"
     ivc_fraction: float = Field(ge=0, le=1)
     """Of each picture's tokens, or of each tile's: as many by mean cosine, and as many by mean sine."""
     seed_divisor: int = Field(gt=0, le=1 << 20, multiple_of=2)
@@ -167,12 +183,17 @@ class TensorInfo(Frozen):
 
 
 class GraphInfo(Frozen):
-    """One graph of the bundle; `sha256` is of its file, which holds no weights. Older bundles have none."""
+    """One graph: its file within the bundle, and what it takes and gives."""
 
     file: str
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
-    sha256: str | None = None
+
+
+class StoredGraph(GraphInfo):
+    """One graph of the bundle; `sha256` is of its file, which holds no weights."""
+
+    sha256: Sha256
 
 
 class WeightFile(Frozen):
@@ -183,8 +204,8 @@ class WeightFile(Frozen):
 
     file: str
     size: int = Field(ge=0)
-    header_sha256: str
-    sha256: str | None = None
+    header_sha256: Sha256
+    sha256: Sha256 | None = None
 
 
 class EmbeddingTable(Frozen):
@@ -196,8 +217,32 @@ class EmbeddingTable(Frozen):
     shape: tuple[Count, Count]
 
 
+class StoredFloats(Frozen):
+    """Weights as numbers of the bundle's dtype. `format` tells records of other formats, which there may be."""
+
+    format: Literal["float"] = "float"
+
+
+class Segment(Frozen):
+    """What the chat template writes before and behind something."""
+
+    before: str
+    behind: str
+
+
+class ChatSegments(Frozen):
+    """A chat template without Jinja: what stands before and behind each part of a conversation."""
+
+    segments: dict[Literal["system", "user", "picture", "assistant"], Segment]
+
+
 class Manifest(Frozen):
-    """manifest.json: everything that a runtime needs to know about a bundle."""
+    """manifest.json: everything that a runtime needs to know about a bundle.
+
+    Every field stands in the file. A field that was added without a new `schema_version` has a default, which says what
+    bundles without it mean; so has whatever is added to a record within. A program refuses fields, methods and formats
+    that it does not know, since they may change answers: such a bundle was made by a newer one.
+    """
 
     schema_version: int
     family: str
@@ -213,23 +258,30 @@ class Manifest(Frozen):
     selection: SelectionRule
     preprocessing: Preprocessing
     tokens: SpecialTokens
-    graphs: dict[GraphName, GraphInfo]
+    graphs: dict[GraphName, StoredGraph]
     embedding: EmbeddingTable
     weights: tuple[WeightFile, ...]
+    weight_formats: dict[str, StoredFloats] = Field(default_factory=dict)
+    """How a layer's weights are stored, by its canonical name; those of layers that it does not name, as floats."""
+    chat: ChatSegments | None = None
+    """None where only the template itself says what a conversation looks like."""
+    residual_scale: float = Field(default=1, gt=0, le=1)
+    """What hidden_states are multiplied by between the graphs."""
     versions: dict[str, str]
-    constants_sha256: str | None = None
-    """See the function of that name. Older bundles have none."""
+    constants_sha256: Sha256
+    """See the function of that name."""
 
-    def sealed(self) -> Manifest:
-        """The same with the hash over its constants."""
-        found = constants_sha256(self.model_dump(mode="json"))
-        return self.model_copy(update={"constants_sha256": found})
+    @staticmethod
+    def sealed(**fields: Any) -> Manifest:
+        """The manifest of these fields, with the hash over its constants."""
+        draft = Manifest(schema_version=SCHEMA_VERSION, constants_sha256="0" * 64, **fields)
+        return draft.model_copy(update={"constants_sha256": constants_sha256(draft.model_dump(mode="json"))})
 
 
 CONSTANTS = frozenset(
     (
         *("family", "dtype", "lowering", "selection_layer", "default_ratio", "max_visual", "decoder", "rotary"),
-        *("selection", "preprocessing", "tokens", "graphs", "embedding"),
+        *("selection", "preprocessing", "tokens", "graphs", "embedding", "weight_formats", "chat", "residual_scale"),
     )
 )
 """Fields of the manifest that nothing else tells of when they change, but other answers."""

@@ -22,6 +22,7 @@ TokenId = Annotated[int, Field(ge=0, le=INT32_MOST)]
 Epsilon = Annotated[float, Field(gt=0, le=1)]
 Factor = Annotated[float, Field(ge=1e-9, le=1e9)]
 """What pixels are multiplied or divided by: neither zero nor infinite in float32."""
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Level = Annotated[float, Field(ge=-1e9, le=1e9)]
 """What is taken from pixels."""
 

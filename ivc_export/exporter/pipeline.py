@@ -19,13 +19,12 @@ from ivc_export.bundle.staging import check_apart, check_free, staged_folder
 from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.checkpoint.weights import EMBEDDING, FOLDER, Weights
 from ivc_export.contract.calibration import read_calibration
-from ivc_export.contract.manifest import EmbeddingTable, Manifest, WeightFile
+from ivc_export.contract.manifest import EmbeddingTable, Manifest, StoredGraph, WeightFile
 from ivc_export.contract.names import (
     CHAT_TEMPLATE,
     GRAPH_NAMES,
     MANIFEST,
     PREPROCESSOR,
-    SCHEMA_VERSION,
     TOKENIZER,
     TOKENIZER_CONFIG,
     GraphName,
@@ -214,8 +213,7 @@ def make_manifest(
     model = configuration.model
     shape = (model.decoder.vocab_size, model.decoder.hidden_size)
     embedding = weights.find(EMBEDDING, shape)
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
+    return Manifest.sealed(
         family=configuration.family.model_type,
         dtype=weights.dtype,
         lowering=recipe.lowering,
@@ -229,7 +227,7 @@ def make_manifest(
         preprocessing=model.preprocessing.capped(recipe.max_visual),
         tokens=configuration.prompts.tokens,
         graphs={
-            name: model.graph_info(name, weights.dtype, layer).model_copy(update={"sha256": hashes.get(name)})
+            name: StoredGraph(**dict(model.graph_info(name, weights.dtype, layer)), sha256=hashes[name])
             for name in GRAPH_NAMES
         },
         embedding=EmbeddingTable(
@@ -237,4 +235,4 @@ def make_manifest(
         ),
         weights=files,
         versions={"ivc-export": __version__, "onnx": version("onnx"), "onnx-ir": version("onnx-ir")},
-    ).sealed()
+    )

@@ -45,6 +45,11 @@ class Grid(NamedTuple):
         return sum(self.blocks)
 
     @property
+    def extents(self) -> dict[str, int]:
+        """Visual tokens along each axis, for JSON; a still picture has one along time."""
+        return {"time": 1, "rows": self.rows, "columns": self.columns}
+
+    @property
     def cells(self) -> npt.NDArray[np.int32]:
         """Row and column of each visual token but the thumbnail's, in their order, int32 [rows * columns, 2]."""
         side = self.tile or max(self.rows, self.columns)

@@ -84,7 +84,7 @@ class Processor:
             "original": {"width": size[0], "height": size[1]},
             "covered": covered(*size, p),
             "scaled": {"width": grid.columns * p.token_side, "height": grid.rows * p.token_side},
-            "grid": {"rows": grid.rows, "columns": grid.columns, "tiles": len(grid.blocks)},
+            "grid": grid.extents | {"tiles": len(grid.blocks)},
         }
 
     def render(self, messages: Sequence[Message]) -> str:

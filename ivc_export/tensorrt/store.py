@@ -9,14 +9,14 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
 from ivc_export import __version__
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
-from ivc_export.contract.records import Frozen, first_problem
+from ivc_export.contract.records import Frozen, Sha256, first_problem
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.files import check_regular, confined, read_bytes, read_object
@@ -30,8 +30,6 @@ RECORD = "build.json"
 MOST_PLUGIN_BYTES = 1 << 30
 SMALLEST_SCALE = 2.0**-16
 """Of a residual stream: below it embeddings would no longer be normal numbers of float16."""
-
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class BuiltEngine(Frozen):

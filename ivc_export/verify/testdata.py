@@ -65,7 +65,7 @@ def write_testdata(bundle: Bundle) -> None:
         "prompt": prompt,
         "picture": PICTURE,
         "ratio": conversation.ratio,
-        "grid": {"rows": picture.grid.rows, "columns": picture.grid.columns},
+        "grid": picture.grid.extents,
         "prompt_tokens": tokens,
         "drawn_tokens": [*drawn, int(step.logits.argmax())],
         "versions": dict(session.versions),

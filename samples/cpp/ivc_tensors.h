@@ -7,7 +7,7 @@
 
 namespace ivc {
 
-constexpr int kSchemaVersion = 1;
+constexpr int kSchemaVersion = 2;
 constexpr int32_t kMostVisual = 16384;
 
 constexpr char kPixelValues[] = "pixel_values";

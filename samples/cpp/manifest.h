@@ -66,6 +66,10 @@ inline Json readManifest(const std::string& bundle) {
         throw std::runtime_error("this program takes models that cut pictures into patches, and " +
                                  manifest["family"].text() + " cuts them into tiles: use ivc-run");
     }
+    if (manifest["selection"]["method"].text() != "ivc-prune") {
+        throw std::runtime_error("this program chooses tokens by ivc-prune, and the bundle by " +
+                                 manifest["selection"]["method"].text() + ": use ivc-run");
+    }
     checkManifest(manifest);
     if (!manifest["selection"]["whole_layers"].items().empty()) {
         throw std::runtime_error("this program compacts every cache, and " + manifest["family"].text() +

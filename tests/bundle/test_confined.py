@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def rewrite(bundle: Path, change: Callable[[onnx.ModelProto], None]) -> None:
     change(model)
     path.write_bytes(model.SerializeToString())
     content = json.loads((bundle / MANIFEST).read_text())
-    content["graphs"]["prefix"].pop("sha256")
+    content["graphs"]["prefix"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     content["constants_sha256"] = constants_sha256(content)
     (bundle / MANIFEST).write_text(json.dumps(content))
 

@@ -22,15 +22,14 @@ def bundle(sample_bundle: Bundle, tmp_path: Path) -> Path:
 
 
 def edit(bundle: Path, keys: str, value: Any) -> None:
-    """Set a field, "a.b.0" being the first of b of a; the hash goes, as from an older bundle."""
+    """Set a field, "a.b.0" being the first of b of a; and the hash with it."""
     content = json.loads((bundle / MANIFEST).read_text())
-    content.pop("constants_sha256")
     part: Any = content
     *before, last = [int(key) if key.isdecimal() else key for key in keys.split(".")]
     for key in before:
         part = part[key]
     part[last] = value
-    (bundle / MANIFEST).write_text(json.dumps(content))
+    (bundle / MANIFEST).write_text(json.dumps(content | {"constants_sha256": constants_sha256(content)}))
 
 
 def refusal(bundle: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -77,6 +76,21 @@ def refusal(bundle: Path, capsys: pytest.CaptureFixture[str]) -> str:
         ("weights", [], "names no weight files"),
         ("graphs.vision.file", "prefix.onnx", "graphs.vision does not fit"),
         ("graphs.vision.outputs.0.shape.2", 65, "graphs.vision does not fit"),
+        ("residual_scale", 0.5, "residual_scale does not fit"),
+        ("residual_scale", 0, "is damaged (residual_scale"),
+        ("weight_formats", {"lm_head": {"format": "int4"}}, "was made by a newer ivc-export (weight_formats.lm_head"),
+        ("selection.method", "fastv", "was made by a newer ivc-export (selection.method"),
+        ("selection.surprise", 1, "was made by a newer ivc-export (selection.surprise: Extra inputs"),
+        ("surprise", 1, "was made by a newer ivc-export (surprise: Extra inputs"),
+        ("preprocessing.kind", "frames", "was made by a newer ivc-export (preprocessing"),
+        ("chat", {"segments": {"user": {"before": "<u>"}}}, "is damaged (chat.segments.user.behind: Field required"),
+        (
+            "schema_version",
+            1,
+            "version 1, and this ivc-export reads 2: export the model again with ivc-export --model",
+        ),
+        ("graphs.vision.sha256", None, "is damaged (graphs.vision.sha256"),
+        ("weights.0.header_sha256", "abc", "is damaged (weights.0.header_sha256"),
         ("graphs.vision.sha256", "0" * 64, "vision.onnx is not the graph that was exported"),
     ],
 )
@@ -123,18 +137,37 @@ def test_the_hash_covers_all_but_what_may_change(sample_bundle: Bundle) -> None:
     content = json.loads((sample_bundle.folder / MANIFEST).read_text())
     assert content["constants_sha256"] == constants_sha256(content)
     assert {*content} - CONSTANTS == {"schema_version", "calibrated", "weights", "versions", "constants_sha256"}
-    assert all(constants_sha256(content | {name: None}) != content["constants_sha256"] for name in CONSTANTS)
+    assert all(constants_sha256(content | {name: "?"}) != content["constants_sha256"] for name in CONSTANTS)
 
 
-def test_older_bundles_open_and_get_their_hashes(bundle: Path) -> None:
+@pytest.mark.parametrize("field", ["weight_formats", "chat", "residual_scale"])
+def test_optional_fields_may_be_absent(bundle: Path, field: str) -> None:
     content = json.loads((bundle / MANIFEST).read_text())
-    for entry in (*content["graphs"].values(), *content["weights"]):
-        entry.pop("sha256")
-    whole = json.loads((bundle / MANIFEST).read_text())
+    before = Bundle.load(bundle).manifest
+    content.pop(field)
     (bundle / MANIFEST).write_text(json.dumps(content | {"constants_sha256": constants_sha256(content)}))
-    verify_files(Bundle.load(bundle))
-    assert json.loads((bundle / MANIFEST).read_text()) == whole
-    content.pop("constants_sha256")
+    assert Bundle.load(bundle).manifest.model_dump(exclude={"constants_sha256"}) == before.model_dump(
+        exclude={"constants_sha256"}
+    )
+
+
+@pytest.mark.parametrize("field", ["constants_sha256", "graphs.decoder.sha256", "selection.ivc_fraction", "versions"])
+def test_required_fields_are_asked_for(bundle: Path, field: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads((bundle / MANIFEST).read_text())
+    part = content
+    *before, last = field.split(".")
+    for key in before:
+        part = part[key]
+    part.pop(last)
+    (bundle / MANIFEST).write_text(json.dumps(content))
+    assert f"is damaged ({field}: Field required): export the model again with ivc-export" in refusal(bundle, capsys)
+
+
+def test_a_bundle_whose_weights_nobody_read_gets_their_hashes(bundle: Path) -> None:
+    whole = json.loads((bundle / MANIFEST).read_text())
+    content = json.loads((bundle / MANIFEST).read_text())
+    for entry in content["weights"]:
+        entry["sha256"] = None
     (bundle / MANIFEST).write_text(json.dumps(content))
     verify_files(Bundle.load(bundle))
-    assert Bundle.load(bundle).manifest == Bundle.load(bundle).manifest.model_copy(update={"constants_sha256": None})
+    assert json.loads((bundle / MANIFEST).read_text()) == whole

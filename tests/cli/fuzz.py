@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import hashlib
 import io
 import json
 import os
@@ -30,6 +31,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.recording import Key, Recording, identity
 from ivc_export.checkpoint.folder import header_sha256
 from ivc_export.contract.calibration import Calibration, MeasuredDecoder, Trial
+from ivc_export.contract.manifest import constants_sha256
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
@@ -245,17 +247,19 @@ def replace_file(path: Path, chance: random.Random) -> str:
 
 
 def mend_hashes(bundle: Path, chance: random.Random) -> None:
-    """Make the manifest of a mutant one of an older version, which has no hashes, so that what is behind is reached."""
+    """Give the manifest of a mutant the hashes of what is there, so that what is behind is reached."""
     path = bundle / "manifest.json"
     try:
         content = read_object(path, "")
-        content.pop("constants_sha256", None)
         for graph in content["graphs"].values():
-            graph.pop("sha256", None)
+            file = bundle / graph["file"]
+            if file.is_file() and file.stat().st_size < 1 << 24:  # some were made sparse, and are terabytes
+                graph["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
         if chance.random() < 0.5:
             for weights in (entry for entry in content["weights"] if (bundle / entry["file"]).is_file()):
                 weights["size"] = (bundle / weights["file"]).stat().st_size
                 weights["header_sha256"] = header_sha256(bundle / weights["file"])
+        content["constants_sha256"] = constants_sha256(content)
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return
     path.write_text(json.dumps(content))

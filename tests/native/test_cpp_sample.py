@@ -154,7 +154,12 @@ def test_a_damaged_manifest_is_named(
         (("embedding", "dtype"), "int8", "the manifest's embedding does not fit its decoder: export the model again"),
         (("embedding", "shape"), [1], "the manifest's embedding does not fit its decoder: "),
         (("embedding", "shape"), [7, 7], "the manifest's embedding does not fit its decoder: "),
-        (("schema_version",), 2, "the manifest is of another version: export the model again"),
+        (("schema_version",), 1, "the manifest is of another version: export the model again"),
+        (
+            ("selection", "method"),
+            "fastv",
+            "this program chooses tokens by ivc-prune, and the bundle by fastv: use ivc-run",
+        ),
         (("selection", "whole_layers"), [0], "this program compacts every cache, and qwen2_vl keeps some whole: use "),
     ],
 )
@@ -370,7 +375,7 @@ def test_bundles_that_the_program_cannot_run_are_refused(sample: Path, bundle: P
     path.write_text(json.dumps(manifest | {"family": "internvl", "preprocessing": {"kind": "tiles"}}))
     message = "this program takes models that cut pictures into patches, and internvl cuts them into tiles: use ivc-run"
     assert refusal(sample, bundle, "--testdata") == message
-    path.write_text('{"schema_version": 2}')
+    path.write_text('{"schema_version": 1}')
     assert refusal(sample, bundle, "--testdata") == "the manifest is of another version: export the model again"
 
 

@@ -211,7 +211,7 @@ def test_json_tells_how_pictures_were_scaled(
             "original": {"width": size[0], "height": size[1]},
             "covered": wanted["covered"],
             "scaled": dict(zip(("width", "height"), wanted["scaled"], strict=True)),
-            "grid": dict(zip(("rows", "columns", "tiles"), wanted["grid"], strict=True)),
+            "grid": {"time": 1, **dict(zip(("rows", "columns", "tiles"), wanted["grid"], strict=True))},
         }
     ]
     rows, columns, tiles = wanted["grid"]

@@ -133,7 +133,7 @@ def test_the_picture_becomes_the_recorded_patches(files: Files) -> None:
     recorded = files.tensors("prefill", "vision", "inputs")
     assert np.abs(values - recorded["pixel_values"]).max() < PIXEL_TOLERANCE
     np.testing.assert_array_equal(position, recorded["patch_position"])
-    assert files.index["grid"] == {"rows": rows, "columns": columns}
+    assert files.index["grid"] == {"time": 1, "rows": rows, "columns": columns}
 
 
 @pytest.mark.parametrize(("width", "height"), [(448, 336), (100, 37), (1000, 130), (20, 20), (61, 900)])

@@ -42,7 +42,7 @@ def open_cuda(bundle: Bundle, **options: Any) -> Session:
     return FusedSession(bundle, **options)
 
 
-def open_shown(bundle: Bundle, **options: Any) -> Session:
+def open_cuda_shown(bundle: Bundle, **options: Any) -> Session:
     """As ShownSession."""
     from ivc_export.runtime.onnxruntime.shown import ShownSession
 
@@ -85,7 +85,7 @@ ONNXRUNTIME_CUDA = Backend(
     tolerances={"float16": CUDA_FLOAT16},
     libraries={"op_library": "our custom operators"},
     options=frozenset(("cuda_graph",)),
-    open_shown=open_shown,
+    open_shown=open_cuda_shown,
     after=after_cuda,
     needs_capacity=True,
     time_selection=time_fused,

@@ -1,4 +1,16 @@
-"""One graph compiled to an engine; TensorRT and TensorRT-RTX share an interface."""
+"""One graph compiled to an engine, by Polygraphy's loaders of TensorRT or TensorRT-RTX.
+
+Polygraphy makes the network, profiles, configuration and engine, and knows what each version lacks. These stay ours,
+since it has no such thing, or another:
+
+- parsing: Polygraphy prints the parser's reason, where ours is part of an error's sentence;
+- the precisions of TensorRT 8.6's layers and the formats of its inputs and outputs (`fix_precisions`);
+- the compute capability that TensorRT-RTX builds for;
+- timing caches: Polygraphy drops one of another GPU without a word and saves none then, and leaves a file of a lock
+  beside each;
+- the thread and the monitor by which Ctrl-C ends a build;
+- the logger: its last error is the reason in the sentence, where Polygraphy says to look above.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +25,7 @@ import onnx_ir as ir
 
 from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
-from ivc_export.tensorrt.library import major, make_logger
+from ivc_export.tensorrt.library import major, make_logger, polygraphy
 from ivc_export.tensorrt.profiles import Extents, make_profile
 from ivc_export.tensorrt.recipe import Options
 
@@ -35,39 +47,59 @@ def compile_graph(
     """
     name = model.graph.name
     path = work / f"{name}.onnx"
-    weak = options.target == "tensorrt" and major(trt) < 10
     converted = any(isinstance(v.const_value, ir.LazyTensor) for v in model.graph.initializers.values())
     ir.save(model, path, external_data=f"{name}.data" if converted else None)
     logger = make_logger(trt, options.verbose)
-    builder = trt.Builder(logger)
-    flags = trt.NetworkDefinitionCreationFlag
-    network = builder.create_network(1 << int(flags.EXPLICIT_BATCH if weak else flags.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(path)):
-        raise UserError(f"TensorRT {trt.__version__} does not read the {name} graph ({parser.get_error(0)})")
-    config = builder.create_builder_config()
-    configure(trt, config, options)
-    if weak and options.reduced:  # in float32 there is nothing to choose
-        fix_precisions(trt, network, config, float_types(model))
-    if options.target == "tensorrt-rtx":
-        config.num_compute_capabilities = 1
-        capability = getattr(trt.ComputeCapability, f"SM{options.compute_capability.replace('.', '')}")
-        config.set_compute_capability(capability, 0)
-    for extents in profiles:
-        config.add_optimization_profile(make_profile(builder, model, extents))
     timed = None if options.timing_cache is None else options.timing_cache / f"{name}.cache"
-    if timed is not None:
-        use_timings(config, timed.read_bytes() if timed.is_file() else b"")
-    plan = build_network(trt, builder, network, config, progress)
-    if plan is None:
-        raise UserError(
-            f"TensorRT {trt.__version__} cannot build the {name} graph ({logger.last}): see docs/tensorrt.md"
-        )
+    with polygraphy(options.target, logger, f"TensorRT {trt.__version__} cannot build the {name} graph") as loaders:
+        builder, network = loaders.create_network(strongly_typed=not weak(trt, options))
+        parser = trt.OnnxParser(network, logger)
+        if not parser.parse_from_file(str(path)):
+            raise UserError(f"TensorRT {trt.__version__} does not read the {name} graph ({parser.get_error(0)})")
+        if weak(trt, options) and options.reduced:  # in float32 there is nothing to choose
+            fix_precisions(trt, network, float_types(model))
+        shapes = [make_profile(loaders.Profile(), model, extents) for extents in profiles]
+        config = loaders.create_config(builder, network, profiles=shapes, **choices(trt, options))
+        if options.target == "tensorrt-rtx":
+            config.num_compute_capabilities = 1
+            capability = getattr(trt.ComputeCapability, f"SM{options.compute_capability.replace('.', '')}")
+            config.set_compute_capability(capability, 0)
+        if timed is not None:
+            use_timings(config, timed.read_bytes() if timed.is_file() else b"")
+        plan = in_thread(trt, config, progress, lambda: loaders.engine_bytes_from_network((builder, network), config))
     if timed is not None:
         timed.write_bytes(memoryview(config.get_timing_cache().serialize()))
     for file in work.glob(f"{name}.*"):
         file.unlink()
     return bytes(memoryview(plan))
+
+
+def weak(trt: Any, options: Options) -> bool:
+    """Whether networks are weakly typed: TensorRT before 10 does not take the graph's types for the engine's."""
+    return options.target == "tensorrt" and major(trt) < 10
+
+
+def choices(trt: Any, options: Options) -> dict[str, Any]:
+    """What Polygraphy's CreateConfig is told. It leaves TF32 off: what is float32 in a graph is so for a reason.
+
+    Raises:
+        UserError: this TensorRT has no such tactic source.
+    """
+    chosen: dict[str, Any] = {
+        "builder_optimization_level": options.optimization_level,
+        "profiling_verbosity": trt.ProfilingVerbosity.LAYER_NAMES_ONLY,  # TensorRT's own default
+    }
+    if weak(trt, options) and options.reduced:
+        chosen |= {"fp16": True, "precision_constraints": "obey"}
+    if options.workspace is not None:
+        chosen["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: options.workspace}
+    if options.tactic_sources is not None:
+        known = trt.TacticSource.__members__
+        unknown = [name for name in options.tactic_sources if name not in known]
+        if unknown:
+            raise UserError(f"there is no tactic source {unknown[0]}: give some of {', '.join(known)}")
+        chosen["tactic_sources"] = [known[name] for name in options.tactic_sources]
+    return chosen
 
 
 def use_timings(config: Any, saved: bytes) -> None:
@@ -78,8 +110,8 @@ def use_timings(config: Any, saved: bytes) -> None:
             return
 
 
-def build_network(trt: Any, builder: Any, network: Any, config: Any, progress: Callable[[str, int, int], None]) -> Any:
-    """The serialised engine, or None, built on another thread: TensorRT swallows what signals raise in its callbacks.
+def in_thread(trt: Any, config: Any, progress: Callable[[str, int, int], None], build: Callable[[], Any]) -> Any:
+    """What `build` returns, called on another thread: TensorRT swallows what signals raise in its callbacks.
 
     Ctrl-C ends a build at its next step, and where TensorRT has no progress monitor (before 10) when it is done.
     """
@@ -87,30 +119,12 @@ def build_network(trt: Any, builder: Any, network: Any, config: Any, progress: C
     if hasattr(trt, "IProgressMonitor"):
         config.progress_monitor = make_monitor(trt, progress, stopped)
     with ThreadPoolExecutor(1) as pool:
-        building = pool.submit(builder.build_serialized_network, network, config)
+        building = pool.submit(build)
         try:
             return building.result()
         except BaseException:
             stopped.set()
             raise
-
-
-def configure(trt: Any, config: Any, options: Options) -> None:
-    """Workspace, optimization level, tactic sources, and no TF32: what is float32 in a graph is so for a reason.
-
-    Raises:
-        UserError: this TensorRT has no such tactic source.
-    """
-    if options.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
-    config.builder_optimization_level = options.optimization_level
-    if options.tactic_sources is not None:
-        known = trt.TacticSource.__members__
-        unknown = [name for name in options.tactic_sources if name not in known]
-        if unknown:
-            raise UserError(f"there is no tactic source {unknown[0]}: give some of {', '.join(known)}")
-        config.set_tactic_sources(sum(1 << int(known[name]) for name in options.tactic_sources))
-    config.clear_flag(trt.BuilderFlag.TF32)
 
 
 def float_types(model: ir.Model) -> dict[str, ir.DataType]:
@@ -126,7 +140,7 @@ ARITHMETIC = ("ACTIVATION", "ELEMENTWISE", "MATRIX_MULTIPLY", "NORMALIZATION", "
 """TensorRT's layers that compute."""
 
 
-def fix_precisions(trt: Any, network: Any, config: Any, types: Mapping[str, ir.DataType]) -> None:
+def fix_precisions(trt: Any, network: Any, types: Mapping[str, ir.DataType]) -> None:
     """Tell TensorRT 8.6's weakly typed builder what must be float32, and that inputs and outputs are linear.
 
     Otherwise it tries every mix of formats of inputs and outputs, and compiles the whole graph for each. Constraints on
@@ -136,8 +150,6 @@ def fix_precisions(trt: Any, network: Any, config: Any, types: Mapping[str, ir.D
     types: of values by name, which are names of the network's tensors. What the parser adds between them is of the
     widest type that it reads.
     """
-    config.set_flag(trt.BuilderFlag.FP16)
-    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     linear = 1 << int(trt.TensorFormat.LINEAR)
     for tensor in (
         *(network.get_input(i) for i in range(network.num_inputs)),

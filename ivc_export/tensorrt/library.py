@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -29,6 +30,37 @@ def load_tensorrt(target: Target) -> Any:
         hint = " (on a Jetson, JetPack's python3-libnvinfer)" if target == "tensorrt" else ""
         raise UserError(f"{target} does not load ({error}): install {PACKAGES[target]}{hint}") from error
     return module
+
+
+@contextmanager
+def polygraphy(target: Target, logger: Any, what: str) -> Iterator[Any]:
+    """Polygraphy's loaders for `target`, which speak through `logger` alone. what: begins the sentence of an error.
+
+    A process has them for TensorRT or for TensorRT-RTX, as Polygraphy chooses when it is imported.
+
+    Raises:
+        UserError: Polygraphy is not installed, or loaded for the other library, or it or TensorRT refuses something.
+    """
+    try:
+        settings: Any = importlib.import_module("polygraphy.config")
+        if "polygraphy.backend.trt" not in sys.modules:
+            settings.USE_TENSORRT_RTX = target == "tensorrt-rtx"
+        loaders: Any = importlib.import_module("polygraphy.backend.trt")
+    except ImportError as error:
+        raise UserError(
+            f"engines are built through Polygraphy, which does not load ({error}): install ivc-export[tensorrt]"
+        ) from error
+    if (target == "tensorrt-rtx") != settings.USE_TENSORRT_RTX:
+        raise UserError(f"this process builds for another library than {target}: build for {target} in a new process")
+    log = importlib.import_module("polygraphy.logger").G_LOGGER
+    refusal = importlib.import_module("polygraphy.exception").PolygraphyException
+    loaders.util.TRT_LOGGER = logger  # what get_trt_logger gives
+    try:
+        with log.verbosity(log.CRITICAL + 1):
+            yield loaders
+    except refusal as error:
+        reason = str(logger.last or error).splitlines()[0]
+        raise UserError(f"{what} ({reason}): see docs/tensorrt.md") from error
 
 
 def major(trt: Any) -> int:
@@ -81,7 +113,7 @@ def make_logger(trt: Any, verbose: bool = False) -> Any:
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.last = "no reason given"
+            self.last = ""
 
         def log(self, severity: Any, message: str) -> None:
             """Keep an error."""

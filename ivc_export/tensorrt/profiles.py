@@ -50,14 +50,12 @@ def profiles(bundle: Bundle, name: GraphName, recipe: EngineRecipe) -> dict[str,
     return {kind: {"prefill": prefill, "decode": decode}[kind] for kind in profile_names(name)}
 
 
-def make_profile(builder: Any, model: ir.Model, extents: Extents) -> Any:
-    """An optimization profile of a graph."""
-    found = builder.create_optimization_profile()
+def make_profile(found: Any, model: ir.Model, extents: Extents) -> Any:
+    """Polygraphy's empty profile, filled for a graph; it asks the network which inputs are shapes."""
     for value in model.graph.inputs:
         if value.name == "keep_count":
-            found.set_shape_input(value.name, *[[extent] for extent in extents["keep_count"]])
+            found.add(value.name, *[(extent,) for extent in extents["keep_count"]])
             continue
         axes = [axis if isinstance(axis, int) else str(axis.value) for axis in value.shape or ()]
-        shapes = [[axis if isinstance(axis, int) else extents[axis][i] for axis in axes] for i in range(3)]
-        found.set_shape(value.name, *shapes)
+        found.add(value.name, *[tuple(a if isinstance(a, int) else extents[a][i] for a in axes) for i in range(3)])
     return found

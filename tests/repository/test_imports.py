@@ -36,6 +36,7 @@ HEAVY = {
     "transformers": {"verify", "bench"},
     "matplotlib": {"report"},
     "tensorrt": set(),
+    "polygraphy": set(),
 }
 
 

@@ -6,8 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
+import pytest
 
-from ivc_export.tensorrt.compile import fix_precisions
+from ivc_export.tensorrt.compile import choices, fix_precisions
+from ivc_export.tensorrt.library import Target
+from ivc_export.tensorrt.recipe import Options
 
 
 class Kind:
@@ -61,10 +64,9 @@ def test_what_is_float32_stays_so_in_a_weakly_typed_network() -> None:
         num_inputs=1, num_outputs=1, num_layers=len(layers), get_input=lambda i: x, get_output=lambda i: narrow
     )
     network.get_layer = lambda i: list(layers.values())[i]
-    trt = SimpleNamespace(DataType=Kind(), LayerType=Kind(), BuilderFlag=Kind(), TensorFormat=SimpleNamespace(LINEAR=0))
-    flags: list[str] = []
+    trt = SimpleNamespace(DataType=Kind(), LayerType=Kind(), TensorFormat=SimpleNamespace(LINEAR=0))
     types = {"x": ir.DataType.FLOAT16, "wide": ir.DataType.FLOAT, "product": ir.DataType.FLOAT}
-    fix_precisions(trt, network, SimpleNamespace(set_flag=flags.append), types | {"narrow": ir.DataType.FLOAT16})
+    fix_precisions(trt, network, types | {"narrow": ir.DataType.FLOAT16})
     assert {name for name, layer in layers.items() if layer.precision == "FLOAT"} == {
         "multiply",
         "softmax",
@@ -74,4 +76,18 @@ def test_what_is_float32_stays_so_in_a_weakly_typed_network() -> None:
     assert layers["multiply"].types == {0: "FLOAT"} and layers["greater"].types == {}
     assert layers["narrow"].precision is None  # constraints on others contradict TensorRT's own
     assert (x.allowed_formats, narrow.allowed_formats) == (1, 1)
-    assert set(flags) == {"FP16", "OBEY_PRECISION_CONSTRAINTS"}
+
+
+@pytest.mark.parametrize(
+    ("version", "target", "reduced", "told"),
+    [
+        ("8.6.0", "tensorrt", True, True),
+        ("8.6.0", "tensorrt", False, False),
+        ("10.3.0", "tensorrt", True, False),
+        ("1.7.1", "tensorrt-rtx", True, False),
+    ],
+)
+def test_weakly_typed_networks_alone_are_told_to_obey(version: str, target: Target, reduced: bool, told: bool) -> None:
+    trt = SimpleNamespace(__version__=version, ProfilingVerbosity=Kind())
+    found = choices(trt, Options(target, "8.6", reduced=reduced))
+    assert (found.get("fp16"), found.get("precision_constraints")) == ((True, "obey") if told else (None, None))

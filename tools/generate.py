@@ -48,6 +48,7 @@ LAYERS = {
     Layers.WHOLE: ", i < k kept whole",
     Layers.ABOVE: ", i >= k",
     Layers.ALL: "",
+    Layers.DEEPSTACK: ", i < the manifest's deepstack",
 }
 ONLY = {
     "": "",

@@ -65,7 +65,7 @@ class TorchPeer:
         end = time.perf_counter()
         stages, steps = {"vision": middle - start, "prefill": end - middle}, []
         rows = len(prompt.tokens)
-        size = 2 * m.decoder.layers * rows * m.decoder.kv_heads * m.decoder.head_dim * (2 if "16" in self.dtype else 4)
+        size = m.decoder.layers * rows * m.decoder.row_values * (2 if "16" in self.dtype else 4)
         for position in after:
             before = time.perf_counter()
             token = self.step(token, without_axes(position), cache)

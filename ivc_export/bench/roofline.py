@@ -113,7 +113,7 @@ class Workload:
         axes |= empty_caches(self._graphs.values()) | {"H": 1, "seeds": 1}  # no product depends on these two
         given = {"vision": prompt.picture.inputs}
         found = {name: count(graph, axes, given.get(name)).flops for name, graph in self._graphs.items()}
-        row = 2 * m.decoder.layers * m.decoder.kv_heads * m.decoder.head_dim
+        row = m.decoder.layers * m.decoder.row_values
         return Work(found, self.parameters, row)
 
 

@@ -109,7 +109,8 @@ def find_contradiction(m: Manifest) -> str | None:
     beyond = [i for i in ids if i is not None and i >= d.vocab_size]
     facts = (
         ("lowering", m.lowering in exported()),
-        ("selection_layer", m.selection_layer < d.layers),
+        ("decoder.deepstack", d.deepstack < d.layers),
+        ("selection_layer", m.selection_layer in d.cuts),
         ("decoder.kv_heads", d.heads % d.kv_heads == 0),
         ("rotary.sections", 2 * sum(m.rotary.sections) == d.head_dim),
         ("rotary.sections", len(m.rotary.sections) == family.axes),

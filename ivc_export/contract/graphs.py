@@ -42,7 +42,8 @@ AXES = {
     "patch_dim": "values of one patch: channels x frames x height x width",
     "hidden": "hidden size",
     "kv_heads": "heads of keys and values",
-    "head_dim": "values of one head",
+    "head_dim": "values of one head of queries or keys",
+    "value_dim": "values of one head of values",
     "vocab": "vocabulary size",
 }
 
@@ -56,6 +57,7 @@ class Layers(enum.Enum):
     WHOLE = enum.auto()  # those of them whose cache keeps every row
     ABOVE = enum.auto()  # layers k..N-1, which see kept tokens
     ALL = enum.auto()
+    DEEPSTACK = enum.auto()  # the first `deepstack` layers, all below the cut: none, for most families
 
 
 @dataclass(frozen=True)
@@ -79,19 +81,15 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
 
 
-_CACHE = (1, "kv_heads", "P", "head_dim")
+_KEYS = {rows: (1, "kv_heads", rows, "head_dim") for rows in ("P", "S", "M", 1)}
 
-_NEW = (1, "kv_heads", "S", "head_dim")
-
-_KEPT = (1, "kv_heads", "M", "head_dim")
+_VALUES = {rows: (1, "kv_heads", rows, "value_dim") for rows in ("P", "S", "M", 1)}
 
 _PAST_LENGTH = TensorSpec("past_length", "int32", (1,), "valid rows of the caches; the others are masked, but finite")
 
 _WHOLE_LENGTH = TensorSpec("past_length.{i}", "int32", (1,), "the same of a layer that is kept whole", Layers.WHOLE)
 
 _POSITION_IDS = TensorSpec("position_ids", "int32", ("axes", 1, "S"), "rotary positions of this run's rows, unpruned")
-
-_ROW_NEW = (1, "kv_heads", 1, "head_dim")
 
 GRAPHS: dict[AnyGraphName, GraphSpec] = {
     "vision": GraphSpec(
@@ -115,12 +113,28 @@ GRAPHS: dict[AnyGraphName, GraphSpec] = {
                 "pixel_values", "graph", ("B", 3, "height", "height"), "normalised pixels, B tiles", only="tiles"
             ),
         ),
-        outputs=(TensorSpec("image_embeds", "graph", ("B", "visual", "hidden"), "one row a visual token"),),
+        outputs=(
+            TensorSpec("image_embeds", "graph", ("B", "visual", "hidden"), "one row a visual token"),
+            TensorSpec(
+                "deepstack.{i}",
+                "graph",
+                ("B", "visual", "hidden"),
+                "what is added to the visual rows behind layer i",
+                Layers.DEEPSTACK,
+            ),
+        ),
     ),
     "prefix": GraphSpec(
         "Layers 0..k-1 over every row, and the selection of visual tokens by the values of layer k-1.",
         inputs=(
             TensorSpec("inputs_embeds", "graph", (1, "S", "hidden"), "token embeddings, visual rows in their places"),
+            TensorSpec(
+                "deepstack.{i}",
+                "graph",
+                (1, "L", "hidden"),
+                "from vision, a row for each of visual_index; zeros in runs without pictures",
+                Layers.DEEPSTACK,
+            ),
             _POSITION_IDS,
             TensorSpec("visual_index", "int32", ("L",), "rows that hold visual tokens, ascending"),
             TensorSpec("text_index", "int32", ("T",), "all other rows, ascending"),
@@ -145,13 +159,13 @@ GRAPHS: dict[AnyGraphName, GraphSpec] = {
             ),
             _PAST_LENGTH,
             _WHOLE_LENGTH,
-            TensorSpec("past_key.{i}", "graph", _CACHE, "cached keys, after rotation", Layers.BELOW),
-            TensorSpec("past_value.{i}", "graph", _CACHE, "cached values", Layers.BELOW),
+            TensorSpec("past_key.{i}", "graph", _KEYS["P"], "cached keys, after rotation", Layers.BELOW),
+            TensorSpec("past_value.{i}", "graph", _VALUES["P"], "cached values", Layers.BELOW),
         ),
         outputs=(
             TensorSpec("hidden_states", "graph", (1, "S", "hidden"), "after layer k-1"),
-            TensorSpec("new_key.{i}", "graph", _NEW, "keys of this run's rows", Layers.BELOW),
-            TensorSpec("new_value.{i}", "graph", _NEW, "values of this run's rows", Layers.BELOW),
+            TensorSpec("new_key.{i}", "graph", _KEYS["S"], "keys of this run's rows", Layers.BELOW),
+            TensorSpec("new_value.{i}", "graph", _VALUES["S"], "values of this run's rows", Layers.BELOW),
             TensorSpec("keep_index", "int32", ("M",), "rows to keep, ascending: all text and the chosen visual tokens"),
             TensorSpec("token_score", "float32", ("L",), "score of each visual token, before seeds and priorities"),
             TensorSpec("seed_index", "int32", ("seeds",), "seeds, best first, as positions within visual_index"),
@@ -165,17 +179,19 @@ GRAPHS: dict[AnyGraphName, GraphSpec] = {
             TensorSpec("logit_index", "int32", ("R",), "rows of the kept sequence whose logits are wanted"),
             _POSITION_IDS,
             _PAST_LENGTH,
-            TensorSpec("new_key.{i}", "graph", _NEW, "from prefix", Layers.COMPACTED),
-            TensorSpec("new_value.{i}", "graph", _NEW, "from prefix", Layers.COMPACTED),
-            TensorSpec("past_key.{i}", "graph", _CACHE, "cached keys, after rotation", Layers.ABOVE),
-            TensorSpec("past_value.{i}", "graph", _CACHE, "cached values", Layers.ABOVE),
+            TensorSpec("new_key.{i}", "graph", _KEYS["S"], "from prefix", Layers.COMPACTED),
+            TensorSpec("new_value.{i}", "graph", _VALUES["S"], "from prefix", Layers.COMPACTED),
+            TensorSpec("past_key.{i}", "graph", _KEYS["P"], "cached keys, after rotation", Layers.ABOVE),
+            TensorSpec("past_value.{i}", "graph", _VALUES["P"], "cached values", Layers.ABOVE),
         ),
         outputs=(
             TensorSpec("logits", "float32", (1, "R", "vocab"), "next-token logits"),
-            TensorSpec("compact_key.{i}", "graph", _KEPT, "kept keys, to append to the cache", Layers.COMPACTED),
-            TensorSpec("compact_value.{i}", "graph", _KEPT, "kept values, to append to the cache", Layers.COMPACTED),
-            TensorSpec("new_key.{i}", "graph", _KEPT, "keys, to append to the cache", Layers.ABOVE),
-            TensorSpec("new_value.{i}", "graph", _KEPT, "values, to append to the cache", Layers.ABOVE),
+            TensorSpec("compact_key.{i}", "graph", _KEYS["M"], "kept keys, to append to the cache", Layers.COMPACTED),
+            TensorSpec(
+                "compact_value.{i}", "graph", _VALUES["M"], "kept values, to append to the cache", Layers.COMPACTED
+            ),
+            TensorSpec("new_key.{i}", "graph", _KEYS["M"], "keys, to append to the cache", Layers.ABOVE),
+            TensorSpec("new_value.{i}", "graph", _VALUES["M"], "values, to append to the cache", Layers.ABOVE),
         ),
     ),
     "decode": GraphSpec(
@@ -186,13 +202,13 @@ GRAPHS: dict[AnyGraphName, GraphSpec] = {
             TensorSpec("position_ids", "int32", ("axes", 1, 1), "the row's rotary position"),
             _PAST_LENGTH,
             _WHOLE_LENGTH,
-            TensorSpec("past_key.{i}", "graph", _CACHE, "cached keys, after rotation", Layers.ALL),
-            TensorSpec("past_value.{i}", "graph", _CACHE, "cached values", Layers.ALL),
+            TensorSpec("past_key.{i}", "graph", _KEYS["P"], "cached keys, after rotation", Layers.ALL),
+            TensorSpec("past_value.{i}", "graph", _VALUES["P"], "cached values", Layers.ALL),
         ),
         outputs=(
             TensorSpec("logits", "float32", (1, 1, "vocab"), "next-token logits"),
-            TensorSpec("new_key.{i}", "graph", _ROW_NEW, "the row's keys, to append to the cache", Layers.ALL),
-            TensorSpec("new_value.{i}", "graph", _ROW_NEW, "the row's values, to append to the cache", Layers.ALL),
+            TensorSpec("new_key.{i}", "graph", _KEYS[1], "the row's keys, to append to the cache", Layers.ALL),
+            TensorSpec("new_value.{i}", "graph", _VALUES[1], "the row's values, to append to the cache", Layers.ALL),
         ),
     ),
 }
@@ -210,7 +226,11 @@ WIDE_RESIDUALS = frozenset(("hidden_states",))
 
 
 def expand_layers(
-    specs: tuple[TensorSpec, ...], layers: int, selection_layer: int, whole_layers: Collection[int] = ()
+    specs: tuple[TensorSpec, ...],
+    layers: int,
+    selection_layer: int,
+    whole_layers: Collection[int] = (),
+    deepstack: int = 0,
 ) -> list[tuple[str, TensorSpec]]:
     """Write out `{i}`: key and value of one layer, then of the next, where neighbours exist for the same layers."""
     below = range(selection_layer)
@@ -221,6 +241,7 @@ def expand_layers(
         Layers.WHOLE: [i for i in below if i in whole_layers],
         Layers.ABOVE: range(selection_layer, layers),
         Layers.ALL: range(layers),
+        Layers.DEEPSTACK: range(deepstack),
     }
     expanded = []
     for which, group in itertools.groupby(specs, key=lambda spec: spec.layers):
@@ -231,6 +252,11 @@ def expand_layers(
                     spec = replace(spec, axes=tuple("W" if axis == "P" else axis for axis in spec.axes))
                 expanded.append((spec.name.format(i=i), spec))
     return expanded
+
+
+def deepstack_names(decoder: DecoderSizes) -> list[str]:
+    """Outputs of `vision` and inputs of `prefix` that hold what is added to pictures' rows, by layer."""
+    return [f"deepstack.{i}" for i in range(decoder.deepstack)]
 
 
 def graph_info(
@@ -247,6 +273,7 @@ def graph_info(
         "hidden": decoder.hidden_size,
         "kv_heads": decoder.kv_heads,
         "head_dim": decoder.head_dim,
+        "value_dim": decoder.value_dim,
         "vocab": decoder.vocab_size,
         "axes": len(rotary.sections),
     }
@@ -256,6 +283,8 @@ def graph_info(
         sizes |= {"height": preprocessing.tile_pixels, "visual": preprocessing.tile_side**2}
     has = {"", preprocessing.kind} | ({"tile rule"} if selection.tiles else set())
 
+    layers = (decoder.layers, selection_layer, selection.whole_layers, decoder.deepstack)
+
     def infos(specs: tuple[TensorSpec, ...]) -> tuple[TensorInfo, ...]:
         own = tuple(spec for spec in specs if spec.only in has)
         return tuple(
@@ -264,7 +293,7 @@ def graph_info(
                 dtype=dtype if spec.dtype == "graph" else spec.dtype,
                 shape=tuple(sizes.get(axis, axis) for axis in spec.axes),
             )
-            for tensor_name, spec in expand_layers(own, decoder.layers, selection_layer, selection.whole_layers)
+            for tensor_name, spec in expand_layers(own, *layers)
         )
 
     spec = GRAPHS[name]
@@ -299,6 +328,12 @@ class TensorName(NamedTuple):
     def to(self, role: CacheRole) -> str:
         """The name of the same layer's keys or values in another role."""
         return f"{role}_{self.kind}.{self.layer}"
+
+
+def cache_shape(sizes: DecoderSizes, name: str, rows: int) -> tuple[int, int, int, int]:
+    """The shape of `rows` rows of one layer's keys or values, which a tensor of this name holds."""
+    size = sizes.value_dim if TensorName.of(name).kind == "value" else sizes.head_dim
+    return (1, sizes.kv_heads, rows, size)
 
 
 def in_place_lengths(past_length: str) -> dict[str, tuple[int, ...]]:

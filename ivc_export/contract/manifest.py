@@ -38,10 +38,25 @@ class DecoderSizes(Frozen):
     heads: Heads
     kv_heads: Heads
     head_dim: int = Field(gt=0, le=4096, multiple_of=2)
+    """Of a head's queries and keys."""
+    value_dim: int = Field(gt=0, le=4096)
+    """Of a head's values."""
     vocab_size: int = Field(gt=0, le=1 << 24)
     rms_norm_epsilon: Epsilon
     tied_embeddings: bool
     max_positions: Count
+    deepstack: int = Field(default=0, ge=0, le=1000)
+    """Layers, from the first on, behind which features of the pictures are added to their rows; `prefix` holds them."""
+
+    @property
+    def row_values(self) -> int:
+        """What one row takes in the caches of one layer, in values."""
+        return self.kv_heads * (self.head_dim + self.value_dim)
+
+    @property
+    def cuts(self) -> range:
+        """Selection layers that this model can be cut at."""
+        return range(max(1, self.deepstack), self.layers)
 
 
 class RotarySizes(Frozen):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ivc_export.checkpoint.weights import Weights
+from ivc_export.contract.graphs import deepstack_names
 from ivc_export.contract.names import GraphName
 from ivc_export.families.family import Family, Model
 from ivc_export.graph.builder import Graph
-from ivc_export.graph.decoder_stack import DecoderStack
+from ivc_export.graph.decoder_stack import DecoderStack, spread_rows
 from ivc_export.graph.linear import linear
 from ivc_export.selection.operators import compact_gather, select_tokens
 
@@ -36,7 +37,10 @@ def prefix_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Mod
     stack = DecoderStack(
         g, model.block, model.decoder, model.rotary, g.inputs["position_ids"], range(selection_layer), rule.whole_layers
     )
-    x, values = stack.layers(g.inputs["inputs_embeds"])
+    with g.scope("deepstack"):
+        rows = [g.inputs[name] for name in deepstack_names(model.decoder)]
+        added = {i: spread_rows(g, x, g.inputs["visual_index"], g.inputs["position_ids"]) for i, x in enumerate(rows)}
+    x, values = stack.layers(g.inputs["inputs_embeds"], added)
     g.output("hidden_states", g.op("Unsqueeze", x, g.ints(0)))
     with g.scope("select"):
         selected = select_tokens(g, rule, values)

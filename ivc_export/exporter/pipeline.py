@@ -112,16 +112,16 @@ def selection_layer(recipe: ExportRecipe, configuration: Description) -> tuple[i
     Raises:
         UserError: the recipe's layer is not within the model.
     """
-    layers = configuration.model.decoder.layers
+    layers, cuts = configuration.model.decoder.layers, configuration.model.decoder.cuts
     default = configuration.family.default_layer(configuration.model.decoder)
     if recipe.calibration is not None:
         return calibrated_layer(recipe.calibration, configuration), True
     if recipe.layer is None:
         return default.layer, default.calibrated
-    if not 1 <= recipe.layer < layers:
+    if recipe.layer not in cuts:
         raise UserError(
             f"layer {recipe.layer} is out of range: this model has {layers} layers, "
-            f"so --layer takes 1 to {layers - 1} (its default is {default.layer})"
+            f"so --layer takes {cuts[0]} to {cuts[-1]} (its default is {default.layer})"
         )
     return recipe.layer, default.calibrated and recipe.layer == default.layer
 
@@ -142,10 +142,10 @@ def calibrated_layer(path: Path, configuration: Description) -> int:
             f"{path} is the calibration of another model, a {found.family} of {found.decoder.layers} layers: "
             "calibrate this one with ivc-calibrate"
         )
-    if not 1 <= found.layer < sizes.layers:
+    if found.layer not in sizes.cuts:
         raise UserError(
-            f"{path} proposes layer {found.layer}, and this model's {sizes.layers} layers can be cut at 1 to "
-            f"{sizes.layers - 1}: calibrate it again with ivc-calibrate, or give --layer instead"
+            f"{path} proposes layer {found.layer}, and this model's {sizes.layers} layers can be cut at "
+            f"{sizes.cuts[0]} to {sizes.cuts[-1]}: calibrate it again with ivc-calibrate, or give --layer instead"
         )
     return found.layer
 

@@ -84,7 +84,8 @@ class Family:
     read: config.json, and the image processor's configuration if there is one, to a Model.
     canonical_name: a tensor's name in the checkpoint to ours (`model.*`, `visual.*`, `lm_head.weight`).
     stored_name: the inverse, as transformers 4.4x names it, or the family's own code.
-    vision: builds the encoder between the vision graph's inputs and `image_embeds`, which it returns.
+    vision: builds the encoder between the vision graph's inputs and `image_embeds`, which it returns; where the
+        decoder has `deepstack`, it makes those outputs, too.
     default_layer: the selection layer for a model of these sizes.
     picture: an RGB picture to the vision graph's inputs.
     positions: rotary positions of text (its number of tokens) and pictures in order, from the first free position on;
@@ -136,7 +137,8 @@ def scaled_layer(sizes: DecoderSizes, published: Mapping[int, int], layer: int, 
     """The published selection layer for this many layers, or else `layer` of `layers` in proportion, uncalibrated."""
     if sizes.layers in published:
         return DefaultLayer(published[sizes.layers], calibrated=True)
-    return DefaultLayer(min(sizes.layers - 1, max(1, round(sizes.layers * layer / layers))), calibrated=False)
+    scaled = round(sizes.layers * layer / layers)
+    return DefaultLayer(min(sizes.cuts[-1], max(sizes.cuts[0], scaled)), calibrated=False)
 
 
 def renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:

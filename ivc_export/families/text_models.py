@@ -164,6 +164,7 @@ def read_decoder(text: DecoderSettings, tied: bool) -> DecoderSizes:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=text.head_dim or hidden // heads,
+        value_dim=text.head_dim or hidden // heads,
         vocab_size=text.vocab_size,
         rms_norm_epsilon=text.rms_norm_eps,
         tied_embeddings=tied,

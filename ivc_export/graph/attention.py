@@ -49,8 +49,9 @@ def attention(
 ) -> ir.Value:
     """Attention over a cache and this run's rows, several heads of queries to one of keys and values.
 
-    q: [1, heads, S, head_dim]; k, v: [1, kv_heads, S, head_dim]; past_key, past_value: [1, kv_heads, P, head_dim];
-    visible: bool [S, P + S], what each row sees; returns [S, heads head_dim].
+    q: [1, heads, S, head_dim]; k: [1, kv_heads, S, head_dim]; v: [1, kv_heads, S, value_dim]; past_key, past_value:
+    [1, kv_heads, P, head_dim] and [1, kv_heads, P, value_dim]; visible: bool [S, P + S], what each row sees; returns
+    [S, heads value_dim].
     """
     numbers = {"heads": sizes.heads, "kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
     return g.call("Attention", q, k, v, past_key, past_value, visible, scale=sizes.head_dim**-0.5, **numbers)

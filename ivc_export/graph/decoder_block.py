@@ -66,12 +66,15 @@ class SeparateProjections:
         g, s, name = layer.g, layer.sizes, f"{layer.name}.self_attn"
         yield linear(g, x, f"{name}.q_proj", s.heads * s.head_dim, s.hidden_size, self.bias)
         yield linear(g, x, f"{name}.k_proj", s.kv_heads * s.head_dim, s.hidden_size, self.bias)
-        yield linear(g, x, f"{name}.v_proj", s.kv_heads * s.head_dim, s.hidden_size, self.bias)
+        yield linear(g, x, f"{name}.v_proj", s.kv_heads * s.value_dim, s.hidden_size, self.bias)
 
 
 @dataclass(frozen=True)
 class ProjectionsByHead:
-    """One weight for all: by key-value head, its queries, its key, its value. Source: InternLM2 (Cai et al. 2024)."""
+    """One weight for all: by key-value head, its queries, its key, its value, of one size.
+
+    Source: InternLM2 (Cai et al. 2024).
+    """
 
     bias: bool
 
@@ -106,9 +109,10 @@ class SelfAttention:
             return rotate(g, y, layer.cos, layer.sin)
 
         q, key = rotated(s.heads, "q_norm"), rotated(s.kv_heads, "k_norm")
-        value = split_heads(g, next(parts), g.ints(1), s.kv_heads, s.head_dim)
+        value = split_heads(g, next(parts), g.ints(1), s.kv_heads, s.value_dim)
         rows = attention(g, q, key, value, layer.past_key, layer.past_value, layer.visible, s)
-        return Attended(linear(g, rows, f"{name}.o_proj", s.hidden_size, s.heads * s.head_dim, bias=False), key, value)
+        added = linear(g, rows, f"{name}.o_proj", s.hidden_size, s.heads * s.value_dim, bias=False)
+        return Attended(added, key, value)
 
 
 def gated_feed_forward(layer: Layer, x: ir.Value) -> ir.Value:

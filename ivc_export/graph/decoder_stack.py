@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
@@ -45,14 +45,17 @@ class DecoderStack:
                 self.masks |= dict.fromkeys(compacted, mask(compacted[0], "past_length"))
             self.masks |= {i: mask(i, f"past_length.{i}") for i in sorted({*numbers} - {*compacted})}
 
-    def layers(self, hidden: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def layers(self, hidden: ir.Value, added: Mapping[int, ir.Value] | None = None) -> tuple[ir.Value, ir.Value]:
         """Add the layers, whose keys (rotated) and values become the outputs new_key.i and new_value.i.
 
-        hidden: [1, rows, hidden]. Returns [rows, hidden], and the last layer's values [1, kv_heads, rows, head_dim].
+        hidden: [1, rows, hidden]. added: [rows, hidden], by the layer behind which it is added. Returns [rows, hidden],
+        and the last layer's values [1, kv_heads, rows, value_dim].
         """
         x = value = self.g.op("Squeeze", hidden, self.g.ints(0))
         for number in self.numbers:
             x, key, value = self._layer(number, x)
+            if added and number in added:
+                x = self.g.op("Add", x, added[number])
             self.g.output(f"new_key.{number}", key)
             self.g.output(f"new_value.{number}", value)
         return x, value
@@ -71,3 +74,11 @@ class DecoderStack:
             with g.scope("mlp"):
                 y = block.feed_forward(layer, normed)
             return attended._replace(added=g.op("Add", x, y))
+
+
+def spread_rows(g: Graph, rows: ir.Value, index: ir.Value, position_ids: ir.Value) -> ir.Value:
+    """Rows [1, L, hidden] at the places `index` int32 [L] among a run's, all others zero; returns [S, hidden].
+
+    position_ids: [axes, 1, S], which says S.
+    """
+    return g.call("SpreadRows", rows, index, position_ids)

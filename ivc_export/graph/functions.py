@@ -21,6 +21,7 @@ RESULTS: Mapping[str, ResultTypes] = {
     "SelectTileTokens": (ir.DataType.INT32, ir.DataType.FLOAT, ir.DataType.INT32),
     "SelectTokens": (ir.DataType.INT32, ir.DataType.FLOAT, ir.DataType.INT32),
     "SplitHeads": 0,
+    "SpreadRows": 0,
     "WindowAttention": 0,
 }
 """Types of each function's outputs: those written out, or that of the input of this number."""

@@ -19,6 +19,10 @@ def join_decode(prefix: ir.Model, decoder: ir.Model) -> ir.Model:
     Its one row is kept, so that selection and compaction fall away.
     """
     graph, above = prefix.graph, decoder.graph
+    for node in list(graph):
+        if called(node.outputs[0], "SpreadRows"):
+            for total in node.outputs[0].consumers():
+                hand_through(total)  # the row is no picture's
     kept = [value for value in above.outputs if TensorName.of(value.name).role in ("", "new")]
     above.outputs[:] = kept
     for node in list(above):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.graphs import TensorName, cache_shape
 from ivc_export.contract.manifest import DecoderSizes
 from ivc_export.errors import UserError
 
@@ -21,7 +21,7 @@ def input_names(layers: range) -> list[str]:
 
 
 class KVCache:
-    """Keys and values of all layers, float32 [1, kv_heads, P, head_dim] each.
+    """Keys and values of all layers, float32 [1, kv_heads, P, head_dim or value_dim] each.
 
     capacity: None keeps arrays of the exact length; a number keeps zeroed buffers of so many rows, whose rows at or
     beyond their length the graphs mask: static shapes, at the price of computing over the whole buffer.
@@ -35,8 +35,8 @@ class KVCache:
         self.capacity = None if capacity is None else check_capacity(capacity)
         self.whole = frozenset(whole)
         self._lengths: dict[int | None, int] = dict.fromkeys(range(sizes.layers), 0)
-        shape = (1, sizes.kv_heads, capacity or 0, sizes.head_dim)
-        self._arrays = {name: np.zeros(shape, np.float32) for name in input_names(range(sizes.layers))}
+        names = input_names(range(sizes.layers))
+        self._arrays = {name: np.zeros(cache_shape(sizes, name, capacity or 0), np.float32) for name in names}
 
     @property
     def length(self) -> int:

@@ -46,12 +46,14 @@ class HostConversation(Conversation):
             with self.timings.stage("vision"):
                 vision.append(session.run("vision", picture.inputs))
         embeds = session.bundle.embed(turn.plan.tokens)
+        added = turn.added(m.decoder)
         if vision:
             embeds[turn.plan.visual_index] = np.concatenate(image_rows(vision))
+            added = {name: np.concatenate(image_rows(vision, name))[None] for name in added}
         inputs = turn.inputs
         with self.timings.stage(f"{turn.stage}.prefix"):
             names = ("position_ids", "keep_count", *turn.plan.selection_inputs)
-            feeds = {name: inputs[name] for name in names} | {"inputs_embeds": embeds[None]}
+            feeds = {name: inputs[name] for name in names} | {"inputs_embeds": embeds[None]} | added
             prefix = session.run("prefix", feeds | cache.inputs(range(m.selection_layer)))
         with self.timings.stage(f"{turn.stage}.decoder"):
             feeds = {name: inputs[name] for name in ("position_ids", "logit_index")}

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ivc_export.bundle.bundle import Bundle
+from ivc_export.contract.graphs import deepstack_names
+from ivc_export.contract.manifest import DecoderSizes
 from ivc_export.contract.ratio import check_ratio
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
@@ -79,9 +81,14 @@ class Step:
         return logits
 
 
-def image_rows(vision: Iterable[Mapping[str, npt.NDArray[Any]]]) -> tuple[npt.NDArray[np.float32], ...]:
-    """The visual tokens of each run of the vision graph, [visual, hidden], its frames one behind the other."""
-    frames = (outputs["image_embeds"] for outputs in vision)
+def image_rows(
+    vision: Iterable[Mapping[str, npt.NDArray[Any]]], name: str = "image_embeds"
+) -> tuple[npt.NDArray[np.float32], ...]:
+    """The visual tokens of each run of the vision graph, [visual, hidden], its frames one behind the other.
+
+    name: of the output, all of which have a row for each token.
+    """
+    frames = (outputs[name] for outputs in vision)
     return tuple(embeds.reshape(-1, embeds.shape[-1]) for embeds in frames)
 
 
@@ -185,10 +192,19 @@ class Turn:
         }
 
     @property
+    def firsts(self) -> list[int]:
+        """The first of each picture's visual tokens among the run's."""
+        return [int(first) for first in np.cumsum([0, *(picture.grid.visual for picture in self.pictures)])[:-1]]
+
+    @property
     def places(self) -> list[int]:
         """The first row of each picture."""
-        seen = np.cumsum([0, *(picture.grid.visual for picture in self.pictures)])[:-1]
-        return [int(self.plan.visual_index[first]) for first in seen]
+        return [int(self.plan.visual_index[first]) for first in self.firsts]
+
+    def added(self, sizes: DecoderSizes) -> dict[str, npt.NDArray[np.float32]]:
+        """What is added to the pictures' rows, by the inputs' names: zeros [1, L, hidden], for vision to write to."""
+        shape = (1, len(self.plan.visual_index), sizes.hidden_size)
+        return {name: np.zeros(shape, np.float32) for name in deepstack_names(sizes)}
 
 
 class Conversation(ABC):

@@ -89,13 +89,13 @@ def selection_part(prefix: ir.Model) -> ir.Model:
     return only(prefix, [v for v in graph.outputs if v in select.outputs or v.name == "cache_index"], [given])
 
 
-VALUES = (1, "kv_heads", "S", "head_dim")
+VALUES = (1, "kv_heads", "S", "value_dim")
 
 
 def fix_values(part: ir.Model, m: Manifest) -> None:
     """Give the selection's values the numbers of heads and of a head's size, as TensorRT's profiles want them."""
     (values,) = [value for value in part.graph.inputs if value.name == "values"]
-    values.shape = ir.Shape([1, m.decoder.kv_heads, "S", m.decoder.head_dim])
+    values.shape = ir.Shape([1, m.decoder.kv_heads, "S", m.decoder.value_dim])
 
 
 def graph_dtype(prefix: ir.Model) -> ir.DataType:
@@ -128,7 +128,7 @@ def only(model: ir.Model, outputs: Sequence[ir.Value], inputs: Sequence[ir.Value
 
 def extents(m: Manifest, plan: Run, rows: int) -> dict[str, int]:
     """Of symbolic axes, in a prefill over caches of `rows` rows."""
-    return {"S": plan.rows, "P": rows, "W": rows, "kv_heads": m.decoder.kv_heads, "head_dim": m.decoder.head_dim}
+    return {"S": plan.rows, "P": rows, "W": rows, "kv_heads": m.decoder.kv_heads, "value_dim": m.decoder.value_dim}
 
 
 def selection_feeds(plan: Run) -> dict[str, npt.NDArray[Any]]:

@@ -73,7 +73,7 @@ def sharers(rule: SelectionRule, text_index: Ints) -> Ints:
 def votes(values: Floats, visual_index: Ints, rows: Ints, others: Ints) -> Floats:
     """How each of `rows` divides its vote over the visual tokens and `others`: float32 [rows, L], the visual part.
 
-    values: float32 [kv_heads, S, head_dim]. Source: arXiv 2602.03060, section 3.3; no rotation, no causal mask.
+    values: float32 [kv_heads, S, value_dim]. Source: arXiv 2602.03060, section 3.3; no rotation, no causal mask.
     """
     keys = values[:, np.concatenate([visual_index, others])]
     scores = values[:, rows] @ keys.transpose(0, 2, 1) / np.sqrt(np.float32(values.shape[-1]))
@@ -98,7 +98,7 @@ def token_scores(
 ) -> tuple[Floats, Ints]:
     """Score of each visual token by the value vectors of layer k-1, and the seeds, best first.
 
-    values: float32 [kv_heads, S, head_dim]. others: rows that share a vote with the visual tokens. candidates:
+    values: float32 [kv_heads, S, value_dim]. others: rows that share a vote with the visual tokens. candidates:
     positions within `visual_index` that may be seeds. seed_index: seeds to take instead of those that the text votes
     for. Returns float32 [L] and int32 [seeds], positions likewise.
     """
@@ -153,7 +153,7 @@ def select(
     tiles: Mapping[str, Ints] | None = None,
     seed_index: Ints | None = None,
 ) -> Selected:
-    """The rule's operator in NumPy. values: float32 [kv_heads, S, head_dim]; the others as in the contract.
+    """The rule's operator in NumPy. values: float32 [kv_heads, S, value_dim]; the others as in the contract.
 
     tiles: thumbnail_index and tile_map, for a rule with tiles. seed_index: seeds to take instead of those that the text
     votes for.

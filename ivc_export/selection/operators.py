@@ -17,7 +17,7 @@ def selection_operator(rule: SelectionRule) -> str:
 
 
 def select_tokens(g: Graph, rule: SelectionRule, values: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Add the rule's operator on `values` [1, kv_heads, S, head_dim]: keep_index, token_score, seed_index."""
+    """Add the rule's operator on `values` [1, kv_heads, S, value_dim]: keep_index, token_score, seed_index."""
     names = ["ivc_priority", "visual_index", "text_index", "query_index", "keep_count"]
     attributes = {"seed_divisor": rule.seed_divisor}
     if rule.tiles:

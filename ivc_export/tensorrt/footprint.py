@@ -50,8 +50,8 @@ def estimate(bundle: Bundle, recipe: EngineRecipe, models: Mapping[GraphName, ir
         for value in model.graph.initializers.values()
         if value.const_value is not None
     }
-    rows = 2 * m.decoder.layers * recipe.capacity * m.decoder.kv_heads * m.decoder.head_dim
-    return Footprint(sum(weights.values()), int(rows * FLOATS[recipe.dtype or m.dtype].bytes), activations)
+    caches = m.decoder.layers * recipe.capacity * m.decoder.row_values
+    return Footprint(sum(weights.values()), int(caches * FLOATS[recipe.dtype or m.dtype].bytes), activations)
 
 
 def check_memory(found: Footprint, recipe: EngineRecipe) -> None:

@@ -227,7 +227,7 @@ def compare_selection(
 
 
 def choose(values: Floats, run: Run, rule: SelectionRule, seed_index: Ints | None = None) -> Selected:
-    """The choice in NumPy by `values` [kv_heads, S, head_dim], with the seeds given or its own."""
+    """The choice in NumPy by `values` [kv_heads, S, value_dim], with the seeds given or its own."""
     rows = (run.visual_index, run.text_index, run.query_index)
     return select(values, run.ivc_priority, *rows, run.keep_count, rule, run.tiles, seed_index)
 
@@ -243,7 +243,7 @@ def compare_choice(
 ) -> list[Comparison]:
     """Seeds, scores and kept rows against those `wanted`.
 
-    own: the graph's values of layer k-1; values: those that `wanted` was chosen by; both [kv_heads, S, head_dim].
+    own: the graph's values of layer k-1; values: those that `wanted` was chosen by; both [kv_heads, S, value_dim].
     Where seeds tie, those of the graph are replayed on `values`, since their votes are in every score.
     """
     run, seeds, score = step.run, step.prefix["seed_index"], step.prefix["token_score"]

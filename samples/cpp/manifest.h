@@ -71,6 +71,11 @@ inline Json readManifest(const std::string& bundle) {
                                  manifest["selection"]["method"].text() + ": use ivc-run");
     }
     checkManifest(manifest);
+    const Json& decoder = manifest["decoder"];
+    if (decoder["value_dim"].integer() != decoder["head_dim"].integer() || decoder["deepstack"].integer() != 0) {
+        throw std::runtime_error("this program takes values of the keys' size, and adds nothing to pictures' rows, as " +
+                                 manifest["family"].text() + " wants: use ivc-run");
+    }
     if (!manifest["selection"]["whole_layers"].items().empty()) {
         throw std::runtime_error("this program compacts every cache, and " + manifest["family"].text() +
                                  " keeps some whole: use ivc-run");

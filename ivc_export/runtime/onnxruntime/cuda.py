@@ -169,13 +169,14 @@ class FusedConversation(Conversation):
         plan, kept = turn.plan, turn.kept
         session, cache, put = self.session, self.cache, self.session.value
         embeds = put(session.embed(plan.tokens))
-        images = self._see(turn, embeds)
+        added = {n: put(a.astype(session.dtype)) for n, a in turn.added(session.bundle.manifest.decoder).items()}
+        vision = self._see(turn, embeds, added)
         arrays = turn.inputs
         count = load_onnxruntime().OrtValue.ortvalue_from_numpy(arrays.pop("keep_count"))  # on the host
         with self.timings.stage("prefill.prefix"):
             given = {name: put(array) for name, array in arrays.items()}
             feeds = cache.inputs() | self._lengths(plan.rows) | given
-            feeds |= {"inputs_embeds": embeds, "keep_count": count}
+            feeds |= {"inputs_embeds": embeds, "keep_count": count} | added
             prefix = session.run("prefix", session.bind("prefix", feeds, cache.outputs()))
         with self.timings.stage("prefill.decoder"):
             feeds = cache.inputs() | self._lengths(kept) | given | prefix
@@ -184,24 +185,28 @@ class FusedConversation(Conversation):
             binding = session.bind("decoder", feeds, cache.outputs() | {"logits": "cpu"})
             decoder = session.run("decoder", binding)
         cache.swap()
-        vision = tuple(Fetched({"image_embeds": image}, session.fetch) for image in images)
         logits = self._checked(decoder["logits"].numpy())
         below, above = self._shown(plan, kept, prefix)
-        return Step(plan, vision, below, above | {"logits": logits}, turn.keep_index)
+        seen = tuple(Fetched(outputs, session.fetch) for outputs in vision)
+        return Step(plan, seen, below, above | {"logits": logits}, turn.keep_index)
 
     def _shown(self, plan: Run, kept: int, prefix: Values) -> tuple[Arrays, Arrays]:
         """What a prefill shows of prefix and decoder beside logits; caches have its rows, and not yet their lengths."""
         return {name: prefix[name].numpy() for name in ("keep_index", "token_score", "seed_index")}, {}
 
-    def _see(self, turn: Turn, embeds: OrtValue) -> list[PictureRows]:
-        """Run the pictures, whose tokens vision writes to their rows of `embeds`, [1, S, hidden]."""
-        session, found = self.session, list[PictureRows]()
-        for picture, start in zip(turn.pictures, turn.places, strict=True):
+    def _see(self, turn: Turn, embeds: OrtValue, added: Values) -> list[dict[str, PictureRows]]:
+        """Run the pictures, whose tokens vision writes to their rows of `embeds`, [1, S, hidden], and of `added`."""
+        session, found = self.session, list[dict[str, PictureRows]]()
+        for picture, place, first in zip(turn.pictures, turn.places, turn.firsts, strict=True):
             with self.timings.stage("vision"):
                 feeds = {name: session.value(array) for name, array in picture.inputs.items()}
                 grid = picture.grid
-                rows = PictureRows(embeds, session.dtype, start, grid.visual, len(grid.blocks))
-                session.run_bound("vision", session.bind("vision", feeds, {"image_embeds": rows}))
+                targets = {"image_embeds": (embeds, place)} | {name: (rows, first) for name, rows in added.items()}
+                rows = {
+                    name: PictureRows(target, session.dtype, start, grid.visual, len(grid.blocks))
+                    for name, (target, start) in targets.items()
+                }
+                session.run_bound("vision", session.bind("vision", feeds, rows))
             found.append(rows)
         return found
 

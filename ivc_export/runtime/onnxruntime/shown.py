@@ -48,6 +48,6 @@ class ShownConversation(FusedConversation):
 
 
 def cache_rows(cache: OrtValue, start: int, count: int) -> npt.NDArray[np.float32]:
-    """Rows of a cache [1, kv_heads, capacity, head_dim], as a copy in host memory."""
+    """Rows of a cache [1, kv_heads, capacity, head_dim or value_dim], as a copy in host memory."""
     array: npt.NDArray[np.float32] = cache.numpy()[:, :, start : start + count].astype(np.float32)
     return array

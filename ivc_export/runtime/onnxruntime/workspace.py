@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.graphs import TensorName, cache_shape
 from ivc_export.contract.manifest import Manifest
 from ivc_export.dtypes import FloatName
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
@@ -24,9 +24,9 @@ Place = Callable[[npt.NDArray[Any]], "OrtValue"]
 
 @dataclass(frozen=True)
 class PictureRows:
-    """A picture's rows of `inputs_embeds`, where vision writes `image_embeds`.
+    """A picture's rows of `inputs_embeds`, where vision writes `image_embeds`, or of another input of prefix.
 
-    embeds: [1, S, hidden], of `dtype`. start: the first of `count` rows. frames: that vision takes the picture in.
+    embeds: [1, rows, hidden], of `dtype`. start: the first of `count` rows. frames: that vision takes the picture in.
     """
 
     embeds: OrtValue
@@ -37,7 +37,7 @@ class PictureRows:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of `image_embeds`, [frames, visual, hidden]."""
+        """Of vision's output, [frames, visual, hidden]."""
         return (self.frames, self.count // self.frames, self.embeds.shape()[2])
 
     @property
@@ -72,10 +72,9 @@ class DeviceCache:
     @staticmethod
     def make(m: Manifest, capacity: int, dtype: FloatName, place: Place) -> DeviceCache:
         """Zeroed buffers."""
-        shape = (1, m.decoder.kv_heads, capacity, m.decoder.head_dim)
 
         def buffers(names: Iterable[str]) -> Values:
-            return {name: place(np.zeros(shape, dtype)) for name in names}
+            return {name: place(np.zeros(cache_shape(m.decoder, name, capacity), dtype)) for name in names}
 
         everything = buffers(f"{kind}.{i}" for i in range(m.decoder.layers) for kind in ("key", "value"))
         return DeviceCache(capacity, everything, buffers(compacted(m)), whole_layers(m))
@@ -88,8 +87,8 @@ class DeviceCache:
     @staticmethod
     def row_bytes(m: Manifest, dtype: FloatName) -> int:
         """What a row takes in all buffers."""
-        buffers = 2 * m.decoder.layers + len(compacted(m))
-        return buffers * m.decoder.kv_heads * m.decoder.head_dim * np.dtype(dtype).itemsize
+        layers = m.decoder.layers + len(compacted(m)) // 2  # keys and values each
+        return layers * m.decoder.row_values * np.dtype(dtype).itemsize
 
     def inputs(self) -> Values:
         """past_key.i and past_value.i of all layers."""
@@ -141,10 +140,10 @@ class DeviceCache:
         """Bytes of the valid rows."""
         if not self.current:
             return 0
-        one = next(iter(self.current.values()))
-        _, heads, _, size = one.shape()
-        rows = 2 * len(self.whole) * self.whole_length + (len(self.current) - 2 * len(self.whole)) * self.length
-        return int(rows * heads * size * (2 if "float16" in one.data_type() else 4))
+        layer = [self.current[f"{kind}.0"] for kind in ("key", "value")]
+        values = sum(value.shape()[1] * value.shape()[3] for value in layer)
+        rows = len(self.whole) * self.whole_length + (len(self.current) // 2 - len(self.whole)) * self.length
+        return int(rows * values * (2 if "float16" in layer[0].data_type() else 4))
 
     def lengths(self, rows: int) -> dict[str, int]:
         """Valid rows with `rows` more, by the suffix of a length's name: "", or ".0" for layer 0 kept whole."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.graphs import TensorName, cache_shape
 from ivc_export.contract.names import GRAPH_NAMES
 from ivc_export.dtypes import FloatName, cast
 from ivc_export.errors import UserError
@@ -133,22 +133,20 @@ class EngineCache:
         m = session.bundle.manifest
         self.capacity, self._session, self._sizes = session.capacity, session, m.decoder
         self.dtype = session.engines["decoder"].dtypes[f"past_key.{m.decoder.layers - 1}"]
-        self._row = m.decoder.head_dim * self.dtype.itemsize
         self._buffers = Buffers(session.device)
-        size = m.decoder.kv_heads * self.capacity * self._row
-        self._addresses = {
-            f"{kind}.{layer}": self._buffers.get(f"{kind}.{layer}", size)
-            for layer in range(m.decoder.layers)
-            for kind in ("key", "value")
-        }
+        names = [f"{kind}.{layer}" for layer in range(m.decoder.layers) for kind in ("key", "value")]
+        self._addresses = {name: self._buffers.get(name, self._tensor(name, 0, self.capacity).nbytes) for name in names}
         self.whole = frozenset(m.selection.whole_layers)
         self.length = self.whole_length = 0
 
     def inputs(self, full: bool) -> dict[str, Tensor]:
         """past_key.i and past_value.i of all layers: the buffers, or, before a first run, nothing of them."""
-        shape = (1, self._sizes.kv_heads, self.capacity if full else 0, self._sizes.head_dim)
+        rows = self.capacity if full else 0
         places = {TensorName.of(name).to("past"): address for name, address in self._addresses.items()}
-        return {name: Tensor(address, shape, self.dtype) for name, address in places.items()}
+        return {name: self._tensor(name, address, rows) for name, address in places.items()}
+
+    def _tensor(self, name: str, address: int, rows: int) -> Tensor:
+        return Tensor(address, cache_shape(self._sizes, name, rows), self.dtype)
 
     def lengths(self) -> dict[str, int]:
         """past_length, and past_length.i of layers kept whole."""
@@ -160,10 +158,9 @@ class EngineCache:
             cache = TensorName.of(name)
             new = outputs.get(cache.to("compact")) or outputs[cache.to("new")]
             start = self.whole_length if cache.layer in self.whole else self.length
-            size, step = new.shape[2] * self._row, self.capacity * self._row
-            self._session.device.copy_blocks(
-                address + start * self._row, step, new.address, size, size, self._sizes.kv_heads
-            )
+            row = new.shape[3] * self.dtype.itemsize
+            size, step = new.shape[2] * row, self.capacity * row
+            self._session.device.copy_blocks(address + start * row, step, new.address, size, size, self._sizes.kv_heads)
         self.length += kept
         self.whole_length += rows
 
@@ -176,7 +173,7 @@ class EngineCache:
     def bytes_used(self) -> int:
         """Bytes of the valid rows."""
         rows = (self._sizes.layers - len(self.whole)) * self.length + len(self.whole) * self.whole_length
-        return int(2 * rows * self._sizes.kv_heads * self._row)
+        return int(rows * self._sizes.row_values * self.dtype.itemsize)
 
 
 class TensorrtConversation(Conversation):
@@ -201,11 +198,14 @@ class TensorrtConversation(Conversation):
         self._check(turn)
         session.begin(stage)
         embeds = self._put(stage, "inputs_embeds", session.bundle.embed(plan.tokens)[None])
-        vision = self._see(turn, embeds) if turn.pictures else []
+        sizes = session.bundle.manifest.decoder
+        added = {name: self._put(stage, name, array) for name, array in turn.added(sizes).items()}
+        vision = self._see(turn, {"image_embeds": embeds} | added) if turn.pictures else []
         arrays = turn.inputs
         count = arrays.pop("keep_count")
         arrays |= {name: np.array([length], np.int32) for name, length in cache.lengths().items()}
         inputs = cache.inputs(full=cache.length > 0) | {
+            **added,
             "inputs_embeds": embeds,
             "keep_count": Tensor(count.ctypes.data, count.shape, count.dtype),  # a shape input: in host memory
         }
@@ -233,19 +233,20 @@ class TensorrtConversation(Conversation):
         dtype = next((engine.dtypes[name] for engine in engines if name in engine.dtypes), array.dtype)
         return self.session.put(place, name, array, dtype)
 
-    def _see(self, turn: Turn, embeds: Tensor) -> list[dict[str, Tensor]]:
-        """Run the pictures, and copy their tokens to their rows of `embeds`."""
+    def _see(self, turn: Turn, targets: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Run the pictures, and copy what vision gives to their rows of `targets`, which are those of its outputs."""
         session, found = self.session, list[dict[str, Tensor]]()
-        row = embeds.nbytes // turn.plan.rows
-        for number, (picture, start) in enumerate(zip(turn.pictures, turn.places, strict=True)):
+        for number, picture in enumerate(turn.pictures):
             with self.timings.stage("vision"):
                 inputs = {name: self._put("vision", name, array) for name, array in picture.inputs.items()}
                 place = f"vision-{number}"
                 frames = len(picture.grid.blocks)
                 extents = {"B": frames, "visual": picture.grid.visual // frames}
                 found.append(session.engines["vision"].run("prefill", inputs, session.buffers, place, extents))
-                source = found[-1]["image_embeds"]
-                session.device.copy(embeds.address + row * start, source.address, source.nbytes)
+                for name, target in targets.items():
+                    start = (turn.places if name == "image_embeds" else turn.firsts)[number]
+                    row, source = target.nbytes // target.shape[1], found[-1][name]
+                    session.device.copy(target.address + row * start, source.address, source.nbytes)
                 session.device.synchronize()
         return found
 

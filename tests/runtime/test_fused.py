@@ -296,7 +296,7 @@ def test_embeddings_beyond_float16_are_one_sentence(tmp_path: Path, monkeypatch:
             continue
         with pytest.raises(
             UserError,
-            match=r"an embedding of this model has values up to 1e\+05, and float16 ends at 65504: use --prov",
+            match=r"an embedding of this model has values up to 1e\+05, and float16 ends at 65504: use --backend",
         ):
             conversation.run(tokens)
     assert conversation.cache.length == 3

@@ -160,7 +160,7 @@ def no_numbers(session: Session) -> str:
     leaves = f"this model's activations leave {session.dtype}'s range on {session.backend}"
     if session.backend == "onnxruntime-cpu":
         return f"{leaves}: compute in float32, which is the default there"
-    return f"{leaves}: use onnxruntime on the CPU (ivc-run's default), or build engines with --dtype float32"
+    return f"{leaves}: use --backend onnxruntime-cpu, or build engines with --dtype float32"
 
 
 @dataclass(frozen=True)

@@ -127,11 +127,11 @@ def test_logits_that_are_no_numbers_end_an_answer(tmp_path: Path) -> None:
     [
         ("onnxruntime-cpu", "float32", r"no numbers, in float32 on onnxruntime-cpu: its weights are damaged"),
         ("onnxruntime-cpu", "float16", r"range on onnxruntime-cpu: compute in float32, which is the default there$"),
-        ("onnxruntime-cuda", "float16", r"range on onnxruntime-cuda: use onnxruntime on the CPU"),
+        ("onnxruntime-cuda", "float16", r"range on onnxruntime-cuda: use --backend onnxruntime-cpu"),
         (
             "tensorrt",
             "float16",
-            r"range on tensorrt: use onnxruntime on the CPU .*, or build engines with --dtype float32",
+            r"range on tensorrt: use --backend onnxruntime-cpu, or build engines with --dtype float32",
         ),
         ("tensorrt", "float32", r"no numbers, in float32 on tensorrt: its weights are damaged"),
     ],

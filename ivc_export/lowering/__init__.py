@@ -22,6 +22,7 @@ from ivc_export.lowering.onnxruntime.custom_operators import UseCustomOpsPass
 from ivc_export.lowering.onnxruntime.norms import FuseNormsPass
 from ivc_export.lowering.onnxruntime.projections import PackProjectionsPass
 from ivc_export.lowering.onnxruntime.rotate_in_attention import RotateInAttentionPass
+from ivc_export.lowering.onnxruntime.write_caches import WriteCachesPass
 from ivc_export.lowering.precision.scale_residuals import SCALE, ScaleResidualsPass
 from ivc_export.lowering.tensorrt.plugin import UsePluginPass
 
@@ -85,6 +86,7 @@ def fused(*more: ir.passes.PassBase) -> Passes:
     return (
         ScaleResidualsPass(),
         UseFusedAttentionPass(),
+        WriteCachesPass(),
         CompactCachesPass(),
         UseRotaryEmbeddingPass(),
         FuseNormsPass(),

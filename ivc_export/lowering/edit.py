@@ -89,6 +89,25 @@ class Editor:
             self.graph.initializers[name] = ir.val(name, const_value=tensor)
         return self.graph.initializers[name]
 
+    def extent(self, before: ir.Node, value: ir.Value, axis: int) -> ir.Value:
+        """The extent of one axis, int32 [1]."""
+        (shape,) = self.op(before, "Shape", value)
+        (length,) = self.op(before, "Gather", shape, self.ints(axis), axis=0)
+        return self.op(before, "Cast", length, to=int(ir.DataType.INT32))[0]
+
+    def counting(self, before: ir.Node, length: ir.Value) -> ir.Value:
+        """0 to length - 1, int32 [length]. length: int32 [1]."""
+        (scalar,) = self.op(before, "Squeeze", length, self.ints(0))
+        return self.op(before, "Range", self.scalar(0), scalar, self.scalar(1))[0]
+
+    def added_bias(self, product: ir.Node) -> ir.Value:
+        """The bias of a Gemm as it adds it, which is `beta` times what it is given."""
+        bias, beta = product.inputs[2], product.attributes.get("beta")
+        assert bias is not None and bias.dtype is not None
+        if beta is None or beta.as_float() == 1.0:
+            return bias
+        return self.op(product, "Mul", bias, self.scalar(beta.as_float(), bias.dtype))[0]
+
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let `new` be read where `old` is, and take its name where that is an output of the graph."""
         if old.is_graph_output():

@@ -15,7 +15,7 @@ INT32 = ir.DataType.INT32
 class CompactCachesPass(ir.passes.InPlacePass):
     """Compact the caches of the layers below the cut, which prefix has written this run's rows to.
 
-    1. Needs: graphs whose attention writes its caches in place (UseFusedAttentionPass).
+    1. Needs: graphs whose attention writes its caches in place (UseFusedAttentionPass, WriteCachesPass).
     2. Leaves: inputs and outputs as contract.graphs.in_place_info says. Where rows are chosen, cache_index, for each
        row of a cache the row that it holds after compaction; where rows are dropped, cache_index and the caches below
        the cut as inputs, and compact_key.i and compact_value.i as whole caches. No new_key.i and new_value.i.
@@ -23,9 +23,9 @@ class CompactCachesPass(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         """Check that no attention is left that takes caches and gives rows."""
-        left = [node.name for node in model.graph if called(node.outputs[0], "Attention")]
+        left = reading_caches(model.graph)
         if left:
-            raise ir.passes.PreconditionError(f"{left[0]} does not write its caches in place")
+            raise ir.passes.PreconditionError(f"{left[0].name} does not write its caches in place")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Look at what the graph gives and takes."""
@@ -55,6 +55,12 @@ class CompactCachesPass(ir.passes.InPlacePass):
             raise ir.passes.PostconditionError(f"{left[0]} is still given beside its cache")
 
 
+def reading_caches(graph: ir.Graph) -> list[ir.Node]:
+    """Calls of Attention that read caches as they were before the run."""
+    found = [node for node in graph if called(node.outputs[0], "Attention")]
+    return [node for node in found if any(value in graph.inputs for value in node.inputs)]
+
+
 def add_cache_index(graph: ir.Graph) -> None:
     """cache_index int32 [P]: row p for itself, but keep_index[m] of this run's rows for row past + m."""
     values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
@@ -64,15 +70,6 @@ def add_cache_index(graph: ir.Graph) -> None:
     graph.insert_after(select, end)
     edit = Editor(graph)
 
-    def extent(value: ir.Value, axis: int) -> ir.Value:
-        (shape,) = edit.op(end, "Shape", value)
-        (length,) = edit.op(end, "Gather", shape, edit.ints(axis), axis=0)
-        return edit.op(end, "Cast", length, to=int(INT32))[0]
-
-    def counting(length: ir.Value) -> ir.Value:
-        (scalar,) = edit.op(end, "Squeeze", length, edit.ints(0))
-        return edit.op(end, "Range", edit.scalar(0), scalar, edit.scalar(1))[0]
-
     length, _ = in_place_lengths("past_length")
     whole = {TensorName.of(name).layer for name in values if TensorName.of(name).stem == length}  # and None
     cache = next(
@@ -80,11 +77,11 @@ def add_cache_index(graph: ir.Graph) -> None:
         for name, value in values.items()
         if TensorName.of(name).role == "past" and TensorName.of(name).layer not in whole
     )
-    (last,) = edit.op(end, "Sub", values[length], extent(values["position_ids"], 2))
+    (last,) = edit.op(end, "Sub", values[length], edit.extent(end, values["position_ids"], 2))
     (past,) = edit.op(end, "Add", last, edit.scalar(1))
-    (target,) = edit.op(end, "Add", counting(extent(values["keep_index"], 0)), past)
+    (target,) = edit.op(end, "Add", edit.counting(end, edit.extent(end, values["keep_index"], 0)), past)
     (source,) = edit.op(end, "Add", values["keep_index"], past)
-    (index,) = edit.op(end, "ScatterElements", counting(extent(cache, 2)), target, source, axis=0)
+    (index,) = edit.op(end, "ScatterElements", edit.counting(end, edit.extent(end, cache, 2)), target, source, axis=0)
     graph.remove(end, safe=True)
     index.name, index.type, index.shape = "cache_index", ir.TensorType(INT32), ir.Shape(["P"])
     graph.outputs.insert(list(graph.outputs).index(values["keep_index"]) + 1, index)
@@ -103,7 +100,7 @@ def gather_caches(graph: ir.Graph) -> None:
             continue
         new = node.inputs[0]
         assert new is not None
-        cache = ir.val(name.to("past"), type=new.type, shape=ir.Shape(shape or ()))
+        cache = ir.val(name.to("past"), type=new.type, shape=ir.Shape([*(shape or ())[:3], *(new.shape or ())[3:]]))
         graph.inputs[list(graph.inputs).index(new)] = cache
         (compact,) = edit.op(node, "Gather", cache, index, axis=2)
         edit.replace(node.outputs[0], compact)

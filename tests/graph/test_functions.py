@@ -109,6 +109,16 @@ def test_split_heads(frames: int) -> None:
     np.testing.assert_array_equal(found, x.reshape(frames, 4, 2, 6).transpose(0, 2, 1, 3))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("index", [[0], [3], [1, 2, 4], [4, 0]])
+def test_spread_rows(index: list[int], dtype: str) -> None:
+    rows = normal((1, len(index), 6), dtype, 0)
+    wanted = np.zeros((5, 6), dtype)
+    wanted[index] = rows[0]
+    inputs = {"rows": rows, "index": np.array(index, np.int32), "position_ids": np.zeros((3, 1, 5), np.int32)}
+    np.testing.assert_array_equal(run("SpreadRows", inputs), wanted)
+
+
 @pytest.mark.parametrize(("rows", "past", "length"), [(1, 0, 0), (4, 0, 0), (4, 6, 6), (3, 8, 5), (1, 8, 0), (1, 8, 8)])
 def test_causal_mask(rows: int, past: int, length: int) -> None:
     """Rows see the cache's valid rows, and themselves and those before; positions do not count."""

@@ -21,7 +21,8 @@ class UseFusedAttentionPass(ir.passes.InPlacePass):
     given them.
 
     1. Needs: a portable graph whose decoder layers see what CausalMask lets them.
-    2. Leaves: no Attention and no EncoderAttention; lengths as contract.graphs.in_place_info says. present_key.i and
+    2. Leaves: no EncoderAttention, and Attention only where values are of another size than keys, which
+       GroupQueryAttention does not take; lengths as contract.graphs.in_place_info says. present_key.i and
        present_value.i are the caches with this run's rows behind those that were valid: bound to the buffers of
        past_key.i and past_value.i, they are written in place. Keys are rotated before: GroupQueryAttention rotates by
        row, and rows of a picture share M-RoPE positions. Attention in windows stays as it was.
@@ -30,7 +31,7 @@ class UseFusedAttentionPass(ir.passes.InPlacePass):
     def requires(self, model: ir.Model) -> None:
         """Check the masks."""
         for node in model.graph:
-            if called(node.outputs[0], "Attention") and called(node.inputs[5], "CausalMask") is None:
+            if replaced(node) and node.op_type == "Attention" and called(node.inputs[5], "CausalMask") is None:
                 raise ir.passes.PreconditionError(
                     f"{node.name} has a mask of its own, which GroupQueryAttention does not take"
                 )
@@ -39,7 +40,7 @@ class UseFusedAttentionPass(ir.passes.InPlacePass):
         """Call by call."""
         edit, tables, found = Editor(model.graph), Tables(), False
         for node in list(model.graph):
-            if node.domain == IVC_DOMAIN and node.op_type in REPLACEMENTS:
+            if replaced(node):
                 REPLACEMENTS[node.op_type](edit, node, tables)
                 found = True
         if found:
@@ -47,8 +48,8 @@ class UseFusedAttentionPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, found)
 
     def ensures(self, model: ir.Model) -> None:
-        """Check that no attention is left."""
-        left = [node.name for node in model.graph if node.domain == IVC_DOMAIN and node.op_type in REPLACEMENTS]
+        """Check that no such attention is left."""
+        left = [node.name for node in model.graph if replaced(node)]
         if left:
             raise ir.passes.PostconditionError(f"{left[0]} is not replaced")
 
@@ -83,8 +84,22 @@ class UseRotaryEmbeddingPass(ir.passes.InPlacePass):
 
 
 def split_before(node: ir.Node) -> ir.Node | None:
-    """What split the heads that a node turns, if it does."""
-    return called(node.inputs[0], "SplitHeads") if called(node.outputs[0], "Rotate") else None
+    """What split the heads that a node turns, if it does, whether or not they are normed in between."""
+    return heads_before(node.inputs[0])[0] if called(node.outputs[0], "Rotate") else None
+
+
+def heads_before(x: ir.Value | None) -> tuple[ir.Node | None, ir.Node | None]:
+    """What split the heads of `x`, and what normed each of them behind it; None where the graph goes another way."""
+    norm = called(x, "RMSNorm")
+    return called(norm.inputs[0] if norm is not None else x, "SplitHeads"), norm
+
+
+def replaced(node: ir.Node) -> bool:
+    """Whether a node is attention that is replaced."""
+    if node.domain != IVC_DOMAIN or node.op_type not in REPLACEMENTS:
+        return False
+    caches = node.inputs[3:5] if node.op_type == "Attention" else ()
+    return len({value.shape[3] for value in caches if value is not None and value.shape is not None}) < 2
 
 
 def use_multi_head(edit: Editor, node: ir.Node, tables: Tables) -> None:
@@ -131,17 +146,23 @@ def joined_heads(edit: Editor, before: ir.Node, x: ir.Value | None, tables: Tabl
     """
     assert x is not None
     rotation = called(x, "Rotate")
-    split = called(rotation.inputs[0] if rotation is not None else x, "SplitHeads")
+    split, norm = heads_before(rotation.inputs[0] if rotation is not None else x)
     if split is None:
         (y,) = edit.op(before, "Transpose", x, perm=[0, 2, 1, 3])
         return edit.op(before, "Reshape", y, edit.ints(0, 0, -1))[0]
-    width = split.attributes["heads"].as_int() * split.attributes["head_dim"].as_int()
+    heads, size = (split.attributes[name].as_int() for name in ("heads", "head_dim"))
+    width = heads * size
     frames = numbers(split.inputs[1])
     if frames:
         shape = edit.ints(int(frames[0]), -1, width)
     else:
         (shape,) = edit.op(before, "Concat", split.inputs[1], edit.ints(-1, width), axis=0)
     (y,) = edit.op(before, "Reshape", split.inputs[0], shape)
+    if norm is not None:
+        (y,) = edit.op(before, "Reshape", y, edit.ints(0, 0, heads, size))
+        epsilon = norm.attributes["epsilon"].as_float()
+        (y,) = edit.op(before, "RMSNorm", y, norm.inputs[1], domain=IVC_DOMAIN, epsilon=epsilon)
+        (y,) = edit.op(before, "Reshape", y, edit.ints(0, 0, width))
     if rotation is None:
         return y
     cos, sin = (like(edit, before, table, edit.types[split.inputs[0]], tables) for table in rotation.inputs[1:])  # type: ignore[index]

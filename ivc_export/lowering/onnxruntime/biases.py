@@ -26,7 +26,7 @@ class AddBiasesPass(ir.passes.InPlacePass):
             if has_bias(node):
                 attributes: dict[str, Any] = {name: value.value for name, value in node.attributes.items()}
                 (product,) = edit.op(node, "Gemm", *node.inputs[:2], **attributes)
-                (total,) = edit.op(node, "Add", product, node.inputs[2])
+                (total,) = edit.op(node, "Add", product, edit.added_bias(node))
                 edit.replace(node.outputs[0], total)
                 model.graph.remove(node, safe=True)
                 changed = True

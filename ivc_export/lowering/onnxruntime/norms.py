@@ -52,7 +52,7 @@ class FuseNormsPass(ir.passes.InPlacePass):
 
 def fuse_sum(edit: Editor, total: ir.Node, norm: ir.Node, op_type: str, epsilon: float) -> None:
     """Put one node in the place of a sum and its norm, whose last node is `norm`: weights follow its first input."""
-    bias = detached_bias(total.inputs[1])
+    bias = detached_bias(edit, total.inputs[1])
     inputs = [*total.inputs, *norm.inputs[1:], *([bias] if bias is not None else [])]
     values = edit.op(total, op_type, *inputs, outputs=4, domain=CONTRIB, epsilon=epsilon)
     for unused in (1, 2):
@@ -61,11 +61,11 @@ def fuse_sum(edit: Editor, total: ir.Node, norm: ir.Node, op_type: str, epsilon:
     edit.replace(norm.outputs[0], values[0])
 
 
-def detached_bias(value: ir.Value | None) -> ir.Value | None:
+def detached_bias(edit: Editor, value: ir.Value | None) -> ir.Value | None:
     """The bias of the product that makes `value`, taken from it, if nothing else reads the product."""
     product = made_by(value, "Gemm")
     if product is None or value is None or len(value.consumers()) > 1 or len(product.inputs) < 3:
         return None
-    bias = product.inputs[2]
+    bias = edit.added_bias(product)
     product.resize_inputs(2)
     return bias

@@ -42,8 +42,10 @@ def projected(value: ir.Value | None) -> ir.Value | None:
 
 
 def projection(value: ir.Value | None) -> ir.Node | None:
-    """The Gemm behind an input of attention."""
-    product = made_by(projected(value), "Gemm")
+    """The Gemm behind an input of attention, whether or not each head is normed in between."""
+    value = projected(value)
+    norm = made_by(value, "SimplifiedLayerNormalization")
+    product = made_by(back(norm.inputs[0], "Reshape", "Reshape") if norm is not None else value, "Gemm")
     weights = [] if product is None else product.inputs[1:]
     return product if all(w is not None and w.const_value is not None for w in weights) else None
 

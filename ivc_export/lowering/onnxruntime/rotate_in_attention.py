@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ivc_export.contract.graphs import TensorName
 from ivc_export.lowering.edit import Editor, made_by
 from ivc_export.lowering.onnxruntime.projections import projected
 
@@ -15,7 +18,9 @@ class RotateInAttentionPass(ir.passes.InPlacePass):
     1. Needs: projections that are packed (PackProjectionsPass). Graphs of more rows than one stay as they are.
     2. Leaves: what such a product gives as it is as attention's input. Attention turns a row by its number in the
        cache, which is no position of M-RoPE: position_ids has to say the one row's position for every row of a cache.
-       Heads of other sizes than multiples of 16, which it does not turn, stay as they were.
+       Where a layer cannot be so (its heads are of other sizes than multiples of 16, which attention does not turn, or
+       are normed before they are turned, or lie otherwise), all stay as they were, and the first of the positions is
+       read alone.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -24,10 +29,15 @@ class RotateInAttentionPass(ir.passes.InPlacePass):
         positions = [value for value in model.graph.inputs if value.name == "position_ids"]
         if not positions or list(positions[0].shape or ())[-1] != 1:
             return ir.passes.PassResult(model, False)
-        for node in list(model.graph):
-            if node.op_type == "GroupQueryAttention":
-                take_packed_rows(edit, node)
-        RemoveUnusedNodesPass()(model)  # the rotations
+        layers = sum(TensorName.of(value.name).role == "past" for value in model.graph.inputs) // 2
+        found = {node: packed_rows(node) for node in model.graph if node.op_type == "GroupQueryAttention"}
+        ways = {node: way for node, way in found.items() if way is not None}
+        if len(ways) == layers:
+            for node, way in ways.items():
+                take_packed_rows(edit, node, *way)
+            RemoveUnusedNodesPass()(model)  # the rotations
+        else:
+            read_first(edit, positions[0])
         positions[0].shape = ir.Shape([*list(positions[0].shape or ())[:-1], "P"])
         return ir.passes.PassResult(model, True)
 
@@ -38,25 +48,38 @@ class RotateInAttentionPass(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError("position_ids has no place for every row of a cache")
 
 
-def take_packed_rows(edit: Editor, node: ir.Node) -> None:
-    """Give attention the packed rows, if its inputs are their parts, and query and key are turned alike."""
+def packed_rows(node: ir.Node) -> tuple[ir.Value, Sequence[ir.Value | None]] | None:
+    """The packed rows whose parts attention's inputs are, and the angles that query and key are turned by alike."""
     past_key = node.inputs[3]
     if past_key is None or past_key.shape is None or int(past_key.shape[3]) % 16:  # type: ignore[arg-type]
-        return
+        return None
     turned = [value.producer() for value in node.inputs[:2] if value is not None]
     rotations = [r for r in turned if r is not None and r.op_type == "RotaryEmbedding"]
     if len(rotations) != 2 or rotations[0].inputs[1:] != rotations[1].inputs[1:]:
-        return
+        return None
     parts = [projected(value) for value in node.inputs[:3]]
     split = made_by(parts[0], "Split")
-    if split is None or list(split.outputs) != parts:
-        return
+    if split is None or split.inputs[0] is None or list(split.outputs) != parts:
+        return None
     if not any(made_by(split.inputs[0], op_type) for op_type in ("Gemm", "Add")):  # parts lie otherwise
-        return
-    (packed,) = edit.op(node, "Reshape", split.inputs[0], edit.ints(1, 1, -1))
-    inputs = (packed, None, None, *node.inputs[3:], *rotations[0].inputs[2:])
+        return None
+    return split.inputs[0], rotations[0].inputs[2:]
+
+
+def take_packed_rows(edit: Editor, node: ir.Node, rows: ir.Value, angles: Sequence[ir.Value | None]) -> None:
+    """Give attention the packed rows and the angles."""
+    (packed,) = edit.op(node, "Reshape", rows, edit.ints(1, 1, -1))
+    inputs = (packed, None, None, *node.inputs[3:], *angles)
     attributes = {name: attribute.value for name, attribute in node.attributes.items()} | {"do_rotary": 1}
     found = edit.op(node, node.op_type, *inputs, outputs=3, domain=node.domain, **attributes)
     for old, new in zip(node.outputs, found, strict=True):
         edit.replace(old, new)
     edit.graph.remove(node, safe=True)
+
+
+def read_first(edit: Editor, position_ids: ir.Value) -> None:
+    """Let the first of the positions be read where all were."""
+    users = tuple(position_ids.uses())
+    (first,) = edit.op(edit.graph[0], "Slice", position_ids, edit.ints(0), edit.ints(1), edit.ints(2))
+    for user, index in users:
+        user.replace_input_with(index, first)

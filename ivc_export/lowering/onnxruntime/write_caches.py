@@ -1,0 +1,85 @@
+"""Attention over caches that are written in place, by standard operators, for what onnxruntime's own does not take."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.names import IVC_DOMAIN
+from ivc_export.lowering.edit import Editor, called
+from ivc_export.lowering.in_place_caches import reading_caches
+from ivc_export.lowering.onnxruntime.attention import length_inputs
+
+Run = tuple[ir.Value, ir.Value]
+"""This run's rows in a cache, int32 [S], and what each of them sees of it, bool [S, P]."""
+
+
+class WriteCachesPass(ir.passes.InPlacePass):
+    """Let the Attention that UseFusedAttentionPass leaves read whole caches, which have this run's rows.
+
+    1. Needs: calls of Attention that see what CausalMask lets them, over caches that are inputs.
+    2. Leaves: Attention over present_key.i and present_value.i as outputs, which are the caches with this run's rows
+       behind those that were valid, and over no other rows; lengths as contract.graphs.in_place_info says. Bound to the
+       buffers of past_key.i and past_value.i, the outputs are written in place: nothing else reads these.
+    """
+
+    def requires(self, model: ir.Model) -> None:
+        """Check the masks."""
+        for node in reading_caches(model.graph):
+            if called(node.inputs[5], "CausalMask") is None:
+                raise ir.passes.PreconditionError(f"{node.name} has a mask of its own, by which no cache is written")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Call by call."""
+        edit, runs = Editor(model.graph), dict[ir.Value, Run]()
+        found = reading_caches(model.graph)
+        for node in found:
+            write(edit, node, runs)
+        if found:
+            RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, bool(found))
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check that no attention reads a cache's old rows."""
+        for node in reading_caches(model.graph):
+            raise ir.passes.PostconditionError(f"{node.name} reads a cache that is not written in place")
+
+
+def write(edit: Editor, node: ir.Node, runs: dict[ir.Value, Run]) -> None:
+    """Write one layer's rows, and attend. runs: by what CausalMask gives, which layers share."""
+    q, *new, past_key, past_value, visible = node.inputs
+    causal = called(visible, "CausalMask")
+    assert visible is not None and past_key is not None and causal is not None
+    if visible not in runs:
+        position_ids, _, past_length = causal.inputs
+        assert position_ids is not None and past_length is not None
+        runs[visible] = run_of(edit, node, position_ids, past_length, past_key)
+    rows, sees = runs[visible]
+    (place,) = edit.op(node, "Reshape", rows, edit.ints(1, 1, -1, 1))
+    whole, none = list[ir.Value](), list[ir.Value]()
+    for fresh, past in zip(new, (past_key, past_value), strict=True):
+        assert past is not None
+        (shape,) = edit.op(node, "Shape", fresh)
+        (places,) = edit.op(node, "Expand", place, shape)
+        (present,) = edit.op(node, "ScatterElements", past, places, fresh, axis=2)
+        present.name, present.type, present.shape = TensorName.of(past.name).to("present"), past.type, past.shape
+        edit.graph.outputs.append(present)
+        whole.append(present)
+        none += edit.op(node, "Slice", present, edit.ints(0), edit.ints(0), edit.ints(2))
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    (y,) = edit.op(node, "Attention", q, *whole, *none, sees, domain=IVC_DOMAIN, **attributes)
+    edit.replace(node.outputs[0], y)
+    edit.graph.remove(node, safe=True)
+
+
+def run_of(edit: Editor, node: ir.Node, position_ids: ir.Value, past_length: ir.Value, cache: ir.Value) -> Run:
+    """Where this run's rows go, and what they see: rows up to themselves."""
+    last, _ = length_inputs(edit.graph, past_length)  # past_length + S - 1
+    run = edit.extent(node, position_ids, 2)
+    (before,) = edit.op(node, "Sub", last, run)
+    (start,) = edit.op(node, "Add", before, edit.scalar(1))
+    (rows,) = edit.op(node, "Add", edit.counting(node, run), start)
+    (row,) = edit.op(node, "Unsqueeze", rows, edit.ints(1))
+    (later,) = edit.op(node, "Less", row, edit.counting(node, edit.extent(node, cache, 2)))
+    return rows, edit.op(node, "Not", later)[0]

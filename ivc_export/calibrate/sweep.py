@@ -16,6 +16,7 @@ import torch
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.contract.calibration import ENOUGH, Calibration, MeasuredDecoder, Trial, propose
+from ivc_export.contract.names import GRAPH_NAMES
 from ivc_export.errors import UserError
 from ivc_export.exporter.estimate import Size, estimate_recipe
 from ivc_export.exporter.pipeline import copy_processor_files, make_manifest
@@ -77,7 +78,8 @@ def prompt_bundle(checkpoint: Checkpoint) -> Iterator[Bundle]:
     configuration = read_configuration(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         copy_processor_files(checkpoint, configuration, Path(folder))
-        yield Bundle(Path(folder), make_manifest(recipe, configuration, configuration.weights, 1, False, (), {}))
+        none = dict.fromkeys(GRAPH_NAMES, "0" * 64)
+        yield Bundle(Path(folder), make_manifest(recipe, configuration, configuration.weights, 1, False, (), none))
 
 
 def calibrate(

@@ -204,7 +204,7 @@ class Reference:
         visual: torch.Tensor,
         pictures: Sequence[ReferencePicture],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Score, seeds and kept rows. values: [kv_heads, S, head_dim], of the last full layer; positions: [axes, S]."""
+        """Score, seeds and kept rows. values: [kv_heads, S, value_dim], of the last full layer; positions [axes, S]."""
         rows = torch.arange(values.shape[1])
         queries = rows[int(visual[-1]) + 1 + self.rule.query_offset :]
         text = torch.ones(values.shape[1], dtype=torch.bool)
@@ -221,9 +221,10 @@ class Reference:
             shown=shown,
         )
         theta = self.decoder.config.rope_parameters["rope_theta"]
+        keys = self.cache.layers[0].keys.shape[-1]  # of a head; values may be of another size
         ranked = []  # (rank within its block, token): the best of each block come first
         for part in torch.split(torch.arange(len(visual)), [n for picture in pictures for n in picture.blocks]):
-            best = ivc_tokens(positions[:, visual[part]], theta, values.shape[-1], self.rule.ivc_fraction)
+            best = ivc_tokens(positions[:, visual[part]], theta, keys, self.rule.ivc_fraction)
             ranked += [(rank, int(part[token])) for rank, token in enumerate(best)]
         coordinates = [token for _, token in sorted(ranked)]
         budget = sum(max(1, round(self.ratio * sum(picture.blocks))) for picture in pictures)
@@ -239,7 +240,7 @@ def token_scores(
     others: torch.Tensor | None = None,
     shown: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores [L] and seeds of visual tokens. values: [kv_heads, S, head_dim]. Source: arXiv 2602.03060, section 3.3.
+    """Scores [L] and seeds of visual tokens. values: [kv_heads, S, value_dim]. Source: arXiv 2602.03060, section 3.3.
 
     others: rows that share votes with the visual tokens. shown: see `fill`; only thumbnails are seeds.
     """

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.graphs import graph_info
-from ivc_export.contract.names import GRAPH_NAMES
+from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.estimate import Size, estimate_bundle
@@ -28,12 +28,16 @@ from ivc_export.lowering.join_decode import join_decode
 from ivc_export.runtime.interface import Session
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
+from ivc_export.tensorrt.graphs import typed
 from ivc_export.verify.reference import fill, ivc_tokens, token_scores
 from samples.make_sample import make_checkpoint
 from samples.tiny import TOKENS
 from tests.conftest import LOGIT_TOLERANCE
 from tests.families import layered
 from tests.runtime.test_tensorrt import opened
+from tests.tensorrt.test_tensorrt_operators import TABLE, check
+from tests.tensorrt.test_tensorrt_operators import typed as inferred
+from tests.tensorrt.test_tensorrt_rtx import compiled
 
 CUT, RATIO = 3, 0.4
 SIZES = [16, 24, 8]
@@ -231,3 +235,12 @@ def test_a_cut_above_the_last_added_features_is_refused(bundle: Bundle) -> None:
     checkpoint = bundle.folder.parent / "checkpoint"
     with pytest.raises(UserError, match="this model has 5 layers, so --layer takes 2 to 4"):
         export(ExportRecipe(checkpoint, bundle.folder.parent / "other", layer=1))
+
+
+@pytest.mark.parametrize("name", GRAPH_NAMES)
+def test_tensorrt_reads_the_graphs(bundle: Bundle, name: GraphName) -> None:
+    """8.6 by its parser's table; TensorRT-RTX compiles them, with residual sums as ivc-build gives them to it."""
+    check(inferred(lower(bundle.graph(name), "native")), TABLE["8.6"])
+    model = lower(typed(bundle, name, "float16"), "native")
+    check(inferred(model), TABLE["8.6"])
+    assert compiled(model, bundle.folder, name, "SM86").nbytes > 0

@@ -160,6 +160,16 @@ def test_a_damaged_manifest_is_named(
             "fastv",
             "this program chooses tokens by ivc-prune, and the bundle by fastv: use ivc-run",
         ),
+        (
+            ("decoder", "value_dim"),
+            8,
+            "this program takes values of the keys' size, and adds nothing to pictures' rows, ",
+        ),
+        (
+            ("decoder", "deepstack"),
+            1,
+            "this program takes values of the keys' size, and adds nothing to pictures' rows, ",
+        ),
         (("selection", "whole_layers"), [0], "this program compacts every cache, and qwen2_vl keeps some whole: use "),
     ],
 )

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ivc_export import families
+from ivc_export.checkpoint import formats
 from ivc_export.checkpoint.folder import header_sha256, read_index
 from ivc_export.contract.graphs import graph_info
 from ivc_export.contract.manifest import Manifest, StoredGraph, constants_sha256
@@ -20,6 +21,7 @@ from ivc_export.errors import UserError
 from ivc_export.files import check_regular, confined, read_object
 from ivc_export.lowering import LOWERINGS, exported
 
+NEWER, UPGRADE = "was made by a newer ivc-export", "upgrade ivc-export, or "
 COPY = "copy the whole bundle, or export the model again"
 
 
@@ -44,10 +46,14 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
         newer = any(is_unknown(detail) for detail in error.errors())
-        what, mend = ("was made by a newer ivc-export", "upgrade ivc-export, or ") if newer else ("is damaged", "")
+        what, mend = (NEWER, UPGRADE) if newer else ("is damaged", "")
         raise UserError(f"{path} {what} ({first_problem(error)}): {mend}{again}") from error
     except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path} is damaged ({first_problem(error)}): export the model again") from error
+    strange = [layer for layer, stored in manifest.weight_formats.items() if not formats.has_format(stored.format)]
+    if strange:
+        stored = manifest.weight_formats[strange[0]].format
+        raise UserError(f"{path} {NEWER} (weight_formats.{strange[0]}: {stored} is unknown): {UPGRADE}{again}")
     if set(manifest.graphs) != set(GRAPH_NAMES):
         raise UserError(f"{path} is damaged (it names {len(manifest.graphs)} graphs of 3): export the model again")
     check_files(folder, manifest)

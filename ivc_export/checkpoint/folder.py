@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from ivc_export.dtypes import FLOATS
+from ivc_export.dtypes import FLOATS, STORED
 from ivc_export.errors import UserError
 from ivc_export.files import check_regular, parse_json, read_object, read_text
 
@@ -33,6 +36,30 @@ class StoredTensor:
     length: int
     dtype: str
     shape: tuple[int, ...]
+
+    def bytes_of(self, size: int) -> Iterator[bytes]:
+        """Its bytes, `size` at a time.
+
+        Raises:
+            UserError: the file ends early.
+        """
+        with self.file.open("rb") as reader:
+            reader.seek(self.offset)
+            for start in range(0, self.length, size):
+                stored = reader.read(min(self.length - start, size))
+                if len(stored) != min(self.length - start, size):
+                    raise UserError(f"{self.file} became shorter during the export: download it again")
+                yield stored
+
+    def rows(self, size: int = 1 << 22) -> Iterator[npt.NDArray[Any]]:
+        """Its values, as many of its rows at a time as are of `size` bytes: [rows, ...]; one row at least.
+
+        Raises:
+            UserError: the file ends early.
+        """
+        one = self.length // max(1, self.shape[0])
+        for stored in self.bytes_of(max(1, size // max(1, one)) * max(1, one)):
+            yield np.frombuffer(stored, STORED[self.dtype].numpy()).reshape(-1, *self.shape[1:])
 
 
 HEADER_BYTES = 100_000_000

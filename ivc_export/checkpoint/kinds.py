@@ -12,6 +12,8 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from ivc_export.checkpoint.folder import Checkpoint, StoredTensor
+from ivc_export.checkpoint.formats import detect_format
+from ivc_export.checkpoint.formats.floats import FLOAT
 from ivc_export.contract.names import MANIFEST
 from ivc_export.errors import UserError
 
@@ -68,7 +70,9 @@ def adapted(checkpoint: Checkpoint) -> str | None:
 
 
 def quantised(checkpoint: Checkpoint) -> str | None:
-    """The method of quantisation and where it stands."""
+    """The method of quantisation and where it stands, where no weight format knows it."""
+    if detect_format(checkpoint) is not FLOAT:
+        return None
     config = checkpoint.json("config.json") or {}
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for part in parts:
@@ -156,7 +160,7 @@ def check_folder(checkpoint: Checkpoint) -> None:
         found = kind.told_by(checkpoint)
         if found is not None:
             raise UserError(f"{checkpoint.place} {kind.sentence.format(found=found)}")
-    check_names(checkpoint.place, checkpoint.shards or ())
+    check_names(checkpoint.place, checkpoint.shards or (), plain=detect_format(checkpoint) is FLOAT)
 
 
 PEFT = (
@@ -199,17 +203,17 @@ def check_tensors(place: str, tensors: Mapping[str, StoredTensor]) -> None:
             raise UserError(f"{place} is quantised ({found}), and {TAKEN}: give the checkpoint that it was made from")
 
 
-def check_names(place: str, names: Iterable[str]) -> None:
-    """Refuse tensors by their names.
+def check_names(place: str, names: Iterable[str], plain: bool = True) -> None:
+    """Refuse tensors by their names. plain: whether they should be plain weights, and none of a format's.
 
     Raises:
-        UserError: one is of WRITERS or QUANTISED.
+        UserError: one is of WRITERS, or of QUANTISED where they should be plain.
     """
     names = list(names)
     for pattern, writer in WRITERS.items():
         if found := first(names, [pattern]):
             raise UserError(f"{place} holds tensors such as {shown(found)}, as named by {writer}")
-    for pattern, format_name in QUANTISED.items():
+    for pattern, format_name in QUANTISED.items() if plain else ():
         if found := first(names, [pattern]):
             found = f"{format_name}, by the tensor {shown(found)}"
             raise UserError(f"{place} is quantised ({found}), and {TAKEN}: give the checkpoint that it was made from")
@@ -225,7 +229,7 @@ def check_whole(place: str, names: Collection[str], tied: bool) -> None:
         raise UserError(f"{place} holds a language model alone, without a vision encoder: give the whole model")
     if not any(name.startswith("model.layers.") for name in names):
         raise UserError(f"{place} holds a vision encoder alone, without a language model: give the whole model")
-    if not tied and "lm_head.weight" not in names:
+    if not tied and not any(name.startswith("lm_head.") for name in names):
         raise UserError(
             f"{place} has no lm_head.weight, and tie_word_embeddings of its config.json is not set: set it to true if "
             "the model's embeddings are its head, or else download the checkpoint again"

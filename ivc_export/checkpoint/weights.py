@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ivc_export.checkpoint.folder import StoredTensor
-from ivc_export.dtypes import FLOATS, FloatName
+from ivc_export.checkpoint.formats.floats import FLOAT
+from ivc_export.checkpoint.formats.weight_format import DerivedTensor, Layers, WeightFormat, tensors_of_no_layer
+from ivc_export.dtypes import FLOATS, STORED, FloatName
 from ivc_export.errors import UserError
 
 FOLDER = "weights"
@@ -32,16 +35,39 @@ def read_values(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint's tensors under canonical names (`model.*`, `visual.*`, `lm_head.weight`)."""
+    """A checkpoint's tensors under canonical names (`model.*`, `visual.*`, `lm_head.weight`).
+
+    formats: of the linear layers that are no plain floats, by their names. derived: tensors that such layers are
+    multiplied by and that lie nowhere until they are written, by their names.
+    """
 
     tensors: Mapping[str, StoredTensor]
     dtype: FloatName
+    formats: Mapping[str, WeightFormat] = field(default_factory=dict)
+    derived: Mapping[str, DerivedTensor] = field(default_factory=dict)
 
-    def find(self, name: str, shape: Sequence[int]) -> StoredTensor:
-        """The stored tensor `name`.
+    @staticmethod
+    def of(tensors: Mapping[str, StoredTensor], layers: Layers, stored: WeightFormat) -> Weights:
+        """The weights of a checkpoint of these tensors, of which `layers` are stored as `stored` says.
 
         Raises:
-            UserError: it is missing, misshapen, or of another dtype than the rest.
+            UserError: see main_dtype.
+        """
+        parts = {name: part for own in layers.values() for name, part in own.items()}
+        others = tensors_of_no_layer(tensors, layers)
+        kept = {name: part for name, part in parts.items() if isinstance(part, StoredTensor)}
+        derived = {name: part for name, part in parts.items() if isinstance(part, DerivedTensor)}
+        return Weights(others | kept, main_dtype(others), dict.fromkeys(layers, stored), derived)
+
+    def format_of(self, layer: str) -> WeightFormat:
+        """How the linear layer of this canonical name is stored."""
+        return self.formats.get(layer, FLOAT)
+
+    def find(self, name: str, shape: Sequence[int], dtype: str | None = None) -> StoredTensor:
+        """The stored tensor `name`. dtype: a key of STORED; None for that of the weights.
+
+        Raises:
+            UserError: it is missing, misshapen, or of another dtype.
         """
         tensor = self.tensors.get(name)
         if tensor is None:
@@ -53,7 +79,12 @@ class Weights:
                 f"{tensor.name} in {tensor.file.name} has shape {list(tensor.shape)}, and config.json asks for "
                 f"{list(shape)}: check that both belong to the same checkpoint"
             )
-        if tensor.dtype != self.dtype:
+        if dtype is not None and tensor.dtype != dtype:
+            raise UserError(
+                f"{tensor.name} in {tensor.file.name} is {tensor.dtype}, and its format asks for {dtype}: download the "
+                "checkpoint again"
+            )
+        if dtype is None and tensor.dtype != self.dtype:
             known = tensor.dtype in FLOATS
             convert = "convert them all with --dtype float32, float16 or bfloat16"
             mend = convert if known else f"give one in {self.dtype}"
@@ -62,14 +93,16 @@ class Weights:
             )
         return tensor
 
-    def external(self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None) -> ir.ExternalTensor:
-        """The tensor `name` as external data of a graph that lies beside the folder `weights`."""
-        stored = self.find(name, stored_shape or shape)
+    def external(
+        self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None, dtype: str | None = None
+    ) -> ir.ExternalTensor:
+        """The tensor `name` as external data of a graph that lies beside the folder `weights`; see `find`."""
+        stored = self.find(name, stored_shape or shape, dtype)
         return ir.ExternalTensor(
             f"{FOLDER}/{stored.file.name}",
             stored.offset,
             stored.length,
-            FLOATS[self.dtype].onnx,
+            STORED[dtype or self.dtype],
             shape=ir.Shape(shape),
             name=name,
         )
@@ -95,17 +128,29 @@ class PlannedWeights(Weights):
     """Weights of a model of which only the sizes are known: every request is granted and remembered.
 
     What a family's graphs ask for is what a checkpoint of it holds.
+
+    stored: how linear layers are stored, those that it covers. shapes, lengths: of what was asked for, by name; bytes.
     """
 
-    def __init__(self, dtype: FloatName = "float32") -> None:
+    def __init__(self, dtype: FloatName = "float32", stored: WeightFormat = FLOAT) -> None:
         super().__init__({}, dtype)
+        self.stored = stored
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.lengths: dict[str, int] = {}
 
-    def external(self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None) -> ir.ExternalTensor:
+    def format_of(self, layer: str) -> WeightFormat:
+        """That of the checkpoint, where it covers the layer."""
+        return self.stored if self.stored.covers(layer) else FLOAT
+
+    def external(
+        self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None, dtype: str | None = None
+    ) -> ir.ExternalTensor:
         """A tensor that lies nowhere."""
+        onnx = STORED[dtype or self.dtype]
         self.shapes[name] = tuple(stored_shape or shape)
-        return ir.ExternalTensor("none", 0, 0, FLOATS[self.dtype].onnx, shape=ir.Shape(shape), name=name)
+        self.lengths[name] = math.prod(shape) * onnx.numpy().itemsize
+        return ir.ExternalTensor("none", 0, 0, onnx, shape=ir.Shape(shape), name=name)
 
-    def find(self, name: str, shape: Sequence[int]) -> StoredTensor:
+    def find(self, name: str, shape: Sequence[int], dtype: str | None = None) -> StoredTensor:
         """Nothing is stored."""
         raise NotImplementedError

@@ -232,10 +232,13 @@ class EmbeddingTable(Frozen):
     shape: tuple[Count, Count]
 
 
-class StoredFloats(Frozen):
-    """Weights as numbers of the bundle's dtype. `format` tells records of other formats, which there may be."""
+class StoredLayer(Frozen):
+    """How a layer's weights are stored: "float" is as numbers of the bundle's dtype; see checkpoint.formats for others.
 
-    format: Literal["float"] = "float"
+    The graphs say how to multiply by them.
+    """
+
+    format: str = Field(default="float", pattern="^[a-z0-9-]{1,40}$")
 
 
 class Segment(Frozen):
@@ -276,7 +279,7 @@ class Manifest(Frozen):
     graphs: dict[GraphName, StoredGraph]
     embedding: EmbeddingTable
     weights: tuple[WeightFile, ...]
-    weight_formats: dict[str, StoredFloats] = Field(default_factory=dict)
+    weight_formats: dict[str, StoredLayer] = Field(default_factory=dict)
     """How a layer's weights are stored, by its canonical name; those of layers that it does not name, as floats."""
     chat: ChatSegments | None = None
     """None where only the template itself says what a conversation looks like."""

@@ -24,6 +24,9 @@ import PIL.Image
 
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
+from ivc_export.checkpoint.formats import detect_format
+from ivc_export.checkpoint.formats.floats import FLOAT
+from ivc_export.checkpoint.formats.weight_format import WeightFormat
 from ivc_export.checkpoint.weights import EMBEDDING, PlannedWeights
 from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.manifest import Preprocessing, SelectionRule
@@ -140,12 +143,12 @@ class Estimate:
 class Export:
     """What an export writes, or would write: three graphs, built once, and the facts that their costs follow from.
 
-    parameters: of all weights. preprocessing: the model's, or with a lower cap.
+    weight_bytes: of all weights, as they are stored. preprocessing: the model's, or with a lower cap.
     """
 
     family: Family
     graphs: Mapping[GraphName, ir.Model]
-    parameters: int
+    weight_bytes: int
     dtype: FloatName
     layers: int
     selection_layer: int
@@ -161,14 +164,15 @@ class Export:
         layer: int,
         calibrated: bool,
         dtype: FloatName,
+        stored: WeightFormat = FLOAT,
     ) -> Export:
-        """An export of this model, with graphs that have no weights."""
-        weights = PlannedWeights(dtype)
+        """An export of this model, with graphs that have no weights. stored: how a checkpoint's linear layers are."""
+        weights = PlannedWeights(dtype, stored)
         graphs = build_graphs(family, model, weights, layer)
         weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
-        parameters = sum(math.prod(shape) for shape in weights.shapes.values())
+        length = sum(weights.lengths.values())
         layers, rule = model.decoder.layers, model.selection
-        return Export(family, graphs, parameters, dtype, layers, layer, calibrated, rule, preprocessing)
+        return Export(family, graphs, length, dtype, layers, layer, calibrated, rule, preprocessing)
 
     @staticmethod
     def of(bundle: Bundle) -> Export:
@@ -180,15 +184,16 @@ class Export:
         m = bundle.manifest
         graphs = {name: bundle.graph(name) for name in GRAPH_NAMES}
         stored = [
-            (name, value.const_value.size)
+            (name, value.const_value.nbytes)
             for graph in graphs.values()
             for name, value in graph.graph.initializers.items()
             if isinstance(value.const_value, ir.ExternalTensor)
         ]
-        parameters = sum(dict([*stored, (EMBEDDING, math.prod(m.embedding.shape))]).values())
+        embedding = math.prod(m.embedding.shape) * FLOATS[m.embedding.dtype].bytes
+        length = sum(dict([*stored, (EMBEDDING, embedding)]).values())
         family, layers = families.of(m.family), m.decoder.layers
         return Export(
-            family, graphs, parameters, m.dtype, layers, m.selection_layer, m.calibrated, m.selection, m.preprocessing
+            family, graphs, length, m.dtype, layers, m.selection_layer, m.calibrated, m.selection, m.preprocessing
         )
 
     def estimate(self, ratio: float, pictures: Sequence[Size]) -> Estimate:
@@ -205,7 +210,7 @@ class Export:
             selection_layer=self.selection_layer,
             calibrated=self.calibrated,
             ratio=ratio,
-            weight_bytes=FLOATS[self.dtype].bytes * self.parameters,
+            weight_bytes=self.weight_bytes,
             pictures=tuple(self._one_picture(graphs, picture, ratio) for picture in pictures),
         )
 
@@ -242,7 +247,9 @@ def estimate_recipe(recipe: ExportRecipe, pictures: Sequence[Size]) -> Estimate:
     dtype = recipe.float_name or stated_dtype(checkpoint.config)
     preprocessing = description.model.preprocessing.capped(recipe.max_visual)
     ratio = description.family.default_ratio if recipe.ratio is None else recipe.ratio
-    planned = Export.planned(description.family, description.model, preprocessing, layer, calibrated, dtype)
+    planned = Export.planned(
+        description.family, description.model, preprocessing, layer, calibrated, dtype, detect_format(checkpoint)
+    )
     return planned.estimate(ratio, pictures)
 
 

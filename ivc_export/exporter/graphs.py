@@ -10,7 +10,6 @@ from ivc_export.contract.names import GraphName
 from ivc_export.families.family import Family, Model
 from ivc_export.graph.builder import Graph
 from ivc_export.graph.decoder_stack import DecoderStack, spread_rows
-from ivc_export.graph.linear import linear
 from ivc_export.selection.operators import compact_gather, select_tokens
 
 
@@ -68,6 +67,6 @@ def decoder_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Mo
         rows = g.op("Gather", x, g.inputs["logit_index"], axis=0)
         normed = model.block.norm(g, sizes, rows, "model.norm")
         head = "model.embed_tokens" if sizes.tied_embeddings else "lm_head"
-        logits = linear(g, normed, head, sizes.vocab_size, sizes.hidden_size, bias=False)
+        logits = g.linear(normed, head, sizes.vocab_size, sizes.hidden_size, bias=False)
         g.output("logits", g.op("Unsqueeze", g.to_float32(logits), g.ints(0)))
     return g.model("decoder")

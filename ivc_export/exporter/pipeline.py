@@ -19,7 +19,7 @@ from ivc_export.bundle.staging import check_apart, check_free, staged_folder
 from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.checkpoint.weights import EMBEDDING, FOLDER, Weights
 from ivc_export.contract.calibration import read_calibration
-from ivc_export.contract.manifest import EmbeddingTable, Manifest, StoredGraph, WeightFile
+from ivc_export.contract.manifest import EmbeddingTable, Manifest, StoredGraph, StoredLayer, WeightFile
 from ivc_export.contract.names import (
     CHAT_TEMPLATE,
     GRAPH_NAMES,
@@ -67,7 +67,9 @@ def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundl
     layer, calibrated = selection_layer(recipe, description)
     description.model.preprocessing.capped(recipe.max_visual)  # or a sentence, where no picture is so small
     configuration = read_configuration(checkpoint, description)
-    conversions = plan_conversions(checkpoint.tensors.values(), recipe.float_name)
+    conversions = plan_conversions(
+        checkpoint.tensors.values(), recipe.float_name, configuration.weights.derived.values()
+    )
     model, weights = configuration.model, converted_weights(configuration.weights, conversions, recipe.float_name)
     with staged_folder(recipe.output, recipe.force) as folder:
         graphs = build_graphs(configuration.family, model, weights, layer)
@@ -234,5 +236,6 @@ def make_manifest(
             file=f"{FOLDER}/{embedding.file.name}", offset=embedding.offset, dtype=weights.dtype, shape=shape
         ),
         weights=files,
+        weight_formats={layer: StoredLayer(format=one.name) for layer, one in sorted(weights.formats.items())},
         versions={"ivc-export": __version__, "onnx": version("onnx"), "onnx-ir": version("onnx-ir")},
     )

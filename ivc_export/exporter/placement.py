@@ -1,28 +1,34 @@
-"""The way of the checkpoint's weight files into a bundle: copied, hard-linked or converted."""
+"""The way of the checkpoint's weight files into a bundle: copied, hard-linked or converted.
+
+Tensors that a weight format derives are computed on the way, a piece at a time, into the file of their first source.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rich.filesize import decimal
 
 from ivc_export import dtypes
 from ivc_export.checkpoint.folder import STORED_NAMES, StoredTensor, header_bytes, header_sha256
+from ivc_export.checkpoint.formats.weight_format import DerivedTensor, Source
 from ivc_export.checkpoint.weights import FOLDER, Weights
 from ivc_export.contract.manifest import WeightFile
-from ivc_export.dtypes import FLOATS, FloatName
+from ivc_export.dtypes import FLOATS, STORED, FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.recipe import Placing
 
@@ -38,10 +44,10 @@ _LAG = 64
 
 @dataclass(frozen=True)
 class FileConversion:
-    """A weight file in another dtype. tensors: each as it is stored and as it will be, in the order of their bytes."""
+    """A weight file with other tensors or dtypes. tensors: where each comes from and how it will be, in their order."""
 
     header: bytes
-    tensors: tuple[tuple[StoredTensor, StoredTensor], ...]
+    tensors: tuple[tuple[Source, StoredTensor], ...]
 
     @property
     def size(self) -> int:
@@ -49,33 +55,44 @@ class FileConversion:
         return len(self.header) + sum(after.length for _, after in self.tensors)
 
 
-def plan_conversions(tensors: Iterable[StoredTensor], dtype: FloatName | None) -> dict[Path, FileConversion]:
-    """Lay out the files that hold floats of other dtypes than `dtype` anew; other files, or all for None, stay."""
-    if dtype is None:
-        return {}
-    by_file: dict[Path, list[StoredTensor]] = {}
-    for tensor in sorted(tensors, key=lambda t: t.offset):
-        by_file.setdefault(tensor.file, []).append(tensor)
-    return {
-        file: lay_out(file, stored, dtype)
-        for file, stored in by_file.items()
-        if any(t.dtype in FLOATS and t.dtype != dtype for t in stored)
-    }
+def plan_conversions(
+    tensors: Iterable[StoredTensor], dtype: FloatName | None, derived: Iterable[DerivedTensor] = ()
+) -> dict[Path, FileConversion]:
+    """Lay out anew the files that hold floats of other dtypes than `dtype`, unless it is None; other files stay.
 
-
-def lay_out(file: Path, stored: list[StoredTensor], dtype: FloatName) -> FileConversion:
-    """The file as it will be: the same tensors in the same order, floats in `dtype`.
-
-    Source: the safetensors format; its header is padded with spaces to a multiple of 8 bytes.
+    derived: tensors that join the file of their first source, and take the place of all of their sources.
     """
-    after, start = [], 0
-    for tensor in stored:
-        if tensor.dtype in FLOATS:
-            length = int(np.prod(tensor.shape, dtype=np.int64)) * FLOATS[dtype].bytes
-            after.append(replace(tensor, offset=start, length=length, dtype=dtype))
-        else:
-            after.append(replace(tensor, offset=start))
-        start += after[-1].length
+    derived = list(derived)
+    by_file: dict[Path, list[Source]] = {}
+    replaced = {(source.file, source.name) for tensor in derived for source in tensor.sources}
+    anew = {file for file, _ in replaced}
+    for tensor in sorted(tensors, key=lambda t: t.offset):
+        kept = by_file.setdefault(tensor.file, [])
+        if (tensor.file, tensor.name) not in replaced:
+            kept.append(tensor)
+        if dtype is not None and tensor.dtype in FLOATS and tensor.dtype != dtype:
+            anew.add(tensor.file)
+    for one in derived:
+        by_file[one.file].append(one)
+    return {file: lay_out(file, sources, dtype) for file, sources in by_file.items() if file in anew}
+
+
+def lay_out(file: Path, sources: Sequence[Source], dtype: FloatName | None) -> FileConversion:
+    """The file as it will be: these tensors, floats in `dtype`, or in their own for None.
+
+    They keep their order, unless there are derived ones: then wider numbers come first, so that all lie at multiples
+    of their size. Source: the safetensors format; its header is padded with spaces to a multiple of 8 bytes.
+    """
+    if any(isinstance(source, DerivedTensor) for source in sources):
+        sources = sorted(sources, key=lambda source: -width(source, dtype))
+    after: list[StoredTensor] = []
+    start = 0
+    for source in sources:
+        length, kind = source.length, source.dtype
+        if dtype is not None and kind in FLOATS:
+            length, kind = math.prod(source.shape) * FLOATS[dtype].bytes, dtype
+        after.append(StoredTensor(source.name, file, start, length, kind, source.shape))
+        start += length
     header: dict[str, Any] = {
         t.name: {
             "dtype": STORED_NAMES.get(t.dtype, t.dtype),
@@ -89,16 +106,23 @@ def lay_out(file: Path, stored: list[StoredTensor], dtype: FloatName) -> FileCon
     content += b" " * (-len(content) % 8)
     head = len(content).to_bytes(8, "little") + content
     return FileConversion(
-        head, tuple((old, replace(new, offset=new.offset + len(head))) for old, new in zip(stored, after, strict=True))
+        head, tuple((old, replace(new, offset=new.offset + len(head))) for old, new in zip(sources, after, strict=True))
     )
+
+
+def width(source: Source, dtype: FloatName | None) -> int:
+    """Bytes of one of its numbers, floats in `dtype`."""
+    if dtype is not None and source.dtype in FLOATS:
+        return FLOATS[dtype].bytes
+    return source.length // max(1, math.prod(source.shape))
 
 
 def converted_weights(weights: Weights, conversions: Mapping[Path, FileConversion], dtype: FloatName | None) -> Weights:
-    """The same weights where `conversions` puts them, in `dtype`, or in their own for None."""
+    """The same weights where `conversions` puts them, in `dtype`, or in their own for None; derived ones are stored."""
     moved = {(old.file, old.name): new for conversion in conversions.values() for old, new in conversion.tensors}
-    return Weights(
-        {name: moved.get((t.file, t.name), t) for name, t in weights.tensors.items()}, dtype or weights.dtype
-    )
+    stored = {name: moved.get((t.file, t.name), t) for name, t in weights.tensors.items()}
+    written = {name: moved[t.file, t.name] for name, t in weights.derived.items()}
+    return Weights(stored | written, dtype or weights.dtype, weights.formats)
 
 
 def place_weights(
@@ -113,10 +137,12 @@ def place_weights(
     Raises:
         UserError: they cannot be linked, the disk is too small, or a value does not fit its new dtype.
     """
-    files = list(files)
+    files = [file for file in files if file not in conversions or conversions[file].tensors]
     target = folder / FOLDER
     target.mkdir()
     if placing == "link":
+        if any(isinstance(source, DerivedTensor) for one in conversions.values() for source, _ in one.tensors):
+            raise UserError("weights in this checkpoint's format are converted, not linked: leave out --weights link")
         if conversions:
             raise UserError("weights in another dtype cannot be linked: leave out --dtype, or --weights link")
         return tuple(link(file, target / file.name) for file in files)
@@ -228,30 +254,34 @@ def write_hashed(chunks: Iterator[memoryview], target: Path, progress: Callable[
 
 
 def convert(conversion: FileConversion) -> Iterator[memoryview]:
-    """The bytes of a file in its new dtype, a piece at a time.
+    """The bytes of a file as it will be, a piece at a time.
 
     Raises:
         UserError: values are too large for float16, or the file ends early.
     """
     yield memoryview(conversion.header)
     for before, after in conversion.tensors:
-        known = before.dtype in FLOATS
-        with before.file.open("rb") as reader:
-            reader.seek(before.offset)
-            for start in range(0, before.length, _CHUNK):
-                stored = reader.read(min(before.length - start, _CHUNK))
-                if len(stored) != min(before.length - start, _CHUNK):
-                    raise UserError(f"{before.file} became shorter during the export: download it again")
-                yield cast_piece(stored, before, after) if known else memoryview(stored)
+        if isinstance(before, DerivedTensor):
+            done = 0
+            for values in before.pieces():
+                assert values.dtype == STORED[before.dtype].numpy(), f"{before.name} has a piece of {values.dtype}"
+                yield cast_piece(np.ascontiguousarray(values).reshape(-1), before, after)
+                done += values.nbytes
+            assert done == before.length, f"{before.name} has {done} bytes and not {before.length}"
+        elif before.dtype in FLOATS:
+            for stored in before.bytes_of(_CHUNK):
+                yield cast_piece(np.frombuffer(stored, np.dtype(before.dtype)), before, after)
+        else:
+            yield from (memoryview(stored) for stored in before.bytes_of(_CHUNK))
 
 
-def cast_piece(stored: bytes, before: StoredTensor, after: StoredTensor) -> memoryview:
-    """A piece of a tensor in its new dtype.
+def cast_piece(values: npt.NDArray[Any], before: Source, after: StoredTensor) -> memoryview:
+    """The bytes of a piece of a tensor in its new dtype. values: of one axis.
 
     Raises:
         UserError: finite values become infinite.
     """
-    values = np.frombuffer(stored, np.dtype(before.dtype))
-    what = f"{before.name} in {before.file.name}"
-    changed = dtypes.cast(values, after.dtype, what, "use --dtype bfloat16 or float32")
-    return changed.view(np.uint8).data
+    if before.dtype in FLOATS:
+        what = f"{before.name} in {before.file.name}"
+        values = dtypes.cast(values, after.dtype, what, "use --dtype bfloat16 or float32")
+    return values.view(np.uint8).data

@@ -42,7 +42,6 @@ from ivc_export.families.settings import (
 from ivc_export.families.text_models import DecoderSettings, LlamaText, Qwen2Text, read_decoder
 from ivc_export.graph.activations import gelu
 from ivc_export.graph.builder import Graph
-from ivc_export.graph.linear import linear
 from ivc_export.graph.norms import layer_norm
 from ivc_export.graph.vit import EncoderBlock, pixel_patches, with_class_token, without_class_token
 
@@ -246,8 +245,8 @@ def vision(g: Graph, model: Model) -> ir.Value:
         x = g.reshape(without_class_token(g, x, frames, width), -1, tokens, SHUFFLE, tokens, SHUFFLE * width)
         x = g.reshape(g.transpose(x, 0, 1, 3, 2, 4), -1, merged)
         x = layer_norm(g, x, "projector.layer_norm", merged, PROJECTOR_EPSILON)
-        x = gelu(g, linear(g, x, "projector.linear_1", hidden, merged, bias=True))
-        x = linear(g, x, "projector.linear_2", hidden, hidden, bias=True)
+        x = gelu(g, g.linear(x, "projector.linear_1", hidden, merged, bias=True))
+        x = g.linear(x, "projector.linear_2", hidden, hidden, bias=True)
         return g.reshape(x, -1, tokens**2, hidden)
 
 

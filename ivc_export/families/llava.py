@@ -36,7 +36,6 @@ from ivc_export.families.settings import (
 from ivc_export.families.text_models import LlamaText, read_decoder
 from ivc_export.graph.activations import gelu, quick_gelu
 from ivc_export.graph.builder import Graph
-from ivc_export.graph.linear import linear
 from ivc_export.graph.norms import layer_norm
 from ivc_export.graph.vit import EncoderBlock, pixel_patches, with_class_token, without_class_token
 
@@ -241,8 +240,8 @@ def vision(g: Graph, model: Model) -> ir.Value:
     with g.scope("projector"):
         hidden, bias = model.decoder.hidden_size, sizes.projector_bias
         x = g.reshape(without_class_token(g, x, frames, width), -1, width)
-        x = gelu(g, linear(g, x, "projector.linear_1", hidden, width, bias))
-        x = linear(g, x, "projector.linear_2", hidden, hidden, bias)
+        x = gelu(g, g.linear(x, "projector.linear_1", hidden, width, bias))
+        x = g.linear(x, "projector.linear_2", hidden, hidden, bias)
         return g.reshape(x, -1, side**2, hidden)
 
 

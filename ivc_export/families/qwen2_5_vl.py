@@ -29,7 +29,7 @@ from ivc_export.families.settings import IntList, check_divides
 from ivc_export.graph.activations import gelu
 from ivc_export.graph.attention import encoder_attention, rotated_heads, window_attention
 from ivc_export.graph.builder import INT32, Graph
-from ivc_export.graph.linear import gated_mlp, linear
+from ivc_export.graph.linear import gated_mlp
 from ivc_export.graph.norms import rms_norm
 from ivc_export.graph.rotary import rotary_angles
 
@@ -168,13 +168,13 @@ def vision(g: Graph, model: Model) -> ir.Value:
         with g.scope(f"blocks.{i}"):
             with g.scope("attention"):
                 y = rms_norm(g, x, f"{name}.norm1", sizes.embed_dim, RMS_NORM_EPSILON)
-                qkv = linear(g, y, f"{name}.attn.qkv", 3 * sizes.embed_dim, sizes.embed_dim, bias=True)
+                qkv = g.linear(y, f"{name}.attn.qkv", 3 * sizes.embed_dim, sizes.embed_dim, bias=True)
                 if i in sizes.full_blocks:
                     heads = rotated_heads(g, qkv, frames, sizes.heads, sizes.head_dim, cos, sin)
                     y = encoder_attention(g, *heads, sizes.heads, sizes.head_dim)
                 else:
                     y = windowed_attention(g, sizes, qkv, frames, layout)
-                y = linear(g, y, f"{name}.attn.proj", sizes.embed_dim, sizes.embed_dim, bias=True)
+                y = g.linear(y, f"{name}.attn.proj", sizes.embed_dim, sizes.embed_dim, bias=True)
                 x = g.op("Add", x, y)
             with g.scope("mlp"):
                 y = rms_norm(g, x, f"{name}.norm2", sizes.embed_dim, RMS_NORM_EPSILON)
@@ -183,8 +183,8 @@ def vision(g: Graph, model: Model) -> ir.Value:
     with g.scope("merger"):
         merged = sizes.embed_dim * p.merge_size**2
         x = rms_norm(g, x, "visual.merger.ln_q", sizes.embed_dim, RMS_NORM_EPSILON)
-        x = linear(g, g.reshape(x, -1, merged), "visual.merger.mlp.0", merged, merged, bias=True)
-        x = linear(g, gelu(g, x), "visual.merger.mlp.2", model.decoder.hidden_size, merged, bias=True)
+        x = g.linear(g.reshape(x, -1, merged), "visual.merger.mlp.0", merged, merged, bias=True)
+        x = g.linear(gelu(g, x), "visual.merger.mlp.2", model.decoder.hidden_size, merged, bias=True)
         return g.op("Reshape", x, g.op("Concat", frames, g.ints(-1, model.decoder.hidden_size), axis=0))
 
 

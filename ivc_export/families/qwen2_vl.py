@@ -40,7 +40,6 @@ from ivc_export.families.text_models import (
 from ivc_export.graph.activations import gelu, quick_gelu
 from ivc_export.graph.attention import encoder_attention, rotated_heads
 from ivc_export.graph.builder import Graph
-from ivc_export.graph.linear import linear
 from ivc_export.graph.norms import layer_norm
 from ivc_export.graph.rotary import rotary_angles
 
@@ -251,8 +250,8 @@ def vision(g: Graph, model: Model) -> ir.Value:
     with g.scope("merger"):
         merged = sizes.embed_dim * p.merge_size**2
         x = layer_norm(g, x, "visual.merger.ln_q", sizes.embed_dim, LAYER_NORM_EPSILON)
-        x = linear(g, g.reshape(x, -1, merged), "visual.merger.mlp.0", merged, merged, bias=True)
-        x = linear(g, gelu(g, x), "visual.merger.mlp.2", model.decoder.hidden_size, merged, bias=True)
+        x = g.linear(g.reshape(x, -1, merged), "visual.merger.mlp.0", merged, merged, bias=True)
+        x = g.linear(gelu(g, x), "visual.merger.mlp.2", model.decoder.hidden_size, merged, bias=True)
         return g.op("Reshape", x, g.op("Concat", frames, g.ints(-1, model.decoder.hidden_size), axis=0))
 
 
@@ -280,14 +279,14 @@ def block(
     width = sizes.embed_dim
     with g.scope("attention"):
         y = layer_norm(g, x, f"{name}.norm1", width, LAYER_NORM_EPSILON)
-        qkv = linear(g, y, f"{name}.attn.qkv", 3 * width, width, bias=True)
+        qkv = g.linear(y, f"{name}.attn.qkv", 3 * width, width, bias=True)
         q, k, v = rotated_heads(g, qkv, frames, sizes.heads, sizes.head_dim, cos, sin)
         y = encoder_attention(g, q, k, v, sizes.heads, sizes.head_dim)
-        x = g.op("Add", x, linear(g, y, f"{name}.attn.proj", width, width, bias=True))
+        x = g.op("Add", x, g.linear(y, f"{name}.attn.proj", width, width, bias=True))
     with g.scope("mlp"):
         y = layer_norm(g, x, f"{name}.norm2", width, LAYER_NORM_EPSILON)
-        y = quick_gelu(g, linear(g, y, f"{name}.mlp.fc1", sizes.mlp_size, width, bias=True))
-        return g.op("Add", x, linear(g, y, f"{name}.mlp.fc2", width, sizes.mlp_size, bias=True))
+        y = quick_gelu(g, g.linear(y, f"{name}.mlp.fc1", sizes.mlp_size, width, bias=True))
+        return g.op("Add", x, g.linear(y, f"{name}.mlp.fc2", width, sizes.mlp_size, bias=True))
 
 
 def default_layer(sizes: DecoderSizes) -> DefaultLayer:

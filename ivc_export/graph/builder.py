@@ -101,11 +101,23 @@ class Graph:
         """A one-dimensional int64 constant, as shapes and axes are."""
         return self.constant(values, INT64)
 
-    def weight(self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None) -> ir.Value:
-        """A tensor of the checkpoint, left where it lies; `stored_shape` if it is stored with other axes."""
+    def weight(
+        self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None, dtype: str | None = None
+    ) -> ir.Value:
+        """A tensor of the checkpoint, left where it lies.
+
+        stored_shape: if it is stored with other axes. dtype: a key of STORED; None for the graph's.
+        """
         if name not in self._weights:
-            self._weights[name] = ir.val(name, const_value=self.weights.external(name, shape, stored_shape))
+            self._weights[name] = ir.val(name, const_value=self.weights.external(name, shape, stored_shape, dtype))
         return self._weights[name]
+
+    def linear(self, x: ir.Value, name: str, out: int, features: int, bias: bool) -> ir.Value:
+        """`x W^T + b`, as the layer's weights are stored. x: [rows, features]; W: [out, features]; returns [rows, out].
+
+        Rows are two-dimensional, so that a layer of floats is one Gemm.
+        """
+        return self.weights.format_of(name).linear(self, x, name, out, features, bias)
 
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
         """Cast `x` to `dtype`."""

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ivc_export.contract.manifest import DecoderSizes
 from ivc_export.graph.attention import attention, split_heads
 from ivc_export.graph.builder import Graph
-from ivc_export.graph.linear import gated_mlp, linear
+from ivc_export.graph.linear import gated_mlp
 from ivc_export.graph.norms import rms_norm
 from ivc_export.graph.rotary import rotate
 
@@ -64,9 +64,9 @@ class SeparateProjections:
     def __call__(self, layer: Layer, x: ir.Value) -> Iterator[ir.Value]:
         """As Projections."""
         g, s, name = layer.g, layer.sizes, f"{layer.name}.self_attn"
-        yield linear(g, x, f"{name}.q_proj", s.heads * s.head_dim, s.hidden_size, self.bias)
-        yield linear(g, x, f"{name}.k_proj", s.kv_heads * s.head_dim, s.hidden_size, self.bias)
-        yield linear(g, x, f"{name}.v_proj", s.kv_heads * s.value_dim, s.hidden_size, self.bias)
+        yield g.linear(x, f"{name}.q_proj", s.heads * s.head_dim, s.hidden_size, self.bias)
+        yield g.linear(x, f"{name}.k_proj", s.kv_heads * s.head_dim, s.hidden_size, self.bias)
+        yield g.linear(x, f"{name}.v_proj", s.kv_heads * s.value_dim, s.hidden_size, self.bias)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ProjectionsByHead:
         g, s = layer.g, layer.sizes
         group = s.heads // s.kv_heads
         count = (s.heads + 2 * s.kv_heads) * s.head_dim
-        fused = linear(g, x, f"{layer.name}.self_attn.qkv_proj", count, s.hidden_size, self.bias)
+        fused = g.linear(x, f"{layer.name}.self_attn.qkv_proj", count, s.hidden_size, self.bias)
         heads = g.reshape(fused, -1, s.kv_heads, group + 2, s.head_dim)
         yield from g.op_with_outputs(3, "Split", heads, g.ints(group, 1, 1), axis=2)
 
@@ -111,7 +111,7 @@ class SelfAttention:
         q, key = rotated(s.heads, "q_norm"), rotated(s.kv_heads, "k_norm")
         value = split_heads(g, next(parts), g.ints(1), s.kv_heads, s.value_dim)
         rows = attention(g, q, key, value, layer.past_key, layer.past_value, layer.visible, s)
-        added = linear(g, rows, f"{name}.o_proj", s.hidden_size, s.heads * s.value_dim, bias=False)
+        added = g.linear(rows, f"{name}.o_proj", s.hidden_size, s.heads * s.value_dim, bias=False)
         return Attended(added, key, value)
 
 

@@ -9,7 +9,6 @@ import onnx_ir as ir
 
 from ivc_export.graph.attention import encoder_attention, split_heads
 from ivc_export.graph.builder import Graph
-from ivc_export.graph.linear import linear
 from ivc_export.graph.norms import layer_norm
 
 
@@ -69,8 +68,8 @@ class EncoderBlock:
             x = self._plus(g, name, 0, x, self._attention(g, name, y, frames))
         with g.scope("mlp"):
             y = layer_norm(g, x, f"{name}.{self.norms[1]}", self.width, self.epsilon)
-            y = self.activation(g, linear(g, y, f"{name}.mlp.fc1", self.mlp_size, self.width, bias=True))
-            return self._plus(g, name, 1, x, linear(g, y, f"{name}.mlp.fc2", self.width, self.mlp_size, bias=True))
+            y = self.activation(g, g.linear(y, f"{name}.mlp.fc1", self.mlp_size, self.width, bias=True))
+            return self._plus(g, name, 1, x, g.linear(y, f"{name}.mlp.fc2", self.width, self.mlp_size, bias=True))
 
     def _plus(self, g: Graph, name: str, which: int, x: ir.Value, y: ir.Value) -> ir.Value:
         if self.scales is not None:
@@ -80,11 +79,9 @@ class EncoderBlock:
     def _attention(self, g: Graph, name: str, x: ir.Value, frames: ir.Value) -> ir.Value:
         head_dim = self.width // self.heads
         out = 3 * self.width // len(self.qkv)
-        parts: Sequence[ir.Value] = [
-            linear(g, x, f"{name}.{part}", out, self.width, self.qkv_bias) for part in self.qkv
-        ]
+        parts: Sequence[ir.Value] = [g.linear(x, f"{name}.{part}", out, self.width, self.qkv_bias) for part in self.qkv]
         if len(parts) == 1:
             parts = g.op_with_outputs(3, "Split", parts[0], axis=-1)
         q, k, v = (split_heads(g, part, frames, self.heads, head_dim) for part in parts)
         y = encoder_attention(g, q, k, v, self.heads, head_dim)
-        return linear(g, y, f"{name}.{self.out}", self.width, self.width, bias=True)
+        return g.linear(y, f"{name}.{self.out}", self.width, self.width, bias=True)

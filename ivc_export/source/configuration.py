@@ -11,8 +11,10 @@ from pydantic import ValidationError
 
 from ivc_export import families
 from ivc_export.checkpoint.folder import Checkpoint
+from ivc_export.checkpoint.formats import detect_format
+from ivc_export.checkpoint.formats.weight_format import tensors_of_no_layer
 from ivc_export.checkpoint.kinds import check_tensors, check_whole
-from ivc_export.checkpoint.weights import Weights, main_dtype
+from ivc_export.checkpoint.weights import Weights
 from ivc_export.contract.names import PREPROCESSOR
 from ivc_export.contract.records import first_problem
 from ivc_export.errors import UserError
@@ -84,12 +86,16 @@ def read_configuration(checkpoint: Checkpoint, description: Description | None =
         UserError: a file or a value is missing, damaged or out of range.
     """
     d = description or read_description(checkpoint)
-    check_tensors(checkpoint.place, checkpoint.tensors)
     tensors = {d.family.canonical_name(name): tensor for name, tensor in checkpoint.tensors.items()}
+    stored = detect_format(checkpoint)
+    layers = stored.read(tensors)
+    check_tensors(checkpoint.place, {t.name: t for t in tensors_of_no_layer(tensors, layers).values()})
     model = d.model
-    if "lm_head.weight" in tensors:  # as transformers 5: a stored head counts, whatever config.json says
+    if any(
+        name.startswith("lm_head.") for name in tensors
+    ):  # as transformers 5: a stored head counts, whatever config.json says
         model = replace(model, decoder=model.decoder.model_copy(update={"tied_embeddings": False}))
-    weights = Weights(tensors, main_dtype(tensors))
+    weights = Weights.of(tensors, layers, stored)
     check_whole(checkpoint.place, tensors, model.decoder.tied_embeddings)
     return Configuration(d.family, model, d.processor, d.prompts, weights)
 

@@ -19,7 +19,6 @@ from ivc_export.families.qwen2_vl import FAMILY as QWEN2_VL
 from ivc_export.graph.activations import gelu
 from ivc_export.graph.builder import Graph
 from ivc_export.graph.decoder_block import DecoderBlock, Layer, SelfAttention, SeparateProjections, gated_feed_forward
-from ivc_export.graph.linear import linear
 
 DEEPSTACK, WIDE = 2, 80
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -30,8 +29,8 @@ def feed_forward(layer: Layer, x: ir.Value) -> ir.Value:
     if layer.number % 2 == 0:
         return gated_feed_forward(layer, x)
     g, size, name = layer.g, layer.sizes.hidden_size, f"{layer.name}.mlp"
-    y = gelu(g, linear(g, x, f"{name}.fc1", WIDE, size, bias=True))
-    return linear(g, y, f"{name}.fc2", size, WIDE, bias=True)
+    y = gelu(g, g.linear(x, f"{name}.fc1", WIDE, size, bias=True))
+    return g.linear(y, f"{name}.fc2", size, WIDE, bias=True)
 
 
 def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
@@ -81,7 +80,7 @@ def vision(g: Graph, model: Model) -> ir.Value:
     shape = g.op("Concat", frames, g.ints(-1, hidden), axis=0)
 
     def tokens(name: str) -> ir.Value:
-        return g.op("Reshape", linear(g, rows, f"visual.{name}", hidden, width, bias=True), shape)
+        return g.op("Reshape", g.linear(rows, f"visual.{name}", hidden, width, bias=True), shape)
 
     for i in range(DEEPSTACK):
         g.output(f"deepstack.{i}", tokens(f"deepstack.{i}"))

@@ -54,7 +54,9 @@ class ZeroWeights(PlannedWeights):
         super().__init__("float16")
         self.size = 0
 
-    def external(self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None) -> ir.ExternalTensor:
+    def external(
+        self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None, dtype: str | None = None
+    ) -> ir.ExternalTensor:
         offset, length = self.size, 2 * int(np.prod(shape))
         self.size += -(-length // 256) * 256
         return ir.ExternalTensor("zeros", offset, length, FLOATS["float16"].onnx, shape=ir.Shape(shape), name=name)

@@ -15,7 +15,7 @@ class AddBiasesPass(ir.passes.InPlacePass):
     onnxruntime's CUDA provider writes a bias to every row of the result before the product, at half the speed at which
     it adds one to it afterwards.
 
-    1. Needs: products as graph.linear writes them.
+    1. Needs: products as linear layers of floats are.
     2. Leaves: no Gemm with a bias.
     """
 

@@ -14,7 +14,7 @@ from ivc_export.lowering.edit import Editor, back, made_by
 class PackProjectionsPass(ir.passes.InPlacePass):
     """Replace the three products that feed a GroupQueryAttention by one, which is split behind it.
 
-    1. Needs: attention as UseFusedAttentionPass leaves it; weights as graph.linear has them, [out, in].
+    1. Needs: attention as UseFusedAttentionPass leaves it; weights of floats as they are stored, [out, in].
     2. Leaves: one weight and one bias a layer in the place of three, their rows one below the other, put together when
        they are read. Layers whose projections do not read the same rows stay as they were.
     """

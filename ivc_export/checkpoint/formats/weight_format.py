@@ -1,0 +1,95 @@
+"""What a weight format is: which tensors a linear layer is stored in, what becomes of them, and how x meets them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ivc_export.checkpoint.folder import StoredTensor
+from ivc_export.dtypes import STORED
+
+
+@dataclass(frozen=True)
+class DerivedTensor:
+    """A tensor of a bundle that is computed from stored ones, which the bundle does not hold.
+
+    name: canonical. dtype: a key of STORED. pieces: its values in row-major order, in arrays of that dtype of a few MB;
+    called once, when the tensor is written.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    sources: tuple[StoredTensor, ...]
+    pieces: Callable[[], Iterator[npt.NDArray[Any]]]
+
+    @property
+    def file(self) -> Path:
+        """The file that holds its first source, and whose copy will hold it."""
+        return self.sources[0].file
+
+    @property
+    def length(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * STORED[self.dtype].numpy().itemsize
+
+
+Source = StoredTensor | DerivedTensor
+Layers = Mapping[str, Mapping[str, Source]]
+"""By a layer's canonical name, the tensors that it is multiplied by: by their canonical names, stored or derived."""
+
+
+class Builder(Protocol):
+    """What a format may ask of the graph that it adds a layer to; see graph.builder.Graph."""
+
+    def op(self, op_type: str, *inputs: ir.Value, domain: str = "", **attributes: Any) -> ir.Value:
+        """Add a node with one output."""
+
+    def call(self, name: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        """Call an `ivc` function with one output."""
+
+    def weight(
+        self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None, dtype: str | None = None
+    ) -> ir.Value:
+        """A tensor of the layer; dtype: a key of STORED, or None for the graph's."""
+
+    def ints(self, *values: int) -> ir.Value:
+        """A one-dimensional int64 constant."""
+
+    def to_float32(self, x: ir.Value) -> ir.Value:
+        """Begin a float32 stretch: integers become floats by this alone."""
+
+    def to_graph_dtype(self, x: ir.Value) -> ir.Value:
+        """End a float32 stretch."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How linear layers of one checkpoint are stored.
+
+    name: what manifests call it.
+    covers: whether a layer of this canonical name is stored so, as JSON files say; for estimates, which see no tensor.
+    read: the layers among a checkpoint's tensors, by canonical names, that are stored so. Raises UserError where a
+        layer lacks a tensor, or has one that the format does not know.
+    linear: adds `x W^T + b` to a graph: (g, x, name, out, features, bias), as Graph.linear.
+    """
+
+    name: str
+    covers: Callable[[str], bool]
+    read: Callable[[Mapping[str, StoredTensor]], Layers]
+    linear: Callable[[Builder, ir.Value, str, int, int, bool], ir.Value]
+
+
+def tensors_of_no_layer(tensors: Mapping[str, StoredTensor], layers: Layers) -> dict[str, StoredTensor]:
+    """Those of a checkpoint's tensors that no layer of a format is stored in or derived from."""
+    taken = set()
+    for parts in layers.values():
+        for part in parts.values():
+            taken |= {(s.file, s.name) for s in (part.sources if isinstance(part, DerivedTensor) else (part,))}
+    return {name: tensor for name, tensor in tensors.items() if (tensor.file, tensor.name) not in taken}

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from ivc_export.exporter.recipe import ExportRecipe
     from ivc_export.runtime.backends import open_session
     from ivc_export.runtime.chat import Chat
+    from ivc_export.selection.method import Method
     from ivc_export.text.sampling import Sampling
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "Chat", "ExportRecipe", "Sampling", "UserError", "export", "open_session"]
+__all__ = ["Bundle", "Chat", "ExportRecipe", "Method", "Sampling", "UserError", "export", "open_session"]
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before onnxruntime is imported, which keeps what it finds here
 
@@ -27,6 +28,7 @@ if not TYPE_CHECKING:  # to mypy a module with __getattr__ has every name
         "Bundle": "bundle.bundle",
         "Chat": "runtime.chat",
         "ExportRecipe": "exporter.recipe",
+        "Method": "selection.method",
         "Sampling": "text.sampling",
         "UserError": "errors",
         "export": "exporter.pipeline",

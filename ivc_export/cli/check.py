@@ -25,7 +25,8 @@ from ivc_export.bundle.integrity import verify_files
 from ivc_export.bundle.recording import INDEX, Recording, identity
 from ivc_export.cli import Parser, check_output, make_console
 from ivc_export.cli.backends import add_backend_options, check_taken, given_libraries
-from ivc_export.contract.records import Frozen, TokenId, first_problem
+from ivc_export.cli.methods import add_method_options, given_method
+from ivc_export.contract.records import Frozen, Seed, TokenId, first_problem
 from ivc_export.dtypes import long_name
 from ivc_export.errors import UserError
 from ivc_export.files import confined, replace_text
@@ -35,12 +36,13 @@ from ivc_export.runtime.backends import find_backend
 from ivc_export.runtime.interface import Session, Step
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.processor import Processor
+from ivc_export.selection.method import Method
 from ivc_export.verify.baseline import ERRORS_FACTOR, compare_errors, read_errors
 from ivc_export.verify.parity import ParityReport, compare, find_tolerances
 from ivc_export.verify.testdata import draw_picture, make_prompt
 
 REPORT, REFERENCE = "report", "report/reference"
-PROMPT_OPTIONS = ("image", "prompt", "ratio", "steps")
+PROMPT_OPTIONS = ("image", "prompt", "ratio", "steps", "method", "method_seed")
 STEPS = 8
 UNMEASURED = (
     "these tolerances are bounds by what rounding costs elsewhere: on {backend} in {dtype} errors of a right bundle "
@@ -57,6 +59,8 @@ class StoredFacts(Frozen):
     model: dict[str, Any]
     checkpoint: str
     ratio: float = Field(gt=0, le=1)
+    method: str = "ivc-prune"
+    method_seed: Seed | None = None
     prompt_tokens: tuple[TokenId, ...]
     drawn_tokens: tuple[TokenId, ...]
     versions: dict[str, str]
@@ -75,6 +79,7 @@ def parser() -> Parser:
     )
     p.add_argument("--prompt", help="a question (default: one about the drawn picture)")
     p.add_argument("--ratio", type=float, help="fraction of visual tokens kept (default: the bundle's)")
+    add_method_options(p)
     p.add_argument("--steps", type=int, help=f"decode steps to compare (default: {STEPS})")
     p.add_argument(
         "--precision",
@@ -163,6 +168,7 @@ def check_options(options: argparse.Namespace) -> None:
         UserError: there is nothing to do, or an option has no meaning beside another, or torch is missing.
     """
     opening(options)
+    given_method(options)
     for path, option in ((options.junit, "--junit"), (options.baseline, "--baseline")):
         if path and not options.against and not options.onnx_only:
             raise UserError(f"{option} is for a comparison: use it with --against CHECKPOINT or --onnx-only")
@@ -173,7 +179,9 @@ def check_options(options: argparse.Namespace) -> None:
         if options.baseline and options.junit.resolve() == options.baseline.resolve():
             raise UserError(f"--junit and --baseline both name {options.junit}: name two files")
     if options.onnx_only:
-        given = [f"--{name}" for name in ("against", *PROMPT_OPTIONS) if getattr(options, name) is not None]
+        given = [
+            f"--{name.replace('_', '-')}" for name in ("against", *PROMPT_OPTIONS) if getattr(options, name) is not None
+        ]
         if given:
             raise UserError(f"--onnx-only compares with the stored run, as it was: leave out {' and '.join(given)}")
     elif options.against:
@@ -229,7 +237,7 @@ def record_reference(
     tokens, images = question(bundle, options.prompt, options.image or [])
     ratio = bundle.manifest.default_ratio if options.ratio is None else options.ratio
     steps = STEPS if options.steps is None else options.steps
-    recording = record(bundle, options.against, tokens, images, ratio, steps, progress)
+    recording = record(bundle, options.against, tokens, images, ratio, steps, progress, given_method(options))
     folder = bundle.folder / REFERENCE
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -296,7 +304,8 @@ def write_report(bundle: Bundle, report: ParityReport, step: Step, images: Image
 def table(report: ParityReport) -> Table:
     """The comparisons as a table."""
     kept = f"{report.kept_tokens} of {report.visual_tokens} visual tokens kept"
-    found = Table(title=f"{report.backend}, {report.dtype}, against PyTorch, float32, ratio {report.ratio}: {kept}")
+    by = "" if report.method == "ivc-prune" else f", {Method(report.method, report.method_seed or 0)}"
+    found = Table(title=f"{report.backend}, {report.dtype}, against PyTorch, float32, ratio {report.ratio}{by}: {kept}")
     for heading, side in (("tensor", "left"), ("error", "right"), ("tolerance", "right"), ("", "left")):
         found.add_column(heading, justify=side)  # type: ignore[arg-type]
     for c in report.comparisons:

@@ -17,6 +17,7 @@ from ivc_export import __version__
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, check_output, make_console, tell
 from ivc_export.cli.backends import add_backend_options, given_libraries
+from ivc_export.cli.methods import add_method_options, given_method
 from ivc_export.errors import UserError
 from ivc_export.files import read_object
 from ivc_export.report.overlay import count_kinds, overlay
@@ -38,6 +39,7 @@ def parser() -> Parser:
     p.add_argument("--system", metavar="TEXT", help="system message, in the place of the chat template's own")
     p.add_argument("--chat", action="store_true", help=f"go on with questions from standard input; {CHAT_HELP}")
     p.add_argument("--ratio", type=float, help="fraction of visual tokens kept (default: the bundle's)")
+    add_method_options(p)
     p.add_argument("--max-tokens", type=int, default=128, help="tokens an answer at most (default: 128)")
     p.add_argument(
         "--sampling",
@@ -67,7 +69,7 @@ def command(arguments: Sequence[str]) -> int:
         raise UserError("there is no question: give one with --prompt, or chat with --chat")
     if options.chat and sys.stdin is None:
         raise UserError("--chat reads questions from standard input, which is closed: leave it open, or use --prompt")
-    libraries = given_libraries(options, [options.backend])
+    libraries, method = given_libraries(options, [options.backend]), given_method(options)
     if options.show:
         check_show(options.show, bool(options.image) or options.chat)
     bundle, console = Bundle.load(options.bundle), make_console()
@@ -79,7 +81,7 @@ def command(arguments: Sequence[str]) -> int:
         console.print(note, markup=False)
     with console.status("opening the graphs"):
         session = open_session(bundle, options.backend, **libraries)
-        chat = Chat(session, options.ratio, sampling=sampling, system=options.system)
+        chat = Chat(session, options.ratio, sampling=sampling, system=options.system, method=method)
     note = backend.after(session)
     if note:
         console.print(note, markup=False)
@@ -175,6 +177,7 @@ def answer_record(chat: Chat, text: str, images: Sequence[PIL.Image.Image]) -> d
         "tokens": chat.tokens,
         "finish": chat.finish,
         "ratio": chat.conversation.ratio,
+        **chat.conversation.method.facts,
         "visual_tokens": {"total": total, "kept": total - counts["pruned"]} | counts,
         "pictures": [
             chat.processor.extents(image.size, grid) for image, grid in zip(images, chat.step.run.grids, strict=True)

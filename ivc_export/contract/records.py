@@ -18,6 +18,7 @@ SideLength = Annotated[int, Field(gt=0, le=16384)]
 """Pixels along a side."""
 Tiles = Annotated[int, Field(gt=0, le=256)]
 """Tiles of a picture; all shapes of so many are tried for each picture."""
+Seed = Annotated[int, Field(ge=0, le=INT32_MOST)]
 TokenId = Annotated[int, Field(ge=0, le=INT32_MOST)]
 Epsilon = Annotated[float, Field(gt=0, le=1)]
 Factor = Annotated[float, Field(ge=1e-9, le=1e9)]

@@ -10,7 +10,8 @@ from ivc_export.contract.names import GraphName
 from ivc_export.families.family import Family, Model
 from ivc_export.graph.builder import Graph
 from ivc_export.graph.decoder_stack import DecoderStack, spread_rows
-from ivc_export.selection.operators import compact_gather, select_tokens
+from ivc_export.selection.method import METHODS
+from ivc_export.selection.operators import compact_gather
 
 
 def build_graphs(family: Family, model: Model, weights: Weights, selection_layer: int) -> dict[GraphName, ir.Model]:
@@ -42,7 +43,7 @@ def prefix_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Mod
     x, values = stack.layers(g.inputs["inputs_embeds"], added)
     g.output("hidden_states", g.op("Unsqueeze", x, g.ints(0)))
     with g.scope("select"):
-        selected = select_tokens(g, rule, values)
+        selected = METHODS[rule.method].operator(g, rule, values)
     for name, tensor in zip(("keep_index", "token_score", "seed_index"), selected, strict=True):
         g.output(name, tensor)
     return g.model("prefix")

@@ -12,16 +12,28 @@ import PIL.ImageFont
 from ivc_export.families.pictures import Grid
 from ivc_export.runtime.interface import Step
 
-COLOURS = {"seed": (230, 57, 70), "ivc": (29, 132, 255), "foreground": (46, 174, 92), "pruned": (120, 120, 120)}
-LABELS = {"seed": "seeds", "ivc": "IVC tokens", "foreground": "foreground", "pruned": "pruned"}
+COLOURS = {
+    "seed": (230, 57, 70),
+    "ivc": (29, 132, 255),
+    "foreground": (46, 174, 92),
+    "random": (240, 150, 30),
+    "pruned": (120, 120, 120),
+}
+LABELS = {
+    "seed": "seeds",
+    "ivc": "IVC tokens",
+    "foreground": "foreground",
+    "random": "drawn at random",
+    "pruned": "pruned",
+}
 SHORT_SIDE, LONG_SIDE = 560, 1680
 LEGEND = 34
 
 
 def kinds(step: Step) -> list[str]:
-    """What each visual token of a run is: "seed", "ivc", "foreground" or "pruned"."""
-    kept = np.isin(step.run.visual_index, step.keep_index)
-    found: list[str] = np.where(kept, np.where(step.run.ivc_priority > 0, "ivc", "foreground"), "pruned").tolist()
+    """What each visual token of a run is: "seed", one of its method's kinds, or "pruned"."""
+    kept, own = np.isin(step.run.visual_index, step.keep_index), step.run.method.record.kinds
+    found: list[str] = np.where(kept, np.where(step.run.ivc_priority > 0, own[0], own[-1]), "pruned").tolist()
     for seed in step.prefix["seed_index"]:
         if kept[seed]:
             found[seed] = "seed"
@@ -29,9 +41,9 @@ def kinds(step: Step) -> list[str]:
 
 
 def count_kinds(step: Step) -> dict[str, int]:
-    """How many visual tokens of each kind a run had; all zero without a picture."""
+    """How many visual tokens a run had of each kind that its method has; all zero without a picture."""
     found = kinds(step) if step.run.grids else []
-    return {kind: found.count(kind) for kind in COLOURS}
+    return {kind: found.count(kind) for kind in ("seed", *step.run.method.record.kinds, "pruned")}
 
 
 def overlay(images: Sequence[PIL.Image.Image], step: Step) -> PIL.Image.Image:
@@ -76,8 +88,8 @@ def draw_legend(canvas: PIL.Image.Image, counts: dict[str, int]) -> None:
     """Names, colours and counts in the strip at the bottom."""
     draw, left, top = PIL.ImageDraw.Draw(canvas), 8, canvas.height - LEGEND + 9
     font = PIL.ImageFont.load_default(15)
-    for kind, colour in COLOURS.items():
-        label = f"{LABELS[kind]} {counts[kind]}"
-        draw.rectangle((left, top, left + 15, top + 15), fill=colour)
+    for kind, count in counts.items():
+        label = f"{LABELS[kind]} {count}"
+        draw.rectangle((left, top, left + 15, top + 15), fill=COLOURS[kind])
         draw.text((left + 22, top - 1), label, fill="black", font=font)
         left += 40 + round(draw.textlength(label, font=font))

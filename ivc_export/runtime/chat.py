@@ -12,6 +12,7 @@ from ivc_export.errors import UserError
 from ivc_export.families.pictures import Picture
 from ivc_export.runtime.interface import Conversation, Session, Step, check_numbers
 from ivc_export.runtime.processor import Processor, parts_message, placed
+from ivc_export.selection.method import IVC_PRUNE, Method
 from ivc_export.text.sampling import GREEDY, Sampler
 from ivc_export.text.sampling import Sampling as Sampling
 from ivc_export.text.template import Message
@@ -85,11 +86,11 @@ class Chat:
 
     Each turn runs only what the chat template adds to the conversation so far. What an earlier turn pruned is gone.
 
-    ratio, capacity: as Conversation's. system: what the model is told before all questions; None leaves that to the
-    chat template.
+    ratio, capacity, method: as Session.converse's. system: what the model is told before all questions; None leaves
+    that to the chat template.
 
     Raises:
-        UserError: the ratio is out of range, or the chat template takes no system message.
+        UserError: the ratio is out of range, there is no such method, or the chat template takes no system message.
     """
 
     def __init__(
@@ -99,9 +100,10 @@ class Chat:
         capacity: int | None = None,
         sampling: Sampling = GREEDY,
         system: str | None = None,
+        method: str | Method = IVC_PRUNE,
     ) -> None:
         self.processor = processor_of(session)
-        self.conversation = session.converse(ratio, capacity)
+        self.conversation = session.converse(ratio, capacity, method)
         self.sampler = Sampler(sampling)
         self.messages: list[Message] = [] if system is None else [self.processor.system_message(system)]
         self.tokens: list[int] = []

@@ -12,6 +12,7 @@ from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import GraphName
 from ivc_export.runtime.cache import KVCache
 from ivc_export.runtime.interface import Conversation, Session, Step, Turn, image_rows
+from ivc_export.selection.method import IVC_PRUNE, Method
 
 
 class HostSession(Session, Protocol):
@@ -34,8 +35,14 @@ class HostConversation(Conversation):
     session: HostSession
     cache: KVCache
 
-    def __init__(self, session: HostSession, ratio: float | None = None, capacity: int | None = None) -> None:
-        super().__init__(session, ratio)
+    def __init__(
+        self,
+        session: HostSession,
+        ratio: float | None = None,
+        capacity: int | None = None,
+        method: str | Method = IVC_PRUNE,
+    ) -> None:
+        super().__init__(session, ratio, method)
         m = session.bundle.manifest
         self.cache = KVCache(m.decoder, capacity, m.selection.whole_layers)
 

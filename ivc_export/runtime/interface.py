@@ -23,6 +23,7 @@ from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Picture
 from ivc_export.runtime.plan import Ints, Run, check_inputs, check_kept, plan_run
+from ivc_export.selection.method import IVC_PRUNE, Method, find_method
 
 T = TypeVar("T")
 
@@ -128,14 +129,16 @@ class Session(Protocol):
     versions: Mapping[str, str]
     """Of the libraries that run them, by name."""
 
-    def converse(self, ratio: float | None = None, capacity: int | None = None) -> Conversation:
+    def converse(
+        self, ratio: float | None = None, capacity: int | None = None, method: str | Method = IVC_PRUNE
+    ) -> Conversation:
         """Begin a conversation with a cache of its own.
 
         ratio: fraction of visual tokens kept; None takes the bundle's default. capacity: rows of the cache; None
-        leaves them to the runtime.
+        leaves them to the runtime. method: how visual tokens are chosen, by its name or with a seed.
 
         Raises:
-            UserError: one of them is out of range, or there is no memory for the cache.
+            UserError: one of them is out of range, or there is no such method, or there is no memory for the cache.
         """
         ...
 
@@ -213,18 +216,19 @@ class Conversation(ABC):
     What an earlier turn pruned is gone: a later question about the same picture sees the tokens that the first
     question kept.
 
-    ratio: fraction of visual tokens kept; None takes the bundle's default.
+    ratio: fraction of visual tokens kept; None takes the bundle's default. method: how they are chosen.
 
     Raises:
-        UserError: the ratio is out of range.
+        UserError: the ratio is out of range, or there is no such method.
     """
 
     session: Session
     cache: Cache
 
-    def __init__(self, session: Session, ratio: float | None) -> None:
+    def __init__(self, session: Session, ratio: float | None, method: str | Method = IVC_PRUNE) -> None:
         self.session = session
         self.ratio = check_ratio(session.bundle.manifest.default_ratio if ratio is None else ratio)
+        self.method = find_method(method)
         self.headroom = HEADROOM
         """Rows that are likely to follow the next run's, an answer's, for which a cache that grows leaves room."""
         self.next_position = 0
@@ -248,7 +252,7 @@ class Conversation(ABC):
             for picture in pictures:
                 check_inputs(manifest, picture)
             grids = [picture.grid for picture in pictures]
-            plan = plan_run(manifest, tokens, grids, self.next_position, self.ratio)
+            plan = plan_run(manifest, tokens, grids, self.next_position, self.ratio, self.method)
             chosen = None if keep_index is None else check_kept(keep_index, plan.rows)
             step = self._go(Turn(plan, pictures, chosen, plan.stage(self.cache.length)))
             self.next_position = plan.next_position

@@ -14,7 +14,7 @@ from ivc_export.contract.manifest import Manifest
 from ivc_export.contract.ratio import kept_tokens
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Grid, Picture
-from ivc_export.selection.ivc_prune import ivc_priority
+from ivc_export.selection.method import IVC_PRUNE, Method
 
 Ints = npt.NDArray[np.int32]
 
@@ -34,6 +34,7 @@ class Run:
     tiles: Mapping[str, Ints]
     """thumbnail_index and tile_map, where the graph takes them."""
     next_position: int
+    method: Method = IVC_PRUNE
 
     @property
     def rows(self) -> int:
@@ -57,7 +58,12 @@ class Run:
 
 
 def plan_run(
-    manifest: Manifest, tokens: Sequence[int] | npt.NDArray[Any], grids: Sequence[Grid], start: int, ratio: float
+    manifest: Manifest,
+    tokens: Sequence[int] | npt.NDArray[Any],
+    grids: Sequence[Grid],
+    start: int,
+    ratio: float,
+    method: Method = IVC_PRUNE,
 ) -> Run:
     """Plan a run of `tokens` from position `start` on, each picture's image tokens being `grids[i].visual` of them.
 
@@ -96,9 +102,8 @@ def plan_run(
     rows = np.arange(len(tokens), dtype=np.int32)
     if grids:
         voting = rows[visual[-1] + 1 + manifest.selection.query_offset :]
-        blocks = np.split(visual, np.cumsum([block for grid in grids for block in grid.blocks])[:-1])
-        sizes = (manifest.rotary, manifest.decoder.head_dim, manifest.selection)
-        priority = np.concatenate([ivc_priority(positions[:, block], *sizes) for block in blocks])
+        blocks = [block for grid in grids for block in grid.blocks]
+        priority = method.record.host_plan(manifest, positions[:, visual], blocks, method.seed)
         keep_count = sum(kept_tokens(grid.visual, ratio) for grid in grids)
     else:
         visual, voting, priority, keep_count = rows[:1], rows[:0], np.zeros(1, np.float32), 1
@@ -113,6 +118,7 @@ def plan_run(
         keep_count=keep_count,
         tiles=tile_inputs(grids) if manifest.selection.tiles else {},
         next_position=next_position,
+        method=method,
     )
 
 

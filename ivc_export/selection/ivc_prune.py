@@ -6,14 +6,14 @@ leaves an order among equals open, the lowest index comes first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ivc_export.contract.manifest import RotarySizes, SelectionRule
+from ivc_export.contract.manifest import Manifest, RotarySizes, SelectionRule
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -63,6 +63,12 @@ def ivc_priority(positions: Ints, rotary: RotarySizes, head_dim: int, rule: Sele
     priority = np.zeros(positions.shape[1], np.float32)
     priority[order] = IVC_PRIORITY - np.arange(len(order))
     return priority
+
+
+def ivc_priorities(m: Manifest, positions: Ints, blocks: Sequence[int], seed: int) -> Floats:
+    """Priorities of all of a run's visual tokens, float32 [L]: `ivc_priority` of each block; no seed matters."""
+    parts = np.split(positions, np.cumsum(blocks)[:-1], axis=1)
+    return np.concatenate([ivc_priority(part, m.rotary, m.decoder.head_dim, m.selection) for part in parts])
 
 
 def sharers(rule: SelectionRule, text_index: Ints) -> Ints:

@@ -44,6 +44,8 @@ class StoredErrors(Stored):
     backend: str
     dtype: str
     ratio: float
+    method: str = "ivc-prune"
+    method_seed: int | None = None
     visual_tokens: int
     comparisons: tuple[StoredError, ...]
 
@@ -167,6 +169,8 @@ def errors_facts(report: StoredErrors | ParityReport) -> dict[str, Any]:
         "backend": report.backend,
         "dtype": report.dtype,
         "ratio": report.ratio,
+        "method": report.method,
+        "method seed": report.method_seed,
         "number of visual tokens": report.visual_tokens,
     }
 

@@ -22,6 +22,7 @@ from ivc_export.contract.ratio import check_ratio
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Picture
+from ivc_export.selection.method import IVC_PRUNE, Method
 from ivc_export.source.configuration import read_configuration
 from ivc_export.verify.reference import Reference, ReferenceLayout, ReferencePicture, ReferenceTurn
 
@@ -34,6 +35,7 @@ def record(
     ratio: float,
     steps: int,
     progress: Callable[[str], None] = lambda stage: None,
+    method: Method = IVC_PRUNE,
 ) -> Recording:
     """Run the checkpoint in float32, on weights rounded to the bundle's dtype: a prefill and `steps` greedy tokens.
 
@@ -49,6 +51,7 @@ def record(
     check_same_model(bundle, checkpoint)
     progress("opening the checkpoint")
     reference = Reference(checkpoint, m.selection_layer, ratio, m.selection, reference_layout(bundle, checkpoint))
+    reference.restart(m.selection_layer, ratio, method.name, method.seed)
     round_weights(reference.model, m.dtype)
     progress("prefill on PyTorch")
     pictures = [families.of(m.family).picture(image, m.preprocessing) for image in images]
@@ -64,6 +67,7 @@ def record(
         "model": identity(m),
         "checkpoint": str(checkpoint),
         "ratio": ratio,
+        **method.facts,
         "prompt_tokens": list(tokens),
         "drawn_tokens": teacher,
         "versions": {name: version(name) for name in ("torch", "transformers")},

@@ -22,7 +22,8 @@ from ivc_export.runtime.backends import BACKENDS, find_backend
 from ivc_export.runtime.interface import Session, Step
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.plan import Run
-from ivc_export.selection.ivc_prune import Selected, select, sharers, votes
+from ivc_export.selection.ivc_prune import Selected, sharers, votes
+from ivc_export.selection.method import METHODS, Method
 from ivc_export.verify.testdata import draw_picture, make_prompt
 
 Array = npt.NDArray[Any]
@@ -51,6 +52,8 @@ class ParityReport:
     backend: str
     dtype: FloatName
     ratio: float
+    method: str
+    method_seed: int | None
     visual_tokens: int
     kept_tokens: int
     comparisons: tuple[Comparison, ...]
@@ -107,7 +110,7 @@ def compare(
     tolerance = find_tolerances(session)
     pictures = [families.of(m.family).picture(image, m.preprocessing) for image in images]
     progress("prefill")
-    conversation = session.converse(facts["ratio"])
+    conversation = session.converse(facts["ratio"], method=recorded_method(facts))
     keep_index = reference.of("prefill", "prefix")["keep_index"]
     prefill = conversation.run(facts["prompt_tokens"], pictures, keep_index)
     comparisons = compare_prefill(prefill, reference, m, tolerance)
@@ -123,12 +126,19 @@ def compare(
         backend=session.backend,
         dtype=session.dtype,
         ratio=conversation.ratio,
+        method=recorded_method(facts).name,
+        method_seed=facts.get("method_seed"),
         visual_tokens=sum(picture.grid.visual for picture in pictures),
         kept_tokens=int(np.isin(keep_index, prefill.run.visual_index).sum()) if pictures else 0,
         comparisons=tuple(comparisons),
         versions={**m.versions, **session.versions, **facts["versions"]},
     )
     return report, prefill
+
+
+def recorded_method(facts: Mapping[str, Any]) -> Method:
+    """The method of a recorded run; those of earlier versions do not name it."""
+    return Method(facts.get("method", "ivc-prune"), facts.get("method_seed") or 0)
 
 
 def check_recording(reference: Recording, m: Manifest, steps: int, pictures: bool) -> None:
@@ -229,7 +239,7 @@ def compare_selection(
 def choose(values: Floats, run: Run, rule: SelectionRule, seed_index: Ints | None = None) -> Selected:
     """The choice in NumPy by `values` [kv_heads, S, value_dim], with the seeds given or its own."""
     rows = (run.visual_index, run.text_index, run.query_index)
-    return select(values, run.ivc_priority, *rows, run.keep_count, rule, run.tiles, seed_index)
+    return METHODS[rule.method].numpy(values, run.ivc_priority, *rows, run.keep_count, rule, run.tiles, seed_index)
 
 
 def compare_choice(

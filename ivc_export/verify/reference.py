@@ -6,7 +6,7 @@ the layers are transformers' own modules, called one by one with a cache that is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,9 @@ class Reference:
         self.rule = rule
         self.restart(selection_layer, ratio)
 
-    def restart(self, selection_layer: int, ratio: float) -> None:
-        """Forget the conversation, and prune at another layer and ratio."""
+    def restart(self, selection_layer: int, ratio: float, method: str = "ivc-prune", seed: int = 0) -> None:
+        """Forget the conversation, and prune at another layer and ratio, by another method."""
+        self.method, self.seed = method, seed
         self.selection_layer, self.ratio = selection_layer, ratio
         self.cache = transformers.DynamicCache(config=self.decoder.config)
         self.next_position = 0
@@ -220,16 +221,44 @@ class Reference:
             others=rows[text] if self.rule.softmax == "all" else rows[:0],
             shown=shown,
         )
-        theta = self.decoder.config.rope_parameters["rope_theta"]
-        keys = self.cache.layers[0].keys.shape[-1]  # of a head; values may be of another size
-        ranked = []  # (rank within its block, token): the best of each block come first
-        for part in torch.split(torch.arange(len(visual)), [n for picture in pictures for n in picture.blocks]):
-            best = ivc_tokens(positions[:, visual[part]], theta, keys, self.rule.ivc_fraction)
-            ranked += [(rank, int(part[token])) for rank, token in enumerate(best)]
-        coordinates = [token for _, token in sorted(ranked)]
+        first = {"ivc-prune": self._coordinates, "foreground": no_tokens, "random": self._drawn}[self.method]
+        coordinates = first(positions[:, visual], [n for picture in pictures for n in picture.blocks])
         budget = sum(max(1, round(self.ratio * sum(picture.blocks))) for picture in pictures)
         chosen = visual[fill(score, seeds.tolist(), coordinates, budget, shown)]
         return score, seeds, torch.cat([rows[text], chosen]).sort().values
+
+    def _coordinates(self, positions: torch.Tensor, blocks: Sequence[int]) -> list[int]:
+        """IVC tokens, the best of each block first. positions: [axes, L], of the visual tokens."""
+        config = self.decoder.config
+        theta = config.rope_parameters["rope_theta"]
+        size = self.cache.layers[0].keys.shape[-1]  # of a head; values may be of another size
+        ranked = []  # (rank within its block, token)
+        for part in torch.split(torch.arange(positions.shape[1]), list(blocks)):
+            best = ivc_tokens(positions[:, part], theta, size, self.rule.ivc_fraction)
+            ranked += [(rank, int(part[token])) for rank, token in enumerate(best)]
+        return [token for _, token in sorted(ranked)]
+
+    def _drawn(self, positions: torch.Tensor, blocks: Sequence[int]) -> list[int]:
+        """All visual tokens in a drawn order."""
+        numbers = splitmix64(self.seed)
+        drawn = [(next(numbers), token) for token in range(positions.shape[1])]
+        return [token for _, token in sorted(drawn, reverse=True)]
+
+
+def no_tokens(positions: torch.Tensor, blocks: Sequence[int]) -> list[int]:
+    """No token before those with better scores."""
+    return []
+
+
+def splitmix64(state: int) -> Iterator[int]:
+    """Numbers below 2^64. Source: Steele, Lea and Flood 2014, figure 16; its constants are of Stafford's mix 13."""
+    mask = (1 << 64) - 1
+    while True:
+        state = state + 0x9E3779B97F4A7C15 & mask
+        mixed = state
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ mixed >> shift) * factor & mask
+        yield mixed ^ mixed >> 31
 
 
 def token_scores(

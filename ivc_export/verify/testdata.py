@@ -18,6 +18,7 @@ from ivc_export.families.pictures import Picture
 from ivc_export.runtime.host import HostConversation, HostSession
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.processor import Processor, user_message
+from ivc_export.selection.method import IVC_PRUNE, Method
 
 FOLDER = "testdata"
 PICTURE = "picture.png"
@@ -34,9 +35,11 @@ class RecordingSession:
         self.stage = "prefill"
         self.tensors: dict[Key, npt.NDArray[Any]] = {}
 
-    def converse(self, ratio: float | None = None, capacity: int | None = None) -> HostConversation:
+    def converse(
+        self, ratio: float | None = None, capacity: int | None = None, method: str | Method = IVC_PRUNE
+    ) -> HostConversation:
         """Begin a conversation; see HostConversation."""
-        return HostConversation(self, ratio, capacity)
+        return HostConversation(self, ratio, capacity, method)
 
     def run(self, name: GraphName, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Run graph `name` and remember."""
@@ -65,6 +68,7 @@ def write_testdata(bundle: Bundle) -> None:
         "prompt": prompt,
         "picture": PICTURE,
         "ratio": conversation.ratio,
+        **conversation.method.facts,
         "grid": picture.grid.extents,
         "prompt_tokens": tokens,
         "drawn_tokens": [*drawn, int(step.logits.argmax())],

@@ -33,6 +33,7 @@ from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.processor import Processor
+from ivc_export.selection.method import Method
 from ivc_export.verify.oracle import reference_layout, reference_picture
 from ivc_export.verify.parity import check
 from ivc_export.verify.reference import Reference
@@ -169,6 +170,23 @@ def test_turns_with_pictures_equal_the_reference(tiny: Tiny, capacity: int | Non
         np.testing.assert_array_equal(step.keep_index, turn.keep_index.numpy())
         assert np.abs(step.logits - turn.logits.numpy()).max() < LOGIT_TOLERANCE
         assert conversation.next_position == reference.next_position
+
+
+@every_family
+def test_other_methods_choose_as_the_reference_does(tiny: Tiny) -> None:
+    m, layout = tiny.bundle.manifest, reference_layout(tiny.bundle, tiny.checkpoint)
+    reference = Reference(tiny.checkpoint, m.selection_layer, 0.4, m.selection, layout)
+    pictures, words = [tiny.picture(280, 120), tiny.picture(100, 230)], [1, 2, 3, 4, 5]
+    tokens = [*words, *tiny.shown(pictures[0]), 7, *tiny.shown(pictures[1]), *words]
+    chosen = []
+    for method in (Method(), Method("foreground"), Method("random"), Method("random", 2_000_000_000)):
+        reference.restart(m.selection_layer, 0.4, method.name, method.seed)
+        step = HostConversation(tiny.session, 0.4, method=method).run(tokens, pictures)
+        turn = reference.run(tokens, [reference_picture(tiny.bundle, picture) for picture in pictures])
+        np.testing.assert_array_equal(step.keep_index, turn.keep_index.numpy())
+        assert np.abs(step.logits - turn.logits.numpy()).max() < LOGIT_TOLERANCE
+        chosen.append(tuple(step.keep_index.tolist()))
+    assert len({*chosen}) == 4 and len({len(one) for one in chosen}) == 1
 
 
 @every_family

@@ -21,6 +21,7 @@ from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.library import SILENT, load_onnxruntime
+from ivc_export.selection.method import IVC_PRUNE, Method
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -73,9 +74,11 @@ class OnnxSession:
         with told(f"{path} does not open in onnxruntime", "close other programs", "export the model again"):
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
-    def converse(self, ratio: float | None = None, capacity: int | None = None) -> HostConversation:
+    def converse(
+        self, ratio: float | None = None, capacity: int | None = None, method: str | Method = IVC_PRUNE
+    ) -> HostConversation:
         """Begin a conversation; see HostConversation."""
-        return HostConversation(self, ratio, capacity)
+        return HostConversation(self, ratio, capacity, method)
 
     def run(self, name: GraphName, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Run graph `name` on arrays in host memory.

@@ -22,6 +22,7 @@ from ivc_export.runtime.onnxruntime.fused_graphs import CHECK_GPU, FusedGraphs, 
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
 from ivc_export.runtime.onnxruntime.workspace import DeviceCache, PictureRows, Values, Workspace
 from ivc_export.runtime.plan import Run
+from ivc_export.selection.method import IVC_PRUNE, Method
 from ivc_export.tensorrt.memory import available_bytes
 
 if TYPE_CHECKING:
@@ -58,9 +59,11 @@ class FusedSession(FusedGraphs):
         self._idle: list[Workspace] = []
         """Workspaces that no conversation has. Conversations that end add to them, in any thread and at any time."""
 
-    def converse(self, ratio: float | None = None, capacity: int | None = None) -> FusedConversation:
+    def converse(
+        self, ratio: float | None = None, capacity: int | None = None, method: str | Method = IVC_PRUNE
+    ) -> FusedConversation:
         """Begin a conversation; see FusedConversation."""
-        return FusedConversation(self, ratio, capacity)
+        return FusedConversation(self, ratio, capacity, method)
 
     def lend(self, capacity: int, least: int | None = None) -> Workspace:
         """A workspace for one conversation, which gives it back: the next one replays its CUDA graph, and onnxruntime
@@ -127,8 +130,14 @@ class FusedConversation(Conversation):
     session: FusedSession
     cache: DeviceCache
 
-    def __init__(self, session: FusedSession, ratio: float | None = None, capacity: int | None = None) -> None:
-        super().__init__(session, ratio)
+    def __init__(
+        self,
+        session: FusedSession,
+        ratio: float | None = None,
+        capacity: int | None = None,
+        method: str | Method = IVC_PRUNE,
+    ) -> None:
+        super().__init__(session, ratio, method)
         self.cache = DeviceCache.empty(session.bundle.manifest)
         self._workspace: Workspace | None = None
         self._give_back: weakref.finalize[..., FusedConversation] | None = None

@@ -11,6 +11,7 @@ from ivc_export.lowering.precision.scale_residuals import SCALE
 from ivc_export.runtime.onnxruntime.cuda import Arrays, FusedConversation, FusedSession
 from ivc_export.runtime.onnxruntime.workspace import Values
 from ivc_export.runtime.plan import Run
+from ivc_export.selection.method import IVC_PRUNE, Method
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -23,9 +24,11 @@ class ShownSession(FusedSession):
     the device, whose logits are shown alone.
     """
 
-    def converse(self, ratio: float | None = None, capacity: int | None = None) -> ShownConversation:
+    def converse(
+        self, ratio: float | None = None, capacity: int | None = None, method: str | Method = IVC_PRUNE
+    ) -> ShownConversation:
         """Begin a conversation; see FusedConversation."""
-        return ShownConversation(self, ratio, capacity)
+        return ShownConversation(self, ratio, capacity, method)
 
 
 class ShownConversation(FusedConversation):

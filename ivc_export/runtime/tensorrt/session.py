@@ -18,6 +18,7 @@ from ivc_export.errors import UserError
 from ivc_export.runtime.interface import Conversation, Fetched, Step, Turn
 from ivc_export.runtime.tensorrt.device import Buffers, CudaDevice, Device
 from ivc_export.runtime.tensorrt.engine import Array, Engine, Tensor, check_hand_over
+from ivc_export.selection.method import IVC_PRUNE, Method
 from ivc_export.tensorrt.library import Target, load_plugin, load_tensorrt, make_logger, own_capability
 from ivc_export.tensorrt.store import find_engines
 
@@ -77,7 +78,9 @@ class TensorrtSession:
             engine.use_scratch(scratch)
         self._runs: dict[str, int] = {}
 
-    def converse(self, ratio: float | None = None, capacity: int | None = None) -> TensorrtConversation:
+    def converse(
+        self, ratio: float | None = None, capacity: int | None = None, method: str | Method = IVC_PRUNE
+    ) -> TensorrtConversation:
         """Begin a conversation; see TensorrtConversation.
 
         Raises:
@@ -88,7 +91,7 @@ class TensorrtSession:
                 f"the engines' caches have {self.capacity} rows, not {capacity}: leave the capacity out, or build "
                 "engines with other maxima"
             )
-        return TensorrtConversation(self, ratio)
+        return TensorrtConversation(self, ratio, method)
 
     def put(self, place: str, name: str, array: Array, dtype: np.dtype[Any]) -> Tensor:
         """Copy an array to the device, where it stays until another takes its place.
@@ -189,8 +192,8 @@ class TensorrtConversation(Conversation):
     session: TensorrtSession
     cache: EngineCache
 
-    def __init__(self, session: TensorrtSession, ratio: float | None = None) -> None:
-        super().__init__(session, ratio)
+    def __init__(self, session: TensorrtSession, ratio: float | None = None, method: str | Method = IVC_PRUNE) -> None:
+        super().__init__(session, ratio, method)
         self.cache = EngineCache(session)
 
     def _go(self, turn: Turn) -> Step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,13 +53,13 @@ class StoredTensor:
                 yield stored
 
     def rows(self, size: int = 1 << 22) -> Iterator[npt.NDArray[Any]]:
-        """Its values, as many of its rows at a time as are of `size` bytes: [rows, ...]; one row at least.
+        """Its values, in pieces of `size` bytes or one row: [rows, ...]. Its dtype must be one of dtypes.STORED.
 
         Raises:
             UserError: the file ends early.
         """
-        one = self.length // max(1, self.shape[0])
-        for stored in self.bytes_of(max(1, size // max(1, one)) * max(1, one)):
+        one = max(1, self.length // max(1, math.prod(self.shape[:1])))
+        for stored in self.bytes_of(max(1, size // one) * one):
             yield np.frombuffer(stored, STORED[self.dtype].numpy()).reshape(-1, *self.shape[1:])
 
 

@@ -14,7 +14,13 @@ import onnx_ir as ir
 
 from ivc_export.checkpoint.folder import StoredTensor
 from ivc_export.checkpoint.formats.floats import FLOAT
-from ivc_export.checkpoint.formats.weight_format import DerivedTensor, Layers, WeightFormat, tensors_of_no_layer
+from ivc_export.checkpoint.formats.weight_format import (
+    DerivedTensor,
+    Layers,
+    WeightFormat,
+    find_tensor,
+    tensors_of_no_layer,
+)
 from ivc_export.dtypes import FLOATS, STORED, FloatName
 from ivc_export.errors import UserError
 
@@ -69,20 +75,11 @@ class Weights:
         Raises:
             UserError: it is missing, misshapen, or of another dtype.
         """
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            raise UserError(
-                f"the checkpoint has no tensor {name}: download it again, or check that config.json is its own"
-            )
+        tensor = find_tensor(self.tensors, name, dtype)
         if tensor.shape != tuple(shape):
             raise UserError(
                 f"{tensor.name} in {tensor.file.name} has shape {list(tensor.shape)}, and config.json asks for "
                 f"{list(shape)}: check that both belong to the same checkpoint"
-            )
-        if dtype is not None and tensor.dtype != dtype:
-            raise UserError(
-                f"{tensor.name} in {tensor.file.name} is {tensor.dtype}, and its format asks for {dtype}: download the "
-                "checkpoint again"
             )
         if dtype is None and tensor.dtype != self.dtype:
             known = tensor.dtype in FLOATS

@@ -17,8 +17,7 @@ import onnx_ir as ir
 from safetensors.numpy import load_file, save_file
 
 from ivc_export.checkpoint.folder import Checkpoint, StoredTensor
-from ivc_export.checkpoint.formats.weight_format import Builder, DerivedTensor, Source, WeightFormat
-from ivc_export.errors import UserError
+from ivc_export.checkpoint.formats.weight_format import Builder, DerivedTensor, Source, WeightFormat, find_tensor
 
 HALVES = ("weight_q.0", "weight_q.1")
 
@@ -43,10 +42,7 @@ def read_toy(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, Source]
 
 def read_layer(tensors: Mapping[str, StoredTensor], name: str) -> dict[str, Source]:
     """Its rows derived, its scales as they lie."""
-    lacking = [part for part in (*HALVES, "weight_scale") if f"{name}.{part}" not in tensors]
-    if lacking:
-        raise UserError(f"the checkpoint has no tensor {name}.{lacking[0]}: download it again")
-    halves = tuple(tensors[f"{name}.{half}"] for half in HALVES)
+    halves = tuple(find_tensor(tensors, f"{name}.{half}", "U8") for half in HALVES)
     shape = (sum(half.shape[0] for half in halves), halves[0].shape[1])
 
     def pieces() -> Iterator[npt.NDArray[Any]]:
@@ -57,7 +53,7 @@ def read_layer(tensors: Mapping[str, StoredTensor], name: str) -> dict[str, Sour
     q = f"{name}.weight_q"
     return {
         q: DerivedTensor(q, "I8", shape, halves, pieces),
-        f"{name}.weight_scale": tensors[f"{name}.weight_scale"],
+        f"{name}.weight_scale": find_tensor(tensors, f"{name}.weight_scale"),
     }
 
 

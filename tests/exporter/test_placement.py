@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from ivc_export.bundle.bundle import Bundle
+from ivc_export.checkpoint.formats.weight_format import DerivedTensor
 from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter import placement
@@ -72,6 +73,33 @@ def test_tensors_that_are_no_floats_and_metadata_stay(tmp_path: Path) -> None:
     with safe_open(tmp_path / "y.safetensors", "numpy") as opened:
         assert opened.metadata() == {"format": "pt"}
     assert len(conversion.header) % 8 == 0
+
+
+def test_stacked_tensors_of_two_files_are_cast_and_written_into_the_first(tmp_path: Path) -> None:
+    experts = {f"experts.{i}": np.random.default_rng(i).standard_normal((3, 5), np.float32) for i in range(4)}
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for file, names in zip(files, (("experts.2", "experts.0"), ("experts.1", "experts.3")), strict=True):
+        save_file({name: experts[name] for name in names} | {file.stem: np.ones(3, np.uint8)}, file)
+    stored = [tensor for file in files for tensor in placement_tensors(file)]
+    sources = tuple(sorted((t for t in stored if t.name in experts), key=lambda t: t.name))
+    one = DerivedTensor("experts", "float32", (4, 3, 5), sources, lambda: (x for s in sources for x in s.rows(40)))
+    assert {x.shape for x in one.pieces()} == {(2, 5), (1, 5)}  # two rows at a time, and what is left
+    found = {}
+    for file, conversion in placement.plan_conversions(stored, "float16", [one]).items():
+        (tmp_path / "new.safetensors").write_bytes(b"".join(placement.convert(conversion)))
+        found[file.stem] = load_file(tmp_path / "new.safetensors")
+    assert {name: {*tensors} for name, tensors in found.items()} == {"a": {"a", "experts"}, "b": {"b"}}
+    np.testing.assert_array_equal(found["a"]["experts"], np.stack([*experts.values()]).astype(np.float16))
+    assert placement.plan_conversions(stored, None) == {}
+
+
+def test_values_of_derived_tensors_must_fit_their_dtype(tmp_path: Path) -> None:
+    save_file({"x": np.full((2, 2), 1e6, np.float32)}, tmp_path / "a.safetensors")
+    (stored,) = placement_tensors(tmp_path / "a.safetensors")
+    one = DerivedTensor("y", "float32", (2, 2), (stored,), stored.rows)
+    (conversion,) = placement.plan_conversions([stored], "float16", [one]).values()
+    with pytest.raises(UserError, match=r"y in a.safetensors has values up to 1e\+06"):
+        list(placement.convert(conversion))
 
 
 def placement_tensors(file: Path) -> Any:

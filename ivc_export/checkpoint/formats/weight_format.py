@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from ivc_export.checkpoint.folder import StoredTensor
 from ivc_export.dtypes import STORED
+from ivc_export.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class WeightFormat:
     name: what manifests call it.
     covers: whether a layer of this canonical name is stored so, as JSON files say; for estimates, which see no tensor.
     read: the layers among a checkpoint's tensors, by canonical names, that are stored so. Raises UserError where a
-        layer lacks a tensor, or has one that the format does not know.
+        layer lacks a tensor, or has one that the format does not know; see find_tensor.
     linear: adds `x W^T + b` to a graph: (g, x, name, out, features, bias), as Graph.linear.
     """
 
@@ -84,6 +85,23 @@ class WeightFormat:
     covers: Callable[[str], bool]
     read: Callable[[Mapping[str, StoredTensor]], Layers]
     linear: Callable[[Builder, ir.Value, str, int, int, bool], ir.Value]
+
+
+def find_tensor(tensors: Mapping[str, StoredTensor], name: str, dtype: str | None = None) -> StoredTensor:
+    """One of a checkpoint's tensors, of this dtype, a key of STORED; of any for None.
+
+    Raises:
+        UserError: it is missing, or of another dtype.
+    """
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise UserError(f"the checkpoint has no tensor {name}: download it again, or check that config.json is its own")
+    if dtype is not None and tensor.dtype != dtype:
+        raise UserError(
+            f"{tensor.name} in {tensor.file.name} is {tensor.dtype}, and its format asks for {dtype}: download the "
+            "checkpoint again"
+        )
+    return tensor
 
 
 def tensors_of_no_layer(tensors: Mapping[str, StoredTensor], layers: Layers) -> dict[str, StoredTensor]:

@@ -32,7 +32,7 @@ from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families.pictures import Picture
+from ivc_export.families.pictures import Visual
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint
@@ -65,7 +65,7 @@ class Transformers:
         ).eval()
 
     @torch.inference_mode()
-    def answer(self, tokens: list[int], picture: Picture, count: int) -> tuple[float, float, list[int]]:
+    def answer(self, tokens: list[int], picture: Visual, count: int) -> tuple[float, float, list[int]]:
         """Seconds to the first token, seconds a token after it, and the tokens."""
         ids, merge = torch.tensor([tokens]), 2
         is_image = (ids == self.model.config.image_token_id).int()
@@ -95,7 +95,7 @@ class Transformers:
         return first, (time.perf_counter() - start) / count, drawn
 
 
-def ours(session: OnnxSession, ratio: float, tokens: list[int], picture: Picture, count: int) -> tuple[Any, ...]:
+def ours(session: OnnxSession, ratio: float, tokens: list[int], picture: Visual, count: int) -> tuple[Any, ...]:
     """The same of a bundle on onnxruntime, and the seconds of each stage."""
     conversation = HostConversation(session, ratio)
     start = time.perf_counter()
@@ -109,13 +109,13 @@ def ours(session: OnnxSession, ratio: float, tokens: list[int], picture: Picture
     return first, (time.perf_counter() - start) / count, drawn, conversation.timings
 
 
-def prompt(bundle: Bundle) -> tuple[list[int], Picture]:
+def prompt(bundle: Bundle) -> tuple[list[int], Visual]:
     """A picture of noise with text before and behind it."""
     import PIL.Image
 
     m, generator = bundle.manifest, np.random.default_rng(0)
     noise = PIL.Image.fromarray(generator.integers(0, 256, (PICTURE[1], PICTURE[0], 3), np.uint8))
-    picture = families.of(m.family).picture(noise, m.preprocessing)
+    picture = families.preparation(m).picture(noise, m.tokens.image)
     words = generator.integers(0, 400, TEXT - 2).tolist()
     image = [m.tokens.vision_start, *[m.tokens.image] * picture.grid.visual, m.tokens.vision_end]
     return [*words[:14], *image, *words[14:]], picture

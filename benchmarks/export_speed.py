@@ -89,7 +89,7 @@ def one_session(bundle: str, prepacking: str) -> dict[str, Any]:
     opened = Bundle.load(bundle)
     m = opened.manifest
     noise = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
-    picture = families.of(m.family).picture(PIL.Image.fromarray(noise), m.preprocessing)
+    picture = families.preparation(m).picture(PIL.Image.fromarray(noise), m.tokens.image)
     tokens = [1, 2, START, *[IMAGE] * picture.grid.visual, END, *range(10, 26)]
     with MemorySampler() as sampler:
         start = time.perf_counter()

@@ -55,7 +55,7 @@ def make_large_checkpoint(folder: Path, config: dict[str, Any], dtype: FloatName
     folder.mkdir(parents=True)
     family = families.of(config["model_type"])
     model, weights = family.read(config, None), PlannedWeights()
-    build_graphs(family, model, weights, 1)
+    build_graphs(model, weights, 1)
     weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
     size, start = np.dtype(dtype).itemsize, 0
     header: dict[str, Any] = {}

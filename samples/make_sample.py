@@ -39,7 +39,7 @@ def random_tensors(config: Mapping[str, Any], seed: int) -> dict[str, npt.NDArra
     """Seeded weights for a configuration, scaled so that activations neither vanish nor explode."""
     family = families.of(config["model_type"])
     model, weights = family.read(config, None), PlannedWeights()
-    build_graphs(family, model, weights, 1)
+    build_graphs(model, weights, 1)
     weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
     generator = np.random.default_rng(seed)
     tensors = {}

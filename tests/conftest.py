@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families.pictures import Grid, Picture
+from ivc_export.families.pictures import Grid, Visual
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint
 
@@ -58,9 +58,9 @@ def rows_first(
     return whole(one, size, resample)  # type: ignore[no-any-return]
 
 
-def random_picture(grid: Grid, seed: int) -> Picture:
+def random_picture(grid: Grid, seed: int) -> Visual:
     pixels = np.random.default_rng(seed).standard_normal((1, 4 * grid.visual, 1176), np.float32)
-    return Picture({"pixel_values": pixels, "patch_position": patch_positions(grid)}, grid)
+    return Visual({"pixel_values": pixels, "patch_position": patch_positions(grid)}, grid, 503)
 
 
 def make_overflowing_checkpoint(folder: Path) -> Path:
@@ -101,14 +101,14 @@ class Golden:
         return len(self.data["keep_indices"]) - len(self.tokens) + int(self.data["visual_len"])
 
     @property
-    def picture(self) -> Picture:
+    def picture(self) -> Visual:
         if "image_grid_thw" not in self.data:  # of fixed size
             side = math.isqrt(int(self.data["visual_len"]))
-            return Picture({"pixel_values": self.data["pixel_values"]}, Grid(side, side))
+            return Visual({"pixel_values": self.data["pixel_values"]}, Grid(side, side), 503)
         _, rows, columns = (int(x) for x in self.data["image_grid_thw"][0])
         grid = Grid(rows // 2, columns // 2)
         inputs = {"pixel_values": self.data["pixel_values"][None], "patch_position": patch_positions(grid)}
-        return Picture(inputs, grid)
+        return Visual(inputs, grid, 503)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -49,8 +49,8 @@ def row(family: Family, alias: str, hub_id: str) -> str:
     config = json.loads((CONFIGS / f"{alias}.json").read_text(encoding="utf-8"))
     model = family.read(config, None)
     layer, ratio = family.default_layer(model.decoder), family.default_ratio
-    preprocessing = model.preprocessing.capped(ExportRecipe.max_visual)
-    planned = Export.planned(family, model, preprocessing, layer.layer, layer.calibrated, "bfloat16")
+    pictures = family.pictures(model.preprocessing.capped(ExportRecipe.max_visual))
+    planned = Export.planned(family, model, pictures, layer.layer, layer.calibrated, "bfloat16")
     (picture,) = planned.estimate(ratio, [PICTURE]).pictures
     pruned, full = (sum(cost.flops[name] for name in DECODER) for cost in (picture.pruned, picture.unpruned))
     kept, cache = picture.pruned.cache_bytes, picture.unpruned.cache_bytes

@@ -223,7 +223,7 @@ def tiny(name: str) -> dict[GraphName, ir.Model]:
     """The graphs of a family's tiny model."""
     family = families.of(name)
     model = family.read(TINY[family.model_type], None)
-    return build_graphs(family, model, PlannedWeights(), family.default_layer(model.decoder).layer)
+    return build_graphs(model, PlannedWeights(), family.default_layer(model.decoder).layer)
 
 
 def generated() -> dict[Path, str]:

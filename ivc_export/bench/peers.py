@@ -49,7 +49,7 @@ class TorchPeer:
         plan = plan_run(m, np.array(prompt.tokens, np.int32), [prompt.picture.grid], 0, 1.0)
         positions = torch.from_numpy(plan.position_ids).long().to(self.device)
         after = [torch.full((len(positions), 1, 1), plan.next_position + i, device=self.device) for i in range(count)]
-        stock = families.of(m.family).stock_inputs(prompt.picture, m.preprocessing)
+        stock = families.preparation(m).stock_inputs(prompt.picture)
         inputs = {name: torch.from_numpy(array) for name, array in stock.items()}
         visual = torch.from_numpy(plan.visual_index).long()
         cache = self.cache(len(prompt.tokens) + count)

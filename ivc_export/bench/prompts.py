@@ -12,7 +12,7 @@ from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.manifest import Manifest, PatchPreprocessing, Preprocessing
 from ivc_export.errors import UserError
-from ivc_export.families.pictures import Picture
+from ivc_export.families.pictures import Visual
 
 LEAST_TEXT = 8
 """Text tokens at least: the picture's marks, and behind it some that vote."""
@@ -23,7 +23,7 @@ class Prompt:
     """Token ids, image tokens included, and the picture that they show."""
 
     tokens: list[int]
-    picture: Picture
+    picture: Visual
 
     @property
     def visual(self) -> int:
@@ -51,12 +51,12 @@ def noise_prompt(bundle: Bundle, visual: int, text: int) -> Prompt:
         )
     width, height = picture_size(m.preprocessing, visual)
     noise = PIL.Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8))
-    picture = families.of(m.family).picture(noise, m.preprocessing)
+    picture = families.preparation(m).picture(noise, m.tokens.image)
     before, behind = ([t] if t is not None else [] for t in (m.tokens.vision_start, m.tokens.vision_end))
     words = np.setdiff1d(np.arange(m.decoder.vocab_size), [m.tokens.image, *before, *behind, *m.tokens.stop])
     drawn = generator.choice(words, text - len(before) - len(behind)).tolist()
     half = len(drawn) // 2
-    return Prompt([*drawn[:half], *before, *[m.tokens.image] * picture.grid.visual, *behind, *drawn[half:]], picture)
+    return Prompt([*drawn[:half], *before, *picture.tokens, *behind, *drawn[half:]], picture)
 
 
 def most_visual(m: Manifest) -> int:

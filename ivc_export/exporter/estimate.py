@@ -29,7 +29,7 @@ from ivc_export.checkpoint.formats.floats import FLOAT
 from ivc_export.checkpoint.formats.weight_format import WeightFormat
 from ivc_export.checkpoint.weights import EMBEDDING, PlannedWeights
 from ivc_export.contract.graphs import TensorName
-from ivc_export.contract.manifest import Preprocessing, SelectionRule
+from ivc_export.contract.manifest import SelectionRule
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.contract.ratio import kept_tokens
 from ivc_export.dtypes import FLOATS, FloatName
@@ -37,8 +37,9 @@ from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.pipeline import selection_layer
 from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.families.encoder import Preparation
 from ivc_export.families.family import Family, Model
-from ivc_export.families.pictures import Picture
+from ivc_export.families.pictures import Visual
 from ivc_export.graph.counting import count
 from ivc_export.lowering.inline import InlinePass
 from ivc_export.selection.ivc_prune import seed_count
@@ -143,7 +144,8 @@ class Estimate:
 class Export:
     """What an export writes, or would write: three graphs, built once, and the facts that their costs follow from.
 
-    weight_bytes: of all weights, as they are stored. preprocessing: the model's, or with a lower cap.
+    weight_bytes: of all weights, as they are stored. pictures: what makes them ready, as the model says
+    or with a lower cap.
     """
 
     family: Family
@@ -154,13 +156,13 @@ class Export:
     selection_layer: int
     calibrated: bool
     selection: SelectionRule
-    preprocessing: Preprocessing
+    pictures: Preparation
 
     @staticmethod
     def planned(
         family: Family,
         model: Model,
-        preprocessing: Preprocessing,
+        pictures: Preparation,
         layer: int,
         calibrated: bool,
         dtype: FloatName,
@@ -168,11 +170,11 @@ class Export:
     ) -> Export:
         """An export of this model, with graphs that have no weights. stored: how a checkpoint's linear layers are."""
         weights = PlannedWeights(dtype, stored)
-        graphs = build_graphs(family, model, weights, layer)
+        graphs = build_graphs(model, weights, layer)
         weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
         length = sum(weights.lengths.values())
         layers, rule = model.decoder.layers, model.selection
-        return Export(family, graphs, length, dtype, layers, layer, calibrated, rule, preprocessing)
+        return Export(family, graphs, length, dtype, layers, layer, calibrated, rule, pictures)
 
     @staticmethod
     def of(bundle: Bundle) -> Export:
@@ -193,7 +195,15 @@ class Export:
         length = sum(dict([*stored, (EMBEDDING, embedding)]).values())
         family, layers = families.of(m.family), m.decoder.layers
         return Export(
-            family, graphs, length, m.dtype, layers, m.selection_layer, m.calibrated, m.selection, m.preprocessing
+            family,
+            graphs,
+            length,
+            m.dtype,
+            layers,
+            m.selection_layer,
+            m.calibrated,
+            m.selection,
+            families.preparation(m),
         )
 
     def estimate(self, ratio: float, pictures: Sequence[Size]) -> Estimate:
@@ -215,7 +225,7 @@ class Export:
         )
 
     def _one_picture(self, graphs: Mapping[GraphName, onnx.ModelProto], size: Size, ratio: float) -> PictureEstimate:
-        picture = blank(self.family, self.preprocessing, size)
+        picture = blank(self.pictures, size)
         visual = picture.grid.visual
         kept = kept_tokens(visual, ratio)
         vision = count(graphs["vision"], {}, picture.inputs)
@@ -245,10 +255,10 @@ def estimate_recipe(recipe: ExportRecipe, pictures: Sequence[Size]) -> Estimate:
     description = read_description(checkpoint)
     layer, calibrated = selection_layer(recipe, description)
     dtype = recipe.float_name or stated_dtype(checkpoint.config)
-    preprocessing = description.model.preprocessing.capped(recipe.max_visual)
+    preparation = description.family.pictures(description.model.preprocessing.capped(recipe.max_visual))
     ratio = description.family.default_ratio if recipe.ratio is None else recipe.ratio
     planned = Export.planned(
-        description.family, description.model, preprocessing, layer, calibrated, dtype, detect_format(checkpoint)
+        description.family, description.model, preparation, layer, calibrated, dtype, detect_format(checkpoint)
     )
     return planned.estimate(ratio, pictures)
 
@@ -278,15 +288,15 @@ def empty_caches(graphs: Iterable[onnx.ModelProto]) -> dict[str, int]:
     return {d.dim_param: 0 for value in caches for d in value.type.tensor_type.shape.dim if d.dim_param}
 
 
-def blank(family: Family, preprocessing: Preprocessing, size: Size) -> Picture:
-    """A picture of that size, as the family prepares it.
+def blank(pictures: Preparation, size: Size) -> Visual:
+    """A picture of that size, ready for a model; no prompt shows it, and token 0 stands for it.
 
     Raises:
         UserError: it is too large, too small or too elongated.
     """
     if min(size) < 1 or size.width * size.height > PIXELS:
         raise UserError(f"a picture of {size.width}x{size.height} is out of range: give 1 to {PIXELS:,} pixels")
-    return family.picture(PIL.Image.new("RGB", size), preprocessing)
+    return pictures.picture(PIL.Image.new("RGB", size), 0)
 
 
 def cache_bytes(prefix: Mapping[str, int], decoder: Mapping[str, int]) -> int:

@@ -7,26 +7,26 @@ import onnx_ir as ir
 from ivc_export.checkpoint.weights import Weights
 from ivc_export.contract.graphs import deepstack_names
 from ivc_export.contract.names import GraphName
-from ivc_export.families.family import Family, Model
+from ivc_export.families.family import Model
 from ivc_export.graph.builder import Graph
 from ivc_export.graph.decoder_stack import DecoderStack, spread_rows
 from ivc_export.selection.method import METHODS
 from ivc_export.selection.operators import compact_gather
 
 
-def build_graphs(family: Family, model: Model, weights: Weights, selection_layer: int) -> dict[GraphName, ir.Model]:
+def build_graphs(model: Model, weights: Weights, selection_layer: int) -> dict[GraphName, ir.Model]:
     """The portable graphs of a model, by name, cut at `selection_layer`."""
     return {
-        "vision": vision_graph(family, model, weights),
+        "vision": vision_graph(model, weights),
         "prefix": prefix_graph(model, weights, selection_layer),
         "decoder": decoder_graph(model, weights, selection_layer),
     }
 
 
-def vision_graph(family: Family, model: Model, weights: Weights) -> ir.Model:
-    """One picture, or frames of one size, to visual tokens; what is inside is the family's."""
+def vision_graph(model: Model, weights: Weights) -> ir.Model:
+    """One picture, or frames of one size, to visual tokens; what is inside is its encoder's."""
     g = Graph(model.graph_info("vision", weights.dtype, 1), weights.dtype, weights)
-    g.output("image_embeds", family.vision(g, model))
+    g.output("image_embeds", model.encoder.graph(g))
     return g.model("vision")
 
 

@@ -72,7 +72,7 @@ def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundl
     )
     model, weights = configuration.model, converted_weights(configuration.weights, conversions, recipe.float_name)
     with staged_folder(recipe.output, recipe.force) as folder:
-        graphs = build_graphs(configuration.family, model, weights, layer)
+        graphs = build_graphs(model, weights, layer)
         check_all_used(weights, configuration.family, graphs.values())
         hashes = {}
         for number, (name, graph) in enumerate(graphs.items(), 1):

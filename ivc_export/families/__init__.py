@@ -7,7 +7,9 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from ivc_export.contract.manifest import Manifest
 from ivc_export.errors import UserError
+from ivc_export.families.encoder import Preparation
 from ivc_export.families.family import Family
 
 SENSES = ("vision", "visual", "image", "img", "mm_", "audio", "video")
@@ -32,6 +34,15 @@ def of(model_type: str | None) -> Family:
         )
     family: Family = importlib.import_module(f"{__name__}.{model_type}").FAMILY
     return family
+
+
+def preparation(manifest: Manifest) -> Preparation:
+    """What makes pictures ready for the bundle of this manifest.
+
+    Raises:
+        UserError: its family or the kind of its preprocessing is not known.
+    """
+    return of(manifest.family).pictures(manifest.preprocessing)
 
 
 def described(config: Mapping[str, Any]) -> Family:

@@ -8,15 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
-import PIL.Image
 
 from ivc_export.contract.graphs import graph_info
 from ivc_export.contract.manifest import DecoderSizes, GraphInfo, Preprocessing, RotarySizes, SelectionRule
 from ivc_export.contract.names import GraphName
 from ivc_export.dtypes import FloatName
-from ivc_export.families.pictures import Grid, Picture
-from ivc_export.graph.builder import Graph
+from ivc_export.families.encoder import Encoder, Preparation
+from ivc_export.families.pictures import Grid
 from ivc_export.graph.decoder_block import DecoderBlock
 
 
@@ -30,7 +28,7 @@ class TokenTexts(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """One checkpoint's configuration, digested by its family. `vision` is the family's own record.
+    """One checkpoint's configuration, digested by its family.
 
     block: what its decoder layers are made of.
     image_token, vision_start_token, vision_end_token: ids that config.json states; None where the tokenizer does, or
@@ -41,11 +39,15 @@ class Model:
     block: DecoderBlock
     rotary: RotarySizes
     selection: SelectionRule
-    preprocessing: Preprocessing
+    encoder: Encoder
     image_token: int | None
     vision_start_token: int | None
     vision_end_token: int | None
-    vision: Any
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How its pictures are made ready, as the manifest says it."""
+        return self.encoder.pictures.preprocessing
 
     def graph_info(self, name: GraphName, dtype: FloatName, selection_layer: int) -> GraphInfo:
         """Inputs and outputs of graph `name` for this model."""
@@ -78,19 +80,16 @@ class StockLayout:
 class Family:
     """Everything particular to one family.
 
-    preprocessing: how its pictures are made ready.
+    preprocessing: the kind of settings by which its pictures are made ready.
+    pictures: such settings, of a checkpoint or a manifest, to what makes pictures ready.
     axes: of its rotary positions.
     tiles: whether it cuts pictures into tiles, and chooses tokens within each.
     read: config.json, and the image processor's configuration if there is one, to a Model.
     canonical_name: a tensor's name in the checkpoint to ours (`model.*`, `visual.*`, `lm_head.weight`).
     stored_name: the inverse, as transformers 4.4x names it, or the family's own code.
-    vision: builds the encoder between the vision graph's inputs and `image_embeds`, which it returns; where the
-        decoder has `deepstack`, it makes those outputs, too.
     default_layer: the selection layer for a model of these sizes.
-    picture: an RGB picture to the vision graph's inputs.
     positions: rotary positions of text (its number of tokens) and pictures in order, from the first free position on;
         returns int32 [axes, rows] and the next free position.
-    stock_inputs: a Picture as transformers' get_image_features takes it, by name, pictures along the first axis.
     chat_template: of the family, for checkpoints that come with none, or with one that cannot show pictures.
     chat_template_of: config.json to that template, where it depends on it.
     token_texts: of the tokens that show a picture.
@@ -104,16 +103,14 @@ class Family:
 
     model_type: str
     preprocessing: type[Preprocessing]
+    pictures: Callable[[Preprocessing], Preparation]
     axes: int
     tiles: bool
     read: Callable[[Mapping[str, Any], Mapping[str, Any] | None], Model]
     canonical_name: Callable[[str], str]
     stored_name: Callable[[str], str]
-    vision: Callable[[Graph, Model], ir.Value]
     default_layer: Callable[[DecoderSizes], DefaultLayer]
-    picture: Callable[[PIL.Image.Image, Preprocessing], Picture]
     positions: Callable[[Sequence[int | Grid], int], tuple[npt.NDArray[np.int32], int]]
-    stock_inputs: Callable[[Picture, Preprocessing], dict[str, npt.NDArray[Any]]]
     chat_template: str
     token_texts: TokenTexts
     template_marks: bool

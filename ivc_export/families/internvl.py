@@ -14,6 +14,7 @@ other families; the official code projects that layer's input anew, without its 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -25,8 +26,9 @@ from pydantic import Field
 from ivc_export.contract.manifest import DecoderSizes, FixedPreprocessing, Preprocessing, RotarySizes, SelectionRule
 from ivc_export.contract.records import Depth, Epsilon, Frozen, Heads, SideLength, Tiles, TokenId, Width
 from ivc_export.errors import UserError
+from ivc_export.families.encoder import Encoder, Preparation, of_kind
 from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, renamed, scaled_layer
-from ivc_export.families.pictures import TILES_ASPECT_LIMIT, Grid, Picture, check_shape, scaled_pixels
+from ivc_export.families.pictures import TILES_ASPECT_LIMIT, Grid, Visual, check_shape, scaled_pixels
 from ivc_export.families.positions import counted_positions
 from ivc_export.families.settings import (
     CONFIG,
@@ -165,23 +167,23 @@ def make_model(
         raise UserError(
             f"its settings are inconsistent: a picture has at least {tiles[0]} tiles, and at most {tiles[1]}"
         )
+    preprocessing = FixedPreprocessing(
+        tile_pixels=sizes.image,
+        tile_side=sizes.image // sizes.patch // SHUFFLE,
+        min_tiles=tiles[0],
+        max_tiles=tiles[1],
+        fit="stretch",
+        **pictures.scaling,
+    )
     return Model(
         decoder=decoder,
         block=text.block,
         rotary=RotarySizes(theta=text.theta, sections=(decoder.head_dim // 2,)),
         selection=SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2, softmax="all", tiles=True),
-        preprocessing=FixedPreprocessing(
-            tile_pixels=sizes.image,
-            tile_side=sizes.image // sizes.patch // SHUFFLE,
-            min_tiles=tiles[0],
-            max_tiles=tiles[1],
-            fit="stretch",
-            **pictures.scaling,
-        ),
+        encoder=TileEncoder(TilePictures(preprocessing), sizes, decoder.hidden_size),
         image_token=image_token,
         vision_start_token=None,
         vision_end_token=None,
-        vision=sizes,
     )
 
 
@@ -208,46 +210,54 @@ def stored_name(name: str) -> str:
     return renamed(name, PREFIXES)
 
 
-def vision(g: Graph, model: Model) -> ir.Value:
-    """InternViT over tiles, without the class token, then pixel shuffle (2 x 2 patches a token) and the projector.
+@dataclass(frozen=True)
+class TileEncoder(Encoder):
+    """hidden_size: of what the projector gives, which is the decoder's."""
 
-    Source: InternVLVisionModel and InternVLModel.pixel_shuffle in transformers.
-    """
-    sizes: VisionSizes = model.vision
-    width, patches, tokens = sizes.width, sizes.image // sizes.patch, sizes.image // sizes.patch // SHUFFLE
-    frames = g.extent(g.inputs["pixel_values"], 0)
-    split = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
-    block = EncoderBlock(
-        width=width,
-        heads=sizes.heads,
-        mlp_size=sizes.mlp_size,
-        epsilon=sizes.epsilon,
-        activation=gelu,
-        norms=("layernorm_before", "layernorm_after"),
-        qkv=("attention.qkv",) if sizes.fused_qkv else split,
-        out="attention.projection_layer",
-        scales=("lambda_1", "lambda_2"),
-        qkv_bias=sizes.qkv_bias,
-    )
-    with g.scope("embeddings"):
-        name, kernel = "visual.embeddings.patch_embeddings.projection", (width, 3, sizes.patch, sizes.patch)
-        weight = g.weight(f"{name}.weight", (width, 3 * sizes.patch**2), kernel)
-        cut = pixel_patches(g, g.inputs["pixel_values"], sizes.image, sizes.patch)
-        x = g.op("Gemm", cut, weight, g.weight(f"{name}.bias", (width,)), transB=1)
-        token = g.weight("visual.embeddings.cls_token", (1, 1, width))
-        positions = g.weight("visual.embeddings.position_embeddings", (1, patches**2 + 1, width))
-        x = with_class_token(g, x, frames, token, positions, width)
-    for i in range(sizes.layers):
-        with g.scope(f"layers.{i}"):
-            x = block.add(g, f"visual.encoder.layer.{i}", x, frames)
-    with g.scope("projector"):
-        hidden, merged = model.decoder.hidden_size, SHUFFLE**2 * width
-        x = g.reshape(without_class_token(g, x, frames, width), -1, tokens, SHUFFLE, tokens, SHUFFLE * width)
-        x = g.reshape(g.transpose(x, 0, 1, 3, 2, 4), -1, merged)
-        x = layer_norm(g, x, "projector.layer_norm", merged, PROJECTOR_EPSILON)
-        x = gelu(g, g.linear(x, "projector.linear_1", hidden, merged, bias=True))
-        x = g.linear(x, "projector.linear_2", hidden, hidden, bias=True)
-        return g.reshape(x, -1, tokens**2, hidden)
+    pictures: TilePictures
+    sizes: VisionSizes
+    hidden_size: int
+
+    def graph(self, g: Graph) -> ir.Value:
+        """InternViT over tiles, without the class token, then pixel shuffle (2 x 2 patches a token) and the projector.
+
+        Source: InternVLVisionModel and InternVLModel.pixel_shuffle in transformers.
+        """
+        sizes = self.sizes
+        width, patches, tokens = sizes.width, sizes.image // sizes.patch, sizes.image // sizes.patch // SHUFFLE
+        frames = g.extent(g.inputs["pixel_values"], 0)
+        split = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+        block = EncoderBlock(
+            width=width,
+            heads=sizes.heads,
+            mlp_size=sizes.mlp_size,
+            epsilon=sizes.epsilon,
+            activation=gelu,
+            norms=("layernorm_before", "layernorm_after"),
+            qkv=("attention.qkv",) if sizes.fused_qkv else split,
+            out="attention.projection_layer",
+            scales=("lambda_1", "lambda_2"),
+            qkv_bias=sizes.qkv_bias,
+        )
+        with g.scope("embeddings"):
+            name, kernel = "visual.embeddings.patch_embeddings.projection", (width, 3, sizes.patch, sizes.patch)
+            weight = g.weight(f"{name}.weight", (width, 3 * sizes.patch**2), kernel)
+            cut = pixel_patches(g, g.inputs["pixel_values"], sizes.image, sizes.patch)
+            x = g.op("Gemm", cut, weight, g.weight(f"{name}.bias", (width,)), transB=1)
+            token = g.weight("visual.embeddings.cls_token", (1, 1, width))
+            positions = g.weight("visual.embeddings.position_embeddings", (1, patches**2 + 1, width))
+            x = with_class_token(g, x, frames, token, positions, width)
+        for i in range(sizes.layers):
+            with g.scope(f"layers.{i}"):
+                x = block.add(g, f"visual.encoder.layer.{i}", x, frames)
+        with g.scope("projector"):
+            hidden, merged = self.hidden_size, SHUFFLE**2 * width
+            x = g.reshape(without_class_token(g, x, frames, width), -1, tokens, SHUFFLE, tokens, SHUFFLE * width)
+            x = g.reshape(g.transpose(x, 0, 1, 3, 2, 4), -1, merged)
+            x = layer_norm(g, x, "projector.layer_norm", merged, PROJECTOR_EPSILON)
+            x = gelu(g, g.linear(x, "projector.linear_1", hidden, merged, bias=True))
+            x = g.linear(x, "projector.linear_2", hidden, hidden, bias=True)
+            return g.reshape(x, -1, tokens**2, hidden)
 
 
 def default_layer(sizes: DecoderSizes) -> DefaultLayer:
@@ -271,26 +281,41 @@ def tiling(width: int, height: int, p: FixedPreprocessing) -> tuple[int, int]:
     return best
 
 
-def picture(image: PIL.Image.Image, p: Preprocessing) -> Picture:
-    """Stretch a picture to its tiles, and to the thumbnail if there are several, and normalise.
+@dataclass(frozen=True)
+class TilePictures(Preparation):
+    """Pictures in tiles of the encoder's size, and a thumbnail of the whole where they are several."""
 
-    Source: GotOcr2ImageProcessor in transformers, as InternVLProcessor calls it.
-    """
-    assert isinstance(p, FixedPreprocessing)
-    check_shape(*image.size, TILES_ASPECT_LIMIT)
-    pixels, tile = p.tile_pixels, p.tile_side
-    columns, rows = tiling(*image.size, p)
-    canvas = scaled_pixels(image, columns * pixels, rows * pixels, p)
-    tiles = canvas.reshape(rows, pixels, columns, pixels, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, pixels, pixels)
-    if len(tiles) > 1:
-        thumbnail = scaled_pixels(image, pixels, pixels, p).transpose(2, 0, 1)
-        tiles = np.concatenate([tiles, thumbnail[None]])
-    return Picture({"pixel_values": np.ascontiguousarray(tiles)}, Grid(rows * tile, columns * tile, tile))
+    preprocessing: FixedPreprocessing
 
+    @classmethod
+    def of(cls, preprocessing: Preprocessing) -> TilePictures:
+        """By these settings.
 
-def stock_inputs(picture: Picture, p: Preprocessing) -> dict[str, npt.NDArray[Any]]:
-    """The same tiles."""
-    return {"pixel_values": picture.inputs["pixel_values"]}
+        Raises:
+            UserError: they are not of tiles.
+        """
+        return cls(of_kind(FixedPreprocessing, preprocessing))
+
+    def picture(self, image: PIL.Image.Image, token_id: int) -> Visual:
+        """Stretch a picture to its tiles, and to the thumbnail if there are several, and normalise.
+
+        Source: GotOcr2ImageProcessor in transformers, as InternVLProcessor calls it.
+        """
+        p = self.preprocessing
+        check_shape(*image.size, TILES_ASPECT_LIMIT)
+        pixels, tile = p.tile_pixels, p.tile_side
+        columns, rows = tiling(*image.size, p)
+        canvas = scaled_pixels(image, columns * pixels, rows * pixels, p)
+        tiles = canvas.reshape(rows, pixels, columns, pixels, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, pixels, pixels)
+        if len(tiles) > 1:
+            thumbnail = scaled_pixels(image, pixels, pixels, p).transpose(2, 0, 1)
+            tiles = np.concatenate([tiles, thumbnail[None]])
+        inputs = {"pixel_values": np.ascontiguousarray(tiles)}
+        return Visual(inputs, Grid(rows * tile, columns * tile, tile), token_id)
+
+    def stock_inputs(self, visual: Visual) -> dict[str, npt.NDArray[Any]]:
+        """The same tiles."""
+        return {"pixel_values": visual.inputs["pixel_values"]}
 
 
 CHAT_TEMPLATE = """\
@@ -317,16 +342,14 @@ CHAT_TEMPLATE = """\
 FAMILY = Family(
     model_type="internvl",
     preprocessing=FixedPreprocessing,
+    pictures=TilePictures.of,
     axes=1,
     tiles=True,
     read=read,
     canonical_name=canonical_name,
     stored_name=stored_name,
-    vision=vision,
     default_layer=default_layer,
-    picture=picture,
     positions=counted_positions,
-    stock_inputs=stock_inputs,
     chat_template=CHAT_TEMPLATE,
     token_texts=TokenTexts("<IMG_CONTEXT>", "<img>", "</img>"),
     template_marks=False,

@@ -111,9 +111,21 @@ TEXTS: Mapping[str, type[DecoderSettings]] = {"qwen2": Qwen2Text, "internlm2": I
 def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
     """Digest config.json of the original layout, whose decoder is Qwen2 or InternLM2."""
     whole, text = Whole.read(config), decoder_settings(required(config, "llm_config"), "llm_config", TEXTS)
-    vision = Vision.read(required(config, "vision_config"), part="vision_config")
+    sizes = read_sizes(whole, config)
     decoder = read_decoder(text, whole.tie_word_embeddings or text.tie_word_embeddings)
-    sizes = VisionSizes(
+    pictures = Pictures.read(processor, PROCESSOR)
+    for key, size in (("size", pictures.size), ("crop_size", pictures.crop_size)):
+        check_edges(key, size, {"height": sizes.image, "width": sizes.image}, "a tile is the encoder's input")
+    if whole.dynamic_image_size and not whole.use_thumbnail:
+        refuse("use_thumbnail", False, CONFIG, "where dynamic_image_size is true there must be a thumbnail")
+    tiles = (whole.min_dynamic_patch, whole.max_dynamic_patch) if whole.dynamic_image_size else (1, 1)
+    return make_model(decoder, text, sizes, pictures, tiles, whole.img_context_token_id)
+
+
+def read_sizes(whole: Whole, config: Mapping[str, Any]) -> VisionSizes:
+    """Sizes of the vision encoder. whole: what was read of `config`."""
+    vision = Vision.read(required(config, "vision_config"), part="vision_config")
+    return VisionSizes(
         layers=vision.num_hidden_layers,
         width=vision.hidden_size,
         heads=vision.num_attention_heads,
@@ -124,13 +136,6 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
         qkv_bias=vision.qkv_bias,
         fused_qkv=True,
     )
-    pictures = Pictures.read(processor, PROCESSOR)
-    for key, size in (("size", pictures.size), ("crop_size", pictures.crop_size)):
-        check_edges(key, size, {"height": sizes.image, "width": sizes.image}, "a tile is the encoder's input")
-    if whole.dynamic_image_size and not whole.use_thumbnail:
-        refuse("use_thumbnail", False, CONFIG, "where dynamic_image_size is true there must be a thumbnail")
-    tiles = (whole.min_dynamic_patch, whole.max_dynamic_patch) if whole.dynamic_image_size else (1, 1)
-    return make_model(decoder, text, sizes, pictures, tiles, whole.img_context_token_id)
 
 
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
@@ -243,7 +248,7 @@ TEXT_KEYS = (  # that mean the same in both layouts; the original files hold man
 def stock_config(config: Mapping[str, Any], image_token: int) -> dict[str, Any]:
     """config.json of the original layout as transformers' layout has it."""
     text, vision, model = config["llm_config"], config["vision_config"], read(config, None)
-    sizes: VisionSizes = model.vision
+    sizes = read_sizes(Whole.read(config), config)
     own: dict[str, Any] = {"model_type": "qwen2"}
     if model.block == InternLM2Text.block:
         own = {"model_type": "llama", "attention_bias": False}

@@ -9,6 +9,7 @@ up to. The cache of layer 0 stays whole, as in the official code.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -19,8 +20,9 @@ from pydantic import AliasChoices, Field
 
 from ivc_export.contract.manifest import DecoderSizes, FixedPreprocessing, Preprocessing, RotarySizes, SelectionRule
 from ivc_export.contract.records import Depth, Epsilon, Frozen, Heads, SideLength, TokenId, Width
+from ivc_export.families.encoder import Encoder, Preparation, of_kind
 from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, renamed, scaled_layer
-from ivc_export.families.pictures import TILES_ASPECT_LIMIT, Grid, Picture, check_shape, scaled_pixels
+from ivc_export.families.pictures import TILES_ASPECT_LIMIT, Grid, Visual, check_shape, scaled_pixels
 from ivc_export.families.positions import counted_positions
 from ivc_export.families.settings import (
     CONFIG,
@@ -116,11 +118,10 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
         block=text.block,
         rotary=RotarySizes(theta=text.theta, sections=(decoder.head_dim // 2,)),
         selection=SelectionRule(ivc_fraction=0.05, seed_divisor=100, query_offset=2, softmax="all", whole_layers=(0,)),
-        preprocessing=read_preprocessing(vision, Pictures.read(processor, PROCESSOR)),
+        encoder=ClipEncoder(read_pictures(vision, processor), vision, decoder.hidden_size),
         image_token=whole.image_token_index,
         vision_start_token=None,
         vision_end_token=None,
-        vision=vision,
     )
 
 
@@ -159,24 +160,27 @@ def read_vision(whole: Whole, content: object) -> VisionSizes:
     return sizes
 
 
-def read_preprocessing(vision: VisionSizes, pictures: Pictures) -> FixedPreprocessing:
+def read_pictures(vision: VisionSizes, processor: Mapping[str, Any] | None) -> MiddleSquare:
     """The image processor's settings.
 
     Raises:
         UserError: it does not scale the shorter side to the encoder's input and cut out the middle.
     """
+    pictures = Pictures.read(processor, PROCESSOR)
     side, size = vision.image, pictures.size
     if pictures.default_to_square and type(size) is int:
         size = {"height": size, "width": size}
     check_edges("size", size, {"shortest_edge": side}, "the shorter side is scaled to the encoder's input")
     check_edges("crop_size", pictures.crop_size, {"height": side, "width": side}, "the encoder's input is cut out")
-    return FixedPreprocessing(
-        tile_pixels=side,
-        tile_side=side // vision.patch,
-        min_tiles=1,
-        max_tiles=1,
-        fit="crop",
-        **pictures.scaling,
+    return MiddleSquare(
+        FixedPreprocessing(
+            tile_pixels=side,
+            tile_side=side // vision.patch,
+            min_tiles=1,
+            max_tiles=1,
+            fit="crop",
+            **pictures.scaling,
+        )
     )
 
 
@@ -204,45 +208,56 @@ def stored_name(name: str) -> str:
     return renamed(name, PREFIXES)
 
 
-def vision(g: Graph, model: Model) -> ir.Value:
-    """CLIP up to its feature layer, without the class token, then the projector.
+@dataclass(frozen=True)
+class ClipEncoder(Encoder):
+    """hidden_size: of what the projector gives, which is the decoder's."""
 
-    Source: Radford et al. 2021 (CLIP), section 2.4; CLIPVisionTransformer and LlavaMultiModalProjector in transformers.
-    """
-    sizes: VisionSizes = model.vision
-    width, side = sizes.width, sizes.image // sizes.patch
-    frames = g.extent(g.inputs["pixel_values"], 0)
-    block = EncoderBlock(
-        width=width,
-        heads=sizes.heads,
-        mlp_size=sizes.mlp_size,
-        epsilon=sizes.epsilon,
-        activation=ACTIVATIONS[sizes.activation],
-        norms=("layer_norm1", "layer_norm2"),
-        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        out="self_attn.out_proj",
-    )
-    with g.scope("embeddings"):
-        kernel = g.weight(
-            "visual.embeddings.patch_embedding.weight",
-            (width, 3 * sizes.patch**2),
-            (width, 3, sizes.patch, sizes.patch),
+    pictures: MiddleSquare
+    sizes: VisionSizes
+    hidden_size: int
+
+    def graph(self, g: Graph) -> ir.Value:
+        """CLIP up to its feature layer, without the class token, then the projector.
+
+        Source: Radford et al. 2021 (CLIP), section 2.4; CLIPVisionTransformer and LlavaMultiModalProjector in
+        transformers.
+        """
+        sizes = self.sizes
+        width, side = sizes.width, sizes.image // sizes.patch
+        frames = g.extent(g.inputs["pixel_values"], 0)
+        block = EncoderBlock(
+            width=width,
+            heads=sizes.heads,
+            mlp_size=sizes.mlp_size,
+            epsilon=sizes.epsilon,
+            activation=ACTIVATIONS[sizes.activation],
+            norms=("layer_norm1", "layer_norm2"),
+            qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            out="self_attn.out_proj",
         )
-        patches = g.op("Gemm", pixel_patches(g, g.inputs["pixel_values"], sizes.image, sizes.patch), kernel, transB=1)
-        token = g.weight("visual.embeddings.class_embedding", (1, 1, width), (width,))
-        shape = (side**2 + 1, width)
-        positions = g.weight("visual.embeddings.position_embedding.weight", (1, *shape), shape)
-        x = with_class_token(g, patches, frames, token, positions, width)
-        x = layer_norm(g, x, "visual.pre_layrnorm", width, sizes.epsilon)
-    for i in range(sizes.layers):
-        with g.scope(f"layers.{i}"):
-            x = block.add(g, f"visual.encoder.layers.{i}", x, frames)
-    with g.scope("projector"):
-        hidden, bias = model.decoder.hidden_size, sizes.projector_bias
-        x = g.reshape(without_class_token(g, x, frames, width), -1, width)
-        x = gelu(g, g.linear(x, "projector.linear_1", hidden, width, bias))
-        x = g.linear(x, "projector.linear_2", hidden, hidden, bias)
-        return g.reshape(x, -1, side**2, hidden)
+        with g.scope("embeddings"):
+            kernel = g.weight(
+                "visual.embeddings.patch_embedding.weight",
+                (width, 3 * sizes.patch**2),
+                (width, 3, sizes.patch, sizes.patch),
+            )
+            patches = g.op(
+                "Gemm", pixel_patches(g, g.inputs["pixel_values"], sizes.image, sizes.patch), kernel, transB=1
+            )
+            token = g.weight("visual.embeddings.class_embedding", (1, 1, width), (width,))
+            shape = (side**2 + 1, width)
+            positions = g.weight("visual.embeddings.position_embedding.weight", (1, *shape), shape)
+            x = with_class_token(g, patches, frames, token, positions, width)
+            x = layer_norm(g, x, "visual.pre_layrnorm", width, sizes.epsilon)
+        for i in range(sizes.layers):
+            with g.scope(f"layers.{i}"):
+                x = block.add(g, f"visual.encoder.layers.{i}", x, frames)
+        with g.scope("projector"):
+            hidden, bias = self.hidden_size, sizes.projector_bias
+            x = g.reshape(without_class_token(g, x, frames, width), -1, width)
+            x = gelu(g, g.linear(x, "projector.linear_1", hidden, width, bias))
+            x = g.linear(x, "projector.linear_2", hidden, hidden, bias)
+            return g.reshape(x, -1, side**2, hidden)
 
 
 def default_layer(sizes: DecoderSizes) -> DefaultLayer:
@@ -250,25 +265,44 @@ def default_layer(sizes: DecoderSizes) -> DefaultLayer:
     return scaled_layer(sizes, {32: 16}, 16, 32)
 
 
-def picture(image: PIL.Image.Image, p: Preprocessing) -> Picture:
-    """Scale the shorter side to the encoder's input, cut out the middle, and normalise.
+@dataclass(frozen=True)
+class MiddleSquare(Preparation):
+    """The middle square of a picture, at the encoder's size."""
 
-    Source: CLIPImageProcessor in transformers.
-    """
-    assert isinstance(p, FixedPreprocessing)
-    check_shape(*image.size, TILES_ASPECT_LIMIT)
-    short, side = min(image.size), p.tile_pixels
-    width, height = (int(side * extent / short) for extent in image.size)
-    left, top = (width - side) // 2, (height - side) // 2
-    middle = scaled_pixels(image, width, height, p, (left, top, left + side, top + side))
-    return Picture(
-        {"pixel_values": np.ascontiguousarray(middle.transpose(2, 0, 1)[None])}, Grid(p.tile_side, p.tile_side)
-    )
+    preprocessing: FixedPreprocessing
 
+    @classmethod
+    def of(cls, preprocessing: Preprocessing) -> MiddleSquare:
+        """By these settings.
 
-def stock_inputs(picture: Picture, p: Preprocessing) -> dict[str, npt.NDArray[Any]]:
-    """The same pixels."""
-    return {"pixel_values": picture.inputs["pixel_values"]}
+        Raises:
+            UserError: they are not of tiles.
+        """
+        return cls(of_kind(FixedPreprocessing, preprocessing))
+
+    def picture(self, image: PIL.Image.Image, token_id: int) -> Visual:
+        """Scale the shorter side to the encoder's input, cut out the middle, and normalise.
+
+        Source: CLIPImageProcessor in transformers.
+        """
+        p = self.preprocessing
+        check_shape(*image.size, TILES_ASPECT_LIMIT)
+        short, side = min(image.size), p.tile_pixels
+        width, height = (int(side * extent / short) for extent in image.size)
+        left, top = (width - side) // 2, (height - side) // 2
+        middle = scaled_pixels(image, width, height, p, (left, top, left + side, top + side))
+        pixels = np.ascontiguousarray(middle.transpose(2, 0, 1)[None])
+        return Visual({"pixel_values": pixels}, Grid(p.tile_side, p.tile_side), token_id)
+
+    def stock_inputs(self, visual: Visual) -> dict[str, npt.NDArray[Any]]:
+        """The same pixels."""
+        return {"pixel_values": visual.inputs["pixel_values"]}
+
+    def covered(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """The middle square."""
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        return left, top, left + side, top + side
 
 
 CHAT_TEMPLATE = r"""
@@ -292,19 +326,17 @@ ASSISTANT:
 FAMILY = Family(
     model_type="llava",
     preprocessing=FixedPreprocessing,
+    pictures=MiddleSquare.of,
     axes=1,
     tiles=False,
     read=read,
     canonical_name=canonical_name,
     stored_name=stored_name,
-    vision=vision,
     default_layer=default_layer,
     default_ratio=0.3,
     unused=("visual.encoder.layers.", "visual.post_layernorm."),  # behind the feature layer
     foreign=foreign,
-    picture=picture,
     positions=counted_positions,
-    stock_inputs=stock_inputs,
     chat_template=CHAT_TEMPLATE,
     token_texts=TokenTexts("<image>"),
     template_marks=False,

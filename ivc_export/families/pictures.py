@@ -1,4 +1,4 @@
-"""A picture as a family sees it: its grid of visual tokens, and its pixels, scaled as Pillow does."""
+"""What a family makes of a picture: its grid of visual tokens, and its pixels, scaled as Pillow does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from ivc_export.contract.manifest import FixedPreprocessing, Preprocessing, Scaling
+from ivc_export.contract.manifest import Scaling
 from ivc_export.errors import UserError
 
 STRIP = 32_000_000
@@ -21,23 +21,30 @@ TILES_ASPECT_LIMIT = 3000
 
 
 class Grid(NamedTuple):
-    """A picture's visual tokens: rows by columns, row-major.
+    """Visual tokens: rows by columns, row-major, and one such frame after another along time.
 
-    tile: where it is not 0, tokens come tile by tile, of tile x tile tokens each, tiles and the tokens within them
-    row-major; behind several tiles comes a thumbnail of the whole picture, of one tile.
+    tile: where it is not 0, a frame's tokens come tile by tile, of tile x tile tokens each, tiles and the tokens within
+    them row-major; behind several tiles comes a thumbnail of the whole frame, of one tile.
+    time: number of frames, which is 1 for a still picture.
     """
 
     rows: int
     columns: int
     tile: int = 0
+    time: int = 1
+
+    @property
+    def frames(self) -> list[Grid]:
+        """The grid of each frame."""
+        return [self._replace(time=1)] * self.time
 
     @property
     def blocks(self) -> list[int]:
-        """Number of visual tokens of each tile, thumbnail included; without tiles, of the picture."""
+        """Number of visual tokens of each tile, thumbnails included; without tiles, of each frame."""
         if not self.tile:
-            return [self.rows * self.columns]
+            return [self.rows * self.columns] * self.time
         tiles = self.rows * self.columns // self.tile**2
-        return [self.tile**2] * (tiles + (tiles > 1))
+        return [self.tile**2] * (tiles + (tiles > 1)) * self.time
 
     @property
     def visual(self) -> int:
@@ -46,27 +53,35 @@ class Grid(NamedTuple):
 
     @property
     def extents(self) -> dict[str, int]:
-        """Visual tokens along each axis, for JSON; a still picture has one along time."""
-        return {"time": 1, "rows": self.rows, "columns": self.columns}
+        """Visual tokens along each axis, for JSON."""
+        return {"time": self.time, "rows": self.rows, "columns": self.columns}
 
     @property
     def cells(self) -> npt.NDArray[np.int32]:
-        """Row and column of each visual token but the thumbnail's, in their order, int32 [rows * columns, 2]."""
+        """Row and column of each visual token but thumbnails', in their order, int32 [time * rows * columns, 2]."""
         side = self.tile or max(self.rows, self.columns)
         row, column = np.mgrid[: self.rows, : self.columns].reshape(2, -1)
         order = np.lexsort((column, row, column // side, row // side))
-        return np.stack([row[order], column[order]], axis=1).astype(np.int32)
+        return np.tile(np.stack([row[order], column[order]], axis=1), (self.time, 1)).astype(np.int32)
 
 
 @dataclass(frozen=True)
-class Picture:
+class Visual:
     """A picture, ready for the vision graph.
 
-    inputs: the vision graph's inputs by name, for one frame; floats in float32.
+    inputs: the vision graph's inputs by name; floats in float32.
+    grid: of its visual tokens.
+    token_id: the token that stands for each of them in the prompt.
     """
 
     inputs: Mapping[str, npt.NDArray[Any]]
     grid: Grid
+    token_id: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """What stands for it in the prompt: token_id once for each visual token."""
+        return [self.token_id] * self.grid.visual
 
 
 def scaled_pixels(
@@ -115,12 +130,3 @@ def check_shape(width: int, height: int, limit: int) -> None:
     """
     if max(width, height) > limit * min(width, height):
         raise UserError(f"a picture of {width} x {height} is too elongated: crop it to an aspect ratio below {limit}")
-
-
-def covered(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int, int, int]:
-    """The part of a picture of this size that its visual tokens cover: left, top, right and bottom in its pixels."""
-    if not isinstance(preprocessing, FixedPreprocessing) or preprocessing.fit == "stretch":
-        return 0, 0, width, height
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side

@@ -17,17 +17,17 @@ def counted_positions(segments: Sequence[int | Grid], start: int) -> tuple[npt.N
 
 
 def mrope_positions(segments: Sequence[int | Grid], start: int) -> tuple[npt.NDArray[np.int32], int]:
-    """M-RoPE positions: text turns all axes alike, a picture stays at one time and spreads over rows and columns.
+    """M-RoPE positions: text turns all axes alike, a picture spreads over rows and columns, its frames over time.
 
     Source: arXiv 2409.12191, section 2.1; get_rope_index in transformers.
     """
     parts = []
     for segment in segments:
         if isinstance(segment, Grid):
-            rows, columns = np.mgrid[: segment.rows, : segment.columns].reshape(2, -1)
-            parts.append(start + np.stack([np.zeros_like(rows), rows, columns]))
+            parts.append(start + np.mgrid[: segment.time, : segment.rows, : segment.columns].reshape(3, -1))
             start += max(segment.rows, segment.columns)
         else:
             parts.append(np.broadcast_to(np.arange(start, start + segment), (3, segment)))
             start += segment
-    return np.concatenate(parts, axis=1).astype(np.int32), start
+    positions = np.concatenate(parts, axis=1).astype(np.int32)
+    return positions, int(positions.max()) + 1

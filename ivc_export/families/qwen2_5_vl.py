@@ -12,7 +12,9 @@ from pydantic import Field
 from ivc_export.contract.manifest import DecoderSizes, PatchPreprocessing
 from ivc_export.contract.records import Depth, Frozen, Heads, SideLength, Width
 from ivc_export.errors import UserError
+from ivc_export.families.encoder import Encoder
 from ivc_export.families.family import DefaultLayer, Family, Model, scaled_layer
+from ivc_export.families.patches import PatchPictures
 from ivc_export.families.positions import mrope_positions
 from ivc_export.families.qwen2_vl import (
     CHAT_TEMPLATE,
@@ -21,9 +23,8 @@ from ivc_export.families.qwen2_vl import (
     canonical_name,
     frequencies,
     patch_rows,
-    picture,
     read_around,
-    stock_inputs,
+    read_pictures,
 )
 from ivc_export.families.settings import IntList, check_divides
 from ivc_export.graph.activations import gelu
@@ -85,7 +86,8 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
         full_blocks=vision.fullatt_block_indexes,
     )
     check_divides(("vision_config.hidden_size", sizes.embed_dim, 4 * sizes.heads))
-    return read_around(sizes, vision, ("vision_config.out_hidden_size", vision.out_hidden_size), config, processor)
+    encoder = WindowEncoder(read_pictures(vision, processor), sizes, vision.out_hidden_size)
+    return read_around(encoder, ("vision_config.out_hidden_size", vision.out_hidden_size), config)
 
 
 @dataclass(frozen=True)
@@ -147,45 +149,51 @@ def windows(g: Graph, sizes: VisionSizes, cos: ir.Value, sin: ir.Value) -> Windo
     return Windows(order, slot, number, size, cos, sin)
 
 
-def vision(g: Graph, model: Model) -> ir.Value:
-    """Encoder blocks with two-dimensional rotary positions, most of them windowed, then the merger of 2 x 2 patches.
+@dataclass(frozen=True)
+class WindowEncoder(Encoder):
+    """hidden_size: of what the merger gives, which is the decoder's."""
 
-    Patches keep their order: attention is the same in any, so nothing is sorted back at the end.
-    Source: Qwen2_5_VisionTransformerPretrainedModel in transformers.
-    """
-    sizes: VisionSizes = model.vision
-    p = model.preprocessing
-    assert isinstance(p, PatchPreprocessing)
-    frames = g.extent(g.inputs["pixel_values"], 0)
-    with g.scope("rotary"):
-        cos, sin = rotary_angles(g, g.transpose(g.inputs["patch_position"], 1, 0), frequencies(sizes.head_dim))
-    with g.scope("windows"):
-        layout = windows(g, sizes, cos, sin)
-    with g.scope("patch_embed"):
-        x = patch_rows(g, p, sizes.embed_dim)
-    for i in range(sizes.depth):
-        name = f"visual.blocks.{i}"
-        with g.scope(f"blocks.{i}"):
-            with g.scope("attention"):
-                y = rms_norm(g, x, f"{name}.norm1", sizes.embed_dim, RMS_NORM_EPSILON)
-                qkv = g.linear(y, f"{name}.attn.qkv", 3 * sizes.embed_dim, sizes.embed_dim, bias=True)
-                if i in sizes.full_blocks:
-                    heads = rotated_heads(g, qkv, frames, sizes.heads, sizes.head_dim, cos, sin)
-                    y = encoder_attention(g, *heads, sizes.heads, sizes.head_dim)
-                else:
-                    y = windowed_attention(g, sizes, qkv, frames, layout)
-                y = g.linear(y, f"{name}.attn.proj", sizes.embed_dim, sizes.embed_dim, bias=True)
-                x = g.op("Add", x, y)
-            with g.scope("mlp"):
-                y = rms_norm(g, x, f"{name}.norm2", sizes.embed_dim, RMS_NORM_EPSILON)
-                y = gated_mlp(g, y, f"{name}.mlp", sizes.embed_dim, sizes.mlp_size, bias=True)
-                x = g.op("Add", x, y)
-    with g.scope("merger"):
-        merged = sizes.embed_dim * p.merge_size**2
-        x = rms_norm(g, x, "visual.merger.ln_q", sizes.embed_dim, RMS_NORM_EPSILON)
-        x = g.linear(g.reshape(x, -1, merged), "visual.merger.mlp.0", merged, merged, bias=True)
-        x = g.linear(gelu(g, x), "visual.merger.mlp.2", model.decoder.hidden_size, merged, bias=True)
-        return g.op("Reshape", x, g.op("Concat", frames, g.ints(-1, model.decoder.hidden_size), axis=0))
+    pictures: PatchPictures
+    sizes: VisionSizes
+    hidden_size: int
+
+    def graph(self, g: Graph) -> ir.Value:
+        """Encoder blocks with two-dimensional rotary positions, most of them windowed, then the merger of patches.
+
+        Patches keep their order: attention is the same in any, so nothing is sorted back at the end.
+        Source: Qwen2_5_VisionTransformerPretrainedModel in transformers.
+        """
+        sizes, p = self.sizes, self.pictures.preprocessing
+        frames = g.extent(g.inputs["pixel_values"], 0)
+        with g.scope("rotary"):
+            cos, sin = rotary_angles(g, g.transpose(g.inputs["patch_position"], 1, 0), frequencies(sizes.head_dim))
+        with g.scope("windows"):
+            layout = windows(g, sizes, cos, sin)
+        with g.scope("patch_embed"):
+            x = patch_rows(g, p, sizes.embed_dim)
+        for i in range(sizes.depth):
+            name = f"visual.blocks.{i}"
+            with g.scope(f"blocks.{i}"):
+                with g.scope("attention"):
+                    y = rms_norm(g, x, f"{name}.norm1", sizes.embed_dim, RMS_NORM_EPSILON)
+                    qkv = g.linear(y, f"{name}.attn.qkv", 3 * sizes.embed_dim, sizes.embed_dim, bias=True)
+                    if i in sizes.full_blocks:
+                        heads = rotated_heads(g, qkv, frames, sizes.heads, sizes.head_dim, cos, sin)
+                        y = encoder_attention(g, *heads, sizes.heads, sizes.head_dim)
+                    else:
+                        y = windowed_attention(g, sizes, qkv, frames, layout)
+                    y = g.linear(y, f"{name}.attn.proj", sizes.embed_dim, sizes.embed_dim, bias=True)
+                    x = g.op("Add", x, y)
+                with g.scope("mlp"):
+                    y = rms_norm(g, x, f"{name}.norm2", sizes.embed_dim, RMS_NORM_EPSILON)
+                    y = gated_mlp(g, y, f"{name}.mlp", sizes.embed_dim, sizes.mlp_size, bias=True)
+                    x = g.op("Add", x, y)
+        with g.scope("merger"):
+            merged = sizes.embed_dim * p.merge_size**2
+            x = rms_norm(g, x, "visual.merger.ln_q", sizes.embed_dim, RMS_NORM_EPSILON)
+            x = g.linear(g.reshape(x, -1, merged), "visual.merger.mlp.0", merged, merged, bias=True)
+            x = g.linear(gelu(g, x), "visual.merger.mlp.2", self.hidden_size, merged, bias=True)
+            return g.op("Reshape", x, g.op("Concat", frames, g.ints(-1, self.hidden_size), axis=0))
 
 
 def windowed_attention(g: Graph, sizes: VisionSizes, qkv: ir.Value, frames: ir.Value, layout: Windows) -> ir.Value:
@@ -206,16 +214,14 @@ def default_layer(sizes: DecoderSizes) -> DefaultLayer:
 FAMILY = Family(
     model_type="qwen2_5_vl",
     preprocessing=PatchPreprocessing,
+    pictures=PatchPictures.of,
     axes=3,
     tiles=False,
     read=read,
     canonical_name=canonical_name,
     stored_name=str,
-    vision=vision,
     default_layer=default_layer,
-    picture=picture,
     positions=mrope_positions,
-    stock_inputs=stock_inputs,
     chat_template=CHAT_TEMPLATE,
     token_texts=TOKEN_TEXTS,
     template_marks=True,

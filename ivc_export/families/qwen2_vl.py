@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import PIL.Image
 from pydantic import Field
 
-from ivc_export.contract.manifest import DecoderSizes, PatchPreprocessing, Preprocessing, RotarySizes, SelectionRule
+from ivc_export.contract.manifest import DecoderSizes, PatchPreprocessing, RotarySizes, SelectionRule
 from ivc_export.contract.records import Count, Depth, Epsilon, Frozen, Heads, TokenId, Width
 from ivc_export.errors import UserError
+from ivc_export.families.encoder import Encoder
 from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, renamed, scaled_layer
-from ivc_export.families.pictures import Grid, Picture, check_shape, scaled_pixels
+from ivc_export.families.patches import PatchPictures
 from ivc_export.families.positions import mrope_positions
 from ivc_export.families.settings import (
     PROCESSOR,
@@ -46,7 +46,6 @@ from ivc_export.graph.rotary import rotary_angles
 VISION_THETA = 10000.0
 VisionTheta = Annotated[float, Field(ge=VISION_THETA, le=VISION_THETA)]
 LAYER_NORM_EPSILON = 1e-6
-ASPECT_LIMIT = 200  # as the official image processor
 
 
 class MRope(RopeSettings):
@@ -152,17 +151,12 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
         mlp_size=int(vision.embed_dim * vision.mlp_ratio),
     )
     check_divides(("vision_config.embed_dim", sizes.embed_dim, 4 * sizes.heads))
-    return read_around(sizes, vision, ("vision_config.hidden_size", vision.hidden_size), config, processor)
+    encoder = PatchEncoder(read_pictures(vision, processor), sizes, vision.hidden_size)
+    return read_around(encoder, ("vision_config.hidden_size", vision.hidden_size), config)
 
 
-def read_around(
-    sizes: Any,
-    vision: Patches,
-    merged: tuple[str, int],
-    config: Mapping[str, Any],
-    processor: Mapping[str, Any] | None,
-) -> Model:
-    """Digest all but the vision encoder's `sizes`. merged: the key that says the merger's width, and its value."""
+def read_around(encoder: Encoder, merged: tuple[str, int], config: Mapping[str, Any]) -> Model:
+    """Digest all but the vision encoder. merged: the key that says the merger's width, and its value."""
     whole, nested = Whole.read(config), config.get("text_config") is not None
     text = Text.read(config["text_config"], part="text_config") if nested else Text.read(config)
     tied = whole.tie_word_embeddings or text.tie_word_embeddings
@@ -187,20 +181,20 @@ def read_around(
         block=text.block,
         rotary=RotarySizes(theta=text.theta, sections=sections),
         selection=SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2),
-        preprocessing=read_preprocessing(vision, Pictures.read(processor, PROCESSOR)),
+        encoder=encoder,
         image_token=whole.image_token_id,
         vision_start_token=whole.vision_start_token_id,
         vision_end_token=whole.vision_end_token_id,
-        vision=sizes,
     )
 
 
-def read_preprocessing(vision: Patches, pictures: Pictures) -> PatchPreprocessing:
+def read_pictures(vision: Patches, processor: Mapping[str, Any] | None) -> PatchPictures:
     """The image processor's settings.
 
     Raises:
         UserError: they do not cut pictures as config.json says, or name no fewest and most pixels.
     """
+    pictures = Pictures.read(processor, PROCESSOR)
     for key, own, other, stored in (
         ("patch_size", "patch_size", pictures.patch_size, vision.patch_size),
         ("merge_size", "spatial_merge_size", pictures.merge_size, vision.spatial_merge_size),
@@ -216,13 +210,15 @@ def read_preprocessing(vision: Patches, pictures: Pictures) -> PatchPreprocessin
         refuse("size", pictures.size, PROCESSOR, known)
     if fewest > most:
         refuse("min_pixels", fewest, PROCESSOR, f"max_pixels is {most}, and there is no size between them")
-    return PatchPreprocessing(
-        patch_size=vision.patch_size,
-        merge_size=vision.spatial_merge_size,
-        temporal_patch_size=vision.temporal_patch_size,
-        min_pixels=fewest,
-        max_pixels=most,
-        **pictures.scaling,
+    return PatchPictures(
+        PatchPreprocessing(
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            min_pixels=fewest,
+            max_pixels=most,
+            **pictures.scaling,
+        )
     )
 
 
@@ -231,28 +227,34 @@ def canonical_name(name: str) -> str:
     return renamed(name, (("model.language_model.", "model."), ("model.visual.", "visual.")))
 
 
-def vision(g: Graph, model: Model) -> ir.Value:
-    """Encoder blocks with two-dimensional rotary positions, then the merger of 2 x 2 patches.
+@dataclass(frozen=True)
+class PatchEncoder(Encoder):
+    """hidden_size: of what the merger gives, which is the decoder's."""
 
-    Source: Qwen2VisionTransformerPretrainedModel in transformers.
-    """
-    sizes: VisionSizes = model.vision
-    p = model.preprocessing
-    assert isinstance(p, PatchPreprocessing)
-    frames = g.extent(g.inputs["pixel_values"], 0)
-    with g.scope("rotary"):
-        cos, sin = rotary_angles(g, g.transpose(g.inputs["patch_position"], 1, 0), frequencies(sizes.head_dim))
-    with g.scope("patch_embed"):
-        x = patch_rows(g, p, sizes.embed_dim)
-    for i in range(sizes.depth):
-        with g.scope(f"blocks.{i}"):
-            x = block(g, sizes, f"visual.blocks.{i}", x, frames, cos, sin)
-    with g.scope("merger"):
-        merged = sizes.embed_dim * p.merge_size**2
-        x = layer_norm(g, x, "visual.merger.ln_q", sizes.embed_dim, LAYER_NORM_EPSILON)
-        x = g.linear(g.reshape(x, -1, merged), "visual.merger.mlp.0", merged, merged, bias=True)
-        x = g.linear(gelu(g, x), "visual.merger.mlp.2", model.decoder.hidden_size, merged, bias=True)
-        return g.op("Reshape", x, g.op("Concat", frames, g.ints(-1, model.decoder.hidden_size), axis=0))
+    pictures: PatchPictures
+    sizes: VisionSizes
+    hidden_size: int
+
+    def graph(self, g: Graph) -> ir.Value:
+        """Encoder blocks with two-dimensional rotary positions, then the merger of 2 x 2 patches.
+
+        Source: Qwen2VisionTransformerPretrainedModel in transformers.
+        """
+        sizes, p = self.sizes, self.pictures.preprocessing
+        frames = g.extent(g.inputs["pixel_values"], 0)
+        with g.scope("rotary"):
+            cos, sin = rotary_angles(g, g.transpose(g.inputs["patch_position"], 1, 0), frequencies(sizes.head_dim))
+        with g.scope("patch_embed"):
+            x = patch_rows(g, p, sizes.embed_dim)
+        for i in range(sizes.depth):
+            with g.scope(f"blocks.{i}"):
+                x = block(g, sizes, f"visual.blocks.{i}", x, frames, cos, sin)
+        with g.scope("merger"):
+            merged = sizes.embed_dim * p.merge_size**2
+            x = layer_norm(g, x, "visual.merger.ln_q", sizes.embed_dim, LAYER_NORM_EPSILON)
+            x = g.linear(g.reshape(x, -1, merged), "visual.merger.mlp.0", merged, merged, bias=True)
+            x = g.linear(gelu(g, x), "visual.merger.mlp.2", self.hidden_size, merged, bias=True)
+            return g.op("Reshape", x, g.op("Concat", frames, g.ints(-1, self.hidden_size), axis=0))
 
 
 def frequencies(head_dim: int) -> npt.NDArray[np.float64]:
@@ -294,51 +296,6 @@ def default_layer(sizes: DecoderSizes) -> DefaultLayer:
     return scaled_layer(sizes, {}, 16, 28)
 
 
-def resized(height: int, width: int, p: PatchPreprocessing) -> tuple[int, int]:
-    """The size that a picture is scaled to: multiples of patch x merge, within min_pixels and max_pixels.
-
-    Source: smart_resize of Qwen2VLImageProcessor in transformers.
-    """
-    check_shape(width, height, ASPECT_LIMIT)
-    unit = p.token_side
-    rows, columns = round(height / unit), round(width / unit)
-    if rows * columns * unit**2 > p.max_pixels:
-        scale = math.sqrt(height * width / p.max_pixels)
-        rows, columns = (max(1, math.floor(side / scale / unit)) for side in (height, width))
-    elif rows * columns * unit**2 < p.min_pixels:
-        scale = math.sqrt(p.min_pixels / (height * width))
-        rows, columns = (math.ceil(side * scale / unit) for side in (height, width))
-    return rows * unit, columns * unit
-
-
-def picture(image: PIL.Image.Image, p: Preprocessing) -> Picture:
-    """Scale, normalise and cut a picture into patches, merge blocks of patches row-major.
-
-    Source: Qwen2VLImageProcessor in transformers; a still picture repeats over the temporal patch.
-    """
-    assert isinstance(p, PatchPreprocessing)
-    height, width = resized(image.height, image.width, p)
-    pixels = scaled_pixels(image, width, height, p)
-    rows, columns = height // p.patch_size, width // p.patch_size
-    blocks = (rows // p.merge_size, p.merge_size, columns // p.merge_size, p.merge_size)
-    # [row block, row, y, column block, column, x, channel] -> [row block, column block, row, column, channel, y, x]
-    patches = pixels.reshape(*blocks[:2], p.patch_size, *blocks[2:], p.patch_size, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    patches = patches.reshape(rows * columns, 3, 1, -1).repeat(p.temporal_patch_size, axis=2)
-    position = np.mgrid[:rows, :columns].reshape(2, *blocks).transpose(1, 3, 2, 4, 0)
-    inputs = {
-        "pixel_values": patches.reshape(1, rows * columns, -1),
-        "patch_position": position.reshape(-1, 2).astype(np.int32),
-    }
-    return Picture(inputs, Grid(blocks[0], blocks[2]))
-
-
-def stock_inputs(picture: Picture, p: Preprocessing) -> dict[str, npt.NDArray[Any]]:
-    """Patches, and the grid of patches (time, rows, columns)."""
-    assert isinstance(p, PatchPreprocessing)
-    grid = np.array([(1, p.merge_size * picture.grid.rows, p.merge_size * picture.grid.columns)])
-    return {"pixel_values": picture.inputs["pixel_values"][0], "image_grid_thw": grid}
-
-
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if loop.first and message.role != 'system' -%}
@@ -369,16 +326,14 @@ TOKEN_TEXTS = TokenTexts("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
 FAMILY = Family(
     model_type="qwen2_vl",
     preprocessing=PatchPreprocessing,
+    pictures=PatchPictures.of,
     axes=3,
     tiles=False,
     read=read,
     canonical_name=canonical_name,
     stored_name=str,
-    vision=vision,
     default_layer=default_layer,
-    picture=picture,
     positions=mrope_positions,
-    stock_inputs=stock_inputs,
     chat_template=CHAT_TEMPLATE,
     token_texts=TOKEN_TEXTS,
     template_marks=True,

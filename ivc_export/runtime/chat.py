@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import PIL.Image
 
 from ivc_export.errors import UserError
-from ivc_export.families.pictures import Picture
+from ivc_export.families.pictures import Visual
 from ivc_export.runtime.interface import Conversation, Session, Step, check_numbers
 from ivc_export.runtime.processor import Processor, parts_message, placed
 from ivc_export.selection.method import IVC_PRUNE, Method
@@ -24,7 +24,7 @@ Part = str | Path | PIL.Image.Image
 def generate(
     conversation: Conversation,
     tokens: Sequence[int],
-    pictures: Sequence[Picture] = (),
+    pictures: Sequence[Visual] = (),
     sampling: Sampling | Sampler = GREEDY,
     stop: Sequence[int] | None = None,
 ) -> Iterator[int]:

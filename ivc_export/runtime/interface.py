@@ -21,7 +21,7 @@ from ivc_export.contract.manifest import DecoderSizes
 from ivc_export.contract.ratio import check_ratio
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
-from ivc_export.families.pictures import Picture
+from ivc_export.families.pictures import Visual
 from ivc_export.runtime.plan import Ints, Run, check_inputs, check_kept, plan_run
 from ivc_export.selection.method import IVC_PRUNE, Method, find_method
 
@@ -175,7 +175,7 @@ class Turn:
     """
 
     plan: Run
-    pictures: Sequence[Picture]
+    pictures: Sequence[Visual]
     keep_index: Ints | None
     stage: Literal["prefill", "decode"]
 
@@ -237,7 +237,7 @@ class Conversation(ABC):
     def run(
         self,
         tokens: Sequence[int] | npt.NDArray[Any],
-        pictures: Sequence[Picture] = (),
+        pictures: Sequence[Visual] = (),
         keep_index: npt.NDArray[np.int32] | None = None,
     ) -> Step:
         """Run `tokens`, image tokens included, over the cache, and append the kept rows to it.

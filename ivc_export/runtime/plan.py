@@ -13,7 +13,7 @@ from ivc_export import families
 from ivc_export.contract.manifest import Manifest
 from ivc_export.contract.ratio import kept_tokens
 from ivc_export.errors import UserError
-from ivc_export.families.pictures import Grid, Picture
+from ivc_export.families.pictures import Grid, Visual
 from ivc_export.selection.method import IVC_PRUNE, Method
 
 Ints = npt.NDArray[np.int32]
@@ -122,7 +122,7 @@ def plan_run(
     )
 
 
-def check_inputs(manifest: Manifest, picture: Picture) -> None:
+def check_inputs(manifest: Manifest, picture: Visual) -> None:
     """Check that the vision graph takes a picture, and gives as many visual tokens of it as its grid has.
 
     Raises:
@@ -171,7 +171,7 @@ def tile_inputs(grids: Sequence[Grid]) -> dict[str, Ints]:
     if not grids:  # one row stands in for a visual token
         return {"thumbnail_index": np.zeros(1, np.int32), "tile_map": np.zeros(1, np.int32)}
     thumbnails, maps, start, before = [], [], 0, 0
-    for grid in grids:
+    for grid in [frame for visual in grids for frame in visual.frames]:
         thumbnail = np.arange(grid.tile**2)
         if len(grid.blocks) > 1:
             row, column = grid.cells.T

@@ -13,7 +13,7 @@ from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from ivc_export.errors import UserError
-from ivc_export.families.pictures import Grid, Picture, covered
+from ivc_export.families.pictures import Grid, Visual
 from ivc_export.files import read_object, read_text
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.text.template import ChatTemplate, Message
@@ -34,6 +34,7 @@ class Processor:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
+        self.pictures = families.preparation(bundle.manifest)
         missing = bundle.missing_processor_files()
         if missing:
             raise UserError(
@@ -52,14 +53,14 @@ class Processor:
         )
         self.bos = self.template.tokens.get("bos_token", "")
 
-    def picture(self, image: Path | PIL.Image.Image) -> Picture:
+    def picture(self, image: Path | PIL.Image.Image) -> Visual:
         """A picture file, or an opened picture, ready for the vision graph; larger ones are scaled to `max_visual`.
 
         Raises:
             UserError: it is no picture, or too elongated.
         """
         manifest = self.bundle.manifest
-        picture = families.of(manifest.family).picture(open_picture(image), manifest.preprocessing)
+        picture = self.pictures.picture(open_picture(image), manifest.tokens.image)
         if picture.grid.visual > manifest.max_visual:
             raise UserError(
                 f"the picture gives {picture.grid.visual} visual tokens, and this bundle takes {manifest.max_visual}: "
@@ -69,8 +70,7 @@ class Processor:
 
     def shown(self, image: PIL.Image.Image) -> PIL.Image.Image:
         """The part of a picture that its visual tokens cover."""
-        box = covered(*image.size, self.bundle.manifest.preprocessing)
-        return image if box == (0, 0, *image.size) else image.crop(box)
+        return self.pictures.shown(image)
 
     def extents(self, size: tuple[int, int], grid: Grid) -> dict[str, Any]:
         """Sizes of a picture that gave `grid`, for JSON.
@@ -79,10 +79,10 @@ class Processor:
         shown. scaled: the size that this part was scaled to, in whose pixels some models answer. grid: visual tokens
         along both sides, and tiles, a thumbnail among them.
         """
-        p = self.bundle.manifest.preprocessing
+        p = self.pictures.preprocessing
         return {
             "original": {"width": size[0], "height": size[1]},
-            "covered": covered(*size, p),
+            "covered": self.pictures.covered(*size),
             "scaled": {"width": grid.columns * p.token_side, "height": grid.rows * p.token_side},
             "grid": grid.extents | {"tiles": len(grid.blocks)},
         }
@@ -125,7 +125,7 @@ class Processor:
                     "the chat template of this bundle does not keep pictures within the text: give them in front of it"
                 )
 
-    def encode(self, text: str, pictures: Sequence[Picture] = (), begin: bool = True) -> list[int]:
+    def encode(self, text: str, pictures: Sequence[Visual] = (), begin: bool = True) -> list[int]:
         """Token ids of `text`, its i-th image token repeated once for each visual token of picture i.
 
         begin: whether a conversation begins here, so that the tokenizer adds what that takes, unless it is written.
@@ -133,10 +133,10 @@ class Processor:
         special = self.bundle.manifest.tokens
         image, start, end = special.image, special.vision_start, special.vision_end
 
-        def shown(count: int) -> list[int]:
+        def shown(picture: Visual) -> list[int]:
             if special.template_marks or start is None or end is None:
-                return [image] * count
-            return [start, *[image] * count, end]
+                return picture.tokens
+            return [start, *picture.tokens, end]
 
         begin = begin and not (self.bos and text.startswith(self.bos))
         try:
@@ -153,10 +153,10 @@ class Processor:
                 "no text follows the picture, and only that can choose its tokens: put the question behind it, in the "
                 "prompt or in the chat template"
             )
-        counts = iter(picture.grid.visual for picture in pictures)
-        return [token for i in ids for token in (shown(next(counts)) if i == image else [i])]
+        rest = iter(pictures)
+        return [token for i in ids for token in (shown(next(rest)) if i == image else [i])]
 
-    def question(self, text: str, pictures: Sequence[Picture]) -> list[int]:
+    def question(self, text: str, pictures: Sequence[Visual]) -> list[int]:
         """Token ids of a conversation that begins with this question about `pictures`; see user_message."""
         message = user_message(text, len(pictures))
         rendered = self.render([message])

@@ -21,7 +21,7 @@ from ivc_export.contract.manifest import Manifest
 from ivc_export.contract.ratio import check_ratio
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
-from ivc_export.families.pictures import Picture
+from ivc_export.families.pictures import Visual
 from ivc_export.selection.method import IVC_PRUNE, Method
 from ivc_export.source.configuration import read_configuration
 from ivc_export.verify.reference import Reference, ReferenceLayout, ReferencePicture, ReferenceTurn
@@ -54,7 +54,7 @@ def record(
     reference.restart(m.selection_layer, ratio, method.name, method.seed)
     round_weights(reference.model, m.dtype)
     progress("prefill on PyTorch")
-    pictures = [families.of(m.family).picture(image, m.preprocessing) for image in images]
+    pictures = [families.preparation(m).picture(image, m.tokens.image) for image in images]
     turn = reference.run(tokens, [reference_picture(bundle, p) for p in pictures])
     found = {Key("prefill", graph, "outputs", name): array for (graph, name), array in outputs(turn, m).items()}
     teacher = []
@@ -103,11 +103,12 @@ def round_weights(model: torch.nn.Module, dtype: FloatName) -> None:
             parameter.data = parameter.data.to(getattr(torch, dtype)).float()
 
 
-def reference_picture(bundle: Bundle, picture: Picture) -> ReferencePicture:
+def reference_picture(bundle: Bundle, picture: Visual) -> ReferencePicture:
     """The same picture for transformers."""
-    m = bundle.manifest
-    inputs = families.of(m.family).stock_inputs(picture, m.preprocessing)
-    return ReferencePicture({name: torch.from_numpy(array) for name, array in inputs.items()}, *picture.grid)
+    grid = picture.grid
+    inputs = families.preparation(bundle.manifest).stock_inputs(picture)
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    return ReferencePicture(tensors, grid.rows, grid.columns, grid.tile)
 
 
 def reference_layout(bundle: Bundle, checkpoint: Path) -> ReferenceLayout | None:

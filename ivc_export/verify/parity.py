@@ -108,7 +108,7 @@ def compare(
         )
     check_recording(reference, m, len(facts["drawn_tokens"]), bool(images))
     tolerance = find_tolerances(session)
-    pictures = [families.of(m.family).picture(image, m.preprocessing) for image in images]
+    pictures = [families.preparation(m).picture(image, m.tokens.image) for image in images]
     progress("prefill")
     conversation = session.converse(facts["ratio"], method=recorded_method(facts))
     keep_index = reference.of("prefill", "prefix")["keep_index"]

@@ -14,7 +14,7 @@ from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.recording import Key, Recording
 from ivc_export.contract.names import GraphName
-from ivc_export.families.pictures import Picture
+from ivc_export.families.pictures import Visual
 from ivc_export.runtime.host import HostConversation, HostSession
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.processor import Processor, user_message
@@ -79,7 +79,7 @@ def write_testdata(bundle: Bundle) -> None:
     image.save(folder / PICTURE)
 
 
-def make_prompt(bundle: Bundle, image: PIL.Image.Image) -> tuple[str | None, list[int], Picture]:
+def make_prompt(bundle: Bundle, image: PIL.Image.Image) -> tuple[str | None, list[int], Visual]:
     """A question about `image`: its text as the chat template renders it, its token ids, and the picture.
 
     The text is None for a bundle without tokenizer or chat template; the ids around the picture are then random.
@@ -90,11 +90,11 @@ def make_prompt(bundle: Bundle, image: PIL.Image.Image) -> tuple[str | None, lis
         picture = processor.picture(image)
         text = processor.render([user_message(QUESTION, 1)])
         return text, processor.encode(text, [picture]), picture
-    picture = families.of(m.family).picture(image, m.preprocessing)
+    picture = families.preparation(m).picture(image, m.tokens.image)
     before, behind = ([t] if t is not None else [] for t in (m.tokens.vision_start, m.tokens.vision_end))
     special = [m.tokens.image, *before, *behind, *m.tokens.stop]
     words = np.setdiff1d(np.random.default_rng(0).integers(0, m.decoder.vocab_size, 64), special).tolist()
-    visual = [*before, *[m.tokens.image] * picture.grid.visual, *behind]
+    visual = [*before, *picture.tokens, *behind]
     return None, [*words[:20], *visual, *words[20:]], picture
 
 

@@ -14,7 +14,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import ivc_run
 from ivc_export.cli import run as run_module
 from ivc_export.errors import UserError
-from ivc_export.families.pictures import Grid, Picture
+from ivc_export.families.pictures import Grid, Visual
 from ivc_export.runtime.backends import open_session
 from ivc_export.runtime.interface import Conversation, Session
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
@@ -27,10 +27,10 @@ PROMPT = [1, *[503] * 4, 2]
 KEPT = [0, 2, 5]
 
 
-def altered(**inputs: npt.NDArray[Any] | None) -> Picture:
+def altered(**inputs: npt.NDArray[Any] | None) -> Visual:
     """A picture with other inputs, or without them."""
     changed = {name: array for name, array in {**WHOLE.inputs, **inputs}.items() if array is not None}
-    return Picture(changed, WHOLE.grid)
+    return Visual(changed, WHOLE.grid, WHOLE.token_id)
 
 
 PIXELS, PLACES = WHOLE.inputs["pixel_values"], WHOLE.inputs["patch_position"]
@@ -42,7 +42,7 @@ TOKENS: Mapping[str, tuple[Any, str]] = {
     "truth": ([True, False], "no row of whole numbers"),
     "words": (["a", "b"], "no row of whole numbers"),
 }
-PICTURES: Mapping[str, tuple[Picture, str]] = {
+PICTURES: Mapping[str, tuple[Visual, str]] = {
     "no pixels": (altered(pixel_values=None), r"a picture's pixel_values is missing, and this model takes \['B',"),
     "no places": (altered(patch_position=None), "a picture's patch_position is missing"),
     "no frames": (altered(pixel_values=PIXELS[0]), r"pixel_values is of shape \[16, 1176\]"),

@@ -75,10 +75,10 @@ def test_flops_and_cache_are_those_of_a_run(sample_bundle: Bundle, ratio: float)
     manifest = sample_bundle.manifest.model_copy(update={"default_ratio": ratio})
     bundle = Bundle(sample_bundle.folder, manifest)
     (found,) = estimate_bundle(bundle, [PICTURE]).pictures
-    picture = families.of(manifest.family).picture(PIL.Image.new("RGB", PICTURE), manifest.preprocessing)
+    picture = families.preparation(manifest).picture(PIL.Image.new("RGB", PICTURE), manifest.tokens.image)
     after = TEXT // 2 + manifest.selection.query_offset  # half of the text votes
     text = np.random.default_rng(0).integers(0, 400, TEXT).tolist()
-    tokens = [*text[:-after], *[manifest.tokens.image] * picture.grid.visual, *text[-after:]]
+    tokens = [*text[:-after], *picture.tokens, *text[-after:]]
     session = Feeds(bundle)
     conversation = HostConversation(session)
     conversation.run(tokens, [picture])

@@ -22,7 +22,7 @@ from ivc_export.errors import UserError
 from ivc_export.exporter.estimate import Size, estimate_bundle
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families.pictures import Picture
+from ivc_export.families.pictures import Visual
 from ivc_export.lowering import LOWERINGS, lower
 from ivc_export.lowering.join_decode import join_decode
 from ivc_export.runtime.interface import Session
@@ -115,7 +115,7 @@ class Layered:
             y = self.linear(torch.nn.functional.silu(gate) * up, f"{name}.mlp.down_proj")
         return x + y
 
-    def run(self, tokens: Sequence[int], pictures: Sequence[Picture] = ()) -> torch.Tensor:
+    def run(self, tokens: Sequence[int], pictures: Sequence[Visual] = ()) -> torch.Tensor:
         """Logits of the last row; `kept` are the rows that went on."""
         ids = torch.tensor(tokens)
         x = self.weights["model.embed_tokens.weight"][ids]
@@ -148,19 +148,19 @@ class Layered:
         return self.linear(self.norm(x[-1], "model.norm"), "lm_head")
 
 
-def picture(bundle: Bundle, width: int, height: int, seed: int) -> Picture:
+def picture(bundle: Bundle, width: int, height: int, seed: int) -> Visual:
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    return layered.FAMILY.picture(PIL.Image.fromarray(noise), bundle.manifest.preprocessing)
+    return families.preparation(bundle.manifest).picture(PIL.Image.fromarray(noise), 503)
 
 
 def follow(session: Session, bundle: Bundle, tolerance: float, choose: bool = True) -> None:
     """Two pictures, decode steps, a turn of text, a third picture; what is kept equals PyTorch's, or is replayed."""
     first, second, third = (picture(bundle, *size) for size in ((140, 196, 1), (84, 84, 2), (112, 140, 3)))
 
-    def shown(one: Picture) -> list[int]:
-        return [500, *[503] * one.grid.visual, 501]
+    def shown(one: Visual) -> list[int]:
+        return [500, *one.tokens, 501]
 
-    turns: list[tuple[list[int], list[Picture]]] = [
+    turns: list[tuple[list[int], list[Visual]]] = [
         ([1, 2, *shown(first), 3, *shown(second), 7, 8, 9, 10], [first, second]),
         *(([token], []) for token in (20, 503, 22)),
         ([11, 12, 13], []),

@@ -25,7 +25,7 @@ from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.family import Family
-from ivc_export.families.pictures import Picture
+from ivc_export.families.pictures import Visual
 from ivc_export.lowering import lower
 from ivc_export.report.overlay import count_kinds, overlay
 from ivc_export.runtime.chat import Chat, Sampling
@@ -62,13 +62,17 @@ class Tiny:
     def session(self) -> OnnxSession:
         return OnnxSession(self.bundle)
 
-    def picture(self, width: int, height: int) -> Picture:
-        noise = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
-        return self.family.picture(PIL.Image.fromarray(noise), self.bundle.manifest.preprocessing)
+    def prepare(self, image: PIL.Image.Image) -> Visual:
+        m = self.bundle.manifest
+        return families.preparation(m).picture(image, m.tokens.image)
 
-    def shown(self, picture: Picture) -> list[int]:
+    def picture(self, width: int, height: int) -> Visual:
+        noise = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+        return self.prepare(PIL.Image.fromarray(noise))
+
+    def shown(self, picture: Visual) -> list[int]:
         tokens = self.bundle.manifest.tokens
-        marked = [tokens.vision_start, *[tokens.image] * picture.grid.visual, tokens.vision_end]
+        marked = [tokens.vision_start, *picture.tokens, tokens.vision_end]
         return [token for token in marked if token is not None]
 
 
@@ -118,7 +122,7 @@ def test_graphs_of_published_checkpoints_hold_all_of_their_parameters(alias: str
     model = family.read(config, None)
     assert alias in family.hub
     weights.external("model.embed_tokens.weight", (model.decoder.vocab_size, model.decoder.hidden_size))
-    build_graphs(family, model, weights, 16)
+    build_graphs(model, weights, 16)
     assert sum(math.prod(shape) for shape in weights.shapes.values()) == PARAMETERS[alias]
 
 
@@ -157,7 +161,7 @@ def test_turns_with_pictures_equal_the_reference(tiny: Tiny, capacity: int | Non
     reference = Reference(tiny.checkpoint, m.selection_layer, 0.4, m.selection, layout)
     wide, high = tiny.picture(280, 120), tiny.picture(100, 230)
     words = np.random.default_rng(0).integers(0, 490, 40).tolist()
-    turns: list[tuple[list[int], list[Picture]]] = [
+    turns: list[tuple[list[int], list[Visual]]] = [
         ([*words[:9], *tiny.shown(wide), *words[9:15]], [wide]),
         ([17], []),
         ([*words[20:24], *tiny.shown(high), *words[25:27], *tiny.shown(wide), *words[30:]], [high, wide]),
@@ -233,8 +237,8 @@ def test_pixels_equal_the_official_processors(
 ) -> None:
     noise = np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), np.uint8)
     image, preprocessing = PIL.Image.fromarray(noise), tiny.bundle.manifest.preprocessing
-    picture = tiny.family.picture(image, preprocessing)
-    found = tiny.family.stock_inputs(picture, preprocessing)["pixel_values"]
+    picture = tiny.prepare(image)
+    found = families.preparation(tiny.bundle.manifest).stock_inputs(picture)["pixel_values"]
     with monkeypatch.context() as patched:
         patched.setattr(PIL.Image.Image, "resize", rows_first)
         wanted = tiny.case.official(preprocessing)(image, return_tensors="np")["pixel_values"]
@@ -251,7 +255,7 @@ def test_a_chat_shows_pictures_in_any_turn(tiny: Tiny) -> None:
         list(chat.ask("Where is the ring?", images))
         assert chat.tokens and chat.step is not None
         visual = sum(grid.visual for grid in chat.step.run.grids)
-        assert visual == len(images) * tiny.family.picture(image, tiny.bundle.manifest.preprocessing).grid.visual
+        assert visual == len(images) * tiny.prepare(image).grid.visual
         counts = count_kinds(chat.step)
         assert visual - counts["pruned"] == len(images) * round(0.3 * visual / max(1, len(images)))
         if images:
@@ -268,7 +272,7 @@ def test_every_token_has_its_place_in_the_picture(tiny: Tiny) -> None:
     changed.paste("black", (336, 112, 448, 224))
     embeds = []
     for image in (plain, changed):
-        picture = tiny.family.picture(image, tiny.bundle.manifest.preprocessing)
+        picture = tiny.prepare(image)
         found = tiny.session.run("vision", picture.inputs)["image_embeds"]
         embeds.append(found.reshape(-1, found.shape[-1]))
     grid = picture.grid

@@ -25,7 +25,7 @@ from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.dtypes import FloatName
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families.pictures import Grid, Picture
+from ivc_export.families.pictures import Grid, Visual
 from ivc_export.lowering import lower
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.host import HostConversation
@@ -69,7 +69,7 @@ class Recorded:
 
     bundle: Bundle
     session: RecordingSession
-    turns: list[tuple[list[int], list[Picture]]]
+    turns: list[tuple[list[int], list[Visual]]]
     steps: list[Step]
 
 
@@ -80,9 +80,9 @@ def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     checkpoint = make_checkpoint(folder / "checkpoint", TINY[name], dtype=dtype)
     bundle = export(ExportRecipe(checkpoint, folder / "bundle", max_visual=400))
     noise = np.random.default_rng(0).integers(0, 256, (90, 200, 3), np.uint8)
-    picture = families.of(name).picture(PIL.Image.fromarray(noise), bundle.manifest.preprocessing)
-    shown = [1, 2, *[bundle.manifest.tokens.image] * picture.grid.visual, 7, 8, 9]
-    turns: list[tuple[list[int], list[Picture]]] = [(shown, [picture]), ([5], []), ([4, 3, 2], [])]
+    picture = families.preparation(bundle.manifest).picture(PIL.Image.fromarray(noise), bundle.manifest.tokens.image)
+    shown = [1, 2, *picture.tokens, 7, 8, 9]
+    turns: list[tuple[list[int], list[Visual]]] = [(shown, [picture]), ([5], []), ([4, 3, 2], [])]
     session = RecordingSession(bundle, dtype="float16" if dtype == "float16" else "float32")
     conversation = HostConversation(session, 0.4)
     return Recorded(bundle, session, turns, [conversation.run(*turn) for turn in turns])

@@ -178,8 +178,13 @@ def test_a_quantised_checkpoints_configuration_is_read() -> None:
     family = families.of("qwen2_5_vl")
     assert family.read({**config, "vision_config": short}, None) == family.read(config, None)
     stock = Qwen2_5_VLConfig(**{**config, "vision_config": short}).vision_config
-    sizes = family.read({**config, "vision_config": short}, None).vision
-    assert (sizes.depth, sizes.heads, sizes.mlp_size) == (stock.depth, stock.num_heads, stock.intermediate_size)
+    encoder = family.read({**config, "vision_config": short}, None).encoder
+    assert isinstance(encoder, qwen2_5_vl.WindowEncoder)
+    assert (encoder.sizes.depth, encoder.sizes.heads, encoder.sizes.mlp_size) == (
+        stock.depth,
+        stock.num_heads,
+        stock.intermediate_size,
+    )
 
 
 @pytest.mark.parametrize(
@@ -343,9 +348,8 @@ def stock_pixels(
 
 
 def own_pixels(name: str, processor: Mapping[str, Any], image: PIL.Image.Image) -> npt.NDArray[np.float32]:
-    family = families.of(name)
-    preprocessing = family.read(TINY[family.model_type], processor).preprocessing
-    return np.asarray(family.stock_inputs(family.picture(image, preprocessing), preprocessing)["pixel_values"])
+    pictures = families.of(name).read(TINY[name], processor).encoder.pictures
+    return np.asarray(pictures.stock_inputs(pictures.picture(image, 0))["pixel_values"])
 
 
 @pytest.mark.parametrize(("name", "changes"), PICTURES, ids=[f"{name} {changes}" for name, changes in PICTURES])

@@ -31,7 +31,7 @@ def test_scores_grow_with_the_picture_and_not_with_its_square(tmp_path: Path) ->
     session = onnxruntime.InferenceSession(bundle.folder / "scores.onnx")
     sizes = []
     for side in (224, 448):
-        picture = FAMILY.picture(PIL.Image.new("RGB", (side, side)), bundle.manifest.preprocessing)
+        picture = families.preparation(bundle.manifest).picture(PIL.Image.new("RGB", (side, side)), 503)
         windowed, full = session.run(scores, dict(picture.inputs))
         patches = 4 * picture.grid.visual
         assert windowed.size == 2 * patches * 3 * 64  # heads, queries, keys of three blocks of a window's patches

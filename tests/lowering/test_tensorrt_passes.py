@@ -153,7 +153,7 @@ def tiny_graphs(dtype: FloatName, name: str = "qwen2_vl") -> list[ir.Model]:
 
     weights = PlannedWeights(dtype)
     layer = family.default_layer(model.decoder).layer
-    return list(build_graphs(family, model, weights, layer).values())
+    return list(build_graphs(model, weights, layer).values())
 
 
 @pytest.mark.parametrize("to", FLOATS)

@@ -85,10 +85,10 @@ def test_a_box_counts_from_half_an_overlap_on() -> None:
 
 def test_pictures_are_scaled_as_a_bundle_scales_them() -> None:
     family, preprocessor = families.of("qwen2_vl"), FILES["preprocessor_config.json"]
-    preprocessing = family.read(CONFIG, preprocessor).preprocessing
+    pictures = family.read(CONFIG, preprocessor).encoder.pictures
     for example in held_out("calibration", 2):
         rows, columns = example.grid
-        wanted = family.picture(example.picture, preprocessing)
+        wanted = pictures.picture(example.picture, 0)
         assert (wanted.grid.rows, wanted.grid.columns) == (rows, columns)
         pixels = normalise(torch.from_numpy(scale(example.picture, rows, columns)[None]))
         frames = patches_of(pixels)[0].view(-1, 3, 1, 196).repeat(1, 1, 2, 1).flatten(1)

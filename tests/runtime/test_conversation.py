@@ -13,7 +13,7 @@ import transformers
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families.pictures import Grid, Picture
+from ivc_export.families.pictures import Grid, Visual
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.plan import plan_run
@@ -31,11 +31,11 @@ def text(seed: int, length: int) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(0, 490, length)]
 
 
-def shown(picture: Picture) -> list[int]:
+def shown(picture: Visual) -> list[int]:
     return [START, *[IMAGE] * picture.grid.visual, END]
 
 
-TURNS: list[tuple[list[int], list[Picture]]] = [
+TURNS: list[tuple[list[int], list[Visual]]] = [
     ([*text(1, 12), *shown(FIRST), *text(2, 9)], [FIRST]),
     ([17], []),
     ([99], []),

@@ -41,7 +41,7 @@ def test_strips_have_the_official_processors_pixels(
         wanted = CASES[name].official(preprocessing)(image, return_tensors="np")["pixel_values"]
     for strip in (pictures.STRIP, 50_000):
         monkeypatch.setattr(pictures, "STRIP", strip)
-        found = families.of(name).picture(image, preprocessing).inputs["pixel_values"]
+        found = families.of(name).pictures(preprocessing).picture(image, 0).inputs["pixel_values"]
         assert np.abs(found - wanted).max() < PIXEL_TOLERANCE
 
 
@@ -61,14 +61,28 @@ def test_a_strip_takes_little_memory(
         return whole(image, size, *rest)
 
     monkeypatch.setattr(PIL.Image.Image, "resize", resize)
-    families.of(name).picture(noise(size), preprocessing)
+    families.of(name).pictures(preprocessing).picture(noise(size), 0)
     assert 336**2 <= max(made) <= 32_000_000
 
 
 @pytest.mark.parametrize("size", [(3001, 1), (1, 9000)], ids=str)
 def test_what_only_shows_a_line_is_refused(tiled: tuple[str, Preprocessing], size: tuple[int, int]) -> None:
     with pytest.raises(UserError, match=r"is too elongated: crop it to an aspect ratio below 3000"):
-        families.of(tiled[0]).picture(noise(size), tiled[1])
+        families.of(tiled[0]).pictures(tiled[1]).picture(noise(size), 0)
+
+
+@pytest.mark.parametrize(("name", "other"), [("qwen2_vl", "llava"), ("llava", "qwen2_vl"), ("internvl", "qwen2_5_vl")])
+def test_settings_of_another_kind_are_refused(name: str, other: str) -> None:
+    settings = families.of(other).read(TINY[other], None).preprocessing
+    with pytest.raises(UserError, match=rf"its preprocessing\.kind is '{settings.kind}': export it again"):
+        families.of(name).pictures(settings)
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_tokens_of_a_picture_stand_for_its_grid(name: str) -> None:
+    visual = families.of(name).read(TINY[name], None).encoder.pictures.picture(noise((300, 200)), 7)
+    assert visual.tokens == [7] * visual.grid.visual
+    assert visual.grid.extents["time"] == 1
 
 
 TRANSPARENT = noise((40, 30)).convert("P")

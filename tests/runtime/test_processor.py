@@ -36,7 +36,7 @@ def test_pixels_equal_the_official_processors(
 ) -> None:
     image = noise(size)
     preprocessing = sample_bundle.manifest.preprocessing.model_copy(update={"max_pixels": max_visual * 28 * 28})
-    picture = of("qwen2_vl").picture(image, preprocessing)
+    picture = of("qwen2_vl").pictures(preprocessing).picture(image, 503)
     official = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=max_visual * 28 * 28)
     with monkeypatch.context() as patched:
         patched.setattr(PIL.Image.Image, "resize", rows_first)
@@ -200,6 +200,26 @@ def test_positions_equal_transformers(sample_checkpoint: Path) -> None:
     np.testing.assert_array_equal(found, wanted[:, 0].numpy())
     assert after == ids.shape[1] + int(delta)
     np.testing.assert_array_equal(mrope_positions([grids[0], 4], 7)[0], mrope_positions([grids[0], 4], 0)[0] + 7)
+
+
+def test_positions_of_two_frames_equal_transformers_of_a_video(sample_checkpoint: Path) -> None:
+    import torch
+
+    model: Any = transformers.AutoModelForImageTextToText.from_pretrained(sample_checkpoint).model
+    still, moving = Grid(4, 3), Grid(3, 5, time=2)
+    assert (moving.visual, moving.blocks, len(moving.cells)) == (30, [15, 15], 30)
+    kinds = torch.tensor([[0, 0, *[2] * moving.visual, 0, *[1] * still.visual, 0, 0, *[2] * moving.visual]])
+    video = (2, 2 * moving.rows, 2 * moving.columns)
+    wanted, delta = model.get_rope_index(
+        torch.ones_like(kinds),
+        mm_token_type_ids=kinds,
+        image_grid_thw=torch.tensor([(1, 2 * still.rows, 2 * still.columns)]),
+        video_grid_thw=torch.tensor([video, video]),
+    )
+    found, after = mrope_positions([2, moving, 1, still, 2, moving], 0)
+    np.testing.assert_array_equal(found, wanted[:, 0].numpy())
+    assert after == kinds.shape[1] + int(delta)
+    assert np.unique(found[0, 2 : 2 + moving.visual]).tolist() == [2, 3]
 
 
 def test_damaged_processor_files_say_so(sample_bundle: Bundle, golden_bundle: Bundle, tmp_path: Path) -> None:

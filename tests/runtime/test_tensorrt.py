@@ -104,8 +104,8 @@ def test_families_that_need_more(name: str, tmp_path: Path, monkeypatch: pytest.
     bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", max_visual=400))
     session, device = opened(bundle, monkeypatch, max_visual=400)
     noise = np.random.default_rng(0).integers(0, 256, (90, 200, 3), np.uint8)
-    picture = family.picture(PIL.Image.fromarray(noise), bundle.manifest.preprocessing)
-    prompt = [1, 2, *[bundle.manifest.tokens.image] * picture.grid.visual, 7, 8, 9]
+    picture = families.preparation(bundle.manifest).picture(PIL.Image.fromarray(noise), bundle.manifest.tokens.image)
+    prompt = [1, 2, *picture.tokens, 7, 8, 9]
     found, wanted = session.converse(0.4), HostConversation(OnnxSession(bundle), 0.4)
     for tokens, pictures in [(prompt, [picture]), ([5], []), ([6], []), ([4, 3, 2], []), ([9], [])]:
         step, reference = found.run(tokens, pictures), wanted.run(tokens, pictures)

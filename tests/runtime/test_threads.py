@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.families.pictures import Grid, Picture
+from ivc_export.families.pictures import Grid, Visual
 from ivc_export.runtime.interface import Conversation, Session
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
@@ -45,11 +45,11 @@ def eager_switches() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-def turns(number: int) -> list[tuple[list[int], list[Picture]]]:
+def turns(number: int) -> list[tuple[list[int], list[Visual]]]:
     """A picture, decode steps, and a turn without a picture, other ones for each thread."""
     grid = GRIDS[number]
     prompt = [1, 2, 500, *[503] * grid.visual, 501, 7 + number, 8, 9]
-    steps: list[tuple[list[int], list[Picture]]] = [([20 + number + i], []) for i in range(4)]
+    steps: list[tuple[list[int], list[Visual]]] = [([20 + number + i], []) for i in range(4)]
     return [(prompt, [random_picture(grid, number)]), *steps, ([5, 6, number], [])]
 
 

@@ -113,7 +113,7 @@ class Case:
 
     @property
     def shown(self) -> list[int]:
-        return reference.ReferencePicture({}, *self.grid).shown if self.grid else []
+        return reference.ReferencePicture({}, *self.grid[:3]).shown if self.grid else []
 
     @property
     def feeds(self) -> Feeds:

@@ -121,7 +121,7 @@ def test_of_two_image_processors_transformers_is_taken(folder: Path) -> None:
     edit(folder / "processor_config.json", image_processor={**kind, "size": size})
     image = PIL.Image.new("RGB", (640, 480))
     stock = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")(image, return_tensors="np")
-    grid = QWEN.picture(image, described(folder).model.preprocessing).grid
+    grid = described(folder).model.encoder.pictures.picture(image, 0).grid
     assert 4 * grid.visual == int(stock["image_grid_thw"].prod()) < 4 * 65
 
 

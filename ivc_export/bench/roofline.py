@@ -9,7 +9,7 @@ of the caches.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -18,7 +18,7 @@ import onnx_ir as ir
 from ivc_export.bench.prompts import Prompt
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
-from ivc_export.dtypes import FLOATS, FloatName
+from ivc_export.dtypes import FLOATS, ONNX_FLOATS, FloatName
 from ivc_export.exporter.estimate import COUNTED, empty_caches
 from ivc_export.graph.counting import count
 from ivc_export.runtime.backends import find_backend
@@ -74,10 +74,14 @@ def torch_ceilings(dtype: FloatName) -> Ceilings:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of a prefill by graph; parameters that each graph reads, and values that a cache has a row, all layers."""
+    """FLOPs of a prefill by graph; what each graph reads; and values that a cache has a row, all layers.
+
+    parameters: floats, of the dtype that is computed in. integer_bytes: of other weights, as they are stored.
+    """
 
     flops: Mapping[GraphName, int]
     parameters: Mapping[GraphName, int]
+    integer_bytes: Mapping[GraphName, int]
     row: int
 
     def ideal(self, ceilings: Ceilings, cache_bytes: int, tokens: int) -> dict[str, float]:
@@ -86,8 +90,9 @@ class Work:
         cache_bytes: of the caches' rows after the prefill.
         """
         size = FLOATS[ceilings.dtype].bytes
-        graphs = {name: ceilings.seconds(self.flops[name], size * self.parameters[name]) for name in GRAPH_NAMES}
-        read = size * (self.parameters["prefix"] + self.parameters["decoder"] + self.row * tokens / 2) + cache_bytes
+        weights = {name: size * self.parameters[name] + self.integer_bytes[name] for name in GRAPH_NAMES}
+        graphs = {name: ceilings.seconds(self.flops[name], weights[name]) for name in GRAPH_NAMES}
+        read = weights["prefix"] + weights["decoder"] + size * self.row * tokens / 2 + cache_bytes
         return {
             "vision": graphs["vision"],
             "prefill": graphs["prefix"] + graphs["decoder"],
@@ -101,7 +106,8 @@ class Workload:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         models = {name: bundle.graph(name) for name in GRAPH_NAMES}
-        self.parameters = {name: parameters(model) for name, model in models.items()}
+        self.parameters = {name: sum(t.size for t in weights_of(model, True)) for name, model in models.items()}
+        self.integer_bytes = {name: sum(t.nbytes for t in weights_of(model, False)) for name, model in models.items()}
         self._graphs: dict[GraphName, onnx.ModelProto] = {
             name: ir.to_proto(COUNTED(model).model) for name, model in models.items()
         }
@@ -114,10 +120,12 @@ class Workload:
         given = {"vision": prompt.picture.inputs}
         found = {name: count(graph, axes, given.get(name)).flops for name, graph in self._graphs.items()}
         row = m.decoder.layers * m.decoder.row_values
-        return Work(found, self.parameters, row)
+        return Work(found, self.parameters, self.integer_bytes, row)
 
 
-def parameters(model: ir.Model) -> int:
-    """Numbers in a graph's weights; constants are too few to count."""
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    return sum(tensor.size for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+def weights_of(model: ir.Model, floats: bool) -> Iterator[ir.ExternalTensor]:
+    """A graph's weights that are floats, or those that are none; constants are too few to count."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and (tensor.dtype in ONNX_FLOATS) == floats:
+            yield tensor

@@ -76,6 +76,7 @@ def prompt_bundle(checkpoint: Checkpoint) -> Iterator[Bundle]:
     """A bundle without graphs and weights: what prompts and pictures are prepared by."""
     recipe = ExportRecipe(checkpoint.folder, Path("unused"))
     configuration = read_configuration(checkpoint)
+    configuration.weights.check_floats(checkpoint.place)
     with tempfile.TemporaryDirectory() as folder:
         copy_processor_files(checkpoint, configuration, Path(folder))
         none = dict.fromkeys(GRAPH_NAMES, "0" * 64)

@@ -69,6 +69,18 @@ class Weights:
         """How the linear layer of this canonical name is stored."""
         return self.formats.get(layer, FLOAT)
 
+    def check_floats(self, place: str) -> None:
+        """Refuse weights that are no plain floats, for what runs on PyTorch. place: what the user knows them by.
+
+        Raises:
+            UserError: a layer is stored in another format.
+        """
+        for layer, stored in self.formats.items():
+            raise UserError(
+                f"{place} stores {len(self.formats)} layers as {stored.name} ({layer} is one), which this command does "
+                "not read on PyTorch: give a checkpoint that holds the same values as floats"
+            )
+
     def find(self, name: str, shape: Sequence[int], dtype: str | None = None) -> StoredTensor:
         """The stored tensor `name`. dtype: a key of STORED; None for that of the weights.
 

@@ -125,9 +125,10 @@ def check_same_model(bundle: Bundle, checkpoint: Path) -> None:
     """Compare what the checkpoint's JSON files say with the manifest, before anything is loaded.
 
     Raises:
-        UserError: the checkpoint is damaged, or is another model.
+        UserError: the checkpoint is damaged, or is another model, or its layers are no plain floats.
     """
     configuration, m = read_configuration(Checkpoint.open(checkpoint)), bundle.manifest
+    configuration.weights.check_floats(str(checkpoint))
     for what, found, wanted in (
         ("family", configuration.family.model_type, m.family),
         ("decoder", configuration.model.decoder, m.decoder),

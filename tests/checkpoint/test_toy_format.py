@@ -13,8 +13,10 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ivc_export.bench.roofline import Workload
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.formats import FORMATS
+from ivc_export.cli import ivc_calibrate, ivc_check
 from ivc_export.contract.names import GRAPH_NAMES
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
@@ -183,6 +185,28 @@ def test_estimates_count_its_bytes(bundles: tuple[Bundle, Bundle], checkpoints: 
     assert before.weight_bytes == after.weight_bytes == sum(array.nbytes for array in stored.values())
     assert after.weight_bytes < estimate_bundle(bundles[1], sizes).weight_bytes
     assert before.pictures[0].pruned.flops == estimate_bundle(bundles[1], sizes).pictures[0].pruned.flops
+
+
+def test_the_roofline_reads_its_bytes(bundles: tuple[Bundle, Bundle]) -> None:
+    found, plain = (Workload(bundle) for bundle in bundles)
+    stored = load_file(bundles[0].folder / bundles[0].manifest.weights[0].file)
+    integers = sum(array.nbytes for array in stored.values() if array.dtype == np.int8)
+    assert sum(found.integer_bytes.values()) == integers and not sum(plain.integer_bytes.values())
+    floats = sum(array.size for name, array in stored.items() if array.dtype != np.int8 and "embed_tokens" not in name)
+    assert sum(found.parameters.values()) == floats
+
+
+def test_pytorch_takes_floats_alone(
+    bundles: tuple[Bundle, Bundle], checkpoints: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers would draw the layers that it does not find at random."""
+    sentence = "stores 14 layers as toy8 (model.layers.0."
+    for command, arguments in (
+        (ivc_check, [str(bundles[0].folder), "--against", str(checkpoints[0])]),
+        (ivc_calibrate, ["--model", str(checkpoints[0])]),
+    ):
+        assert command(arguments) == 2
+        assert sentence in " ".join(capsys.readouterr().err.split())
 
 
 def test_it_cannot_be_linked(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import PIL.Image
 import torch
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.folder import Checkpoint
-from ivc_export.contract.calibration import ENOUGH, Calibration, MeasuredDecoder, Trial, propose
+from ivc_export.contract.calibration import ENOUGH, Calibration, MeasuredDecoder, Rival, Trial, propose
 from ivc_export.contract.names import GRAPH_NAMES
 from ivc_export.errors import UserError
 from ivc_export.exporter.estimate import Size, estimate_recipe
@@ -24,6 +27,7 @@ from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.files import read_json
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.processor import Processor
+from ivc_export.selection.method import IVC_PRUNE, Method
 from ivc_export.source.configuration import read_configuration
 from ivc_export.source.hub import open_checkpoint
 from ivc_export.verify.oracle import reference_layout, reference_picture
@@ -31,6 +35,10 @@ from ivc_export.verify.reference import Reference, ReferencePicture
 
 PROMPTS = "prompts.json"
 MOST_LAYERS = 12
+RIVALS = (Method("foreground"), *(Method("random", seed) for seed in range(5)))
+"""What a method is compared with."""
+
+Compare = Literal["proposed", "all", "none"]
 
 
 @dataclass(frozen=True)
@@ -91,13 +99,16 @@ def calibrate(
     tokens: int = 16,
     enough: float = ENOUGH,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    method: Method = IVC_PRUNE,
+    compare: Compare = "proposed",
 ) -> Calibration:
-    """Propose a layer at the first of `ratios`.
+    """Propose a layer at the first of `ratios`, and compare the method there with RIVALS.
 
     Each example is answered greedily without pruning, up to `tokens` tokens; then the same tokens are run through the
     model pruned at each layer and ratio, and its distributions compared. All in float32 on the CPU.
 
-    layers: those to try; None takes `layers_to_try`. progress: called with the runs done and their total.
+    layers: those to try; None takes `layers_to_try`. progress: called with the runs done and their total. method: how
+    tokens are chosen. compare: at which layers with others, always at the first ratio.
 
     Raises:
         UserError: the checkpoint cannot be loaded, or a layer, ratio or example is out of range.
@@ -110,28 +121,39 @@ def calibrate(
             raise UserError(
                 f"layers {tried[0]} to {tried[-1]} are out of range: this model's are 1 to {m.decoder.layers - 1}"
             )
-        cases = [(ratio, layer) for ratio in ratios for layer in tried]
+        cases = [Case(ratio, layer, method) for ratio in ratios for layer in tried]
         if missing := bundle.missing_processor_files():
             raise UserError(f"the checkpoint has no {' and no '.join(missing)}: prompts cannot be read without")
         processor = Processor(bundle)
         reference = Reference(checkpoint.folder, 1, 1.0, m.selection, reference_layout(bundle, checkpoint.folder))
-        total, answers = len(examples) * (1 + len(cases)), []
-        for number, example in enumerate(examples):
-            picture = processor.picture(example.picture)
-            prompt = processor.question(example.prompt, [picture])
-            given = reference_picture(bundle, picture)
-            base = greedy_answer(reference, prompt, given, m.tokens.stop, tokens)
-            compared = []
-            for ratio, layer in cases:
-                compared.append(base.compare(reference, prompt, given, layer, ratio, m.tokens.image))
-                progress(number * (1 + len(cases)) + 1 + len(compared), total)
-            answers.append(compared)
+        rivals = [rival for rival in RIVALS if rival.name != method.name]
+        beside = {"none": 0, "proposed": 1, "all": len(tried)}[compare] * len(rivals)
+        runs = len(examples) * (1 + len(cases) + (1 + beside if beside else 0))
+        steps = itertools.count(1)
+
+        def measure(cases: Sequence[Case]) -> list[list[Compared]]:
+            """What each case gave, example by example."""
+            found = []
+            for example in examples:
+                picture = processor.picture(example.picture)
+                prompt = processor.question(example.prompt, [picture])
+                given = reference_picture(bundle, picture)
+                base = greedy_answer(reference, prompt, given, m.tokens.stop, tokens)
+                progress(next(steps), runs)
+                compared = []
+                for case in cases:
+                    compared.append(base.compare(reference, prompt, given, case, m.tokens.image))
+                    progress(next(steps), runs)
+                found.append(compared)
+            return [[compared[i] for compared in found] for i in range(len(cases))]
+
+        answers = measure(cases)
         sizes = sorted((Size(*example.picture.size) for example in examples), key=math.prod)
         size = sizes[len(sizes) // 2]
         trials = []
-        for i, (ratio, layer) in enumerate(cases):
-            own = [compared[i] for compared in answers]
-            before = [compared[i - 1] for compared in answers] if layer != tried[0] else []
+        for i, (ratio, layer, _) in enumerate(cases):
+            own = answers[i]
+            before = answers[i - 1] if layer != tried[0] else []
             overlaps = [len(a.kept & b.kept) / len(a.kept | b.kept) for a, b in zip(own, before, strict=False)]
             recipe = ExportRecipe(checkpoint.folder, Path("unused"), ratio, layer)
             (cost,) = estimate_recipe(recipe, [size]).pictures
@@ -139,21 +161,36 @@ def calibrate(
                 Trial(
                     layer=layer,
                     ratio=ratio,
-                    divergence=max(0.0, sum(answer.divergence for answer in own) / len(own)),
-                    agreement=sum(answer.same for answer in own) / len(own),
+                    divergence=mean_divergence(own),
+                    agreement=agreement(own),
                     overlap=sum(overlaps) / len(overlaps) if overlaps else None,
                     saved=round(cost.saved("prefix", "decoder"), 4),
                 )
             )
+        layer = propose(trials, ratios[0], enough)
+        compared_layers = {"none": [], "proposed": [layer], "all": tried}[compare] if rivals else []
+        other_cases = [Case(ratios[0], at, rival) for at in compared_layers for rival in rivals]
+        other_answers = measure(other_cases) if other_cases else []
         return Calibration(
             family=m.family,
             decoder=MeasuredDecoder(layers=m.decoder.layers, hidden_size=m.decoder.hidden_size),
-            layer=propose(trials, ratios[0], enough),
+            layer=layer,
             ratio=ratios[0],
             answers=len(examples),
+            method=method.name,
+            method_seed=method.seed if method.record.drawn else None,
             trials=tuple(trials),
+            rivals=tuple(gather(other_cases, other_answers)),
             versions={name: version(name) for name in ("ivc-export", "torch", "transformers")},
         )
+
+
+class Case(NamedTuple):
+    """How to prune."""
+
+    ratio: float
+    layer: int
+    method: Method = IVC_PRUNE
 
 
 @dataclass(frozen=True)
@@ -163,6 +200,36 @@ class Compared:
     divergence: float
     same: bool
     kept: frozenset[int]
+
+
+def mean_divergence(answers: Sequence[Compared]) -> float:
+    """The mean divergence, in nats a token; rounding leaves it below 0 where nothing is pruned."""
+    return max(0.0, sum(answer.divergence for answer in answers) / len(answers))
+
+
+def agreement(answers: Sequence[Compared]) -> float:
+    """The part of the answers that are the same."""
+    return sum(answer.same for answer in answers) / len(answers)
+
+
+def gather(cases: Sequence[Case], answers: Sequence[Sequence[Compared]]) -> Iterator[Rival]:
+    """One figure for all draws of a method at a layer and ratio. answers: of each case."""
+    groups: dict[tuple[str, int, float], list[Sequence[Compared]]] = {}
+    for case, own in zip(cases, answers, strict=True):
+        groups.setdefault((case.method.name, case.layer, case.ratio), []).append(own)
+    for (name, layer, ratio), draws in groups.items():
+        parts = [[figure(own) for own in draws] for figure in (mean_divergence, agreement)]
+        spreads = [statistics.stdev(part) if len(part) > 1 else 0.0 for part in parts]
+        yield Rival(
+            method=name,
+            layer=layer,
+            ratio=ratio,
+            draws=len(draws),
+            divergence=statistics.fmean(parts[0]),
+            divergence_spread=spreads[0],
+            agreement=statistics.fmean(parts[1]),
+            agreement_spread=spreads[1],
+        )
 
 
 @dataclass(frozen=True)
@@ -177,12 +244,11 @@ class Drawn:
         reference: Reference,
         prompt: Sequence[int],
         picture: ReferencePicture,
-        layer: int,
-        ratio: float,
+        case: Case,
         image_token: int,
     ) -> Compared:
         """Run the same tokens with pruning."""
-        reference.restart(layer, ratio)
+        reference.restart(case.layer, case.ratio, case.method.name, case.method.seed)
         turn = reference.run(prompt, [picture])
         kept = frozenset(row for row in turn.keep_index.tolist() if prompt[row] == image_token)
         logits = [turn.logits, *(reference.run([token]).logits for token in self.tokens[:-1])]

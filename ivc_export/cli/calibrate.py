@@ -11,7 +11,8 @@ from rich.table import Table
 
 from ivc_export import __version__
 from ivc_export.cli import Parser, check_output, make_console
-from ivc_export.contract.calibration import ENOUGH, Calibration
+from ivc_export.cli.methods import add_method_options, given_method
+from ivc_export.contract.calibration import ENOUGH, Calibration, verdict
 from ivc_export.contract.ratio import check_ratio
 from ivc_export.errors import UserError
 
@@ -34,6 +35,13 @@ def parser() -> Parser:
     p.add_argument(
         "--agreement", type=float, default=ENOUGH, help=f"part of the answers that must not change (default: {ENOUGH})"
     )
+    add_method_options(p)
+    p.add_argument(
+        "--compare",
+        choices=("proposed", "all", "none"),
+        default="proposed",
+        help="layers at which foreground and 5 draws of random are tried, too (default: proposed)",
+    )
     p.add_argument(
         "--output", type=Path, default=Path("calibration.json"), help="the file, with a plot beside it as .png"
     )
@@ -50,6 +58,7 @@ def command(arguments: Sequence[str]) -> int:
         raise UserError(f"{options.tokens} tokens cannot be compared: give 1 or more")
     if not 0 <= options.agreement <= 1:  # false for nan as well
         raise UserError(f"agreement {options.agreement} is out of range: give 0 to 1")
+    method = given_method(options)
     check_output(options.output)
     plot = options.output.with_suffix(".png")
     if plot == options.output:
@@ -77,20 +86,33 @@ def command(arguments: Sequence[str]) -> int:
             options.tokens,
             options.agreement,
             lambda done, total: bars.update(task, completed=done, total=total),
+            method,
+            options.compare,
         )
     options.output.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
     plot_calibration(found, plot)
-    make_console(stderr=False).print(table(found))
+    tables = [table(found), rivals_table(found)] if found.rivals else [table(found)]
+    make_console(stderr=False).print(*tables)
     console.print(
         f"layer {found.layer} is proposed at ratio {found.ratio:g}: ivc-export --calibration {options.output} takes it"
     )
+    sentence = verdict(found)
+    if sentence:
+        console.print(sentence, markup=False)
     return 0
 
 
 def table(found: Calibration) -> Table:
     """What was found, a line a layer and ratio."""
     shown = Table(title=f"{found.answers} answers, pruned against unpruned")
-    for heading in ("layer", "kept", "divergence, nats", "same answers", "same tokens as above", "prefill saved"):
+    for heading in (
+        "layer",
+        "kept",
+        "divergence, nats",
+        "same answers",
+        "same tokens as above",
+        "prefill saved",
+    ):
         shown.add_column(heading, justify="right")
     for trial in found.trials:
         chosen = trial.layer == found.layer and trial.ratio == found.ratio
@@ -103,4 +125,23 @@ def table(found: Calibration) -> Table:
             f"{trial.saved:.0%}",
             style="bold" if chosen else None,
         )
+    return shown
+
+
+def rivals_table(found: Calibration) -> Table:
+    """The method beside others, a line a layer and method."""
+    shown = Table(title=f"ways to choose, {found.ratio:.0%} kept, with the spread of draws")
+    for heading in ("layer", "method", "divergence, nats", "same answers"):
+        shown.add_column(heading, justify="right")
+    for trial in found.trials:
+        rivals = [rival for rival in found.rivals if (rival.layer, rival.ratio) == (trial.layer, trial.ratio)]
+        if rivals:
+            shown.add_row(f"{trial.layer}", found.method, f"{trial.divergence:.4f}", f"{trial.agreement:.1%}")
+        for rival in rivals:
+            if rival.draws > 1:
+                divergence = f"{rival.divergence:.4f} ± {rival.divergence_spread:.4f}"
+                agreement = f"{rival.agreement:.1%} ± {rival.agreement_spread:.1%}"
+                shown.add_row(f"{rival.layer}", f"{rival.method}, {rival.draws} draws", divergence, agreement)
+            else:
+                shown.add_row(f"{rival.layer}", rival.method, f"{rival.divergence:.4f}", f"{rival.agreement:.1%}")
     return shown

@@ -8,11 +8,13 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from ivc_export.contract.records import Frozen, Width, first_problem
+from ivc_export.contract.records import Frozen, Seed, Width, first_problem
 from ivc_export.errors import UserError
 from ivc_export.files import read_json
 
 ENOUGH = 0.99
+SPREADS = 2
+"""By how many spreads of random draws a method must differ from their mean to differ from chance."""
 ADVICE = "write a calibration with ivc-calibrate"
 
 
@@ -33,6 +35,22 @@ class Trial(Frozen):
     saved: float
 
 
+class Rival(Frozen):
+    """Another method at a layer and ratio that was tried, to compare with; fields as in Trial.
+
+    draws: how many seeds were tried. Figures are means over them; spreads, their standard deviations, 0 of one draw.
+    """
+
+    method: str
+    layer: int = Field(gt=0)
+    ratio: float = Field(gt=0, le=1)
+    draws: int = Field(gt=0)
+    divergence: float = Field(ge=0)
+    divergence_spread: float = Field(ge=0)
+    agreement: float = Field(ge=0, le=1)
+    agreement_spread: float = Field(ge=0)
+
+
 class MeasuredDecoder(Frozen):
     """What a calibrated model is known by, beside its family; files of earlier versions say more of it."""
 
@@ -43,7 +61,10 @@ class MeasuredDecoder(Frozen):
 
 
 class Calibration(Frozen):
-    """A proposal for one model, and what it rests on."""
+    """A proposal for one model, and what it rests on.
+
+    method, method_seed: how the trials chose tokens. rivals: other methods beside them.
+    """
 
     schema_version: Literal[1] = 1
     family: str
@@ -51,7 +72,10 @@ class Calibration(Frozen):
     layer: int = Field(gt=0)
     ratio: float = Field(gt=0, le=1)
     answers: int = Field(gt=0)
+    method: str = "ivc-prune"
+    method_seed: Seed | None = None
     trials: tuple[Trial, ...] = Field(min_length=1)
+    rivals: tuple[Rival, ...] = ()
     versions: dict[str, str]
 
 
@@ -63,6 +87,27 @@ def propose(trials: Sequence[Trial], ratio: float, enough: float = ENOUGH) -> in
     found = sorted((trial for trial in trials if trial.ratio == ratio), key=lambda trial: trial.layer)
     agreeing = [trial for trial in found if trial.agreement >= enough]
     return (agreeing[0] if agreeing else min(found, key=lambda trial: trial.divergence)).layer
+
+
+def verdict(found: Calibration) -> str | None:
+    """Where the choice of tokens makes no difference, as a sentence; None if no random choice stands beside it.
+
+    That is where the part of the answers that stay the same is within random's mean and SPREADS spreads.
+    """
+    trials = {(trial.layer, trial.ratio): trial.agreement for trial in found.trials}
+    random = [rival for rival in found.rivals if rival.method == "random"]
+    if not random:
+        return None
+    same = [
+        r.layer for r in random if abs(trials[r.layer, r.ratio] - r.agreement) <= SPREADS * r.agreement_spread + 1e-9
+    ]
+    layers = same or [rival.layer for rival in random]
+    named = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+    return (
+        f"the choice makes {'no' if same else 'a'} difference on this data at {named}, ratio {random[0].ratio:g}: "
+        f"{found.method} leaves as they were a part of the answers that is {'' if same else 'not '}within "
+        f"{SPREADS} spreads of random's"
+    )
 
 
 def read_calibration(path: Path) -> Calibration:

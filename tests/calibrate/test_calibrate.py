@@ -11,6 +11,7 @@ import torch
 from ivc_export import cli
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.calibrate.sweep import (
+    Case,
     Example,
     calibrate,
     default_examples,
@@ -20,13 +21,14 @@ from ivc_export.calibrate.sweep import (
     read_examples,
 )
 from ivc_export.checkpoint.folder import Checkpoint
-from ivc_export.contract.calibration import Calibration, Trial, propose, read_calibration
+from ivc_export.contract.calibration import Calibration, Rival, Trial, propose, read_calibration, verdict
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.processor import Processor
+from ivc_export.selection.method import Method
 from ivc_export.verify.oracle import reference_picture
 from ivc_export.verify.reference import Reference
 
@@ -71,10 +73,61 @@ def test_pruning_costs_more_at_a_lower_layer_and_saves_more(found: Calibration) 
     assert found.layer == propose(found.trials, 0.5)
 
 
+def test_other_methods_stand_beside_the_proposed_layer(found: Calibration) -> None:
+    foreground, random = found.rivals
+    assert (foreground.method, foreground.draws, foreground.divergence_spread) == ("foreground", 1, 0)
+    assert (random.method, random.draws) == ("random", 5) and random.divergence_spread > 0
+    own = next(one for one in found.trials if (one.layer, one.ratio) == (found.layer, 0.5))
+    for rival in found.rivals:
+        assert (rival.layer, rival.ratio) == (found.layer, 0.5)
+        assert rival.divergence > 0 and rival.divergence != own.divergence
+    assert Calibration.model_validate_json(found.model_dump_json()) == found
+
+
+def test_any_method_is_swept_and_compared_at_any_layers() -> None:
+    example, seen = read_examples(default_examples())[0], list[tuple[int, int]]()
+    given = {
+        "progress": lambda done, total: seen.append((done, total)),
+        "compare": "all",
+        "method": Method("random", 4),
+    }
+    found = calibrate(MODEL, [example], [0.5], [2, 3], 1, **given)  # type: ignore[arg-type]
+    assert (found.method, found.method_seed) == ("random", 4)
+    assert [(rival.method, rival.layer) for rival in found.rivals] == [("foreground", 2), ("foreground", 3)]
+    assert seen == [(done, 6) for done in range(1, 7)] and verdict(found) is None
+
+
+def compared(agreement: float, mean: float, spread: float, layer: int = 2) -> tuple[Trial, Rival]:
+    figures = {"divergence": 0.1, "divergence_spread": 0.1, "agreement": mean, "agreement_spread": spread}
+    return trial(layer, agreement, 0.1), Rival(method="random", layer=layer, ratio=0.5, draws=5, **figures)
+
+
+@pytest.mark.parametrize(
+    ("cases", "words"),
+    [
+        ([compared(0.9, 0.9, 0.0)], "makes no difference on this data at layer 2, ratio 0.5: ivc-prune leaves"),
+        ([compared(0.9, 0.8, 0.06)], "makes no difference on this data at layer 2,"),
+        ([compared(0.9, 0.8, 0.04)], "makes a difference on this data at layer 2,"),
+        ([compared(0.7, 0.8, 0.04)], "the answers that is not within 2 spreads of random's"),
+        (
+            [compared(0.9, 0.5, 0.1), compared(0.9, 0.9, 0.1, 3), compared(1, 1, 0, 4)],
+            "no difference on this data at layers 3, 4,",
+        ),
+        ([], None),
+    ],
+)
+def test_the_verdict_says_where_chance_does_as_well(
+    cases: list[tuple[Trial, Rival]], words: str | None, found: Calibration
+) -> None:
+    changes = {"trials": tuple(one for one, _ in cases), "rivals": tuple(rival for _, rival in cases)}
+    said = verdict(found.model_copy(update=changes))
+    assert (said is None) if words is None else (said is not None and words in said)
+
+
 def test_divergence_is_that_of_bundles(tmp_path: Path) -> None:
     """Measured again on onnxruntime: the first token's distribution, and one more."""
     example = read_examples(default_examples())[3]
-    (measured,) = calibrate(MODEL, [example], [0.4], [2], tokens=2).trials
+    (measured,) = calibrate(MODEL, [example], [0.4], [2], tokens=2, compare="none").trials
     bundle = export(ExportRecipe(MODEL, tmp_path / "bundle", layer=2, dtype="float32"))
     processor, session = Processor(bundle), OnnxSession(bundle)
     picture = processor.picture(example.picture)
@@ -101,6 +154,8 @@ def test_the_command_writes_a_file_that_an_export_takes(
     assert cli.ivc_calibrate(options) == 0
     printed = capsys.readouterr()
     assert "layer 3 is proposed" in printed.err and "prefill saved" in printed.out
+    assert "difference on this data at layer 3, ratio 0.5: ivc-prune leaves" in printed.err
+    assert "foreground" in printed.out and "random, 5 draws" in printed.out
     assert (tmp_path / "calibration.png").stat().st_size > 10_000
     assert read_calibration(tmp_path / "calibration.json").layer == 3
     export_options = ["--model", str(MODEL), "--calibration", "calibration.json", "--output", "b", "--weights", "link"]
@@ -120,6 +175,7 @@ def test_the_command_writes_a_file_that_an_export_takes(
         (["--ratio", "1.5"], "ratio 1.5 is out of range"),
         (["--layer", "8"], "layers 8 to 8 are out of range"),
         (["--tokens", "0"], "0 tokens cannot be compared"),
+        (["--method-seed", "1"], "--method-seed is for --method random: ivc-prune draws nothing"),
         (["--agreement", "nan"], "agreement nan is out of range: give 0 to 1"),
         (["--output", "no/calibration.json"], "the folder of no/calibration.json does not exist"),
         (["--output", "empty", "--force"], "empty is a folder"),
@@ -201,6 +257,6 @@ def test_kept_rows_are_those_of_visual_tokens_alone() -> None:
         prompt = processor.question(example.prompt, [picture])
         reference, given = Reference(MODEL, 1, 1.0, m.selection), reference_picture(bundle, picture)
         base = greedy_answer(reference, prompt, given, m.tokens.stop, 1)
-        found = base.compare(reference, prompt, given, 2, 0.5, m.tokens.image)
+        found = base.compare(reference, prompt, given, Case(0.5, 2), m.tokens.image)
     assert len(found.kept) == round(0.5 * picture.grid.visual)
     assert all(prompt[row] == m.tokens.image for row in found.kept)

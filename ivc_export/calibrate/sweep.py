@@ -162,7 +162,7 @@ def calibrate(
                     layer=layer,
                     ratio=ratio,
                     divergence=mean_divergence(own),
-                    agreement=agreement(own),
+                    agreement=same_part(own),
                     overlap=sum(overlaps) / len(overlaps) if overlaps else None,
                     saved=round(cost.saved("prefix", "decoder"), 4),
                 )
@@ -207,7 +207,7 @@ def mean_divergence(answers: Sequence[Compared]) -> float:
     return max(0.0, sum(answer.divergence for answer in answers) / len(answers))
 
 
-def agreement(answers: Sequence[Compared]) -> float:
+def same_part(answers: Sequence[Compared]) -> float:
     """The part of the answers that are the same."""
     return sum(answer.same for answer in answers) / len(answers)
 
@@ -218,7 +218,7 @@ def gather(cases: Sequence[Case], answers: Sequence[Sequence[Compared]]) -> Iter
     for case, own in zip(cases, answers, strict=True):
         groups.setdefault((case.method.name, case.layer, case.ratio), []).append(own)
     for (name, layer, ratio), draws in groups.items():
-        parts = [[figure(own) for own in draws] for figure in (mean_divergence, agreement)]
+        parts = [[figure(own) for own in draws] for figure in (mean_divergence, same_part)]
         spreads = [statistics.stdev(part) if len(part) > 1 else 0.0 for part in parts]
         yield Rival(
             method=name,

@@ -1,7 +1,8 @@
 """Measure what pruning does to Spatial-VL's answers on questions it was not trained on.
 
     python -m samples.evaluate methods   the layers, then every method at every ratio, in PyTorch (a GPU helps)
-    python -m samples.evaluate bundle    a bundle on onnxruntime against stock transformers, answer by answer
+    python -m samples.evaluate bundle    a bundle on onnxruntime against stock transformers, answer by answer,
+                                         at ratios 1 and 0.5, or by each --method at 0.5
     python -m samples.evaluate plot      docs/accuracy.png from the results
 
 Results are written to benchmarks/results/.
@@ -34,6 +35,7 @@ from samples.spatial.questions import TASKS, is_correct
 MODEL = Path("samples/spatial-vl")
 RESULTS = Path("benchmarks/results")
 METHODS_FILE, BUNDLE_FILE = RESULTS / "spatial-vl-pruning.json", RESULTS / "spatial-vl-bundle.json"
+BUNDLE_METHODS_FILE = RESULTS / "spatial-vl-bundle-methods.json"
 RATIOS = (0.7, 0.5, 0.3, 0.2)
 ENOUGH = 0.99
 """The layer is the lowest at which IVC-Prune at 0.5 keeps this part of the unpruned accuracy, or else the best."""
@@ -138,13 +140,13 @@ def evaluate_bundle(arguments: argparse.Namespace) -> None:
     bundle = Bundle.load(arguments.bundle)
     session = open_session(bundle)
     examples = held_out("test", math.ceil(arguments.count / len(TASKS)))[: arguments.count]
-    rows: dict[str, Any] = {}
-    for ratio in (1.0, 0.5):
-        stock = StockAnswers(arguments.model, bundle, ratio)
+
+    def measure(ratio: float, method: str) -> dict[str, Any]:
+        stock = StockAnswers(arguments.model, bundle, ratio, method)
         ours, theirs, seconds = [], [], 0.0
-        for example in track(examples, f"ratio {ratio}", disable=not sys.stderr.isatty()):
+        for example in track(examples, f"{method}, ratio {ratio}", disable=not sys.stderr.isatty()):
             began = time.perf_counter()
-            chat = Chat(session, ratio, sampling=Sampling(max_tokens=LONGEST_ANSWER))
+            chat = Chat(session, ratio, sampling=Sampling(max_tokens=LONGEST_ANSWER), method=method)
             ours.append("".join(chat.ask(example.question.text, [example.picture])))
             seconds += time.perf_counter() - began
             theirs.append(stock.answer(example))
@@ -153,22 +155,29 @@ def evaluate_bundle(arguments: argparse.Namespace) -> None:
             for e, a, b in zip(examples, ours, theirs, strict=True)
             if a != b
         ]
-        rows[str(ratio)] = {
+        return {
             "identical": len(examples) - len(differing),
             "differing": differing,
             "accuracy": summary(scores(examples, ours)),
             "seconds_an_answer": round(seconds / len(examples), 3),
         }
+
+    command = f"python -m samples.evaluate bundle --bundle {arguments.bundle} --count {arguments.count}"
+    if arguments.method:
+        command += "".join(f" --method {method}" for method in arguments.method)
+        file, rows = BUNDLE_METHODS_FILE, {f"{method} 0.5": measure(0.5, method) for method in arguments.method}
+    else:
+        file, rows = BUNDLE_FILE, {str(ratio): measure(ratio, "ivc-prune") for ratio in (1.0, 0.5)}
     report = {
-        "command": f"python -m samples.evaluate bundle --bundle {arguments.bundle} --count {arguments.count}",
+        "command": command,
         "layer": bundle.manifest.selection_layer,
         "questions": len(examples),
-        "ratios": rows,
+        "methods" if arguments.method else "ratios": rows,
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / BUNDLE_FILE.name).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (arguments.output / file.name).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for kept, row in rows.items():
-        print(f"ratio {kept}: {row['identical']} of {len(examples)} answers identical")
+        print(f"{kept}: {row['identical']} of {len(examples)} answers identical")
 
 
 def plot(arguments: argparse.Namespace) -> None:
@@ -217,6 +226,9 @@ def main() -> None:
         elif name == "bundle":
             command.add_argument("--bundle", type=Path, required=True)
             command.add_argument("--count", type=int, default=200)
+            command.add_argument(
+                "--method", action="append", help="of the bundle's run time, at ratio 0.5; may be repeated"
+            )
     arguments = parser.parse_args()
     arguments.run(arguments)
 

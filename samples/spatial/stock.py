@@ -14,8 +14,8 @@ from samples.spatial.held_out import LONGEST_ANSWER, HeldOutExample
 class StockAnswers:
     """Greedy answers on PyTorch; prompts and pictures are prepared as the bundle says."""
 
-    def __init__(self, checkpoint: Path, bundle: Bundle, ratio: float) -> None:
-        self.bundle, self.processor, self.ratio = bundle, Processor(bundle), ratio
+    def __init__(self, checkpoint: Path, bundle: Bundle, ratio: float, method: str = "ivc-prune") -> None:
+        self.bundle, self.processor, self.ratio, self.method = bundle, Processor(bundle), ratio, method
         m = bundle.manifest
         self.reference = Reference(checkpoint, m.selection_layer, ratio, m.selection)
 
@@ -23,7 +23,7 @@ class StockAnswers:
         """The answer to one question."""
         picture = self.processor.picture(example.picture)
         prompt = self.processor.question(example.question.text, [picture])
-        self.reference.restart(self.bundle.manifest.selection_layer, self.ratio)
+        self.reference.restart(self.bundle.manifest.selection_layer, self.ratio, self.method)
         turn = self.reference.run(prompt, [reference_picture(self.bundle, picture)])
         tokens: list[int] = []
         for _ in range(LONGEST_ANSWER):

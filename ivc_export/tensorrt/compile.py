@@ -6,8 +6,8 @@ since it has no such thing, or another:
 - parsing: Polygraphy prints the parser's reason, where ours is part of an error's sentence;
 - the precisions of TensorRT 8.6's layers and the formats of its inputs and outputs (`fix_precisions`);
 - the compute capability that TensorRT-RTX builds for;
-- timing caches: Polygraphy drops one of another GPU without a word and saves none then, and leaves a file of a lock
-  beside each;
+- files of timing caches: Polygraphy leaves a lock beside each, and goes on without a cache where one of another GPU is
+  given. It sets the cache that it is handed, since TensorRT takes none in the place of the first;
 - the thread and the monitor by which Ctrl-C ends a build;
 - the logger: its last error is the reason in the sentence, where Polygraphy says to look above.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -59,13 +60,15 @@ def compile_graph(
         if weak(trt, options) and options.reduced:  # in float32 there is nothing to choose
             fix_precisions(trt, network, float_types(model))
         shapes = [make_profile(loaders.Profile(), model, extents) for extents in profiles]
-        config = loaders.create_config(builder, network, profiles=shapes, **choices(trt, options))
+        with timed.open("rb") if timed is not None and timed.is_file() else nullcontext() as saved:
+            chosen = choices(trt, options) | {"load_timing_cache": saved}
+            config = loaders.create_config(builder, network, profiles=shapes, **chosen)
         if options.target == "tensorrt-rtx":
             config.num_compute_capabilities = 1
             capability = getattr(trt.ComputeCapability, f"SM{options.compute_capability.replace('.', '')}")
             config.set_compute_capability(capability, 0)
         if timed is not None:
-            use_timings(config, timed.read_bytes() if timed.is_file() else b"")
+            begin_timings(config)
         plan = in_thread(trt, config, progress, lambda: loaders.engine_bytes_from_network((builder, network), config))
     if timed is not None:
         timed.write_bytes(memoryview(config.get_timing_cache().serialize()))
@@ -102,12 +105,10 @@ def choices(trt: Any, options: Options) -> dict[str, Any]:
     return chosen
 
 
-def use_timings(config: Any, saved: bytes) -> None:
-    """Take the timing cache that an earlier build has saved, or a new one where that is of another TensorRT or GPU."""
-    for content in (saved, b""):
-        cache = config.create_timing_cache(content)
-        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
-            return
+def begin_timings(config: Any) -> None:
+    """Begin a timing cache where none was taken, since the saved one is of another TensorRT or GPU."""
+    if config.get_timing_cache() is None:
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
 def in_thread(trt: Any, config: Any, progress: Callable[[str, int, int], None], build: Callable[[], Any]) -> Any:

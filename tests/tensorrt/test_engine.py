@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +22,10 @@ from ivc_export.cli import ivc_build
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.errors import UserError
 from ivc_export.tensorrt import build as engine
+from ivc_export.tensorrt import compile as compiling
 from ivc_export.tensorrt import footprint, graphs
 from ivc_export.tensorrt.build import build
-from ivc_export.tensorrt.compile import use_timings
+from ivc_export.tensorrt.compile import begin_timings
 from ivc_export.tensorrt.footprint import estimate
 from ivc_export.tensorrt.graphs import lowered
 from ivc_export.tensorrt.memory import available_bytes
@@ -47,23 +50,55 @@ def test_each_graph_has_a_timing_cache(bundle: Bundle, tmp_path: Path) -> None:
         assert {path.name for path in (tmp_path / "caches" / "here").iterdir()} == {f"{n}.cache" for n in GRAPH_NAMES}
 
 
-@pytest.mark.parametrize("made", [True, False])
-def test_a_timing_cache_of_another_gpu_is_begun_anew(made: bool) -> None:
+def test_a_timing_cache_of_another_gpu_is_begun_anew() -> None:
     class Config:
-        """TensorRT's, where a foreign cache gives None, or is not taken."""
+        """TensorRT's, which takes one cache, and none of another GPU."""
 
-        taken = None
+        def __init__(self, taken: bytes | None) -> None:
+            self.taken = taken
 
-        def create_timing_cache(self, content: bytes) -> bytes | None:
-            return None if content and not made else content
+        def get_timing_cache(self) -> bytes | None:
+            return self.taken
+
+        def create_timing_cache(self, content: bytes) -> bytes:
+            return content
 
         def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
-            self.taken = None if cache or ignore_mismatch else cache
-            return self.taken is not None
+            assert self.taken is None and not ignore_mismatch
+            self.taken = cache
+            return True
 
-    config = Config()
-    use_timings(config, b"of another GPU")
-    assert config.taken == b""
+    for taken, wanted in ((None, b""), (b"of this GPU", b"of this GPU")):
+        config = Config(taken)
+        begin_timings(config)
+        assert config.taken == wanted
+
+
+def test_a_saved_timing_cache_is_the_first_that_is_set(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT 8.6 takes no other in its place."""
+    recipe, given = replace(RTX, timing_cache=tmp_path), []
+    (tmp_path / "vision.cache").write_bytes(b"saved")
+
+    @contextmanager
+    def loaders(*_: Any) -> Iterator[Any]:
+        class Loaders:
+            def __getattr__(self, name: str) -> Any:
+                return lambda *_, **options: told(options) if name == "create_config" else (None, None)
+
+        yield Loaders()
+
+    def told(options: dict[str, Any]) -> Any:
+        given.append(options["load_timing_cache"].read())
+        raise UserError("enough")
+
+    monkeypatch.setattr(compiling, "polygraphy", loaders)
+    monkeypatch.setattr(compiling, "make_profile", lambda *_: None)
+    monkeypatch.setattr(trt, "OnnxParser", lambda *_: SimpleNamespace(parse_from_file=lambda path: True))
+    with pytest.raises(UserError, match="enough"):
+        build(bundle, recipe)
+    assert given == [b"saved"]
 
 
 def test_a_folder_for_timing_caches_is_checked_first(bundle: Bundle, tmp_path: Path) -> None:

@@ -36,6 +36,26 @@ def gpu() -> dict[str, str] | None:
     return dict(zip(("name", "driver", "memory"), parts, strict=True)) if len(parts) == 3 else None
 
 
+def board(root: Path = Path("/")) -> dict[str, str] | None:
+    """A Jetson's module, its L4T and JetPack versions and power mode, as far as the system says; None elsewhere."""
+    release = root / "etc/nv_tegra_release"
+    if not release.is_file():
+        return None
+    found = {"l4t": release.read_text(encoding="utf-8", errors="replace").partition("\n")[0].strip("# ")}
+    model = root / "proc/device-tree/model"
+    if model.is_file():
+        found["model"] = model.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+    for name, command in (
+        ("jetpack", ["dpkg-query", "--show", "--showformat=${Version}", "nvidia-jetpack"]),
+        ("power_mode", ["nvpmodel", "-q"]),
+    ):
+        if shutil.which(command[0]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0 and done.stdout.strip():
+                found[name] = " ".join(done.stdout.split())
+    return found
+
+
 def processor() -> str:
     """The CPU's name and how many cores this process may use."""
     path = Path("/proc/cpuinfo")
@@ -46,6 +66,14 @@ def processor() -> str:
 
 
 def machine(cuda: bool) -> dict[str, Any]:
-    """All of it. cuda: whether a GPU took part."""
+    """All of it; memory_bytes is the machine's. cuda: whether a GPU took part."""
     load = [round(value, 2) for value in os.getloadavg()]
-    return {"gpu": gpu() if cuda else None, "cpu": processor(), "load_average": load, "versions": versions()}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "gpu": gpu() if cuda else None,
+        "board": board(),
+        "cpu": processor(),
+        "memory_bytes": memory,
+        "load_average": load,
+        "versions": versions(),
+    }

@@ -16,6 +16,7 @@ from ivc_export import __version__
 from ivc_export.bench.baseline import TIMES_FACTOR, compare_times, read_times, report_facts
 from ivc_export.bench.entrants import PEERS, Entrants, check_entrants, open_contestants, report
 from ivc_export.bench.measure import Bench, BenchSettings, Row
+from ivc_export.bench.posting import posted
 from ivc_export.bench.prompts import Prompt, noise_prompt
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, check_output, make_console
@@ -58,6 +59,9 @@ def parser() -> Parser:
     p.add_argument("--rounds", type=int, default=5, help="that medians are taken over (default: 5)")
     p.add_argument("--warmups", type=int, default=2, help="rounds before these (default: 2)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    p.add_argument(
+        "--report", type=Path, metavar="FILE", help="write all figures, the engines' record and no paths, to be posted"
+    )
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw the stages")
     p.add_argument(
         "--baseline", type=Path, metavar="FILE", help="of --json, earlier: fail where a time grew since then"
@@ -99,6 +103,9 @@ def command(arguments: Sequence[str]) -> int:
         content = report(bench, contestants, rows, command)
     if options.json:
         options.json.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    if options.report:
+        text = json.dumps(posted(content, bundle), indent=2, allow_nan=False)
+        options.report.write_text(text + "\n", encoding="utf-8")
     if options.plot:
         from ivc_export.report.stages import plot_stages
 
@@ -126,11 +133,14 @@ def check_outputs(options: argparse.Namespace) -> None:
     Raises:
         UserError: there is such an option.
     """
-    for path in (options.json, options.plot):
+    names: dict[Path, str] = {}
+    for option in ("json", "report", "plot"):
+        path = getattr(options, option)
         if path:
             check_output(path)
-    if options.json and options.plot and options.json.resolve() == options.plot.resolve():
-        raise UserError(f"--json and --plot both name {options.json}: name two files")
+            other = names.setdefault(path.resolve(), option)
+            if other != option:
+                raise UserError(f"--{other} and --{option} both name {path}: name two files")
     if options.plot and options.plot.suffix.lower() != ".png":
         raise UserError(f"{options.plot} does not end in .png: give it that ending")
     if options.plot and importlib.util.find_spec("matplotlib") is None:

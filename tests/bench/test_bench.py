@@ -274,7 +274,8 @@ def test_a_run_beside_pytorch(
 ) -> None:
     report, plot = tmp_path / "bench.json", tmp_path / "bench.png"
     options = [*QUICK, "--visual", "30", "--ratio", "0.5", "--ratio", "0.2", "--against", str(sample_checkpoint)]
-    options = [str(sample_bundle.folder), *options, "--json", str(report), "--plot", str(plot)]
+    post = tmp_path / "post.json"
+    options = [str(sample_bundle.folder), *options, "--json", str(report), "--plot", str(plot), "--report", str(post)]
     monkeypatch.setattr("sys.argv", ["/usr/bin/ivc-bench", *options])
     assert ivc_bench() == 0
     out = capsys.readouterr().out
@@ -283,6 +284,8 @@ def test_a_run_beside_pytorch(
     assert plot.read_bytes().startswith(b"\x89PNG")
     content = json.loads(report.read_text())
     assert content["command"] == shlex.join(["ivc-bench", *options]) and content["versions"]["torch"]
+    for_all = json.loads(post.read_text())
+    assert for_all == content | {"command": for_all["command"], "engines": {}} and "/" not in for_all["command"]
     found = {(one["visual_tokens"], one["side"], one["ratio"]): one for one in content["rows"]}
     ours, peer = ("onnxruntime-cpu", 1.0), ("torch-eager", 1.0)
     assert len(found) == len(content["rows"]) == 2 * 4
@@ -394,6 +397,8 @@ ERRORS = [
     (["--json", "TMP"], "is a folder: name a file in it"),
     (["--plot", "TMP/plot.gif"], "does not end in .png"),
     (["--json", "TMP/plot.png", "--plot", "TMP/plot.png"], "plot.png: name two files"),
+    (["--json", "TMP/a.json", "--report", "TMP/a.json"], "--json and --report both name"),
+    (["--report", "TMP/no/file.json"], "does not exist: make it"),
 ]
 
 

@@ -22,6 +22,7 @@ from tests.native.kernels import (
     check_append,
     check_arbitrary_memory,
     check_gather,
+    check_gather_into,
     check_ties,
     random_case,
 )
@@ -123,10 +124,15 @@ def test_gathering_many_tensors(kernels: Kernels) -> None:
         check_gather(kernels, seed)
 
 
+def test_gathering_into_caches(kernels: Kernels) -> None:
+    for seed in range(5):
+        check_gather_into(kernels, seed)
+
+
 def test_appending_to_caches(kernels: Kernels) -> None:
     for seed in range(5):
         check_append(kernels, seed)
 
 
 def test_the_library_says_its_version(kernels: Kernels, tmp_path: Path) -> None:
-    assert kernels.functions.ivcKernelsVersion() == 1
+    assert kernels.functions.ivcKernelsVersion() == 2

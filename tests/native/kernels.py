@@ -147,7 +147,9 @@ class Kernels:
     def call(self, name: str, *arguments: object) -> None:
         """Call a function on the stream; arrays are given by their addresses."""
         converted = [
-            a if isinstance(a, (int, ctypes.Structure, ctypes.Array)) else ctypes.c_void_p(self.address(a))
+            a
+            if isinstance(a, (int, ctypes.Structure, ctypes.Array, ctypes.c_void_p))
+            else ctypes.c_void_p(self.address(a))
             for a in arguments
         ]
         references = [ctypes.byref(a) if isinstance(a, IvcSelection) else a for a in converted]
@@ -198,6 +200,18 @@ class Kernels:
         rows = [self.rows(s, t, x, 1) for s, t, x in zip(sources, targets, new, strict=True)]
         array, past = (IvcRows * len(rows))(*rows), self.to_device(np.array([past_length], np.int32))
         self.call("ivcAppendRows", array, len(rows), new[0].shape[1], past, caches[0].shape[1])
+        return [self.to_host(target) for target in targets]
+
+    def gather_into(
+        self, caches: Sequence[npt.NDArray[Any]], new: Sequence[npt.NDArray[Any]], keep_index: Ints, past: int | None
+    ) -> list[npt.NDArray[Any]]:
+        """CompactGatherN into caches [heads, capacity, size]: rows `keep_index` of `new`, from row `past` on."""
+        sources, targets = [self.to_device(x) for x in new], [self.to_device(x.copy()) for x in caches]
+        rows = [self.rows(s, t, x, 1) for s, t, x in zip(sources, targets, new, strict=True)]
+        array, keep = (IvcRows * len(rows))(*rows), self.to_device(keep_index)
+        offset = ctypes.c_void_p() if past is None else self.to_device(np.array([past], np.int32))
+        extents = new[0].shape[1], caches[0].shape[1]
+        self.call("ivcCompactGatherInto", array, len(rows), extents[0], keep, len(keep_index), offset, extents[1])
         return [self.to_host(target) for target in targets]
 
     def rows(self, source: Array, target: Array, x: npt.NDArray[Any], axis: int) -> IvcRows:
@@ -251,6 +265,22 @@ def check_append(kernels: Kernels, seed: int) -> None:
         for cache, addition, found in zip(caches, new, kernels.append(caches, new, past), strict=True):
             wanted = cache.copy()
             wanted[:, max(past, 0) : max(past, 0) + fitting] = addition[:, :fitting]
+            np.testing.assert_array_equal(found, wanted)
+
+
+def check_gather_into(kernels: Kernels, seed: int) -> None:
+    """Kept rows land in caches of another capacity; what is outside stays as it was, also where a cache is full."""
+    generator = np.random.default_rng(seed)
+    for past, rows, capacity in ((None, 30, 40), (None, 30, 5), (0, 30, 30), (3, 30, 40), (38, 30, 40), (-1, 30, 40)):
+        keep = np.sort(generator.permutation(rows)[: int(generator.integers(1, rows + 1))]).astype(np.int32)
+        sizes = [int(size) for size in generator.choice([8, 33, 128], 4)]
+        caches = [generator.standard_normal((2, capacity, size)).astype(np.float16) for size in sizes]
+        new = [generator.standard_normal((2, rows, size)).astype(np.float16) for size in sizes]
+        first = past or 0
+        fitting = min(len(keep), capacity - first) if first >= 0 else 0
+        for cache, x, found in zip(caches, new, kernels.gather_into(caches, new, keep, past), strict=True):
+            wanted = cache.copy()
+            wanted[:, max(first, 0) : max(first, 0) + fitting] = x[:, keep[:fitting]]
             np.testing.assert_array_equal(found, wanted)
 
 

@@ -20,6 +20,7 @@ from tests.native.kernels import (
     check_append,
     check_arbitrary_memory,
     check_gather,
+    check_gather_into,
     check_ties,
     random_case,
 )
@@ -100,6 +101,11 @@ def test_indices_out_of_range_do_no_harm(kernels: Kernels) -> None:
 def test_gathering_many_tensors(kernels: Kernels) -> None:
     for seed in range(6):
         check_gather(kernels, seed)
+
+
+def test_gathering_into_caches(kernels: Kernels) -> None:
+    for seed in range(3):
+        check_gather_into(kernels, seed)
 
 
 def test_appending_to_caches(kernels: Kernels) -> None:

@@ -36,7 +36,14 @@ def exports(library: Path) -> str:
 
 def test_kernels_compile_and_link(tmp_path: Path) -> None:
     exported = exports(build(tmp_path, "86"))
-    for name in ("ivcSelectTokens", "ivcTokenScores", "ivcKeptRows", "ivcCompactGather", "ivcAppendRows"):
+    for name in (
+        "ivcSelectTokens",
+        "ivcTokenScores",
+        "ivcKeptRows",
+        "ivcCompactGather",
+        "ivcCompactGatherInto",
+        "ivcAppendRows",
+    ):
         assert f" T {name}\n" in exported
 
 

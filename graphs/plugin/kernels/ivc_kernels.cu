@@ -134,6 +134,16 @@ cudaError_t ivcCompactGather(const IvcRows* tensors, int32_t count, int32_t rows
     return launchRows(c, tensors, count, kept, stream);
 }
 
+cudaError_t ivcCompactGatherInto(const IvcRows* tensors, int32_t count, int32_t rows, const int32_t* keepIndex,
+    int32_t kept, const int32_t* pastLength, int32_t capacity, cudaStream_t stream) {
+    RowCopies c{};
+    c.sourceRows = rows;
+    c.targetRows = capacity;
+    c.gather = keepIndex;
+    c.offset = pastLength;
+    return launchRows(c, tensors, count, kept, stream);
+}
+
 cudaError_t ivcAppendRows(const IvcRows* tensors, int32_t count, int32_t rows, const int32_t* pastLength,
     int32_t capacity, cudaStream_t stream) {
     RowCopies c{};

@@ -18,7 +18,7 @@ extern "C" {
 #define IVC_API __attribute__((visibility("default")))
 
 // Raised when a signature or a structure changes.
-#define IVC_KERNELS_VERSION 1
+#define IVC_KERNELS_VERSION 2
 IVC_API int32_t ivcKernelsVersion(void);
 
 // The number of seeds, as graphs/ops/SelectTokens.onnxtxt counts them.
@@ -48,10 +48,36 @@ IVC_API cudaError_t ivcKeptRows(const IvcSelection* selection, const float* toke
 IVC_API cudaError_t ivcCompactGather(const IvcRows* tensors, int32_t count, int32_t rows, const int32_t* keepIndex,
     int32_t kept, cudaStream_t stream);
 
+// The same into caches: target[:, pastLength + m] = source[:, keepIndex[m]] for m < kept, as far as they have room.
+//   target [outer, capacity, rowBytes]; pastLength int32 [1], read on the device, or null for 0
+IVC_API cudaError_t ivcCompactGatherInto(const IvcRows* tensors, int32_t count, int32_t rows, const int32_t* keepIndex,
+    int32_t kept, const int32_t* pastLength, int32_t capacity, cudaStream_t stream);
+
 // Appends rows to caches: target[:, pastLength + m] = source[:, m] for m < rows, where pastLength + m < capacity.
 //   source [outer, rows, rowBytes]; target [outer, capacity, rowBytes]; pastLength int32 [1], read on the device
 IVC_API cudaError_t ivcAppendRows(const IvcRows* tensors, int32_t count, int32_t rows, const int32_t* pastLength,
     int32_t capacity, cudaStream_t stream);
+
+// Bytes of scratch memory that ivcAttendInPlace needs, from extents alone. It need not be cleared.
+IVC_API size_t ivcAttendWorkspace(const IvcAttention* attention);
+
+// A decoder layer's attention: fresh row r sees rows 0..pastLength-1 of the caches and the fresh rows 0..r.
+//   q [heads, S, headDim], k and v [kvHeads, S, headDim], by their strides; y [S, heads * headDim], without gaps
+//   keyCache, valueCache [kvHeads, P, headDim], without gaps: read, and with IVC_FRESH_APPENDED written at rows
+//     pastLength..pastLength+S-1; they may be null where P is 0. What their rows behind pastLength hold, NaN or
+//     infinity too, has no effect.
+//   pastLength int32 [1], read on the device; clamped to 0..P - S where fresh rows are appended, else to 0..P
+// Where past and present caches are two buffers, copy the past into the present first, and hand over the present.
+IVC_API cudaError_t ivcAttendInPlace(const IvcAttention* attention, const void* q, const void* k, const void* v,
+    void* keyCache, void* valueCache, const int32_t* pastLength, void* y, void* workspace, cudaStream_t stream);
+
+// An encoder layer's attention, within a frame or within a window.
+//   q, k, v [frames, heads, rows, headDim], by their strides
+//   windowOfPlace int32 [rows], -1 where nothing is; null, and not read, where blockSize is 0
+//   y [frames, rows - 2 blockSize, heads * headDim], without gaps; zeros where a place is of no window. What k and v
+//     hold at such places has no effect.
+IVC_API cudaError_t ivcEncodeAttend(const IvcEncoder* encoder, const void* q, const void* k, const void* v,
+    const int32_t* windowOfPlace, void* y, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

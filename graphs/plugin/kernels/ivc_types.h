@@ -35,6 +35,44 @@ typedef struct {
     int32_t rowBytes;  // product of the axes behind it, times the element's size
 } IvcRows;
 
+// Elements between neighbours of a tensor of heads and rows; a row's headDim elements lie side by side. Thereby
+// [heads, rows, headDim], [rows, heads * headDim] and a part of a packed projection are all the same to a kernel.
+// For float16 and bfloat16 tensors each is a multiple of 8, and addresses are multiples of 16 bytes.
+typedef struct {
+    int64_t frame;  // encoders alone
+    int64_t head;
+    int64_t row;
+} IvcStrides;
+
+// What becomes of the fresh keys and values of a decoder layer: they are attended to and left where they are, or
+// written into the caches as well.
+typedef enum { IVC_FRESH_APART = 0, IVC_FRESH_APPENDED = 1 } IvcFresh;
+
+// Extents and attributes of a decoder layer's attention; names as in graphs/README.md.
+typedef struct {
+    int32_t rows;      // S > 0, the fresh rows
+    int32_t capacity;  // P >= 0, the rows of each cache; at least S where fresh rows are appended
+    int32_t heads;     // a multiple of kvHeads
+    int32_t kvHeads;   // > 0
+    int32_t headDim;   // 64 or 128
+    float scale;       // of the products of queries and keys
+    IvcType type;      // of all tensors; products are summed and the softmax is taken in float32
+    IvcFresh fresh;
+    IvcStrides q, k, v;
+} IvcAttention;
+
+// Extents and attributes of an encoder layer's attention.
+typedef struct {
+    int32_t frames;   // > 0
+    int32_t heads;    // > 0
+    int32_t rows;     // > 0, of a frame; with windows, its places
+    int32_t headDim;  // 64, 72, 80 or 128
+    float scale;
+    IvcType type;
+    int32_t blockSize;  // > 0: windows as in graphs/ops/WindowAttention.onnxtxt; 0: a row sees all rows of its frame
+    IvcStrides q, k, v;
+} IvcEncoder;
+
 // Tensors that one launch takes; more need one launch for each so many.
 #define IVC_ROWS_PER_LAUNCH 128
 

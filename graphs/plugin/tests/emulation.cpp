@@ -106,6 +106,16 @@ int ivcCompactGather(const IvcRows* tensors, int32_t count, int32_t rows, const 
     return copy(c, tensors, count, kept, backwards != 0);
 }
 
+int ivcCompactGatherInto(const IvcRows* tensors, int32_t count, int32_t rows, const int32_t* keepIndex, int32_t kept,
+    const int32_t* pastLength, int32_t capacity, size_t backwards) {
+    RowCopies c{};
+    c.sourceRows = rows;
+    c.targetRows = capacity;
+    c.gather = keepIndex;
+    c.offset = pastLength;
+    return copy(c, tensors, count, kept, backwards != 0);
+}
+
 int ivcAppendRows(const IvcRows* tensors, int32_t count, int32_t rows, const int32_t* pastLength, int32_t capacity,
     size_t backwards) {
     RowCopies c{};

@@ -74,6 +74,12 @@ class Tensors:
             )
             for name, value in zip(node.output, found, strict=True):
                 self.know(name, np.asarray(value))
+        elif node.op_type == "MatMulNBits":
+            columns = next(attribute.i for attribute in node.attribute if attribute.name == "N")
+            kind = self.types[inputs[0]].tensor_type.elem_type
+            self.types[node.output[0]] = onnx.helper.make_tensor_type_proto(
+                kind, [*self.shape(inputs[0])[:-1], columns]
+            )
         elif not node.domain:
             data = {name: onnx.numpy_helper.from_array(self.values[name]) for name in inputs if name in self.values}
             inferred = onnx.shape_inference.infer_node_outputs(
@@ -115,7 +121,7 @@ def count(
 
 def flops_of(node: onnx.NodeProto, tensors: Tensors) -> int:
     """Two for each multiply-add of a matrix product, whose left side is never transposed; 0 for other operators."""
-    if node.op_type not in ("MatMul", "Gemm"):
+    if node.op_type not in ("MatMul", "MatMulNBits", "Gemm"):
         return 0
     flops = 2 * math.prod(tensors.shape(node.output[0])) * tensors.shape(node.input[0])[-1]
     assert flops > 0, f"{node.name}: the shapes of a product are unknown"

@@ -16,6 +16,8 @@ RESULTS: Mapping[str, ResultTypes] = {
     "CausalMask": (ir.DataType.BOOL,),
     "CompactGather": 0,
     "EncoderAttention": 0,
+    "LinearNBits": 0,
+    "LinearNBitsZeroPoints": 0,
     "RMSNorm": 1,
     "Rotate": 0,
     "SelectTileTokens": (ir.DataType.INT32, ir.DataType.FLOAT, ir.DataType.INT32),
@@ -25,6 +27,10 @@ RESULTS: Mapping[str, ResultTypes] = {
     "WindowAttention": 0,
 }
 """Types of each function's outputs: those written out, or that of the input of this number."""
+
+
+PACKED_LINEARS = frozenset(("LinearNBits", "LinearNBitsZeroPoints"))
+"""Linear layers whose weights are packed integers."""
 
 
 @cache

@@ -24,6 +24,7 @@ from ivc_export.lowering.onnxruntime.projections import PackProjectionsPass
 from ivc_export.lowering.onnxruntime.rotate_in_attention import RotateInAttentionPass
 from ivc_export.lowering.onnxruntime.write_caches import WriteCachesPass
 from ivc_export.lowering.precision.scale_residuals import SCALE, ScaleResidualsPass
+from ivc_export.lowering.tensorrt.dequantise import DequantiseWeightsPass
 from ivc_export.lowering.tensorrt.plugin import UsePluginPass
 
 Passes = Sequence[ir.passes.PassBase]
@@ -103,7 +104,7 @@ def fused(*more: ir.passes.PassBase) -> Passes:
 SELECTION = frozenset(("SelectTokens", "SelectTileTokens", "CompactGather"))
 FUSED_OPERATORS: Operators = frozenset(
     [("", "SimplifiedLayerNormalization")]
-    + [("com.microsoft", op) for op in ("GroupQueryAttention", "MultiHeadAttention", "RotaryEmbedding")]
+    + [("com.microsoft", op) for op in ("GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "RotaryEmbedding")]
     + [("com.microsoft", op) for op in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "QuickGelu")]
 )
 
@@ -111,9 +112,9 @@ LOWERINGS: dict[str, Lowering] = {
     # keeps ivc functions and their bodies: onnxruntime inlines them
     "portable": Lowering(passes=lambda: (), functions=frozenset(RESULTS), exported=True),
     # standard operators only: any TensorRT, no plugin
-    "native": Lowering(passes=lambda: (InlinePass(),), exported=True),
+    "native": Lowering(passes=lambda: (DequantiseWeightsPass(), InlinePass()), exported=True),
     # nodes without bodies: TensorRT with our plugin library
-    "plugin": Lowering(passes=lambda: (UsePluginPass(),), functions=PLUGIN_OPERATORS),
+    "plugin": Lowering(passes=lambda: (DequantiseWeightsPass(), UsePluginPass()), functions=PLUGIN_OPERATORS),
     "ort-cuda": Lowering(
         passes=fused, functions=SELECTION, operators=FUSED_OPERATORS, io=in_place_info, hidden_scale=SCALE
     ),

@@ -98,6 +98,8 @@ class Constants:
 def inline(graph: ir.Graph, call: ir.Node, body: ir.Function, types: Types, constants: Constants) -> None:
     """Put the nodes of `body` in the place of `call`."""
     values: dict[ir.Value, ir.Value | None] = dict(zip(body.inputs, call.inputs, strict=True))
+    for domain, version in body.opset_imports.items():
+        graph.opset_imports.setdefault(domain, version)
     for node in body:
         name = f"{call.name}/{node.outputs[0].name}"
         inputs = [None if value is None else values[value] for value in node.inputs]

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 
 from ivc_export.contract.names import IR_VERSION, IVC_DOMAIN, OPSET
-from ivc_export.contract.operators import BODY_OPERATORS
+from ivc_export.contract.operators import BODY_CONTRIB, BODY_OPERATORS
 from ivc_export.graph.functions import RESULTS, function
 from ivc_export.lowering.inline import InlinePass
 from ivc_export.lowering.types import types_of
@@ -45,7 +45,9 @@ def run(name: str, inputs: Mapping[str, Array], **attributes: Any) -> Array:
         model = model_of(name, inputs, 1, **attributes)
         if inlined:
             model = InlinePass()(model).model
-            assert not model.functions and all(node.op_type in BODY_OPERATORS - {"CastLike"} for node in model.graph)
+            known = {("", op) for op in BODY_OPERATORS - {"CastLike"}} | BODY_CONTRIB
+            assert not model.functions and all((node.domain, node.op_type) in known for node in model.graph)
+            assert {node.domain for node in model.graph} <= model.opset_imports.keys()
         content = ir.to_proto(model).SerializeToString()
         onnx.shape_inference.infer_shapes(onnx.load_from_string(content), check_type=True, strict_mode=True)
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -208,3 +210,31 @@ def test_types_of_functions_are_those_that_onnx_infers() -> None:
     model = model_of("EncoderAttention", inputs, 1, scale=0.4, heads=2, head_dim=8)
     assert types_of(model.graph)[model.graph.outputs[0]] == ir.DataType.FLOAT16
     assert set(RESULTS) == {path.stem for path in (Path(__file__).parents[2] / "graphs" / "ops").glob("*.onnxtxt")}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "block", "features"), [(4, 16, 32), (4, 32, 72), (4, 128, 128), (8, 64, 200), (8, 16, 24)]
+)
+def test_linear_n_bits(bits: int, block: int, features: int, zero_points: bool, dtype: str) -> None:
+    """Also where the last block is short, where the number of blocks is odd, and where q - z leaves 4 signed bits."""
+    random, out, blocks = np.random.default_rng(0), 7, -(-features // block)
+    stored = random.integers(0, 1 << bits, (out, blocks, block), np.uint8)
+    zeros = random.integers(0, 1 << bits, (out, blocks), np.uint8)
+    stored[0, 0, :2], stored[1, 0, :2], zeros[:2, 0] = 0, (1 << bits) - 1, [(1 << bits) - 1, 0]
+    scales = random.uniform(0.01, 0.1, (out, blocks)).astype(dtype)
+    zero = zeros if zero_points else np.full_like(zeros, 1 << (bits - 1))
+    weight = (stored.astype(np.float64) - zero[..., None].astype(np.float64)) * scales[..., None].astype(np.float64)
+    x = normal((3, features), dtype, 1)
+    wanted = x.astype(np.float64) @ weight.reshape(out, -1)[:, :features].T
+
+    def packed(values: Array) -> Array:
+        values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, values.shape[-1] % 2)])
+        return values if bits == 8 else values[..., ::2] + 16 * values[..., 1::2]
+
+    inputs = {"x": x, "packed": packed(stored), "scales": scales}
+    name = "LinearNBits"
+    if zero_points:
+        name, inputs = "LinearNBitsZeroPoints", inputs | {"zero_points": packed(zeros)[:, : -(-blocks * bits // 8)]}
+    check(run(name, inputs, bits=bits, block_size=block, K=features, N=out), wanted, dtype)

@@ -9,11 +9,15 @@ import onnx_ir as ir
 from ivc_export.contract.graphs import RESIDUALS
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.errors import UserError
+from ivc_export.graph.functions import PACKED_LINEARS
 from ivc_export.lowering.edit import Editor, made_by
 from ivc_export.lowering.precision.widen_residuals import CARRIERS
 
 SCALE = 2.0**-4
 """Of the residual stream; sums may then reach 16 * 65504. Embeddings, 0.01 to 0.1 in size, stay normal numbers."""
+
+LINEAR = frozenset((("", "Add"), *((IVC_DOMAIN, name) for name in PACKED_LINEARS)))
+"""What is scaled by scaling what it is given: a packed product has no alpha, and its scales would lose bits."""
 
 NORMS = frozenset(("LayerNormalization", "RMSNorm"))
 
@@ -27,7 +31,8 @@ class ScaleResidualsPass(ir.passes.InPlacePass):
     1. Needs: a portable graph. The stream begins at `inputs_embeds` or `hidden_states`, and goes through sums; only
        norms and what hands values on read it. A graph without such an input stays as it is.
     2. Leaves: embeddings scaled where the stream begins; what is added to it scaled, products by their `alpha` and
-       `beta`, before they are rounded; `hidden_states` between the graphs at SCALE; everything else as it was.
+       `beta`, or by what they are given, before they are rounded; `hidden_states` between the graphs at SCALE;
+       everything else as it was.
 
     Raises:
         UserError: the stream is read in another way, which would give wrong numbers.
@@ -91,11 +96,17 @@ def follow(edit: Editor, node: ir.Node, stream: set[ir.Value]) -> bool:
 
 def scale_addend(edit: Editor, total: ir.Node, index: int, value: ir.Value) -> None:
     """Scale what is added to the stream: in a product that nothing else reads, or behind it."""
-    product = made_by(value, "Gemm")
-    if product is not None and len(value.uses()) == 1 and not value.is_graph_output():
+    node = value.producer() if len(value.uses()) == 1 and not value.is_graph_output() else None
+    if made_by(value, "Gemm") is node is not None:
         for name in ("alpha", "beta"):  # of x W^T and of the bias
-            given = product.attributes.get(name)
-            product.attributes[name] = ir.AttrFloat32(name, SCALE * (given.as_float() if given else 1.0))
+            given = node.attributes.get(name)
+            node.attributes[name] = ir.AttrFloat32(name, SCALE * (given.as_float() if given else 1.0))
+        return
+    if node is not None and (node.domain, node.op_type) in LINEAR:
+        addends = node.inputs if node.op_type == "Add" else node.inputs[:1]
+        for number, addend in enumerate(addends):
+            assert addend is not None
+            scale_addend(edit, node, number, addend)
         return
     dtype = next(value.dtype for value in edit.graph.inputs if value.name in RESIDUALS)
     assert dtype is not None

@@ -241,6 +241,10 @@ class StoredLayer(Frozen):
     format: str = Field(default="float", pattern="^[a-z0-9-]{1,40}$")
 
 
+Blanks = Literal["none", "newlines", "blanks"]
+"""What is stripped from an end of a text: nothing, newlines, or all that Python's str.strip strips."""
+
+
 class Segment(Frozen):
     """What the chat template writes before and behind something."""
 
@@ -248,10 +252,49 @@ class Segment(Frozen):
     behind: str
 
 
-class ChatSegments(Frozen):
-    """A chat template without Jinja: what stands before and behind each part of a conversation."""
+class Spoken(Segment):
+    """A text in a conversation: what is stripped from its ends, and what is then written before and behind it."""
 
-    segments: dict[Literal["system", "user", "picture", "assistant"], Segment]
+    left: Blanks = "none"
+    right: Blanks = "none"
+
+
+class PastAnswer(Spoken):
+    """An earlier answer: where it holds `thinking_end`, all up to the last one is dropped first."""
+
+    thinking_end: str | None = None
+    thinking_left: Blanks = "none"
+    """What is then stripped from the left of what remains."""
+
+
+class PictureText(Frozen):
+    """What stands for a picture."""
+
+    text: str
+    line: str
+    """Written behind a picture that no text of its message precedes, but where the next part is a text that begins with
+    it."""
+    first: bool
+    """Whether pictures come before all texts of their message, wherever they stand in it."""
+
+
+class ChatSegments(Frozen):
+    """A chat template without Jinja: a conversation is these texts, and what was said, one behind the other.
+
+    That is `begin` around the system message, or `begin_without_system`; `first_user` around the parts of the user's
+    first message, `user` around those of later ones, `text` around each text of them; `assistant_past` around each
+    answer; and behind the last message `assistant_open`.
+    """
+
+    begin: Spoken | None
+    """None where the template takes no system message."""
+    begin_without_system: str
+    first_user: Segment
+    user: Segment
+    text: Spoken
+    picture: PictureText
+    assistant_open: str
+    assistant_past: PastAnswer
 
 
 class Manifest(Frozen):

@@ -236,6 +236,7 @@ def make_manifest(
             file=f"{FOLDER}/{embedding.file.name}", offset=embedding.offset, dtype=weights.dtype, shape=shape
         ),
         weights=files,
+        chat=configuration.prompts.segments,
         weight_formats={layer: StoredLayer(format=one.name) for layer, one in sorted(weights.formats.items())},
         versions={"ivc-export": __version__, "onnx": version("onnx"), "onnx-ir": version("onnx-ir")},
     )

@@ -11,11 +11,11 @@ import PIL.Image
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Visual
 from ivc_export.runtime.interface import Conversation, Session, Step, check_numbers
-from ivc_export.runtime.processor import Processor, parts_message, placed
+from ivc_export.runtime.processor import Processor, placed
 from ivc_export.selection.method import IVC_PRUNE, Method
 from ivc_export.text.sampling import GREEDY, Sampler
 from ivc_export.text.sampling import Sampling as Sampling
-from ivc_export.text.template import Message
+from ivc_export.text.template import Message, answer_message, parts_message
 
 Part = str | Path | PIL.Image.Image
 """Of a question: text, or a picture."""
@@ -152,7 +152,7 @@ class Chat:
             yield from self.processor.stream(self._record(drawn))
         finally:  # also where the caller stops listening
             answer = self.processor.decode(self.tokens)
-            self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+            self.messages = [*messages, answer_message(answer)]
             self._prompt, self._answer = rendered, answer
 
     def _added(self, rendered: str) -> str:

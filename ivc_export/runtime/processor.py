@@ -16,7 +16,7 @@ from ivc_export.errors import UserError
 from ivc_export.families.pictures import Grid, Visual
 from ivc_export.files import read_object, read_text
 from ivc_export.runtime.pictures import open_picture
-from ivc_export.text.template import ChatTemplate, Message
+from ivc_export.text.template import ChatTemplate, Message, parts_message
 from ivc_export.text.tokenizer import read_tokenizer
 
 T = TypeVar("T")
@@ -97,15 +97,7 @@ class Processor:
         Raises:
             UserError: it takes none.
         """
-        for content in ([{"type": "text", "text": text}], text):
-            message: Message = {"role": "system", "content": content}
-            try:
-                rendered = self.render([message, user_message("?", 0)])
-            except UserError:  # it takes the other form, or none
-                continue
-            if text.strip() in rendered and "{'type'" not in rendered:
-                return message
-        raise UserError("the chat template of this bundle takes no system message: leave it out")
+        return self.template.system_message(text)
 
     def check_places(self, message: Message, rendered: str) -> None:
         """Check that a template left a message's pictures where they are in its text.
@@ -200,9 +192,3 @@ def placed(text: str, pictures: Sequence[T]) -> list[str | T]:
 def user_message(text: str, pictures: int) -> Message:
     """A user's message about so many pictures, which stand at the text's `<image>` marks, or first; see placed."""
     return parts_message(placed(text, [None] * pictures))
-
-
-def parts_message(parts: Iterable[object]) -> Message:
-    """A user's message in the form that chat templates take: texts, and pictures for all else."""
-    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
-    return {"role": "user", "content": content}

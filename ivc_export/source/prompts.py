@@ -10,11 +10,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ivc_export.checkpoint.folder import Checkpoint
-from ivc_export.contract.manifest import SpecialTokens
+from ivc_export.contract.manifest import ChatSegments, SpecialTokens
 from ivc_export.contract.names import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from ivc_export.errors import UserError
 from ivc_export.families.family import Family, Model
 from ivc_export.text.sampling import GENERATION_CONFIG, greedy_note
+from ivc_export.text.segments import UnfitError, find_segments
 from ivc_export.text.template import ChatTemplate, Message
 from ivc_export.text.tokenizer import ADVICE, CheckpointTokenizer, checkpoint_tokenizer, tokenizer_config
 
@@ -28,14 +29,15 @@ ANSWER = "An answer"
 class Prompts:
     """What makes prompts of conversations.
 
-    tokenizer: None of a checkpoint that has none. tokenizer_config: empty if there is none. notes: what the user
-    should know, a sentence each.
+    tokenizer: None of a checkpoint that has none. tokenizer_config: empty if there is none. segments: what the template
+    writes, for programs without Jinja, if segments can say it. notes: what the user should know, a sentence each.
     """
 
     tokenizer: CheckpointTokenizer | None
     tokenizer_config: Mapping[str, Any]
     tokens: SpecialTokens
     chat_template: str
+    segments: ChatSegments | None
     notes: tuple[str, ...]
 
 
@@ -74,8 +76,20 @@ def read_prompts(checkpoint: Checkpoint, family: Family, model: Model) -> Prompt
     if found is not None:
         check_texts(tokens, family, found.tokenizer, checkpoint)
         check_shows_pictures(template, tokens.image, found.tokenizer, checkpoint)
-    note = greedy_note(checkpoint.json(GENERATION_CONFIG) or {})
-    return Prompts(found, config, tokens, source, (*notes, *([note] if note else [])))
+    segments, unfit = segments_of(template, source)
+    more = (greedy_note(checkpoint.json(GENERATION_CONFIG) or {}), unfit)
+    return Prompts(found, config, tokens, source, segments, (*notes, *(note for note in more if note)))
+
+
+def segments_of(template: ChatTemplate, source: str) -> tuple[ChatSegments | None, str | None]:
+    """The template's segments, or a sentence that says why there are none."""
+    try:
+        return find_segments(template, source), None
+    except UnfitError as error:
+        return None, (
+            f"the chat template takes Jinja to fill ({error}): programs in C++ take conversations that are rendered "
+            "already"
+        )
 
 
 def either(stated: int | None, text: str | None, tokenizer: Tokenizer | None) -> int | None:

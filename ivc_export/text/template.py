@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -69,6 +69,33 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is a program
             raise UserError(f"the chat template cannot render the conversation ({error})") from error
+
+    def system_message(self, text: str) -> Message:
+        """A system message, in the form that the template takes.
+
+        Raises:
+            UserError: it takes none.
+        """
+        for content in ([{"type": "text", "text": text}], text):
+            message: Message = {"role": "system", "content": content}
+            try:
+                rendered = self.render([message, parts_message(["?"])])
+            except UserError:  # it takes the other form, or none
+                continue
+            if text.strip() in rendered and "{'type'" not in rendered:
+                return message
+        raise UserError("the chat template of this bundle takes no system message: leave it out")
+
+
+def parts_message(parts: Iterable[object]) -> Message:
+    """A user's message in the form that chat templates take: texts, and pictures for all else."""
+    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+    return {"role": "user", "content": content}
+
+
+def answer_message(text: str) -> Message:
+    """What the assistant said, in the form that chat templates take."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -101,14 +101,24 @@ class Golden:
         return len(self.data["keep_indices"]) - len(self.tokens) + int(self.data["visual_len"])
 
     @property
+    def cache_lengths(self) -> list[int]:
+        """Rows of each layer's pruned cache: before the first decode step, where the official code prunes only then."""
+        lazy = self.data.get("pruned_first_decode_kv_lengths")
+        return (self.data["prefill_kv_lengths"] if lazy is None else lazy - 1).tolist()  # type: ignore[no-any-return]
+
+    @property
     def picture(self) -> Visual:
+        token = int(self.data["input_ids"][0, self.data["visual_start"]])
+        if "aspect_ratio" in self.data:  # tiles
+            columns, rows = (16 * int(tiles) for tiles in self.data["aspect_ratio"])
+            return Visual({"pixel_values": self.data["pixel_values"]}, Grid(rows, columns, 16), token)
         if "image_grid_thw" not in self.data:  # of fixed size
             side = math.isqrt(int(self.data["visual_len"]))
-            return Visual({"pixel_values": self.data["pixel_values"]}, Grid(side, side), 503)
+            return Visual({"pixel_values": self.data["pixel_values"]}, Grid(side, side), token)
         _, rows, columns = (int(x) for x in self.data["image_grid_thw"][0])
         grid = Grid(rows // 2, columns // 2)
         inputs = {"pixel_values": self.data["pixel_values"][None], "patch_position": patch_positions(grid)}
-        return Visual(inputs, grid, 503)
+        return Visual(inputs, grid, token)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -55,6 +55,7 @@ ONLY = {
     "patches": "; encoders of any picture size",
     "tiles": "; encoders of fixed size",
     "tile rule": "; rules with tiles",
+    "unnormed-values": "; rules whose `scored` is `unnormed-values`",
 }
 
 

@@ -19,16 +19,17 @@ import torch
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.contract.calibration import ENOUGH, Calibration, MeasuredDecoder, Rival, Trial, propose
+from ivc_export.contract.manifest import Manifest, Scored
 from ivc_export.contract.names import GRAPH_NAMES
 from ivc_export.errors import UserError
 from ivc_export.exporter.estimate import Size, estimate_recipe
-from ivc_export.exporter.pipeline import copy_processor_files, make_manifest
+from ivc_export.exporter.pipeline import copy_processor_files, make_manifest, scored_as_asked
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.files import read_json
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.processor import Processor
 from ivc_export.selection.method import IVC_PRUNE, Method
-from ivc_export.source.configuration import read_configuration
+from ivc_export.source.configuration import read_configuration, read_description, read_model
 from ivc_export.source.hub import open_checkpoint
 from ivc_export.verify.oracle import reference_layout, reference_picture
 from ivc_export.verify.reference import Reference, ReferencePicture
@@ -79,11 +80,18 @@ def layers_to_try(count: int) -> list[int]:
     return sorted({round(first + i * (last - first) / (MOST_LAYERS - 1)) for i in range(MOST_LAYERS)})
 
 
+def other_scored(checkpoint: Checkpoint, m: Manifest) -> list[Scored]:
+    """What else visual tokens could be scored by, where there is a choice to judge: not only the layer's values."""
+    own: Scored = read_model(checkpoint)[1].selection.scored
+    both = dict.fromkeys((m.selection.scored, own, "values"))
+    return [scored for scored in both if scored != m.selection.scored]
+
+
 @contextmanager
-def prompt_bundle(checkpoint: Checkpoint) -> Iterator[Bundle]:
-    """A bundle without graphs and weights: what prompts and pictures are prepared by."""
-    recipe = ExportRecipe(checkpoint.folder, Path("unused"))
-    configuration = read_configuration(checkpoint)
+def prompt_bundle(checkpoint: Checkpoint, scored: Scored | None = None) -> Iterator[Bundle]:
+    """A bundle without graphs and weights: what prompts and pictures are prepared by, and how tokens are scored."""
+    recipe = ExportRecipe(checkpoint.folder, Path("unused"), scored=scored)
+    configuration = read_configuration(checkpoint, scored_as_asked(recipe, read_description(checkpoint)))
     configuration.weights.check_floats(checkpoint.place)
     with tempfile.TemporaryDirectory() as folder:
         copy_processor_files(checkpoint, configuration, Path(folder))
@@ -101,32 +109,40 @@ def calibrate(
     progress: Callable[[int, int], None] = lambda done, total: None,
     method: Method = IVC_PRUNE,
     compare: Compare = "proposed",
+    scored: Scored | None = None,
 ) -> Calibration:
     """Propose a layer at the first of `ratios`, and compare the method there with RIVALS.
+
+    Where the family or `scored` names anything but the layer's values, the method is compared with itself, scoring the
+    one of both that the trials do not, too.
 
     Each example is answered greedily without pruning, up to `tokens` tokens; then the same tokens are run through the
     model pruned at each layer and ratio, and its distributions compared. All in float32 on the CPU.
 
     layers: those to try; None takes `layers_to_try`. progress: called with the runs done and their total. method: how
-    tokens are chosen. compare: at which layers with others, always at the first ratio.
+    tokens are chosen. compare: at which layers with others, always at the first ratio. scored: what visual tokens are
+    scored by, None for what the family says.
 
     Raises:
-        UserError: the checkpoint cannot be loaded, or a layer, ratio or example is out of range.
+        UserError: the checkpoint cannot be loaded, or its layers do not give what is to be scored, or a layer, ratio or
+            example is out of range.
     """
     checkpoint = open_checkpoint(model)
-    with prompt_bundle(checkpoint) as bundle:
+    with prompt_bundle(checkpoint, scored) as bundle:
         m = bundle.manifest
         tried = sorted(set(layers)) if layers else layers_to_try(m.decoder.layers)
         if not 1 <= tried[0] <= tried[-1] < m.decoder.layers:
             raise UserError(
                 f"layers {tried[0]} to {tried[-1]} are out of range: this model's are 1 to {m.decoder.layers - 1}"
             )
-        cases = [Case(ratio, layer, method) for ratio in ratios for layer in tried]
+        cases = [Case(ratio, layer, method, m.selection.scored) for ratio in ratios for layer in tried]
         if missing := bundle.missing_processor_files():
             raise UserError(f"the checkpoint has no {' and no '.join(missing)}: prompts cannot be read without")
         processor = Processor(bundle)
         reference = Reference(checkpoint.folder, 1, 1.0, m.selection, reference_layout(bundle, checkpoint.folder))
-        rivals = [rival for rival in RIVALS if rival.name != method.name]
+        rivals: list[tuple[Method, Scored]]
+        rivals = [(rival, m.selection.scored) for rival in RIVALS if rival.name != method.name]
+        rivals += [(method, other) for other in other_scored(checkpoint, m)]
         beside = {"none": 0, "proposed": 1, "all": len(tried)}[compare] * len(rivals)
         runs = len(examples) * (1 + len(cases) + (1 + beside if beside else 0))
         steps = itertools.count(1)
@@ -151,11 +167,11 @@ def calibrate(
         sizes = sorted((Size(*example.picture.size) for example in examples), key=math.prod)
         size = sizes[len(sizes) // 2]
         trials = []
-        for i, (ratio, layer, _) in enumerate(cases):
+        for i, (ratio, layer, *_) in enumerate(cases):
             own = answers[i]
             before = answers[i - 1] if layer != tried[0] else []
             overlaps = [len(a.kept & b.kept) / len(a.kept | b.kept) for a, b in zip(own, before, strict=False)]
-            recipe = ExportRecipe(checkpoint.folder, Path("unused"), ratio, layer)
+            recipe = ExportRecipe(checkpoint.folder, Path("unused"), ratio, layer, scored=m.selection.scored)
             (cost,) = estimate_recipe(recipe, [size]).pictures
             trials.append(
                 Trial(
@@ -169,7 +185,7 @@ def calibrate(
             )
         layer = propose(trials, ratios[0], enough)
         compared_layers = {"none": [], "proposed": [layer], "all": tried}[compare] if rivals else []
-        other_cases = [Case(ratios[0], at, rival) for at in compared_layers for rival in rivals]
+        other_cases = [Case(ratios[0], at, *rival) for at in compared_layers for rival in rivals]
         other_answers = measure(other_cases) if other_cases else []
         return Calibration(
             family=m.family,
@@ -180,7 +196,8 @@ def calibrate(
             method=method.name,
             method_seed=method.seed if method.record.drawn else None,
             trials=tuple(trials),
-            rivals=tuple(gather(other_cases, other_answers)),
+            scored=scored,
+            rivals=tuple(gather(other_cases, other_answers, m.selection.scored)),
             versions={name: version(name) for name in ("ivc-export", "torch", "transformers")},
         )
 
@@ -191,6 +208,7 @@ class Case(NamedTuple):
     ratio: float
     layer: int
     method: Method = IVC_PRUNE
+    scored: Scored = "values"
 
 
 @dataclass(frozen=True)
@@ -212,16 +230,17 @@ def same_part(answers: Sequence[Compared]) -> float:
     return sum(answer.same for answer in answers) / len(answers)
 
 
-def gather(cases: Sequence[Case], answers: Sequence[Sequence[Compared]]) -> Iterator[Rival]:
-    """One figure for all draws of a method at a layer and ratio. answers: of each case."""
-    groups: dict[tuple[str, int, float], list[Sequence[Compared]]] = {}
+def gather(cases: Sequence[Case], answers: Sequence[Sequence[Compared]], scored: Scored = "values") -> Iterator[Rival]:
+    """One figure for all draws of a method at a layer and ratio. answers: of each case. scored: by the trials."""
+    groups: dict[tuple[str, Scored, int, float], list[Sequence[Compared]]] = {}
     for case, own in zip(cases, answers, strict=True):
-        groups.setdefault((case.method.name, case.layer, case.ratio), []).append(own)
-    for (name, layer, ratio), draws in groups.items():
+        groups.setdefault((case.method.name, case.scored, case.layer, case.ratio), []).append(own)
+    for (name, by, layer, ratio), draws in groups.items():
         parts = [[figure(own) for own in draws] for figure in (mean_divergence, same_part)]
         spreads = [statistics.stdev(part) if len(part) > 1 else 0.0 for part in parts]
         yield Rival(
             method=name,
+            scored=None if by == scored else by,
             layer=layer,
             ratio=ratio,
             draws=len(draws),
@@ -248,7 +267,7 @@ class Drawn:
         image_token: int,
     ) -> Compared:
         """Run the same tokens with pruning."""
-        reference.restart(case.layer, case.ratio, case.method.name, case.method.seed)
+        reference.restart(case.layer, case.ratio, case.method.name, case.method.seed, case.scored)
         turn = reference.run(prompt, [picture])
         kept = frozenset(row for row in turn.keep_index.tolist() if prompt[row] == image_token)
         logits = [turn.logits, *(reference.run([token]).logits for token in self.tokens[:-1])]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ivc_export import __version__
 from ivc_export.cli import Parser, check_output, make_console
-from ivc_export.cli.methods import add_method_options, given_method
+from ivc_export.cli.methods import SCORED_HELP, add_method_options, given_method
 from ivc_export.contract.calibration import ENOUGH, Calibration, verdict
+from ivc_export.contract.manifest import Scored
 from ivc_export.contract.ratio import check_ratio
 from ivc_export.errors import UserError
 
@@ -36,6 +38,7 @@ def parser() -> Parser:
         "--agreement", type=float, default=ENOUGH, help=f"part of the answers that must not change (default: {ENOUGH})"
     )
     add_method_options(p)
+    p.add_argument("--scored", choices=get_args(Scored), help=SCORED_HELP)
     p.add_argument(
         "--compare",
         choices=("proposed", "all", "none"),
@@ -88,6 +91,7 @@ def command(arguments: Sequence[str]) -> int:
             lambda done, total: bars.update(task, completed=done, total=total),
             method,
             options.compare,
+            options.scored,
         )
     options.output.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
     plot_calibration(found, plot)
@@ -141,7 +145,7 @@ def rivals_table(found: Calibration) -> Table:
             if rival.draws > 1:
                 divergence = f"{rival.divergence:.4f} ± {rival.divergence_spread:.4f}"
                 agreement = f"{rival.agreement:.1%} ± {rival.agreement_spread:.1%}"
-                shown.add_row(f"{rival.layer}", f"{rival.method}, {rival.draws} draws", divergence, agreement)
+                shown.add_row(f"{rival.layer}", f"{rival.name}, {rival.draws} draws", divergence, agreement)
             else:
-                shown.add_row(f"{rival.layer}", rival.method, f"{rival.divergence:.4f}", f"{rival.agreement:.1%}")
+                shown.add_row(f"{rival.layer}", rival.name, f"{rival.divergence:.4f}", f"{rival.agreement:.1%}")
     return shown

@@ -20,6 +20,8 @@ from rich.table import Table
 from ivc_export import __version__
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, make_console
+from ivc_export.cli.methods import SCORED_HELP
+from ivc_export.contract.manifest import Scored
 from ivc_export.contract.names import GRAPH_NAMES, PREPROCESSOR
 from ivc_export.dtypes import long_name
 from ivc_export.errors import UserError
@@ -42,6 +44,7 @@ def parser() -> Parser:
     p.add_argument("--ratio", type=float, help="default fraction of visual tokens kept (default: the family's)")
     p.add_argument("--layer", type=int, help="layers below this one see every token (default: the family's)")
     p.add_argument("--calibration", type=Path, metavar="FILE", help="take the layer that ivc-calibrate found")
+    p.add_argument("--scored", choices=get_args(Scored), help=SCORED_HELP)
     p.add_argument("--max-visual", type=int, default=1280, help="visual tokens a picture at most (default: 1280)")
     p.add_argument(
         "--dtype",
@@ -100,6 +103,7 @@ def command(arguments: Sequence[str]) -> int:
         lowering=options.lowering,
         testdata=options.testdata,
         calibration=options.calibration,
+        scored=options.scored,
     )
     console = make_console(quiet=options.quiet or options.json)
     if console.quiet:

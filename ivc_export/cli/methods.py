@@ -7,6 +7,11 @@ import argparse
 from ivc_export.errors import UserError
 from ivc_export.selection.method import METHODS, Method
 
+SCORED_HELP = (
+    "what visual tokens are scored by: values of layer k-1 as it caches them, or unnormed-values, made of rows without "
+    "the norm before it (default: as the official code does)"
+)
+
 
 def add_method_options(p: argparse.ArgumentParser) -> None:
     """Add --method and --method-seed; their default is None, so that a command can tell whether they were given."""

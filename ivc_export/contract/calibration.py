@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from ivc_export.contract.manifest import Scored
 from ivc_export.contract.records import Frozen, Seed, Width, first_problem
 from ivc_export.errors import UserError
 from ivc_export.files import read_json
@@ -36,12 +37,14 @@ class Trial(Frozen):
 
 
 class Rival(Frozen):
-    """Another method at a layer and ratio that was tried, to compare with; fields as in Trial.
+    """Another way to choose at a layer and ratio that was tried, to compare with; fields as in Trial.
 
-    draws: how many seeds were tried. Figures are means over them; spreads, their standard deviations, 0 of one draw.
+    scored: what it scored by, where that is not what the trials did. draws: how many seeds were tried. Figures are
+    means over them; spreads, their standard deviations, 0 of one draw.
     """
 
     method: str
+    scored: Scored | None = None
     layer: int = Field(gt=0)
     ratio: float = Field(gt=0, le=1)
     draws: int = Field(gt=0)
@@ -49,6 +52,11 @@ class Rival(Frozen):
     divergence_spread: float = Field(ge=0)
     agreement: float = Field(ge=0, le=1)
     agreement_spread: float = Field(ge=0)
+
+    @property
+    def name(self) -> str:
+        """What tables and plots call it."""
+        return self.method if self.scored is None else f"{self.method} by {self.scored}"
 
 
 class MeasuredDecoder(Frozen):
@@ -63,7 +71,8 @@ class MeasuredDecoder(Frozen):
 class Calibration(Frozen):
     """A proposal for one model, and what it rests on.
 
-    method, method_seed: how the trials chose tokens. rivals: other methods beside them.
+    method, method_seed: how the trials chose tokens. scored: what they scored them by, None for the family's. rivals:
+    other ways beside them.
     """
 
     schema_version: Literal[1] = 1
@@ -74,6 +83,7 @@ class Calibration(Frozen):
     answers: int = Field(gt=0)
     method: str = "ivc-prune"
     method_seed: Seed | None = None
+    scored: Scored | None = None
     trials: tuple[Trial, ...] = Field(min_length=1)
     rivals: tuple[Rival, ...] = ()
     versions: dict[str, str]

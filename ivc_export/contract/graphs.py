@@ -69,7 +69,7 @@ class TensorSpec:
     axes: tuple[str | int, ...]
     about: str
     layers: Layers = Layers.NONE
-    only: Literal["", "patches", "tiles", "tile rule"] = ""
+    only: Literal["", "patches", "tiles", "tile rule", "unnormed-values"] = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class GraphSpec:
 _KEYS = {rows: (1, "kv_heads", rows, "head_dim") for rows in ("P", "S", "M", 1)}
 
 _VALUES = {rows: (1, "kv_heads", rows, "value_dim") for rows in ("P", "S", "M", 1)}
+
+SCORED_VALUES = "scored_values"
 
 _PAST_LENGTH = TensorSpec("past_length", "int32", (1,), "valid rows of the caches; the others are masked, but finite")
 
@@ -169,6 +171,13 @@ GRAPHS: dict[AnyGraphName, GraphSpec] = {
             TensorSpec("keep_index", "int32", ("M",), "rows to keep, ascending: all text and the chosen visual tokens"),
             TensorSpec("token_score", "float32", ("L",), "score of each visual token, before seeds and priorities"),
             TensorSpec("seed_index", "int32", ("seeds",), "seeds, best first, as positions within visual_index"),
+            TensorSpec(
+                SCORED_VALUES,
+                "graph",
+                _VALUES["S"],
+                "what the selection looks at in the place of layer k-1's values",
+                only="unnormed-values",
+            ),
         ),
     ),
     "decoder": GraphSpec(
@@ -281,7 +290,7 @@ def graph_info(
         sizes["patch_dim"] = preprocessing.patch_dim
     else:
         sizes |= {"height": preprocessing.tile_pixels, "visual": preprocessing.tile_side**2}
-    has = {"", preprocessing.kind} | ({"tile rule"} if selection.tiles else set())
+    has = {"", preprocessing.kind, selection.scored} | ({"tile rule"} if selection.tiles else set())
 
     layers = (decoder.layers, selection_layer, selection.whole_layers, decoder.deepstack)
 
@@ -298,6 +307,11 @@ def graph_info(
 
     spec = GRAPHS[name]
     return GraphInfo(file=graph_file(name), inputs=infos(spec.inputs), outputs=infos(spec.outputs))
+
+
+def scored_name(rule: SelectionRule, selection_layer: int) -> str:
+    """The output of `prefix` that holds what visual tokens are scored by."""
+    return f"new_value.{selection_layer - 1}" if rule.scored == "values" else SCORED_VALUES
 
 
 class TensorName(NamedTuple):

@@ -26,6 +26,10 @@ from ivc_export.contract.records import (
 from ivc_export.dtypes import DtypeName, FloatName
 from ivc_export.errors import UserError
 
+Scored = Literal["values", "unnormed-values"]
+"""What visual tokens are scored by: the values of layer k-1, which it caches, or what its value weights make of the
+rows that enter it, without the norm before them."""
+
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 
 
@@ -82,6 +86,7 @@ class SelectionRule(Frozen):
     """What a vote is shared among: the visual tokens, or every row of the run."""
     tiles: bool = False
     """Whether pictures are tiles with a thumbnail, by which tokens are chosen (SelectTileTokens)."""
+    scored: Scored = "values"
     whole_layers: tuple[int, ...] = ()
     """Layers whose cache keeps every row, also of pruned tokens: it has a length of its own."""
 

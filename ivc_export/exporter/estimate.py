@@ -35,7 +35,7 @@ from ivc_export.contract.ratio import kept_tokens
 from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
-from ivc_export.exporter.pipeline import selection_layer
+from ivc_export.exporter.pipeline import scored_as_asked, selection_layer
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.encoder import Preparation
 from ivc_export.families.family import Family, Model
@@ -254,6 +254,7 @@ def estimate_recipe(recipe: ExportRecipe, pictures: Sequence[Size]) -> Estimate:
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     description = read_description(checkpoint)
     layer, calibrated = selection_layer(recipe, description)
+    description = scored_as_asked(recipe, description)
     dtype = recipe.float_name or stated_dtype(checkpoint.config)
     preparation = description.family.pictures(description.model.preprocessing.capped(recipe.max_visual))
     ratio = description.family.default_ratio if recipe.ratio is None else recipe.ratio

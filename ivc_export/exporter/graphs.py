@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ivc_export.checkpoint.weights import Weights
-from ivc_export.contract.graphs import deepstack_names
+from ivc_export.contract.graphs import SCORED_VALUES, deepstack_names
 from ivc_export.contract.names import GraphName
 from ivc_export.families.family import Model
 from ivc_export.graph.builder import Graph
@@ -31,7 +31,7 @@ def vision_graph(model: Model, weights: Weights) -> ir.Model:
 
 
 def prefix_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Model:
-    """Layers 0..selection_layer-1 over all rows, then the selection by the values of the last of them."""
+    """Layers 0..selection_layer-1 over all rows, then the selection by what the rule scores of the last."""
     g = Graph(model.graph_info("prefix", weights.dtype, selection_layer), weights.dtype, weights)
     rule = model.selection
     stack = DecoderStack(
@@ -40,7 +40,9 @@ def prefix_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Mod
     with g.scope("deepstack"):
         rows = [g.inputs[name] for name in deepstack_names(model.decoder)]
         added = {i: spread_rows(g, x, g.inputs["visual_index"], g.inputs["position_ids"]) for i, x in enumerate(rows)}
-    x, values = stack.layers(g.inputs["inputs_embeds"], added)
+    x, values = stack.layers(g.inputs["inputs_embeds"], added, model.block.scored[rule.scored])
+    if rule.scored != "values":
+        g.output(SCORED_VALUES, values)
     g.output("hidden_states", g.op("Unsqueeze", x, g.ints(0)))
     with g.scope("select"):
         selected = METHODS[rule.method].operator(g, rule, values)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ivc_export.bundle.staging import check_apart, check_free, staged_folder
 from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.checkpoint.weights import EMBEDDING, FOLDER, Weights
 from ivc_export.contract.calibration import read_calibration
-from ivc_export.contract.manifest import EmbeddingTable, Manifest, StoredGraph, StoredLayer, WeightFile
+from ivc_export.contract.manifest import EmbeddingTable, Manifest, Scored, StoredGraph, StoredLayer, WeightFile
 from ivc_export.contract.names import (
     CHAT_TEMPLATE,
     GRAPH_NAMES,
@@ -33,7 +34,7 @@ from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.placement import converted_weights, place_weights, plan_conversions
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families.family import Family
+from ivc_export.families.family import Family, Model
 from ivc_export.lowering import exported, lower
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
 from ivc_export.source.configuration import Configuration, Description, read_configuration, read_description
@@ -65,6 +66,7 @@ def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundl
     check_apart(recipe.output, [checkpoint.folder, *checkpoint.folder.iterdir()])
     description = read_description(checkpoint)  # before weights are downloaded
     layer, calibrated = selection_layer(recipe, description)
+    description = scored_as_asked(recipe, description)
     description.model.preprocessing.capped(recipe.max_visual)  # or a sentence, where no picture is so small
     configuration = read_configuration(checkpoint, description)
     conversions = plan_conversions(
@@ -108,24 +110,50 @@ def check_lowering(name: str) -> str:
     return name
 
 
+def scored_as_asked(recipe: ExportRecipe, description: Description) -> Description:
+    """The model with what the recipe, or its calibration, scores visual tokens by in the place of its family's.
+
+    Raises:
+        UserError: the calibration is none, or the model's layers do not give it.
+    """
+    scored = recipe.scored
+    if recipe.calibration is not None:
+        scored = read_calibration(recipe.calibration).scored
+    return description if scored is None else replace(description, model=scoring(description.model, scored))
+
+
+def scoring(model: Model, scored: Scored) -> Model:
+    """The model with visual tokens scored by `scored`.
+
+    Raises:
+        UserError: its layers do not give that.
+    """
+    if scored not in model.block.scored:
+        raise UserError(
+            f"the layers of this model give no {scored} to score by: give {' or '.join(model.block.scored)}"
+        )
+    return replace(model, selection=model.selection.model_copy(update={"scored": scored}))
+
+
 def selection_layer(recipe: ExportRecipe, configuration: Description) -> tuple[int, bool]:
-    """The layer to cut at, and whether it is calibrated.
+    """The layer to cut at, and whether it is calibrated. configuration: with what its family scores.
 
     Raises:
         UserError: the recipe's layer is not within the model.
     """
     layers, cuts = configuration.model.decoder.layers, configuration.model.decoder.cuts
     default = configuration.family.default_layer(configuration.model.decoder)
+    as_measured = default.calibrated and recipe.scored in (None, configuration.model.selection.scored)
     if recipe.calibration is not None:
         return calibrated_layer(recipe.calibration, configuration), True
     if recipe.layer is None:
-        return default.layer, default.calibrated
+        return default.layer, as_measured
     if recipe.layer not in cuts:
         raise UserError(
             f"layer {recipe.layer} is out of range: this model has {layers} layers, "
             f"so --layer takes {cuts[0]} to {cuts[-1]} (its default is {default.layer})"
         )
-    return recipe.layer, default.calibrated and recipe.layer == default.layer
+    return recipe.layer, as_measured and recipe.layer == default.layer
 
 
 def calibrated_layer(path: Path, configuration: Description) -> int:

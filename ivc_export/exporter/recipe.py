@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from ivc_export.contract.manifest import Scored
 from ivc_export.contract.names import MOST_VISUAL
 from ivc_export.contract.ratio import check_ratio
 from ivc_export.dtypes import FloatName
@@ -29,7 +30,8 @@ class ExportRecipe:
     weights: whether the weight files are copied, or hard-linked, which takes neither time nor space, but lets a change
         of the checkpoint's file change the bundle.
     lowering: what the graphs are made for; one of lowering.exported().
-    calibration: a file of ivc-calibrate's, whose layer is taken; None for none.
+    calibration: a file of ivc-calibrate's, whose layer is taken, and what it scored; None for none.
+    scored: what visual tokens are scored by; None takes the family's. See contract.manifest.Scored.
     testdata: whether to write testdata/, inputs and outputs of every graph for one picture and prompt.
     """
 
@@ -45,6 +47,7 @@ class ExportRecipe:
     lowering: str = "portable"
     testdata: bool = False
     calibration: Path | None = None
+    scored: Scored | None = None
 
     def __post_init__(self) -> None:
         if self.ratio is not None:
@@ -52,6 +55,10 @@ class ExportRecipe:
         if self.calibration is not None and self.layer is not None:
             raise UserError(
                 "both a layer and a calibration are given: leave out one, since the calibration names a layer"
+            )
+        if self.calibration is not None and self.scored is not None:
+            raise UserError(
+                "both a calibration and what is scored are given: leave out one, since the calibration names both"
             )
         if self.max_visual < 4:
             raise UserError(f"max_visual {self.max_visual} is too small: give at least 4 visual tokens a picture")
@@ -62,9 +69,10 @@ class ExportRecipe:
         for what, value, known in (
             ("dtype", self.dtype, get_args(Dtype)),
             ("weights", self.weights, get_args(Placing)),
+            ("scored", self.scored, (None, *get_args(Scored))),
         ):
             if value not in known:
-                raise UserError(f"{what} {value!r} is unknown: give one of {', '.join(known)}")
+                raise UserError(f"{what} {value!r} is unknown: give one of {', '.join(filter(None, known))}")
 
     @property
     def float_name(self) -> FloatName | None:

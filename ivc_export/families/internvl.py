@@ -7,8 +7,7 @@ them. Tokens are chosen in the thumbnail, as many as its share of the budget, an
 place; implicit visual coordinates are chosen in every tile. Where that makes less than the budget, the thumbnail's
 other tokens follow by score. The official code ends there, and keeps less than its ratio of many tiles; here the tiles'
 other tokens follow by score, so that the budget is always met. The default `--max-visual` of 1,280 allows four tiles;
-3,328 allows twelve, as the checkpoints' own processors do. Scores come from the values that layer k-1 caches, as in the
-other families; the official code projects that layer's input anew, without its norm.
+3,328 allows twelve, as the checkpoints' own processors do.
 """
 
 from __future__ import annotations
@@ -179,7 +178,9 @@ def make_model(
         decoder=decoder,
         block=text.block,
         rotary=RotarySizes(theta=text.theta, sections=(decoder.head_dim // 2,)),
-        selection=SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2, softmax="all", tiles=True),
+        selection=SelectionRule(
+            ivc_fraction=0.1, seed_divisor=100, query_offset=2, softmax="all", tiles=True, scored=text.scored
+        ),
         encoder=TileEncoder(TilePictures(preprocessing), sizes, decoder.hidden_size),
         image_token=image_token,
         vision_start_token=None,

@@ -1,7 +1,9 @@
 """InternVL 2.5 and 3 in the original code's layout, with a Qwen2 or InternLM2 decoder.
 
 The same graphs from other names: InternLM2's fused query-key-value weight is multiplied whole and split behind it, so
-that no weight is copied. transformers has no model of this layout: `ivc-check` loads such a checkpoint into its model
+that no weight is copied. With InternLM2, scores come from what the value weights of layer k-1 make of its input without
+the norm, as in the official code, and with Qwen2, which that does not cover, from the layer's values, as in the other
+families. transformers has no model of this layout: `ivc-check` loads such a checkpoint into its model
 of the other. InternLM2's checkpoints come without a tokenizer.json: it is made of their tokenizer.model.
 """
 
@@ -12,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+from ivc_export.contract.manifest import Scored
 from ivc_export.contract.records import Count, Depth, Epsilon, Heads, SideLength, Tiles, TokenId, Width
 from ivc_export.errors import UserError
 from ivc_export.families.family import Model, StockLayout, renamed
@@ -39,7 +42,7 @@ from ivc_export.families.text_models import (
     Vocabulary,
     read_decoder,
 )
-from ivc_export.graph.decoder_block import DecoderBlock, ProjectionsByHead, SelfAttention
+from ivc_export.graph.decoder_block import DecoderBlock, ProjectionsByHead, self_attention_block
 
 
 class Whole(Settings):
@@ -79,7 +82,8 @@ class Vision(Settings):
 class InternLM2Text(DecoderSettings):
     """InternLM2Config of the original code; its bias, which is the default there, is not supported."""
 
-    block: ClassVar[DecoderBlock] = DecoderBlock(SelfAttention(ProjectionsByHead(bias=False)))
+    block: ClassVar[DecoderBlock] = self_attention_block(ProjectionsByHead(bias=False))
+    scored: ClassVar[Scored] = "unnormed-values"
 
     model_type: Literal["internlm2"] = "internlm2"
     vocab_size: Vocabulary = 103168

@@ -6,11 +6,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Strict
 
-from ivc_export.contract.manifest import DecoderSizes
+from ivc_export.contract.manifest import DecoderSizes, Scored
 from ivc_export.contract.records import INT32_MOST, Count, Epsilon, Heads, Width
 from ivc_export.errors import UserError
 from ivc_export.families.settings import CONFIG, One, Settings, check_divides, refuse
-from ivc_export.graph.decoder_block import DecoderBlock, SelfAttention, SeparateProjections
+from ivc_export.graph.decoder_block import DecoderBlock, SeparateProjections, self_attention_block
 
 Theta = Annotated[float, Field(gt=0, le=1e12)]
 Vocabulary = Annotated[int, Field(gt=0, le=1 << 24)]
@@ -41,6 +41,8 @@ class DecoderSettings(Settings):
     default_theta: ClassVar[float] = 10000.0
     block: ClassVar[DecoderBlock]
     """What its layers are made of."""
+    scored: ClassVar[Scored] = "values"
+    """What the official code scores visual tokens by; where that does not cover the decoder, its values."""
 
     vocab_size: Vocabulary
     hidden_size: Width
@@ -75,7 +77,7 @@ class DecoderSettings(Settings):
 class LlamaText(DecoderSettings):
     """LlamaConfig of transformers."""
 
-    block: ClassVar[DecoderBlock] = DecoderBlock(SelfAttention(SeparateProjections(bias=False)))
+    block: ClassVar[DecoderBlock] = self_attention_block(SeparateProjections(bias=False))
 
     model_type: Literal["llama"] = "llama"
     vocab_size: Vocabulary = 32000
@@ -95,7 +97,7 @@ class LlamaText(DecoderSettings):
 class WindowedText(DecoderSettings):
     """The keys by which some layers of Qwen2's kind see a window of the rows before; only those without are known."""
 
-    block: ClassVar[DecoderBlock] = DecoderBlock(SelfAttention(SeparateProjections(bias=True)))
+    block: ClassVar[DecoderBlock] = self_attention_block(SeparateProjections(bias=True))
 
     use_sliding_window: bool = False
     sliding_window: WindowRows | None = 4096

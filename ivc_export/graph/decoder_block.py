@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import onnx_ir as ir
 
-from ivc_export.contract.manifest import DecoderSizes
+from ivc_export.contract.manifest import DecoderSizes, Scored
 from ivc_export.graph.attention import attention, split_heads
 from ivc_export.graph.builder import Graph
 from ivc_export.graph.linear import gated_mlp
@@ -51,8 +51,24 @@ class Attended(NamedTuple):
     value: ir.Value
 
 
-Projections = Callable[[Layer, ir.Value], Iterator[ir.Value]]
-"""Rows [rows, hidden] to queries, keys and values, made one by one: [rows, heads D] each, or [rows, heads, 1, D]."""
+Scoring = Callable[[Layer, ir.Value, Attended], ir.Value]
+"""Layer k-1, the rows [rows, hidden] that enter it, and what its attention gave, to what visual tokens are scored by:
+[1, kv_heads, rows, D]."""
+
+
+def cached_values(layer: Layer, x: ir.Value, attended: Attended) -> ir.Value:
+    """The layer's values, as Scoring."""
+    return attended.value
+
+
+class Projections(Protocol):
+    """How rows [rows, hidden] become queries, keys and values: [rows, heads D] each, or [rows, heads, 1, D]."""
+
+    def __call__(self, layer: Layer, x: ir.Value) -> Iterator[ir.Value]:
+        """All three, made one by one."""
+
+    def values(self, layer: Layer, x: ir.Value) -> ir.Value:
+        """The values alone."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,12 @@ class SeparateProjections:
         g, s, name = layer.g, layer.sizes, f"{layer.name}.self_attn"
         yield g.linear(x, f"{name}.q_proj", s.heads * s.head_dim, s.hidden_size, self.bias)
         yield g.linear(x, f"{name}.k_proj", s.kv_heads * s.head_dim, s.hidden_size, self.bias)
-        yield g.linear(x, f"{name}.v_proj", s.kv_heads * s.value_dim, s.hidden_size, self.bias)
+        yield self.values(layer, x)
+
+    def values(self, layer: Layer, x: ir.Value) -> ir.Value:
+        """As Projections."""
+        s, name = layer.sizes, f"{layer.name}.self_attn.v_proj"
+        return layer.g.linear(x, name, s.kv_heads * s.value_dim, s.hidden_size, self.bias)
 
 
 @dataclass(frozen=True)
@@ -80,12 +101,20 @@ class ProjectionsByHead:
 
     def __call__(self, layer: Layer, x: ir.Value) -> Iterator[ir.Value]:
         """As Projections."""
+        g, group = layer.g, layer.sizes.heads // layer.sizes.kv_heads
+        yield from g.op_with_outputs(3, "Split", self._fused(layer, x), g.ints(group, 1, 1), axis=2)
+
+    def values(self, layer: Layer, x: ir.Value) -> ir.Value:
+        """As Projections; out of the product with the whole weight, which is not copied."""
+        g, group = layer.g, layer.sizes.heads // layer.sizes.kv_heads
+        return g.op("Gather", self._fused(layer, x), g.ints(group + 1), axis=2)
+
+    def _fused(self, layer: Layer, x: ir.Value) -> ir.Value:
+        """All of them, [rows, kv_heads, group + 2, D]."""
         g, s = layer.g, layer.sizes
-        group = s.heads // s.kv_heads
         count = (s.heads + 2 * s.kv_heads) * s.head_dim
         fused = g.linear(x, f"{layer.name}.self_attn.qkv_proj", count, s.hidden_size, self.bias)
-        heads = g.reshape(fused, -1, s.kv_heads, group + 2, s.head_dim)
-        yield from g.op_with_outputs(3, "Split", heads, g.ints(group, 1, 1), axis=2)
+        return g.reshape(fused, -1, s.kv_heads, s.heads // s.kv_heads + 2, s.head_dim)
 
 
 @dataclass(frozen=True)
@@ -114,6 +143,14 @@ class SelfAttention:
         added = g.linear(rows, f"{name}.o_proj", s.hidden_size, s.heads * s.value_dim, bias=False)
         return Attended(added, key, value)
 
+    def unnormed_values(self, layer: Layer, x: ir.Value, attended: Attended) -> ir.Value:
+        """What the value weights make of rows that are not normed, as Scoring.
+
+        Source: IVC-Prune's official code for InternLM2.
+        """
+        g, s = layer.g, layer.sizes
+        return split_heads(g, self.project.values(layer, x), g.ints(1), s.kv_heads, s.value_dim)
+
 
 def gated_feed_forward(layer: Layer, x: ir.Value) -> ir.Value:
     """The gated MLP of Llama and its kin. x: [rows, hidden], normed; returns what is added to each row."""
@@ -131,9 +168,17 @@ class DecoderBlock:
     """A family's decoder layers: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
 
     attention, feed_forward: a layer and normed rows [rows, hidden] to what is added to the rows; layers may differ by
-    their numbers. norm: by name, of rows before attention, feed-forward and lm_head.
+    their numbers. norm: by name, of rows before attention, feed-forward and lm_head. scored: what visual tokens can be
+    scored by; which of it is, the selection rule says.
     """
 
     attention: Callable[[Layer, ir.Value], Attended]
     feed_forward: Callable[[Layer, ir.Value], ir.Value] = gated_feed_forward
     norm: Callable[[Graph, DecoderSizes, ir.Value, str], ir.Value] = decoder_rms_norm
+    scored: Mapping[Scored, Scoring] = field(default_factory=lambda: {"values": cached_values})
+
+
+def self_attention_block(project: Projections, head_norms: bool = False) -> DecoderBlock:
+    """Layers of SelfAttention and gated MLPs."""
+    attention = SelfAttention(project, head_norms)
+    return DecoderBlock(attention, scored={"values": cached_values, "unnormed-values": attention.unnormed_values})

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from ivc_export.contract.manifest import DecoderSizes, RotarySizes
 from ivc_export.graph.attention import causal_mask
 from ivc_export.graph.builder import Graph
-from ivc_export.graph.decoder_block import Attended, DecoderBlock, Layer
+from ivc_export.graph.decoder_block import Attended, DecoderBlock, Layer, Scoring, cached_values
 from ivc_export.graph.rotary import rotary_angles, rotary_frequencies
 
 
@@ -45,27 +45,37 @@ class DecoderStack:
                 self.masks |= dict.fromkeys(compacted, mask(compacted[0], "past_length"))
             self.masks |= {i: mask(i, f"past_length.{i}") for i in sorted({*numbers} - {*compacted})}
 
-    def layers(self, hidden: ir.Value, added: Mapping[int, ir.Value] | None = None) -> tuple[ir.Value, ir.Value]:
+    def layers(
+        self, hidden: ir.Value, added: Mapping[int, ir.Value] | None = None, scoring: Scoring = cached_values
+    ) -> tuple[ir.Value, ir.Value]:
         """Add the layers, whose keys (rotated) and values become the outputs new_key.i and new_value.i.
 
         hidden: [1, rows, hidden]. added: [rows, hidden], by the layer behind which it is added. Returns [rows, hidden],
-        and the last layer's values [1, kv_heads, rows, value_dim].
+        and what `scoring` makes of the last layer, [1, kv_heads, rows, D].
         """
-        x = value = self.g.op("Squeeze", hidden, self.g.ints(0))
+        x = scored = self.g.op("Squeeze", hidden, self.g.ints(0))
         for number in self.numbers:
-            x, key, value = self._layer(number, x)
+            layer, entering = self._layer(number), x
+            attended = self._add(layer, entering)
+            x = attended.added
             if added and number in added:
                 x = self.g.op("Add", x, added[number])
-            self.g.output(f"new_key.{number}", key)
-            self.g.output(f"new_value.{number}", value)
-        return x, value
+            if number == self.numbers[-1]:
+                with self.g.scope("scored"):
+                    scored = scoring(layer, entering, attended)
+            self.g.output(f"new_key.{number}", attended.key)
+            self.g.output(f"new_value.{number}", attended.value)
+        return x, scored
 
-    def _layer(self, number: int, x: ir.Value) -> Attended:
+    def _layer(self, number: int) -> Layer:
+        """What a layer rests on."""
+        past_key, past_value = (self.g.inputs[f"past_{kind}.{number}"] for kind in ("key", "value"))
+        return Layer(self.g, self.sizes, number, self.cos, self.sin, self.masks[number], past_key, past_value)
+
+    def _add(self, layer: Layer, x: ir.Value) -> Attended:
         """One layer; what it adds is added."""
         g, sizes, block = self.g, self.sizes, self.block
-        past_key, past_value = (g.inputs[f"past_{kind}.{number}"] for kind in ("key", "value"))
-        layer = Layer(g, sizes, number, self.cos, self.sin, self.masks[number], past_key, past_value)
-        with g.scope(f"layers.{number}"):
+        with g.scope(f"layers.{layer.number}"):
             normed = block.norm(g, sizes, x, f"{layer.name}.input_layernorm")
             with g.scope("attention"):
                 attended = block.attention(layer, normed)

@@ -25,8 +25,8 @@ def plot_calibration(found: Calibration, path: Path) -> None:
             trials = [trial for trial in found.trials if trial.ratio == ratio]
             values = [getattr(trial, field) for trial in trials]
             axes.plot([trial.layer for trial in trials], values, marker="o", label=f"{ratio:.0%} kept")
-        for name in dict.fromkeys(rival.method for rival in found.rivals):
-            rivals = sorted((rival for rival in found.rivals if rival.method == name), key=lambda rival: rival.layer)
+        for name in dict.fromkeys(rival.name for rival in found.rivals):
+            rivals = sorted((rival for rival in found.rivals if rival.name == name), key=lambda rival: rival.layer)
             axes.errorbar(
                 [rival.layer for rival in rivals],
                 [getattr(rival, field) for rival in rivals],

@@ -14,7 +14,7 @@ import PIL.Image
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.recording import Recording, identity
-from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.graphs import SCORED_VALUES, TensorName, scored_name
 from ivc_export.contract.manifest import Manifest, SelectionRule
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
@@ -149,7 +149,8 @@ def check_recording(reference: Recording, m: Manifest, steps: int, pictures: boo
     """
     named = {(graph, t.name): t for graph in ("prefix", "decoder") for t in m.graphs[graph].outputs}
     wanted = {key for key in named if TensorName.of(key[1]).role == "new"} | {("decoder", "logits")}
-    wanted |= {("prefix", name) for name in ("hidden_states", "keep_index", "token_score", "seed_index")}
+    scored = scored_name(m.selection, m.selection_layer)
+    wanted |= {("prefix", name) for name in ("hidden_states", "keep_index", "token_score", "seed_index", scored)}
     found = {(key.graph, key.name): a for key, a in reference.tensors.items() if key[::2] == ("prefill", "outputs")}
     problem = next((f"{graph}'s {name} is missing" for graph, name in sorted(wanted - {*found})), None)
     if pictures != (("vision", "image_embeds") in found):
@@ -207,6 +208,8 @@ def compare_prefill(step: Step, reference: Recording, m: Manifest, tolerance: Ma
         found.append(layers(f"keys and values of layer {i}", names, step.prefix, wanted))
     pair = (step.prefix["hidden_states"], wanted["hidden_states"])
     found.append(close(f"hidden_states before layer {cut}", tolerance["hidden_states"], [pair]))
+    if SCORED_VALUES in wanted:
+        found.append(layers("what visual tokens are scored by", [SCORED_VALUES], step.prefix, wanted))
     found += compare_selection(step, wanted, m, tolerance)
     wanted = reference.of("prefill", "decoder")
     if compact := [name for name in wanted if TensorName.of(name).role == "compact"]:
@@ -226,7 +229,7 @@ def compare_selection(
     In reduced precision near-ties may fall otherwise than in the reference. The first comparison, which no precision
     blurs, keeps a wrong index from passing for one.
     """
-    name, run = f"new_value.{m.selection_layer - 1}", step.run
+    name, run = scored_name(m.selection, m.selection_layer), step.run
     own, values = step.prefix[name][0], wanted[name][0]
     reference = Selected(*(wanted[key] for key in ("keep_index", "token_score", "seed_index")))
     in_numpy, suffix = choose(own, run, m.selection), ", of the graph's own values"
@@ -253,7 +256,7 @@ def compare_choice(
 ) -> list[Comparison]:
     """Seeds, scores and kept rows against those `wanted`.
 
-    own: the graph's values of layer k-1; values: those that `wanted` was chosen by; both [kv_heads, S, value_dim].
+    own: what the graph scores; values: what `wanted` was chosen by; both [kv_heads, S, value_dim].
     Where seeds tie, those of the graph are replayed on `values`, since their votes are in every score.
     """
     run, seeds, score = step.run, step.prefix["seed_index"], step.prefix["token_score"]

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from ivc_export.contract.manifest import SelectionRule
+from ivc_export.contract.manifest import Scored, SelectionRule
 from ivc_export.errors import UserError
 
 
@@ -74,13 +74,15 @@ class ReferenceTurn:
     """What one run gave; keys and values by layer, of the kept rows, [1, kv_heads, M, head_dim].
 
     image_embeds: [visual, hidden] of all pictures; hidden_states: [1, S, hidden] at the cut; full_keys, full_values:
-    of the layers below the cut, before compaction; logits: [vocab] of the last row.
+    of the layers below the cut, before compaction; scored: what visual tokens are scored by, [1, kv_heads, S, D];
+    logits: [vocab] of the last row.
     """
 
     image_embeds: torch.Tensor | None
     hidden_states: torch.Tensor
     full_keys: list[torch.Tensor]
     full_values: list[torch.Tensor]
+    scored: torch.Tensor
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     token_score: torch.Tensor
@@ -127,9 +129,19 @@ class Reference:
         self.rule = rule
         self.restart(selection_layer, ratio)
 
-    def restart(self, selection_layer: int, ratio: float, method: str = "ivc-prune", seed: int = 0) -> None:
-        """Forget the conversation, and prune at another layer and ratio, by another method."""
-        self.method, self.seed = method, seed
+    def restart(
+        self,
+        selection_layer: int,
+        ratio: float,
+        method: str = "ivc-prune",
+        seed: int = 0,
+        scored: Scored | None = None,
+    ) -> None:
+        """Forget the conversation, and prune at another layer and ratio, by another method.
+
+        scored: what visual tokens are scored by, None for what the rule says.
+        """
+        self.method, self.seed, self.scored = method, seed, scored or self.rule.scored
         self.selection_layer, self.ratio = selection_layer, ratio
         self.cache = transformers.DynamicCache(config=self.decoder.config)
         self.next_position = 0
@@ -149,12 +161,14 @@ class Reference:
         positions = self._positions(ids, is_image, inputs) + self.next_position
         self.next_position = int(positions.max()) + 1
         past = [self.cache.get_seq_length(i) for i in range(len(self.decoder.layers))]
-        hidden = self._layers(embeds, positions, range(self.selection_layer))
+        entering = self._layers(embeds, positions, range(self.selection_layer - 1))
+        hidden = self._layers(entering, positions, range(self.selection_layer - 1, self.selection_layer))
         full_keys = [self.cache.layers[i].keys[:, :, past[i] :] for i in range(self.selection_layer)]
         full_values = [self.cache.layers[i].values[:, :, past[i] :] for i in range(self.selection_layer)]
+        scored = full_values[-1] if self.scored == "values" else self._unnormed_values(entering)
         rows = torch.arange(ids.shape[1])
         if pictures:
-            score, seeds, keep = self._select(full_values[-1][0], positions[:, 0], visual, pictures)
+            score, seeds, keep = self._select(scored[0], positions[:, 0], visual, pictures)
         else:
             score, seeds, keep = torch.ones(1), torch.zeros(1, dtype=torch.long), rows
         for i in range(self.selection_layer):
@@ -170,6 +184,7 @@ class Reference:
             hidden_states=hidden,
             full_keys=full_keys,
             full_values=full_values,
+            scored=scored,
             keys=[layer.keys[:, :, start:] for start, layer in zip(past, self.cache.layers, strict=True)],
             values=[layer.values[:, :, start:] for start, layer in zip(past, self.cache.layers, strict=True)],
             token_score=score,
@@ -198,6 +213,15 @@ class Reference:
             )
         return hidden
 
+    def _unnormed_values(self, entering: torch.Tensor) -> torch.Tensor:
+        """What the last full layer's value weights make of the rows [1, S, hidden] that enter it, without its norm.
+
+        Returns [1, kv_heads, S, D].
+        """
+        attention = self.decoder.layers[self.selection_layer - 1].self_attn
+        values: torch.Tensor = attention.v_proj(entering)
+        return values.reshape(*values.shape[:2], -1, attention.head_dim).transpose(1, 2)
+
     def _select(
         self,
         values: torch.Tensor,
@@ -205,7 +229,7 @@ class Reference:
         visual: torch.Tensor,
         pictures: Sequence[ReferencePicture],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Score, seeds and kept rows. values: [kv_heads, S, value_dim], of the last full layer; positions [axes, S]."""
+        """Score, seeds and kept rows. values: [kv_heads, S, D], what is scored; positions [axes, S]."""
         rows = torch.arange(values.shape[1])
         queries = rows[int(visual[-1]) + 1 + self.rule.query_offset :]
         text = torch.ones(values.shape[1], dtype=torch.bool)

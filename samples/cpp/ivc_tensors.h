@@ -27,6 +27,7 @@ constexpr char kHiddenStates[] = "hidden_states";
 constexpr char kKeepIndex[] = "keep_index";
 constexpr char kTokenScore[] = "token_score";
 constexpr char kSeedIndex[] = "seed_index";
+constexpr char kScoredValues[] = "scored_values";
 constexpr char kLogitIndex[] = "logit_index";
 constexpr char kLogits[] = "logits";
 

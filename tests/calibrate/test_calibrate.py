@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,8 @@ from ivc_export.runtime.processor import Processor
 from ivc_export.selection.method import Method
 from ivc_export.verify.oracle import reference_picture
 from ivc_export.verify.reference import Reference
+from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 
 MODEL = Path(__file__).parents[2] / "samples" / "spatial-vl"
 
@@ -97,8 +100,26 @@ def test_any_method_is_swept_and_compared_at_any_layers() -> None:
     assert seen == [(done, 6) for done in range(1, 7)] and verdict(found) is None
 
 
+def test_what_is_scored_is_compared_where_the_official_code_scores_no_values(tmp_path: Path) -> None:
+    checkpoint, (example,) = (
+        make_checkpoint(tmp_path / "c", TINY["internvl_chat"]),
+        read_examples(default_examples())[:1],
+    )
+    for scored, other in ((None, "values"), ("values", "unnormed-values")):
+        given: Any = {"compare": "proposed", "method": Method("foreground"), "scored": scored}
+        found = calibrate(checkpoint, [example], [0.5], [2], 1, **given)
+        assert found.scored == scored
+        assert [rival.name for rival in found.rivals] == ["random", f"foreground by {other}"]
+        assert found.rivals[1].divergence != found.trials[0].divergence
+        path = tmp_path / "calibration.json"
+        path.write_text(found.model_dump_json())
+        bundle = export(ExportRecipe(checkpoint, tmp_path / "b", calibration=path, force=True))
+        assert bundle.manifest.calibrated
+        assert bundle.manifest.selection.scored == (scored or "unnormed-values")
+
+
 def compared(agreement: float, mean: float, spread: float, layer: int = 2) -> tuple[Trial, Rival]:
-    figures = {"divergence": 0.1, "divergence_spread": 0.1, "agreement": mean, "agreement_spread": spread}
+    figures: Any = {"divergence": 0.1, "divergence_spread": 0.1, "agreement": mean, "agreement_spread": spread}
     return trial(layer, agreement, 0.1), Rival(method="random", layer=layer, ratio=0.5, draws=5, **figures)
 
 

@@ -151,6 +151,13 @@ def given_out(g: Hand, x: str) -> str:
     return total
 
 
+def selected(g: Hand, x: str) -> str:
+    """A product with the stream itself that only the selection's output shows."""
+    if g.graph == "prefix":
+        g.output("scored_values", g.linear(x, bias=True, alpha=0.5))
+    return g.layer(x)
+
+
 SCALABLE: dict[str, Block] = {
     "a plain layer": Hand.layer,
     "norms of queries and keys": normed_queries,
@@ -171,6 +178,7 @@ SCALABLE: dict[str, Block] = {
     "features of another place": lambda g, x: g.op("Add", x, g.op("Squeeze", "extra", "zero")),
     "a product that is read twice": shared,
     "a product that is an output": given_out,
+    "a product for the selection": selected,
 }
 
 

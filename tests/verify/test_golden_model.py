@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ivc_export.contract.graphs import scored_name
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.runtime.chat import Sampling, generate
@@ -10,12 +11,12 @@ from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from tests.conftest import GOLDENS, LOGIT_TOLERANCE, Golden
 
-FOLDERS = sorted((GOLDENS / "model").iterdir())
+INPUTS = sorted((GOLDENS / "model").glob("*/input-*.npz"))
 
 
-@pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
+@pytest.fixture(scope="module", params=INPUTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def golden(request: pytest.FixtureRequest) -> Golden:
-    return Golden(request.param, dict(np.load(request.param / "input-00.npz")))
+    return Golden(request.param.parent, dict(np.load(request.param)))
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def ratio(golden: Golden, kind: str) -> float:
     return 1.0 if kind == "unpruned" else golden.kept / int(golden.data["visual_len"])
 
 
-@pytest.mark.parametrize("capacity", [None, 640], ids=["exact-length", "fixed-capacity"])
+@pytest.mark.parametrize("capacity", [None, 840], ids=["exact-length", "fixed-capacity"])
 @pytest.mark.parametrize("kind", ["pruned", "unpruned"])
 def test_the_model_equals_the_official_code(
     golden: Golden, golden_session: OnnxSession, kind: str, capacity: int | None
@@ -49,7 +50,8 @@ def test_the_model_equals_the_official_code(
 def test_every_cache_holds_as_many_rows_as_the_official_ones(golden: Golden, golden_session: OnnxSession) -> None:
     conversation = HostConversation(golden_session, ratio(golden, "pruned"))
     conversation.run(golden.tokens, [golden.picture])
-    for layer, rows in enumerate(golden.data["prefill_kv_lengths"]):
+    assert len(golden.cache_lengths) == golden_session.bundle.manifest.decoder.layers
+    for layer, rows in enumerate(golden.cache_lengths):
         for kind in ("key", "value"):
             assert conversation.cache[f"past_{kind}.{layer}"].shape[2] == rows
 
@@ -68,6 +70,6 @@ def test_greedy_generation_gives_the_official_tokens(golden: Golden, golden_sess
 
 def test_scores_come_from_the_official_values(golden: Golden, golden_session: OnnxSession) -> None:
     step = HostConversation(golden_session).run(golden.tokens, [golden.picture])
-    cut = golden_session.bundle.manifest.selection_layer
-    values = step.prefix[f"new_value.{cut - 1}"][0].transpose(1, 0, 2)
+    m = golden_session.bundle.manifest
+    values = step.prefix[scored_name(m.selection, m.selection_layer)][0].transpose(1, 0, 2)
     assert np.abs(values - golden.data["critical_values"]).max() < LOGIT_TOLERANCE

@@ -6,12 +6,13 @@ from typing import NoReturn
 
 import onnx_ir as ir
 
-from ivc_export.contract.graphs import RESIDUALS
+from ivc_export.contract.graphs import RESIDUALS, SCORED_VALUES
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.errors import UserError
 from ivc_export.graph.functions import PACKED_LINEARS
 from ivc_export.lowering.edit import Editor, made_by
 from ivc_export.lowering.precision.widen_residuals import CARRIERS
+from ivc_export.selection.operators import SELECTIONS
 
 SCALE = 2.0**-4
 """Of the residual stream; sums may then reach 16 * 65504. Embeddings, 0.01 to 0.1 in size, stay normal numbers."""
@@ -21,15 +22,19 @@ LINEAR = frozenset((("", "Add"), *((IVC_DOMAIN, name) for name in PACKED_LINEARS
 
 NORMS = frozenset(("LayerNormalization", "RMSNorm"))
 
+HANDED = CARRIERS | {"SplitHeads"}
+
 
 class ScaleResidualsPass(ir.passes.InPlacePass):
     """Keep a decoder's residual stream at SCALE of its size: some models' sums leave float16's range, 65504.
 
     Layers read the stream through norms alone, which do not change with its scale where epsilon changes with its
-    square: (c x) / sqrt(mean((c x)^2) + c^2 e) = x / sqrt(mean(x^2) + e). Powers of two round nothing.
+    square: (c x) / sqrt(mean((c x)^2) + c^2 e) = x / sqrt(mean(x^2) + e). Powers of two round nothing. What the
+    selection alone reads may be a product with the stream itself, which then gives its own size.
 
     1. Needs: a portable graph. The stream begins at `inputs_embeds` or `hidden_states`, and goes through sums; only
-       norms and what hands values on read it. A graph without such an input stays as it is.
+       norms, what hands values on, and products for the selection read it. A graph without such an input stays as it
+       is.
     2. Leaves: embeddings scaled where the stream begins; what is added to it scaled, products by their `alpha` and
        `beta`, or by what they are given, before they are rounded; `hidden_states` between the graphs at SCALE;
        everything else as it was.
@@ -72,7 +77,7 @@ def follow(edit: Editor, node: ir.Node, stream: set[ir.Value]) -> bool:
     """Do at a node that reads the stream what keeps the rest of the graph as it was; return whether it took a change.
 
     Raises:
-        UserError: the node is neither a norm nor a sum, and does not hand values on.
+        UserError: the node is neither a norm nor a sum nor a product for the selection, and does not hand values on.
     """
     if (
         (node.op_type in CARRIERS or node.op_type == "Cast")
@@ -85,6 +90,9 @@ def follow(edit: Editor, node: ir.Node, stream: set[ir.Value]) -> bool:
         epsilon = node.attributes["epsilon"].as_float()
         node.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon * SCALE**2)
         return True
+    if node.inputs[0] in stream and for_selection(node):
+        unscale_product(edit, node)
+        return True
     if node.op_type != "Add":
         cannot_scale(node, "reads the residual stream")
     addends = [(i, value) for i, value in enumerate(node.inputs) if value is not None and value not in stream]
@@ -92,6 +100,27 @@ def follow(edit: Editor, node: ir.Node, stream: set[ir.Value]) -> bool:
         scale_addend(edit, node, index, value)
     stream.add(node.outputs[0])
     return bool(addends)
+
+
+def for_selection(node: ir.Node) -> bool:
+    """Whether a node's results go to the selection alone, and to the output that shows what it looks at."""
+    users = [user for value in node.outputs for user in value.consumers()]
+    ways = [user.op_type in SELECTIONS or (user.op_type in HANDED and for_selection(user)) for user in users]
+    ways += [value.name == SCORED_VALUES for value in node.outputs if value.is_graph_output()]
+    return bool(ways) and all(ways)
+
+
+def unscale_product(edit: Editor, node: ir.Node) -> None:
+    """Let a product with the stream give what it would without scale: by its `alpha`, or from rows at full size."""
+    if (node.domain, node.op_type) == ("", "Gemm"):
+        given = node.attributes.get("alpha")
+        node.attributes["alpha"] = ir.AttrFloat32("alpha", (given.as_float() if given else 1.0) / SCALE)
+        return
+    value = node.inputs[0]
+    dtype = next(one.dtype for one in edit.graph.inputs if one.name in RESIDUALS)
+    assert value is not None and dtype is not None
+    (whole,) = edit.op(node, "Mul", value, edit.scalar(1 / SCALE, dtype))
+    node.replace_input_with(0, whole)
 
 
 def scale_addend(edit: Editor, total: ir.Node, index: int, value: ir.Value) -> None:

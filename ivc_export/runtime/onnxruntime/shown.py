@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ivc_export.contract.graphs import SCORED_VALUES
 from ivc_export.lowering.precision.scale_residuals import SCALE
 from ivc_export.runtime.onnxruntime.cuda import Arrays, FusedConversation, FusedSession
 from ivc_export.runtime.onnxruntime.workspace import Values
@@ -38,6 +39,8 @@ class ShownConversation(FusedConversation):
         below, above = super()._shown(plan, kept, prefix)
         m, cache = self.session.bundle.manifest, self.cache
         below["hidden_states"] = prefix["hidden_states"].numpy().astype(np.float32) / np.float32(SCALE)
+        if SCORED_VALUES in prefix:
+            below[SCORED_VALUES] = prefix[SCORED_VALUES].numpy().astype(np.float32)
         for i in range(m.decoder.layers):
             for name in (f"key.{i}", f"value.{i}"):
                 if i in m.selection.whole_layers:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import SCORE_TOLERANCE
+from tests.native.attention import decoder_case, encoder_case
 from tests.native.kernels import (
     SEED_DIVISOR,
     Case,
@@ -132,6 +133,19 @@ def test_gathering_into_caches(kernels: Kernels) -> None:
 def test_appending_to_caches(kernels: Kernels) -> None:
     for seed in range(5):
         check_append(kernels, seed)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "frames", "windows"])
+def test_500_cases_of_attention_agree_with_float64(
+    kernels: Kernels, kind: str, record_property: Callable[[str, object], None]
+) -> None:
+    worst = 0.0
+    with np.errstate(all="ignore"):  # NaN and infinities stand where nothing may be read
+        for seed in range(500):
+            most = 1000 if seed % 4 == 0 else 300
+            case = decoder_case(seed, most) if kind == "decoder" else encoder_case(seed, kind == "windows", most)
+            worst = max(worst, case.check(kernels))
+    record_property(f"500 cases of attention, {kind}", f"largest error {worst:.2f} of what rounding may cost")
 
 
 def test_the_library_says_its_version(kernels: Kernels, tmp_path: Path) -> None:

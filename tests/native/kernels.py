@@ -148,7 +148,7 @@ class Kernels:
         """Call a function on the stream; arrays are given by their addresses."""
         converted = [
             a
-            if isinstance(a, (int, ctypes.Structure, ctypes.Array, ctypes.c_void_p))
+            if isinstance(a, (int, ctypes.Structure, ctypes.Array, ctypes.c_void_p, ctypes._Pointer))
             else ctypes.c_void_p(self.address(a))
             for a in arguments
         ]

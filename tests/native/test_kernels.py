@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,6 @@ import pytest
 
 from tests.conftest import SCORE_TOLERANCE
 from tests.native.kernels import (
-    PLUGIN,
     SEED_DIVISOR,
     Case,
     Kernels,
@@ -26,21 +23,10 @@ from tests.native.kernels import (
 )
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler")
-    path = tmp_path_factory.mktemp("emulation") / "emulation.so"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    subprocess.run([compiler, *flags, str(PLUGIN / "tests" / "emulation.cpp"), "-o", str(path)], check=True)
-    return path
-
-
 @pytest.fixture(scope="module", params=[0, 1], ids=["forwards", "backwards"])
-def kernels(library: Path, request: pytest.FixtureRequest) -> Kernels:
+def kernels(emulation: Path, request: pytest.FixtureRequest) -> Kernels:
     """Threads of a block in rising or falling order: an algorithm that depends on it would race on a GPU."""
-    return Kernels(library, np.ascontiguousarray, lambda a: a, lambda a: a.ctypes.data, request.param)
+    return Kernels(emulation, np.ascontiguousarray, lambda a: a, lambda a: a.ctypes.data, request.param)
 
 
 def test_random_cases_agree_with_numpy(kernels: Kernels, record_property: Callable[[str, object], None]) -> None:

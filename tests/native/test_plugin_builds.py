@@ -43,6 +43,8 @@ def test_kernels_compile_and_link(tmp_path: Path) -> None:
         "ivcCompactGather",
         "ivcCompactGatherInto",
         "ivcAppendRows",
+        "ivcAttendInPlace",
+        "ivcEncodeAttend",
     ):
         assert f" T {name}\n" in exported
 

@@ -2,6 +2,7 @@
 // a GPU. The calls have the kernels' signatures but for the stream, which is their order instead: 0, or 1 for backwards.
 #include <stddef.h>
 
+#include "../kernels/attend_plan.h"
 #include "../kernels/rows.h"
 #include "../kernels/selection.h"
 #include "../kernels/votes.h"
@@ -10,14 +11,63 @@ using namespace ivc;
 
 namespace {
 
+uint32_t bitsOf(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+float floatOf(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// `bits` without the lowest `count`, rounded to the nearest, half to even.
+uint32_t rounded(uint32_t bits, int count) {
+    return (bits + (1u << (count - 1)) - 1 + (bits >> count & 1)) >> count;
+}
+
 struct BFloat16 {
     uint16_t bits;
 
+    BFloat16() = default;
+    explicit BFloat16(float value)
+        : bits(static_cast<uint16_t>(isnan(value) ? 0x7fff : rounded(bitsOf(value), 16))) {}
+    explicit operator float() const { return floatOf(static_cast<uint32_t>(bits) << 16); }
+};
+
+struct Float16 {
+    uint16_t bits;
+
+    Float16() = default;
+    explicit Float16(float value) {
+        const uint32_t all = bitsOf(value), magnitude = all & 0x7fffffff;
+        uint32_t found;
+        if (magnitude > 0x7f800000) {
+            found = 0x7fff;
+        } else if (magnitude >= 0x38800000) {  // 2^-14 and more
+            found = smaller(rounded(magnitude - 0x38000000, 13), 0x7c00u);
+        } else {  // a multiple of 2^-24
+            found = bitsOf(floatOf(magnitude) + 0.5f) - bitsOf(0.5f);
+        }
+        bits = static_cast<uint16_t>((all >> 16 & 0x8000) | found);
+    }
     explicit operator float() const {
-        const uint32_t widened = static_cast<uint32_t>(bits) << 16;
-        float value;
-        memcpy(&value, &widened, sizeof value);
-        return value;
+        static const std::vector<float> values = all();
+        return values[bits];
+    }
+
+    static std::vector<float> all() {
+        std::vector<float> values(1 << 16);
+        for (uint32_t i = 0; i < values.size(); ++i) {
+            const uint32_t exponent = i >> 10 & 31, fraction = i & 1023;
+            const float magnitude = exponent == 31  ? floatOf(0x7f800000 | fraction << 13)
+                                    : exponent == 0 ? static_cast<float>(fraction) / (1 << 24)
+                                                    : floatOf((exponent + 112) << 23 | fraction << 13);
+            values[i] = i >> 15 ? -magnitude : magnitude;
+        }
+        return values;
     }
 };
 
@@ -65,9 +115,73 @@ int copy(RowCopies& c, const IvcRows* tensors, int32_t count, int32_t copied, bo
     return 0;
 }
 
+struct Attending {
+    bool backwards;
+
+    template <class Value, Sight kSight, class S>
+    int tiles(const Attend& a) const {
+        const Blocks blocks = blocksOf<kSight, S>(a);
+        std::vector<Vector16> shared(S::kSharedBytes / sizeof(Vector16));
+        launch(blocks.x, blocks.y, blocks.z, backwards, [&](int tile, int head, int part) {
+            memset(shared.data(), 0xff, S::kSharedBytes);  // NaN
+            Block block{S::kWarps, backwards};
+            attend<Value, kSight, S>(block, reinterpret_cast<char*>(shared.data()), a, tile, head, part);
+        });
+        if (a.splits > 1) {
+            for (int64_t i = 0; i < static_cast<int64_t>(a.kvHeads) * a.queries() * a.headDim; ++i) combine<Value>(a, i);
+        }
+        return 0;
+    }
+
+    template <class Value, Sight kSight>
+    int plain(Attend a) const {
+        a.splits = 1;
+        using Plain = PlainAttention<Value, kSight>;
+        launch(a.queries(), a.kvHeads, a.frames, backwards, [&](int query, int head, int frame) {
+            Block block{Plain::kWarps, backwards};
+            typename Plain::Shared shared;
+            Plain::run(block, shared, a, query, head, frame);
+        });
+        return 0;
+    }
+};
+
 }  // namespace
 
 extern "C" {
+
+size_t ivcAttendWorkspace(const IvcAttention* attention) {
+    return possible(*attention) ? workspaceOf(*attention) : 0;
+}
+
+int ivcAttendInPlace(const IvcAttention* c, const void* q, const void* k, const void* v, void* keyCache,
+    void* valueCache, const int32_t* pastLength, void* y, void* workspace, size_t backwards) {
+    if (!possible(*c)) return 1;
+    Attend a = planned(*c);
+    a.q = q;
+    a.k = k;
+    a.v = v;
+    a.keyCache = keyCache;
+    a.valueCache = valueCache;
+    a.pastLength = pastLength;
+    a.y = y;
+    a.partial = static_cast<float*>(workspace);
+    if (!wellPlaced(a, c->type)) return 1;
+    return launchDecoder<Float16, BFloat16>(*c, a, true, Attending{backwards != 0});
+}
+
+int ivcEncodeAttend(const IvcEncoder* c, const void* q, const void* k, const void* v, const int32_t* windowOfPlace,
+    void* y, size_t backwards) {
+    if (!possible(*c)) return 1;
+    Attend a = planned(*c);
+    a.q = q;
+    a.k = k;
+    a.v = v;
+    a.windowOfPlace = windowOfPlace;
+    a.y = y;
+    if (!wellPlaced(a, c->type)) return 1;
+    return launchEncoder<Float16, BFloat16>(*c, a, true, Attending{backwards != 0});
+}
 
 int32_t ivcSeedCount(int32_t visual, int32_t seedDivisor) { return seedCount(visual, seedDivisor); }
 
@@ -75,8 +189,10 @@ size_t ivcSelectionWorkspace(const IvcSelection* selection) { return Scratch(*se
 
 int ivcTokenScores(const IvcSelection* s, const void* values, const int32_t* visualIndex, const int32_t* queryIndex,
     float* tokenScore, int32_t* seedIndex, void* workspace, size_t backwards) {
-    if (!possible(*s) || s->type == IVC_FLOAT16) return 1;
-    const auto call = s->type == IVC_FLOAT32 ? scores<float> : scores<BFloat16>;
+    if (!possible(*s)) return 1;
+    const auto call = s->type == IVC_FLOAT32   ? scores<float>
+                      : s->type == IVC_FLOAT16 ? scores<Float16>
+                                               : scores<BFloat16>;
     call(*s, values, visualIndex, queryIndex, tokenScore, seedIndex, workspace, backwards != 0);
     return 0;
 }

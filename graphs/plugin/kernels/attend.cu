@@ -1,0 +1,116 @@
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "attend_plan.h"
+#include "ivc_kernels.h"
+
+namespace ivc {
+
+template <class Value, Sight kSight, class S>
+__global__ void __launch_bounds__(S::kThreads) attendKernel(const __grid_constant__ Attend a) {
+#ifdef IVC_TENSOR_CORES
+    extern __shared__ __align__(128) char shared[];
+    Block block;
+    attend<Value, kSight, S>(block, shared, a, static_cast<int32_t>(blockIdx.x), static_cast<int32_t>(blockIdx.y),
+        static_cast<int32_t>(blockIdx.z));
+#endif
+}
+
+template <class Value, Sight kSight>
+__global__ void __launch_bounds__(PlainAttention<Value, kSight>::kThreads)
+    attendPlainKernel(const __grid_constant__ Attend a) {
+    __shared__ typename PlainAttention<Value, kSight>::Shared shared;
+    Block block;
+    PlainAttention<Value, kSight>::run(block, shared, a, static_cast<int32_t>(blockIdx.x),
+        static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.z));
+}
+
+constexpr int kCombineThreads = 128;
+
+template <class Value>
+__global__ void __launch_bounds__(kCombineThreads) combineKernel(const __grid_constant__ Attend a) {
+    combine<Value>(a, static_cast<int64_t>(blockIdx.x) * kCombineThreads + static_cast<int64_t>(threadIdx.x));
+}
+
+struct Launch {
+    cudaStream_t stream;
+
+    template <class Value, Sight kSight, class S>
+    cudaError_t tiles(const Attend& a) const {
+        const Blocks blocks = blocksOf<kSight, S>(a);
+        const dim3 grid(static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y), static_cast<unsigned>(blocks.z));
+        const auto kernel = attendKernel<Value, kSight, S>;
+        if (S::kSharedBytes > 48 * 1024) {
+            const cudaError_t allowed = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+            if (allowed != cudaSuccess) return allowed;
+        }
+        kernel<<<grid, S::kThreads, S::kSharedBytes, stream>>>(a);
+        if (a.splits > 1) {
+            const int64_t elements = static_cast<int64_t>(a.kvHeads) * a.queries() * a.headDim;
+            const int64_t combining = (elements + kCombineThreads - 1) / kCombineThreads;
+            combineKernel<Value><<<static_cast<unsigned>(combining), kCombineThreads, 0, stream>>>(a);
+        }
+        return cudaGetLastError();
+    }
+
+    template <class Value, Sight kSight>
+    cudaError_t plain(Attend a) const {
+        a.splits = 1;
+        const dim3 grid(static_cast<unsigned>(a.queries()), static_cast<unsigned>(a.kvHeads), static_cast<unsigned>(a.frames));
+        attendPlainKernel<Value, kSight><<<grid, PlainAttention<Value, kSight>::kThreads, 0, stream>>>(a);
+        return cudaGetLastError();
+    }
+};
+
+// Whether the current device has what the kernels over tiles need.
+cudaError_t hasTensorCores(bool& has) {
+    int device = 0, major = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    has = major >= 8;
+    return status;
+}
+
+}  // namespace ivc
+
+using namespace ivc;
+
+size_t ivcAttendWorkspace(const IvcAttention* attention) {
+    return possible(*attention) ? workspaceOf(*attention) : 0;
+}
+
+cudaError_t ivcAttendInPlace(const IvcAttention* c, const void* q, const void* k, const void* v, void* keyCache,
+    void* valueCache, const int32_t* pastLength, void* y, void* workspace, cudaStream_t stream) {
+    if (!possible(*c)) return cudaErrorInvalidValue;
+    Attend a = planned(*c);
+    a.q = q;
+    a.k = k;
+    a.v = v;
+    a.keyCache = keyCache;
+    a.valueCache = valueCache;
+    a.pastLength = pastLength;
+    a.y = y;
+    a.partial = static_cast<float*>(workspace);
+    if (!wellPlaced(a, c->type)) return cudaErrorInvalidValue;
+    bool tensorCores = false;
+    const cudaError_t known = hasTensorCores(tensorCores);
+    if (known != cudaSuccess) return known;
+    return launchDecoder<__half, __nv_bfloat16>(*c, a, tensorCores, Launch{stream});
+}
+
+cudaError_t ivcEncodeAttend(const IvcEncoder* c, const void* q, const void* k, const void* v,
+    const int32_t* windowOfPlace, void* y, cudaStream_t stream) {
+    if (!possible(*c)) return cudaErrorInvalidValue;
+    Attend a = planned(*c);
+    a.q = q;
+    a.k = k;
+    a.v = v;
+    a.windowOfPlace = windowOfPlace;
+    a.y = y;
+    if (!wellPlaced(a, c->type)) return cudaErrorInvalidValue;
+    bool tensorCores = false;
+    const cudaError_t known = hasTensorCores(tensorCores);
+    if (known != cudaSuccess) return known;
+    return launchEncoder<__half, __nv_bfloat16>(*c, a, tensorCores, Launch{stream});
+}

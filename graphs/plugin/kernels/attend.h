@@ -1,0 +1,577 @@
+// Attention over tiles of keys: scores, softmax and weighted values of a tile of queries stay in registers.
+//
+// One algorithm serves a decoder layer (a cache and, causally, fresh rows), an encoder's frames and its windows. A block
+// takes a tile of queries and walks over tiles of keys; of every query it keeps the largest score, the sum of weights
+// and the weighted values, which are scaled down where a larger score turns up. Queries of all heads that share a
+// key-value head stand in one tile, row by row and in a row head by head. Where queries are few, a tile's keys are
+// split over its warps and over blocks, and what these find is combined.
+// Sources: Dao 2023, "FlashAttention-2" (arXiv 2307.08691), algorithm 1; Dao et al. 2023, "Flash-Decoding".
+#pragma once
+
+#include "ivc_types.h"
+#include "rows.h"
+#include "warp.h"
+
+namespace ivc {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// One launch's arguments. Strides are in elements.
+struct Attend {
+    const void *q, *k, *v;
+    void *keyCache, *valueCache;  // [kvHeads, capacity, headDim]
+    void* y;                      // [frames, rows, heads * headDim]
+    const int32_t* pastLength;
+    const int32_t* windowOfPlace;
+    float* partial;  // [splits, kvHeads, queries, headDim], then largest scores and sums of weights, without headDim
+    IvcStrides qStride, kStride, vStride;
+    int32_t frames, heads, kvHeads, headDim;
+    int32_t group;     // heads / kvHeads
+    int32_t rows;      // of queries, in y
+    int32_t keys;      // rows of k and v
+    int32_t firstRow;  // of q, that y's first row is of
+    int32_t capacity, blockSize, splits;
+    int32_t append;
+    float scale;  // to powers of 2: that of the products times log2(e)
+
+    // Queries of one key-value head.
+    IVC_HD int32_t queries() const { return rows * group; }
+    IVC_HD int32_t past() const {
+        if (capacity == 0) return 0;
+        return larger(0, smaller(*pastLength, append ? capacity - rows : capacity));
+    }
+    IVC_HD int64_t stats() const { return static_cast<int64_t>(splits) * kvHeads * queries(); }
+    IVC_HD float* largest() const { return partial + stats() * headDim; }
+    IVC_HD float* sums() const { return largest() + stats(); }
+};
+
+// What a query may see.
+enum class Sight { kCausal, kFrame, kWindow };
+
+// Keys that lie in one tensor, `first` to `end` - 1 of its rows.
+template <class Value>
+struct Tile {
+    const Value *k, *v;  // row 0
+    int64_t kRow, vRow;  // from row to row
+    int32_t first, end;
+    bool cached;
+};
+
+// The tiles of keys that a tile of queries visits. `frame` and `head`, of keys, as the block's.
+template <class Value, Sight kSight, int kKeysOfTile>
+struct Visit {
+    const Attend& a;
+    int32_t frame, head;
+    int32_t past = 0;        // rows of the cache
+    int32_t cacheTiles = 0;  // the first ones
+    int32_t first = 0, end;  // other keys
+    int32_t from = 0, to;    // tiles of this split
+
+    // Queries are firstQuery to endQuery - 1.
+    IVC_HD Visit(const Attend& attend, int32_t frame, int32_t head, int32_t firstQuery, int32_t endQuery, int32_t split)
+        : a(attend), frame(frame), head(head) {
+        const int32_t low = firstQuery / a.group, high = (endQuery - 1) / a.group;  // rows
+        if (kSight == Sight::kCausal) {
+            past = a.past();
+            cacheTiles = ceilDiv(past, kKeysOfTile);
+            end = high + 1;
+        } else if (kSight == Sight::kWindow) {  // its own block and the neighbours
+            first = low / a.blockSize * a.blockSize;
+            end = smaller(a.keys, (high / a.blockSize + 3) * a.blockSize);
+        } else {
+            end = a.keys;
+        }
+        const int64_t tiles = cacheTiles + ceilDiv(end - first, kKeysOfTile);
+        from = static_cast<int32_t>(tiles * split / a.splits);
+        to = static_cast<int32_t>(tiles * (split + 1) / a.splits);
+    }
+
+    IVC_HD Tile<Value> operator[](int32_t tile) const {
+        if (kSight == Sight::kCausal && tile < cacheTiles) {
+            const int64_t start = static_cast<int64_t>(head) * a.capacity * a.headDim;
+            return {static_cast<const Value*>(a.keyCache) + start, static_cast<const Value*>(a.valueCache) + start,
+                a.headDim, a.headDim, tile * kKeysOfTile, past, true};
+        }
+        return {static_cast<const Value*>(a.k) + frame * a.kStride.frame + head * a.kStride.head,
+            static_cast<const Value*>(a.v) + frame * a.vStride.frame + head * a.vStride.head, a.kStride.row,
+            a.vStride.row, first + (tile - cacheTiles) * kKeysOfTile, end, false};
+    }
+
+    // Whether some query from row `lowest` on may not see some key of the tile.
+    IVC_HD bool masked(const Tile<Value>& t, int32_t lowest) const {
+        const int32_t last = t.first + kKeysOfTile;
+        return kSight == Sight::kWindow || last > t.end || (kSight == Sight::kCausal && !t.cached && last > lowest + 1);
+    }
+
+    // Of the tile's rows, that at `row` may be read as a value: where nothing is, zeros stand for it.
+    IVC_HD bool holds(int32_t row) const { return kSight != Sight::kWindow || a.windowOfPlace[row] >= 0; }
+};
+
+// Writes the fresh keys and values of a head behind those of the cache: this block's share, in vectors of type Vector.
+template <class Vector, class Value>
+IVC_WARP void appendRows(const Attend& a, int32_t head, int32_t share, int32_t shares, int threads, int thread) {
+    constexpr int kEach = sizeof(Vector) / sizeof(Value);
+    const int32_t width = a.headDim / kEach;
+    const int64_t past = a.past(), count = static_cast<int64_t>(a.rows) * width;
+    for (int64_t i = static_cast<int64_t>(share) * threads + thread; i < count;
+         i += static_cast<int64_t>(shares) * threads) {
+        const int64_t row = i / width, at = i % width * kEach;
+        const int64_t target = (static_cast<int64_t>(head) * a.capacity + past + row) * a.headDim + at;
+        const int64_t key = head * a.kStride.head + row * a.kStride.row + at;
+        const int64_t value = head * a.vStride.head + row * a.vStride.row + at;
+        *reinterpret_cast<Vector*>(static_cast<Value*>(a.keyCache) + target) =
+            *reinterpret_cast<const Vector*>(static_cast<const Value*>(a.k) + key);
+        *reinterpret_cast<Vector*>(static_cast<Value*>(a.valueCache) + target) =
+            *reinterpret_cast<const Vector*>(static_cast<const Value*>(a.v) + value);
+    }
+}
+
+// Sizes of a block's tiles. kBands times kRowWarps tiles of 16 queries; kKeys keys, shared by kKeyWarps warps.
+template <int kDepth_, int kBands_, int kRowWarps_, int kKeyWarps_, int kKeys_, int kStages_>
+struct Shape {
+    static constexpr int kDepth = kDepth_;  // of a head, up to the next multiple of 16
+    static constexpr int kBands = kBands_;  // of 16 queries, that a warp has
+    static constexpr int kRowWarps = kRowWarps_, kKeyWarps = kKeyWarps_;
+    static constexpr int kKeys = kKeys_;
+    static constexpr int kStages = kStages_;  // 1: keys arrive while values are used; 2: a tile while another is used
+    static constexpr int kWarps = kRowWarps * kKeyWarps, kThreads = kWarps * kWarp;
+    static constexpr int kQueries = 16 * kBands * kRowWarps;
+    static constexpr int kColumns = kKeys / kKeyWarps;  // keys of a warp
+    static constexpr int kChunks = kDepth / 8;          // of 16 bytes, in a row
+    // Rows lie so that eight of them, at one chunk, are in different banks: chunks change places by row, or the number
+    // of chunks from row to row is odd.
+    static constexpr bool kSwizzled = kChunks % 8 == 0;
+    static constexpr int kRowBytes = 16 * (kSwizzled ? kChunks : kChunks | 1);
+    static constexpr int kTileBytes = kKeys * kRowBytes;
+    static constexpr int kQueryBytes = kQueries * kRowBytes;
+    static constexpr int kMergeBytes = kKeyWarps == 1 ? 0 : 4 * kKeyWarps * kQueries * (kDepth + 2);
+    static constexpr int kInputBytes = kQueryBytes + 2 * kStages * kTileBytes;
+    static constexpr int kSharedBytes = kInputBytes < kMergeBytes ? kMergeBytes : kInputBytes;
+
+    IVC_HD static int at(int row, int chunk) { return row * kRowBytes + 16 * (kSwizzled ? chunk ^ (row & 7) : chunk); }
+};
+
+// What a warp has found of its queries. Of each band, two rows are a lane's.
+template <class S>
+struct Found {
+    Lane<Product> score[S::kBands][S::kColumns / 8];
+    Lane<Product> value[S::kBands][S::kDepth / 8];  // sums of weighted values
+    Lane<float> largest[S::kBands][2];              // scores, before scaling
+    Lane<float> sum[S::kBands][2];                  // of the lane's weights
+    Lane<int32_t> limit[S::kBands][2];              // causal: the row's number; windows: the window's
+};
+
+template <class Value, Sight kSight, class S>
+struct Attention {
+    Block& block;
+    char* shared;
+    const Attend& a;
+    int32_t frame, head, split;
+    int32_t firstQuery, endQuery;
+
+    IVC_WARP char* keys(int stage) const { return shared + S::kQueryBytes + 2 * stage * S::kTileBytes; }
+    IVC_WARP char* values(int stage) const { return keys(stage) + S::kTileBytes; }
+
+    // Starts to fill `target` with rows: zeros for those outside and behind the head's last element.
+    template <int kRows, class Source>
+    IVC_WARP void load(char* target, Source source) const {
+        block.each([&](int warp) {
+            eachLane([&](int lane) {
+#pragma unroll
+                for (int i = 0; i < ceilDiv(kRows * S::kChunks, S::kThreads); ++i) {
+                    const int at = i * S::kThreads + warp * kWarp + lane;
+                    const int row = at / S::kChunks, chunk = at % S::kChunks;
+                    if (kRows * S::kChunks % S::kThreads == 0 || row < kRows) {
+                        const void* from = 8 * chunk < a.headDim ? source(row, 8 * chunk) : nullptr;
+                        block.copy16(target + S::at(row, chunk), from ? from : a.q, from != nullptr);
+                    }
+                }
+            });
+        });
+    }
+
+    IVC_WARP void loadQueries() const {
+        const Value* q = static_cast<const Value*>(a.q) + frame * a.qStride.frame + a.firstRow * a.qStride.row;
+        load<S::kQueries>(shared, [&](int at, int element) -> const void* {
+            const int32_t query = firstQuery + at;
+            if (query >= endQuery) return nullptr;
+            const int32_t row = query / a.group, of = head * a.group + query % a.group;
+            return q + of * a.qStride.head + row * a.qStride.row + element;
+        });
+    }
+
+    IVC_WARP void loadKeys(const Tile<Value>& t, int stage) const {
+        load<S::kKeys>(keys(stage), [&](int at, int element) -> const void* {
+            const int32_t row = t.first + at;
+            return row < t.end ? t.k + row * t.kRow + element : nullptr;
+        });
+    }
+
+    template <class Visits>
+    IVC_WARP void loadValues(const Visits& visit, const Tile<Value>& t, int stage) const {
+        load<S::kKeys>(values(stage), [&](int at, int element) -> const void* {
+            const int32_t row = t.first + at;
+            return row < t.end && visit.holds(row) ? t.v + row * t.vRow + element : nullptr;
+        });
+    }
+
+    IVC_WARP void begin(Found<S>& f, int warp) const {
+#pragma unroll
+        for (int band = 0; band < S::kBands; ++band) {
+            eachLane([&](int lane) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    f.largest[band][half][lane] = -INFINITY;
+                    f.sum[band][half][lane] = 0;
+                    const int32_t query = firstQuery + queryAt(warp, band, half, lane);
+                    const int32_t row = smaller(query, endQuery - 1) / a.group;
+                    f.limit[band][half][lane] = kSight == Sight::kWindow ? a.windowOfPlace[a.firstRow + row] : row;
+                }
+#pragma unroll
+                for (int n = 0; n < S::kDepth / 8; ++n) f.value[band][n][lane] = Product{};
+            });
+        }
+    }
+
+    // The query, from the block's first on, that a lane's half of a band is of.
+    IVC_WARP static int queryAt(int warp, int band, int half, int lane) {
+        return (warp / S::kKeyWarps * S::kBands + band) * 16 + 8 * half + lane / 4;
+    }
+
+    // Products of the warp's queries and keys.
+    IVC_WARP void scores(Found<S>& f, int warp, int stage) const {
+        const int firstBand = warp / S::kKeyWarps * S::kBands, firstColumn = warp % S::kKeyWarps * S::kColumns;
+        const char* tile = keys(stage);
+#pragma unroll
+        for (int band = 0; band < S::kBands; ++band) {
+#pragma unroll
+            for (int n = 0; n < S::kColumns / 8; ++n) eachLane([&](int lane) { f.score[band][n][lane] = Product{}; });
+        }
+#pragma unroll
+        for (int k = 0; k < S::kDepth / 16; ++k) {
+            Lane<Fragment> q[S::kBands];
+#pragma unroll
+            for (int band = 0; band < S::kBands; ++band) {
+                loadMatrices<false>(q[band], [&](int lane) {
+                    return shared + S::at((firstBand + band) * 16 + lane % 16, 2 * k + lane / 16);
+                });
+            }
+#pragma unroll
+            for (int n = 0; n < S::kColumns / 16; ++n) {
+                Lane<Fragment> rows;
+                loadMatrices<false>(rows, [&](int lane) {
+                    return tile + S::at(firstColumn + 16 * n + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
+                });
+#pragma unroll
+                for (int band = 0; band < S::kBands; ++band) {
+                    multiply<Value, 0>(f.score[band][2 * n], q[band], rows);
+                    multiply<Value, 1>(f.score[band][2 * n + 1], q[band], rows);
+                }
+            }
+        }
+    }
+
+    // Scores of keys that a query may not see become minus infinity.
+    IVC_WARP void mask(Found<S>& f, const Tile<Value>& t, int warp) const {
+        const int32_t firstKey = t.first + warp % S::kKeyWarps * S::kColumns;
+        eachLane([&](int lane) {
+#pragma unroll
+            for (int n = 0; n < S::kColumns / 8; ++n) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int32_t key = firstKey + 8 * n + 2 * (lane % 4) + i;
+                    const int32_t window = kSight == Sight::kWindow && key < t.end ? a.windowOfPlace[key] : -1;
+#pragma unroll
+                    for (int band = 0; band < S::kBands; ++band) {
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            const int32_t limit = f.limit[band][half][lane];
+                            const bool seen = kSight == Sight::kWindow ? window >= 0 && window == limit
+                                                                       : key < t.end &&
+                                    (kSight == Sight::kFrame || t.cached || key <= limit);
+                            if (!seen) f.score[band][n][lane].x[2 * half + i] = -INFINITY;
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    // Turns scores into weights, and scales down what was found where a larger score turned up.
+    IVC_WARP void weights(Found<S>& f) const {
+#pragma unroll
+        for (int band = 0; band < S::kBands; ++band) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                Lane<float> most;
+                eachLane([&](int lane) {
+                    float x = f.largest[band][half][lane];
+#pragma unroll
+                    for (int n = 0; n < S::kColumns / 8; ++n) {
+                        const float* s = f.score[band][n][lane].x + 2 * half;
+                        x = fmaxf(x, fmaxf(s[0], s[1]));
+                    }
+                    most[lane] = x;
+                });
+                ofQuad(most, [](float x, float y) { return fmaxf(x, y); });
+                eachLane([&](int lane) {
+                    const float base = most[lane] == -INFINITY ? 0.0f : most[lane] * a.scale;
+                    const float kept = power2(f.largest[band][half][lane] * a.scale - base);
+                    f.largest[band][half][lane] = most[lane];
+                    float sum = f.sum[band][half][lane] * kept;
+#pragma unroll
+                    for (int n = 0; n < S::kColumns / 8; ++n) {
+                        float* s = f.score[band][n][lane].x + 2 * half;
+                        s[0] = power2(s[0] * a.scale - base);
+                        s[1] = power2(s[1] * a.scale - base);
+                        sum += s[0] + s[1];
+                    }
+                    f.sum[band][half][lane] = sum;
+#pragma unroll
+                    for (int n = 0; n < S::kDepth / 8; ++n) {
+                        float* value = f.value[band][n][lane].x + 2 * half;
+                        value[0] *= kept;
+                        value[1] *= kept;
+                    }
+                });
+            }
+        }
+    }
+
+    // Over the four lanes that share a row.
+    template <class Operation>
+    IVC_WARP static void ofQuad(Lane<float>& x, Operation operation) {
+#pragma unroll
+        for (int mask = 1; mask < 4; mask *= 2) {
+            Lane<float> other;
+            exchange(other, x, mask);
+            eachLane([&](int lane) { x[lane] = operation(x[lane], other[lane]); });
+        }
+    }
+
+    // Adds the values by their weights.
+    IVC_WARP void weighted(Found<S>& f, int warp, int stage) const {
+        const int firstColumn = warp % S::kKeyWarps * S::kColumns;
+        const char* tile = values(stage);
+#pragma unroll
+        for (int k = 0; k < S::kColumns / 16; ++k) {
+            Lane<Fragment> weight[S::kBands];
+#pragma unroll
+            for (int band = 0; band < S::kBands; ++band) {
+                eachLane([&](int lane) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float* s = f.score[band][2 * k + i / 2][lane].x + i % 2 * 2;
+                        weight[band][lane].x[i] = packed<Value>(s[0], s[1]);
+                    }
+                });
+            }
+#pragma unroll
+            for (int n = 0; n < S::kDepth / 16; ++n) {
+                Lane<Fragment> rows;
+                loadMatrices<true>(rows, [&](int lane) {
+                    return tile + S::at(firstColumn + 16 * k + lane % 16, 2 * n + lane / 16);
+                });
+#pragma unroll
+                for (int band = 0; band < S::kBands; ++band) {
+                    multiply<Value, 0>(f.value[band][2 * n], weight[band], rows);
+                    multiply<Value, 1>(f.value[band][2 * n + 1], weight[band], rows);
+                }
+            }
+        }
+    }
+
+    // Two neighbouring elements of a query's answer.
+    IVC_WARP void write(int at, int element, float x0, float x1, float sum) const {
+        const int32_t query = firstQuery + at;
+        if (query >= endQuery || element >= a.headDim) return;
+        if (a.splits > 1) {
+            float* to = a.partial + statsAt(query) * a.headDim + element;
+            to[0] = x0;
+            to[1] = x1;
+        } else {
+            const float factor = sum == 0 ? 0.0f : 1 / sum;
+            const int32_t row = query / a.group, of = head * a.group + query % a.group;
+            const int64_t line = (static_cast<int64_t>(frame) * a.rows + row) * a.heads + of;
+            const uint32_t bits = packed<Value>(x0 * factor, x1 * factor);
+            memcpy(static_cast<Value*>(a.y) + line * a.headDim + element, &bits, sizeof bits);
+        }
+    }
+
+    IVC_WARP void writeStats(int at, float largest, float sum) const {
+        const int32_t query = firstQuery + at;
+        if (a.splits == 1 || query >= endQuery) return;
+        a.largest()[statsAt(query)] = largest * a.scale;
+        a.sums()[statsAt(query)] = sum;
+    }
+
+    IVC_WARP int64_t statsAt(int32_t query) const {
+        return (static_cast<int64_t>(split) * a.kvHeads + head) * a.queries() + query;
+    }
+
+    // Writes what the warps found, where each has queries of its own.
+    IVC_WARP void finish(Found<S>& f, int warp) const {
+#pragma unroll
+        for (int band = 0; band < S::kBands; ++band) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                eachLane([&](int lane) {
+                    const int at = queryAt(warp, band, half, lane);
+                    const float sum = f.sum[band][half][lane];
+#pragma unroll
+                    for (int n = 0; n < S::kDepth / 8; ++n) {
+                        const float* x = f.value[band][n][lane].x + 2 * half;
+                        write(at, 8 * n + 2 * (lane % 4), x[0], x[1], sum);
+                    }
+                    if (lane % 4 == 0) writeStats(at, f.largest[band][half][lane], sum);
+                });
+            }
+        }
+    }
+
+    // Where warps share queries, what they found goes through shared memory.
+    struct Merged {
+        float value[S::kKeyWarps][S::kQueries][S::kDepth];
+        float largest[S::kKeyWarps][S::kQueries];
+        float sum[S::kKeyWarps][S::kQueries];
+    };
+
+    IVC_WARP void hand(Merged& merged, Found<S>& f, int warp) const {
+        const int part = warp % S::kKeyWarps;
+#pragma unroll
+        for (int band = 0; band < S::kBands; ++band) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                eachLane([&](int lane) {
+                    const int at = queryAt(warp, band, half, lane);
+#pragma unroll
+                    for (int n = 0; n < S::kDepth / 8; ++n) {
+                        float* to = merged.value[part][at] + 8 * n + 2 * (lane % 4);
+                        to[0] = f.value[band][n][lane].x[2 * half];
+                        to[1] = f.value[band][n][lane].x[2 * half + 1];
+                    }
+                    if (lane % 4 == 0) {
+                        merged.largest[part][at] = f.largest[band][half][lane];
+                        merged.sum[part][at] = f.sum[band][half][lane];
+                    }
+                });
+            }
+        }
+    }
+
+    IVC_WARP void finishMerged(const Merged& merged, int warp) const {
+        constexpr int kPairs = S::kDepth / 2;
+        eachLane([&](int lane) {
+            for (int i = warp * kWarp + lane; i < S::kQueries * kPairs; i += S::kThreads) {
+                const int at = i / kPairs, element = 2 * (i % kPairs);
+                float most = -INFINITY, sum = 0, x0 = 0, x1 = 0;
+#pragma unroll
+                for (int part = 0; part < S::kKeyWarps; ++part) most = fmaxf(most, merged.largest[part][at]);
+                const float base = most == -INFINITY ? 0.0f : most * a.scale;
+#pragma unroll
+                for (int part = 0; part < S::kKeyWarps; ++part) {
+                    const float factor = power2(merged.largest[part][at] * a.scale - base);
+                    sum += factor * merged.sum[part][at];
+                    x0 += factor * merged.value[part][at][element];
+                    x1 += factor * merged.value[part][at][element + 1];
+                }
+                write(at, element, x0, x1, sum);
+                if (element == 0) writeStats(at, most, sum);
+            }
+        });
+    }
+
+    IVC_WARP void run() const {
+        const Visit<Value, kSight, S::kKeys> visit(a, frame, head, firstQuery, endQuery, split);
+        const int32_t lowest = firstQuery / a.group;
+        PerWarp<Found<S>, S::kWarps> found;
+        loadQueries();
+        if (visit.from < visit.to) {
+            loadKeys(visit[visit.from], 0);
+            if (S::kStages == 2) loadValues(visit, visit[visit.from], 0);
+        }
+        block.each([&](int warp) { begin(found[warp], warp); });
+        for (int32_t i = visit.from; i < visit.to; ++i) {
+            const Tile<Value> tile = visit[i];
+            const int stage = S::kStages == 2 ? (i - visit.from) % 2 : 0;
+            block.awaitCopies();
+            block.barrier();
+            if (S::kStages == 1) {
+                loadValues(visit, tile, 0);
+            } else if (i + 1 < visit.to) {
+                loadKeys(visit[i + 1], 1 - stage);
+                loadValues(visit, visit[i + 1], 1 - stage);
+            }
+            block.each([&](int warp) { scores(found[warp], warp, stage); });
+            if (S::kStages == 1) {
+                block.awaitCopies();
+                block.barrier();
+                if (i + 1 < visit.to) loadKeys(visit[i + 1], 0);
+            }
+            block.each([&](int warp) {
+                if (visit.masked(tile, lowest)) mask(found[warp], tile, warp);
+                weights(found[warp]);
+                weighted(found[warp], warp, stage);
+            });
+        }
+        block.awaitCopies();
+        block.each([&](int warp) {
+#pragma unroll
+            for (int i = 0; i < 2 * S::kBands; ++i) {
+                ofQuad(found[warp].sum[i / 2][i % 2], [](float x, float y) { return x + y; });
+            }
+        });
+        if constexpr (S::kKeyWarps == 1) {
+            block.each([&](int warp) { finish(found[warp], warp); });
+        } else {
+            Merged& merged = *reinterpret_cast<Merged*>(shared);
+            static_assert(sizeof(Merged) <= S::kSharedBytes, "too little shared memory");
+            block.barrier();
+            block.each([&](int warp) { hand(merged, found[warp], warp); });
+            block.barrier();
+            block.each([&](int warp) { finishMerged(merged, warp); });
+        }
+    }
+};
+
+// One block's part: `tile` of queries, of `head` of keys, and of a split (decoders) or a frame (encoders). The tiles
+// with the most keys to visit come first.
+template <class Value, Sight kSight, class S>
+IVC_WARP void attend(Block& block, char* shared, const Attend& a, int32_t tile, int32_t head, int32_t splitOrFrame) {
+    constexpr bool kCausal = kSight == Sight::kCausal;
+    const int32_t tiles = ceilDiv(a.queries(), S::kQueries);
+    const int32_t firstQuery = (kCausal ? tiles - 1 - tile : tile) * S::kQueries;
+    const int32_t split = kCausal ? splitOrFrame : 0;
+    if (kCausal && a.append) {
+        block.each([&](int warp) {
+            eachLane([&](int lane) {
+                appendRows<Vector16, Value>(
+                    a, head, split * tiles + tile, a.splits * tiles, S::kThreads, warp * kWarp + lane);
+            });
+        });
+    }
+    Attention<Value, kSight, S>{block, shared, a, kCausal ? 0 : splitOrFrame, head, split, firstQuery,
+        smaller(firstQuery + S::kQueries, a.queries())}
+        .run();
+}
+
+// One element of y from what the splits found; `i` counts [kvHeads, queries, headDim].
+template <class Value>
+IVC_WARP void combine(const Attend& a, int64_t i) {
+    const int64_t lines = static_cast<int64_t>(a.kvHeads) * a.queries(), line = i / a.headDim;
+    if (line >= lines) return;
+    const float *largest = a.largest() + line, *sums = a.sums() + line;
+    float most = -INFINITY, sum = 0, x = 0;
+    for (int32_t s = 0; s < a.splits; ++s) most = sums[s * lines] == 0 ? most : fmaxf(most, largest[s * lines]);
+    for (int32_t s = 0; s < a.splits; ++s) {
+        if (sums[s * lines] == 0) continue;  // a split without keys
+        const float factor = power2(largest[s * lines] - most);
+        sum += factor * sums[s * lines];
+        x += factor * a.partial[s * lines * a.headDim + i];
+    }
+    const int32_t head = static_cast<int32_t>(line / a.queries()), query = static_cast<int32_t>(line % a.queries());
+    const int64_t to = static_cast<int64_t>(query / a.group) * a.heads + head * a.group + query % a.group;
+    static_cast<Value*>(a.y)[to * a.headDim + i % a.headDim] = static_cast<Value>(sum == 0 ? 0.0f : x / sum);
+}
+
+}  // namespace ivc

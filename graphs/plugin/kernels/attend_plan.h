@@ -1,0 +1,166 @@
+// Which kernel an attention call runs, in which blocks, from extents alone.
+#pragma once
+
+#include <initializer_list>
+
+#include "attend.h"
+#include "attend_plain.h"
+
+namespace ivc {
+
+// Tiles for many queries, and for few, whose keys are split over warps. All fit in 99 KiB of shared memory.
+template <int kDepth>
+using ManyQueries = Shape<kDepth, 2, 4, 1, 64, 1>;
+template <int kDepth>
+using FewQueries = Shape<kDepth, 1, 1, 4, 64, 2>;
+
+constexpr int kMostFewQueries = 64;
+constexpr int kWantedBlocks = 128;  // that a decoder's keys are split for
+constexpr int kMostKeySplits = 128;
+
+struct Blocks {
+    int32_t x, y, z;
+};
+
+inline bool few(const IvcAttention& c) { return static_cast<int64_t>(c.rows) * (c.heads / c.kvHeads) <= kMostFewQueries; }
+
+inline bool wellPlaced(IvcType type, const IvcStrides& s) {
+    return type == IVC_FLOAT32 || (s.frame | s.head | s.row) % 8 == 0;
+}
+
+// Whether addresses allow copies of 16 bytes.
+inline bool wellPlaced(const Attend& a, IvcType type) {
+    uintptr_t bits = 0;
+    for (const void* address : {a.q, a.k, a.v, static_cast<const void*>(a.keyCache),
+             static_cast<const void*>(a.valueCache), static_cast<const void*>(a.y)}) {
+        bits |= reinterpret_cast<uintptr_t>(address);
+    }
+    return bits % (type == IVC_FLOAT32 ? 4 : 16) == 0;
+}
+
+inline bool possible(const IvcAttention& c) {
+    return c.rows > 0 && c.capacity >= 0 && c.kvHeads > 0 && c.heads > 0 && c.heads % c.kvHeads == 0 &&
+           (c.headDim == 64 || c.headDim == 128) && c.scale > 0 && c.type >= IVC_FLOAT32 && c.type <= IVC_BFLOAT16 &&
+           (c.fresh == IVC_FRESH_APART || c.capacity >= c.rows) && wellPlaced(c.type, c.q) &&
+           wellPlaced(c.type, c.k) && wellPlaced(c.type, c.v) && c.kvHeads <= 65535 &&
+           static_cast<int64_t>(c.rows) * (c.heads / c.kvHeads) < INT32_MAX - 1024;
+}
+
+inline bool possible(const IvcEncoder& c) {
+    return c.frames > 0 && c.frames <= 65535 && c.heads > 0 && c.heads <= 65535 && c.rows > 0 &&
+           (c.headDim == 64 || c.headDim == 72 || c.headDim == 80 || c.headDim == 128) && c.scale > 0 &&
+           c.type >= IVC_FLOAT32 && c.type <= IVC_BFLOAT16 && wellPlaced(c.type, c.q) && wellPlaced(c.type, c.k) &&
+           wellPlaced(c.type, c.v) && c.rows < INT32_MAX - 1024 &&
+           (c.blockSize == 0 || (c.blockSize > 0 && c.rows % c.blockSize == 0 && c.rows / c.blockSize > 2));
+}
+
+// Parts into which a decoder's keys are cut, so that there are blocks enough.
+inline int32_t splitsOf(const IvcAttention& c) {
+    if (c.type == IVC_FLOAT32) return 1;
+    const bool fewer = few(c);
+    const int32_t queries = c.rows * (c.heads / c.kvHeads);
+    const int64_t blocks =
+        static_cast<int64_t>(ceilDiv(queries, fewer ? FewQueries<64>::kQueries : ManyQueries<64>::kQueries)) * c.kvHeads;
+    const int64_t tiles = ceilDiv(c.capacity, 64) + ceilDiv(c.rows, 64);
+    const int64_t wanted = larger<int64_t>(1, kWantedBlocks / blocks);
+    return static_cast<int32_t>(smaller<int64_t>(kMostKeySplits, smaller(tiles, wanted)));
+}
+
+inline size_t workspaceOf(const IvcAttention& c) {
+    const int32_t splits = splitsOf(c);
+    if (splits == 1) return 0;
+    return sizeof(float) * static_cast<size_t>(splits) * static_cast<size_t>(c.heads) * static_cast<size_t>(c.rows) *
+           static_cast<size_t>(c.headDim + 2);
+}
+
+inline Attend planned(const IvcAttention& c) {
+    Attend a{};
+    a.qStride = c.q;
+    a.kStride = c.k;
+    a.vStride = c.v;
+    a.frames = 1;
+    a.heads = c.heads;
+    a.kvHeads = c.kvHeads;
+    a.headDim = c.headDim;
+    a.group = c.heads / c.kvHeads;
+    a.rows = a.keys = c.rows;
+    a.capacity = c.capacity;
+    a.append = c.fresh == IVC_FRESH_APPENDED;
+    a.splits = splitsOf(c);
+    a.scale = c.scale * kLog2E;
+    return a;
+}
+
+inline Attend planned(const IvcEncoder& c) {
+    Attend a{};
+    a.qStride = c.q;
+    a.kStride = c.k;
+    a.vStride = c.v;
+    a.frames = c.frames;
+    a.heads = a.kvHeads = c.heads;
+    a.headDim = c.headDim;
+    a.group = 1;
+    a.rows = c.rows - 2 * c.blockSize;
+    a.keys = c.rows;
+    a.firstRow = a.blockSize = c.blockSize;
+    a.splits = 1;
+    a.scale = c.scale * kLog2E;
+    return a;
+}
+
+// Hands the kernel of a planned call to `launch`: launch.tiles<Value, Sight, Shape>(attend), or
+// launch.plain<Value, Sight>(attend). `Half` and `Brain` are float16 and bfloat16.
+template <class Half, class Brain, class Launch>
+auto launchDecoder(const IvcAttention& c, const Attend& a, bool tensorCores, Launch launch) {
+    constexpr Sight kSight = Sight::kCausal;
+    if (c.type == IVC_FLOAT32) return launch.template plain<float, kSight>(a);
+    if (!tensorCores) {
+        return c.type == IVC_FLOAT16 ? launch.template plain<Half, kSight>(a) : launch.template plain<Brain, kSight>(a);
+    }
+    const bool half = c.type == IVC_FLOAT16, fewer = few(c);
+    if (c.headDim == 64) {
+        if (fewer) {
+            return half ? launch.template tiles<Half, kSight, FewQueries<64>>(a)
+                        : launch.template tiles<Brain, kSight, FewQueries<64>>(a);
+        }
+        return half ? launch.template tiles<Half, kSight, ManyQueries<64>>(a)
+                    : launch.template tiles<Brain, kSight, ManyQueries<64>>(a);
+    }
+    if (fewer) {
+        return half ? launch.template tiles<Half, kSight, FewQueries<128>>(a)
+                    : launch.template tiles<Brain, kSight, FewQueries<128>>(a);
+    }
+    return half ? launch.template tiles<Half, kSight, ManyQueries<128>>(a)
+                : launch.template tiles<Brain, kSight, ManyQueries<128>>(a);
+}
+
+template <class Value, Sight kSight, class Launch>
+auto launchEncoderTiles(const Attend& a, Launch launch) {
+    if (a.headDim == 64) return launch.template tiles<Value, kSight, ManyQueries<64>>(a);
+    if (a.headDim <= 80) return launch.template tiles<Value, kSight, ManyQueries<80>>(a);
+    return launch.template tiles<Value, kSight, ManyQueries<128>>(a);
+}
+
+template <class Half, class Brain, Sight kSight, class Launch>
+auto launchEncoder(const IvcEncoder& c, const Attend& a, bool tensorCores, Launch launch) {
+    if (c.type == IVC_FLOAT32) return launch.template plain<float, kSight>(a);
+    if (!tensorCores) {
+        return c.type == IVC_FLOAT16 ? launch.template plain<Half, kSight>(a) : launch.template plain<Brain, kSight>(a);
+    }
+    return c.type == IVC_FLOAT16 ? launchEncoderTiles<Half, kSight>(a, launch)
+                                 : launchEncoderTiles<Brain, kSight>(a, launch);
+}
+
+template <class Half, class Brain, class Launch>
+auto launchEncoder(const IvcEncoder& c, const Attend& a, bool tensorCores, Launch launch) {
+    return c.blockSize > 0 ? launchEncoder<Half, Brain, Sight::kWindow>(c, a, tensorCores, launch)
+                           : launchEncoder<Half, Brain, Sight::kFrame>(c, a, tensorCores, launch);
+}
+
+// The grid of a kernel over tiles.
+template <Sight kSight, class S>
+inline Blocks blocksOf(const Attend& a) {
+    return {ceilDiv(a.queries(), S::kQueries), a.kvHeads, kSight == Sight::kCausal ? a.splits : a.frames};
+}
+
+}  // namespace ivc

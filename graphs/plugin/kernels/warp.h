@@ -1,0 +1,288 @@
+// A block of warps for attend.h: matrix fragments, products of them, shared memory filled by copies in flight.
+//
+// A warp's instructions are written once. On the GPU what a lane holds lies in registers and an instruction is the
+// machine's: ldmatrix, mma.sync and cp.async of SM 80. On a host a warp is 32 slots and an instruction a loop over them
+// that moves data as PTX's manual lays fragments out, so that the index arithmetic above it is tested without a GPU.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "team.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+#endif
+
+namespace ivc {
+
+constexpr int kWarp = 32;
+
+// Four registers of two 16-bit values: one 16 x 16 left matrix, or two 16 x 8 right ones.
+struct Fragment {
+    uint32_t x[4];
+};
+
+// A lane's part of a 16 x 8 product: rows lane / 4 and that + 8, columns 2 (lane % 4) and that + 1 of each.
+struct Product {
+    float x[4];
+};
+
+#ifdef __CUDACC__
+
+#define IVC_WARP __device__ __forceinline__
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define IVC_TENSOR_CORES 1
+#endif
+
+template <class T>
+struct Lane {
+    T value;
+    __device__ T& operator[](int) { return value; }
+    __device__ const T& operator[](int) const { return value; }
+};
+
+template <class T, int kWarps>
+struct PerWarp {
+    T value;
+    __device__ T& operator[](int) { return value; }
+};
+
+template <class Work>
+__device__ __forceinline__ void eachLane(Work work) {
+    work(static_cast<int>(threadIdx.x) % kWarp);
+}
+
+struct Block {
+    // Work of each warp; no barrier behind it.
+    template <class Work>
+    __device__ __forceinline__ void each(Work work) const {
+        work(static_cast<int>(threadIdx.x) / kWarp);
+    }
+
+    __device__ __forceinline__ void barrier() const { __syncthreads(); }
+
+    // Starts a copy of 16 bytes into shared memory: of zeros where not `valid`, and `source` is then not read.
+    __device__ __forceinline__ void copy16(void* target, const void* source, bool valid) const {
+#ifdef IVC_TENSOR_CORES
+        const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(valid ? 16 : 0)
+                     : "memory");
+#endif
+    }
+
+    // Waits for the copies that this thread started.
+    __device__ __forceinline__ void awaitCopies() const {
+#ifdef IVC_TENSOR_CORES
+        asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+    }
+};
+
+// Four 8 x 8 matrices of 16-bit values from shared memory; `address(lane)` is that of row lane % 8 of matrix lane / 8.
+template <bool kTransposed, class Address>
+__device__ __forceinline__ void loadMatrices(Lane<Fragment>& to, Address address) {
+#ifdef IVC_TENSOR_CORES
+    const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(address(static_cast<int>(threadIdx.x) % 32)));
+    uint32_t* x = to.value.x;
+    if (kTransposed) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(from)
+                     : "memory");
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(from)
+                     : "memory");
+    }
+#endif
+}
+
+// sum += left * right: a 16 x 16 left matrix, and of two 16 x 8 right ones that numbered `part`.
+template <class Value, int kPart>
+__device__ __forceinline__ void multiply(Lane<Product>& sum, const Lane<Fragment>& left, const Lane<Fragment>& right) {
+#ifdef IVC_TENSOR_CORES
+    float* c = sum.value.x;
+    const uint32_t *a = left.value.x, *b = right.value.x + 2 * kPart;
+    if constexpr (std::is_same<Value, __half>::value) {
+        asm(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    } else {
+        asm(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+#endif
+}
+
+// What `x` is at lane `lane ^ mask`.
+__device__ __forceinline__ void exchange(Lane<float>& to, const Lane<float>& x, int mask) {
+    to.value = __shfl_xor_sync(0xffffffffu, x.value, mask);
+}
+
+// What `x` is at lane `lane`, in every lane.
+__device__ __forceinline__ void spread(Lane<float>& to, const Lane<float>& x, int lane) {
+    to.value = __shfl_sync(0xffffffffu, x.value, lane);
+}
+
+// 2 to the power of x.
+__device__ __forceinline__ float power2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+template <class Value>
+__device__ __forceinline__ uint32_t packed(float low, float high) {
+    uint32_t bits;
+    if constexpr (std::is_same<Value, __half>::value) {
+        const __half2 pair = __floats2half2_rn(low, high);
+        memcpy(&bits, &pair, sizeof bits);
+    } else {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+        memcpy(&bits, &pair, sizeof bits);
+    }
+    return bits;
+}
+
+#else
+
+#define IVC_WARP inline
+
+template <class T>
+struct Lane {
+    T values[kWarp];
+    T& operator[](int lane) { return values[lane]; }
+    const T& operator[](int lane) const { return values[lane]; }
+};
+
+template <class T, int kWarps>
+struct PerWarp {
+    std::vector<T> values = std::vector<T>(kWarps);
+    T& operator[](int warp) { return values[warp]; }
+};
+
+template <class Work>
+inline void eachLane(Work work) {
+    for (int lane = 0; lane < kWarp; ++lane) work(lane);
+}
+
+struct Block {
+    struct Copy {
+        void* target;
+        const void* source;
+        bool valid;
+
+        void run() const {
+            if (valid) {
+                memcpy(target, source, 16);
+            } else {
+                memset(target, 0, 16);
+            }
+        }
+    };
+
+    int warps;
+    bool backwards = false;  // the last warp first, and copies as late as can be: no result may depend on it
+    std::vector<Copy> copies{};
+
+    template <class Work>
+    void each(Work work) {
+        for (int i = 0; i < warps; ++i) work(backwards ? warps - 1 - i : i);
+    }
+
+    void barrier() {}
+
+    void copy16(void* target, const void* source, bool valid) {
+        const Copy copy{target, source, valid};
+        if (backwards) {
+            copies.push_back(copy);
+        } else {
+            copy.run();
+        }
+    }
+
+    void awaitCopies() {
+        for (const Copy& copy : copies) copy.run();
+        copies.clear();
+    }
+};
+
+template <bool kTransposed, class Address>
+inline void loadMatrices(Lane<Fragment>& to, Address address) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+        uint16_t rows[8][8];
+        for (int row = 0; row < 8; ++row) memcpy(rows[row], address(8 * matrix + row), sizeof rows[row]);
+        for (int lane = 0; lane < kWarp; ++lane) {
+            const int at = lane / 4, pair = 2 * (lane % 4);
+            const uint32_t low = kTransposed ? rows[pair][at] : rows[at][pair];
+            const uint32_t high = kTransposed ? rows[pair + 1][at] : rows[at][pair + 1];
+            to[lane].x[matrix] = low | high << 16;
+        }
+    }
+}
+
+template <class Value>
+inline float valueOf(uint32_t bits) {
+    const uint16_t half = static_cast<uint16_t>(bits);
+    Value value;
+    memcpy(&value, &half, sizeof half);
+    return static_cast<float>(value);
+}
+
+template <class Value, int kPart>
+inline void multiply(Lane<Product>& sum, const Lane<Fragment>& left, const Lane<Fragment>& right) {
+    float a[16][16], b[8][16];
+    for (int lane = 0; lane < kWarp; ++lane) {
+        const int at = lane / 4, pair = 2 * (lane % 4);
+        for (int i = 0; i < 2; ++i) {
+            for (int j = 0; j < 4; ++j) {
+                a[at + j % 2 * 8][pair + j / 2 * 8 + i] = valueOf<Value>(left[lane].x[j] >> 16 * i);
+            }
+            for (int j = 0; j < 2; ++j) b[at][pair + 8 * j + i] = valueOf<Value>(right[lane].x[2 * kPart + j] >> 16 * i);
+        }
+    }
+    for (int lane = 0; lane < kWarp; ++lane) {
+        for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + i / 2 * 8, column = 2 * (lane % 4) + i % 2;
+            float total = 0;
+            for (int k = 0; k < 16; ++k) total += a[row][k] * b[column][k];
+            sum[lane].x[i] += total;
+        }
+    }
+}
+
+inline void exchange(Lane<float>& to, const Lane<float>& x, int mask) {
+    const Lane<float> from = x;
+    for (int lane = 0; lane < kWarp; ++lane) to[lane] = from[lane ^ mask];
+}
+
+inline void spread(Lane<float>& to, const Lane<float>& x, int lane) {
+    const float value = x[lane];
+    for (int i = 0; i < kWarp; ++i) to[i] = value;
+}
+
+inline float power2(float x) { return exp2f(x); }
+
+template <class Value>
+inline uint32_t packed(float low, float high) {
+    const Value pair[2] = {static_cast<Value>(low), static_cast<Value>(high)};
+    uint32_t bits;
+    memcpy(&bits, pair, sizeof bits);
+    return bits;
+}
+
+#endif
+
+}  // namespace ivc

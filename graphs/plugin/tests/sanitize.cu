@@ -1,0 +1,120 @@
+// Attention calls of many extents for compute-sanitizer: every buffer is an allocation of its own and exactly as long as
+// it has to be, and cache rows that no call may read are left uninitialised.
+//
+//   nvcc -std=c++17 -arch=native sanitize.cu ../kernels/*.cu -o sanitize
+//   compute-sanitizer --tool memcheck|racecheck|initcheck ./sanitize [cases]
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <random>
+#include <vector>
+
+#include "../kernels/ivc_kernels.h"
+
+namespace {
+
+std::mt19937 generator(1);
+
+int between(int least, int most) { return std::uniform_int_distribution<int>(least, most)(generator); }
+
+void require(cudaError_t status) {
+    if (status == cudaSuccess) return;
+    printf("%s\n", cudaGetErrorString(status));
+    exit(1);
+}
+
+struct Buffer {
+    void* data = nullptr;
+    size_t bytes;
+
+    explicit Buffer(size_t size) : bytes(size) {
+        if (bytes > 0) require(cudaMalloc(&data, bytes));
+    }
+    ~Buffer() { cudaFree(data); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+
+    // Small numbers of a type.
+    void fill(IvcType type) {
+        std::vector<uint16_t> bits(bytes / 2);
+        for (size_t i = 0; i < bits.size(); ++i) {
+            const uint16_t sign = static_cast<uint16_t>(between(0, 1) << 15);
+            const uint16_t some = static_cast<uint16_t>(between(0, 127));
+            bits[i] = static_cast<uint16_t>(sign | (type == IVC_FLOAT16 ? 0x3800 + some : 0x3f00 + some));
+        }
+        if (bytes > 0) require(cudaMemcpy(data, bits.data(), bytes, cudaMemcpyHostToDevice));
+    }
+    void fill(const std::vector<int32_t>& values) {
+        require(cudaMemcpy(data, values.data(), bytes, cudaMemcpyHostToDevice));
+    }
+};
+
+void decoder(int number) {
+    IvcAttention c{};
+    c.type = static_cast<IvcType>(number % 3);
+    c.headDim = number % 2 ? 64 : 128;
+    c.kvHeads = between(1, 2);
+    c.heads = c.kvHeads * between(1, 8);
+    c.rows = number % 4 ? between(1, 90) : 1;
+    c.fresh = static_cast<IvcFresh>(between(0, 1));
+    c.capacity = between(0, 300) + (c.fresh == IVC_FRESH_APPENDED ? c.rows : 0);
+    c.scale = 0.1f;
+    const int room = c.fresh == IVC_FRESH_APPENDED ? c.capacity - c.rows : c.capacity, past = between(0, room);
+    const size_t size = c.type == IVC_FLOAT32 ? 4 : 2, row = static_cast<size_t>(c.headDim) * size;
+    c.q = {0, static_cast<int64_t>(c.rows) * c.headDim, c.headDim};
+    c.k = c.v = {0, c.headDim, static_cast<int64_t>(c.kvHeads) * c.headDim};
+    Buffer q(c.heads * c.rows * row), k(c.kvHeads * c.rows * row), v(c.kvHeads * c.rows * row), y(c.heads * c.rows * row);
+    Buffer keys(c.kvHeads * c.capacity * row), values(c.kvHeads * c.capacity * row), length(4);
+    Buffer workspace(ivcAttendWorkspace(&c));
+    for (Buffer* x : {&q, &k, &v}) x->fill(c.type);
+    for (Buffer* cache : {&keys, &values}) {
+        for (int head = 0; head < c.kvHeads; ++head) {
+            Buffer part(past * row);
+            part.fill(c.type);
+            char* to = static_cast<char*>(cache->data) + head * c.capacity * row;
+            if (past > 0) require(cudaMemcpy(to, part.data, part.bytes, cudaMemcpyDeviceToDevice));
+        }
+    }
+    length.fill({past});
+    require(ivcAttendInPlace(&c, q.data, k.data, v.data, keys.data, values.data, static_cast<int32_t*>(length.data), y.data,
+        workspace.data, nullptr));
+    std::vector<char> answer(y.bytes);
+    require(cudaMemcpy(answer.data(), y.data, y.bytes, cudaMemcpyDeviceToHost));
+}
+
+void encoder(int number) {
+    static const int kSizes[] = {64, 72, 80, 128};
+    IvcEncoder c{};
+    c.type = static_cast<IvcType>(number % 3);
+    c.headDim = kSizes[number % 4];
+    c.heads = between(1, 3);
+    c.frames = between(1, 2);
+    c.blockSize = number % 2 ? between(1, 70) : 0;
+    c.rows = c.blockSize ? c.blockSize * between(3, 5) : between(1, 300);
+    c.scale = 0.1f;
+    const size_t size = c.type == IVC_FLOAT32 ? 4 : 2;
+    const size_t bytes = static_cast<size_t>(c.frames) * c.heads * c.rows * c.headDim * size;
+    c.q = c.k = c.v = {static_cast<int64_t>(c.heads) * c.rows * c.headDim, static_cast<int64_t>(c.rows) * c.headDim,
+        c.headDim};
+    Buffer q(bytes), k(bytes), v(bytes), y(bytes / c.rows * (c.rows - 2 * c.blockSize)), windows(4 * c.rows);
+    for (Buffer* x : {&q, &k, &v}) x->fill(c.type);
+    std::vector<int32_t> numbers(c.rows, -1);
+    for (int i = c.blockSize; i < c.rows - c.blockSize; ++i) numbers[i] = i % 5 ? i / (c.blockSize + 1) : -1;
+    windows.fill(numbers);
+    require(ivcEncodeAttend(&c, q.data, k.data, v.data, c.blockSize ? static_cast<int32_t*>(windows.data) : nullptr, y.data,
+        nullptr));
+    std::vector<char> answer(y.bytes);
+    require(cudaMemcpy(answer.data(), y.data, y.bytes, cudaMemcpyDeviceToHost));
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    const int cases = count > 1 ? atoi(arguments[1]) : 40;
+    for (int i = 0; i < cases; ++i) {
+        decoder(i);
+        encoder(i);
+    }
+    require(cudaDeviceSynchronize());
+    printf("%d cases ran\n", 2 * cases);
+}

@@ -1,4 +1,5 @@
-"""A configuration and special tokens for each family, of a model small enough to try things on and for tests."""
+"""Configurations and special tokens of models small enough to try things on and for tests: one for each family, at
+least."""
 
 from __future__ import annotations
 
@@ -89,6 +90,50 @@ TINY: Mapping[str, dict[str, Any]] = {
             "norm_type": "layer_norm",
             "qk_normalization": False,
             "qkv_bias": True,
+        },
+    },
+    "internvl3_5": {  # of family internvl, with another decoder
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "image_token_id": 503,
+        "downsample_ratio": 0.5,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "text_config": {
+            "model_type": "qwen3",
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "vocab_size": 512,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "rope_scaling": None,
+            "attention_bias": False,
+            "max_position_embeddings": 4096,
+            "max_window_layers": 5,
+            "bos_token_id": 500,
+            "eos_token_id": 505,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "tie_word_embeddings": False,
+        },
+        "vision_config": {
+            "model_type": "internvl_vision",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "attention_bias": True,
+            "image_size": [112, 112],
+            "patch_size": [14, 14],
+            "norm_type": "layer_norm",
+            "use_qk_norm": False,
+            "use_mean_pooling": True,
         },
     },
     "llava": {
@@ -197,7 +242,7 @@ TINY: Mapping[str, dict[str, Any]] = {
         },
     },
 }
-"""config.json by model type."""
+"""config.json by name: a family's own model_type, or another name for another model of it."""
 
 QWEN_TOKENS = {
     500: "<|vision_start|>",
@@ -224,4 +269,4 @@ TOKENS: Mapping[str, Mapping[int, str]] = {
     "qwen2_5_vl": QWEN_TOKENS,
     "qwen2_vl": QWEN_TOKENS,
 }
-"""Special tokens of those models by id."""
+"""Special tokens of those models by id, by family."""

@@ -208,7 +208,7 @@ def text(attribute: ir.Attr) -> str:
 
 def listings() -> dict[str, str]:
     """File name to content: the portable graphs of every tiny family, and those of one in every lowering."""
-    found = {f"{name}.{graph}.txt": listing(model) for name in families.names() for graph, model in tiny(name).items()}
+    found = {f"{name}.{graph}.txt": listing(model) for name in TINY for graph, model in tiny(name).items()}
     for lowering in LOWERINGS:
         graphs: dict[str, ir.Model] = dict(tiny(LOWERED).items())
         if LOWERINGS[lowering].io is in_place_info:
@@ -221,9 +221,9 @@ def listings() -> dict[str, str]:
 
 
 def tiny(name: str) -> dict[GraphName, ir.Model]:
-    """The graphs of a family's tiny model."""
-    family = families.of(name)
-    model = family.read(TINY[family.model_type], None)
+    """The graphs of a tiny model."""
+    family = families.of(TINY[name]["model_type"])
+    model = family.read(TINY[name], None)
     return build_graphs(model, PlannedWeights(), family.default_layer(model.decoder).layer)
 
 

@@ -92,6 +92,7 @@ class Family:
         returns int32 [axes, rows] and the next free position.
     chat_template: of the family, for checkpoints that come with none, or with one that cannot show pictures.
     chat_template_of: config.json to that template, where it depends on it.
+    picture_mark: what templates of some checkpoints write where the image token is to stand; None for nothing else.
     token_texts: of the tokens that show a picture.
     template_marks: whether chat templates write the tokens before and behind a picture's image tokens.
     hub: aliases that --model takes, to hub ids.
@@ -120,6 +121,7 @@ class Family:
     unused: Sequence[str] = ()
     foreign: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     chat_template_of: Callable[[Mapping[str, Any]], str] | None = None
+    picture_mark: str | None = None
 
     def own_template(self, config: Mapping[str, Any]) -> str:
         """The family's chat template for a checkpoint with this config.json.

@@ -1,6 +1,7 @@
-"""InternVL 2.5 and 3 (Chen et al. 2024, arXiv 2412.05271): InternViT over tiles and a thumbnail, pixel shuffle, an LLM.
+"""InternVL 2.5, 3 and 3.5 (arXiv 2412.05271, 2508.18265): InternViT over tiles and a thumbnail, pixel shuffle, an LLM.
 
-In transformers' layout (checkpoints named -hf), with a Qwen2 or Llama decoder.
+In transformers' layout (checkpoints named -hf or -HF), with a Qwen2, Qwen3 or Llama decoder; InternVL 3.5's of mixtures
+of experts are refused.
 
 A picture is cut into tiles of the closest aspect ratio, each of 256 visual tokens, with a thumbnail of the whole behind
 them. Tokens are chosen in the thumbnail, as many as its share of the budget, and each chooses the tiles' tokens in its
@@ -40,7 +41,7 @@ from ivc_export.families.settings import (
     check_edges,
     refuse,
 )
-from ivc_export.families.text_models import DecoderSettings, LlamaText, Qwen2Text, read_decoder
+from ivc_export.families.text_models import DecoderSettings, LlamaText, Qwen2Text, Qwen3Text, read_decoder
 from ivc_export.graph.activations import gelu
 from ivc_export.graph.builder import Graph
 from ivc_export.graph.norms import layer_norm
@@ -96,7 +97,7 @@ class Pictures(PictureSettings):
     max_patches: Tiles = 12
 
 
-TEXTS: Mapping[str, type[DecoderSettings]] = {"qwen2": Qwen2Text, "llama": LlamaText}
+TEXTS: Mapping[str, type[DecoderSettings]] = {"qwen2": Qwen2Text, "qwen3": Qwen3Text, "llama": LlamaText}
 
 
 class VisionSizes(Frozen):
@@ -123,7 +124,7 @@ def decoder_settings(content: Any, part: str, kinds: Mapping[str, type[DecoderSe
     if isinstance(content, Mapping):
         kind = content.get("model_type") or kind
     if not isinstance(kind, str) or kind not in kinds:
-        refuse(f"{part}.model_type", kind, CONFIG, f"this version knows {' and '.join(map(repr, kinds))}")
+        refuse(f"{part}.model_type", kind, CONFIG, f"this version knows {', '.join(map(repr, kinds))}")
     return kinds[kind].read(content, part=part)
 
 
@@ -340,6 +341,20 @@ CHAT_TEMPLATE = """\
 {% endif -%}
 """
 
+
+def without_thoughts(template: str, text: Any) -> str:
+    """A family's own template for a decoder: with Qwen3, what an earlier answer thought is left out.
+
+    text: the decoder's part of config.json.
+    """
+    if not isinstance(text, Mapping) or text.get("model_type") != "qwen3":
+        return template
+    for said in ("message.content", "part.text"):
+        kept = f"{said}.split('</think>')[-1].lstrip('\\n') if message.role == 'assistant' else {said}"
+        template = template.replace(f"{{{{ {said} }}}}", f"{{{{ {kept} }}}}")
+    return template
+
+
 FAMILY = Family(
     model_type="internvl",
     preprocessing=FixedPreprocessing,
@@ -352,11 +367,18 @@ FAMILY = Family(
     default_layer=default_layer,
     positions=counted_positions,
     chat_template=CHAT_TEMPLATE,
+    chat_template_of=lambda config: without_thoughts(CHAT_TEMPLATE, config.get("text_config")),
+    picture_mark="<image>",
     token_texts=TokenTexts("<IMG_CONTEXT>", "<img>", "</img>"),
     template_marks=False,
     hub={
         "internvl3-1b": "OpenGVLab/InternVL3-1B-hf",
         "internvl3-2b": "OpenGVLab/InternVL3-2B-hf",
         "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",
+        "internvl3.5-1b": "OpenGVLab/InternVL3_5-1B-HF",
+        "internvl3.5-2b": "OpenGVLab/InternVL3_5-2B-HF",
+        "internvl3.5-4b": "OpenGVLab/InternVL3_5-4B-HF",
+        "internvl3.5-8b": "OpenGVLab/InternVL3_5-8B-HF",
+        "internvl3.5-14b": "OpenGVLab/InternVL3_5-14B-HF",
     },
 )

@@ -1,10 +1,10 @@
-"""InternVL 2.5 and 3 in the original code's layout, with a Qwen2 or InternLM2 decoder.
+"""InternVL 2.5, 3 and 3.5 in the original code's layout, with a Qwen2, Qwen3 or InternLM2 decoder.
 
 The same graphs from other names: InternLM2's fused query-key-value weight is multiplied whole and split behind it, so
 that no weight is copied. With InternLM2, scores come from what the value weights of layer k-1 make of its input without
-the norm, as in the official code, and with Qwen2, which that does not cover, from the layer's values, as in the other
-families. transformers has no model of this layout: `ivc-check` loads such a checkpoint into its model
-of the other. InternLM2's checkpoints come without a tokenizer.json: it is made of their tokenizer.model.
+the norm, as in the official code; with Qwen2 and Qwen3, which that does not cover, from the layer's values, as in the
+other families. transformers has no model of this layout: `ivc-check` loads such a checkpoint into its model of the
+other. InternLM2's checkpoints come without a tokenizer.json: it is made of their tokenizer.model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ivc_export.contract.records import Count, Depth, Epsilon, Heads, SideLength
 from ivc_export.errors import UserError
 from ivc_export.families.family import Model, StockLayout, renamed
 from ivc_export.families.internvl import FAMILY as TRANSFORMERS
-from ivc_export.families.internvl import SHUFFLE, Half, VisionSizes, decoder_settings, make_model
+from ivc_export.families.internvl import SHUFFLE, Half, VisionSizes, decoder_settings, make_model, without_thoughts
 from ivc_export.families.internvl import stored_name as transformers_name
 from ivc_export.families.settings import (
     CONFIG,
@@ -39,6 +39,7 @@ from ivc_export.families.text_models import (
     DecoderSettings,
     PlainRope,
     Qwen2Text,
+    Qwen3Text,
     Vocabulary,
     read_decoder,
 )
@@ -109,7 +110,7 @@ class Pictures(PictureSettings):
     image_std: Deviations = IMAGENET_STD
 
 
-TEXTS: Mapping[str, type[DecoderSettings]] = {"qwen2": Qwen2Text, "internlm2": InternLM2Text}
+TEXTS: Mapping[str, type[DecoderSettings]] = {"qwen2": Qwen2Text, "qwen3": Qwen3Text, "internlm2": InternLM2Text}
 
 
 def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
@@ -192,7 +193,8 @@ def template_of(config: Mapping[str, Any]) -> str:
         )
     if system is not None and not isinstance(system, str):
         raise UserError(f"system_message of config.json is {system!r}, which is no text: write a text, or remove it")
-    return CHAT_TEMPLATE.replace("DEFAULT_SYSTEM", json.dumps(SYSTEM if system is None else system, ensure_ascii=False))
+    template = without_thoughts(CHAT_TEMPLATE, config.get("llm_config"))
+    return template.replace("DEFAULT_SYSTEM", json.dumps(SYSTEM if system is None else system, ensure_ascii=False))
 
 
 PREFIXES = (  # ours, the original code's
@@ -246,6 +248,7 @@ def stored_name(name: str) -> str:
 TEXT_KEYS = (  # that mean the same in both layouts; the original files hold many others, of older transformers
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("vocab_size", "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings", "hidden_act"),
+    "head_dim",
 )
 
 
@@ -253,7 +256,7 @@ def stock_config(config: Mapping[str, Any], image_token: int) -> dict[str, Any]:
     """config.json of the original layout as transformers' layout has it."""
     text, vision, model = config["llm_config"], config["vision_config"], read(config, None)
     sizes = read_sizes(Whole.read(config), config)
-    own: dict[str, Any] = {"model_type": "qwen2"}
+    own: dict[str, Any] = {"model_type": text.get("model_type") or next(iter(TEXTS))}
     if model.block == InternLM2Text.block:
         own = {"model_type": "llama", "attention_bias": False}
     return {

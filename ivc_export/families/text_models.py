@@ -144,6 +144,27 @@ class Qwen2Text(WindowedText):
     max_window_layers: WindowRows = 28
 
 
+class Qwen3Text(WindowedText):
+    """Qwen3Config of transformers: heads of their own size, and norms of queries and keys in the place of biases."""
+
+    block: ClassVar[DecoderBlock] = self_attention_block(SeparateProjections(bias=False), head_norms=True)
+
+    model_type: Literal["qwen3"] = "qwen3"
+    vocab_size: Vocabulary = 151936
+    hidden_size: Width = 4096
+    intermediate_size: Width = 22016
+    num_hidden_layers: DecoderLayers = 32
+    num_attention_heads: Heads = 32
+    num_key_value_heads: Heads | None = 32
+    head_dim: HeadSize | None = 128
+    max_position_embeddings: Count = 32768
+    rms_norm_eps: Epsilon = 1e-6
+    rope_parameters: PlainRope | None = None
+    rope_scaling: PlainRope | None = None
+    attention_bias: Literal[False] = False
+    max_window_layers: WindowRows = 28
+
+
 def read_decoder(text: DecoderSettings, tied: bool) -> DecoderSizes:
     """Sizes of a decoder.
 

@@ -15,6 +15,7 @@ from ivc_export.runtime.processor import Processor, placed
 from ivc_export.selection.method import IVC_PRUNE, Method
 from ivc_export.text.sampling import GREEDY, Sampler
 from ivc_export.text.sampling import Sampling as Sampling
+from ivc_export.text.segments import THINKING_END
 from ivc_export.text.template import Message, answer_message, parts_message
 
 Part = str | Path | PIL.Image.Image
@@ -163,7 +164,8 @@ class Chat:
         """
         if rendered.startswith(self._prompt):
             rest = rendered.removeprefix(self._prompt)
-            for answer in (self._answer, self._answer.strip()):
+            spoken = self._answer.rpartition(THINKING_END)[2].strip()  # dropped thoughts stay in the cache
+            for answer in dict.fromkeys((self._answer, self._answer.strip(), spoken)):
                 before, _, added = rest.partition(answer) if answer else ("", "", rest)
                 if answer in rest and not before.strip():
                     return added

@@ -169,10 +169,15 @@ def turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> int | None:
 
 
 def chat_template(checkpoint: Checkpoint, family: Family) -> tuple[str, tuple[str, ...]]:
-    """The checkpoint's chat template, or the family's if there is none or it cannot show pictures, and what to say."""
+    """The checkpoint's chat template, or the family's if there is none or it cannot show pictures, and what to say.
+
+    Where it writes the family's mark for a picture, and no image token, it is made to write that.
+    """
     found = stored_template(checkpoint)
     if found is not None and "image" in found[0]:
-        return found[0], ()
+        mark, image = family.picture_mark, family.token_texts.image
+        written = found[0] if mark is None or image in found[0] else found[0].replace(mark, image)
+        return written, ()
     why = f"the chat template in {found[1]} shows no pictures" if found else "the checkpoint has no chat template"
     return family.own_template(checkpoint.config), (f"{why}: the family's own is taken",)
 

@@ -1,4 +1,4 @@
-"""What the tests need to know of each family beyond its own file: one entry a family."""
+"""What the tests need to know of each tiny model beyond its family's own file: one entry a model, and a family."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from ivc_export import families
+from ivc_export.families.family import Family
 from ivc_export.families.pictures import Grid
 from samples.tiny import TINY
 
 
 @dataclass(frozen=True)
 class FamilyCase:
-    """One family's test data.
+    """The test data of one tiny model of a family.
 
     selection: stem of its selection goldens, under tests/goldens/selection/; None where another family's cover it.
     grid: the picture of such a golden.
@@ -58,8 +60,14 @@ CASES: dict[str, FamilyCase] = {
         grid=lambda golden: Grid(16 * int(golden["aspect_ratio"][1]), 16 * int(golden["aspect_ratio"][0]), 16),
         official=tiles,
     ),
+    "internvl3_5": FamilyCase(selection=None, grid=lambda golden: Grid(0, 0), official=tiles),
     "internvl_chat": FamilyCase(selection=None, grid=lambda golden: Grid(0, 0), official=tiles),
 }
+
+
+def family_of(name: str) -> Family:
+    """The family of a tiny model."""
+    return families.of(TINY[name]["model_type"])
 
 
 def changed(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:

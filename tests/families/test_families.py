@@ -40,16 +40,17 @@ from ivc_export.verify.reference import Reference
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
 from tests.conftest import LOGIT_TOLERANCE, PIXEL_TOLERANCE, SHAPES, rows_first
-from tests.families.family_cases import CASES, FamilyCase
+from tests.families.family_cases import CASES, FamilyCase, family_of
 from tools.families_doc import CONFIGS
 
-STOCK = [name for name in CASES if families.of(name).stock_layout is None]
+STOCK = [name for name in CASES if family_of(name).stock_layout is None]
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A family's tiny model, exported."""
+    """A tiny model of a family, exported."""
 
+    name: str
     family: Family
     case: FamilyCase
     checkpoint: Path
@@ -86,7 +87,7 @@ def tiny(request: pytest.FixtureRequest, built: dict[str, Tiny], tmp_path_factor
     name: str = request.param
     if name not in built:
         checkpoint = make_checkpoint(tmp_path_factory.mktemp(name) / "checkpoint", TINY[name])
-        built[name] = Tiny(families.of(name), CASES[name], checkpoint)
+        built[name] = Tiny(name, family_of(name), CASES[name], checkpoint)
     return built[name]
 
 
@@ -95,11 +96,11 @@ every_stock_family = pytest.mark.parametrize("tiny", STOCK, indirect=True)
 
 
 def test_every_family_has_an_entry() -> None:
-    assert tuple(sorted(CASES)) == families.names()
+    assert tuple(sorted({family_of(name).model_type for name in CASES})) == families.names()
 
 
 def test_aliases_are_unique() -> None:
-    aliases = [alias for name in CASES for alias in families.of(name).hub]
+    aliases = [alias for name in families.names() for alias in families.of(name).hub]
     assert len(aliases) == len(set(aliases))
 
 
@@ -112,6 +113,11 @@ PARAMETERS = {  # as the hub counts them
     "internvl2.5-2b": 2_205_754_368,
     "internvl2.5-4b": 3_712_637_952,
     "internvl2.5-8b": 8_075_365_376,
+    "internvl3.5-1b": 1_060_897_792,
+    "internvl3.5-2b": 2_348_347_392,
+    "internvl3.5-4b": 4_732_489_216,
+    "internvl3.5-8b": 8_528_318_464,
+    "internvl3.5-14b": 15_119_523_840,
 }
 
 
@@ -303,7 +309,14 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("llava", {"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
     ("llava", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy 'full'"),
     ("llava", {"vision_config": {"hidden_act": "relu"}}, "hidden_act 'relu'"),
-    ("internvl", {"text_config": {"model_type": "qwen3"}}, "text_config.model_type 'qwen3'"),
+    ("internvl", {"text_config": {"model_type": "qwen3_moe"}}, "text_config.model_type 'qwen3_moe'"),
+    ("internvl", {"text_config": {"model_type": "gpt_oss"}}, "text_config.model_type 'gpt_oss'"),
+    ("internvl3_5", {"text_config": {"attention_bias": True}}, "text_config.attention_bias True"),
+    (
+        "internvl3_5",
+        {"text_config": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}},
+        "use_sliding_window True",
+    ),
     ("internvl", {"vision_config": {"use_qk_norm": True}}, "vision_config.use_qk_norm True"),
     ("internvl", {"vision_config": {"image_size": [112, 224]}}, "only squares"),
     ("internvl", {"downsample_ratio": 0.25}, "downsample_ratio 0.25"),
@@ -315,7 +328,7 @@ def test_what_is_not_supported_says_so(name: str, changes: dict[str, Any], sente
     tiny: Any = TINY[name]
     merged = {key: {**tiny[key], **value} if isinstance(value, dict) else value for key, value in changes.items()}
     with pytest.raises(UserError, match=sentence):
-        families.of(name).read({**tiny, **merged}, None)
+        family_of(name).read({**tiny, **merged}, None)
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl"])
@@ -328,7 +341,7 @@ def test_a_picture_of_fixed_size_needs_its_tokens(tmp_path: Path, name: str) -> 
 
 @every_family
 def test_narrow_checkpoints_run_widened(tiny: Tiny, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "c", TINY[tiny.family.model_type], dtype="bfloat16")
+    checkpoint = make_checkpoint(tmp_path / "c", TINY[tiny.name], dtype="bfloat16")
     bundle = export(ExportRecipe(checkpoint, tmp_path / "b", max_visual=400))
     assert bundle.manifest.dtype == "bfloat16"
     picture = tiny.picture(120, 100)

@@ -25,6 +25,8 @@ QWEN2 = {
     "model_type": "qwen2",
 }
 
+QWEN3 = {**TINY["internvl3_5"]["text_config"], "architectures": ["Qwen3ForCausalLM"]}
+
 
 @pytest.mark.parametrize(
     ("stored", "own"),
@@ -37,6 +39,7 @@ QWEN2 = {
         ("language_model.model.layers.3.attention.wqkv.weight", "model.layers.3.self_attn.qkv_proj.weight"),
         ("language_model.model.layers.3.attention.wo.weight", "model.layers.3.self_attn.o_proj.weight"),
         ("language_model.model.layers.3.self_attn.q_proj.bias", "model.layers.3.self_attn.q_proj.bias"),
+        ("language_model.model.layers.3.self_attn.k_norm.weight", "model.layers.3.self_attn.k_norm.weight"),
         ("language_model.model.layers.3.feed_forward.w1.weight", "model.layers.3.mlp.gate_proj.weight"),
         ("language_model.model.layers.3.feed_forward.w2.weight", "model.layers.3.mlp.down_proj.weight"),
         ("language_model.model.layers.3.feed_forward.w3.weight", "model.layers.3.mlp.up_proj.weight"),
@@ -72,8 +75,9 @@ def test_samples_have_the_original_codes_names(tmp_path: Path) -> None:
     assert not [name for name in names if not name.startswith(("language_model.", "vision_model.", "mlp1."))]
 
 
-def test_a_qwen2_decoder_equals_transformers_layout(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "c", {**CONFIG, "llm_config": QWEN2})
+@pytest.mark.parametrize("text", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+def test_a_decoder_of_qwens_equals_transformers_layout(text: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c", {**CONFIG, "llm_config": text})
     bundle = export(ExportRecipe(checkpoint, tmp_path / "b", max_visual=400))
     report = check(bundle, checkpoint, steps=1)
     assert report.passed, [c for c in report.comparisons if not c.passed]
@@ -111,6 +115,7 @@ def test_fused_weights_are_split_by_key_value_head() -> None:
         ({"select_layer": -2}, "select_layer -2"),
         ({"ps_version": "v1"}, "ps_version 'v1'"),
         ({"llm_config": {**QWEN2, "model_type": "phi3"}}, "llm_config.model_type 'phi3'"),
+        ({"llm_config": {**QWEN3, "model_type": "qwen3_moe"}}, "llm_config.model_type 'qwen3_moe'"),
         (
             {"llm_config": {**QWEN2, "rope_scaling": {"type": "yarn", "factor": 4.0}}},
             "llm_config.rope_scaling.type 'yarn'",

@@ -73,7 +73,11 @@ class Recorded:
     steps: list[Step]
 
 
-@pytest.fixture(scope="module", params=[(n, d) for n in families.names() for d in DTYPES], ids=lambda p: "-".join(p))
+@pytest.fixture(
+    scope="module",
+    params=[(n, d) for n in (*families.names(), "internvl3_5") for d in DTYPES],
+    ids=lambda p: "-".join(p),
+)
 def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     name, dtype = request.param
     folder = tmp_path_factory.mktemp(name)

@@ -29,6 +29,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig, Qwen2VLTextConfig, Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from ivc_export import families
 from ivc_export.contract.names import MOST_VISUAL
@@ -58,6 +59,7 @@ CLASSES: list[tuple[type[Settings], Any]] = [
     (internvl.Vision, InternVLVisionConfig),
     (text_models.LlamaText, LlamaConfig),
     (text_models.Qwen2Text, Qwen2Config),
+    (text_models.Qwen3Text, Qwen3Config),
 ]
 PROCESSORS: list[tuple[type[Settings], Any]] = [
     (qwen2_vl.Pictures, Qwen2VLImageProcessorPil),

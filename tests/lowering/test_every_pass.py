@@ -49,7 +49,7 @@ WITHOUT_CONDITIONS = {
 """Passes that take any graph and promise nothing of all graphs."""
 
 
-@pytest.fixture(scope="module", params=families.names())
+@pytest.fixture(scope="module", params=[*families.names(), "internvl3_5"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp(request.param)
     return export(ExportRecipe(make_checkpoint(folder / "checkpoint", TINY[request.param]), folder / "bundle"))

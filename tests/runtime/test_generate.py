@@ -162,6 +162,8 @@ def test_an_answer_of_image_tokens_does_not_end_the_chat(sample_session: OnnxSes
         ("It is.", " It is. USER: And now?", " USER: And now?"),  # Llama's templates write the blanks themselves
         ("It is.\n", "It is.<|im_end|>", "<|im_end|>"),  # others strip them
         ("", "<|im_end|>", "<|im_end|>"),
+        ("<think>Hm.</think>\n\nIt is.", "It is.<|im_end|>", "<|im_end|>"),  # templates that drop thoughts
+        ("<think>Hm.</think>", "<|im_end|>", "<|im_end|>"),
         ("It is.", "It was.<|im_end|>", None),
         ("is", "It is.", None),
     ],

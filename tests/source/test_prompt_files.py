@@ -21,7 +21,8 @@ from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.runtime.processor import Processor
 from ivc_export.source.configuration import Description, read_description
-from ivc_export.source.prompts import Prompts
+from ivc_export.source.prompts import Prompts, segments_of
+from ivc_export.text.template import ChatTemplate, answer_message, parts_message
 from samples.make_sample import make_checkpoint, make_tokenizer
 from samples.tiny import TINY
 from tests.conftest import SHAPES
@@ -240,6 +241,34 @@ def test_internvl_asks_the_tokenizer_for_its_tokens(tmp_path: Path, layout: str)
     else:
         with pytest.raises(UserError, match=r"names no image token, and .* no tokenizer that knows <IMG_CONTEXT>"):
             prompts(checkpoint)
+
+
+MARKED = """\
+{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}{{ m.content }}{% else %}
+{%- for p in m.content %}{{ '<image>\n' if p.type == 'image' else p.text }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("name", ["internvl3_5", "internvl_chat"])
+def test_a_template_that_marks_pictures_as_the_original_code_does_shows_them(tmp_path: Path, name: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", TINY[name])
+    (checkpoint / "chat_template.jinja").write_text(MARKED)
+    found = prompts(checkpoint)
+    content = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    text = ChatTemplate(found.chat_template, {}, "it", "mend it").render([{"role": "user", "content": content}])
+    assert text == "<|im_start|>user\n<IMG_CONTEXT>\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+    assert found.notes == ()
+
+
+@pytest.mark.parametrize(("layout", "part"), [("internvl", "text_config"), ("internvl_chat", "llm_config")])
+def test_internvls_own_template_drops_what_qwen3_thought(layout: str, part: str) -> None:
+    question, past = parts_message(["Why?"]), answer_message("<think>\nIt </think> rains.\n</think>\n\nIt rains.")
+    for kind, dropped in (("qwen3", True), ("qwen2", False)):
+        source = families.of(layout).own_template({**TINY[layout], part: {**TINY[layout][part], "model_type": kind}})
+        text = ChatTemplate(source, {}, "it", "mend it").render([question, past, question])
+        assert ("<|im_start|>assistant\nIt rains.<|im_end|>" in text, "<think>" in text) == (dropped, not dropped)
+        segments, note = segments_of(ChatTemplate(source, {}, "it", "mend it"), source)
+        assert note is None and segments is not None and (segments.assistant_past.thinking_end is not None) == dropped
 
 
 def retokenize(folder: Path, **changes: Any) -> None:

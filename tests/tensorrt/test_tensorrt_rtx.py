@@ -50,7 +50,7 @@ def profile(builder: Any, model: ir.Model, extents: Extents) -> Any:
     return found
 
 
-@pytest.fixture(scope="module", params=families.names())
+@pytest.fixture(scope="module", params=[*families.names(), "internvl3_5"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp(request.param)
     checkpoint = make_checkpoint(folder / "checkpoint", TINY[request.param])

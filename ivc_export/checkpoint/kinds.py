@@ -19,7 +19,10 @@ from ivc_export.errors import UserError
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "pytorch_model*.bin")
-TAKEN = "this version exports weights in float32, float16 or bfloat16"
+TAKEN = (
+    "this version exports weights in float32, float16 or bfloat16, and those of GPTQ, AWQ, compressed-tensors' "
+    "pack-quantized and FP8"
+)
 
 METHODS = {
     "auto-round": "AutoRound",

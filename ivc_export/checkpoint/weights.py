@@ -44,13 +44,15 @@ class Weights:
     """A checkpoint's tensors under canonical names (`model.*`, `visual.*`, `lm_head.weight`).
 
     formats: of the linear layers that are no plain floats, by their names. derived: tensors that such layers are
-    multiplied by and that lie nowhere until they are written, by their names.
+    multiplied by and that lie nowhere until they are written, by their names. spare: names of tensors that a graph may
+    leave out: what quantises layers gives zeros as biases to those that have none.
     """
 
     tensors: Mapping[str, StoredTensor]
     dtype: FloatName
     formats: Mapping[str, WeightFormat] = field(default_factory=dict)
     derived: Mapping[str, DerivedTensor] = field(default_factory=dict)
+    spare: frozenset[str] = frozenset()
 
     @staticmethod
     def of(tensors: Mapping[str, StoredTensor], layers: Layers, stored: WeightFormat) -> Weights:
@@ -61,23 +63,28 @@ class Weights:
         """
         parts = {name: part for own in layers.values() for name, part in own.items()}
         others = tensors_of_no_layer(tensors, layers)
+        biases = [name for layer in layers if (name := f"{layer}.bias") in others]
+        spare = frozenset(name for name in biases if stored.marker and is_zero(others[name]))
         kept = {name: part for name, part in parts.items() if isinstance(part, StoredTensor)}
         derived = {name: part for name, part in parts.items() if isinstance(part, DerivedTensor)}
-        return Weights(others | kept, main_dtype(others), dict.fromkeys(layers, stored), derived)
+        return Weights(others | kept, main_dtype(others), dict.fromkeys(layers, stored), derived, spare)
 
     def format_of(self, layer: str) -> WeightFormat:
         """How the linear layer of this canonical name is stored."""
         return self.formats.get(layer, FLOAT)
 
     def check_floats(self, place: str) -> None:
-        """Refuse weights that are no plain floats, for what runs on PyTorch. place: what the user knows them by.
+        """Refuse weights of formats that give no floats, for what runs on PyTorch. place: what the user knows them by.
 
         Raises:
-            UserError: a layer is stored in another format.
+            UserError: a layer is stored in such a format.
         """
-        for layer, stored in self.formats.items():
+        unknown = {
+            name: stored for name, stored in self.formats.items() if stored.as_floats.manifest_name != FLOAT.name
+        }
+        for layer, stored in unknown.items():
             raise UserError(
-                f"{place} stores {len(self.formats)} layers as {stored.name} ({layer} is one), which this command does "
+                f"{place} stores {len(unknown)} layers as {stored.name} ({layer} is one), which this command does "
                 "not read on PyTorch: give a checkpoint that holds the same values as floats"
             )
 
@@ -115,6 +122,11 @@ class Weights:
             shape=ir.Shape(shape),
             name=name,
         )
+
+
+def is_zero(tensor: StoredTensor) -> bool:
+    """Whether all of its bits are zero."""
+    return not any(any(piece) for piece in tensor.bytes_of(1 << 20))
 
 
 def main_dtype(tensors: Mapping[str, StoredTensor]) -> FloatName:

@@ -221,8 +221,11 @@ def show_estimate(found: Estimate, console: Console) -> None:
     """The dry run's tables."""
     console.print(
         f"{found.family}, {found.dtype}: layers below {found.selection_layer} of {found.layers} see every token, the "
-        f"others keep {found.ratio:.0%} of the visual ones; {decimal(found.weight_bytes)} of weights"
+        f"others keep {found.ratio:.0%} of the visual ones; {found.parameters / 1e9:.2f} B parameters, "
+        f"{decimal(found.weight_bytes)} of weights"
     )
+    if found.quantisation:
+        console.print(found.quantisation, style="yellow", markup=False)
     if not found.calibrated:
         console.print(UNCALIBRATED, style="yellow")
     console.print(picture_table(found))

@@ -14,6 +14,7 @@ family:
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -29,18 +30,20 @@ from ivc_export.checkpoint.formats.floats import FLOAT
 from ivc_export.checkpoint.formats.weight_format import WeightFormat
 from ivc_export.checkpoint.weights import EMBEDDING, PlannedWeights
 from ivc_export.contract.graphs import TensorName
-from ivc_export.contract.manifest import SelectionRule
-from ivc_export.contract.names import GRAPH_NAMES, GraphName
+from ivc_export.contract.manifest import Manifest, SelectionRule
+from ivc_export.contract.names import GRAPH_NAMES, IVC_DOMAIN, GraphName
 from ivc_export.contract.ratio import kept_tokens
 from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
-from ivc_export.exporter.pipeline import scored_as_asked, selection_layer
+from ivc_export.exporter.pipeline import check_lowering, scored_as_asked, selection_layer
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.encoder import Preparation
 from ivc_export.families.family import Family, Model
 from ivc_export.families.pictures import Visual
 from ivc_export.graph.counting import count
+from ivc_export.graph.functions import PACKED_LINEARS
+from ivc_export.lowering import LOWERINGS
 from ivc_export.lowering.inline import InlinePass
 from ivc_export.selection.ivc_prune import seed_count
 from ivc_export.selection.operators import SELECTIONS
@@ -123,6 +126,9 @@ class Estimate:
     calibrated: bool
     ratio: float
     weight_bytes: int
+    parameters: int
+    quantisation: str
+    """How weights are quantised, in a sentence; empty where they are not."""
     pictures: tuple[PictureEstimate, ...]
 
     @property
@@ -144,8 +150,8 @@ class Estimate:
 class Export:
     """What an export writes, or would write: three graphs, built once, and the facts that their costs follow from.
 
-    weight_bytes: of all weights, as they are stored. pictures: what makes them ready, as the model says
-    or with a lower cap.
+    weight_bytes, parameters: of all weights, as they are stored, and how many they are. quantisation: see Estimate.
+    pictures: what makes them ready, as the model says or with a lower cap.
     """
 
     family: Family
@@ -157,6 +163,8 @@ class Export:
     calibrated: bool
     selection: SelectionRule
     pictures: Preparation
+    parameters: int
+    quantisation: str
 
     @staticmethod
     def planned(
@@ -171,10 +179,12 @@ class Export:
         """An export of this model, with graphs that have no weights. stored: how a checkpoint's linear layers are."""
         weights = PlannedWeights(dtype, stored)
         graphs = build_graphs(model, weights, layer)
-        weights.external(EMBEDDING, (model.decoder.vocab_size, model.decoder.hidden_size))
+        shape = (model.decoder.vocab_size, model.decoder.hidden_size)
+        weights.external(EMBEDDING, shape)
         length = sum(weights.lengths.values())
         layers, rule = model.decoder.layers, model.selection
-        return Export(family, graphs, length, dtype, layers, layer, calibrated, rule, pictures)
+        number = count_parameters(graphs.values(), shape)
+        return Export(family, graphs, length, dtype, layers, layer, calibrated, rule, pictures, number, stored.said)
 
     @staticmethod
     def of(bundle: Bundle) -> Export:
@@ -204,6 +214,8 @@ class Export:
             m.calibrated,
             m.selection,
             families.preparation(m),
+            count_parameters(graphs.values(), m.embedding.shape),
+            packed_layers(m),
         )
 
     def estimate(self, ratio: float, pictures: Sequence[Size]) -> Estimate:
@@ -221,6 +233,8 @@ class Export:
             calibrated=self.calibrated,
             ratio=ratio,
             weight_bytes=self.weight_bytes,
+            parameters=self.parameters,
+            quantisation=self.quantisation,
             pictures=tuple(self._one_picture(graphs, picture, ratio) for picture in pictures),
         )
 
@@ -255,12 +269,15 @@ def estimate_recipe(recipe: ExportRecipe, pictures: Sequence[Size]) -> Estimate:
     description = read_description(checkpoint)
     layer, calibrated = selection_layer(recipe, description)
     description = scored_as_asked(recipe, description)
-    dtype = recipe.float_name or stated_dtype(checkpoint.config)
+    stored = detect_format(checkpoint)
+    if not LOWERINGS[check_lowering(recipe.lowering)].packed_weights:
+        stored = stored.as_floats
+    if checkpoint.shards is not None:
+        stored = stored.of_index({description.family.canonical_name(name) for name in checkpoint.shards})
+    dtype = recipe.float_name or stored.dtype or stated_dtype(checkpoint.config)
     preparation = description.family.pictures(description.model.preprocessing.capped(recipe.max_visual))
     ratio = description.family.default_ratio if recipe.ratio is None else recipe.ratio
-    planned = Export.planned(
-        description.family, description.model, preparation, layer, calibrated, dtype, detect_format(checkpoint)
-    )
+    planned = Export.planned(description.family, description.model, preparation, layer, calibrated, dtype, stored)
     return planned.estimate(ratio, pictures)
 
 
@@ -271,6 +288,27 @@ def estimate_bundle(bundle: Bundle, pictures: Sequence[Size]) -> Estimate:
         UserError: a graph is damaged, or a picture is too large, too small or too elongated.
     """
     return Export.of(bundle).estimate(bundle.manifest.default_ratio, pictures)
+
+
+def count_parameters(graphs: Iterable[ir.Model], embedding: Sequence[int]) -> int:
+    """Weights of a model, whatever they are stored in. graphs: portable; embedding: the table's shape."""
+    found, beside = {EMBEDDING: math.prod(embedding)}, set()
+    for model in graphs:
+        for node in model.graph:
+            if node.domain == IVC_DOMAIN and node.op_type in PACKED_LINEARS:
+                packed, *others = (str(value.name) for value in node.inputs[1:] if value is not None)
+                found[packed] = node.attributes["N"].as_int() * node.attributes["K"].as_int()
+                beside |= {*others, f"{packed.removesuffix('packed')}order"}
+        for name, value in model.graph.initializers.items():
+            if isinstance(value.const_value, ir.ExternalTensor) and name not in found:
+                found[name] = int(value.const_value.size)
+    return sum(number for name, number in found.items() if name not in beside)
+
+
+def packed_layers(m: Manifest) -> str:
+    """How a bundle's weights are quantised, in a sentence; empty where they are not."""
+    formats = Counter(stored.format for stored in m.weight_formats.values())
+    return ", ".join(f"{number} layers are {name}" for name, number in sorted(formats.items()))
 
 
 def stated_dtype(config: Mapping[str, Any]) -> FloatName:

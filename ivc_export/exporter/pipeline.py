@@ -18,24 +18,29 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.manifest import read_manifest
 from ivc_export.bundle.staging import check_apart, check_free, staged_folder
 from ivc_export.checkpoint.folder import Checkpoint
+from ivc_export.checkpoint.formats.floats import FLOAT
 from ivc_export.checkpoint.weights import EMBEDDING, FOLDER, Weights
 from ivc_export.contract.calibration import read_calibration
 from ivc_export.contract.manifest import EmbeddingTable, Manifest, Scored, StoredGraph, StoredLayer, WeightFile
 from ivc_export.contract.names import (
     CHAT_TEMPLATE,
     GRAPH_NAMES,
+    IVC_DOMAIN,
     MANIFEST,
     PREPROCESSOR,
     TOKENIZER,
     TOKENIZER_CONFIG,
     GraphName,
 )
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.placement import converted_weights, place_weights, plan_conversions
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.family import Family, Model
-from ivc_export.lowering import exported, lower
+from ivc_export.graph.functions import PACKED_LINEARS
+from ivc_export.lowering import LOWERINGS, exported, lower
+from ivc_export.lowering.types import types_of
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
 from ivc_export.source.configuration import Configuration, Description, read_configuration, read_description
 from ivc_export.source.hub import open_checkpoint
@@ -68,11 +73,10 @@ def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundl
     layer, calibrated = selection_layer(recipe, description)
     description = scored_as_asked(recipe, description)
     description.model.preprocessing.capped(recipe.max_visual)  # or a sentence, where no picture is so small
-    configuration = read_configuration(checkpoint, description)
-    conversions = plan_conversions(
-        checkpoint.tensors.values(), recipe.float_name, configuration.weights.derived.values()
-    )
-    model, weights = configuration.model, converted_weights(configuration.weights, conversions, recipe.float_name)
+    configuration = read_configuration(checkpoint, description, LOWERINGS[lowering].packed_weights)
+    dtype = float_dtype(recipe, configuration)
+    conversions = plan_conversions(checkpoint.tensors.values(), dtype, configuration.weights.derived.values())
+    model, weights = configuration.model, converted_weights(configuration.weights, conversions, dtype)
     with staged_folder(recipe.output, recipe.force) as folder:
         graphs = build_graphs(model, weights, layer)
         check_all_used(weights, configuration.family, graphs.values())
@@ -96,7 +100,15 @@ def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundl
 
             write_testdata(Bundle(folder, manifest))
             progress("testdata", 1, 1)
-    return Bundle(recipe.output, manifest, configuration.prompts.notes)
+    said = [configuration.stored.said] if configuration.stored.said else []
+    return Bundle(recipe.output, manifest, (*configuration.prompts.notes, *said))
+
+
+def float_dtype(recipe: ExportRecipe, configuration: Configuration) -> FloatName | None:
+    """What floats become; None where they stay. Layers that are dequantised come in float32."""
+    stored, weights = configuration.stored, configuration.weights
+    dequantised = weights.formats and stored.manifest_name == FLOAT.name
+    return recipe.float_name or stored.dtype or (weights.dtype if dequantised else None)
 
 
 def check_lowering(name: str) -> str:
@@ -186,7 +198,7 @@ def check_all_used(weights: Weights, family: Family, graphs: Iterable[ir.Model])
     Raises:
         UserError: there are such tensors.
     """
-    used = {EMBEDDING, *(name for graph in graphs for name in graph.graph.initializers)}
+    used = {EMBEDDING, *weights.spare, *(name for graph in graphs for name in graph.graph.initializers)}
     extra = [name for name in weights.tensors if name not in used and not name.endswith(BUFFERS)]
     extra = [name for name in extra if not name.startswith(tuple(family.unused))]
     if extra:
@@ -204,9 +216,22 @@ def save_graph(graph: ir.Model, path: Path) -> str:
     Raises:
         onnx.shape_inference.InferenceError: types or shapes contradict each other; a bug of the builder.
     """
-    onnx.shape_inference.infer_shapes(ir.to_proto(graph), check_type=True, strict_mode=True, data_prop=True)
+    proto = ir.to_proto(graph)
+    proto.graph.value_info.extend(packed_types(graph))
+    onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     ir.save(graph, path)
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def packed_types(graph: ir.Model) -> list[onnx.ValueInfoProto]:
+    """Types and shapes of packed products, whose operator onnx does not know."""
+    types, found = types_of(graph.graph), []
+    for node in graph.graph:
+        if node.domain == IVC_DOMAIN and node.op_type in PACKED_LINEARS:
+            (y,) = node.outputs
+            kind, columns = int(types[y]), node.attributes["N"].as_int()
+            found.append(onnx.helper.make_tensor_value_info(str(y.name), kind, [None, columns]))
+    return found
 
 
 def copy_processor_files(checkpoint: Checkpoint, configuration: Configuration, folder: Path) -> None:
@@ -265,6 +290,10 @@ def make_manifest(
         ),
         weights=files,
         chat=configuration.prompts.segments,
-        weight_formats={layer: StoredLayer(format=one.name) for layer, one in sorted(weights.formats.items())},
+        weight_formats={
+            layer: StoredLayer(format=one.manifest_name)
+            for layer, one in sorted(weights.formats.items())
+            if one.manifest_name != FLOAT.name
+        },
         versions={"ivc-export": __version__, "onnx": version("onnx"), "onnx-ir": version("onnx-ir")},
     )

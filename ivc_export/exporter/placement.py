@@ -122,7 +122,7 @@ def converted_weights(weights: Weights, conversions: Mapping[Path, FileConversio
     moved = {(old.file, old.name): new for conversion in conversions.values() for old, new in conversion.tensors}
     stored = {name: moved.get((t.file, t.name), t) for name, t in weights.tensors.items()}
     written = {name: moved[t.file, t.name] for name, t in weights.derived.items()}
-    return Weights(stored | written, dtype or weights.dtype, weights.formats)
+    return Weights(stored | written, dtype or weights.dtype, weights.formats, spare=weights.spare)
 
 
 def place_weights(

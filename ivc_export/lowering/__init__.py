@@ -39,7 +39,8 @@ class Lowering:
     bodies, or as operators of a library of ours; any other that is left is an error. operators: beyond those and the
     contract's, by domain and name, that may be left. io: a graph's inputs and outputs as they are then. opset: of the
     default domain. hidden_scale: what hidden_states are multiplied by between the graphs. exported: whether a bundle
-    can be exported in it; others are applied when an engine is built or a session opened.
+    can be exported in it; others are applied when an engine is built or a session opened. packed_weights: whether a
+    bundle that is exported in it may hold weights in 4 and 8 bits.
     """
 
     passes: Callable[[], Passes]
@@ -49,6 +50,7 @@ class Lowering:
     opset: int = OPSET
     hidden_scale: float = 1.0
     exported: bool = False
+    packed_weights: bool = True
 
     def apply(self, model: ir.Model) -> ir.Model:
         """Lower a portable graph, in place.
@@ -112,7 +114,7 @@ LOWERINGS: dict[str, Lowering] = {
     # keeps ivc functions and their bodies: onnxruntime inlines them
     "portable": Lowering(passes=lambda: (), functions=frozenset(RESULTS), exported=True),
     # standard operators only: any TensorRT, no plugin
-    "native": Lowering(passes=lambda: (DequantiseWeightsPass(), InlinePass()), exported=True),
+    "native": Lowering(passes=lambda: (DequantiseWeightsPass(), InlinePass()), exported=True, packed_weights=False),
     # nodes without bodies: TensorRT with our plugin library
     "plugin": Lowering(passes=lambda: (DequantiseWeightsPass(), UsePluginPass()), functions=PLUGIN_OPERATORS),
     "ort-cuda": Lowering(

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ivc_export import families
 from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.checkpoint.formats import detect_format
-from ivc_export.checkpoint.formats.weight_format import tensors_of_no_layer
+from ivc_export.checkpoint.formats.weight_format import WeightFormat, tensors_of_no_layer
 from ivc_export.checkpoint.kinds import check_tensors, check_whole
 from ivc_export.checkpoint.weights import Weights
 from ivc_export.contract.names import PREPROCESSOR
@@ -34,9 +34,10 @@ class Description:
 
 @dataclass(frozen=True)
 class Configuration(Description):
-    """One checkpoint: what its JSON files say, as far as its tensors agree, and the tensors."""
+    """One checkpoint: what its JSON files say, as far as its tensors agree, the tensors, and how layers are stored."""
 
     weights: Weights
+    stored: WeightFormat
 
 
 def read_description(checkpoint: Checkpoint) -> Description:
@@ -77,10 +78,12 @@ def in_one_sentence(checkpoint: Checkpoint) -> Iterator[None]:
         ) from error
 
 
-def read_configuration(checkpoint: Checkpoint, description: Description | None = None) -> Configuration:
+def read_configuration(
+    checkpoint: Checkpoint, description: Description | None = None, packed: bool = True
+) -> Configuration:
     """Digest the JSON files, and the names, dtypes and shapes of the tensors.
 
-    description: of the checkpoint, where it has been read.
+    description: of the checkpoint, where it has been read. packed: whether packed layers stay so, or become floats.
 
     Raises:
         UserError: a file or a value is missing, damaged or out of range.
@@ -88,6 +91,7 @@ def read_configuration(checkpoint: Checkpoint, description: Description | None =
     d = description or read_description(checkpoint)
     tensors = {d.family.canonical_name(name): tensor for name, tensor in checkpoint.tensors.items()}
     stored = detect_format(checkpoint)
+    stored = stored if packed else stored.as_floats
     layers = stored.read(tensors)
     check_tensors(checkpoint.place, {t.name: t for t in tensors_of_no_layer(tensors, layers).values()})
     model = d.model
@@ -97,7 +101,7 @@ def read_configuration(checkpoint: Checkpoint, description: Description | None =
         model = replace(model, decoder=model.decoder.model_copy(update={"tied_embeddings": False}))
     weights = Weights.of(tensors, layers, stored)
     check_whole(checkpoint.place, tensors, model.decoder.tied_embeddings)
-    return Configuration(d.family, model, d.processor, d.prompts, weights)
+    return Configuration(d.family, model, d.processor, d.prompts, weights, stored)
 
 
 def image_processor(checkpoint: Checkpoint) -> dict[str, Any] | None:

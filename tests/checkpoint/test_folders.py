@@ -110,22 +110,56 @@ MADE = "give the checkpoint that it was made from"
 
 TOLD: list[tuple[str, Prepare, str]] = [  # by names of files and by JSON files
     (
-        "AWQ",
-        quantisation(quant_method="awq", bits=4),
-        f"is quantised (AWQ, 4 bits, by quantization_config of config.json), and {TAKEN}: {MADE}",
+        "AutoRound",
+        quantisation(quant_method="auto-round", bits=4),
+        f"is quantised (AutoRound, 4 bits, by quantization_config of config.json), and {TAKEN}: {MADE}",
     ),
-    ("GPTQ", quantisation(quant_method="gptq", bits=8), "is quantised (GPTQ, 8 bits, by quantization_config"),
     (
-        "compressed-tensors",
+        "AWQ without a group",
+        quantisation(quant_method="awq", bits=4),
+        "is quantised (AWQ, with group_size missing), and this version reads AWQ with a group_size of 16 and more",
+    ),
+    (
+        "AWQ of another layout",
+        quantisation(quant_method="awq", bits=4, group_size=128, version="gemv"),
+        "(AWQ, with version 'gemv'), and this version reads AWQ with version 'gemm' or 'GEMM': give another",
+    ),
+    (
+        "GPTQ in 3 bits",
+        quantisation(quant_method="gptq", bits=3, group_size=128),
+        "is quantised (GPTQ, with bits 3), and this version reads GPTQ with bits 4 or 8: give another checkpoint",
+    ),
+    (
+        "GPTQ of another layout",
+        quantisation(quant_method="gptq", bits=4, group_size=128, checkpoint_format="marlin"),
+        "with checkpoint_format 'marlin'), and this version reads GPTQ with checkpoint_format 'gptq' or 'gptq_v2'",
+    ),
+    (
+        "GPTQ of layers of their own",
+        quantisation(quant_method="gptq", bits=4, group_size=128, dynamic={"+:.*down.*": {"bits": 8}}),
+        "this version reads GPTQ with one setting for all layers, and layers left out (-:): give another",
+    ),
+    (
+        "compressed-tensors, activations too",
+        quantisation(quant_method="compressed-tensors", format="int-quantized"),
+        "is quantised (compressed-tensors, int-quantized, by",
+    ),
+    (
+        "compressed-tensors without groups",
         quantisation(quant_method="compressed-tensors", format="pack-quantized"),
-        "is quantised (compressed-tensors, pack-quantized, by",
+        "(compressed-tensors, with config_groups missing), and this version reads compressed-tensors with an object as",
     ),
     (
         "older compressed-tensors",
         config(compression_config={"quant_method": "compressed-tensors"}),
         "(compressed-tensors, by compression_config of",
     ),
-    ("FP8", quantisation(quant_method="fp8", weight_block_size=[128, 128]), "is quantised (FP8, by"),
+    ("FP8 of FBGEMM", quantisation(quant_method="fbgemm_fp8"), "is quantised (FP8, by"),
+    (
+        "FP8 without blocks",
+        quantisation(quant_method="fp8"),
+        "(FP8, with weight_block_size missing), and this version reads FP8 with two sizes as weight_block_size",
+    ),
     (
         "bitsandbytes, 4 bits",
         quantisation(quant_method="bitsandbytes", load_in_4bit=True),
@@ -150,7 +184,15 @@ TOLD: list[tuple[str, Prepare, str]] = [  # by names of files and by JSON files
         config(quantization={"group_size": 64, "bits": 4}),
         "is quantised (4 bits, by quantization of config.json)",
     ),
-    ("the text alone", config(text_config={"quantization_config": {"quant_method": "awq"}}), "is quantised (AWQ, by"),
+    ("the text alone", config(text_config={"quantization_config": {"quant_method": "hqq"}}), "is quantised (HQQ, by"),
+    (
+        "two ways",
+        config(
+            quantization_config={"quant_method": "awq", "bits": 4, "group_size": 32},
+            text_config={"quantization_config": {"quant_method": "gptq"}},
+        ),
+        "is quantised in two ways, by quantization_config of config.json and of a part of it",
+    ),
     ("an unknown method", quantisation(quant_method="new\nest" * 99), "is quantised (new?estnew?est"),
     ("a method without a name", quantisation(group_size=[]), "is quantised (by a method without a name, by"),
     ("a method that is no object", config(quantization_config="awq"), "is quantised (awq, by"),

@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ivc_export.checkpoint.folder import Checkpoint
+from ivc_export.checkpoint.formats.awq import detect_awq
+from ivc_export.checkpoint.formats.compressed_tensors import detect_pack_quantized
 from ivc_export.checkpoint.formats.floats import FLOAT
+from ivc_export.checkpoint.formats.fp8 import detect_fp8
+from ivc_export.checkpoint.formats.gptq import detect_gptq
+from ivc_export.checkpoint.formats.nbits import BITS
 from ivc_export.checkpoint.formats.weight_format import WeightFormat
 
-FORMATS: dict[str, Callable[[Checkpoint], WeightFormat | None]] = {}
-"""What finds a format in a checkpoint's JSON files, by the name that manifests have for the format."""
+FORMATS: dict[str, Callable[[Checkpoint], WeightFormat | None]] = {
+    "awq": detect_awq,
+    "compressed-tensors": detect_pack_quantized,
+    "fp8": detect_fp8,
+    "gptq": detect_gptq,
+}
+"""What finds a format in a checkpoint's JSON files, by the format's name."""
+
+BUNDLED = (FLOAT.name, *(f"int{bits}" for bits in BITS))
+"""What layers are in bundles, as manifests call it, whatever the checkpoint's format was."""
 
 
 def detect_format(checkpoint: Checkpoint) -> WeightFormat:
@@ -23,5 +36,5 @@ def detect_format(checkpoint: Checkpoint) -> WeightFormat:
 
 
 def has_format(name: str) -> bool:
-    """Whether this version has a weight format of this name."""
-    return name == FLOAT.name or name in FORMATS
+    """Whether this version has layers of this name in bundles."""
+    return name in BUNDLED or name in FORMATS

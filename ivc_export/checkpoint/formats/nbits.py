@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +80,7 @@ class Packing:
         """Blocks of such a row; the last may be short."""
         return -(-features // self.block(features))
 
-    def spread(self, per_group: npt.NDArray[np.generic], features: int) -> npt.NDArray[np.generic]:
+    def spread(self, per_group: npt.NDArray[Any], features: int) -> npt.NDArray[Any]:
         """[out, groups] as [out, blocks]."""
         block = self.block(features)
         group_of_block = np.arange(self.blocks(features)) * block // (self.group or features)

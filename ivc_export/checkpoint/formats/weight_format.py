@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ivc_export.checkpoint.folder import StoredTensor
-from ivc_export.dtypes import STORED
+from ivc_export.dtypes import STORED, FloatName
 from ivc_export.errors import UserError
 
 
@@ -79,12 +79,38 @@ class WeightFormat:
     read: the layers among a checkpoint's tensors, by canonical names, that are stored so. Raises UserError where a
         layer lacks a tensor, or has one that the format does not know; see find_tensor.
     linear: adds `x W^T + b` to a graph: (g, x, name, out, features, bias), as Graph.linear.
+    marker: the end of the name of a tensor that every such layer has, by which they are known in an index of shards.
+    bundled: what manifests call what becomes of a layer, where that is not `name`.
+    dtype: what floats become where an export does not say; None leaves them as they are.
+    floats: the same layers as floats of the same values, for graphs that take nothing else; None where these are.
+    said: what a user should know of it, in a sentence.
     """
 
     name: str
     covers: Callable[[str], bool]
     read: Callable[[Mapping[str, StoredTensor]], Layers]
     linear: Callable[[Builder, ir.Value, str, int, int, bool], ir.Value]
+    marker: str = ""
+    bundled: str = ""
+    dtype: FloatName | None = None
+    floats: WeightFormat | None = None
+    said: str = ""
+
+    @property
+    def manifest_name(self) -> str:
+        """What manifests call a layer of it."""
+        return self.bundled or self.name
+
+    @property
+    def as_floats(self) -> WeightFormat:
+        """The format that gives floats of the same values."""
+        return self.floats or self
+
+    def of_index(self, names: Collection[str]) -> WeightFormat:
+        """The same, with layers as an index of shards has them. names: canonical, of its tensors."""
+        if not self.marker:
+            return self
+        return replace(self, covers=lambda layer: layer + self.marker in names)
 
 
 def find_tensor(tensors: Mapping[str, StoredTensor], name: str, dtype: str | None = None) -> StoredTensor:

@@ -150,6 +150,23 @@ def test_bundles_equal_pytorch(tiny: Tiny, ratio: float | None) -> None:
     assert report.kept_tokens == round(wanted * report.visual_tokens)
 
 
+@every_family
+def test_unpruned_logits_equal_stock_transformers(tiny: Tiny) -> None:
+    """The whole model in one call, of two pictures that are not square."""
+    pictures, words = [tiny.picture(280, 120), tiny.picture(100, 230)], [1, 2, 3, 4, 5]
+    tokens = [*words, *tiny.shown(pictures[0]), 7, *tiny.shown(pictures[1]), *words]
+    layout, m = reference_layout(tiny.bundle, tiny.checkpoint), tiny.bundle.manifest
+    model = Reference(tiny.checkpoint, 1, 1.0, m.selection, layout).model
+    given = [reference_picture(tiny.bundle, picture).inputs for picture in pictures]
+    inputs = {name: torch.cat([one[name] for one in given]) for name in given[0]}
+    ids = torch.tensor([tokens])
+    if hasattr(model.model, "get_rope_index"):
+        inputs["mm_token_type_ids"] = (ids == m.tokens.image).int()
+    with torch.no_grad():
+        wanted = model(input_ids=ids, **inputs).logits[0, -1].numpy()
+    assert np.abs(HostConversation(tiny.session, 1.0).run(tokens, pictures).logits - wanted).max() < LOGIT_TOLERANCE
+
+
 def test_a_cut_behind_the_layer_that_is_kept_whole(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "c", TINY["llava"])
     bundle = export(ExportRecipe(checkpoint, tmp_path / "b", layer=1))

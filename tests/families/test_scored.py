@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from ivc_export import families
+from ivc_export.checkpoint.formats.nbits import Packing, packed_linear
+from ivc_export.checkpoint.formats.weight_format import WeightFormat
+from ivc_export.checkpoint.weights import PlannedWeights
 from ivc_export.contract.manifest import Scored
 from ivc_export.errors import UserError
 from ivc_export.exporter.estimate import Size, estimate_recipe
+from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.pipeline import export, scoring
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.lowering import LOWERINGS, lower
+from ivc_export.lowering.edit import numbers
+from ivc_export.lowering.precision.scale_residuals import SCALE, ScaleResidualsPass
 from ivc_export.verify.parity import check
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
@@ -62,6 +70,19 @@ def test_only_the_selection_reads_what_is_scored(lowering: str, tmp_path: Path) 
     (scored,) = [value for value in graph.outputs if value.name == "scored_values"]
     assert scored.shape is not None and scored.shape[1] == 2
     LOWERINGS[lowering].verify("prefix", lower(bundle.graph("prefix"), lowering), bundle.manifest.graphs["prefix"])
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("name", ["internvl", "internvl3_5", "internvl_chat"])  # with a bias, without, and fused
+def test_packed_weights_score_rows_at_their_own_size(name: str, ordered: bool) -> None:
+    model = scoring(families.of(TINY[name]["model_type"]).read(TINY[name], None), "unnormed-values")
+    linear = partial(packed_linear, packing=Packing(4, ordered=ordered))
+    stored = WeightFormat("packed", lambda layer: ".self_attn." in layer, lambda tensors: {}, linear)
+    prefix = build_graphs(model, PlannedWeights(stored=stored), 2)["prefix"]
+    graph = ScaleResidualsPass()(prefix).model.graph
+    (product,) = [node for node in graph if str(node.name).startswith("scored/") and node.op_type == "LinearNBits"]
+    scale = product.inputs[0].producer() if product.inputs[0] is not None else None
+    assert scale is not None and scale.op_type == "Mul" and numbers(scale.inputs[1]) == [1 / SCALE]
 
 
 def test_layers_that_do_not_give_it_are_refused() -> None:

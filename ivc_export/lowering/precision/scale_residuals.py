@@ -22,7 +22,9 @@ LINEAR = frozenset((("", "Add"), *((IVC_DOMAIN, name) for name in PACKED_LINEARS
 
 NORMS = frozenset(("LayerNormalization", "RMSNorm"))
 
-HANDED = CARRIERS | {"SplitHeads"}
+PRODUCTS = PACKED_LINEARS | {"Gemm"}
+HANDED = CARRIERS | {"Add", "SplitHeads"}
+"""What may stand between a product and the selection: a bias, and what hands values on."""
 
 
 class ScaleResidualsPass(ir.passes.InPlacePass):
@@ -90,7 +92,7 @@ def follow(edit: Editor, node: ir.Node, stream: set[ir.Value]) -> bool:
         epsilon = node.attributes["epsilon"].as_float()
         node.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon * SCALE**2)
         return True
-    if node.inputs[0] in stream and for_selection(node):
+    if node.op_type in PRODUCTS and node.inputs[0] in stream and for_selection(node):
         unscale_product(edit, node)
         return True
     if node.op_type != "Add":
@@ -112,7 +114,7 @@ def for_selection(node: ir.Node) -> bool:
 
 def unscale_product(edit: Editor, node: ir.Node) -> None:
     """Let a product with the stream give what it would without scale: by its `alpha`, or from rows at full size."""
-    if (node.domain, node.op_type) == ("", "Gemm"):
+    if node.op_type == "Gemm":
         given = node.attributes.get("alpha")
         node.attributes["alpha"] = ir.AttrFloat32("alpha", (given.as_float() if given else 1.0) / SCALE)
         return

@@ -17,7 +17,7 @@ from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.recording import Key, Recording, identity
 from ivc_export.checkpoint.folder import Checkpoint
-from ivc_export.contract.graphs import SCORED_VALUES
+from ivc_export.contract.graphs import SCORED_VALUES, deepstack_names
 from ivc_export.contract.manifest import Manifest
 from ivc_export.contract.ratio import check_ratio
 from ivc_export.dtypes import FloatName
@@ -87,6 +87,7 @@ def outputs(turn: ReferenceTurn, m: Manifest) -> Mapping[tuple[str, str], npt.ND
     }
     if turn.image_embeds is not None:
         found["vision", "image_embeds"] = turn.image_embeds
+    found |= {("vision", name): rows for name, rows in zip(deepstack_names(m.decoder), turn.deepstack, strict=False)}
     if m.selection.scored != "values":
         found["prefix", SCORED_VALUES] = turn.scored
     for i, (key, value) in enumerate(zip(turn.full_keys, turn.full_values, strict=True)):

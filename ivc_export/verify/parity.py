@@ -14,12 +14,12 @@ import PIL.Image
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.recording import Recording, identity
-from ivc_export.contract.graphs import SCORED_VALUES, TensorName, scored_name
+from ivc_export.contract.graphs import SCORED_VALUES, TensorName, deepstack_names, scored_name
 from ivc_export.contract.manifest import Manifest, SelectionRule
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.runtime.backends import BACKENDS, find_backend
-from ivc_export.runtime.interface import Session, Step
+from ivc_export.runtime.interface import Session, Step, image_rows
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.plan import Run
 from ivc_export.selection.ivc_prune import Selected, sharers, votes
@@ -153,12 +153,13 @@ def check_recording(reference: Recording, m: Manifest, steps: int, pictures: boo
     wanted |= {("prefix", name) for name in ("hidden_states", "keep_index", "token_score", "seed_index", scored)}
     found = {(key.graph, key.name): a for key, a in reference.tensors.items() if key[::2] == ("prefill", "outputs")}
     problem = next((f"{graph}'s {name} is missing" for graph, name in sorted(wanted - {*found})), None)
-    if pictures != (("vision", "image_embeds") in found):
-        problem = "image_embeds and pictures do not fit each other"
+    for name in seen(m):
+        if pictures != (("vision", name) in found):
+            problem = f"{name} and pictures do not fit each other"
     for (graph, name), array in found.items():
         info = named.get((graph, name))
         shape = info.shape if info else ("rows", m.decoder.hidden_size)
-        known = info is not None or (graph, name) == ("vision", "image_embeds")
+        known = info is not None or (graph == "vision" and name in seen(m))
         axes = zip(shape, array.shape, strict=False)
         integers = info is not None and info.dtype == "int32"
         if not known or len(shape) != array.ndim or any(a != b for a, b in axes if not isinstance(a, str)):
@@ -175,6 +176,11 @@ def check_recording(reference: Recording, m: Manifest, steps: int, pictures: boo
             problem = "keep_index names no ascending rows"
     if problem:
         raise UserError(f"the stored run is damaged ({problem}): run ivc-check --against again")
+
+
+def seen(m: Manifest) -> list[str]:
+    """Outputs of vision, which have a row for each visual token."""
+    return ["image_embeds", *deepstack_names(m.decoder)]
 
 
 def find_tolerances(session: Session) -> dict[str, float]:
@@ -197,8 +203,9 @@ def compare_prefill(step: Step, reference: Recording, m: Manifest, tolerance: Ma
     cut, found = m.selection_layer, []
     vision, wanted = reference.of("prefill", "vision"), reference.of("prefill", "prefix")
     if vision:
-        pair = (np.concatenate(step.image_embeds), vision["image_embeds"])
-        found.append(close("image_embeds", tolerance["image_embeds"], [pair]))
+        for name in seen(m):
+            pair = (np.concatenate(image_rows(step.vision, name)), vision[name])
+            found.append(close(name, tolerance["image_embeds"], [pair]))
 
     def layers(title: str, names: Sequence[str], graph: Mapping[str, Array], oracle: Mapping[str, Array]) -> Comparison:
         return close(title, tolerance["keys and values"], [(graph[name], oracle[name]) for name in names])

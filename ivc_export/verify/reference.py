@@ -73,12 +73,14 @@ class ReferenceLayout:
 class ReferenceTurn:
     """What one run gave; keys and values by layer, of the kept rows, [1, kv_heads, M, head_dim].
 
-    image_embeds: [visual, hidden] of all pictures; hidden_states: [1, S, hidden] at the cut; full_keys, full_values:
-    of the layers below the cut, before compaction; scored: what visual tokens are scored by, [1, kv_heads, S, D];
-    logits: [vocab] of the last row.
+    image_embeds: [visual, hidden] of all pictures; deepstack: the same of what is added behind each of the first
+    layers, if anything is; hidden_states: [1, S, hidden] at the cut; full_keys, full_values: of the layers below the
+    cut, before compaction; scored: what visual tokens are scored by, [1, kv_heads, S, D]; logits: [vocab] of the last
+    row.
     """
 
     image_embeds: torch.Tensor | None
+    deepstack: list[torch.Tensor]
     hidden_states: torch.Tensor
     full_keys: list[torch.Tensor]
     full_values: list[torch.Tensor]
@@ -152,17 +154,19 @@ class Reference:
         ids = torch.tensor([list(tokens)])
         is_image = (ids == self.model.config.image_token_id) & bool(pictures)  # else an id like any other
         visual = torch.nonzero(is_image[0])[:, 0]
-        embeds, images = self.decoder.embed_tokens(ids), None
+        embeds, images, deepstack = self.decoder.embed_tokens(ids), None, list[torch.Tensor]()
         inputs = {name: torch.cat([p.inputs[name] for p in pictures]) for p in pictures[:1] for name in p.inputs}
         if pictures:
-            features = self.model.model.get_image_features(**inputs).pooler_output
-            images = torch.cat([picture.reshape(-1, embeds.shape[-1]) for picture in features])
+            features = self.model.model.get_image_features(**inputs)
+            images = torch.cat([picture.reshape(-1, embeds.shape[-1]) for picture in features.pooler_output])
             embeds[0, visual] = images
+            deepstack = [torch.cat(list(layer)) for layer in getattr(features, "deepstack_features", None) or ()]
         positions = self._positions(ids, is_image, inputs) + self.next_position
         self.next_position = int(positions.max()) + 1
         past = [self.cache.get_seq_length(i) for i in range(len(self.decoder.layers))]
-        entering = self._layers(embeds, positions, range(self.selection_layer - 1))
-        hidden = self._layers(entering, positions, range(self.selection_layer - 1, self.selection_layer))
+        added = [torch.zeros_like(embeds[0]).index_copy(0, visual, features) for features in deepstack]
+        entering = self._layers(embeds, positions, range(self.selection_layer - 1), added)
+        hidden = self._layers(entering, positions, range(self.selection_layer - 1, self.selection_layer), added)
         full_keys = [self.cache.layers[i].keys[:, :, past[i] :] for i in range(self.selection_layer)]
         full_values = [self.cache.layers[i].values[:, :, past[i] :] for i in range(self.selection_layer)]
         scored = full_values[-1] if self.scored == "values" else self._unnormed_values(entering)
@@ -175,12 +179,12 @@ class Reference:
             if i not in self.rule.whole_layers:
                 layer, kept = self.cache.layers[i], torch.cat([torch.arange(past[i]), past[i] + keep])
                 layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
-        last = self._layers(
-            hidden[:, keep], positions[:, :, keep], range(self.selection_layer, len(self.decoder.layers))
-        )
+        above = range(self.selection_layer, len(self.decoder.layers))
+        last = self._layers(hidden[:, keep], positions[:, :, keep], above, [features[keep] for features in added])
         logits = self.model.lm_head(self.decoder.norm(last[:, -1]))[0]
         return ReferenceTurn(
             image_embeds=images,
+            deepstack=deepstack,
             hidden_states=hidden,
             full_keys=full_keys,
             full_values=full_values,
@@ -201,8 +205,17 @@ class Reference:
         positions: torch.Tensor = self.model.model.get_rope_index(ids, mm_token_type_ids=is_image.int(), **geometry)[0]
         return positions
 
-    def _layers(self, hidden: torch.Tensor, positions: torch.Tensor, numbers: range) -> torch.Tensor:
-        """Run the layers `numbers` over hidden [1, rows, hidden], every row seeing the cache and earlier rows."""
+    def _layers(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        numbers: range,
+        added: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """Run the layers `numbers` over hidden [1, rows, hidden], every row seeing the cache and earlier rows.
+
+        added: [rows, hidden], what is added behind each of the model's first layers.
+        """
         rows = hidden.shape[1]
         rotary = self.decoder.rotary_emb(hidden, positions if len(positions) > 1 else positions[0])
         for number in numbers:
@@ -211,6 +224,8 @@ class Reference:
             hidden = self.decoder.layers[number](
                 hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=self.cache, use_cache=True
             )
+            if number < len(added):
+                hidden = hidden + added[number]
         return hidden
 
     def _unnormed_values(self, entering: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ region ends with the device at rest. Peers do not prune.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.runtime.plan import plan_run
+
+NOTHING: Mapping[str, Any] = {}
 
 
 class TorchPeer:
@@ -56,11 +58,15 @@ class TorchPeer:
         self.rest()
         start = time.perf_counter()
         embeds = self.decoder.embed_tokens(torch.tensor([prompt.tokens], device=self.device))
-        features = self.vision({name: tensor.to(self.device) for name, tensor in inputs.items()})
+        features, added = self.vision({name: tensor.to(self.device) for name, tensor in inputs.items()})
         embeds[0, visual.to(self.device)] = features
+        if added:
+            mask = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=self.device)
+            mask[0, visual.to(self.device)] = True
+            added["visual_pos_masks"] = mask
         self.rest()
         middle = time.perf_counter()
-        token = self.prefill(embeds, without_axes(positions), cache)
+        token = self.prefill(embeds, without_axes(positions), cache, added)
         tokens = [int(token)]
         end = time.perf_counter()
         stages, steps = {"vision": middle - start, "prefill": end - middle}, []
@@ -77,19 +83,26 @@ class TorchPeer:
         """An empty cache."""
         return transformers.DynamicCache(config=self.decoder.config)
 
-    def vision(self, inputs: dict[str, Any]) -> Any:
-        """Visual tokens [visual, hidden]."""
-        found = self.model.model.get_image_features(**inputs).pooler_output
-        return torch.cat([part.reshape(-1, part.shape[-1]) for part in found]).to(getattr(torch, self.dtype))
+    def vision(self, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Visual tokens [visual, hidden], and what else of the pictures the decoder takes, if anything."""
+        found = self.model.model.get_image_features(**inputs)
 
-    def forward(self, embeds: Any, positions: Any, cache: Any) -> Any:
-        """Run the decoder over embeds [1, rows, hidden], and draw the next token, int64 [1]."""
-        found = self.decoder(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)
+        def rows(parts: Iterable[Any]) -> Any:
+            return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).to(getattr(torch, self.dtype))
+
+        deepstack = [rows(parts) for parts in getattr(found, "deepstack_features", None) or ()]
+        return rows(found.pooler_output), {"deepstack_visual_embeds": deepstack} if deepstack else {}
+
+    def forward(self, embeds: Any, positions: Any, cache: Any, added: Mapping[str, Any] = NOTHING) -> Any:
+        """Run the decoder over embeds [1, rows, hidden], and draw the next token, int64 [1]. added: see vision."""
+        found = self.decoder(
+            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True, **added
+        )
         return self.model.lm_head(found.last_hidden_state[:, -1]).argmax(dim=-1)
 
-    def prefill(self, embeds: Any, positions: Any, cache: Any) -> Any:
+    def prefill(self, embeds: Any, positions: Any, cache: Any, added: Mapping[str, Any]) -> Any:
         """The first token."""
-        return self.forward(embeds, positions, cache)
+        return self.forward(embeds, positions, cache, added)
 
     def step(self, token: Any, positions: Any, cache: Any) -> Any:
         """The token after `token`."""
@@ -141,9 +154,9 @@ class CompiledPeer(TorchPeer):
         self._cache.reset()
         return self._cache
 
-    def prefill(self, embeds: Any, positions: Any, cache: Any) -> Any:
+    def prefill(self, embeds: Any, positions: Any, cache: Any, added: Mapping[str, Any]) -> Any:
         """The first token."""
-        return self._prefill(embeds, positions, cache).clone()
+        return self._prefill(embeds, positions, cache, added).clone()
 
     def step(self, token: Any, positions: Any, cache: Any) -> Any:
         """The token after `token`."""

@@ -72,11 +72,12 @@ def read_examples(folder: Path) -> list[Example]:
     return [Example(open_picture(picture), prompt) for picture, prompt in pairs]
 
 
-def layers_to_try(count: int) -> list[int]:
-    """All layers of a small model, or 12 from the first quarter to the last of a large one."""
-    if count <= MOST_LAYERS + 1:
-        return list(range(1, count))
-    first, last = count // 4, count - count // 4
+def layers_to_try(cuts: range) -> list[int]:
+    """All of a model's cuts, or 12 of many, from the first quarter of its layers to the last."""
+    if len(cuts) <= MOST_LAYERS:
+        return list(cuts)
+    count = cuts[-1] + 1
+    first, last = max(cuts[0], count // 4), count - count // 4
     return sorted({round(first + i * (last - first) / (MOST_LAYERS - 1)) for i in range(MOST_LAYERS)})
 
 
@@ -95,8 +96,8 @@ def prompt_bundle(checkpoint: Checkpoint, scored: Scored | None = None) -> Itera
     configuration.weights.check_floats(checkpoint.place)
     with tempfile.TemporaryDirectory() as folder:
         copy_processor_files(checkpoint, configuration, Path(folder))
-        none = dict.fromkeys(GRAPH_NAMES, "0" * 64)
-        yield Bundle(Path(folder), make_manifest(recipe, configuration, configuration.weights, 1, False, (), none))
+        none, cut = dict.fromkeys(GRAPH_NAMES, "0" * 64), configuration.model.decoder.cuts[0]
+        yield Bundle(Path(folder), make_manifest(recipe, configuration, configuration.weights, cut, False, (), none))
 
 
 def calibrate(
@@ -130,10 +131,11 @@ def calibrate(
     checkpoint = open_checkpoint(model)
     with prompt_bundle(checkpoint, scored) as bundle:
         m = bundle.manifest
-        tried = sorted(set(layers)) if layers else layers_to_try(m.decoder.layers)
-        if not 1 <= tried[0] <= tried[-1] < m.decoder.layers:
+        cuts = m.decoder.cuts
+        tried = sorted(set(layers)) if layers else layers_to_try(cuts)
+        if not cuts[0] <= tried[0] <= tried[-1] <= cuts[-1]:
             raise UserError(
-                f"layers {tried[0]} to {tried[-1]} are out of range: this model's are 1 to {m.decoder.layers - 1}"
+                f"layers {tried[0]} to {tried[-1]} are out of range: this model's are {cuts[0]} to {cuts[-1]}"
             )
         cases = [Case(ratio, layer, method, m.selection.scored) for ratio in ratios for layer in tried]
         if missing := bundle.missing_processor_files():

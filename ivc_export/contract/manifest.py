@@ -68,6 +68,9 @@ class RotarySizes(Frozen):
 
     theta: float = Field(gt=0, le=1e12)
     sections: tuple[Heads, ...] = Field(min_length=1, max_length=3)
+    interleaved: bool = False
+    """Whether axes take frequencies in turn (j of axis a is a, a + n, a + 2n, ... of n axes; what remains is axis 0's),
+    or one axis after the other."""
 
 
 class SelectionRule(Frozen):

@@ -12,15 +12,17 @@ from ivc_export.graph.builder import FLOAT, Graph
 def rotary_frequencies(head_dim: int, rotary: RotarySizes) -> np.ndarray:
     """Frequencies by axis, float64 [axes, head_dim / 2]: zero where another axis turns the pair.
 
-    Source: Su et al. 2021, section 3.2.2; sections as Wang et al. 2024 (Qwen2-VL), M-RoPE.
+    Source: Su et al. 2021, section 3.2.2; sections as Wang et al. 2024 (Qwen2-VL), or interleaved as in Qwen3-VL.
     """
-    table = np.zeros((len(rotary.sections), head_dim // 2))
-    start = 0
-    for axis, length in enumerate(rotary.sections):
-        j = np.arange(start, start + length)
-        table[axis, start : start + length] = rotary.theta ** (-2.0 * j / head_dim)
-        start += length
-    return table
+    axes = len(rotary.sections)
+    if rotary.interleaved:
+        axis_of = np.zeros(head_dim // 2, int)
+        for axis, length in enumerate(rotary.sections[1:], 1):
+            axis_of[axis : axes * length : axes] = axis
+    else:
+        axis_of = np.repeat(np.arange(axes), rotary.sections)
+    table = rotary.theta ** (-2.0 * np.arange(head_dim // 2) / head_dim)
+    return np.where(axis_of == np.arange(axes)[:, None], table, 0.0)
 
 
 def rotary_angles(g: Graph, positions: ir.Value, frequencies: np.ndarray) -> tuple[ir.Value, ir.Value]:

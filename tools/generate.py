@@ -39,7 +39,7 @@ from tools.families_doc import families_doc
 
 ROOT = Path(__file__).parent.parent
 LOWERED = "qwen2_5_vl"
-"""The family whose graphs are listed in every lowering: it has every function but SelectTileTokens."""
+"""The family whose graphs are listed in every lowering: it has every function but SelectTileTokens and SpreadRows."""
 
 LAYERS = {
     Layers.NONE: "",

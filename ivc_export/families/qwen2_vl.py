@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -46,6 +46,7 @@ from ivc_export.graph.rotary import rotary_angles
 VISION_THETA = 10000.0
 VisionTheta = Annotated[float, Field(ge=VISION_THETA, le=VISION_THETA)]
 LAYER_NORM_EPSILON = 1e-6
+SELECTION = SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2)
 
 
 class MRope(RopeSettings):
@@ -162,30 +163,48 @@ def read_around(encoder: Encoder, merged: tuple[str, int], config: Mapping[str, 
     tied = whole.tie_word_embeddings or text.tie_word_embeddings
     decoder = read_decoder(text, tied)
     sections = text.rope.mrope_section if isinstance(text.rope, MRope) else MRope().mrope_section
-    if len(sections) != 3 or min(sections) < 1 or 2 * sum(sections) != decoder.head_dim:
-        raise UserError(
-            f"config.json is inconsistent: mrope_section {list(sections)} does not fill {decoder.head_dim // 2}"
-        )
+    check_sections(sections, decoder)
     if decoder.head_dim * decoder.heads != decoder.hidden_size:
         raise UserError(
             f"config.json is inconsistent: head_dim is {decoder.head_dim}, and {decoder.heads} heads share a "
             f"hidden_size of {decoder.hidden_size}"
         )
-    if merged[1] != decoder.hidden_size:
-        raise UserError(
-            f"config.json is inconsistent: {merged[0]} is {merged[1]}, and the decoder's hidden_size is "
-            f"{decoder.hidden_size}"
-        )
+    check_merged(merged, decoder)
     return Model(
         decoder=decoder,
         block=text.block,
         rotary=RotarySizes(theta=text.theta, sections=sections),
-        selection=SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2),
+        selection=SELECTION,
         encoder=encoder,
         image_token=whole.image_token_id,
         vision_start_token=whole.vision_start_token_id,
         vision_end_token=whole.vision_end_token_id,
     )
+
+
+def check_sections(sections: tuple[int, ...], decoder: DecoderSizes) -> None:
+    """Check that each pair of a head's values turns with one of three axes.
+
+    Raises:
+        UserError: the sections are others.
+    """
+    if len(sections) != 3 or min(sections) < 1 or 2 * sum(sections) != decoder.head_dim:
+        raise UserError(
+            f"config.json is inconsistent: mrope_section {list(sections)} does not fill {decoder.head_dim // 2}"
+        )
+
+
+def check_merged(merged: tuple[str, int], decoder: DecoderSizes) -> None:
+    """Check that visual tokens are as wide as the decoder. merged: the key that says their width, and its value.
+
+    Raises:
+        UserError: they are not.
+    """
+    if merged[1] != decoder.hidden_size:
+        raise UserError(
+            f"config.json is inconsistent: {merged[0]} is {merged[1]}, and the decoder's hidden_size is "
+            f"{decoder.hidden_size}"
+        )
 
 
 def read_pictures(vision: Patches, processor: Mapping[str, Any] | None) -> PatchPictures:
@@ -264,31 +283,50 @@ def frequencies(head_dim: int) -> npt.NDArray[np.float64]:
     return np.stack([np.pad(table, (0, quarter)), np.pad(table, (quarter, 0))])
 
 
-def patch_rows(g: Graph, p: PatchPreprocessing, width: int) -> ir.Value:
+def patch_rows(g: Graph, p: PatchPreprocessing, width: int, bias: bool = False) -> ir.Value:
     """Embedded patches [B patches, width]: the convolution over one patch is a Gemm on the same bytes."""
-    kernel = g.weight(
-        "visual.patch_embed.proj.weight",
-        (width, p.patch_dim),
-        (width, 3, p.temporal_patch_size, p.patch_size, p.patch_size),
-    )
-    return g.op("Gemm", g.reshape(g.inputs["pixel_values"], -1, p.patch_dim), kernel, transB=1)
+    name = "visual.patch_embed.proj"
+    stored = (width, 3, p.temporal_patch_size, p.patch_size, p.patch_size)
+    kernel = g.weight(f"{name}.weight", (width, p.patch_dim), stored)
+    added = [g.weight(f"{name}.bias", (width,))] if bias else []
+    return g.op("Gemm", g.reshape(g.inputs["pixel_values"], -1, p.patch_dim), kernel, *added, transB=1)
 
 
 def block(
     g: Graph, sizes: VisionSizes, name: str, x: ir.Value, frames: ir.Value, cos: ir.Value, sin: ir.Value
 ) -> ir.Value:
     """One encoder block. x: [B patches, embed_dim]; frames: B, int64 [1]."""
+    x = add_attention(g, sizes, name, x, frames, cos, sin)
+    return add_mlp(g, sizes, name, x, quick_gelu, ("fc1", "fc2"))
+
+
+def add_attention(
+    g: Graph, sizes: VisionSizes, name: str, x: ir.Value, frames: ir.Value, cos: ir.Value, sin: ir.Value
+) -> ir.Value:
+    """The first half of an encoder block. x: [B patches, embed_dim]; frames: B, int64 [1]."""
     width = sizes.embed_dim
     with g.scope("attention"):
         y = layer_norm(g, x, f"{name}.norm1", width, LAYER_NORM_EPSILON)
         qkv = g.linear(y, f"{name}.attn.qkv", 3 * width, width, bias=True)
         q, k, v = rotated_heads(g, qkv, frames, sizes.heads, sizes.head_dim, cos, sin)
         y = encoder_attention(g, q, k, v, sizes.heads, sizes.head_dim)
-        x = g.op("Add", x, g.linear(y, f"{name}.attn.proj", width, width, bias=True))
+        return g.op("Add", x, g.linear(y, f"{name}.attn.proj", width, width, bias=True))
+
+
+def add_mlp(
+    g: Graph,
+    sizes: VisionSizes,
+    name: str,
+    x: ir.Value,
+    activation: Callable[[Graph, ir.Value], ir.Value],
+    layers: tuple[str, str],
+) -> ir.Value:
+    """The second half of an encoder block. x: [B patches, embed_dim]; layers: names of its products."""
+    width, (up, down) = sizes.embed_dim, layers
     with g.scope("mlp"):
         y = layer_norm(g, x, f"{name}.norm2", width, LAYER_NORM_EPSILON)
-        y = quick_gelu(g, g.linear(y, f"{name}.mlp.fc1", sizes.mlp_size, width, bias=True))
-        return g.op("Add", x, g.linear(y, f"{name}.mlp.fc2", width, sizes.mlp_size, bias=True))
+        y = activation(g, g.linear(y, f"{name}.mlp.{up}", sizes.mlp_size, width, bias=True))
+        return g.op("Add", x, g.linear(y, f"{name}.mlp.{down}", width, sizes.mlp_size, bias=True))
 
 
 def default_layer(sizes: DecoderSizes) -> DefaultLayer:

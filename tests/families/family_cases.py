@@ -48,6 +48,13 @@ CASES: dict[str, FamilyCase] = {
         grid=lambda golden: Grid(*map(int, golden["grid"])),
         official=lambda p: Qwen2VLImageProcessorPil(min_pixels=p.min_pixels, max_pixels=p.max_pixels),
     ),
+    "qwen3_vl": FamilyCase(
+        selection=None,
+        grid=lambda golden: Grid(0, 0),
+        official=lambda p: Qwen2VLImageProcessorPil(
+            min_pixels=p.min_pixels, max_pixels=p.max_pixels, patch_size=p.patch_size
+        ),
+    ),
     "llava": FamilyCase(
         selection="llava",
         grid=lambda golden: Grid(24, 24),

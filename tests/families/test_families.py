@@ -109,6 +109,10 @@ PARAMETERS = {  # as the hub counts them
     "qwen2-vl-7b": 8_291_375_616,
     "qwen2.5-vl-3b": 3_754_622_976,
     "qwen2.5-vl-7b": 8_292_166_656,
+    "qwen3-vl-2b": 2_127_532_032,
+    "qwen3-vl-4b": 4_437_815_808,
+    "qwen3-vl-8b": 8_767_123_696,
+    "qwen3-vl-32b": 33_357_390_064,
     "llava-1.5-7b": 7_063_427_072 - 12_598_272,  # without CLIP's last layer and norm, which give no features
     "internvl2.5-2b": 2_205_754_368,
     "internvl2.5-4b": 3_712_637_952,
@@ -223,10 +227,12 @@ def test_the_vision_encoder_takes_pictures_of_any_shape(tiny: Tiny) -> None:
     model = Reference(tiny.checkpoint, 1, 1.0, m.selection, layout).model.model
     for size in ((28, 28), (40, 700), (700, 40), (333, 170), (113, 225)):
         picture = tiny.picture(*size)
-        found = tiny.session.run("vision", picture.inputs)["image_embeds"]
+        found = tiny.session.run("vision", picture.inputs)
         with torch.no_grad():
-            wanted = model.get_image_features(**reference_picture(tiny.bundle, picture).inputs).pooler_output
-        assert np.abs(found.reshape(-1, found.shape[-1]) - torch.cat(list(wanted)).numpy()).max() < LOGIT_TOLERANCE
+            features = model.get_image_features(**reference_picture(tiny.bundle, picture).inputs)
+        wanted = [features.pooler_output, *(getattr(features, "deepstack_features", None) or ())]
+        for rows, parts in zip(found.values(), wanted, strict=True):
+            assert np.abs(rows.reshape(-1, rows.shape[-1]) - torch.cat(list(parts)).numpy()).max() < LOGIT_TOLERANCE
 
 
 @every_family
@@ -234,9 +240,10 @@ def test_frames_of_one_size_run_as_one_batch(tiny: Tiny) -> None:
     picture = tiny.picture(120, 100)
     pixels = picture.inputs["pixel_values"]
     batch = np.concatenate([pixels, 2 * pixels, -pixels])
-    found = tiny.session.run("vision", {**picture.inputs, "pixel_values": batch})["image_embeds"]
-    alone = tiny.session.run("vision", {**picture.inputs, "pixel_values": -pixels})["image_embeds"]
-    assert np.abs(found[2 * len(pixels) :] - alone).max() < LOGIT_TOLERANCE
+    found = tiny.session.run("vision", {**picture.inputs, "pixel_values": batch})
+    alone = tiny.session.run("vision", {**picture.inputs, "pixel_values": -pixels})
+    for name, rows in alone.items():
+        assert np.abs(found[name][2 * len(pixels) :] - rows).max() < LOGIT_TOLERANCE
 
 
 @every_stock_family

@@ -12,7 +12,7 @@ from ivc_export import cli
 from samples.tiny import TINY
 from tests.families.family_cases import changed
 
-QWEN, LLAVA, INTERNVL, CHAT = "qwen2_vl", "llava", "internvl", "internvl_chat"
+QWEN, QWEN3, LLAVA, INTERNVL, CHAT = "qwen2_vl", "qwen3_vl", "llava", "internvl", "internvl_chat"
 ROPE = {"type": "mrope", "mrope_section": [2, 3, 3]}
 CONFIGURED: list[tuple[str, dict[str, Any], str]] = [
     (QWEN, {"hidden_act": "gelu"}, "hidden_act 'gelu' of config.json is not supported: this version knows 'silu' or"),
@@ -51,6 +51,47 @@ CONFIGURED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("qwen2_5_vl", {"vision_config": {"window_size": 14}}, "inconsistent: vision_config.window_size is 14"),
     ("qwen2_5_vl", {"vision_config": {"out_hidden_size": 32}}, "inconsistent: vision_config.out_hidden_size is 32"),
+    *(
+        (QWEN3, changes, sentence)
+        for changes, sentence in (
+            (
+                {"text_config": {"attention_bias": True}},
+                "text_config.attention_bias True of config.json is not supported",
+            ),
+            ({"text_config": {"rope_scaling": {"rope_type": "yarn"}}}, "text_config.rope_scaling.rope_type 'yarn' of"),
+            ({"text_config": {"rope_scaling": {"mrope_section": [2, 3, 3]}}}, "mrope_section [2, 3, 3] of config.json"),
+            (
+                {"text_config": {"rope_scaling": {"mrope_section": [4, 3, 2]}}},
+                "mrope_section [4, 3, 2] does not fill 8",
+            ),
+            (
+                {"text_config": {"rope_scaling": {"mrope_interleaved": False}}},
+                "rope_scaling.mrope_interleaved False of",
+            ),
+            (
+                {"text_config": {"num_hidden_layers": 3}},
+                "inconsistent: vision_config.deepstack_visual_indexes are 3, and",
+            ),
+            (
+                {"text_config": {"hidden_size": 64}},
+                "inconsistent: vision_config.out_hidden_size is 48, and the decoder's",
+            ),
+            ({"vision_config": {"hidden_act": "gelu"}}, "vision_config.hidden_act 'gelu' of config.json"),
+            (
+                {"vision_config": {"num_position_embeddings": 50}},
+                "num_position_embeddings 50 of config.json is not supp",
+            ),
+            ({"vision_config": {"deepstack_visual_indexes": [0, 4]}}, "deepstack_visual_indexes [0, 4] of config.json"),
+            (
+                {"vision_config": {"deepstack_visual_indexes": [2, 1]}},
+                "[2, 1] of config.json is not supported: give laye",
+            ),
+            (
+                {"model_type": "qwen3_vl_moe"},
+                "a Qwen3-VL with a mixture of experts (qwen3_vl_moe), and this version exp",
+            ),
+        )
+    ),
     (
         LLAVA,
         {"text_config": {"attention_bias": True}},

@@ -30,12 +30,14 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig, Q
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig, Qwen3VLTextConfig, Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from ivc_export import families
 from ivc_export.contract.names import MOST_VISUAL
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families import internvl, llava, qwen2_5_vl, qwen2_vl, text_models
+from ivc_export.families import internvl, llava, qwen2_5_vl, qwen2_vl, qwen3_vl, text_models
 from ivc_export.families.settings import Settings, square
 from ivc_export.verify.parity import check
 from samples.make_sample import make_checkpoint
@@ -53,6 +55,9 @@ CLASSES: list[tuple[type[Settings], Any]] = [
     (qwen2_vl.Whole, Qwen2_5_VLConfig),
     (qwen2_vl.Text, Qwen2_5_VLTextConfig),
     (qwen2_5_vl.Vision, Qwen2_5_VLVisionConfig),
+    (qwen2_vl.Whole, Qwen3VLConfig),
+    (qwen3_vl.Text, Qwen3VLTextConfig),
+    (qwen3_vl.Vision, Qwen3VLVisionConfig),
     (llava.Whole, LlavaConfig),
     (llava.Vision, CLIPVisionConfig),
     (internvl.Whole, InternVLConfig),
@@ -120,6 +125,8 @@ def test_defaults_of_config_are_the_classes(table: type[Settings], kind: Any) ->
 
 def test_what_stands_in_no_class_is_as_the_models_have_it() -> None:
     assert qwen2_vl.MRope().mrope_section == tuple(Qwen2VLRotaryEmbedding(Qwen2VLTextConfig()).mrope_section)
+    assert qwen3_vl.MRope().mrope_section == tuple(Qwen3VLTextRotaryEmbedding(Qwen3VLTextConfig()).mrope_section)
+    assert Qwen3VLVisionConfig().rope_parameters["rope_theta"] == qwen2_vl.VISION_THETA
     assert Qwen2VLVisionConfig().rope_parameters["rope_theta"] == qwen2_vl.VISION_THETA
     stock = LlavaConfig().vision_config
     assert {key: getattr(stock, key) for key in llava.VISION} == llava.VISION
@@ -190,7 +197,8 @@ def test_a_quantised_checkpoints_configuration_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "epsilon"), [("qwen2_vl", 1e-5), ("qwen2_5_vl", 1e-5), ("llava", 1e-6), ("internvl", 1e-6)]
+    ("name", "epsilon"),
+    [("qwen2_vl", 1e-5), ("qwen2_5_vl", 1e-5), ("qwen3_vl", 1e-6), ("llava", 1e-6), ("internvl", 1e-6)],
 )
 def test_norms_have_their_classes_epsilon(name: str, epsilon: float) -> None:
     config = json.loads(json.dumps(TINY[name]))
@@ -205,6 +213,9 @@ OBEYED: list[tuple[str, dict[str, Any]]] = [
     ("qwen2_vl", {"rms_norm_eps": 0.1, "rope_theta": 50.0, "hidden_act": "swish", "vision_config": {"mlp_ratio": 3}}),
     ("qwen2_vl", {"rope_scaling": None, "rope_parameters": {"rope_theta": 9.0, "mrope_section": [4, 2, 2]}}),
     ("qwen2_5_vl", {"num_key_value_heads": 4, "vision_config": {"window_size": 56, "fullatt_block_indexes": []}}),
+    ("qwen3_vl", {"tie_word_embeddings": True, "vision_config": {"num_position_embeddings": 400}}),
+    ("qwen3_vl", {"vision_config": {"deepstack_visual_indexes": [1, 3]}, "text_config": {"rope_theta": 50.0}}),
+    ("qwen3_vl", {"vision_config": {"deepstack_visual_indexes": [], "spatial_merge_size": 1, "patch_size": 32}}),
     ("llava", {"text_config": {"num_key_value_heads": None, "head_dim": 32}, "multimodal_projector_bias": False}),
     ("llava", {"vision_config": {"hidden_act": "gelu", "layer_norm_eps": 0.1}, "vision_feature_layer": 1}),
     ("internvl", {"text_config": {"model_type": "llama"}, "vision_config": {"attention_bias": False}}),
@@ -222,9 +233,15 @@ def test_keys_that_are_obeyed_equal_pytorch(name: str, changes: dict[str, Any], 
 
 # what pictures become
 
-TYPES = {"qwen2_vl": "Qwen2VLImageProcessor", "llava": "CLIPImageProcessor", "internvl": "GotOcr2ImageProcessorFast"}
-SIDE = {
+TYPES = {
+    "qwen2_vl": "Qwen2VLImageProcessor",
+    "qwen3_vl": "Qwen2VLImageProcessorFast",
+    "llava": "CLIPImageProcessor",
+    "internvl": "GotOcr2ImageProcessorFast",
+}
+SIDE: dict[str, dict[str, Any]] = {
     "qwen2_vl": {},
+    "qwen3_vl": {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2},
     "llava": {"size": {"shortest_edge": 112}, "crop_size": {"height": 112, "width": 112}},
     "internvl": {"size": {"height": 112, "width": 112}},
 }
@@ -241,7 +258,12 @@ EVERY: list[dict[str, Any]] = [
     *({"resample": resample} for resample in range(6)),
 ]
 PICTURES: list[tuple[str, dict[str, Any]]] = [
-    *((name, settings) for name in TYPES for settings in EVERY),
+    *((name, settings) for name in TYPES if name != "qwen3_vl" for settings in EVERY),
+    (
+        "qwen3_vl",
+        {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "image_mean": 3 * [0.5], "image_std": 0.5},
+    ),
+    ("qwen3_vl", {"size": {"longest_edge": 1024 * 40, "shortest_edge": 1024}}),
     ("qwen2_vl", {"size": {"shortest_edge": 784 * 16, "longest_edge": 784 * 64}}),
     ("qwen2_vl", {"min_pixels": 784 * 200, "max_pixels": 784 * 300}),
     ("qwen2_vl", {"size": {"shortest_edge": 3136, "longest_edge": 1003520}, "max_pixels": 784 * 40}),
@@ -275,6 +297,19 @@ FILES: list[tuple[str, dict[str, Any]]] = [
             "data_format": "channels_first",
             "merge_size": 2,
             "size": {"shortest_edge": 3136, "longest_edge": 12845056},
+        },
+    ),
+    (
+        "qwen3-vl-4b",
+        {
+            "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+            "patch_size": 16,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "processor_class": "Qwen3VLProcessor",
+            "image_processor_type": "Qwen2VLImageProcessorFast",
         },
     ),
     (

@@ -33,9 +33,11 @@ PROMPT = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("name", ["qwen2_vl", "llava", "internvl_chat", "internvl3_5"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "llava", "internvl_chat", "internvl3_5"])
 def test_every_tensor_is_compared(name: str, dtype: FloatName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """llava keeps a layer whole; the others have tiles, internvl_chat scores no values, internvl3_5 norms heads."""
+    """llava keeps a layer whole; InternVL has tiles, internvl_chat scores no values, internvl3_5 norms heads;
+    qwen3_vl adds to pictures' rows, too.
+    """
     monkeypatch.setitem(cast("dict[str, str]", fused.DTYPES), "cpu", dtype)
     checkpoint = make_checkpoint(tmp_path / "checkpoint", TINY[name], dtype=dtype)
     bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", max_visual=400))

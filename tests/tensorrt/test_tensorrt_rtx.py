@@ -87,7 +87,7 @@ def test_native_graphs_compile(bundle: Bundle, name: GraphName, architecture: st
     assert engine is not None and engine.nbytes > 0
 
 
-@pytest.mark.parametrize("bundle", ["qwen2_5_vl"], indirect=True)  # it has every function but SelectTileTokens
+@pytest.mark.parametrize("bundle", ["qwen2_5_vl", "qwen3_vl"], indirect=True)  # all functions but SelectTileTokens
 @pytest.mark.parametrize("name", ["vision", "prefix"])
 def test_graphs_in_float16_compile(bundle: Bundle, name: GraphName) -> None:
     """With residual sums in scale and in float32, as ivc-build gives them to it."""

@@ -20,7 +20,6 @@ from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.contract.graphs import SCORED_VALUES, deepstack_names
 from ivc_export.contract.manifest import Manifest
 from ivc_export.contract.ratio import check_ratio
-from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Visual
 from ivc_export.selection.method import IVC_PRUNE, Method
@@ -51,9 +50,9 @@ def record(
     check_ratio(ratio)
     check_same_model(bundle, checkpoint)
     progress("opening the checkpoint")
-    reference = Reference(checkpoint, m.selection_layer, ratio, m.selection, reference_layout(bundle, checkpoint))
+    layout, packed = reference_layout(bundle, checkpoint), bool(m.weight_formats)
+    reference = Reference(checkpoint, m.selection_layer, ratio, m.selection, layout, m.dtype, packed)
     reference.restart(m.selection_layer, ratio, method.name, method.seed)
-    round_weights(reference.model, m.dtype)
     progress("prefill on PyTorch")
     pictures = [families.preparation(m).picture(image, m.tokens.image) for image in images]
     turn = reference.run(tokens, [reference_picture(bundle, p) for p in pictures])
@@ -98,13 +97,6 @@ def outputs(turn: ReferenceTurn, m: Manifest) -> Mapping[tuple[str, str], npt.ND
         kept = "compact" if i < m.selection_layer else "new"
         found |= {("decoder", f"{kept}_key.{i}"): key, ("decoder", f"{kept}_value.{i}"): value}
     return {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in found.items()}
-
-
-def round_weights(model: torch.nn.Module, dtype: FloatName) -> None:
-    """Round float32 parameters to `dtype`, as an export to it does; no change where the checkpoint has it already."""
-    if dtype != "float32":
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(getattr(torch, dtype)).float()
 
 
 def reference_picture(bundle: Bundle, picture: Visual) -> ReferencePicture:

@@ -16,7 +16,9 @@ import torch
 import transformers
 
 from ivc_export.contract.manifest import Scored, SelectionRule
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
+from ivc_export.verify.dequantised import dequantised, quantisation
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,29 @@ class ReferenceTurn:
     logits: torch.Tensor
 
 
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
+
+
+def unquantised(folder: Path) -> tuple[Any, Any]:
+    """transformers' configuration of a checkpoint as if its weights were floats, and the class of its model."""
+    config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    for part in (config, *(part for part in vars(config).values() if hasattr(part, "quantization_config"))):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    with torch.device("meta"):
+        return config, type(transformers.AutoModelForImageTextToText.from_config(config))
+
+
 class Reference:
     """A stock model that prunes visual tokens at layer `selection_layer`, keeping `ratio` of each picture's.
 
     It computes in float32 on the CPU with eager attention, whatever the checkpoint's dtype.
+
+    dtype: what weights are rounded to before, as an export to it does. packed: whether quantised layers stay packed, so
+    that their scales are rounded and not their weights.
 
     Raises:
         UserError: transformers cannot load `folder`.
@@ -109,19 +130,37 @@ class Reference:
         ratio: float,
         rule: SelectionRule,
         layout: ReferenceLayout | None = None,
+        dtype: FloatName = "float32",
+        packed: bool = True,
     ) -> None:
         transformers.utils.logging.disable_progress_bar()
         options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
         source: Path | None = folder
         loader: Any = transformers.AutoModelForImageTextToText
+        narrow = getattr(torch, dtype)
         try:
-            if layout is not None:
-                files = sorted(folder.glob("*.safetensors"))
-                stored = (pair for file in files for pair in safetensors.torch.load_file(file).items())
-                state = {own: part for name, tensor in stored for own, part in layout.tensors(name, tensor).items()}
-                options |= {"config": transformers.AutoConfig.for_model(**layout.config), "state_dict": state}
-                source, loader = None, getattr(transformers, layout.config["architectures"][0])
+            settings = quantisation(folder)
+            if layout is not None or settings is not None:
+                stored = stored_tensors(folder)
+                exact: set[str] = set()
+                if settings is not None:
+                    stored, exact = dequantised(stored, settings, narrow if packed else torch.float32)
+                state = {
+                    own: part if packed and name in exact else part.to(narrow).float()
+                    for name, tensor in stored.items()
+                    for own, part in (layout.tensors(name, tensor) if layout else {name: tensor}).items()
+                }
+                if layout is not None:
+                    config = transformers.AutoConfig.for_model(**layout.config)
+                    loader = getattr(transformers, layout.config["architectures"][0])
+                else:
+                    config, loader = unquantised(folder)
+                options |= {"config": config, "state_dict": state}
+                source = None
             self.model: Any = loader.from_pretrained(source, **options).eval()
+            if source is not None and narrow != torch.float32:
+                for parameter in self.model.parameters():
+                    parameter.data = parameter.data.to(narrow).float()
         except Exception as error:  # transformers and what it calls raise almost anything
             reason = str(error).splitlines()[0]
             raise UserError(

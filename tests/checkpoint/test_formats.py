@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.cli import ivc_export
+from ivc_export.cli import ivc_check, ivc_export
+from ivc_export.contract.manifest import SelectionRule
 from ivc_export.errors import UserError
 from ivc_export.exporter.estimate import Size, estimate_bundle, estimate_recipe
 from ivc_export.exporter.pipeline import export
@@ -132,6 +135,36 @@ def test_estimates_know_packed_sizes(
     assert plain.parameters == sum(array.size for array in tensors_of(bundles[1]).values())
     assert before.pictures[0].pruned.flops == plain.pictures[0].pruned.flops
     assert "quantised (" in before.quantisation and not plain.quantisation
+
+
+def test_pytorch_reads_the_same_by_code_of_its_own(layout: Layout, checkpoints: tuple[Path, Path]) -> None:
+    rule = SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2)
+    found, wanted = (dict(Reference(one, 1, 1.0, rule).model.state_dict()) for one in checkpoints)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "options"),
+    [
+        ("qwen2_vl", "GPTQ, 8 bits, activations ordered", []),
+        ("internvl_chat", "compressed-tensors", ["--dtype", "float32"]),
+        ("llava", "AWQ", ["--lowering", "native"]),
+        ("qwen2_5_vl", "fp8", []),
+    ],
+)
+def test_bundles_are_checked_against_their_checkpoint(
+    family: str, layout: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In float16 where the checkpoint is, whose scales are then, and not the weights, rounded."""
+    stored, _ = write(
+        make_checkpoint(tmp_path / "plain", TINY[family]), tmp_path, LAYOUTS.get(layout) or Layout(layout)
+    )
+    bundle = str(tmp_path / "bundle")
+    assert ivc_export(["--model", str(stored), "--output", bundle, *options]) == 0
+    assert ivc_check([bundle, "--against", str(stored), "--steps", "3"]) == 0, capsys.readouterr()
+    shutil.rmtree(stored)
+    assert ivc_check([bundle, "--onnx-only"]) == 0
 
 
 @pytest.mark.parametrize("family", TINY)

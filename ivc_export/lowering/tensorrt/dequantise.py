@@ -24,7 +24,7 @@ class DequantiseWeightsPass(ir.passes.InPlacePass):
         """Product by product."""
         edit, found = Editor(model.graph), packed_products(model)
         for node in found:
-            (y,) = edit.op(node, "Gemm", node.inputs[0], dequantised(model.graph, node), transB=1)
+            (y,) = edit.op(node, "Gemm", node.inputs[0], float_weight(model.graph, node), transB=1)
             edit.replace(node.outputs[0], y)
             weights = node.inputs[1:]
             model.graph.remove(node, safe=True)
@@ -59,7 +59,7 @@ def constants_of(product: ir.Node) -> list[ir.TensorProtocol]:
     return tensors
 
 
-def dequantised(graph: ir.Graph, product: ir.Node) -> ir.Value:
+def float_weight(graph: ir.Graph, product: ir.Node) -> ir.Value:
     """The weight of a packed product as floats, [N, K], added to the graph once."""
     tensors = constants_of(product)
     sizes = {name: product.attributes[name].as_int() for name in ("N", "K", "bits")}

@@ -49,7 +49,7 @@ from ivc_export.runtime.tensorrt.device import MODULE, Buffers, CudaDevice, medi
 from ivc_export.runtime.tensorrt.engine import Engine, Tensor
 from ivc_export.tensorrt.build import working_folder
 from ivc_export.tensorrt.compile import compile_graph
-from ivc_export.tensorrt.graphs import lowered
+from ivc_export.tensorrt.graphs import EngineChoices, lowered
 from ivc_export.tensorrt.library import load_plugin, load_tensorrt, make_logger, own_capability
 from ivc_export.tensorrt.profiles import profiles
 from ivc_export.tensorrt.recipe import EngineRecipe, Options
@@ -92,7 +92,8 @@ def models(bundle: Bundle, whole: Bundle, plugin: bool) -> dict[str, ir.Model]:
     def part(model: ir.Model) -> ir.Model:
         return lower(RetypeFloatsPass("float16")(model).model, "plugin" if plugin else "native")
 
-    found: dict[str, ir.Model] = {name: lowered(bundle, name, "float16", plugin) for name in GRAPHS}
+    choices = EngineChoices("tensorrt", "float16", "plugin" if plugin else "native", "float16", "grouped")
+    found: dict[str, ir.Model] = {name: lowered(bundle, name, choices) for name in GRAPHS}
     found["select"] = part(selection_part(bundle.graph("prefix")))
     fix_values(found["select"], bundle.manifest)
     found["compact"] = part(compaction_part(whole.graph("decoder")))

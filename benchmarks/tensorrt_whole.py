@@ -33,7 +33,7 @@ from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.tensorrt.build import working_folder
 from ivc_export.tensorrt.compile import compile_graph
-from ivc_export.tensorrt.graphs import build_dtype, lowered
+from ivc_export.tensorrt.graphs import choose_graphs, lowered
 from ivc_export.tensorrt.library import load_plugin, load_tensorrt, own_capability
 from ivc_export.tensorrt.profiles import profile_names, profiles
 from ivc_export.tensorrt.recipe import EngineRecipe
@@ -101,15 +101,15 @@ def build(options: argparse.Namespace) -> None:
     if options.plugin:
         load_plugin(options.plugin)
     capability = own_capability(trt)
-    dtype = build_dtype(bundle, wanted, trt, capability)
-    model = lowered(bundle, name, dtype, options.plugin is not None)
+    choices = choose_graphs(bundle, wanted, trt, capability)
+    model = lowered(bundle, name, choices)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak, start = DevicePeak(), time.perf_counter()
     with staging.fresh_folder(bundle.folder, f".one-{name}-") as work:
         for weights in {Path(file.file).parts[0] for file in bundle.manifest.weights}:
             (work / weights).symlink_to(f"../{weights}", target_is_directory=True)
         extents = profiles(bundle, name, wanted).values()
-        plan = compile_graph(trt, model, extents, wanted.options(capability, dtype), work)
+        plan = compile_graph(trt, model, extents, wanted.options(capability, choices.dtype), work)
     sizes = bundle.manifest.decoder
     took = {
         "graph": name,
@@ -130,7 +130,7 @@ def join(options: argparse.Namespace) -> None:
     bundle, wanted = Bundle.load(options.folder / "bundle"), recipe(options)
     trt = load_tensorrt("tensorrt")
     capability = own_capability(trt)
-    record = make_record(bundle, wanted, trt, capability, build_dtype(bundle, wanted, trt, capability))
+    record = make_record(bundle, wanted, trt, capability, choose_graphs(bundle, wanted, trt, capability))
     built: dict[GraphName, BuiltEngine] = {}
     took: list[dict[str, Any]] = []
     with working_folder(bundle) as work:

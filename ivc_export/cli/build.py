@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -15,7 +16,7 @@ from ivc_export.dtypes import FLOATS, long_name
 from ivc_export.errors import UserError
 from ivc_export.tensorrt.build import build
 from ivc_export.tensorrt.library import MODULES
-from ivc_export.tensorrt.recipe import RTX_CAPABILITIES, EngineRecipe
+from ivc_export.tensorrt.recipe import RTX_CAPABILITIES, AttentionChoice, EngineRecipe, SoftmaxChoice
 
 
 def parser() -> Parser:
@@ -36,6 +37,21 @@ def parser() -> Parser:
     p.add_argument("--opt-visual", type=int, help="visual tokens to tune for (default: half of the most)")
     p.add_argument("--opt-text", type=int, help="other tokens to tune for (default: 64)")
     p.add_argument("--plugin", type=Path, metavar="LIB", help="libivc_plugin.so; without it, standard operators alone")
+    p.add_argument(
+        "--softmax",
+        choices=get_args(SoftmaxChoice),
+        help="of the vision encoder (default: float16 in engines in float16, which TensorRT fuses, else float32)",
+    )
+    p.add_argument(
+        "--attention",
+        choices=get_args(AttentionChoice),
+        default="auto",
+        help="of decoder layers where no operator does it: grouped has the faster steps, repeated a faster prefill and "
+        "less memory (default: auto, grouped where it fits)",
+    )
+    p.add_argument(
+        "--memory", type=float, metavar="GIB", help="what the device has for engines (default: this machine's)"
+    )
     p.add_argument(
         "--workspace", type=float, metavar="GIB", help="scratch memory a layer may use (default: TensorRT's)"
     )
@@ -67,7 +83,10 @@ def command(arguments: Sequence[str]) -> int:
         opt_visual=max(1, most // 2) if options.opt_visual is None else options.opt_visual,
         opt_text=min(64, options.max_text) if options.opt_text is None else options.opt_text,
         plugin=options.plugin,
-        workspace=None if options.workspace is None else workspace(options.workspace),
+        softmax=options.softmax,
+        attention=options.attention,
+        memory=gib_to_bytes("memory", options.memory),
+        workspace=gib_to_bytes("workspace", options.workspace),
         optimization_level=options.optimization_level,
         timing_cache=options.timing_cache,
         tactic_sources=None if options.tactic_sources is None else tuple(options.tactic_sources.split(",")),
@@ -83,23 +102,25 @@ def command(arguments: Sequence[str]) -> int:
                 tasks[task] = bars.add_task(task, total=total)
             bars.update(tasks[task], completed=done, total=total, visible=done < total)
 
-        folder, memory = build(bundle, recipe, progress, options.force, options.verbose)
+        folder, memory = build(bundle, recipe, progress, options.force, options.verbose, console.print)
     size = decimal(sum(plan.stat().st_size for plan in folder.glob("*.plan")))
     console.print(f"[bold]{folder}[/]: {size} of engines, caches of {recipe.capacity} rows")
     largest = max(memory.activations.values())
     console.print(
         f"running them takes about {decimal(memory.running)}: {decimal(memory.weights)} of weights, "
-        f"{decimal(memory.caches)} of caches, and at most {decimal(largest)} of activations before TensorRT fuses them"
+        f"{decimal(memory.caches)} of caches, and at most {decimal(largest)} of activations"
     )
     return 0
 
 
-def workspace(gib: float) -> int:
-    """Bytes.
+def gib_to_bytes(name: str, gib: float | None) -> int | None:
+    """Bytes; None of None.
 
     Raises:
-        UserError: no layer could use so much, or so little.
+        UserError: nothing has so much, or so little.
     """
+    if gib is None:
+        return None
     if not 0 < gib <= 1024:  # false for nan as well
-        raise UserError(f"workspace {gib:g} is out of range: give GiB above 0 and up to 1024")
+        raise UserError(f"{name} {gib:g} is out of range: give GiB above 0 and up to 1024")
     return int(gib * 2**30)

@@ -8,7 +8,8 @@ family:
 - KV cache: bytes of what a runtime appends after a prefill: the decoder's `compact_*` and `new_*`, and the prefix's
   `new_*` of layers that the decoder does not compact.
 - Peak activations: the most bytes that intermediate tensors take while the nodes run in order, each living from its
-  node to its last reader, without what is inside the selection. Runtimes that fuse attention need less.
+  node to its last reader, without what is inside the selection. In 16 bits attention is taken to be one kernel,
+  which TensorRT before 10.14 has for the decoder with our plugin alone; ivc-build knows of each version.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ from ivc_export.families.family import Family, Model
 from ivc_export.families.pictures import Visual
 from ivc_export.graph.counting import count
 from ivc_export.graph.functions import PACKED_LINEARS
-from ivc_export.lowering import LOWERINGS
+from ivc_export.lowering import ATTENTION, LOWERINGS
 from ivc_export.lowering.inline import InlinePass
+from ivc_export.lowering.spell import SpellPass
+from ivc_export.lowering.tensorrt.opset import RaiseOpsetPass
 from ivc_export.selection.ivc_prune import seed_count
 from ivc_export.selection.operators import SELECTIONS
 from ivc_export.source.configuration import read_description
@@ -56,8 +59,14 @@ TEXT = 64
 PIXELS = 100_000_000
 
 GIB = 2**30
-COUNTED = InlinePass(kept=SELECTIONS)
-"""What graphs are counted after: all but the selection, which is one part in 100,000, in standard operators."""
+COUNTED = ir.passes.Sequential(
+    SpellPass(dict.fromkeys(ATTENTION, "standard")), InlinePass(kept=SELECTIONS), RaiseOpsetPass()
+)
+"""What graphs are counted after: all but the selection, which is one part in 100,000, in standard operators, one
+for each attention."""
+
+SCORE_BYTES: Mapping[FloatName, int] = {"float32": 8, "float16": 0, "bfloat16": 0}
+"""What a score of attention takes: it is stored before and after the softmax, or, by a fused kernel, not at all."""
 
 
 class Size(NamedTuple):
@@ -242,13 +251,14 @@ class Export:
         picture = blank(self.pictures, size)
         visual = picture.grid.visual
         kept = kept_tokens(visual, ratio)
-        vision = count(graphs["vision"], {}, picture.inputs)
+        scores = SCORE_BYTES[self.dtype]
+        vision = count(graphs["vision"], {}, picture.inputs, scores)
         axes = {"S": visual + TEXT, "L": visual, "T": TEXT, "Q": TEXT // 2, "R": 1, **empty_caches(graphs.values())}
         axes["seeds"] = seed_count(visual, self.selection.seed_divisor)
-        prefix = count(graphs["prefix"], axes | {"M": TEXT + kept})
+        prefix = count(graphs["prefix"], axes | {"M": TEXT + kept}, score_bytes=scores)
 
         def cost(rows: int) -> Cost:
-            decoder = count(graphs["decoder"], axes | {"M": rows})
+            decoder = count(graphs["decoder"], axes | {"M": rows}, score_bytes=scores)
             found = {"vision": vision, "prefix": prefix, "decoder": decoder}
             return Cost(
                 flops={name: found[name].flops for name in GRAPH_NAMES},

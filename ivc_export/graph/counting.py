@@ -95,11 +95,16 @@ class Tensors:
 
 
 def count(
-    graph: onnx.ModelProto, axes: Mapping[str, int], inputs: Mapping[str, npt.NDArray[Any]] | None = None
+    graph: onnx.ModelProto,
+    axes: Mapping[str, int],
+    inputs: Mapping[str, npt.NDArray[Any]] | None = None,
+    score_bytes: int = 0,
 ) -> GraphCost:
     """Count on a graph, where what is inside operators of our own counts nothing.
 
     axes: extents of symbolic axes; inputs: arrays whose shapes, and values if they are integers, are taken instead.
+    score_bytes: what an operator Attention takes while it runs for each of its scores, of a query and a key; 0 where it
+    is one kernel that stores none.
     """
     model = onnx.ModelProto()
     model.CopyFrom(graph)
@@ -116,11 +121,14 @@ def count(
     for node in model.graph.node:
         tensors.add(node)
     flops = sum(flops_of(node, tensors) for node in model.graph.node)
-    return GraphCost(flops, peak(model.graph, tensors), {o.name: tensors.size(o.name) for o in model.graph.output})
+    most = peak(model.graph, tensors, score_bytes)
+    return GraphCost(flops, most, {o.name: tensors.size(o.name) for o in model.graph.output})
 
 
 def flops_of(node: onnx.NodeProto, tensors: Tensors) -> int:
     """Two for each multiply-add of a matrix product, whose left side is never transposed; 0 for other operators."""
+    if is_attention(node):
+        return 2 * scores_of(node, tensors) * sum(tensors.shape(name)[-1] for name in node.input[1:3])
     if node.op_type not in ("MatMul", "MatMulNBits", "Gemm"):
         return 0
     flops = 2 * math.prod(tensors.shape(node.output[0])) * tensors.shape(node.input[0])[-1]
@@ -128,8 +136,23 @@ def flops_of(node: onnx.NodeProto, tensors: Tensors) -> int:
     return flops
 
 
-def peak(graph: onnx.GraphProto, tensors: Tensors) -> int:
-    """Most bytes alive at once: a tensor lives from its node to its last reader, inputs and outputs throughout."""
+def is_attention(node: onnx.NodeProto) -> bool:
+    """Whether it is opset 23's operator."""
+    return not node.domain and node.op_type == "Attention"
+
+
+def scores_of(node: onnx.NodeProto, tensors: Tensors) -> int:
+    """How many pairs of a query and a key an operator Attention compares, in all heads of all frames."""
+    scores = math.prod(tensors.shape(node.input[0])[:-1]) * tensors.shape(node.input[1])[-2]
+    assert scores >= 0, f"{node.name}: the shapes of attention are unknown"
+    return scores
+
+
+def peak(graph: onnx.GraphProto, tensors: Tensors, score_bytes: int) -> int:
+    """Most bytes alive at once: a tensor lives from its node to its last reader, inputs and outputs throughout.
+
+    score_bytes: as count's.
+    """
     ends = {name: number for number, node in enumerate(graph.node) for name in node.input}
     owner: dict[str, str] = {}  # the tensor whose memory another one is
     for number, node in enumerate(graph.node):
@@ -147,6 +170,7 @@ def peak(graph: onnx.GraphProto, tensors: Tensors) -> int:
                 alive += tensors.size(name)
                 if name not in kept:
                     dying.setdefault(ends.get(name, number), []).append(name)
-        most = max(most, alive)
+        working = score_bytes * scores_of(node, tensors) if is_attention(node) else 0
+        most = max(most, alive + working)
         alive -= sum(tensors.size(name) for name in dying.pop(number, ()))
     return most

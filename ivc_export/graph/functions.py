@@ -34,9 +34,15 @@ PACKED_LINEARS = frozenset(("LinearNBits", "LinearNBitsZeroPoints"))
 
 
 @cache
-def function(name: str) -> ir.Function:
-    """The `ivc` operator `name` as a function of standard operators, from graphs/ops/`name`.onnxtxt."""
+def function(name: str, spelling: str | None = None) -> ir.Function:
+    """The `ivc` operator `name` as a function of standard operators, from graphs/ops/`name`.onnxtxt.
+
+    spelling: of another body that means the same, from graphs/ops/`name`.`spelling`.onnxtxt: `narrow` has its softmax
+    in the type of its inputs; `repeated` repeats keys and values for every head of queries; `standard` is opset 23's
+    operator.
+    """
     package = Path(__file__).parents[1]
     folders = (package / "ops", package.parent / "graphs" / "ops")  # installed, or in the repository
-    text = next(folder for folder in folders if folder.is_dir()).joinpath(f"{name}.onnxtxt").read_text(encoding="utf-8")
+    file = f"{name}.onnxtxt" if spelling is None else f"{name}.{spelling}.onnxtxt"
+    text = next(folder for folder in folders if folder.is_dir()).joinpath(file).read_text(encoding="utf-8")
     return ir.serde.deserialize_function(onnx.parser.parse_function(text))

@@ -24,7 +24,9 @@ from ivc_export.lowering.onnxruntime.projections import PackProjectionsPass
 from ivc_export.lowering.onnxruntime.rotate_in_attention import RotateInAttentionPass
 from ivc_export.lowering.onnxruntime.write_caches import WriteCachesPass
 from ivc_export.lowering.precision.scale_residuals import SCALE, ScaleResidualsPass
+from ivc_export.lowering.spell import SpellPass
 from ivc_export.lowering.tensorrt.dequantise import DequantiseWeightsPass
+from ivc_export.lowering.tensorrt.opset import NEWEST, RaiseOpsetPass
 from ivc_export.lowering.tensorrt.plugin import UsePluginPass
 
 Passes = Sequence[ir.passes.PassBase]
@@ -103,12 +105,20 @@ def fused(*more: ir.passes.PassBase) -> Passes:
     )
 
 
+def standard(*functions: str) -> Passes:
+    """Standard operators alone, of opset 23: those that mean what these functions do, in their place."""
+    return DequantiseWeightsPass(), SpellPass(dict.fromkeys(functions, "standard")), InlinePass(), RaiseOpsetPass()
+
+
 SELECTION = frozenset(("SelectTokens", "SelectTileTokens", "CompactGather"))
 FUSED_OPERATORS: Operators = frozenset(
     [("", "SimplifiedLayerNormalization")]
     + [("com.microsoft", op) for op in ("GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "RotaryEmbedding")]
     + [("com.microsoft", op) for op in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "QuickGelu")]
 )
+
+ATTENTION = ("Attention", "EncoderAttention", "WindowAttention")
+"""Functions that the operator Attention of opset 23 does, but for the softmax, which is in the type of its inputs."""
 
 LOWERINGS: dict[str, Lowering] = {
     # keeps ivc functions and their bodies: onnxruntime inlines them
@@ -117,6 +127,16 @@ LOWERINGS: dict[str, Lowering] = {
     "native": Lowering(passes=lambda: (DequantiseWeightsPass(), InlinePass()), exported=True, packed_weights=False),
     # nodes without bodies: TensorRT with our plugin library
     "plugin": Lowering(passes=lambda: (DequantiseWeightsPass(), UsePluginPass()), functions=PLUGIN_OPERATORS),
+    # standard operators only: TensorRT from 10.14
+    "opset-23-attention": Lowering(
+        passes=lambda: standard(*ATTENTION), operators=frozenset([("", "Attention")]), opset=NEWEST
+    ),
+    # standard operators only: TensorRT from 10.15, and TensorRT-RTX
+    "opset-23": Lowering(
+        passes=lambda: standard(*ATTENTION, "RMSNorm", "Rotate"),
+        operators=frozenset([("", op) for op in ("Attention", "RMSNormalization", "RotaryEmbedding")]),
+        opset=NEWEST,
+    ),
     "ort-cuda": Lowering(
         passes=fused, functions=SELECTION, operators=FUSED_OPERATORS, io=in_place_info, hidden_scale=SCALE
     ),

@@ -13,14 +13,25 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering.types import Types, add_types, types_of
 
+Array = npt.NDArray[Any]
+
+
+def counted_up(first: Array, end: Array, step: Array) -> Array:
+    """As Range."""
+    return np.array(range(int(first), int(end), int(step)), first.dtype)
+
+
 FOLDED: Mapping[str, Callable[..., npt.NDArray[Any]]] = {
     "Add": np.add,
     "Concat": lambda *parts: np.concatenate(parts),
+    "Div": np.floor_divide,
     "Mul": np.multiply,
+    "Range": counted_up,
     "Sub": np.subtract,
     "Unsqueeze": lambda x, axes: np.expand_dims(x, tuple(axes.tolist())),
 }
-"""Operators by which bodies make shapes of their attributes, in NumPy; what is joined has one axis."""
+"""Operators by which bodies make shapes and indices of their attributes, in NumPy; what is joined has one axis, and
+what is divided is not negative."""
 
 
 class InlinePass(ir.passes.InPlacePass):

@@ -13,8 +13,9 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.errors import UserError
 from ivc_export.tensorrt.compile import compile_graph
-from ivc_export.tensorrt.footprint import Footprint, check_memory, estimate
-from ivc_export.tensorrt.graphs import build_dtype, lowered
+from ivc_export.tensorrt.decide import decide
+from ivc_export.tensorrt.footprint import Footprint, check_memory
+from ivc_export.tensorrt.graphs import choose_graphs, lowered
 from ivc_export.tensorrt.library import load_plugin, load_tensorrt, own_capability
 from ivc_export.tensorrt.profiles import profile_names, profiles
 from ivc_export.tensorrt.recipe import EngineRecipe
@@ -30,10 +31,12 @@ def build(
     progress: BuildProgress = lambda *_: None,
     force: bool = False,
     verbose: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[Path, Footprint]:
     """Build the three engines, and return their folder and the estimate. Nothing is visible until all are there.
 
     force: build also where memory seems too small. verbose: TensorRT's own messages go to standard error.
+    tell: called before the build with sentences that say which softmax and attention are built, and what they cost.
 
     Raises:
         UserError: TensorRT is missing or refuses a graph, the plugin does not load, timing caches cannot be written, or
@@ -47,13 +50,14 @@ def build(
     if recipe.timing_cache is not None:
         check_timing_cache(recipe.timing_cache)
     capability = recipe.compute_capability or own_capability(trt)
-    dtype = build_dtype(bundle, recipe, trt, capability)
-    models = {name: lowered(bundle, name, dtype, recipe.plugin is not None) for name in GRAPH_NAMES}
-    estimated = estimate(bundle, recipe, models)
+    choices, estimated, sentences = decide(bundle, recipe, choose_graphs(bundle, recipe, trt, capability))
     if not force:
         check_memory(estimated, recipe)
+    for sentence in sentences:
+        tell(sentence)
+    models = {name: lowered(bundle, name, choices) for name in GRAPH_NAMES}
     folder = engine_folder(bundle, trt, recipe.target, capability)
-    record = make_record(bundle, recipe, trt, capability, dtype)
+    record = make_record(bundle, recipe, trt, capability, choices)
     built: dict[GraphName, BuiltEngine] = {}
     with working_folder(bundle) as work:
         (work / "done").mkdir()
@@ -62,7 +66,7 @@ def build(
                 trt,
                 models.pop(name),
                 profiles(bundle, name, recipe).values(),
-                recipe.options(capability, dtype, verbose),
+                recipe.options(capability, choices.dtype, verbose),
                 work,
                 partial(progress, name),
             )

@@ -59,6 +59,7 @@ def compile_graph(
             raise UserError(f"TensorRT {trt.__version__} does not read the {name} graph ({parser.get_error(0)})")
         if weak(trt, options) and options.reduced:  # in float32 there is nothing to choose
             fix_precisions(trt, network, float_types(model))
+        allow_decomposition(trt, network)
         shapes = [make_profile(loaders.Profile(), model, extents) for extents in profiles]
         with timed.open("rb") if timed is not None and timed.is_file() else nullcontext() as saved:
             chosen = choices(trt, options) | {"load_timing_cache": saved}
@@ -174,6 +175,15 @@ def fix_precisions(trt: Any, network: Any, types: Mapping[str, ir.DataType]) -> 
             for i, output in enumerate(outputs):
                 if output.name in known:
                     layer.set_output_type(i, trt.DataType.FLOAT)
+
+
+def allow_decomposition(trt: Any, network: Any) -> None:
+    """Let attention of sizes that no kernel has be built of others, in the place of no engine at all."""
+    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
+    for layer in (network.get_layer(i) for i in range(network.num_layers) if kind is not None):
+        if layer.type == kind:
+            layer.__class__ = trt.IAttentionInputLayer  # networks give layers as of no kind
+            layer.attention.decomposable = True
 
 
 def make_monitor(trt: Any, progress: Callable[[str, int, int], None], stopped: Event) -> Any:

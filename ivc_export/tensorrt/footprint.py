@@ -13,6 +13,8 @@ from ivc_export.contract.names import GraphName
 from ivc_export.dtypes import FLOATS
 from ivc_export.errors import UserError
 from ivc_export.graph.counting import count
+from ivc_export.tensorrt.graphs import EngineChoices
+from ivc_export.tensorrt.library import device_bytes
 from ivc_export.tensorrt.memory import available_bytes
 from ivc_export.tensorrt.profiles import profiles
 from ivc_export.tensorrt.recipe import EngineRecipe
@@ -37,13 +39,18 @@ class Footprint:
         return 2 * self.weights + max(self.activations.values())
 
 
-def estimate(bundle: Bundle, recipe: EngineRecipe, models: Mapping[GraphName, ir.Model]) -> Footprint:
-    """Estimate memory from the graphs themselves, at the profiles' maxima."""
+def estimate(
+    bundle: Bundle, recipe: EngineRecipe, choices: EngineChoices, models: Mapping[GraphName, ir.Model]
+) -> Footprint:
+    """Estimate memory from the graphs themselves, at the profiles' maxima.
+
+    models: as `graphs.graph_to_count` makes them, which are the same for every softmax and attention of `choices`.
+    """
     m = bundle.manifest
     activations = {}
     for name, model in models.items():
         largest = {axis: extents[2] for axis, extents in profiles(bundle, name, recipe)["prefill"].items()}
-        activations[name] = count(ir.to_proto(model), largest).peak_bytes
+        activations[name] = count(ir.to_proto(model), largest, score_bytes=choices.score_bytes(name)).peak_bytes
     weights = {
         value.name: int(value.const_value.nbytes)
         for model in models.values()
@@ -51,20 +58,34 @@ def estimate(bundle: Bundle, recipe: EngineRecipe, models: Mapping[GraphName, ir
         if value.const_value is not None
     }
     caches = m.decoder.layers * recipe.capacity * m.decoder.row_values
-    return Footprint(sum(weights.values()), int(caches * FLOATS[recipe.dtype or m.dtype].bytes), activations)
+    return Footprint(sum(weights.values()), int(caches * FLOATS[choices.dtype].bytes), activations)
+
+
+def shortage(found: Footprint, recipe: EngineRecipe) -> str | None:
+    """What memory is lacking, to build here or to run where the engines are for; None where it is enough."""
+    free = available_bytes()
+    if free is not None and found.building > free:
+        return (
+            f"the build needs about {decimal(found.building)} and {decimal(free)} are free: close programs or add swap"
+        )
+    if recipe.memory is not None and found.running > recipe.memory:
+        return f"engines need about {decimal(found.running)} and --memory is {decimal(recipe.memory)}: give more"
+    device = device_bytes() if recipe.memory is None and recipe.target == "tensorrt" else None
+    if device is not None and found.running > device:
+        return f"engines need about {decimal(found.running)} and the GPU has {decimal(device)}: take a larger one"
+    return None
 
 
 def check_memory(found: Footprint, recipe: EngineRecipe) -> None:
-    """Refuse before it starts a build that this machine has no memory for.
+    """Refuse before it starts a build that this machine, or the device that its engines are for, has no memory for.
 
     Raises:
         UserError: it has not.
     """
-    free = available_bytes()
-    if free is not None and found.building > free:
+    lacking = shortage(found, recipe)
+    if lacking is not None:
         largest = max(found.activations, key=lambda name: found.activations[name])
         raise UserError(
-            f"the build needs about {decimal(found.building)} and {decimal(free)} are free: close programs or add "
-            f"swap, use --dtype float16, or lower --max-visual {recipe.max_visual} (the {largest} graph takes "
+            f"{lacking}, use --dtype float16, or lower --max-visual {recipe.max_visual} (the {largest} graph takes "
             f"{decimal(found.activations[largest])}); --force builds anyway"
         )

@@ -1,8 +1,9 @@
-"""A bundle's graphs as TensorRT gets them: in which dtype, and lowered."""
+"""A bundle's graphs as TensorRT gets them: in which dtype, by which lowering, and with which attention."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import onnx_ir as ir
 
@@ -10,12 +11,97 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import GraphName
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
-from ivc_export.lowering import lower
+from ivc_export.lowering import ATTENTION, lower
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.lowering.precision.scale_residuals import SCALE, ScaleResidualsPass
 from ivc_export.lowering.precision.widen_residuals import WidenResidualsPass
-from ivc_export.tensorrt.library import major
+from ivc_export.lowering.spell import Spellings, SpellPass
+from ivc_export.lowering.tensorrt.opset import RaiseOpsetPass
+from ivc_export.tensorrt.library import Target, major, version
 from ivc_export.tensorrt.recipe import EngineRecipe
+
+EngineGraphs = Literal["native", "plugin", "opset-23-attention", "opset-23"]
+"""Lowerings that engines are built from."""
+DecoderAttention = Literal["grouped", "repeated", "operator"]
+"""How decoder layers spell attention: heads of queries grouped by their key-value head, keys and values repeated for
+every head of queries, or one operator."""
+
+
+@dataclass(frozen=True)
+class EngineChoices:
+    """What is built: all that decides what the graphs of engines are.
+
+    softmax: what the vision encoder's softmax is in; float32 in engines of other dtypes than float16.
+    """
+
+    target: Target
+    dtype: FloatName
+    graphs: EngineGraphs
+    softmax: FloatName
+    attention: DecoderAttention
+
+    def lowering(self, name: GraphName) -> EngineGraphs:
+        """Of one graph: where the softmax is wider than what it reads, no operator does it."""
+        spelled = name == "vision" and self.softmax != self.dtype and self.graphs not in ("native", "plugin")
+        return "native" if spelled else self.graphs
+
+    def spellings(self, name: GraphName) -> Spellings:
+        """Bodies for functions that the lowering inlines."""
+        if name != "vision":
+            return {"Attention": "repeated"} if self.attention == "repeated" else {}
+        narrow = self.softmax == "float16" and self.lowering(name) in ("native", "plugin")
+        return dict.fromkeys(("EncoderAttention", "WindowAttention"), "narrow") if narrow else {}
+
+    def score_bytes(self, name: GraphName) -> int:
+        """What attention takes while it runs for each of its scores; 0 where a fused kernel stores none.
+
+        Source: the scratch memory of TensorRT 8.6's engines in float16 at Qwen2-VL-2B's sizes (docs/tensorrt.md): 26.1
+        GB for 16,384 patches of 16 heads where the softmax is in float32, 0.5 GB where it is in float16; 3.3 GB for
+        4,160 rows of 12 heads over twice as many, grouped, and 1.8 GB repeated. In float32 nothing is fused.
+        """
+        if name == "vision":
+            fused = self.softmax == "float16" or self.target == "tensorrt-rtx"  # which fuses through the casts
+            return 8 if self.dtype == "float32" else 0 if fused else 6
+        if self.attention == "repeated" and self.dtype != "float32":
+            return 4
+        return 0 if self.attention == "operator" else 8
+
+
+def choose_graphs(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str) -> EngineChoices:
+    """What to build; attention is grouped where the recipe leaves it open, which memory may decide otherwise.
+
+    Raises:
+        UserError: this TensorRT, this GPU or the dtype lacks what the recipe names.
+    """
+    dtype = build_dtype(bundle, recipe, trt, capability)
+    if recipe.softmax == "float16" and dtype != "float16":
+        raise UserError(
+            f"--softmax float16 is for engines in float16, and these are in {dtype}: leave it out, or add "
+            "--dtype float16"
+        )
+    graphs: EngineGraphs = "native" if recipe.plugin is None else "plugin"
+    if recipe.plugin is None and dtype != "float32":  # in which no kernel does attention
+        graphs = best_opset(recipe.target, version(trt))
+    attention: DecoderAttention = "grouped" if recipe.attention == "auto" else recipe.attention
+    if graphs not in ("native", "plugin"):
+        if recipe.attention != "auto":
+            raise UserError(
+                f"--attention is for engines that spell attention out, and {recipe.target} {trt.__version__} has an "
+                f"operator for it in {dtype}: leave --attention out"
+            )
+        attention = "operator"
+    softmax = recipe.softmax or ("float16" if dtype == "float16" else "float32")
+    return EngineChoices(recipe.target, dtype, graphs, softmax, attention)
+
+
+def best_opset(target: Target, found: tuple[int, int]) -> EngineGraphs:
+    """The lowering with the newest operators that this version of TensorRT's parser reads.
+
+    Of TensorRT-RTX, 1.7 is the first version that was tried.
+    """
+    if target == "tensorrt-rtx":
+        return "opset-23" if found >= (1, 7) else "native"
+    return "opset-23" if found >= (10, 15) else "opset-23-attention" if found >= (10, 14) else "native"
 
 
 def build_dtype(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str) -> FloatName:
@@ -33,9 +119,16 @@ def build_dtype(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str)
     return "float16" if dtype == "bfloat16" and old else dtype
 
 
-def lowered(bundle: Bundle, name: GraphName, dtype: FloatName, plugin: bool) -> ir.Model:
+def lowered(bundle: Bundle, name: GraphName, choices: EngineChoices) -> ir.Model:
     """A graph as TensorRT gets it."""
-    return lower(typed(bundle, name, dtype), "plugin" if plugin else "native")
+    spelled = SpellPass(choices.spellings(name))(typed(bundle, name, choices.dtype)).model
+    return lower(spelled, choices.lowering(name))
+
+
+def graph_to_count(bundle: Bundle, name: GraphName, choices: EngineChoices) -> ir.Model:
+    """The same graph to count on, with one operator for each attention, whatever TensorRT gets."""
+    spelled = SpellPass(dict.fromkeys(ATTENTION, "standard"))(typed(bundle, name, choices.dtype)).model
+    return RaiseOpsetPass()(lower(spelled, choices.lowering(name))).model
 
 
 def typed(bundle: Bundle, name: GraphName, dtype: FloatName) -> ir.Model:

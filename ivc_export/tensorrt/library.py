@@ -68,6 +68,12 @@ def major(trt: Any) -> int:
     return int(trt.__version__.split(".")[0])
 
 
+def version(trt: Any) -> tuple[int, int]:
+    """TensorRT's major and minor version."""
+    first, second = trt.__version__.split(".")[:2]
+    return int(first), int(second)
+
+
 def load_plugin(path: Path) -> None:
     """Load our plugin's library, which registers its operators.
 
@@ -103,6 +109,18 @@ def own_capability(trt: Any) -> str:
             "--target tensorrt-rtx, which needs no GPU to build"
         )
     return f"{parts[0].value}.{parts[1].value}"
+
+
+def device_bytes() -> int | None:
+    """Memory of this machine's GPU, which a Jetson shares with programs, from the CUDA driver; None without a GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, size = ctypes.c_int(), ctypes.c_size_t()
+    failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
+    failed = failed or driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+    return None if failed else size.value
 
 
 def make_logger(trt: Any, verbose: bool = False) -> Any:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from ivc_export.contract.names import MOST_VISUAL
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.tensorrt.library import Target
+
+AttentionChoice = Literal["auto", "grouped", "repeated"]
+SoftmaxChoice = Literal["float16", "float32"]
 
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
@@ -38,7 +42,12 @@ class EngineRecipe:
     dtype: None takes the bundle's, but float16 instead of bfloat16 for TensorRT before 10 and GPUs before 8.0.
     max_visual, max_text, max_new: visual tokens, other tokens of a prompt, and tokens of all answers, at most.
     opt_visual, opt_text: those that a prefill is tuned for.
-    plugin: our plugin's library; None builds the `native` graphs.
+    plugin: our plugin's library; None builds graphs of standard operators.
+    softmax: what the vision encoder's softmax is in; None takes float16 in engines in float16, which TensorRT fuses,
+        and else float32.
+    attention: of decoder layers, where it is spelled out: `grouped` by key-value head, or with keys and values
+        `repeated`, which takes less memory; `auto` groups where it fits.
+    memory: bytes that the device has for engines; None asks this machine.
     workspace: bytes that a layer may use; None leaves it to TensorRT.
     timing_cache: a folder of a file for each graph, read and written, so that a second build is short.
     tactic_sources: names of trt.TacticSource that may serve; None leaves it to TensorRT.
@@ -56,6 +65,9 @@ class EngineRecipe:
     opt_visual: int = 576
     opt_text: int = 64
     plugin: Path | None = None
+    softmax: SoftmaxChoice | None = None
+    attention: AttentionChoice = "auto"
+    memory: int | None = None
     workspace: int | None = None
     optimization_level: int = 3
     timing_cache: Path | None = None
@@ -70,9 +82,18 @@ class EngineRecipe:
             ("opt-text", 1, self.opt_text, self.max_text),
             ("optimization-level", 0, self.optimization_level, 5),
             ("workspace", 1, 1 if self.workspace is None else self.workspace, 1 << 40),
+            ("memory", 1, 1 if self.memory is None else self.memory, 1 << 44),
         ):
             if not least <= value <= most:
                 raise UserError(f"{name} {value} is out of range: give {least} to {most}")
+        for name, given, known in (
+            ("softmax", self.softmax or "float16", get_args(SoftmaxChoice)),
+            ("attention", self.attention, get_args(AttentionChoice)),
+        ):
+            if given not in known:
+                raise UserError(f"there is no {name} {given}: give {' or '.join(known)}")
+        if self.plugin is not None and self.attention != "auto":
+            raise UserError("--attention is for engines without our plugin: leave --attention or --plugin out")
         if self.target == "tensorrt-rtx":
             if self.plugin is not None:
                 raise UserError("TensorRT-RTX has no plugins: leave --plugin out")

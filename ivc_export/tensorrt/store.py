@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -20,7 +20,7 @@ from ivc_export.contract.records import Frozen, Sha256, first_problem
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.files import check_regular, confined, read_bytes, read_object
-from ivc_export.tensorrt.graphs import residual_scale
+from ivc_export.tensorrt.graphs import DecoderAttention, EngineChoices, EngineGraphs, residual_scale
 from ivc_export.tensorrt.library import Target
 from ivc_export.tensorrt.profiles import profile_names
 from ivc_export.tensorrt.recipe import EngineRecipe
@@ -46,7 +46,8 @@ class EngineRecord(Frozen):
     """build.json: what engines were built from, and how.
 
     residual_scale: of the residual stream and of hidden_states between the engines. weights_sha256: of each weight
-    file, where the manifest had it by then. plugin_sha256: of the library whose operators the engines call.
+    file, where the manifest had it by then. plugin_sha256: of the library whose operators the engines call. graphs: the
+    lowering. softmax: what the vision encoder's is in. attention: how decoder layers spell it.
     """
 
     model_config = ConfigDict(strict=True)
@@ -56,7 +57,9 @@ class EngineRecord(Frozen):
     tensorrt: str = Field(pattern=r"^[\w.+-]{1,64}$")
     compute_capability: str = Field(pattern=r"^\d{1,2}\.\d$")
     dtype: FloatName
-    graphs: Literal["native", "plugin"]
+    graphs: EngineGraphs
+    softmax: FloatName
+    attention: DecoderAttention
     capacity: int
     residual_scale: float
     recipe: EngineRecipe
@@ -74,6 +77,12 @@ class EngineRecord(Frozen):
             yield "the recipe is for another target"
         if recipe.dtype not in (None, self.dtype):
             yield f"dtype is {self.dtype}, and the recipe's {recipe.dtype}"
+        possible = ("float16", "float32") if self.dtype == "float16" else ("float32",)
+        if self.softmax not in possible or recipe.softmax not in (None, self.softmax):
+            yield f"softmax is {self.softmax}"
+        spelled = self.graphs in ("native", "plugin")
+        if (self.attention == "operator") == spelled or recipe.attention not in ("auto", self.attention):
+            yield f"attention is {self.attention}"
         power = math.frexp(self.residual_scale)[0] == 0.5 and SMALLEST_SCALE <= self.residual_scale <= 1
         if not power or (self.dtype != "float16" and self.residual_scale != 1):
             yield f"residual_scale is {self.residual_scale:g}"
@@ -123,7 +132,9 @@ def plugin_sha256(plugin: Path) -> str:
     return hashlib.sha256(read_bytes(plugin, "name our plugin's library", MOST_PLUGIN_BYTES)).hexdigest()
 
 
-def make_record(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str, dtype: FloatName) -> EngineRecord:
+def make_record(
+    bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str, choices: EngineChoices
+) -> EngineRecord:
     """What build.json is to say of engines that are still to be built.
 
     Raises:
@@ -135,10 +146,12 @@ def make_record(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str,
         target=recipe.target,
         tensorrt=trt.__version__,
         compute_capability=capability,
-        dtype=dtype,
-        graphs="native" if recipe.plugin is None else "plugin",
+        dtype=choices.dtype,
+        graphs=choices.graphs,
+        softmax=choices.softmax,
+        attention=choices.attention,
         capacity=recipe.capacity,
-        residual_scale=residual_scale(dtype),
+        residual_scale=residual_scale(choices.dtype),
         recipe=replace(recipe, **paths),
         inputs_sha256=fingerprint(bundle),
         weights_sha256=weights_sha256(bundle),

@@ -9,6 +9,7 @@ from ivc_export.bench.facts import board
 from ivc_export.bench.posting import posted
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import GRAPH_NAMES
+from ivc_export.tensorrt.graphs import EngineChoices
 from ivc_export.tensorrt.profiles import profile_names
 from ivc_export.tensorrt.recipe import EngineRecipe
 from ivc_export.tensorrt.store import BuiltEngine, make_record
@@ -19,7 +20,8 @@ def test_a_report_holds_the_engines_record_and_no_folders(sample_bundle: Bundle,
     plugin = tmp_path / "private" / "libivc_plugin.so"
     plugin.write_bytes(b"a library")
     trt = SimpleNamespace(__version__="10.3.0")
-    record = make_record(bundle, EngineRecipe(plugin=plugin), trt, "8.7", "float32")
+    choices = EngineChoices("tensorrt", "float32", "plugin", "float32", "grouped")
+    record = make_record(bundle, EngineRecipe(plugin=plugin), trt, "8.7", choices)
     built = {n: BuiltEngine(file=f"{n}.plan", bytes=1, profiles=profile_names(n)) for n in GRAPH_NAMES}
     for name, text in (
         ("10.3.0-sm87", record.model_copy(update={"engines": built}).model_dump_json()),

@@ -19,13 +19,15 @@ from ivc_export import cli, families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.exporter import estimate
-from ivc_export.exporter.estimate import COUNTED, TEXT, Size, estimate_bundle, estimate_recipe
+from ivc_export.exporter.estimate import TEXT, Size, estimate_bundle, estimate_recipe
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.graph.counting import count
 from ivc_export.lowering import exported
+from ivc_export.lowering.inline import InlinePass
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
+from ivc_export.selection.operators import SELECTIONS
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
 
@@ -46,7 +48,7 @@ class Feeds(OnnxSession):
 
 def flops_of_a_run(path: Path, feeds: Any) -> int:
     """Two for each multiply-add outside of the selection, by the shapes that onnxruntime's tensors really have."""
-    model = COUNTED(ir.load(path)).model
+    model = InlinePass(kept=SELECTIONS)(ir.load(path)).model
     products = [node for node in model.graph if node.op_type in ("Gemm", "MatMul")]
     watched = {value.name: value for node in products for value in (node.inputs[0], node.outputs[0]) if value}
     known = {value.name for value in model.graph.outputs}

@@ -17,6 +17,8 @@ from ivc_export.contract.names import IR_VERSION, IVC_DOMAIN, OPSET
 from ivc_export.contract.operators import BODY_CONTRIB, BODY_OPERATORS
 from ivc_export.graph.functions import RESULTS, function
 from ivc_export.lowering.inline import InlinePass
+from ivc_export.lowering.spell import SpellPass, signature
+from ivc_export.lowering.tensorrt.opset import RaiseOpsetPass
 from ivc_export.lowering.types import types_of
 
 Array = npt.NDArray[Any]
@@ -39,7 +41,7 @@ def model_of(name: str, inputs: Mapping[str, Array], outputs: int, **attributes:
 
 
 def run(name: str, inputs: Mapping[str, Array], **attributes: Any) -> Array:
-    """What the function gives: as it is, and inlined, which must be the same to the bit."""
+    """What the function gives: as it is, and inlined, which must be the same to the bit; other spellings nearly."""
     found = []
     for inlined in (False, True):
         model = model_of(name, inputs, 1, **attributes)
@@ -53,6 +55,14 @@ def run(name: str, inputs: Mapping[str, Array], **attributes: Any) -> Array:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
         found.append(session.run(None, dict(inputs))[0])
     np.testing.assert_array_equal(found[0], found[1])
+    for spelling in (spelling for function_name, spelling in bodies() if function_name == name and spelling):
+        spelled = InlinePass()(SpellPass({name: spelling})(model_of(name, inputs, 1, **attributes)).model).model
+        if spelling == "standard":
+            RaiseOpsetPass()(spelled)
+        content = ir.to_proto(spelled).SerializeToString()
+        onnx.shape_inference.infer_shapes(onnx.load_from_string(content), check_type=True, strict_mode=True)
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        check(session.run(None, dict(inputs))[0], found[0].astype(np.float64), str(found[0].dtype))
     return found[0]  # type: ignore[no-any-return]
 
 
@@ -209,7 +219,7 @@ def test_types_of_functions_are_those_that_onnx_infers() -> None:
     inputs["v"] = inputs["k"]
     model = model_of("EncoderAttention", inputs, 1, scale=0.4, heads=2, head_dim=8)
     assert types_of(model.graph)[model.graph.outputs[0]] == ir.DataType.FLOAT16
-    assert set(RESULTS) == {path.stem for path in (Path(__file__).parents[2] / "graphs" / "ops").glob("*.onnxtxt")}
+    assert set(RESULTS) == {name for name, _ in bodies()}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -238,3 +248,14 @@ def test_linear_n_bits(bits: int, block: int, features: int, zero_points: bool, 
     if zero_points:
         name, inputs = "LinearNBitsZeroPoints", inputs | {"zero_points": packed(zeros)[:, : -(-blocks * bits // 8)]}
     check(run(name, inputs, bits=bits, block_size=block, K=features, N=out), wanted, dtype)
+
+
+def bodies() -> list[tuple[str, str | None]]:
+    """Names of functions and of their bodies' spellings, by the files."""
+    names = [path.stem.split(".") for path in sorted((Path(__file__).parents[2] / "graphs" / "ops").glob("*.onnxtxt"))]
+    return [(parts[0], parts[1] if len(parts) > 1 else None) for parts in names]
+
+
+@pytest.mark.parametrize(("name", "spelling"), [body for body in bodies() if body[1]])
+def test_every_spelling_is_called_as_the_function_is(name: str, spelling: str) -> None:
+    assert signature(function(name, spelling)) == signature(function(name))

@@ -10,6 +10,7 @@ import enum
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import onnxruntime
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import GRAPH_NAMES
 from ivc_export.dtypes import FloatName
-from ivc_export.tensorrt.graphs import lowered
+from ivc_export.tensorrt.graphs import choose_graphs, lowered
 from ivc_export.tensorrt.profiles import profile_names
 from ivc_export.tensorrt.recipe import EngineRecipe
 from ivc_export.tensorrt.store import RECORD, BuiltEngine, EngineRecord, engine_folder, make_record
@@ -204,18 +205,19 @@ class FakeTensorrt:
 def put_engines(bundle: Bundle, dtype: FloatName = "float32", **maxima: Any) -> EngineRecord:
     """Write what ivc-build would, with graphs in the place of plans; returns the record."""
     recipe = EngineRecipe(dtype=dtype, opt_visual=1, opt_text=1, **maxima)
+    choices = choose_graphs(bundle, recipe, FakeTensorrt, CAPABILITY)
     folder = engine_folder(bundle, FakeTensorrt, "tensorrt", CAPABILITY)
     folder.mkdir(parents=True, exist_ok=True)
     built = {}
     for name in GRAPH_NAMES:
-        model = lowered(bundle, name, dtype, plugin=False)
+        model = lowered(bundle, name, replace(choices, graphs="native"))  # there is no plugin
         for value in model.graph.initializers.values():
             if isinstance(value.const_value, ir.LazyTensor):  # converted weights have no file
                 value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
         plan = ir.to_proto(model).SerializeToString()
         (folder / f"{name}.plan").write_bytes(plan)
         built[name] = BuiltEngine(file=f"{name}.plan", bytes=len(plan), profiles=profile_names(name))
-    record = make_record(bundle, recipe, FakeTensorrt, CAPABILITY, dtype).model_copy(update={"engines": built})
+    record = make_record(bundle, recipe, FakeTensorrt, CAPABILITY, choices).model_copy(update={"engines": built})
     (folder / RECORD).write_text(record.model_dump_json(), encoding="utf-8")
     return record
 

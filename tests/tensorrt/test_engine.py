@@ -27,7 +27,7 @@ from ivc_export.tensorrt import footprint, graphs
 from ivc_export.tensorrt.build import build
 from ivc_export.tensorrt.compile import begin_timings
 from ivc_export.tensorrt.footprint import estimate
-from ivc_export.tensorrt.graphs import lowered
+from ivc_export.tensorrt.graphs import EngineChoices, graph_to_count
 from ivc_export.tensorrt.memory import available_bytes
 from ivc_export.tensorrt.profiles import profiles
 from ivc_export.tensorrt.recipe import EngineRecipe
@@ -78,14 +78,14 @@ def test_a_saved_timing_cache_is_the_first_that_is_set(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TensorRT 8.6 takes no other in its place."""
-    recipe, given = replace(RTX, timing_cache=tmp_path), []
+    recipe, given, empty = replace(RTX, timing_cache=tmp_path), [], SimpleNamespace(num_layers=0)
     (tmp_path / "vision.cache").write_bytes(b"saved")
 
     @contextmanager
     def loaders(*_: Any) -> Iterator[Any]:
         class Loaders:
             def __getattr__(self, name: str) -> Any:
-                return lambda *_, **options: told(options) if name == "create_config" else (None, None)
+                return lambda *_, **options: told(options) if name == "create_config" else (None, empty)
 
         yield Loaders()
 
@@ -139,6 +139,10 @@ def built(sample_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bu
         ({"target": "tensorrt-rtx"}, r"give one of 7\.5, .* with --compute-capability"),
         ({"target": "tensorrt-rtx", "compute_capability": "9.0"}, "give one of"),
         ({"target": "tensorrt-rtx", "compute_capability": "8.6", "plugin": Path("x")}, "has no plugins"),
+        ({"softmax": "bfloat16"}, "there is no softmax bfloat16: give float16 or float32"),
+        ({"attention": "flash"}, "there is no attention flash: give auto or grouped or repeated"),
+        ({"attention": "grouped", "plugin": Path("x")}, "--attention is for engines without our plugin: leave"),
+        ({"memory": 0}, "memory 0 is out of range"),
     ],
 )
 def test_recipes_out_of_range_are_refused(options: dict[str, Any], sentence: str) -> None:
@@ -156,24 +160,27 @@ def test_profiles_fit_together(sample_bundle: Bundle, name: GraphName) -> None:
         assert all(low <= best <= high for low, best, high in extents.values())
 
 
+NATIVE = EngineChoices("tensorrt", "float16", "native", "float16", "grouped")
+
+
+def activations(bundle: Bundle, choices: EngineChoices, visual: int = 400) -> dict[GraphName, int]:
+    """Of each graph, for pictures of so many visual tokens."""
+    recipe = EngineRecipe(max_visual=visual, max_text=32, max_new=32, opt_visual=1, opt_text=1)
+    return estimate(bundle, recipe, choices, {n: graph_to_count(bundle, n, choices) for n in GRAPH_NAMES}).activations
+
+
 def test_plugin_graphs_are_counted_as_native_ones(sample_bundle: Bundle) -> None:
     """The plugin's nodes have no bodies to infer shapes from; around them the graphs are the same."""
-    recipe = EngineRecipe(max_visual=400, opt_visual=100)
-    native, plugin = (
-        estimate(sample_bundle, recipe, {n: lowered(sample_bundle, n, "float16", own) for n in GRAPH_NAMES}).activations
-        for own in (False, True)
-    )
+    native, plugin = (activations(sample_bundle, replace(NATIVE, graphs=own)) for own in ("native", "plugin"))
     assert plugin["vision"] == native["vision"]
     assert all(0.9 * native[name] < plugin[name] <= 1.1 * native[name] for name in GRAPH_NAMES)
 
 
 def test_memory_grows_with_the_square_of_the_picture(sample_bundle: Bundle) -> None:
     def vision(visual: int) -> int:
-        recipe = EngineRecipe(max_visual=visual, max_text=32, max_new=32, opt_visual=1, opt_text=1)
-        models = {name: lowered(sample_bundle, name, "float32", False) for name in GRAPH_NAMES}
-        return estimate(sample_bundle, recipe, models).activations["vision"]
+        return activations(sample_bundle, replace(NATIVE, dtype="float32", softmax="float32"), visual)["vision"]
 
-    scores = 4 * 2 * (4 * 1024) ** 2  # float32, 2 heads
+    scores = 4 * 2 * (4 * 1024) ** 2  # float32, 2 heads, before and behind the softmax
     assert scores < vision(1024) < 4 * scores
     assert 3.5 < vision(2048) / vision(1024) < 4.1
 
@@ -214,7 +221,8 @@ def test_engines_are_built_whole_and_found(built: Bundle) -> None:
         "vision.plan",
     ]
     record = json.loads((folder / "build.json").read_text())
-    assert (record["dtype"], record["graphs"], record["capacity"]) == ("float16", "native", 128)
+    assert (record["dtype"], record["graphs"], record["capacity"]) == ("float16", "opset-23", 128)
+    assert (record["softmax"], record["attention"]) == ("float16", "operator")
     assert record["engines"]["decoder"]["profiles"] == ["prefill", "decode"]
     assert not list(built.folder.glob(".build-*"))
 
@@ -312,7 +320,9 @@ def test_the_command_builds_and_says_what_it_takes(bundle: Bundle, capsys: pytes
     for _ in range(2):  # the second replaces the first
         assert ivc_build([str(bundle.folder), *rtx, *options]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "caches of 64 rows" in said and "of activations before TensorRT fuses them" in said
+    assert "caches of 64 rows" in said and "of activations" in said
+    assert "vision: softmax in float32, about" in said
+    assert "decoder: attention grouped, which fits, about" in said and "(--attention repeated: " in said
     assert ivc_build([str(bundle.folder), *options]) == 2
     assert "tensorrt does not load" in capsys.readouterr().err
     assert ivc_build([str(bundle.folder / "no")]) == 2

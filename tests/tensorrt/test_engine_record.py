@@ -95,6 +95,9 @@ BAD: list[tuple[str, Any, str]] = [
     ("weights_sha256", [], "weights_sha256: Input should be"),
     ("plugin_sha256", "0" * 64, "the graphs are native, and what it says of a plugin does not fit"),
     ("graphs", "plugin", "the graphs are plugin, and what it says of a plugin does not fit"),
+    ("softmax", "float16", "softmax is float16"),  # of float32 engines
+    ("attention", "operator", "attention is operator"),  # of native graphs
+    ("recipe.attention", "repeated", "attention is grouped"),
     ("recipe.plugin", "/lib.so", "the graphs are native, and what it says of a plugin does not fit"),
     ("engines.prefix.file", "../../../x.plan", "engines.prefix is not as ivc-build makes it"),
     ("engines.decoder.profiles", ["prefill"], "engines.decoder is not as ivc-build makes it"),

@@ -1,0 +1,55 @@
+"""Other bodies for `ivc` functions: the same mathematics, spelled for one runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from ivc_export.contract.names import IVC_DOMAIN
+from ivc_export.graph.functions import function
+
+Spellings = Mapping[str, str]
+"""Names of functions, and the names of their bodies: graphs/ops/`function`.`spelling`.onnxtxt."""
+
+
+class SpellPass(ir.passes.InPlacePass):
+    """Give functions other bodies, for a pass that inlines them.
+
+    1. Needs: the functions that are called have bodies; the other body of each has its inputs, outputs and attributes.
+    2. Leaves: every call as it was; those of `spellings` with the bodies that it names, which may be of another opset.
+    """
+
+    def __init__(self, spellings: Spellings) -> None:
+        super().__init__()
+        self.bodies = {(IVC_DOMAIN, name, ""): function(name, spelling) for name, spelling in spellings.items()}
+
+    def requires(self, model: ir.Model) -> None:
+        """Check that calls mean the same with the other bodies."""
+        for identifier, body in self.bodies.items():
+            own = model.functions.get(identifier)
+            if own is not None and signature(own) != signature(body):
+                raise ir.passes.PreconditionError(f"ivc::{body.name} takes and gives {signature(own)} in this graph")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Exchange the bodies."""
+        changed = [i for i, body in self.bodies.items() if i in model.functions and differ(model.functions[i], body)]
+        for identifier in changed:
+            model.functions[identifier] = self.bodies[identifier].clone()
+        return ir.passes.PassResult(model, bool(changed))
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check the bodies."""
+        for identifier, body in self.bodies.items():
+            if identifier in model.functions and differ(model.functions[identifier], body):
+                raise ir.passes.PostconditionError(f"ivc::{body.name} has kept another body")
+
+
+def signature(body: ir.Function) -> tuple[int, int, frozenset[str]]:
+    """How many inputs and outputs it has, and the names of its attributes."""
+    return len(body.inputs), len(body.outputs), frozenset(body.attributes)
+
+
+def differ(one: ir.Function, other: ir.Function) -> bool:
+    """Whether two bodies are not the same to the letter."""
+    return len({ir.serde.serialize_function(body).SerializeToString(deterministic=True) for body in (one, other)}) > 1

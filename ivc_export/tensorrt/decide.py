@@ -1,0 +1,74 @@
+"""Which softmax and which attention engines get, with what they cost, told before a build."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from rich.filesize import decimal
+
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.contract.names import GRAPH_NAMES
+from ivc_export.tensorrt.footprint import Footprint, estimate, shortage
+from ivc_export.tensorrt.graphs import EngineChoices, graph_to_count
+from ivc_export.tensorrt.recipe import EngineRecipe
+
+
+class Decision(NamedTuple):
+    """What is built, the memory that it takes, and sentences that say what was chosen and what it costs."""
+
+    choices: EngineChoices
+    footprint: Footprint
+    sentences: tuple[str, ...]
+
+
+def decide(bundle: Bundle, recipe: EngineRecipe, choices: EngineChoices) -> Decision:
+    """Let memory decide on the decoder's attention, where the recipe leaves it open.
+
+    choices: as `graphs.choose_graphs` makes them.
+    """
+    models = {name: graph_to_count(bundle, name, choices) for name in GRAPH_NAMES}
+
+    def footprint(one: EngineChoices) -> Footprint:
+        return estimate(bundle, recipe, one, models)
+
+    why = "as asked"
+    if recipe.attention == "auto" and choices.graphs == "native":
+        lacking = shortage(footprint(choices), recipe)
+        repeated = replace(choices, attention="repeated")
+        if lacking is None:
+            why = "which fits"
+        elif footprint(repeated).running < footprint(choices).running:
+            why, choices = f"since grouped {lacking.split(':')[0]}", repeated
+        else:
+            why = "and repeated takes no less"
+    sentences = (softmax_sentence(choices, footprint), attention_sentence(choices, footprint, why))
+    return Decision(choices, footprint(choices), sentences)
+
+
+def softmax_sentence(choices: EngineChoices, footprint: Callable[[EngineChoices], Footprint]) -> str:
+    """What the vision encoder's softmax is in, and what the other would take."""
+    text = f"vision: softmax in {choices.softmax}, about {decimal(footprint(choices).activations['vision'])}"
+    if choices.dtype != "float16":
+        return text
+    other = replace(choices, softmax="float32" if choices.softmax == "float16" else "float16")
+    return f"{text} (--softmax {other.softmax}: {decimal(footprint(other).activations['vision'])})"
+
+
+def attention_sentence(choices: EngineChoices, footprint: Callable[[EngineChoices], Footprint], why: str) -> str:
+    """How decoder layers spell attention, why, and what the other spelling would take."""
+    if choices.graphs != "native":
+        how = "by one operator, which TensorRT fuses" if choices.attention == "operator" else choices.attention
+        return f"decoder: attention {how}, about {decimal(decoder(footprint(choices)))}"
+    other = replace(choices, attention="repeated" if choices.attention == "grouped" else "grouped")
+    pace = {"grouped": "slower prefill, faster steps", "repeated": "faster prefill, slower steps"}[other.attention]
+    return (
+        f"decoder: attention {choices.attention}, {why}, about {decimal(decoder(footprint(choices)))} "
+        f"(--attention {other.attention}: {decimal(decoder(footprint(other)))}, {pace})"
+    )
+
+
+def decoder(found: Footprint) -> int:
+    """Activations of the larger of the two graphs with decoder layers."""
+    return max(found.activations["prefix"], found.activations["decoder"])

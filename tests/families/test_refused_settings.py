@@ -73,8 +73,8 @@ CONFIGURED: list[tuple[str, dict[str, Any], str]] = [
                 "inconsistent: vision_config.deepstack_visual_indexes are 3, and",
             ),
             (
-                {"text_config": {"hidden_size": 64}},
-                "inconsistent: vision_config.out_hidden_size is 48, and the decoder's",
+                {"text_config": {"hidden_size": 48}},
+                "inconsistent: vision_config.out_hidden_size is 64, and the decoder's",
             ),
             ({"vision_config": {"hidden_act": "gelu"}}, "vision_config.hidden_act 'gelu' of config.json"),
             (

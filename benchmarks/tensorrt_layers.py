@@ -44,7 +44,7 @@ from ivc_export.graph.counting import count
 from ivc_export.lowering import lower
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.plan import Run, plan_run
-from ivc_export.runtime.probes import compaction_part, fix_values, selection_feeds, selection_part
+from ivc_export.runtime.probes import compaction_part, fix_sizes, selection_feeds, selection_part
 from ivc_export.runtime.tensorrt.device import MODULE, Buffers, CudaDevice, median_seconds
 from ivc_export.runtime.tensorrt.engine import Engine, Tensor
 from ivc_export.tensorrt.build import working_folder
@@ -95,7 +95,7 @@ def models(bundle: Bundle, whole: Bundle, plugin: bool) -> dict[str, ir.Model]:
     choices = EngineChoices("tensorrt", "float16", "plugin" if plugin else "native", "float16", "grouped")
     found: dict[str, ir.Model] = {name: lowered(bundle, name, choices) for name in GRAPHS}
     found["select"] = part(selection_part(bundle.graph("prefix")))
-    fix_values(found["select"], bundle.manifest)
+    fix_sizes(found["select"], bundle.manifest)
     found["compact"] = part(compaction_part(whole.graph("decoder")))
     for name in ("select", "compact"):
         found[name].graph.name = name

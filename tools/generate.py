@@ -54,6 +54,7 @@ ONLY = {
     "": "",
     "patches": "; encoders of any picture size",
     "tiles": "; encoders of fixed size",
+    "ivc rule": "; not of FastV",
     "tile rule": "; rules with tiles",
     "unnormed-values": "; rules whose `scored` is `unnormed-values`",
 }

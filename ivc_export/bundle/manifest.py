@@ -13,7 +13,7 @@ from ivc_export import families
 from ivc_export.checkpoint import formats
 from ivc_export.checkpoint.folder import header_sha256, read_index
 from ivc_export.contract.graphs import graph_info
-from ivc_export.contract.manifest import Manifest, StoredGraph, constants_sha256
+from ivc_export.contract.manifest import Manifest, SelectionRule, StoredGraph, constants_sha256
 from ivc_export.contract.names import GRAPH_NAMES, MANIFEST, SCHEMA_VERSION
 from ivc_export.contract.records import first_problem
 from ivc_export.dtypes import FLOATS
@@ -120,7 +120,7 @@ def find_contradiction(m: Manifest) -> str | None:
         ("decoder.kv_heads", d.heads % d.kv_heads == 0),
         ("rotary.sections", 2 * sum(m.rotary.sections) == d.head_dim),
         ("rotary.sections", len(m.rotary.sections) == family.axes),
-        ("selection.tiles", m.selection.tiles == family.tiles),
+        ("selection.tiles", m.selection.tiles == (family.tiles and isinstance(m.selection, SelectionRule))),
         ("selection.whole_layers", all(0 <= i < d.layers for i in m.selection.whole_layers)),
         ("selection.whole_layers", max(Counter(m.selection.whole_layers).values(), default=1) == 1),
         ("preprocessing.kind", isinstance(m.preprocessing, family.preprocessing)),

@@ -23,7 +23,7 @@ from ivc_export.contract.manifest import Manifest, Scored
 from ivc_export.contract.names import GRAPH_NAMES
 from ivc_export.errors import UserError
 from ivc_export.exporter.estimate import Size, estimate_recipe
-from ivc_export.exporter.pipeline import copy_processor_files, make_manifest, scored_as_asked
+from ivc_export.exporter.pipeline import chosen_as_asked, copy_processor_files, make_manifest
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.files import read_json
 from ivc_export.runtime.pictures import open_picture
@@ -92,7 +92,7 @@ def other_scored(checkpoint: Checkpoint, m: Manifest) -> list[Scored]:
 def prompt_bundle(checkpoint: Checkpoint, scored: Scored | None = None) -> Iterator[Bundle]:
     """A bundle without graphs and weights: what prompts and pictures are prepared by, and how tokens are scored."""
     recipe = ExportRecipe(checkpoint.folder, Path("unused"), scored=scored)
-    configuration = read_configuration(checkpoint, scored_as_asked(recipe, read_description(checkpoint)))
+    configuration = read_configuration(checkpoint, chosen_as_asked(recipe, read_description(checkpoint)))
     configuration.weights.check_floats(checkpoint.place)
     with tempfile.TemporaryDirectory() as folder:
         copy_processor_files(checkpoint, configuration, Path(folder))
@@ -144,7 +144,8 @@ def calibrate(
         reference = Reference(checkpoint.folder, 1, 1.0, m.selection, reference_layout(bundle, checkpoint.folder))
         rivals: list[tuple[Method, Scored]]
         rivals = [(rival, m.selection.scored) for rival in RIVALS if rival.name != method.name]
-        rivals += [(method, other) for other in other_scored(checkpoint, m)]
+        if method.record.exported_as == m.selection.method:  # else nothing of a layer's values is scored
+            rivals += [(method, other) for other in other_scored(checkpoint, m)]
         beside = {"none": 0, "proposed": 1, "all": len(tried)}[compare] * len(rivals)
         runs = len(examples) * (1 + len(cases) + (1 + beside if beside else 0))
         steps = itertools.count(1)

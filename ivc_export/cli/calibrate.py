@@ -17,6 +17,7 @@ from ivc_export.contract.calibration import ENOUGH, Calibration, verdict
 from ivc_export.contract.manifest import Scored
 from ivc_export.contract.ratio import check_ratio
 from ivc_export.errors import UserError
+from ivc_export.selection.method import IVC_PRUNE
 
 
 def parser() -> Parser:
@@ -37,7 +38,7 @@ def parser() -> Parser:
     p.add_argument(
         "--agreement", type=float, default=ENOUGH, help=f"part of the answers that must not change (default: {ENOUGH})"
     )
-    add_method_options(p)
+    add_method_options(p, "default: ivc-prune")
     p.add_argument("--scored", choices=get_args(Scored), help=SCORED_HELP)
     p.add_argument(
         "--compare",
@@ -89,7 +90,7 @@ def command(arguments: Sequence[str]) -> int:
             options.tokens,
             options.agreement,
             lambda done, total: bars.update(task, completed=done, total=total),
-            method,
+            method or IVC_PRUNE,
             options.compare,
             options.scored,
         )

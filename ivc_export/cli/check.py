@@ -36,7 +36,7 @@ from ivc_export.runtime.backends import find_backend
 from ivc_export.runtime.interface import Session, Step
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.processor import Processor
-from ivc_export.selection.method import Method
+from ivc_export.selection.method import Method, find_method
 from ivc_export.verify.baseline import ERRORS_FACTOR, compare_errors, read_errors
 from ivc_export.verify.parity import ParityReport, compare, find_tolerances
 from ivc_export.verify.testdata import draw_picture, make_prompt
@@ -79,7 +79,7 @@ def parser() -> Parser:
     )
     p.add_argument("--prompt", help="a question (default: one about the drawn picture)")
     p.add_argument("--ratio", type=float, help="fraction of visual tokens kept (default: the bundle's)")
-    add_method_options(p)
+    add_method_options(p, "default: the bundle's")
     p.add_argument("--steps", type=int, help=f"decode steps to compare (default: {STEPS})")
     p.add_argument(
         "--precision",
@@ -102,6 +102,7 @@ def command(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     check_options(options)
     bundle, console = Bundle.load(options.bundle), make_console(stderr=False)
+    find_method(bundle.manifest.selection, given_method(options))  # or a sentence, before any work
     baseline = None
     if options.baseline:
         baseline = read_errors(options.baseline, options.baseline_factor)

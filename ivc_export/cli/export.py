@@ -29,6 +29,7 @@ from ivc_export.exporter.estimate import Cost, Estimate, PictureEstimate, Size, 
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import Dtype, ExportRecipe, Placing
 from ivc_export.lowering import exported
+from ivc_export.selection.method import exported_methods
 from ivc_export.source import hub
 
 PICTURES = (Size(448, 448), Size(1024, 768), Size(1920, 1080))
@@ -44,6 +45,13 @@ def parser() -> Parser:
     p.add_argument("--ratio", type=float, help="default fraction of visual tokens kept (default: the family's)")
     p.add_argument("--layer", type=int, help="layers below this one see every token (default: the family's)")
     p.add_argument("--calibration", type=Path, metavar="FILE", help="take the layer that ivc-calibrate found")
+    p.add_argument(
+        "--method",
+        choices=exported_methods(),
+        default="ivc-prune",
+        help="how visual tokens are chosen; fastv: by what the last row attends to (default: ivc-prune, whose bundles "
+        "take foreground and random at run time)",
+    )
     p.add_argument("--scored", choices=get_args(Scored), help=SCORED_HELP)
     p.add_argument("--max-visual", type=int, default=1280, help="visual tokens a picture at most (default: 1280)")
     p.add_argument(
@@ -103,6 +111,7 @@ def command(arguments: Sequence[str]) -> int:
         lowering=options.lowering,
         testdata=options.testdata,
         calibration=options.calibration,
+        method=options.method,
         scored=options.scored,
     )
     console = make_console(quiet=options.quiet or options.json)
@@ -164,6 +173,7 @@ def export_record(bundle: Bundle, seconds: float) -> dict[str, Any]:
         "selection_layer": m.selection_layer,
         "layers": m.decoder.layers,
         "calibrated": m.calibrated,
+        "method": m.selection.method,
         "ratio": m.default_ratio,
         "weight_bytes": sum(file.size for file in m.weights),
         "seconds": round(seconds, 3),
@@ -181,6 +191,8 @@ def describe(bundle: Bundle, console: Console) -> None:
     console.print(
         f"layers below {m.selection_layer} of {m.decoder.layers} see every token; {saving(found.pictures[0])}"
     )
+    if m.selection.method != "ivc-prune":
+        console.print(f"they choose tokens by {m.selection.method}, and by nothing else")
     for layer in m.selection.whole_layers:
         console.print(f"the cache of layer {layer} keeps every visual token, as in the official code")
     for warning in warnings(bundle):
@@ -221,7 +233,8 @@ def show_estimate(found: Estimate, console: Console) -> None:
     """The dry run's tables."""
     console.print(
         f"{found.family}, {found.dtype}: layers below {found.selection_layer} of {found.layers} see every token, the "
-        f"others keep {found.ratio:.0%} of the visual ones; {found.parameters / 1e9:.2f} B parameters, "
+        f"others keep {found.ratio:.0%} of the visual ones, chosen by {found.method}; "
+        f"{found.parameters / 1e9:.2f} B parameters, "
         f"{decimal(found.weight_bytes)} of weights"
     )
     if found.quantisation:

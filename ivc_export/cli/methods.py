@@ -13,18 +13,19 @@ SCORED_HELP = (
 )
 
 
-def add_method_options(p: argparse.ArgumentParser) -> None:
-    """Add --method and --method-seed; their default is None, so that a command can tell whether they were given."""
+def add_method_options(p: argparse.ArgumentParser, default: str) -> None:
+    """Add --method and --method-seed, which are None where they are not given. default: what is then, in words."""
     p.add_argument(
         "--method",
         choices=tuple(METHODS),
-        help="how visual tokens are chosen; foreground and random are there to compare with (default: ivc-prune)",
+        help="how visual tokens are chosen; foreground and random are there to compare with, fastv is a bundle's own "
+        f"({default})",
     )
     p.add_argument("--method-seed", type=int, metavar="N", help="of --method random (default: 0)")
 
 
-def given_method(options: argparse.Namespace) -> Method:
-    """The method of the options.
+def given_method(options: argparse.Namespace) -> Method | None:
+    """The method of the options; None where they name none.
 
     Raises:
         UserError: the seed is out of range, or of a method that draws nothing.
@@ -33,4 +34,4 @@ def given_method(options: argparse.Namespace) -> Method:
     if options.method_seed is not None and not method.record.drawn:
         drawn = [name for name, record in METHODS.items() if record.drawn]
         raise UserError(f"--method-seed is for --method {'|'.join(drawn)}: {method.name} draws nothing")
-    return method
+    return method if options.method is not None else None

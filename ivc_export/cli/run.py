@@ -25,6 +25,7 @@ from ivc_export.runtime.backends import find_backend, open_session
 from ivc_export.runtime.chat import Chat
 from ivc_export.runtime.interface import Timings
 from ivc_export.runtime.pictures import open_picture
+from ivc_export.selection.method import find_method
 from ivc_export.text.sampling import GENERATION_CONFIG, Sampling, checkpoint_sampling, greedy_note
 
 CHAT_HELP = "/image FILE adds a picture to your next question, /quit ends the chat"
@@ -39,7 +40,7 @@ def parser() -> Parser:
     p.add_argument("--system", metavar="TEXT", help="system message, in the place of the chat template's own")
     p.add_argument("--chat", action="store_true", help=f"go on with questions from standard input; {CHAT_HELP}")
     p.add_argument("--ratio", type=float, help="fraction of visual tokens kept (default: the bundle's)")
-    add_method_options(p)
+    add_method_options(p, "default: the bundle's")
     p.add_argument("--max-tokens", type=int, default=128, help="tokens an answer at most (default: 128)")
     p.add_argument(
         "--sampling",
@@ -73,6 +74,7 @@ def command(arguments: Sequence[str]) -> int:
     if options.show:
         check_show(options.show, bool(options.image) or options.chat)
     bundle, console = Bundle.load(options.bundle), make_console()
+    method = find_method(bundle.manifest.selection, method)
     sampling = choose_sampling(bundle, options, console)
     images = [open_picture(image, partial(console.print, markup=False)) for image in options.image]
     backend = find_backend(options.backend)

@@ -14,6 +14,7 @@ from ivc_export.contract.manifest import (
     PatchPreprocessing,
     Preprocessing,
     RotarySizes,
+    Selection,
     SelectionRule,
     TensorInfo,
 )
@@ -69,7 +70,7 @@ class TensorSpec:
     axes: tuple[str | int, ...]
     about: str
     layers: Layers = Layers.NONE
-    only: Literal["", "patches", "tiles", "tile rule", "unnormed-values"] = ""
+    only: Literal["", "patches", "tiles", "ivc rule", "tile rule", "unnormed-values"] = ""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ GRAPHS: dict[AnyGraphName, GraphSpec] = {
         ),
     ),
     "prefix": GraphSpec(
-        "Layers 0..k-1 over every row, and the selection of visual tokens by the values of layer k-1.",
+        "Layers 0..k-1 over every row, and the selection of visual tokens by what layer k-1 computes.",
         inputs=(
             TensorSpec("inputs_embeds", "graph", (1, "S", "hidden"), "token embeddings, visual rows in their places"),
             TensorSpec(
@@ -140,10 +141,8 @@ GRAPHS: dict[AnyGraphName, GraphSpec] = {
             _POSITION_IDS,
             TensorSpec("visual_index", "int32", ("L",), "rows that hold visual tokens, ascending"),
             TensorSpec("text_index", "int32", ("T",), "all other rows, ascending"),
-            TensorSpec("query_index", "int32", ("Q",), "text rows that vote"),
-            TensorSpec(
-                "ivc_priority", "float32", ("L",), "0, or for IVC tokens at least 2 and larger for better ranks"
-            ),
+            TensorSpec("query_index", "int32", ("Q",), "text rows that vote", only="ivc rule"),
+            TensorSpec("ivc_priority", "float32", ("L",), "0, or at least 2, more for better ranks", only="ivc rule"),
             TensorSpec("keep_count", "int32", (1,), "visual tokens to keep, 1..L; a shape input in TensorRT"),
             TensorSpec(
                 "thumbnail_index",
@@ -170,7 +169,7 @@ GRAPHS: dict[AnyGraphName, GraphSpec] = {
             TensorSpec("new_value.{i}", "graph", _VALUES["S"], "values of this run's rows", Layers.BELOW),
             TensorSpec("keep_index", "int32", ("M",), "rows to keep, ascending: all text and the chosen visual tokens"),
             TensorSpec("token_score", "float32", ("L",), "score of each visual token, before seeds and priorities"),
-            TensorSpec("seed_index", "int32", ("seeds",), "seeds, best first, as positions within visual_index"),
+            TensorSpec("seed_index", "int32", ("seeds",), "seeds, best first, places in visual_index", only="ivc rule"),
             TensorSpec(
                 SCORED_VALUES,
                 "graph",
@@ -273,7 +272,7 @@ def graph_info(
     dtype: FloatName,
     decoder: DecoderSizes,
     rotary: RotarySizes,
-    selection: SelectionRule,
+    selection: Selection,
     preprocessing: Preprocessing,
     selection_layer: int,
 ) -> GraphInfo:
@@ -290,8 +289,9 @@ def graph_info(
         sizes["patch_dim"] = preprocessing.patch_dim
     else:
         sizes |= {"height": preprocessing.tile_pixels, "visual": preprocessing.tile_side**2}
-    has = {"", preprocessing.kind, selection.scored} | ({"tile rule"} if selection.tiles else set())
-
+    has = {"", preprocessing.kind, selection.scored}
+    if isinstance(selection, SelectionRule):
+        has |= {"ivc rule", "tile rule"} if selection.tiles else {"ivc rule"}
     layers = (decoder.layers, selection_layer, selection.whole_layers, decoder.deepstack)
 
     def infos(specs: tuple[TensorSpec, ...]) -> tuple[TensorInfo, ...]:
@@ -309,7 +309,7 @@ def graph_info(
     return GraphInfo(file=graph_file(name), inputs=infos(spec.inputs), outputs=infos(spec.outputs))
 
 
-def scored_name(rule: SelectionRule, selection_layer: int) -> str:
+def scored_name(rule: Selection, selection_layer: int) -> str:
     """The output of `prefix` that holds what visual tokens are scored by."""
     return f"new_value.{selection_layer - 1}" if rule.scored == "values" else SCORED_VALUES
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -74,10 +74,7 @@ class RotarySizes(Frozen):
 
 
 class SelectionRule(Frozen):
-    """IVC-Prune's constants for a family; `round` is half to even throughout.
-
-    `method` tells records of other methods, which there may be, from this one.
-    """
+    """IVC-Prune's constants for a family; `round` is half to even throughout."""
 
     method: Literal["ivc-prune"] = "ivc-prune"
     ivc_fraction: float = Field(ge=0, le=1)
@@ -92,6 +89,24 @@ class SelectionRule(Frozen):
     scored: Scored = "values"
     whole_layers: tuple[int, ...] = ()
     """Layers whose cache keeps every row, also of pruned tokens: it has a length of its own."""
+
+
+class FastVRule(Frozen):
+    """FastV has no constants: the tokens that the last row attends to most in layer k-1 are kept."""
+
+    method: Literal["fastv"] = "fastv"
+    whole_layers: tuple[int, ...] = ()
+    """As SelectionRule's."""
+    scored: ClassVar[Scored] = "values"
+    """Nothing else has to be made for it."""
+    query_offset: ClassVar[int] = 0
+    """Any row behind the last picture can choose."""
+    tiles: ClassVar[bool] = False
+    """A thumbnail's tokens, and those of tiles, are tokens like others."""
+
+
+Selection = Annotated[SelectionRule | FastVRule, Field(discriminator="method")]
+"""How a bundle's graphs choose visual tokens."""
 
 
 class Scaling(Frozen):
@@ -324,7 +339,7 @@ class Manifest(Frozen):
     max_visual: int = Field(gt=0, le=MOST_VISUAL)
     decoder: DecoderSizes
     rotary: RotarySizes
-    selection: SelectionRule
+    selection: Selection
     preprocessing: Preprocessing
     tokens: SpecialTokens
     graphs: dict[GraphName, StoredGraph]

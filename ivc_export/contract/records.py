@@ -34,9 +34,15 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+UNIONS = ("selection", "preprocessing")
+"""Fields that hold one of several records: pydantic puts the record's kind behind such a field's name."""
+
+
 def first_problem(error: Exception) -> str:
     """An exception in one line: a validation error's first field and what is wrong with it, or the message."""
     if not isinstance(error, ValidationError):
         return str(error)
     detail = error.errors()[0]
-    return f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}"
+    behind = (None, *detail["loc"])
+    names = [str(name) for name, field in zip(detail["loc"], behind, strict=False) if field not in UNIONS]
+    return f"{'.'.join(names)}: {detail['msg']}"

@@ -31,13 +31,13 @@ from ivc_export.checkpoint.formats.floats import FLOAT
 from ivc_export.checkpoint.formats.weight_format import WeightFormat
 from ivc_export.checkpoint.weights import EMBEDDING, PlannedWeights
 from ivc_export.contract.graphs import TensorName
-from ivc_export.contract.manifest import Manifest, SelectionRule
+from ivc_export.contract.manifest import Manifest, Selection, SelectionRule
 from ivc_export.contract.names import GRAPH_NAMES, IVC_DOMAIN, GraphName
 from ivc_export.contract.ratio import kept_tokens
 from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
-from ivc_export.exporter.pipeline import check_lowering, scored_as_asked, selection_layer
+from ivc_export.exporter.pipeline import check_lowering, chosen_as_asked, selection_layer
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.encoder import Preparation
 from ivc_export.families.family import Family, Model
@@ -133,6 +133,7 @@ class Estimate:
     layers: int
     selection_layer: int
     calibrated: bool
+    method: str
     ratio: float
     weight_bytes: int
     parameters: int
@@ -170,7 +171,7 @@ class Export:
     layers: int
     selection_layer: int
     calibrated: bool
-    selection: SelectionRule
+    selection: Selection
     pictures: Preparation
     parameters: int
     quantisation: str
@@ -240,6 +241,7 @@ class Export:
             layers=self.layers,
             selection_layer=self.selection_layer,
             calibrated=self.calibrated,
+            method=self.selection.method,
             ratio=ratio,
             weight_bytes=self.weight_bytes,
             parameters=self.parameters,
@@ -254,7 +256,8 @@ class Export:
         scores = SCORE_BYTES[self.dtype]
         vision = count(graphs["vision"], {}, picture.inputs, scores)
         axes = {"S": visual + TEXT, "L": visual, "T": TEXT, "Q": TEXT // 2, "R": 1, **empty_caches(graphs.values())}
-        axes["seeds"] = seed_count(visual, self.selection.seed_divisor)
+        if isinstance(self.selection, SelectionRule):
+            axes["seeds"] = seed_count(visual, self.selection.seed_divisor)
         prefix = count(graphs["prefix"], axes | {"M": TEXT + kept}, score_bytes=scores)
 
         def cost(rows: int) -> Cost:
@@ -278,7 +281,7 @@ def estimate_recipe(recipe: ExportRecipe, pictures: Sequence[Size]) -> Estimate:
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     description = read_description(checkpoint)
     layer, calibrated = selection_layer(recipe, description)
-    description = scored_as_asked(recipe, description)
+    description = chosen_as_asked(recipe, description)
     stored = detect_format(checkpoint)
     if not LOWERINGS[check_lowering(recipe.lowering)].packed_weights:
         stored = stored.as_floats

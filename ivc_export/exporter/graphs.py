@@ -11,7 +11,7 @@ from ivc_export.families.family import Model
 from ivc_export.graph.builder import Graph
 from ivc_export.graph.decoder_stack import DecoderStack, spread_rows
 from ivc_export.selection.method import METHODS
-from ivc_export.selection.operators import compact_gather
+from ivc_export.selection.operators import attention_inputs, compact_gather
 
 
 def build_graphs(model: Model, weights: Weights, selection_layer: int) -> dict[GraphName, ir.Model]:
@@ -31,7 +31,7 @@ def vision_graph(model: Model, weights: Weights) -> ir.Model:
 
 
 def prefix_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Model:
-    """Layers 0..selection_layer-1 over all rows, then the selection by what the rule scores of the last."""
+    """Layers 0..selection_layer-1 over all rows, then the selection by what it looks at of the last of them."""
     g = Graph(model.graph_info("prefix", weights.dtype, selection_layer), weights.dtype, weights)
     rule = model.selection
     stack = DecoderStack(
@@ -40,14 +40,14 @@ def prefix_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Mod
     with g.scope("deepstack"):
         rows = [g.inputs[name] for name in deepstack_names(model.decoder)]
         added = {i: spread_rows(g, x, g.inputs["visual_index"], g.inputs["position_ids"]) for i, x in enumerate(rows)}
-    x, values = stack.layers(g.inputs["inputs_embeds"], added, model.block.scored[rule.scored])
+    x, scored = stack.layers(g.inputs["inputs_embeds"], added, model.block.scored[rule.scored])
     if rule.scored != "values":
-        g.output(SCORED_VALUES, values)
+        g.output(SCORED_VALUES, scored)
     g.output("hidden_states", g.op("Unsqueeze", x, g.ints(0)))
     with g.scope("select"):
-        selected = METHODS[rule.method].operator(g, rule, values)
-    for name, tensor in zip(("keep_index", "token_score", "seed_index"), selected, strict=True):
-        g.output(name, tensor)
+        attention = g.last_call("Attention")
+        looked_at = attention_inputs(attention) | {"scored": scored}
+        METHODS[rule.method].operator.add(g, rule, looked_at, attention.attributes["scale"].as_float())
     return g.model("prefix")
 
 

@@ -42,6 +42,7 @@ from ivc_export.graph.functions import PACKED_LINEARS
 from ivc_export.lowering import LOWERINGS, exported, lower
 from ivc_export.lowering.types import types_of
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
+from ivc_export.selection.method import METHODS
 from ivc_export.source.configuration import Configuration, Description, read_configuration, read_description
 from ivc_export.source.hub import open_checkpoint
 
@@ -71,7 +72,7 @@ def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundl
     check_apart(recipe.output, [checkpoint.folder, *checkpoint.folder.iterdir()])
     description = read_description(checkpoint)  # before weights are downloaded
     layer, calibrated = selection_layer(recipe, description)
-    description = scored_as_asked(recipe, description)
+    description = chosen_as_asked(recipe, description)
     description.model.preprocessing.capped(recipe.max_visual)  # or a sentence, where no picture is so small
     configuration = read_configuration(checkpoint, description, LOWERINGS[lowering].packed_weights)
     dtype = float_dtype(recipe, configuration)
@@ -122,8 +123,8 @@ def check_lowering(name: str) -> str:
     return name
 
 
-def scored_as_asked(recipe: ExportRecipe, description: Description) -> Description:
-    """The model with what the recipe, or its calibration, scores visual tokens by in the place of its family's.
+def chosen_as_asked(recipe: ExportRecipe, description: Description) -> Description:
+    """The model with the recipe's method, and what it or its calibration scores by, in the place of its family's.
 
     Raises:
         UserError: the calibration is none, or the model's layers do not give it.
@@ -131,7 +132,8 @@ def scored_as_asked(recipe: ExportRecipe, description: Description) -> Descripti
     scored = recipe.scored
     if recipe.calibration is not None:
         scored = read_calibration(recipe.calibration).scored
-    return description if scored is None else replace(description, model=scoring(description.model, scored))
+    model = description.model if scored is None else scoring(description.model, scored)
+    return replace(description, model=replace(model, selection=METHODS[recipe.method].rule(model.selection)))
 
 
 def scoring(model: Model, scored: Scored) -> Model:
@@ -155,7 +157,8 @@ def selection_layer(recipe: ExportRecipe, configuration: Description) -> tuple[i
     """
     layers, cuts = configuration.model.decoder.layers, configuration.model.decoder.cuts
     default = configuration.family.default_layer(configuration.model.decoder)
-    as_measured = default.calibrated and recipe.scored in (None, configuration.model.selection.scored)
+    as_measured = default.calibrated and recipe.method == "ivc-prune"
+    as_measured = as_measured and recipe.scored in (None, configuration.model.selection.scored)
     if recipe.calibration is not None:
         return calibrated_layer(recipe.calibration, configuration), True
     if recipe.layer is None:

@@ -11,6 +11,7 @@ from ivc_export.contract.names import MOST_VISUAL
 from ivc_export.contract.ratio import check_ratio
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
+from ivc_export.selection.method import exported_methods
 
 Dtype = Literal["checkpoint", "float32", "float16", "bfloat16"]
 Placing = Literal["copy", "link"]
@@ -32,6 +33,8 @@ class ExportRecipe:
     lowering: what the graphs are made for; one of lowering.exported().
     calibration: a file of ivc-calibrate's, whose layer is taken, and what it scored; None for none.
     scored: what visual tokens are scored by; None takes the family's. See contract.manifest.Scored.
+    method: how visual tokens are chosen; one of selection.method.exported_methods(). A bundle of "ivc-prune" takes
+        methods of the same graphs at run time.
     testdata: whether to write testdata/, inputs and outputs of every graph for one picture and prompt.
     """
 
@@ -48,6 +51,7 @@ class ExportRecipe:
     testdata: bool = False
     calibration: Path | None = None
     scored: Scored | None = None
+    method: str = "ivc-prune"
 
     def __post_init__(self) -> None:
         if self.ratio is not None:
@@ -60,6 +64,8 @@ class ExportRecipe:
             raise UserError(
                 "both a calibration and what is scored are given: leave out one, since the calibration names both"
             )
+        if self.scored is not None and self.method != "ivc-prune":
+            raise UserError(f"{self.method} scores visual tokens by attention: leave out what is scored")
         if self.max_visual < 4:
             raise UserError(f"max_visual {self.max_visual} is too small: give at least 4 visual tokens a picture")
         if self.max_visual > MOST_VISUAL:
@@ -70,6 +76,7 @@ class ExportRecipe:
             ("dtype", self.dtype, get_args(Dtype)),
             ("weights", self.weights, get_args(Placing)),
             ("scored", self.scored, (None, *get_args(Scored))),
+            ("method", self.method, exported_methods()),
         ):
             if value not in known:
                 raise UserError(f"{what} {value!r} is unknown: give one of {', '.join(filter(None, known))}")

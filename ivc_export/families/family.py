@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ivc_export.contract.graphs import graph_info
-from ivc_export.contract.manifest import DecoderSizes, GraphInfo, Preprocessing, RotarySizes, SelectionRule
+from ivc_export.contract.manifest import DecoderSizes, GraphInfo, Preprocessing, RotarySizes, Selection
 from ivc_export.contract.names import GraphName
 from ivc_export.dtypes import FloatName
 from ivc_export.families.encoder import Encoder, Preparation
@@ -38,7 +38,7 @@ class Model:
     decoder: DecoderSizes
     block: DecoderBlock
     rotary: RotarySizes
-    selection: SelectionRule
+    selection: Selection
     encoder: Encoder
     image_token: int | None
     vision_start_token: int | None

@@ -71,6 +71,10 @@ class Graph:
         self._functions[name] = function(name)
         return self.op_with_outputs(outputs, name, *inputs, domain=IVC_DOMAIN, **attributes)
 
+    def last_call(self, name: str) -> ir.Node:
+        """The newest call of the `ivc` function `name`."""
+        return next(node for node in reversed(self._tape.nodes) if (node.domain, node.op_type) == (IVC_DOMAIN, name))
+
     def _unique(self, stem: str) -> str:
         """`stem`, or with a number where it has been given before."""
         number = self._counts[stem] = self._counts.get(stem, -1) + 1

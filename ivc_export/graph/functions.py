@@ -20,6 +20,7 @@ RESULTS: Mapping[str, ResultTypes] = {
     "LinearNBitsZeroPoints": 0,
     "RMSNorm": 1,
     "Rotate": 0,
+    "SelectAttended": (ir.DataType.INT32, ir.DataType.FLOAT),
     "SelectTileTokens": (ir.DataType.INT32, ir.DataType.FLOAT, ir.DataType.INT32),
     "SelectTokens": (ir.DataType.INT32, ir.DataType.FLOAT, ir.DataType.INT32),
     "SplitHeads": 0,

@@ -110,7 +110,7 @@ def standard(*functions: str) -> Passes:
     return DequantiseWeightsPass(), SpellPass(dict.fromkeys(functions, "standard")), InlinePass(), RaiseOpsetPass()
 
 
-SELECTION = frozenset(("SelectTokens", "SelectTileTokens", "CompactGather"))
+SELECTION = frozenset(("SelectAttended", "SelectTileTokens", "SelectTokens", "CompactGather"))
 FUSED_OPERATORS: Operators = frozenset(
     [("", "SimplifiedLayerNormalization")]
     + [("com.microsoft", op) for op in ("GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "RotaryEmbedding")]

@@ -17,6 +17,7 @@ COLOURS = {
     "ivc": (29, 132, 255),
     "foreground": (46, 174, 92),
     "random": (240, 150, 30),
+    "attended": (150, 80, 200),
     "pruned": (120, 120, 120),
 }
 LABELS = {
@@ -24,6 +25,7 @@ LABELS = {
     "ivc": "IVC tokens",
     "foreground": "foreground",
     "random": "drawn at random",
+    "attended": "most attended",
     "pruned": "pruned",
 }
 SHORT_SIDE, LONG_SIDE = 560, 1680
@@ -31,10 +33,10 @@ LEGEND = 34
 
 
 def kinds(step: Step) -> list[str]:
-    """What each visual token of a run is: "seed", one of its method's kinds, or "pruned"."""
+    """What each visual token of a run is, one of its method's kinds."""
     kept, own = np.isin(step.run.visual_index, step.keep_index), step.run.method.record.kinds
     found: list[str] = np.where(kept, np.where(step.run.ivc_priority > 0, own[0], own[-1]), "pruned").tolist()
-    for seed in step.prefix["seed_index"]:
+    for seed in step.prefix.get("seed_index", ()):
         if kept[seed]:
             found[seed] = "seed"
     return found
@@ -43,7 +45,7 @@ def kinds(step: Step) -> list[str]:
 def count_kinds(step: Step) -> dict[str, int]:
     """How many visual tokens a run had of each kind that its method has; all zero without a picture."""
     found = kinds(step) if step.run.grids else []
-    return {kind: found.count(kind) for kind in ("seed", *step.run.method.record.kinds, "pruned")}
+    return {kind: found.count(kind) for kind in step.run.method.record.all_kinds}
 
 
 def overlay(images: Sequence[PIL.Image.Image], step: Step) -> PIL.Image.Image:

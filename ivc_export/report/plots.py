@@ -81,8 +81,9 @@ def plot_scores(step: Step) -> str:
         colours = [tuple(channel / 255 for channel in COLOURS[kind]) for kind in order]
         parts = [score[found == kind] for kind in order]
         axes.hist(parts, edges, stacked=True, color=colours, label=[LABELS[kind] for kind in order])
-        if "foreground" in order:
-            boundary = float(score[found == "foreground"].min())
+        scored = [kind for kind in ("foreground", "attended") if kind in order]
+        if scored:
+            boundary = float(score[found == scored[0]].min())
             axes.axvline(boundary, color=INK, linewidth=1.2, linestyle="--", label=f"boundary, {boundary:.2e}")
         axes.set_xlabel("token_score")
         axes.set_ylabel("visual tokens")

@@ -12,7 +12,7 @@ from ivc_export.errors import UserError
 from ivc_export.families.pictures import Visual
 from ivc_export.runtime.interface import Conversation, Session, Step, check_numbers
 from ivc_export.runtime.processor import Processor, placed
-from ivc_export.selection.method import IVC_PRUNE, Method
+from ivc_export.selection.method import Method
 from ivc_export.text.sampling import GREEDY, Sampler
 from ivc_export.text.sampling import Sampling as Sampling
 from ivc_export.text.segments import THINKING_END
@@ -101,7 +101,7 @@ class Chat:
         capacity: int | None = None,
         sampling: Sampling = GREEDY,
         system: str | None = None,
-        method: str | Method = IVC_PRUNE,
+        method: str | Method | None = None,
     ) -> None:
         self.processor = processor_of(session)
         self.conversation = session.converse(ratio, capacity, method)

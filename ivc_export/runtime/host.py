@@ -12,7 +12,7 @@ from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import GraphName
 from ivc_export.runtime.cache import KVCache
 from ivc_export.runtime.interface import Conversation, Session, Step, Turn, image_rows
-from ivc_export.selection.method import IVC_PRUNE, Method
+from ivc_export.selection.method import Method
 
 
 class HostSession(Session, Protocol):
@@ -40,7 +40,7 @@ class HostConversation(Conversation):
         session: HostSession,
         ratio: float | None = None,
         capacity: int | None = None,
-        method: str | Method = IVC_PRUNE,
+        method: str | Method | None = None,
     ) -> None:
         super().__init__(session, ratio, method)
         m = session.bundle.manifest

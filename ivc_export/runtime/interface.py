@@ -23,7 +23,7 @@ from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Visual
 from ivc_export.runtime.plan import Ints, Run, check_inputs, check_kept, plan_run
-from ivc_export.selection.method import IVC_PRUNE, Method, find_method
+from ivc_export.selection.method import Method, find_method
 
 T = TypeVar("T")
 
@@ -130,15 +130,17 @@ class Session(Protocol):
     """Of the libraries that run them, by name."""
 
     def converse(
-        self, ratio: float | None = None, capacity: int | None = None, method: str | Method = IVC_PRUNE
+        self, ratio: float | None = None, capacity: int | None = None, method: str | Method | None = None
     ) -> Conversation:
         """Begin a conversation with a cache of its own.
 
         ratio: fraction of visual tokens kept; None takes the bundle's default. capacity: rows of the cache; None
-        leaves them to the runtime. method: how visual tokens are chosen, by its name or with a seed.
+        leaves them to the runtime. method: how visual tokens are chosen, by its name or with a seed; None takes the
+        bundle's own.
 
         Raises:
-            UserError: one of them is out of range, or there is no such method, or there is no memory for the cache.
+            UserError: one of them is out of range, or there is no such method, or the bundle's graphs choose otherwise,
+                or there is no memory for the cache.
         """
         ...
 
@@ -216,19 +218,20 @@ class Conversation(ABC):
     What an earlier turn pruned is gone: a later question about the same picture sees the tokens that the first
     question kept.
 
-    ratio: fraction of visual tokens kept; None takes the bundle's default. method: how they are chosen.
+    ratio: fraction of visual tokens kept; None takes the bundle's default. method: how they are chosen; None takes the
+    bundle's.
 
     Raises:
-        UserError: the ratio is out of range, or there is no such method.
+        UserError: the ratio is out of range, or there is no such method, or the bundle's graphs choose otherwise.
     """
 
     session: Session
     cache: Cache
 
-    def __init__(self, session: Session, ratio: float | None, method: str | Method = IVC_PRUNE) -> None:
+    def __init__(self, session: Session, ratio: float | None, method: str | Method | None = None) -> None:
         self.session = session
         self.ratio = check_ratio(session.bundle.manifest.default_ratio if ratio is None else ratio)
-        self.method = find_method(method)
+        self.method = find_method(session.bundle.manifest.selection, method)
         self.headroom = HEADROOM
         """Rows that are likely to follow the next run's, an answer's, for which a cache that grows leaves room."""
         self.next_position = 0

@@ -14,7 +14,7 @@ from ivc_export.contract.manifest import Manifest
 from ivc_export.contract.ratio import kept_tokens
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Grid, Visual
-from ivc_export.selection.method import IVC_PRUNE, Method
+from ivc_export.selection.method import IVC_PRUNE, Method, find_method
 
 Ints = npt.NDArray[np.int32]
 
@@ -35,6 +35,8 @@ class Run:
     """thumbnail_index and tile_map, where the graph takes them."""
     next_position: int
     method: Method = IVC_PRUNE
+    taken: Sequence[str] = ()
+    """Those of them that the bundle's selection takes."""
 
     @property
     def rows(self) -> int:
@@ -47,14 +49,15 @@ class Run:
 
     @property
     def selection_inputs(self) -> dict[str, npt.NDArray[Any]]:
-        """What selection takes beside values and keep_count; names as in the contract."""
-        return {
+        """What selection takes beside the layer's tensors and keep_count; names as in the contract."""
+        found = {
             "visual_index": self.visual_index,
             "text_index": self.text_index,
             "query_index": self.query_index,
             "ivc_priority": self.ivc_priority,
             **self.tiles,
         }
+        return {name: found[name] for name in self.taken if name != "keep_count"}
 
 
 def plan_run(
@@ -63,12 +66,13 @@ def plan_run(
     grids: Sequence[Grid],
     start: int,
     ratio: float,
-    method: Method = IVC_PRUNE,
+    method: Method | None = None,
 ) -> Run:
     """Plan a run of `tokens` from position `start` on, each picture's image tokens being `grids[i].visual` of them.
 
     tokens: whole numbers, [S]. Without a picture the first row stands in for a visual token that is kept, so that the
-    graphs see the same inputs; a decode step is such a run of one row, over caches that hold some.
+    graphs see the same inputs; a decode step is such a run of one row, over caches that hold some. Without a method the
+    bundle's is taken.
 
     Raises:
         UserError: nothing to run, what are no ids, an id beyond the vocabulary, image tokens that do not match the
@@ -100,6 +104,7 @@ def plan_run(
             f"{manifest.decoder.max_positions:,}: shorten it, or use smaller pictures"
         )
     rows = np.arange(len(tokens), dtype=np.int32)
+    method = method or find_method(manifest.selection, None)
     if grids:
         voting = rows[visual[-1] + 1 + manifest.selection.query_offset :]
         blocks = [block for grid in grids for block in grid.blocks]
@@ -119,6 +124,7 @@ def plan_run(
         tiles=tile_inputs(grids) if manifest.selection.tiles else {},
         next_position=next_position,
         method=method,
+        taken=method.record.operator.inputs(manifest.selection),
     )
 
 

@@ -15,6 +15,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from ivc_export.contract.manifest import Manifest
 from ivc_export.contract.names import IR_VERSION, IVC_DOMAIN, OPSET
 from ivc_export.dtypes import FLOATS, FloatName
+from ivc_export.graph.functions import function
 from ivc_export.runtime.plan import Run
 from ivc_export.selection.operators import SELECTIONS
 
@@ -82,20 +83,37 @@ def selection_part(prefix: ir.Model) -> ir.Model:
     """The selection's node of a prefix graph, and what makes cache_index of its choice. Uses the graph up."""
     graph = prefix.graph
     (select,) = [node for node in graph if node.domain == IVC_DOMAIN and node.op_type in SELECTIONS]
-    values = select.inputs[0]
-    assert values is not None
-    given = ir.val("values", type=values.type or ir.TensorType(graph_dtype(prefix)), shape=ir.Shape(VALUES))
-    select.replace_input_with(0, given)
-    return only(prefix, [v for v in graph.outputs if v in select.outputs or v.name == "cache_index"], [given])
+    given = []
+    for index, formal in enumerate(function(select.op_type).inputs):
+        if shape := LOOKED_AT.get(str(formal.name)):
+            value = select.inputs[index]
+            assert value is not None
+            kind = value.type or ir.TensorType(graph_dtype(prefix))
+            given.append(ir.val(formal.name, type=kind, shape=ir.Shape(shape)))
+            select.replace_input_with(index, given[-1])
+    return only(prefix, [v for v in graph.outputs if v in select.outputs or v.name == "cache_index"], given)
 
 
-VALUES = (1, "kv_heads", "S", "value_dim")
+LOOKED_AT: Mapping[str, tuple[int | str, ...]] = {
+    "values": (1, "kv_heads", "S", "value_dim"),
+    "query": (1, "heads", "S", "head_dim"),
+    "key": (1, "kv_heads", "S", "head_dim"),
+}
+"""Shapes of what selections take of a layer, by the names that their bodies have for it."""
 
 
-def fix_values(part: ir.Model, m: Manifest) -> None:
-    """Give the selection's values the numbers of heads and of a head's size, as TensorRT's profiles want them."""
-    (values,) = [value for value in part.graph.inputs if value.name == "values"]
-    values.shape = ir.Shape([1, m.decoder.kv_heads, "S", m.decoder.value_dim])
+def fix_sizes(part: ir.Model, m: Manifest) -> None:
+    """Write out the extents of what the selection takes of a layer, as TensorRT's profiles want them."""
+    sizes = layer_sizes(m)
+    for value in part.graph.inputs:
+        if shape := LOOKED_AT.get(str(value.name)):
+            value.shape = ir.Shape([sizes.get(str(axis), axis) for axis in shape])
+
+
+def layer_sizes(m: Manifest) -> dict[str, int]:
+    """Of the axes of one layer's tensors."""
+    d = m.decoder
+    return {"heads": d.heads, "kv_heads": d.kv_heads, "head_dim": d.head_dim, "value_dim": d.value_dim}
 
 
 def graph_dtype(prefix: ir.Model) -> ir.DataType:
@@ -128,13 +146,13 @@ def only(model: ir.Model, outputs: Sequence[ir.Value], inputs: Sequence[ir.Value
 
 def extents(m: Manifest, plan: Run, rows: int) -> dict[str, int]:
     """Of symbolic axes, in a prefill over caches of `rows` rows."""
-    return {"S": plan.rows, "P": rows, "W": rows, "kv_heads": m.decoder.kv_heads, "value_dim": m.decoder.value_dim}
+    return {"S": plan.rows, "P": rows, "W": rows} | layer_sizes(m)
 
 
 def selection_feeds(plan: Run) -> dict[str, npt.NDArray[Any]]:
     """The selection's inputs that a plan gives."""
     counted = {"position_ids": plan.position_ids, "keep_count": np.array([plan.keep_count], np.int32)}
-    return plan.selection_inputs | counted
+    return plan.selection_inputs | counted | {"past_length": np.zeros(1, np.int32)}
 
 
 def compaction_feeds(plan: Run, rows: int) -> dict[str, npt.NDArray[Any]]:

@@ -67,8 +67,9 @@ def ivc_priority(positions: Ints, rotary: RotarySizes, head_dim: int, rule: Sele
 
 def ivc_priorities(m: Manifest, positions: Ints, blocks: Sequence[int], seed: int) -> Floats:
     """Priorities of all of a run's visual tokens, float32 [L]: `ivc_priority` of each block; no seed matters."""
-    parts = np.split(positions, np.cumsum(blocks)[:-1], axis=1)
-    return np.concatenate([ivc_priority(part, m.rotary, m.decoder.head_dim, m.selection) for part in parts])
+    rule, parts = m.selection, np.split(positions, np.cumsum(blocks)[:-1], axis=1)
+    assert isinstance(rule, SelectionRule)
+    return np.concatenate([ivc_priority(part, m.rotary, m.decoder.head_dim, rule) for part in parts])
 
 
 def sharers(rule: SelectionRule, text_index: Ints) -> Ints:

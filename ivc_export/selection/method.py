@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import onnx_ir as ir
-
-from ivc_export.contract.manifest import Manifest, SelectionRule
+from ivc_export.contract.manifest import Manifest, Selection
 from ivc_export.errors import UserError
-from ivc_export.graph.builder import Graph
 from ivc_export.selection.baselines import foreground_priorities, random_priorities
-from ivc_export.selection.ivc_prune import Floats, Ints, Selected, ivc_priorities, select
-from ivc_export.selection.operators import select_tokens
+from ivc_export.selection.fastv import fastv_rule
+from ivc_export.selection.ivc_prune import Floats, Ints, ivc_priorities
+from ivc_export.selection.operators import ATTENDED_OPERATOR, IVC_OPERATOR, Operator
 
 
 @dataclass(frozen=True)
@@ -21,9 +19,9 @@ class SelectionMethod:
 
     host_plan: `ivc_priority` of a run with pictures, float32 [L], of the manifest, the visual tokens' positions int32
     [axes, L], the numbers of tokens that IVC tokens are chosen within, and a seed. A priority is 0, or at least 2;
-    larger ones come first. operator: adds what chooses to the prefix graph. numpy: the same choice in NumPy.
-    kinds: what kept tokens are, beside seeds: first those with a priority, last those without. drawn: whether the seed
-    matters.
+    larger ones come first. kinds: what kept tokens are, beside seeds: first those with a priority, last those without.
+    drawn: whether the seed matters. operator: what chooses in the prefix graph. exported_as: the method that a bundle
+    has to be exported with. rule: of a family's constants, those that a manifest holds.
 
     Methods of one operator differ in priorities alone, so that one bundle serves them all.
     """
@@ -31,15 +29,30 @@ class SelectionMethod:
     host_plan: Callable[[Manifest, Ints, Sequence[int], int], Floats]
     kinds: tuple[str, ...]
     drawn: bool = False
-    operator: Callable[[Graph, SelectionRule, ir.Value], tuple[ir.Value, ir.Value, ir.Value]] = select_tokens
-    numpy: Callable[..., Selected] = select
+    operator: Operator = IVC_OPERATOR
+    exported_as: str = "ivc-prune"
+    rule: Callable[[Selection], Selection] = lambda rule: rule
+
+    @property
+    def all_kinds(self) -> tuple[str, ...]:
+        """What visual tokens are."""
+        seeds = ("seed",) if "seed_index" in self.operator.outputs else ()
+        return (*seeds, *self.kinds, "pruned")
 
 
 METHODS = {
     "ivc-prune": SelectionMethod(ivc_priorities, kinds=("ivc", "foreground")),
     "foreground": SelectionMethod(foreground_priorities, kinds=("foreground",)),
     "random": SelectionMethod(random_priorities, kinds=("random",), drawn=True),
+    "fastv": SelectionMethod(
+        foreground_priorities, kinds=("attended",), operator=ATTENDED_OPERATOR, exported_as="fastv", rule=fastv_rule
+    ),
 }
+
+
+def exported_methods() -> tuple[str, ...]:
+    """Methods that a bundle can be exported with; the others are chosen at run time."""
+    return tuple(name for name, method in METHODS.items() if method.exported_as == name)
 
 
 @dataclass(frozen=True)
@@ -76,10 +89,21 @@ class Method:
 IVC_PRUNE = Method()
 
 
-def find_method(given: str | Method) -> Method:
-    """A method by its name.
+def find_method(rule: Selection, given: str | Method | None) -> Method:
+    """The method of a run on a bundle of this rule, by its name or with a seed; None is the bundle's own.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the bundle's graphs choose otherwise.
     """
-    return given if isinstance(given, Method) else Method(given)
+    method = given if isinstance(given, Method) else Method(rule.method if given is None else given)
+    wanted = method.record.exported_as
+    if wanted == rule.method:
+        return method
+    if rule.method == IVC_PRUNE.name:
+        raise UserError(
+            f"this bundle's graphs do not choose by {method.name}: export the model with ivc-export --method {wanted}"
+        )
+    raise UserError(
+        f"this bundle was exported with --method {rule.method}, and its graphs choose by nothing else: leave out "
+        f"{method.name}, or export the model with ivc-export --method {wanted}"
+    )

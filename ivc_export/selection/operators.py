@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
 import onnx_ir as ir
 
-from ivc_export.contract.manifest import SelectionRule
+from ivc_export.contract.manifest import FastVRule, SelectionRule
 from ivc_export.graph.builder import Graph
 
-SELECTIONS = ("SelectTileTokens", "SelectTokens")
+SELECTIONS = ("SelectAttended", "SelectTileTokens", "SelectTokens")
 """The `ivc` operators that choose visual tokens."""
+
+LayerTensor = Literal["query", "key", "past_key", "past_length", "scored"]
+"""What attention of layer k-1 takes: query [1, heads, S, head_dim] and key [1, kv_heads, S, head_dim], rotated,
+past_key [1, kv_heads, P, head_dim], past_length int32 [1]; and what IVC-Prune's rule scores, [1, kv_heads, S, D]."""
+
+
+class Call(NamedTuple):
+    """An `ivc` operator, by name, and the attributes that it is called with."""
+
+    name: str
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What chooses visual tokens in a prefix graph.
+
+    call: of a bundle's rule, and the factor by which the layer's attention scales its queries. looks_at: what of layer
+    k-1 it takes first. inputs: of a rule, the graph's inputs that it takes then. outputs: the graph's that it gives.
+    """
+
+    call: Callable[[Any, float], Call]
+    looks_at: Sequence[LayerTensor]
+    inputs: Callable[[Any], Sequence[str]]
+    outputs: Sequence[str] = ("keep_index", "token_score", "seed_index")
+
+    def add(
+        self, g: Graph, rule: SelectionRule | FastVRule, layer: Mapping[LayerTensor, ir.Value], scale: float
+    ) -> None:
+        """Add it to the prefix graph, and its outputs to the graph's. layer: its tensors, by name."""
+        name, attributes = self.call(rule, scale)
+        inputs = [layer[tensor] for tensor in self.looks_at] + [g.inputs[one] for one in self.inputs(rule)]
+        found = g.call_with_outputs(len(self.outputs), name, *inputs, **attributes)
+        for output, tensor in zip(self.outputs, found, strict=True):
+            g.output(output, tensor)
 
 
 def selection_operator(rule: SelectionRule) -> str:
@@ -16,17 +55,37 @@ def selection_operator(rule: SelectionRule) -> str:
     return "SelectTileTokens" if rule.tiles else "SelectTokens"
 
 
-def select_tokens(g: Graph, rule: SelectionRule, values: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Add the rule's operator on `values` [1, kv_heads, S, value_dim]: keep_index, token_score, seed_index."""
-    names = ["ivc_priority", "visual_index", "text_index", "query_index", "keep_count"]
-    attributes = {"seed_divisor": rule.seed_divisor}
-    if rule.tiles:
-        names += ["thumbnail_index", "tile_map"]
-    else:
-        attributes["softmax_all"] = int(rule.softmax == "all")
-    inputs = [values, *(g.inputs[name] for name in names)]
-    keep_index, token_score, seed_index = g.call_with_outputs(3, selection_operator(rule), *inputs, **attributes)
-    return keep_index, token_score, seed_index
+def ivc_call(rule: SelectionRule, scale: float) -> Call:
+    """The rule's operator; values are scaled by their own size."""
+    shared = {} if rule.tiles else {"softmax_all": int(rule.softmax == "all")}
+    return Call(selection_operator(rule), {"seed_divisor": rule.seed_divisor} | shared)
+
+
+def ivc_inputs(rule: SelectionRule) -> Sequence[str]:
+    """What the rule's operator takes of a plan."""
+    tiles = ("thumbnail_index", "tile_map") if rule.tiles else ()
+    return ("ivc_priority", "visual_index", "text_index", "query_index", "keep_count", *tiles)
+
+
+IVC_OPERATOR = Operator(ivc_call, looks_at=("scored",), inputs=ivc_inputs)
+"""SelectTokens, or SelectTileTokens."""
+
+ATTENDED_OPERATOR = Operator(
+    lambda rule, scale: Call("SelectAttended", {"scale": scale}),
+    looks_at=("query", "key", "past_key", "past_length"),
+    inputs=lambda rule: ("visual_index", "text_index", "keep_count"),
+    outputs=("keep_index", "token_score"),
+)
+
+
+def attention_inputs(call: ir.Node) -> dict[LayerTensor, ir.Value]:
+    """What a call of the `ivc` function Attention takes, whose mask is CausalMask's."""
+    query, key, _, past_key, _, visible = call.inputs
+    mask = visible.producer() if visible is not None else None
+    assert mask is not None and mask.op_type == "CausalMask"
+    found: dict[LayerTensor, ir.Value | None] = {"query": query, "key": key, "past_key": past_key}
+    found["past_length"] = mask.inputs[2]
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def compact_gather(g: Graph, x: ir.Value, keep_index: ir.Value, axis: int) -> ir.Value:

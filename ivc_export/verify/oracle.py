@@ -18,11 +18,11 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.recording import Key, Recording, identity
 from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.contract.graphs import SCORED_VALUES, deepstack_names
-from ivc_export.contract.manifest import Manifest
+from ivc_export.contract.manifest import Manifest, SelectionRule
 from ivc_export.contract.ratio import check_ratio
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Visual
-from ivc_export.selection.method import IVC_PRUNE, Method
+from ivc_export.selection.method import Method, find_method
 from ivc_export.source.configuration import read_configuration
 from ivc_export.verify.reference import Reference, ReferenceLayout, ReferencePicture, ReferenceTurn
 
@@ -35,11 +35,12 @@ def record(
     ratio: float,
     steps: int,
     progress: Callable[[str], None] = lambda stage: None,
-    method: Method = IVC_PRUNE,
+    method: Method | None = None,
 ) -> Recording:
     """Run the checkpoint in float32, on weights rounded to the bundle's dtype: a prefill and `steps` greedy tokens.
 
-    tokens: image tokens included. The tensors have the names that the graphs' outputs have in the contract.
+    tokens: image tokens included. method: None for the bundle's. The tensors have the names that the graphs' outputs
+    have in the contract.
 
     Raises:
         UserError: the checkpoint cannot be loaded, or is not the bundle's; ratio or steps are out of range.
@@ -48,6 +49,7 @@ def record(
     if steps < 0:
         raise UserError(f"{steps} decode steps cannot be compared: give 0 or more")
     check_ratio(ratio)
+    method = find_method(m.selection, method)
     check_same_model(bundle, checkpoint)
     progress("opening the checkpoint")
     layout, packed = reference_layout(bundle, checkpoint), bool(m.weight_formats)
@@ -81,9 +83,10 @@ def outputs(turn: ReferenceTurn, m: Manifest) -> Mapping[tuple[str, str], npt.ND
         ("prefix", "hidden_states"): turn.hidden_states,
         ("prefix", "keep_index"): turn.keep_index.int(),
         ("prefix", "token_score"): turn.token_score,
-        ("prefix", "seed_index"): turn.seed_index.int(),
         ("decoder", "logits"): turn.logits[None, None],
     }
+    if isinstance(m.selection, SelectionRule):
+        found["prefix", "seed_index"] = turn.seed_index.int()
     if turn.image_embeds is not None:
         found["vision", "image_embeds"] = turn.image_embeds
     found |= {("vision", name): rows for name, rows in zip(deepstack_names(m.decoder), turn.deepstack, strict=False)}

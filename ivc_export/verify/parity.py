@@ -22,7 +22,8 @@ from ivc_export.runtime.backends import BACKENDS, find_backend
 from ivc_export.runtime.interface import Session, Step, image_rows
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.plan import Run
-from ivc_export.selection.ivc_prune import Selected, sharers, votes
+from ivc_export.selection.fastv import select_by_score
+from ivc_export.selection.ivc_prune import Selected, select, sharers, votes
 from ivc_export.selection.method import METHODS, Method
 from ivc_export.verify.testdata import draw_picture, make_prompt
 
@@ -149,8 +150,8 @@ def check_recording(reference: Recording, m: Manifest, steps: int, pictures: boo
     """
     named = {(graph, t.name): t for graph in ("prefix", "decoder") for t in m.graphs[graph].outputs}
     wanted = {key for key in named if TensorName.of(key[1]).role == "new"} | {("decoder", "logits")}
-    scored = scored_name(m.selection, m.selection_layer)
-    wanted |= {("prefix", name) for name in ("hidden_states", "keep_index", "token_score", "seed_index", scored)}
+    wanted |= {("prefix", name) for name in ("hidden_states", *METHODS[m.selection.method].operator.outputs)}
+    wanted |= {("prefix", scored_name(m.selection, m.selection_layer))}
     found = {(key.graph, key.name): a for key, a in reference.tensors.items() if key[::2] == ("prefill", "outputs")}
     problem = next((f"{graph}'s {name} is missing" for graph, name in sorted(wanted - {*found})), None)
     for name in seen(m):
@@ -236,6 +237,8 @@ def compare_selection(
     In reduced precision near-ties may fall otherwise than in the reference. The first comparison, which no precision
     blurs, keeps a wrong index from passing for one.
     """
+    if not isinstance(m.selection, SelectionRule):
+        return compare_ranking(step, wanted, tolerance["token_score"])
     name, run = scored_name(m.selection, m.selection_layer), step.run
     own, values = step.prefix[name][0], wanted[name][0]
     reference = Selected(*(wanted[key] for key in ("keep_index", "token_score", "seed_index")))
@@ -246,10 +249,26 @@ def compare_selection(
     ]
 
 
+def compare_ranking(step: Step, wanted: Mapping[str, Array], tolerance: float) -> list[Comparison]:
+    """The choice of a method that ranks tokens by their scores alone: the graph's own, exactly, and the reference's."""
+    run, score, name = step.run, step.prefix["token_score"], "keep_index, of the graph's own scores"
+    scores = close("token_score", tolerance, [(score, wanted["token_score"])])
+    if score.shape != run.visual_index.shape or score.shape != wanted["token_score"].shape:
+        return [scores]
+    own = select_by_score(score, run.visual_index, run.text_index, run.keep_count)
+    found, all_tokens = step.prefix["keep_index"], np.arange(len(score), dtype=np.int32)
+    rows = (found, wanted["keep_index"], run.visual_index, wanted["token_score"], all_tokens)
+    return [
+        scores,
+        same_rows(name, found, own.keep_index, run.visual_index, score, all_tokens[:0], 0.0),
+        same_rows("keep_index", *rows, min(tolerance, scores.error or 0.0)),
+    ]
+
+
 def choose(values: Floats, run: Run, rule: SelectionRule, seed_index: Ints | None = None) -> Selected:
     """The choice in NumPy by `values` [kv_heads, S, value_dim], with the seeds given or its own."""
     rows = (run.visual_index, run.text_index, run.query_index)
-    return METHODS[rule.method].numpy(values, run.ivc_priority, *rows, run.keep_count, rule, run.tiles, seed_index)
+    return select(values, run.ivc_priority, *rows, run.keep_count, rule, run.tiles, seed_index)
 
 
 def compare_choice(

@@ -1,4 +1,4 @@
-"""IVC-Prune on stock transformers models, in PyTorch: the oracle that bundles are checked against.
+"""IVC-Prune and FastV on stock transformers models, in PyTorch: the oracle that bundles are checked against.
 
 It shares no code with the graphs: positions come from transformers, the selection is written again in PyTorch, and
 the layers are transformers' own modules, called one by one with a cache that is compacted in between.
@@ -6,7 +6,7 @@ the layers are transformers' own modules, called one by one with a cache that is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ import safetensors.torch
 import torch
 import transformers
 
-from ivc_export.contract.manifest import Scored, SelectionRule
+from ivc_export.contract.manifest import Scored, Selection, SelectionRule
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
+from ivc_export.verify.attended import attention_of_last_row
 from ivc_export.verify.dequantised import dequantised, quantisation
+from ivc_export.verify.drawn import splitmix64
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Reference:
         folder: Path,
         selection_layer: int,
         ratio: float,
-        rule: SelectionRule,
+        rule: Selection,
         layout: ReferenceLayout | None = None,
         dtype: FloatName = "float32",
         packed: bool = True,
@@ -174,15 +176,16 @@ class Reference:
         self,
         selection_layer: int,
         ratio: float,
-        method: str = "ivc-prune",
+        method: str | None = None,
         seed: int = 0,
         scored: Scored | None = None,
     ) -> None:
-        """Forget the conversation, and prune at another layer and ratio, by another method.
+        """Forget the conversation, and prune at another layer and ratio, by the rule's method or another.
 
         scored: what visual tokens are scored by, None for what the rule says.
         """
-        self.method, self.seed, self.scored = method, seed, scored or self.rule.scored
+        self.method, self.seed = self.rule.method if method is None else method, seed
+        self.scored = scored or self.rule.scored
         self.selection_layer, self.ratio = selection_layer, ratio
         self.cache = transformers.DynamicCache(config=self.decoder.config)
         self.next_position = 0
@@ -205,12 +208,18 @@ class Reference:
         past = [self.cache.get_seq_length(i) for i in range(len(self.decoder.layers))]
         added = [torch.zeros_like(embeds[0]).index_copy(0, visual, features) for features in deepstack]
         entering = self._layers(embeds, positions, range(self.selection_layer - 1), added)
-        hidden = self._layers(entering, positions, range(self.selection_layer - 1, self.selection_layer), added)
+        with attention_of_last_row(self.decoder.layers[self.selection_layer - 1].self_attn) as attended:
+            hidden = self._layers(entering, positions, range(self.selection_layer - 1, self.selection_layer), added)
         full_keys = [self.cache.layers[i].keys[:, :, past[i] :] for i in range(self.selection_layer)]
         full_values = [self.cache.layers[i].values[:, :, past[i] :] for i in range(self.selection_layer)]
         scored = full_values[-1] if self.scored == "values" else self._unnormed_values(entering)
         rows = torch.arange(ids.shape[1])
-        if pictures:
+        if self.method == "fastv":
+            seen = visual if pictures else rows[:1]
+            score, seeds = attended[0][past[self.selection_layer - 1] + seen], rows[:0]
+            budget = self._budget(pictures) if pictures else 1
+            keep = torch.cat([rows[~torch.isin(rows, seen)], seen[fill(score, [], [], budget)]]).sort().values
+        elif pictures:
             score, seeds, keep = self._select(scored[0], positions[:, 0], visual, pictures)
         else:
             score, seeds, keep = torch.ones(1), torch.zeros(1, dtype=torch.long), rows
@@ -243,6 +252,10 @@ class Reference:
         geometry = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
         positions: torch.Tensor = self.model.model.get_rope_index(ids, mm_token_type_ids=is_image.int(), **geometry)[0]
         return positions
+
+    def _budget(self, pictures: Sequence[ReferencePicture]) -> int:
+        """Visual tokens to keep."""
+        return sum(max(1, round(self.ratio * sum(picture.blocks))) for picture in pictures)
 
     def _layers(
         self,
@@ -283,7 +296,11 @@ class Reference:
         visual: torch.Tensor,
         pictures: Sequence[ReferencePicture],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Score, seeds and kept rows. values: [kv_heads, S, D], what is scored; positions [axes, S]."""
+        """Score, seeds and kept rows by IVC-Prune.
+
+        values: [kv_heads, S, D], what is scored; positions: [axes, S].
+        """
+        assert isinstance(self.rule, SelectionRule)
         rows = torch.arange(values.shape[1])
         queries = rows[int(visual[-1]) + 1 + self.rule.query_offset :]
         text = torch.ones(values.shape[1], dtype=torch.bool)
@@ -299,10 +316,11 @@ class Reference:
             others=rows[text] if self.rule.softmax == "all" else rows[:0],
             shown=shown,
         )
-        first = {"ivc-prune": self._coordinates, "foreground": no_tokens, "random": self._drawn}[self.method]
+        first = {"ivc-prune": self._coordinates, "foreground": lambda positions, blocks: [], "random": self._drawn}[
+            self.method
+        ]
         coordinates = first(positions[:, visual], [n for picture in pictures for n in picture.blocks])
-        budget = sum(max(1, round(self.ratio * sum(picture.blocks))) for picture in pictures)
-        chosen = visual[fill(score, seeds.tolist(), coordinates, budget, shown)]
+        chosen = visual[fill(score, seeds.tolist(), coordinates, self._budget(pictures), shown)]
         return score, seeds, torch.cat([rows[text], chosen]).sort().values
 
     def _coordinates(self, positions: torch.Tensor, blocks: Sequence[int]) -> list[int]:
@@ -312,6 +330,7 @@ class Reference:
         size = self.cache.layers[0].keys.shape[-1]  # of a head; values may be of another size
         ranked = []  # (rank within its block, token)
         for part in torch.split(torch.arange(positions.shape[1]), list(blocks)):
+            assert isinstance(self.rule, SelectionRule)
             best = ivc_tokens(positions[:, part], theta, size, self.rule.ivc_fraction)
             ranked += [(rank, int(part[token])) for rank, token in enumerate(best)]
         return [token for _, token in sorted(ranked)]
@@ -321,22 +340,6 @@ class Reference:
         numbers = splitmix64(self.seed)
         drawn = [(next(numbers), token) for token in range(positions.shape[1])]
         return [token for _, token in sorted(drawn, reverse=True)]
-
-
-def no_tokens(positions: torch.Tensor, blocks: Sequence[int]) -> list[int]:
-    """No token before those with better scores."""
-    return []
-
-
-def splitmix64(state: int) -> Iterator[int]:
-    """Numbers below 2^64. Source: Steele, Lea and Flood 2014, figure 16; its constants are of Stafford's mix 13."""
-    mask = (1 << 64) - 1
-    while True:
-        state = state + 0x9E3779B97F4A7C15 & mask
-        mixed = state
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            mixed = (mixed ^ mixed >> shift) * factor & mask
-        yield mixed ^ mixed >> 31
 
 
 def token_scores(

@@ -18,7 +18,7 @@ from ivc_export.families.pictures import Visual
 from ivc_export.runtime.host import HostConversation, HostSession
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.processor import Processor, user_message
-from ivc_export.selection.method import IVC_PRUNE, Method
+from ivc_export.selection.method import Method
 
 FOLDER = "testdata"
 PICTURE = "picture.png"
@@ -36,7 +36,7 @@ class RecordingSession:
         self.tensors: dict[Key, npt.NDArray[Any]] = {}
 
     def converse(
-        self, ratio: float | None = None, capacity: int | None = None, method: str | Method = IVC_PRUNE
+        self, ratio: float | None = None, capacity: int | None = None, method: str | Method | None = None
     ) -> HostConversation:
         """Begin a conversation; see HostConversation."""
         return HostConversation(self, ratio, capacity, method)

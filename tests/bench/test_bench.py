@@ -25,6 +25,7 @@ from ivc_export.bench.sides import Answer, BundleSide
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.folder import read_index
 from ivc_export.cli import ivc_bench
+from ivc_export.contract.manifest import SelectionRule
 from ivc_export.contract.names import GRAPH_NAMES
 from ivc_export.errors import UserError
 from ivc_export.exporter.estimate import TEXT, Size, estimate_bundle
@@ -87,6 +88,7 @@ def test_the_part_that_selects_is_the_selection(golden_bundle: Bundle, lowering:
     given = [feeds[name] if name in feeds else getattr(plan, name) for name in names]
     outputs = session.run(None, dict(zip(names, given, strict=True)))
     found = dict(zip([value.name for value in session.get_outputs()], outputs, strict=True))
+    assert isinstance(m.selection, SelectionRule)
     wanted = select(
         values[0],
         plan.ivc_priority,

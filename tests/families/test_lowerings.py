@@ -73,16 +73,16 @@ class Recorded:
     steps: list[Step]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(n, d) for n in (*families.names(), "internvl3_5") for d in DTYPES],
-    ids=lambda p: "-".join(p),
-)
+EVERY = [(name, dtype, "ivc-prune") for name in (*families.names(), "internvl3_5") for dtype in DTYPES]
+EVERY += [("qwen2_5_vl", dtype, "fastv") for dtype in DTYPES] + [("llava", "float32", "fastv")]
+
+
+@pytest.fixture(scope="module", params=EVERY, ids="-".join)
 def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
-    name, dtype = request.param
+    name, dtype, method = request.param
     folder = tmp_path_factory.mktemp(name)
     checkpoint = make_checkpoint(folder / "checkpoint", TINY[name], dtype=dtype)
-    bundle = export(ExportRecipe(checkpoint, folder / "bundle", max_visual=400))
+    bundle = export(ExportRecipe(checkpoint, folder / "bundle", max_visual=400, method=method))
     noise = np.random.default_rng(0).integers(0, 256, (90, 200, 3), np.uint8)
     picture = families.preparation(bundle.manifest).picture(PIL.Image.fromarray(noise), bundle.manifest.tokens.image)
     shown = [1, 2, *picture.tokens, 7, 8, 9]

@@ -12,7 +12,7 @@ import pytest
 
 from ivc_export import Chat, Method, UserError, cli
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract.manifest import Manifest
+from ivc_export.contract.manifest import Manifest, SelectionRule
 from ivc_export.families.pictures import Grid
 from ivc_export.report.overlay import count_kinds, kinds, overlay
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
@@ -21,7 +21,7 @@ from ivc_export.runtime.plan import plan_run
 from ivc_export.selection.baselines import draws
 from ivc_export.selection.ivc_prune import Floats, Ints, ivc_priority
 from ivc_export.selection.method import METHODS, SelectionMethod
-from ivc_export.verify.reference import splitmix64
+from ivc_export.verify.drawn import splitmix64
 from tests.conftest import SHAPES
 
 PUBLISHED = {
@@ -59,6 +59,7 @@ def test_ivc_prune_is_what_it_was_and_foreground_sets_nothing(sample_bundle: Bun
     grid, m = Grid(6, 8), sample_bundle.manifest
     assert not plan(sample_bundle, [grid], Method("foreground")).any()
     found = plan(sample_bundle, [grid], Method())
+    assert isinstance(m.selection, SelectionRule)
     rows, columns = (part.ravel() + 1 for part in np.indices((6, 8)))
     positions = np.stack([np.ones_like(rows), rows, columns]).astype(np.int32)
     assert np.array_equal(found, ivc_priority(positions, m.rotary, m.decoder.head_dim, m.selection))

@@ -156,6 +156,7 @@ def test_selection_equals_the_official_code(name: str, path: Path, run_rule: dic
     kept = len(golden["keep_indices"]) - (rows - length)
     tokens = np.zeros(rows, np.int32)
     tokens[start : start + length] = model.image_token
+    assert isinstance(model.selection, SelectionRule)
     manifest: Any = SimpleNamespace(
         family=name,
         decoder=model.decoder.model_copy(update={"head_dim": golden["values"].shape[-1]}),

@@ -115,7 +115,7 @@ def use_group_query(edit: Editor, node: ir.Node, tables: Tables) -> None:
     graph, causal = edit.graph, called(node.inputs[5], "CausalMask")
     assert causal is not None and causal.inputs[2] is not None
     inputs = [joined_heads(edit, node, value, tables) for value in node.inputs[:3]]
-    lengths = length_inputs(graph, causal.inputs[2])
+    lengths = length_inputs(edit, causal.inputs[2])
     sizes = {"num_heads": node.attributes["heads"].as_int(), "kv_num_heads": node.attributes["kv_heads"].as_int()}
     attributes: dict[str, Any] = {**sizes, "scale": node.attributes["scale"].as_float(), "do_rotary": 0}
     past = node.inputs[3:5]
@@ -180,8 +180,9 @@ def like(edit: Editor, before: ir.Node, table: ir.Value | None, dtype: ir.DataTy
     return tables[table, dtype]
 
 
-def length_inputs(graph: ir.Graph, past_length: ir.Value) -> list[ir.Value]:
-    """The inputs that stand for `past_length`, added in front of it where they are missing; it is no longer read."""
+def length_inputs(edit: Editor, past_length: ir.Value) -> list[ir.Value]:
+    """The inputs that stand for `past_length`, in its place; what reads it, but for masks, computes it from them."""
+    graph = edit.graph
     known = {value.name: value for value in graph.inputs}
     wanted = in_place_lengths(str(past_length.name))
     if not known.keys() & wanted:
@@ -189,4 +190,8 @@ def length_inputs(graph: ir.Graph, past_length: ir.Value) -> list[ir.Value]:
         added = [ir.val(name, dtype=ir.DataType.INT32, shape=shape) for name, shape in wanted.items()]
         graph.inputs[place : place + 1] = added
         known |= {value.name: value for value in added}
+        for reader, index in tuple(past_length.uses()):
+            if called(reader.outputs[0], "CausalMask") is None:
+                (before,) = edit.op(reader, "Sub", added[0], edit.extent(reader, known["position_ids"], 2))
+                reader.replace_input_with(index, edit.op(reader, "Add", before, edit.scalar(1))[0])
     return [known[name] for name in wanted]

@@ -75,7 +75,7 @@ def write(edit: Editor, node: ir.Node, runs: dict[ir.Value, Run]) -> None:
 
 def run_of(edit: Editor, node: ir.Node, position_ids: ir.Value, past_length: ir.Value, cache: ir.Value) -> Run:
     """Where this run's rows go, and what they see: rows up to themselves."""
-    last, _ = length_inputs(edit.graph, past_length)  # past_length + S - 1
+    last, _ = length_inputs(edit, past_length)  # past_length + S - 1
     run = edit.extent(node, position_ids, 2)
     (before,) = edit.op(node, "Sub", last, run)
     (start,) = edit.op(node, "Add", before, edit.scalar(1))

@@ -21,7 +21,7 @@ from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.library import SILENT, load_onnxruntime
-from ivc_export.selection.method import IVC_PRUNE, Method
+from ivc_export.selection.method import Method
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -75,7 +75,7 @@ class OnnxSession:
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
     def converse(
-        self, ratio: float | None = None, capacity: int | None = None, method: str | Method = IVC_PRUNE
+        self, ratio: float | None = None, capacity: int | None = None, method: str | Method | None = None
     ) -> HostConversation:
         """Begin a conversation; see HostConversation."""
         return HostConversation(self, ratio, capacity, method)

@@ -22,7 +22,7 @@ from ivc_export.runtime.onnxruntime.fused_graphs import CHECK_GPU, FusedGraphs, 
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
 from ivc_export.runtime.onnxruntime.workspace import DeviceCache, PictureRows, Values, Workspace
 from ivc_export.runtime.plan import Run
-from ivc_export.selection.method import IVC_PRUNE, Method
+from ivc_export.selection.method import Method
 from ivc_export.tensorrt.memory import available_bytes
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class FusedSession(FusedGraphs):
         """Workspaces that no conversation has. Conversations that end add to them, in any thread and at any time."""
 
     def converse(
-        self, ratio: float | None = None, capacity: int | None = None, method: str | Method = IVC_PRUNE
+        self, ratio: float | None = None, capacity: int | None = None, method: str | Method | None = None
     ) -> FusedConversation:
         """Begin a conversation; see FusedConversation."""
         return FusedConversation(self, ratio, capacity, method)
@@ -135,7 +135,7 @@ class FusedConversation(Conversation):
         session: FusedSession,
         ratio: float | None = None,
         capacity: int | None = None,
-        method: str | Method = IVC_PRUNE,
+        method: str | Method | None = None,
     ) -> None:
         super().__init__(session, ratio, method)
         self.cache = DeviceCache.empty(session.bundle.manifest)
@@ -201,7 +201,7 @@ class FusedConversation(Conversation):
 
     def _shown(self, plan: Run, kept: int, prefix: Values) -> tuple[Arrays, Arrays]:
         """What a prefill shows of prefix and decoder beside logits; caches have its rows, and not yet their lengths."""
-        return {name: prefix[name].numpy() for name in ("keep_index", "token_score", "seed_index")}, {}
+        return {name: prefix[name].numpy() for name in plan.method.record.operator.outputs}, {}
 
     def _see(self, turn: Turn, embeds: OrtValue, added: Values) -> list[dict[str, PictureRows]]:
         """Run the pictures, whose tokens vision writes to their rows of `embeds`, [1, S, hidden], and of `added`."""

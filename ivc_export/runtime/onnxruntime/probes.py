@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ivc_export.dtypes import FLOATS, FloatName
+from ivc_export.lowering import LOWERINGS
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.interface import Session
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
@@ -33,6 +34,7 @@ from ivc_export.runtime.probes import (
     selection_feeds,
     selection_part,
 )
+from ivc_export.selection.operators import SELECTIONS
 
 
 def portable_times(session: Session, plan: Run) -> SelectionTimes:
@@ -57,7 +59,9 @@ def fused_times(session: Session, plan: Run, rows: int) -> SelectionTimes:
     """On the provider of a FusedSession, over caches of `rows` rows; its decode steps choose nothing."""
     assert isinstance(session, FusedSession)
     library, lowering, provider = session.op_library, session.lowering, session.device
-    prefix, decoder = session.lowered("prefix", lowering), session.lowered("decoder", lowering)
+    chooses = {node.op_type for node in session.bundle.graph("prefix").graph} & {*SELECTIONS}
+    whole = chooses <= LOWERINGS[lowering].functions  # else its nodes are among the others
+    prefix, decoder = session.lowered("prefix", lowering if whole else "ort-cuda"), session.lowered("decoder", lowering)
     sizes = extents(session.bundle.manifest, plan, rows)
     feeds = selection_feeds(plan) | {"seqlens_k": np.array([plan.rows - 1], np.int32)}
     select = Timed(selection_part(prefix), provider, library).seconds(feeds, sizes)

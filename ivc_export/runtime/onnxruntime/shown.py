@@ -12,7 +12,7 @@ from ivc_export.lowering.precision.scale_residuals import SCALE
 from ivc_export.runtime.onnxruntime.cuda import Arrays, FusedConversation, FusedSession
 from ivc_export.runtime.onnxruntime.workspace import Values
 from ivc_export.runtime.plan import Run
-from ivc_export.selection.method import IVC_PRUNE, Method
+from ivc_export.selection.method import Method
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -26,7 +26,7 @@ class ShownSession(FusedSession):
     """
 
     def converse(
-        self, ratio: float | None = None, capacity: int | None = None, method: str | Method = IVC_PRUNE
+        self, ratio: float | None = None, capacity: int | None = None, method: str | Method | None = None
     ) -> ShownConversation:
         """Begin a conversation; see FusedConversation."""
         return ShownConversation(self, ratio, capacity, method)

@@ -26,7 +26,7 @@ from ivc_export.runtime.probes import (
     compaction_feeds,
     compaction_part,
     extents,
-    fix_values,
+    fix_sizes,
     one_node,
     selection_feeds,
     selection_part,
@@ -69,7 +69,7 @@ class EngineParts:
             "select": selection_part(typed(bundle, "prefix", session.dtype)),
             "compact": compaction_part(typed(bundle, "decoder", session.dtype)),
         }
-        fix_values(models["select"], m)
+        fix_sizes(models["select"], m)
         extents = profiles(bundle, "prefix", recipe)  # the decoder has the same
         self.buffers = Buffers(session.device)
         self.engines: dict[str, Engine] = {}

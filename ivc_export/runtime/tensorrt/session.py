@@ -18,7 +18,7 @@ from ivc_export.errors import UserError
 from ivc_export.runtime.interface import Conversation, Fetched, Step, Turn
 from ivc_export.runtime.tensorrt.device import Buffers, CudaDevice, Device
 from ivc_export.runtime.tensorrt.engine import Array, Engine, Tensor, check_hand_over
-from ivc_export.selection.method import IVC_PRUNE, Method
+from ivc_export.selection.method import Method
 from ivc_export.tensorrt.library import Target, load_plugin, load_tensorrt, make_logger, own_capability
 from ivc_export.tensorrt.store import find_engines
 
@@ -79,7 +79,7 @@ class TensorrtSession:
         self._runs: dict[str, int] = {}
 
     def converse(
-        self, ratio: float | None = None, capacity: int | None = None, method: str | Method = IVC_PRUNE
+        self, ratio: float | None = None, capacity: int | None = None, method: str | Method | None = None
     ) -> TensorrtConversation:
         """Begin a conversation; see TensorrtConversation.
 
@@ -192,7 +192,9 @@ class TensorrtConversation(Conversation):
     session: TensorrtSession
     cache: EngineCache
 
-    def __init__(self, session: TensorrtSession, ratio: float | None = None, method: str | Method = IVC_PRUNE) -> None:
+    def __init__(
+        self, session: TensorrtSession, ratio: float | None = None, method: str | Method | None = None
+    ) -> None:
         super().__init__(session, ratio, method)
         self.cache = EngineCache(session)
 

@@ -316,10 +316,9 @@ class Reference:
             others=rows[text] if self.rule.softmax == "all" else rows[:0],
             shown=shown,
         )
-        first = {"ivc-prune": self._coordinates, "foreground": lambda positions, blocks: [], "random": self._drawn}[
-            self.method
-        ]
-        coordinates = first(positions[:, visual], [n for picture in pictures for n in picture.blocks])
+        found, blocks = positions[:, visual], [n for picture in pictures for n in picture.blocks]
+        first = {"ivc-prune": self._coordinates, "random": self._drawn}.get(self.method)
+        coordinates = first(found, blocks) if first else []
         chosen = visual[fill(score, seeds.tolist(), coordinates, self._budget(pictures), shown)]
         return score, seeds, torch.cat([rows[text], chosen]).sort().values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ivc_export.lowering.edit import Editor, back, made_by
 class PackProjectionsPass(ir.passes.InPlacePass):
     """Replace the three products that feed a GroupQueryAttention by one, which is split behind it.
 
-    1. Needs: attention as UseFusedAttentionPass leaves it; weights of floats as they are stored, [out, in].
+    1. Needs: attention as UseFusedAttentionPass leaves it; weights as they are stored, floats [out, in] or packed.
     2. Leaves: one weight and one bias a layer in the place of three, their rows one below the other, put together when
        they are read. Layers whose projections do not read the same rows stay as they were.
     """
@@ -26,11 +27,34 @@ class PackProjectionsPass(ir.passes.InPlacePass):
         for node in list(model.graph):
             if node.op_type == "GroupQueryAttention":
                 found = [projection(value) for value in node.inputs[:3]]
-                products = [product for product in found if product is not None]
-                if len(products) == 3 and len({(p.inputs[0], len(p.inputs)) for p in products}) == 1:
-                    pack(edit, min(products, key=place.__getitem__), products)
+                parts = [part for part in found if part is not None]
+                if len(parts) == 3 and len({part.kind for part in parts}) == 1:
+                    pack(edit, min((part.product for part in parts), key=place.__getitem__), parts)
                     changed = True
         return ir.passes.PassResult(model, changed)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A product of floats or packed weights. bias: added behind a packed one, whose sum is the result."""
+
+    product: ir.Node
+    bias: ir.Value | None
+    result: ir.Value
+
+    @property
+    def features(self) -> int:
+        """What it gives for each row."""
+        weight = self.product.inputs[1]
+        assert weight is not None and weight.const_value is not None
+        return int(weight.const_value.shape.numpy()[0])
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What is alike in projections that can be packed."""
+        attributes = [(name, value.value) for name, value in sorted(self.product.attributes.items()) if name != "N"]
+        inputs = (self.product.inputs[0], len(self.product.inputs), self.bias is None)
+        return (self.product.op_type, *inputs, *attributes)
 
 
 def projected(value: ir.Value | None) -> ir.Value | None:
@@ -41,32 +65,41 @@ def projected(value: ir.Value | None) -> ir.Value | None:
     return back(value, "Reshape")
 
 
-def projection(value: ir.Value | None) -> ir.Node | None:
-    """The Gemm behind an input of attention, whether or not each head is normed in between."""
+def projection(value: ir.Value | None) -> Projection | None:
+    """What is behind an input of attention, whether or not each head is normed in between."""
     value = projected(value)
     norm = made_by(value, "SimplifiedLayerNormalization")
-    product = made_by(back(norm.inputs[0], "Reshape", "Reshape") if norm is not None else value, "Gemm")
-    weights = [] if product is None else product.inputs[1:]
-    return product if all(w is not None and w.const_value is not None for w in weights) else None
+    value = back(norm.inputs[0], "Reshape", "Reshape") if norm is not None else value
+    total = made_by(value, "Add")
+    behind, bias = (value, None) if total is None else (total.inputs[0], total.inputs[1])
+    product = behind.producer() if behind is not None else None
+    if product is None or product.op_type not in ("Gemm", "MatMulNBits"):
+        return None
+    if total is not None and (product.op_type == "Gemm" or len(product.outputs[0].uses()) > 1):
+        return None
+    weights = [*product.inputs[1:], *([bias] if bias is not None else [])]
+    if value is None or any(w is None or w.const_value is None for w in weights):
+        return None
+    return Projection(product, bias, value)
 
 
-def pack(edit: Editor, before: ir.Node, products: list[ir.Node]) -> None:
+def pack(edit: Editor, before: ir.Node, parts: list[Projection]) -> None:
     """Put one product before the first of several, and let its parts be read in their place."""
-    columns = zip(*(product.inputs[1:] for product in products), strict=True)
+    columns = zip(*(part.product.inputs[1:] for part in parts), strict=True)
     weights = [stacked(edit.graph, [value for value in column if value is not None]) for column in columns]
+    sizes = [part.features for part in parts]
     attributes: dict[str, Any] = {name: value.value for name, value in before.attributes.items()}
-    (y,) = edit.op(before, "Gemm", before.inputs[0], *weights, **attributes)
-    parts = edit.op(before, "Split", y, edit.ints(*map(features, products)), outputs=len(products), axis=-1)
-    for product, part in zip(products, parts, strict=True):
-        edit.replace(product.outputs[0], part)
-        edit.graph.remove(product, safe=True)
-
-
-def features(product: ir.Node) -> int:
-    """What a product gives for each row."""
-    weight = product.inputs[1]
-    assert weight is not None and weight.const_value is not None
-    return int(weight.const_value.shape.numpy()[0])
+    attributes |= {"N": sum(sizes)} if "N" in attributes else {}
+    (y,) = edit.op(before, before.op_type, before.inputs[0], *weights, domain=before.domain, **attributes)
+    biases = [part.bias for part in parts if part.bias is not None]
+    if biases:
+        (y,) = edit.op(before, "Add", y, stacked(edit.graph, biases))
+    slices = edit.op(before, "Split", y, edit.ints(*sizes), outputs=len(parts), axis=-1)
+    for part, values in zip(parts, slices, strict=True):
+        edit.replace(part.result, values)
+        for node in [part.result.producer(), part.product] if part.bias is not None else [part.product]:
+            assert node is not None
+            edit.graph.remove(node, safe=True)
 
 
 def stacked(graph: ir.Graph, values: list[ir.Value]) -> ir.Value:

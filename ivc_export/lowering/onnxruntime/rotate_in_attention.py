@@ -61,7 +61,8 @@ def packed_rows(node: ir.Node) -> tuple[ir.Value, Sequence[ir.Value | None]] | N
     split = made_by(parts[0], "Split")
     if split is None or split.inputs[0] is None or list(split.outputs) != parts:
         return None
-    if not any(made_by(split.inputs[0], op_type) for op_type in ("Gemm", "Add")):  # parts lie otherwise
+    rows = split.inputs[0].producer()
+    if rows is None or rows.op_type not in ("Gemm", "MatMulNBits", "Add"):  # parts lie otherwise
         return None
     return split.inputs[0], rotations[0].inputs[2:]
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import PIL.Image
@@ -21,18 +22,20 @@ import pytest
 
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
+from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.dtypes import FloatName
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Grid, Visual
-from ivc_export.lowering import lower
+from ivc_export.lowering import LOWERINGS, lower
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.interface import Step
 from ivc_export.runtime.onnxruntime import fused_graphs
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
+from ivc_export.runtime.tolerances import FLOAT16, FLOAT32
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
 from tests.conftest import LOGIT_TOLERANCE, random_picture
@@ -124,6 +127,49 @@ def test_plain_onnxruntime_gives_the_same_to_the_bit(recorded: Recorded, lowerin
         found = session.run(None, typed(session, feeds))
         for tensor, array in zip(session.get_outputs(), found, strict=True):
             np.testing.assert_array_equal(array, wanted[tensor.name].astype(array.dtype), err_msg=tensor.name)
+
+
+OPSET_23 = ("opset-23-attention", "opset-23")
+
+
+@pytest.mark.parametrize("lowering", OPSET_23)
+def test_operators_of_opset_23_follow(recorded: Recorded, lowering: str) -> None:
+    """In onnxruntime's own kernels, in float16 with the softmax in float16; scores and choices only in float32."""
+    half = recorded.bundle.manifest.dtype == "float16"
+    sessions = {name: plain(recorded, name, lowering) for name in GRAPH_NAMES}
+    for name, feeds, wanted in recorded.session.seen:
+        session = sessions[name]
+        found = session.run(None, typed(session, feeds))
+        for tensor, array in zip(session.get_outputs(), found, strict=True):
+            if array.dtype.kind == "i" and not half:
+                np.testing.assert_array_equal(array, wanted[tensor.name], err_msg=tensor.name)
+            elif array.dtype.kind == "f" and not (half and tensor.name == "token_score"):
+                most, _ = (FLOAT16 if half else FLOAT32).errors[kind(tensor.name)]
+                expected = wanted[tensor.name].astype(np.float32)
+                error = np.abs(array.astype(np.float32) - expected).max(initial=0)
+                assert error <= most * max(1.0, np.abs(expected).max(initial=0)), tensor.name
+
+
+@pytest.mark.parametrize("recorded", [("qwen2_5_vl", "float32")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("lowering", OPSET_23)
+def test_graphs_of_opset_23_are_whole(recorded: Recorded, lowering: str) -> None:
+    for name in GRAPH_NAMES:
+        model = lower(recorded.bundle.graph(name), lowering)
+        LOWERINGS[lowering].verify(name, model, recorded.bundle.manifest.graphs[name])
+        path = recorded.bundle.folder / f"{name}.{lowering}.onnx"
+        ir.save(model, path)
+        onnx.checker.check_model(str(path), full_check=True)
+        path.unlink()
+        operators = [node.op_type for node in model.graph]
+        assert "Softmax" not in operators or name == "prefix"  # where the selection has its own
+        assert operators.count("Attention") == 2
+
+
+def kind(tensor: str) -> str:
+    """The entry of a table of tolerances."""
+    if TensorName.of(tensor).kind or tensor == "scored_values":
+        return "keys and values"
+    return "image_embeds" if tensor.startswith("deepstack") else tensor
 
 
 def test_the_cuda_providers_graphs_follow(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,7 +167,7 @@ def evaluate_bundle(arguments: argparse.Namespace) -> None:
         command += "".join(f" --method {method}" for method in arguments.method)
         file, rows = BUNDLE_METHODS_FILE, {f"{method} 0.5": measure(0.5, method) for method in arguments.method}
     else:
-        file, rows = BUNDLE_FILE, {str(ratio): measure(ratio, "ivc-prune") for ratio in (1.0, 0.5)}
+        file, rows = BUNDLE_FILE, {str(ratio): measure(ratio, bundle.manifest.selection.method) for ratio in (1.0, 0.5)}
     report = {
         "command": command,
         "layer": bundle.manifest.selection_layer,

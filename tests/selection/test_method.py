@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ import pytest
 
 from ivc_export import Chat, Method, UserError, cli
 from ivc_export.bundle.bundle import Bundle
+from ivc_export.checkpoint.folder import Checkpoint
+from ivc_export.checkpoint.weights import PlannedWeights
 from ivc_export.contract.manifest import Manifest, SelectionRule
+from ivc_export.exporter.graphs import prefix_graph
 from ivc_export.families.pictures import Grid
 from ivc_export.report.overlay import count_kinds, kinds, overlay
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
@@ -20,7 +24,9 @@ from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.plan import plan_run
 from ivc_export.selection.baselines import draws
 from ivc_export.selection.ivc_prune import Floats, Ints, ivc_priority
-from ivc_export.selection.method import METHODS, SelectionMethod
+from ivc_export.selection.method import METHODS, SelectionMethod, exported_methods
+from ivc_export.selection.operators import Operator, ivc_call, ivc_inputs
+from ivc_export.source.configuration import read_description
 from ivc_export.verify.drawn import splitmix64
 from tests.conftest import SHAPES
 
@@ -79,6 +85,23 @@ def test_a_method_is_one_record(sample_session: OnnxSession, monkeypatch: pytest
     behind = [token for token in reversed(range(length)) if token not in seeds]
     wanted = sorted([*seeds, *behind][: length // 2])
     assert np.flatnonzero(np.isin(step.run.visual_index, step.keep_index)).tolist() == wanted
+
+
+def test_a_method_that_looks_at_other_tensors_is_one_record(
+    sample_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_key = Operator(ivc_call, looks_at=("key",), inputs=ivc_inputs)
+    record = SelectionMethod(last_first, kinds=("ivc",), operator=by_key, exported_as="by-key")
+    monkeypatch.setitem(METHODS, "by-key", record)
+    assert exported_methods() == ("ivc-prune", "fastv", "by-key")
+    model = read_description(Checkpoint.open(sample_checkpoint)).model
+    own = replace(model, selection=model.selection.model_copy(update={"method": "by-key"}))
+    graph = prefix_graph(own, PlannedWeights(), 2).graph
+    attention = [node for node in graph if node.op_type == "Attention"][-1]
+    (select,) = [node for node in graph if node.op_type == "SelectTokens"]
+    taken = ["ivc_priority", "visual_index", "text_index", "query_index", "keep_count"]
+    assert select.inputs[0] is attention.inputs[1]
+    assert [value.name for value in select.inputs[1:] if value is not None] == taken
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def fastv_rule(rule: Selection) -> FastVRule:
     return FastVRule(whole_layers=rule.whole_layers)
 
 
-def attention_of_last_row(query: Floats, keys: Floats, scale: float) -> Floats:
+def attention_of_row(query: Floats, keys: Floats, scale: float) -> Floats:
     """What one row attends to, on the average of its heads: float32 [rows].
 
     query: float32 [heads, D], heads of one head of keys side by side; keys: float32 [kv_heads, rows, D], of all rows
@@ -55,5 +55,5 @@ def select_attended(
     others as in the contract.
     """
     seen = np.concatenate([past_key[:, :past_length], key], axis=1)
-    attended = attention_of_last_row(query[:, -1], seen, scale)
+    attended = attention_of_row(query[:, -1], seen, scale)
     return select_by_score(attended[past_length + visual_index], visual_index, text_index, keep_count)

@@ -232,7 +232,8 @@ def decoder_case(seed: int, most: int = 200) -> DecoderCase:
         past = int(generator.choice([-(2**31), -1, capacity + 1, 2**31 - 1, 2**30 + 5]))
 
     def tensor(*shape: int) -> npt.NDArray[Any]:
-        return (generator.standard_normal(shape) * generator.choice([0.5, 2])).astype(STORED[dtype])
+        found: npt.NDArray[Any] = generator.standard_normal(shape) * generator.choice([0.5, 2])
+        return found.astype(STORED[dtype])
 
     q, k, v = tensor(kv_heads * group, rows, size), tensor(kv_heads, rows, size), tensor(kv_heads, rows, size)
     caches = tensor(kv_heads, capacity, size), tensor(kv_heads, capacity, size)

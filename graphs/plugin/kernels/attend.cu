@@ -7,7 +7,7 @@
 namespace ivc {
 
 template <class Value, Sight kSight, class S>
-__global__ void __launch_bounds__(S::kThreads) attendKernel(const __grid_constant__ Attend a) {
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks) attendKernel(const __grid_constant__ Attend a) {
 #ifdef IVC_TENSOR_CORES
     extern __shared__ __align__(128) char shared[];
     Block block;
@@ -25,11 +25,11 @@ __global__ void __launch_bounds__(PlainAttention<Value, kSight>::kThreads)
         static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.z));
 }
 
-constexpr int kCombineThreads = 128;
-
 template <class Value>
-__global__ void __launch_bounds__(kCombineThreads) combineKernel(const __grid_constant__ Attend a) {
-    combine<Value>(a, static_cast<int64_t>(blockIdx.x) * kCombineThreads + static_cast<int64_t>(threadIdx.x));
+__global__ void __launch_bounds__(Combining<Value>::kThreads) combineKernel(const __grid_constant__ Attend a) {
+    __shared__ typename Combining<Value>::Shared shared;
+    Block block;
+    Combining<Value>::run(block, shared, a, static_cast<int32_t>(blockIdx.x));
 }
 
 struct Launch {
@@ -47,9 +47,8 @@ struct Launch {
         }
         kernel<<<grid, S::kThreads, S::kSharedBytes, stream>>>(a);
         if (a.splits > 1) {
-            const int64_t elements = static_cast<int64_t>(a.kvHeads) * a.queries() * a.headDim;
-            const int64_t combining = (elements + kCombineThreads - 1) / kCombineThreads;
-            combineKernel<Value><<<static_cast<unsigned>(combining), kCombineThreads, 0, stream>>>(a);
+            const unsigned lines = static_cast<unsigned>(a.kvHeads) * static_cast<unsigned>(a.queries());
+            combineKernel<Value><<<lines, Combining<Value>::kThreads, 0, stream>>>(a);
         }
         return cudaGetLastError();
     }

@@ -48,12 +48,12 @@ struct Attend {
 // What a query may see.
 enum class Sight { kCausal, kFrame, kWindow };
 
-// Keys that lie in one tensor, `first` to `end` - 1 of its rows.
+// Keys that lie one behind the other in one tensor.
 template <class Value>
 struct Tile {
-    const Value *k, *v;  // row 0
+    const Value *k, *v;  // the first key
     int64_t kRow, vRow;  // from row to row
-    int32_t first, end;
+    int32_t first, end;  // the first key's number, and the first that is none
     bool cached;
 };
 
@@ -61,15 +61,20 @@ struct Tile {
 template <class Value, Sight kSight, int kKeysOfTile>
 struct Visit {
     const Attend& a;
-    int32_t frame, head;
+    const Value *k, *v, *keyCache, *valueCache;  // the head's rows
     int32_t past = 0;        // rows of the cache
     int32_t cacheTiles = 0;  // the first ones
     int32_t first = 0, end;  // other keys
-    int32_t from = 0, to;    // tiles of this split
+    int32_t from, to;        // tiles of this split
 
     // Queries are firstQuery to endQuery - 1.
     IVC_HD Visit(const Attend& attend, int32_t frame, int32_t head, int32_t firstQuery, int32_t endQuery, int32_t split)
-        : a(attend), frame(frame), head(head) {
+        : a(attend) {
+        k = static_cast<const Value*>(a.k) + frame * a.kStride.frame + head * a.kStride.head;
+        v = static_cast<const Value*>(a.v) + frame * a.vStride.frame + head * a.vStride.head;
+        const int64_t inCache = static_cast<int64_t>(head) * a.capacity * a.headDim;
+        keyCache = static_cast<const Value*>(a.keyCache) + inCache;
+        valueCache = static_cast<const Value*>(a.valueCache) + inCache;
         const int32_t low = firstQuery / a.group, high = (endQuery - 1) / a.group;  // rows
         if (kSight == Sight::kCausal) {
             past = a.past();
@@ -88,13 +93,12 @@ struct Visit {
 
     IVC_HD Tile<Value> operator[](int32_t tile) const {
         if (kSight == Sight::kCausal && tile < cacheTiles) {
-            const int64_t start = static_cast<int64_t>(head) * a.capacity * a.headDim;
-            return {static_cast<const Value*>(a.keyCache) + start, static_cast<const Value*>(a.valueCache) + start,
-                a.headDim, a.headDim, tile * kKeysOfTile, past, true};
+            const int32_t at = tile * kKeysOfTile;
+            const int64_t start = static_cast<int64_t>(at) * a.headDim;
+            return {keyCache + start, valueCache + start, a.headDim, a.headDim, at, past, true};
         }
-        return {static_cast<const Value*>(a.k) + frame * a.kStride.frame + head * a.kStride.head,
-            static_cast<const Value*>(a.v) + frame * a.vStride.frame + head * a.vStride.head, a.kStride.row,
-            a.vStride.row, first + (tile - cacheTiles) * kKeysOfTile, end, false};
+        const int32_t at = first + (tile - cacheTiles) * kKeysOfTile;
+        return {k + at * a.kStride.row, v + at * a.vStride.row, a.kStride.row, a.vStride.row, at, end, false};
     }
 
     // Whether some query from row `lowest` on may not see some key of the tile.
@@ -102,10 +106,18 @@ struct Visit {
         const int32_t last = t.first + kKeysOfTile;
         return kSight == Sight::kWindow || last > t.end || (kSight == Sight::kCausal && !t.cached && last > lowest + 1);
     }
-
-    // Of the tile's rows, that at `row` may be read as a value: where nothing is, zeros stand for it.
-    IVC_HD bool holds(int32_t row) const { return kSight != Sight::kWindow || a.windowOfPlace[row] >= 0; }
 };
+
+// Over the lanes of a warp, in all of them.
+template <class Operation>
+IVC_WARP void overWarp(Lane<float>& x, Operation operation) {
+#pragma unroll
+    for (int mask = 1; mask < kWarp; mask *= 2) {
+        Lane<float> other;
+        exchange(other, x, mask);
+        eachLane([&](int lane) { x[lane] = operation(x[lane], other[lane]); });
+    }
+}
 
 // Writes the fresh keys and values of a head behind those of the cache: this block's share, in vectors of type Vector.
 template <class Vector, class Value>
@@ -127,13 +139,16 @@ IVC_WARP void appendRows(const Attend& a, int32_t head, int32_t share, int32_t s
 }
 
 // Sizes of a block's tiles. kBands times kRowWarps tiles of 16 queries; kKeys keys, shared by kKeyWarps warps.
-template <int kDepth_, int kBands_, int kRowWarps_, int kKeyWarps_, int kKeys_, int kStages_>
+template <int kDepth_, int kBands_, int kRowWarps_, int kKeyWarps_, int kKeys_, int kStages_, bool kHeld_ = false,
+    int kBlocks_ = 1>
 struct Shape {
     static constexpr int kDepth = kDepth_;  // of a head, up to the next multiple of 16
     static constexpr int kBands = kBands_;  // of 16 queries, that a warp has
     static constexpr int kRowWarps = kRowWarps_, kKeyWarps = kKeyWarps_;
     static constexpr int kKeys = kKeys_;
     static constexpr int kStages = kStages_;  // 1: keys arrive while values are used; 2: a tile while another is used
+    static constexpr bool kHeld = kHeld_;     // queries stay in registers
+    static constexpr int kBlocks = kBlocks_;  // that are to fit a multiprocessor's registers
     static constexpr int kWarps = kRowWarps * kKeyWarps, kThreads = kWarps * kWarp;
     static constexpr int kQueries = 16 * kBands * kRowWarps;
     static constexpr int kColumns = kKeys / kKeyWarps;  // keys of a warp
@@ -158,7 +173,8 @@ struct Found {
     Lane<Product> value[S::kBands][S::kDepth / 8];  // sums of weighted values
     Lane<float> largest[S::kBands][2];              // scores, before scaling
     Lane<float> sum[S::kBands][2];                  // of the lane's weights
-    Lane<int32_t> limit[S::kBands][2];              // causal: the row's number; windows: the window's
+    Lane<Fragment> query[S::kHeld ? S::kBands : 1][S::kHeld ? S::kDepth / 16 : 1];
+    Lane<int32_t> limit[S::kBands][2];  // causal: the row's number; windows: the window's
 };
 
 template <class Value, Sight kSight, class S>
@@ -172,47 +188,78 @@ struct Attention {
     IVC_WARP char* keys(int stage) const { return shared + S::kQueryBytes + 2 * stage * S::kTileBytes; }
     IVC_WARP char* values(int stage) const { return keys(stage) + S::kTileBytes; }
 
-    // Starts to fill `target` with rows: zeros for those outside and behind the head's last element.
-    template <int kRows, class Source>
-    IVC_WARP void load(char* target, Source source) const {
+    // Starts to fill `target` with rows of 16-byte chunks: `source(row, chunk)` says where a thread's first row begins
+    // at a chunk, and `next` how far a row below lies; rows that are not `valid` become zeros, as does what is behind the
+    // head's last element. Eight lanes take a row's chunks, by eight; what is left of them fewer.
+    template <int kRows, int kLanes, int kFirstChunk, class Source, class Next, class Valid>
+    IVC_WARP void load(char* target, Source source, Next next, Valid valid) const {
+        constexpr int kStep = S::kThreads / kLanes;  // rows
+        constexpr int kPieces = kLanes == 8 ? S::kChunks / 8 : 1;
         block.each([&](int warp) {
             eachLane([&](int lane) {
+                const int thread = warp * kWarp + lane, top = thread / kLanes, chunk = kFirstChunk + thread % kLanes;
+                const Value* start = source(top, chunk);
+                const bool real = kLanes == 8 || 8 * chunk < a.headDim;
 #pragma unroll
-                for (int i = 0; i < ceilDiv(kRows * S::kChunks, S::kThreads); ++i) {
-                    const int at = i * S::kThreads + warp * kWarp + lane;
-                    const int row = at / S::kChunks, chunk = at % S::kChunks;
-                    if (kRows * S::kChunks % S::kThreads == 0 || row < kRows) {
-                        const void* from = 8 * chunk < a.headDim ? source(row, 8 * chunk) : nullptr;
-                        block.copy16(target + S::at(row, chunk), from ? from : a.q, from != nullptr);
+                for (int i = 0; i < ceilDiv(kRows, kStep); ++i) {
+                    const int row = top + i * kStep;
+                    if (kRows % kStep == 0 || row < kRows) {
+                        const Value* from = next(start, top, i * kStep);
+#pragma unroll
+                        for (int piece = 0; piece < kPieces; ++piece) {
+                            char* to = target + S::at(row, chunk + 8 * piece);
+                            block.copy16(to, from + 64 * piece, real && valid(row));
+                        }
                     }
                 }
             });
         });
     }
 
+    template <int kRows, class Source, class Next, class Valid>
+    IVC_WARP void load(char* target, Source source, Next next, Valid valid) const {
+        constexpr int kEights = S::kChunks / 8 * 8, kRest = S::kChunks - kEights;
+        load<kRows, 8, 0>(target, source, next, valid);
+        if constexpr (kRest > 0) load<kRows, kRest, kEights>(target, source, next, valid);
+    }
+
     IVC_WARP void loadQueries() const {
         const Value* q = static_cast<const Value*>(a.q) + frame * a.qStride.frame + a.firstRow * a.qStride.row;
-        load<S::kQueries>(shared, [&](int at, int element) -> const void* {
-            const int32_t query = firstQuery + at;
-            if (query >= endQuery) return nullptr;
-            const int32_t row = query / a.group, of = head * a.group + query % a.group;
-            return q + of * a.qStride.head + row * a.qStride.row + element;
-        });
+        load<S::kQueries>(
+            shared, [&](int, int chunk) { return q + 8 * chunk; },
+            [&](const Value* start, int top, int below) {
+                const int32_t query = smaller(firstQuery + top + below, endQuery - 1);
+                const int32_t row = query / a.group, of = head * a.group + query % a.group;
+                return start + of * a.qStride.head + row * a.qStride.row;
+            },
+            [&](int at) { return firstQuery + at < endQuery; });
+    }
+
+    // Rows from `start` on, `row` elements apart.
+    template <class Valid>
+    IVC_WARP void loadRows(char* target, const Value* start, int64_t row, Valid valid) const {
+        load<S::kKeys>(
+            target, [&](int top, int chunk) { return start + top * row + 8 * chunk; },
+            [&](const Value* from, int, int below) { return from + below * row; }, valid);
     }
 
     IVC_WARP void loadKeys(const Tile<Value>& t, int stage) const {
-        load<S::kKeys>(keys(stage), [&](int at, int element) -> const void* {
-            const int32_t row = t.first + at;
-            return row < t.end ? t.k + row * t.kRow + element : nullptr;
-        });
+        if (t.first + S::kKeys <= t.end) {
+            loadRows(keys(stage), t.k, t.kRow, [](int) { return true; });
+        } else {
+            loadRows(keys(stage), t.k, t.kRow, [&](int at) { return t.first + at < t.end; });
+        }
     }
 
-    template <class Visits>
-    IVC_WARP void loadValues(const Visits& visit, const Tile<Value>& t, int stage) const {
-        load<S::kKeys>(values(stage), [&](int at, int element) -> const void* {
-            const int32_t row = t.first + at;
-            return row < t.end && visit.holds(row) ? t.v + row * t.vRow + element : nullptr;
-        });
+    IVC_WARP void loadValues(const Tile<Value>& t, int stage) const {
+        if constexpr (kSight == Sight::kWindow) {  // where nothing is, zeros stand for it
+            loadRows(values(stage), t.v, t.vRow,
+                [&](int at) { return t.first + at < t.end && a.windowOfPlace[t.first + at] >= 0; });
+        } else if (t.first + S::kKeys <= t.end) {
+            loadRows(values(stage), t.v, t.vRow, [](int) { return true; });
+        } else {
+            loadRows(values(stage), t.v, t.vRow, [&](int at) { return t.first + at < t.end; });
+        }
     }
 
     IVC_WARP void begin(Found<S>& f, int warp) const {
@@ -238,6 +285,19 @@ struct Attention {
         return (warp / S::kKeyWarps * S::kBands + band) * 16 + 8 * half + lane / 4;
     }
 
+    // 16 queries at 16 of their elements.
+    IVC_WARP void loadQuery(Lane<Fragment>& to, int band, int k) const {
+        loadMatrices<false>(to, [&](int lane) { return shared + S::at(band * 16 + lane % 16, 2 * k + lane / 16); });
+    }
+
+    IVC_WARP void holdQueries(Found<S>& f, int warp) const {
+#pragma unroll
+        for (int i = 0; i < S::kBands * S::kDepth / 16; ++i) {
+            const int band = i / (S::kDepth / 16), k = i % (S::kDepth / 16);
+            loadQuery(f.query[band][k], warp / S::kKeyWarps * S::kBands + band, k);
+        }
+    }
+
     // Products of the warp's queries and keys.
     IVC_WARP void scores(Found<S>& f, int warp, int stage) const {
         const int firstBand = warp / S::kKeyWarps * S::kBands, firstColumn = warp % S::kKeyWarps * S::kColumns;
@@ -252,9 +312,11 @@ struct Attention {
             Lane<Fragment> q[S::kBands];
 #pragma unroll
             for (int band = 0; band < S::kBands; ++band) {
-                loadMatrices<false>(q[band], [&](int lane) {
-                    return shared + S::at((firstBand + band) * 16 + lane % 16, 2 * k + lane / 16);
-                });
+                if (S::kHeld) {
+                    q[band] = f.query[S::kHeld ? band : 0][S::kHeld ? k : 0];
+                } else {
+                    loadQuery(q[band], firstBand + band, k);
+                }
             }
 #pragma unroll
             for (int n = 0; n < S::kColumns / 16; ++n) {
@@ -488,19 +550,24 @@ struct Attention {
         loadQueries();
         if (visit.from < visit.to) {
             loadKeys(visit[visit.from], 0);
-            if (S::kStages == 2) loadValues(visit, visit[visit.from], 0);
+            if (S::kStages == 2) loadValues(visit[visit.from], 0);
         }
         block.each([&](int warp) { begin(found[warp], warp); });
+        if constexpr (S::kHeld) {
+            block.awaitCopies();
+            block.barrier();
+            block.each([&](int warp) { holdQueries(found[warp], warp); });
+        }
         for (int32_t i = visit.from; i < visit.to; ++i) {
             const Tile<Value> tile = visit[i];
             const int stage = S::kStages == 2 ? (i - visit.from) % 2 : 0;
             block.awaitCopies();
             block.barrier();
             if (S::kStages == 1) {
-                loadValues(visit, tile, 0);
+                loadValues(tile, 0);
             } else if (i + 1 < visit.to) {
                 loadKeys(visit[i + 1], 1 - stage);
-                loadValues(visit, visit[i + 1], 1 - stage);
+                loadValues(visit[i + 1], 1 - stage);
             }
             block.each([&](int warp) { scores(found[warp], warp, stage); });
             if (S::kStages == 1) {
@@ -555,23 +622,60 @@ IVC_WARP void attend(Block& block, char* shared, const Attend& a, int32_t tile, 
         .run();
 }
 
-// One element of y from what the splits found; `i` counts [kvHeads, queries, headDim].
+// One row of y from what the splits found of it, `line` of [kvHeads, queries], by one block. A warp takes splits in turn,
+// its lanes a row's elements by four.
 template <class Value>
-IVC_WARP void combine(const Attend& a, int64_t i) {
-    const int64_t lines = static_cast<int64_t>(a.kvHeads) * a.queries(), line = i / a.headDim;
-    if (line >= lines) return;
-    const float *largest = a.largest() + line, *sums = a.sums() + line;
-    float most = -INFINITY, sum = 0, x = 0;
-    for (int32_t s = 0; s < a.splits; ++s) most = sums[s * lines] == 0 ? most : fmaxf(most, largest[s * lines]);
-    for (int32_t s = 0; s < a.splits; ++s) {
-        if (sums[s * lines] == 0) continue;  // a split without keys
-        const float factor = power2(largest[s * lines] - most);
-        sum += factor * sums[s * lines];
-        x += factor * a.partial[s * lines * a.headDim + i];
+struct Combining {
+    static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+    static constexpr int kMostDepth = 4 * kWarp;
+
+    struct Shared {
+        float value[kWarps][kMostDepth];
+        float sum[kWarps];
+    };
+
+    IVC_WARP static void run(Block& block, Shared& shared, const Attend& a, int32_t line) {
+        const int64_t lines = static_cast<int64_t>(a.kvHeads) * a.queries();
+        const float *largest = a.largest() + line, *sums = a.sums() + line;
+        block.each([&](int warp) {
+            Lane<float> most;
+            eachLane([&](int lane) {
+                most[lane] = -INFINITY;
+                for (int32_t s = lane; s < a.splits; s += kWarp) most[lane] = fmaxf(most[lane], largest[s * lines]);
+            });
+            overWarp(most, [](float x, float y) { return fmaxf(x, y); });
+            eachLane([&](int lane) {
+                float x[4] = {}, sum = 0;
+#pragma unroll 8
+                for (int32_t s = warp; s < a.splits; s += kWarps) {
+                    const float part = sums[s * lines];
+                    const float factor = part == 0 ? 0.0f : power2(largest[s * lines] - most[lane]);
+                    sum += factor * part;
+                    if (4 * lane < a.headDim && part != 0) {  // what a split without keys wrote is nothing
+                        const float* from = a.partial + (s * lines + line) * a.headDim + 4 * lane;
+                        for (int i = 0; i < 4; ++i) x[i] += factor * from[i];
+                    }
+                }
+                for (int i = 0; i < 4; ++i) shared.value[warp][4 * lane + i] = x[i];
+                if (lane == 0) shared.sum[warp] = sum;
+            });
+        });
+        block.barrier();
+        block.each([&](int warp) {
+            eachLane([&](int lane) {
+                const int element = warp * kWarp + lane;
+                if (element >= a.headDim) return;
+                float x = 0, sum = 0;
+                for (int part = 0; part < kWarps; ++part) {
+                    x += shared.value[part][element];
+                    sum += shared.sum[part];
+                }
+                const int32_t head = line / a.queries(), query = line % a.queries();
+                const int64_t to = static_cast<int64_t>(query / a.group) * a.heads + head * a.group + query % a.group;
+                static_cast<Value*>(a.y)[to * a.headDim + element] = static_cast<Value>(sum == 0 ? 0.0f : x / sum);
+            });
+        });
     }
-    const int32_t head = static_cast<int32_t>(line / a.queries()), query = static_cast<int32_t>(line % a.queries());
-    const int64_t to = static_cast<int64_t>(query / a.group) * a.heads + head * a.group + query % a.group;
-    static_cast<Value*>(a.y)[to * a.headDim + i % a.headDim] = static_cast<Value>(sum == 0 ? 0.0f : x / sum);
-}
+};
 
 }  // namespace ivc

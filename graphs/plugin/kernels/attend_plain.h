@@ -35,7 +35,7 @@ struct PlainAttention {
             if (kSight == Sight::kCausal) seen = seen && (t.cached || key <= limit);
             float score = 0;
             for (int i = 0; seen && i < a.headDim; ++i) {
-                score += shared.query[i] * static_cast<float>(t.k[key * t.kRow + i]);
+                score += shared.query[i] * static_cast<float>(t.k[lane * t.kRow + i]);
             }
             weight[lane] = seen ? score * a.scale : -INFINITY;
             most[lane] = fmaxf(f.largest[lane], weight[lane]);
@@ -50,16 +50,6 @@ struct PlainAttention {
 #pragma unroll
             for (int piece = 0; piece < kPieces; ++piece) f.value[piece][lane] *= kept;
         });
-    }
-
-    template <class Operation>
-    IVC_WARP static void overWarp(Lane<float>& x, Operation operation) {
-#pragma unroll
-        for (int mask = 1; mask < kWarp; mask *= 2) {
-            Lane<float> other;
-            exchange(other, x, mask);
-            eachLane([&](int lane) { x[lane] = operation(x[lane], other[lane]); });
-        }
     }
 
     IVC_WARP static void run(
@@ -93,7 +83,7 @@ struct PlainAttention {
                     spread(factor, weight, key);
                     eachLane([&](int lane) {
                         if (factor[lane] == 0) return;  // not seen: what lies there may be anything
-                        const Value* v = t.v + (t.first + key) * t.vRow;
+                        const Value* v = t.v + key * t.vRow;
 #pragma unroll
                         for (int piece = 0; piece < kPieces; ++piece) {
                             const int element = kWarp * piece + lane;

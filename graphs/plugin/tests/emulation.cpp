@@ -128,7 +128,11 @@ struct Attending {
             attend<Value, kSight, S>(block, reinterpret_cast<char*>(shared.data()), a, tile, head, part);
         });
         if (a.splits > 1) {
-            for (int64_t i = 0; i < static_cast<int64_t>(a.kvHeads) * a.queries() * a.headDim; ++i) combine<Value>(a, i);
+            launch(a.kvHeads * a.queries(), 1, 1, backwards, [&](int line, int, int) {
+                Block block{Combining<Value>::kWarps, backwards};
+                typename Combining<Value>::Shared shared;
+                Combining<Value>::run(block, shared, a, line);
+            });
         }
         return 0;
     }

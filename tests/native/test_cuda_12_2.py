@@ -1,0 +1,48 @@
+"""The kernels use nothing newer than CUDA 12.2 has; graphs/plugin/tests/cuda_12_2.sh compiles them with what it has."""
+
+from __future__ import annotations
+
+import re
+
+from tests.native.kernels import PLUGIN
+
+# Instructions by the version of PTX that brought them; CUDA 12.2 has 8.2. All run on SM 80.
+INSTRUCTIONS = {
+    "cp.async.cg.shared.global": 7.0,
+    "cp.async.wait_all": 7.0,
+    "ex2.approx.ftz.f32": 1.4,
+    "ldmatrix.sync.aligned.m8n8.x4.shared.b16": 6.5,
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16": 6.5,
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": 7.0,
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": 7.0,
+}
+CUDA_12_2 = 8.2
+# Calls of the runtime by the version of CUDA that brought them.
+CALLS = {
+    "cudaDeviceGetAttribute": 2.2,
+    "cudaFuncSetAttribute": 9.0,
+    "cudaGetDevice": 1.0,
+    "cudaGetLastError": 1.0,
+}
+HEADERS = {"cuda_bf16.h", "cuda_fp16.h", "cuda_runtime_api.h"}
+
+
+def sources() -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted((PLUGIN / "kernels").iterdir())}
+
+
+def test_instructions_are_of_ptx_8_2_or_older() -> None:
+    found: set[str] = set()
+    for text in sources().values():
+        for assembly in re.findall(r"\basm(?:\s+volatile)?\s*\(\s*\"([^\"]*)", text):
+            found |= {instruction.split()[0] for instruction in assembly.split(";") if instruction.strip()}
+    assert found == set(INSTRUCTIONS)
+    assert max(INSTRUCTIONS.values()) <= CUDA_12_2
+
+
+def test_calls_and_headers_are_of_cuda_12_2_or_older() -> None:
+    text = "\n".join(sources().values())
+    assert set(re.findall(r"\b(cuda[A-Z]\w*)\(", text)) == set(CALLS)
+    assert max(CALLS.values()) <= 12.2
+    assert set(re.findall(r"#include <(cuda\w*\.h|cooperative_groups\S*|mma\.h|cuda/\S+)>", text)) == HEADERS
+    assert not re.search(r"__cluster_dims__|__cvta_|cuda::|__nv_fp[468]", text.replace("__cvta_generic_to_shared", ""))

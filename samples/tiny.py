@@ -4,6 +4,7 @@ least."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 TINY: Mapping[str, dict[str, Any]] = {
@@ -313,3 +314,24 @@ TOKENS: Mapping[str, Mapping[int, str]] = {
     "qwen3_vl": QWEN_TOKENS,
 }
 """Special tokens of those models by id, by family."""
+
+
+def wide(name: str, heads: int = 12, head_dim: int = 64, vision_head_dim: int = 80) -> dict[str, Any]:
+    """TINY[name] with as many heads and of such sizes as true models have, which GPUs have kernels of attention for."""
+    config = deepcopy(TINY[name])
+    text = next((config[key] for key in ("text_config", "llm_config") if key in config), config)
+    vision = config["vision_config"]
+    if text["num_key_value_heads"] == text["num_attention_heads"]:
+        text["num_key_value_heads"] = heads
+    text |= {"num_attention_heads": heads, "hidden_size": heads * head_dim}
+    if "head_dim" in text:  # then rows may be narrower than all heads together: by 5 to 8 in Qwen3-VL-4B
+        text |= {"head_dim": head_dim, "hidden_size": heads * head_dim * 5 // 8}
+    sections = (text.get("rope_scaling") or {}).get("mrope_section")
+    if sections:
+        text["rope_scaling"]["mrope_section"] = [size * head_dim // 2 // sum(sections) for size in sections]
+    width = vision_head_dim * (vision["num_heads"] if "num_heads" in vision else vision["num_attention_heads"])
+    vision["embed_dim" if "embed_dim" in vision else "hidden_size"] = width
+    for key in ("hidden_size",) if "embed_dim" in vision else ("out_hidden_size", "projection_dim"):
+        if key in vision:
+            vision[key] = text["hidden_size"]
+    return config

@@ -166,7 +166,7 @@ def peak(graph: onnx.GraphProto, tensors: Tensors, score_bytes: int) -> int:
     dying: dict[int, list[str]] = {}
     for number, node in enumerate(graph.node):
         for name in node.output:
-            if name and name not in owner:
+            if name and name not in owner and node.op_type != "DequantizeLinear":  # a product reads it as it is stored
                 alive += tensors.size(name)
                 if name not in kept:
                     dying.setdefault(ends.get(name, number), []).append(name)

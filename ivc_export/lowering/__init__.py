@@ -25,8 +25,9 @@ from ivc_export.lowering.onnxruntime.rotate_in_attention import RotateInAttentio
 from ivc_export.lowering.onnxruntime.write_caches import WriteCachesPass
 from ivc_export.lowering.precision.scale_residuals import SCALE, ScaleResidualsPass
 from ivc_export.lowering.spell import SpellPass
+from ivc_export.lowering.tensorrt.block_dequantise import BlockDequantisePass
 from ivc_export.lowering.tensorrt.dequantise import DequantiseWeightsPass
-from ivc_export.lowering.tensorrt.opset import NEWEST, RaiseOpsetPass
+from ivc_export.lowering.tensorrt.opset import BLOCKS, NEWEST, RaiseOpsetPass
 from ivc_export.lowering.tensorrt.plugin import UsePluginPass
 
 Passes = Sequence[ir.passes.PassBase]
@@ -107,7 +108,13 @@ def fused(*more: ir.passes.PassBase) -> Passes:
 
 def standard(*functions: str) -> Passes:
     """Standard operators alone, of opset 23: those that mean what these functions do, in their place."""
-    return DequantiseWeightsPass(), SpellPass(dict.fromkeys(functions, "standard")), InlinePass(), RaiseOpsetPass()
+    return (
+        BlockDequantisePass(),
+        DequantiseWeightsPass(),
+        SpellPass(dict.fromkeys(functions, "standard")),
+        InlinePass(),
+        RaiseOpsetPass(),
+    )
 
 
 SELECTION = frozenset(("SelectAttended", "SelectTileTokens", "SelectTokens", "CompactGather"))
@@ -127,14 +134,24 @@ LOWERINGS: dict[str, Lowering] = {
     "native": Lowering(passes=lambda: (DequantiseWeightsPass(), InlinePass()), exported=True, packed_weights=False),
     # nodes without bodies: TensorRT with our plugin library
     "plugin": Lowering(passes=lambda: (DequantiseWeightsPass(), UsePluginPass()), functions=PLUGIN_OPERATORS),
+    # standard operators only, weights in 4 bits: TensorRT from 10.0
+    "opset-21": Lowering(
+        passes=lambda: (BlockDequantisePass(), DequantiseWeightsPass(), InlinePass(), RaiseOpsetPass(BLOCKS)),
+        operators=frozenset([("", "DequantizeLinear")]),
+        opset=BLOCKS,
+    ),
     # standard operators only: TensorRT from 10.14
     "opset-23-attention": Lowering(
-        passes=lambda: standard(*ATTENTION), operators=frozenset([("", "Attention")]), opset=NEWEST
+        passes=lambda: standard(*ATTENTION),
+        operators=frozenset([("", "Attention"), ("", "DequantizeLinear")]),
+        opset=NEWEST,
     ),
     # standard operators only: TensorRT from 10.15, and TensorRT-RTX
     "opset-23": Lowering(
         passes=lambda: standard(*ATTENTION, "RMSNorm", "Rotate"),
-        operators=frozenset([("", op) for op in ("Attention", "RMSNormalization", "RotaryEmbedding")]),
+        operators=frozenset(
+            [("", op) for op in ("Attention", "DequantizeLinear", "RMSNormalization", "RotaryEmbedding")]
+        ),
         opset=NEWEST,
     ),
     "ort-cuda": Lowering(

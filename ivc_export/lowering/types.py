@@ -44,5 +44,5 @@ def results(node: ir.Node, types: Types) -> list[ir.DataType]:
     elif node.op_type == "Shape":
         dtype = ir.DataType.INT64
     else:
-        dtype = inputs[1 if node.op_type in ("CastLike", "Where") else 0]
+        dtype = inputs[1 if node.op_type in ("CastLike", "DequantizeLinear", "Where") else 0]
     return [dtype] * len(node.outputs)

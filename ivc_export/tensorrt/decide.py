@@ -11,8 +11,11 @@ from rich.filesize import decimal
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import GRAPH_NAMES
 from ivc_export.tensorrt.footprint import Footprint, estimate, shortage
-from ivc_export.tensorrt.graphs import EngineChoices, graph_to_count
+from ivc_export.tensorrt.graphs import EngineChoices, EngineGraphs, graph_to_count, packed_weights
 from ivc_export.tensorrt.recipe import EngineRecipe
+
+CHOOSABLE: tuple[EngineGraphs, ...] = ("native", "opset-21")
+"""Lowerings in which decoder layers may spell attention in either way."""
 
 
 class Decision(NamedTuple):
@@ -34,7 +37,7 @@ def decide(bundle: Bundle, recipe: EngineRecipe, choices: EngineChoices) -> Deci
         return estimate(bundle, recipe, one, models)
 
     why = "as asked"
-    if recipe.attention == "auto" and choices.graphs == "native":
+    if recipe.attention == "auto" and choices.graphs in CHOOSABLE:
         lacking = shortage(footprint(choices), recipe)
         repeated = replace(choices, attention="repeated")
         if lacking is None:
@@ -43,8 +46,18 @@ def decide(bundle: Bundle, recipe: EngineRecipe, choices: EngineChoices) -> Deci
             why, choices = f"since grouped {lacking.split(':')[0]}", repeated
         else:
             why = "and repeated takes no less"
-    sentences = (softmax_sentence(choices, footprint), attention_sentence(choices, footprint, why))
+    packed = packed_sentences(bundle, choices, footprint(choices))
+    sentences = (softmax_sentence(choices, footprint), attention_sentence(choices, footprint, why), *packed)
     return Decision(choices, footprint(choices), sentences)
+
+
+def packed_sentences(bundle: Bundle, choices: EngineChoices, found: Footprint) -> tuple[str, ...]:
+    """What layers in 4 or 8 bits are in engines; nothing where there are none."""
+    size = decimal(found.weights)
+    return tuple(
+        f"weights: layers in {kind} {'stay so' if kind == built else f'become {built}'}, about {size} of all weights"
+        for kind, built in packed_weights(bundle, choices.graphs, choices.dtype).items()
+    )
 
 
 def softmax_sentence(choices: EngineChoices, footprint: Callable[[EngineChoices], Footprint]) -> str:
@@ -58,7 +71,7 @@ def softmax_sentence(choices: EngineChoices, footprint: Callable[[EngineChoices]
 
 def attention_sentence(choices: EngineChoices, footprint: Callable[[EngineChoices], Footprint], why: str) -> str:
     """How decoder layers spell attention, why, and what the other spelling would take."""
-    if choices.graphs != "native":
+    if choices.graphs not in CHOOSABLE:
         how = "by one operator, which TensorRT fuses" if choices.attention == "operator" else choices.attention
         return f"decoder: attention {how}, about {decimal(decoder(footprint(choices)))}"
     other = replace(choices, attention="repeated" if choices.attention == "grouped" else "grouped")

@@ -20,8 +20,12 @@ from ivc_export.lowering.tensorrt.opset import RaiseOpsetPass
 from ivc_export.tensorrt.library import Target, major, version
 from ivc_export.tensorrt.recipe import EngineRecipe
 
-EngineGraphs = Literal["native", "plugin", "opset-23-attention", "opset-23"]
+EngineGraphs = Literal["native", "plugin", "opset-21", "opset-23-attention", "opset-23"]
 """Lowerings that engines are built from."""
+SPELLED: tuple[EngineGraphs, ...] = ("native", "plugin", "opset-21")
+"""Those that spell attention out."""
+IN_BLOCKS: tuple[EngineGraphs, ...] = ("opset-21", "opset-23-attention", "opset-23")
+"""Those in which weights in 4 bits stay so."""
 DecoderAttention = Literal["grouped", "repeated", "operator"]
 """How decoder layers spell attention: heads of queries grouped by their key-value head, keys and values repeated for
 every head of queries, or one operator."""
@@ -42,14 +46,14 @@ class EngineChoices:
 
     def lowering(self, name: GraphName) -> EngineGraphs:
         """Of one graph: where the softmax is wider than what it reads, no operator does it."""
-        spelled = name == "vision" and self.softmax != self.dtype and self.graphs not in ("native", "plugin")
+        spelled = name == "vision" and self.softmax != self.dtype and self.graphs not in SPELLED
         return "native" if spelled else self.graphs
 
     def spellings(self, name: GraphName) -> Spellings:
         """Bodies for functions that the lowering inlines."""
         if name != "vision":
             return {"Attention": "repeated"} if self.attention == "repeated" else {}
-        narrow = self.softmax == "float16" and self.lowering(name) in ("native", "plugin")
+        narrow = self.softmax == "float16" and self.lowering(name) in SPELLED
         return dict.fromkeys(("EncoderAttention", "WindowAttention"), "narrow") if narrow else {}
 
     def score_bytes(self, name: GraphName) -> int:
@@ -81,9 +85,10 @@ def choose_graphs(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: st
         )
     graphs: EngineGraphs = "native" if recipe.plugin is None else "plugin"
     if recipe.plugin is None and dtype != "float32":  # in which no kernel does attention
-        graphs = best_opset(recipe.target, version(trt))
+        packed = "int4" in packed_weights(bundle, "native", dtype)
+        graphs = best_opset(recipe.target, version(trt), packed)
     attention: DecoderAttention = "grouped" if recipe.attention == "auto" else recipe.attention
-    if graphs not in ("native", "plugin"):
+    if graphs not in SPELLED:
         if recipe.attention != "auto":
             raise UserError(
                 f"--attention is for engines that spell attention out, and {recipe.target} {trt.__version__} has an "
@@ -94,14 +99,23 @@ def choose_graphs(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: st
     return EngineChoices(recipe.target, dtype, graphs, softmax, attention)
 
 
-def best_opset(target: Target, found: tuple[int, int]) -> EngineGraphs:
+def packed_weights(bundle: Bundle, graphs: EngineGraphs, dtype: FloatName) -> dict[str, str]:
+    """What packed layers are in engines, by what they are in the bundle: int4, or floats."""
+    kinds = sorted({stored.format for stored in bundle.manifest.weight_formats.values()})
+    return {kind: kind if kind == "int4" and graphs in IN_BLOCKS else dtype for kind in kinds}
+
+
+def best_opset(target: Target, found: tuple[int, int], packed: bool = False) -> EngineGraphs:
     """The lowering with the newest operators that this version of TensorRT's parser reads.
+
+    packed: whether there are weights in 4 bits.
 
     Of TensorRT-RTX, 1.7 is the first version that was tried.
     """
     if target == "tensorrt-rtx":
         return "opset-23" if found >= (1, 7) else "native"
-    return "opset-23" if found >= (10, 15) else "opset-23-attention" if found >= (10, 14) else "native"
+    older: EngineGraphs = "opset-21" if packed and found >= (10, 0) else "native"
+    return "opset-23" if found >= (10, 15) else "opset-23-attention" if found >= (10, 14) else older
 
 
 def build_dtype(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str) -> FloatName:

@@ -20,7 +20,14 @@ from ivc_export.contract.records import Frozen, Sha256, first_problem
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.files import check_regular, confined, read_bytes, read_object
-from ivc_export.tensorrt.graphs import DecoderAttention, EngineChoices, EngineGraphs, residual_scale
+from ivc_export.tensorrt.graphs import (
+    SPELLED,
+    DecoderAttention,
+    EngineChoices,
+    EngineGraphs,
+    packed_weights,
+    residual_scale,
+)
 from ivc_export.tensorrt.library import Target
 from ivc_export.tensorrt.profiles import profile_names
 from ivc_export.tensorrt.recipe import EngineRecipe
@@ -47,7 +54,8 @@ class EngineRecord(Frozen):
 
     residual_scale: of the residual stream and of hidden_states between the engines. weights_sha256: of each weight
     file, where the manifest had it by then. plugin_sha256: of the library whose operators the engines call. graphs: the
-    lowering. softmax: what the vision encoder's is in. attention: how decoder layers spell it.
+    lowering. softmax: what the vision encoder's is in. attention: how decoder layers spell it. packed_weights: what
+    layers that are packed in the bundle are, by how they are packed.
     """
 
     model_config = ConfigDict(strict=True)
@@ -60,6 +68,7 @@ class EngineRecord(Frozen):
     graphs: EngineGraphs
     softmax: FloatName
     attention: DecoderAttention
+    packed_weights: dict[str, str]
     capacity: int
     residual_scale: float
     recipe: EngineRecipe
@@ -80,9 +89,11 @@ class EngineRecord(Frozen):
         possible = ("float16", "float32") if self.dtype == "float16" else ("float32",)
         if self.softmax not in possible or recipe.softmax not in (None, self.softmax):
             yield f"softmax is {self.softmax}"
-        spelled = self.graphs in ("native", "plugin")
+        spelled = self.graphs in SPELLED
         if (self.attention == "operator") == spelled or recipe.attention not in ("auto", self.attention):
             yield f"attention is {self.attention}"
+        if not {*self.packed_weights.values()} <= {"int4", self.dtype}:
+            yield f"packed_weights is {self.packed_weights}"
         power = math.frexp(self.residual_scale)[0] == 0.5 and SMALLEST_SCALE <= self.residual_scale <= 1
         if not power or (self.dtype != "float16" and self.residual_scale != 1):
             yield f"residual_scale is {self.residual_scale:g}"
@@ -150,6 +161,7 @@ def make_record(
         graphs=choices.graphs,
         softmax=choices.softmax,
         attention=choices.attention,
+        packed_weights=packed_weights(bundle, choices.graphs, choices.dtype),
         capacity=recipe.capacity,
         residual_scale=residual_scale(choices.dtype),
         recipe=replace(recipe, **paths),

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from ivc_export.bench.roofline import Workload
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract.names import GRAPH_NAMES
-from ivc_export.dtypes import FloatName
+from ivc_export.checkpoint.formats.nbits import Packing, pack_blocks, pack_values
+from ivc_export.contract.names import GRAPH_NAMES, IR_VERSION, IVC_DOMAIN, OPSET
+from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.graph.functions import function
 from ivc_export.lowering import LOWERINGS, lower
 from ivc_export.lowering.join_decode import join_decode
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
+from ivc_export.tensorrt.decide import decide
+from ivc_export.tensorrt.graphs import EngineChoices, choose_graphs, lowered, packed_weights
+from ivc_export.tensorrt.recipe import EngineRecipe
 from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 from tests.checkpoint.quantised import LAYOUTS, write
 from tests.checkpoint.test_toy_format import HALF, Turns, answers, largest
 from tests.conftest import LOGIT_TOLERANCE
@@ -81,3 +93,83 @@ def test_projections_of_the_cuda_provider_are_one_product(bundles: tuple[Bundle,
     ordered = any(name.endswith(".order") for name in decode.graph.initializers)
     products = [node for node in decode.graph if node.op_type == "MatMulNBits"]
     assert len(products) == 4 * (7 if ordered else 5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 4e-3)])
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_blocks_that_tensorrt_dequantises_give_the_same(zero_points: bool, dtype: FloatName, tolerance: float) -> None:
+    """Stored values less zero points span -15 to 15, and nothing is clamped."""
+    random, out, features, packing = np.random.default_rng(0), 6, 96, Packing(4, 32, zero_points)
+    values, zeros = random.integers(0, 16, (out, features), np.uint8), random.integers(0, 16, (out, 3), np.uint8)
+    values[0, :2], zeros[0], values[1, :2], zeros[1] = 0, 15, 15, 0
+    scales = random.uniform(0.01, 0.1, (out, 3)).astype(dtype)
+    arrays: dict[str, Any] = {"packed": pack_blocks(values, packing), "scales": scales}
+    arrays |= {"zero_points": pack_values(zeros, 4)} if zero_points else {}
+    name = "LinearNBitsZeroPoints" if zero_points else "LinearNBits"
+    zero = np.repeat(zeros if zero_points else np.full_like(zeros, 8), 32, axis=1).astype(np.float64)
+    wanted = (values.astype(np.float64) - zero) * np.repeat(scales.astype(np.float64), 32, axis=1)
+    rows = random.standard_normal((3, features)).astype(dtype)
+
+    x = ir.val("x", dtype=FLOATS[dtype].onnx, shape=("S", features))
+    given = [ir.val(f"w.{key}", const_value=ir.tensor(array, name=f"w.{key}")) for key, array in arrays.items()]
+    attributes = {"bits": 4, "block_size": 32, "K": features, "N": out}
+    node = ir.node(name, [x, *given], attributes, domain=IVC_DOMAIN, name="linear")
+    (y,) = node.outputs
+    y.name, y.type, y.shape = "y", ir.TensorType(FLOATS[dtype].onnx), ir.Shape(["S", out])
+    opsets = {"": OPSET, IVC_DOMAIN: 1}
+    graph = ir.Graph([x], [y], nodes=[node], initializers=given, opset_imports=opsets, name="g")
+    model = lower(ir.Model(graph, ir_version=IR_VERSION, functions=[function(name).clone()]), "opset-21")
+    weight = model.graph.initializers["w.int4"]
+    assert weight.dtype == ir.DataType.INT4 and weight.const_value is not None
+    assert weight.const_value.nbytes == out * features // 2
+    for value in model.graph.initializers.values():
+        assert value.const_value is not None
+        value.const_value = ir.Tensor(value.const_value.numpy(), dtype=value.dtype, name=value.name)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    content = ir.to_proto(model).SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": rows})
+    meant = rows.astype(np.float64) @ wanted.T
+    assert found.dtype == np.dtype(dtype) and np.abs(found - meant).max() < tolerance * np.abs(meant).max()
+
+
+@pytest.mark.parametrize("layout", ["AWQ", "compressed-tensors"])
+def test_tensorrt_rtx_compiles_weights_in_blocks(layout: str, tmp_path: Path) -> None:
+    """And keeps them in 4 bits: the engine is smaller than that of floats by most of what they save."""
+    rtx = pytest.importorskip("tests.tensorrt.test_tensorrt_rtx", reason="needs TensorRT-RTX")
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = TINY["qwen2_vl"] | sizes | {"rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}}
+    config |= {"vision_config": config["vision_config"] | {"hidden_size": 256}}
+    stored, _ = write(make_checkpoint(tmp_path / "plain", config), tmp_path, LAYOUTS[layout])
+    bundle = export(ExportRecipe(stored, tmp_path / "bundle", layer=2))
+    choices = EngineChoices("tensorrt-rtx", "float16", "opset-23", "float16", "operator")
+    engines = {}
+    for graphs in ("opset-23", "native"):
+        model = lowered(bundle, "prefix", replace(choices, graphs=graphs))
+        engines[graphs] = rtx.compiled(model, bundle.folder, "prefix", "SM86").nbytes
+    saved = 2 * (3 * 256 * 768 + 2 * 256 * 256 + 2 * 256 * 128) * 3 // 2  # of two bytes a weight in two layers
+    assert engines["native"] - engines["opset-23"] > 0.7 * saved
+
+
+@pytest.mark.parametrize(
+    ("version", "graphs", "packed"),
+    [
+        ("8.6.2", "native", {"int4": "float16"}),
+        ("10.3.0", "opset-21", {"int4": "int4"}),
+        ("10.14.1", "opset-23-attention", {"int4": "int4"}),
+        ("11.1.0", "opset-23", {"int4": "int4"}),
+    ],
+)
+def test_versions_of_tensorrt_choose_what_becomes_of_packed_layers(
+    bundles: tuple[Bundle, Bundle], version: str, graphs: str, packed: dict[str, str]
+) -> None:
+    """Those of 8 bits become floats in all."""
+    bundle = bundles[0]
+    if {one.format for one in bundle.manifest.weight_formats.values()} == {"int8"}:
+        graphs, packed = graphs.replace("opset-21", "native"), {"int8": "float16"}
+    choices = choose_graphs(bundle, EngineRecipe(), SimpleNamespace(__version__=version), "8.6")
+    assert (choices.graphs, packed_weights(bundle, choices.graphs, "float16")) == (graphs, packed)
+    ((kind, built),) = packed.items()
+    said = f"weights: layers in {kind} {'stay so' if kind == built else f'become {built}'}, about"
+    assert said in decide(bundle, EngineRecipe(), choices).sentences[-1]

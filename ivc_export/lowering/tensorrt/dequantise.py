@@ -26,12 +26,8 @@ class DequantiseWeightsPass(ir.passes.InPlacePass):
         for node in found:
             (y,) = edit.op(node, "Gemm", node.inputs[0], float_weight(model.graph, node), transB=1)
             edit.replace(node.outputs[0], y)
-            weights = node.inputs[1:]
-            model.graph.remove(node, safe=True)
+            drop_weights(model, node)
             model.functions.pop((IVC_DOMAIN, node.op_type, ""), None)
-            for value in weights:
-                if value is not None and not value.uses():
-                    model.graph.initializers.pop(str(value.name), None)
         return ir.passes.PassResult(model, bool(found))
 
     def ensures(self, model: ir.Model) -> None:
@@ -39,6 +35,15 @@ class DequantiseWeightsPass(ir.passes.InPlacePass):
         left = [node.name for node in packed_products(model)]
         if left:
             raise ir.passes.PostconditionError(f"{left[0]} is packed still")
+
+
+def drop_weights(model: ir.Model, product: ir.Node) -> None:
+    """Remove a packed product that nothing reads any more, and its weights."""
+    weights = product.inputs[1:]
+    model.graph.remove(product, safe=True)
+    for value in weights:
+        if value is not None and not value.uses():
+            model.graph.initializers.pop(str(value.name), None)
 
 
 def packed_products(model: ir.Model) -> list[ir.Node]:

@@ -27,7 +27,7 @@ from ivc_export.dtypes import FloatName
 from ivc_export.exporter.graphs import build_graphs
 from samples.tiny import TINY, TOKENS
 
-STOP_TOKENS = ("<|im_end|>", "<|endoftext|>", "</s>")
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>", "</s>", "<｜end▁of▁sentence｜>")
 TEXT = (
     "What is in the picture? Where is the small red ring? How many blue squares are there? Is the circle left of the "
     "triangle? Read the code. Describe the scene. Point to the largest shape. Which colour is it? Yes or no? "
@@ -49,7 +49,8 @@ def random_tensors(config: Mapping[str, Any], seed: int) -> dict[str, npt.NDArra
             tensors[name] = noise * np.float32(np.prod(shape[1:]) ** -0.5)
         else:
             tensors[name] = noise * np.float32(0.1) + np.float32(not name.endswith("bias"))
-    return tensors
+    parts = [stack.split(tensors.pop(stack.name)) for stack in model.stacks]
+    return tensors | {name: part for one in parts for name, part in one.items()}
 
 
 def make_tokenizer(special: Mapping[int, str]) -> Tokenizer:

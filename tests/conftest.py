@@ -15,6 +15,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Grid, Visual
+from ivc_export.families.views import token_source
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint
 
@@ -112,6 +113,13 @@ class Golden:
         if "aspect_ratio" in self.data:  # tiles
             columns, rows = (16 * int(tiles) for tiles in self.data["aspect_ratio"])
             return Visual({"pixel_values": self.data["pixel_values"]}, Grid(rows, columns, 16), token)
+        if "images_spatial_crop" in self.data:  # two views
+            columns, rows = self.data["images_spatial_crop"].ravel().astype(int).tolist()
+            shown = np.setdiff1d([15 * y + x for y in range(14) for x in range(14)], self.data["padding"])
+            content = (*np.divmod(shown.min(), 15), *(np.add(np.divmod(shown.max(), 15), 1)))
+            grid = Grid(14 * rows, 14 * columns, 14, content=(*map(int, content),))  # type: ignore[arg-type]
+            inputs = {"pixel_values": self.data["pixel_values"][0], "token_source": token_source(columns, rows, 14)}
+            return Visual(inputs, grid, token)
         if "image_grid_thw" not in self.data:  # of fixed size
             side = math.isqrt(int(self.data["visual_len"]))
             return Visual({"pixel_values": self.data["pixel_values"]}, Grid(side, side), token)

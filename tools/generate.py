@@ -17,8 +17,9 @@ import onnx_ir as ir
 
 from ivc_export import cli, families
 from ivc_export.checkpoint.weights import PlannedWeights
-from ivc_export.contract.graphs import AXES, GRAPHS, Layers, TensorSpec, in_place_info
-from ivc_export.contract.manifest import DecoderSizes, Manifest, PatchPreprocessing, SelectionRule
+from ivc_export.contract.axes import AXES
+from ivc_export.contract.graphs import GRAPHS, Layers, TensorSpec, in_place_info
+from ivc_export.contract.manifest import DecoderSizes, Manifest, SelectionRule
 from ivc_export.contract.names import (
     GRAPH_NAMES,
     IR_VERSION,
@@ -30,6 +31,7 @@ from ivc_export.contract.names import (
     GraphName,
 )
 from ivc_export.contract.operators import OPERATORS
+from ivc_export.contract.preprocessing import PatchPreprocessing
 from ivc_export.contract.records import INT32_MOST, Frozen
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.lowering import LOWERINGS
@@ -54,8 +56,11 @@ ONLY = {
     "": "",
     "patches": "; encoders of any picture size",
     "tiles": "; encoders of fixed size",
+    "views": "; pictures in two views",
+    "frames": "; all other pictures",
+    "thumbnails": "; rules with tiles or views",
+    "view rule": "; rules with views",
     "ivc rule": "; not of FastV",
-    "tile rule": "; rules with tiles",
     "unnormed-values": "; rules whose `scored` is `unnormed-values`",
 }
 

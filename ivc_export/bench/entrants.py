@@ -13,7 +13,7 @@ from ivc_export.bench.footprint import Footprints, device_counter, host_peak_byt
 from ivc_export.bench.measure import Bench, Contestant, Row, noted
 from ivc_export.bench.sides import BundleSide
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract.manifest import PatchPreprocessing
+from ivc_export.contract.preprocessing import PatchPreprocessing
 from ivc_export.errors import UserError
 from ivc_export.runtime.backends import find_backend, open_session
 

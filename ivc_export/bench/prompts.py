@@ -10,7 +10,8 @@ import PIL.Image
 
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract.manifest import Manifest, PatchPreprocessing, Preprocessing
+from ivc_export.contract.manifest import Manifest
+from ivc_export.contract.preprocessing import PatchPreprocessing, Preprocessing, ViewPreprocessing
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Visual
 
@@ -61,14 +62,14 @@ def noise_prompt(bundle: Bundle, visual: int, text: int) -> Prompt:
 
 def most_visual(m: Manifest) -> int:
     """Visual tokens that a picture has at most."""
-    p = m.preprocessing
-    if isinstance(p, PatchPreprocessing):
-        return min(m.max_visual, p.max_pixels // p.token_side**2)
-    return p.tile_side**2 * (p.max_tiles + (p.max_tiles > 1))
+    return min(m.max_visual, m.preprocessing.most_visual)
 
 
 def picture_size(preprocessing: Preprocessing, visual: int) -> tuple[int, int]:
     """Width and height in pixels of a picture with about `visual` tokens, as square as can be."""
+    if isinstance(preprocessing, ViewPreprocessing):
+        columns, rows = min(preprocessing.shapes, key=lambda shape: abs(preprocessing.visual(*shape) - visual))
+        return columns * preprocessing.tile_pixels, rows * preprocessing.tile_pixels
     if isinstance(preprocessing, PatchPreprocessing):
         cells, side = visual, preprocessing.token_side
     else:

@@ -15,6 +15,7 @@ from ivc_export.checkpoint.folder import header_sha256, read_index
 from ivc_export.contract.graphs import graph_info
 from ivc_export.contract.manifest import Manifest, SelectionRule, StoredGraph, constants_sha256
 from ivc_export.contract.names import GRAPH_NAMES, MANIFEST, SCHEMA_VERSION
+from ivc_export.contract.preprocessing import ViewPreprocessing
 from ivc_export.contract.records import first_problem
 from ivc_export.dtypes import FLOATS
 from ivc_export.errors import UserError
@@ -112,15 +113,17 @@ def find_contradiction(m: Manifest) -> str | None:
         return f"family {m.family!r} is not one of {', '.join(families.names())}"
     family = families.of(m.family)
     d, ids = m.decoder, [m.tokens.image, m.tokens.vision_start, m.tokens.vision_end, *m.tokens.stop]
+    views = family.preprocessing is ViewPreprocessing
     beyond = [i for i in ids if i is not None and i >= d.vocab_size]
     facts = (
         ("lowering", m.lowering in exported()),
         ("decoder.deepstack", d.deepstack < d.layers),
         ("selection_layer", m.selection_layer in d.cuts),
         ("decoder.kv_heads", d.heads % d.kv_heads == 0),
-        ("rotary.sections", 2 * sum(m.rotary.sections) == d.head_dim),
+        ("rotary.sections", m.rotary.size <= d.head_dim),
         ("rotary.sections", len(m.rotary.sections) == family.axes),
         ("selection.tiles", m.selection.tiles == (family.tiles and isinstance(m.selection, SelectionRule))),
+        ("selection.views", m.selection.views == (views and isinstance(m.selection, SelectionRule))),
         ("selection.whole_layers", all(0 <= i < d.layers for i in m.selection.whole_layers)),
         ("selection.whole_layers", max(Counter(m.selection.whole_layers).values(), default=1) == 1),
         ("preprocessing.kind", isinstance(m.preprocessing, family.preprocessing)),

@@ -32,7 +32,8 @@ from ivc_export.selection.method import IVC_PRUNE, Method
 from ivc_export.source.configuration import read_configuration, read_description, read_model
 from ivc_export.source.hub import open_checkpoint
 from ivc_export.verify.oracle import reference_layout, reference_picture
-from ivc_export.verify.reference import Reference, ReferencePicture
+from ivc_export.verify.reference import Reference
+from ivc_export.verify.reference_picture import ReferencePicture
 
 PROMPTS = "prompts.json"
 MOST_LAYERS = 12

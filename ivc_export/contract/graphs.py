@@ -8,45 +8,14 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from ivc_export.contract.manifest import (
-    DecoderSizes,
-    GraphInfo,
-    PatchPreprocessing,
-    Preprocessing,
-    RotarySizes,
-    Selection,
-    SelectionRule,
-    TensorInfo,
-)
+from ivc_export.contract.manifest import DecoderSizes, GraphInfo, RotarySizes, Selection, SelectionRule, TensorInfo
 from ivc_export.contract.names import AnyGraphName, graph_file
+from ivc_export.contract.preprocessing import FixedPreprocessing, PatchPreprocessing, Preprocessing
 from ivc_export.dtypes import FloatName
 
 Kind = Literal["key", "value"]
+Only = Literal["", "patches", "tiles", "views", "frames", "thumbnails", "ivc rule", "view rule", "unnormed-values"]
 CacheRole = Literal["past", "new", "compact", "present"]
-
-AXES = {
-    "B": "frames of one size in `vision`; the literal 1 in `prefix` and `decoder`",
-    "S": "rows of this run: text and visual tokens",
-    "L": "visual tokens of this run",
-    "T": "the other tokens of this run; S = L + T",
-    "Q": "text rows that vote for visual tokens, at least 1",
-    "M": "rows kept: M = T + keep_count",
-    "P": "rows of a cache: its exact length, or a buffer's capacity",
-    "W": "the same of a layer whose cache keeps every row",
-    "H": "thumbnail tokens of this run: the last tile of each picture",
-    "R": "rows whose logits are wanted",
-    "seeds": "visual tokens chosen as seeds: max(1, round(0.01 L)), half to even; of H where there are tiles",
-    "patches": "patches of one frame",
-    "visual": "visual tokens of one frame: patches / merge_size^2, or tile_side^2",
-    "height": "pixels along a side of the fixed-size vision encoder's input",
-    "axes": "axes of a position: 3 for M-RoPE (time, row, column), else 1",
-    "patch_dim": "values of one patch: channels x frames x height x width",
-    "hidden": "hidden size",
-    "kv_heads": "heads of keys and values",
-    "head_dim": "values of one head of queries or keys",
-    "value_dim": "values of one head of values",
-    "vocab": "vocabulary size",
-}
 
 
 class Layers(enum.Enum):
@@ -70,7 +39,7 @@ class TensorSpec:
     axes: tuple[str | int, ...]
     about: str
     layers: Layers = Layers.NONE
-    only: Literal["", "patches", "tiles", "ivc rule", "tile rule", "unnormed-values"] = ""
+    only: Only = ""
 
 
 @dataclass(frozen=True)
@@ -115,9 +84,24 @@ GRAPHS: dict[AnyGraphName, GraphSpec] = {
             TensorSpec(
                 "pixel_values", "graph", ("B", 3, "height", "height"), "normalised pixels, B tiles", only="tiles"
             ),
+            TensorSpec(
+                "pixel_values",
+                "graph",
+                ("B", 3, "height", "height"),
+                "normalised pixels, a picture's B tiles, the first view before the second",
+                only="views",
+            ),
+            TensorSpec(
+                "token_source",
+                "int32",
+                ("visual",),
+                "for each visual token 0 (a row ends), 1 (a view ends), or 2 + its place among the tiles' tokens",
+                only="views",
+            ),
         ),
         outputs=(
-            TensorSpec("image_embeds", "graph", ("B", "visual", "hidden"), "one row a visual token"),
+            TensorSpec("image_embeds", "graph", ("B", "visual", "hidden"), "one row a visual token", only="frames"),
+            TensorSpec("image_embeds", "graph", (1, "visual", "hidden"), "one row a visual token", only="views"),
             TensorSpec(
                 "deepstack.{i}",
                 "graph",
@@ -149,14 +133,21 @@ GRAPHS: dict[AnyGraphName, GraphSpec] = {
                 "int32",
                 ("H",),
                 "thumbnail tokens, as positions within visual_index",
-                only="tile rule",
+                only="thumbnails",
             ),
             TensorSpec(
                 "tile_map",
                 "int32",
                 ("L",),
                 "for each visual token, the position within thumbnail_index of the one that shows the same place",
-                only="tile rule",
+                only="thumbnails",
+            ),
+            TensorSpec(
+                "candidate_index",
+                "int32",
+                ("V",),
+                "thumbnail tokens that show a picture, as positions within thumbnail_index, ascending",
+                only="view rule",
             ),
             _PAST_LENGTH,
             _WHOLE_LENGTH,
@@ -285,13 +276,20 @@ def graph_info(
         "vocab": decoder.vocab_size,
         "axes": len(rotary.sections),
     }
+    has = {"", preprocessing.kind, "views" if preprocessing.kind == "views" else "frames"}
     if isinstance(preprocessing, PatchPreprocessing):
         sizes["patch_dim"] = preprocessing.patch_dim
     else:
-        sizes |= {"height": preprocessing.tile_pixels, "visual": preprocessing.tile_side**2}
-    has = {"", preprocessing.kind, selection.scored}
+        sizes["height"] = preprocessing.tile_pixels
+    if isinstance(preprocessing, FixedPreprocessing):
+        sizes["visual"] = preprocessing.tile_side**2
+    has.add(selection.scored)
     if isinstance(selection, SelectionRule):
-        has |= {"ivc rule", "tile rule"} if selection.tiles else {"ivc rule"}
+        has.add("ivc rule")
+    if selection.tiles or selection.views:
+        has.add("thumbnails")
+    if selection.views:
+        has.add("view rule")
     layers = (decoder.layers, selection_layer, selection.whole_layers, decoder.deepstack)
 
     def infos(specs: tuple[TensorSpec, ...]) -> tuple[TensorInfo, ...]:

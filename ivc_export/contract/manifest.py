@@ -10,27 +10,21 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ivc_export.contract.names import MOST_VISUAL, SCHEMA_VERSION, GraphName
+from ivc_export.contract.preprocessing import Preprocessing
 from ivc_export.contract.records import (
     Count,
     Epsilon,
-    Factor,
     Frozen,
     Heads,
-    Level,
     Sha256,
-    SideLength,
-    Tiles,
     TokenId,
     Width,
 )
 from ivc_export.dtypes import DtypeName, FloatName
-from ivc_export.errors import UserError
 
 Scored = Literal["values", "unnormed-values"]
 """What visual tokens are scored by: the values of layer k-1, which it caches, or what its value weights make of the
 rows that enter it, without the norm before them."""
-
-Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 
 
 class DecoderSizes(Frozen):
@@ -64,13 +58,18 @@ class DecoderSizes(Frozen):
 
 
 class RotarySizes(Frozen):
-    """Rotary embedding: frequency j is `theta ** (-2 j / head_dim)`, and `sections[a]` of them turn with axis a."""
+    """Rotary embedding: frequency j is `theta ** (-2 j / size)`, and `sections[a]` of them turn with axis a."""
 
     theta: float = Field(gt=0, le=1e12)
     sections: tuple[Heads, ...] = Field(min_length=1, max_length=3)
     interleaved: bool = False
     """Whether axes take frequencies in turn (j of axis a is a, a + n, a + 2n, ... of n axes; what remains is axis 0's),
     or one axis after the other."""
+
+    @property
+    def size(self) -> int:
+        """Values of a head that are turned: all of them, for most families."""
+        return 2 * sum(self.sections)
 
 
 class SelectionRule(Frozen):
@@ -82,10 +81,14 @@ class SelectionRule(Frozen):
     seed_divisor: int = Field(gt=0, le=1 << 20, multiple_of=2)
     query_offset: int = Field(ge=0, le=1 << 20)
     """Text votes from row `end + query_offset` on, where `end` is the row behind the last picture."""
-    softmax: Literal["visual", "all"] = "visual"
-    """What a vote is shared among: the visual tokens, or every row of the run."""
+    softmax: Literal["visual", "all", "thumbnail"] = "visual"
+    """What a vote is shared among: the visual tokens, every row of the run, or the thumbnails' tokens."""
     tiles: bool = False
     """Whether pictures are tiles with a thumbnail, by which tokens are chosen (SelectTileTokens)."""
+    views: bool = False
+    """Whether pictures are two views with separators, and the first chooses the second's tokens (SelectViewTokens)."""
+    row_fraction: float = Field(default=0, ge=0, le=1)
+    """Where there are views: as ivc_fraction, of each row of the second view; ivc_fraction is of the first."""
     scored: Scored = "values"
     whole_layers: tuple[int, ...] = ()
     """Layers whose cache keeps every row, also of pruned tokens: it has a length of its own."""
@@ -103,101 +106,12 @@ class FastVRule(Frozen):
     """Any row behind the last picture can choose."""
     tiles: ClassVar[bool] = False
     """A thumbnail's tokens, and those of tiles, are tokens like others."""
+    views: ClassVar[bool] = False
+    """So are separators."""
 
 
 Selection = Annotated[SelectionRule | FastVRule, Field(discriminator="method")]
 """How a bundle's graphs choose visual tokens."""
-
-
-class Scaling(Frozen):
-    """How pixels are scaled: times rescale_factor, minus mean, by std, the latter two per RGB channel.
-
-    A processor that leaves one of these steps out has a factor of 1, or means of 0 and deviations of 1.
-    """
-
-    rescale_factor: Factor
-    mean: tuple[Level, Level, Level]
-    std: tuple[Factor, Factor, Factor]
-    resample: Resample = "bicubic"
-    """Pillow's filter."""
-
-
-class PatchPreprocessing(Scaling):
-    """How a picture becomes patches, at its own size. Pixel counts are of the resized picture."""
-
-    kind: Literal["patches"] = "patches"
-    patch_size: int = Field(gt=0, le=256)
-    merge_size: int = Field(gt=0, le=64)
-    temporal_patch_size: int = Field(gt=0, le=64)
-    min_pixels: Count
-    max_pixels: Count
-
-    @property
-    def patch_dim(self) -> int:
-        """Values of one patch: channels x frames x height x width."""
-        return 3 * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def token_side(self) -> int:
-        """Pixels along one side of a visual token."""
-        return self.patch_size * self.merge_size
-
-    @property
-    def least_visual(self) -> int:
-        """Visual tokens of the smallest picture."""
-        return max(1, -(-self.min_pixels // self.token_side**2))
-
-    def capped(self, max_visual: int) -> PatchPreprocessing:
-        """With max_pixels such that a picture gives at most `max_visual` tokens."""
-        most = min(self.max_pixels, max_visual * self.token_side**2)
-        return self.model_copy(update={"max_pixels": most, "min_pixels": min(self.min_pixels, most)})
-
-
-class FixedPreprocessing(Scaling):
-    """How a picture becomes what an encoder of fixed size takes: one tile, or several and a thumbnail of the whole.
-
-    Of the shapes of min_tiles to max_tiles tiles, fewest first, the one closest to the picture's aspect ratio is taken
-    (width / height, by absolute difference); a later one of the same difference takes its place if the picture has
-    more than half as many pixels as it has.
-    """
-
-    kind: Literal["tiles"] = "tiles"
-    tile_pixels: SideLength
-    """Pixels along one side of a tile."""
-    tile_side: int = Field(gt=0, le=1024)
-    """Visual tokens along one side of a tile."""
-    min_tiles: Tiles
-    max_tiles: Tiles
-    """Without the thumbnail, which a picture of several tiles has behind them."""
-    fit: Literal["crop", "stretch"]
-    """Whether the middle of the picture is cut out, or all of it is stretched to the tiles."""
-
-    @property
-    def token_side(self) -> int:
-        """Pixels along one side of a visual token."""
-        return self.tile_pixels // self.tile_side
-
-    @property
-    def least_visual(self) -> int:
-        """Visual tokens of the smallest picture."""
-        return self.tile_side**2 * (self.min_tiles + (self.min_tiles > 1))
-
-    def capped(self, max_visual: int) -> FixedPreprocessing:
-        """With max_tiles such that a picture gives at most `max_visual` tokens.
-
-        Raises:
-            UserError: one tile has more.
-        """
-        tile = self.tile_side**2
-        if max_visual < tile:
-            raise UserError(
-                f"max_visual {max_visual} is too small: a picture gives this model at least {tile} visual tokens"
-            )
-        most = max(1, min(self.max_tiles, max_visual // tile - 1))  # a single tile has no thumbnail
-        return self.model_copy(update={"max_tiles": most, "min_tiles": min(self.min_tiles, most)})
-
-
-Preprocessing = Annotated[PatchPreprocessing | FixedPreprocessing, Field(discriminator="kind")]
 
 
 class SpecialTokens(Frozen):

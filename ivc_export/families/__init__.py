@@ -18,7 +18,7 @@ SENSES = ("vision", "visual", "image", "img", "mm_", "audio", "video")
 
 def names() -> tuple[str, ...]:
     """The model types that can be exported; each names its file in this folder."""
-    return ("internvl", "internvl_chat", "llava", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+    return ("deepseek_vl_v2", "internvl", "internvl_chat", "llava", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 
 
 def of(model_type: str | None) -> Family:

@@ -9,12 +9,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 import PIL.Image
 
-from ivc_export.contract.manifest import FixedPreprocessing, PatchPreprocessing, Preprocessing
+from ivc_export.contract.preprocessing import FixedPreprocessing, PatchPreprocessing, Preprocessing, ViewPreprocessing
 from ivc_export.errors import UserError
-from ivc_export.families.pictures import Visual
+from ivc_export.families.pictures import Grid, Visual
 from ivc_export.graph.builder import Graph
 
-P = TypeVar("P", PatchPreprocessing, FixedPreprocessing)
+P = TypeVar("P", PatchPreprocessing, FixedPreprocessing, ViewPreprocessing)
 
 
 class Preparation(ABC):
@@ -43,6 +43,11 @@ class Preparation(ABC):
         All of it, where a family does not say otherwise.
         """
         return 0, 0, width, height
+
+    def scaled(self, size: tuple[int, int], grid: Grid) -> tuple[int, int]:
+        """The width and height that the covered part of a picture of this size, which gave `grid`, was scaled to."""
+        side = self.preprocessing.token_side
+        return grid.columns * side, grid.rows * side
 
     def shown(self, image: PIL.Image.Image) -> PIL.Image.Image:
         """The part of a picture that its visual tokens cover."""

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ivc_export.checkpoint.stacks import Stack
 from ivc_export.contract.graphs import graph_info
-from ivc_export.contract.manifest import DecoderSizes, GraphInfo, Preprocessing, RotarySizes, Selection
+from ivc_export.contract.manifest import DecoderSizes, GraphInfo, RotarySizes, Selection
 from ivc_export.contract.names import GraphName
+from ivc_export.contract.preprocessing import Preprocessing
 from ivc_export.dtypes import FloatName
 from ivc_export.families.encoder import Encoder, Preparation
 from ivc_export.families.pictures import Grid
@@ -30,7 +32,7 @@ class TokenTexts(NamedTuple):
 class Model:
     """One checkpoint's configuration, digested by its family.
 
-    block: what its decoder layers are made of.
+    block: what its decoder layers are made of. stacks: matrices that its graphs take as one.
     image_token, vision_start_token, vision_end_token: ids that config.json states; None where the tokenizer does, or
     where the family has no such token.
     """
@@ -43,6 +45,7 @@ class Model:
     image_token: int | None
     vision_start_token: int | None
     vision_end_token: int | None
+    stacks: tuple[Stack, ...] = ()
 
     @property
     def preprocessing(self) -> Preprocessing:

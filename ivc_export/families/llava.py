@@ -18,7 +18,8 @@ import onnx_ir as ir
 import PIL.Image
 from pydantic import AliasChoices, Field
 
-from ivc_export.contract.manifest import DecoderSizes, FixedPreprocessing, Preprocessing, RotarySizes, SelectionRule
+from ivc_export.contract.manifest import DecoderSizes, RotarySizes, SelectionRule
+from ivc_export.contract.preprocessing import FixedPreprocessing, Preprocessing
 from ivc_export.contract.records import Depth, Epsilon, Frozen, Heads, SideLength, TokenId, Width
 from ivc_export.families.encoder import Encoder, Preparation, of_kind
 from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, renamed, scaled_layer

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from ivc_export.contract.manifest import PatchPreprocessing, Preprocessing
+from ivc_export.contract.preprocessing import PatchPreprocessing, Preprocessing
 from ivc_export.families.encoder import Preparation, of_kind
 from ivc_export.families.pictures import Grid, Visual, check_shape, scaled_pixels
 

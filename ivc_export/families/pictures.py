@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from ivc_export.contract.manifest import Scaling
+from ivc_export.contract.preprocessing import Scaling
 from ivc_export.errors import UserError
 
 STRIP = 32_000_000
@@ -26,12 +26,16 @@ class Grid(NamedTuple):
     tile: where it is not 0, a frame's tokens come tile by tile, of tile x tile tokens each, tiles and the tokens within
     them row-major; behind several tiles comes a thumbnail of the whole frame, of one tile.
     time: number of frames, which is 1 for a still picture.
+    content: where it is not None, a frame is two views: a thumbnail of tile x tile tokens, of which rows `content[0]`
+    to `content[2]` (not included) and columns `content[1]` to `content[3]` show the picture, and then rows x columns
+    tokens. Both are row-major, with a separator behind each row, and one between them.
     """
 
     rows: int
     columns: int
     tile: int = 0
     time: int = 1
+    content: tuple[int, int, int, int] | None = None
 
     @property
     def frames(self) -> list[Grid]:
@@ -40,7 +44,12 @@ class Grid(NamedTuple):
 
     @property
     def blocks(self) -> list[int]:
-        """Number of visual tokens of each tile, thumbnails included; without tiles, of each frame."""
+        """Numbers of visual tokens within which IVC tokens are chosen: each tile's, thumbnails included.
+
+        Without tiles each frame's; of two views the first's, the separator, and those of each row of the second.
+        """
+        if self.content is not None:
+            return [self.tile * (self.tile + 1), 1, *[self.columns + 1] * self.rows] * self.time
         if not self.tile:
             return [self.rows * self.columns] * self.time
         tiles = self.rows * self.columns // self.tile**2
@@ -57,9 +66,40 @@ class Grid(NamedTuple):
         return {"time": self.time, "rows": self.rows, "columns": self.columns}
 
     @property
+    def batch(self) -> int:
+        """How many rows of what vision gives, along its first axis, hold them: its tiles, frames, or views as one."""
+        return self.time if self.content is not None else len(self.blocks)
+
+    @property
+    def detail(self) -> npt.NDArray[np.int32]:
+        """The visual token of each of `cells`, int32 [time * rows * columns]."""
+        row, column = np.mgrid[: self.rows, : self.columns].reshape(2, -1)
+        if self.content is not None:
+            one = self.tile * (self.tile + 1) + 1 + row * (self.columns + 1) + column
+        else:
+            one = np.arange(self.rows * self.columns)
+        frame = self.visual // self.time
+        return np.concatenate([frame * number + one for number in range(self.time)]).astype(np.int32)
+
+    @property
+    def thumbnail(self) -> npt.NDArray[np.int32]:
+        """The visual tokens of a frame's thumbnail, row-major, without separators; none where there is no thumbnail."""
+        row, column = np.mgrid[: self.tile, : self.tile].reshape(2, -1)
+        if self.content is not None:
+            return (row * (self.tile + 1) + column).astype(np.int32)
+        first = self.rows * self.columns
+        return np.arange(first, self.visual // self.time, dtype=np.int32)
+
+    @property
+    def separators(self) -> npt.NDArray[np.int32]:
+        """The visual tokens that show no place of the picture, but where a row or a view ends."""
+        places = np.concatenate([self.thumbnail, self.detail]) if self.content is not None else np.arange(self.visual)
+        return np.setdiff1d(np.arange(self.visual), places).astype(np.int32)
+
+    @property
     def cells(self) -> npt.NDArray[np.int32]:
-        """Row and column of each visual token but thumbnails', in their order, int32 [time * rows * columns, 2]."""
-        side = self.tile or max(self.rows, self.columns)
+        """Row and column of each visual token of `detail`, int32 [time * rows * columns, 2]."""
+        side = self.tile if self.tile and self.content is None else max(self.rows, self.columns)
         row, column = np.mgrid[: self.rows, : self.columns].reshape(2, -1)
         order = np.lexsort((column, row, column // side, row // side))
         return np.tile(np.stack([row[order], column[order]], axis=1), (self.time, 1)).astype(np.int32)

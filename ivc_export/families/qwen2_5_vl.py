@@ -9,7 +9,8 @@ from typing import Any, Literal
 import onnx_ir as ir
 from pydantic import Field
 
-from ivc_export.contract.manifest import DecoderSizes, PatchPreprocessing
+from ivc_export.contract.manifest import DecoderSizes
+from ivc_export.contract.preprocessing import PatchPreprocessing
 from ivc_export.contract.records import Depth, Frozen, Heads, SideLength, Width
 from ivc_export.errors import UserError
 from ivc_export.families.encoder import Encoder

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 from pydantic import Field
 
-from ivc_export.contract.manifest import DecoderSizes, PatchPreprocessing, RotarySizes, SelectionRule
+from ivc_export.contract.manifest import DecoderSizes, RotarySizes, SelectionRule
+from ivc_export.contract.preprocessing import PatchPreprocessing
 from ivc_export.contract.records import Count, Depth, Epsilon, Frozen, Heads, TokenId, Width
 from ivc_export.errors import UserError
 from ivc_export.families.encoder import Encoder

@@ -16,7 +16,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import onnx_ir as ir
 from pydantic import Field
 
-from ivc_export.contract.manifest import DecoderSizes, PatchPreprocessing, RotarySizes
+from ivc_export.contract.manifest import DecoderSizes, RotarySizes
+from ivc_export.contract.preprocessing import PatchPreprocessing
 from ivc_export.contract.records import Count, Depth, Epsilon, Heads, Width
 from ivc_export.errors import UserError
 from ivc_export.families import qwen2_5_vl

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from ivc_export.contract.manifest import Resample
+from ivc_export.contract.preprocessing import Resample
 from ivc_export.contract.records import Factor, Level
 from ivc_export.errors import UserError
 

@@ -9,19 +9,19 @@ from ivc_export.contract.manifest import RotarySizes
 from ivc_export.graph.builder import FLOAT, Graph
 
 
-def rotary_frequencies(head_dim: int, rotary: RotarySizes) -> np.ndarray:
-    """Frequencies by axis, float64 [axes, head_dim / 2]: zero where another axis turns the pair.
+def rotary_frequencies(rotary: RotarySizes) -> np.ndarray:
+    """Frequencies by axis, float64 [axes, rotary.size / 2]: zero where another axis turns the pair.
 
     Source: Su et al. 2021, section 3.2.2; sections as Wang et al. 2024 (Qwen2-VL), or interleaved as in Qwen3-VL.
     """
     axes = len(rotary.sections)
     if rotary.interleaved:
-        axis_of = np.zeros(head_dim // 2, int)
+        axis_of = np.zeros(rotary.size // 2, int)
         for axis, length in enumerate(rotary.sections[1:], 1):
             axis_of[axis : axes * length : axes] = axis
     else:
         axis_of = np.repeat(np.arange(axes), rotary.sections)
-    table = rotary.theta ** (-2.0 * np.arange(head_dim // 2) / head_dim)
+    table = rotary.theta ** (-2.0 * np.arange(rotary.size // 2) / rotary.size)
     return np.where(axis_of == np.arange(axes)[:, None], table, 0.0)
 
 

@@ -117,7 +117,7 @@ def standard(*functions: str) -> Passes:
     )
 
 
-SELECTION = frozenset(("SelectAttended", "SelectTileTokens", "SelectTokens", "CompactGather"))
+SELECTION = frozenset(("SelectAttended", "SelectTileTokens", "SelectTokens", "SelectViewTokens", "CompactGather"))
 FUSED_OPERATORS: Operators = frozenset(
     [("", "SimplifiedLayerNormalization")]
     + [("com.microsoft", op) for op in ("GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "RotaryEmbedding")]

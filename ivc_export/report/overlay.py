@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
+import PIL.ImageOps
 
 from ivc_export.families.pictures import Grid
 from ivc_export.runtime.interface import Step
+from ivc_export.selection.ivc_prune import SEPARATOR_PRIORITY
 
 COLOURS = {
     "seed": (230, 57, 70),
@@ -18,6 +21,7 @@ COLOURS = {
     "foreground": (46, 174, 92),
     "random": (240, 150, 30),
     "attended": (150, 80, 200),
+    "separator": (150, 90, 190),
     "pruned": (120, 120, 120),
 }
 LABELS = {
@@ -26,6 +30,7 @@ LABELS = {
     "foreground": "foreground",
     "random": "drawn at random",
     "attended": "most attended",
+    "separator": "ends of rows",
     "pruned": "pruned",
 }
 SHORT_SIDE, LONG_SIDE = 560, 1680
@@ -33,19 +38,29 @@ LEGEND = 34
 
 
 def kinds(step: Step) -> list[str]:
-    """What each visual token of a run is, one of its method's kinds."""
+    """What each visual token of a run is: one of its method's kinds, or "separator"."""
     kept, own = np.isin(step.run.visual_index, step.keep_index), step.run.method.record.kinds
     found: list[str] = np.where(kept, np.where(step.run.ivc_priority > 0, own[0], own[-1]), "pruned").tolist()
     for seed in step.prefix.get("seed_index", ()):
         if kept[seed]:
             found[seed] = "seed"
+    for separator in separators(step):
+        if kept[separator]:
+            found[separator] = "separator"
+    return found
+
+
+def separators(step: Step) -> list[int]:
+    """The visual tokens of a run that end rows and views, where the method keeps them before all others."""
+    found: list[int] = np.flatnonzero(step.run.ivc_priority >= SEPARATOR_PRIORITY).tolist()
     return found
 
 
 def count_kinds(step: Step) -> dict[str, int]:
     """How many visual tokens a run had of each kind that its method has; all zero without a picture."""
     found = kinds(step) if step.run.grids else []
-    return {kind: found.count(kind) for kind in step.run.method.record.all_kinds}
+    ends = ("separator",) if separators(step) else ()
+    return {kind: found.count(kind) for kind in (*step.run.method.record.all_kinds, *ends)}
 
 
 def overlay(images: Sequence[PIL.Image.Image], step: Step) -> PIL.Image.Image:
@@ -56,11 +71,12 @@ def overlay(images: Sequence[PIL.Image.Image], step: Step) -> PIL.Image.Image:
     found = kinds(step)
     panels, start = [], 0
     for image, grid in zip(images, step.run.grids, strict=True):
-        own = found[start : start + grid.visual]
-        panels.append(panel(image, grid, own))
-        thumbnail = own[grid.rows * grid.columns :]
+        ends = [start + end for end in row_ends(grid)]
+        detail, thumbnail = ([found[start + token] for token in part] for part in (grid.detail, grid.thumbnail))
+        panels.append(panel(image, grid, detail, [found[end] for end in ends[-grid.rows :]]))
         if thumbnail:
-            panels.append(panel(image, Grid(grid.tile, grid.tile), thumbnail))
+            square = grid._replace(rows=grid.tile, columns=grid.tile)
+            panels.append(panel(image, square, thumbnail, [found[end] for end in ends[: grid.tile]]))
         start += grid.visual
     width = sum(p.width for p in panels) + 8 * (len(panels) - 1)
     canvas = PIL.Image.new("RGB", (max(width, SHORT_SIDE), max(p.height for p in panels) + LEGEND), "white")
@@ -72,11 +88,24 @@ def overlay(images: Sequence[PIL.Image.Image], step: Step) -> PIL.Image.Image:
     return canvas
 
 
-def panel(image: PIL.Image.Image, grid: Grid, found: Sequence[str]) -> PIL.Image.Image:
-    """One picture at a whole number of pixels a token; `found` may go on with its thumbnail's tokens."""
+def row_ends(grid: Grid) -> npt.NDArray[np.int32]:
+    """The separators behind rows, without the one between views."""
+    return np.setdiff1d(grid.separators, [grid.tile * (grid.tile + 1)]) if grid.content else grid.separators
+
+
+def panel(image: PIL.Image.Image, grid: Grid, found: Sequence[str], ends: Sequence[str] = ()) -> PIL.Image.Image:
+    """One picture at a whole number of pixels a token. ends: of the separators behind its rows, if there are any."""
     cell = max(4, round(min(SHORT_SIDE / min(grid[:2]), LONG_SIDE / max(grid[:2]))))
-    drawn = image.resize((grid.columns * cell, grid.rows * cell), PIL.Image.Resampling.BICUBIC)
+    size = (grid.columns * cell, grid.rows * cell)
+    if grid.content is None:
+        drawn = image.resize(size, PIL.Image.Resampling.BICUBIC)
+    else:  # a view keeps the aspect ratio; separators have a strip of their own
+        view = PIL.ImageOps.pad(image, size, PIL.Image.Resampling.BICUBIC, (127, 127, 127))
+        drawn = PIL.Image.new("RGB", (size[0] + cell // 2, size[1]), "white")
+        drawn.paste(view)
     draw = PIL.ImageDraw.Draw(drawn, "RGBA")
+    for row, kind in enumerate(ends):
+        draw.rectangle((size[0] + 2, row * cell, drawn.width - 1, (row + 1) * cell - 2), fill=COLOURS[kind])
     for (row, column), kind in zip(grid.cells.tolist(), found, strict=False):
         box = (column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1)
         if kind == "pruned":

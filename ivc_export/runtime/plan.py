@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ivc_export import families
-from ivc_export.contract.manifest import Manifest
+from ivc_export.contract.manifest import Manifest, Selection, SelectionRule
 from ivc_export.contract.ratio import kept_tokens
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Grid, Visual
+from ivc_export.selection.ivc_prune import SEPARATOR_PRIORITY, Blocks
 from ivc_export.selection.method import IVC_PRUNE, Method, find_method
 
 Ints = npt.NDArray[np.int32]
@@ -32,7 +33,7 @@ class Run:
     ivc_priority: npt.NDArray[np.float32]
     keep_count: int
     tiles: Mapping[str, Ints]
-    """thumbnail_index and tile_map, where the graph takes them."""
+    """thumbnail_index and tile_map, and candidate_index, where the graph takes them."""
     next_position: int
     method: Method = IVC_PRUNE
     taken: Sequence[str] = ()
@@ -107,8 +108,11 @@ def plan_run(
     method = method or find_method(manifest.selection, None)
     if grids:
         voting = rows[visual[-1] + 1 + manifest.selection.query_offset :]
-        blocks = [block for grid in grids for block in grid.blocks]
+        blocks = [block for grid in grids for block in ivc_blocks(grid, manifest.selection)]
         priority = method.record.host_plan(manifest, positions[:, visual], blocks, method.seed)
+        starts = np.cumsum([0, *(grid.visual for grid in grids)])
+        for grid, first in zip(grids, starts, strict=False) if manifest.selection.views else ():
+            priority[first + grid.separators] = SEPARATOR_PRIORITY
         keep_count = sum(kept_tokens(grid.visual, ratio) for grid in grids)
     else:
         visual, voting, priority, keep_count = rows[:1], rows[:0], np.zeros(1, np.float32), 1
@@ -121,7 +125,7 @@ def plan_run(
         query_index=voting if len(voting) else rows[-1:],
         ivc_priority=priority,
         keep_count=keep_count,
-        tiles=tile_inputs(grids) if manifest.selection.tiles else {},
+        tiles=thumbnail_inputs(grids, manifest.selection),
         next_position=next_position,
         method=method,
         taken=method.record.operator.inputs(manifest.selection),
@@ -146,13 +150,15 @@ def check_inputs(manifest: Manifest, picture: Visual) -> None:
                 f"a picture's {tensor.name} is {found}, and this model takes {list(tensor.shape)}: prepare the picture "
                 "with this bundle's own settings"
             )
-    tokens = info.outputs[0].shape[1]  # of a frame: a number where frames are of one size
+    frames, tokens, _ = info.outputs[0].shape  # numbers, or axes of the inputs
     if isinstance(tokens, str):
-        tokens = axes["patches"] // getattr(manifest.preprocessing, "merge_size", 1) ** 2
-    if axes["B"] * tokens != picture.grid.visual:
+        merged = getattr(manifest.preprocessing, "merge_size", 1) ** 2
+        tokens = axes[tokens] if tokens in axes else axes["patches"] // merged
+    visual = tokens * (axes[frames] if isinstance(frames, str) else frames)
+    if visual != picture.grid.visual:
         raise UserError(
-            f"a picture's pixels are those of {axes['B'] * tokens} visual tokens, and its grid has "
-            f"{picture.grid.visual}: prepare the picture with this bundle's own settings"
+            f"a picture's pixels are those of {visual} visual tokens, and its grid has {picture.grid.visual}: prepare "
+            "the picture with this bundle's own settings"
         )
 
 
@@ -169,13 +175,33 @@ def check_kept(keep_index: npt.NDArray[Any], rows: int) -> Ints:
     return kept.astype(np.int32)
 
 
+def ivc_blocks(grid: Grid, rule: Selection) -> Blocks:
+    """Numbers of a picture's tokens within which IVC tokens are chosen, and the fraction of each."""
+    if not isinstance(rule, SelectionRule):
+        return []
+    if grid.content is None:
+        return [(tokens, rule.ivc_fraction) for tokens in grid.blocks]
+    fractions = [rule.ivc_fraction, *[rule.row_fraction] * (1 + grid.rows)] * grid.time
+    return list(zip(grid.blocks, fractions, strict=True))
+
+
+def thumbnail_inputs(grids: Sequence[Grid], rule: Selection) -> dict[str, Ints]:
+    """What the rule's operator takes of thumbnails, by the contract's names."""
+    if not rule.tiles and not rule.views:
+        return {}
+    make, names = (view_inputs, VIEW_INPUTS) if rule.views else (tile_inputs, TILE_INPUTS)
+    return make(grids) if grids else {name: np.zeros(1, np.int32) for name in names}  # a row stands in for a token
+
+
+TILE_INPUTS = ("thumbnail_index", "tile_map")
+VIEW_INPUTS = (*TILE_INPUTS, "candidate_index")
+
+
 def tile_inputs(grids: Sequence[Grid]) -> dict[str, Ints]:
     """The thumbnails' tokens, and for every visual token which of them shows the same place; names as in the contract.
 
     A thumbnail token (r, c) covers r h .. r h + h - 1 and c w .. c w + w - 1 of the tokens of h x w tiles.
     """
-    if not grids:  # one row stands in for a visual token
-        return {"thumbnail_index": np.zeros(1, np.int32), "tile_map": np.zeros(1, np.int32)}
     thumbnails, maps, start, before = [], [], 0, 0
     for grid in [frame for visual in grids for frame in visual.frames]:
         thumbnail = np.arange(grid.tile**2)
@@ -188,6 +214,31 @@ def tile_inputs(grids: Sequence[Grid]) -> dict[str, Ints]:
     return {
         "thumbnail_index": np.concatenate(thumbnails).astype(np.int32),
         "tile_map": np.concatenate(maps).astype(np.int32),
+    }
+
+
+def view_inputs(grids: Sequence[Grid]) -> dict[str, Ints]:
+    """The same of pictures in two views, whose separators belong to their rows, and the candidates for seeds.
+
+    A separator of the second view stands for that of the thumbnail's row that shows the same; the one between the
+    views for the thumbnail's first token.
+    """
+    thumbnails, maps, candidates, start, before = [], [], [], 0, 0
+    for grid in [frame for visual in grids for frame in visual.frames]:
+        side, whole = grid.tile + 1, grid.tile * (grid.tile + 1)
+        row, column = np.mgrid[: grid.rows, : grid.columns + 1]
+        shown = row * grid.tile // grid.rows * side + column * grid.tile // grid.columns
+        maps += [before + np.arange(whole), [before], before + shown.ravel()]
+        assert grid.content is not None
+        top, left, bottom, right = grid.content
+        row, column = np.mgrid[top:bottom, left:right]
+        candidates.append(before + (row * side + column).ravel())
+        thumbnails.append(start + np.arange(whole))
+        start, before = start + grid.visual, before + whole
+    return {
+        "thumbnail_index": np.concatenate(thumbnails).astype(np.int32),
+        "tile_map": np.concatenate(maps).astype(np.int32),
+        "candidate_index": np.concatenate(candidates).astype(np.int32),
     }
 
 

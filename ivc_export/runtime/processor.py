@@ -79,11 +79,10 @@ class Processor:
         shown. scaled: the size that this part was scaled to, in whose pixels some models answer. grid: visual tokens
         along both sides, and tiles, a thumbnail among them.
         """
-        p = self.pictures.preprocessing
         return {
             "original": {"width": size[0], "height": size[1]},
             "covered": self.pictures.covered(*size),
-            "scaled": {"width": grid.columns * p.token_side, "height": grid.rows * p.token_side},
+            "scaled": dict(zip(("width", "height"), self.pictures.scaled(size, grid), strict=True)),
             "grid": grid.extents | {"tiles": len(grid.blocks)},
         }
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
 from ivc_export.contract.manifest import Manifest
-from ivc_export.selection.ivc_prune import Floats, Ints
+from ivc_export.selection.ivc_prune import Blocks, Floats, Ints
 
 
-def foreground_priorities(m: Manifest, positions: Ints, blocks: Sequence[int], seed: int) -> Floats:
+def foreground_priorities(m: Manifest, positions: Ints, blocks: Blocks, seed: int) -> Floats:
     """No priority for any token, float32 [L]: seeds come first, and all others by score."""
     return np.zeros(positions.shape[1], np.float32)
 
 
-def random_priorities(m: Manifest, positions: Ints, blocks: Sequence[int], seed: int) -> Floats:
+def random_priorities(m: Manifest, positions: Ints, blocks: Blocks, seed: int) -> Floats:
     """A priority for every token, drawn, float32 [L]: seeds come first, and all others in the drawn order.
 
     Of L tokens the one with the largest of `draws` gets L + 1, the next L, the last 2.

@@ -24,6 +24,12 @@ IVC_PRIORITY = 2.0**15
 SEED_PRIORITY = 1e30
 """Of the last seed; each before it has as much more."""
 
+SEPARATOR_PRIORITY = 1e36
+"""Of separators between the rows of views, which come even before seeds."""
+
+Blocks = Sequence[tuple[int, float]]
+"""Numbers of visual tokens within which IVC tokens are chosen, and the fraction of each."""
+
 
 @dataclass(frozen=True)
 class Selected:
@@ -65,16 +71,40 @@ def ivc_priority(positions: Ints, rotary: RotarySizes, head_dim: int, rule: Sele
     return priority
 
 
-def ivc_priorities(m: Manifest, positions: Ints, blocks: Sequence[int], seed: int) -> Floats:
+def ivc_priorities(m: Manifest, positions: Ints, blocks: Blocks, seed: int) -> Floats:
     """Priorities of all of a run's visual tokens, float32 [L]: `ivc_priority` of each block; no seed matters."""
-    rule, parts = m.selection, np.split(positions, np.cumsum(blocks)[:-1], axis=1)
+    rule = m.selection
     assert isinstance(rule, SelectionRule)
-    return np.concatenate([ivc_priority(part, m.rotary, m.decoder.head_dim, rule) for part in parts])
+    parts = np.split(positions, np.cumsum([tokens for tokens, _ in blocks])[:-1], axis=1)
+    rules = [rule.model_copy(update={"ivc_fraction": fraction}) for _, fraction in blocks]
+    found = [ivc_priority(part, m.rotary, m.rotary.size, own) for part, own in zip(parts, rules, strict=True)]
+    return np.concatenate(found)
 
 
 def sharers(rule: SelectionRule, text_index: Ints) -> Ints:
     """Rows that share a vote with the visual tokens."""
     return text_index if rule.softmax == "all" else text_index[:0]
+
+
+def text_votes(
+    values: Floats,
+    visual_index: Ints,
+    text_index: Ints,
+    query_index: Ints,
+    rule: SelectionRule,
+    tiles: Mapping[str, Ints] | None = None,
+) -> Floats:
+    """What the text's votes give each visual token, float32 [L]; where there are views, that of its thumbnail token.
+
+    The arguments are those of `select`.
+    """
+    if rule.views:
+        assert tiles is not None
+        places = visual_index[tiles["thumbnail_index"]]
+        by_place: Floats = votes(values, places, query_index, text_index[:0]).mean(axis=0)
+        return by_place[tiles["tile_map"]]
+    by_token: Floats = votes(values, visual_index, query_index, sharers(rule, text_index)).mean(axis=0)
+    return by_token
 
 
 def votes(values: Floats, visual_index: Ints, rows: Ints, others: Ints) -> Floats:
@@ -140,6 +170,54 @@ def tile_scores(
     return scores
 
 
+def view_scores(
+    values: Floats,
+    visual_index: Ints,
+    query_index: Ints,
+    seed_divisor: int,
+    thumbnail_index: Ints,
+    tile_map: Ints,
+    candidate_index: Ints,
+    seed_index: Ints | None = None,
+) -> tuple[Floats, Ints]:
+    """Score of each visual token of pictures in two views, and the seeds, one of `seed_divisor` candidates or none.
+
+    Only thumbnails' tokens share votes; a token of the second view has the score of the thumbnail's token that shows
+    its place. The other arguments, and what is returned, are those of `token_scores`.
+    """
+    none, places = thumbnail_index[:0], visual_index[thumbnail_index]
+    by_text = votes(values, places, query_index, none)
+    if seed_index is None:
+        seeds = descending(by_text.mean(axis=0)[candidate_index])[: round(len(candidate_index) / seed_divisor)]
+        seed_index = thumbnail_index[candidate_index[seeds]]
+    by_seeds = votes(values, places, visual_index[seed_index], none)
+    return np.concatenate([by_text, by_seeds]).mean(axis=0)[tile_map], seed_index
+
+
+def view_order(
+    token_score: Floats,
+    seed_index: Ints,
+    priority: Floats,
+    thumbnail_index: Ints,
+    tile_map: Ints,
+    candidate_index: Ints,
+) -> Floats:
+    """Numbers below 1 that order visual tokens of pictures in two views behind the IVC tokens, float32 [L].
+
+    A thumbnail's token and those of the second view that show its place stand together: first those of seeds, then of
+    candidates that are no IVC tokens, then of all others; each by score. So the foreground that the official code keeps
+    is a beginning of the order.
+    """
+    count = len(thumbnail_index)
+    tier = np.zeros(count, np.int32)
+    tier[candidate_index] = priority[thumbnail_index[candidate_index]] == 0
+    tier[np.isin(thumbnail_index, seed_index)] = 2
+    rank = np.empty(count, np.int32)
+    rank[np.lexsort((-token_score[thumbnail_index], -tier))] = np.arange(count)
+    order = (count - rank).astype(np.float32) / np.float32(2 * count)
+    return order[tile_map]
+
+
 def kept_rows(
     token_score: Floats, seed_index: Ints, priority: Floats, visual_index: Ints, text_index: Ints, keep_count: int
 ) -> Ints:
@@ -162,9 +240,17 @@ def select(
 ) -> Selected:
     """The rule's operator in NumPy. values: float32 [kv_heads, S, value_dim]; the others as in the contract.
 
-    tiles: thumbnail_index and tile_map, for a rule with tiles. seed_index: seeds to take instead of those that the text
-    votes for.
+    tiles: thumbnail_index and tile_map, for a rule with tiles or views, and candidate_index for one with views.
+    seed_index: seeds to take instead of those that the text votes for.
     """
+    if rule.views:
+        assert tiles is not None
+        token_score, seed_index = view_scores(
+            values, visual_index, query_index, rule.seed_divisor, **tiles, seed_index=seed_index
+        )
+        order = view_order(token_score, seed_index, priority, **tiles)
+        keep_index = kept_rows(order, seed_index, priority, visual_index, text_index, keep_count)
+        return Selected(keep_index, token_score, seed_index)
     others = sharers(rule, text_index)
     candidates = tiles["thumbnail_index"] if tiles else np.arange(len(visual_index), dtype=np.int32)
     token_score, seed_index = token_scores(

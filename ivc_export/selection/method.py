@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ivc_export.contract.manifest import Manifest, Selection
 from ivc_export.errors import UserError
 from ivc_export.selection.baselines import foreground_priorities, random_priorities
 from ivc_export.selection.fastv import fastv_rule
-from ivc_export.selection.ivc_prune import Floats, Ints, ivc_priorities
+from ivc_export.selection.ivc_prune import Blocks, Floats, Ints, ivc_priorities
 from ivc_export.selection.operators import ATTENDED_OPERATOR, IVC_OPERATOR, Operator
 
 
@@ -18,7 +18,7 @@ class SelectionMethod:
     """A way to choose visual tokens.
 
     host_plan: `ivc_priority` of a run with pictures, float32 [L], of the manifest, the visual tokens' positions int32
-    [axes, L], the numbers of tokens that IVC tokens are chosen within, and a seed. A priority is 0, or at least 2;
+    [axes, L], the blocks that IVC tokens are chosen within, and a seed. A priority is 0, or at least 2;
     larger ones come first. kinds: what kept tokens are, beside seeds: first those with a priority, last those without.
     drawn: whether the seed matters. operator: what chooses in the prefix graph. exported_as: the method that a bundle
     has to be exported with. rule: of a family's constants, those that a manifest holds.
@@ -26,7 +26,7 @@ class SelectionMethod:
     Methods of one operator differ in priorities alone, so that one bundle serves them all.
     """
 
-    host_plan: Callable[[Manifest, Ints, Sequence[int], int], Floats]
+    host_plan: Callable[[Manifest, Ints, Blocks, int], Floats]
     kinds: tuple[str, ...]
     drawn: bool = False
     operator: Operator = IVC_OPERATOR

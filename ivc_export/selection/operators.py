@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ivc_export.contract.manifest import FastVRule, SelectionRule
 from ivc_export.graph.builder import Graph
 
-SELECTIONS = ("SelectAttended", "SelectTileTokens", "SelectTokens")
+SELECTIONS = ("SelectAttended", "SelectTileTokens", "SelectTokens", "SelectViewTokens")
 """The `ivc` operators that choose visual tokens."""
 
 LayerTensor = Literal["query", "key", "past_key", "past_length", "scored"]
@@ -52,23 +52,24 @@ class Operator:
 
 def selection_operator(rule: SelectionRule) -> str:
     """The `ivc` operator that chooses by `rule`."""
-    return "SelectTileTokens" if rule.tiles else "SelectTokens"
+    return "SelectViewTokens" if rule.views else "SelectTileTokens" if rule.tiles else "SelectTokens"
 
 
 def ivc_call(rule: SelectionRule, scale: float) -> Call:
     """The rule's operator; values are scaled by their own size."""
-    shared = {} if rule.tiles else {"softmax_all": int(rule.softmax == "all")}
+    shared = {} if rule.tiles or rule.views else {"softmax_all": int(rule.softmax == "all")}
     return Call(selection_operator(rule), {"seed_divisor": rule.seed_divisor} | shared)
 
 
 def ivc_inputs(rule: SelectionRule) -> Sequence[str]:
     """What the rule's operator takes of a plan."""
-    tiles = ("thumbnail_index", "tile_map") if rule.tiles else ()
-    return ("ivc_priority", "visual_index", "text_index", "query_index", "keep_count", *tiles)
+    tiles = ("thumbnail_index", "tile_map") if rule.tiles or rule.views else ()
+    views = ("candidate_index",) if rule.views else ()
+    return ("ivc_priority", "visual_index", "text_index", "query_index", "keep_count", *tiles, *views)
 
 
 IVC_OPERATOR = Operator(ivc_call, looks_at=("scored",), inputs=ivc_inputs)
-"""SelectTokens, or SelectTileTokens."""
+"""SelectTokens, SelectTileTokens or SelectViewTokens."""
 
 ATTENDED_OPERATOR = Operator(
     lambda rule, scale: Call("SelectAttended", {"scale": scale}),

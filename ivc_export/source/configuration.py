@@ -14,6 +14,7 @@ from ivc_export.checkpoint.folder import Checkpoint
 from ivc_export.checkpoint.formats import detect_format
 from ivc_export.checkpoint.formats.weight_format import WeightFormat, tensors_of_no_layer
 from ivc_export.checkpoint.kinds import check_tensors, check_whole
+from ivc_export.checkpoint.stacks import with_stacks
 from ivc_export.checkpoint.weights import Weights
 from ivc_export.contract.names import PREPROCESSOR
 from ivc_export.contract.records import first_problem
@@ -99,14 +100,19 @@ def read_configuration(
         name.startswith("lm_head.") for name in tensors
     ):  # as transformers 5: a stored head counts, whatever config.json says
         model = replace(model, decoder=model.decoder.model_copy(update={"tied_embeddings": False}))
-    weights = Weights.of(tensors, layers, stored)
+    weights = with_stacks(Weights.of(tensors, layers, stored), model.stacks)
     check_whole(checkpoint.place, tensors, model.decoder.tied_embeddings)
     return Configuration(d.family, model, d.processor, d.prompts, weights, stored)
 
 
 def image_processor(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The image processor's settings: its part of transformers 5's processor_config.json, or else its own file."""
+    """The image processor's settings: its part of transformers 5's processor_config.json, or else its own file.
+
+    Where there is neither, processor_config.json itself, of a processor that is one with its image processor.
+    """
     part = (checkpoint.json(PROCESSOR) or {}).get("image_processor")
     if part is not None and not isinstance(part, dict):
         raise UserError(f"image_processor of {checkpoint.folder / PROCESSOR} is no JSON object: download it again")
-    return part if part is not None else checkpoint.json(PREPROCESSOR)
+    found = part if part is not None else checkpoint.json(PREPROCESSOR)
+    whole = checkpoint.json(PROCESSOR) or {}
+    return whole if found is None and "image_mean" in whole else found

@@ -219,7 +219,7 @@ def default_template(stored: Any, path: Path) -> str | None:
 def stated_stops(checkpoint: Checkpoint) -> tuple[int, ...]:
     """End-of-sequence ids: generation_config.json's, or else config.json's."""
     config = checkpoint.config
-    texts = [config.get(key) or {} for key in ("text_config", "llm_config")]
+    texts = [config.get(key) or {} for key in ("text_config", "llm_config", "language_config")]
     for source in (checkpoint.json(GENERATION_CONFIG) or {}, config, *texts):
         ids = source.get("eos_token_id")
         if ids is not None:

@@ -39,9 +39,10 @@ def build(
     tell: called before the build with sentences that say which softmax and attention are built, and what they cost.
 
     Raises:
-        UserError: TensorRT is missing or refuses a graph, the plugin does not load, timing caches cannot be written, or
-            memory or max_visual is too small.
+        UserError: TensorRT is missing or refuses a graph, the plugin does not load, timing caches cannot be written,
+            memory or max_visual is too small, or the model has experts.
     """
+    check_no_experts(bundle)
     check_takes_a_picture(bundle, recipe)
     trt = load_tensorrt(recipe.target)
     bundle.check_portable("an engine")
@@ -77,6 +78,20 @@ def build(
         folder.parent.mkdir(exist_ok=True)
         staging.put_in_place(work / "done", folder, force=True)
     return folder, estimated
+
+
+def check_no_experts(bundle: Bundle) -> None:
+    """Refuse mixtures of experts: without a kernel for them every expert of every layer would run for every token.
+
+    Raises:
+        UserError: a graph has one.
+    """
+    found = [name for name in GRAPH_NAMES if any(n.op_type == "MixtureOfExperts" for n in bundle.graph(name).graph)]
+    if found:
+        raise UserError(
+            f"{' and '.join(found)} of this model hold mixtures of experts, which no engine is built for yet: run the "
+            "bundle on onnxruntime, with ivc-run"
+        )
 
 
 def check_takes_a_picture(bundle: Bundle, recipe: EngineRecipe) -> None:

@@ -24,7 +24,8 @@ from ivc_export.errors import UserError
 from ivc_export.families.pictures import Visual
 from ivc_export.selection.method import Method, find_method
 from ivc_export.source.configuration import read_configuration
-from ivc_export.verify.reference import Reference, ReferenceLayout, ReferencePicture, ReferenceTurn
+from ivc_export.verify.reference import Reference, ReferenceLayout, ReferenceTurn
+from ivc_export.verify.reference_picture import ReferencePicture
 
 
 def record(
@@ -107,7 +108,7 @@ def reference_picture(bundle: Bundle, picture: Visual) -> ReferencePicture:
     grid = picture.grid
     inputs = families.preparation(bundle.manifest).stock_inputs(picture)
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    return ReferencePicture(tensors, grid.rows, grid.columns, grid.tile)
+    return ReferencePicture(tensors, grid.rows, grid.columns, grid.tile, grid.content)
 
 
 def reference_layout(bundle: Bundle, checkpoint: Path) -> ReferenceLayout | None:

@@ -23,7 +23,7 @@ from ivc_export.runtime.interface import Session, Step, image_rows
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.plan import Run
 from ivc_export.selection.fastv import select_by_score
-from ivc_export.selection.ivc_prune import Selected, select, sharers, votes
+from ivc_export.selection.ivc_prune import Selected, select, text_votes
 from ivc_export.selection.method import METHODS, Method
 from ivc_export.verify.testdata import draw_picture, make_prompt
 
@@ -290,15 +290,15 @@ def compare_choice(
     if not shapes or own.shape != values.shape or not np.isin(seeds, np.arange(len(score))).all():
         return [Comparison(f"seed_index{suffix}", None, None, False, "another shape, or not of the visual tokens")]
     replayed = choose(values, run, rule, seeds)
-    others = sharers(rule, run.text_index)
-    text = [votes(v, run.visual_index, run.query_index, others).mean(axis=0) for v in (own, values)]
+    rows = (run.visual_index, run.text_index, run.query_index)
+    text = [text_votes(v, *rows, rule, run.tiles) for v in (own, values)]
     error = min(tolerance, max(largest(text[0] - text[1]), largest(score - replayed.token_score)))
     found = same_seeds(f"seed_index{suffix}", seeds, wanted.seed_index, text[1], error)
     oracle = wanted if np.array_equal(seeds, wanted.seed_index) else replayed
     scores = close(f"token_score{suffix}", tolerance, [(score, oracle.token_score)])
     free = np.setdiff1d(np.flatnonzero(run.ivc_priority == 0), seeds)
-    rows = (step.prefix["keep_index"], oracle.keep_index, run.visual_index, oracle.token_score)
-    return [found, scores, same_rows(f"keep_index{suffix}", *rows, free, min(tolerance, scores.error or 0.0))]
+    kept = (step.prefix["keep_index"], oracle.keep_index, run.visual_index, oracle.token_score)
+    return [found, scores, same_rows(f"keep_index{suffix}", *kept, free, min(tolerance, scores.error or 0.0))]
 
 
 def same_seeds(name: str, found: Ints, wanted: Ints, score: Floats, error: float) -> Comparison:

@@ -21,45 +21,8 @@ from ivc_export.errors import UserError
 from ivc_export.verify.attended import attention_of_last_row
 from ivc_export.verify.dequantised import dequantised, quantisation
 from ivc_export.verify.drawn import splitmix64
-
-
-@dataclass(frozen=True)
-class ReferencePicture:
-    """A picture as transformers takes it, and its visual tokens.
-
-    inputs: what get_image_features takes, by name, pictures along the first axis.
-    rows, columns: of visual tokens. tile: 0, or the tokens along a side of a tile: they come tile by tile, and behind
-    several tiles a thumbnail of one.
-    """
-
-    inputs: Mapping[str, torch.Tensor]
-    rows: int
-    columns: int
-    tile: int = 0
-
-    @property
-    def blocks(self) -> list[int]:
-        """Numbers of tokens within which IVC tokens are chosen."""
-        if not self.tile:
-            return [self.rows * self.columns]
-        tiles = (self.rows // self.tile) * (self.columns // self.tile)
-        return [self.tile * self.tile] * (tiles if tiles == 1 else tiles + 1)
-
-    @property
-    def shown(self) -> list[int]:
-        """For each token of a picture in tiles, the token of its thumbnail that shows the same place."""
-        side, high, wide = self.tile, self.rows // self.tile, self.columns // self.tile
-        thumbnail = sum(self.blocks) - side * side
-        found = [thumbnail + token for token in range(side * side)]
-        if high * wide == 1:
-            return found
-        tiles = []
-        for tile in range(high * wide):
-            for token in range(side * side):
-                row = tile // wide * side + token // side  # on the canvas that the tiles make up
-                column = tile % wide * side + token % side
-                tiles.append(thumbnail + row // high * side + column // wide)
-        return tiles + found
+from ivc_export.verify.reference_picture import ReferencePicture, fill_views, view_scores
+from ivc_export.verify.two_views import TwoViewsOfExperts
 
 
 @dataclass(frozen=True)
@@ -113,6 +76,10 @@ def unquantised(folder: Path) -> tuple[Any, Any]:
         return config, type(transformers.AutoModelForImageTextToText.from_config(config))
 
 
+OWN_MODELS: Mapping[str, Any] = {"TwoViewsOfExperts": TwoViewsOfExperts}
+"""Models that transformers lacks, by the name that a layout's config.json has for them."""
+
+
 class Reference:
     """A stock model that prunes visual tokens at layer `selection_layer`, keeping `ratio` of each picture's.
 
@@ -153,8 +120,9 @@ class Reference:
                     for own, part in (layout.tensors(name, tensor) if layout else {name: tensor}).items()
                 }
                 if layout is not None:
-                    config = transformers.AutoConfig.for_model(**layout.config)
-                    loader = getattr(transformers, layout.config["architectures"][0])
+                    name = layout.config["architectures"][0]
+                    config = layout.config if name in OWN_MODELS else transformers.AutoConfig.for_model(**layout.config)
+                    loader = OWN_MODELS.get(name) or getattr(transformers, name)
                 else:
                     config, loader = unquantised(folder)
                 options |= {"config": config, "state_dict": state}
@@ -306,35 +274,38 @@ class Reference:
         text = torch.ones(values.shape[1], dtype=torch.bool)
         text[visual] = False
         shown: list[int] = []  # for rules with tiles: the thumbnail token that shows the same place, of each token
-        for picture in pictures if self.rule.tiles else ():
-            shown += [len(shown) + token for token in picture.shown]
-        score, seeds = token_scores(
-            values,
-            visual,
-            queries if len(queries) else rows[-1:],
-            self.rule.seed_divisor,
-            others=rows[text] if self.rule.softmax == "all" else rows[:0],
-            shown=shown,
-        )
-        found, blocks = positions[:, visual], [n for picture in pictures for n in picture.blocks]
+        separators: list[int] = []
+        candidates: list[int] = []
+        for picture in pictures if self.rule.tiles or self.rule.views else ():
+            start = len(shown)
+            shown += [start + token for token in picture.shown]
+            separators += [start + token for token in picture.separators]
+            candidates += [start + token for token in picture.candidates]
+        queries = queries if len(queries) else rows[-1:]
+        blocks = [block for picture in pictures for block in picture.blocks_of(self.rule)]
         first = {"ivc-prune": self._coordinates, "random": self._drawn}.get(self.method)
-        coordinates = first(found, blocks) if first else []
-        chosen = visual[fill(score, seeds.tolist(), coordinates, self._budget(pictures), shown)]
+        coordinates, budget = first(positions[:, visual], blocks) if first else [], self._budget(pictures)
+        if self.rule.views:
+            score, seeds = view_scores(values, visual, queries, self.rule.seed_divisor, shown, candidates)
+            chosen = visual[fill_views(score, seeds.tolist(), coordinates, budget, shown, candidates, separators)]
+        else:
+            others = rows[text] if self.rule.softmax == "all" else rows[:0]
+            score, seeds = token_scores(values, visual, queries, self.rule.seed_divisor, others, shown)
+            chosen = visual[fill(score, seeds.tolist(), coordinates, budget, shown)]
         return score, seeds, torch.cat([rows[text], chosen]).sort().values
 
-    def _coordinates(self, positions: torch.Tensor, blocks: Sequence[int]) -> list[int]:
+    def _coordinates(self, positions: torch.Tensor, blocks: Sequence[tuple[int, float]]) -> list[int]:
         """IVC tokens, the best of each block first. positions: [axes, L], of the visual tokens."""
-        config = self.decoder.config
-        theta = config.rope_parameters["rope_theta"]
-        size = self.cache.layers[0].keys.shape[-1]  # of a head; values may be of another size
+        theta = self.decoder.config.rope_parameters["rope_theta"]
+        size = 2 * len(self.decoder.rotary_emb.inv_freq)  # what of a head is turned
+        parts = torch.split(torch.arange(positions.shape[1]), [tokens for tokens, _ in blocks])
         ranked = []  # (rank within its block, token)
-        for part in torch.split(torch.arange(positions.shape[1]), list(blocks)):
-            assert isinstance(self.rule, SelectionRule)
-            best = ivc_tokens(positions[:, part], theta, size, self.rule.ivc_fraction)
+        for part, (_, fraction) in zip(parts, blocks, strict=True):
+            best = ivc_tokens(positions[:, part], theta, size, fraction)
             ranked += [(rank, int(part[token])) for rank, token in enumerate(best)]
         return [token for _, token in sorted(ranked)]
 
-    def _drawn(self, positions: torch.Tensor, blocks: Sequence[int]) -> list[int]:
+    def _drawn(self, positions: torch.Tensor, blocks: Sequence[tuple[int, float]]) -> list[int]:
         """All visual tokens in a drawn order."""
         numbers = splitmix64(self.seed)
         drawn = [(next(numbers), token) for token in range(positions.shape[1])]

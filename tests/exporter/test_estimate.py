@@ -28,8 +28,8 @@ from ivc_export.lowering.inline import InlinePass
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.selection.operators import SELECTIONS
-from samples.make_sample import make_checkpoint
-from samples.tiny import TINY
+from samples.make_sample import make_checkpoint, make_tokenizer
+from samples.tiny import TINY, TOKENS
 
 PICTURE = Size(300, 200)
 
@@ -145,12 +145,15 @@ def test_peak_activations_are_the_tensors_alive_at_once() -> None:
 @pytest.mark.parametrize("name", families.names())
 def test_every_family_can_be_estimated(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY[name]))
+    make_tokenizer(TOKENS[name]).save(
+        str(tmp_path / "tokenizer.json")
+    )  # which says the image token where no config does
     found = estimate_recipe(ExportRecipe(tmp_path, tmp_path / "b", ratio=0.25), [Size(448, 448), Size(200, 100)])
     for picture in found.pictures:
         assert picture.pruned.flops["vision"] == picture.unpruned.flops["vision"] > 0
         assert 0 < picture.pruned.flops["decoder"] < picture.unpruned.flops["decoder"]
         assert 0.2 < picture.saved_cache < 0.75
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "tokenizer.json"]
 
 
 def test_weights_dtype_and_cap_count(tmp_path: Path) -> None:

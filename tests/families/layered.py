@@ -12,7 +12,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ivc_export.contract.manifest import DecoderSizes, PatchPreprocessing, RotarySizes, SelectionRule
+from ivc_export.contract.manifest import DecoderSizes, RotarySizes, SelectionRule
+from ivc_export.contract.preprocessing import PatchPreprocessing
 from ivc_export.families.encoder import Encoder
 from ivc_export.families.family import Model
 from ivc_export.families.patches import PatchPictures

@@ -98,7 +98,7 @@ def test_axes_take_frequencies_in_turn(sections: tuple[int, ...]) -> None:
     stock = Qwen3VLTextRotaryEmbedding(Qwen3VLTextConfig(head_dim=size, rope_parameters=rope))
     positions = torch.randint(0, 500, (3, 1, 40), generator=torch.Generator().manual_seed(0))
     wanted = stock(torch.zeros(1), positions)[0][0, :, : size // 2]
-    table = rotary_frequencies(size, RotarySizes(theta=5e6, sections=sections, interleaved=True))
+    table = rotary_frequencies(RotarySizes(theta=5e6, sections=sections, interleaved=True))
     assert [int((row > 0).sum()) for row in table] == list(sections)
     found = np.cos(positions[:, 0].numpy().T @ table)
     assert np.abs(found - wanted.numpy()).max() < 1e-4  # positions times frequencies in float32 there

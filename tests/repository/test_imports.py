@@ -83,7 +83,7 @@ def test_imports_go_one_way() -> None:
 
 
 def test_the_reference_shares_no_code_with_what_it_checks() -> None:
-    parts = ("dequantised", "attended", "drawn")
+    parts = ("dequantised", "attended", "drawn", "reference_picture", "two_views")
     known = {"ivc_export.contract.manifest", "ivc_export.dtypes", "ivc_export.errors"}
     known |= {f"ivc_export.verify.{part}" for part in parts}
     for name in ("reference.py", *(f"{part}.py" for part in parts)):

@@ -122,8 +122,8 @@ class Context:
             axes |= {a: s for a, s in zip(self.engine.shapes[key], shape, strict=True) if isinstance(a, str)}
         if "keep_count" in self.shapes and "T" in axes:
             axes["M"] = axes["T"] + int(self.array("keep_count", (1,))[0])
-            among = axes.get("H", axes["L"])
-            axes["seeds"] = max(1, round(among / 100))
+            among, least = (axes["V"], 0) if "V" in axes else (axes.get("H", axes["L"]), 1)
+            axes["seeds"] = max(least, round(among / 100))
         if "keep_index" in self.shapes:
             axes["M"] = self.shapes["keep_index"][0]
         if "patches" in axes:

@@ -9,7 +9,7 @@ import pytest
 
 from ivc_export import cli, families
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract.manifest import FixedPreprocessing, Preprocessing
+from ivc_export.contract.preprocessing import FixedPreprocessing, Preprocessing
 from ivc_export.errors import UserError
 from ivc_export.families import pictures
 from ivc_export.runtime.pictures import open_picture

@@ -23,7 +23,7 @@ from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.plan import plan_run
 from ivc_export.selection.baselines import draws
-from ivc_export.selection.ivc_prune import Floats, Ints, ivc_priority
+from ivc_export.selection.ivc_prune import Blocks, Floats, Ints, ivc_priority
 from ivc_export.selection.method import METHODS, SelectionMethod, exported_methods
 from ivc_export.selection.operators import Operator, ivc_call, ivc_inputs
 from ivc_export.source.configuration import read_description
@@ -57,7 +57,7 @@ def test_random_priorities_are_a_permutation_that_float32_holds(sample_bundle: B
     assert np.array_equal(first, same) and not np.array_equal(first, other)
     assert first.argmax() == draws(0, 1263).argmax()
     assert abs(np.corrcoef(first, np.arange(1263))[0, 1]) < 0.1  # two pictures share one order
-    whole = METHODS["random"].host_plan(sample_bundle.manifest, np.zeros((1, 100_000), np.int32), [100_000], 7)
+    whole = METHODS["random"].host_plan(sample_bundle.manifest, np.zeros((1, 100_000), np.int32), [], 7)
     assert len(np.unique(whole)) == 100_000
 
 
@@ -71,7 +71,7 @@ def test_ivc_prune_is_what_it_was_and_foreground_sets_nothing(sample_bundle: Bun
     assert np.array_equal(found, ivc_priority(positions, m.rotary, m.decoder.head_dim, m.selection))
 
 
-def last_first(m: Manifest, positions: Ints, blocks: Sequence[int], seed: int) -> Floats:
+def last_first(m: Manifest, positions: Ints, blocks: Blocks, seed: int) -> Floats:
     return np.arange(2, positions.shape[1] + 2, dtype=np.float32)
 
 

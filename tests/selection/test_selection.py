@@ -22,10 +22,10 @@ from ivc_export.contract.ratio import kept_tokens
 from ivc_export.families.pictures import Grid
 from ivc_export.families.positions import mrope_positions
 from ivc_export.graph.functions import function
-from ivc_export.runtime.plan import plan_run, tile_inputs
+from ivc_export.runtime.plan import TILE_INPUTS, VIEW_INPUTS, plan_run, thumbnail_inputs
 from ivc_export.selection import ivc_prune as selection
 from ivc_export.selection.operators import selection_operator
-from ivc_export.verify import reference
+from ivc_export.verify import reference, reference_picture
 from samples.tiny import TINY
 from tests.conftest import GOLDENS, SCORE_TOLERANCE
 from tests.families.family_cases import CASES
@@ -34,8 +34,7 @@ Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 Feeds = dict[str, npt.NDArray[Any]]
 Runner = Callable[[Feeds], list[npt.NDArray[Any]]]
-TILE_INPUTS = ("thumbnail_index", "tile_map")
-INPUTS = ("values", "ivc_priority", "visual_index", "text_index", "query_index", "keep_count", *TILE_INPUTS)
+INPUTS = ("values", "ivc_priority", "visual_index", "text_index", "query_index", "keep_count", *VIEW_INPUTS)
 OUTPUTS = ("keep_index", "token_score", "seed_index")
 FLOAT_INPUTS = ("values", "ivc_priority", "token_score")
 RULE = SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2)
@@ -43,6 +42,7 @@ RULES = {
     "visual": RULE,
     "all": RULE.model_copy(update={"softmax": "all"}),
     "tiles": RULE.model_copy(update={"softmax": "all", "tiles": True}),
+    "views": RULE.model_copy(update={"softmax": "thumbnail", "views": True, "row_fraction": 0.15}),
 }
 
 
@@ -91,7 +91,8 @@ def rank_rule() -> dict[str, Runner]:
     found = {}
     for name, rule in RULES.items():
         model = onnx.shape_inference.infer_shapes(body_model(rule))
-        inputs = ["token_score", "seed_index", *INPUTS[1:4], "keep_count", *(TILE_INPUTS if rule.tiles else ())]
+        inputs = ["token_score", "seed_index", *INPUTS[1:4], "keep_count"]
+        inputs += VIEW_INPUTS if rule.views else TILE_INPUTS if rule.tiles else ()
         found[name] = runner(onnx.utils.Extractor(model).extract_model(inputs, ["keep_index"]))
     return found
 
@@ -109,11 +110,16 @@ class Case:
 
     @property
     def tiles(self) -> dict[str, Ints] | None:
-        return tile_inputs([self.grid]) if self.grid else None
+        return thumbnail_inputs([self.grid], self.rule) if self.grid else None
+
+    @property
+    def picture(self) -> reference_picture.ReferencePicture:
+        assert self.grid is not None
+        return reference_picture.ReferencePicture({}, *self.grid[:3], self.grid.content)
 
     @property
     def shown(self) -> list[int]:
-        return reference.ReferencePicture({}, *self.grid[:3]).shown if self.grid else []
+        return self.picture.shown if self.grid else []
 
     @property
     def feeds(self) -> Feeds:
@@ -129,13 +135,23 @@ class Case:
     def in_torch(self) -> tuple[Floats, Ints]:
         arrays = (self.values, self.visual, self.query, self.text if self.rule.softmax == "all" else self.text[:0])
         values, visual, query, others = map(torch.from_numpy, arrays)
+        if self.rule.views:
+            score, seeds = reference_picture.view_scores(
+                values, visual, query, 100, self.shown, self.picture.candidates
+            )
+            return score.numpy(), seeds.numpy().astype(np.int32)
         score, seeds = reference.token_scores(values, visual, query, 100, others, self.shown)
         return score.numpy(), seeds.numpy().astype(np.int32)
 
     def torch_fill(self, score: Floats, seeds: Ints) -> Ints:
         """Kept rows by the reference's list: seeds, IVC tokens best first, the rest by score."""
         order = np.argsort(-self.priority, kind="stable")[: np.count_nonzero(self.priority)]
-        chosen = reference.fill(torch.from_numpy(score), seeds.tolist(), order.tolist(), self.keep_count, self.shown)
+        arguments = (torch.from_numpy(score), seeds.tolist(), order.tolist(), self.keep_count, self.shown)
+        if self.rule.views:
+            ends = [token for token in order.tolist() if self.priority[token] >= selection.SEPARATOR_PRIORITY]
+            chosen = reference_picture.fill_views(*arguments, self.picture.candidates, ends)
+        else:
+            chosen = reference.fill(*arguments)
         return np.sort(np.concatenate([self.text, self.visual[chosen.numpy()]]))
 
 
@@ -151,18 +167,22 @@ SELECTIONS = [
 def test_selection_equals_the_official_code(name: str, path: Path, run_rule: dict[str, Runner]) -> None:
     golden, family = np.load(path), families.of(name)
     model, grid = family.read(TINY[family.model_type], None), CASES[name].grid(golden)
-    assert model.image_token is not None
+    image_token = 503 if model.image_token is None else model.image_token
     start, length, rows = int(golden["visual_start"]), int(golden["visual_len"]), len(golden["values"])
     kept = len(golden["keep_indices"]) - (rows - length)
     tokens = np.zeros(rows, np.int32)
-    tokens[start : start + length] = model.image_token
+    tokens[start : start + length] = image_token
+    half = golden["cos"].shape[-1] // 2
+    sections = model.rotary.sections if len(model.rotary.sections) > 1 else (half,)
+    if sum(sections) != half:  # only their sum counts here
+        sections = (*sections[:-1], half - sum(sections[:-1]))
     assert isinstance(model.selection, SelectionRule)
     manifest: Any = SimpleNamespace(
         family=name,
         decoder=model.decoder.model_copy(update={"head_dim": golden["values"].shape[-1]}),
-        rotary=model.rotary.model_copy(update={"theta": float(golden["rope_theta"])}),
+        rotary=model.rotary.model_copy(update={"theta": float(golden["rope_theta"]), "sections": sections}),
         selection=model.selection,
-        tokens=SimpleNamespace(image=model.image_token),
+        tokens=SimpleNamespace(image=image_token),
     )
     run = plan_run(manifest, tokens, [grid], 0, kept / length)
     np.testing.assert_array_equal(run.position_ids[:, 0], np.atleast_2d(golden["positions"]))
@@ -176,9 +196,9 @@ def test_selection_equals_the_official_code(name: str, path: Path, run_rule: dic
         query=run.query_index,
         keep_count=kept,
         rule=model.selection,
-        grid=grid if model.selection.tiles else None,
+        grid=grid if model.selection.tiles or model.selection.views else None,
     )
-    rule = "tiles" if model.selection.tiles else model.selection.softmax
+    rule = next((n for n in ("views", "tiles") if getattr(model.selection, n)), model.selection.softmax)
     allowed = [] if golden["robust"] else golden["fragile_indices"].tolist()
     for found in (case.in_numpy().keep_index, run_rule[rule](case.feeds)[0], case.torch_fill(*case.in_torch())):
         assert set(np.setxor1d(found, golden["keep_indices"])) <= set(allowed)
@@ -192,6 +212,11 @@ def random_case(seed: int, rule: SelectionRule = RULE) -> Case:
     if rule.tiles:
         tile, high, wide = (int(n) for n in generator.integers(1, (7, 4, 4)))
         grid = Grid(tile * high, tile * wide, tile)
+    if rule.views:
+        tile, high, wide = (int(n) for n in generator.integers(1, (15, 3, 3)))
+        top, left = (int(n) for n in generator.integers(0, tile, 2))
+        bottom, right = (int(n) for n in generator.integers((top + 1, left + 1), tile + 1))
+        grid = Grid(tile * high, tile * wide, tile, content=(top, left, bottom, right))
     length, text = int(generator.integers(1, 400)), int(generator.integers(1, 40))
     length = grid.visual if grid else length
     heads, size = int(generator.integers(1, 5)), int(generator.choice([8, 16, 64, 128]))
@@ -203,6 +228,8 @@ def random_case(seed: int, rule: SelectionRule = RULE) -> Case:
     ivc = generator.permutation(length)[: length // 5]
     priority = np.zeros(length, np.float32)
     priority[ivc] = np.arange(len(ivc) + 1, 1, -1) // (2 if seed % 3 == 0 else 1) + 2
+    if grid and grid.content:
+        priority[grid.separators] = selection.SEPARATOR_PRIORITY
     query = np.sort(generator.choice(others, int(generator.integers(1, text + 1)), replace=False))
     return Case(values, priority, visual, others, query, int(generator.integers(1, length + 1)), rule, grid)
 
@@ -232,8 +259,10 @@ def test_500_random_cases_agree_in_numpy_onnx_and_pytorch(
         for scores in (numpy.token_score, coarse.astype(np.float32)):
             given = (scores, numpy.seed_index)
             order = scores
-            if case.tiles:
+            if case.tiles and rule.tiles:
                 order = selection.tile_scores(scores, case.priority, case.keep_count, **case.tiles)
+            if case.tiles and rule.views:
+                order = selection.view_order(scores, numpy.seed_index, case.priority, **case.tiles)
             others = (case.priority, case.visual, case.text, case.keep_count)
             wanted = selection.kept_rows(order, numpy.seed_index, *others)
             (ranked,) = rank_onnx(case.feeds | dict(zip(OUTPUTS[1:], given, strict=True)))

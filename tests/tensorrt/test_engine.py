@@ -21,6 +21,8 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import ivc_build
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.errors import UserError
+from ivc_export.exporter.pipeline import export
+from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.tensorrt import build as engine
 from ivc_export.tensorrt import compile as compiling
 from ivc_export.tensorrt import footprint, graphs
@@ -32,6 +34,8 @@ from ivc_export.tensorrt.memory import available_bytes
 from ivc_export.tensorrt.profiles import profiles
 from ivc_export.tensorrt.recipe import EngineRecipe
 from ivc_export.tensorrt.store import find_engines
+from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
 
 SMALL: dict[str, Any] = {"max_visual": 64, "max_text": 32, "max_new": 32, "opt_visual": 32, "opt_text": 16}
 RTX = EngineRecipe(target="tensorrt-rtx", compute_capability="8.6", dtype="float16", **SMALL)
@@ -356,3 +360,10 @@ def test_what_tensorrt_cannot_read_is_one_sentence(bundle: Bundle, monkeypatch: 
     monkeypatch.setattr(Bundle, "graph", lambda *_: graph)
     with pytest.raises(UserError, match=r"TensorRT .* does not read the vision graph"):
         build(bundle, EngineRecipe(target="tensorrt-rtx", compute_capability="8.6", **SMALL))
+
+
+def test_experts_are_refused_before_tensorrt_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = export(ExportRecipe(make_checkpoint(tmp_path / "c", TINY["deepseek_vl_v2"]), tmp_path / "b"))
+    monkeypatch.setattr("ivc_export.tensorrt.build.load_tensorrt", pytest.fail)
+    with pytest.raises(UserError, match="prefix and decoder of this model hold mixtures of experts"):
+        build(bundle, RTX)

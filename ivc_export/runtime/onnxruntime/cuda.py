@@ -212,7 +212,7 @@ class FusedConversation(Conversation):
                 grid = picture.grid
                 targets = {"image_embeds": (embeds, place)} | {name: (rows, first) for name, rows in added.items()}
                 rows = {
-                    name: PictureRows(target, session.dtype, start, grid.visual, len(grid.blocks))
+                    name: PictureRows(target, session.dtype, start, grid.visual, grid.batch)
                     for name, (target, start) in targets.items()
                 }
                 session.run_bound("vision", session.bind("vision", feeds, rows))

@@ -13,8 +13,8 @@ from rich.filesize import decimal
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.weights import read_values
-from ivc_export.contract.manifest import Scaling
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
+from ivc_export.contract.preprocessing import Scaling
 from ivc_export.dtypes import FloatName, cast
 from ivc_export.errors import UserError
 from ivc_export.lowering import lower

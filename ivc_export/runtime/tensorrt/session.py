@@ -245,8 +245,8 @@ class TensorrtConversation(Conversation):
             with self.timings.stage("vision"):
                 inputs = {name: self._put("vision", name, array) for name, array in picture.inputs.items()}
                 place = f"vision-{number}"
-                frames = len(picture.grid.blocks)
-                extents = {"B": frames, "visual": picture.grid.visual // frames}
+                extents = {"B": len(picture.inputs["pixel_values"])}
+                extents["visual"] = picture.grid.visual // picture.grid.batch
                 found.append(session.engines["vision"].run("prefill", inputs, session.buffers, place, extents))
                 for name, target in targets.items():
                     start = (turn.places if name == "image_embeds" else turn.firsts)[number]

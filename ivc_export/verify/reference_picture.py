@@ -1,0 +1,140 @@
+"""A picture's visual tokens as the reference sees them, and its choice among those of two views."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ivc_export.contract.manifest import SelectionRule
+
+
+@dataclass(frozen=True)
+class ReferencePicture:
+    """A picture as transformers takes it, and its visual tokens.
+
+    inputs: what get_image_features takes, by name, pictures along the first axis.
+    rows, columns: of visual tokens. tile: 0, or the tokens along a side of a tile: they come tile by tile, and behind
+    several tiles a thumbnail of one. content: None, or of a picture in two views, each row of which ends with a
+    separator, the rows and columns of the first view that show it: the first row and column, and those behind the last.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    rows: int
+    columns: int
+    tile: int = 0
+    content: tuple[int, int, int, int] | None = None
+
+    @property
+    def first_view(self) -> int:
+        """Tokens of the first of two views."""
+        return self.tile * (self.tile + 1)
+
+    @property
+    def candidates(self) -> list[int]:
+        """Tokens of the first of two views that may be seeds."""
+        if self.content is None:
+            return []
+        top, left, bottom, right = self.content
+        return [row * (self.tile + 1) + column for row in range(top, bottom) for column in range(left, right)]
+
+    @property
+    def separators(self) -> list[int]:
+        """Tokens that end rows and views."""
+        if self.content is None:
+            return []
+        ends = [(row + 1) * (self.tile + 1) - 1 for row in range(self.tile)]
+        return [*ends, self.first_view, *(self.first_view + (row + 1) * (self.columns + 1) for row in range(self.rows))]
+
+    def blocks_of(self, rule: SelectionRule) -> list[tuple[int, float]]:
+        """Numbers of tokens within which IVC tokens are chosen, and which part of them."""
+        if self.content is None:
+            return [(tokens, rule.ivc_fraction) for tokens in self.blocks]
+        return [(tokens, rule.ivc_fraction if i == 0 else rule.row_fraction) for i, tokens in enumerate(self.blocks)]
+
+    @property
+    def blocks(self) -> list[int]:
+        """Numbers of tokens within which IVC tokens are chosen."""
+        if self.content is not None:
+            return [self.first_view, 1, *[self.columns + 1] * self.rows]
+        if not self.tile:
+            return [self.rows * self.columns]
+        tiles = (self.rows // self.tile) * (self.columns // self.tile)
+        return [self.tile * self.tile] * (tiles if tiles == 1 else tiles + 1)
+
+    @property
+    def shown(self) -> list[int]:
+        """For each token of a picture with a thumbnail, the token of it that shows the same place, or ends the row."""
+        if self.content is not None:
+            across, down = self.columns // self.tile, self.rows // self.tile
+            second = [
+                row // down * (self.tile + 1) + column // across
+                for row in range(self.rows)
+                for column in range(self.columns + 1)
+            ]
+            return [*range(self.first_view), 0, *second]
+        side, high, wide = self.tile, self.rows // self.tile, self.columns // self.tile
+        thumbnail = sum(self.blocks) - side * side
+        found = [thumbnail + token for token in range(side * side)]
+        if high * wide == 1:
+            return found
+        tiles = []
+        for tile in range(high * wide):
+            for token in range(side * side):
+                row = tile // wide * side + token // side  # on the canvas that the tiles make up
+                column = tile % wide * side + token % side
+                tiles.append(thumbnail + row // high * side + column // wide)
+        return tiles + found
+
+
+def view_scores(
+    values: torch.Tensor,
+    visual: torch.Tensor,
+    queries: torch.Tensor,
+    seed_divisor: int,
+    shown: Sequence[int],
+    candidates: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores [L] and seeds of the visual tokens of pictures in two views. values: [kv_heads, S, value_dim].
+
+    shown: see `fill_views`; only the first views' tokens share votes. candidates: tokens that may be seeds, of which
+    there may be none.
+    """
+    thumbnails = [token for token in range(len(shown)) if shown[token] == token]
+    place = {token: number for number, token in enumerate(thumbnails)}
+
+    def votes(queries: torch.Tensor) -> torch.Tensor:
+        keys = values[:, visual[thumbnails]]
+        return torch.softmax(values[:, queries] @ keys.mT / values.shape[-1] ** 0.5, dim=-1).mean(dim=0)
+
+    by_text = votes(queries)
+    order = torch.argsort(by_text.mean(dim=0), descending=True, stable=True).tolist()
+    allowed = [thumbnails[number] for number in order if thumbnails[number] in candidates]
+    seeds = torch.tensor(allowed[: round(len(candidates) / seed_divisor)], dtype=torch.long)
+    score = torch.cat([by_text, votes(visual[seeds])]).mean(dim=0)
+    return score[[place[token] for token in shown]], seeds
+
+
+def fill_views(
+    score: torch.Tensor,
+    seeds: list[int],
+    coordinates: list[int],
+    budget: int,
+    shown: Sequence[int],
+    candidates: Sequence[int],
+    separators: Sequence[int],
+) -> torch.Tensor:
+    """The first `budget` visual tokens of: separators, seeds, IVC tokens, then places by score.
+
+    shown: for each token, the first view's token that shows the same place; that one's is itself. A place is such a
+    token and all that show the same. Seeds' places come first, then those of candidates that are no IVC tokens.
+    """
+    ranked = [token for token in torch.argsort(score, descending=True, stable=True).tolist() if shown[token] == token]
+    free = {*candidates} - {*coordinates}
+    places = dict.fromkeys([*[t for t in ranked if t in seeds], *[t for t in ranked if t in free], *ranked])
+    members: dict[int, list[int]] = {place: [] for place in places}
+    for token, place in enumerate(shown):
+        members[place].append(token)
+    rest = [token for place in places for token in members[place]]
+    return torch.tensor(list(dict.fromkeys([*separators, *seeds, *coordinates, *rest]))[:budget])

@@ -300,17 +300,29 @@ class TwoViewsOfExperts(nn.Module):
         """Rows [rows, hidden] to logits."""
         return self.language["lm_head"]
 
-    def forward(self, input_ids: torch.Tensor, **pictures: torch.Tensor) -> SimpleNamespace:
-        """Logits [1, rows, vocab] of tokens [1, rows], in one call. pictures: what get_image_features takes."""
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        output_attentions: bool = False,
+        use_cache: bool = False,
+        **pictures: torch.Tensor,
+    ) -> SimpleNamespace:
+        """Logits [1, rows, vocab] of tokens [1, rows], in one call, and by layer what the rows attend to.
+
+        pictures: what get_image_features takes.
+        """
         decoder: Any = self.language_model
         x, rows = decoder.embed_tokens(input_ids), input_ids.shape[1]
         x[input_ids == self.config.image_token_id] = torch.cat(self.get_image_features(**pictures).pooler_output)
         angles = decoder.rotary_emb(x, torch.arange(rows)[None])
         mask = torch.full((rows, rows), torch.finfo(torch.float32).min).triu(1)[None, None]
         cache = transformers.DynamicCache(config=decoder.config)
+        attentions: list[torch.Tensor] = []
         for layer in decoder.layers:
+            hook = layer.self_attn.register_forward_hook(lambda module, given, gave: attentions.append(gave[1]))
             x = layer(x, mask, angles, cache)
-        return SimpleNamespace(logits=self.lm_head(decoder.norm(x)))
+            hook.remove()
+        return SimpleNamespace(logits=self.lm_head(decoder.norm(x)), attentions=attentions)
 
     def get_image_features(self, pixel_values: torch.Tensor, tile_shapes: torch.Tensor) -> SimpleNamespace:
         """Visual tokens [visual, hidden] of each picture, as pooler_output.

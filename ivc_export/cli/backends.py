@@ -26,8 +26,11 @@ class Gone(argparse.Action):
         )
 
 
-def add_backend_options(p: argparse.ArgumentParser, several: bool = False) -> None:
-    """Add --backend, and an option for each library that a runtime may load. several: --backend may be repeated."""
+def add_backend_options(p: argparse.ArgumentParser, several: bool = False, levels: bool = True) -> None:
+    """Add --backend, and an option for each library that a runtime may load. several: --backend may be repeated.
+
+    levels: whether packed weights may be multiplied at another accuracy level.
+    """
     names = tuple(BACKENDS)
     if several:
         text = f"a runtime; may be repeated (default: {DEFAULT})"
@@ -37,6 +40,9 @@ def add_backend_options(p: argparse.ArgumentParser, several: bool = False) -> No
         p.add_argument("--backend", choices=names, default=DEFAULT, help=text)
     for option, what in libraries().items():
         p.add_argument(flag(option), type=Path, metavar="LIB", help=f"{what}, for {', '.join(takers(option))}")
+    if levels:
+        text = f"of packed weights: 0 in float32, 4 by int8 activations, for {', '.join(takers('accuracy_level'))}"
+        p.add_argument("--accuracy-level", type=int, metavar="LEVEL", help=f"{text} (default: 0)")
     p.add_argument("--provider", nargs="?", action=Gone, help=argparse.SUPPRESS)
 
 
@@ -56,12 +62,13 @@ def takers(option: str) -> list[str]:
 
 
 def given_libraries(options: argparse.Namespace, backends: Sequence[str]) -> dict[str, Any]:
-    """The libraries that are named, as options of open_session.
+    """The libraries that are named, and the accuracy level, as options of open_session.
 
     Raises:
         UserError: none of `backends` takes one of them.
     """
-    given = {name: getattr(options, name) for name in libraries() if getattr(options, name) is not None}
+    names = [*libraries(), "accuracy_level"]
+    given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
     for option in given:
         check_taken(flag(option), option, backends)
     return given

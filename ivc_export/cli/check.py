@@ -87,7 +87,7 @@ def parser() -> Parser:
         choices=("float32", "float16"),
         help="what onnxruntime-cpu computes in; float16 shows what it costs a float16 bundle (default: float32)",
     )
-    add_backend_options(p)
+    add_backend_options(p, levels=False)  # tolerances are of float32
     p.add_argument("--junit", type=Path, metavar="FILE", help="also write the comparisons as JUnit's XML")
     p.add_argument("--baseline", type=Path, metavar="FILE", help="a parity.json: fail where an error grew since then")
     p.add_argument(

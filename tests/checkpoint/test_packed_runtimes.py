@@ -18,6 +18,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.formats.nbits import Packing, pack_blocks, pack_values
 from ivc_export.contract.names import GRAPH_NAMES, IR_VERSION, IVC_DOMAIN, OPSET
 from ivc_export.dtypes import FLOATS, FloatName
+from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.graph.functions import function
@@ -25,6 +26,7 @@ from ivc_export.lowering import LOWERINGS, lower
 from ivc_export.lowering.join_decode import join_decode
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
+from ivc_export.runtime.onnxruntime.records import ONNXRUNTIME_CPU
 from ivc_export.tensorrt.decide import decide
 from ivc_export.tensorrt.graphs import EngineChoices, choose_graphs, lowered, packed_weights
 from ivc_export.tensorrt.recipe import EngineRecipe
@@ -53,6 +55,16 @@ def wanted(bundles: tuple[Bundle, Bundle]) -> Turns:
 
 def test_the_cpu_provider_widens_scales_alone(bundles: tuple[Bundle, Bundle], wanted: Turns) -> None:
     assert largest(answers(OnnxSession(bundles[0], threads=1)), wanted) < LOGIT_TOLERANCE
+
+
+def test_another_accuracy_level_is_chosen_when_a_bundle_opens(bundles: tuple[Bundle, Bundle], wanted: Turns) -> None:
+    session = OnnxSession(bundles[0], threads=1, accuracy_level=4)
+    error = largest(answers(session), wanted)
+    assert LOGIT_TOLERANCE < error < 0.1 * max(float(np.abs(logits).max()) for logits in wanted)
+    assert ONNXRUNTIME_CPU.after(session) == "packed weights are multiplied by int8 activations (accuracy level 4)"
+    assert ONNXRUNTIME_CPU.after(OnnxSession(bundles[1], threads=1)) is None
+    with pytest.raises(UserError, match="accuracy level 3 is unknown: give 0 or 4"):
+        OnnxSession(bundles[0], accuracy_level=3)
 
 
 def test_graphs_for_the_cuda_provider_compute_with_them(bundles: tuple[Bundle, Bundle], wanted: Turns) -> None:

@@ -14,12 +14,15 @@ import onnx_ir as ir
 from rich.filesize import decimal
 
 from ivc_export.bundle.bundle import Bundle
+from ivc_export.checkpoint.folder import read_index
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
-from ivc_export.dtypes import FloatName, cast
+from ivc_export.dtypes import FLOATS, FloatName, cast
 from ivc_export.errors import UserError
+from ivc_export.lowering.onnxruntime.accuracy import LEVELS, SetAccuracyPass
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.host import HostConversation
+from ivc_export.runtime.interface import Session
 from ivc_export.runtime.onnxruntime.library import SILENT, load_onnxruntime
 from ivc_export.selection.method import Method
 
@@ -37,6 +40,7 @@ class OnnxSession:
         the memory map, where the system can share and drop them, and runs are slower.
     dtype: "float16" leaves a float16 bundle's graphs as they are, to see what float16 does to a model: the provider
         then rounds to float16 after each operator, slowly.
+    accuracy_level: in what packed weights are multiplied: 0 in float32; 4 rounds activations to int8, which is faster.
 
     Conversations of several threads take turns, a run at a time; see Session.
 
@@ -47,10 +51,15 @@ class OnnxSession:
     backend = "onnxruntime-cpu"
 
     def __init__(
-        self, bundle: Bundle, threads: int | None = None, prepacking: bool = True, dtype: FloatName = "float32"
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        prepacking: bool = True,
+        dtype: FloatName = "float32",
+        accuracy_level: int = 0,
     ) -> None:
-        check_dtype(bundle, dtype)
-        self.bundle, self.dtype = bundle, dtype
+        check_dtype(bundle, dtype, accuracy_level)
+        self.bundle, self.dtype, self.accuracy_level = bundle, dtype, accuracy_level
         self.lock: AbstractContextManager[Any] = threading.RLock()
         self.versions: Mapping[str, str] = {"onnxruntime": load_onnxruntime().__version__}
         self._threads, self._prepacking = threads, prepacking
@@ -68,8 +77,16 @@ class OnnxSession:
             options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # three pools would spin on each other
         source: str | bytes = str(path)
+        passes: list[ir.passes.PassBase] = []
         if self.bundle.manifest.dtype != self.dtype:
-            source = ir.to_proto(WidenFloatsPass()(self.bundle.graph(name)).model).SerializeToString()
+            passes.append(WidenFloatsPass())
+        if self.bundle.manifest.weight_formats and self.accuracy_level:
+            passes.append(SetAccuracyPass(self.accuracy_level))
+        if passes:
+            model = self.bundle.graph(name)
+            for one in passes:
+                model = one(model).model
+            source = ir.to_proto(model).SerializeToString()
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         with told(f"{path} does not open in onnxruntime", "close other programs", "export the model again"):
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -98,8 +115,8 @@ class OnnxSession:
         return dict(zip(self._outputs[name], outputs, strict=True))
 
 
-def check_dtype(bundle: Bundle, dtype: FloatName) -> None:
-    """Check that onnxruntime's CPU provider is here, and can compute this bundle in `dtype`.
+def check_dtype(bundle: Bundle, dtype: FloatName, accuracy_level: int = 0) -> None:
+    """Check that onnxruntime's CPU provider is here, and can compute this bundle in `dtype`, at this level.
 
     Raises:
         UserError: it is not, or cannot.
@@ -110,13 +127,30 @@ def check_dtype(bundle: Bundle, dtype: FloatName) -> None:
             f"onnxruntime's CPU provider cannot compute a {bundle.manifest.dtype} bundle in {dtype}: take float32, "
             "or float16 with a float16 bundle"
         )
+    if accuracy_level not in LEVELS:
+        raise UserError(f"accuracy level {accuracy_level} is unknown: give {' or '.join(map(str, LEVELS))}")
+
+
+def float_bytes(bundle: Bundle) -> int:
+    """Of a bundle's weights, but packed ones."""
+    files = (read_index(bundle.folder / file.file, "export the model again") for file in bundle.manifest.weights)
+    return sum(tensor.length for file in files for tensor in file.values() if tensor.dtype in FLOATS)
+
+
+def level_note(session: Session) -> str | None:
+    """In what packed weights are multiplied, or None where there are none."""
+    if not session.bundle.manifest.weight_formats:
+        return None
+    level = getattr(session, "accuracy_level", 0)
+    how = "in float32" if level == 0 else "by int8 activations"
+    return f"packed weights are multiplied {how} (accuracy level {level})"
 
 
 def widening_note(bundle: Bundle) -> str | None:
     """What opening an OnnxSession will cost beyond the weights' own size, or None if nothing."""
     if bundle.manifest.dtype == "float32":
         return None
-    size = decimal(2 * sum(file.size for file in bundle.manifest.weights))
+    size = decimal(2 * float_bytes(bundle))
     return (
         f"onnxruntime's CPU provider computes in float32: {bundle.manifest.dtype} weights widen to about {size} "
         "whenever a session opens; a bundle exported with --dtype float32 opens faster, its weights stay on the disk"

@@ -25,7 +25,7 @@ def check_cpu(bundle: Bundle, **options: Any) -> None:
     """As cpu.check_dtype."""
     from ivc_export.runtime.onnxruntime.cpu import check_dtype
 
-    check_dtype(bundle, options.get("dtype", "float32"))
+    check_dtype(bundle, options.get("dtype", "float32"), options.get("accuracy_level", 0))
 
 
 def before_cpu(bundle: Bundle) -> str | None:
@@ -33,6 +33,13 @@ def before_cpu(bundle: Bundle) -> str | None:
     from ivc_export.runtime.onnxruntime.cpu import widening_note
 
     return widening_note(bundle)
+
+
+def after_cpu(session: Session) -> str | None:
+    """As cpu.level_note."""
+    from ivc_export.runtime.onnxruntime.cpu import level_note
+
+    return level_note(session)
 
 
 def open_cuda(bundle: Bundle, **options: Any) -> Session:
@@ -73,9 +80,10 @@ ONNXRUNTIME_CPU = Backend(
     open=open_cpu,
     device="cpu",
     tolerances={"float32": FLOAT32, "float16": FLOAT16},
-    options=frozenset(("threads", "prepacking", "dtype")),
+    options=frozenset(("threads", "prepacking", "dtype", "accuracy_level")),
     check=check_cpu,
     before=before_cpu,
+    after=after_cpu,
     time_selection=time_portable,
 )
 ONNXRUNTIME_CUDA = Backend(

@@ -224,7 +224,7 @@ def decoder_case(seed: int, most: int = 200) -> DecoderCase:
     dtype = ("float16", "bfloat16", "float16", "bfloat16", "float32")[seed % 5]
     size, layout = int(generator.choice(DECODER_SIZES)), str(generator.choice(LAYOUTS))
     kv_heads, group = int(generator.integers(1, 4)), int(generator.integers(1, 17))
-    rows = 1 if seed % 2 else int(generator.integers(1, max(2, most // group)))
+    rows = 1 if generator.random() < 0.4 else int(generator.integers(1, max(2, most // group)))
     append = bool(generator.integers(2))
     capacity = int(generator.integers(0, most)) * int(seed % 7 != 0) + rows * append
     past = int(generator.integers(0, capacity - rows * append + 1))

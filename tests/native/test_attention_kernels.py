@@ -71,6 +71,16 @@ def test_many_cached_rows_are_split_over_blocks(kernels: Kernels) -> None:
         DecoderCase(q, k, v, keys, values, past, True, "float16", "by head").check(kernels)
 
 
+@pytest.mark.parametrize("size", DECODER_SIZES)
+def test_many_queries_are_not_split(kernels: Kernels, size: int) -> None:
+    """More tiles of queries than a GPU takes at a time have a kernel of their own."""
+    generator = np.random.default_rng(size)
+    q, k, v = (generator.standard_normal((129, 70, size)).astype(np.float16) for _ in range(3))
+    keys, values = (generator.standard_normal((129, 90, size)).astype(np.float16) for _ in range(2))
+    for past, append in ((13, True), (90, False)):
+        DecoderCase(q, k, v, keys, values, past, append, "float16", "by row").check(kernels)
+
+
 def test_impossible_attention_is_refused(kernels: Kernels) -> None:
     decoder, encoder = replace(decoder_case(1), append=True), encoder_case(2, False)
     assert encoder.q.shape[2] > 20

@@ -8,21 +8,40 @@
 
 namespace ivc {
 
-// Tiles for many queries, and for few, whose keys are split over warps. All fit in 99 KiB of shared memory.
-template <int kDepth>
-using ManyQueries = Shape<kDepth, 2, 4, 1, 64, 1>;
+// A decoder's tiles, by how many queries a key-value head has. Few: a tile's keys are split over its warps, and all keys
+// over blocks. Some: there are not so many tiles that the longest would not be waited for, so that two warps share one.
 template <int kDepth>
 using FewQueries = Shape<kDepth, 1, 1, 4, 64, 2>;
+template <int kDepth>
+using SomeQueries = Shape<kDepth, 1, 4, 2, 128, 1>;
+template <int kDepth>
+using ManyQueries = Shape<kDepth, kDepth == 128 ? 1 : 2, 4, 1, 64, 1>;
+// An encoder's.
+template <int kDepth>
+using Patches = Shape<kDepth, kDepth == 128 ? 1 : 2, 4, 1, 64, 1>;
 
 constexpr int kMostFewQueries = 64;
+constexpr int kMostSomeBlocks = 256;
 constexpr int kWantedBlocks = 128;  // that a decoder's keys are split for
-constexpr int kMostKeySplits = 128;
+constexpr int kMostKeySplits = 16;  // more would take longer to combine than they save
 
 struct Blocks {
     int32_t x, y, z;
 };
 
-inline bool few(const IvcAttention& c) { return static_cast<int64_t>(c.rows) * (c.heads / c.kvHeads) <= kMostFewQueries; }
+enum class Queries { kFew, kSome, kMany };
+
+inline int64_t queriesOf(const IvcAttention& c) { return static_cast<int64_t>(c.rows) * (c.heads / c.kvHeads); }
+
+template <class S>
+inline int64_t tilesOf(const IvcAttention& c) {
+    return (queriesOf(c) + S::kQueries - 1) / S::kQueries * c.kvHeads;
+}
+
+inline Queries tilingOf(const IvcAttention& c) {
+    if (queriesOf(c) <= kMostFewQueries) return Queries::kFew;
+    return tilesOf<SomeQueries<128>>(c) <= kMostSomeBlocks ? Queries::kSome : Queries::kMany;
+}
 
 inline bool wellPlaced(IvcType type, const IvcStrides& s) {
     return type == IVC_FLOAT32 || (s.frame | s.head | s.row) % 8 == 0;
@@ -43,7 +62,7 @@ inline bool possible(const IvcAttention& c) {
            (c.headDim == 64 || c.headDim == 128) && c.scale > 0 && c.type >= IVC_FLOAT32 && c.type <= IVC_BFLOAT16 &&
            (c.fresh == IVC_FRESH_APART || c.capacity >= c.rows) && wellPlaced(c.type, c.q) &&
            wellPlaced(c.type, c.k) && wellPlaced(c.type, c.v) && c.kvHeads <= 65535 &&
-           static_cast<int64_t>(c.rows) * (c.heads / c.kvHeads) < INT32_MAX - 1024;
+           queriesOf(c) < INT32_MAX - 1024;
 }
 
 inline bool possible(const IvcEncoder& c) {
@@ -54,16 +73,18 @@ inline bool possible(const IvcEncoder& c) {
            (c.blockSize == 0 || (c.blockSize > 0 && c.rows % c.blockSize == 0 && c.rows / c.blockSize > 2));
 }
 
-// Parts into which a decoder's keys are cut, so that there are blocks enough.
+// Parts into which the keys are cut, so that there are blocks enough.
+template <class S>
+inline int32_t splitsFor(const IvcAttention& c) {
+    const int64_t tiles = ceilDiv(c.capacity, S::kKeys) + ceilDiv(c.rows, S::kKeys);
+    const int64_t wanted = larger<int64_t>(1, kWantedBlocks / tilesOf<S>(c));
+    return static_cast<int32_t>(smaller(smaller(tiles, wanted), static_cast<int64_t>(kMostKeySplits)));
+}
+
 inline int32_t splitsOf(const IvcAttention& c) {
-    if (c.type == IVC_FLOAT32) return 1;
-    const bool fewer = few(c);
-    const int32_t queries = c.rows * (c.heads / c.kvHeads);
-    const int64_t blocks =
-        static_cast<int64_t>(ceilDiv(queries, fewer ? FewQueries<64>::kQueries : ManyQueries<64>::kQueries)) * c.kvHeads;
-    const int64_t tiles = ceilDiv(c.capacity, 64) + ceilDiv(c.rows, 64);
-    const int64_t wanted = larger<int64_t>(1, kWantedBlocks / blocks);
-    return static_cast<int32_t>(smaller<int64_t>(kMostKeySplits, smaller(tiles, wanted)));
+    const Queries tiling = tilingOf(c);
+    if (c.type == IVC_FLOAT32 || tiling == Queries::kMany) return 1;
+    return tiling == Queries::kFew ? splitsFor<FewQueries<128>>(c) : splitsFor<SomeQueries<128>>(c);
 }
 
 inline size_t workspaceOf(const IvcAttention& c) {
@@ -110,35 +131,35 @@ inline Attend planned(const IvcEncoder& c) {
 
 // Hands the kernel of a planned call to `launch`: launch.tiles<Value, Sight, Shape>(attend), or
 // launch.plain<Value, Sight>(attend). `Half` and `Brain` are float16 and bfloat16.
+template <class Value, int kDepth, class Launch>
+auto launchDecoderTiles(const IvcAttention& c, const Attend& a, Launch launch) {
+    switch (tilingOf(c)) {
+        case Queries::kFew: return launch.template tiles<Value, Sight::kCausal, FewQueries<kDepth>>(a);
+        case Queries::kSome: return launch.template tiles<Value, Sight::kCausal, SomeQueries<kDepth>>(a);
+        default: return launch.template tiles<Value, Sight::kCausal, ManyQueries<kDepth>>(a);
+    }
+}
+
+template <class Value, class Launch>
+auto launchDecoderTiles(const IvcAttention& c, const Attend& a, Launch launch) {
+    return c.headDim == 64 ? launchDecoderTiles<Value, 64>(c, a, launch) : launchDecoderTiles<Value, 128>(c, a, launch);
+}
+
 template <class Half, class Brain, class Launch>
 auto launchDecoder(const IvcAttention& c, const Attend& a, bool tensorCores, Launch launch) {
-    constexpr Sight kSight = Sight::kCausal;
-    if (c.type == IVC_FLOAT32) return launch.template plain<float, kSight>(a);
+    if (c.type == IVC_FLOAT32) return launch.template plain<float, Sight::kCausal>(a);
     if (!tensorCores) {
-        return c.type == IVC_FLOAT16 ? launch.template plain<Half, kSight>(a) : launch.template plain<Brain, kSight>(a);
+        return c.type == IVC_FLOAT16 ? launch.template plain<Half, Sight::kCausal>(a)
+                                     : launch.template plain<Brain, Sight::kCausal>(a);
     }
-    const bool half = c.type == IVC_FLOAT16, fewer = few(c);
-    if (c.headDim == 64) {
-        if (fewer) {
-            return half ? launch.template tiles<Half, kSight, FewQueries<64>>(a)
-                        : launch.template tiles<Brain, kSight, FewQueries<64>>(a);
-        }
-        return half ? launch.template tiles<Half, kSight, ManyQueries<64>>(a)
-                    : launch.template tiles<Brain, kSight, ManyQueries<64>>(a);
-    }
-    if (fewer) {
-        return half ? launch.template tiles<Half, kSight, FewQueries<128>>(a)
-                    : launch.template tiles<Brain, kSight, FewQueries<128>>(a);
-    }
-    return half ? launch.template tiles<Half, kSight, ManyQueries<128>>(a)
-                : launch.template tiles<Brain, kSight, ManyQueries<128>>(a);
+    return c.type == IVC_FLOAT16 ? launchDecoderTiles<Half>(c, a, launch) : launchDecoderTiles<Brain>(c, a, launch);
 }
 
 template <class Value, Sight kSight, class Launch>
 auto launchEncoderTiles(const Attend& a, Launch launch) {
-    if (a.headDim == 64) return launch.template tiles<Value, kSight, ManyQueries<64>>(a);
-    if (a.headDim <= 80) return launch.template tiles<Value, kSight, ManyQueries<80>>(a);
-    return launch.template tiles<Value, kSight, ManyQueries<128>>(a);
+    if (a.headDim == 64) return launch.template tiles<Value, kSight, Patches<64>>(a);
+    if (a.headDim <= 80) return launch.template tiles<Value, kSight, Patches<80>>(a);
+    return launch.template tiles<Value, kSight, Patches<128>>(a);
 }
 
 template <class Half, class Brain, Sight kSight, class Launch>

@@ -1,14 +1,18 @@
-"""Layers of Qwen2-VL-2B's size in TensorRT engines: ms a layer, and what selecting and compacting take.
+"""Layers of Qwen2-VL-2B's size in TensorRT engines: ms a layer, scratch memory, and what selecting and compacting take.
 
-    python -m benchmarks.tensorrt_layers build FOLDER [--plugin LIB]      engines, and how long they took to build
-    python -m benchmarks.tensorrt_layers time FOLDER [--ceilings FILE]    their times, one table
-    python -m benchmarks.tensorrt_layers ceilings FILE                    the device's ceilings, by torch
+    python -m benchmarks.tensorrt_layers build FOLDER [--only NAME ...] [--plugin LIB]   engines, and how long they took
+    python -m benchmarks.tensorrt_layers time FOLDER [--only NAME ...] [--plugin LIB] [--ceilings FILE]   one table
+    python -m benchmarks.tensorrt_layers ceilings FILE                                   the device's ceilings, by torch
 
-Engines: a prefix of 3 layers and a decoder of 3 layers in float16, residual sums in float32, with the profiles that
-ivc-build gives them; and, by themselves, the selection, and the compaction of hidden states and of the keys and values
-of the 16 layers below the cut. The vocabulary is small, so that lm_head does not count. `native` engines always,
-`plugin` ones too if a plugin is given. The prefix engine includes its selection and the decoder engine its compaction:
-these are subtracted before dividing by the layers.
+NAME is a kind or `kind/engine`; they are taken in the order in which they are given, so that the worthiest come first.
+The table is written anew after every row.
+
+Kinds: `vision-float16` and `vision-float32`, encoders of one and three blocks with the softmax in that dtype, by whose
+difference a block is timed. `grouped`, `repeated` and `plugin`: a prefix of 3 layers and a decoder of 3 layers, by how
+attention is spelled; and, by themselves, the selection, and the compaction of hidden states and of the keys and values
+of the 16 layers below the cut, which `repeated` shares with `grouped`. All are in float16, residual sums in float32,
+with the profiles that ivc-build gives them. The vocabulary is small, so that lm_head does not count. The prefix engine
+includes its selection and the decoder engine its compaction: these are subtracted before dividing by the layers.
 
 Times are of the GPU, by events around runs of an engine one behind the other on memory that does not change: as a
 CUDA graph (`ms`) where that can be captured, and enqueued one by one (`enqueued_ms`), which a slow host bounds from
@@ -24,15 +28,18 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import PIL.Image
 
 from benchmarks.models import make_large_checkpoint, qwen2_vl_2b
+from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import GraphName
@@ -45,7 +52,7 @@ from ivc_export.lowering import lower
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.probes import compaction_part, fix_sizes, selection_feeds, selection_part
-from ivc_export.runtime.tensorrt.device import MODULE, Buffers, CudaDevice, median_seconds
+from ivc_export.runtime.tensorrt.device import MODULE, Buffers, CudaDevice, Device, median_seconds
 from ivc_export.runtime.tensorrt.engine import Engine, Tensor
 from ivc_export.tensorrt.build import working_folder
 from ivc_export.tensorrt.compile import compile_graph
@@ -58,8 +65,20 @@ RESULTS = Path(__file__).parent / "results"
 LAYERS, CUT, BELOW = 6, 3, 16
 SIZES, TEXT, NEW = (256, 1024, 4096), 64, 64
 RATIOS = (1.0, 0.5)
+DEPTHS = (1, 3)
 GRAPHS: tuple[GraphName, ...] = ("prefix", "decoder")
 ENGINES = (*GRAPHS, "select", "compact")
+PARTS = {"repeated": "grouped"}
+"""Whose selection and compaction a kind shares."""
+NATIVE = EngineChoices("tensorrt", "float16", "native", "float16", "grouped")
+KINDS: dict[str, tuple[EngineChoices, tuple[str, ...]]] = {
+    "vision-float16": (NATIVE, tuple(f"vision-{depth}" for depth in DEPTHS)),
+    "vision-float32": (replace(NATIVE, softmax="float32"), tuple(f"vision-{depth}" for depth in DEPTHS)),
+    "plugin": (replace(NATIVE, graphs="plugin"), ENGINES),
+    "grouped": (NATIVE, ENGINES),
+    "repeated": (replace(NATIVE, attention="repeated"), GRAPHS),
+}
+"""How a kind's engines are made, and their names."""
 VOCABULARY = 2048
 TACTICS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 RECIPE = EngineRecipe(
@@ -72,54 +91,74 @@ RECIPE = EngineRecipe(
     tactic_sources=TACTICS,
 )
 ROUNDS, RUNS = 7, 20
+PIXELS = 28
+"""A visual token's side: patches of 14, merged two by two."""
 
 
-def make_bundle(folder: Path, layers: int, cut: int, **sizes: int) -> Bundle:
-    """A random model of Qwen2-VL-2B's sizes but for the layers and the vocabulary; its vision encoder has one layer."""
-    config = qwen2_vl_2b(layers, depth=1) | {"vocab_size": VOCABULARY} | sizes
+def make_bundle(folder: Path, layers: int, cut: int, depth: int = 1, **sizes: int) -> Bundle:
+    """A random model of Qwen2-VL-2B's sizes but for its layers, the encoder's blocks and the vocabulary."""
+    config = qwen2_vl_2b(layers, depth) | {"vocab_size": VOCABULARY} | sizes
     tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     config |= {name: VOCABULARY - 1 - i for i, name in enumerate(tokens) if name in config}
-    if (folder / f"bundle-{layers}").is_dir():
-        return Bundle.load(folder / f"bundle-{layers}")
-    checkpoint = make_large_checkpoint(folder / f"checkpoint-{layers}", config, "float16")
-    recipe = ExportRecipe(checkpoint, folder / f"bundle-{layers}", layer=cut, max_visual=max(SIZES), weights="link")
+    name = f"{layers}-{depth}"
+    if (folder / f"bundle-{name}").is_dir():
+        return Bundle.load(folder / f"bundle-{name}")
+    checkpoint = make_large_checkpoint(folder / f"checkpoint-{name}", config, "float16")
+    recipe = ExportRecipe(checkpoint, folder / f"bundle-{name}", layer=cut, max_visual=max(SIZES), weights="link")
     return export(recipe)
 
 
-def models(bundle: Bundle, whole: Bundle, plugin: bool) -> dict[str, ir.Model]:
-    """The graphs to build, by name."""
-
-    def part(model: ir.Model) -> ir.Model:
-        return lower(RetypeFloatsPass("float16")(model).model, "plugin" if plugin else "native")
-
-    choices = EngineChoices("tensorrt", "float16", "plugin" if plugin else "native", "float16", "grouped")
-    found: dict[str, ir.Model] = {name: lowered(bundle, name, choices) for name in GRAPHS}
-    found["select"] = part(selection_part(bundle.graph("prefix")))
-    fix_sizes(found["select"], bundle.manifest)
-    found["compact"] = part(compaction_part(whole.graph("decoder")))
-    for name in ("select", "compact"):
-        found[name].graph.name = name
+def chosen(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Kinds and engines, in order."""
+    names = options.only or [kind for kind in KINDS if kind != "plugin" or options.plugin]
+    found = []
+    for kind, _, engine in (name.partition("/") for name in names):
+        if kind not in KINDS or (engine and engine not in KINDS[kind][1]):
+            raise SystemExit(f"there is no {kind}/{engine}: give some of {', '.join(KINDS)}")
+        found += [(kind, one) for one in KINDS[kind][1] if engine in ("", one)]
     return found
 
 
+def part(model: ir.Model, choices: EngineChoices) -> ir.Model:
+    """A part of a graph as TensorRT gets it."""
+    return lower(RetypeFloatsPass("float16")(model).model, choices.graphs)
+
+
+def source(folder: Path, kind: str, engine: str) -> tuple[Bundle, ir.Model, GraphName]:
+    """What an engine is built from: the bundle that has its weights, the graph, and whose profiles it has."""
+    choices = KINDS[kind][0]
+    if engine.startswith("vision-"):
+        depth = int(engine.removeprefix("vision-"))
+        bundle = make_bundle(folder, 2, 1, depth, intermediate_size=64)
+        model, profile = lowered(bundle, "vision", choices), "vision"
+    elif engine == "compact":
+        bundle = make_bundle(folder, BELOW + 1, BELOW, intermediate_size=64)
+        model, profile = part(compaction_part(bundle.graph("decoder")), choices), "prefix"  # the decoder has the same
+    else:
+        bundle, profile = make_bundle(folder, LAYERS, CUT), "prefix"
+        if engine == "select":
+            model = part(selection_part(bundle.graph("prefix")), choices)
+            fix_sizes(model, bundle.manifest)
+        else:
+            model = lowered(bundle, engine, choices)  # type: ignore[arg-type]
+    model.graph.name = engine
+    return bundle, model, profile  # type: ignore[return-value]
+
+
 def build(options: argparse.Namespace) -> None:
-    """Build engines of one kind."""
+    """Build engines, one after the other."""
     trt = load_tensorrt("tensorrt")
     if options.plugin:
         load_plugin(options.plugin)
-    kind = "plugin" if options.plugin else "native"
-    folder = options.folder / kind
-    folder.mkdir(parents=True, exist_ok=True)
-    bundle, whole = make_bundle(folder, LAYERS, CUT), make_bundle(folder, BELOW + 1, BELOW, intermediate_size=64)
     capability = own_capability(trt)
-    for name, model in models(bundle, whole, bool(options.plugin)).items():
-        if name not in options.only:
-            continue
-        extents = profiles(bundle, "prefix", RECIPE)  # the decoder has the same
+    for kind, name in chosen(options):
+        folder = options.folder / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        bundle, model, profile = source(options.folder, kind, name)
         settings = Options("tensorrt", capability, tactic_sources=TACTICS, reduced=True)
         start = time.perf_counter()
-        with working_folder(whole if name == "compact" else bundle) as work:
-            plan = compile_graph(trt, model, extents.values(), settings, work)
+        with working_folder(bundle) as work:
+            plan = compile_graph(trt, model, profiles(bundle, profile, RECIPE).values(), settings, work)
         seconds = round(time.perf_counter() - start, 2)
         (folder / f"{name}.plan").write_bytes(plan)
         (folder / f"{name}.seconds").write_text(str(seconds))
@@ -147,13 +186,16 @@ class Times(NamedTuple):
 
 
 class Timer:
-    """Engines of one kind on the device."""
+    """Engines of one kind on the device. paths: by their names."""
 
-    def __init__(self, folder: Path, trt: Any, runtime: Any, device: CudaDevice) -> None:
+    def __init__(self, paths: Mapping[str, Path], trt: Any, runtime: Any, device: Device) -> None:
         self.cuda: Any = importlib.import_module(MODULE)
         self.device, self.buffers = device, Buffers(device)
         self.engines = {
-            name: Engine(trt, folder / f"{name}.plan", ("prefill", "decode"), device, runtime) for name in ENGINES
+            name: Engine(
+                trt, path, ("prefill",) if name.startswith("vision") else ("prefill", "decode"), device, runtime
+            )
+            for name, path in paths.items()
         }
         scratch = self.buffers.get("scratch", max(engine.scratch for engine in self.engines.values()))
         for engine in self.engines.values():
@@ -193,6 +235,17 @@ class Timer:
         """Milliseconds of one run, of many one behind the other."""
         return 1000 * median_seconds(self.device, start, ROUNDS, RUNS)
 
+    def picture(self, bundle: Bundle, visual: int) -> dict[str, Times]:
+        """Times of a picture of so many visual tokens."""
+        side = int(np.sqrt(visual)) * PIXELS
+        picture = families.preparation(bundle.manifest).picture(PIL.Image.new("RGB", (side, side)), 0)
+        assert picture.grid.visual == visual
+        inputs = {
+            name: self.put(name, array.astype(np.float16) if array.dtype.kind == "f" else array)
+            for name, array in picture.inputs.items()
+        }
+        return {name: self.milliseconds(name, "prefill", inputs)[0] for name in self.engines}
+
     def prompt(self, bundle: Bundle, plan: Run, rows: int, full: bool) -> dict[str, Times]:
         """Times of a prefill, or of a decode step over `rows` valid rows of full buffers; ms by engine."""
         m, generator = bundle.manifest.decoder, np.random.default_rng(0)
@@ -215,7 +268,8 @@ class Timer:
         found: dict[str, Times] = {}
         found["prefix"], prefix = self.milliseconds("prefix", profile, inputs)
         found["select"], _ = self.milliseconds("select", profile, inputs)
-        found["decoder"], _ = self.milliseconds("decoder", profile, inputs | prefix)
+        if "decoder" in self.engines:
+            found["decoder"], _ = self.milliseconds("decoder", profile, inputs | prefix)
         kept = {name: tensor for name, tensor in prefix.items() if TensorName.of(name).role != "new"}
         for layer in range(BELOW):
             for kind in ("key", "value"):
@@ -247,59 +301,94 @@ def least(bundle: Bundle, plan: Run, rows: int, capacity: int, ceilings: Mapping
     return found
 
 
+def layer_times(found: Mapping[str, Times]) -> dict[str, float]:
+    """Milliseconds of one layer, by graph, of the engines that were timed."""
+    times = {name: one.best for name, one in found.items()}
+    layers: dict[str, float] = {}
+    if "prefix" in times:
+        layers["prefix"] = (times["prefix"] - times["select"]) / CUT
+    if "decoder" in times:
+        layers["decoder"] = (times["decoder"] - times["compact"] * CUT / BELOW) / (LAYERS - CUT)
+    first, second = (f"vision-{depth}" for depth in DEPTHS)
+    if first in times:
+        layers["vision"] = (times[second] - times[first]) / (DEPTHS[1] - DEPTHS[0])
+    return layers
+
+
+def row(labels: Mapping[str, Any], found: Mapping[str, Times], bound: Mapping[str, float]) -> dict[str, Any]:
+    """One row of the table."""
+    return (
+        dict(labels)
+        | {f"{name}_ms": round(times.best, 4) for name, times in found.items()}
+        | {f"{name}_captured": times.graph is not None for name, times in found.items()}
+        | {f"{name}_enqueued_ms": round(times.enqueued, 4) for name, times in found.items()}
+        | {f"{name}_roofline_ms": round(value, 4) for name, value in bound.items()}
+        | {f"{name}_ms_a_layer": round(value, 4) for name, value in layer_times(found).items()}
+    )
+
+
+def rows(
+    options: argparse.Namespace, kind: str, timer: Timer, ceilings: Mapping[str, float]
+) -> Iterator[dict[str, Any]]:
+    """All of a kind's rows."""
+    if kind.startswith("vision"):
+        bundle = make_bundle(options.folder, 2, 1, DEPTHS[0], intermediate_size=64)
+        for visual in (size for size in options.visual if size > min(SIZES)):
+            labels = {"kind": kind, "stage": "vision", "visual_tokens": visual, "patches": 4 * visual}
+            yield row(labels, timer.picture(bundle, visual), {})
+        return
+    bundle = make_bundle(options.folder, LAYERS, CUT)
+    for visual in options.visual:
+        for ratio in RATIOS:
+            plan = planned(bundle, visual, ratio)
+            kept = TEXT + plan.keep_count
+            one = plan_run(bundle.manifest, np.ones(1, np.int32), (), plan.next_position, 1.0)
+            for stage, run, past in (("prefill", plan, 0), ("decode", one, kept)):
+                found = timer.prompt(bundle, run, past, stage == "decode")
+                bound = least(bundle, run, past, RECIPE.capacity if past else 0, ceilings) if ceilings else {}
+                yield row({"kind": kind, "stage": stage, "visual_tokens": visual, "ratio": ratio}, found, bound)
+
+
 def measure(options: argparse.Namespace) -> None:
-    """Time every kind of engines that is there."""
+    """Time every kind whose engines are there, and write the table after every row."""
     trt = load_tensorrt("tensorrt")
     device = CudaDevice()
     runtime = trt.Runtime(make_logger(trt))
     if options.plugin:
         load_plugin(options.plugin)
-    ceilings = json.loads(options.ceilings.read_text(encoding="utf-8"))
-    rows: list[dict[str, Any]] = []
-    built: dict[str, Any] = {}
-    for kind in ("native", "plugin"):
-        folder = options.folder / kind
-        if not all((folder / f"{name}.plan").is_file() for name in ENGINES):
-            continue
-        built[kind] = {name: float((folder / f"{name}.seconds").read_text()) for name in ENGINES}
-        bundle, timer = Bundle.load(folder / f"bundle-{LAYERS}"), Timer(folder, trt, runtime, device)
-        for visual in SIZES:
-            for ratio in RATIOS:
-                plan = planned(bundle, visual, ratio)
-                kept = TEXT + plan.keep_count
-                one = plan_run(bundle.manifest, np.ones(1, np.int32), (), plan.next_position, 1.0)
-                for stage, run, past in (("prefill", plan, 0), ("decode", one, kept)):
-                    found = timer.prompt(bundle, run, past, stage == "decode")
-                    bound = least(bundle, run, past, RECIPE.capacity if past else 0, ceilings)
-                    layer = {
-                        "prefix": (found["prefix"].best - found["select"].best) / CUT,
-                        "decoder": (found["decoder"].best - found["compact"].best * CUT / BELOW) / (LAYERS - CUT),
-                    }
-                    rows.append(
-                        {"graphs": kind, "stage": stage, "visual_tokens": visual, "ratio": ratio}
-                        | {f"{name}_ms": round(times.best, 4) for name, times in found.items()}
-                        | {f"{name}_captured": times.graph is not None for name, times in found.items()}
-                        | {f"{name}_enqueued_ms": round(times.enqueued, 4) for name, times in found.items()}
-                        | {f"{name}_roofline_ms": round(value, 4) for name, value in bound.items()}
-                        | {f"{name}_ms_a_layer": round(value, 4) for name, value in layer.items()}
-                    )
-                    print(rows[-1], flush=True)
-    content = {
+    ceilings = json.loads(options.ceilings.read_text(encoding="utf-8")) if options.ceilings else {}
+    content: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.tensorrt_layers", *sys.argv[1:]]),
         "versions": {"tensorrt": trt.__version__, "numpy": np.__version__},
-        "gpu": ceilings["gpu"],
+        "gpu": ceilings.get("gpu"),
         "dtype": "float16, residual sums in float32",
         "tactic_sources": list(TACTICS),
         "note": "cuBLAS and cuDNN tactics were off: TensorRT had its own kernels alone",
-        "layers": {"prefix": CUT, "decoder": LAYERS - CUT, "compacted": BELOW},
+        "layers": {"prefix": CUT, "decoder": LAYERS - CUT, "compacted": BELOW, "vision": DEPTHS[1] - DEPTHS[0]},
         "text_tokens": TEXT,
         "cache_capacity": RECIPE.capacity,
         "ceilings": ceilings,
-        "build_seconds": built | {"note": "both kinds and their engines side by side"},
         "cores": os.cpu_count(),
-        "rows": rows,
+        "build_seconds": {},
+        "scratch_bytes": {},
+        "rows": [],
     }
-    options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for kind in dict.fromkeys(kind for kind, _ in chosen(options)):
+        own = {name: options.folder / kind / f"{name}.plan" for name in KINDS[kind][1]}
+        shared = {name: options.folder / PARTS[kind] / f"{name}.plan" for name in ENGINES[2:] if kind in PARTS}
+        missing = [str(path) for path in (own | shared).values() if not path.is_file()]
+        if missing:
+            print(f"{kind} is left out: build {', '.join(missing)}", flush=True)
+            continue
+        timer = Timer(own | shared, trt, runtime, device)
+        content["build_seconds"][kind] = {
+            name: float(path.with_suffix(".seconds").read_text()) for name, path in own.items()
+        }
+        content["scratch_bytes"][kind] = {name: timer.engines[name].scratch for name in own}
+        for one in rows(options, kind, timer, ceilings):
+            content["rows"].append(one)
+            print(one, flush=True)
+            options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def write_ceilings(options: argparse.Namespace) -> None:
@@ -325,7 +414,8 @@ def main() -> None:
     p.add_argument("what", choices=("build", "time", "ceilings"))
     p.add_argument("folder", type=Path)
     p.add_argument("--plugin", type=Path)
-    p.add_argument("--only", nargs="*", choices=ENGINES, default=ENGINES, help="engines to build, several side by side")
+    p.add_argument("--only", nargs="*", metavar="NAME", help="kinds, or kind/engine, in order (default: all)")
+    p.add_argument("--visual", nargs="*", type=int, default=SIZES, help=f"visual tokens (default: {SIZES})")
     p.add_argument("--ceilings", type=Path)
     p.add_argument("--output", type=Path, default=RESULTS / "tensorrt_layers-h100.json")
     options = p.parse_args()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -36,12 +37,13 @@ from ivc_export.contract.records import INT32_MOST, Frozen
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.lowering import LOWERINGS
 from ivc_export.lowering.join_decode import join_decode
-from samples.tiny import TINY
+from samples.tiny import TINY, wide
 from tools.families_doc import families_doc
 
 ROOT = Path(__file__).parent.parent
 LOWERED = "qwen2_5_vl"
-"""The family whose graphs are listed in every lowering: it has every function but SelectTileTokens and SpreadRows."""
+"""The family whose graphs are listed in every lowering: it has every function but SelectTileTokens and SpreadRows. Its
+heads are then of sizes that our kernels take."""
 
 LAYERS = {
     Layers.NONE: "",
@@ -214,11 +216,11 @@ def text(attribute: ir.Attr) -> str:
 
 def listings() -> dict[str, str]:
     """File name to content: the portable graphs of every tiny family, and those of one in every lowering."""
-    found = {f"{name}.{graph}.txt": listing(model) for name in TINY for graph, model in tiny(name).items()}
+    found = {f"{name}.{graph}.txt": listing(model) for name in TINY for graph, model in tiny(TINY[name]).items()}
     for lowering in LOWERINGS:
-        graphs: dict[str, ir.Model] = dict(tiny(LOWERED).items())
+        graphs: dict[str, ir.Model] = dict(tiny(wide(LOWERED, heads=4)).items())
         if LOWERINGS[lowering].io is in_place_info:
-            again = tiny(LOWERED)
+            again = tiny(wide(LOWERED, heads=4))
             graphs["decode"] = join_decode(again["prefix"], again["decoder"])
         for graph, model in graphs.items():
             if lowering != "portable":
@@ -226,10 +228,10 @@ def listings() -> dict[str, str]:
     return found
 
 
-def tiny(name: str) -> dict[GraphName, ir.Model]:
+def tiny(config: dict[str, Any]) -> dict[GraphName, ir.Model]:
     """The graphs of a tiny model."""
-    family = families.of(TINY[name]["model_type"])
-    model = family.read(TINY[name], None)
+    family = families.of(config["model_type"])
+    model = family.read(config, None)
     return build_graphs(model, PlannedWeights(), family.default_layer(model.decoder).layer)
 
 

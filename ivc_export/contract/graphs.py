@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from ivc_export.contract.manifest import DecoderSizes, GraphInfo, RotarySizes, Selection, SelectionRule, TensorInfo
 from ivc_export.contract.names import AnyGraphName, graph_file
+from ivc_export.contract.operators import ATTENDED_SIZES
 from ivc_export.contract.preprocessing import FixedPreprocessing, PatchPreprocessing, Preprocessing
 from ivc_export.dtypes import FloatName
 
@@ -392,3 +393,29 @@ def in_place_info(info: GraphInfo) -> GraphInfo:
             "outputs": (*(new for t in outputs for new in changed(t)), *present),
         }
     )
+
+
+def owned_caches_info(info: GraphInfo) -> GraphInfo:
+    """Inputs and outputs of a graph whose decoder layers write to caches of the caller's, by our plugin's operators.
+
+    Only where keys and values are of one size that AttendInPlace takes; others stay as they are.
+
+    - prefix reads the caches and gives new_key.i and new_value.i as ever: rows of pruned tokens never get into a cache.
+    - In decoder, caches of layers below the cut are inputs, too. present_key.i and present_value.i stand for
+      compact_key.i and compact_value.i, and above the cut for new_key.i and new_value.i. Bound to the buffers of
+      past_key.i and past_value.i, they are written in place, from row past_length on.
+    - Layers that keep every row have no such output: their new_key.i and new_value.i of prefix are the caller's to
+      append.
+    """
+    sizes = {t.shape[3] for t in info.inputs if TensorName.of(t.name).role == "past"}
+    if all(t.name != "keep_index" for t in info.inputs) or len(sizes) != 1 or not sizes <= {*ATTENDED_SIZES}:
+        return info
+    compacted = {TensorName.of(t.name).to("new") for t in info.outputs if TensorName.of(t.name).role == "compact"}
+
+    def cache(tensor: TensorInfo, role: CacheRole) -> TensorInfo:
+        shape = (*tensor.shape[:2], "P", *tensor.shape[3:])
+        return tensor.model_copy(update={"name": TensorName.of(tensor.name).to(role), "shape": shape})
+
+    inputs = [(t, cache(t, "past")) if t.name in compacted else (t,) for t in info.inputs]
+    outputs = [cache(t, "present") if TensorName.of(t.name).role in ("new", "compact") else t for t in info.outputs]
+    return info.model_copy(update={"inputs": tuple(t for some in inputs for t in some), "outputs": tuple(outputs)})

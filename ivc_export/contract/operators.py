@@ -40,6 +40,15 @@ PLUGIN_OPERATORS = frozenset(("SelectTokens", "CompactGatherN"))
 """Operators of domain `ivc` without a body that `plugin` leaves to our TensorRT plugin, and `ort-cuda-ops` to our
 library of custom operators for onnxruntime."""
 
+ATTENTION_OPERATORS = frozenset(("AttendInPlace", "CompactIntoCaches", "EncodeAttend"))
+"""Such operators for attention, and for caches that it writes in place."""
+
+ATTENDED_SIZES = (64, 128)
+"""Sizes of a decoder layer's keys and values that AttendInPlace takes."""
+
+ENCODED_SIZES = (64, 72, 80, 128)
+"""Sizes of an encoder's heads that EncodeAttend takes."""
+
 
 def verify_graph(
     name: AnyGraphName,

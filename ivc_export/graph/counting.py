@@ -80,6 +80,12 @@ class Tensors:
             self.types[node.output[0]] = onnx.helper.make_tensor_type_proto(
                 kind, [*self.shape(inputs[0])[:-1], columns]
             )
+        elif node.op_type in ("AttendInPlace", "EncodeAttend"):
+            frames, heads, rows, size = self.shape(inputs[0])
+            block = next((attribute.i for attribute in node.attribute if attribute.name == "block_size"), 0)
+            shape = [frames, rows - 2 * block, heads * size] if block else [frames * rows, heads * size]
+            kind = self.types[inputs[0]].tensor_type.elem_type
+            self.types[node.output[0]] = onnx.helper.make_tensor_type_proto(kind, shape)
         elif not node.domain:
             data = {name: onnx.numpy_helper.from_array(self.values[name]) for name in inputs if name in self.values}
             inferred = onnx.shape_inference.infer_node_outputs(

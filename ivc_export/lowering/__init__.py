@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ivc_export.contract.graphs import in_place_info
+from ivc_export.contract.graphs import in_place_info, owned_caches_info
 from ivc_export.contract.manifest import GraphInfo
 from ivc_export.contract.names import IVC_DOMAIN, OPSET, AnyGraphName
 from ivc_export.contract.operators import PLUGIN_OPERATORS, verify_graph
@@ -25,10 +25,11 @@ from ivc_export.lowering.onnxruntime.rotate_in_attention import RotateInAttentio
 from ivc_export.lowering.onnxruntime.write_caches import WriteCachesPass
 from ivc_export.lowering.precision.scale_residuals import SCALE, ScaleResidualsPass
 from ivc_export.lowering.spell import SpellPass
+from ivc_export.lowering.tensorrt.attention import AttendInPlacePass, EncodeAttendPass
 from ivc_export.lowering.tensorrt.block_dequantise import BlockDequantisePass
 from ivc_export.lowering.tensorrt.dequantise import DequantiseWeightsPass
 from ivc_export.lowering.tensorrt.opset import BLOCKS, NEWEST, RaiseOpsetPass
-from ivc_export.lowering.tensorrt.plugin import UsePluginPass
+from ivc_export.lowering.tensorrt.plugin import KERNELS, UsePluginPass
 
 Passes = Sequence[ir.passes.PassBase]
 Operators = frozenset[tuple[str, str]]
@@ -133,7 +134,11 @@ LOWERINGS: dict[str, Lowering] = {
     # standard operators only: any TensorRT, no plugin
     "native": Lowering(passes=lambda: (DequantiseWeightsPass(), InlinePass()), exported=True, packed_weights=False),
     # nodes without bodies: TensorRT with our plugin library
-    "plugin": Lowering(passes=lambda: (DequantiseWeightsPass(), UsePluginPass()), functions=PLUGIN_OPERATORS),
+    "plugin": Lowering(
+        passes=lambda: (DequantiseWeightsPass(), AttendInPlacePass(), EncodeAttendPass(), UsePluginPass()),
+        functions=KERNELS,
+        io=owned_caches_info,
+    ),
     # standard operators only, weights in 4 bits: TensorRT from 10.0
     "opset-21": Lowering(
         passes=lambda: (BlockDequantisePass(), DequantiseWeightsPass(), InlinePass(), RaiseOpsetPass(BLOCKS)),

@@ -12,6 +12,9 @@ from ivc_export.graph.functions import RESULTS
 BOOLEANS = frozenset(("And", "Equal", "Greater", "GreaterOrEqual", "Less", "Not", "Or"))
 """Operators of the contract whose results are truth values."""
 
+ALIKE = {"AttendInPlace": 0, "CompactIntoCaches": 2, "EncodeAttend": 0}
+"""Operators of ours without a body whose outputs are all of one input's type: that of this number."""
+
 Types = MutableMapping[ir.Value, ir.DataType]
 
 
@@ -34,6 +37,8 @@ def results(node: ir.Node, types: Types) -> list[ir.DataType]:
     inputs = [types[value] for value in node.inputs if value is not None]
     if (node.domain, node.op_type) == (IVC_DOMAIN, "CompactGatherN"):  # an operator of ours, of many inputs
         return inputs[1:]
+    if node.domain == IVC_DOMAIN and node.op_type in ALIKE:
+        return [inputs[ALIKE[node.op_type]]] * len(node.outputs)
     if node.domain == IVC_DOMAIN:
         found = RESULTS[node.op_type]
         return list(found) if isinstance(found, tuple) else [inputs[found]]

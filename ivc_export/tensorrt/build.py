@@ -21,6 +21,9 @@ from ivc_export.tensorrt.profiles import profile_names, profiles
 from ivc_export.tensorrt.recipe import EngineRecipe
 from ivc_export.tensorrt.store import RECORD, BuiltEngine, engine_folder, make_record
 
+LEAST_FOR_PLUGIN = 8.0
+"""Compute capability that the plugin's attention needs."""
+
 BuildProgress = Callable[[str, str, int, int], None]
 """Called with the graph's name, a phase of its build, and how many of how many steps are done."""
 
@@ -39,8 +42,8 @@ def build(
     tell: called before the build with sentences that say which softmax and attention are built, and what they cost.
 
     Raises:
-        UserError: TensorRT is missing or refuses a graph, the plugin does not load, timing caches cannot be written,
-            memory or max_visual is too small, or the model has experts.
+        UserError: TensorRT is missing or refuses a graph, the plugin does not load or the GPU is too old for it, timing
+            caches cannot be written, memory or max_visual is too small, or the model has experts.
     """
     check_no_experts(bundle)
     check_takes_a_picture(bundle, recipe)
@@ -51,6 +54,11 @@ def build(
     if recipe.timing_cache is not None:
         check_timing_cache(recipe.timing_cache)
     capability = recipe.compute_capability or own_capability(trt)
+    if recipe.plugin is not None and float(capability) < LEAST_FOR_PLUGIN:
+        raise UserError(
+            f"the plugin's kernels need a GPU of compute capability {LEAST_FOR_PLUGIN}, and this is {capability}: "
+            "leave --plugin out"
+        )
     choices, estimated, sentences = decide(bundle, recipe, choose_graphs(bundle, recipe, trt, capability))
     if not force:
         check_memory(estimated, recipe)

@@ -24,6 +24,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
 from ivc_export.tensorrt.library import major, make_logger, polygraphy
@@ -64,6 +65,8 @@ def compile_graph(
         with timed.open("rb") if timed is not None and timed.is_file() else nullcontext() as saved:
             chosen = choices(trt, options) | {"load_timing_cache": saved}
             config = loaders.create_config(builder, network, profiles=shapes, **chosen)
+        if any(node.domain == IVC_DOMAIN for node in model.graph) and hasattr(trt.PreviewFeature, ALIASES):
+            config.set_preview_feature(getattr(trt.PreviewFeature, ALIASES), True)
         if options.target == "tensorrt-rtx":
             config.num_compute_capabilities = 1
             capability = getattr(trt.ComputeCapability, f"SM{options.compute_capability.replace('.', '')}")
@@ -76,6 +79,10 @@ def compile_graph(
     for file in work.glob(f"{name}.*"):
         file.unlink()
     return bytes(memoryview(plan))
+
+
+ALIASES = "ALIASED_PLUGIN_IO_10_03"
+"""TensorRT's name for plugins whose outputs lie in their inputs' memory, from 10.3 on."""
 
 
 def weak(trt: Any, options: Options) -> bool:

@@ -88,12 +88,13 @@ def choose_graphs(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: st
         packed = "int4" in packed_weights(bundle, "native", dtype)
         graphs = best_opset(recipe.target, version(trt), packed)
     attention: DecoderAttention = "grouped" if recipe.attention == "auto" else recipe.attention
+    if (graphs == "plugin" or graphs not in SPELLED) and recipe.attention != "auto":
+        other = "our plugin" if graphs == "plugin" else f"{recipe.target} {trt.__version__}"
+        raise UserError(
+            f"--attention is for engines that spell attention out, and {other} has an operator for it in {dtype}: "
+            "leave --attention out"
+        )
     if graphs not in SPELLED:
-        if recipe.attention != "auto":
-            raise UserError(
-                f"--attention is for engines that spell attention out, and {recipe.target} {trt.__version__} has an "
-                f"operator for it in {dtype}: leave --attention out"
-            )
         attention = "operator"
     softmax = recipe.softmax or ("float16" if dtype == "float16" else "float32")
     return EngineChoices(recipe.target, dtype, graphs, softmax, attention)

@@ -154,11 +154,19 @@ class Context {
         }
     }
 
-    // Gives every output memory for the inputs set, under `prefix` and its name.
-    void outputs(Memory& memory, const std::string& prefix) {
+    // Lets an output lie at `address`, if the engine has it.
+    void output(const std::string& name, void* address) {
+        if (has(name) && !context_->setTensorAddress(name.c_str(), address)) {
+            throw std::runtime_error("TensorRT does not take memory for " + name + kOtherEngines);
+        }
+    }
+
+    // Gives every output memory for the inputs set, under `prefix` and its name, but for those that begin with `own`.
+    void outputs(Memory& memory, const std::string& prefix, const std::string& own = "-") {
         for (int32_t i = 0; i < engine_.getNbIOTensors(); ++i) {
             const char* name = engine_.getIOTensorName(i);
             if (engine_.getTensorIOMode(name) != nvinfer1::TensorIOMode::kOUTPUT) continue;
+            if (std::string(name).rfind(own, 0) == 0) continue;
             void* address = memory.get(prefix + name, count(shape(name)) * bytes(engine_.getTensorDataType(name)));
             if (!context_->setTensorAddress(name, address)) {
                 throw std::runtime_error(std::string("TensorRT does not take memory for ") + name + kOtherEngines);

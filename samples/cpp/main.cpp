@@ -73,7 +73,8 @@ class Generator {
         if (decode) {
             step();
         } else {
-            bind(0, plan, static_cast<int32_t>(tokens.size()), length_ > 0 ? capacity_ : 0);
+            const bool whole = length_ > 0 || decoder_[0]->has(present("key", layers_ - 1));
+            bind(0, plan, static_cast<int32_t>(tokens.size()), whole ? capacity_ : 0);
             enqueue(0, kept);
         }
         check(cudaStreamSynchronize(stream_));
@@ -93,6 +94,11 @@ class Generator {
     size_t cacheBytes() const { return elementBytes() * heads_ * capacity_ * size_; }
     static std::string cache(const std::string& kind, int32_t layer) {
         return "cache_" + kind + "." + std::to_string(layer);
+    }
+
+    // The output by which engines with our plugin's attention write to a cache themselves.
+    static std::string present(const std::string& kind, int32_t layer) {
+        return "present_" + kind + "." + std::to_string(layer);
     }
 
     void send(const std::string& name, const void* data, size_t size) {
@@ -175,7 +181,10 @@ class Generator {
                 decoder.input(name, memory_.at("prefix/" + name), prefix.shape(name));
             }
         }
-        decoder.outputs(memory_, "decoder/");
+        decoder.outputs(memory_, "decoder/", "present_");
+        for (int32_t i = 0; i < layers_; ++i) {
+            for (const std::string kind : {"key", "value"}) decoder.output(present(kind, i), memory_.at(cache(kind, i)));
+        }
     }
 
     // Both engines, the rows appended to the caches, the logits copied to the host: nothing here waits.
@@ -185,13 +194,14 @@ class Generator {
         std::vector<IvcRows> rows;
         for (int32_t i = 0; i < layers_; ++i) {
             for (const std::string kind : {"key", "value"}) {
+                if (decoder_[profile]->has(present(kind, i))) continue;  // the engine has written them
                 const std::string name = (i < below_ ? "compact_" : "new_") + kind + "." + std::to_string(i);
                 decoder_[profile]->expect(name, count({heads_, kept, size_}), elementBytes());
                 rows.push_back({memory_.at("decoder/" + name), memory_.at(cache(kind, i)), heads_,
                     static_cast<int32_t>(elementBytes() * size_)});
             }
         }
-        check(ivcAppendRows(rows.data(), static_cast<int32_t>(rows.size()), kept,
+        if (!rows.empty()) check(ivcAppendRows(rows.data(), static_cast<int32_t>(rows.size()), kept,
             static_cast<const int32_t*>(memory_.at(ivc::kPastLength)), capacity_, stream_));
         decoder_[profile]->expect(ivc::kLogits, vocabulary(), sizeof(float));
         check(cudaMemcpyAsync(

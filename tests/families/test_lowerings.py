@@ -39,7 +39,7 @@ from ivc_export.runtime.tolerances import FLOAT16, FLOAT32
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
 from tests.conftest import LOGIT_TOLERANCE, random_picture
-from tests.lowering.test_tensorrt_passes import spell_out
+from tests.lowering.spelled import spell_out
 from tests.runtime.test_tensorrt import opened
 
 Arrays = Mapping[str, npt.NDArray[Any]]

@@ -28,7 +28,6 @@ from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Grid
-from ivc_export.graph.functions import function as function_body
 from ivc_export.lowering import LOWERINGS, lower
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.lowering.precision.scale_residuals import ScaleResidualsPass
@@ -38,8 +37,9 @@ from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.interface import Step
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from samples.make_sample import make_checkpoint
-from samples.tiny import TINY
+from samples.tiny import TINY, wide
 from tests.conftest import make_overflowing_checkpoint, random_picture
+from tests.lowering.spelled import spell_out
 from tools.generate import listing
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -88,29 +88,6 @@ def test_plugin_graphs_keep_the_contract(golden_bundle: Bundle, name: GraphName)
             assert node.attributes["plugin_version"].as_string() == "1"
 
 
-def spell_out(model: ir.Model) -> None:
-    """Replace the plugin's nodes by what they mean, in standard operators and the portable SelectTokens."""
-    for node in list(model.graph):
-        if node.op_type == "SelectTokens":
-            shape = ir.node("Shape", [node.inputs[5]])
-            count = ir.node("Cast", [shape.outputs[0]], {"to": int(ir.DataType.INT32)})
-            model.graph.insert_before(node, [shape, count])
-            node.replace_input_with(5, count.outputs[0])
-            for name in ("plugin_namespace", "plugin_version"):
-                del node.attributes[name]
-            function = function_body("SelectTokens").clone()
-            model.functions[function.identifier()] = function
-        elif node.op_type == "CompactGatherN":
-            for source, old, axis in zip(node.inputs[1:], node.outputs, node.attributes["axes"].as_ints(), strict=True):
-                gather = ir.node("Gather", [source, node.inputs[0]], {"axis": axis})
-                model.graph.insert_before(node, gather)
-                new, label = gather.outputs[0], old.name
-                new.type, new.shape = old.type, old.shape
-                old.replace_all_uses_with(new, replace_graph_outputs=True)
-                old.name, new.name = None, label
-            model.graph.remove(node, safe=True)
-
-
 @pytest.mark.parametrize("name", ["prefix", "decoder"])
 def test_plugin_graphs_mean_the_same(golden_bundle: Bundle, prefill: Step, name: GraphName) -> None:
     model = lower(load(golden_bundle, name), "plugin")
@@ -126,6 +103,23 @@ def test_plugin_graphs_mean_the_same(golden_bundle: Bundle, prefill: Step, name:
         session.get_outputs(), session.run(None, feeds(prefill, golden_bundle)[name]), strict=True
     ):
         np.testing.assert_array_equal(found, wanted[output.name])
+
+
+@pytest.mark.parametrize("family", families.names())
+def test_graphs_for_our_attention_keep_the_contract(family: str, tmp_path: Path) -> None:
+    """Caches below the cut are inputs of decoder, and all but those kept whole are its outputs."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", wide(family, heads=4))
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle"))
+    layers, cut = bundle.manifest.decoder.layers, bundle.manifest.selection_layer
+    for name in GRAPH_NAMES:
+        model, lowering = lower(load(bundle, name), "plugin"), LOWERINGS["plugin"]
+        lowering.verify(name, model, bundle.manifest.graphs[name])
+        operators = [node.op_type for node in model.graph if node.domain == IVC_DOMAIN]
+        assert not {"Attention", "EncoderAttention", "WindowAttention"} & {*operators}
+        count = {"vision": 0, "prefix": cut, "decoder": layers - cut}[name]
+        assert operators.count("AttendInPlace") == count
+        assert ("EncodeAttend" in operators) == (name == "vision")
+        assert operators.count("CompactIntoCaches") == (name == "decoder")
 
 
 def test_gathers_by_different_indices_are_not_fused(golden_bundle: Bundle) -> None:

@@ -10,7 +10,6 @@ import enum
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from ivc_export.tensorrt.graphs import choose_graphs, lowered
 from ivc_export.tensorrt.profiles import profile_names
 from ivc_export.tensorrt.recipe import EngineRecipe
 from ivc_export.tensorrt.store import RECORD, BuiltEngine, EngineRecord, engine_folder, make_record
+from tests.lowering.spelled import spell_out
 
 Array = npt.NDArray[Any]
 CAPABILITY = "9.0"
@@ -85,6 +85,9 @@ class HostDevice:
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
+
+    def capture(self, work: Callable[[], object]) -> Callable[[], object]:
+        return work
 
 
 class Context:
@@ -202,15 +205,22 @@ class FakeTensorrt:
         return FakeEngine(onnxruntime.InferenceSession(plan, options, providers=["CPUExecutionProvider"]))
 
 
-def put_engines(bundle: Bundle, dtype: FloatName = "float32", **maxima: Any) -> EngineRecord:
-    """Write what ivc-build would, with graphs in the place of plans; returns the record."""
-    recipe = EngineRecipe(dtype=dtype, opt_visual=1, opt_text=1, **maxima)
+def put_engines(
+    bundle: Bundle, dtype: FloatName = "float32", plugin: Path | None = None, **maxima: Any
+) -> EngineRecord:
+    """Write what ivc-build would, with graphs in the place of plans; returns the record.
+
+    plugin: a file that stands for its library; the plugin's nodes are spelled out.
+    """
+    recipe = EngineRecipe(dtype=dtype, opt_visual=1, opt_text=1, plugin=plugin, **maxima)
     choices = choose_graphs(bundle, recipe, FakeTensorrt, CAPABILITY)
     folder = engine_folder(bundle, FakeTensorrt, "tensorrt", CAPABILITY)
     folder.mkdir(parents=True, exist_ok=True)
     built = {}
     for name in GRAPH_NAMES:
-        model = lowered(bundle, name, replace(choices, graphs="native"))  # there is no plugin
+        model = lowered(bundle, name, choices)
+        if plugin is not None:
+            spell_out(model)
         for value in model.graph.initializers.values():
             if isinstance(value.const_value, ir.LazyTensor):  # converted weights have no file
                 value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)

@@ -63,7 +63,8 @@ def opened(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, **recipe: Any) -> tu
     monkeypatch.setattr(tensorrt, "load_tensorrt", lambda target: FakeTensorrt(bundle))
     monkeypatch.setattr(tensorrt, "own_capability", lambda trt: CAPABILITY)
     monkeypatch.setattr(tensorrt, "CudaDevice", lambda: device)
-    return TensorrtSession(bundle), device
+    monkeypatch.setattr(tensorrt, "load_plugin", lambda path: None)
+    return TensorrtSession(bundle, plugin=recipe.get("plugin")), device
 
 
 @pytest.fixture

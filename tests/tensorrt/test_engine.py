@@ -126,6 +126,14 @@ def test_recorded_paths_hold_from_any_folder(bundle: Bundle, tmp_path: Path, mon
     assert found.record.recipe.plugin == tmp_path / "lib.so"
 
 
+def test_a_gpu_without_the_plugins_instructions_is_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "load_plugin", lambda path: None)
+    monkeypatch.setattr(engine, "own_capability", lambda trt: "7.5")
+    monkeypatch.setattr(engine, "load_tensorrt", lambda target: trt)
+    with pytest.raises(UserError, match=r"need a GPU of compute capability 8\.0, and this is 7\.5: leave --plugin out"):
+        build(bundle, EngineRecipe(plugin=Path("lib.so"), **SMALL))
+
+
 @pytest.fixture(scope="module")
 def built(sample_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     found = Bundle.load(shutil.copytree(sample_bundle.folder, tmp_path_factory.mktemp("built") / "bundle"))

@@ -13,11 +13,12 @@ import pytest
 
 from ivc_export import families
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.contract.operators import OPERATORS, PLUGIN_OPERATORS
+from ivc_export.contract.operators import OPERATORS
 from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.lowering import lower
 from ivc_export.lowering.precision.scale_residuals import ScaleResidualsPass
 from ivc_export.lowering.precision.widen_residuals import WidenResidualsPass
+from ivc_export.lowering.tensorrt.plugin import KERNELS
 from tests.lowering.test_tensorrt_passes import tiny_graphs
 
 TABLE = json.loads((Path(__file__).parents[1] / "data" / "tensorrt_operators.json").read_text(encoding="utf-8"))
@@ -55,7 +56,7 @@ def check(model: ir.Model, table: dict[str, Any]) -> None:
     assert model.opset_imports[""] <= table["opset"]
     for node in model.graph.all_nodes():
         if node.domain == IVC_DOMAIN:
-            assert node.op_type in PLUGIN_OPERATORS
+            assert node.op_type in KERNELS
             continue
         assert node.op_type in table["operators"], f"{node.name}: {node.op_type}"
         assert not set(node.attributes) & set(table["ignored_attributes"].get(node.op_type, ())), node.name
@@ -86,7 +87,7 @@ def test_plugin_graphs_are_read_but_for_the_plugin(family: str) -> None:
         wanted = {node.op_type for node in lower(graph.clone(), "native").graph.all_nodes()} | {"Expand", "Cast"}
         lowered = lower(graph, "plugin")
         assert {n.op_type for n in lowered.graph.all_nodes() if n.domain != IVC_DOMAIN} <= wanted
-        assert {n.op_type for n in lowered.graph.all_nodes() if n.domain == IVC_DOMAIN} <= PLUGIN_OPERATORS
+        assert {n.op_type for n in lowered.graph.all_nodes() if n.domain == IVC_DOMAIN} <= KERNELS
 
 
 @pytest.mark.parametrize("family", families.names())

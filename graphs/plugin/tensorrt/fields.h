@@ -12,6 +12,10 @@ namespace ivc {
 constexpr const char* kNamespace = "ivc";
 constexpr const char* kVersion = "1";
 
+inline nvinfer1::PluginFieldType fieldType(const Attribute& attribute) {
+    return attribute.real ? nvinfer1::PluginFieldType::kFLOAT32 : nvinfer1::PluginFieldType::kINT32;
+}
+
 template <class Operator>
 constexpr size_t attributeCount() {
     return std::size(Operator::kAttributes);
@@ -24,10 +28,10 @@ Attributes readFields(const nvinfer1::PluginFieldCollection* fields) {
     for (int32_t i = 0; fields && i < fields->nbFields; ++i) {
         const auto& field = fields->fields[i];
         for (size_t a = 0; a < attributes.size(); ++a) {
-            if (std::strcmp(field.name, Operator::kAttributes[a]) == 0 && field.data &&
-                field.type == nvinfer1::PluginFieldType::kINT32) {
-                const auto* data = static_cast<const int32_t*>(field.data);
-                attributes[a].assign(data, data + field.length);
+            if (std::strcmp(field.name, Operator::kAttributes[a].name) == 0 && field.data &&
+                field.type == fieldType(Operator::kAttributes[a])) {
+                attributes[a].resize(field.length);
+                if (field.length) std::memcpy(attributes[a].data(), field.data, field.length * sizeof(int32_t));
             }
         }
     }
@@ -41,7 +45,8 @@ std::vector<nvinfer1::PluginField> makeFields(const Attributes* attributes) {
     for (size_t a = 0; a < attributeCount<Operator>(); ++a) {
         const void* data = attributes ? (*attributes)[a].data() : nullptr;
         const int32_t length = attributes ? static_cast<int32_t>((*attributes)[a].size()) : 1;
-        fields.emplace_back(Operator::kAttributes[a], data, nvinfer1::PluginFieldType::kINT32, length);
+        const Attribute& attribute = Operator::kAttributes[a];
+        fields.emplace_back(attribute.name, data, fieldType(attribute), length);
     }
     return fields;
 }

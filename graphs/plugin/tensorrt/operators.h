@@ -1,4 +1,5 @@
 // The ivc operators as TensorRT sees them, apart from any plugin interface: formats, shapes, workspace and launches.
+// Those of attention are in attention.h.
 //
 // Inputs are those of the `plugin` lowering (ivc_export/passes/use_plugin.py).
 #pragma once
@@ -7,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "../kernels/ivc_kernels.h"
@@ -19,8 +21,20 @@ using nvinfer1::IDimensionExpr;
 using nvinfer1::IExprBuilder;
 using nvinfer1::PluginTensorDesc;
 
-// Integer attributes, in the order of an operator's kAttributes; a missing one is empty.
+// An attribute's name, and whether its values are float32, which are kept as their bits.
+struct Attribute {
+    const char* name;
+    bool real = false;
+};
+
+// Attributes' values, in the order of an operator's kAttributes; a missing one is empty.
 using Attributes = std::vector<std::vector<int32_t>>;
+
+inline float real(const std::vector<int32_t>& attribute) {
+    float value = 0;
+    std::memcpy(&value, attribute.data(), sizeof value);
+    return value;
+}
 
 inline bool isFloat(DataType type) {
 #if NV_TENSORRT_MAJOR >= 10
@@ -46,7 +60,7 @@ inline int32_t extent(const PluginTensorDesc& tensor, int32_t axis) {
 class SelectTokens {
    public:
     static constexpr const char* kName = "SelectTokens";
-    static constexpr const char* kAttributes[] = {"seed_divisor", "softmax_all"};
+    static constexpr Attribute kAttributes[] = {{"seed_divisor"}, {"softmax_all"}};
 
     explicit SelectTokens(const Attributes& attributes) : attributes_(attributes) {}
 
@@ -57,6 +71,7 @@ class SelectTokens {
     const Attributes& attributes() const { return attributes_; }
 
     int32_t outputs() const { return 3; }
+    int32_t aliased(int32_t) const { return -1; }
 
     bool supports(int32_t position, const PluginTensorDesc* tensors) const {
         const auto& t = tensors[position];
@@ -125,7 +140,7 @@ class SelectTokens {
 class CompactGatherN {
    public:
     static constexpr const char* kName = "CompactGatherN";
-    static constexpr const char* kAttributes[] = {"axes", "kinds"};
+    static constexpr Attribute kAttributes[] = {{"axes"}, {"kinds"}};
 
     explicit CompactGatherN(const Attributes& attributes) : attributes_(attributes) {}
 
@@ -134,6 +149,7 @@ class CompactGatherN {
     const Attributes& attributes() const { return attributes_; }
 
     int32_t outputs() const { return static_cast<int32_t>(attributes_[0].size()); }
+    int32_t aliased(int32_t) const { return -1; }  // no output is an input's memory
 
     // All tensors of kind 0 are of one type: with a choice for each, a builder would try 2^n combinations.
     bool supports(int32_t position, const PluginTensorDesc* tensors) const {

@@ -11,6 +11,8 @@
 #error "TensorRT 8.6 or later is needed"
 #endif
 
+#include "attention.h"
+
 namespace {
 
 template <class Operator>
@@ -21,5 +23,8 @@ struct Registration {
 
 Registration<ivc::SelectTokens> selectTokens;
 Registration<ivc::CompactGatherN> compactGatherN;
+Registration<ivc::AttendInPlace> attendInPlace;
+Registration<ivc::EncodeAttend> encodeAttend;
+Registration<ivc::CompactIntoCaches> compactIntoCaches;
 
 }  // namespace

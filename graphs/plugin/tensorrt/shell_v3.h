@@ -5,10 +5,17 @@
 
 namespace ivc {
 
+#if NV_TENSORRT_MAJOR > 10 || NV_TENSORRT_MINOR >= 3
+#define IVC_ALIASES 1  // outputs may be declared to lie in inputs' memory
+using Build = nvinfer1::IPluginV3OneBuildV2;
+#else
+using Build = nvinfer1::IPluginV3OneBuild;
+#endif
+
 template <class Operator>
 class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneCore,
-                     public nvinfer1::IPluginV3OneBuild,
+                     public Build,
                      public nvinfer1::IPluginV3OneRuntime {
    public:
     explicit Plugin(const Attributes& attributes) : operator_(attributes) {}
@@ -16,7 +23,7 @@ class Plugin final : public nvinfer1::IPluginV3,
     nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override {
         switch (type) {
             case nvinfer1::PluginCapabilityType::kCORE: return static_cast<nvinfer1::IPluginV3OneCore*>(this);
-            case nvinfer1::PluginCapabilityType::kBUILD: return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
+            case nvinfer1::PluginCapabilityType::kBUILD: return static_cast<Build*>(this);
             case nvinfer1::PluginCapabilityType::kRUNTIME: return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
         }
         return nullptr;
@@ -28,6 +35,9 @@ class Plugin final : public nvinfer1::IPluginV3,
     const char* getPluginNamespace() const noexcept override { return kNamespace; }
 
     int32_t getNbOutputs() const noexcept override { return operator_.outputs(); }
+#if IVC_ALIASES
+    int32_t getAliasedInput(int32_t output) noexcept override { return operator_.aliased(output); }
+#endif
     int32_t getOutputDataTypes(
         DataType* outputs, int32_t count, const DataType* inputs, int32_t) const noexcept override {
         for (int32_t i = 0; i < count; ++i) outputs[i] = operator_.outputType(i, inputs);

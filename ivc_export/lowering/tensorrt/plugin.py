@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.contract.operators import PLUGIN_OPERATORS
+from ivc_export.contract.operators import ATTENTION_OPERATORS, PLUGIN_OPERATORS
 from ivc_export.lowering.edit import called
 from ivc_export.lowering.inline import InlinePass
 
@@ -20,10 +20,14 @@ KINDS = {"graph": 0, "int32": 1, "float32": 2}
 """Element types of CompactGatherN's tensors: `graph` is the floating-point type that all such tensors share."""
 
 
+KERNELS = PLUGIN_OPERATORS | ATTENTION_OPERATORS
+"""Operators that the plugin has."""
+
+
 class UsePluginPass(ir.passes.InPlacePass):
     """Call our TensorRT plugin (graphs/plugin) instead of the bodies of the `ivc` operators.
 
-    1. Needs: each `ivc` node has a body, and a graph's CompactGather nodes share one keep_index.
+    1. Needs: each `ivc` node has a body or is one of KERNELS, and a graph's CompactGather nodes share one keep_index.
     2. Leaves: SelectTokens with keep_slots, a tensor of keep_count elements, in the place of keep_count, since
        TensorRT 8.6 computes a plugin's output shapes from input shapes alone; one CompactGatherN(keep_index, x_1 ..
        x_n) -> y_1 .. y_n with `axes`, and `kinds` by KINDS, in the place of all CompactGather. No bodies:
@@ -32,31 +36,31 @@ class UsePluginPass(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         """Check that what is inlined has a body, and that gathers can be fused."""
-        InlinePass(kept=("SelectTokens", "CompactGather", *PLUGIN_OPERATORS)).requires(model)
+        InlinePass(kept=("SelectTokens", "CompactGather", *KERNELS)).requires(model)
         one_index([node for node in model.graph if called(node.outputs[0], "CompactGather")])
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the nodes, drop the bodies."""
-        inlined = InlinePass(kept=("SelectTokens", "CompactGather", *PLUGIN_OPERATORS))(model).modified
+        inlined = InlinePass(kept=("SelectTokens", "CompactGather", *KERNELS))(model).modified
         gathers = [node for node in model.graph if called(node.outputs[0], "CompactGather")]
         if gathers:
             sources = [node.inputs[0] for node in gathers]
             kinds = [kind(x, sources) for x in sources]
             fuse_gathers(model.graph, gathers, {"axes": axes(gathers), "kinds": kinds, **PLUGIN})
-        selections = [node for node in model.graph if called(node.outputs[0], "SelectTokens")]
-        selections = [node for node in selections if not PLUGIN.keys() <= node.attributes.keys()]
-        for node in selections:
-            node.replace_input_with(5, keep_slots(model.graph, node))
+        named = [n for n in model.graph if n.domain == IVC_DOMAIN and not PLUGIN.keys() <= n.attributes.keys()]
+        for node in named:
+            if node.op_type == "SelectTokens":
+                node.replace_input_with(5, keep_slots(model.graph, node))
             for name, value in PLUGIN.items():
                 node.attributes[name] = ir.AttrString(name, value)
-        changed = inlined or bool(gathers or selections or model.functions)
+        changed = inlined or bool(gathers or named or model.functions)
         model.functions.clear()
         return ir.passes.PassResult(model, changed)
 
     def ensures(self, model: ir.Model) -> None:
         """Check that every `ivc` node is one of the plugin's."""
         for node in model.graph.all_nodes():
-            if node.domain == IVC_DOMAIN and node.op_type not in PLUGIN_OPERATORS:
+            if node.domain == IVC_DOMAIN and node.op_type not in KERNELS:
                 raise ir.passes.PostconditionError(f"{node.name}: the plugin has no {node.op_type}")
 
 

@@ -54,6 +54,10 @@ class Device(Protocol):
         """What the device takes for what `work` puts on the stream, from rest to rest."""
         ...
 
+    def capture(self, work: Callable[[], object]) -> Callable[[], object] | None:
+        """What puts on the stream, in one launch, all that `work` would; None where that cannot be captured."""
+        ...
+
 
 class CudaDevice:
     """The current CUDA device.
@@ -137,6 +141,42 @@ class CudaDevice:
         for event in (start, end):
             self._call(self._runtime.cudaEventDestroy, event)
         return float(milliseconds) / 1000
+
+    def capture(self, work: Callable[[], object]) -> CudaGraph | None:
+        """As Device.capture."""
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call(self._runtime.cudaStreamBeginCapture, self.stream, mode)
+        try:
+            work()
+        except UserError:  # what cannot be captured; the capture has to be ended all the same
+            self._runtime.cudaStreamEndCapture(self.stream)
+            return None
+        status, graph = self._runtime.cudaStreamEndCapture(self.stream)
+        if int(status):
+            return None
+        runnable = self._call(self._runtime.cudaGraphInstantiate, graph, 0)
+        self._call(self._runtime.cudaGraphDestroy, graph)
+        return CudaGraph(self._runtime, runnable, self.stream)
+
+
+class CudaGraph:
+    """A captured graph, given back with this object."""
+
+    def __init__(self, runtime: Any, runnable: Any, stream: int) -> None:
+        self._runtime, self._runnable, self._stream = runtime, runnable, stream
+
+    def __call__(self) -> None:
+        """Put it on the stream.
+
+        Raises:
+            UserError: the device does not work.
+        """
+        (status,) = self._runtime.cudaGraphLaunch(self._runnable, self._stream)
+        if int(status):
+            raise UserError(f"CUDA cannot launch a decode step ({status}): see that the GPU and its driver work")
+
+    def __del__(self) -> None:
+        self._runtime.cudaGraphExecDestroy(self._runnable)
 
 
 def median_seconds(device: Device, start: Callable[[], object], rounds: int, runs: int) -> float:

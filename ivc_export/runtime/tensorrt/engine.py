@@ -35,6 +35,8 @@ class Tensor:
     address: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    head_step: int | None = None
+    """Of rows [1, heads, rows, size] within a cache: bytes from head to head; None where nothing lies in between."""
 
     @property
     def nbytes(self) -> int:
@@ -106,6 +108,11 @@ class Engine:
                 "with ivc-build"
             )
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(self._outputs)
+
     def inputs(self) -> dict[str, tuple[int, ...]]:
         """Shapes of its inputs, -1 where the extent is a run's."""
         return {name: tuple(self._engine.get_tensor_shape(name)) for name in self._inputs}
@@ -125,11 +132,12 @@ class Engine:
         buffers: Buffers,
         place: str,
         extents: Mapping[str, int] | None = None,
+        bound: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Start a run, and return its outputs, which lie in `buffers` under `place`. Does not wait for it.
 
         inputs: by name; those that the engine does not read are left out. extents: of the graph's symbolic axes, which
-        outputs must have; those of other axes are the engine's to say.
+        outputs must have; those of other axes are the engine's to say. bound: outputs that lie where the caller says.
 
         Raises:
             UserError: an input does not fit the engine's profile, or an output not the graph, or TensorRT cannot run
@@ -148,7 +156,8 @@ class Engine:
         outputs = {}
         for name, shape in shapes.items():
             size = math.prod(shape) * self.dtypes[name].itemsize
-            outputs[name] = Tensor(buffers.get(f"{place}/{name}", size), shape, self.dtypes[name])
+            given = (bound or {}).get(name)
+            outputs[name] = given or Tensor(buffers.get(f"{place}/{name}", size), shape, self.dtypes[name])
             if not context.set_tensor_address(name, outputs[name].address):
                 raise UserError(f"TensorRT takes no memory for {name} of the {self._name} engine: {REBUILD}")
         if not context.execute_async_v3(self.device.stream):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ivc_export.contract.graphs import TensorName, cache_shape
 from ivc_export.contract.names import GRAPH_NAMES
 from ivc_export.dtypes import FloatName, cast
 from ivc_export.errors import UserError
+from ivc_export.lowering import LOWERINGS
 from ivc_export.runtime.interface import Conversation, Fetched, Step, Turn
 from ivc_export.runtime.tensorrt.device import Buffers, CudaDevice, Device
 from ivc_export.runtime.tensorrt.engine import Array, Engine, Tensor, check_hand_over
@@ -68,7 +70,7 @@ class TensorrtSession:
                 record.engines[name].profiles,
                 self.device,
                 self.runtime,
-                bundle.manifest.graphs[name],
+                LOWERINGS[record.graphs].io(bundle.manifest.graphs[name]),
             )
             for name in GRAPH_NAMES
         }
@@ -77,6 +79,7 @@ class TensorrtSession:
         for engine in self.engines.values():
             engine.use_scratch(scratch)
         self._runs: dict[str, int] = {}
+        self._sent: dict[str, tuple[int, Array]] = {}
 
     def converse(
         self, ratio: float | None = None, capacity: int | None = None, method: str | Method | None = None
@@ -99,9 +102,16 @@ class TensorrtSession:
         Raises:
             UserError: values do not fit `dtype`.
         """
-        array = cast(array, dtype, name, "build engines with ivc-build --dtype float32")
-        tensor = Tensor(self.buffers.get(f"{place}/{name}", array.size * dtype.itemsize), array.shape, dtype)
-        self.device.upload(tensor.address, np.ascontiguousarray(array))
+        array = np.ascontiguousarray(cast(array, dtype, name, "build engines with ivc-build --dtype float32"))
+        where = f"{place}/{name}"
+        tensor = Tensor(self.buffers.get(where, array.size * dtype.itemsize), array.shape, dtype)
+        address, sent = self._sent.get(where, (0, None))
+        if address != tensor.address or sent is None or not np.array_equal(sent, array):
+            self.device.upload(tensor.address, array)
+        if array.dtype == np.int32 and array.size <= MOST_REMEMBERED:
+            self._sent[where] = (tensor.address, array.copy())
+        else:
+            self._sent.pop(where, None)
         return tensor
 
     def fetched(self, place: str, tensors: Mapping[str, Tensor]) -> Fetched[Tensor]:
@@ -116,7 +126,11 @@ class TensorrtSession:
             with self.lock:
                 if self._runs[place] != number:
                     raise RuntimeError(f"another {place} has taken the place of the one whose tensors are looked at")
-                self.device.download(tensor.address, array)
+                if tensor.head_step is None:
+                    self.device.download(tensor.address, array)
+                else:
+                    for head, rows in enumerate(array[0]):
+                        self.device.download(tensor.address + head * tensor.head_step, rows)
             if array.dtype == np.int32:
                 return array
             array = array.astype(np.float32, copy=False)
@@ -129,8 +143,15 @@ class TensorrtSession:
         self._runs[place] = self._runs.get(place, 0) + 1
 
 
+MOST_REMEMBERED = 64
+"""Integers of an input, at most, that are not uploaded again where they are those of the run before."""
+
+
 class EngineCache:
-    """Keys and values of all layers on the device, in buffers of the engines' capacity."""
+    """Keys and values of all layers on the device, in buffers of the engines' capacity.
+
+    Engines with our plugin's attention write to most of them themselves; see contract.graphs.owned_caches_info.
+    """
 
     def __init__(self, session: TensorrtSession) -> None:
         m = session.bundle.manifest
@@ -141,10 +162,17 @@ class EngineCache:
         self._addresses = {name: self._buffers.get(name, self._tensor(name, 0, self.capacity).nbytes) for name in names}
         self.whole = frozenset(m.selection.whole_layers)
         self.length = self.whole_length = 0
+        given = (TensorName.of(name) for name in session.engines["decoder"].outputs)
+        names = [f"{name.kind}.{name.layer}" for name in given if name.role == "present"]
+        self.written = {f"present_{name}": self._tensor(name, self._addresses[name], self.capacity) for name in names}
+        """Outputs of the decoder engine that are caches."""
 
-    def inputs(self, full: bool) -> dict[str, Tensor]:
-        """past_key.i and past_value.i of all layers: the buffers, or, before a first run, nothing of them."""
-        rows = self.capacity if full else 0
+    def inputs(self) -> dict[str, Tensor]:
+        """past_key.i and past_value.i of all layers: the buffers, or, before a first run, nothing of them.
+
+        Those that an engine writes to are whole from the beginning.
+        """
+        rows = self.capacity if self.length or self.written else 0
         places = {TensorName.of(name).to("past"): address for name, address in self._addresses.items()}
         return {name: self._tensor(name, address, rows) for name, address in places.items()}
 
@@ -156,9 +184,14 @@ class EngineCache:
         return {"past_length": self.length} | {f"past_length.{layer}": self.whole_length for layer in self.whole}
 
     def append(self, outputs: Mapping[str, Tensor], kept: int, rows: int) -> None:
-        """Append what prefix and decoder gave: `compact_*` of the layers that have it, `new_*` of the others."""
+        """Append what prefix and decoder gave: `compact_*` of the layers that have it, `new_*` of the others.
+
+        What the engines have written themselves is there.
+        """
         for name, address in self._addresses.items():
             cache = TensorName.of(name)
+            if cache.to("present") in self.written:
+                continue
             new = outputs.get(cache.to("compact")) or outputs[cache.to("new")]
             start = self.whole_length if cache.layer in self.whole else self.length
             row = new.shape[3] * self.dtype.itemsize
@@ -166,6 +199,22 @@ class EngineCache:
             self._session.device.copy_blocks(address + start * row, step, new.address, size, size, self._sizes.kv_heads)
         self.length += kept
         self.whole_length += rows
+
+    def shown(self, decoder: Mapping[str, Tensor], cut: int, kept: int) -> dict[str, Tensor]:
+        """The decoder's outputs by the contract's names: this run's rows of caches in the place of the caches.
+
+        cut: the first layer that sees kept rows alone. To be asked for before the rows are counted.
+        """
+        found = {}
+        for name, tensor in decoder.items():
+            cache = TensorName.of(name)
+            if name in self.written and cache.layer is not None:
+                row = tensor.shape[3] * self.dtype.itemsize
+                rows = self._tensor(name, tensor.address + self.length * row, kept)
+                tensor = replace(rows, head_step=self.capacity * row)
+                name = cache.to("compact" if cache.layer < cut else "new")
+            found[name] = tensor
+        return found
 
     @property
     def room(self) -> int:
@@ -177,6 +226,20 @@ class EngineCache:
         """Bytes of the valid rows."""
         rows = (self._sizes.layers - len(self.whole)) * self.length + len(self.whole) * self.whole_length
         return int(rows * self._sizes.row_values * self.dtype.itemsize)
+
+
+@dataclass
+class DecodeStep:
+    """A decode step over one cache. places: where its inputs lie; prefix, decoder: what it gives.
+
+    graph: the CUDA graph that replays it, once that was tried.
+    """
+
+    places: Mapping[str, int]
+    prefix: dict[str, Tensor]
+    decoder: dict[str, Tensor]
+    graph: Callable[[], object] | None = None
+    tried: bool = False
 
 
 class TensorrtConversation(Conversation):
@@ -197,6 +260,9 @@ class TensorrtConversation(Conversation):
     ) -> None:
         super().__init__(session, ratio, method)
         self.cache = EngineCache(session)
+        self._step: DecodeStep | None = None
+        self._count = np.zeros(1, np.int32)
+        """keep_count, which shapes depend on: TensorRT reads it from host memory."""
 
     def _go(self, turn: Turn) -> Step:
         session, cache, plan, stage = self.session, self.cache, turn.plan, turn.stage
@@ -207,31 +273,65 @@ class TensorrtConversation(Conversation):
         added = {name: self._put(stage, name, array) for name, array in turn.added(sizes).items()}
         vision = self._see(turn, {"image_embeds": embeds} | added) if turn.pictures else []
         arrays = turn.inputs
-        count = arrays.pop("keep_count")
+        self._count[:] = arrays.pop("keep_count")
         arrays |= {name: np.array([length], np.int32) for name, length in cache.lengths().items()}
-        inputs = cache.inputs(full=cache.length > 0) | {
+        inputs = cache.inputs() | {
             **added,
             "inputs_embeds": embeds,
-            "keep_count": Tensor(count.ctypes.data, count.shape, count.dtype),  # a shape input: in host memory
+            "keep_count": Tensor(self._count.ctypes.data, self._count.shape, self._count.dtype),
         }
         inputs |= {name: self._put(stage, name, array) for name, array in arrays.items()}
-        with self.timings.stage(f"{stage}.prefix"):
-            extents = {"S": plan.rows, "L": len(plan.visual_index), "M": len(plan.text_index) + plan.keep_count}
-            prefix = session.engines["prefix"].run(stage, inputs, session.buffers, f"{stage}/prefix", extents)
-            if stage == "prefill":
-                session.device.synchronize()  # for the timings alone
-        inputs |= {name: tensor for name, tensor in prefix.items() if name not in inputs}
         if turn.keep_index is not None:
             inputs["keep_index"] = self._put(stage, "keep_index", turn.keep_index)
+        prefix, decoder = self._decode(turn, inputs) if stage == "decode" else self._prefill(turn, inputs)
+        shown = cache.shown(decoder, session.bundle.manifest.selection_layer, turn.kept)
         with self.timings.stage(f"{stage}.decoder"):
-            extents = {"M": turn.kept, "R": 1}
-            decoder = session.engines["decoder"].run(stage, inputs, session.buffers, f"{stage}/decoder", extents)
             cache.append(prefix | decoder, turn.kept, plan.rows)
             session.device.synchronize()
         seen = tuple(session.fetched(stage, outputs) for outputs in vision)
-        step = Step(plan, seen, session.fetched(stage, prefix), session.fetched(stage, decoder), turn.keep_index)
+        step = Step(plan, seen, session.fetched(stage, prefix), session.fetched(stage, shown), turn.keep_index)
         step.decoder["logits"]  # while no other thread's run takes their place
         return step
+
+    def _prefill(self, turn: Turn, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        with self.timings.stage("prefill.prefix"):
+            prefix = self._run_prefix(turn, inputs)
+            self.session.device.synchronize()  # for the timings alone
+        with self.timings.stage("prefill.decoder"):
+            return prefix, self._run_decoder(turn, inputs, prefix)
+
+    def _decode(self, turn: Turn, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A decode step: as it is, then captured, and from then on replayed, as long as it lies where it did."""
+
+        def run() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            prefix = self._run_prefix(turn, inputs)
+            return prefix, self._run_decoder(turn, inputs, prefix)
+
+        with self.timings.stage("decode.decoder"):
+            places = {name: tensor.address for name, tensor in inputs.items()}
+            if self._step is None or self._step.places != places:
+                self._step = DecodeStep(places, *run())
+                return self._step.prefix, self._step.decoder
+            step = self._step
+            if not step.tried:
+                step.graph, step.tried = self.session.device.capture(run), True
+            if step.graph is None:
+                return run()
+            step.graph()
+            return step.prefix, step.decoder
+
+    def _run_prefix(self, turn: Turn, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        session, plan = self.session, turn.plan
+        extents = {"S": plan.rows, "L": len(plan.visual_index), "M": len(plan.text_index) + plan.keep_count}
+        place = f"{turn.stage}/prefix"
+        return session.engines["prefix"].run(turn.stage, inputs, session.buffers, place, extents)
+
+    def _run_decoder(self, turn: Turn, inputs: Mapping[str, Tensor], prefix: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        session = self.session
+        extents = {"M": turn.kept, "R": 1} | ({"P": self.cache.capacity} if self.cache.written else {})
+        place, both = f"{turn.stage}/decoder", {**prefix, **inputs}
+        engine = session.engines["decoder"]
+        return engine.run(turn.stage, both, session.buffers, place, extents, self.cache.written)
 
     def _put(self, place: str, name: str, array: Array) -> Tensor:
         engines = self.session.engines.values()

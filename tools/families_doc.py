@@ -11,6 +11,7 @@ from ivc_export.contract.names import GraphName
 from ivc_export.exporter.estimate import TEXT, Export, Size
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.family import Family
+from tools.jetson_doc import jetson_lines
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "data" / "configs"
 PICTURE = Size(1024, 768)
@@ -38,6 +39,7 @@ def families_doc() -> str:
     ]
     found = [families.of(name) for name in families.names()]
     lines += [row(family, alias, hub_id) for family in found for alias, hub_id in family.hub.items()]
+    lines += ["", *jetson_lines()]
     for family in found:
         about = (importlib.import_module(f"ivc_export.families.{family.model_type}").__doc__ or "").strip()
         lines += ["", f"## {family.model_type}", "", about]

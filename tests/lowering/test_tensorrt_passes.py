@@ -105,7 +105,7 @@ def test_plugin_graphs_mean_the_same(golden_bundle: Bundle, prefill: Step, name:
         np.testing.assert_array_equal(found, wanted[output.name])
 
 
-@pytest.mark.parametrize("family", families.names())
+@pytest.mark.parametrize("family", [name for name in families.names() if name != "deepseek_vl_v2"])  # has experts
 def test_graphs_for_our_attention_keep_the_contract(family: str, tmp_path: Path) -> None:
     """Caches below the cut are inputs of decoder, and all but those kept whole are its outputs."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", wide(family, heads=4))

@@ -370,7 +370,8 @@ TOKENS: Mapping[str, Mapping[int, str]] = {
 def wide(name: str, heads: int = 12, head_dim: int = 64, vision_head_dim: int = 80) -> dict[str, Any]:
     """TINY[name] with as many heads and of such sizes as true models have, which GPUs have kernels of attention for."""
     config = deepcopy(TINY[name])
-    text = next((config[key] for key in ("text_config", "llm_config") if key in config), config)
+    texts = ("text_config", "llm_config", "language_config")
+    text = next((config[key] for key in texts if key in config), config)
     vision = config["vision_config"]
     if text["num_key_value_heads"] == text["num_attention_heads"]:
         text["num_key_value_heads"] = heads
@@ -380,8 +381,12 @@ def wide(name: str, heads: int = 12, head_dim: int = 64, vision_head_dim: int = 
     sections = (text.get("rope_scaling") or {}).get("mrope_section")
     if sections:
         text["rope_scaling"]["mrope_section"] = [size * head_dim // 2 // sum(sections) for size in sections]
-    width = vision_head_dim * (vision["num_heads"] if "num_heads" in vision else vision["num_attention_heads"])
-    vision["embed_dim" if "embed_dim" in vision else "hidden_size"] = width
+    width = vision_head_dim * next(
+        vision[key] for key in ("num_heads", "num_attention_heads", "heads") if key in vision
+    )
+    vision[next(key for key in ("embed_dim", "width", "hidden_size") if key in vision)] = width
+    if "projector_config" in config:
+        config["projector_config"] |= {"input_dim": width, "n_embed": text["hidden_size"]}
     for key in ("hidden_size",) if "embed_dim" in vision else ("out_hidden_size", "projection_dim"):
         if key in vision:
             vision[key] = text["hidden_size"]

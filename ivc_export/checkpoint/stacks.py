@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ivc_export.checkpoint.folder import StoredTensor
 from ivc_export.checkpoint.formats.weight_format import DerivedTensor
 from ivc_export.checkpoint.weights import Weights
+from ivc_export.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,15 @@ def with_stacks(weights: Weights, stacks: Iterable[Stack]) -> Weights:
     """The weights with stacks in the place of their parts.
 
     Raises:
-        UserError: see Stack.derived.
+        UserError: see Stack.derived; or parts are no plain floats.
     """
+    stacks = list(stacks)
+    for part in (part.removesuffix(".weight") for stack in stacks for part in stack.parts):
+        if part in weights.formats:
+            raise UserError(
+                f"the checkpoint stores experts as {weights.formats[part].name} ({part} is one), which are not read: "
+                "give the same model with experts in floats"
+            )
     derived: Mapping[str, DerivedTensor] = {stack.name: stack.derived(weights) for stack in stacks}
     taken = {(source.file, source.name) for one in derived.values() for source in one.sources}
     others = {name: tensor for name, tensor in weights.tensors.items() if (tensor.file, tensor.name) not in taken}

@@ -7,7 +7,9 @@ from typing import Any
 import onnx_ir as ir
 
 from ivc_export.bundle.bundle import Bundle
+from ivc_export.contract.manifest import Manifest
 from ivc_export.contract.names import GraphName
+from ivc_export.contract.preprocessing import ViewPreprocessing
 from ivc_export.tensorrt.recipe import EngineRecipe
 
 Extents = dict[str, tuple[int, int, int]]
@@ -27,15 +29,14 @@ def profiles(bundle: Bundle, name: GraphName, recipe: EngineRecipe) -> dict[str,
     m = bundle.manifest
     visual, text = recipe.opt_visual, recipe.opt_text
     most, longest, capacity = recipe.max_visual, recipe.max_text, recipe.capacity
-    frame = m.graphs["vision"].outputs[0].shape[1]  # tokens of a frame: a number where frames are of one size
-    frames = (1, max(1, visual // frame), max(1, most // frame)) if isinstance(frame, int) else (1, 1, 1)
     patches = getattr(m.preprocessing, "merge_size", 1) ** 2  # of a visual token, where pictures are cut into patches
     prefill: Extents = {
-        "B": frames,
+        "B": (1, frames_of(m, visual), frames_of(m, most)),
         "patches": (patches, patches * visual, patches * most),
         "visual": (1, visual, most),
         "L": (1, visual, most),
         "H": (1, visual, most),
+        "V": (1, visual, most),
         "T": (0, text, longest),
         "S": (1, visual + text, most + longest),
         "Q": (1, max(1, text // 2), longest),
@@ -48,6 +49,16 @@ def profiles(bundle: Bundle, name: GraphName, recipe: EngineRecipe) -> dict[str,
     decode: Extents = dict.fromkeys(prefill, (1, 1, 1)) | {"T": (0, 0, 0)}
     decode |= dict.fromkeys(("P", "W"), (capacity, capacity, capacity))
     return {kind: {"prefill": prefill, "decode": decode}[kind] for kind in profile_names(name)}
+
+
+def frames_of(m: Manifest, visual: int) -> int:
+    """The most frames, or tiles, of a picture that gives at most `visual` tokens."""
+    frame = m.graphs["vision"].outputs[0].shape[1]  # tokens of a frame: a number where frames are of one size
+    if isinstance(frame, int):
+        return max(1, visual // frame)
+    if not isinstance(m.preprocessing, ViewPreprocessing):
+        return 1
+    return 1 + max((c * r for c, r in m.preprocessing.shapes if m.preprocessing.visual(c, r) <= visual), default=1)
 
 
 def make_profile(found: Any, model: ir.Model, extents: Extents) -> Any:

@@ -21,7 +21,7 @@ from ivc_export.errors import UserError
 from ivc_export.verify.attended import attention_of_last_row
 from ivc_export.verify.dequantised import dequantised, quantisation
 from ivc_export.verify.drawn import splitmix64
-from ivc_export.verify.reference_picture import ReferencePicture, fill_views, view_scores
+from ivc_export.verify.reference_picture import ReferencePicture, fill_views, scores_of_views
 from ivc_export.verify.two_views import TwoViewsOfExperts
 
 
@@ -286,7 +286,7 @@ class Reference:
         first = {"ivc-prune": self._coordinates, "random": self._drawn}.get(self.method)
         coordinates, budget = first(positions[:, visual], blocks) if first else [], self._budget(pictures)
         if self.rule.views:
-            score, seeds = view_scores(values, visual, queries, self.rule.seed_divisor, shown, candidates)
+            score, seeds = scores_of_views(values, visual, queries, self.rule.seed_divisor, shown, candidates)
             chosen = visual[fill_views(score, seeds.tolist(), coordinates, budget, shown, candidates, separators)]
         else:
             others = rows[text] if self.rule.softmax == "all" else rows[:0]

@@ -88,7 +88,7 @@ class ReferencePicture:
         return tiles + found
 
 
-def view_scores(
+def scores_of_views(
     values: torch.Tensor,
     visual: torch.Tensor,
     queries: torch.Tensor,

@@ -122,7 +122,7 @@ def is_packed(name: str) -> bool:
     """Whether a stored tensor is a decoder layer's weight."""
     parts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     others = ("wqkv", "wo", "w1", "w2", "w3")
-    beginning, end = name.startswith(("model.", "language_model.")), name.endswith(".weight")
+    beginning, end = name.startswith(("model.", "language_model.", "language.")), name.endswith(".weight")
     return beginning and end and name.split(".")[-2] in parts + others
 
 

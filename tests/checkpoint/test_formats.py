@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import ivc_check, ivc_export
 from ivc_export.contract.manifest import SelectionRule
@@ -167,7 +168,17 @@ def test_bundles_are_checked_against_their_checkpoint(
     assert ivc_check([bundle, "--onnx-only"]) == 0
 
 
-@pytest.mark.parametrize("family", TINY)
+EXPERTS = [name for name, config in TINY.items() if families.of(config["model_type"]).read(config, None).stacks]
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_packed_experts_are_refused(family: str, tmp_path: Path) -> None:
+    stored, _ = write(make_checkpoint(tmp_path / "plain", TINY[family]), tmp_path, LAYOUTS["AWQ"])
+    with pytest.raises(UserError, match="stores experts as awq .*: give the same model with experts in floats"):
+        export(ExportRecipe(stored, tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize("family", [name for name in TINY if name not in EXPERTS])
 def test_every_family_reads_them(family: str, tmp_path: Path) -> None:
     checkpoints = write(make_checkpoint(tmp_path / "plain", TINY[family]), tmp_path, LAYOUTS["AWQ"])
     found, wanted = (export(ExportRecipe(one, tmp_path / f"{one.name}-ivc", dtype="float32")) for one in checkpoints)

@@ -48,7 +48,8 @@ def test_graphs_with_custom_operators_keep_the_contract(bundle: Bundle, name: Gr
     model = lower(ir.load(bundle.folder / f"{name}.onnx"), "ort-cuda-ops")
     LOWERINGS["ort-cuda-ops"].verify(name, model, bundle.manifest.graphs[name])
     assert not model.functions
-    select = [] if bundle.manifest.selection.tiles else ["SelectTokens"]
+    rule = bundle.manifest.selection
+    select = [] if rule.tiles or rule.views else ["SelectTokens"]
     operators = [node for node in model.graph if node.domain == IVC_DOMAIN]
     wanted = {"vision": [], "prefix": select, "decoder": ["CompactGatherN"]}[name]
     assert [node.op_type for node in operators] == wanted

@@ -136,7 +136,7 @@ class Case:
         arrays = (self.values, self.visual, self.query, self.text if self.rule.softmax == "all" else self.text[:0])
         values, visual, query, others = map(torch.from_numpy, arrays)
         if self.rule.views:
-            score, seeds = reference_picture.view_scores(
+            score, seeds = reference_picture.scores_of_views(
                 values, visual, query, 100, self.shown, self.picture.candidates
             )
             return score.numpy(), seeds.numpy().astype(np.int32)

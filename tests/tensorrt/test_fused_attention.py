@@ -126,7 +126,13 @@ def check(bundle: Bundle, name: GraphName, plan: bytes) -> None:
     assert fused(plan) == dict.fromkeys(wanted, 1 if name == "vision" else 2)
 
 
-@pytest.mark.parametrize("name", ["vision", "decoder"])
+EXPERTS = [name for name in families.names() if families.of(name).read(wide(name), None).stacks]
+"""Families whose decoders no engine is built of."""
+DENSE = [name for name in families.names() if name not in EXPERTS]
+GRAPHS = [*((name, "vision") for name in families.names()), *((name, "decoder") for name in DENSE)]
+
+
+@pytest.mark.parametrize(("bundle", "name"), GRAPHS, indirect=["bundle"])
 def test_attention_is_fused_and_its_memory_grows_with_the_picture(bundle: Bundle, name: GraphName, log: Log) -> None:
     taken = []
     for visual in (1024, 2048):
@@ -136,6 +142,7 @@ def test_attention_is_fused_and_its_memory_grows_with_the_picture(bundle: Bundle
     assert 0 < taken[1] <= 2.2 * taken[0]
 
 
+@pytest.mark.parametrize("bundle", DENSE, indirect=True)
 def test_the_prefix_takes_a_quarter_of_what_it_takes_spelled_out(bundle: Bundle, log: Log) -> None:
     """But for LLaVA's, whose heads are not grouped: spelled out, TensorRT-RTX fuses it as well."""
     plan = engine(bundle, "prefix", recipe(1024))

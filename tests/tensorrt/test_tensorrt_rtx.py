@@ -27,6 +27,7 @@ PREFILL: Extents = {  # minimum, optimum, maximum of each symbolic axis
     "L": (1, 192, 1280),
     "T": (0, 40, 512),
     "H": (1, 16, 1280),
+    "V": (1, 16, 1280),
     "S": (1, 232, 1792),
     "Q": (1, 20, 512),
     "M": (1, 136, 1792),

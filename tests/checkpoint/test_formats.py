@@ -30,6 +30,7 @@ from samples.tiny import TINY
 from tests.checkpoint.quantised import LAYOUTS, Layout, edit_config, is_packed, write
 from tests.checkpoint.test_toy_format import answers, largest
 from tests.conftest import LOGIT_TOLERANCE
+from tests.families.family_cases import changed
 
 Array = npt.NDArray[np.float32]
 Change = Callable[[dict[str, Any], dict[str, Any]], object]
@@ -173,8 +174,9 @@ EXPERTS = [name for name, config in TINY.items() if families.of(config["model_ty
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_packed_experts_are_refused(family: str, tmp_path: Path) -> None:
-    stored, _ = write(make_checkpoint(tmp_path / "plain", TINY[family]), tmp_path, LAYOUTS["AWQ"])
-    with pytest.raises(UserError, match="stores experts as awq .*: give the same model with experts in floats"):
+    config = changed(family, {"language_config": {"moe_intermediate_size": 32, "v_head_dim": 16}})  # that groups divide
+    stored, _ = write(make_checkpoint(tmp_path / "plain", config), tmp_path, LAYOUTS["AWQ"])
+    with pytest.raises(UserError, match=r"stores experts as awq .*: give the same model with experts in floats"):
         export(ExportRecipe(stored, tmp_path / "bundle"))
 
 

@@ -15,8 +15,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 
+from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.dtypes import FloatName
 from ivc_export.exporter.pipeline import export
@@ -28,6 +30,8 @@ from ivc_export.runtime.tensorrt.records import TENSORRT
 from ivc_export.runtime.tensorrt.session import TensorrtSession
 from ivc_export.tensorrt.build import build
 from ivc_export.tensorrt.recipe import EngineRecipe
+from samples.make_sample import make_checkpoint
+from samples.tiny import wide
 from tests.conftest import Golden, make_overflowing_checkpoint, random_picture
 
 pytestmark = [
@@ -39,12 +43,14 @@ SOURCES = os.environ.get("IVC_TACTIC_SOURCES")
 PROMPT = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]
 
 
-def engines(bundle: Bundle, dtype: FloatName, plugin: bool) -> TensorrtSession:
+def engines(
+    bundle: Bundle, dtype: FloatName, plugin: bool, max_visual: int = 160, max_new: int = 64
+) -> TensorrtSession:
     recipe = EngineRecipe(
         dtype=dtype,
-        max_visual=160,
+        max_visual=max_visual,
         max_text=64,
-        max_new=64,
+        max_new=max_new,
         opt_visual=64,
         opt_text=32,
         plugin=Path(PLUGIN) if plugin and PLUGIN else None,
@@ -99,6 +105,39 @@ def test_conversations_follow_onnxruntime(
         assert np.abs(step.logits - reference.logits).max() < tolerance["logits"] * max(
             1, np.abs(reference.logits).max()
         )
+
+
+@pytest.mark.skipif(not PLUGIN, reason="IVC_PLUGIN is not set")
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "llava", "internvl"])
+def test_the_plugins_attention_follows_onnxruntime(family: str, dtype: FloatName, tmp_path: Path) -> None:
+    """Two conversations on one set of engines, a turn of each at a time; heads are of sizes that the kernels take."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", wide(family, heads=4))
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", max_visual=160))
+    noise = np.random.default_rng(0).integers(0, 256, (90, 200, 3), np.uint8)
+    picture = families.preparation(bundle.manifest).picture(PIL.Image.fromarray(noise), bundle.manifest.tokens.image)
+    shown = [1, 2, *picture.tokens, 7, 8, 9]
+    session = engines(bundle, dtype, plugin=True, max_visual=picture.grid.visual, max_new=640)
+    tolerance = {kind: bound for kind, (bound, _) in TENSORRT.tolerances[dtype].errors.items()}
+    pairs = [(session.converse(r), HostConversation(OnnxSession(bundle), r)) for r in (0.4, 0.7)]
+    for found, _ in pairs:
+        assert found.cache.written
+    for tokens, pictures in [
+        (shown, [picture]),
+        ([5], []),
+        ([6], []),
+        ([7], []),
+        ([9, 8], []),
+        (shown, [picture]),
+        ([5], []),
+    ]:
+        for found, wanted in pairs:
+            reference = wanted.run(tokens, pictures)
+            step = found.run(tokens, pictures, reference.keep_index)
+            if dtype == "float32":
+                np.testing.assert_array_equal(step.prefix["keep_index"], reference.keep_index)
+            largest = max(1, np.abs(reference.logits).max())
+            assert np.abs(step.logits - reference.logits).max() < tolerance["logits"] * largest
 
 
 def test_activations_beyond_float16(tmp_path: Path) -> None:

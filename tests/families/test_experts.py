@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
+import PIL.Image
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
@@ -23,12 +24,17 @@ from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.weights import PlannedWeights
 from ivc_export.contract.names import GraphName
+from ivc_export.contract.preprocessing import ViewPreprocessing
 from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.families.views import TwoViews, tiling
+from ivc_export.report.overlay import COLOURS, count_kinds, overlay
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
+from ivc_export.runtime.plan import view_inputs
+from ivc_export.runtime.processor import Processor, user_message
 from ivc_export.source.configuration import read_configuration
 from ivc_export.source.hub import open_checkpoint
 from ivc_export.verify.oracle import reference_layout, reference_picture
@@ -37,7 +43,7 @@ from ivc_export.verify.reference import Reference
 from ivc_export.verify.two_views import Experts, TwoViewsOfExperts
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
-from tests.conftest import GOLDENS, LOGIT_TOLERANCE, Golden
+from tests.conftest import GOLDENS, LOGIT_TOLERANCE, PIXEL_TOLERANCE, Golden
 from tests.families.family_cases import changed
 from tools.families_doc import CONFIGS
 
@@ -342,3 +348,74 @@ def test_experts_are_not_linked(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", TINY[NAME])
     with pytest.raises(UserError, match="are converted, not linked: leave out --weights link"):
         export(ExportRecipe(checkpoint, tmp_path / "bundle", weights="link"))
+
+
+def test_prompts_and_pictures_are_the_official_ones(kind: Kind) -> None:
+    data = kind.golden.data
+    processor = Processor(kind.bundle)
+    picture = processor.picture(PIL.Image.fromarray(data["image"].astype(np.uint8)))
+    text = str(data["prompt"])
+    assert processor.question(text, [picture]) == processor.question(text.removeprefix("<image>\n"), [picture])
+    assert processor.question(text, [picture]) == kind.golden.tokens
+    assert np.abs(picture.inputs["pixel_values"] - data["pixel_values"][0]).max() < PIXEL_TOLERANCE
+    start = int(data["visual_start"])
+    found = OnnxSession(kind.bundle, threads=1).run("vision", picture.inputs)["image_embeds"][0]
+    assert np.abs(found - data["inputs_embeds"][0, start : start + len(found)]).max() < LOGIT_TOLERANCE
+    assert picture.grid == kind.golden.picture.grid
+    ends = sorted([*data["row_separators"].tolist(), *np.atleast_1d(data["view_separator"]).tolist()])
+    assert picture.grid.separators.tolist() == ends
+
+
+def test_a_conversation_is_the_official_one(kind: Kind) -> None:
+    """Roles, separators and the token behind an answer, as the model's own code joins them."""
+    messages = [user_message("One?", 0), {"role": "assistant", "content": "Two."}, user_message("Three?", 0)]
+    bos, eos = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+    wanted = f"{bos}<|User|>: One?\n\n<|Assistant|>: Two.{eos}<|User|>: Three?\n\n<|Assistant|>:"
+    assert Processor(kind.bundle).render(messages) == wanted
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        ((385, 384), (2, 1)),
+        ((100, 100), (1, 1)),
+        ((640, 480), (2, 2)),
+        ((800, 600), (3, 2)),
+        ((1000, 1000), (3, 3)),
+        ((1920, 1080), (4, 2)),
+        ((3000, 300), (8, 1)),
+    ],
+)
+def test_pictures_take_the_official_tiles(size: tuple[int, int], shape: tuple[int, int]) -> None:
+    config = json.loads((CONFIGS / "deepseek-vl2-small.json").read_text(encoding="utf-8"))
+    p = families.of(NAME).read(config, None).preprocessing
+    assert isinstance(p, ViewPreprocessing)
+    assert tiling(*size, p) == shape
+    assert (p.least_visual, p.most_visual, len(p.shapes)) == (421, 2101, 23)
+
+
+@pytest.mark.parametrize("pixels", [(1500, 200), (384, 1), (1, 384), (700, 340)])
+def test_no_picture_is_without_its_part_of_the_first_view(pixels: tuple[int, int]) -> None:
+    """Of a picture of 1500 x 200 so little is shown that there are no seeds."""
+    config = json.loads((CONFIGS / "deepseek-vl2-small.json").read_text(encoding="utf-8"))
+    preparation = TwoViews(families.of(NAME).read(config, None).preprocessing)  # type: ignore[arg-type]
+    grid = preparation.picture(PIL.Image.new("RGB", pixels), 0).grid
+    assert grid.content is not None
+    candidates = view_inputs([grid])["candidate_index"]
+    assert len(candidates) == {(1500, 200): 42, (384, 1): 14, (1, 384): 14, (700, 340): 112}[pixels]
+    with pytest.raises(UserError, match="too elongated: crop it to an aspect ratio below 384"):
+        preparation.picture(PIL.Image.new("RGB", (385, 1)), 0)
+
+
+def test_ends_of_rows_are_drawn_and_kept_first(kind: Kind) -> None:
+    """Even where fewer tokens are kept than there are rows."""
+    session, picture = OnnxSession(kind.bundle, threads=1), kind.golden.picture
+    step = HostConversation(session, 0.02).run(kind.golden.tokens, [picture])
+    kept = np.flatnonzero(np.isin(step.run.visual_index, step.keep_index))
+    assert len(kept) == round(0.02 * picture.grid.visual) and np.isin(kept, picture.grid.separators).all()
+    step = HostConversation(session, 0.5).run(kind.golden.tokens, [picture])
+    counts = count_kinds(step)
+    assert counts["separator"] == 29 and sum(counts.values()) == picture.grid.visual
+    drawn = overlay([PIL.Image.fromarray(kind.golden.data["image"].astype(np.uint8))], step)
+    colours = {colour for _, colour in drawn.getcolors(1 << 24) or ()}
+    assert {COLOURS[name] for name in ("separator", "seed", "ivc", "foreground")} <= colours

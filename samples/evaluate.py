@@ -3,6 +3,7 @@
     python -m samples.evaluate methods   the layers, then every method at every ratio, in PyTorch (a GPU helps)
     python -m samples.evaluate bundle    a bundle on onnxruntime against stock transformers, answer by answer,
                                          at ratios 1 and 0.5, or by each --method at 0.5
+    python -m samples.evaluate follow-ups  second questions about a picture, as conversations go on
     python -m samples.evaluate plot      docs/accuracy.png from the results
 
 Results are written to benchmarks/results/.
@@ -35,6 +36,7 @@ from samples.spatial.questions import TASKS, is_correct
 MODEL = Path("samples/spatial-vl")
 RESULTS = Path("benchmarks/results")
 METHODS_FILE, BUNDLE_FILE = RESULTS / "spatial-vl-pruning.json", RESULTS / "spatial-vl-bundle.json"
+FOLLOW_UPS_FILE = RESULTS / "spatial-vl-follow-ups.json"
 BUNDLE_METHODS_FILE = RESULTS / "spatial-vl-bundle-methods.json"
 RATIOS = (0.7, 0.5, 0.3, 0.2)
 ENOUGH = 0.99
@@ -180,6 +182,64 @@ def evaluate_bundle(arguments: argparse.Namespace) -> None:
         print(f"{kept}: {row['identical']} of {len(examples)} answers identical")
 
 
+def evaluate_follow_ups(arguments: argparse.Namespace) -> None:
+    """Second questions about a picture: pruned again, over the compacted cache, and with nothing pruned."""
+    from ivc_export.bundle.bundle import Bundle
+    from ivc_export.runtime.backends import open_session
+    from ivc_export.runtime.chat import Chat, FollowUp, Sampling
+
+    bundle = Bundle.load(arguments.bundle)
+    session = open_session(bundle, threads=1)
+    examples = held_out("test", math.ceil(arguments.count / len(TASKS)))[: arguments.count]
+    ways: dict[str, tuple[float, FollowUp]] = {
+        "nothing pruned": (1.0, "again"),
+        "again": (0.5, "again"),
+        "compacted": (0.5, "compacted"),
+    }
+    answers: dict[str, list[list[str]]] = {way: [[], []] for way in ways}
+    waited: dict[str, list[list[float]]] = {way: [[], []] for way in ways}
+    for example in track(examples, "questions", disable=not sys.stderr.isatty()):
+        for way, (ratio, follow_up) in ways.items():  # by turns, so that all meet the same machine
+            chat = Chat(session, ratio, sampling=Sampling(max_tokens=LONGEST_ANSWER), follow_up=follow_up)
+            asked: list[tuple[str, list[Any]]] = [(example.question.text, [example.picture]), (example.second.text, [])]
+            for turn, (question, pictures) in enumerate(asked):
+                began = time.perf_counter()
+                pieces = chat.ask(question, pictures)
+                first = next(pieces, "")
+                waited[way][turn].append(time.perf_counter() - began)
+                answers[way][turn].append(first + "".join(pieces))
+    right = {
+        way: [
+            [is_correct(e.second if turn else e.question, a) for e, a in zip(examples, given, strict=True)]
+            for turn, given in enumerate(found)
+        ]
+        for way, found in answers.items()
+    }
+    report: dict[str, Any] = {
+        "command": f"python -m samples.evaluate follow-ups --bundle {arguments.bundle} --count {arguments.count}",
+        "layer": bundle.manifest.selection_layer,
+        "questions": len(examples),
+        "device": platform.machine(),
+        "threads": 1,
+        "ways": {
+            way: {
+                "ratio": ratio,
+                **{
+                    name: summary(scores(examples, answers[way][turn], second=turn == 1))
+                    | {"minus_unpruned": difference(right[way][turn], right["nothing pruned"][turn])}
+                    | {"median_seconds_to_first_text": round(float(np.median(waited[way][turn])), 4)}
+                    for turn, name in enumerate(("first", "second"))
+                },
+            }
+            for way, (ratio, _) in ways.items()
+        },
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / FOLLOW_UPS_FILE.name).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for way, row in report["ways"].items():
+        print(way, *(f"{name}: {100 * row[name]['all']['accuracy']:.1f}%" for name in ("first", "second")))
+
+
 def plot(arguments: argparse.Namespace) -> None:
     """Accuracy by kept tokens, for each method."""
     import matplotlib
@@ -215,7 +275,12 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, run in (("methods", evaluate_methods), ("bundle", evaluate_bundle), ("plot", plot)):
+    for name, run in (
+        ("methods", evaluate_methods),
+        ("bundle", evaluate_bundle),
+        ("follow-ups", evaluate_follow_ups),
+        ("plot", plot),
+    ):
         command = commands.add_parser(name)
         command.set_defaults(run=run)
         command.add_argument("--output", type=Path, default=RESULTS)
@@ -223,9 +288,10 @@ def main() -> None:
         if name == "methods":
             command.add_argument("--calibration", type=int, default=50, help="questions of each task")
             command.add_argument("--test", type=int, default=334, help="questions of each task")
-        elif name == "bundle":
+        elif name in ("bundle", "follow-ups"):
             command.add_argument("--bundle", type=Path, required=True)
             command.add_argument("--count", type=int, default=200)
+        if name == "bundle":
             command.add_argument(
                 "--method", action="append", help="of the bundle's run time, at ratio 0.5; may be repeated"
             )

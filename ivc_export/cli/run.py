@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import PIL.Image
 from rich.console import Console
@@ -22,7 +22,7 @@ from ivc_export.errors import UserError
 from ivc_export.files import read_object
 from ivc_export.report.overlay import count_kinds, overlay
 from ivc_export.runtime.backends import find_backend, open_session
-from ivc_export.runtime.chat import Chat
+from ivc_export.runtime.chat import Chat, FollowUp
 from ivc_export.runtime.interface import Timings
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.selection.method import find_method
@@ -39,6 +39,13 @@ def parser() -> Parser:
     p.add_argument("--prompt", help="the question; <image> marks place the pictures, which else come first")
     p.add_argument("--system", metavar="TEXT", help="system message, in the place of the chat template's own")
     p.add_argument("--chat", action="store_true", help=f"go on with questions from standard input; {CHAT_HELP}")
+    p.add_argument(
+        "--follow-up",
+        choices=get_args(FollowUp),
+        default="again",
+        help="a later question of --chat: again: prunes the whole conversation for it (default); compacted: sees what "
+        "earlier questions kept, and comes sooner",
+    )
     p.add_argument("--ratio", type=float, help="fraction of visual tokens kept (default: the bundle's)")
     add_method_options(p, "default: the bundle's")
     p.add_argument("--max-tokens", type=int, default=128, help="tokens an answer at most (default: 128)")
@@ -83,7 +90,14 @@ def command(arguments: Sequence[str]) -> int:
         console.print(note, markup=False)
     with console.status("opening the graphs"):
         session = open_session(bundle, options.backend, **libraries)
-        chat = Chat(session, options.ratio, sampling=sampling, system=options.system, method=method)
+        chat = Chat(
+            session,
+            options.ratio,
+            sampling=sampling,
+            system=options.system,
+            method=method,
+            follow_up=options.follow_up,
+        )
     note = backend.after(session)
     if note:
         console.print(note, markup=False)
@@ -162,12 +176,13 @@ def answer(chat: Chat, prompt: str, images: Sequence[PIL.Image.Image], options: 
         pieces.append(piece)
         if not options.json:
             print(piece, end="", flush=True)
-    print(json.dumps(answer_record(chat, "".join(pieces), images)) if options.json else "", flush=True)
-    if options.show and images and chat.step is not None:
-        overlay([chat.processor.shown(image) for image in images], chat.step).save(options.show)
+    print(json.dumps(answer_record(chat, "".join(pieces))) if options.json else "", flush=True)
+    if options.show and chat.images and chat.step is not None:
+        shown = [chat.processor.shown(open_picture(image)) for image in chat.images]
+        overlay(shown, chat.step).save(options.show)
 
 
-def answer_record(chat: Chat, text: str, images: Sequence[PIL.Image.Image]) -> dict[str, Any]:
+def answer_record(chat: Chat, text: str) -> dict[str, Any]:
     """What --json prints."""
     assert chat.step is not None
     seconds, runs = chat.conversation.timings.seconds, chat.conversation.timings.runs
@@ -182,7 +197,8 @@ def answer_record(chat: Chat, text: str, images: Sequence[PIL.Image.Image]) -> d
         **chat.conversation.method.facts,
         "visual_tokens": {"total": total, "kept": total - counts["pruned"]} | counts,
         "pictures": [
-            chat.processor.extents(image.size, grid) for image, grid in zip(images, chat.step.run.grids, strict=True)
+            chat.processor.extents(open_picture(image).size, grid)
+            for image, grid in zip(chat.images, chat.step.run.grids, strict=True)
         ],
         "prompt_tokens": chat.step.run.rows,
         "cache": {"rows": chat.conversation.cache.length, "bytes": chat.conversation.cache.bytes_used},

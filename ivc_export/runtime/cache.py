@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ivc_export.contract.graphs import TensorName, cache_shape
 from ivc_export.contract.manifest import DecoderSizes
-from ivc_export.errors import UserError
+from ivc_export.errors import TooLongError, UserError
 
 MOST = 2**31 - 1
 
@@ -37,6 +37,12 @@ class KVCache:
         self._lengths: dict[int | None, int] = dict.fromkeys(range(sizes.layers), 0)
         names = input_names(range(sizes.layers))
         self._arrays = {name: np.zeros(cache_shape(sizes, name, capacity or 0), np.float32) for name in names}
+
+    def clear(self) -> None:
+        """Begin anew. Rows of a buffer stay, masked."""
+        self._lengths = dict.fromkeys(self._lengths, 0)
+        if self.capacity is None:
+            self._arrays = {name: array[:, :, :0] for name, array in self._arrays.items()}
 
     @property
     def length(self) -> int:
@@ -75,7 +81,7 @@ class KVCache:
             if self.capacity is None:
                 self._arrays[name] = np.concatenate([past, new], axis=2)
             elif start + rows[layer] > self.capacity:
-                raise UserError(
+                raise TooLongError(
                     f"the cache holds {self.capacity} rows, {start + rows[layer]} are needed: give it a larger capacity"
                 )
             else:

@@ -1,16 +1,16 @@
-"""Answers: sampling, stopping, and chats that go on over the compacted cache."""
+"""Answers: sampling, stopping, and chats."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import PIL.Image
 
-from ivc_export.errors import UserError
-from ivc_export.families.pictures import Visual
-from ivc_export.runtime.interface import Conversation, Session, Step, check_numbers
+from ivc_export.errors import TooLongError, UserError
+from ivc_export.runtime.interface import Conversation, Picture, Seen, Session, Step, check_numbers
 from ivc_export.runtime.processor import Processor, placed
 from ivc_export.selection.method import Method
 from ivc_export.text.sampling import GREEDY, Sampler
@@ -25,7 +25,7 @@ Part = str | Path | PIL.Image.Image
 def generate(
     conversation: Conversation,
     tokens: Sequence[int],
-    pictures: Sequence[Visual] = (),
+    pictures: Sequence[Picture] = (),
     sampling: Sampling | Sampler = GREEDY,
     stop: Sequence[int] | None = None,
 ) -> Iterator[int]:
@@ -82,10 +82,17 @@ def processor_of(session: Session) -> Processor:
     return PROCESSORS[session]
 
 
-class Chat:
-    """Questions and answers over one compacted cache, with a picture in any turn.
+FollowUp = Literal["again", "compacted"]
+"""How a conversation goes on: pruned again for each question, or over what an earlier one left."""
 
-    Each turn runs only what the chat template adds to the conversation so far. What an earlier turn pruned is gone.
+
+class Chat:
+    """Questions and answers, with a picture in any turn.
+
+    By default each turn prunes again: prefix and decoder run over the whole conversation, whose pictures' embeddings
+    are kept, and the last question alone votes. So an answer is that of the same conversation told at once. With
+    follow_up "compacted" a turn runs only what the chat template adds to the conversation so far: what an earlier turn
+    pruned is gone.
 
     ratio, capacity, method: as Session.converse's. system: what the model is told before all questions; None leaves
     that to the chat template.
@@ -102,7 +109,9 @@ class Chat:
         sampling: Sampling = GREEDY,
         system: str | None = None,
         method: str | Method | None = None,
+        follow_up: FollowUp = "again",
     ) -> None:
+        self.follow_up = follow_up
         self.processor = processor_of(session)
         self.conversation = session.converse(ratio, capacity, method)
         self.sampler = Sampler(sampling)
@@ -111,6 +120,10 @@ class Chat:
         """Ids of the last answer, stop token included."""
         self.step: Step | None = None
         """The last turn's prefill."""
+        self.seen: tuple[Seen, ...] = ()
+        """Pictures of the turns so far, where each turn prunes again."""
+        self.images: list[Path | PIL.Image.Image] = []
+        """Pictures of the last turn's prefill, as they were asked about."""
         self._prompt = self._answer = ""  # what the last turn's prefill had been told so far, and what came of it
 
     def ask(self, question: str | Sequence[Part], images: Sequence[Path | PIL.Image.Image] = ()) -> Iterator[str]:
@@ -133,28 +146,64 @@ class Chat:
             raise UserError("the prompt is empty: give some text")
         timings = self.conversation.timings
         with timings.stage("pictures"):
-            pictures = [self.processor.picture(part) for part in parts if not isinstance(part, str)]
-        message = parts_message(parts)
-        messages = [*self.messages, message]
-        with timings.stage("tokens"):
+            asked = [part for part in parts if not isinstance(part, str)]
+            pictures = [self.processor.picture(image) for image in asked]
+        before = self.step
+        try:
+            yield from self.answer([*self.messages, parts_message(parts)], [*self.seen, *pictures])
+        finally:
+            if self.step is not before:
+                self.images = [*self.images, *asked] if self.follow_up == "again" else asked
+
+    def answer(self, messages: Sequence[Message], pictures: Sequence[Picture]) -> Iterator[str]:
+        """Yield the answer to a conversation, piece by piece; the chat goes on from there.
+
+        messages: the user's last; over a compacted cache this chat's own, and one more. pictures: theirs, in order, or
+        over a compacted cache the last one's.
+
+        Raises:
+            UserError: pictures do not fit the messages, or the conversation grows too long.
+        """
+        again = self.follow_up == "again"
+        self.conversation.headroom = self.sampler.sampling.max_tokens
+        try:
+            step = self._prune_again(messages, pictures) if again else self._go_on(messages, pictures)
+        except TooLongError as error:
+            if again and len(messages) > 2:
+                raise UserError(f"{error}, or go on over the compacted cache (--follow-up compacted)") from error
+            raise
+        self.step, self.tokens = step, []
+        self.sampler.read(step.run.tokens)
+        try:
+            drawn = continue_from(self.conversation, step, self.sampler)
+            yield from self.processor.stream(self._record(drawn))
+        finally:  # also where the caller stops listening
+            self._answer = self.processor.decode(self.tokens)
+            self.messages = [*messages, answer_message(self._answer)]
+
+    def _prune_again(self, messages: Sequence[Message], pictures: Sequence[Picture]) -> Step:
+        """The prefill of a whole conversation, in which what is behind the last answer votes."""
+        with self.conversation.timings.stage("tokens"):
+            tokens, question = self.processor.conversation(messages, pictures)
+        self.conversation.restart()
+        step = self.conversation.run(tokens, pictures, question=question)
+        self.seen = step.seen
+        return step
+
+    def _go_on(self, messages: Sequence[Message], pictures: Sequence[Picture]) -> Step:
+        """The prefill of what the last message adds to the cache."""
+        with self.conversation.timings.stage("tokens"):
             rendered = self.processor.render(messages)
             added = self._added(rendered)
-            self.processor.check_places(message, added)
+            self.processor.check_places(messages[-1], added)
             addition = self.processor.encode(added, pictures, begin=not self._prompt)
         # The last id drawn is not in the cache. A stop token is in the template's addition; any other is not.
         if self.tokens and self.finish == "length":
             self.conversation.run(self.tokens[-1:])
         self.tokens = []
-        self.conversation.headroom = self.sampler.sampling.max_tokens
-        self.step = self.conversation.run(addition, pictures)
-        self.sampler.read(addition)
-        try:
-            drawn = continue_from(self.conversation, self.step, self.sampler)
-            yield from self.processor.stream(self._record(drawn))
-        finally:  # also where the caller stops listening
-            answer = self.processor.decode(self.tokens)
-            self.messages = [*messages, answer_message(answer)]
-            self._prompt, self._answer = rendered, answer
+        step = self.conversation.run(addition, pictures)
+        self._prompt = rendered
+        return step
 
     def _added(self, rendered: str) -> str:
         """What the template adds behind the last answer, around which it may set or strip blanks.
@@ -169,7 +218,9 @@ class Chat:
                 before, _, added = rest.partition(answer) if answer else ("", "", rest)
                 if answer in rest and not before.strip():
                     return added
-        raise UserError("the chat template rewrites earlier turns, which a cache cannot: start a new chat")
+        raise UserError(
+            "the chat template rewrites earlier turns, which a cache cannot: prune again, or start a new chat"
+        )
 
     def _record(self, tokens: Iterator[int]) -> Iterator[int]:
         for token in tokens:

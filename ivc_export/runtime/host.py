@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import GraphName
 from ivc_export.runtime.cache import KVCache
-from ivc_export.runtime.interface import Conversation, Session, Step, Turn, image_rows
+from ivc_export.runtime.interface import Conversation, Seen, Session, Step, Turn, image_rows
 from ivc_export.selection.method import Method
 
 
@@ -46,10 +46,16 @@ class HostConversation(Conversation):
         m = session.bundle.manifest
         self.cache = KVCache(m.decoder, capacity, m.selection.whole_layers)
 
+    def _clear(self) -> None:
+        self.cache.clear()
+
     def _go(self, turn: Turn) -> Step:
         session, cache, m = self.session, self.cache, self.session.bundle.manifest
         vision = []
         for picture in turn.pictures:
+            if isinstance(picture, Seen):
+                vision.append(dict(picture.outputs))
+                continue
             with self.timings.stage("vision"):
                 vision.append(session.run("vision", picture.inputs))
         embeds = session.bundle.embed(turn.plan.tokens)

@@ -21,7 +21,7 @@ from ivc_export.contract.manifest import DecoderSizes
 from ivc_export.contract.ratio import check_ratio
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
-from ivc_export.families.pictures import Visual
+from ivc_export.families.pictures import Grid, Visual
 from ivc_export.runtime.plan import Ints, Run, check_inputs, check_kept, plan_run
 from ivc_export.selection.method import Method, find_method
 
@@ -51,6 +51,45 @@ class Fetched(Mapping[str, npt.NDArray[Any]], Generic[T]):
 
 
 @dataclass(frozen=True)
+class Seen:
+    """A picture that vision has run on, which is taken in the place of its Visual and costs vision no other run.
+
+    Host memory holds it, whatever computes: the rows of every prompt are uploaded from there in any case.
+
+    outputs: the vision graph's by name, float32 [frames, visual, hidden]. grid, token_id: as Visual's.
+    """
+
+    outputs: Mapping[str, npt.NDArray[np.float32]]
+    grid: Grid
+    token_id: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """What stands for it in the prompt; as Visual's."""
+        return [self.token_id] * self.grid.visual
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return sum(array.nbytes for array in self.outputs.values())
+
+    def check(self, sizes: DecoderSizes) -> None:
+        """Check that a decoder of these sizes takes it.
+
+        Raises:
+            UserError: another bundle's vision made it.
+        """
+        names, size = {"image_embeds", *deepstack_names(sizes)}, self.grid.visual * sizes.hidden_size
+        whole = all(array.size == size and array.shape[-1] == sizes.hidden_size for array in self.outputs.values())
+        if names != {*self.outputs} or not whole:
+            raise UserError("a picture was seen by another bundle's vision: prepare it with this bundle's own")
+
+
+Picture = Visual | Seen
+"""What a run takes for a picture."""
+
+
+@dataclass(frozen=True)
 class Step:
     """What one run gave.
 
@@ -64,6 +103,13 @@ class Step:
     prefix: Mapping[str, npt.NDArray[Any]]
     decoder: Mapping[str, npt.NDArray[Any]]
     replayed: npt.NDArray[np.int32] | None = None
+
+    @property
+    def seen(self) -> tuple[Seen, ...]:
+        """The run's pictures, to be given to another run in their Visuals' place."""
+        image = int(self.run.tokens[self.run.visual_index[0]])
+        pictures = zip(self.vision, self.run.grids, strict=True)
+        return tuple(Seen({**outputs}, grid, image) for outputs, grid in pictures)
 
     @property
     def image_embeds(self) -> tuple[npt.NDArray[np.float32], ...]:
@@ -177,7 +223,7 @@ class Turn:
     """
 
     plan: Run
-    pictures: Sequence[Visual]
+    pictures: Sequence[Picture]
     keep_index: Ints | None
     stage: Literal["prefill", "decode"]
 
@@ -211,6 +257,14 @@ class Turn:
         shape = (1, len(self.plan.visual_index), sizes.hidden_size)
         return {name: np.zeros(shape, np.float32) for name in deepstack_names(sizes)}
 
+    def write_seen(self, targets: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Write what was seen before to its rows of `targets`, [1, S or L, hidden], by the outputs' names."""
+        for picture, place, first in zip(self.pictures, self.places, self.firsts, strict=True):
+            if isinstance(picture, Seen):
+                for name, rows in picture.outputs.items():
+                    start = place if name == "image_embeds" else first
+                    targets[name][0, start : start + picture.grid.visual] = rows.reshape(-1, rows.shape[-1])
+
 
 class Conversation(ABC):
     """Runs of one session that share a cache, for one thread; see Session.
@@ -240,11 +294,13 @@ class Conversation(ABC):
     def run(
         self,
         tokens: Sequence[int] | npt.NDArray[Any],
-        pictures: Sequence[Visual] = (),
+        pictures: Sequence[Picture] = (),
         keep_index: npt.NDArray[np.int32] | None = None,
+        question: int = 0,
     ) -> Step:
         """Run `tokens`, image tokens included, over the cache, and append the kept rows to it.
 
+        question: the first row that may vote for visual tokens; see plan_run.
         keep_index: rows to keep instead of those that the prefix graph chooses, to replay another run.
 
         Raises:
@@ -253,13 +309,26 @@ class Conversation(ABC):
         with self.session.lock:
             manifest = self.session.bundle.manifest
             for picture in pictures:
-                check_inputs(manifest, picture)
+                if isinstance(picture, Seen):
+                    picture.check(manifest.decoder)
+                else:
+                    check_inputs(manifest, picture)
             grids = [picture.grid for picture in pictures]
-            plan = plan_run(manifest, tokens, grids, self.next_position, self.ratio, self.method)
+            plan = plan_run(manifest, tokens, grids, self.next_position, self.ratio, self.method, question)
             chosen = None if keep_index is None else check_kept(keep_index, plan.rows)
             step = self._go(Turn(plan, pictures, chosen, plan.stage(self.cache.length)))
             self.next_position = plan.next_position
             return step
+
+    def restart(self) -> None:
+        """Forget all runs, in the same memory."""
+        with self.session.lock:
+            self._clear()
+            self.next_position = 0
+
+    @abstractmethod
+    def _clear(self) -> None:
+        """Empty the cache; the session's lock is held."""
 
     @abstractmethod
     def _go(self, turn: Turn) -> Step:

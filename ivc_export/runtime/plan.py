@@ -68,9 +68,11 @@ def plan_run(
     start: int,
     ratio: float,
     method: Method | None = None,
+    question: int = 0,
 ) -> Run:
     """Plan a run of `tokens` from position `start` on, each picture's image tokens being `grids[i].visual` of them.
 
+    question: the first row that may vote. Of those from there on, rows from query_offset behind the last picture on do.
     tokens: whole numbers, [S]. Without a picture the first row stands in for a visual token that is kept, so that the
     graphs see the same inputs; a decode step is such a run of one row, over caches that hold some. Without a method the
     bundle's is taken.
@@ -107,7 +109,7 @@ def plan_run(
     rows = np.arange(len(tokens), dtype=np.int32)
     method = method or find_method(manifest.selection, None)
     if grids:
-        voting = rows[visual[-1] + 1 + manifest.selection.query_offset :]
+        voting = rows[max(question, visual[-1] + 1 + manifest.selection.query_offset) :]
         blocks = [block for grid in grids for block in ivc_blocks(grid, manifest.selection)]
         priority = method.record.host_plan(manifest, positions[:, visual], blocks, method.seed)
         starts = np.cumsum([0, *(grid.visual for grid in grids)])

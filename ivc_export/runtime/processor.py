@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import PIL.Image
 from tokenizers.decoders import DecodeStream
@@ -20,6 +21,16 @@ from ivc_export.text.template import ChatTemplate, Message, parts_message
 from ivc_export.text.tokenizer import read_tokenizer
 
 T = TypeVar("T")
+
+
+class Shown(Protocol):
+    """A picture, as far as a prompt holds it."""
+
+    @property
+    def tokens(self) -> list[int]:
+        """What stands for it in the prompt."""
+        ...
+
 
 MARK = "<image>"
 """Where a picture stands in the text of a prompt."""
@@ -116,24 +127,31 @@ class Processor:
                     "the chat template of this bundle does not keep pictures within the text: give them in front of it"
                 )
 
-    def encode(self, text: str, pictures: Sequence[Visual] = (), begin: bool = True) -> list[int]:
+    def encode(self, text: str, pictures: Sequence[Shown] = (), begin: bool = True) -> list[int]:
         """Token ids of `text`, its i-th image token repeated once for each visual token of picture i.
 
         begin: whether a conversation begins here, so that the tokenizer adds what that takes, unless it is written.
         """
+        return self.encode_from(text, pictures, begin)[0]
+
+    def encode_from(
+        self, text: str, pictures: Sequence[Shown] = (), begin: bool = True, place: int = 0
+    ) -> tuple[list[int], int]:
+        """As `encode`, and the number of ids that stand for text before its character `place` alone."""
         special = self.bundle.manifest.tokens
         image, start, end = special.image, special.vision_start, special.vision_end
 
-        def shown(picture: Visual) -> list[int]:
+        def shown(picture: Shown) -> list[int]:
             if special.template_marks or start is None or end is None:
                 return picture.tokens
             return [start, *picture.tokens, end]
 
         begin = begin and not (self.bos and text.startswith(self.bos))
         try:
-            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=begin).ids
+            encoding = self.tokenizer.encode(text, add_special_tokens=begin)
         except TypeError as error:  # lone surrogates, from bytes that were no text
             raise UserError("the prompt is not UTF-8 text: write it in UTF-8") from error
+        ids: list[int] = encoding.ids
         if ids.count(image) != len(pictures):
             raise UserError(
                 f"the prompt holds {ids.count(image)} image tokens and there are {len(pictures)} pictures: "
@@ -145,7 +163,27 @@ class Processor:
                 "prompt or in the chat template"
             )
         rest = iter(pictures)
-        return [token for i in ids for token in (shown(next(rest)) if i == image else [i])]
+        pieces = [shown(next(rest)) if i == image else [i] for i in ids]
+        before = next((i for i, (_, end) in enumerate(encoding.offsets) if end > place), len(ids))
+        return [*chain(*pieces)], sum(map(len, pieces[:before]))
+
+    def conversation(self, messages: Sequence[Message], pictures: Sequence[Shown]) -> tuple[list[int], int]:
+        """Token ids of a whole conversation, and the number of those before what its last message says.
+
+        messages: the user's last.
+
+        Raises:
+            UserError: see render and encode; or the template moves the last message's pictures within its text.
+        """
+        rendered = self.render(messages)
+        place, last = 0, messages[-1]
+        if pictures and len(messages) > 1:
+            text = next((part["text"].strip() for part in last["content"] if "text" in part), "")
+            other = parts_message(["B" if text.startswith("A") else "A"])
+            pairs = zip(rendered, self.render([*messages[:-1], other]), strict=False)
+            place = next((i for i, (one, two) in enumerate(pairs) if one != two), 0)
+        self.check_places(last, rendered[place:])
+        return self.encode_from(rendered, pictures, place=place)
 
     def question(self, text: str, pictures: Sequence[Visual]) -> list[int]:
         """Token ids of a conversation that begins with this question about `pictures`; see user_message."""

@@ -159,8 +159,8 @@ class Reference:
         self.next_position = 0
 
     @torch.no_grad()
-    def run(self, tokens: Sequence[int], pictures: Sequence[ReferencePicture] = ()) -> ReferenceTurn:
-        """Run `tokens`, image tokens included, over the cache."""
+    def run(self, tokens: Sequence[int], pictures: Sequence[ReferencePicture] = (), question: int = 0) -> ReferenceTurn:
+        """Run `tokens`, image tokens included, over the cache; rows from `question` on may vote."""
         ids = torch.tensor([list(tokens)])
         is_image = (ids == self.model.config.image_token_id) & bool(pictures)  # else an id like any other
         visual = torch.nonzero(is_image[0])[:, 0]
@@ -188,7 +188,7 @@ class Reference:
             budget = self._budget(pictures) if pictures else 1
             keep = torch.cat([rows[~torch.isin(rows, seen)], seen[fill(score, [], [], budget)]]).sort().values
         elif pictures:
-            score, seeds, keep = self._select(scored[0], positions[:, 0], visual, pictures)
+            score, seeds, keep = self._select(scored[0], positions[:, 0], visual, pictures, question)
         else:
             score, seeds, keep = torch.ones(1), torch.zeros(1, dtype=torch.long), rows
         for i in range(self.selection_layer):
@@ -263,6 +263,7 @@ class Reference:
         positions: torch.Tensor,
         visual: torch.Tensor,
         pictures: Sequence[ReferencePicture],
+        question: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Score, seeds and kept rows by IVC-Prune.
 
@@ -270,7 +271,7 @@ class Reference:
         """
         assert isinstance(self.rule, SelectionRule)
         rows = torch.arange(values.shape[1])
-        queries = rows[int(visual[-1]) + 1 + self.rule.query_offset :]
+        queries = rows[max(question, int(visual[-1]) + 1 + self.rule.query_offset) :]
         text = torch.ones(values.shape[1], dtype=torch.bool)
         text[visual] = False
         shown: list[int] = []  # for rules with tiles: the thumbnail token that shows the same place, of each token

@@ -58,15 +58,21 @@ def test_several_pictures_and_none(sample_bundle: Bundle, tmp_path: Path, capsys
     assert json.loads(capsys.readouterr().out)["visual_tokens"]["total"] == 0
 
 
+@pytest.mark.parametrize(("follow_up", "totals"), [([], [192, 384]), (["--follow-up", "compacted"], [192, 192])])
 def test_a_chat_takes_another_picture_later(
-    sample_bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    follow_up: list[str],
+    totals: list[int],
+    sample_bundle: Bundle,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lines = f"What is it?\n/image {SHAPES}\n\nAnd here?\n/quit\nnever asked\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    options = ["--chat", "--json", "--max-tokens", "3", "--image", str(SHAPES)]
+    options = ["--chat", "--json", "--max-tokens", "3", "--image", str(SHAPES), *follow_up]
     assert cli.ivc_run([str(sample_bundle.folder), *options]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [answer["visual_tokens"]["total"] for answer in answers] == [192, 192]
+    assert [answer["visual_tokens"]["total"] for answer in answers] == totals
+    assert [len(answer["pictures"]) for answer in answers] == [total // 192 for total in totals]
     assert answers[1]["cache"]["rows"] > answers[0]["cache"]["rows"] + 96
 
 

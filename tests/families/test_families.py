@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -28,7 +28,7 @@ from ivc_export.families.family import Family
 from ivc_export.families.pictures import Visual
 from ivc_export.lowering import lower
 from ivc_export.report.overlay import count_kinds, overlay
-from ivc_export.runtime.chat import Chat, Sampling
+from ivc_export.runtime.chat import Chat, FollowUp, Sampling
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.pictures import open_picture
@@ -281,20 +281,24 @@ def test_pixels_equal_the_official_processors(
 
 
 @every_family
-def test_a_chat_shows_pictures_in_any_turn(tiny: Tiny) -> None:
-    chat = Chat(tiny.session, 0.3, sampling=Sampling(max_tokens=4))
+@pytest.mark.parametrize("follow_up", get_args(FollowUp))
+def test_a_chat_shows_pictures_in_any_turn(tiny: Tiny, follow_up: FollowUp) -> None:
+    chat = Chat(tiny.session, 0.3, sampling=Sampling(max_tokens=4), follow_up=follow_up)
     image = open_picture(SHAPES)
+    told: list[PIL.Image.Image] = []
     for images in ([image], [], [image, image]):
         list(chat.ask("Where is the ring?", images))
-        assert chat.tokens and chat.step is not None
+        told = [*told, *images] if follow_up == "again" else images
+        assert chat.tokens and chat.step is not None and chat.images == told
         visual = sum(grid.visual for grid in chat.step.run.grids)
-        assert visual == len(images) * tiny.prepare(image).grid.visual
+        assert visual == len(told) * tiny.prepare(image).grid.visual
         counts = count_kinds(chat.step)
-        assert visual - counts["pruned"] == len(images) * round(0.3 * visual / max(1, len(images)))
-        if images:
-            drawn = overlay([chat.processor.shown(image) for image in images], chat.step)
+        assert visual - counts["pruned"] == len(told) * round(0.3 * visual / max(1, len(told)))
+        if told:
+            drawn = overlay([chat.processor.shown(image) for image in told], chat.step)
             assert drawn.width > 500
     assert len(chat.messages) == 6
+    assert chat.conversation.timings.runs["vision"] == 3
 
 
 @every_family

@@ -169,7 +169,7 @@ def test_masked_batches_bundles_and_stock_transformers_answer_alike(
     examples = held_out("test", 1)
     masked = answering.converse(examples, answering.encode(examples), Pruning(2, ratio, METHODS["IVC-Prune"]))
     for number, example in enumerate(examples):
-        chat = Chat(session, ratio, sampling=Sampling(max_tokens=LONGEST_ANSWER))
+        chat = Chat(session, ratio, sampling=Sampling(max_tokens=LONGEST_ANSWER), follow_up="compacted")
         found = ["".join(chat.ask(example.question.text, [example.picture]))]
         found.append("".join(chat.ask(example.second.text)))
         assert found == [masked[0][number], masked[1][number]]

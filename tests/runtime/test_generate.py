@@ -4,6 +4,7 @@ import gc
 import itertools
 import weakref
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.runtime.chat import Chat, Sampling, continue_from, generate
+from ivc_export.runtime.chat import Chat, FollowUp, Sampling, continue_from, generate
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.processor import Processor, user_message
@@ -25,7 +26,7 @@ SHORT = Sampling(max_tokens=6)
 
 def test_a_chat_feeds_what_the_template_adds(sample_session: OnnxSession) -> None:
     """The cache after two turns holds the whole rendered conversation, but for what was pruned and the last id."""
-    chat, processor = Chat(sample_session, 0.5, sampling=SHORT), Processor(sample_session.bundle)
+    chat, processor = Chat(sample_session, 0.5, sampling=SHORT, follow_up="compacted"), Processor(sample_session.bundle)
     first = "".join(chat.ask("Where is the ring?", [SHAPES]))
     tokens = chat.tokens
     assert (len(tokens), chat.finish) == (6, "length")
@@ -46,8 +47,9 @@ def test_a_chat_feeds_what_the_template_adds(sample_session: OnnxSession) -> Non
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
 
 
-def test_a_chat_abandoned_mid_answer_goes_on(sample_session: OnnxSession) -> None:
-    chat = Chat(sample_session, sampling=SHORT)
+@pytest.mark.parametrize("follow_up", get_args(FollowUp))
+def test_a_chat_abandoned_mid_answer_goes_on(sample_session: OnnxSession, follow_up: FollowUp) -> None:
+    chat = Chat(sample_session, sampling=SHORT, follow_up=follow_up)
     answer = chat.ask("Where?", [SHAPES])
     next(answer)
     answer.close()  # type: ignore[attr-defined]
@@ -149,7 +151,7 @@ def test_advice_on_such_logits_is_never_what_is_done_already(
 
 
 def test_an_answer_of_image_tokens_does_not_end_the_chat(sample_session: OnnxSession) -> None:
-    chat = Chat(sample_session, sampling=SHORT)
+    chat = Chat(sample_session, sampling=SHORT, follow_up="compacted")
     assert "".join(chat.ask("Where?", [SHAPES]))
     chat.tokens[-1] = 503  # as if the model had drawn it last
     assert "".join(chat.ask("And here?", [SHAPES]))

@@ -22,11 +22,11 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families.pictures import Grid
+from ivc_export.families.pictures import Grid, Visual
 from ivc_export.runtime.backends import BACKENDS
 from ivc_export.runtime.chat import Sampling, generate
 from ivc_export.runtime.host import HostConversation
-from ivc_export.runtime.interface import Timings
+from ivc_export.runtime.interface import Seen, Timings
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.plan import plan_run
 from ivc_export.runtime.probes import SIZES
@@ -95,6 +95,22 @@ def test_a_picture_of_one_row_is_no_decode_step(bundle: Bundle, monkeypatch: pyt
         step, reference = found.run(tokens, pictures), wanted.run(tokens, pictures)
         assert np.abs(step.logits - reference.logits).max() < LOGIT_TOLERANCE
         assert f"{stage}.decoder" in found.timings.seconds
+    device.check()
+
+
+def test_pictures_seen_before_run_no_vision(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, device = opened(bundle, monkeypatch, max_text=128)
+    found, wanted = session.converse(0.4), HostConversation(OnnxSession(bundle), 0.4)
+    tokens, pictures = TURNS[5]
+    first, reference = found.run(tokens, pictures), wanted.run(tokens, pictures)
+    for step in (first, reference):
+        assert [picture.grid for picture in step.seen] == [picture.grid for picture in pictures]
+    seen: list[Visual | Seen] = [first.seen[0], pictures[1]]
+    found.restart()
+    again = found.run(tokens, seen)
+    np.testing.assert_array_equal(again.keep_index, reference.keep_index)
+    assert np.abs(again.logits - reference.logits).max() < LOGIT_TOLERANCE
+    assert found.timings.runs["vision"] == 3
     device.check()
 
 

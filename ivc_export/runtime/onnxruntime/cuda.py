@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.errors import UserError
+from ivc_export.errors import TooLongError, UserError
 from ivc_export.runtime.cache import check_capacity
 from ivc_export.runtime.failures import SMALLER, told
-from ivc_export.runtime.interface import Conversation, Fetched, Step, Turn, check_numbers
+from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn, check_numbers
 from ivc_export.runtime.onnxruntime.fused_graphs import CHECK_GPU, FusedGraphs, Provider
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
 from ivc_export.runtime.onnxruntime.workspace import DeviceCache, PictureRows, Values, Workspace
@@ -154,10 +154,14 @@ class FusedConversation(Conversation):
         old, give_back, most = self.cache, self._give_back, self.session.rows_that_fit()
         wanted, least = blocks(max(needed + more, old.capacity * 3 // 2)), blocks(needed)
         workspace = self.session.lend(least if most is not None and most < wanted else wanted, least)
-        workspace.cache.take_over(old)
+        if old.length:
+            workspace.cache.take_over(old)
         self._take(workspace)
         if give_back is not None:
             give_back()
+
+    def _clear(self) -> None:
+        self.cache.clear()
 
     def _go(self, turn: Turn) -> Step:
         plan, cache = turn.plan, self.cache
@@ -166,7 +170,7 @@ class FusedConversation(Conversation):
             positions = self.session.bundle.manifest.decoder.max_positions
             self._grow(needed, min(self.headroom, positions - plan.next_position))
         if needed > self.cache.capacity:
-            raise UserError(
+            raise TooLongError(
                 f"the cache holds {self.cache.capacity} rows, {needed} are needed: give it a larger capacity"
             )
         step = self._decode(plan) if turn.stage == "decode" else self._prefill(turn)
@@ -177,8 +181,10 @@ class FusedConversation(Conversation):
     def _prefill(self, turn: Turn) -> Step:
         plan, kept = turn.plan, turn.kept
         session, cache, put = self.session, self.cache, self.session.value
-        embeds = put(session.embed(plan.tokens))
-        added = {n: put(a.astype(session.dtype)) for n, a in turn.added(session.bundle.manifest.decoder).items()}
+        rows = {"image_embeds": session.embed(plan.tokens)} | turn.added(session.bundle.manifest.decoder)
+        turn.write_seen(rows)
+        added = {name: put(array.astype(session.dtype, copy=False)) for name, array in rows.items()}
+        embeds = added.pop("image_embeds")
         vision = self._see(turn, embeds, added)
         arrays = turn.inputs
         count = load_onnxruntime().OrtValue.ortvalue_from_numpy(arrays.pop("keep_count"))  # on the host
@@ -196,17 +202,22 @@ class FusedConversation(Conversation):
         cache.swap()
         logits = self._checked(decoder["logits"].numpy())
         below, above = self._shown(plan, kept, prefix)
-        seen = tuple(Fetched(outputs, session.fetch) for outputs in vision)
-        return Step(plan, seen, below, above | {"logits": logits}, turn.keep_index)
+        return Step(plan, vision, below, above | {"logits": logits}, turn.keep_index)
 
     def _shown(self, plan: Run, kept: int, prefix: Values) -> tuple[Arrays, Arrays]:
         """What a prefill shows of prefix and decoder beside logits; caches have its rows, and not yet their lengths."""
         return {name: prefix[name].numpy() for name in plan.method.record.operator.outputs}, {}
 
-    def _see(self, turn: Turn, embeds: OrtValue, added: Values) -> list[dict[str, PictureRows]]:
-        """Run the pictures, whose tokens vision writes to their rows of `embeds`, [1, S, hidden], and of `added`."""
-        session, found = self.session, list[dict[str, PictureRows]]()
+    def _see(self, turn: Turn, embeds: OrtValue, added: Values) -> tuple[Mapping[str, npt.NDArray[Any]], ...]:
+        """Run the pictures, whose tokens vision writes to their rows of `embeds`, [1, S, hidden], and of `added`.
+
+        Returns vision's outputs for each, also of those that were seen before, whose rows are there.
+        """
+        session, found = self.session, list[Mapping[str, npt.NDArray[Any]]]()
         for picture, place, first in zip(turn.pictures, turn.places, turn.firsts, strict=True):
+            if isinstance(picture, Seen):
+                found.append(picture.outputs)
+                continue
             with self.timings.stage("vision"):
                 feeds = {name: session.value(array) for name, array in picture.inputs.items()}
                 grid = picture.grid
@@ -216,8 +227,8 @@ class FusedConversation(Conversation):
                     for name, (target, start) in targets.items()
                 }
                 session.run_bound("vision", session.bind("vision", feeds, rows))
-            found.append(rows)
-        return found
+            found.append(Fetched(rows, session.fetch))
+        return tuple(found)
 
     def _decode(self, plan: Run) -> Step:
         assert self._workspace is not None  # since the run before

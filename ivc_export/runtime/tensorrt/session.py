@@ -15,9 +15,9 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.graphs import TensorName, cache_shape
 from ivc_export.contract.names import GRAPH_NAMES
 from ivc_export.dtypes import FloatName, cast
-from ivc_export.errors import UserError
+from ivc_export.errors import TooLongError, UserError
 from ivc_export.lowering import LOWERINGS
-from ivc_export.runtime.interface import Conversation, Fetched, Step, Turn
+from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn
 from ivc_export.runtime.tensorrt.device import Buffers, CudaDevice, Device
 from ivc_export.runtime.tensorrt.engine import Array, Engine, Tensor, check_hand_over
 from ivc_export.selection.method import Method
@@ -216,6 +216,10 @@ class EngineCache:
             found[name] = tensor
         return found
 
+    def clear(self) -> None:
+        """Begin anew. Rows stay, masked."""
+        self.length = self.whole_length = 0
+
     @property
     def room(self) -> int:
         """Rows that every layer still takes."""
@@ -264,14 +268,18 @@ class TensorrtConversation(Conversation):
         self._count = np.zeros(1, np.int32)
         """keep_count, which shapes depend on: TensorRT reads it from host memory."""
 
+    def _clear(self) -> None:
+        self.cache.clear()
+
     def _go(self, turn: Turn) -> Step:
         session, cache, plan, stage = self.session, self.cache, turn.plan, turn.stage
         self._check(turn)
         session.begin(stage)
-        embeds = self._put(stage, "inputs_embeds", session.bundle.embed(plan.tokens)[None])
-        sizes = session.bundle.manifest.decoder
-        added = {name: self._put(stage, name, array) for name, array in turn.added(sizes).items()}
-        vision = self._see(turn, {"image_embeds": embeds} | added) if turn.pictures else []
+        rows = turn.added(session.bundle.manifest.decoder) | {"image_embeds": session.bundle.embed(plan.tokens)[None]}
+        turn.write_seen(rows)
+        embeds = self._put(stage, "inputs_embeds", rows.pop("image_embeds"))
+        added = {name: self._put(stage, name, array) for name, array in rows.items()}
+        vision = self._see(turn, {"image_embeds": embeds} | added)
         arrays = turn.inputs
         self._count[:] = arrays.pop("keep_count")
         arrays |= {name: np.array([length], np.int32) for name, length in cache.lengths().items()}
@@ -288,8 +296,7 @@ class TensorrtConversation(Conversation):
         with self.timings.stage(f"{stage}.decoder"):
             cache.append(prefix | decoder, turn.kept, plan.rows)
             session.device.synchronize()
-        seen = tuple(session.fetched(stage, outputs) for outputs in vision)
-        step = Step(plan, seen, session.fetched(stage, prefix), session.fetched(stage, shown), turn.keep_index)
+        step = Step(plan, vision, session.fetched(stage, prefix), session.fetched(stage, shown), turn.keep_index)
         step.decoder["logits"]  # while no other thread's run takes their place
         return step
 
@@ -338,22 +345,29 @@ class TensorrtConversation(Conversation):
         dtype = next((engine.dtypes[name] for engine in engines if name in engine.dtypes), array.dtype)
         return self.session.put(place, name, array, dtype)
 
-    def _see(self, turn: Turn, targets: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Run the pictures, and copy what vision gives to their rows of `targets`, which are those of its outputs."""
-        session, found = self.session, list[dict[str, Tensor]]()
+    def _see(self, turn: Turn, targets: Mapping[str, Tensor]) -> tuple[Mapping[str, Array], ...]:
+        """Run the pictures, and copy what vision gives to their rows of `targets`, which are those of its outputs.
+
+        Returns these for each, also of those that were seen before, whose rows are there.
+        """
+        session, found = self.session, list[Mapping[str, Array]]()
         for number, picture in enumerate(turn.pictures):
+            if isinstance(picture, Seen):
+                found.append(picture.outputs)
+                continue
             with self.timings.stage("vision"):
                 inputs = {name: self._put("vision", name, array) for name, array in picture.inputs.items()}
                 place = f"vision-{number}"
                 extents = {"B": len(picture.inputs["pixel_values"])}
                 extents["visual"] = picture.grid.visual // picture.grid.batch
-                found.append(session.engines["vision"].run("prefill", inputs, session.buffers, place, extents))
+                outputs = session.engines["vision"].run("prefill", inputs, session.buffers, place, extents)
                 for name, target in targets.items():
                     start = (turn.places if name == "image_embeds" else turn.firsts)[number]
-                    row, source = target.nbytes // target.shape[1], found[-1][name]
+                    row, source = target.nbytes // target.shape[1], outputs[name]
                     session.device.copy(target.address + row * start, source.address, source.nbytes)
                 session.device.synchronize()
-        return found
+            found.append(session.fetched("prefill", outputs))
+        return tuple(found)
 
     def _check(self, turn: Turn) -> None:
         recipe, cache, plan = self.session.recipe, self.cache, turn.plan
@@ -365,13 +379,13 @@ class TensorrtConversation(Conversation):
         ):
             most = getattr(recipe, option)
             if count > most:
-                raise UserError(
+                raise TooLongError(
                     f"the prompt has {count} {what}, and these engines take {most}: build them with "
                     f"--{option.replace('_', '-')} {count}"
                     + (", or use a smaller picture" if option == "max_visual" else "")
                 )
         if rows > self.session.capacity:
-            raise UserError(
+            raise TooLongError(
                 f"the engines' caches hold {self.session.capacity} rows, {rows} are needed: build engines with a "
                 "larger --max-new"
             )

@@ -7,12 +7,13 @@
 NAME is a kind or `kind/engine`; they are taken in the order in which they are given, so that the worthiest come first.
 The table is written anew after every row.
 
-Kinds: `vision-float16` and `vision-float32`, encoders of one and three blocks with the softmax in that dtype, by whose
-difference a block is timed. `grouped`, `repeated` and `plugin`: a prefix of 3 layers and a decoder of 3 layers, by how
-attention is spelled; and, by themselves, the selection, and the compaction of hidden states and of the keys and values
-of the 16 layers below the cut, which `repeated` shares with `grouped`. All are in float16, residual sums in float32,
-with the profiles that ivc-build gives them. The vocabulary is small, so that lm_head does not count. The prefix engine
-includes its selection and the decoder engine its compaction: these are subtracted before dividing by the layers.
+Kinds: `vision-float16` and `vision-float32`, encoders of one and three blocks with the softmax in that dtype, and
+`vision-plugin`, with our kernel, by whose difference a block is timed. `grouped`, `repeated` and `plugin`: a prefix
+of 3 layers and a decoder of 3 layers, by how attention is spelled; and, by themselves, the selection, and the
+compaction of hidden states and of the keys and values of the 16 layers below the cut, which `repeated` shares with
+`grouped`. All are in float16, residual sums in float32, with the profiles that ivc-build gives them. The vocabulary
+is small, so that lm_head does not count. The prefix engine includes its selection and the decoder engine its
+compaction: these are subtracted before dividing by the layers.
 
 Times are of the GPU, by events around runs of an engine one behind the other on memory that does not change: as a
 CUDA graph (`ms`) where that can be captured, and enqueued one by one (`enqueued_ms`), which a slow host bounds from
@@ -71,10 +72,12 @@ ENGINES = (*GRAPHS, "select", "compact")
 PARTS = {"repeated": "grouped"}
 """Whose selection and compaction a kind shares."""
 NATIVE = EngineChoices("tensorrt", "float16", "native", "float16", "grouped")
+PLUGIN = replace(NATIVE, graphs="plugin")
 KINDS: dict[str, tuple[EngineChoices, tuple[str, ...]]] = {
     "vision-float16": (NATIVE, tuple(f"vision-{depth}" for depth in DEPTHS)),
     "vision-float32": (replace(NATIVE, softmax="float32"), tuple(f"vision-{depth}" for depth in DEPTHS)),
-    "plugin": (replace(NATIVE, graphs="plugin"), ENGINES),
+    "vision-plugin": (PLUGIN, tuple(f"vision-{depth}" for depth in DEPTHS)),
+    "plugin": (PLUGIN, ENGINES),
     "grouped": (NATIVE, ENGINES),
     "repeated": (replace(NATIVE, attention="repeated"), GRAPHS),
 }
@@ -110,7 +113,7 @@ def make_bundle(folder: Path, layers: int, cut: int, depth: int = 1, **sizes: in
 
 def chosen(options: argparse.Namespace) -> list[tuple[str, str]]:
     """Kinds and engines, in order."""
-    names = options.only or [kind for kind in KINDS if kind != "plugin" or options.plugin]
+    names = options.only or [kind for kind in KINDS if KINDS[kind][0] is not PLUGIN or options.plugin]
     found = []
     for kind, _, engine in (name.partition("/") for name in names):
         if kind not in KINDS or (engine and engine not in KINDS[kind][1]):

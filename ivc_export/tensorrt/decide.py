@@ -72,7 +72,8 @@ def softmax_sentence(choices: EngineChoices, footprint: Callable[[EngineChoices]
 def attention_sentence(choices: EngineChoices, footprint: Callable[[EngineChoices], Footprint], why: str) -> str:
     """How decoder layers spell attention, why, and what the other spelling would take."""
     if choices.graphs not in CHOOSABLE:
-        how = "by one operator, which TensorRT fuses" if choices.attention == "operator" else choices.attention
+        fused = "by our plugin" if choices.graphs == "plugin" else "by one operator, which TensorRT fuses"
+        how = fused if choices.attention == "operator" else choices.attention
         return f"decoder: attention {how}, about {decimal(decoder(footprint(choices)))}"
     other = replace(choices, attention="repeated" if choices.attention == "grouped" else "grouped")
     pace = {"grouped": "slower prefill, faster steps", "repeated": "faster prefill, slower steps"}[other.attention]

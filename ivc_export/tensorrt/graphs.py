@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import GraphName
+from ivc_export.contract.operators import ATTENDED_SIZES
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.lowering import ATTENTION, lower
@@ -94,10 +95,18 @@ def choose_graphs(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: st
             f"--attention is for engines that spell attention out, and {other} has an operator for it in {dtype}: "
             "leave --attention out"
         )
-    if graphs not in SPELLED:
+    sizes = bundle.manifest.decoder
+    if graphs not in SPELLED or (graphs == "plugin" and sizes.head_dim == sizes.value_dim in ATTENDED_SIZES):
         attention = "operator"
     softmax = recipe.softmax or ("float16" if dtype == "float16" else "float32")
     return EngineChoices(recipe.target, dtype, graphs, softmax, attention)
+
+
+def attentions(graphs: EngineGraphs) -> tuple[DecoderAttention, ...]:
+    """What decoder layers may have in engines of a lowering; the plugin has no kernel for some sizes of heads."""
+    if graphs == "plugin":
+        return ("grouped", "operator")
+    return ("grouped", "repeated") if graphs in SPELLED else ("operator",)
 
 
 def packed_weights(bundle: Bundle, graphs: EngineGraphs, dtype: FloatName) -> dict[str, str]:

@@ -21,10 +21,10 @@ from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.files import check_regular, confined, read_bytes, read_object
 from ivc_export.tensorrt.graphs import (
-    SPELLED,
     DecoderAttention,
     EngineChoices,
     EngineGraphs,
+    attentions,
     packed_weights,
     residual_scale,
 )
@@ -89,8 +89,7 @@ class EngineRecord(Frozen):
         possible = ("float16", "float32") if self.dtype == "float16" else ("float32",)
         if self.softmax not in possible or recipe.softmax not in (None, self.softmax):
             yield f"softmax is {self.softmax}"
-        spelled = self.graphs in SPELLED
-        if (self.attention == "operator") == spelled or recipe.attention not in ("auto", self.attention):
+        if self.attention not in attentions(self.graphs) or recipe.attention not in ("auto", self.attention):
             yield f"attention is {self.attention}"
         if not {*self.packed_weights.values()} <= {"int4", self.dtype}:
             yield f"packed_weights is {self.packed_weights}"

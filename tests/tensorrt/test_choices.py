@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,6 +62,14 @@ def test_a_bfloat16_bundle_in_float16_has_the_narrow_softmax(sample_bundle: Bund
     narrow = Bundle(sample_bundle.folder, sample_bundle.manifest.model_copy(update={"dtype": "bfloat16"}))
     assert chosen(narrow, "8.6.2").softmax == "float16"
     assert chosen(narrow, "10.3.0").softmax == "float32"
+
+
+@pytest.mark.parametrize(("head_dim", "attention"), [(64, "operator"), (128, "operator"), (16, "grouped")])
+def test_the_plugin_attends_where_it_has_a_kernel(sample_bundle: Bundle, head_dim: int, attention: str) -> None:
+    sizes = sample_bundle.manifest.decoder.model_copy(update={"head_dim": head_dim, "value_dim": head_dim})
+    bundle = Bundle(sample_bundle.folder, sample_bundle.manifest.model_copy(update={"decoder": sizes}))
+    found = chosen(bundle, "8.6.2", dtype="float16", plugin=Path("lib.so"))
+    assert (found.graphs, found.attention) == ("plugin", attention)
 
 
 def test_what_is_chosen_otherwise(sample_bundle: Bundle) -> None:

@@ -7,7 +7,7 @@
 namespace ivc {
 
 template <class Value, Sight kSight, class S>
-__global__ void __launch_bounds__(S::kThreads, S::kBlocks) attendKernel(const __grid_constant__ Attend a) {
+__global__ void __launch_bounds__(S::kThreads) attendKernel(const __grid_constant__ Attend a) {
 #ifdef IVC_TENSOR_CORES
     extern __shared__ __align__(128) char shared[];
     Block block;
@@ -37,8 +37,10 @@ struct Launch {
 
     template <class Value, Sight kSight, class S>
     cudaError_t tiles(const Attend& a) const {
+        static_assert(S::kSharedBytes <= 99 * 1024, "more shared memory than SM 86 has");
         const Blocks blocks = blocksOf<kSight, S>(a);
-        const dim3 grid(static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y), static_cast<unsigned>(blocks.z));
+        const dim3 grid(
+            static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y), static_cast<unsigned>(blocks.z));
         const auto kernel = attendKernel<Value, kSight, S>;
         if (S::kSharedBytes > 48 * 1024) {
             const cudaError_t allowed = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -56,7 +58,8 @@ struct Launch {
     template <class Value, Sight kSight>
     cudaError_t plain(Attend a) const {
         a.splits = 1;
-        const dim3 grid(static_cast<unsigned>(a.queries()), static_cast<unsigned>(a.kvHeads), static_cast<unsigned>(a.frames));
+        const dim3 grid(
+            static_cast<unsigned>(a.queries()), static_cast<unsigned>(a.kvHeads), static_cast<unsigned>(a.frames));
         attendPlainKernel<Value, kSight><<<grid, PlainAttention<Value, kSight>::kThreads, 0, stream>>>(a);
         return cudaGetLastError();
     }

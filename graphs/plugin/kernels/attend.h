@@ -1,8 +1,8 @@
 // Attention over tiles of keys: scores, softmax and weighted values of a tile of queries stay in registers.
 //
-// One algorithm serves a decoder layer (a cache and, causally, fresh rows), an encoder's frames and its windows. A block
-// takes a tile of queries and walks over tiles of keys; of every query it keeps the largest score, the sum of weights
-// and the weighted values, which are scaled down where a larger score turns up. Queries of all heads that share a
+// One algorithm serves a decoder layer (a cache and, causally, fresh rows), an encoder's frames and its windows. A
+// block takes a tile of queries and walks over tiles of keys; of every query it keeps the largest score, the sum of
+// weights and the weighted values, which are scaled down where a larger score turns up. Queries of all heads that share a
 // key-value head stand in one tile, row by row and in a row head by head. Where queries are few, a tile's keys are
 // split over its warps and over blocks, and what these find is combined.
 // Sources: Dao 2023, "FlashAttention-2" (arXiv 2307.08691), algorithm 1; Dao et al. 2023, "Flash-Decoding".
@@ -139,16 +139,13 @@ IVC_WARP void appendRows(const Attend& a, int32_t head, int32_t share, int32_t s
 }
 
 // Sizes of a block's tiles. kBands times kRowWarps tiles of 16 queries; kKeys keys, shared by kKeyWarps warps.
-template <int kDepth_, int kBands_, int kRowWarps_, int kKeyWarps_, int kKeys_, int kStages_, bool kHeld_ = false,
-    int kBlocks_ = 1>
+template <int kDepth_, int kBands_, int kRowWarps_, int kKeyWarps_, int kKeys_, int kStages_>
 struct Shape {
     static constexpr int kDepth = kDepth_;  // of a head, up to the next multiple of 16
     static constexpr int kBands = kBands_;  // of 16 queries, that a warp has
     static constexpr int kRowWarps = kRowWarps_, kKeyWarps = kKeyWarps_;
     static constexpr int kKeys = kKeys_;
     static constexpr int kStages = kStages_;  // 1: keys arrive while values are used; 2: a tile while another is used
-    static constexpr bool kHeld = kHeld_;     // queries stay in registers
-    static constexpr int kBlocks = kBlocks_;  // that are to fit a multiprocessor's registers
     static constexpr int kWarps = kRowWarps * kKeyWarps, kThreads = kWarps * kWarp;
     static constexpr int kQueries = 16 * kBands * kRowWarps;
     static constexpr int kColumns = kKeys / kKeyWarps;  // keys of a warp
@@ -173,7 +170,6 @@ struct Found {
     Lane<Product> value[S::kBands][S::kDepth / 8];  // sums of weighted values
     Lane<float> largest[S::kBands][2];              // scores, before scaling
     Lane<float> sum[S::kBands][2];                  // of the lane's weights
-    Lane<Fragment> query[S::kHeld ? S::kBands : 1][S::kHeld ? S::kDepth / 16 : 1];
     Lane<int32_t> limit[S::kBands][2];  // causal: the row's number; windows: the window's
 };
 
@@ -189,7 +185,7 @@ struct Attention {
     IVC_WARP char* values(int stage) const { return keys(stage) + S::kTileBytes; }
 
     // Starts to fill `target` with rows of 16-byte chunks: `source(row, chunk)` says where a thread's first row begins
-    // at a chunk, and `next` how far a row below lies; rows that are not `valid` become zeros, as does what is behind the
+    // at a chunk, and `next` where a row below; rows that are not `valid` become zeros, as does what is behind the
     // head's last element. Eight lanes take a row's chunks, by eight; what is left of them fewer.
     template <int kRows, int kLanes, int kFirstChunk, class Source, class Next, class Valid>
     IVC_WARP void load(char* target, Source source, Next next, Valid valid) const {
@@ -285,38 +281,26 @@ struct Attention {
         return (warp / S::kKeyWarps * S::kBands + band) * 16 + 8 * half + lane / 4;
     }
 
-    // 16 queries at 16 of their elements.
-    IVC_WARP void loadQuery(Lane<Fragment>& to, int band, int k) const {
-        loadMatrices<false>(to, [&](int lane) { return shared + S::at(band * 16 + lane % 16, 2 * k + lane / 16); });
-    }
-
-    IVC_WARP void holdQueries(Found<S>& f, int warp) const {
-#pragma unroll
-        for (int i = 0; i < S::kBands * S::kDepth / 16; ++i) {
-            const int band = i / (S::kDepth / 16), k = i % (S::kDepth / 16);
-            loadQuery(f.query[band][k], warp / S::kKeyWarps * S::kBands + band, k);
-        }
-    }
-
     // Products of the warp's queries and keys.
     IVC_WARP void scores(Found<S>& f, int warp, int stage) const {
-        const int firstBand = warp / S::kKeyWarps * S::kBands, firstColumn = warp % S::kKeyWarps * S::kColumns;
+        const int firstBand = warp / S::kKeyWarps * S::kBands;
+        const int firstColumn = warp % S::kKeyWarps * S::kColumns;
         const char* tile = keys(stage);
 #pragma unroll
         for (int band = 0; band < S::kBands; ++band) {
 #pragma unroll
-            for (int n = 0; n < S::kColumns / 8; ++n) eachLane([&](int lane) { f.score[band][n][lane] = Product{}; });
+            for (int n = 0; n < S::kColumns / 8; ++n) {
+                eachLane([&](int lane) { f.score[band][n][lane] = Product{}; });
+            }
         }
 #pragma unroll
         for (int k = 0; k < S::kDepth / 16; ++k) {
             Lane<Fragment> q[S::kBands];
 #pragma unroll
             for (int band = 0; band < S::kBands; ++band) {
-                if (S::kHeld) {
-                    q[band] = f.query[S::kHeld ? band : 0][S::kHeld ? k : 0];
-                } else {
-                    loadQuery(q[band], firstBand + band, k);
-                }
+                loadMatrices<false>(q[band], [&](int lane) {
+                    return shared + S::at((firstBand + band) * 16 + lane % 16, 2 * k + lane / 16);
+                });
             }
 #pragma unroll
             for (int n = 0; n < S::kColumns / 16; ++n) {
@@ -443,6 +427,15 @@ struct Attention {
         }
     }
 
+    // A tile of keys; where keys and values arrive apart, with its scores known.
+    template <bool kMasked>
+    IVC_WARP void take(Found<S>& f, const Tile<Value>& t, int warp, int stage) const {
+        if (S::kStages == 2) scores(f, warp, stage);
+        if (kMasked) mask(f, t, warp);
+        weights(f);
+        weighted(f, warp, stage);
+    }
+
     // Two neighbouring elements of a query's answer.
     IVC_WARP void write(int at, int element, float x0, float x1, float sum) const {
         const int32_t query = firstQuery + at;
@@ -553,11 +546,6 @@ struct Attention {
             if (S::kStages == 2) loadValues(visit[visit.from], 0);
         }
         block.each([&](int warp) { begin(found[warp], warp); });
-        if constexpr (S::kHeld) {
-            block.awaitCopies();
-            block.barrier();
-            block.each([&](int warp) { holdQueries(found[warp], warp); });
-        }
         for (int32_t i = visit.from; i < visit.to; ++i) {
             const Tile<Value> tile = visit[i];
             const int stage = S::kStages == 2 ? (i - visit.from) % 2 : 0;
@@ -569,16 +557,19 @@ struct Attention {
                 loadKeys(visit[i + 1], 1 - stage);
                 loadValues(visit[i + 1], 1 - stage);
             }
-            block.each([&](int warp) { scores(found[warp], warp, stage); });
-            if (S::kStages == 1) {
+            const bool masked = visit.masked(tile, lowest);
+            if constexpr (S::kStages == 1) {
+                block.each([&](int warp) { scores(found[warp], warp, stage); });
                 block.awaitCopies();
                 block.barrier();
                 if (i + 1 < visit.to) loadKeys(visit[i + 1], 0);
             }
             block.each([&](int warp) {
-                if (visit.masked(tile, lowest)) mask(found[warp], tile, warp);
-                weights(found[warp]);
-                weighted(found[warp], warp, stage);
+                if (masked) {
+                    take<true>(found[warp], tile, warp, stage);
+                } else {
+                    take<false>(found[warp], tile, warp, stage);
+                }
             });
         }
         block.awaitCopies();
@@ -622,8 +613,8 @@ IVC_WARP void attend(Block& block, char* shared, const Attend& a, int32_t tile, 
         .run();
 }
 
-// One row of y from what the splits found of it, `line` of [kvHeads, queries], by one block. A warp takes splits in turn,
-// its lanes a row's elements by four.
+// One row of y from what the splits found of it, `line` of [kvHeads, queries], by one block. A warp takes splits in
+// turn, its lanes a row's elements by four.
 template <class Value>
 struct Combining {
     static constexpr int kWarps = 4, kThreads = kWarps * kWarp;

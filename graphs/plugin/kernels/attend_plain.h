@@ -87,7 +87,8 @@ struct PlainAttention {
 #pragma unroll
                         for (int piece = 0; piece < kPieces; ++piece) {
                             const int element = kWarp * piece + lane;
-                            if (element < a.headDim) f.value[piece][lane] += factor[lane] * static_cast<float>(v[element]);
+                            if (element >= a.headDim) continue;
+                            f.value[piece][lane] += factor[lane] * static_cast<float>(v[element]);
                         }
                     });
                 }

@@ -8,8 +8,8 @@
 
 namespace ivc {
 
-// A decoder's tiles, by how many queries a key-value head has. Few: a tile's keys are split over its warps, and all keys
-// over blocks. Some: there are not so many tiles that the longest would not be waited for, so that two warps share one.
+// A decoder's tiles, by how many queries a key-value head has. Few: a tile's keys are split over its warps, and all
+// keys over blocks. Some: tiles run all at once and the longest is waited for, so that two warps share its queries.
 template <int kDepth>
 using FewQueries = Shape<kDepth, 1, 1, 4, 64, 2>;
 template <int kDepth>

@@ -250,7 +250,9 @@ inline void multiply(Lane<Product>& sum, const Lane<Fragment>& left, const Lane<
             for (int j = 0; j < 4; ++j) {
                 a[at + j % 2 * 8][pair + j / 2 * 8 + i] = valueOf<Value>(left[lane].x[j] >> 16 * i);
             }
-            for (int j = 0; j < 2; ++j) b[at][pair + 8 * j + i] = valueOf<Value>(right[lane].x[2 * kPart + j] >> 16 * i);
+            for (int j = 0; j < 2; ++j) {
+                b[at][pair + 8 * j + i] = valueOf<Value>(right[lane].x[2 * kPart + j] >> 16 * i);
+            }
         }
     }
     for (int lane = 0; lane < kWarp; ++lane) {

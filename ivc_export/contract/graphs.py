@@ -1,4 +1,7 @@
-"""The graphs: their inputs and outputs, axes, and how a model's sizes write them out."""
+"""The graphs: their inputs and outputs, and how a model's sizes write them out.
+
+Most of its lines are one table, of every tensor that passes between graphs and runtimes.
+"""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from ivc_export.selection.method import Method, find_method
 from ivc_export.source.configuration import read_configuration
 from ivc_export.verify.reference import Reference, ReferenceLayout, ReferenceTurn
 from ivc_export.verify.reference_picture import ReferencePicture
+from ivc_export.verify.routing import MARGIN
 
 
 def record(
@@ -66,6 +67,8 @@ def record(
         teacher.append(int(turn.logits.argmax()))
         turn = reference.run(teacher[-1:])
         found[Key(f"decode-{number}", "decoder", "outputs", "logits")] = turn.logits[None, None].numpy()
+        for layer, margin in turn.margins.items():
+            found[Key(f"decode-{number}", "decoder", "outputs", f"{MARGIN}.{layer}")] = margin.numpy()
     facts = {
         "model": identity(m),
         "checkpoint": str(checkpoint),
@@ -93,6 +96,8 @@ def outputs(turn: ReferenceTurn, m: Manifest) -> Mapping[tuple[str, str], npt.ND
     found |= {("vision", name): rows for name, rows in zip(deepstack_names(m.decoder), turn.deepstack, strict=False)}
     if m.selection.scored != "values":
         found["prefix", SCORED_VALUES] = turn.scored
+    for i, margin in turn.margins.items():
+        found["prefix" if i < m.selection_layer else "decoder", f"{MARGIN}.{i}"] = margin
     for i, (key, value) in enumerate(zip(turn.full_keys, turn.full_values, strict=True)):
         found |= {("prefix", f"new_key.{i}"): key, ("prefix", f"new_value.{i}"): value}
     for i, (key, value) in enumerate(zip(turn.keys, turn.values, strict=True)):

@@ -43,7 +43,7 @@ class ReferenceTurn:
     image_embeds: [visual, hidden] of all pictures; deepstack: the same of what is added behind each of the first
     layers, if anything is; hidden_states: [1, S, hidden] at the cut; full_keys, full_values: of the layers below the
     cut, before compaction; scored: what visual tokens are scored by, [1, kv_heads, S, D]; logits: [vocab] of the last
-    row.
+    row; margins: [rows], of layers with experts, by how much each row's last chosen one was ahead of the next.
     """
 
     image_embeds: torch.Tensor | None
@@ -58,6 +58,7 @@ class ReferenceTurn:
     seed_index: torch.Tensor
     keep_index: torch.Tensor
     logits: torch.Tensor
+    margins: Mapping[int, torch.Tensor]
 
 
 def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -211,6 +212,11 @@ class Reference:
             seed_index=seeds,
             keep_index=keep,
             logits=logits,
+            margins={
+                number: layer.mlp.margins
+                for number, layer in enumerate(self.decoder.layers)
+                if hasattr(layer.mlp, "margins")
+            },
         )
 
     def _positions(self, ids: torch.Tensor, is_image: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -15,7 +15,7 @@ import pytest
 
 from ivc_export.bench.roofline import Workload
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.checkpoint.formats.nbits import Packing, pack_blocks, pack_values
+from ivc_export.checkpoint.formats.nbits import Packing, dequantise, pack_blocks, pack_values
 from ivc_export.contract.names import GRAPH_NAMES, IR_VERSION, IVC_DOMAIN, OPSET
 from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
@@ -24,6 +24,7 @@ from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.graph.functions import function
 from ivc_export.lowering import LOWERINGS, lower
 from ivc_export.lowering.join_decode import join_decode
+from ivc_export.lowering.onnxruntime.split_bytes import SplitBytesPass
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
 from ivc_export.runtime.onnxruntime.records import ONNXRUNTIME_CPU
@@ -55,6 +56,23 @@ def wanted(bundles: tuple[Bundle, Bundle]) -> Turns:
 
 def test_the_cpu_provider_widens_scales_alone(bundles: tuple[Bundle, Bundle], wanted: Turns) -> None:
     assert largest(answers(OnnxSession(bundles[0], threads=1)), wanted) < LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_bytes_are_two_halves_of_exact_weights(zero_points: bool) -> None:
+    random, out, features, packing = np.random.default_rng(0), 5, 72, Packing(8, 32, zero_points)
+    values, zeros = random.integers(0, 256, (out, features), np.uint8), random.integers(0, 256, (out, 3), np.uint8)
+    values[0, :2], zeros[0], values[1, :2], zeros[1] = 0, 255, 255, 0
+    scales = random.uniform(0.01, 0.1, (out, 3)).astype(np.float16)
+    arrays: dict[str, Any] = {"packed": pack_blocks(values, packing), "scales": scales}
+    arrays |= {"zero_points": zeros} if zero_points else {}
+    model = SplitBytesPass()(one_product(arrays, packing, out, features, "float16")).model
+    assert [node.op_type for node in model.graph] == ["LinearNBitsZeroPoints", "LinearNBitsZeroPoints", "Add"]
+    weight = np.zeros((out, features), np.float32)
+    for node in list(model.graph)[:2]:
+        packed, scale, points = (value.const_value.numpy() for value in node.inputs[1:])  # type: ignore[union-attr]
+        weight += dequantise(packed, scale, points, 4, features)
+    np.testing.assert_array_equal(weight, dequantise(arrays["packed"], scales, arrays.get("zero_points"), 8, features))
 
 
 def test_another_accuracy_level_is_chosen_when_a_bundle_opens(bundles: tuple[Bundle, Bundle], wanted: Turns) -> None:
@@ -107,6 +125,20 @@ def test_projections_of_the_cuda_provider_are_one_product(bundles: tuple[Bundle,
     assert len(products) == 4 * (7 if ordered else 5)
 
 
+def one_product(arrays: dict[str, Any], packing: Packing, out: int, features: int, dtype: FloatName) -> ir.Model:
+    """A graph of one packed product, of blocks of 32."""
+    name = "LinearNBitsZeroPoints" if packing.zero_points else "LinearNBits"
+    x = ir.val("x", dtype=FLOATS[dtype].onnx, shape=("S", features))
+    given = [ir.val(f"w.{key}", const_value=ir.tensor(array, name=f"w.{key}")) for key, array in arrays.items()]
+    attributes = {"bits": packing.bits, "block_size": 32, "K": features, "N": out}
+    node = ir.node(name, [x, *given], attributes, domain=IVC_DOMAIN, name="linear")
+    (y,) = node.outputs
+    y.name, y.type, y.shape = "y", ir.TensorType(FLOATS[dtype].onnx), ir.Shape(["S", out])
+    opsets = {"": OPSET, IVC_DOMAIN: 1}
+    graph = ir.Graph([x], [y], nodes=[node], initializers=given, opset_imports=opsets, name="g")
+    return ir.Model(graph, ir_version=IR_VERSION, functions=[function(name).clone()])
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 4e-3)])
 @pytest.mark.parametrize("zero_points", [False, True])
 def test_blocks_that_tensorrt_dequantises_give_the_same(zero_points: bool, dtype: FloatName, tolerance: float) -> None:
@@ -117,20 +149,11 @@ def test_blocks_that_tensorrt_dequantises_give_the_same(zero_points: bool, dtype
     scales = random.uniform(0.01, 0.1, (out, 3)).astype(dtype)
     arrays: dict[str, Any] = {"packed": pack_blocks(values, packing), "scales": scales}
     arrays |= {"zero_points": pack_values(zeros, 4)} if zero_points else {}
-    name = "LinearNBitsZeroPoints" if zero_points else "LinearNBits"
     zero = np.repeat(zeros if zero_points else np.full_like(zeros, 8), 32, axis=1).astype(np.float64)
     wanted = (values.astype(np.float64) - zero) * np.repeat(scales.astype(np.float64), 32, axis=1)
     rows = random.standard_normal((3, features)).astype(dtype)
 
-    x = ir.val("x", dtype=FLOATS[dtype].onnx, shape=("S", features))
-    given = [ir.val(f"w.{key}", const_value=ir.tensor(array, name=f"w.{key}")) for key, array in arrays.items()]
-    attributes = {"bits": 4, "block_size": 32, "K": features, "N": out}
-    node = ir.node(name, [x, *given], attributes, domain=IVC_DOMAIN, name="linear")
-    (y,) = node.outputs
-    y.name, y.type, y.shape = "y", ir.TensorType(FLOATS[dtype].onnx), ir.Shape(["S", out])
-    opsets = {"": OPSET, IVC_DOMAIN: 1}
-    graph = ir.Graph([x], [y], nodes=[node], initializers=given, opset_imports=opsets, name="g")
-    model = lower(ir.Model(graph, ir_version=IR_VERSION, functions=[function(name).clone()]), "opset-21")
+    model = lower(one_product(arrays, packing, out, features, dtype), "opset-21")
     weight = model.graph.initializers["w.int4"]
     assert weight.dtype == ir.DataType.INT4 and weight.const_value is not None
     assert weight.const_value.nbytes == out * features // 2

@@ -16,7 +16,7 @@ from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.dtypes import cast
 from ivc_export.graph.functions import PACKED_LINEARS
 from ivc_export.lowering.edit import Editor
-from ivc_export.lowering.tensorrt.dequantise import constants_of, drop_weights, packed_products
+from ivc_export.lowering.packed import constants_of, drop_weights, packed_products
 
 BITS = 4
 """TensorRT takes no INT8 in blocks."""

@@ -19,15 +19,17 @@ from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.dtypes import FLOATS, FloatName, cast
 from ivc_export.errors import UserError
 from ivc_export.lowering.onnxruntime.accuracy import LEVELS, SetAccuracyPass
+from ivc_export.lowering.onnxruntime.split_bytes import SplitBytesPass
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.interface import Session
+from ivc_export.runtime.onnxruntime.given import stand_in
 from ivc_export.runtime.onnxruntime.library import SILENT, load_onnxruntime
 from ivc_export.selection.method import Method
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -63,6 +65,8 @@ class OnnxSession:
         self.lock: AbstractContextManager[Any] = threading.RLock()
         self.versions: Mapping[str, str] = {"onnxruntime": load_onnxruntime().__version__}
         self._threads, self._prepacking = threads, prepacking
+        self._given: list[OrtValue] = []
+        """Weights that sessions read in memory that is not theirs."""
         # side by side, unless weights are widened: that would hold several widened graphs' temporary copies at once
         with ThreadPoolExecutor(len(GRAPH_NAMES) if bundle.manifest.dtype == dtype else 1) as pool:
             self._sessions = dict(zip(GRAPH_NAMES, pool.map(self._open, GRAPH_NAMES), strict=True))
@@ -80,16 +84,31 @@ class OnnxSession:
         passes: list[ir.passes.PassBase] = []
         if self.bundle.manifest.dtype != self.dtype:
             passes.append(WidenFloatsPass())
-        if self.bundle.manifest.weight_formats and self.accuracy_level:
+        formats = {stored.format for stored in self.bundle.manifest.weight_formats.values()}
+        if formats and self.accuracy_level:
             passes.append(SetAccuracyPass(self.accuracy_level))
+        elif "int8" in formats:
+            passes.insert(0, SplitBytesPass())
         if passes:
             model = self.bundle.graph(name)
             for one in passes:
                 model = one(model).model
+            self._give(model, options)
             source = ir.to_proto(model).SerializeToString()
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         with told(f"{path} does not open in onnxruntime", "close other programs", "export the model again"):
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+    def _give(self, model: ir.Model, options: SessionOptions) -> None:
+        """Give in memory what passes have made of weights and no file has; floats among it are small."""
+        onnxruntime = load_onnxruntime()
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if isinstance(tensor, ir.LazyTensor) and tensor.dtype == ir.DataType.UINT8:
+                value.const_value = stand_in(self.bundle, name, tensor)
+                given = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()))
+                options.add_external_initializers([name], [given])
+                self._given.append(given)
 
     def converse(
         self, ratio: float | None = None, capacity: int | None = None, method: str | Method | None = None

@@ -21,6 +21,7 @@ from ivc_export.lowering import lower
 from ivc_export.lowering.join_decode import join_decode
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.failures import SMALLER, told
+from ivc_export.runtime.onnxruntime.given import stand_in
 from ivc_export.runtime.onnxruntime.library import SILENT, load_onnxruntime
 from ivc_export.runtime.onnxruntime.workspace import PictureRows, Values
 
@@ -124,7 +125,7 @@ class FusedGraphs:
                         self._converted[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
                 options.add_initializer(name, self._weights[name])
                 if isinstance(tensor, ir.LazyTensor):
-                    value.const_value = self._given(name, tensor)
+                    value.const_value = stand_in(self.bundle, name, tensor)
                     options.add_external_initializers([name], [self._converted[name]])
         chosen = cuda_options(onnxruntime.__version__, cuda_graph) if self.device == "cuda" else {}
         provider = (PROVIDERS[self.device], chosen)
@@ -137,13 +138,6 @@ class FusedGraphs:
                 "for, or use --backend onnxruntime-cpu"
             )
         return session
-
-    def _given(self, name: str, tensor: ir.LazyTensor) -> ir.ExternalTensor:
-        """What stands in a graph for a converted weight that is given in memory: what cannot be read from its file."""
-        shape, file = tensor.shape.numpy(), self.bundle.manifest.embedding.file
-        length = int(np.prod(shape) * tensor.dtype.itemsize)
-        end = (self.bundle.folder / file).stat().st_size
-        return ir.ExternalTensor(file, end, length, tensor.dtype, shape=ir.Shape(shape), name=name)
 
     def embed(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
         """Rows of the embedding table for `tokens`, in the dtype that is computed in: [1, len(tokens), hidden].

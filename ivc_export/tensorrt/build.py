@@ -45,10 +45,10 @@ def build(
         UserError: TensorRT is missing or refuses a graph, the plugin does not load or the GPU is too old for it, timing
             caches cannot be written, memory or max_visual is too small, or the model has experts.
     """
+    bundle.check_portable("an engine")
     check_no_experts(bundle)
     check_takes_a_picture(bundle, recipe)
     trt = load_tensorrt(recipe.target)
-    bundle.check_portable("an engine")
     if recipe.plugin is not None:
         load_plugin(recipe.plugin)
     if recipe.timing_cache is not None:

@@ -149,6 +149,7 @@ def packed_format(
     what = f"{title}, {packing.bits} bits, {group}{', zero points' if packing.zero_points else ''}"
     if packing.ordered:
         what += ", in the order of activations"
+    before = " before 10" if packing.bits == 4 else ""
     return WeightFormat(
         name,
         covers,
@@ -165,7 +166,7 @@ def packed_format(
             "float",
             said=f"weights are quantised ({what}); they become floats, which these graphs take alone",
         ),
-        said=f"weights are quantised ({what}), and stay so",
+        said=f"weights are quantised ({what}), and stay so; TensorRT{before} makes floats of them",
     )
 
 

@@ -1,0 +1,48 @@
+// A bundle on disk, and what of it the host needs: manifest, tokenizer, embeddings.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ivc/conversation.h"
+#include "ivc/files.h"
+#include "ivc/image.h"
+#include "ivc/manifest.h"
+#include "ivc/tokenizer.h"
+#include "ivc/visual.h"
+
+namespace ivc {
+
+class Bundle {
+   public:
+    // Throws where there is no bundle, or it is damaged, edited, or leaves its folder.
+    explicit Bundle(const std::string& folder);
+
+    const std::string& folder() const { return folder_; }
+    const Manifest& manifest() const { return manifest_; }
+    const Tokenizer& tokenizer() const { return *tokenizer_; }
+
+    // The file of a graph, which holds what was exported.
+    std::string graphFile(const std::string& name) const;
+    // Rows of the embedding table, one behind the other, in float32.
+    std::vector<float> embed(const std::vector<int32_t>& tokens) const;
+    // Token ids of `text`, its i-th image token repeated once for each visual token of picture i. begin: whether a
+    // conversation begins here, so that the tokenizer adds what that takes, unless it is written.
+    std::vector<int32_t> encode(const std::string& text, const std::vector<Grid>& pictures, bool begin) const;
+    // The text of a conversation; throws where only the chat template itself can write it.
+    std::string render(const std::vector<Message>& messages) const;
+
+   private:
+    std::string folder_;
+    Manifest manifest_;
+    std::unique_ptr<Tokenizer> tokenizer_;
+    std::unique_ptr<MappedFile> weights_;
+    std::string bos_;
+};
+
+float fromHalf(uint16_t bits);  // IEEE 754 binary16
+uint16_t toHalf(float value);
+
+}  // namespace ivc

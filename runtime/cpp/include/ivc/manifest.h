@@ -1,0 +1,109 @@
+// manifest.json: what a runtime needs to know about a bundle, checked before anything is computed of it.
+//
+// Names as in ivc_export/contract/manifest.py, which says what each field means.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ivc/json.h"
+
+namespace ivc {
+
+enum class Blanks { kNone, kNewlines, kBlanks };
+
+struct Segment {
+    std::string before, behind;
+};
+
+struct Spoken : Segment {
+    Blanks left = Blanks::kNone, right = Blanks::kNone;
+};
+
+struct ChatSegments {
+    std::optional<Spoken> begin;
+    std::string beginWithoutSystem, assistantOpen;
+    Segment firstUser, user;
+    Spoken text, past;
+    std::optional<std::string> thinkingEnd;
+    Blanks thinkingLeft = Blanks::kNone;
+    std::string picture, pictureLine;
+    bool picturesFirst = false;
+};
+
+struct Decoder {
+    int32_t layers = 0, hiddenSize = 0, heads = 0, kvHeads = 0, headDim = 0, valueDim = 0, vocabSize = 0;
+    int32_t maxPositions = 0, deepstack = 0;
+};
+
+struct SelectionRule {
+    double ivcFraction = 0;
+    int32_t queryOffset = 0;
+    bool tiles = false;
+    std::vector<int32_t> wholeLayers;
+};
+
+struct Preprocessing {
+    enum class Kind { kPatches, kTiles };
+    Kind kind = Kind::kPatches;
+    float rescaleFactor = 0;
+    std::array<float, 3> mean{}, std{};
+    std::string resample;
+    int32_t patchSize = 0, mergeSize = 0, temporalPatchSize = 0, minPixels = 0, maxPixels = 0;  // of patches
+    int32_t tilePixels = 0, tileSide = 0, minTiles = 0, maxTiles = 0;                           // of tiles
+    bool crop = false;
+};
+
+struct SpecialTokens {
+    int32_t image = 0;
+    std::optional<int32_t> visionStart, visionEnd;
+    bool templateMarks = false;
+    std::vector<int32_t> stop;
+};
+
+struct Graph {
+    std::string file, sha256;
+    std::vector<std::string> inputs, outputs;
+};
+
+struct WeightFile {
+    std::string file, headerSha256;
+    uint64_t size = 0;
+};
+
+struct EmbeddingTable {
+    std::string file, dtype;
+    uint64_t offset = 0;
+};
+
+struct Manifest {
+    std::string family, dtype, lowering;
+    int32_t selectionLayer = 0, maxVisual = 0;
+    double defaultRatio = 0, theta = 0, residualScale = 1;
+    std::vector<int32_t> sections;
+    Decoder decoder;
+    SelectionRule selection;
+    Preprocessing preprocessing;
+    SpecialTokens tokens;
+    std::map<std::string, Graph> graphs;
+    EmbeddingTable embedding;
+    std::vector<WeightFile> weights;
+    std::optional<ChatSegments> chat;
+
+    size_t axes() const { return sections.size(); }
+};
+
+// Of the text of a manifest.json; `what` names it in errors.
+Manifest parseManifest(const std::string& text, const std::string& what);
+
+// Of the bundle in `folder`, with the sizes and headers of the files that it names.
+Manifest readManifest(const std::string& folder);
+
+// SHA-256 over the fields that decide answers, as ivc_export.contract.manifest.constants_sha256 computes it.
+std::string constantsSha256(const Json& manifest);
+
+}  // namespace ivc

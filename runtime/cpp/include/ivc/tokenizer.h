@@ -1,0 +1,96 @@
+// tokenizer.json: text to token ids and back, as Hugging Face's `tokenizers` does.
+//
+// Byte pair encodings on bytes (GPT-2's and Qwen's kind) or with byte fallback (Llama's kind), with the normalisers,
+// pre-tokenizers and decoders that these have. Anything else is refused with a sentence.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "ivc/json.h"
+
+namespace ivc {
+
+class Regex;
+
+// A token that is found in the text as it is written, before anything else.
+struct AddedToken {
+    int32_t id = 0;
+    std::string text;
+    bool singleWord = false, stripsLeft = false, stripsRight = false, normalized = false, special = false;
+};
+
+class Tokenizer {
+   public:
+    // text: of a tokenizer.json; `what` names it in errors.
+    Tokenizer(const std::string& text, const std::string& what);
+    ~Tokenizer();
+    static std::unique_ptr<Tokenizer> read(const std::string& path);
+
+    // begin: whether to add what a text begins (and ends) with. Throws where `text` is not UTF-8.
+    std::vector<int32_t> encode(const std::string& text, bool begin) const;
+    // Special tokens are left out; unfinished characters are U+FFFD.
+    std::string decode(const std::vector<int32_t>& ids) const;
+    std::optional<int32_t> find(const std::string& token) const;
+    std::optional<std::string> tokenText(int32_t id) const;
+
+   private:
+    using Normalizer = std::function<std::string(const std::string&)>;
+    // A part of the text, and whether the text begins with it.
+    struct Piece {
+        std::string text;
+        bool first = false;
+    };
+    using PreTokenizer = std::function<std::vector<Piece>(std::vector<Piece>)>;
+    using DecoderStep = std::function<std::vector<std::string>(std::vector<std::string>)>;
+    struct Merge {
+        int32_t rank = 0, id = 0;
+    };
+    class Words;
+
+    void readModel(const Field& model);
+    void readAdded(const Field& root);
+    void readNormalizer(const Field& field);
+    void readPreTokenizer(const Field& field);
+    void readSplit(const Field& field);
+    void readTemplate(const Field& field);
+    void readDecoder(const Field& field);
+    std::string normalize(std::string text) const;
+    void encodeText(const std::string& text, bool first, std::vector<int32_t>& ids) const;
+    void encodeWord(const std::string& word, std::vector<int32_t>& ids) const;
+    void split(const std::string& text, bool normalized, const std::function<void(const std::string&, size_t)>& other,
+        std::vector<int32_t>& ids) const;
+
+    std::unordered_map<std::string, int32_t> vocabulary_;
+    std::unordered_map<int32_t, std::string> texts_;
+    std::unordered_map<uint64_t, Merge> merges_;
+    std::unordered_map<int32_t, AddedToken> added_;
+    std::unordered_map<std::string, int32_t> addedIds_;
+    std::vector<std::vector<AddedToken>> found_[2];  // by first byte, longest first; as written, and normalised
+    bool byteFallback_ = false, fuseUnknown_ = false, ignoreMerges_ = false;
+    std::optional<int32_t> unknown_;
+    std::vector<Normalizer> normalizers_;
+    std::vector<PreTokenizer> preTokenizers_;
+    std::vector<DecoderStep> decoders_;
+    std::vector<int32_t> before_, behind_;
+};
+
+// Pieces of an answer, as soon as the ids so far make whole characters.
+class TextStream {
+   public:
+    explicit TextStream(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+    std::string add(int32_t id);
+
+   private:
+    const Tokenizer& tokenizer_;
+    std::vector<int32_t> ids_;
+    std::string told_;
+};
+
+}  // namespace ivc

@@ -1,0 +1,145 @@
+#include "ivc/bundle.h"
+
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "ivc/error.h"
+#include "ivc/sha256.h"
+
+namespace ivc {
+namespace {
+
+const char kAgain[] = "export the model again";
+const char kCopy[] = "copy the bundle again, or export the model again";
+
+bool exists(const std::string& path) {
+    struct stat status {};
+    return stat(path.c_str(), &status) == 0;
+}
+
+// The text of the token that begins a conversation, if tokenizer_config.json names one.
+std::string beginning(const std::string& folder) {
+    const std::string path = confined(folder, "tokenizer_config.json");
+    if (!exists(path)) return "";
+    const Json content = parseJson(readFile(path, kAgain), path, kAgain);
+    const Field root(content, path, kAgain);
+    if (!root.has("bos_token") || root["bos_token"].isNull()) return "";
+    const Field bos = root["bos_token"];
+    return bos.json().is_object() ? bos["content"].text() : bos.text();
+}
+
+}  // namespace
+
+float fromHalf(uint16_t bits) {
+    const int32_t exponent = bits >> 10 & 31;
+    const float fraction = static_cast<float>(bits & 1023), sign = (bits & 0x8000) != 0 ? -1.0f : 1.0f;
+    if (exponent == 31) return fraction != 0 ? NAN : sign * INFINITY;
+    if (exponent == 0) return sign * std::ldexp(fraction, -24);
+    return sign * std::ldexp(1024.0f + fraction, exponent - 25);
+}
+
+uint16_t toHalf(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude >= 0x7f800000u) return static_cast<uint16_t>(sign | (magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u));
+    if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // beyond 65504, rounded
+    if (magnitude < 0x38800000u) {                                               // below the smallest normal
+        const float scaled = std::ldexp(std::fabs(value), 24);
+        return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(scaled)));
+    }
+    const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
+    return static_cast<uint16_t>(sign | (rounded - 0x38000000u) >> 13);
+}
+
+Bundle::Bundle(const std::string& folder) : folder_(folder.empty() ? "." : folder), manifest_(readManifest(folder_)) {
+    const std::string path = confined(folder_, "tokenizer.json");
+    if (!exists(path)) {
+        throw Error(folder_ + " has no tokenizer.json: put the model's own files into the checkpoint folder and " +
+                    "export again");
+    }
+    tokenizer_ = Tokenizer::read(path);
+    weights_ = std::make_unique<MappedFile>(confined(folder_, manifest_.embedding.file), kCopy);
+    bos_ = beginning(folder_);
+}
+
+std::string Bundle::graphFile(const std::string& name) const {
+    const Graph& graph = manifest_.graphs.at(name);
+    const std::string path = confined(folder_, graph.file);
+    const MappedFile file(path, kCopy);
+    if (sha256(file.data(), file.size()) != graph.sha256) {
+        throw Error(path + " is not the graph that was exported: " + kAgain);
+    }
+    return path;
+}
+
+std::vector<float> Bundle::embed(const std::vector<int32_t>& tokens) const {
+    const auto hidden = static_cast<size_t>(manifest_.decoder.hiddenSize);
+    const bool wide = manifest_.embedding.dtype == "float32", half = manifest_.embedding.dtype == "float16";
+    const size_t size = wide ? 4 : 2;
+    std::vector<float> found(tokens.size() * hidden);
+    float* to = found.data();
+    for (const int32_t token : tokens) {
+        if (token < 0 || token >= manifest_.decoder.vocabSize) {
+            throw Error("token id " + std::to_string(token) + " has no embedding: export the model again");
+        }
+        const char* row = weights_->data() + manifest_.embedding.offset + static_cast<size_t>(token) * hidden * size;
+        for (size_t i = 0; i < hidden; ++i, ++to) {
+            if (wide) {
+                std::memcpy(to, row + 4 * i, 4);
+                continue;
+            }
+            uint16_t bits;
+            std::memcpy(&bits, row + 2 * i, 2);
+            const uint32_t widened = static_cast<uint32_t>(bits) << 16;
+            if (half) {
+                *to = fromHalf(bits);
+            } else {
+                std::memcpy(to, &widened, 4);
+            }
+        }
+    }
+    return found;
+}
+
+std::vector<int32_t> Bundle::encode(const std::string& text, const std::vector<Grid>& pictures, bool begin) const {
+    const SpecialTokens& special = manifest_.tokens;
+    const bool written = !bos_.empty() && text.compare(0, bos_.size(), bos_) == 0;
+    const std::vector<int32_t> ids = tokenizer_->encode(text, begin && !written);
+    const auto images = static_cast<size_t>(std::count(ids.begin(), ids.end(), special.image));
+    if (images != pictures.size()) {
+        throw Error("the prompt holds " + std::to_string(images) + " image tokens and there are " +
+                    std::to_string(pictures.size()) + " pictures: write no image tokens into the text");
+    }
+    const auto last = std::find(ids.rbegin(), ids.rend(), special.image);
+    if (!pictures.empty() && last - ids.rbegin() <= manifest_.selection.queryOffset) {
+        throw Error("no text follows the picture, and only that can choose its tokens: put the question behind it, in " +
+                    std::string("the prompt or in the chat template"));
+    }
+    const bool marks = !special.templateMarks && special.visionStart && special.visionEnd;
+    std::vector<int32_t> found;
+    size_t picture = 0;
+    for (const int32_t id : ids) {
+        if (id != special.image) {
+            found.push_back(id);
+            continue;
+        }
+        if (marks) found.push_back(*special.visionStart);
+        found.insert(found.end(), static_cast<size_t>(pictures[picture++].visual()), id);
+        if (marks) found.push_back(*special.visionEnd);
+    }
+    return found;
+}
+
+std::string Bundle::render(const std::vector<Message>& messages) const {
+    if (!manifest_.chat) {
+        throw Error("only Jinja can fill this bundle's chat template: render the conversation, and give its text with " +
+                    std::string("--rendered"));
+    }
+    return ivc::render(*manifest_.chat, messages);
+}
+
+}  // namespace ivc

@@ -1,0 +1,340 @@
+#include "ivc/manifest.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+
+#include "ivc/contract.h"
+#include "ivc/error.h"
+#include "ivc/files.h"
+#include "ivc/sha256.h"
+
+namespace ivc {
+namespace {
+
+const char kAgain[] = "export the model again";
+const char kCopy[] = "copy the whole bundle, or export the model again";
+
+Field pathOf(const Field& root, const Limit& limit) {
+    const std::string record = limit.record;
+    return record.empty() ? root[limit.field] : root[record][limit.field];
+}
+
+int32_t limited(const Field& root, const char* record, const char* field) {
+    for (const Limit& limit : kLimits) {
+        if (std::string(record) != limit.record || std::string(field) != limit.field) continue;
+        return static_cast<int32_t>(pathOf(root, limit).integer(limit.least, limit.most, limit.multipleOf));
+    }
+    throw Error(std::string("no limit is known of ") + field + ": this is a fault of the library");
+}
+
+std::string sha(const Field& field) {
+    const std::string found = field.text();
+    const bool hexadecimal = found.find_first_not_of("0123456789abcdef") == std::string::npos;
+    if (found.size() != 64 || !hexadecimal) field.refuse("is no SHA-256");
+    return found;
+}
+
+Decoder readDecoder(const Field& root) {
+    const Field f = root["decoder"];
+    f.onlyHas({"layers", "hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim", "value_dim", "vocab_size",
+        "rms_norm_epsilon", "tied_embeddings", "max_positions", "deepstack"});
+    Decoder d;
+    d.layers = limited(root, "decoder", "layers");
+    d.hiddenSize = limited(root, "decoder", "hidden_size");
+    d.heads = limited(root, "decoder", "heads");
+    d.kvHeads = limited(root, "decoder", "kv_heads");
+    d.headDim = limited(root, "decoder", "head_dim");
+    d.valueDim = limited(root, "decoder", "value_dim");
+    d.vocabSize = limited(root, "decoder", "vocab_size");
+    d.maxPositions = limited(root, "decoder", "max_positions");
+    if (f.has("deepstack")) d.deepstack = limited(root, "decoder", "deepstack");
+    return d;
+}
+
+SelectionRule readSelection(const Field& root) {
+    const Field f = root["selection"];
+    if (f.has("method")) f["method"].choice({"ivc-prune"});
+    f.onlyHas({"method", "ivc_fraction", "seed_divisor", "query_offset", "softmax", "tiles", "whole_layers"});
+    SelectionRule rule;
+    rule.ivcFraction = f["ivc_fraction"].number(0, 1);
+    rule.queryOffset = limited(root, "selection", "query_offset");
+    limited(root, "selection", "seed_divisor");
+    if (f.has("tiles")) rule.tiles = f["tiles"].boolean();
+    if (f.has("whole_layers")) {
+        for (const Field& layer : f["whole_layers"].items()) {
+            rule.wholeLayers.push_back(static_cast<int32_t>(layer.integer(0, INT32_MAX)));
+        }
+    }
+    return rule;
+}
+
+float asFloat(const Field& field, double least, double most) { return static_cast<float>(field.number(least, most)); }
+
+Preprocessing readPreprocessing(const Field& root) {
+    const Field f = root["preprocessing"];
+    Preprocessing p;
+    const bool patches = f["kind"].choice({"patches", "tiles"}) == "patches";
+    p.kind = patches ? Preprocessing::Kind::kPatches : Preprocessing::Kind::kTiles;
+    if (patches) {
+        f.onlyHas({"kind", "rescale_factor", "mean", "std", "resample", "patch_size", "merge_size",
+            "temporal_patch_size", "min_pixels", "max_pixels"});
+        p.patchSize = limited(root, "preprocessing", "patch_size");
+        p.mergeSize = limited(root, "preprocessing", "merge_size");
+        p.temporalPatchSize = limited(root, "preprocessing", "temporal_patch_size");
+        p.minPixels = limited(root, "preprocessing", "min_pixels");
+        p.maxPixels = limited(root, "preprocessing", "max_pixels");
+    } else {
+        f.onlyHas({"kind", "rescale_factor", "mean", "std", "resample", "tile_pixels", "tile_side", "min_tiles",
+            "max_tiles", "fit"});
+        p.tilePixels = limited(root, "preprocessing", "tile_pixels");
+        p.tileSide = limited(root, "preprocessing", "tile_side");
+        p.minTiles = limited(root, "preprocessing", "min_tiles");
+        p.maxTiles = limited(root, "preprocessing", "max_tiles");
+        p.crop = f["fit"].choice({"crop", "stretch"}) == "crop";
+        if (p.minTiles > p.maxTiles) f["min_tiles"].refuse("is above max_tiles");
+        if (p.crop && p.maxTiles > 1) f["max_tiles"].refuse("is above 1 where pictures are cropped");
+    }
+    p.rescaleFactor = asFloat(f["rescale_factor"], 1e-9, 1e9);
+    const auto means = f["mean"].items(3), deviations = f["std"].items(3);
+    if (means.size() != 3) f["mean"].refuse("has no three entries");
+    if (deviations.size() != 3) f["std"].refuse("has no three entries");
+    for (size_t i = 0; i < 3; ++i) {
+        p.mean[i] = asFloat(means[i], -1e9, 1e9);
+        p.std[i] = asFloat(deviations[i], 1e-9, 1e9);
+    }
+    p.resample = f.has("resample")
+                     ? f["resample"].choice({"nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"})
+                     : "bicubic";
+    return p;
+}
+
+SpecialTokens readTokens(const Field& root, int32_t vocabulary) {
+    const Field f = root["tokens"];
+    f.onlyHas({"image", "vision_start", "vision_end", "template_marks", "stop"});
+    const auto id = [&](const Field& field) { return static_cast<int32_t>(field.integer(0, vocabulary - 1)); };
+    SpecialTokens tokens;
+    tokens.image = id(f["image"]);
+    if (!f["vision_start"].isNull()) tokens.visionStart = id(f["vision_start"]);
+    if (!f["vision_end"].isNull()) tokens.visionEnd = id(f["vision_end"]);
+    tokens.templateMarks = f["template_marks"].boolean();
+    for (const Field& stop : f["stop"].items(1000)) tokens.stop.push_back(id(stop));
+    return tokens;
+}
+
+Blanks blanks(const Field& record, const char* name) {
+    if (!record.has(name)) return Blanks::kNone;
+    const std::string found = record[name].choice({"none", "newlines", "blanks"});
+    return found == "none" ? Blanks::kNone : found == "newlines" ? Blanks::kNewlines : Blanks::kBlanks;
+}
+
+Segment segment(const Field& f) { return {f["before"].text(), f["behind"].text()}; }
+
+Spoken spoken(const Field& f) {
+    Spoken found;
+    static_cast<Segment&>(found) = segment(f);
+    found.left = blanks(f, "left");
+    found.right = blanks(f, "right");
+    return found;
+}
+
+ChatSegments readChat(const Field& f) {
+    f.onlyHas({"begin", "begin_without_system", "first_user", "user", "text", "picture", "assistant_open",
+        "assistant_past"});
+    for (const char* name : {"first_user", "user"}) f[name].onlyHas({"before", "behind"});
+    ChatSegments chat;
+    if (!f["begin"].isNull()) {
+        f["begin"].onlyHas({"before", "behind", "left", "right"});
+        chat.begin = spoken(f["begin"]);
+    }
+    chat.beginWithoutSystem = f["begin_without_system"].text();
+    chat.assistantOpen = f["assistant_open"].text();
+    chat.firstUser = segment(f["first_user"]);
+    chat.user = segment(f["user"]);
+    f["text"].onlyHas({"before", "behind", "left", "right"});
+    chat.text = spoken(f["text"]);
+    const Field past = f["assistant_past"], picture = f["picture"];
+    past.onlyHas({"before", "behind", "left", "right", "thinking_end", "thinking_left"});
+    chat.past = spoken(past);
+    if (past.has("thinking_end") && !past["thinking_end"].isNull()) chat.thinkingEnd = past["thinking_end"].text();
+    chat.thinkingLeft = blanks(past, "thinking_left");
+    picture.onlyHas({"text", "line", "first"});
+    chat.picture = picture["text"].text();
+    chat.pictureLine = picture["line"].text();
+    chat.picturesFirst = picture["first"].boolean();
+    return chat;
+}
+
+Graph readGraph(const Field& f) {
+    Graph graph;
+    graph.file = f["file"].text();
+    graph.sha256 = sha(f["sha256"]);
+    for (const Field& tensor : f["inputs"].items(10000)) graph.inputs.push_back(tensor["name"].text());
+    for (const Field& tensor : f["outputs"].items(10000)) graph.outputs.push_back(tensor["name"].text());
+    return graph;
+}
+
+void checkAgreement(const Manifest& m, const Field& root) {
+    const auto require = [&](bool agrees, const char* field) {
+        if (!agrees) root[field].refuse("does not fit the other fields");
+    };
+    int64_t angles = 0;
+    for (const int32_t section : m.sections) angles += section;
+    require(2 * angles == m.decoder.headDim && (m.axes() == 1 || m.axes() == 3), "rotary");
+    require(m.decoder.heads % m.decoder.kvHeads == 0 && m.decoder.deepstack < m.decoder.layers, "decoder");
+    require(m.selectionLayer < m.decoder.layers && m.selectionLayer >= std::max(1, m.decoder.deepstack),
+        "selection_layer");
+    const bool cut = m.preprocessing.kind == Preprocessing::Kind::kTiles && !m.preprocessing.crop;
+    require(m.selection.tiles == cut, "selection");
+    std::vector<int32_t> whole = m.selection.wholeLayers;
+    std::sort(whole.begin(), whole.end());
+    require(std::adjacent_find(whole.begin(), whole.end()) == whole.end(), "selection");
+    require(whole.empty() || whole.back() < m.decoder.layers, "selection");
+    require(m.embedding.dtype == m.dtype, "embedding");
+}
+
+std::string pythonNumber(double value) {
+    char digits[40];
+    int precision = 0;
+    for (; precision < 17; ++precision) {  // the fewest digits that say which number it is
+        std::snprintf(digits, sizeof digits, "%.*e", precision, value);
+        if (std::strtod(digits, nullptr) == value) break;
+    }
+    const std::string text = digits;
+    const size_t mark = text.find('e');
+    const int exponent = std::atoi(text.c_str() + mark + 1);
+    if (exponent < -4 || exponent >= 16) {
+        const std::string size = std::to_string(std::abs(exponent));
+        return text.substr(0, mark) + (exponent < 0 ? "e-" : "e+") + (size.size() < 2 ? "0" : "") + size;
+    }
+    std::snprintf(digits, sizeof digits, "%.*f", std::max(1, precision - exponent), value);
+    return digits;
+}
+
+void writeCanonical(const Json& value, std::string& out) {
+    if (value.is_number_float()) {
+        out += pythonNumber(value.get<double>());
+    } else if (value.is_object()) {
+        out += '{';
+        bool first = true;
+        for (const auto& entry : value.items()) {  // in the order of its keys
+            if (!first) out += ',';
+            first = false;
+            out += Json(entry.key()).dump(-1, ' ', true) + ":";
+            writeCanonical(entry.value(), out);
+        }
+        out += '}';
+    } else if (value.is_array()) {
+        out += '[';
+        for (size_t i = 0; i < value.size(); ++i) {
+            if (i > 0) out += ',';
+            writeCanonical(value[i], out);
+        }
+        out += ']';
+    } else {
+        out += value.dump(-1, ' ', true);
+    }
+}
+
+}  // namespace
+
+std::string constantsSha256(const Json& manifest) {
+    Json constants = Json::object();
+    for (const char* name : kConstants) {
+        if (manifest.contains(name)) constants[name] = manifest[name];
+    }
+    std::string text;
+    writeCanonical(constants, text);
+    return sha256(text.data(), text.size());
+}
+
+Manifest parseManifest(const std::string& text, const std::string& what) {
+    const Json content = parseJson(text, what, kAgain);
+    const Field root(content, what, kAgain);
+    if (!content.is_object()) root.refuse("is no object");
+    const int64_t version = root["schema_version"].integer(0, INT32_MAX);
+    if (version != kSchemaVersion) {
+        throw Error(what + " has schema version " + std::to_string(version) + ", and this library reads " +
+                    std::to_string(kSchemaVersion) + ": " + (version > kSchemaVersion ? "upgrade this library" : kAgain));
+    }
+    root.onlyHas({"schema_version", "family", "dtype", "lowering", "selection_layer", "calibrated", "default_ratio",
+        "max_visual", "decoder", "rotary", "selection", "preprocessing", "tokens", "graphs", "embedding", "weights",
+        "weight_formats", "chat", "residual_scale", "versions", "constants_sha256"});
+    Manifest m;
+    m.family = root["family"].text();
+    m.dtype = root["dtype"].choice({"float32", "float16", "bfloat16"});
+    m.lowering = root["lowering"].text();
+    m.selectionLayer = limited(root, "", "selection_layer");
+    m.maxVisual = limited(root, "", "max_visual");
+    m.defaultRatio = root["default_ratio"].number(DBL_MIN, 1);
+    m.decoder = readDecoder(root);
+    root["rotary"].onlyHas({"theta", "sections"});
+    m.theta = root["rotary"]["theta"].number(DBL_MIN, 1e12);
+    for (const Field& section : root["rotary"]["sections"].items(3)) {
+        m.sections.push_back(static_cast<int32_t>(section.integer(1, 4096)));
+    }
+    m.selection = readSelection(root);
+    m.preprocessing = readPreprocessing(root);
+    m.tokens = readTokens(root, m.decoder.vocabSize);
+    for (const char* name : {"vision", "prefix", "decoder"}) m.graphs[name] = readGraph(root["graphs"][name]);
+    root["graphs"].onlyHas({"vision", "prefix", "decoder"});
+    const Field table = root["embedding"];
+    m.embedding.file = table["file"].text();
+    m.embedding.dtype = table["dtype"].text();
+    m.embedding.offset = static_cast<uint64_t>(table["offset"].integer(0, INT64_MAX / 2));
+    const auto shape = table["shape"].items(2);
+    if (shape.size() != 2) table["shape"].refuse("has no two entries");
+    shape[0].integer(m.decoder.vocabSize, m.decoder.vocabSize);
+    shape[1].integer(m.decoder.hiddenSize, m.decoder.hiddenSize);
+    for (const Field& file : root["weights"].items(10000)) {
+        const auto size = static_cast<uint64_t>(file["size"].integer(0, INT64_MAX));
+        m.weights.push_back({file["file"].text(), sha(file["header_sha256"]), size});
+    }
+    if (root.has("chat") && !root["chat"].isNull()) m.chat = readChat(root["chat"]);
+    if (root.has("residual_scale")) m.residualScale = root["residual_scale"].number(DBL_MIN, 1);
+    checkAgreement(m, root);
+    if (sha(root["constants_sha256"]) != constantsSha256(content)) {
+        throw Error(what + " was edited after the export, and what it says decides the answers: " + kAgain);
+    }
+    return m;
+}
+
+Manifest readManifest(const std::string& folder) {
+    const std::string path = folder + "/manifest.json";
+    Manifest m = parseManifest(readFile(confined(folder, "manifest.json"), kAgain), path);
+    if (m.weights.empty()) throw Error(path + " is damaged (it names no weight files): " + kAgain);
+    bool held = false;
+    for (const WeightFile& weights : m.weights) {
+        const MappedFile file(confined(folder, weights.file), kCopy);
+        const std::string name = folder + "/" + weights.file;
+        if (file.size() != weights.size) {
+            throw Error(name + " has " + std::to_string(file.size()) + " bytes and the manifest says " +
+                        std::to_string(weights.size) + ": " + kCopy);
+        }
+        uint64_t header = 0;
+        for (size_t i = 0; i < 8 && file.size() >= 8; ++i) {
+            header |= static_cast<uint64_t>(static_cast<uint8_t>(file.data()[i])) << (8 * i);
+        }
+        const bool whole = file.size() >= 8 && header <= file.size() - 8;
+        if (!whole || sha256(file.data() + 8, static_cast<size_t>(header)) != weights.headerSha256) {
+            throw Error(name + " changed after the export (its header is another): " + kAgain);
+        }
+        if (weights.file != m.embedding.file) continue;
+        held = true;
+        const uint64_t bytes = m.dtype == "float32" ? 4 : 2;
+        const uint64_t size = bytes * static_cast<uint64_t>(m.decoder.vocabSize) *
+                              static_cast<uint64_t>(m.decoder.hiddenSize);  // limits keep it within 64 bits
+        if (m.embedding.offset > file.size() || size > file.size() - m.embedding.offset) {
+            throw Error(path + " is damaged (the embedding table is not within its file): " + kAgain);
+        }
+    }
+    if (!held) {
+        throw Error(path + " is damaged (the embedding table is in " + m.embedding.file +
+                    ", which is no weight file of it): " + kAgain);
+    }
+    return m;
+}
+
+}  // namespace ivc

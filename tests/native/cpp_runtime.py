@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -34,17 +35,35 @@ def missing(*tools: str) -> list[str]:
     return [*(tool for tool in tools if shutil.which(tool) is None), *packages]
 
 
-def build(folder: Path, *options: str, target: str = "all") -> Path:
-    """A build of runtime/cpp in `folder`; skips the test where this machine cannot build."""
-    lacks = missing("cmake", "g++")
+def shared(factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder that every process of one run of the tests has in common."""
+    base = factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def build(folder: Path, *options: str, tools: Sequence[str] = ("cmake", "g++"), target: str = "all") -> Path:
+    """A build of runtime/cpp in `folder`; skips the test where this machine cannot build.
+
+    tools: programs that it takes. Of several processes one builds, and the others wait for it.
+    """
+    lacks = missing(*tools)
     if lacks:
-        pytest.skip(f"the C++ runtime is not built without {', '.join(lacks)} (see .ci/run)")
+        pytest.skip(f"the C++ runtime is not built without {', '.join(lacks)} (see .ci/packages)")
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        make(folder, options, target)
+    return folder
+
+
+def make(folder: Path, options: Sequence[str], target: str) -> None:
+    """Configure and build."""
     jobs = str(os.cpu_count() or 1)
     configure = ["cmake", "-S", str(RUNTIME), "-B", str(folder), "-DIVC_TESTS=ON", "-DCMAKE_BUILD_TYPE=Debug", *options]
     for command in (configure, ["cmake", "--build", str(folder), "-j", jobs, "--target", target]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return folder
 
 
 class HostProgram:

@@ -37,7 +37,7 @@ from ivc_export.text.sampling import Sampler, Sampling
 from ivc_export.text.segments import conversation
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
-from tests.native.cpp_runtime import HostProgram, build, digest
+from tests.native.cpp_runtime import HostProgram, build, digest, shared
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "samples" / "spatial-vl"
@@ -49,7 +49,7 @@ REAL = os.environ.get("IVC_TOKENIZERS")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostProgram]:
     """Built by g++ with sanitizers, so that every test here runs under them."""
     ready = os.environ.get("IVC_HOST_TEST")  # a command that starts a build of one's own
-    command = ready.split() if ready else [build(tmp_path_factory.mktemp("gcc"), SANITIZED) / "ivc_host_test"]
+    command = ready.split() if ready else [build(shared(tmp_path_factory, "cpp-gcc"), SANITIZED) / "ivc_host_test"]
     found = HostProgram(command)
     yield found
     found.close()
@@ -530,7 +530,7 @@ BAD_BUNDLES: list[tuple[str, Any, str]] = [
     ("rotary.sections", [1, 1, 1], "rotary does not fit the other fields"),
     ("rotary.theta", 0, "rotary.theta is out of range"),
     ("selection_layer", 1000, "selection_layer does not fit the other fields"),
-    ("selection.method", "fastv", "selection.method is 'fastv', which this version does not know"),
+    ("selection.method", "slowv", "selection.method is 'slowv', which this version does not know"),
     ("selection.whole_layers", [3, 3], "selection does not fit the other fields"),
     ("preprocessing.kind", "frames", "preprocessing.kind is 'frames'"),
     ("preprocessing.resample", "cubic", "preprocessing.resample is 'cubic'"),

@@ -56,13 +56,18 @@ Decoder readDecoder(const Field& root) {
 
 SelectionRule readSelection(const Field& root) {
     const Field f = root["selection"];
-    if (f.has("method")) f["method"].choice({"ivc-prune"});
-    f.onlyHas({"method", "ivc_fraction", "seed_divisor", "query_offset", "softmax", "tiles", "whole_layers"});
     SelectionRule rule;
-    rule.ivcFraction = f["ivc_fraction"].number(0, 1);
-    rule.queryOffset = limited(root, "selection", "query_offset");
-    limited(root, "selection", "seed_divisor");
-    if (f.has("tiles")) rule.tiles = f["tiles"].boolean();
+    if (f.has("method")) rule.method = f["method"].choice({"ivc-prune", "fastv"});
+    if (rule.method == "fastv") {
+        f.onlyHas({"method", "whole_layers"});
+    } else {
+        f.onlyHas({"method", "ivc_fraction", "seed_divisor", "query_offset", "softmax", "tiles", "scored", "whole_layers"});
+        rule.ivcFraction = f["ivc_fraction"].number(0, 1);
+        rule.queryOffset = limited(root, "selection", "query_offset");
+        limited(root, "selection", "seed_divisor");
+        if (f.has("scored")) f["scored"].choice({"values", "unnormed-values"});  // which the graphs compute
+        if (f.has("tiles")) rule.tiles = f["tiles"].boolean();
+    }
     if (f.has("whole_layers")) {
         for (const Field& layer : f["whole_layers"].items()) {
             rule.wholeLayers.push_back(static_cast<int32_t>(layer.integer(0, INT32_MAX)));
@@ -186,8 +191,7 @@ void checkAgreement(const Manifest& m, const Field& root) {
     require(m.decoder.heads % m.decoder.kvHeads == 0 && m.decoder.deepstack < m.decoder.layers, "decoder");
     require(m.selectionLayer < m.decoder.layers && m.selectionLayer >= std::max(1, m.decoder.deepstack),
         "selection_layer");
-    const bool cut = m.preprocessing.kind == Preprocessing::Kind::kTiles && !m.preprocessing.crop;
-    require(m.selection.tiles == cut, "selection");
+    require(m.selection.tiles == (m.preprocessing.cut() && m.selection.method == "ivc-prune"), "selection");
     std::vector<int32_t> whole = m.selection.wholeLayers;
     std::sort(whole.begin(), whole.end());
     require(std::adjacent_find(whole.begin(), whole.end()) == whole.end(), "selection");
@@ -270,7 +274,7 @@ Manifest parseManifest(const std::string& text, const std::string& what) {
     m.maxVisual = limited(root, "", "max_visual");
     m.defaultRatio = root["default_ratio"].number(DBL_MIN, 1);
     m.decoder = readDecoder(root);
-    root["rotary"].onlyHas({"theta", "sections"});
+    root["rotary"].onlyHas({"theta", "sections", "interleaved"});  // the last is the graphs' own matter
     m.theta = root["rotary"]["theta"].number(DBL_MIN, 1e12);
     for (const Field& section : root["rotary"]["sections"].items(3)) {
         m.sections.push_back(static_cast<int32_t>(section.integer(1, 4096)));

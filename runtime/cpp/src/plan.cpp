@@ -122,7 +122,7 @@ std::vector<float> priorities(const Manifest& m, const Positions& visual, const 
     const size_t tokens = visual[0].size();
     if (method.name == "random") return randomPriority(tokens, method.seed);
     std::vector<float> priority(tokens, 0.0f);
-    if (method.name == "foreground") return priority;
+    if (method.name == "foreground" || m.selection.method != "ivc-prune") return priority;
     size_t first = 0;
     for (const Grid& grid : grids) {
         for (const int32_t block : grid.blocks()) {
@@ -197,9 +197,16 @@ void checkRatio(double ratio) {
                 " is out of range: it is the fraction of visual tokens kept, above 0 and up to 1");
 }
 
-void checkMethod(const Method& method) {
-    if (method.name != "ivc-prune" && method.name != "foreground" && method.name != "random") {
-        throw Error("there is no method '" + method.name + "': choose one of ivc-prune, foreground, random");
+void checkMethod(const Manifest& manifest, const Method& method) {
+    const std::string& own = manifest.selection.method;
+    const bool chosenNow = method.name == "ivc-prune" || method.name == "foreground" || method.name == "random";
+    if (!chosenNow && method.name != "fastv" && !method.name.empty()) {
+        throw Error("there is no method '" + method.name + "': choose one of ivc-prune, foreground, random, fastv");
+    }
+    const std::string wanted = chosenNow ? "ivc-prune" : method.name.empty() ? own : method.name;
+    if (wanted != own) {
+        throw Error("this bundle's graphs do not choose by " + method.name + ": export the model with ivc-export --method " +
+                    wanted);
     }
     if (method.seed < 0 || method.seed > INT32_MAX) {
         throw Error("method seed " + std::to_string(method.seed) + " is out of range: give 0 to " +
@@ -212,7 +219,7 @@ Run planRun(const Manifest& m, const std::vector<int32_t>& tokens, const std::ve
     if (tokens.empty()) throw Error("the prompt is empty: give some text");
     if (tokens.size() > kMostRows) throw Error("the prompt is too long: shorten it");
     checkRatio(ratio);
-    checkMethod(method);
+    checkMethod(m, method);
     int64_t images = 0, wanted = 0;
     for (const int32_t token : tokens) {
         if (token < 0 || token >= m.decoder.vocabSize) {
@@ -224,7 +231,7 @@ Run planRun(const Manifest& m, const std::vector<int32_t>& tokens, const std::ve
     for (const Grid& grid : grids) {
         const int64_t cells = int64_t{grid.rows} * grid.columns, tile = grid.tile;
         const bool whole = tile >= 0 && (tile == 0 || (grid.rows % tile == 0 && grid.columns % tile == 0));
-        if (grid.rows < 1 || grid.columns < 1 || cells > kMostVisual || !whole || (tile > 0) != m.selection.tiles) {
+        if (grid.rows < 1 || grid.columns < 1 || cells > kMostVisual || !whole || (tile > 0) != m.preprocessing.cut()) {
             throw Error("a picture has no " + std::to_string(grid.rows) + " rows of " + std::to_string(grid.columns) +
                         " visual tokens: prepare it with this bundle's own settings");
         }

@@ -28,7 +28,7 @@ std::string digest(const std::vector<T>& values) {
 }
 
 ivc::Method methodOf(const Json& given) {
-    return {given.value("method", "ivc-prune"), given.value("seed", int64_t{0})};
+    return {given.value("method", ""), given.value("seed", int64_t{0})};
 }
 
 std::vector<ivc::Message> messagesOf(const Json& given) {

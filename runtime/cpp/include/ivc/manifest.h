@@ -41,6 +41,7 @@ struct Decoder {
 };
 
 struct SelectionRule {
+    std::string method = "ivc-prune";
     double ivcFraction = 0;
     int32_t queryOffset = 0;
     bool tiles = false;
@@ -56,6 +57,8 @@ struct Preprocessing {
     int32_t patchSize = 0, mergeSize = 0, temporalPatchSize = 0, minPixels = 0, maxPixels = 0;  // of patches
     int32_t tilePixels = 0, tileSide = 0, minTiles = 0, maxTiles = 0;                           // of tiles
     bool crop = false;
+
+    bool cut() const { return kind == Kind::kTiles && !crop; }  // into tiles, with a thumbnail behind several
 };
 
 struct SpecialTokens {

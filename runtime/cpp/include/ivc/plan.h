@@ -10,9 +10,10 @@
 
 namespace ivc {
 
-// How visual tokens are chosen: "ivc-prune", "foreground", or "random" with a seed from 0 on and below 2^31.
+// How visual tokens are chosen: "ivc-prune", "foreground", or "random" with a seed from 0 on and below 2^31; "fastv" on
+// bundles that were exported with it. No name is the bundle's own.
 struct Method {
-    std::string name = "ivc-prune";
+    std::string name;
     int64_t seed = 0;
 };
 
@@ -31,7 +32,7 @@ struct Run {
 };
 
 void checkRatio(double ratio);
-void checkMethod(const Method& method);
+void checkMethod(const Manifest& manifest, const Method& method);
 
 // A run of `tokens` from position `start` on, each picture's image tokens being grids[i].visual() of them. Without a
 // picture the first row stands in for a visual token that is kept.

@@ -1,0 +1,18 @@
+# A toolchain file for aarch64: -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake -DIVC_SYSROOT=FOLDER, with the libraries'
+# packages unpacked in FOLDER (.ci/arm64 does that). What is built runs under qemu-aarch64.
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)
+set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
+set(CMAKE_LIBRARY_ARCHITECTURE aarch64-linux-gnu)
+list(APPEND CMAKE_TRY_COMPILE_PLATFORM_VARIABLES IVC_SYSROOT)
+set(CMAKE_FIND_ROOT_PATH "${IVC_SYSROOT}")
+set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
+set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
+set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)
+set(CMAKE_FIND_ROOT_PATH_MODE_PACKAGE ONLY)
+foreach(_folder usr/lib/aarch64-linux-gnu lib/aarch64-linux-gnu)
+  string(APPEND CMAKE_EXE_LINKER_FLAGS_INIT " -Wl,-rpath-link,${IVC_SYSROOT}/${_folder}")
+endforeach()
+set(CMAKE_C_STANDARD_INCLUDE_DIRECTORIES "${IVC_SYSROOT}/usr/include/aarch64-linux-gnu")
+set(CMAKE_CXX_STANDARD_INCLUDE_DIRECTORIES "${IVC_SYSROOT}/usr/include/aarch64-linux-gnu")

@@ -1,0 +1,10 @@
+#include "../src/c_objects.h"
+#include "ivc/onnxruntime.h"
+
+extern "C" ivc_error* ivc_onnxruntime_open(const ivc_bundle* bundle, int32_t threads, ivc_device** device) {
+    return ivc::guarded([&] {
+        ivc::OnnxRuntimeOptions options;
+        options.threads = threads;
+        *device = new ivc_device{ivc::openOnnxRuntime(bundle->bundle, options)};
+    });
+}

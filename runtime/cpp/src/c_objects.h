@@ -1,0 +1,60 @@
+// What the C API's pointers lead to, and how errors become values.
+#pragma once
+
+#include <exception>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "ivc/bundle.h"
+#include "ivc/chat.h"
+#include "ivc/device.h"
+#include "ivc/ivc.h"
+
+struct ivc_error {
+    std::string message;
+};
+struct ivc_bundle {
+    ivc::Bundle bundle;
+};
+struct ivc_device {
+    std::unique_ptr<ivc::Device> device;
+};
+struct ivc_picture {
+    ivc::Image image;
+};
+struct ivc_chat {
+    ivc::Chat chat;
+    std::string answer;
+};
+
+namespace ivc {
+
+inline ivc_error* failure(const char* message) noexcept {
+    static ivc_error memory{"there is no memory left: close other programs"};
+    auto* error = new (std::nothrow) ivc_error;
+    if (error == nullptr) return &memory;
+    try {
+        error->message = message;
+    } catch (...) {
+        delete error;
+        return &memory;
+    }
+    return error;
+}
+
+template <class Call>
+ivc_error* guarded(const Call& call) noexcept {
+    try {
+        call();
+        return nullptr;
+    } catch (const std::bad_alloc&) {
+        return failure("there is no memory left: close other programs, or use smaller pictures");
+    } catch (const std::exception& error) {
+        return failure(error.what());
+    } catch (...) {
+        return failure("something failed that has no name: this is a fault of the library");
+    }
+}
+
+}  // namespace ivc

@@ -1,0 +1,121 @@
+#include "ivc/chat.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "ivc/error.h"
+#include "ivc/unicode.h"
+
+namespace ivc {
+
+Chat::Chat(const Bundle& bundle, Device& device, ChatOptions options)
+    : bundle_(bundle), device_(device), options_(std::move(options)),
+      ratio_(options_.ratio ? *options_.ratio : bundle.manifest().defaultRatio), sampler_(options_.sampling) {
+    checkRatio(ratio_);
+    checkMethod(bundle.manifest(), options_.method);
+    if (options_.system) {
+        if (bundle.manifest().chat && !bundle.manifest().chat->begin) {
+            throw Error("the chat template of this bundle takes no system message: leave it out");
+        }
+        messages_.push_back({Message::Role::kSystem, {{false, *options_.system}}});
+    }
+    device_.begin(options_.rows);
+}
+
+bool Chat::stops(int32_t token) const {
+    const std::vector<int32_t>& stop = bundle_.manifest().tokens.stop;
+    return std::find(stop.begin(), stop.end(), token) != stop.end();
+}
+
+std::string Chat::finish() const { return !tokens_.empty() && stops(tokens_.back()) ? "stop" : "length"; }
+
+std::string Chat::addition(const std::string& rendered) const {
+    if (rendered.compare(0, told_.size(), told_) == 0) {
+        const std::string rest = rendered.substr(told_.size());
+        const std::string bare(stripRight(stripLeft(answer_, Strip::kBlanks), Strip::kBlanks));
+        for (const std::string& answer : {answer_, bare}) {
+            const size_t at = rest.find(answer);
+            if (at == std::string::npos) continue;
+            if (answer.empty() || stripLeft(std::string_view(rest).substr(0, at), Strip::kBlanks).empty()) {
+                return rest.substr(answer.empty() ? 0 : at + answer.size());
+            }
+        }
+    }
+    throw Error("the chat template rewrites earlier turns, which a cache cannot: start a new chat");
+}
+
+const std::vector<float>& Chat::step(const std::vector<int32_t>& tokens, const std::vector<Visual>& pictures) {
+    std::vector<Grid> grids;
+    std::vector<const Visual*> pointers;
+    for (const Visual& visual : pictures) {
+        grids.push_back(visual.grid);
+        pointers.push_back(&visual);
+    }
+    const Run run = planRun(bundle_.manifest(), tokens, grids, position_, ratio_, options_.method);
+    if (run.rows() > device_.room()) {
+        throw Error("the caches have room for " + std::to_string(device_.room()) + " rows, and " +
+                    std::to_string(run.rows()) + " are needed: start a new chat, or build larger engines");
+    }
+    const std::vector<float>& logits = device_.run(run, pointers);
+    position_ = run.nextPosition;
+    if (!pictures.empty() || tokens.size() > 1) run_ = run;
+    return logits;
+}
+
+std::string Chat::ask(const std::string& question, const std::vector<Image>& pictures, const Listener& listener) {
+    if (closed_) throw Error("a conversation that was rendered already takes one question: start a new chat");
+    if (!isUtf8(question)) throw Error("the prompt is not UTF-8 text: write it in UTF-8");
+    std::vector<Part> parts = placed(question, pictures.size());
+    const auto blank = [](const Part& part) { return part.picture || stripLeft(part.text, Strip::kBlanks).empty(); };
+    if (std::all_of(parts.begin(), parts.end(), blank)) throw Error("the prompt is empty: give some text");
+    const auto pictureBehind = [](const Part& before, const Part& part) { return !before.picture && part.picture; };
+    const bool within = std::adjacent_find(parts.begin(), parts.end(), pictureBehind) != parts.end();
+    if (within && bundle_.manifest().chat && bundle_.manifest().chat->picturesFirst) {
+        throw Error("the chat template of this bundle does not keep pictures within the text: give them in front of it");
+    }
+    std::vector<Message> messages = messages_;
+    messages.push_back({Message::Role::kUser, parts});
+    const std::string rendered = bundle_.render(messages), added = addition(rendered);
+    visuals_.clear();
+    for (const Image& picture : pictures) visuals_.push_back(prepare(picture, bundle_.manifest()));
+    const std::string answer = go(added, listener);
+    messages.push_back({Message::Role::kAssistant, {{false, answer}}});
+    messages_ = std::move(messages);
+    told_ = rendered;
+    answer_ = answer;
+    return answer;
+}
+
+std::string Chat::askRendered(const std::string& text, const std::vector<Image>& pictures, const Listener& listener) {
+    if (closed_ || !told_.empty()) throw Error("a conversation that was rendered already begins a chat: start a new one");
+    visuals_.clear();
+    for (const Image& picture : pictures) visuals_.push_back(prepare(picture, bundle_.manifest()));
+    closed_ = true;
+    return go(text, listener);
+}
+
+std::string Chat::go(const std::string& added, const Listener& listener) {
+    std::vector<Grid> grids;
+    for (const Visual& visual : visuals_) grids.push_back(visual.grid);
+    const std::vector<int32_t> ids = bundle_.encode(added, grids, told_.empty());
+    // The last id drawn is not in the cache. A stop token is in the template's addition; any other is not.
+    if (!tokens_.empty() && finish() == "length") step({tokens_.back()}, {});
+    tokens_.clear();
+    prompt_ = ids;
+    const std::vector<float>* logits = &step(ids, visuals_);
+    keepIndex_ = device_.keepIndex();
+    sampler_.read(ids);
+    TextStream stream(bundle_.tokenizer());
+    for (int32_t left = options_.sampling.maxTokens - 1;; --left) {
+        const int32_t token = sampler_.draw(*logits);
+        tokens_.push_back(token);
+        const std::string piece = stream.add(token);
+        const bool heard = piece.empty() || !listener || listener(piece);
+        const bool full = position_ >= bundle_.manifest().decoder.maxPositions || device_.room() == 0;
+        if (stops(token) || left == 0 || full || !heard) break;
+        logits = &step({token}, {});
+    }
+    return bundle_.tokenizer().decode(tokens_);
+}
+
+}  // namespace ivc

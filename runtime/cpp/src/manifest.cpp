@@ -61,11 +61,13 @@ SelectionRule readSelection(const Field& root) {
     if (rule.method == "fastv") {
         f.onlyHas({"method", "whole_layers"});
     } else {
-        f.onlyHas({"method", "ivc_fraction", "seed_divisor", "query_offset", "softmax", "tiles", "scored", "whole_layers"});
+        f.onlyHas({"method", "ivc_fraction", "seed_divisor", "query_offset", "softmax", "tiles", "views",
+            "row_fraction", "scored", "whole_layers"});
         rule.ivcFraction = f["ivc_fraction"].number(0, 1);
         rule.queryOffset = limited(root, "selection", "query_offset");
         limited(root, "selection", "seed_divisor");
         if (f.has("scored")) f["scored"].choice({"values", "unnormed-values"});  // which the graphs compute
+        if (f.has("views") && f["views"].boolean()) f["views"].refuse("is true, which this version does not know");
         if (f.has("tiles")) rule.tiles = f["tiles"].boolean();
     }
     if (f.has("whole_layers")) {
@@ -187,7 +189,7 @@ void checkAgreement(const Manifest& m, const Field& root) {
     };
     int64_t angles = 0;
     for (const int32_t section : m.sections) angles += section;
-    require(2 * angles == m.decoder.headDim && (m.axes() == 1 || m.axes() == 3), "rotary");
+    require(2 * angles <= m.decoder.headDim && (m.axes() == 1 || m.axes() == 3), "rotary");
     require(m.decoder.heads % m.decoder.kvHeads == 0 && m.decoder.deepstack < m.decoder.layers, "decoder");
     require(m.selectionLayer < m.decoder.layers && m.selectionLayer >= std::max(1, m.decoder.deepstack),
         "selection_layer");
@@ -243,6 +245,12 @@ void writeCanonical(const Json& value, std::string& out) {
 }
 
 }  // namespace
+
+int32_t Manifest::turned() const {
+    int32_t sum = 0;
+    for (const int32_t section : sections) sum += 2 * section;
+    return sum;
+}
 
 std::string constantsSha256(const Json& manifest) {
     Json constants = Json::object();

@@ -60,12 +60,12 @@ void ivcPriority(const Manifest& m, const Positions& positions, size_t first, si
         least = std::min(least, *low);
         most = std::max(most, *high);
     }
-    const auto half = static_cast<size_t>(m.decoder.headDim / 2);
+    const auto half = static_cast<size_t>(m.turned() / 2);
     std::vector<Means> means(static_cast<size_t>(most - least) + 1);
     std::vector<double> cosines(half), sines(half);
     for (size_t i = 0; i < means.size(); ++i) {
         for (size_t j = 0; j < half; ++j) {
-            const double frequency = std::pow(m.theta, -2.0 * static_cast<double>(j) / m.decoder.headDim);
+            const double frequency = std::pow(m.theta, -2.0 * static_cast<double>(j) / m.turned());
             const double angle = (least + static_cast<double>(i)) * frequency;
             cosines[j] = std::cos(angle);
             sines[j] = std::sin(angle);

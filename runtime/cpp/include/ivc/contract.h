@@ -12,6 +12,7 @@ constexpr int32_t kMostVisual = 16384;
 
 constexpr char kPixelValues[] = "pixel_values";
 constexpr char kPatchPosition[] = "patch_position";
+constexpr char kTokenSource[] = "token_source";
 constexpr char kImageEmbeds[] = "image_embeds";
 constexpr char kInputsEmbeds[] = "inputs_embeds";
 constexpr char kPositionIds[] = "position_ids";
@@ -22,6 +23,7 @@ constexpr char kIvcPriority[] = "ivc_priority";
 constexpr char kKeepCount[] = "keep_count";
 constexpr char kThumbnailIndex[] = "thumbnail_index";
 constexpr char kTileMap[] = "tile_map";
+constexpr char kCandidateIndex[] = "candidate_index";
 constexpr char kPastLength[] = "past_length";
 constexpr char kHiddenStates[] = "hidden_states";
 constexpr char kKeepIndex[] = "keep_index";

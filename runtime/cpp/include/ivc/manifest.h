@@ -98,6 +98,7 @@ struct Manifest {
     std::optional<ChatSegments> chat;
 
     size_t axes() const { return sections.size(); }
+    int32_t turned() const;  // values of a head that rotary embedding turns
 };
 
 // Of the text of a manifest.json; `what` names it in errors.

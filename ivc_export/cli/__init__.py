@@ -140,6 +140,11 @@ def ivc_run(arguments: Sequence[str] | None = None) -> int:
     return run_command("run", arguments)
 
 
+def ivc_serve(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ivc-serve."""
+    return run_command("serve", arguments)
+
+
 def ivc_check(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ivc-check."""
     return run_command("check", arguments)

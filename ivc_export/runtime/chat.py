@@ -95,7 +95,7 @@ class Chat:
     pruned is gone.
 
     ratio, capacity, method: as Session.converse's. system: what the model is told before all questions; None leaves
-    that to the chat template.
+    that to the chat template. most_prompt: tokens that a turn may run at most.
 
     Raises:
         UserError: the ratio is out of range, there is no such method, or the chat template takes no system message.
@@ -110,8 +110,9 @@ class Chat:
         system: str | None = None,
         method: str | Method | None = None,
         follow_up: FollowUp = "again",
+        most_prompt: int | None = None,
     ) -> None:
-        self.follow_up = follow_up
+        self.follow_up, self.most_prompt = follow_up, most_prompt
         self.processor = processor_of(session)
         self.conversation = session.converse(ratio, capacity, method)
         self.sampler = Sampler(sampling)
@@ -170,7 +171,7 @@ class Chat:
             step = self._prune_again(messages, pictures) if again else self._go_on(messages, pictures)
         except TooLongError as error:
             if again and len(messages) > 2:
-                raise UserError(f"{error}, or go on over the compacted cache (--follow-up compacted)") from error
+                raise TooLongError(f"{error}, or go on over the compacted cache (--follow-up compacted)") from error
             raise
         self.step, self.tokens = step, []
         self.sampler.read(step.run.tokens)
@@ -181,10 +182,18 @@ class Chat:
             self._answer = self.processor.decode(self.tokens)
             self.messages = [*messages, answer_message(self._answer)]
 
+    def _check_length(self, tokens: Sequence[int]) -> None:
+        if self.most_prompt is not None and len(tokens) > self.most_prompt:
+            raise TooLongError(
+                f"the prompt has {len(tokens):,} tokens, and {self.most_prompt:,} are taken: shorten it, or use "
+                "smaller pictures"
+            )
+
     def _prune_again(self, messages: Sequence[Message], pictures: Sequence[Picture]) -> Step:
         """The prefill of a whole conversation, in which what is behind the last answer votes."""
         with self.conversation.timings.stage("tokens"):
             tokens, question = self.processor.conversation(messages, pictures)
+            self._check_length(tokens)
         self.conversation.restart()
         step = self.conversation.run(tokens, pictures, question=question)
         self.seen = step.seen
@@ -197,6 +206,7 @@ class Chat:
             added = self._added(rendered)
             self.processor.check_places(messages[-1], added)
             addition = self.processor.encode(added, pictures, begin=not self._prompt)
+            self._check_length(addition)
         # The last id drawn is not in the cache. A stop token is in the template's addition; any other is not.
         if self.tokens and self.finish == "length":
             self.conversation.run(self.tokens[-1:])

@@ -23,6 +23,7 @@ ORDER = [  # from the bottom up; a module imports from its own line or from lowe
     {"exporter"},
     {"bench", "calibrate"},
     {"report"},
+    {"serve"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -1,0 +1,135 @@
+"""ivc-serve: a bundle behind OpenAI's HTTP protocol."""
+
+from __future__ import annotations
+
+import importlib
+import ipaddress
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from ivc_export import __version__
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.cli import Parser, make_console
+from ivc_export.cli.backends import add_backend_options, given_libraries
+from ivc_export.errors import UserError
+from ivc_export.files import read_text
+from ivc_export.runtime.backends import find_backend, open_session
+from ivc_export.runtime.chat import FollowUp
+from ivc_export.runtime.pictures import PIXELS
+
+
+def parser() -> Parser:
+    """The command's options."""
+    p = Parser(
+        prog="ivc-serve", description="Serve an exported model by OpenAI's HTTP protocol, with a page to try it."
+    )
+    p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)")
+    p.add_argument("--port", type=int, default=8000, help="port to listen at, 0 for any (default: 8000)")
+    p.add_argument("--name", help="of the model (default: the bundle's folder)")
+    p.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys that may ask, one a line")
+    p.add_argument(
+        "--follow-up",
+        choices=get_args(FollowUp),
+        default="again",
+        help="again: prunes the whole conversation for each question (default); compacted: goes on over the cache "
+        "where a request continues the last one's conversation",
+    )
+    p.add_argument("--queue", type=int, default=16, help="requests that may wait, beyond which 429 (default: 16)")
+    p.add_argument("--max-tokens", type=int, default=1024, help="tokens an answer at most (default: 1024)")
+    p.add_argument("--max-prompt", type=int, default=32_768, help="tokens of a prompt at most (default: 32768)")
+    p.add_argument("--max-body", type=int, default=32, metavar="MIB", help="of a request at most (default: 32)")
+    p.add_argument("--max-pixels", type=int, default=40, metavar="MP", help="megapixels of a picture (default: 40)")
+    p.add_argument(
+        "--keep-pictures", type=int, default=256, metavar="MIB", help="embeddings of pictures to keep (default: 256)"
+    )
+    p.add_argument(
+        "--allow-remote-images",
+        action="store_true",
+        help="fetch pictures from public http and https addresses",
+    )
+    add_backend_options(p)
+    p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return p
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Serve until a signal ends it."""
+    options = parser().parse_args(arguments)
+    for name in ("queue", "max_tokens", "max_prompt", "max_body", "max_pixels", "keep_pictures"):
+        least = 0 if name in ("queue", "keep_pictures") else 1
+        if getattr(options, name) < least:
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(options, name)} is out of range: give {least} or more"
+            )
+    if options.max_pixels * 1_000_000 > PIXELS:
+        raise UserError(f"--max-pixels {options.max_pixels} is out of range: give at most {PIXELS // 1_000_000}")
+    libraries = given_libraries(options, [options.backend])
+    keys = read_keys(options.api_key_file) if options.api_key_file else ()
+    try:
+        completions, server, workers = (
+            importlib.import_module(f"ivc_export.serve.{name}") for name in ("completions", "server", "worker")
+        )
+        metrics = importlib.import_module("ivc_export.serve.metrics")
+    except ImportError as error:
+        raise UserError(f"ivc-serve needs more packages ({error}): install ivc-export[serve]") from error
+    bundle, console = Bundle.load(options.bundle), make_console()
+    backend = find_backend(options.backend)
+    sock = server.listen(options.host, options.port)
+    with sock:
+        note = backend.before(bundle)
+        if note:
+            console.print(note, markup=False)
+        with console.status("opening the graphs"):
+            session = open_session(bundle, options.backend, **libraries)
+            worker = workers.Worker(
+                session,
+                metrics.Metrics(),
+                options.follow_up,
+                options.max_pixels * 1_000_000,
+                options.max_prompt,
+                options.keep_pictures << 20,
+            )
+        note = backend.after(session)
+        if note:
+            console.print(note, markup=False)
+        settings = completions.ServerSettings(
+            name=options.name or options.bundle.resolve().name,
+            queue=options.queue,
+            keys=keys,
+            loopback=is_loopback(options.host),
+            remote_images=options.allow_remote_images,
+            most_body=options.max_body << 20,
+            most_tokens=options.max_tokens,
+        )
+        host, port = sock.getsockname()[:2]
+        console.print(f"serving {settings.name} at http://{f'[{host}]' if ':' in host else host}:{port}", markup=False)
+        running = server.make_server(worker, settings)
+        try:
+            running.run(sockets=[sock])
+        except (KeyboardInterrupt, SystemExit):
+            if not running.should_exit:
+                raise
+    return 0
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The keys of a file.
+
+    Raises:
+        UserError: it has none, or cannot be read.
+    """
+    advice = "write one key a line"
+    keys = tuple(line.strip() for line in read_text(path, advice).splitlines() if line.strip())
+    if not keys:
+        raise UserError(f"{path} has no key: {advice}")
+    return keys
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is of this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,1 @@
+"""A bundle behind OpenAI's HTTP protocol."""

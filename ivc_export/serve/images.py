@@ -1,0 +1,154 @@
+"""Pictures of requests: data URLs, and where the operator allows it, addresses of the public internet."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import http.client
+import io
+import ipaddress
+import re
+import socket
+import ssl
+import time
+import warnings
+from urllib.parse import urljoin, urlsplit
+
+import PIL.Image
+
+from ivc_export.errors import UserError
+from ivc_export.runtime.pictures import open_picture
+from ivc_export.serve.errors import RequestError
+
+DATA = re.compile(r"data:image/(?:png|jpe?g|webp|gif|bmp);base64,", re.IGNORECASE)
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+REMOTE_SECONDS, REMOTE_BYTES, REDIRECTS = 10.0, 20 << 20, 3
+
+
+def read_data_url(url: str, where: str) -> bytes:
+    """The file that a data URL holds.
+
+    Raises:
+        RequestError: it is none of a picture in base64.
+    """
+    head = DATA.match(url)
+    if head is None:
+        raise RequestError(f"{where} is no data URL of a PNG, JPEG, WebP, GIF or BMP file in base64", param=where)
+    try:
+        return base64.b64decode(url[head.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"{where} is not valid base64 ({error})", param=where) from error
+
+
+def decode(data: bytes, most_pixels: int) -> PIL.Image.Image:
+    """The picture in a file, in RGB.
+
+    Raises:
+        UserError: it is none, or a larger one; see open_picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            opened = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+    except PIL.Image.DecompressionBombError as error:
+        raise UserError(
+            f"a picture has too many pixels, and this server takes {most_pixels:,}: scale it down"
+        ) from error
+    except Exception as error:  # damaged files make Pillow's readers raise almost anything
+        raise UserError("a picture cannot be read: send a PNG, JPEG, WebP, GIF or BMP file") from error
+    with opened:
+        if opened.width * opened.height > most_pixels:
+            raise UserError(
+                f"a picture has {opened.width} x {opened.height} pixels, and this server takes {most_pixels:,}: scale "
+                "it down"
+            )
+        try:
+            return open_picture(opened)
+        except UserError as error:
+            sentence = str(error).partition(" cannot be read as a picture ")
+            raise UserError(f"the picture {''.join(sentence[1:])}" if sentence[1] else str(error)) from error
+
+
+def fetch(url: str, where: str) -> bytes:
+    """A file of the public internet.
+
+    Each address, redirections included, is looked up once, and the connection goes to what was looked up.
+
+    Raises:
+        RequestError: it is no public address, gives no file, or one that is too large or comes too slowly.
+    """
+    deadline = time.monotonic() + REMOTE_SECONDS
+    try:
+        for _ in range(REDIRECTS + 1):
+            answer = get(url, where, deadline)
+            if isinstance(answer, bytes):
+                return answer
+            url = urljoin(url, answer)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise RequestError(f"{where} cannot be fetched: send the picture as a data URL", param=where) from error
+    raise RequestError(f"{where} is redirected more than {REDIRECTS} times", param=where)
+
+
+def get(url: str, where: str, deadline: float) -> bytes | str:
+    """A file, or where it is said to be.
+
+    Raises:
+        RequestError: see fetch. OSError, HTTPException: the connection fails.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+        raise RequestError(f"{where} is no http or https address", param=where)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    address = public_address(parts.hostname, port, where)
+    raw = socket.create_connection((address, port), timeout=left(deadline))
+    with raw:
+        stream = raw
+        if parts.scheme == "https":
+            stream = ssl.create_default_context().wrap_socket(raw, server_hostname=parts.hostname)
+        connection = http.client.HTTPConnection(parts.hostname, port)
+        connection.sock = stream
+        with stream:
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.request("GET", target, headers={"Accept": "image/*", "Connection": "close"})
+            answer = connection.getresponse()
+            if answer.status in (301, 302, 303, 307, 308):
+                return answer.headers.get("Location", "")
+            if answer.status != 200:
+                raise RequestError(f"{where} answers with status {answer.status}", param=where)
+            pieces, size = list[bytes](), 0
+            while True:
+                stream.settimeout(left(deadline))
+                piece = answer.read1(1 << 16)
+                if not piece:
+                    return b"".join(pieces)
+                pieces.append(piece)
+                size += len(piece)
+                if size > REMOTE_BYTES:
+                    raise RequestError(f"{where} has more than {REMOTE_BYTES >> 20} MiB", param=where)
+
+
+def public_address(host: str, port: int, where: str) -> str:
+    """An address of a host, all of whose addresses are public.
+
+    Raises:
+        RequestError: one is not. OSError: there is no such host.
+    """
+    found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    for text in found:
+        address = ipaddress.ip_address(text.partition("%")[0])
+        mapped = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
+        if not all(a.is_global and not a.is_multicast for a in (address, mapped) if a is not None):
+            raise RequestError(f"{where} is no public address", param=where)
+    return found[0]
+
+
+def left(deadline: float) -> float:
+    """Seconds until then.
+
+    Raises:
+        OSError: there are none.
+    """
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError("too slow")
+    return seconds

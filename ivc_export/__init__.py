@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from ivc_export.exporter.recipe import ExportRecipe
     from ivc_export.runtime.backends import open_session
     from ivc_export.runtime.chat import Chat
+    from ivc_export.runtime.videos import Video
     from ivc_export.selection.method import Method
     from ivc_export.text.sampling import Sampling
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "Chat", "ExportRecipe", "Method", "Sampling", "UserError", "export", "open_session"]
+__all__ = ["Bundle", "Chat", "ExportRecipe", "Method", "Sampling", "UserError", "Video", "export", "open_session"]
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before onnxruntime is imported, which keeps what it finds here
 
@@ -31,6 +32,7 @@ if not TYPE_CHECKING:  # to mypy a module with __getattr__ has every name
         "Method": "selection.method",
         "Sampling": "text.sampling",
         "UserError": "errors",
+        "Video": "runtime.videos",
         "export": "exporter.pipeline",
         "open_session": "runtime.backends",
     }

@@ -112,7 +112,7 @@ def find_contradiction(m: Manifest) -> str | None:
     if m.family not in families.names():
         return f"family {m.family!r} is not one of {', '.join(families.names())}"
     family = families.of(m.family)
-    d, ids = m.decoder, [m.tokens.image, m.tokens.vision_start, m.tokens.vision_end, *m.tokens.stop]
+    d, ids = m.decoder, [*m.visual_tokens, m.tokens.vision_start, m.tokens.vision_end, *m.tokens.stop]
     views = family.preprocessing is ViewPreprocessing
     beyond = [i for i in ids if i is not None and i >= d.vocab_size]
     facts = (
@@ -128,6 +128,8 @@ def find_contradiction(m: Manifest) -> str | None:
         ("selection.whole_layers", max(Counter(m.selection.whole_layers).values(), default=1) == 1),
         ("preprocessing.kind", isinstance(m.preprocessing, family.preprocessing)),
         ("preprocessing", m.preprocessing.capped(m.max_visual) == m.preprocessing),
+        ("video", m.video is None or (family.video is not None and m.video.token != m.tokens.image)),
+        ("video.max_pixels", m.video is None or m.video.min_pixels <= m.video.max_pixels),
         ("tokens", not beyond),
         ("residual_scale", m.lowering in LOWERINGS and m.residual_scale == LOWERINGS[m.lowering].hidden_scale),
         ("embedding.shape", m.embedding.shape == (d.vocab_size, d.hidden_size)),

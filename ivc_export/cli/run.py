@@ -25,10 +25,11 @@ from ivc_export.runtime.backends import find_backend, open_session
 from ivc_export.runtime.chat import Chat, FollowUp
 from ivc_export.runtime.interface import Timings
 from ivc_export.runtime.pictures import open_picture
+from ivc_export.runtime.videos import Video
 from ivc_export.selection.method import find_method
 from ivc_export.text.sampling import GENERATION_CONFIG, Sampling, checkpoint_sampling, greedy_note
 
-CHAT_HELP = "/image FILE adds a picture to your next question, /quit ends the chat"
+CHAT_HELP = "/image FILE and /video FILE add a picture or a video to your next question, /quit ends the chat"
 
 
 def parser() -> Parser:
@@ -36,7 +37,19 @@ def parser() -> Parser:
     p = Parser(prog="ivc-run", description="Ask an exported model about pictures, on onnxruntime or TensorRT.")
     p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
     p.add_argument("--image", type=Path, action="append", default=[], help="a picture; give it again for more")
-    p.add_argument("--prompt", help="the question; <image> marks place the pictures, which else come first")
+    p.add_argument(
+        "--video",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE|FOLDER",
+        help="a video, or a folder of its frames, in the order of their names; give it again for more",
+    )
+    p.add_argument("--fps", type=float, help="frames taken a second, or that a folder has (default: the model's)")
+    p.add_argument("--max-frames", type=int, help="frames taken of a video at most (default: the model's)")
+    p.add_argument(
+        "--prompt", help="the question; <image> and <video> marks place pictures and videos, which else come first"
+    )
     p.add_argument("--system", metavar="TEXT", help="system message, in the place of the chat template's own")
     p.add_argument("--chat", action="store_true", help=f"go on with questions from standard input; {CHAT_HELP}")
     p.add_argument(
@@ -79,11 +92,19 @@ def command(arguments: Sequence[str]) -> int:
         raise UserError("--chat reads questions from standard input, which is closed: leave it open, or use --prompt")
     libraries, method = given_libraries(options, [options.backend]), given_method(options)
     if options.show:
-        check_show(options.show, bool(options.image) or options.chat)
+        check_show(options.show, bool(options.image or options.video) or options.chat)
+    if (options.fps is not None or options.max_frames is not None) and not options.video and not options.chat:
+        raise UserError("--fps and --max-frames are for a video: give one with --video")
+    videos = [Video(path, options.fps, options.max_frames) for path in options.video]
     bundle, console = Bundle.load(options.bundle), make_console()
     method = find_method(bundle.manifest.selection, method)
     sampling = choose_sampling(bundle, options, console)
-    images = [open_picture(image, partial(console.print, markup=False)) for image in options.image]
+    images: list[PIL.Image.Image | Video] = [
+        open_picture(image, partial(console.print, markup=False)) for image in options.image
+    ]
+    images += videos
+    for video in videos:
+        video.open()  # a mistake is told before graphs are opened
     backend = find_backend(options.backend)
     note = backend.before(bundle)
     if note:
@@ -139,7 +160,7 @@ def check_show(path: Path, pictures: bool) -> None:
         raise UserError(f"{path} does not end in .png, .jpg or .webp: give it one of these endings")
 
 
-def go_on(chat: Chat, images: list[PIL.Image.Image], options: argparse.Namespace, console: Console) -> None:
+def go_on(chat: Chat, images: list[PIL.Image.Image | Video], options: argparse.Namespace, console: Console) -> None:
     """Questions from standard input until it ends; a mistake costs one question, not the chat."""
     if sys.stdin.isatty():
         console.print(CHAT_HELP, style="dim")
@@ -149,13 +170,17 @@ def go_on(chat: Chat, images: list[PIL.Image.Image], options: argparse.Namespace
         line = sys.stdin.readline()
         if not line or line.strip() == "/quit":
             return
-        asked: list[PIL.Image.Image] = []
+        asked: list[PIL.Image.Image | Video] = []
         try:
             command, _, rest = line.strip().partition(" ")
             if command == "/image":
                 image = open_picture(Path(rest.strip()), partial(console.print, markup=False))
                 chat.processor.picture(image)  # what the model cannot take is told now
                 images = [*images, image]
+            elif command == "/video":
+                video = Video(Path(rest.strip()), options.fps, options.max_frames)
+                chat.processor.video(video)  # as above
+                images = [*images, video]
             elif command.startswith("/"):
                 raise UserError(f"there is no {command}: {CHAT_HELP}")
             elif line.strip():
@@ -168,7 +193,7 @@ def go_on(chat: Chat, images: list[PIL.Image.Image], options: argparse.Namespace
             tell(f"{error}{again}")
 
 
-def answer(chat: Chat, prompt: str, images: Sequence[PIL.Image.Image], options: argparse.Namespace) -> None:
+def answer(chat: Chat, prompt: str, images: Sequence[PIL.Image.Image | Video], options: argparse.Namespace) -> None:
     """Ask, print the answer as it comes, and draw the picture if asked to."""
     chat.conversation.timings = Timings()
     pieces = []
@@ -177,9 +202,9 @@ def answer(chat: Chat, prompt: str, images: Sequence[PIL.Image.Image], options: 
         if not options.json:
             print(piece, end="", flush=True)
     print(json.dumps(answer_record(chat, "".join(pieces))) if options.json else "", flush=True)
-    if options.show and chat.images and chat.step is not None:
-        shown = [chat.processor.shown(open_picture(image)) for image in chat.images]
-        overlay(shown, chat.step).save(options.show)
+    if options.show and chat.looks and chat.step is not None:
+        panels = [panel for look in chat.looks for panel in chat.processor.panels(look)]
+        overlay(panels, chat.step).save(options.show)
 
 
 def answer_record(chat: Chat, text: str) -> dict[str, Any]:
@@ -196,9 +221,11 @@ def answer_record(chat: Chat, text: str) -> dict[str, Any]:
         "ratio": chat.conversation.ratio,
         **chat.conversation.method.facts,
         "visual_tokens": {"total": total, "kept": total - counts["pruned"]} | counts,
-        "pictures": [
-            chat.processor.extents(open_picture(image).size, grid)
-            for image, grid in zip(chat.images, chat.step.run.grids, strict=True)
+        "pictures": [chat.processor.extents(look.size, look.grid) for look in chat.looks if look.kind == "image"],
+        "videos": [
+            {**chat.processor.extents(look.size, look.grid), "frames": [*look.frames]}
+            for look in chat.looks
+            if look.kind == "video"
         ],
         "prompt_tokens": chat.step.run.rows,
         "cache": {"rows": chat.conversation.cache.length, "bytes": chat.conversation.cache.bytes_used},

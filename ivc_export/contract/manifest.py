@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ivc_export.contract.names import MOST_VISUAL, SCHEMA_VERSION, GraphName
-from ivc_export.contract.preprocessing import Preprocessing
+from ivc_export.contract.preprocessing import Preprocessing, VideoPreprocessing
 from ivc_export.contract.records import (
     Count,
     Epsilon,
@@ -261,6 +261,8 @@ class Manifest(Frozen):
     weights: tuple[WeightFile, ...]
     weight_formats: dict[str, StoredLayer] = Field(default_factory=dict)
     """How a layer's weights are stored, by its canonical name; those of layers that it does not name, as floats."""
+    video: VideoPreprocessing | None = None
+    """None where videos are not taken."""
     chat: ChatSegments | None = None
     """None where only the template itself says what a conversation looks like."""
     residual_scale: float = Field(default=1, gt=0, le=1)
@@ -268,6 +270,11 @@ class Manifest(Frozen):
     versions: dict[str, str]
     constants_sha256: Sha256
     """See the function of that name."""
+
+    @property
+    def visual_tokens(self) -> list[int]:
+        """Ids that stand for visual tokens: a picture's, and a video's where the model takes videos."""
+        return [self.tokens.image, *([] if self.video is None else [self.video.token])]
 
     @staticmethod
     def sealed(**fields: Any) -> Manifest:
@@ -279,7 +286,8 @@ class Manifest(Frozen):
 CONSTANTS = frozenset(
     (
         *("family", "dtype", "lowering", "selection_layer", "default_ratio", "max_visual", "decoder", "rotary"),
-        *("selection", "preprocessing", "tokens", "graphs", "embedding", "weight_formats", "chat", "residual_scale"),
+        *("selection", "preprocessing", "video", "tokens", "graphs", "embedding", "weight_formats", "chat"),
+        "residual_scale",
     )
 )
 """Fields of the manifest that nothing else tells of when they change, but other answers."""

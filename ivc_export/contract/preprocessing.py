@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ivc_export.contract.records import Count, Factor, Frozen, Level, SideLength, Tiles
+from ivc_export.contract.records import Count, Factor, Frozen, Level, SideLength, Tiles, TokenId
 from ivc_export.errors import UserError
 
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
@@ -59,6 +59,28 @@ class PatchPreprocessing(Scaling):
         """With max_pixels such that a picture gives at most `max_visual` tokens."""
         most = min(self.max_pixels, max_visual * self.token_side**2)
         return self.model_copy(update={"max_pixels": most, "min_pixels": min(self.min_pixels, most)})
+
+
+class VideoPreprocessing(Scaling):
+    """How frames of a video are chosen, scaled and placed; they become patches as pictures do."""
+
+    token: TokenId
+    """Stands for one visual token of a video."""
+    fps: float = Field(gt=0, le=1000)
+    """Frames that are taken a second, where nobody says how many."""
+    min_frames: Count
+    max_frames: Count
+    choice: Literal["steps", "ends"]
+    """Whether frames are taken in equal steps from the first on, whole temporal patches of them, or evenly from the
+    first to the last."""
+    min_pixels: Count
+    max_pixels: Count
+    pixels_of: Literal["frame", "video"]
+    """What has so many pixels: each resized frame, or all of them."""
+    positions_per_second: float | None = Field(gt=0, le=1e6)
+    """How far frames lie apart in rotary positions of time; None where it is one a temporal patch."""
+    timestamps: bool
+    """Whether the time of each temporal patch is written before its tokens, which are then a picture of their own."""
 
 
 class FixedPreprocessing(Scaling):

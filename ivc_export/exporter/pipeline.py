@@ -284,6 +284,7 @@ def make_manifest(
         selection=model.selection,
         preprocessing=model.preprocessing.capped(recipe.max_visual),
         tokens=configuration.prompts.tokens,
+        video=configuration.video,
         graphs={
             name: StoredGraph(**dict(model.graph_info(name, weights.dtype, layer)), sha256=hashes[name])
             for name in GRAPH_NAMES

@@ -9,9 +9,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 import PIL.Image
 
-from ivc_export.contract.preprocessing import FixedPreprocessing, PatchPreprocessing, Preprocessing, ViewPreprocessing
+from ivc_export.contract.preprocessing import (
+    FixedPreprocessing,
+    PatchPreprocessing,
+    Preprocessing,
+    VideoPreprocessing,
+    ViewPreprocessing,
+)
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Grid, Visual
+from ivc_export.families.videos import Clip
 from ivc_export.graph.builder import Graph
 
 P = TypeVar("P", PatchPreprocessing, FixedPreprocessing, ViewPreprocessing)
@@ -36,6 +43,16 @@ class Preparation(ABC):
     @abstractmethod
     def stock_inputs(self, visual: Visual) -> dict[str, npt.NDArray[Any]]:
         """What transformers' get_image_features takes for it, by name, pictures along the first axis."""
+
+    def video(self, clip: Clip, settings: VideoPreprocessing, most: int) -> list[Visual]:
+        """Frames of a video to the vision graph's inputs: one Visual, or several with text in between.
+
+        most: visual tokens of the video, whose frames are scaled down to fit.
+
+        Raises:
+            UserError: it does not fit, or is too elongated; or the family takes no videos.
+        """
+        raise UserError("this model takes pictures and no videos: give pictures")
 
     def covered(self, width: int, height: int) -> tuple[int, int, int, int]:
         """The part of a picture of this size that its visual tokens cover: left, top, right and bottom in its pixels.

@@ -13,7 +13,7 @@ from ivc_export.checkpoint.stacks import Stack
 from ivc_export.contract.graphs import graph_info
 from ivc_export.contract.manifest import DecoderSizes, GraphInfo, RotarySizes, Selection
 from ivc_export.contract.names import GraphName
-from ivc_export.contract.preprocessing import Preprocessing
+from ivc_export.contract.preprocessing import Preprocessing, VideoPreprocessing
 from ivc_export.dtypes import FloatName
 from ivc_export.families.encoder import Encoder, Preparation
 from ivc_export.families.pictures import Grid
@@ -101,6 +101,9 @@ class Family:
     hub: aliases that --model takes, to hub ids.
     default_ratio: fraction of visual tokens kept when the user names none.
     stock_layout: for checkpoints that transformers cannot load as they are.
+    video: config.json, the video processor's settings if there are any, and the id of the token that stands for a
+    visual token of a video, to how videos are made ready; None for families that take none.
+    video_text: that token's text.
     unused: beginnings of (canonical) names of tensors that checkpoints hold and no graph takes.
     foreign: of a config.json of the same models in a layout that is not read, the sentence that says so; else None.
     """
@@ -121,6 +124,8 @@ class Family:
     hub: Mapping[str, str]
     default_ratio: float = 0.5
     stock_layout: StockLayout | None = None
+    video: Callable[[Mapping[str, Any], Mapping[str, Any] | None, int], VideoPreprocessing] | None = None
+    video_text: str | None = None
     unused: Sequence[str] = ()
     foreign: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     chat_template_of: Callable[[Mapping[str, Any]], str] | None = None

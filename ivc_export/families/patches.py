@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from ivc_export.contract.preprocessing import PatchPreprocessing, Preprocessing
+from ivc_export.contract.preprocessing import PatchPreprocessing, Preprocessing, VideoPreprocessing
+from ivc_export.errors import UserError
 from ivc_export.families.encoder import Preparation, of_kind
 from ivc_export.families.pictures import Grid, Visual, check_shape, scaled_pixels
+from ivc_export.families.videos import Clip
 
 ASPECT_LIMIT = 200  # as the official image processor
 
@@ -38,42 +40,127 @@ class PatchPictures(Preparation):
         Source: Qwen2VLImageProcessor in transformers; a still picture repeats over the temporal patch.
         """
         p = self.preprocessing
-        height, width = resized(image.height, image.width, p)
-        pixels = scaled_pixels(image, width, height, p)
-        rows, columns = height // p.patch_size, width // p.patch_size
-        blocks = (rows // p.merge_size, p.merge_size, columns // p.merge_size, p.merge_size)
-        # from [row block, row, y, column block, column, x, channel]
-        # to [row block, column block, row, column, channel, y, x]
-        patches = pixels.reshape(*blocks[:2], p.patch_size, *blocks[2:], p.patch_size, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-        patches = patches.reshape(rows * columns, 3, 1, -1).repeat(p.temporal_patch_size, axis=2)
-        position = np.mgrid[:rows, :columns].reshape(2, *blocks).transpose(1, 3, 2, 4, 0)
+        height, width = resized(image.height, image.width, p.token_side, p.min_pixels, p.max_pixels)
+        patches = frame_patches(scaled_pixels(image, width, height, p), p)
         inputs = {
-            "pixel_values": patches.reshape(1, rows * columns, -1),
-            "patch_position": position.reshape(-1, 2).astype(np.int32),
+            "pixel_values": patches[None].repeat(p.temporal_patch_size, axis=3).reshape(1, len(patches), -1),
+            "patch_position": patch_positions(height, width, p),
         }
-        return Visual(inputs, Grid(blocks[0], blocks[2]), token_id)
+        return Visual(inputs, Grid(height // p.token_side, width // p.token_side), token_id)
+
+    def video(self, clip: Clip, settings: VideoPreprocessing, most: int) -> list[Visual]:
+        """Scale frames alike, and cut as many as a temporal patch takes into patches; the last one repeats.
+
+        One Visual of all of them, or, where their times are written, one of each temporal patch.
+        Source: Qwen2VLVideoProcessor and Qwen3VLVideoProcessor in transformers.
+        """
+        p, seconds = self.preprocessing, clip.seconds
+        deep = p.temporal_patch_size
+        height, width = frame_size(clip, settings, p, most)
+        patches = [frame_patches(scaled_pixels(frame, width, height, settings), p) for frame in clip.frames]
+        patches += patches[-1:] * (-len(patches) % deep)
+        times = [(seconds[i] + seconds[min(i + deep, len(seconds)) - 1]) / 2 for i in range(0, len(seconds), deep)]
+        pixels = np.stack(patches, axis=2)  # [patches, channel, frame, 1, pixels of a patch]
+        pixels = pixels.reshape(len(pixels), 3, len(times), deep, -1).transpose(2, 0, 1, 3, 4)
+        pixels = pixels.reshape(len(times), pixels.shape[1], -1)
+        position, grid = patch_positions(height, width, p), Grid(height // p.token_side, width // p.token_side)
+        apart = deep / clip.rate
+        if not settings.timestamps:
+            rate = settings.positions_per_second
+            step = 1.0 if rate is None else float(np.float32(rate) * np.float32(apart))
+            inputs = {"pixel_values": pixels, "patch_position": position}
+            whole = grid._replace(time=len(times), interval=step)
+            return [Visual(inputs, whole, settings.token, "video", 0.0 if rate is None else apart)]
+        return [
+            Visual(
+                {"pixel_values": pixels[i : i + 1], "patch_position": position},
+                grid,
+                settings.token,
+                "video",
+                before=f"<{times[i]:.1f} seconds>",
+                more=len(times) - 1 - i,
+            )
+            for i in range(len(times))
+        ]
 
     def stock_inputs(self, visual: Visual) -> dict[str, npt.NDArray[Any]]:
-        """Patches, and the grid of patches (time, rows, columns)."""
+        """Patches, and the grid of patches (time, rows, columns); of a video also the seconds between frames."""
         grid, side, pixels = visual.grid, self.preprocessing.merge_size, visual.inputs["pixel_values"]
-        return {
-            "pixel_values": pixels.reshape(-1, pixels.shape[-1]),
-            "image_grid_thw": np.array([(grid.time, side * grid.rows, side * grid.columns)]),
-        }
+        pixels = pixels.reshape(-1, pixels.shape[-1])
+        shape = np.array([(grid.time, side * grid.rows, side * grid.columns)])
+        if visual.kind == "image":
+            return {"pixel_values": pixels, "image_grid_thw": shape}
+        seconds = {"second_per_grid_ts": np.array([visual.seconds], np.float32)} if visual.seconds else {}
+        return {"pixel_values_videos": pixels, "video_grid_thw": shape, **seconds}
 
 
-def resized(height: int, width: int, p: PatchPreprocessing) -> tuple[int, int]:
-    """The size that a picture is scaled to: multiples of patch x merge, within min_pixels and max_pixels.
+def frame_patches(pixels: npt.NDArray[np.float32], p: PatchPreprocessing) -> npt.NDArray[np.float32]:
+    """A picture's pixels [height, width, 3] as patches, merge blocks of them row-major, [patches, 3, 1, pixels]."""
+    height, width, _ = pixels.shape
+    blocks = (height // p.token_side, p.merge_size, p.patch_size, width // p.token_side, p.merge_size, p.patch_size)
+    # from [row block, row, y, column block, column, x, channel]
+    # to [row block, column block, row, column, channel, y, x]
+    turned = pixels.reshape(*blocks, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    return turned.reshape(-1, 3, 1, p.patch_size**2)
 
-    Source: smart_resize of Qwen2VLImageProcessor in transformers.
+
+def patch_positions(height: int, width: int, p: PatchPreprocessing) -> npt.NDArray[np.int32]:
+    """Row and column of each patch of a picture of this size, in the order of frame_patches, int32 [patches, 2]."""
+    rows, columns = height // p.patch_size, width // p.patch_size
+    blocks = (rows // p.merge_size, p.merge_size, columns // p.merge_size, p.merge_size)
+    position = np.mgrid[:rows, :columns].reshape(2, *blocks).transpose(1, 3, 2, 4, 0)
+    return position.reshape(-1, 2).astype(np.int32)
+
+
+def resized(
+    height: int, width: int, unit: int, min_pixels: int, max_pixels: int, frames: int = 1, counted: int = 1
+) -> tuple[int, int]:
+    """The size that a picture is scaled to: multiples of `unit`, within min_pixels and max_pixels.
+
+    frames: that share the pixels. counted: of them, where their number is rounded.
+    Source: smart_resize of Qwen2VLImageProcessor and Qwen3VLVideoProcessor in transformers.
     """
     check_shape(width, height, ASPECT_LIMIT)
-    unit = p.token_side
     rows, columns = round(height / unit), round(width / unit)
-    if rows * columns * unit**2 > p.max_pixels:
-        scale = math.sqrt(height * width / p.max_pixels)
-        rows, columns = (max(1, math.floor(side / scale / unit)) for side in (height, width))
-    elif rows * columns * unit**2 < p.min_pixels:
-        scale = math.sqrt(p.min_pixels / (height * width))
+    if counted * rows * columns * unit**2 > max_pixels:
+        return shrunk(height, width, unit, max_pixels, frames)
+    if counted * rows * columns * unit**2 < min_pixels:
+        scale = math.sqrt(min_pixels / (frames * height * width))
         rows, columns = (math.ceil(side * scale / unit) for side in (height, width))
     return rows * unit, columns * unit
+
+
+def shrunk(height: int, width: int, unit: int, max_pixels: int, frames: int = 1) -> tuple[int, int]:
+    """The largest size of about this shape, in multiples of `unit`, at least one, with max_pixels in all frames."""
+    scale = math.sqrt(frames * height * width / max_pixels)
+    rows, columns = (max(1, math.floor(side / scale / unit)) for side in (height, width))
+    return rows * unit, columns * unit
+
+
+def frame_size(clip: Clip, settings: VideoPreprocessing, p: PatchPreprocessing, most: int) -> tuple[int, int]:
+    """The size that a video's frames are scaled to: the official one, or less where that gives too many tokens.
+
+    most: visual tokens of the video.
+
+    Raises:
+        UserError: there is none that gives so few, or the video is too elongated.
+    """
+    (width, height), count, deep, unit = clip.size, len(clip.indices), p.temporal_patch_size, p.token_side
+    frames, counted = 1, 1
+    if settings.pixels_of == "video":
+        frames, counted = count, max(deep, round(count / deep) * deep)
+        if min(height, width) < unit:
+            scale = unit / min(height, width)
+            height, width = int(height * scale), int(width * scale)
+    size = resized(height, width, unit, settings.min_pixels, settings.max_pixels, frames, counted)
+    patches = -(-count // deep)
+    each = max(1, most // patches)
+    if size[0] * size[1] > each * unit**2:
+        size = shrunk(height, width, unit, each * unit**2)
+    visual = patches * (size[0] // unit) * (size[1] // unit)
+    if visual > most:
+        raise UserError(
+            f"{clip.name} gives at least {visual:,} visual tokens in {count} frames of {width} x {height}, and this "
+            f"bundle takes {most:,}: take fewer frames (--max-frames, --fps), or export with a larger --max-visual"
+        )
+    return size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ class Grid(NamedTuple):
     content: where it is not None, a frame is two views: a thumbnail of tile x tile tokens, of which rows `content[0]`
     to `content[2]` (not included) and columns `content[1]` to `content[3]` show the picture, and then rows x columns
     tokens. Both are row-major, with a separator behind each row, and one between them.
+    interval: how far frames lie apart in rotary positions of time, to which they are rounded down.
     """
 
     rows: int
@@ -36,6 +37,7 @@ class Grid(NamedTuple):
     tile: int = 0
     time: int = 1
     content: tuple[int, int, int, int] | None = None
+    interval: float = 1.0
 
     @property
     def frames(self) -> list[Grid]:
@@ -107,16 +109,32 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True)
 class Visual:
-    """A picture, ready for the vision graph.
+    """A picture, or frames of a video, ready for the vision graph.
 
     inputs: the vision graph's inputs by name; floats in float32.
     grid: of its visual tokens.
     token_id: the token that stands for each of them in the prompt.
+    kind: what it is.
+    seconds: of a video, between its temporal patches.
+    before, more: of a video whose times are written, the text in front of this temporal patch, and how many of the same
+    video come behind it.
     """
 
     inputs: Mapping[str, npt.NDArray[Any]]
     grid: Grid
     token_id: int
+    kind: Literal["image", "video"] = "image"
+    seconds: float = 0.0
+    before: str = ""
+    more: int = 0
+
+    @property
+    def frames(self) -> list[dict[str, npt.NDArray[Any]]]:
+        """The inputs of each frame alone; of a still picture all of them."""
+        if self.grid.time == 1:
+            return [dict(self.inputs)]
+        pixels = np.split(self.inputs["pixel_values"], self.grid.time)
+        return [{**self.inputs, "pixel_values": part} for part in pixels]
 
     @property
     def tokens(self) -> list[int]:

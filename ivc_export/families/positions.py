@@ -19,12 +19,15 @@ def counted_positions(segments: Sequence[int | Grid], start: int) -> tuple[npt.N
 def mrope_positions(segments: Sequence[int | Grid], start: int) -> tuple[npt.NDArray[np.int32], int]:
     """M-RoPE positions: text turns all axes alike, a picture spreads over rows and columns, its frames over time.
 
-    Source: arXiv 2409.12191, section 2.1; get_rope_index in transformers.
+    What follows a video begins behind its rows and columns, however long it is. Positions of time are computed in
+    float32, as there. Source: arXiv 2409.12191, section 2.1; get_rope_index in transformers.
     """
     parts = []
     for segment in segments:
         if isinstance(segment, Grid):
-            parts.append(start + np.mgrid[: segment.time, : segment.rows, : segment.columns].reshape(3, -1))
+            frame, row, column = np.mgrid[: segment.time, : segment.rows, : segment.columns].reshape(3, -1)
+            time = (frame.astype(np.float32) * np.float32(segment.interval)).astype(np.int64)
+            parts.append(start + np.stack([time, row, column]))
             start += max(segment.rows, segment.columns)
         else:
             parts.append(np.broadcast_to(np.arange(start, start + segment), (3, segment)))

@@ -15,17 +15,16 @@ from ivc_export.contract.records import Depth, Frozen, Heads, SideLength, Width
 from ivc_export.errors import UserError
 from ivc_export.families.encoder import Encoder
 from ivc_export.families.family import DefaultLayer, Family, Model, scaled_layer
+from ivc_export.families.patch_settings import Patches, read_pictures
 from ivc_export.families.patches import PatchPictures
 from ivc_export.families.positions import mrope_positions
 from ivc_export.families.qwen2_vl import (
     CHAT_TEMPLATE,
     TOKEN_TEXTS,
-    Patches,
     canonical_name,
     frequencies,
     patch_rows,
     read_around,
-    read_pictures,
 )
 from ivc_export.families.settings import IntList, check_divides
 from ivc_export.graph.activations import gelu

@@ -12,23 +12,19 @@ import onnx_ir as ir
 from pydantic import Field
 
 from ivc_export.contract.manifest import DecoderSizes, RotarySizes, SelectionRule
-from ivc_export.contract.preprocessing import PatchPreprocessing
+from ivc_export.contract.preprocessing import PatchPreprocessing, VideoPreprocessing
 from ivc_export.contract.records import Count, Depth, Epsilon, Frozen, Heads, TokenId, Width
 from ivc_export.errors import UserError
 from ivc_export.families.encoder import Encoder
 from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, renamed, scaled_layer
+from ivc_export.families.patch_settings import VISION_THETA, Patches, Videos, read_pictures, read_videos
 from ivc_export.families.patches import PatchPictures
 from ivc_export.families.positions import mrope_positions
 from ivc_export.families.settings import (
-    PROCESSOR,
-    Backendless,
+    VIDEO_PROCESSOR,
     IntList,
-    PictureSettings,
     Settings,
-    Square,
     check_divides,
-    edges,
-    refuse,
 )
 from ivc_export.families.text_models import (
     DecoderLayers,
@@ -44,8 +40,6 @@ from ivc_export.graph.builder import Graph
 from ivc_export.graph.norms import layer_norm
 from ivc_export.graph.rotary import rotary_angles
 
-VISION_THETA = 10000.0
-VisionTheta = Annotated[float, Field(ge=VISION_THETA, le=VISION_THETA)]
 LAYER_NORM_EPSILON = 1e-6
 SELECTION = SelectionRule(ivc_fraction=0.1, seed_divisor=100, query_offset=2)
 
@@ -85,24 +79,6 @@ class Whole(Settings):
     tie_word_embeddings: bool = False
 
 
-class VisionRope(Settings):
-    """Rotary positions of the encoder's patches."""
-
-    rope_type: Literal["axial", "default"] = "axial"
-    rope_theta: VisionTheta = VISION_THETA
-
-
-class Patches(Settings):
-    """How the vision encoder cuts pictures: keys of its config class, whatever its blocks."""
-
-    in_channels: Literal[3] = 3
-    patch_size: Annotated[int, Field(gt=0, le=256), Square] = 14
-    spatial_merge_size: Annotated[int, Field(gt=0, le=64)] = 2
-    temporal_patch_size: Annotated[int, Field(gt=0, le=64), Square] = 2
-    rope_parameters: VisionRope | None = None
-    rope_theta: VisionTheta = VISION_THETA
-
-
 class Vision(Patches):
     """Qwen2VLVisionConfig of transformers."""
 
@@ -114,19 +90,6 @@ class Vision(Patches):
     hidden_act: Literal["quick_gelu"] = "quick_gelu"
     mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4
     num_heads: Heads = 16
-
-
-class Pictures(PictureSettings):
-    """Qwen2VLImageProcessor of transformers. Sizes that are null are those of config.json."""
-
-    image_processor_type: Annotated[Literal["Qwen2VLImageProcessor"], Backendless] = "Qwen2VLImageProcessor"
-    size: Any = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}  # noqa: RUF012
-    """Pixels of the resized picture, fewest and most; min_pixels and max_pixels count before it."""
-    min_pixels: Count | None = None
-    max_pixels: Count | None = None
-    patch_size: int | None = None
-    merge_size: int | None = None
-    temporal_patch_size: int | None = None
 
 
 class VisionSizes(Frozen):
@@ -208,38 +171,12 @@ def check_merged(merged: tuple[str, int], decoder: DecoderSizes) -> None:
         )
 
 
-def read_pictures(vision: Patches, processor: Mapping[str, Any] | None) -> PatchPictures:
-    """The image processor's settings.
-
-    Raises:
-        UserError: they do not cut pictures as config.json says, or name no fewest and most pixels.
-    """
-    pictures = Pictures.read(processor, PROCESSOR)
-    for key, own, other, stored in (
-        ("patch_size", "patch_size", pictures.patch_size, vision.patch_size),
-        ("merge_size", "spatial_merge_size", pictures.merge_size, vision.spatial_merge_size),
-        ("temporal_patch_size", "temporal_patch_size", pictures.temporal_patch_size, vision.temporal_patch_size),
-    ):
-        if other not in (None, stored):
-            refuse(key, other, PROCESSOR, f"vision_config.{own} of config.json is {stored}, and both must agree")
-    size = edges(pictures.size, one_is_square=False)
-    fewest = pictures.min_pixels or size.get("shortest_edge", size.get("min_pixels"))
-    most = pictures.max_pixels or size.get("longest_edge", size.get("max_pixels"))
-    if fewest is None or most is None:
-        known = "give shortest_edge and longest_edge, the fewest and the most pixels of the resized picture"
-        refuse("size", pictures.size, PROCESSOR, known)
-    if fewest > most:
-        refuse("min_pixels", fewest, PROCESSOR, f"max_pixels is {most}, and there is no size between them")
-    return PatchPictures(
-        PatchPreprocessing(
-            patch_size=vision.patch_size,
-            merge_size=vision.spatial_merge_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            min_pixels=fewest,
-            max_pixels=most,
-            **pictures.scaling,
-        )
-    )
+def video(config: Mapping[str, Any], processor: Mapping[str, Any] | None, token: int) -> VideoPreprocessing:
+    """How videos are made ready: frames in equal steps, each of so many pixels, and one position a temporal patch."""
+    vision = Vision.read(config.get("vision_config"), part="vision_config")
+    found = Videos.read(processor, VIDEO_PROCESSOR)
+    how = {"choice": "steps", "pixels_of": "frame", "positions_per_second": None, "timestamps": False}
+    return read_videos(vision, found, token, **how)
 
 
 def canonical_name(name: str) -> str:
@@ -348,6 +285,8 @@ You are a helpful assistant.<|im_end|>
 {%- for part in message.content -%}
 {%- if part.type == 'image' -%}
 <|vision_start|><|image_pad|><|vision_end|>
+{%- elif part.type == 'video' -%}
+<|vision_start|><|video_pad|><|vision_end|>
 {%- else -%}
 {{ part.text }}
 {%- endif -%}
@@ -361,6 +300,7 @@ You are a helpful assistant.<|im_end|>
 """
 
 TOKEN_TEXTS = TokenTexts("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
+VIDEO_TEXT = "<|video_pad|>"
 
 FAMILY = Family(
     model_type="qwen2_vl",
@@ -376,5 +316,7 @@ FAMILY = Family(
     chat_template=CHAT_TEMPLATE,
     token_texts=TOKEN_TEXTS,
     template_marks=True,
+    video=video,
+    video_text=VIDEO_TEXT,
     hub={"qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct", "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct"},
 )

@@ -23,13 +23,13 @@ from ivc_export.errors import UserError
 from ivc_export.families import qwen2_5_vl
 from ivc_export.families.encoder import Encoder
 from ivc_export.families.family import DefaultLayer, Family, Model, renamed
+from ivc_export.families.patch_settings import Patches, read_pictures
 from ivc_export.families.patches import PatchPictures
 from ivc_export.families.positions import mrope_positions
 from ivc_export.families.qwen2_vl import (
     LAYER_NORM_EPSILON,
     SELECTION,
     TOKEN_TEXTS,
-    Patches,
     VisionSizes,
     Whole,
     add_attention,
@@ -39,7 +39,6 @@ from ivc_export.families.qwen2_vl import (
     check_sections,
     frequencies,
     patch_rows,
-    read_pictures,
 )
 from ivc_export.families.settings import CONFIG, IntList, Square, check_divides, refuse
 from ivc_export.families.text_models import (

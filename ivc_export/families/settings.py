@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 PROCESSOR = "the image processor's settings"
+VIDEO_PROCESSOR = "the video processor's settings"
 
 RESAMPLE: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Pillow's filters by their numbers."""

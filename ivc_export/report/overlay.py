@@ -34,6 +34,11 @@ LABELS = {
     "pruned": "pruned",
 }
 SHORT_SIDE, LONG_SIDE = 560, 1680
+LEAST_SIDE = 112
+"""Of a frame, of many."""
+FEW = 4
+"""Pictures side by side; more of them, as a video's frames, are smaller, and make several lines."""
+GAP = 8
 LEGEND = 34
 
 
@@ -66,26 +71,38 @@ def count_kinds(step: Step) -> dict[str, int]:
 def overlay(images: Sequence[PIL.Image.Image], step: Step) -> PIL.Image.Image:
     """Draw the pictures of a run side by side, each with its tokens, thumbnails beside them, and a legend below.
 
-    images: RGB, of each picture the part that its tokens cover.
+    A video is a strip of its frames, of each temporal patch one.
+    images: RGB, of each picture the part that its tokens cover, of a video its frames.
     """
     found = kinds(step)
-    panels, start = [], 0
-    for image, grid in zip(images, step.run.grids, strict=True):
+    panels, start = list[PIL.Image.Image](), 0
+    side = SHORT_SIDE if len(images) <= FEW else max(LEAST_SIDE, SHORT_SIDE * FEW // len(images))
+    frames = [frame for grid in step.run.grids for frame in grid.frames]
+    for image, grid in zip(images, frames, strict=True):
         ends = [start + end for end in row_ends(grid)]
         detail, thumbnail = ([found[start + token] for token in part] for part in (grid.detail, grid.thumbnail))
-        panels.append(panel(image, grid, detail, [found[end] for end in ends[-grid.rows :]]))
+        panels.append(panel(image, grid, detail, [found[end] for end in ends[-grid.rows :]], side))
         if thumbnail:
             square = grid._replace(rows=grid.tile, columns=grid.tile)
-            panels.append(panel(image, square, thumbnail, [found[end] for end in ends[: grid.tile]]))
+            panels.append(panel(image, square, thumbnail, [found[end] for end in ends[: grid.tile]], side))
         start += grid.visual
-    width = sum(p.width for p in panels) + 8 * (len(panels) - 1)
-    canvas = PIL.Image.new("RGB", (max(width, SHORT_SIDE), max(p.height for p in panels) + LEGEND), "white")
-    left = 0
-    for drawn in panels:
-        canvas.paste(drawn, (left, 0))
-        left += drawn.width + 8
+    lines = strips(panels, len(panels) if side == SHORT_SIDE else max(1, 4 * SHORT_SIDE // panels[0].width))
+    width = max(sum(p.width + GAP for p in line) - GAP for line in lines)
+    height = sum(max(p.height for p in line) + GAP for line in lines) - GAP
+    canvas, top = PIL.Image.new("RGB", (max(width, SHORT_SIDE), height + LEGEND), "white"), 0
+    for line in lines:
+        left = 0
+        for drawn in line:
+            canvas.paste(drawn, (left, top))
+            left += drawn.width + GAP
+        top += max(p.height for p in line) + GAP
     draw_legend(canvas, count_kinds(step))
     return canvas
+
+
+def strips(panels: Sequence[PIL.Image.Image], count: int) -> list[Sequence[PIL.Image.Image]]:
+    """Lines of so many panels at most."""
+    return [panels[i : i + count] for i in range(0, len(panels), count)]
 
 
 def row_ends(grid: Grid) -> npt.NDArray[np.int32]:
@@ -93,9 +110,14 @@ def row_ends(grid: Grid) -> npt.NDArray[np.int32]:
     return np.setdiff1d(grid.separators, [grid.tile * (grid.tile + 1)]) if grid.content else grid.separators
 
 
-def panel(image: PIL.Image.Image, grid: Grid, found: Sequence[str], ends: Sequence[str] = ()) -> PIL.Image.Image:
-    """One picture at a whole number of pixels a token. ends: of the separators behind its rows, if there are any."""
-    cell = max(4, round(min(SHORT_SIDE / min(grid[:2]), LONG_SIDE / max(grid[:2]))))
+def panel(
+    image: PIL.Image.Image, grid: Grid, found: Sequence[str], ends: Sequence[str] = (), side: int = SHORT_SIDE
+) -> PIL.Image.Image:
+    """One picture at a whole number of pixels a token.
+
+    ends: of the separators behind its rows, if there are any. side: pixels of its shorter side, if a token has 4.
+    """
+    cell = max(4, round(min(side / min(grid[:2]), LONG_SIDE * side / SHORT_SIDE / max(grid[:2]))))
     size = (grid.columns * cell, grid.rows * cell)
     if grid.content is None:
         drawn = image.resize(size, PIL.Image.Resampling.BICUBIC)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -11,15 +12,18 @@ import PIL.Image
 
 from ivc_export.errors import TooLongError, UserError
 from ivc_export.runtime.interface import Conversation, Picture, Seen, Session, Step, check_numbers
-from ivc_export.runtime.processor import Processor, placed
+from ivc_export.runtime.processor import Look, Processor, placed
+from ivc_export.runtime.videos import Video
 from ivc_export.selection.method import Method
 from ivc_export.text.sampling import GREEDY, Sampler
 from ivc_export.text.sampling import Sampling as Sampling
 from ivc_export.text.segments import THINKING_END
 from ivc_export.text.template import Message, answer_message, parts_message
 
-Part = str | Path | PIL.Image.Image
-"""Of a question: text, or a picture."""
+Medium = Path | PIL.Image.Image | Video
+"""A picture, or a video."""
+Part = str | Medium
+"""Of a question: text, a picture, or a video."""
 
 
 def generate(
@@ -123,15 +127,15 @@ class Chat:
         """The last turn's prefill."""
         self.seen: tuple[Seen, ...] = ()
         """Pictures of the turns so far, where each turn prunes again."""
-        self.images: list[Path | PIL.Image.Image] = []
-        """Pictures of the last turn's prefill, as they were asked about."""
+        self.looks: list[Look] = []
+        """Pictures and videos of the last turn's prefill, as they were asked about."""
         self._prompt = self._answer = ""  # what the last turn's prefill had been told so far, and what came of it
 
-    def ask(self, question: str | Sequence[Part], images: Sequence[Path | PIL.Image.Image] = ()) -> Iterator[str]:
+    def ask(self, question: str | Sequence[Part], images: Sequence[Medium] = ()) -> Iterator[str]:
         """Ask, and yield the answer piece by piece.
 
-        question: text, in which `<image>` marks say where `images` stand, which else come first; or texts and pictures
-            in order, and no `images`.
+        question: text, in which `<image>` and `<video>` marks say where `images` stand, which else come first; or
+            texts, pictures and videos in order, and no `images`.
 
         Raises:
             UserError: there is no text, a picture cannot be read, marks and pictures do not fit each other, or the
@@ -147,14 +151,15 @@ class Chat:
             raise UserError("the prompt is empty: give some text")
         timings = self.conversation.timings
         with timings.stage("pictures"):
-            asked = [part for part in parts if not isinstance(part, str)]
-            pictures = [self.processor.picture(image) for image in asked]
+            found = [self.processor.look(part) for part in parts if not isinstance(part, str)]
+            looks = [look for look, _ in found]
+            pictures = [visual for _, visuals in found for visual in visuals]
         before = self.step
         try:
             yield from self.answer([*self.messages, parts_message(parts)], [*self.seen, *pictures])
         finally:
             if self.step is not before:
-                self.images = [*self.images, *asked] if self.follow_up == "again" else asked
+                self.looks = [*self.looks, *looks] if self.follow_up == "again" else looks
 
     def answer(self, messages: Sequence[Message], pictures: Sequence[Picture]) -> Iterator[str]:
         """Yield the answer to a conversation, piece by piece; the chat goes on from there.
@@ -196,7 +201,8 @@ class Chat:
             self._check_length(tokens)
         self.conversation.restart()
         step = self.conversation.run(tokens, pictures, question=question)
-        self.seen = step.seen
+        pairs = zip(step.seen, pictures, strict=True)
+        self.seen = tuple(replace(seen, before=picture.before, more=picture.more) for seen, picture in pairs)
         return step
 
     def _go_on(self, messages: Sequence[Message], pictures: Sequence[Picture]) -> Step:
@@ -205,7 +211,7 @@ class Chat:
             rendered = self.processor.render(messages)
             added = self._added(rendered)
             self.processor.check_places(messages[-1], added)
-            addition = self.processor.encode(added, pictures, begin=not self._prompt)
+            addition = self.processor.encode(self.processor.timed(added, pictures), pictures, begin=not self._prompt)
             self._check_length(addition)
         # The last id drawn is not in the cache. A stop token is in the template's addition; any other is not.
         if self.tokens and self.finish == "length":

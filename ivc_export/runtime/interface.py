@@ -56,12 +56,14 @@ class Seen:
 
     Host memory holds it, whatever computes: the rows of every prompt are uploaded from there in any case.
 
-    outputs: the vision graph's by name, float32 [frames, visual, hidden]. grid, token_id: as Visual's.
+    outputs: the vision graph's by name, float32 [frames, visual, hidden]. grid, token_id, before, more: as Visual's.
     """
 
     outputs: Mapping[str, npt.NDArray[np.float32]]
     grid: Grid
     token_id: int
+    before: str = ""
+    more: int = 0
 
     @property
     def tokens(self) -> list[int]:
@@ -107,13 +109,13 @@ class Step:
     @property
     def seen(self) -> tuple[Seen, ...]:
         """The run's pictures, to be given to another run in their Visuals' place."""
-        image = int(self.run.tokens[self.run.visual_index[0]])
-        pictures = zip(self.vision, self.run.grids, strict=True)
-        return tuple(Seen({**outputs}, grid, image) for outputs, grid in pictures)
+        firsts = np.cumsum([0, *(grid.visual for grid in self.run.grids)])[:-1]
+        ids = self.run.tokens[self.run.visual_index[firsts]].tolist() if self.run.grids else []
+        return tuple(Seen({**o}, grid, i) for o, grid, i in zip(self.vision, self.run.grids, ids, strict=True))
 
     @property
     def image_embeds(self) -> tuple[npt.NDArray[np.float32], ...]:
-        """float32 [visual, hidden], one for each picture, the tokens of its tiles one behind the other."""
+        """float32 [visual, hidden], one for each of `vision`, the tokens of tiles or frames one behind the other."""
         return image_rows(self.vision)
 
     @property

@@ -70,7 +70,7 @@ def plan_run(
     method: Method | None = None,
     question: int = 0,
 ) -> Run:
-    """Plan a run of `tokens` from position `start` on, each picture's image tokens being `grids[i].visual` of them.
+    """Plan a run of `tokens` from position `start` on, each picture's visual tokens being `grids[i].visual` of them.
 
     question: the first row that may vote. Of those from there on, rows from query_offset behind the last picture on do.
     tokens: whole numbers, [S]. Without a picture the first row stands in for a visual token that is kept, so that the
@@ -93,8 +93,8 @@ def plan_run(
             "the tokenizer belongs to another model"
         )
     tokens = tokens.astype(np.int32)
-    # without a picture an image token is a row like any other: a model may draw one
-    visual = np.flatnonzero((tokens == manifest.tokens.image) & bool(grids)).astype(np.int32)
+    # without a picture such a token is a row like any other: a model may draw one
+    visual = np.flatnonzero(np.isin(tokens, manifest.visual_tokens) & bool(grids)).astype(np.int32)
     if len(visual) != sum(grid.visual for grid in grids):
         raise UserError(
             f"the prompt holds {len(visual)} image tokens and its pictures give {sum(grid.visual for grid in grids)}: "

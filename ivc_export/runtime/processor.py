@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -15,8 +17,10 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Grid, Visual
+from ivc_export.families.videos import Clip, taken_frames
 from ivc_export.files import read_object, read_text
 from ivc_export.runtime.pictures import open_picture
+from ivc_export.runtime.videos import Video
 from ivc_export.text.template import ChatTemplate, Message, parts_message
 from ivc_export.text.tokenizer import read_tokenizer
 
@@ -24,7 +28,22 @@ T = TypeVar("T")
 
 
 class Shown(Protocol):
-    """A picture, as far as a prompt holds it."""
+    """A picture, as far as a prompt holds it; see Visual."""
+
+    @property
+    def token_id(self) -> int:
+        """Stands for each of its visual tokens."""
+        ...
+
+    @property
+    def before(self) -> str:
+        """Text in front of it."""
+        ...
+
+    @property
+    def more(self) -> int:
+        """How many of the same video come behind it."""
+        ...
 
     @property
     def tokens(self) -> list[int]:
@@ -32,8 +51,32 @@ class Shown(Protocol):
         ...
 
 
-MARK = "<image>"
-"""Where a picture stands in the text of a prompt."""
+MARK, VIDEO_MARK = "<image>", "<video>"
+"""Where a picture, or a video, stands in the text of a prompt."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """A picture or a video of a prompt, and what the model is shown of it.
+
+    size: width and height. grids: of its visual tokens, one, or one for each temporal patch of a video whose times are
+    written. frames: numbers of the frames that were taken of a video.
+    """
+
+    part: Path | PIL.Image.Image | Video
+    size: tuple[int, int]
+    grids: tuple[Grid, ...]
+    frames: tuple[int, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """What it is, as chat templates call it."""
+        return "video" if isinstance(self.part, Video) else "image"
+
+    @property
+    def grid(self) -> Grid:
+        """Of all its visual tokens."""
+        return self.grids[0]._replace(time=sum(grid.time for grid in self.grids))
 
 
 class Processor:
@@ -79,12 +122,48 @@ class Processor:
             )
         return picture
 
+    def video(self, video: Video) -> tuple[Look, list[Visual]]:
+        """A video, frames of which are taken and scaled to `max_visual`.
+
+        Raises:
+            UserError: the model takes none, it cannot be read, or it does not fit.
+        """
+        m = self.bundle.manifest
+        if m.video is None:
+            raise UserError(f"{self.bundle.folder} takes no videos: give pictures, or export a model that takes them")
+        settings, deep, footage = m.video, getattr(m.preprocessing, "temporal_patch_size", 1), video.open()
+        native = footage.native or video.fps or settings.fps
+        indices = tuple(range(footage.total))
+        most = settings.max_frames if video.max_frames is None else video.max_frames
+        if not video.is_folder or footage.total > most:
+            fps = native if video.is_folder else video.fps
+            indices = taken_frames(settings, deep, footage.total, native, fps, video.max_frames)
+        frames = footage.frames(indices)
+        clip = Clip(str(video.path), footage.size, indices, footage.total, native, frames)
+        visuals = self.pictures.video(clip, settings, m.max_visual)
+        return Look(video, footage.size, tuple(visual.grid for visual in visuals), indices), visuals
+
+    def look(self, part: Path | PIL.Image.Image | Video) -> tuple[Look, list[Visual]]:
+        """A picture or a video; see `picture` and `video`."""
+        if isinstance(part, Video):
+            return self.video(part)
+        image = open_picture(part)
+        picture = self.picture(image)
+        return Look(part, image.size, (picture.grid,)), [picture]
+
     def shown(self, image: PIL.Image.Image) -> PIL.Image.Image:
         """The part of a picture that its visual tokens cover."""
         return self.pictures.shown(image)
 
+    def panels(self, look: Look) -> list[PIL.Image.Image]:
+        """The part of a picture that its visual tokens cover, or a video's frames, of each temporal patch the first."""
+        if not isinstance(look.part, Video):
+            return [self.shown(open_picture(look.part))]
+        deep = getattr(self.bundle.manifest.preprocessing, "temporal_patch_size", 1)
+        return list(look.part.open().frames(look.frames[::deep]))
+
     def extents(self, size: tuple[int, int], grid: Grid) -> dict[str, Any]:
-        """Sizes of a picture that gave `grid`, for JSON.
+        """Sizes of a picture or a video that gave `grid`, for JSON.
 
         size: width and height. original: these. covered: left, top, right and bottom of the part that the model is
         shown. scaled: the size that this part was scaled to, in whose pixels some models answer. grid: visual tokens
@@ -94,7 +173,7 @@ class Processor:
             "original": {"width": size[0], "height": size[1]},
             "covered": self.pictures.covered(*size),
             "scaled": dict(zip(("width", "height"), self.pictures.scaled(size, grid), strict=True)),
-            "grid": grid.extents | {"tiles": len(grid.blocks)},
+            "grid": grid.extents | {"tiles": len(grid.blocks) // grid.time},
         }
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -116,11 +195,12 @@ class Processor:
             UserError: it did not.
         """
         kinds = [part["type"] for part in message["content"]]
-        if kinds == sorted(kinds):  # pictures first: there is no other order to keep
+        if len({*kinds}) <= 2 and kinds == sorted(kinds, key="text".__eq__):  # there is no other order to keep
             return
-        image, place = self.tokenizer.id_to_token(self.bundle.manifest.tokens.image) or "", 0
+        place = 0
+        texts = dict(zip(("image", "video"), self._visual_texts, strict=False))
         for part in message["content"]:
-            wanted = part.get("text", image).strip()
+            wanted = (part.get("text") or texts.get(part["type"], "")).strip()
             place = rendered.find(wanted, place) + len(wanted)
             if place < len(wanted):
                 raise UserError(
@@ -128,7 +208,7 @@ class Processor:
                 )
 
     def encode(self, text: str, pictures: Sequence[Shown] = (), begin: bool = True) -> list[int]:
-        """Token ids of `text`, its i-th image token repeated once for each visual token of picture i.
+        """Token ids of `text`, its i-th image or video token repeated once for each visual token of picture i.
 
         begin: whether a conversation begins here, so that the tokenizer adds what that takes, unless it is written.
         """
@@ -139,7 +219,7 @@ class Processor:
     ) -> tuple[list[int], int]:
         """As `encode`, and the number of ids that stand for text before its character `place` alone."""
         special = self.bundle.manifest.tokens
-        image, start, end = special.image, special.vision_start, special.vision_end
+        start, end, visual = special.vision_start, special.vision_end, {*self.bundle.manifest.visual_tokens}
 
         def shown(picture: Shown) -> list[int]:
             if special.template_marks or start is None or end is None:
@@ -152,18 +232,21 @@ class Processor:
         except TypeError as error:  # lone surrogates, from bytes that were no text
             raise UserError("the prompt is not UTF-8 text: write it in UTF-8") from error
         ids: list[int] = encoding.ids
-        if ids.count(image) != len(pictures):
+        found = [i for i in ids if i in visual]
+        if found != [picture.token_id for picture in pictures]:
+            videos = any(picture.token_id != special.image for picture in pictures)
             raise UserError(
-                f"the prompt holds {ids.count(image)} image tokens and there are {len(pictures)} pictures: "
-                "write no image tokens into the text"
+                f"the prompt holds {len(found)} image tokens and there are {len(pictures)} pictures: "
+                f"write no image tokens into the text{', and use a chat template that shows videos' * videos}"
             )
-        if pictures and ids[::-1].index(image) <= self.bundle.manifest.selection.query_offset:
+        behind = next((number for number, i in enumerate(reversed(ids)) if i in visual), len(ids))
+        if pictures and behind <= self.bundle.manifest.selection.query_offset:
             raise UserError(
                 "no text follows the picture, and only that can choose its tokens: put the question behind it, in the "
                 "prompt or in the chat template"
             )
         rest = iter(pictures)
-        pieces = [shown(next(rest)) if i == image else [i] for i in ids]
+        pieces = [shown(next(rest)) if i in visual else [i] for i in ids]
         before = next((i for i, (_, end) in enumerate(encoding.offsets) if end > place), len(ids))
         return [*chain(*pieces)], sum(map(len, pieces[:before]))
 
@@ -183,14 +266,43 @@ class Processor:
             pairs = zip(rendered, self.render([*messages[:-1], other]), strict=False)
             place = next((i for i, (one, two) in enumerate(pairs) if one != two), 0)
         self.check_places(last, rendered[place:])
-        return self.encode_from(rendered, pictures, place=place)
+        earlier = self.timed(rendered[:place], pictures)
+        return self.encode_from(self.timed(rendered, pictures), pictures, place=len(earlier))
+
+    def timed(self, text: str, pictures: Sequence[Shown]) -> str:
+        """`text` with the times of videos' temporal patches written where each video stands, if this model takes them.
+
+        Each patch is then a picture of its own, within the tokens that enclose one.
+        pictures: those of the text, and perhaps more.
+        """
+        m = self.bundle.manifest
+        if m.video is None or not m.video.timestamps:
+            return text
+        marks = (m.tokens.vision_start, m.tokens.vision_end)
+        start, end = ("" if i is None else self.tokenizer.id_to_token(i) or "" for i in marks)
+        video = self._visual_texts[1]
+        patches = [f"{one.before}{start}{video}{end}" for one in pictures if one.token_id == m.video.token]
+        ends = [i + 1 for i, one in enumerate(p for p in pictures if p.token_id == m.video.token) if not one.more]
+        videos = ["".join(patches[i:j]) for i, j in zip([0, *ends], ends, strict=False)]
+        pieces = text.split(video)
+        if len(pieces) > len(videos) + 1:
+            return text  # `encode` says what is wrong
+        return "".join(piece + times for piece, times in zip(pieces, [*videos[: len(pieces) - 1], ""], strict=True))
+
+    @property
+    def _visual_texts(self) -> list[str]:
+        """Texts of the tokens that stand for a picture, and for a video."""
+        return [self.tokenizer.id_to_token(i) or "" for i in self.bundle.manifest.visual_tokens]
 
     def question(self, text: str, pictures: Sequence[Visual]) -> list[int]:
-        """Token ids of a conversation that begins with this question about `pictures`; see user_message."""
-        message = user_message(text, len(pictures))
+        """Token ids of a conversation that begins with this question about pictures and videos; see `placed`.
+
+        pictures: in the order in which the prompt shows them, a video's temporal patches one behind the other.
+        """
+        message = parts_message(placed(text, [picture for picture in pictures if not picture.more]))
         rendered = self.render([message])
         self.check_places(message, rendered)
-        return self.encode(rendered, pictures)
+        return self.encode(self.timed(rendered, pictures), pictures)
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """Pieces of text as soon as the tokens so far make whole characters; special tokens are left out."""
@@ -207,23 +319,25 @@ class Processor:
 
 
 def placed(text: str, pictures: Sequence[T]) -> list[str | T]:
-    """Text and pictures in order: pictures at the text's `<image>` marks, or in front where it has none.
+    """Text, pictures and videos in order: at the text's `<image>` and `<video>` marks, or in front where it has none.
 
     Raises:
-        UserError: there are marks, and another number of pictures.
+        UserError: there are marks, and another number of pictures or videos.
     """
-    pieces = text.split(MARK)
+    by_mark: dict[str, list[T]] = {MARK: [], VIDEO_MARK: []}
+    for picture in pictures:
+        by_mark[VIDEO_MARK if getattr(picture, "kind", "image") == "video" else MARK].append(picture)
+    marks = [mark for mark in by_mark if mark != VIDEO_MARK or by_mark[mark]]  # without a video it is text like other
+    pieces = re.split(f"({'|'.join(marks)})", text)
     if len(pieces) == 1:
         return [*pictures, text]
-    if len(pieces) - 1 != len(pictures):
-        raise UserError(
-            f"the prompt has {len(pieces) - 1} {MARK} marks and there are {len(pictures)} pictures: write a mark for "
-            "each, or none, and they come first"
-        )
-    parts: list[str | T] = [pieces[0]]
-    for picture, piece in zip(pictures, pieces[1:], strict=True):
-        parts += [picture, piece]
-    return [part for part in parts if part != ""]
+    for mark, what in ((MARK, "pictures"), (VIDEO_MARK, "videos")):
+        if mark in marks and pieces.count(mark) != len(by_mark[mark]):
+            raise UserError(
+                f"the prompt has {pieces.count(mark)} {mark} marks and there are {len(by_mark[mark])} {what}: write a "
+                "mark for each, or none, and they come first"
+            )
+    return [by_mark[piece].pop(0) if piece in marks else piece for piece in pieces if piece != ""]
 
 
 def user_message(text: str, pictures: int) -> Message:

@@ -17,20 +17,27 @@ from ivc_export.checkpoint.kinds import check_tensors, check_whole
 from ivc_export.checkpoint.stacks import with_stacks
 from ivc_export.checkpoint.weights import Weights
 from ivc_export.contract.names import PREPROCESSOR
+from ivc_export.contract.preprocessing import VideoPreprocessing
 from ivc_export.contract.records import first_problem
 from ivc_export.errors import UserError
 from ivc_export.families.family import Family, Model
-from ivc_export.source.prompts import PROCESSOR, Prompts, read_prompts
+from ivc_export.source.prompts import PROCESSOR, Prompts, either, read_prompts
+
+VIDEO_PROCESSOR = "video_preprocessor_config.json"
 
 
 @dataclass(frozen=True)
 class Description:
-    """What the JSON files say: family, sizes, the image processor's settings if there are any, and prompts."""
+    """What the JSON files say: family, sizes, the image processor's settings if there are any, and prompts.
+
+    video: how videos are made ready; None where the model takes none.
+    """
 
     family: Family
     model: Model
     processor: dict[str, Any] | None
     prompts: Prompts
+    video: VideoPreprocessing | None
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,11 @@ def read_description(checkpoint: Checkpoint) -> Description:
     family, model, processor = read_model(checkpoint)
     with in_one_sentence(checkpoint):
         prompts = read_prompts(checkpoint, family, model)
+        video = read_video(checkpoint, family, model, prompts)
     if checkpoint.shards is not None:
         names = {family.canonical_name(name) for name in checkpoint.shards}
         check_whole(checkpoint.place, names, model.decoder.tied_embeddings)
-    return Description(family, model, processor, prompts)
+    return Description(family, model, processor, prompts, video)
 
 
 def read_model(checkpoint: Checkpoint) -> tuple[Family, Model, dict[str, Any] | None]:
@@ -102,7 +110,34 @@ def read_configuration(
         model = replace(model, decoder=model.decoder.model_copy(update={"tied_embeddings": False}))
     weights = with_stacks(Weights.of(tensors, layers, stored), model.stacks)
     check_whole(checkpoint.place, tensors, model.decoder.tied_embeddings)
-    return Configuration(d.family, model, d.processor, d.prompts, weights, stored)
+    return Configuration(d.family, model, d.processor, d.prompts, d.video, weights, stored)
+
+
+def read_video(checkpoint: Checkpoint, family: Family, model: Model, prompts: Prompts) -> VideoPreprocessing | None:
+    """How videos are made ready; None where the family takes none, or where no token stands for them.
+
+    Raises:
+        UserError: the video processor's settings are not known.
+    """
+    tokenizer = prompts.tokenizer.tokenizer if prompts.tokenizer else None
+    stated = checkpoint.config.get("video_token_id")
+    token = either(stated, family.video_text, tokenizer)
+    if family.video is None or type(token) is not int or not 0 <= token < model.decoder.vocab_size:
+        return None
+    if tokenizer is not None and tokenizer.token_to_id(family.video_text or "") != token:
+        return None
+    return family.video(checkpoint.config, video_processor(checkpoint), token)
+
+
+def video_processor(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The video processor's settings: of the file that transformers takes, in which older ones have the pictures'."""
+    part = (checkpoint.json(PROCESSOR) or {}).get("video_processor")
+    if part is not None and not isinstance(part, dict):
+        raise UserError(f"video_processor of {checkpoint.folder / PROCESSOR} is no JSON object: download it again")
+    for found in (part, checkpoint.json(VIDEO_PROCESSOR), checkpoint.json(PREPROCESSOR)):
+        if found is not None:
+            return found
+    return None
 
 
 def image_processor(checkpoint: Checkpoint) -> dict[str, Any] | None:

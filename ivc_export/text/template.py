@@ -88,8 +88,11 @@ class ChatTemplate:
 
 
 def parts_message(parts: Iterable[object]) -> Message:
-    """A user's message in the form that chat templates take: texts, and pictures for all else."""
-    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+    """A user's message in the form that chat templates take: texts, videos, which say so, and pictures for all else."""
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": getattr(part, "kind", "image")}
+        for part in parts
+    ]
     return {"role": "user", "content": content}
 
 

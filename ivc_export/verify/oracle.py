@@ -109,11 +109,11 @@ def outputs(turn: ReferenceTurn, m: Manifest) -> Mapping[tuple[str, str], npt.ND
 
 
 def reference_picture(bundle: Bundle, picture: Visual) -> ReferencePicture:
-    """The same picture for transformers."""
+    """The same picture, or video, for transformers."""
     grid = picture.grid
     inputs = families.preparation(bundle.manifest).stock_inputs(picture)
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    return ReferencePicture(tensors, grid.rows, grid.columns, grid.tile, grid.content)
+    return ReferencePicture(tensors, grid.rows, grid.columns, grid.tile, grid.content, grid.time)
 
 
 def reference_layout(bundle: Bundle, checkpoint: Path) -> ReferenceLayout | None:

@@ -21,7 +21,7 @@ from ivc_export.errors import UserError
 from ivc_export.verify.attended import attention_of_last_row
 from ivc_export.verify.dequantised import dequantised, quantisation
 from ivc_export.verify.drawn import splitmix64
-from ivc_export.verify.reference_picture import ReferencePicture, fill_views, scores_of_views
+from ivc_export.verify.reference_picture import ReferencePicture, features, fill_views, joined, scores_of_views
 from ivc_export.verify.two_views import TwoViewsOfExperts
 
 
@@ -161,21 +161,21 @@ class Reference:
 
     @torch.no_grad()
     def run(self, tokens: Sequence[int], pictures: Sequence[ReferencePicture] = (), question: int = 0) -> ReferenceTurn:
-        """Run `tokens`, image tokens included, over the cache; rows from `question` on may vote."""
+        """Run `tokens`, those of pictures and videos included, over the cache; rows from `question` on may vote."""
         ids = torch.tensor([list(tokens)])
-        is_image = (ids == self.model.config.image_token_id) & bool(pictures)  # else an id like any other
-        visual = torch.nonzero(is_image[0])[:, 0]
+        kinds = torch.zeros_like(ids)  # 1 at a picture's tokens, 2 at a video's
+        for kind, token in enumerate(("image_token_id", "video_token_id"), 1):
+            if pictures:  # else they are ids like any other
+                kinds[ids == getattr(self.model.config, token, -1)] = kind
+        visual = torch.nonzero(kinds[0])[:, 0]
         embeds, images, deepstack = self.decoder.embed_tokens(ids), None, list[torch.Tensor]()
-        inputs = {name: torch.cat([p.inputs[name] for p in pictures]) for p in pictures[:1] for name in p.inputs}
         if pictures:
-            features = self.model.model.get_image_features(**inputs)
-            images = torch.cat([picture.reshape(-1, embeds.shape[-1]) for picture in features.pooler_output])
+            images, *deepstack = features(self.model.model, pictures, embeds.shape[-1])
             embeds[0, visual] = images
-            deepstack = [torch.cat(list(layer)) for layer in getattr(features, "deepstack_features", None) or ()]
-        positions = self._positions(ids, is_image, inputs) + self.next_position
+        positions = self._positions(ids, kinds, pictures) + self.next_position
         self.next_position = int(positions.max()) + 1
         past = [self.cache.get_seq_length(i) for i in range(len(self.decoder.layers))]
-        added = [torch.zeros_like(embeds[0]).index_copy(0, visual, features) for features in deepstack]
+        added = [torch.zeros_like(embeds[0]).index_copy(0, visual, rows) for rows in deepstack]
         entering = self._layers(embeds, positions, range(self.selection_layer - 1), added)
         with attention_of_last_row(self.decoder.layers[self.selection_layer - 1].self_attn) as attended:
             hidden = self._layers(entering, positions, range(self.selection_layer - 1, self.selection_layer), added)
@@ -197,7 +197,7 @@ class Reference:
                 layer, kept = self.cache.layers[i], torch.cat([torch.arange(past[i]), past[i] + keep])
                 layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
         above = range(self.selection_layer, len(self.decoder.layers))
-        last = self._layers(hidden[:, keep], positions[:, :, keep], above, [features[keep] for features in added])
+        last = self._layers(hidden[:, keep], positions[:, :, keep], above, [rows_of[keep] for rows_of in added])
         logits = self.model.lm_head(self.decoder.norm(last[:, -1]))[0]
         return ReferenceTurn(
             image_embeds=images,
@@ -219,12 +219,20 @@ class Reference:
             },
         )
 
-    def _positions(self, ids: torch.Tensor, is_image: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Rotary positions [axes, 1, S] from 0 on: transformers' own where a model has some, else the rows counted."""
+    def _positions(self, ids: torch.Tensor, kinds: torch.Tensor, pictures: Sequence[ReferencePicture]) -> torch.Tensor:
+        """Rotary positions [axes, 1, S] from 0 on: transformers' own where a model has some, else the rows counted.
+
+        kinds: 1 at a picture's tokens, 2 at a video's, as transformers numbers them.
+        """
         if not hasattr(self.model.model, "get_rope_index"):
             return torch.arange(ids.shape[1])[None, None]
-        geometry = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
-        positions: torch.Tensor = self.model.model.get_rope_index(ids, mm_token_type_ids=is_image.int(), **geometry)[0]
+        geometry = {
+            name: tensor
+            for video in (False, True)
+            for name, tensor in joined([picture for picture in pictures if picture.video == video]).items()
+            if not name.startswith("pixel_values")
+        }
+        positions: torch.Tensor = self.model.model.get_rope_index(ids, mm_token_type_ids=kinds.int(), **geometry)[0]
         return positions
 
     def _budget(self, pictures: Sequence[ReferencePicture]) -> int:

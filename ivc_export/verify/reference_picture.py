@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,12 +13,13 @@ from ivc_export.contract.manifest import SelectionRule
 
 @dataclass(frozen=True)
 class ReferencePicture:
-    """A picture as transformers takes it, and its visual tokens.
+    """A picture or a video as transformers takes it, and its visual tokens.
 
-    inputs: what get_image_features takes, by name, pictures along the first axis.
+    inputs: what get_image_features or get_video_features takes, by name, pictures along the first axis.
     rows, columns: of visual tokens. tile: 0, or the tokens along a side of a tile: they come tile by tile, and behind
     several tiles a thumbnail of one. content: None, or of a picture in two views, each row of which ends with a
     separator, the rows and columns of the first view that show it: the first row and column, and those behind the last.
+    time: frames of so many tokens, one behind the other.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -25,6 +27,12 @@ class ReferencePicture:
     columns: int
     tile: int = 0
     content: tuple[int, int, int, int] | None = None
+    time: int = 1
+
+    @property
+    def video(self) -> bool:
+        """Whether it is a video, or a part of one."""
+        return "pixel_values_videos" in self.inputs
 
     @property
     def first_view(self) -> int:
@@ -59,7 +67,7 @@ class ReferencePicture:
         if self.content is not None:
             return [self.first_view, 1, *[self.columns + 1] * self.rows]
         if not self.tile:
-            return [self.rows * self.columns]
+            return [self.rows * self.columns] * self.time
         tiles = (self.rows // self.tile) * (self.columns // self.tile)
         return [self.tile * self.tile] * (tiles if tiles == 1 else tiles + 1)
 
@@ -86,6 +94,30 @@ class ReferencePicture:
                 column = tile % wide * side + token % side
                 tiles.append(thumbnail + row // high * side + column // wide)
         return tiles + found
+
+
+def joined(pictures: Sequence[ReferencePicture]) -> dict[str, torch.Tensor]:
+    """The inputs of several pictures, or of several videos, one behind the other."""
+    return {name: torch.cat([p.inputs[name] for p in pictures]) for p in pictures[:1] for name in p.inputs}
+
+
+def features(model: Any, pictures: Sequence[ReferencePicture], hidden: int) -> list[torch.Tensor]:
+    """Rows [visual, hidden] of all pictures and videos in order, and those added behind each of the first layers.
+
+    model: transformers', which sees them.
+    """
+    found: dict[bool, Any] = {}
+    for video, see in ((False, "get_image_features"), (True, "get_video_features")):
+        own = [picture for picture in pictures if picture.video == video]
+        if own:
+            inputs = {name: tensor for name, tensor in joined(own).items() if name != "second_per_grid_ts"}
+            outputs = getattr(model, see)(**inputs)
+            layers = [outputs.pooler_output, *(getattr(outputs, "deepstack_features", None) or ())]
+            rows = [torch.cat([part.reshape(-1, hidden) for part in layer]) for layer in layers]
+            sizes = [sum(picture.blocks) for picture in own]
+            found[video] = [iter(torch.split(layer, sizes)) for layer in rows]
+    depth = len(next(iter(found.values())))
+    return [torch.cat([next(found[picture.video][layer]) for picture in pictures]) for layer in range(depth)]
 
 
 def scores_of_views(

@@ -37,7 +37,7 @@ from ivc_export import families
 from ivc_export.contract.names import MOST_VISUAL
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.families import internvl, llava, qwen2_5_vl, qwen2_vl, qwen3_vl, text_models
+from ivc_export.families import internvl, llava, patch_settings, qwen2_5_vl, qwen2_vl, qwen3_vl, text_models
 from ivc_export.families.settings import Settings, square
 from ivc_export.verify.parity import check
 from samples.make_sample import make_checkpoint
@@ -67,7 +67,7 @@ CLASSES: list[tuple[type[Settings], Any]] = [
     (text_models.Qwen3Text, Qwen3Config),
 ]
 PROCESSORS: list[tuple[type[Settings], Any]] = [
-    (qwen2_vl.Pictures, Qwen2VLImageProcessorPil),
+    (patch_settings.Pictures, Qwen2VLImageProcessorPil),
     (llava.Pictures, CLIPImageProcessorPil),
     (llava.Pictures, LlavaImageProcessorPil),
     (internvl.Pictures, GotOcr2ImageProcessorPil),
@@ -126,8 +126,8 @@ def test_defaults_of_config_are_the_classes(table: type[Settings], kind: Any) ->
 def test_what_stands_in_no_class_is_as_the_models_have_it() -> None:
     assert qwen2_vl.MRope().mrope_section == tuple(Qwen2VLRotaryEmbedding(Qwen2VLTextConfig()).mrope_section)
     assert qwen3_vl.MRope().mrope_section == tuple(Qwen3VLTextRotaryEmbedding(Qwen3VLTextConfig()).mrope_section)
-    assert Qwen3VLVisionConfig().rope_parameters["rope_theta"] == qwen2_vl.VISION_THETA
-    assert Qwen2VLVisionConfig().rope_parameters["rope_theta"] == qwen2_vl.VISION_THETA
+    assert Qwen3VLVisionConfig().rope_parameters["rope_theta"] == patch_settings.VISION_THETA
+    assert Qwen2VLVisionConfig().rope_parameters["rope_theta"] == patch_settings.VISION_THETA
     stock = LlavaConfig().vision_config
     assert {key: getattr(stock, key) for key in llava.VISION} == llava.VISION
 

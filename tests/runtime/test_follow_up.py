@@ -47,7 +47,7 @@ def test_an_answer_is_that_of_the_conversation_told_at_once(session: Session) ->
         assert fresh.tokens == chat.tokens and chat.step is not None and fresh.step is not None
         np.testing.assert_array_equal(fresh.step.keep_index, chat.step.keep_index)
         assert chat.conversation.timings.runs["vision"] == len(chat.seen) == (1, 1, 2, 2)[number]
-        assert chat.images == [SHAPES, OTHER][: len(chat.seen)]
+        assert [look.part for look in chat.looks] == [SHAPES, OTHER][: len(chat.seen)]
 
 
 def test_the_last_question_alone_votes(sample_session: OnnxSession) -> None:

@@ -348,25 +348,30 @@ class TensorrtConversation(Conversation):
     def _see(self, turn: Turn, targets: Mapping[str, Tensor]) -> tuple[Mapping[str, Array], ...]:
         """Run the pictures, and copy what vision gives to their rows of `targets`, which are those of its outputs.
 
-        Returns these for each, also of those that were seen before, whose rows are there.
+        A video's frames run one by one: an engine for frames of any size has room for one. Returns these for each, also
+        of those that were seen before, whose rows are there.
         """
         session, found = self.session, list[Mapping[str, Array]]()
         for number, picture in enumerate(turn.pictures):
             if isinstance(picture, Seen):
                 found.append(picture.outputs)
                 continue
-            with self.timings.stage("vision"):
-                inputs = {name: self._put("vision", name, array) for name, array in picture.inputs.items()}
-                place = f"vision-{number}"
-                extents = {"B": len(picture.inputs["pixel_values"])}
-                extents["visual"] = picture.grid.visual // picture.grid.batch
-                outputs = session.engines["vision"].run("prefill", inputs, session.buffers, place, extents)
-                for name, target in targets.items():
-                    start = (turn.places if name == "image_embeds" else turn.firsts)[number]
-                    row, source = target.nbytes // target.shape[1], outputs[name]
-                    session.device.copy(target.address + row * start, source.address, source.nbytes)
-                session.device.synchronize()
-            found.append(session.fetched("prefill", outputs))
+            frames = list[Mapping[str, Array]]()
+            for frame, arrays in enumerate(picture.frames):
+                with self.timings.stage("vision"):
+                    inputs = {name: self._put("vision", name, array) for name, array in arrays.items()}
+                    place = f"vision-{number}" if picture.grid.time == 1 else f"vision-{number}.{frame}"
+                    extents = {"B": len(arrays["pixel_values"]), "visual": picture.grid.visual // picture.grid.batch}
+                    outputs = session.engines["vision"].run("prefill", inputs, session.buffers, place, extents)
+                    for name, target in targets.items():
+                        start = (turn.places if name == "image_embeds" else turn.firsts)[number]
+                        start += frame * (picture.grid.visual // picture.grid.time)
+                        row, source = target.nbytes // target.shape[1], outputs[name]
+                        session.device.copy(target.address + row * start, source.address, source.nbytes)
+                    session.device.synchronize()
+                frames.append(session.fetched("prefill", outputs))
+            whole = {name: np.concatenate([one[name] for one in frames]) for name in targets} if frames[1:] else {}
+            found.append(whole or frames[0])
         return tuple(found)
 
     def _check(self, turn: Turn) -> None:

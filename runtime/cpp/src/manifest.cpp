@@ -273,7 +273,7 @@ Manifest parseManifest(const std::string& text, const std::string& what) {
     }
     root.onlyHas({"schema_version", "family", "dtype", "lowering", "selection_layer", "calibrated", "default_ratio",
         "max_visual", "decoder", "rotary", "selection", "preprocessing", "tokens", "graphs", "embedding", "weights",
-        "weight_formats", "chat", "residual_scale", "versions", "constants_sha256"});
+        "weight_formats", "video", "chat", "residual_scale", "versions", "constants_sha256"});
     Manifest m;
     m.family = root["family"].text();
     m.dtype = root["dtype"].choice({"float32", "float16", "bfloat16"});

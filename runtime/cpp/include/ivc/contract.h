@@ -81,6 +81,7 @@ constexpr const char* kConstants[] = {
     "selection",
     "selection_layer",
     "tokens",
+    "video",
     "weight_formats",
 };
 

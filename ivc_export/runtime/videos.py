@@ -1,0 +1,222 @@
+"""Videos, as files or folders of frames, to RGB frames; what would be answered about wrongly is refused."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import PIL.Image
+
+from ivc_export.errors import UserError
+from ivc_export.runtime.pictures import PIXELS, open_picture
+
+FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,ivf,m4v,gif,apng,h264,hevc,obu"
+"""Of video files, by FFmpeg's names: others are no videos to it, such as text, or name further files to read."""
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""Endings of a folder's frames."""
+UNSTATED_RATE = 24.0
+"""Frames a second of a file that does not say, as transformers takes it."""
+
+
+class Footage(Protocol):
+    """A video that has been opened.
+
+    size: width and height of its frames. total: how many there are. native: how many there are a second; None where
+    nothing says so.
+    """
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """See above."""
+        ...
+
+    @property
+    def total(self) -> int:
+        """See above."""
+        ...
+
+    @property
+    def native(self) -> float | None:
+        """See above."""
+        ...
+
+    def frames(self, indices: Sequence[int]) -> Iterator[PIL.Image.Image]:
+        """These frames, in their order, RGB.
+
+        Raises:
+            UserError: one cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video to ask about: a file, which takes PyAV to read, or a folder of pictures, its frames by their names.
+
+    fps: frames that are taken a second of a file, or that a folder has a second. max_frames: frames that are taken at
+    most. None leaves both to the model's settings.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+
+    path: Path
+    fps: float | None = None
+    max_frames: int | None = None
+    kind: ClassVar[str] = "video"
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and not (math.isfinite(self.fps) and 0 < self.fps <= 1000):
+            raise UserError(f"{self.fps:g} frames a second are out of range: give a number above 0, up to 1000")
+        if self.max_frames is not None and self.max_frames < 1:
+            raise UserError(f"{self.max_frames} frames at most are none: give 1 or more")
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether its frames are files."""
+        return Path(self.path).is_dir()
+
+    def open(self) -> Footage:
+        """Look at the first frame, and count.
+
+        Raises:
+            UserError: it is missing, no video, damaged, without frames, or too large; or PyAV is missing.
+        """
+        path = Path(self.path)
+        if self.is_folder:
+            return FrameFolder.of(path, self.fps)
+        if not path.is_file():
+            raise UserError(f"there is no video at {path}: check the path")
+        return VideoFile.of(path)
+
+
+@dataclass(frozen=True)
+class FrameFolder:
+    """Frames in files."""
+
+    files: tuple[Path, ...]
+    size: tuple[int, int]
+    native: float | None
+
+    @staticmethod
+    def of(folder: Path, fps: float | None) -> FrameFolder:
+        """The pictures of a folder, sorted by their names.
+
+        Raises:
+            UserError: there are none.
+        """
+        found = [file for file in folder.iterdir() if file.suffix.lower() in PICTURES and not file.name.startswith(".")]
+        if not found:
+            raise UserError(f"{folder} holds no frames of a video: give a folder of PNG or JPEG files, or a video file")
+        files = tuple(sorted(found, key=lambda file: file.name))
+        return FrameFolder(files, open_picture(files[0]).size, fps)
+
+    @property
+    def total(self) -> int:
+        """Number of frames."""
+        return len(self.files)
+
+    def frames(self, indices: Sequence[int]) -> Iterator[PIL.Image.Image]:
+        """These frames, RGB, all of one size.
+
+        Raises:
+            UserError: one is no picture, or of another size.
+        """
+        for index in indices:
+            frame = open_picture(self.files[index])
+            if frame.size != self.size:
+                raise UserError(
+                    f"{self.files[index]} is of {frame.width} x {frame.height}, and the first frame of the video of "
+                    f"{self.size[0]} x {self.size[1]}: give frames of one size"
+                )
+            yield frame
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """A video in a file."""
+
+    path: Path
+    size: tuple[int, int]
+    total: int
+    native: float
+
+    @staticmethod
+    def of(path: Path) -> VideoFile:
+        """A file's first video stream.
+
+        Raises:
+            UserError: see Video.open.
+        """
+        with opened(path) as stream:
+            total, native = int(stream.frames), float(stream.average_rate or 0)
+            shown = decoded(stream)
+            first = next(shown, None)
+            if first is None:
+                raise UserError(f"{path} holds no frames: give another video, or a folder of frames")
+            size = rgb_frame(first).size
+            if not total:  # some files do not say
+                total = 1 + sum(1 for _ in shown)
+        return VideoFile(path, size, total, native or UNSTATED_RATE)
+
+    def frames(self, indices: Sequence[int]) -> Iterator[PIL.Image.Image]:
+        """These frames, ascending numbers, RGB.
+
+        Raises:
+            UserError: the file is damaged, or ends before.
+        """
+        wanted = iter(indices)
+        number: int | None = next(wanted, None)
+        with opened(self.path) as stream:
+            for place, frame in enumerate(decoded(stream)):
+                while place == number:
+                    yield rgb_frame(frame)
+                    number = next(wanted, None)
+                if number is None:
+                    return
+        raise UserError(f"{self.path} is damaged (frame {number} of {self.total} is not there): give a whole video")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A file's first video stream.
+
+    Raises:
+        UserError: it is no video, or damaged, or has frames too large; or PyAV is missing.
+    """
+    try:
+        av = importlib.import_module("av")
+    except ImportError as error:
+        raise UserError(
+            "a video file takes PyAV to read: install ivc-export[video], its extra, or give a folder of frames"
+        ) from error
+    try:
+        with av.open(str(path.absolute()), options={"format_whitelist": FORMATS, "protocol_whitelist": "file"}) as file:
+            if not file.streams.video:
+                raise UserError(f"{path} holds no video: give a file that does, or a folder of frames")
+            stream = file.streams.video[0]
+            if stream.width * stream.height > PIXELS:
+                raise UserError(
+                    f"{path} has frames of {stream.width} x {stream.height}, and {PIXELS / 1e6:.0f} megapixels are "
+                    "read at most: scale it down"
+                )
+            yield stream
+    except (av.FFmpegError, ValueError) as error:  # a damaged file makes PyAV raise either
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read as a video ({why}): give a whole video, such as an MP4 file") from error
+
+
+def decoded(stream: Any) -> Iterator[Any]:
+    """The frames of a stream, as PyAV has them."""
+    yield from stream.container.decode(stream)
+
+
+def rgb_frame(frame: Any) -> PIL.Image.Image:
+    """A frame of PyAV in RGB, turned as the file says."""
+    image = PIL.Image.fromarray(frame.to_ndarray(format="rgb24"))
+    return image.rotate(frame.rotation, expand=True) if frame.rotation % 360 else image

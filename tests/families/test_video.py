@@ -1,0 +1,343 @@
+"""Videos, in the families that take them, against stock transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import transformers
+
+from ivc_export import families
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.errors import UserError
+from ivc_export.exporter.pipeline import export
+from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.families.patches import PatchPictures, frame_size
+from ivc_export.families.pictures import Grid, Visual
+from ivc_export.families.videos import Clip, taken_frames
+from ivc_export.report.overlay import overlay
+from ivc_export.runtime.chat import Chat, Sampling
+from ivc_export.runtime.host import HostConversation
+from ivc_export.runtime.onnxruntime.cpu import OnnxSession
+from ivc_export.runtime.onnxruntime.cuda import FusedSession
+from ivc_export.runtime.processor import Processor
+from ivc_export.runtime.videos import Video
+from ivc_export.verify.oracle import reference_picture
+from ivc_export.verify.reference import Reference
+from samples.make_sample import make_checkpoint
+from samples.tiny import TINY
+from tests.conftest import GOLDENS, LOGIT_TOLERANCE, SHAPES
+from tests.families.clips import frame, frame_folder, video_file
+from tests.runtime.test_tensorrt import opened
+
+FAMILIES = [name for name in families.names() if families.of(name).video is not None]
+
+
+@dataclass(frozen=True)
+class Filmed:
+    """A tiny model that takes videos, exported."""
+
+    name: str
+    root: Path
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        return make_checkpoint(self.root / "checkpoint", TINY[self.name])
+
+    @cached_property
+    def bundle(self) -> Bundle:
+        return export(ExportRecipe(self.checkpoint, self.root / "bundle", max_visual=300))
+
+    @cached_property
+    def session(self) -> OnnxSession:
+        return OnnxSession(self.bundle)
+
+    @cached_property
+    def processor(self) -> Processor:
+        return Processor(self.bundle)
+
+    @cached_property
+    def odd(self) -> Video:
+        """Five frames, all of which are taken."""
+        return Video(frame_folder(self.root / "odd", 5, 90, 64), fps=3)
+
+    @cached_property
+    def high(self) -> Video:
+        """Three frames of another shape, at another rate."""
+        return Video(frame_folder(self.root / "high", 3, 40, 130), fps=0.7)
+
+    def prompt(self, *parts: Any) -> tuple[list[int], list[Visual]]:
+        visuals = [visual for part in parts for visual in self.processor.look(part)[1]]
+        return self.processor.question("What moves here?", visuals), visuals
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, Filmed]:
+    return {}
+
+
+@pytest.fixture
+def filmed(
+    request: pytest.FixtureRequest, built: dict[str, Filmed], tmp_path_factory: pytest.TempPathFactory
+) -> Filmed:
+    name: str = request.param
+    return built.setdefault(name, Filmed(name, tmp_path_factory.mktemp(name)))
+
+
+every_family = pytest.mark.parametrize("filmed", FAMILIES, indirect=True)
+one_family = pytest.mark.parametrize("filmed", ["qwen2_vl"], indirect=True)
+
+
+@every_family
+def test_unpruned_logits_equal_stock_transformers(filmed: Filmed) -> None:
+    """By the whole stock model: two clips of odd frame counts, a picture among them, and what follows."""
+    model: Any = transformers.AutoModelForImageTextToText.from_pretrained(filmed.checkpoint, dtype=torch.float32)
+    m = filmed.bundle.manifest
+    assert m.video is not None
+    for capacity, parts in ((None, (filmed.odd,)), (None, (filmed.high,)), (900, (filmed.high, SHAPES, filmed.odd))):
+        tokens, visuals = filmed.prompt(*parts)
+        conversation, ids, inputs = HostConversation(filmed.session, 1.0, capacity), list[int](), dict[str, Any]()
+        for visual in visuals:
+            for name, array in families.preparation(m).stock_inputs(visual).items():
+                inputs.setdefault(name, []).append(torch.from_numpy(array))
+        inputs = {name: torch.cat(arrays) for name, arrays in inputs.items()}
+        for turn, pictures in ((tokens, visuals), ([17], []), ([18, 19, 20], []), ([21], [])):
+            step = conversation.run(turn, pictures)
+            ids += turn
+            row = torch.tensor([ids])
+            kinds = (row == m.tokens.image).int() + 2 * (row == m.video.token).int()
+            with torch.no_grad():
+                found = model(input_ids=row, mm_token_type_ids=kinds, **inputs).logits[0, -1]
+            assert np.abs(step.logits - found.numpy()).max() < LOGIT_TOLERANCE
+
+
+@every_family
+@pytest.mark.parametrize("method", ["ivc-prune", "random", "foreground"])
+def test_pruned_videos_equal_the_reference(filmed: Filmed, method: str) -> None:
+    m = filmed.bundle.manifest
+    reference = Reference(filmed.checkpoint, m.selection_layer, 0.4, m.selection)
+    for parts in ((filmed.odd,), (SHAPES, filmed.high)):
+        reference.restart(m.selection_layer, 0.4, method)
+        conversation = HostConversation(filmed.session, 0.4, method=method)
+        turns = [filmed.prompt(*parts), ([17], []), ([5, 6, 7], []), ([21], []), filmed.prompt(filmed.high)]
+        for tokens, visuals in turns:
+            step = conversation.run(tokens, visuals)
+            turn = reference.run(tokens, [reference_picture(filmed.bundle, visual) for visual in visuals])
+            np.testing.assert_array_equal(step.keep_index, turn.keep_index.numpy())
+            assert np.abs(step.logits - turn.logits.numpy()).max() < LOGIT_TOLERANCE
+            assert conversation.next_position == reference.next_position
+
+
+@every_family
+def test_all_frames_are_ranked_as_one(filmed: Filmed) -> None:
+    """Implicit visual coordinates are each frame's, and what is kept beside them is not spread evenly."""
+    tokens, visuals = filmed.prompt(filmed.odd)
+    step = HostConversation(filmed.session, 0.4).run(tokens, visuals)
+    blocks = [block for visual in visuals for block in visual.grid.blocks]
+    assert len(blocks) == 3 and len({*blocks}) == 1
+    kept = np.isin(step.run.visual_index, step.keep_index).reshape(3, -1)
+    coordinates = (step.run.ivc_priority > 0).reshape(3, -1)
+    assert len({*coordinates.sum(axis=1).tolist()}) == 1 and coordinates.any()
+    assert len({*kept.sum(axis=1).tolist()}) > 1
+
+
+@every_family
+def test_other_runtimes_equal_the_portable_one(filmed: Filmed, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = FusedSession(filmed.bundle, "cpu")
+    engines, device = opened(filmed.bundle, monkeypatch, max_visual=300, max_text=200)
+    prompt, more = filmed.prompt(filmed.odd), filmed.prompt(SHAPES_SMALL, filmed.high)
+    for session in (fused, engines):
+        found, wanted = session.converse(0.4, 1024 if session is fused else None), HostConversation(filmed.session, 0.4)
+        for tokens, visuals in (prompt, ([17], []), more, ([21], [])):
+            step, reference = found.run(tokens, visuals), wanted.run(tokens, visuals)
+            assert np.abs(step.logits - reference.logits).max() < LOGIT_TOLERANCE
+            if visuals:
+                np.testing.assert_array_equal(step.keep_index, reference.keep_index)
+                np.testing.assert_allclose(
+                    np.concatenate(step.image_embeds), np.concatenate(reference.image_embeds), atol=LOGIT_TOLERANCE
+                )
+    device.check()
+
+
+SHAPES_SMALL = PIL.Image.fromarray(frame(99, 60, 60))
+
+
+@every_family
+def test_a_chat_shows_videos_in_any_turn(filmed: Filmed) -> None:
+    chat = Chat(filmed.session, 0.3, sampling=Sampling(max_tokens=3))
+    turns: list[tuple[list[Path | Video], str]] = [
+        ([filmed.odd], "Where is it?"),
+        ([], "And now?"),
+        ([SHAPES, filmed.high], "Is <image> in <video>?"),
+    ]
+    for images, question in turns:
+        list(chat.ask(question, images))
+        assert chat.tokens and chat.step is not None
+        if images:
+            panels = [panel for look in chat.looks for panel in chat.processor.panels(look)]
+            assert len(panels) == sum(len(grid.frames) for grid in chat.step.run.grids)
+            assert overlay(panels, chat.step).width > 500
+    assert len(chat.messages) == 6
+
+
+@one_family
+def test_many_frames_are_drawn_in_lines(filmed: Filmed, tmp_path: Path) -> None:
+    chat = Chat(filmed.session, 0.3, sampling=Sampling(max_tokens=1))
+    list(chat.ask("Where?", [Video(frame_folder(tmp_path / "long", 41, 90, 64))]))
+    assert chat.step is not None
+    drawn = overlay(chat.processor.panels(chat.looks[0]), chat.step)
+    assert len(chat.step.run.grids[0].frames) == 21 and drawn.width < 3000 and drawn.height > 250
+
+
+@every_family
+def test_a_video_file_is_read_as_its_frames(filmed: Filmed, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    path = video_file(av, tmp_path / "clip.mp4", 47, 96, 64)
+    seen, _ = filmed.processor.video(Video(path, fps=2))
+    m = filmed.bundle.manifest
+    assert m.video is not None
+    assert seen.frames == taken_frames(m.video, 2, 47, 10.0, 2, None) and seen.size == (96, 64)
+    with av.open(str(path)) as file:
+        frames = [image.to_ndarray(format="rgb24") for image in file.decode(video=0)]
+    for image, number in zip(Video(path).open().frames(seen.frames), seen.frames, strict=True):
+        np.testing.assert_array_equal(np.asarray(image), frames[number])
+
+
+GOLDEN: Any = json.loads((GOLDENS / "video.json").read_text(encoding="utf-8"))
+"""Of transformers' video processors."""
+
+
+def settings(**changes: Any) -> Any:
+    found = families.of("qwen2_vl").video
+    assert found is not None
+    return found({"vision_config": {}}, None, 504).model_copy(update=changes)
+
+
+@pytest.mark.parametrize("case", GOLDEN["sampling"], ids=lambda case: f"{case['total']}-{case['fps']}")
+@pytest.mark.parametrize("choice", ["steps", "ends"])
+def test_frames_are_those_that_transformers_takes(choice: str, case: Any) -> None:
+    found = taken_frames(settings(choice=choice), 2, case["total"], case["native"], case["fps"], case["max_frames"])
+    assert list(found) == case[choice]
+
+
+@pytest.mark.parametrize("case", GOLDEN["sizes"], ids=lambda case: f"{case['width']}x{case['height']}")
+def test_frames_have_the_size_that_transformers_gives_them(case: Any) -> None:
+    clip = Clip("clip", (case["width"], case["height"]), tuple(range(case["frames"])), case["frames"], 10.0, ())
+    p = families.of("qwen2_vl").read(TINY["qwen2_vl"], None).preprocessing
+    assert frame_size(clip, settings(), p, 10**9) == tuple(case["frame"])  # type: ignore[arg-type]
+    p = p.model_copy(update={"patch_size": 16})
+    for key, least, most in (("video", 4096, 25165824), ("video_default", 131072, 786432)):
+        whole = settings(pixels_of="video", min_pixels=least, max_pixels=most)
+        assert frame_size(clip, whole, p, 10**9) == tuple(case[key])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_pixels_are_those_of_the_frames_as_pictures(count: int) -> None:
+    """Two in a temporal patch, the last one twice where the number is odd."""
+    p = families.of("qwen2_vl").read(TINY["qwen2_vl"], None).preprocessing
+    pictures = families.of("qwen2_vl").pictures(p)
+    assert isinstance(pictures, PatchPictures)
+    frames = [PIL.Image.fromarray(frame(number, 112, 84)) for number in range(count)]
+    clip = Clip("clip", (112, 84), tuple(range(count)), count, 10.0, frames)
+    (video,) = pictures.video(clip, settings(min_pixels=112 * 84, max_pixels=112 * 84), 10**9)
+    assert video.grid == Grid(3, 4, time=-(-count // 2))
+    pixels = video.inputs["pixel_values"].reshape(-1, 48, 3, 2, 196)
+    for number in range(2 * video.grid.time):
+        alone = pictures.picture(frames[min(number, count - 1)], 503).inputs
+        np.testing.assert_array_equal(
+            pixels[number // 2, :, :, number % 2], alone["pixel_values"].reshape(48, 3, 2, 196)[:, :, 0]
+        )
+        np.testing.assert_array_equal(video.inputs["patch_position"], alone["patch_position"])
+
+
+@one_family
+def test_frames_are_scaled_to_max_visual(filmed: Filmed, tmp_path: Path) -> None:
+    long = Video(frame_folder(tmp_path / "long", 61, 192, 128))
+    seen, _ = filmed.processor.video(long)
+    assert 150 < sum(grid.visual for grid in seen.grids) <= 300
+    fewer, _ = filmed.processor.video(Video(long.path, max_frames=8))
+    assert len(fewer.frames) == 8 and sum(grid.visual for grid in fewer.grids) <= 300
+
+
+@one_family
+def test_a_folder_of_10_000_frames_is_sampled(filmed: Filmed, tmp_path: Path) -> None:
+    folder = frame_folder(tmp_path / "one", 1, 32, 32)
+    for number in range(1, 10_000):
+        (folder / f"{number:05}.png").hardlink_to(folder / "00000.png")
+    seen, _ = filmed.processor.video(Video(folder, max_frames=64))
+    assert len(seen.frames) == 64 and seen.frames[-1] > 9_000
+    with pytest.raises(
+        UserError, match=r"gives at least 384 visual tokens in 768 frames of 32 x 32, and this bundle takes 300"
+    ):
+        filmed.processor.video(Video(folder))
+
+
+@one_family
+def test_videos_that_cannot_be(filmed: Filmed, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    mixed = frame_folder(tmp_path / "mixed", 3, 40, 40)
+    PIL.Image.new("RGB", (50, 40)).save(mixed / "9.png")
+    torn = frame_folder(tmp_path / "torn", 3, 40, 40)
+    (torn / "00001.png").write_bytes((torn / "00001.png").read_bytes()[:900])
+    long = frame_folder(tmp_path / "strip", 2, 2100, 10)
+    for path, sentence in (
+        (tmp_path / "none.mp4", "there is no video at"),
+        (tmp_path / "empty", "holds no frames of a video: give a folder of PNG or JPEG files, or a video file"),
+        (mixed, "is of 50 x 40, and the first frame of the video of 40 x 40: give frames of one size"),
+        (torn, "cannot be read as a picture"),
+        (long, "too elongated"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            filmed.processor.video(Video(path))
+    for numbers, sentence in (
+        ({"fps": 0}, "0 frames a second are out of range"),
+        ({"fps": float("nan")}, "nan frames a second are out of range"),
+        ({"max_frames": 0}, "0 frames at most are none"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            Video(tmp_path, **numbers)
+
+
+@one_family
+def test_files_that_are_no_videos(filmed: Filmed, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    whole = video_file(av, tmp_path / "whole.mp4", 20, 96, 64).read_bytes()
+    for name, content in {
+        "text.txt": b"What moves here? Nothing does.\n" * 9,
+        "text.mp4": b"#EXTM3U\nfile:///etc/passwd\n",
+        "empty.mp4": b"",
+        "half.mp4": whole[: len(whole) // 2],
+        "picture.mp4": SHAPES.read_bytes(),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name} cannot be read as a video .*: give a whole video") as caught:
+            filmed.processor.video(Video(tmp_path / name))
+        assert len(str(caught.value).splitlines()) == 1
+    with av.open(str(tmp_path / "sound.mkv"), "w") as file:
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.int16), format="s16", layout="mono")
+        silence.sample_rate = 8000
+        file.mux(file.add_stream("pcm_s16le", rate=8000, layout="mono").encode(silence))
+    with pytest.raises(UserError, match=r"sound.mkv holds no video: give a file that does"):
+        filmed.processor.video(Video(tmp_path / "sound.mkv"))
+
+
+@one_family
+def test_without_pyav_files_are_refused(filmed: Filmed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    (tmp_path / "clip.mp4").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"takes PyAV to read: install ivc-export\[video\]"):
+        Video(tmp_path / "clip.mp4").open()
+
+
+def test_other_families_take_no_videos(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", TINY["llava"])
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle"))
+    with pytest.raises(UserError, match="takes no videos: give pictures, or export a model that takes them"):
+        Processor(bundle).video(Video(frame_folder(tmp_path / "clip", 2, 40, 40)))

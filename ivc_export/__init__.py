@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ivc_export.bundle.bundle import Bundle
     from ivc_export.errors import UserError
     from ivc_export.exporter.pipeline import export
-    from ivc_export.exporter.recipe import ExportRecipe
+    from ivc_export.exporter.recipe import ExportRecipe, Quantisation
     from ivc_export.runtime.backends import open_session
     from ivc_export.runtime.chat import Chat
     from ivc_export.runtime.videos import Video
@@ -20,7 +20,18 @@ if TYPE_CHECKING:
     from ivc_export.text.sampling import Sampling
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "Chat", "ExportRecipe", "Method", "Sampling", "UserError", "Video", "export", "open_session"]
+__all__ = [
+    "Bundle",
+    "Chat",
+    "ExportRecipe",
+    "Method",
+    "Quantisation",
+    "Sampling",
+    "UserError",
+    "Video",
+    "export",
+    "open_session",
+]
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before onnxruntime is imported, which keeps what it finds here
 
@@ -30,6 +41,7 @@ if not TYPE_CHECKING:  # to mypy a module with __getattr__ has every name
         "Chat": "runtime.chat",
         "ExportRecipe": "exporter.recipe",
         "Method": "selection.method",
+        "Quantisation": "exporter.recipe",
         "Sampling": "text.sampling",
         "UserError": "errors",
         "Video": "runtime.videos",

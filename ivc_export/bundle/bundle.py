@@ -82,11 +82,21 @@ class Bundle:
         return [name for name in (TOKENIZER, CHAT_TEMPLATE) if not (self.folder / name).is_file()]
 
     @cached_property
-    def embedding_table(self) -> npt.NDArray[Any]:
-        """Token embeddings [vocab, hidden] in the checkpoint's dtype, mapped from the weight file."""
+    def _embedding_parts(self) -> tuple[npt.NDArray[Any], ...]:
+        """The table [vocab, hidden]; or stored values [vocab, blocks, block], and scales [vocab, blocks]."""
         table = self.manifest.embedding
-        return np.memmap(self.folder / table.file, FLOATS[table.dtype].numpy, "r", table.offset, table.shape)
+        path, floats, (rows, hidden) = self.folder / table.file, FLOATS[table.floats].numpy, table.shape
+        if table.packed is None:
+            return (np.memmap(path, floats, "r", table.offset, (rows, hidden)),)
+        shape = (rows, -(-hidden // table.packed.block), table.packed.block)
+        stored = np.memmap(path, np.uint8, "r", table.offset, shape)
+        return stored, np.memmap(path, floats, "r", table.packed.scales, shape[:2])
 
     def embed(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Rows of the embedding table for `tokens`, in float32 [len(tokens), hidden]."""
-        return self.embedding_table[tokens].astype(np.float32)
+        found = [part[tokens] for part in self._embedding_parts]
+        if len(found) == 1:
+            return found[0].astype(np.float32)
+        stored, scales = found
+        values: npt.NDArray[np.float32] = (stored.astype(np.float32) - 128) * scales.astype(np.float32)[..., None]
+        return values.reshape(len(tokens), -1)[:, : self.manifest.embedding.shape[1]]

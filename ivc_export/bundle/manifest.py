@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from ivc_export.contract.manifest import Manifest, SelectionRule, StoredGraph, c
 from ivc_export.contract.names import GRAPH_NAMES, MANIFEST, SCHEMA_VERSION
 from ivc_export.contract.preprocessing import ViewPreprocessing
 from ivc_export.contract.records import first_problem
-from ivc_export.dtypes import FLOATS
 from ivc_export.errors import UserError
 from ivc_export.files import check_regular, confined, read_object
 from ivc_export.lowering import LOWERINGS, exported
@@ -100,8 +98,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             f"{folder / MANIFEST} is damaged (the embedding table is in {table.file}, which is no weight file of it): "
             "export the model again"
         )
-    end = table.offset + math.prod(table.shape) * FLOATS[table.dtype].bytes
-    if end > (folder / table.file).stat().st_size:
+    if any(start + length > (folder / table.file).stat().st_size for start, length in table.parts):
         raise UserError(
             f"{folder / MANIFEST} is damaged (the embedding table is not within its file): export the model again"
         )
@@ -133,7 +130,8 @@ def find_contradiction(m: Manifest) -> str | None:
         ("tokens", not beyond),
         ("residual_scale", m.lowering in LOWERINGS and m.residual_scale == LOWERINGS[m.lowering].hidden_scale),
         ("embedding.shape", m.embedding.shape == (d.vocab_size, d.hidden_size)),
-        ("embedding.dtype", m.embedding.dtype == m.dtype),
+        ("embedding.dtype", m.embedding.floats == m.dtype),
+        ("embedding.packed", (m.embedding.dtype == "uint8") == (m.embedding.packed is not None)),
     )
     for field, agrees in facts:
         if not agrees:

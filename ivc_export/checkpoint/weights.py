@@ -26,6 +26,8 @@ from ivc_export.errors import UserError
 
 FOLDER = "weights"
 EMBEDDING = "model.embed_tokens.weight"
+TABLE = "model.embed_tokens.table"
+"""Where token embeddings in 8 bits lie that are no product's weight as well: `<this>.packed` and `<this>.scales`."""
 
 
 def read_values(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
@@ -150,18 +152,24 @@ class PlannedWeights(Weights):
 
     What a family's graphs ask for is what a checkpoint of it holds.
 
-    stored: how linear layers are stored, those that it covers. shapes, lengths: of what was asked for, by name; bytes.
+    stored: how linear layers are stored, those that it covers. formats: of others, by name. shapes, lengths: of what
+    was asked for, by name; bytes.
     """
 
-    def __init__(self, dtype: FloatName = "float32", stored: WeightFormat = FLOAT) -> None:
-        super().__init__({}, dtype)
+    def __init__(
+        self,
+        dtype: FloatName = "float32",
+        stored: WeightFormat = FLOAT,
+        formats: Mapping[str, WeightFormat] | None = None,
+    ) -> None:
+        super().__init__({}, dtype, formats or {})
         self.stored = stored
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.lengths: dict[str, int] = {}
 
     def format_of(self, layer: str) -> WeightFormat:
-        """That of the checkpoint, where it covers the layer."""
-        return self.stored if self.stored.covers(layer) else FLOAT
+        """Its own, or that of the checkpoint, where it covers the layer."""
+        return self.formats.get(layer) or (self.stored if self.stored.covers(layer) else FLOAT)
 
     def external(
         self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None, dtype: str | None = None

@@ -27,13 +27,14 @@ from ivc_export.dtypes import long_name
 from ivc_export.errors import UserError
 from ivc_export.exporter.estimate import Cost, Estimate, PictureEstimate, Size, estimate_bundle, estimate_recipe
 from ivc_export.exporter.pipeline import export
-from ivc_export.exporter.recipe import Dtype, ExportRecipe, Placing
+from ivc_export.exporter.recipe import GROUPS, Dtype, ExportRecipe, Placing, Quantisation, Rounded
 from ivc_export.lowering import exported
 from ivc_export.selection.method import exported_methods
 from ivc_export.source import hub
 
 PICTURES = (Size(448, 448), Size(1024, 768), Size(1920, 1080))
 TYPICAL = Size(1024, 768)
+KEEP = "keep"
 
 
 def parser() -> Parser:
@@ -61,6 +62,26 @@ def parser() -> Parser:
         default="checkpoint",
         help="of weights and graphs (default: the checkpoint's, which sessions and engines cast as they need)",
     )
+    p.add_argument("--weight-format", choices=get_args(Rounded), help="round decoder layers' weights, without data")
+    p.add_argument(
+        "--group-size",
+        type=int,
+        choices=GROUPS,
+        metavar=f"{{{','.join(map(str, GROUPS))}}}",
+        default=128,
+        help="values that share a scale (default: 128)",
+    )
+    p.add_argument("--asym", action="store_true", help="give groups of decoder layers zero points")
+    for name, kinds, what in (
+        (
+            "lm-head",
+            get_args(Rounded),
+            "the weight of lm_head; of tied embeddings a copy, unless --embeddings has it too",
+        ),
+        ("embeddings", ("int8",), "the table of token embeddings"),
+        ("vision", ("int8",), "the vision encoder's weights"),
+    ):
+        p.add_argument(f"--{name}", choices=(*kinds, KEEP), default=KEEP, help=f"round {what} (default: keep)")
     p.add_argument(
         "--weights",
         choices=get_args(Placing),
@@ -82,6 +103,24 @@ def parser() -> Parser:
     p.add_argument("--quiet", action="store_true", help="print errors, and what changes answers")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
+
+
+def given_quantisation(options: argparse.Namespace) -> Quantisation:
+    """What is rounded.
+
+    Raises:
+        UserError: zero points are asked for, and no format that has them.
+    """
+    if options.asym and not options.weight_format:
+        raise UserError("--asym is for decoder layers that are rounded: give --weight-format int4 or int8 as well")
+    return Quantisation(
+        weights=options.weight_format,
+        group_size=options.group_size,
+        asymmetric=options.asym,
+        lm_head=None if options.lm_head == KEEP else options.lm_head,
+        embeddings=None if options.embeddings == KEEP else options.embeddings,
+        vision=None if options.vision == KEEP else options.vision,
+    )
 
 
 def parse_size(text: str) -> Size:
@@ -113,6 +152,7 @@ def command(arguments: Sequence[str]) -> int:
         calibration=options.calibration,
         method=options.method,
         scored=options.scored,
+        quantisation=given_quantisation(options),
     )
     console = make_console(quiet=options.quiet or options.json)
     if console.quiet:

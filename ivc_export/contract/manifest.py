@@ -20,7 +20,7 @@ from ivc_export.contract.records import (
     TokenId,
     Width,
 )
-from ivc_export.dtypes import DtypeName, FloatName
+from ivc_export.dtypes import FLOATS, DtypeName, FloatName
 
 Scored = Literal["values", "unnormed-values"]
 """What visual tokens are scored by: the values of layer k-1, which it caches, or what its value weights make of the
@@ -160,13 +160,52 @@ class WeightFile(Frozen):
     sha256: Sha256 | None = None
 
 
+class PackedRows(Frozen):
+    """A table in 8 bits: uint8 [vocab, ceil(hidden / block), block], the last block of a row filled up.
+
+    A value is (stored - 128) times its block's scale, in float32. scales: the byte of the same file at which these lie,
+    [vocab, ceil(hidden / block)] of `dtype`.
+    """
+
+    block: int = Field(ge=16, le=128)
+    scales: int = Field(ge=0)
+    dtype: FloatName
+
+
 class EmbeddingTable(Frozen):
-    """Where the token embeddings lie: row-major [vocab, hidden] at byte `offset` of `file`."""
+    """Where the token embeddings lie: row-major [vocab, hidden] at byte `offset` of `file`, or packed there.
+
+    dtype: of the floats; "uint8" where they are packed, so that programs which know no packed ones refuse them.
+    """
 
     file: str
     offset: int = Field(ge=0)
-    dtype: FloatName
+    dtype: FloatName | Literal["uint8"]
     shape: tuple[Count, Count]
+    packed: PackedRows | None = None
+    """None where they are floats."""
+
+    @property
+    def floats(self) -> FloatName:
+        """The dtype of what floats it holds."""
+        if self.packed is None and self.dtype != "uint8":
+            return self.dtype
+        return self.packed.dtype if self.packed else "float32"
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """Where it lies: first byte and length of each part."""
+        rows, hidden = self.shape
+        size = FLOATS[self.floats].bytes
+        if self.packed is None:
+            return ((self.offset, rows * hidden * size),)
+        blocks = -(-hidden // self.packed.block)
+        return (self.offset, rows * blocks * self.packed.block), (self.packed.scales, rows * blocks * size)
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return sum(length for _, length in self.parts)
 
 
 class StoredLayer(Frozen):

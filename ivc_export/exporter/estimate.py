@@ -38,7 +38,8 @@ from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.pipeline import check_lowering, chosen_as_asked, selection_layer
-from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.exporter.quantise import check_stored, plan_table, planned_formats
+from ivc_export.exporter.recipe import ExportRecipe, Quantisation
 from ivc_export.families.encoder import Preparation
 from ivc_export.families.family import Family, Model
 from ivc_export.families.pictures import Visual
@@ -185,16 +186,22 @@ class Export:
         calibrated: bool,
         dtype: FloatName,
         stored: WeightFormat = FLOAT,
+        quantisation: Quantisation = Quantisation(),  # noqa: B008 (it cannot change)
     ) -> Export:
-        """An export of this model, with graphs that have no weights. stored: how a checkpoint's linear layers are."""
-        weights = PlannedWeights(dtype, stored)
+        """An export of this model, with graphs that have no weights. stored: how a checkpoint's linear layers are.
+
+        Raises:
+            UserError: what is to be rounded is quantised already.
+        """
+        weights = PlannedWeights(dtype, stored, planned_formats(quantisation, stored, model))
         graphs = build_graphs(model, weights, layer)
         shape = (model.decoder.vocab_size, model.decoder.hidden_size)
-        weights.external(EMBEDDING, shape)
+        plan_table(quantisation, model, weights)
         length = sum(weights.lengths.values())
         layers, rule = model.decoder.layers, model.selection
         number = count_parameters(graphs.values(), shape)
-        return Export(family, graphs, length, dtype, layers, layer, calibrated, rule, pictures, number, stored.said)
+        said = "; ".join(sentence for sentence in (stored.said, quantisation.said) if sentence)
+        return Export(family, graphs, length, dtype, layers, layer, calibrated, rule, pictures, number, said)
 
     @staticmethod
     def of(bundle: Bundle) -> Export:
@@ -205,14 +212,15 @@ class Export:
         """
         m = bundle.manifest
         graphs = {name: bundle.graph(name) for name in GRAPH_NAMES}
-        stored = [
-            (name, value.const_value.nbytes)
+        weights = {
+            (value.const_value.path, value.const_value.offset): value.const_value.nbytes
             for graph in graphs.values()
-            for name, value in graph.graph.initializers.items()
+            for value in graph.graph.initializers.values()
             if isinstance(value.const_value, ir.ExternalTensor)
-        ]
-        embedding = math.prod(m.embedding.shape) * FLOATS[m.embedding.dtype].bytes
-        length = sum(dict([*stored, (EMBEDDING, embedding)]).values())
+        }
+        file = str(bundle.folder / m.embedding.file)
+        weights |= {(file, start): size for start, size in m.embedding.parts}  # which lm_head's weight may be
+        length = sum(weights.values())
         family, layers = families.of(m.family), m.decoder.layers
         return Export(
             family,
@@ -283,14 +291,17 @@ def estimate_recipe(recipe: ExportRecipe, pictures: Sequence[Size]) -> Estimate:
     layer, calibrated = selection_layer(recipe, description)
     description = chosen_as_asked(recipe, description)
     stored = detect_format(checkpoint)
-    if not LOWERINGS[check_lowering(recipe.lowering)].packed_weights:
+    packed = LOWERINGS[check_lowering(recipe.lowering)].packed_weights
+    check_stored(recipe.quantisation, stored, description.model, packed)
+    if not packed:
         stored = stored.as_floats
     if checkpoint.shards is not None:
         stored = stored.of_index({description.family.canonical_name(name) for name in checkpoint.shards})
     dtype = recipe.float_name or stored.dtype or stated_dtype(checkpoint.config)
     preparation = description.family.pictures(description.model.preprocessing.capped(recipe.max_visual))
     ratio = description.family.default_ratio if recipe.ratio is None else recipe.ratio
-    planned = Export.planned(description.family, description.model, preparation, layer, calibrated, dtype, stored)
+    family, model, q = description.family, description.model, recipe.quantisation
+    planned = Export.planned(family, model, preparation, layer, calibrated, dtype, stored, q)
     return planned.estimate(ratio, pictures)
 
 
@@ -310,8 +321,9 @@ def count_parameters(graphs: Iterable[ir.Model], embedding: Sequence[int]) -> in
         for node in model.graph:
             if node.domain == IVC_DOMAIN and node.op_type in PACKED_LINEARS:
                 packed, *others = (str(value.name) for value in node.inputs[1:] if value is not None)
-                found[packed] = node.attributes["N"].as_int() * node.attributes["K"].as_int()
-                beside |= {*others, f"{packed.removesuffix('packed')}order"}
+                weight = packed.removesuffix(".packed")
+                found[weight] = node.attributes["N"].as_int() * node.attributes["K"].as_int()
+                beside |= {packed, *others, f"{weight}.order"}
         for name, value in model.graph.initializers.items():
             if isinstance(value.const_value, ir.ExternalTensor) and name not in found:
                 found[name] = int(value.const_value.size)

@@ -18,10 +18,19 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.manifest import read_manifest
 from ivc_export.bundle.staging import check_apart, check_free, staged_folder
 from ivc_export.checkpoint.folder import Checkpoint
+from ivc_export.checkpoint.formats import detect_format
 from ivc_export.checkpoint.formats.floats import FLOAT
 from ivc_export.checkpoint.weights import EMBEDDING, FOLDER, Weights
 from ivc_export.contract.calibration import read_calibration
-from ivc_export.contract.manifest import EmbeddingTable, Manifest, Scored, StoredGraph, StoredLayer, WeightFile
+from ivc_export.contract.manifest import (
+    EmbeddingTable,
+    Manifest,
+    PackedRows,
+    Scored,
+    StoredGraph,
+    StoredLayer,
+    WeightFile,
+)
 from ivc_export.contract.names import (
     CHAT_TEMPLATE,
     GRAPH_NAMES,
@@ -36,6 +45,7 @@ from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.exporter.placement import converted_weights, place_weights, plan_conversions
+from ivc_export.exporter.quantise import check_stored, round_weights, table_stem
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.family import Family, Model
 from ivc_export.graph.functions import PACKED_LINEARS
@@ -73,11 +83,15 @@ def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundl
     description = read_description(checkpoint)  # before weights are downloaded
     layer, calibrated = selection_layer(recipe, description)
     description = chosen_as_asked(recipe, description)
+    packed = LOWERINGS[lowering].packed_weights
+    check_stored(recipe.quantisation, detect_format(checkpoint), description.model, packed)
     description.model.preprocessing.capped(recipe.max_visual)  # or a sentence, where no picture is so small
-    configuration = read_configuration(checkpoint, description, LOWERINGS[lowering].packed_weights)
-    dtype = float_dtype(recipe, configuration)
-    conversions = plan_conversions(checkpoint.tensors.values(), dtype, configuration.weights.derived.values())
-    model, weights = configuration.model, converted_weights(configuration.weights, conversions, dtype)
+    configuration = read_configuration(checkpoint, description, packed)
+    dtype, model = float_dtype(recipe, configuration), configuration.model
+    weights = configuration.weights
+    weights = round_weights(weights, recipe.quantisation, model, dtype or weights.dtype)
+    conversions = plan_conversions(checkpoint.tensors.values(), dtype, weights.derived.values())
+    weights = converted_weights(weights, conversions, dtype)
     with staged_folder(recipe.output, recipe.force) as folder:
         graphs = build_graphs(model, weights, layer)
         check_all_used(weights, configuration.family, graphs.values())
@@ -101,7 +115,7 @@ def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundl
 
             write_testdata(Bundle(folder, manifest))
             progress("testdata", 1, 1)
-    said = [configuration.stored.said] if configuration.stored.said else []
+    said = [sentence for sentence in (configuration.stored.said, recipe.quantisation.said) if sentence]
     return Bundle(recipe.output, manifest, (*configuration.prompts.notes, *said))
 
 
@@ -201,7 +215,9 @@ def check_all_used(weights: Weights, family: Family, graphs: Iterable[ir.Model])
     Raises:
         UserError: there are such tensors.
     """
-    used = {EMBEDDING, *weights.spare, *(name for graph in graphs for name in graph.graph.initializers)}
+    stem = table_stem(weights.tensors)
+    table = {EMBEDDING} if stem is None else {f"{stem}.packed", f"{stem}.scales"}
+    used = {*table, *weights.spare, *(name for graph in graphs for name in graph.graph.initializers)}
     extra = [name for name in weights.tensors if name not in used and not name.endswith(BUFFERS)]
     extra = [name for name in extra if not name.startswith(tuple(family.unused))]
     if extra:
@@ -258,6 +274,19 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def embedding_table(weights: Weights, shape: tuple[int, int]) -> EmbeddingTable:
+    """Where a bundle's token embeddings lie. shape: vocabulary and hidden size."""
+    stem = table_stem(weights.tensors)
+    if stem is None:
+        stored, packed = weights.find(EMBEDDING, shape), None
+    else:
+        stored, scales = weights.tensors[f"{stem}.packed"], weights.tensors[f"{stem}.scales"]
+        packed = PackedRows(block=stored.shape[2], scales=scales.offset, dtype=weights.dtype)
+    dtype = "uint8" if packed else weights.dtype
+    file = f"{FOLDER}/{stored.file.name}"
+    return EmbeddingTable(file=file, offset=stored.offset, dtype=dtype, shape=shape, packed=packed)
+
+
 def make_manifest(
     recipe: ExportRecipe,
     configuration: Configuration,
@@ -269,8 +298,6 @@ def make_manifest(
 ) -> Manifest:
     """The manifest of the bundle."""
     model = configuration.model
-    shape = (model.decoder.vocab_size, model.decoder.hidden_size)
-    embedding = weights.find(EMBEDDING, shape)
     return Manifest.sealed(
         family=configuration.family.model_type,
         dtype=weights.dtype,
@@ -289,9 +316,7 @@ def make_manifest(
             name: StoredGraph(**dict(model.graph_info(name, weights.dtype, layer)), sha256=hashes[name])
             for name in GRAPH_NAMES
         },
-        embedding=EmbeddingTable(
-            file=f"{FOLDER}/{embedding.file.name}", offset=embedding.offset, dtype=weights.dtype, shape=shape
-        ),
+        embedding=embedding_table(weights, (model.decoder.vocab_size, model.decoder.hidden_size)),
         weights=files,
         chat=configuration.prompts.segments,
         weight_formats={

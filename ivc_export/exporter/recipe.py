@@ -15,6 +15,60 @@ from ivc_export.selection.method import exported_methods
 
 Dtype = Literal["checkpoint", "float32", "float16", "bfloat16"]
 Placing = Literal["copy", "link"]
+Rounded = Literal["int4", "int8"]
+GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """Which weights an export rounds to 4 or 8 bits, without data; None leaves them as the checkpoint has them.
+
+    weights: of the decoder layers' products. group_size: values of a row that share a scale, in all that is rounded.
+    asymmetric: whether groups of decoder layers have zero points; all others have none. lm_head, embeddings, vision:
+    of the product that gives logits, the table of token embeddings, and the products of the vision encoder.
+    search: whether scales are searched for, or taken from the largest value, to see what the search does.
+    """
+
+    weights: Rounded | None = None
+    group_size: int = 128
+    asymmetric: bool = False
+    lm_head: Rounded | None = None
+    embeddings: Literal["int8"] | None = None
+    vision: Literal["int8"] | None = None
+    search: bool = True
+
+    def __post_init__(self) -> None:
+        if self.group_size not in GROUPS:
+            raise UserError(
+                f"weights cannot be rounded in groups of {self.group_size}: give one of {', '.join(map(str, GROUPS))}"
+            )
+        for what, value, known in (
+            ("weights", self.weights, get_args(Rounded)),
+            ("lm_head", self.lm_head, get_args(Rounded)),
+            ("embeddings", self.embeddings, ("int8",)),
+            ("vision", self.vision, ("int8",)),
+        ):
+            if value not in (None, *known):
+                raise UserError(f"{what} cannot be rounded to {value!r}: give one of {', '.join(known)}")
+        if self.asymmetric and self.weights is None:
+            raise UserError("zero points are of decoder layers that are rounded: name their format, int4 or int8, too")
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is rounded."""
+        return any((self.weights, self.lm_head, self.embeddings, self.vision))
+
+    @property
+    def said(self) -> str:
+        """What it does, in a sentence; empty for nothing."""
+        if not self.rounds:
+            return ""
+        parts = (
+            [f"decoder layers {self.weights}{' with zero points' if self.asymmetric else ''}"] if self.weights else []
+        )
+        for name, value in (("lm_head", self.lm_head), ("embeddings", self.embeddings), ("vision", self.vision)):
+            parts += [f"{name} {value}"] if value else []
+        return f"weights are rounded without data, in groups of {self.group_size}: {', '.join(parts)}"
 
 
 @dataclass(frozen=True)
@@ -35,6 +89,7 @@ class ExportRecipe:
     scored: what visual tokens are scored by; None takes the family's. See contract.manifest.Scored.
     method: how visual tokens are chosen; one of selection.method.exported_methods(). A bundle of "ivc-prune" takes
         methods of the same graphs at run time.
+    quantisation: which weights are rounded to 4 or 8 bits.
     testdata: whether to write testdata/, inputs and outputs of every graph for one picture and prompt.
     """
 
@@ -52,6 +107,7 @@ class ExportRecipe:
     calibration: Path | None = None
     scored: Scored | None = None
     method: str = "ivc-prune"
+    quantisation: Quantisation = Quantisation()
 
     def __post_init__(self) -> None:
         if self.ratio is not None:
@@ -80,6 +136,9 @@ class ExportRecipe:
         ):
             if value not in known:
                 raise UserError(f"{what} {value!r} is unknown: give one of {', '.join(filter(None, known))}")
+
+        if self.quantisation.rounds and self.weights == "link":
+            raise UserError("weights that are rounded to 4 or 8 bits cannot be linked: leave out --weights link")
 
     @property
     def float_name(self) -> FloatName | None:

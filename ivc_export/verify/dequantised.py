@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 Tensors = dict[str, torch.Tensor]
@@ -49,6 +50,36 @@ def dequantised(tensors: Tensors, settings: Mapping[str, Any], scale_dtype: torc
         if name.endswith(".bias") or f"{name.rpartition('.')[0]}.weight" not in weights
     }
     return others | weights, set(weights)
+
+
+def bundled(folder: Path, bits: Mapping[str, int]) -> Tensors:
+    """Float32 weights of what a bundle holds packed, those there are, by their stems, which `bits` has.
+
+    A row's values are in blocks that share a scale, and a zero point where there are any.
+    """
+    tensors: Tensors = {}
+    for file in sorted((folder / "weights").glob("*.safetensors")):
+        with safetensors.safe_open(file, "pt") as opened:
+            held = set(opened.keys())
+            wanted = held & {f"{stem}.{part}" for stem in bits for part in ("packed", "scales", "zero_points")}
+            tensors |= {name: opened.get_tensor(name) for name in wanted}
+    found = {}
+    for stem, width in bits.items():
+        if f"{stem}.packed" not in tensors:
+            continue
+        stored, scale = tensors[f"{stem}.packed"], tensors[f"{stem}.scales"].float()
+        q = values_of(stored.flatten(1), width)
+        zero = torch.full_like(scale, 1 << (width - 1))
+        if f"{stem}.zero_points" in tensors:
+            zero = values_of(tensors[f"{stem}.zero_points"], width)[:, : scale.shape[1]].float()
+        block = torch.arange(q.shape[1]) // (8 * stored.shape[2] // width)
+        found[stem] = combined(q, zero, scale, block)
+    return found
+
+
+def values_of(stored: torch.Tensor, bits: int) -> torch.Tensor:
+    """Values of bytes along the last axis, lowest bits first."""
+    return stored if bits == 8 else torch.stack([stored & 15, stored >> 4], dim=-1).flatten(-2)
 
 
 def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:

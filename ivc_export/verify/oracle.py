@@ -17,6 +17,7 @@ from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.recording import Key, Recording, identity
 from ivc_export.checkpoint.folder import Checkpoint
+from ivc_export.checkpoint.weights import EMBEDDING, TABLE
 from ivc_export.contract.graphs import SCORED_VALUES, deepstack_names
 from ivc_export.contract.manifest import Manifest, SelectionRule
 from ivc_export.contract.ratio import check_ratio
@@ -24,6 +25,7 @@ from ivc_export.errors import UserError
 from ivc_export.families.pictures import Visual
 from ivc_export.selection.method import Method, find_method
 from ivc_export.source.configuration import read_configuration
+from ivc_export.verify.dequantised import bundled
 from ivc_export.verify.reference import Reference, ReferenceLayout, ReferenceTurn
 from ivc_export.verify.reference_picture import ReferencePicture
 from ivc_export.verify.routing import MARGIN
@@ -41,6 +43,8 @@ def record(
 ) -> Recording:
     """Run the checkpoint in float32, on weights rounded to the bundle's dtype: a prefill and `steps` greedy tokens.
 
+    Weights that the export rounded to 4 or 8 bits are the bundle's: what that costs answers is another question.
+
     tokens: image tokens included. method: None for the bundle's. The tensors have the names that the graphs' outputs
     have in the contract.
 
@@ -55,7 +59,8 @@ def record(
     check_same_model(bundle, checkpoint)
     progress("opening the checkpoint")
     layout, packed = reference_layout(bundle, checkpoint), bool(m.weight_formats)
-    reference = Reference(checkpoint, m.selection_layer, ratio, m.selection, layout, m.dtype, packed)
+    weights, head = rounded_weights(bundle, checkpoint)
+    reference = Reference(checkpoint, m.selection_layer, ratio, m.selection, layout, m.dtype, packed, weights, head)
     reference.restart(m.selection_layer, ratio, method.name, method.seed)
     progress("prefill on PyTorch")
     pictures = [families.preparation(m).picture(image, m.tokens.image) for image in images]
@@ -114,6 +119,24 @@ def reference_picture(bundle: Bundle, picture: Visual) -> ReferencePicture:
     inputs = families.preparation(bundle.manifest).stock_inputs(picture)
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
     return ReferencePicture(tensors, grid.rows, grid.columns, grid.tile, grid.content, grid.time)
+
+
+def rounded_weights(bundle: Bundle, checkpoint: Path) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """What an export rounded to 4 or 8 bits, as float32 of the same values; see Reference's rounded and head."""
+    m, opened = bundle.manifest, Checkpoint.open(checkpoint)
+    stored = read_configuration(opened).weights.formats
+    own = {layer: one.format for layer, one in m.weight_formats.items() if layer not in stored}
+    bits = {f"{layer}.weight": int(name.removeprefix("int")) for layer, name in own.items()}
+    tensors = {families.of(m.family).canonical_name(name): tensor for name, tensor in opened.tensors.items()}
+    packed = bundled(bundle.folder, bits | {TABLE: 8})  # whose rows are filled up
+    columns = {name: tensors[EMBEDDING if name == TABLE else name].shape[1] for name in packed}
+    found = {name: weight[:, : columns[name]] for name, weight in packed.items()}
+    head = found.get(EMBEDDING)
+    if m.embedding.packed is None:
+        found.pop(EMBEDDING, None)
+    elif TABLE in found:
+        found[EMBEDDING] = found.pop(TABLE)
+    return {tensors[name].name: weight for name, weight in found.items()}, head
 
 
 def reference_layout(bundle: Bundle, checkpoint: Path) -> ReferenceLayout | None:

@@ -87,7 +87,8 @@ class Reference:
     It computes in float32 on the CPU with eager attention, whatever the checkpoint's dtype.
 
     dtype: what weights are rounded to before, as an export to it does. packed: whether quantised layers stay packed, so
-    that their scales are rounded and not their weights.
+    that their scales are rounded and not their weights. rounded: weights in the place of stored ones, by stored names.
+    head: the weight of lm_head [vocab, hidden] where embeddings are tied and it is no longer theirs.
 
     Raises:
         UserError: transformers cannot load `folder`.
@@ -102,6 +103,8 @@ class Reference:
         layout: ReferenceLayout | None = None,
         dtype: FloatName = "float32",
         packed: bool = True,
+        rounded: Mapping[str, torch.Tensor] | None = None,
+        head: torch.Tensor | None = None,
     ) -> None:
         transformers.utils.logging.disable_progress_bar()
         options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
@@ -110,11 +113,12 @@ class Reference:
         narrow = getattr(torch, dtype)
         try:
             settings = quantisation(folder)
-            if layout is not None or settings is not None:
+            if layout is not None or settings is not None or rounded:
                 stored = stored_tensors(folder)
                 exact: set[str] = set()
                 if settings is not None:
                     stored, exact = dequantised(stored, settings, narrow if packed else torch.float32)
+                stored, exact = stored | dict(rounded or {}), exact | set(rounded or {})
                 state = {
                     own: part if packed and name in exact else part.to(narrow).float()
                     for name, tensor in stored.items()
@@ -137,6 +141,8 @@ class Reference:
             raise UserError(
                 f"transformers cannot load {folder} ({reason}): give the checkpoint that was exported"
             ) from error
+        if head is not None:
+            self.model.lm_head.weight = torch.nn.Parameter(head)
         self.decoder: Any = self.model.model.language_model
         self.rule = rule
         self.restart(selection_layer, ratio)

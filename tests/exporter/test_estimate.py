@@ -161,7 +161,7 @@ def test_weights_dtype_and_cap_count(tmp_path: Path) -> None:
     recipe = ExportRecipe(checkpoint, tmp_path / "b", max_visual=16)
     found = estimate_recipe(recipe, [PICTURE])
     assert found.dtype == "bfloat16" and found.pictures[0].visual_tokens <= 16
-    assert found.weight_bytes == sum(t.nbytes for t in export(recipe).embedding_table[None]) + rest(tmp_path / "b")
+    assert found.weight_bytes == export(recipe).manifest.embedding.nbytes + rest(tmp_path / "b")
     wide = estimate_recipe(ExportRecipe(checkpoint, tmp_path / "w", dtype="float32"), [PICTURE])
     assert wide.weight_bytes == 2 * found.weight_bytes
 

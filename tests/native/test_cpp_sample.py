@@ -223,7 +223,7 @@ def test_embeddings_are_read_as_the_bundle_has_them(sample_bundle: Bundle, progr
     command = [program, "--bundle", sample_bundle.folder, *tokens]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
     values, pixels = (np.array(line.split(), np.float32) for line in done.stdout.splitlines())
-    np.testing.assert_array_equal(values, sample_bundle.embedding_table[tokens].astype(np.float32).ravel())
+    np.testing.assert_array_equal(values, sample_bundle.embed(np.array(tokens, np.int32)).ravel())
     p = sample_bundle.manifest.preprocessing
     assert p.kind == "patches" and pixels == [6 * p.merge_size**2 * p.patch_dim]
     assert complaint(*command, -1).startswith("token id -1 has no embedding: ")

@@ -14,7 +14,18 @@ import ivc_export
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
-NAMES = ["Bundle", "Chat", "ExportRecipe", "Method", "Sampling", "UserError", "Video", "export", "open_session"]
+NAMES = [
+    "Bundle",
+    "Chat",
+    "ExportRecipe",
+    "Method",
+    "Quantisation",
+    "Sampling",
+    "UserError",
+    "Video",
+    "export",
+    "open_session",
+]
 
 
 def python(code: str) -> str:

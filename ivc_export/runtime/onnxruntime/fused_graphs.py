@@ -145,7 +145,7 @@ class FusedGraphs:
         Raises:
             UserError: they leave its range.
         """
-        return cast(self.bundle.embedding_table[tokens], self.dtype, "an embedding of this model", WIDER)[None]
+        return cast(self.bundle.embed(tokens), self.dtype, "an embedding of this model", WIDER)[None]
 
     def value(self, array: npt.NDArray[Any]) -> OrtValue:
         """An array in the device's memory; on the CPU it is the array's own.

@@ -8,7 +8,7 @@ extern "C" {
 const char* ivc_error_message(const ivc_error* error) { return error == nullptr ? "" : error->message.c_str(); }
 
 void ivc_error_free(ivc_error* error) {
-    if (error != nullptr && error->message != "there is no memory left: close other programs") delete error;
+    if (error != ivc::noMemory()) delete error;
 }
 
 ivc_error* ivc_bundle_open(const char* folder, ivc_bundle** bundle) {

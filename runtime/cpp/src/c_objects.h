@@ -30,17 +30,18 @@ struct ivc_chat {
 
 namespace ivc {
 
+// The error where there is no memory for one. It is nobody's, and never freed.
+inline ivc_error* noMemory() noexcept {
+    static ivc_error error{"no memory left"};  // short enough to take none
+    return &error;
+}
+
 inline ivc_error* failure(const char* message) noexcept {
-    static ivc_error memory{"there is no memory left: close other programs"};
-    auto* error = new (std::nothrow) ivc_error;
-    if (error == nullptr) return &memory;
     try {
-        error->message = message;
+        return new ivc_error{message};
     } catch (...) {
-        delete error;
-        return &memory;
+        return noMemory();
     }
-    return error;
 }
 
 template <class Call>

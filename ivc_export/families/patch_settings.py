@@ -116,8 +116,16 @@ def read_cut(vision: Patches, found: Pictures | Videos, file: str) -> tuple[int,
     return fewest, most
 
 
-def read_videos(vision: Patches, found: Videos, token: int, **how: Any) -> VideoPreprocessing:
-    """A video processor's settings. how: the fields of VideoPreprocessing that families differ in.
+def read_videos(
+    vision: Patches,
+    found: Videos,
+    token: int,
+    choice: Literal["steps", "ends"] = "steps",
+    pixels_of: Literal["frame", "video"] = "frame",
+    positions_per_second: float | None = None,
+    timestamps: bool = False,
+) -> VideoPreprocessing:
+    """A video processor's settings, with what families differ in.
 
     Raises:
         UserError: see read_cut.
@@ -128,8 +136,11 @@ def read_videos(vision: Patches, found: Videos, token: int, **how: Any) -> Video
         fps=found.fps,
         min_frames=found.min_frames,
         max_frames=found.max_frames,
+        choice=choice,
         min_pixels=fewest,
         max_pixels=most,
-        **how,
+        pixels_of=pixels_of,
+        positions_per_second=positions_per_second,
+        timestamps=timestamps,
         **found.scaling,
     )

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import onnx_ir as ir
 from pydantic import Field
 
 from ivc_export.contract.manifest import DecoderSizes
-from ivc_export.contract.preprocessing import PatchPreprocessing
+from ivc_export.contract.preprocessing import PatchPreprocessing, VideoPreprocessing
 from ivc_export.contract.records import Depth, Frozen, Heads, SideLength, Width
 from ivc_export.errors import UserError
 from ivc_export.families.encoder import Encoder
 from ivc_export.families.family import DefaultLayer, Family, Model, scaled_layer
-from ivc_export.families.patch_settings import Patches, read_pictures
+from ivc_export.families.patch_settings import Patches, Videos, read_pictures, read_videos
 from ivc_export.families.patches import PatchPictures
 from ivc_export.families.positions import mrope_positions
 from ivc_export.families.qwen2_vl import (
     CHAT_TEMPLATE,
     TOKEN_TEXTS,
+    VIDEO_TEXT,
     canonical_name,
     frequencies,
     patch_rows,
     read_around,
 )
-from ivc_export.families.settings import IntList, check_divides
+from ivc_export.families.settings import VIDEO_PROCESSOR, IntList, check_divides
 from ivc_export.graph.activations import gelu
 from ivc_export.graph.attention import encoder_attention, rotated_heads, window_attention
 from ivc_export.graph.builder import INT32, Graph
@@ -50,6 +51,8 @@ class Vision(Patches):
     out_hidden_size: Width = 3584
     """Of what the merger gives, which is the decoder's."""
     fullatt_block_indexes: IntList = (7, 15, 23, 31)
+    tokens_per_second: Annotated[float, Field(gt=0, le=1e6)] = 4
+    """Positions of time a second of a video."""
 
 
 class VisionSizes(Frozen):
@@ -88,6 +91,13 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
     check_divides(("vision_config.hidden_size", sizes.embed_dim, 4 * sizes.heads))
     encoder = WindowEncoder(read_pictures(vision, processor), sizes, vision.out_hidden_size)
     return read_around(encoder, ("vision_config.out_hidden_size", vision.out_hidden_size), config)
+
+
+def video(config: Mapping[str, Any], processor: Mapping[str, Any] | None, token: int) -> VideoPreprocessing:
+    """How videos are made ready: as Qwen2-VL's, but frames lie apart by their time."""
+    vision = Vision.read(config.get("vision_config"), part="vision_config")
+    found = Videos.read(processor, VIDEO_PROCESSOR)
+    return read_videos(vision, found, token, positions_per_second=float(vision.tokens_per_second))
 
 
 @dataclass(frozen=True)
@@ -225,5 +235,7 @@ FAMILY = Family(
     chat_template=CHAT_TEMPLATE,
     token_texts=TOKEN_TEXTS,
     template_marks=True,
+    video=video,
+    video_text=VIDEO_TEXT,
     hub={"qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct", "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct"},
 )

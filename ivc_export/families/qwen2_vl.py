@@ -174,9 +174,7 @@ def check_merged(merged: tuple[str, int], decoder: DecoderSizes) -> None:
 def video(config: Mapping[str, Any], processor: Mapping[str, Any] | None, token: int) -> VideoPreprocessing:
     """How videos are made ready: frames in equal steps, each of so many pixels, and one position a temporal patch."""
     vision = Vision.read(config.get("vision_config"), part="vision_config")
-    found = Videos.read(processor, VIDEO_PROCESSOR)
-    how = {"choice": "steps", "pixels_of": "frame", "positions_per_second": None, "timestamps": False}
-    return read_videos(vision, found, token, **how)
+    return read_videos(vision, Videos.read(processor, VIDEO_PROCESSOR), token)
 
 
 def canonical_name(name: str) -> str:

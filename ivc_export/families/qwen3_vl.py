@@ -17,19 +17,20 @@ import onnx_ir as ir
 from pydantic import Field
 
 from ivc_export.contract.manifest import DecoderSizes, RotarySizes
-from ivc_export.contract.preprocessing import PatchPreprocessing
+from ivc_export.contract.preprocessing import PatchPreprocessing, VideoPreprocessing
 from ivc_export.contract.records import Count, Depth, Epsilon, Heads, Width
 from ivc_export.errors import UserError
-from ivc_export.families import qwen2_5_vl
+from ivc_export.families import patch_settings, qwen2_5_vl
 from ivc_export.families.encoder import Encoder
 from ivc_export.families.family import DefaultLayer, Family, Model, renamed
-from ivc_export.families.patch_settings import Patches, read_pictures
+from ivc_export.families.patch_settings import Patches, read_pictures, read_videos
 from ivc_export.families.patches import PatchPictures
 from ivc_export.families.positions import mrope_positions
 from ivc_export.families.qwen2_vl import (
     LAYER_NORM_EPSILON,
     SELECTION,
     TOKEN_TEXTS,
+    VIDEO_TEXT,
     VisionSizes,
     Whole,
     add_attention,
@@ -40,7 +41,16 @@ from ivc_export.families.qwen2_vl import (
     frequencies,
     patch_rows,
 )
-from ivc_export.families.settings import CONFIG, IntList, Square, check_divides, refuse
+from ivc_export.families.settings import (
+    CONFIG,
+    VIDEO_PROCESSOR,
+    Deviations,
+    IntList,
+    Means,
+    Square,
+    check_divides,
+    refuse,
+)
 from ivc_export.families.text_models import (
     DecoderLayers,
     DecoderSettings,
@@ -118,6 +128,26 @@ PICTURES = {
     "image_std": [0.5, 0.5, 0.5],
 }
 """The image processor's settings of the published checkpoints, for those that come without."""
+
+
+class Videos(patch_settings.Videos):
+    """Qwen3VLVideoProcessor of transformers."""
+
+    size: Any = {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768}  # noqa: RUF012
+    """Pixels of all resized frames together, fewest and most."""
+    image_mean: Means = (0.5, 0.5, 0.5)
+    image_std: Deviations = (0.5, 0.5, 0.5)
+
+
+VIDEOS = {"size": {"shortest_edge": 4096, "longest_edge": 25165824}}
+"""The video processor's settings of the published checkpoints, for those that come without."""
+
+
+def video(config: Mapping[str, Any], processor: Mapping[str, Any] | None, token: int) -> VideoPreprocessing:
+    """How videos are made ready: frames from the first to the last share their pixels, and their times are written."""
+    vision = Vision.read(config.get("vision_config"), part="vision_config")
+    found = Videos.read(VIDEOS if processor is None else processor, VIDEO_PROCESSOR)
+    return read_videos(vision, found, token, choice="ends", pixels_of="video", timestamps=True)
 
 
 def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
@@ -284,6 +314,8 @@ CHAT_TEMPLATE = """\
 {%- for part in message.content -%}
 {%- if part.type == 'image' -%}
 <|vision_start|><|image_pad|><|vision_end|>
+{%- elif part.type == 'video' -%}
+<|vision_start|><|video_pad|><|vision_end|>
 {%- else -%}
 {{ part.text }}
 {%- endif -%}
@@ -312,6 +344,8 @@ FAMILY = Family(
     chat_template=CHAT_TEMPLATE,
     token_texts=TOKEN_TEXTS,
     template_marks=True,
+    video=video,
+    video_text=VIDEO_TEXT,
     hub=HUB,
     foreign=foreign,
 )

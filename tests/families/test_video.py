@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,17 @@ import PIL.Image
 import pytest
 import torch
 import transformers
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.video_utils import VideoMetadata
 
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.families import patch_settings, qwen3_vl
 from ivc_export.families.patches import PatchPictures, frame_size
 from ivc_export.families.pictures import Grid, Visual
 from ivc_export.families.videos import Clip, taken_frames
@@ -29,6 +35,7 @@ from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
 from ivc_export.runtime.processor import Processor
 from ivc_export.runtime.videos import Video
+from ivc_export.text.template import parts_message
 from ivc_export.verify.oracle import reference_picture
 from ivc_export.verify.reference import Reference
 from samples.make_sample import make_checkpoint
@@ -210,6 +217,45 @@ def test_a_video_file_is_read_as_its_frames(filmed: Filmed, tmp_path: Path) -> N
         np.testing.assert_array_equal(np.asarray(image), frames[number])
 
 
+@every_family
+def test_ids_equal_those_of_transformers(filmed: Filmed) -> None:
+    """The text around frames is that of the family's own processor, without its torchvision."""
+    m, processor = filmed.bundle.manifest, filmed.processor
+    assert m.video is not None
+    looks = [processor.video(video) for video in (filmed.odd, filmed.high)]
+    visuals = [visual for _, found in looks for visual in found]
+    text = processor.render([parts_message([filmed.odd, "Then", filmed.high, "What moves here?"])])
+    official: Any = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}[
+        filmed.name
+    ]
+    official = official.__new__(official)
+    official.video_token, official.video_processor = (
+        "<|video_pad|>",
+        SimpleNamespace(merge_size=2, temporal_patch_size=2),
+    )
+    official.vision_start_token, official.vision_end_token = "<|vision_start|>", "<|vision_end|>"
+    for (look, _), fps in zip(looks, (3.0, 0.7), strict=True):
+        shape = torch.tensor([[look.grid.time, 2 * look.grid.rows, 2 * look.grid.columns]])
+        metadata = VideoMetadata(len(look.frames), fps, frames_indices=[*look.frames])
+        written = official.replace_video_token({"video_grid_thw": shape, "video_metadata": [metadata]}, 0)
+        text = text.replace("<|video_pad|>", written.replace("<|video_pad|>", "<|unused|>"), 1)
+    wanted = processor.tokenizer.encode(text.replace("<|unused|>", "<|video_pad|>"), add_special_tokens=False).ids
+    assert processor.question("<video>Then<video>What moves here?", visuals) == wanted
+    assert wanted.count(m.video.token) == sum(visual.grid.visual for visual in visuals)
+
+
+@pytest.mark.parametrize("case", json.loads((GOLDENS / "video.json").read_text(encoding="utf-8"))["times"], ids=str)
+def test_times_are_written_as_transformers_writes_them(case: Any) -> None:
+    p = families.of("qwen3_vl").read(TINY["qwen3_vl"], None).preprocessing
+    pictures, count = families.of("qwen3_vl").pictures(p), len(case["indices"])
+    total = round(1 + case["indices"][-1])
+    frames = [PIL.Image.fromarray(frame(number, 64, 64)) for number in range(count)]
+    clip = Clip("clip", (64, 64), tuple(case["indices"]), total, case["native"], frames)
+    visuals = pictures.video(clip, settings(timestamps=True, pixels_of="video"), 10**9)
+    assert [visual.before for visual in visuals] == case["written"]
+    assert [visual.more for visual in visuals] == [*reversed(range(len(visuals)))]
+
+
 GOLDEN: Any = json.loads((GOLDENS / "video.json").read_text(encoding="utf-8"))
 """Of transformers' video processors."""
 
@@ -218,6 +264,14 @@ def settings(**changes: Any) -> Any:
     found = families.of("qwen2_vl").video
     assert found is not None
     return found({"vision_config": {}}, None, 504).model_copy(update=changes)
+
+
+@pytest.mark.parametrize("name", GOLDEN["defaults"])
+def test_settings_that_a_checkpoint_leaves_out_are_transformers(name: str) -> None:
+    table: Any = {"qwen2_vl": patch_settings.Videos, "qwen3_vl": qwen3_vl.Videos}[name]
+    wanted = {**GOLDEN["defaults"][name], "cap_pixels_per_frame": False}  # None there, which is the same
+    found = table().model_dump(include={*wanted})
+    assert {key: [*value] if isinstance(value, tuple) else value for key, value in found.items()} == wanted
 
 
 @pytest.mark.parametrize("case", GOLDEN["sampling"], ids=lambda case: f"{case['total']}-{case['fps']}")

@@ -180,11 +180,13 @@ class Chat:
             raise
         self.step, self.tokens = step, []
         self.sampler.read(step.run.tokens)
+        self._answer = ""
         try:
             drawn = continue_from(self.conversation, step, self.sampler)
-            yield from self.processor.stream(self._record(drawn))
+            for piece in self.processor.stream(self._record(drawn)):
+                self._answer += piece  # not all tokens' text: bytes that make no whole character have none
+                yield piece
         finally:  # also where the caller stops listening
-            self._answer = self.processor.decode(self.tokens)
             self.messages = [*messages, answer_message(self._answer)]
 
     def _check_length(self, tokens: Sequence[int]) -> None:

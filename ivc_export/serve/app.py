@@ -67,7 +67,7 @@ def make_app(worker: Worker, settings: ServerSettings) -> Starlette:
         "backend": worker.session.backend,
         "methods": [name for name, method in METHODS.items() if method_fits(name, worker)],
         "locked": bool(settings.keys),
-        "max_tokens": settings.tokens,
+        "max_tokens": min(settings.tokens, settings.most_tokens),
     }
     page = page.replace("/*FACTS*/{}", json.dumps(facts).replace("<", "\\u003c"))
 
@@ -84,7 +84,7 @@ def make_app(worker: Worker, settings: ServerSettings) -> Starlette:
             Route("/v1/chat/completions", Completions(worker, settings)),
         ],
         middleware=[Middleware(Guard, settings=settings)],
-        exception_handlers={HTTPException: http_error, RequestError: request_error, Exception: failure},
+        exception_handlers={HTTPException: http_error, RequestError: request_error, Exception: unexpected_error},
         lifespan=lifespan,
     )
 
@@ -111,7 +111,7 @@ def request_error(request: Request, error: Exception) -> Response:
     return JSONResponse(error.body, error.status)
 
 
-def failure(request: Request, error: Exception) -> Response:
+def unexpected_error(request: Request, error: Exception) -> Response:
     """A bug, which the log tells."""
     return JSONResponse(error_body("the server failed: its log says why", 500), 500)
 

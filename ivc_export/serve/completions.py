@@ -171,7 +171,7 @@ class Completions:
                     )
                 parts.append(text)
             texts = [part for part in parts if isinstance(part, str)]
-            if not "".join(texts).strip():
+            if not isinstance(message, AssistantMessage) and not "".join(texts).strip():
                 raise RequestError(f"messages[{number}] has no text: give some", param=f"messages[{number}].content")
             if isinstance(message, SystemMessage):
                 messages.append(self._worker.processor.system_message("".join(texts)))

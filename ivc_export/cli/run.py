@@ -25,6 +25,7 @@ from ivc_export.runtime.backends import find_backend, open_session
 from ivc_export.runtime.chat import Chat, FollowUp
 from ivc_export.runtime.interface import Timings
 from ivc_export.runtime.pictures import open_picture
+from ivc_export.runtime.processor import video_settings
 from ivc_export.runtime.videos import Video
 from ivc_export.selection.method import find_method
 from ivc_export.text.sampling import GENERATION_CONFIG, Sampling, checkpoint_sampling, greedy_note
@@ -103,8 +104,9 @@ def command(arguments: Sequence[str]) -> int:
         open_picture(image, partial(console.print, markup=False)) for image in options.image
     ]
     images += videos
-    for video in videos:
-        video.open()  # a mistake is told before graphs are opened
+    for video in videos:  # a mistake is told before graphs are opened
+        video_settings(bundle)
+        video.open()
     backend = find_backend(options.backend)
     note = backend.before(bundle)
     if note:

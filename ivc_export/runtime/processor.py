@@ -15,6 +15,7 @@ from tokenizers.decoders import DecodeStream
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from ivc_export.contract.preprocessing import VideoPreprocessing
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Grid, Visual
 from ivc_export.families.videos import Clip, taken_frames
@@ -128,10 +129,8 @@ class Processor:
         Raises:
             UserError: the model takes none, it cannot be read, or it does not fit.
         """
-        m = self.bundle.manifest
-        if m.video is None:
-            raise UserError(f"{self.bundle.folder} takes no videos: give pictures, or export a model that takes them")
-        settings, deep, footage = m.video, getattr(m.preprocessing, "temporal_patch_size", 1), video.open()
+        m, settings, footage = self.bundle.manifest, video_settings(self.bundle), video.open()
+        deep = getattr(m.preprocessing, "temporal_patch_size", 1)
         native = footage.native or video.fps or settings.fps
         indices = tuple(range(footage.total))
         most = settings.max_frames if video.max_frames is None else video.max_frames
@@ -316,6 +315,17 @@ class Processor:
         """The text of `tokens`, special tokens left out."""
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
+
+
+def video_settings(bundle: Bundle) -> VideoPreprocessing:
+    """How a bundle takes videos.
+
+    Raises:
+        UserError: it takes none.
+    """
+    if bundle.manifest.video is None:
+        raise UserError(f"{bundle.folder} takes no videos: give pictures, or export a model that takes them")
+    return bundle.manifest.video
 
 
 def placed(text: str, pictures: Sequence[T]) -> list[str | T]:

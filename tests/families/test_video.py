@@ -21,12 +21,11 @@ from transformers.video_utils import VideoMetadata
 
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families import patch_settings, qwen3_vl
-from ivc_export.families.patches import PatchPictures, frame_size
-from ivc_export.families.pictures import Grid, Visual
+from ivc_export.families.patches import frame_size
+from ivc_export.families.pictures import Visual
 from ivc_export.families.videos import Clip, taken_frames
 from ivc_export.report.overlay import overlay
 from ivc_export.runtime.chat import Chat, Sampling
@@ -41,7 +40,7 @@ from ivc_export.verify.reference import Reference
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
 from tests.conftest import GOLDENS, LOGIT_TOLERANCE, SHAPES
-from tests.families.clips import frame, frame_folder, video_file
+from tests.families.clips import frame, frame_folder
 from tests.runtime.test_tensorrt import opened
 
 FAMILIES = [name for name in families.names() if families.of(name).video is not None]
@@ -204,20 +203,6 @@ def test_many_frames_are_drawn_in_lines(filmed: Filmed, tmp_path: Path) -> None:
 
 
 @every_family
-def test_a_video_file_is_read_as_its_frames(filmed: Filmed, tmp_path: Path) -> None:
-    av = pytest.importorskip("av")
-    path = video_file(av, tmp_path / "clip.mp4", 47, 96, 64)
-    seen, _ = filmed.processor.video(Video(path, fps=2))
-    m = filmed.bundle.manifest
-    assert m.video is not None
-    assert seen.frames == taken_frames(m.video, 2, 47, 10.0, 2, None) and seen.size == (96, 64)
-    with av.open(str(path)) as file:
-        frames = [image.to_ndarray(format="rgb24") for image in file.decode(video=0)]
-    for image, number in zip(Video(path).open().frames(seen.frames), seen.frames, strict=True):
-        np.testing.assert_array_equal(np.asarray(image), frames[number])
-
-
-@every_family
 def test_ids_equal_those_of_transformers(filmed: Filmed) -> None:
     """The text around frames is that of the family's own processor, without its torchvision."""
     m, processor = filmed.bundle.manifest, filmed.processor
@@ -290,108 +275,3 @@ def test_frames_have_the_size_that_transformers_gives_them(case: Any) -> None:
     for key, least, most in (("video", 4096, 25165824), ("video_default", 131072, 786432)):
         whole = settings(pixels_of="video", min_pixels=least, max_pixels=most)
         assert frame_size(clip, whole, p, 10**9) == tuple(case[key])  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("count", [1, 4, 5])
-def test_pixels_are_those_of_the_frames_as_pictures(count: int) -> None:
-    """Two in a temporal patch, the last one twice where the number is odd."""
-    p = families.of("qwen2_vl").read(TINY["qwen2_vl"], None).preprocessing
-    pictures = families.of("qwen2_vl").pictures(p)
-    assert isinstance(pictures, PatchPictures)
-    frames = [PIL.Image.fromarray(frame(number, 112, 84)) for number in range(count)]
-    clip = Clip("clip", (112, 84), tuple(range(count)), count, 10.0, frames)
-    (video,) = pictures.video(clip, settings(min_pixels=112 * 84, max_pixels=112 * 84), 10**9)
-    assert video.grid == Grid(3, 4, time=-(-count // 2))
-    pixels = video.inputs["pixel_values"].reshape(-1, 48, 3, 2, 196)
-    for number in range(2 * video.grid.time):
-        alone = pictures.picture(frames[min(number, count - 1)], 503).inputs
-        np.testing.assert_array_equal(
-            pixels[number // 2, :, :, number % 2], alone["pixel_values"].reshape(48, 3, 2, 196)[:, :, 0]
-        )
-        np.testing.assert_array_equal(video.inputs["patch_position"], alone["patch_position"])
-
-
-@one_family
-def test_frames_are_scaled_to_max_visual(filmed: Filmed, tmp_path: Path) -> None:
-    long = Video(frame_folder(tmp_path / "long", 61, 192, 128))
-    seen, _ = filmed.processor.video(long)
-    assert 150 < sum(grid.visual for grid in seen.grids) <= 300
-    fewer, _ = filmed.processor.video(Video(long.path, max_frames=8))
-    assert len(fewer.frames) == 8 and sum(grid.visual for grid in fewer.grids) <= 300
-
-
-@one_family
-def test_a_folder_of_10_000_frames_is_sampled(filmed: Filmed, tmp_path: Path) -> None:
-    folder = frame_folder(tmp_path / "one", 1, 32, 32)
-    for number in range(1, 10_000):
-        (folder / f"{number:05}.png").hardlink_to(folder / "00000.png")
-    seen, _ = filmed.processor.video(Video(folder, max_frames=64))
-    assert len(seen.frames) == 64 and seen.frames[-1] > 9_000
-    with pytest.raises(
-        UserError, match=r"gives at least 384 visual tokens in 768 frames of 32 x 32, and this bundle takes 300"
-    ):
-        filmed.processor.video(Video(folder))
-
-
-@one_family
-def test_videos_that_cannot_be(filmed: Filmed, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    mixed = frame_folder(tmp_path / "mixed", 3, 40, 40)
-    PIL.Image.new("RGB", (50, 40)).save(mixed / "9.png")
-    torn = frame_folder(tmp_path / "torn", 3, 40, 40)
-    (torn / "00001.png").write_bytes((torn / "00001.png").read_bytes()[:900])
-    long = frame_folder(tmp_path / "strip", 2, 2100, 10)
-    for path, sentence in (
-        (tmp_path / "none.mp4", "there is no video at"),
-        (tmp_path / "empty", "holds no frames of a video: give a folder of PNG or JPEG files, or a video file"),
-        (mixed, "is of 50 x 40, and the first frame of the video of 40 x 40: give frames of one size"),
-        (torn, "cannot be read as a picture"),
-        (long, "too elongated"),
-    ):
-        with pytest.raises(UserError, match=sentence):
-            filmed.processor.video(Video(path))
-    for numbers, sentence in (
-        ({"fps": 0}, "0 frames a second are out of range"),
-        ({"fps": float("nan")}, "nan frames a second are out of range"),
-        ({"max_frames": 0}, "0 frames at most are none"),
-    ):
-        with pytest.raises(UserError, match=sentence):
-            Video(tmp_path, **numbers)
-
-
-@one_family
-def test_files_that_are_no_videos(filmed: Filmed, tmp_path: Path) -> None:
-    av = pytest.importorskip("av")
-    whole = video_file(av, tmp_path / "whole.mp4", 20, 96, 64).read_bytes()
-    for name, content in {
-        "text.txt": b"What moves here? Nothing does.\n" * 9,
-        "text.mp4": b"#EXTM3U\nfile:///etc/passwd\n",
-        "empty.mp4": b"",
-        "half.mp4": whole[: len(whole) // 2],
-        "picture.mp4": SHAPES.read_bytes(),
-    }.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name} cannot be read as a video .*: give a whole video") as caught:
-            filmed.processor.video(Video(tmp_path / name))
-        assert len(str(caught.value).splitlines()) == 1
-    with av.open(str(tmp_path / "sound.mkv"), "w") as file:
-        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.int16), format="s16", layout="mono")
-        silence.sample_rate = 8000
-        file.mux(file.add_stream("pcm_s16le", rate=8000, layout="mono").encode(silence))
-    with pytest.raises(UserError, match=r"sound.mkv holds no video: give a file that does"):
-        filmed.processor.video(Video(tmp_path / "sound.mkv"))
-
-
-@one_family
-def test_without_pyav_files_are_refused(filmed: Filmed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "av", None)
-    (tmp_path / "clip.mp4").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"takes PyAV to read: install ivc-export\[video\]"):
-        Video(tmp_path / "clip.mp4").open()
-
-
-def test_other_families_take_no_videos(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", TINY["llava"])
-    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle"))
-    with pytest.raises(UserError, match="takes no videos: give pictures, or export a model that takes them"):
-        Processor(bundle).video(Video(frame_folder(tmp_path / "clip", 2, 40, 40)))

@@ -7,6 +7,11 @@
 #include "ivc/unicode.h"
 
 namespace ivc {
+namespace {
+
+constexpr char kThinkingEnd[] = "</think>";
+
+}  // namespace
 
 Chat::Chat(const Bundle& bundle, Device& device, ChatOptions options)
     : bundle_(bundle), device_(device), options_(std::move(options)),
@@ -32,8 +37,12 @@ std::string Chat::finish() const { return !tokens_.empty() && stops(tokens_.back
 std::string Chat::addition(const std::string& rendered) const {
     if (rendered.compare(0, told_.size(), told_) == 0) {
         const std::string rest = rendered.substr(told_.size());
-        const std::string bare(stripRight(stripLeft(answer_, Strip::kBlanks), Strip::kBlanks));
-        for (const std::string& answer : {answer_, bare}) {
+        const auto bare = [](std::string_view text) {
+            return std::string(stripRight(stripLeft(text, Strip::kBlanks), Strip::kBlanks));
+        };
+        const size_t thought = answer_.rfind(kThinkingEnd);  // dropped thoughts stay in the cache
+        const size_t spoken = thought == std::string::npos ? 0 : thought + sizeof kThinkingEnd - 1;
+        for (const std::string& answer : {answer_, bare(answer_), bare(answer_.substr(spoken))}) {
             const size_t at = rest.find(answer);
             if (at == std::string::npos) continue;
             if (answer.empty() || stripLeft(std::string_view(rest).substr(0, at), Strip::kBlanks).empty()) {

@@ -45,6 +45,7 @@ def test_kernels_compile_and_link(tmp_path: Path) -> None:
         "ivcAppendRows",
         "ivcAttendInPlace",
         "ivcEncodeAttend",
+        "ivcMatMulInt4",
     ):
         assert f" T {name}\n" in exported
 

@@ -2,6 +2,7 @@
 #include <cuda_fp16.h>
 
 #include "attend_plan.h"
+#include "device.h"
 #include "ivc_kernels.h"
 
 namespace ivc {
@@ -64,15 +65,6 @@ struct Launch {
         return cudaGetLastError();
     }
 };
-
-// Whether the current device has what the kernels over tiles need.
-cudaError_t hasTensorCores(bool& has) {
-    int device = 0, major = 0;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    has = major >= 8;
-    return status;
-}
 
 }  // namespace ivc
 

@@ -79,6 +79,14 @@ IVC_API cudaError_t ivcAttendInPlace(const IvcAttention* attention, const void* 
 IVC_API cudaError_t ivcEncodeAttend(const IvcEncoder* encoder, const void* q, const void* k, const void* v,
     const int32_t* windowOfPlace, void* y, cudaStream_t stream);
 
+// y = x W^T, W = (stored - zero point) scale: weights in 4 bits as graphs/ops/LinearNBitsZeroPoints.onnxtxt has them.
+//   x [rows, K]; y [rows, N]; scales [N, blocks], blocks being ceil(K / blockSize)
+//   packed uint8 [N, blocks, blockSize / 2], the low half of a byte first, at a multiple of 16 bytes, or of 8 in blocks
+//     of 16; what lies behind a row's K values has no effect
+//   zeroPoints uint8 [N, ceil(blocks / 2)], the same way; null: all are 8
+IVC_API cudaError_t ivcMatMulInt4(const IvcInt4* product, const void* x, const void* packed, const void* scales,
+    const void* zeroPoints, void* y, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -73,6 +73,15 @@ typedef struct {
     IvcStrides q, k, v;
 } IvcEncoder;
 
+// Extents of a product over weights in 4 bits.
+typedef struct {
+    int32_t rows;       // > 0, of x and y
+    int32_t features;   // K > 0, of a row of x
+    int32_t out;        // N > 0, of a row of y
+    int32_t blockSize;  // weights that share a scale: 16, 32, 64, 128 or 256
+    IvcType type;       // of x, scales and y: float16 or bfloat16; products are summed in float32
+} IvcInt4;
+
 // Tensors that one launch takes; more need one launch for each so many.
 #define IVC_ROWS_PER_LAUNCH 128
 

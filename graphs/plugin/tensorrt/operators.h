@@ -1,5 +1,5 @@
 // The ivc operators as TensorRT sees them, apart from any plugin interface: formats, shapes, workspace and launches.
-// Those of attention are in attention.h.
+// Those of attention are in attention.h, products in products.h.
 //
 // Inputs are those of the `plugin` lowering (ivc_export/passes/use_plugin.py).
 #pragma once

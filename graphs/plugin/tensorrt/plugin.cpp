@@ -12,6 +12,7 @@
 #endif
 
 #include "attention.h"
+#include "products.h"
 
 namespace {
 
@@ -26,5 +27,6 @@ Registration<ivc::CompactGatherN> compactGatherN;
 Registration<ivc::AttendInPlace> attendInPlace;
 Registration<ivc::EncodeAttend> encodeAttend;
 Registration<ivc::CompactIntoCaches> compactIntoCaches;
+Registration<ivc::MatMulInt4> matMulInt4;
 
 }  // namespace

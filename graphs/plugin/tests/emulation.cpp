@@ -2,7 +2,10 @@
 // a GPU. The calls have the kernels' signatures but for the stream, which is their order instead: 0, or 1 for backwards.
 #include <stddef.h>
 
+#include <memory>
+
 #include "../kernels/attend_plan.h"
+#include "../kernels/int4_plan.h"
 #include "../kernels/rows.h"
 #include "../kernels/selection.h"
 #include "../kernels/votes.h"
@@ -150,9 +153,33 @@ struct Attending {
     }
 };
 
+struct Multiplying {
+    bool backwards;
+
+    template <class Kernel>
+    int run(const Int4& a) const {
+        auto shared = std::make_unique<typename Kernel::Shared>();
+        launch(Kernel::columnBlocks(a), Kernel::rowBlocks(a), 1, backwards, [&](int columns, int rows, int) {
+            memset(static_cast<void*>(shared.get()), 0xff, sizeof *shared);  // NaN
+            Block block{Kernel::kWarps, backwards};
+            Kernel::run(block, *shared, a, columns, rows);
+        });
+        return 0;
+    }
+};
+
 }  // namespace
 
 extern "C" {
+
+int ivcMatMulInt4(const IvcInt4* c, const void* x, const void* packed, const void* scales, const void* zeroPoints,
+    void* y, size_t backwards) {
+    if (!possible(*c)) return 1;
+    const Int4Choice choice = choiceOf(*c, true);
+    const Int4 a = planned(*c, x, packed, scales, zeroPoints, y, choice);
+    if (!wellPlaced(*c, a)) return 1;
+    return launchInt4<Float16, BFloat16>(*c, choice.kernel, a, Multiplying{backwards != 0});
+}
 
 size_t ivcAttendWorkspace(const IvcAttention* attention) {
     return possible(*attention) ? workspaceOf(*attention) : 0;

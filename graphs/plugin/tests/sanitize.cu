@@ -1,4 +1,4 @@
-// Attention calls of many extents for compute-sanitizer: every buffer is an allocation of its own and exactly as long
+// Calls of many extents, of attention and of products, for compute-sanitizer: every buffer is an allocation of its own and exactly as long
 // as it has to be, and cache rows that no call may read are left uninitialised.
 //
 //   nvcc -std=c++17 -arch=native sanitize.cu ../kernels/*.cu -o sanitize
@@ -112,6 +112,23 @@ void encoder(int number) {
     require(cudaMemcpy(answer.data(), y.data, y.bytes, cudaMemcpyDeviceToHost));
 }
 
+void product(int number) {
+    static const int kRows[] = {1, 3, 14, 100, 200};
+    IvcInt4 c{};
+    c.type = number % 2 ? IVC_FLOAT16 : IVC_BFLOAT16;
+    c.blockSize = 16 << number % 5;
+    c.rows = kRows[number / 5 % 5];
+    c.features = number % 3 ? between(1, 300) : 8 * between(1, 60);
+    c.out = number % 4 ? between(1, 200) : between(1000, 1300);
+    const size_t blocks = (c.features + c.blockSize - 1) / c.blockSize, out = c.out, rows = c.rows;
+    Buffer x(2 * rows * c.features), packed(out * blocks * c.blockSize / 2), scales(2 * out * blocks), y(2 * rows * out);
+    Buffer points(number % 2 ? (out * ((blocks + 1) / 2) + 1) / 2 * 2 : 0);
+    for (Buffer* buffer : {&x, &packed, &scales, &points}) buffer->fill(c.type);
+    require(ivcMatMulInt4(&c, x.data, packed.data, scales.data, points.data, y.data, nullptr));
+    std::vector<char> answer(y.bytes);
+    require(cudaMemcpy(answer.data(), y.data, y.bytes, cudaMemcpyDeviceToHost));
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -119,7 +136,8 @@ int main(int count, char** arguments) {
     for (int i = 0; i < cases; ++i) {
         decoder(i);
         encoder(i);
+        product(i);
     }
     require(cudaDeviceSynchronize());
-    printf("%d cases ran\n", 2 * cases);
+    printf("%d cases ran\n", 3 * cases);
 }

@@ -1,0 +1,26 @@
+"""Products over weights in 4 bits on a GPU against NumPy; needs what test_kernels.py needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from tests.gpu.test_kernels import kernels  # a fixture
+from tests.native.int4 import int4_case
+from tests.native.kernels import Kernels
+
+__all__ = ["kernels"]
+pytestmark = pytest.mark.gpu
+
+
+def test_500_cases_agree_with_float64(kernels: Kernels, record_property: Callable[[str, object], None]) -> None:
+    worst = max(int4_case(seed).check(kernels) for seed in range(500))
+    record_property("500 products over 4 bits", f"largest error {worst:.2f} of what rounding may cost")
+
+
+def test_two_runs_give_the_same_bits(kernels: Kernels) -> None:
+    for seed in range(20):
+        case = int4_case(seed)
+        np.testing.assert_array_equal(case.run(kernels), case.run(kernels))

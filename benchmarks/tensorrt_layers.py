@@ -161,7 +161,8 @@ def build(options: argparse.Namespace) -> None:
         settings = Options("tensorrt", capability, tactic_sources=TACTICS, reduced=True)
         start = time.perf_counter()
         with working_folder(bundle) as work:
-            plan = compile_graph(trt, model, profiles(bundle, profile, RECIPE).values(), settings, work)
+            recipe = replace(RECIPE, plugin=options.plugin) if KINDS[kind][0] is PLUGIN else RECIPE
+            plan = compile_graph(trt, model, profiles(bundle, profile, recipe).values(), settings, work)
         seconds = round(time.perf_counter() - start, 2)
         (folder / f"{name}.plan").write_bytes(plan)
         (folder / f"{name}.seconds").write_text(str(seconds))

@@ -30,6 +30,7 @@ from ivc_export.lowering.tensorrt.block_dequantise import BlockDequantisePass
 from ivc_export.lowering.tensorrt.dequantise import DequantiseWeightsPass
 from ivc_export.lowering.tensorrt.opset import BLOCKS, NEWEST, RaiseOpsetPass
 from ivc_export.lowering.tensorrt.plugin import KERNELS, UsePluginPass
+from ivc_export.lowering.tensorrt.products import ScaleBeforeProductsPass
 
 Passes = Sequence[ir.passes.PassBase]
 Operators = frozenset[tuple[str, str]]
@@ -135,7 +136,13 @@ LOWERINGS: dict[str, Lowering] = {
     "native": Lowering(passes=lambda: (DequantiseWeightsPass(), InlinePass()), exported=True, packed_weights=False),
     # nodes without bodies: TensorRT with our plugin library
     "plugin": Lowering(
-        passes=lambda: (DequantiseWeightsPass(), AttendInPlacePass(), EncodeAttendPass(), UsePluginPass()),
+        passes=lambda: (
+            DequantiseWeightsPass(),
+            AttendInPlacePass(),
+            EncodeAttendPass(),
+            ScaleBeforeProductsPass(),
+            UsePluginPass(),
+        ),
         functions=KERNELS,
         io=owned_caches_info,
     ),

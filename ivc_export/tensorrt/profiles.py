@@ -7,6 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ivc_export.bundle.bundle import Bundle
+from ivc_export.contract.graphs import owned_caches_info
 from ivc_export.contract.manifest import Manifest
 from ivc_export.contract.names import GraphName
 from ivc_export.contract.preprocessing import ViewPreprocessing
@@ -24,9 +25,11 @@ def profile_names(name: GraphName) -> tuple[str, ...]:
 def profiles(bundle: Bundle, name: GraphName, recipe: EngineRecipe) -> dict[str, Extents]:
     """A graph's optimization profiles: `prefill`, over caches of any length, and `decode`, over full buffers.
 
-    Vision has `prefill` alone. Minima, optima and maxima each fit together, so that S = L + T.
+    Vision has `prefill` alone. Minima, optima and maxima each fit together, so that S = L + T. Caches that our plugin
+    writes to are full buffers in both.
     """
     m = bundle.manifest
+    written = recipe.plugin is not None and owned_caches_info(m.graphs["decoder"]) != m.graphs["decoder"]
     visual, text = recipe.opt_visual, recipe.opt_text
     most, longest, capacity = recipe.max_visual, recipe.max_text, recipe.capacity
     patches = getattr(m.preprocessing, "merge_size", 1) ** 2  # of a visual token, where pictures are cut into patches
@@ -41,7 +44,7 @@ def profiles(bundle: Bundle, name: GraphName, recipe: EngineRecipe) -> dict[str,
         "S": (1, visual + text, most + longest),
         "Q": (1, max(1, text // 2), longest),
         "M": (1, max(1, visual // 2) + text, most + longest),
-        "P": (0, 0, capacity),
+        "P": (capacity,) * 3 if written else (0, 0, capacity),
         "W": (0, 0, capacity),
         "R": (1, 1, 1),
         "keep_count": (1, max(1, visual // 2), most),

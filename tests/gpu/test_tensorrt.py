@@ -51,7 +51,7 @@ def engines(
         max_visual=max_visual,
         max_text=64,
         max_new=max_new,
-        opt_visual=64,
+        opt_visual=max_visual // 3,
         opt_text=32,
         plugin=Path(PLUGIN) if plugin and PLUGIN else None,
         tactic_sources=tuple(SOURCES.split(",")) if SOURCES else None,

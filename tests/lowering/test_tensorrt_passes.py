@@ -120,6 +120,8 @@ def test_graphs_for_our_attention_keep_the_contract(family: str, tmp_path: Path)
         assert operators.count("AttendInPlace") == count
         assert ("EncodeAttend" in operators) == (name == "vision")
         assert operators.count("CompactIntoCaches") == (name == "decoder")
+    scaled = lower(WidenResidualsPass()(ScaleResidualsPass()(load(bundle, "decoder")).model).model, "plugin")
+    assert not any({"alpha", "beta"} & {*node.attributes} for node in scaled.graph if node.op_type == "Gemm")
 
 
 def test_gathers_by_different_indices_are_not_fused(golden_bundle: Bundle) -> None:

@@ -35,7 +35,7 @@ from ivc_export.tensorrt.profiles import profiles
 from ivc_export.tensorrt.recipe import EngineRecipe
 from ivc_export.tensorrt.store import find_engines
 from samples.make_sample import make_checkpoint
-from samples.tiny import TINY
+from samples.tiny import TINY, wide
 
 SMALL: dict[str, Any] = {"max_visual": 64, "max_text": 32, "max_new": 32, "opt_visual": 32, "opt_text": 16}
 RTX = EngineRecipe(target="tensorrt-rtx", compute_capability="8.6", dtype="float16", **SMALL)
@@ -179,6 +179,16 @@ def activations(bundle: Bundle, choices: EngineChoices, visual: int = 400) -> di
     """Of each graph, for pictures of so many visual tokens."""
     recipe = EngineRecipe(max_visual=visual, max_text=32, max_new=32, opt_visual=1, opt_text=1)
     return estimate(bundle, recipe, choices, {n: graph_to_count(bundle, n, choices) for n in GRAPH_NAMES}).activations
+
+
+def test_caches_that_the_plugin_writes_to_are_full_buffers(tmp_path: Path) -> None:
+    """A builder tunes with a prefill profile's optimum, and rows that are written must fit."""
+    bundle = export(ExportRecipe(make_checkpoint(tmp_path / "c", wide("qwen2_vl", heads=4)), tmp_path / "bundle"))
+    recipe = EngineRecipe(plugin=Path("lib.so"), **SMALL)
+    for name in ("prefix", "decoder"):
+        for extents in profiles(bundle, name, recipe).values():
+            assert extents["P"] == (recipe.capacity,) * 3
+    assert profiles(bundle, "prefix", replace(recipe, plugin=None))["prefill"]["P"] == (0, 0, recipe.capacity)
 
 
 def test_plugin_graphs_are_counted_as_native_ones(sample_bundle: Bundle) -> None:

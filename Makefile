@@ -5,7 +5,7 @@ LOWEST := .venv-lowest
 QUICK := tests/contract tests/exporter tests/graph tests/lowering tests/report tests/test_files.py \
 	tests/bundle/test_manifest.py tests/bundle/test_staging.py tests/checkpoint/test_folders.py tests/cli/test_bad_inputs.py \
 	tests/runtime/test_failures.py tests/runtime/test_fused.py tests/runtime/test_generate.py tests/runtime/test_videos.py \
-	tests/source/test_hub.py
+	tests/serve tests/source/test_hub.py
 MODEL := samples/spatial-vl
 BUNDLE := demo/spatial-vl-ivc
 PICTURES := samples/pictures
@@ -51,7 +51,7 @@ $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml
 	@touch $@ $(VENV)/installed
 
 $(LOWEST)/pinned: $(LOWEST)/bin/python pyproject.toml tools/lowest.py
-	$(LOWEST)/bin/python -m tools.lowest cpu test video > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m tools.lowest cpu serve test video > $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/pip install -q --disable-pip-version-check -r $(LOWEST)/lowest.txt -e .
 	@touch $(LOWEST)/installed $@
 

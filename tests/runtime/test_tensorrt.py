@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +24,7 @@ from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Grid, Visual
 from ivc_export.runtime.backends import BACKENDS
-from ivc_export.runtime.chat import Sampling, generate
+from ivc_export.runtime.chat import Chat, FollowUp, Sampling, generate
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.interface import Seen, Timings
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
@@ -40,7 +40,7 @@ from ivc_export.verify.parity import compare
 from ivc_export.verify.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
-from tests.conftest import LOGIT_TOLERANCE, SCORE_TOLERANCE, Golden, make_large_embeddings, random_picture
+from tests.conftest import LOGIT_TOLERANCE, SCORE_TOLERANCE, SHAPES, Golden, make_large_embeddings, random_picture
 from tests.runtime.fake_tensorrt import (
     CAPABILITY,
     Context,
@@ -112,6 +112,23 @@ def test_pictures_seen_before_run_no_vision(bundle: Bundle, monkeypatch: pytest.
     assert np.abs(again.logits - reference.logits).max() < LOGIT_TOLERANCE
     assert found.timings.runs["vision"] == 3
     device.check()
+
+
+def test_a_conversation_that_outgrows_engines_names_larger_ones(
+    sample_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, _ = opened(Bundle.load(shutil.copytree(sample_bundle.folder, tmp_path / "bundle")), monkeypatch)
+    chats = {way: Chat(session, sampling=Sampling(max_tokens=2), follow_up=way) for way in get_args(FollowUp)}
+    for chat in chats.values():
+        list(chat.ask("Where?", [SHAPES]))
+    with pytest.raises(UserError) as found:
+        list(chats["again"].ask("And here?", [SHAPES]))
+    assert str(found.value) == (
+        "the prompt has 384 visual tokens, and these engines take 256: build them with --max-visual 384, or use a "
+        "smaller picture, or go on over the compacted cache (--follow-up compacted)"
+    )
+    list(chats["compacted"].ask("And here?", [SHAPES]))
+    list(chats["again"].ask("And now?"))
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl"])  # a layer kept whole; tiles

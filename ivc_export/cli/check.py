@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import PIL.Image
@@ -35,21 +36,22 @@ from ivc_export.runtime.backend import Backend
 from ivc_export.runtime.backends import find_backend
 from ivc_export.runtime.interface import Session, Step
 from ivc_export.runtime.pictures import open_picture
-from ivc_export.runtime.processor import Processor
+from ivc_export.runtime.processor import Processor, placed
+from ivc_export.runtime.videos import MOST_FRAMES, Video
 from ivc_export.selection.method import Method, find_method
 from ivc_export.verify.baseline import ERRORS_FACTOR, compare_errors, read_errors
 from ivc_export.verify.parity import ParityReport, compare, find_tolerances
 from ivc_export.verify.testdata import draw_picture, make_prompt
 
 REPORT, REFERENCE = "report", "report/reference"
-PROMPT_OPTIONS = ("image", "prompt", "ratio", "steps", "method", "method_seed")
+PROMPT_OPTIONS = ("image", "video", "fps", "max_frames", "prompt", "ratio", "steps", "method", "method_seed")
 STEPS = 8
 UNMEASURED = (
     "these tolerances are bounds by what rounding costs elsewhere: on {backend} in {dtype} errors of a right bundle "
     "have not been measured yet"
 )
 
-Images = list[PIL.Image.Image]
+Images = list[PIL.Image.Image | Video]
 
 
 class StoredFacts(Frozen):
@@ -65,6 +67,9 @@ class StoredFacts(Frozen):
     drawn_tokens: tuple[TokenId, ...]
     versions: dict[str, str]
     pictures: tuple[str, ...]
+    """Files, and of videos folders of their frames."""
+    rates: dict[str, float] = Field(default_factory=dict)
+    """Frames a second of each video."""
 
 
 def parser() -> Parser:
@@ -77,6 +82,9 @@ def parser() -> Parser:
     p.add_argument(
         "--image", type=Path, action="append", help="a picture; give it again for more (default: a drawn one)"
     )
+    p.add_argument("--video", type=Path, action="append", metavar="FILE|FOLDER", help="a video, as ivc-run takes it")
+    p.add_argument("--fps", type=float, help="frames taken a second, or that a folder has (default: the model's)")
+    p.add_argument("--max-frames", type=int, help="frames taken of a video at most (default: the model's)")
     p.add_argument("--prompt", help="a question (default: one about the drawn picture)")
     p.add_argument("--ratio", type=float, help="fraction of visual tokens kept (default: the bundle's)")
     add_method_options(p, "default: the bundle's")
@@ -175,6 +183,8 @@ def check_options(options: argparse.Namespace) -> None:
             raise UserError(f"{option} is for a comparison: use it with --against CHECKPOINT or --onnx-only")
     if options.baseline_factor is not None and not options.baseline:
         raise UserError("--baseline-factor needs a report to compare with: give it with --baseline")
+    if (options.fps is not None or options.max_frames is not None) and not options.video and not options.onnx_only:
+        raise UserError("--fps and --max-frames are for a video: give one with --video")
     if options.junit:
         check_output(options.junit)
         if options.baseline and options.junit.resolve() == options.baseline.resolve():
@@ -235,19 +245,37 @@ def record_reference(
     """Run the checkpoint on PyTorch, and leave the run in the bundle for machines without torch."""
     from ivc_export.verify.oracle import record
 
-    tokens, images = question(bundle, options.prompt, options.image or [])
-    ratio = bundle.manifest.default_ratio if options.ratio is None else options.ratio
-    steps = STEPS if options.steps is None else options.steps
-    recording = record(bundle, options.against, tokens, images, ratio, steps, progress, given_method(options))
-    folder = bundle.folder / REFERENCE
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    names = [f"picture-{number}.png" for number in range(len(images))]
-    for name, image in zip(names, images, strict=True):
-        image.save(folder / name)
-    recording = Recording({**recording.facts, "pictures": names}, recording.tensors)
+    with TemporaryDirectory() as scratch:
+        videos = [Video(path, options.fps, options.max_frames) for path in options.video or []]
+        tokens, images = question(bundle, options.prompt, options.image or [], videos, Path(scratch))
+        ratio = bundle.manifest.default_ratio if options.ratio is None else options.ratio
+        steps = STEPS if options.steps is None else options.steps
+        recording = record(bundle, options.against, tokens, images, ratio, steps, progress, given_method(options))
+        folder = bundle.folder / REFERENCE
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        names, rates = list[str](), dict[str, float]()
+        for number, image in enumerate(images):
+            if isinstance(image, Video):
+                names.append(f"video-{number}")
+                rates[names[-1]] = float(image.fps or 0)
+                shutil.copytree(image.path, folder / names[-1])
+            else:
+                names.append(f"picture-{number}.png")
+                image.save(folder / names[-1])
+    recording = Recording({**recording.facts, "pictures": names, "rates": rates}, recording.tensors)
     recording.write(folder)
-    return recording, images
+    return recording, reopened(folder, names, rates)
+
+
+def reopened(folder: Path, names: Sequence[str], rates: Mapping[str, float]) -> Images:
+    """Pictures and videos of a run that was left in a bundle; all frames of a video count."""
+    advice = "run ivc-check --against again"
+    paths = {name: confined(folder, name, advice) for name in names}
+    return [
+        Video(path, rates[name], max_frames=MOST_FRAMES) if name in rates else open_picture(path)
+        for name, path in paths.items()
+    ]
 
 
 def stored(bundle: Bundle) -> tuple[Recording, Images]:
@@ -267,24 +295,50 @@ def stored(bundle: Bundle) -> tuple[Recording, Images]:
         facts = StoredFacts.model_validate(dict(recording.facts))
     except ValidationError as error:
         raise UserError(f"{folder / INDEX} is damaged ({first_problem(error)}): {advice}") from error
-    return recording, [open_picture(confined(folder, name, advice)) for name in facts.pictures]
+    return recording, reopened(folder, facts.pictures, facts.rates)
 
 
-def question(bundle: Bundle, text: str | None, images: Sequence[Path]) -> tuple[list[int], Images]:
-    """The user's prompt, or one about a drawn picture, as token ids and pictures.
+def question(
+    bundle: Bundle, text: str | None, images: Sequence[Path], videos: Sequence[Video], scratch: Path
+) -> tuple[list[int], Images]:
+    """The user's prompt, or one about a drawn picture, as token ids, and pictures and videos in its order.
+
+    scratch: a folder for the frames that are taken of videos, which the check goes on with.
 
     Raises:
         UserError: pictures without a question, or a bundle without tokenizer.
     """
     if text is None:
-        if images:
+        if images or videos:
             raise UserError("there is a picture and no question: give one with --prompt")
         image = draw_picture()
         return make_prompt(bundle, image)[1], [image]
     processor = Processor(bundle)
-    opened = [open_picture(image, partial(make_console().print, markup=False)) for image in images]
-    pictures = [processor.picture(image) for image in opened]
-    return processor.question(text, pictures), opened
+    opened: Images = [open_picture(image, partial(make_console().print, markup=False)) for image in images]
+    opened += [frozen(processor, video, scratch / f"video-{number}") for number, video in enumerate(videos)]
+    order = [part for part in placed(text, opened) if not isinstance(part, str)]
+    return processor.question(text, [visual for part in order for visual in processor.look(part)[1]]), order
+
+
+def frozen(processor: Processor, video: Video, folder: Path) -> Video:
+    """The frames that are taken of a video, in a folder of their own."""
+    look, _ = processor.video(video)
+    folder.mkdir()
+    for number, frame in enumerate(video.open().frames(look.frames)):
+        frame.save(folder / f"{number:06}.png")
+    return Video(folder, look.rate, max_frames=MOST_FRAMES)
+
+
+def panels(bundle: Bundle, images: Images) -> list[PIL.Image.Image]:
+    """Pictures, and of videos the first frame of each temporal patch."""
+    deep, found = getattr(bundle.manifest.preprocessing, "temporal_patch_size", 1), list[PIL.Image.Image]()
+    for image in images:
+        if isinstance(image, Video):
+            footage = image.open()
+            found += footage.frames(range(0, footage.total, deep))
+        else:
+            found.append(image)
+    return found
 
 
 def write_report(bundle: Bundle, report: ParityReport, step: Step, images: Images) -> Path:
@@ -298,7 +352,7 @@ def write_report(bundle: Bundle, report: ParityReport, step: Step, images: Image
         return path
     from ivc_export.report.page import parity_page
 
-    replace_text(page, parity_page(bundle, report, step, images))
+    replace_text(page, parity_page(bundle, report, step, panels(bundle, images)))
     return page
 
 

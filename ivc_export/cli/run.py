@@ -225,7 +225,7 @@ def answer_record(chat: Chat, text: str) -> dict[str, Any]:
         "visual_tokens": {"total": total, "kept": total - counts["pruned"]} | counts,
         "pictures": [chat.processor.extents(look.size, look.grid) for look in chat.looks if look.kind == "image"],
         "videos": [
-            {**chat.processor.extents(look.size, look.grid), "frames": [*look.frames]}
+            {**chat.processor.extents(look.size, look.grid), "frames": [*look.frames], "fps": look.rate}
             for look in chat.looks
             if look.kind == "video"
         ],

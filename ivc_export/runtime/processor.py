@@ -61,13 +61,14 @@ class Look:
     """A picture or a video of a prompt, and what the model is shown of it.
 
     size: width and height. grids: of its visual tokens, one, or one for each temporal patch of a video whose times are
-    written. frames: numbers of the frames that were taken of a video.
+    written. frames: numbers of the frames that were taken of a video. rate: how many of them are a second's.
     """
 
     part: Path | PIL.Image.Image | Video
     size: tuple[int, int]
     grids: tuple[Grid, ...]
     frames: tuple[int, ...] = ()
+    rate: float = 0.0
 
     @property
     def kind(self) -> str:
@@ -129,18 +130,7 @@ class Processor:
         Raises:
             UserError: the model takes none, it cannot be read, or it does not fit.
         """
-        m, settings, footage = self.bundle.manifest, video_settings(self.bundle), video.open()
-        deep = getattr(m.preprocessing, "temporal_patch_size", 1)
-        native = footage.native or video.fps or settings.fps
-        indices = tuple(range(footage.total))
-        most = settings.max_frames if video.max_frames is None else video.max_frames
-        if not video.is_folder or footage.total > most:
-            fps = native if video.is_folder else video.fps
-            indices = taken_frames(settings, deep, footage.total, native, fps, video.max_frames)
-        frames = footage.frames(indices)
-        clip = Clip(str(video.path), footage.size, indices, footage.total, native, frames)
-        visuals = self.pictures.video(clip, settings, m.max_visual)
-        return Look(video, footage.size, tuple(visual.grid for visual in visuals), indices), visuals
+        return look_at_video(self.bundle, video)
 
     def look(self, part: Path | PIL.Image.Image | Video) -> tuple[Look, list[Visual]]:
         """A picture or a video; see `picture` and `video`."""
@@ -326,6 +316,39 @@ def video_settings(bundle: Bundle) -> VideoPreprocessing:
     if bundle.manifest.video is None:
         raise UserError(f"{bundle.folder} takes no videos: give pictures, or export a model that takes them")
     return bundle.manifest.video
+
+
+def look_at_video(bundle: Bundle, video: Video) -> tuple[Look, list[Visual]]:
+    """A video, frames of which are taken and scaled to `max_visual`.
+
+    Raises:
+        UserError: the model takes none, it cannot be read, or it does not fit.
+    """
+    m, settings, footage = bundle.manifest, video_settings(bundle), video.open()
+    deep = getattr(m.preprocessing, "temporal_patch_size", 1)
+    native = footage.native or video.fps or settings.fps
+    indices = tuple(range(footage.total))
+    most = settings.max_frames if video.max_frames is None else video.max_frames
+    if not video.is_folder or footage.total > most:
+        fps = native if video.is_folder else video.fps
+        indices = taken_frames(settings, deep, footage.total, native, fps, video.max_frames)
+    frames = footage.frames(indices)
+    clip = Clip(str(video.path), footage.size, indices, footage.total, native, frames)
+    visuals = families.preparation(m).video(clip, settings, m.max_visual)
+    return Look(video, footage.size, tuple(visual.grid for visual in visuals), indices, clip.rate), visuals
+
+
+def prepared(bundle: Bundle, parts: Sequence[PIL.Image.Image | Video]) -> list[Visual]:
+    """Pictures and videos ready for the vision graph of a bundle, one behind the other; it may have no tokenizer.
+
+    Raises:
+        UserError: one does not fit.
+    """
+    pictures, token = families.preparation(bundle.manifest), bundle.manifest.tokens.image
+    ready = [
+        look_at_video(bundle, part)[1] if isinstance(part, Video) else [pictures.picture(part, token)] for part in parts
+    ]
+    return [visual for visuals in ready for visual in visuals]
 
 
 def placed(text: str, pictures: Sequence[T]) -> list[str | T]:

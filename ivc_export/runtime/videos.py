@@ -19,6 +19,8 @@ FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,ivf,m4v,g
 """Of video files, by FFmpeg's names: others are no videos to it, such as text, or name further files to read."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Endings of a folder's frames."""
+MOST_FRAMES = 1_000_000
+"""That anything takes of a video: as many as there are."""
 UNSTATED_RATE = 24.0
 """Frames a second of a file that does not say, as transformers takes it."""
 

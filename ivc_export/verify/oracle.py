@@ -23,6 +23,8 @@ from ivc_export.contract.manifest import Manifest, SelectionRule
 from ivc_export.contract.ratio import check_ratio
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import Visual
+from ivc_export.runtime.processor import prepared
+from ivc_export.runtime.videos import Video
 from ivc_export.selection.method import Method, find_method
 from ivc_export.source.configuration import read_configuration
 from ivc_export.verify.dequantised import bundled
@@ -35,7 +37,7 @@ def record(
     bundle: Bundle,
     checkpoint: Path,
     tokens: Sequence[int],
-    images: Sequence[PIL.Image.Image],
+    images: Sequence[PIL.Image.Image | Video],
     ratio: float,
     steps: int,
     progress: Callable[[str], None] = lambda stage: None,
@@ -63,7 +65,7 @@ def record(
     reference = Reference(checkpoint, m.selection_layer, ratio, m.selection, layout, m.dtype, packed, weights, head)
     reference.restart(m.selection_layer, ratio, method.name, method.seed)
     progress("prefill on PyTorch")
-    pictures = [families.preparation(m).picture(image, m.tokens.image) for image in images]
+    pictures = prepared(bundle, images)
     turn = reference.run(tokens, [reference_picture(bundle, p) for p in pictures])
     found = {Key("prefill", graph, "outputs", name): array for (graph, name), array in outputs(turn, m).items()}
     teacher = []

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.recording import Recording, identity
 from ivc_export.contract.graphs import SCORED_VALUES, TensorName, deepstack_names, scored_name
@@ -22,6 +21,8 @@ from ivc_export.runtime.backends import BACKENDS, find_backend
 from ivc_export.runtime.interface import Session, Step, image_rows
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.plan import Run
+from ivc_export.runtime.processor import prepared
+from ivc_export.runtime.videos import Video
 from ivc_export.selection.fastv import select_by_score
 from ivc_export.selection.ivc_prune import Selected, select, text_votes
 from ivc_export.selection.method import METHODS, Method
@@ -90,7 +91,7 @@ def check(bundle: Bundle, checkpoint: Path, ratio: float | None = None, steps: i
 def compare(
     session: Session,
     reference: Recording,
-    images: Sequence[PIL.Image.Image] = (),
+    images: Sequence[PIL.Image.Image | Video] = (),
     progress: Callable[[str], None] = lambda stage: None,
 ) -> tuple[ParityReport, Step]:
     """Compare a bundle with a recorded run of the same prompt and pictures; returns the bundle's prefill as well.
@@ -110,7 +111,7 @@ def compare(
         )
     check_recording(reference, m, len(facts["drawn_tokens"]), bool(images))
     tolerance = find_tolerances(session)
-    pictures = [families.preparation(m).picture(image, m.tokens.image) for image in images]
+    pictures = prepared(bundle, images)
     progress("prefill")
     conversation = session.converse(facts["ratio"], method=recorded_method(facts))
     keep_index = reference.of("prefill", "prefix")["keep_index"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers.video_utils import VideoMetadata
 
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
+from ivc_export.cli import ivc_check
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families import patch_settings, qwen3_vl
@@ -275,3 +277,22 @@ def test_frames_have_the_size_that_transformers_gives_them(case: Any) -> None:
     for key, least, most in (("video", 4096, 25165824), ("video_default", 131072, 786432)):
         whole = settings(pixels_of="video", min_pixels=least, max_pixels=most)
         assert frame_size(clip, whole, p, 10**9) == tuple(case[key])  # type: ignore[arg-type]
+
+
+@every_family
+def test_a_bundle_is_checked_on_a_clip(filmed: Filmed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against PyTorch, and against what that left, beside a picture."""
+    bundle = shutil.copytree(filmed.bundle.folder, tmp_path / "bundle")
+    options = ["--video", str(filmed.odd.path), "--fps", "3", "--max-frames", "4", "--image", str(SHAPES)]
+    question = ["--prompt", "Is <image> in <video>?", "--steps", "1", "--ratio", "0.4"]
+    assert ivc_check([str(bundle), "--against", str(filmed.checkpoint), *options, *question]) == 0
+    left = bundle / "report" / "reference"
+    assert [*left.glob("picture-*")] == [left / "picture-0.png"] and len([*left.glob("video-1/*.png")]) == 4
+    assert ivc_check([str(bundle), "--onnx-only"]) == 0
+    report = json.loads((bundle / "report" / "parity.json").read_text())
+    assert report["passed"] and report["visual_tokens"] > 192
+    capsys.readouterr()
+    assert ivc_check([str(bundle), "--onnx-only", "--fps", "2"]) == 2
+    assert "leave out --fps" in capsys.readouterr().err
+    assert ivc_check([str(bundle), "--against", str(filmed.checkpoint), "--max-frames", "2"]) == 2
+    assert "are for a video: give one with --video" in capsys.readouterr().err

@@ -163,6 +163,7 @@ def test_the_command_answers_about_videos_and_pictures(
     assert run(processor.bundle, *options, "--json", "--show", str(drawn)) == 0
     record = json.loads(capsys.readouterr().out)
     assert [video["frames"] for video in record["videos"]] == [[0, 1, 2, 3]]
+    assert record["videos"][0]["fps"] == pytest.approx(4 / 5 * 3)
     assert record["videos"][0]["original"] == {"width": 90, "height": 64} and record["videos"][0]["grid"]["time"] == 2
     assert len(record["pictures"]) == 1 and drawn.is_file()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -105,12 +106,8 @@ class Completions:
         queued = False
         try:
             body = await read_body(request, self._settings)
-            asked, job = await anyio.to_thread.run_sync(self._prepare, body)
-            job = replace(
-                job,
-                emit=lambda found: hand_over(loop, events.put_nowait, found),
-                finished=lambda: hand_over(loop, self._leave),
-            )
+            asked, make = await anyio.to_thread.run_sync(self._prepare, body)
+            job = make(lambda found: hand_over(loop, events.put_nowait, found), lambda: hand_over(loop, self._leave))
             self._worker.put(job)
             queued = True
         finally:
@@ -131,8 +128,8 @@ class Completions:
             raise refused
         return outcome
 
-    def _prepare(self, body: bytes) -> tuple[Completion, Job]:
-        """A request, read and checked, in a thread of its own."""
+    def _prepare(self, body: bytes) -> tuple[Completion, Callable[[Callable[[Event], None], Callable[[], None]], Job]]:
+        """A request, read and checked, in a thread of its own; and what makes a job of `emit` and `finished`."""
         settings, asked = self._settings, read_completion(body)
         check_model(asked.model, settings)
         tokens = asked.max_completion_tokens or asked.max_tokens or min(settings.tokens, settings.most_tokens)
@@ -146,10 +143,8 @@ class Completions:
             method = None if asked.method is None else Method(asked.method, asked.method_seed)
         except UserError as error:
             raise RequestError(str(error)) from error
-        nothing = partial(print, end="")
-        return asked, Job(
-            messages, pictures, sampling, asked.stops, asked.ratio, method, asked.explain, nothing, nothing
-        )
+        made = partial(Job, messages, pictures, sampling, asked.stops, asked.ratio, method, asked.explain)
+        return asked, made
 
     def _messages(self, asked: Completion) -> tuple[list[Message], list[bytes]]:
         """The conversation in the form that chat templates take, and its pictures' files."""

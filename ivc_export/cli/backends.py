@@ -42,7 +42,7 @@ def add_backend_options(p: argparse.ArgumentParser, several: bool = False, level
         p.add_argument(flag(option), type=Path, metavar="LIB", help=f"{what}, for {', '.join(takers(option))}")
     if levels:
         text = f"of packed weights: 0 in float32, 4 by int8 activations, for {', '.join(takers('accuracy_level'))}"
-        p.add_argument("--accuracy-level", type=int, metavar="LEVEL", help=f"{text} (default: 0)")
+        p.add_argument("--accuracy-level", type=int, metavar="LEVEL", help=f"{text} (default: 4)")
     p.add_argument("--provider", nargs="?", action=Gone, help=argparse.SUPPRESS)
 
 

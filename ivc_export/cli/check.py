@@ -165,7 +165,7 @@ def open_for_check(bundle: Bundle, backend: Backend, more: Mapping[str, Any]) ->
     Raises:
         UserError: it cannot be opened, or nothing is known about its precision.
     """
-    session = (backend.open_shown or backend.open)(bundle, **more)
+    session = (backend.open_shown or backend.open)(bundle, **backend.exact, **more)
     find_tolerances(session)
     return session
 

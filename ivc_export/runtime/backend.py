@@ -22,7 +22,7 @@ class Backend:
     open: a bundle in it, `(bundle, **options)`; it imports what it needs itself. device: where that computes.
     tolerances: of its errors against the reference, by the dtype that it computes in.
     libraries: options of `open` that name a library, and what that is; commands have `--name LIB` for each.
-    options: those that only Python has.
+    options: those that only Python has. exact: those of a session that is held against the reference.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Backend:
     tolerances: Mapping[FloatName, Tolerances] = field(default_factory=dict)
     libraries: Mapping[str, str] = field(default_factory=dict)
     options: frozenset[str] = frozenset()
+    exact: Mapping[str, Any] = field(default_factory=dict)
     open_shown: Callable[..., Session] | None = None
     """As `open`, with every tensor that passes between the graphs in a prefill's Step; None where `open` does that."""
     check: Callable[..., None] = lambda bundle, **options: None

@@ -33,7 +33,8 @@ def open_session(bundle: Bundle, backend: str = DEFAULT, **options: Any) -> Sess
     """A bundle in a runtime.
 
     backend: "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt" or "tensorrt-rtx".
-    options: the runtime's own. onnxruntime-cpu: `threads`, `prepacking`, `dtype`, as OnnxSession's; onnxruntime-cuda:
+    options: the runtime's own. onnxruntime-cpu: `threads`, `prepacking`, `dtype`, `accuracy_level`, as OnnxSession's,
+        but that packed weights are multiplied at level 4, which is faster, unless it says otherwise; onnxruntime-cuda:
         `op_library`, `cuda_graph`, as FusedSession's; tensorrt: `plugin`, as TensorrtSession's.
 
     Raises:

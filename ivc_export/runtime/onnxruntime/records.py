@@ -11,14 +11,16 @@ from ivc_export.runtime.plan import Run
 from ivc_export.runtime.probes import SelectionTimes
 from ivc_export.runtime.tolerances import CUDA_FLOAT16, FLOAT16, FLOAT32
 
+FAST = 4
+"""Accuracy level of packed weights on the CPU: it costs Spatial-VL 0.05 points (benchmarks/results)."""
 NO_CUDA_GRAPH = "decode steps run without a CUDA graph, and take longer so: a newer onnxruntime may capture one"
 
 
 def open_cpu(bundle: Bundle, **options: Any) -> Session:
-    """As OnnxSession."""
+    """As OnnxSession, but at the level of packed weights that is faster, unless told otherwise."""
     from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 
-    return OnnxSession(bundle, **options)
+    return OnnxSession(bundle, **({"accuracy_level": FAST} | options))
 
 
 def check_cpu(bundle: Bundle, **options: Any) -> None:
@@ -81,6 +83,7 @@ ONNXRUNTIME_CPU = Backend(
     device="cpu",
     tolerances={"float32": FLOAT32, "float16": FLOAT16},
     options=frozenset(("threads", "prepacking", "dtype", "accuracy_level")),
+    exact={"accuracy_level": 0},
     check=check_cpu,
     before=before_cpu,
     after=after_cpu,

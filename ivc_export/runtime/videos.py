@@ -150,30 +150,29 @@ class VideoFile:
 
     @staticmethod
     def of(path: Path) -> VideoFile:
-        """A file's first video stream.
+        """A file's first video stream, with the frames that it shows: what was cut off in place does not count.
 
         Raises:
             UserError: see Video.open.
         """
         with opened(path) as stream:
-            total, native = int(stream.frames), float(stream.average_rate or 0)
-            shown = decoded(stream)
-            first = next(shown, None)
-            if first is None:
-                raise UserError(f"{path} holds no frames: give another video, or a folder of frames")
-            size = rgb_frame(first).size
-            if not total:  # some files do not say
-                total = 1 + sum(1 for _ in shown)
-        return VideoFile(path, size, total, native or UNSTATED_RATE)
+            first = next(decoded(stream), None)
+            native = float(stream.average_rate or 0)
+        with opened(path) as stream:
+            total = sum(packet.size > 0 and not packet.is_discard for packet in stream.container.demux(stream))
+        if first is None or not total:
+            raise UserError(f"{path} holds no frames: give another video, or a folder of frames")
+        return VideoFile(path, rgb_frame(first).size, total, native or UNSTATED_RATE)
 
     def frames(self, indices: Sequence[int]) -> Iterator[PIL.Image.Image]:
-        """These frames, ascending numbers, RGB.
+        """These frames, ascending numbers, RGB; where decoding ends up to a second early, the last one again.
 
         Raises:
             UserError: the file is damaged, or ends before.
         """
         wanted = iter(indices)
         number: int | None = next(wanted, None)
+        place, last = -1, None
         with opened(self.path) as stream:
             for place, frame in enumerate(decoded(stream)):
                 while place == number:
@@ -181,7 +180,12 @@ class VideoFile:
                     number = next(wanted, None)
                 if number is None:
                     return
-        raise UserError(f"{self.path} is damaged (frame {number} of {self.total} is not there): give a whole video")
+                last = frame
+        while number is not None and last is not None and number <= place + self.native:
+            yield rgb_frame(last)
+            number = next(wanted, None)
+        if number is not None:
+            raise UserError(f"{self.path} is damaged (frame {number} of {self.total} is not there): give a whole video")
 
 
 @contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -112,6 +114,33 @@ def test_files_that_are_no_videos(processor: Processor, tmp_path: Path) -> None:
         file.mux(file.add_stream("pcm_s16le", rate=8000, layout="mono").encode(silence))
     with pytest.raises(UserError, match=r"sound.mkv holds no video: give a file that does"):
         processor.video(Video(tmp_path / "sound.mkv"))
+
+
+def test_what_was_cut_off_a_file_in_place_does_not_count(tmp_path: Path) -> None:
+    """As phones trim: the frames are stored, and the file says that it begins behind them."""
+    av = pytest.importorskip("av")
+    whole, trimmed = video_file(av, tmp_path / "whole.mp4", 47, 96, 64), tmp_path / "trimmed.mp4"
+    with av.open(str(whole)) as source, av.open(str(trimmed), "w") as file:
+        stream = file.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.pts, packet.dts = (time - 5 * packet.duration for time in (packet.pts, packet.dts))
+                packet.stream = stream
+                file.mux(packet)
+    footage = Video(trimmed).open()
+    assert footage.total == 42 and len([*footage.frames([0, 20, 41])]) == 3
+    found, wanted = (next(Video(path).open().frames([n])) for path, n in ((trimmed, 0), (whole, 5)))
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+
+
+def test_a_file_may_end_a_second_early_and_no_more(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    footage: Any = Video(video_file(av, tmp_path / "clip.mp4", 20, 96, 64)).open()
+    longer = replace(footage, total=29)
+    *_, before, last = longer.frames([0, 19, 28])
+    np.testing.assert_array_equal(np.asarray(before), np.asarray(last))
+    with pytest.raises(UserError, match=r"is damaged \(frame 40 of 29 is not there\): give a whole video"):
+        [*longer.frames([0, 40])]
 
 
 def test_without_pyav_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

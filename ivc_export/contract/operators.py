@@ -40,8 +40,11 @@ PLUGIN_OPERATORS = frozenset(("SelectTokens", "CompactGatherN"))
 """Operators of domain `ivc` without a body that `plugin` leaves to our TensorRT plugin, and `ort-cuda-ops` to our
 library of custom operators for onnxruntime."""
 
-ATTENTION_OPERATORS = frozenset(("AttendInPlace", "CompactIntoCaches", "EncodeAttend"))
-"""Such operators for attention, and for caches that it writes in place."""
+ATTENDING = frozenset(("AttendInPlace", "EncodeAttend"))
+"""Such operators for attention, of both libraries; query, key and value are their first inputs, as each takes them."""
+
+ATTENTION_OPERATORS = ATTENDING | {"CompactIntoCaches"}
+"""The plugin's for attention, and for caches that it writes in place."""
 
 ATTENDED_SIZES = (64, 128)
 """Sizes of a decoder layer's keys and values that AttendInPlace takes."""

@@ -11,15 +11,16 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from ivc_export.contract.graphs import in_place_info, owned_caches_info
 from ivc_export.contract.manifest import GraphInfo
 from ivc_export.contract.names import IVC_DOMAIN, OPSET, AnyGraphName
-from ivc_export.contract.operators import PLUGIN_OPERATORS, verify_graph
+from ivc_export.contract.operators import verify_graph
 from ivc_export.graph.functions import RESULTS
 from ivc_export.lowering.in_place_caches import CompactCachesPass
 from ivc_export.lowering.inline import InlinePass
 from ivc_export.lowering.onnxruntime.activations import FuseActivationsPass
 from ivc_export.lowering.onnxruntime.attention import UseFusedAttentionPass, UseRotaryEmbeddingPass
 from ivc_export.lowering.onnxruntime.biases import AddBiasesPass
-from ivc_export.lowering.onnxruntime.custom_operators import UseCustomOpsPass
+from ivc_export.lowering.onnxruntime.custom_operators import LIBRARY, UseCustomOpsPass
 from ivc_export.lowering.onnxruntime.norms import FuseNormsPass
+from ivc_export.lowering.onnxruntime.own_attention import ReadPackedRowsPass, UseOwnAttentionPass
 from ivc_export.lowering.onnxruntime.projections import PackProjectionsPass
 from ivc_export.lowering.onnxruntime.rotate_in_attention import RotateInAttentionPass
 from ivc_export.lowering.onnxruntime.write_caches import WriteCachesPass
@@ -89,21 +90,26 @@ def calls(model: ir.Model, but: Collection[str]) -> Iterator[ir.Node]:
     return (n for n in model.graph.all_nodes() if n.domain == IVC_DOMAIN and n.op_type not in but)
 
 
-def fused(*more: ir.passes.PassBase) -> Passes:
-    """For onnxruntime's CUDA provider: what it has kernels for, over caches that are written in place."""
+def fused(own: bool = False) -> Passes:
+    """For onnxruntime's CUDA provider: what it has kernels for, over caches that are written in place.
+
+    own: with our library of custom operators.
+    """
     return (
         ScaleResidualsPass(),
+        *([UseOwnAttentionPass()] if own else ()),
         UseFusedAttentionPass(),
         WriteCachesPass(),
         CompactCachesPass(),
         UseRotaryEmbeddingPass(),
         FuseNormsPass(),
-        InlinePass(kept=SELECTION | PLUGIN_OPERATORS),  # onnxruntime inlines bodies, or has operators of ours
+        InlinePass(kept=SELECTION | LIBRARY),  # onnxruntime inlines bodies, or has operators of ours
         PackProjectionsPass(),
+        *([ReadPackedRowsPass()] if own else ()),
         RotateInAttentionPass(),
         FuseActivationsPass(),
         AddBiasesPass(),
-        *more,
+        *([UseCustomOpsPass()] if own else ()),
         RemoveUnusedNodesPass(),
     )
 
@@ -169,10 +175,10 @@ LOWERINGS: dict[str, Lowering] = {
     "ort-cuda": Lowering(
         passes=fused, functions=SELECTION, operators=FUSED_OPERATORS, io=in_place_info, hidden_scale=SCALE
     ),
-    # the same with our library of custom operators, which selects and compacts
+    # the same with our library of custom operators, which attends, selects and compacts
     "ort-cuda-ops": Lowering(
-        passes=lambda: fused(UseCustomOpsPass()),
-        functions=PLUGIN_OPERATORS,
+        passes=lambda: fused(own=True),
+        functions=LIBRARY,
         operators=FUSED_OPERATORS,
         io=in_place_info,
         hidden_scale=SCALE,

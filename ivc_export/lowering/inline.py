@@ -67,7 +67,7 @@ class InlinePass(ir.passes.InPlacePass):
             inline(graph, node, model.functions[node.domain, node.op_type, ""], types, constants)
         for identifier in [i for i in model.functions if i[1] not in self.kept]:
             del model.functions[identifier]
-        if not model.functions:
+        if not model.functions and all(node.domain != IVC_DOMAIN for node in graph):
             graph.opset_imports.pop(IVC_DOMAIN, None)
         CommonSubexpressionEliminationPass()(model)
         fold(graph, constants)

@@ -19,7 +19,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.families.pictures import Grid
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
 from tests.conftest import random_picture
-from tests.native.custom_ops import DTYPES, check_gather, check_selection
+from tests.native.custom_ops import DTYPES, check_attention, check_gather, check_selection
 from tests.native.test_plugin_builds import build
 
 pytestmark = [
@@ -49,6 +49,11 @@ def test_random_selections_agree_with_numpy(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gathering_agrees_with_numpy(library: Path, dtype: str) -> None:
     check_gather(library, "cuda", dtype)
+
+
+def test_attention_agrees_with_float64(library: Path) -> None:
+    for seed in range(100):
+        check_attention(library, "cuda", seed, 300)
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])

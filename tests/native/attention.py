@@ -143,12 +143,21 @@ class DecoderCase:
 
     def check(self, kernels: Kernels) -> float:
         """Against float64; returns the largest error, in units of what rounding may cost."""
-        y, key_cache, value_cache = self.run(kernels)
-        for found, cache, fresh in ((key_cache, self.key_cache, self.k), (value_cache, self.value_cache, self.v)):
-            wanted = cache.copy()
-            if self.append:
-                wanted[:, self.past : self.past + fresh.shape[1]] = fresh
+        y, *caches = self.run(kernels)
+        for found, wanted in zip(caches, self.caches(), strict=True):
             np.testing.assert_array_equal(bits(found), bits(wanted))
+        return self.error(y)
+
+    def caches(self) -> list[npt.NDArray[Any]]:
+        """Keys and values afterwards."""
+        found = [self.key_cache.copy(), self.value_cache.copy()]
+        for cache, fresh in zip(found, (self.k, self.v), strict=True):
+            if self.append:
+                cache[:, self.past : self.past + fresh.shape[1]] = fresh
+        return found
+
+    def error(self, y: npt.NDArray[Any]) -> float:
+        """Of an answer, in units of what rounding may cost."""
         largest = max(np.abs(x.astype(np.float64)).max(initial=0) for x in (self.v, self.value_cache[:, : self.past]))
         return error(y, self.answer(), 2 * ROUNDING[self.dtype] * float(largest))
 
@@ -196,9 +205,13 @@ class EncoderCase:
 
     def check(self, kernels: Kernels) -> float:
         """Against float64; returns the largest error, in units of what rounding may cost."""
+        return self.error(self.run(kernels))
+
+    def error(self, y: npt.NDArray[Any]) -> float:
+        """Of an answer, in units of what rounding may cost."""
         real = self.v if self.windows is None else self.v[:, :, self.windows >= 0]
         largest = float(np.abs(real.astype(np.float64)).max(initial=0))
-        return error(self.run(kernels), self.answer(), 2 * ROUNDING[self.dtype] * largest)
+        return error(y, self.answer(), 2 * ROUNDING[self.dtype] * largest)
 
 
 def on_device(kernels: Kernels, x: npt.NDArray[Any]) -> Any:

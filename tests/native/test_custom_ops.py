@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,20 +14,31 @@ import pytest
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import ivc_run
+from ivc_export.contract.graphs import graph_info
 from ivc_export.contract.names import GRAPH_NAMES, IVC_DOMAIN, GraphName
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.lowering import LOWERINGS, lower
+from ivc_export.lowering.join_decode import join_decode
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
 from ivc_export.runtime.onnxruntime.fused_graphs import register
 from ivc_export.verify.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
-from samples.tiny import TINY
+from samples.tiny import TINY, wide
 from tests.conftest import LOGIT_TOLERANCE
-from tests.native.custom_ops import check_gather, check_selection, select
+from tests.native.attention import decoder_case, encoder_case
+from tests.native.custom_ops import (
+    attend_bound,
+    attend_in_place,
+    check_attention,
+    check_gather,
+    check_selection,
+    encode,
+    select,
+)
 from tests.native.kernels import random_case
 from tests.native.test_plugin_builds import build
 
@@ -69,6 +81,42 @@ def test_gathering_in_onnxruntime_agrees_with_numpy(library: Path, dtype: str) -
     check_gather(library, "cpu", dtype)
 
 
+def test_attention_in_onnxruntime_agrees_with_float64(library: Path) -> None:
+    """Over caches that are other memory than the outputs, in all types, on rows that are packed, in part or not."""
+    for seed in range(20):
+        check_attention(library, "cpu", seed, 60)
+
+
+def test_caches_are_written_in_place_where_they_are_bound_so(library: Path) -> None:
+    """Rows that hold nothing yet stay as they were, and the past is not copied."""
+    case = replace(decoder_case(44), append=True)
+    assert case.dtype == "float32" and len(case.q[0]) < case.key_cache.shape[1]
+    y, *_ = attend_in_place(library, "cpu", case)
+    found, keys, values = attend_bound(library, "cpu", case)
+    np.testing.assert_array_equal(found, y)
+    for cache, wanted in zip((keys, values), case.caches(), strict=True):
+        np.testing.assert_array_equal(cache[0], wanted)
+
+
+def test_impossible_attention_is_refused(library: Path) -> None:
+    case = replace(decoder_case(44), append=True)
+    rows = len(case.q[0])
+    with pytest.raises(Exception, match="the caches have no room for this run's rows"):
+        caches = case.key_cache[:, : rows - 1], case.value_cache[:, : rows - 1]
+        attend_in_place(library, "cpu", replace(case, key_cache=caches[0], value_cache=caches[1]))
+    with pytest.raises(Exception, match="both caches are"):
+        attend_in_place(library, "cpu", replace(case, key_cache=case.key_cache[:, 1:]))
+    with pytest.raises(Exception, match="with as many rows"):
+        attend_in_place(library, "cpu", replace(case, k=np.repeat(case.k, 2, axis=1), layout="by row"))
+    with pytest.raises(Exception, match="too narrow for their heads"):
+        attend_in_place(library, "cpu", replace(case, v=case.v[:0], layout="by row"))
+    windows = encoder_case(3, True, 60)
+    with pytest.raises(Exception, match="windows go with a block_size"):
+        encode(library, "cpu", replace(windows, block_size=0))
+    with pytest.raises(Exception, match="window_of_place is not one a row"):
+        encode(library, "cpu", replace(windows, windows=windows.windows[1:]))  # type: ignore[index]
+
+
 def test_impossible_inputs_are_refused(library: Path) -> None:
     case = random_case(4, 100)
     for keep_count in (0, -1, len(case.visual) + 1):
@@ -79,9 +127,60 @@ def test_impossible_inputs_are_refused(library: Path) -> None:
         select(library, "cpu", case)
 
 
+@pytest.fixture(scope="module", params=families.names())
+def wide_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp(f"wide-{request.param}")
+    checkpoint = make_checkpoint(folder / "checkpoint", wide(request.param, heads=4))
+    return export(ExportRecipe(checkpoint, folder / "bundle"))
+
+
+@pytest.mark.parametrize("name", [*GRAPH_NAMES, "decode"])
+def test_our_attention_keeps_the_contract(wide_bundle: Bundle, name: str) -> None:
+    """It reads no part of a Split, but where one key-value head's parts lie side by side, or heads are normed."""
+    m = wide_bundle.manifest
+    if name == "decode":
+        portable = join_decode(wide_bundle.graph("prefix"), wide_bundle.graph("decoder"))
+        info = graph_info("decode", m.dtype, m.decoder, m.rotary, m.selection, m.preprocessing, m.selection_layer)
+    else:
+        portable, info = wide_bundle.graph(name), m.graphs[name]  # type: ignore[index, arg-type]
+    model = lower(portable, "ort-cuda-ops")
+    LOWERINGS["ort-cuda-ops"].verify(name, model, info)  # type: ignore[arg-type]
+    found = Counter(node.op_type for node in model.graph)
+    latent = m.decoder.value_dim != m.decoder.head_dim
+    layers = {"vision": 0, "prefix": m.selection_layer, "decoder": m.decoder.layers - m.selection_layer}
+    assert found["AttendInPlace"] == (0 if latent else layers.get(name, m.decoder.layers))
+    assert (found["EncodeAttend"] > 0) == (name == "vision")
+    assert not {"GroupQueryAttention", "MultiHeadAttention"} & found.keys()
+    lengths = {node.inputs[5] for node in model.graph if node.op_type == "AttendInPlace"}
+    given = [v for v in model.graph.inputs if str(v.name).startswith("seqlens_k")]  # some layers have their own
+    assert len(lengths) <= len(given)  # computed once for all layers
+    if m.family in ("llava", "qwen2_vl", "qwen2_5_vl", "internvl"):
+        assert found["Split"] == (name == "prefix")  # the selection reads the values of layer k-1
+    if name == "decode" and not latent:
+        assert not {"Shape", "Gather", "Transpose"} & found.keys()  # nothing that a host would compute
+
+
+def test_every_family_attends_with_our_operators(wide_bundle: Bundle, library: Path) -> None:
+    same_conversation(wide_bundle, FusedSession(wide_bundle, "cpu", op_library=library))
+
+
+class OwnDecode(FusedSession):
+    """Decode steps by our attention, too."""
+
+    def _joined(self) -> ir.Model:
+        return self._lower(join_decode(self.bundle.graph("prefix"), self.bundle.graph("decoder")), self.lowering)
+
+
+def test_decode_steps_can_attend_with_our_operators(wide_bundle: Bundle, library: Path) -> None:
+    same_conversation(wide_bundle, OwnDecode(wide_bundle, "cpu", op_library=library))
+
+
 def test_every_family_runs_with_custom_operators(bundle: Bundle, library: Path) -> None:
+    same_conversation(bundle, FusedSession(bundle, "cpu", op_library=library))
+
+
+def same_conversation(bundle: Bundle, session: FusedSession) -> None:
     _, tokens, picture = make_prompt(bundle, draw_picture())
-    session = FusedSession(bundle, "cpu", op_library=library)
     wanted, found = HostConversation(OnnxSession(bundle)), FusedConversation(session, capacity=700)
     for more in (tokens, [5], [6], tokens, [7]):
         given = [picture] if more is tokens else []

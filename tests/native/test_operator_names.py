@@ -10,12 +10,15 @@ import re
 
 import onnx_ir as ir
 
-from ivc_export.contract.operators import PLUGIN_OPERATORS
 from ivc_export.graph.functions import RESULTS, function
+from ivc_export.lowering.onnxruntime.custom_operators import LIBRARY
+from ivc_export.lowering.tensorrt.plugin import KERNELS
 from tests.native.kernels import PLUGIN
 
 ONNXRUNTIME = (PLUGIN / "onnxruntime" / "custom_ops.cpp").read_text(encoding="utf-8")
-TENSORRT = (PLUGIN / "tensorrt" / "operators.h").read_text(encoding="utf-8")
+TENSORRT = "".join(
+    (PLUGIN / "tensorrt" / f"{name}.h").read_text(encoding="utf-8") for name in ("operators", "attention")
+)
 SHARED = {"SelectTokens"}
 """Functions that have a kernel of the same signature."""
 
@@ -32,8 +35,8 @@ def returned(text: str, method: str) -> int:
 
 
 def test_both_libraries_have_the_operators_of_the_contract() -> None:
-    assert descriptions().keys() == PLUGIN_OPERATORS
-    assert set(re.findall(r'kName = "(\w+)"', TENSORRT)) == PLUGIN_OPERATORS
+    assert descriptions().keys() == LIBRARY
+    assert set(re.findall(r'kName = "(\w+)"', TENSORRT)) == KERNELS
 
 
 def test_no_other_function_has_an_operators_name() -> None:

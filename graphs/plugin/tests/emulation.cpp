@@ -181,6 +181,12 @@ int ivcMatMulInt4(const IvcInt4* c, const void* x, const void* packed, const voi
     return launchInt4<Float16, BFloat16>(*c, choice.kernel, a, Multiplying{backwards != 0});
 }
 
+// Of CUDA's own calls, the one that custom operators make.
+int cudaMemcpyAsync(void* target, const void* source, size_t bytes, int, size_t) {
+    memcpy(target, source, bytes);
+    return 0;
+}
+
 size_t ivcAttendWorkspace(const IvcAttention* attention) {
     return possible(*attention) ? workspaceOf(*attention) : 0;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -112,24 +113,43 @@ def use_multi_head(edit: Editor, node: ir.Node, tables: Tables) -> None:
 
 def use_group_query(edit: Editor, node: ir.Node, tables: Tables) -> None:
     """Attention."""
-    graph, causal = edit.graph, called(node.inputs[5], "CausalMask")
-    assert causal is not None and causal.inputs[2] is not None
-    inputs = [joined_heads(edit, node, value, tables) for value in node.inputs[:3]]
-    lengths = length_inputs(edit, causal.inputs[2])
+    inputs: list[ir.Value | None] = [joined_heads(edit, node, value, tables) for value in node.inputs[:3]]
+    lengths = length_inputs(edit, mask_of(node)[2])
     sizes = {"num_heads": node.attributes["heads"].as_int(), "kv_num_heads": node.attributes["kv_heads"].as_int()}
     attributes: dict[str, Any] = {**sizes, "scale": node.attributes["scale"].as_float(), "do_rotary": 0}
-    past = node.inputs[3:5]
-    y, *present = edit.op(
-        node, "GroupQueryAttention", *inputs, *past, *lengths, outputs=3, domain=CONTRIB, **attributes
-    )
-    for new, old in zip(present, past, strict=True):
-        assert old is not None
-        new.name, new.type, new.shape = TensorName.of(old.name).to("present"), old.type, old.shape
-        graph.outputs.append(new)
+    inputs += [*node.inputs[3:5], *lengths]
+    y, *present = edit.op(node, "GroupQueryAttention", *inputs, outputs=3, domain=CONTRIB, **attributes)
+    take_caches(edit, node, present)
     edit.replace(node.outputs[0], flattened(edit, node, y))
 
 
 REPLACEMENTS = {"Attention": use_group_query, "EncoderAttention": use_multi_head}
+
+
+def mask_of(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """position_ids, past_key and past_length, by which an Attention's mask is made."""
+    causal = called(node.inputs[5], "CausalMask")
+    assert causal is not None
+    position_ids, past_key, past_length = causal.inputs
+    assert position_ids is not None and past_key is not None and past_length is not None
+    return position_ids, past_key, past_length
+
+
+def take_caches(edit: Editor, node: ir.Node, present: Sequence[ir.Value]) -> None:
+    """Give the caches of an Attention, with this run's rows, as outputs of the graph."""
+    for new, old in zip(present, node.inputs[3:5], strict=True):
+        assert old is not None
+        new.name, new.type, new.shape = TensorName.of(old.name).to("present"), old.type, old.shape
+        edit.graph.outputs.append(new)
+
+
+def start_of(edit: Editor, before: ir.Node, position_ids: ir.Value, past_length: ir.Value) -> ir.Value:
+    """The row of a cache that this run's first goes to, from the inputs that stand for `past_length`; int32 [1]."""
+    last, _ = length_inputs(edit, past_length)  # past_length + S - 1
+    if position_ids.shape is not None and position_ids.shape[2] == 1:
+        return last
+    (earlier,) = edit.op(before, "Sub", last, edit.extent(before, position_ids, 2))
+    return edit.op(before, "Add", earlier, edit.scalar(1))[0]
 
 
 def flattened(edit: Editor, node: ir.Node, y: ir.Value) -> ir.Value:

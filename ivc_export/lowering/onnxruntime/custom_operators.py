@@ -5,9 +5,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.contract.operators import PLUGIN_OPERATORS
+from ivc_export.contract.operators import ATTENDING, PLUGIN_OPERATORS
 from ivc_export.lowering.inline import InlinePass
 from ivc_export.lowering.tensorrt.plugin import axes, fuse_gathers
+
+LIBRARY = PLUGIN_OPERATORS | ATTENDING
+"""Operators that the library has."""
 
 
 class UseCustomOpsPass(ir.passes.InPlacePass):
@@ -20,11 +23,11 @@ class UseCustomOpsPass(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         """Check that what is inlined has a body."""
-        InlinePass(kept=PLUGIN_OPERATORS).requires(model)
+        InlinePass(kept=LIBRARY).requires(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Inline what the library lacks, fuse the gathers of caches, drop the bodies."""
-        changed = InlinePass(kept=PLUGIN_OPERATORS)(model).modified or bool(model.functions)
+        changed = InlinePass(kept=LIBRARY)(model).modified or bool(model.functions)
         model.functions.clear()
         gathers = [
             n for n in model.graph if n.op_type == "Gather" and n.inputs[1] and n.inputs[1].name == "cache_index"
@@ -36,5 +39,5 @@ class UseCustomOpsPass(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         """Check that every `ivc` node is one of the library's."""
         for node in model.graph.all_nodes():
-            if node.domain == IVC_DOMAIN and node.op_type not in PLUGIN_OPERATORS:
+            if node.domain == IVC_DOMAIN and node.op_type not in LIBRARY:
                 raise ir.passes.PostconditionError(f"{node.name}: the library has no {node.op_type}")

@@ -9,13 +9,15 @@ import numpy as np
 import onnx_ir as ir
 
 from ivc_export.checkpoint.weights import read_values
+from ivc_export.contract.operators import ATTENDING
 from ivc_export.lowering.edit import Editor, back, made_by
 
 
 class PackProjectionsPass(ir.passes.InPlacePass):
-    """Replace the three products that feed a GroupQueryAttention by one, which is split behind it.
+    """Replace the three products that feed attention by one, which is split behind it.
 
-    1. Needs: attention as UseFusedAttentionPass leaves it; weights as they are stored, floats [out, in] or packed.
+    1. Needs: attention as UseFusedAttentionPass or UseOwnAttentionPass leaves it; weights as they are stored, floats
+       [out, in] or packed.
     2. Leaves: one weight and one bias a layer in the place of three, their rows one below the other, put together when
        they are read. Layers whose projections do not read the same rows stay as they were.
     """
@@ -25,7 +27,7 @@ class PackProjectionsPass(ir.passes.InPlacePass):
         edit, changed = Editor(model.graph), False
         place = {node: number for number, node in enumerate(model.graph)}
         for node in list(model.graph):
-            if node.op_type == "GroupQueryAttention":
+            if node.op_type in ("GroupQueryAttention", *ATTENDING):
                 found = [projection(value) for value in node.inputs[:3]]
                 parts = [part for part in found if part is not None]
                 if len(parts) == 3 and len({part.kind for part in parts}) == 1:

@@ -9,7 +9,7 @@ from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering.edit import Editor, called
 from ivc_export.lowering.in_place_caches import reading_caches
-from ivc_export.lowering.onnxruntime.attention import length_inputs
+from ivc_export.lowering.onnxruntime.attention import mask_of, start_of
 
 Run = tuple[ir.Value, ir.Value]
 """This run's rows in a cache, int32 [S], and what each of them sees of it, bool [S, P]."""
@@ -49,11 +49,9 @@ class WriteCachesPass(ir.passes.InPlacePass):
 def write(edit: Editor, node: ir.Node, runs: dict[ir.Value, Run]) -> None:
     """Write one layer's rows, and attend. runs: by what CausalMask gives, which layers share."""
     q, *new, past_key, past_value, visible = node.inputs
-    causal = called(visible, "CausalMask")
-    assert visible is not None and past_key is not None and causal is not None
+    assert visible is not None and past_key is not None
     if visible not in runs:
-        position_ids, _, past_length = causal.inputs
-        assert position_ids is not None and past_length is not None
+        position_ids, _, past_length = mask_of(node)
         runs[visible] = run_of(edit, node, position_ids, past_length, past_key)
     rows, sees = runs[visible]
     (place,) = edit.op(node, "Reshape", rows, edit.ints(1, 1, -1, 1))
@@ -75,11 +73,8 @@ def write(edit: Editor, node: ir.Node, runs: dict[ir.Value, Run]) -> None:
 
 def run_of(edit: Editor, node: ir.Node, position_ids: ir.Value, past_length: ir.Value, cache: ir.Value) -> Run:
     """Where this run's rows go, and what they see: rows up to themselves."""
-    last, _ = length_inputs(edit, past_length)  # past_length + S - 1
-    run = edit.extent(node, position_ids, 2)
-    (before,) = edit.op(node, "Sub", last, run)
-    (start,) = edit.op(node, "Add", before, edit.scalar(1))
-    (rows,) = edit.op(node, "Add", edit.counting(node, run), start)
+    start = start_of(edit, node, position_ids, past_length)
+    (rows,) = edit.op(node, "Add", edit.counting(node, edit.extent(node, position_ids, 2)), start)
     (row,) = edit.op(node, "Unsqueeze", rows, edit.ints(1))
     (later,) = edit.op(node, "Less", row, edit.counting(node, edit.extent(node, cache, 2)))
     return rows, edit.op(node, "Not", later)[0]

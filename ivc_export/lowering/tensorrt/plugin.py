@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ivc_export.contract.names import IVC_DOMAIN, IVC_VERSION
+from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.contract.operators import ATTENTION_OPERATORS, PLUGIN_OPERATORS
 from ivc_export.lowering.edit import called
 from ivc_export.lowering.inline import InlinePass
@@ -55,8 +55,6 @@ class UsePluginPass(ir.passes.InPlacePass):
                 node.attributes[name] = ir.AttrString(name, value)
         changed = inlined or bool(gathers or named or model.functions)
         model.functions.clear()
-        if any(node.domain == IVC_DOMAIN for node in model.graph):
-            model.graph.opset_imports[IVC_DOMAIN] = IVC_VERSION  # inlining the last body has taken it away
         return ir.passes.PassResult(model, changed)
 
     def ensures(self, model: ir.Model) -> None:

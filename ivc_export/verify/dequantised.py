@@ -40,16 +40,14 @@ def dequantised(tensors: Tensors, settings: Mapping[str, Any], scale_dtype: torc
     }
     weights: Tensors = {}
     for end, rule in rules.items():  # a scale of what is packed is no FP8 layer's
-        for name in tensors:
-            layer, _, own = name.rpartition(".")
-            if own == end and f"{layer}.weight" not in weights:
-                weights[f"{layer}.weight"] = rule(tensors, layer, settings, scale_dtype)
-    others = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name.endswith(".bias") or f"{name.rpartition('.')[0]}.weight" not in weights
-    }
-    return others | weights, set(weights)
+        marker = f".{end}"
+        for layer in [name.removesuffix(marker) for name in tensors if name.endswith(marker)]:
+            if layer not in weights:
+                weights[layer] = rule(tensors, layer, settings, scale_dtype)
+    parts = tuple(f"{layer}." for layer in weights)
+    others = {name: t for name, t in tensors.items() if name.endswith(".bias") or not name.startswith(parts)}
+    found = {f"{layer}.weight": weight for layer, weight in weights.items()}
+    return others | found, set(found)
 
 
 def bundled(folder: Path, bits: Mapping[str, int]) -> Tensors:

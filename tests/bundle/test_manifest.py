@@ -83,7 +83,7 @@ def refusal(bundle: Path, capsys: pytest.CaptureFixture[str]) -> str:
         ("graphs.vision.outputs.0.shape.2", 65, "graphs.vision does not fit"),
         ("residual_scale", 0.5, "residual_scale does not fit"),
         ("residual_scale", 0, "is damaged (residual_scale"),
-        ("weight_formats", {"lm_head": {"format": "int4"}}, "was made by a newer ivc-export (weight_formats.lm_head"),
+        ("weight_formats", {"lm_head": {"format": "int3"}}, "was made by a newer ivc-export (weight_formats.lm_head"),
         ("selection.method", "dart", "was made by a newer ivc-export (selection: Input tag 'dart'"),
         ("selection.method", "fastv", "was made by a newer ivc-export (selection.ivc_fraction: Extra inputs"),
         ("selection.surprise", 1, "was made by a newer ivc-export (selection.surprise: Extra inputs"),

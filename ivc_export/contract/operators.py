@@ -46,6 +46,9 @@ ATTENDING = frozenset(("AttendInPlace", "EncodeAttend"))
 ATTENTION_OPERATORS = ATTENDING | {"CompactIntoCaches"}
 """The plugin's for attention, and for caches that it writes in place."""
 
+PRODUCT_OPERATORS = frozenset(("MatMulInt4",))
+"""Such operators for products over packed weights."""
+
 ATTENDED_SIZES = (64, 128)
 """Sizes of a decoder layer's keys and values that AttendInPlace takes."""
 

@@ -80,6 +80,10 @@ class Tensors:
             self.types[node.output[0]] = onnx.helper.make_tensor_type_proto(
                 kind, [*self.shape(inputs[0])[:-1], columns]
             )
+        elif node.op_type == "MatMulInt4":
+            kind = self.types[inputs[0]].tensor_type.elem_type
+            shape = [*self.shape(inputs[0])[:-1], self.shape(inputs[1])[0]]
+            self.types[node.output[0]] = onnx.helper.make_tensor_type_proto(kind, shape)
         elif node.op_type in ("AttendInPlace", "EncodeAttend"):
             frames, heads, rows, size = self.shape(inputs[0])
             block = next((attribute.i for attribute in node.attribute if attribute.name == "block_size"), 0)
@@ -135,7 +139,7 @@ def flops_of(node: onnx.NodeProto, tensors: Tensors) -> int:
     """Two for each multiply-add of a matrix product, whose left side is never transposed; 0 for other operators."""
     if is_attention(node):
         return 2 * scores_of(node, tensors) * sum(tensors.shape(name)[-1] for name in node.input[1:3])
-    if node.op_type not in ("MatMul", "MatMulNBits", "Gemm"):
+    if node.op_type not in ("MatMul", "MatMulInt4", "MatMulNBits", "Gemm"):
         return 0
     flops = 2 * math.prod(tensors.shape(node.output[0])) * tensors.shape(node.input[0])[-1]
     assert flops > 0, f"{node.name}: the shapes of a product are unknown"

@@ -29,6 +29,7 @@ from ivc_export.lowering.spell import SpellPass
 from ivc_export.lowering.tensorrt.attention import AttendInPlacePass, EncodeAttendPass
 from ivc_export.lowering.tensorrt.block_dequantise import BlockDequantisePass
 from ivc_export.lowering.tensorrt.dequantise import DequantiseWeightsPass
+from ivc_export.lowering.tensorrt.int4_products import MatMulInt4Pass
 from ivc_export.lowering.tensorrt.opset import BLOCKS, NEWEST, RaiseOpsetPass
 from ivc_export.lowering.tensorrt.plugin import KERNELS, UsePluginPass
 from ivc_export.lowering.tensorrt.products import ScaleBeforeProductsPass
@@ -143,6 +144,7 @@ LOWERINGS: dict[str, Lowering] = {
     # nodes without bodies: TensorRT with our plugin library
     "plugin": Lowering(
         passes=lambda: (
+            MatMulInt4Pass(),
             DequantiseWeightsPass(),
             AttendInPlacePass(),
             EncodeAttendPass(),

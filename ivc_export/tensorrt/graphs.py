@@ -26,7 +26,7 @@ EngineGraphs = Literal["native", "plugin", "opset-21", "opset-23-attention", "op
 SPELLED: tuple[EngineGraphs, ...] = ("native", "plugin", "opset-21")
 """Those that spell attention out."""
 IN_BLOCKS: tuple[EngineGraphs, ...] = ("opset-21", "opset-23-attention", "opset-23")
-"""Those in which weights in 4 bits stay so."""
+"""Those in which weights in 4 bits stay so whatever the dtype; with the plugin they do but in float32."""
 DecoderAttention = Literal["grouped", "repeated", "operator"]
 """How decoder layers spell attention: heads of queries grouped by their key-value head, keys and values repeated for
 every head of queries, or one operator."""
@@ -112,7 +112,8 @@ def attentions(graphs: EngineGraphs) -> tuple[DecoderAttention, ...]:
 def packed_weights(bundle: Bundle, graphs: EngineGraphs, dtype: FloatName) -> dict[str, str]:
     """What packed layers are in engines, by what they are in the bundle: int4, or floats."""
     kinds = sorted({stored.format for stored in bundle.manifest.weight_formats.values()})
-    return {kind: kind if kind == "int4" and graphs in IN_BLOCKS else dtype for kind in kinds}
+    kept = graphs in IN_BLOCKS or (graphs == "plugin" and dtype != "float32")
+    return {kind: kind if kind == "int4" and kept else dtype for kind in kinds}
 
 
 def best_opset(target: Target, found: tuple[int, int], packed: bool = False) -> EngineGraphs:

@@ -29,7 +29,7 @@ from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
 from ivc_export.runtime.onnxruntime.records import ONNXRUNTIME_CPU
 from ivc_export.tensorrt.decide import decide
-from ivc_export.tensorrt.graphs import EngineChoices, choose_graphs, lowered, packed_weights
+from ivc_export.tensorrt.graphs import EngineChoices, choose_graphs, graph_to_count, lowered, packed_weights
 from ivc_export.tensorrt.recipe import EngineRecipe
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
@@ -104,6 +104,17 @@ def test_engines_compute_with_their_values(
     device.check()
 
 
+def test_engines_with_the_plugin_compute_with_their_values(
+    bundles: tuple[Bundle, Bundle], wanted: Turns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.load(shutil.copytree(bundles[0].folder, tmp_path / "bundle"))
+    library = tmp_path / "lib.so"
+    library.write_bytes(b"a plugin")
+    session, device = opened(bundle, monkeypatch, dtype="float16", plugin=library)
+    assert largest(answers(session), wanted) < HALF
+    device.check()
+
+
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_lowered_graphs_keep_the_contract(bundles: tuple[Bundle, Bundle], lowering: str) -> None:
     bundle, record = bundles[0], LOWERINGS[lowering]
@@ -169,6 +180,36 @@ def test_blocks_that_tensorrt_dequantises_give_the_same(zero_points: bool, dtype
     assert found.dtype == np.dtype(dtype) and np.abs(found - meant).max() < tolerance * np.abs(meant).max()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_our_plugin_gets_the_bytes_of_a_bundle(zero_points: bool, dtype: FloatName) -> None:
+    """As int32, with zeros behind zero points that fill none."""
+    random, out, features, packing = np.random.default_rng(0), 5, 72, Packing(4, 32, zero_points)
+    values, zeros = random.integers(0, 16, (out, features), np.uint8), random.integers(0, 16, (out, 3), np.uint8)
+    scales = random.uniform(0.01, 0.1, (out, 3)).astype(FLOATS[dtype].numpy)
+    arrays: dict[str, Any] = {"packed": pack_blocks(values, packing), "scales": scales}
+    arrays |= {"zero_points": pack_values(zeros, 4)} if zero_points else {}
+    model = lower(one_product(arrays, packing, out, features, dtype), "plugin")
+    (node,) = model.graph
+    assert (node.op_type, node.attributes["block_size"].as_int()) == ("MatMulInt4", 32)
+    assert node.attributes["zero_points"].as_int() == zero_points
+    packed, stored, *points = (value.const_value.numpy() for value in node.inputs[1:])  # type: ignore[union-attr]
+    np.testing.assert_array_equal(packed.view(np.uint8), arrays["packed"])
+    np.testing.assert_array_equal(stored, scales)
+    assert packed.dtype == np.int32 and len(points) == zero_points
+    if zero_points:
+        assert (points[0].dtype, points[0].tobytes()) == (np.int32, arrays["zero_points"].tobytes() + bytes(2))
+
+
+def test_the_plugins_kernel_takes_no_bytes_and_no_float32() -> None:
+    values = np.zeros((5, 64), np.uint8)
+    for bits, dtype in ((8, "float16"), (4, "float32")):
+        packing = Packing(bits, 32)
+        arrays = {"packed": pack_blocks(values, packing), "scales": np.ones((5, 2), dtype)}
+        (node,) = lower(one_product(arrays, packing, 5, 64, dtype), "plugin").graph  # type: ignore[arg-type]
+        assert node.op_type == "Gemm"
+
+
 @pytest.mark.parametrize("layout", ["AWQ", "compressed-tensors"])
 def test_tensorrt_rtx_compiles_weights_in_blocks(layout: str, tmp_path: Path) -> None:
     """And keeps them in 4 bits: the engine is smaller than that of floats by most of what they save."""
@@ -185,6 +226,24 @@ def test_tensorrt_rtx_compiles_weights_in_blocks(layout: str, tmp_path: Path) ->
         engines[graphs] = rtx.compiled(model, bundle.folder, "prefix", "SM86").nbytes
     saved = 2 * (3 * 256 * 768 + 2 * 256 * 256 + 2 * 256 * 128) * 3 // 2  # of two bytes a weight in two layers
     assert engines["native"] - engines["opset-23"] > 0.7 * saved
+
+
+@pytest.mark.parametrize(("dtype", "packed"), [("float16", "int4"), ("float32", "float32")])
+def test_engines_with_the_plugin_keep_four_bits_but_in_float32(
+    bundles: tuple[Bundle, Bundle], dtype: FloatName, packed: str
+) -> None:
+    bundle = bundles[0]
+    kinds = {one.format for one in bundle.manifest.weight_formats.values()}
+    recipe = EngineRecipe(plugin=Path("lib.so"), dtype=dtype)
+    choices = choose_graphs(bundle, recipe, SimpleNamespace(__version__="8.6.2"), "8.6")
+    assert choices.graphs == "plugin"
+    assert packed_weights(bundle, "plugin", dtype) == {kind: packed if kind == "int4" else dtype for kind in kinds}
+    for name in ("prefix", "decoder"):
+        model = lowered(bundle, name, choices)
+        operators = [node.op_type for node in model.graph]
+        assert ("MatMulInt4" in operators) == (packed == "int4" in kinds)
+        assert not any(node.op_type.startswith("LinearNBits") for node in model.graph)
+        assert graph_to_count(bundle, name, choices)
 
 
 @pytest.mark.parametrize(

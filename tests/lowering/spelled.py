@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ivc_export.contract.names import IVC_DOMAIN
@@ -116,7 +117,28 @@ def written(edit: Editor, node: ir.Node, past: ir.Value | None, rows: ir.Value, 
     return edit.op(node, "ScatterElements", past, places, rows, axis=2)[0]
 
 
+def matmul_int4(edit: Editor, node: ir.Node) -> None:
+    x, words, scales, *points = node.inputs
+    assert words is not None and words.const_value is not None
+    block, packed = node.attributes["block_size"].as_int(), words.const_value.numpy()
+    (out, blocks, _), features = packed.shape, x.shape[1] if x is not None and x.shape is not None else None
+    arrays = [packed.view(np.uint8)]
+    for value in points:
+        assert value is not None and value.const_value is not None
+        arrays.append(value.const_value.numpy().view(np.uint8)[: out * -(-blocks // 2)].reshape(out, -1))
+    given = [
+        ir.val(f"{node.name}.{i}", const_value=ir.tensor(a, name=f"{node.name}.{i}")) for i, a in enumerate(arrays)
+    ]
+    for value in given:
+        edit.graph.initializers[str(value.name)] = value
+    sizes = {"bits": 4, "block_size": block, "N": out, "K": features or blocks * block}
+    (y,) = edit.op(node, "MatMulNBits", x, given[0], scales, *given[1:], domain="com.microsoft", **sizes)
+    edit.replace(node.outputs[0], y)
+    edit.graph.remove(node, safe=True)
+
+
 SPELLED = {
+    "MatMulInt4": matmul_int4,
     "SelectTokens": select_tokens,
     "CompactGatherN": compact_gather,
     "CompactIntoCaches": compact_into_caches,

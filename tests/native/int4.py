@@ -39,7 +39,7 @@ class Int4Case:
 
     @property
     def block_size(self) -> int:
-        return self.packed.shape[2] * 2
+        return 2 * int(self.packed.shape[2])
 
     def weights(self) -> npt.NDArray[np.float64]:
         """[N, K]."""

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.contract.operators import ATTENTION_OPERATORS, PLUGIN_OPERATORS
+from ivc_export.contract.operators import ATTENTION_OPERATORS, PLUGIN_OPERATORS, PRODUCT_OPERATORS
 from ivc_export.lowering.edit import called
 from ivc_export.lowering.inline import InlinePass
 
@@ -20,7 +20,7 @@ KINDS = {"graph": 0, "int32": 1, "float32": 2}
 """Element types of CompactGatherN's tensors: `graph` is the floating-point type that all such tensors share."""
 
 
-KERNELS = PLUGIN_OPERATORS | ATTENTION_OPERATORS
+KERNELS = PLUGIN_OPERATORS | ATTENTION_OPERATORS | PRODUCT_OPERATORS
 """Operators that the plugin has."""
 
 

@@ -16,10 +16,15 @@ import onnxruntime
 import pytest
 
 from ivc_export.bundle.bundle import Bundle
+from ivc_export.exporter.pipeline import export
+from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Grid
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
+from ivc_export.verify.testdata import draw_picture, make_prompt
+from samples.make_sample import make_checkpoint
+from samples.tiny import wide
 from tests.conftest import random_picture
-from tests.native.custom_ops import DTYPES, check_attention, check_gather, check_selection
+from tests.native.custom_ops import DTYPES, OwnDecode, check_attention, check_gather, check_selection
 from tests.native.test_plugin_builds import build
 
 pytestmark = [
@@ -30,6 +35,9 @@ pytestmark = [
 ]
 TOLERANCE = 2e-3
 """Of the largest logit: kept rows are the same, and so are the float16 kernels that everything else runs on."""
+
+ATTENDED = 2e-2
+"""Of the largest logit, where attention rounds otherwise."""
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +62,23 @@ def test_gathering_agrees_with_numpy(library: Path, dtype: str) -> None:
 def test_attention_agrees_with_float64(library: Path) -> None:
     for seed in range(100):
         check_attention(library, "cuda", seed, 300)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])  # in windows and packed, and without rotations
+@pytest.mark.parametrize("opened", [FusedSession, OwnDecode])
+def test_our_attention_is_as_onnxruntimes(
+    library: Path, tmp_path: Path, family: str, opened: type[FusedSession]
+) -> None:
+    bundle = export(ExportRecipe(make_checkpoint(tmp_path / "checkpoint", wide(family, heads=4)), tmp_path / "bundle"))
+    session = opened(bundle, "cuda", True, library)
+    assert session.cuda_graph  # the decode step is captured
+    wanted = FusedConversation(FusedSession(bundle, "cuda", True), 1.0, capacity=700)
+    found = FusedConversation(session, 1.0, capacity=700)
+    _, tokens, picture = make_prompt(bundle, draw_picture())
+    for turn in (tokens, [5], [6], [7]):
+        given = [picture] if turn is tokens else []
+        step, reference = found.run(turn, given), wanted.run(turn, given)
+        assert np.abs(step.logits - reference.logits).max() < ATTENDED * np.abs(reference.logits).max()
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import onnxruntime
 from onnx import TensorProto, helper
 
 from ivc_export.contract.names import IR_VERSION, IVC_DOMAIN, IVC_VERSION, OPSET
+from ivc_export.lowering.join_decode import join_decode
+from ivc_export.runtime.onnxruntime.cuda import FusedSession
 from ivc_export.runtime.onnxruntime.fused_graphs import PROVIDERS, Provider, register
 from tests.conftest import SCORE_TOLERANCE
 from tests.native.attention import DecoderCase, EncoderCase, decoder_case, encoder_case
@@ -21,6 +24,13 @@ from tests.native.kernels import SEED_DIVISOR, Case, random_case
 
 DTYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 INDEX_NAMES = ("visual_index", "text_index", "query_index", "keep_count")
+
+
+class OwnDecode(FusedSession):
+    """Decode steps by our attention, too."""
+
+    def _joined(self) -> ir.Model:
+        return self._lower(join_decode(self.bundle.graph("prefix"), self.bundle.graph("decoder")), self.lowering)
 
 
 def tensors(dtype: int, names: Sequence[str], rank: int = 1) -> list[Any]:

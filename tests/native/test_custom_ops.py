@@ -31,6 +31,7 @@ from samples.tiny import TINY, wide
 from tests.conftest import LOGIT_TOLERANCE
 from tests.native.attention import decoder_case, encoder_case
 from tests.native.custom_ops import (
+    OwnDecode,
     attend_bound,
     attend_in_place,
     check_attention,
@@ -162,13 +163,6 @@ def test_our_attention_keeps_the_contract(wide_bundle: Bundle, name: str) -> Non
 
 def test_every_family_attends_with_our_operators(wide_bundle: Bundle, library: Path) -> None:
     same_conversation(wide_bundle, FusedSession(wide_bundle, "cpu", op_library=library))
-
-
-class OwnDecode(FusedSession):
-    """Decode steps by our attention, too."""
-
-    def _joined(self) -> ir.Model:
-        return self._lower(join_decode(self.bundle.graph("prefix"), self.bundle.graph("decoder")), self.lowering)
 
 
 def test_decode_steps_can_attend_with_our_operators(wide_bundle: Bundle, library: Path) -> None:

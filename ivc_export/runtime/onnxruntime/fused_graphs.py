@@ -47,7 +47,8 @@ class FusedGraphs:
 
     provider: "cuda", or "cpu" to check the same graphs and the same hand-over without a GPU.
     cuda_graph: capture the decode step, and replay it, unless onnxruntime refuses; the attribute says whether it does.
-    op_library: our library of custom operators (graphs/plugin/onnxruntime), which then selects and compacts.
+    op_library: our library of custom operators (graphs/plugin/onnxruntime), which then selects, compacts, and
+        attends but in decode steps.
 
     Raises:
         UserError: onnxruntime has no such provider, or cannot open a graph or the library.

@@ -18,7 +18,7 @@ DTYPES = ("float16", "bfloat16")
 # Half a unit in the last place of 1: of the answer, and where rows are many of each weight.
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 SUMMED = 2.0**-17  # what sums in float32 of 136 times a weight's values may cost, of the sum of products' magnitudes
-FEW = 4  # rows whose weights are not rounded
+FEW = 16  # rows whose weights are not rounded
 
 
 class IvcInt4(ctypes.Structure):

@@ -28,13 +28,19 @@ struct Int4 {
     }
 
     template <class Value>
-    IVC_HD float scale(int32_t column, int32_t block) const {
-        return static_cast<float>(static_cast<const Value*>(scales)[static_cast<int64_t>(column) * blocks + block]);
+    IVC_HD Value scale(int32_t column, int32_t block) const {
+        return static_cast<const Value*>(scales)[static_cast<int64_t>(column) * blocks + block];
     }
 
-    IVC_HD int32_t point(int32_t column, int32_t block) const {
-        if (!points) return kInt4Zero;
-        return points[static_cast<int64_t>(column) * ((blocks + 1) / 2) + block / 2] >> 4 * (block % 2) & 15;
+    // The byte with a block's zero point, which is its low half where blocks are even.
+    IVC_HD uint8_t points2(int32_t column, int32_t block) const {
+        if (!points) return kInt4Zero | kInt4Zero << 4;
+        return points[static_cast<int64_t>(column) * ((blocks + 1) / 2) + block / 2];
+    }
+
+    // 128 and a block's zero point.
+    static IVC_HD float zero(uint8_t points2, int32_t block) {
+        return kInt4Bias + static_cast<float>(points2 >> 4 * (block % 2) & 15);
     }
 };
 
@@ -45,7 +51,7 @@ struct alignas(16) Eight {
 
 // Values at..at+7 of a row of x, zeros behind its end.
 template <class Value>
-IVC_HD inline Eight<Value> eightOf(const Int4& a, int32_t row, int32_t at) {
+IVC_WARP Eight<Value> eightOf(const Int4& a, int32_t row, int32_t at) {
     const Value* from = static_cast<const Value*>(a.x) + static_cast<int64_t>(row) * a.features + at;
     if (a.whole && at < a.features) return *reinterpret_cast<const Eight<Value>*>(from);
     Eight<Value> found;
@@ -67,7 +73,7 @@ IVC_HD inline float biased(uint32_t x, int i) {
 }
 
 // 128 + each of 8 stored values.
-IVC_HD inline void unpack(float (&found)[8], uint32_t word) {
+IVC_WARP void unpack(float (&found)[8], uint32_t word) {
     const uint32_t low = word & 0x0f0f0f0f, high = word >> 4 & 0x0f0f0f0f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -142,21 +148,21 @@ struct FewRows {
         });
     }
 
-    static IVC_HD Chunk chunkOf(const Int4& a, int32_t firstColumn, int32_t chunk) {
+    static IVC_WARP Chunk chunkOf(const Int4& a, int32_t firstColumn, int32_t chunk) {
         Chunk found;
         const int32_t block = chunk * kChunk / a.blockSize;
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
             const int32_t column = smaller(firstColumn + i, a.out - 1);
             found.words[i] = *reinterpret_cast<const Words*>(a.stored(column, chunk * kChunk));
-            found.scales[i] = a.scale<Value>(column, block);
-            found.zeros[i] = kInt4Bias + static_cast<float>(a.point(column, block));
+            found.scales[i] = static_cast<float>(a.scale<Value>(column, block));
+            found.zeros[i] = Int4::zero(a.points2(column, block), block);
         }
         return found;
     }
 
     // One lane's sums, over chunks first, first + step, ...
-    static IVC_HD Sums partOf(const Int4& a, int32_t firstRow, int32_t firstColumn, int32_t first, int32_t step) {
+    static IVC_WARP Sums partOf(const Int4& a, int32_t firstRow, int32_t firstColumn, int32_t first, int32_t step) {
         Sums total{};
         const int32_t chunks = a.blocks * (a.blockSize / kChunk);
         if (first >= chunks) return total;
@@ -202,12 +208,13 @@ struct FewRows {
 };
 
 // A tile of y in kRowWarps x kColumnWarps warps of 16 kRowTiles rows and 16 kColumnTiles columns each. Weights are
-// rounded to Value as they are dequantised; while a slice of kDepth features is multiplied, the next one is on its way.
+// rounded to Value as they are dequantised; while a slice of kDepth features is multiplied, the next kAhead are on their
+// way, in registers.
 template <class Value, int kRowWarps, int kColumnWarps, int kRowTiles, int kColumnTiles>
 struct ManyRows {
     static constexpr int kWarps = kRowWarps * kColumnWarps, kThreads = kWarps * kWarp;
     static constexpr int kRows = 16 * kRowWarps * kRowTiles, kColumns = 16 * kColumnWarps * kColumnTiles;
-    static constexpr int kDepth = 32, kPitch = kDepth + 8;                      // rows of 16 bytes in banks of their own
+    static constexpr int kDepth = 32, kAhead = 4, kPitch = kDepth + 8;                      // rows of 16 bytes in banks of their own
     static constexpr int kLeftParts = kRows * kDepth / 8, kRightParts = kColumns * kDepth / 16;  // 8, or 16, values each
     static constexpr int kLeftEach = (kLeftParts + kThreads - 1) / kThreads;
     static constexpr int kRightEach = (kRightParts + kThreads - 1) / kThreads;
@@ -220,16 +227,18 @@ struct ManyRows {
         Slice slices[2];
     };
     static_assert(sizeof(Shared) <= 48 * 1024, "more than static shared memory may be");
+    static_assert(kAhead % 2 == 0, "a slice in flight has its place by its number");
 
     struct alignas(8) Words {
         uint32_t x[2];
     };
 
-    // What a lane brings of a slice.
+    // What a lane brings of a slice, as it is loaded: nothing waits for it before it is put.
     struct Fetched {
         Eight<Value> left[kLeftEach];
         Words right[kRightEach];
-        float scales[kRightEach], zeros[kRightEach];
+        Value scales[kRightEach];
+        uint8_t points2[kRightEach];
     };
 
     struct Sums {
@@ -243,28 +252,34 @@ struct ManyRows {
         const int32_t firstRow = rowBlock * kRows, firstColumn = columnBlock * kColumns;
         const int32_t slices = ceilDiv(a.features, kDepth);
         PerWarp<Sums, kWarps> sums;
-        PerWarp<Lane<Fetched>, kWarps> fetched;
-        const auto fetch = [&](int32_t slice) {
+        PerWarp<Lane<Fetched>, kWarps> fetched[kAhead];
+        const auto fetch = [&](PerWarp<Lane<Fetched>, kWarps>& to, int32_t slice) {
             block.each([&](int warp) {
                 eachLane([&](int lane) {
-                    fetched[warp][lane] = fetchedOf(a, firstRow, firstColumn, slice * kDepth, warp * kWarp + lane);
+                    to[warp][lane] = fetchedOf(a, firstRow, firstColumn, slice * kDepth, warp * kWarp + lane);
                 });
             });
         };
-        const auto store = [&](Slice& to) {
-            block.each([&](int warp) {
-                eachLane([&](int lane) { put(to, fetched[warp][lane], warp * kWarp + lane); });
-            });
-        };
         block.each([&](int warp) { clear(sums[warp]); });
-        fetch(0);
-        store(shared.slices[0]);
-        block.barrier();
-        for (int32_t slice = 0; slice < slices; ++slice) {
-            if (slice + 1 < slices) fetch(slice + 1);
-            block.each([&](int warp) { multiplySlice(sums[warp], shared.slices[slice % 2], warp); });
-            if (slice + 1 < slices) store(shared.slices[(slice + 1) % 2]);
-            block.barrier();
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (i < slices) fetch(fetched[i], i);
+        }
+        for (int32_t first = 0; first < slices; first += kAhead) {
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const int32_t slice = first + i;
+                if (slice >= slices) break;
+                Slice& here = shared.slices[i % 2];
+                block.each([&](int warp) {
+                    eachLane([&](int lane) {
+                        put(here, fetched[i][warp][lane], a, slice * kDepth, warp * kWarp + lane);
+                    });
+                });
+                block.barrier();  // the slice before may still be read, and is put over after the next barrier alone
+                if (slice + kAhead < slices) fetch(fetched[i], slice + kAhead);
+                block.each([&](int warp) { multiplySlice(sums[warp], here, warp); });
+            }
         }
         block.each([&](int warp) {
             write(a, sums[warp], firstRow + warp / kColumnWarps * 16 * kRowTiles,
@@ -282,7 +297,7 @@ struct ManyRows {
         });
     }
 
-    static IVC_HD Fetched fetchedOf(const Int4& a, int32_t firstRow, int32_t firstColumn, int32_t at, int thread) {
+    static IVC_WARP Fetched fetchedOf(const Int4& a, int32_t firstRow, int32_t firstColumn, int32_t at, int thread) {
         Fetched found;
 #pragma unroll
         for (int i = 0; i < kLeftEach; ++i) {
@@ -295,20 +310,20 @@ struct ManyRows {
         for (int i = 0; i < kRightEach; ++i) {
             const int32_t part = thread + i * kThreads, column = smaller(firstColumn + part / 2, a.out - 1);
             const int32_t from = at + part % 2 * 16;
-            found.scales[i] = 0;  // behind a row's last block, where x is 0
-            found.zeros[i] = kInt4Bias;
+            found.scales[i] = static_cast<Value>(0.0f);  // behind a row's last block, where x is 0
+            found.points2[i] = 0;
             found.right[i] = Words{};
             if (part < kRightParts && from < a.blocks * a.blockSize) {
                 const int32_t block = from / a.blockSize;
                 found.right[i] = *reinterpret_cast<const Words*>(a.stored(column, from));
                 found.scales[i] = a.scale<Value>(column, block);
-                found.zeros[i] += static_cast<float>(a.point(column, block));
+                found.points2[i] = a.points2(column, block);
             }
         }
         return found;
     }
 
-    static IVC_WARP void put(Slice& to, const Fetched& from, int thread) {
+    static IVC_WARP void put(Slice& to, const Fetched& from, const Int4& a, int32_t at, int thread) {
 #pragma unroll
         for (int i = 0; i < kLeftEach; ++i) {
             const int part = thread + i * kThreads;
@@ -320,6 +335,8 @@ struct ManyRows {
         for (int i = 0; i < kRightEach; ++i) {
             const int part = thread + i * kThreads;
             if (part >= kRightParts) continue;
+            const float scale = static_cast<float>(from.scales[i]);
+            const float zero = Int4::zero(from.points2[i], (at + part % 2 * 16) / a.blockSize);
 #pragma unroll
             for (int word = 0; word < 2; ++word) {
                 float values[8];
@@ -327,8 +344,8 @@ struct ManyRows {
                 Eight<Value> eight;
 #pragma unroll
                 for (int j = 0; j < 8; j += 2) {
-                    const uint32_t pair = packed<Value>((values[j] - from.zeros[i]) * from.scales[i],
-                        (values[j + 1] - from.zeros[i]) * from.scales[i]);
+                    const uint32_t pair = packed<Value>((values[j] - zero) * scale,
+                        (values[j + 1] - zero) * scale);
                     memcpy(&eight.x[j], &pair, sizeof pair);
                 }
                 *reinterpret_cast<Eight<Value>*>(&to.right[part / 2][part % 2 * 16 + 8 * word]) = eight;

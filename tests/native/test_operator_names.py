@@ -17,7 +17,7 @@ from tests.native.kernels import PLUGIN
 
 ONNXRUNTIME = (PLUGIN / "onnxruntime" / "custom_ops.cpp").read_text(encoding="utf-8")
 TENSORRT = "".join(
-    (PLUGIN / "tensorrt" / f"{name}.h").read_text(encoding="utf-8") for name in ("operators", "attention")
+    (PLUGIN / "tensorrt" / f"{name}.h").read_text(encoding="utf-8") for name in ("operators", "attention", "products")
 )
 SHARED = {"SelectTokens"}
 """Functions that have a kernel of the same signature."""

@@ -16,7 +16,7 @@ struct Int4Choice {
     int32_t parts;
 };
 
-// The first that fits is taken. Measured on an H200 at Qwen2-VL-2B's sizes.
+// The first that fits is taken. Those of FewRows were measured on an H200 at Qwen2-VL-2B's sizes.
 constexpr Int4Choice kInt4Choices[] = {
     {1, 1024, Int4Kernel::kOneByOne, 4},
     {1, INT32_MAX, Int4Kernel::kOneByFour, 4},

@@ -3,6 +3,8 @@
 
 #include <memory>
 
+#include "ivc/bundle.h"
+#include "ivc/device.h"
 #include "ivc/error.h"
 #ifdef IVC_ONNXRUNTIME
 #include "ivc/onnxruntime.h"

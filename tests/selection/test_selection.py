@@ -182,7 +182,7 @@ def test_selection_equals_the_official_code(name: str, path: Path, run_rule: dic
         decoder=model.decoder.model_copy(update={"head_dim": golden["values"].shape[-1]}),
         rotary=model.rotary.model_copy(update={"theta": float(golden["rope_theta"]), "sections": sections}),
         selection=model.selection,
-        tokens=SimpleNamespace(image=image_token),
+        visual_tokens=[image_token],
     )
     run = plan_run(manifest, tokens, [grid], 0, kept / length)
     np.testing.assert_array_equal(run.position_ids[:, 0], np.atleast_2d(golden["positions"]))

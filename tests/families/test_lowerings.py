@@ -150,7 +150,7 @@ def test_operators_of_opset_23_follow(recorded: Recorded, lowering: str) -> None
                 assert error <= most * max(1.0, np.abs(expected).max(initial=0)), tensor.name
 
 
-@pytest.mark.parametrize("recorded", [("qwen2_5_vl", "float32")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("recorded", [("qwen2_5_vl", "float32", "ivc-prune")], indirect=True, ids="-".join)
 @pytest.mark.parametrize("lowering", OPSET_23)
 def test_graphs_of_opset_23_are_whole(recorded: Recorded, lowering: str) -> None:
     for name in GRAPH_NAMES:

@@ -31,7 +31,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
-from ivc_export.tensorrt.build import working_folder
+from ivc_export.tensorrt.build import link_weights, working_folder
 from ivc_export.tensorrt.compile import compile_graph
 from ivc_export.tensorrt.graphs import choose_graphs, lowered
 from ivc_export.tensorrt.library import load_plugin, load_tensorrt, own_capability
@@ -106,8 +106,7 @@ def build(options: argparse.Namespace) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak, start = DevicePeak(), time.perf_counter()
     with staging.fresh_folder(bundle.folder, f".one-{name}-") as work:
-        for weights in {Path(file.file).parts[0] for file in bundle.manifest.weights}:
-            (work / weights).symlink_to(f"../{weights}", target_is_directory=True)
+        link_weights(bundle, work)
         extents = profiles(bundle, name, wanted).values()
         plan = compile_graph(trt, model, extents, wanted.options(capability, choices.dtype), work)
     sizes = bundle.manifest.decoder

@@ -270,12 +270,17 @@ def default_layer(sizes: DecoderSizes) -> DefaultLayer:
     return scaled_layer(sizes, {}, 16, 28)
 
 
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
+OWN_SYSTEM = """\
 {%- if loop.first and message.role != 'system' -%}
 <|im_start|>system
 You are a helpful assistant.<|im_end|>
 {% endif -%}
+"""
+"""What the template writes where no system message begins a conversation."""
+
+CHAT_TEMPLATE = (
+    f"{{%- for message in messages -%}}\n{OWN_SYSTEM}"
+    + """\
 <|im_start|>{{ message.role }}
 {% if message.content is string -%}
 {{ message.content }}
@@ -296,6 +301,7 @@ You are a helpful assistant.<|im_end|>
 <|im_start|>assistant
 {% endif -%}
 """
+)
 
 TOKEN_TEXTS = TokenTexts("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
 VIDEO_TEXT = "<|video_pad|>"

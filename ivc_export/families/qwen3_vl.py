@@ -20,7 +20,7 @@ from ivc_export.contract.manifest import DecoderSizes, RotarySizes
 from ivc_export.contract.preprocessing import PatchPreprocessing, VideoPreprocessing
 from ivc_export.contract.records import Count, Depth, Epsilon, Heads, Width
 from ivc_export.errors import UserError
-from ivc_export.families import patch_settings, qwen2_5_vl
+from ivc_export.families import patch_settings, qwen2_5_vl, qwen2_vl
 from ivc_export.families.encoder import Encoder
 from ivc_export.families.family import DefaultLayer, Family, Model, renamed
 from ivc_export.families.patch_settings import Patches, read_pictures, read_videos
@@ -305,28 +305,7 @@ def foreign(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-<|im_start|>{{ message.role }}
-{% if message.content is string -%}
-{{ message.content }}
-{%- else -%}
-{%- for part in message.content -%}
-{%- if part.type == 'image' -%}
-<|vision_start|><|image_pad|><|vision_end|>
-{%- elif part.type == 'video' -%}
-<|vision_start|><|video_pad|><|vision_end|>
-{%- else -%}
-{{ part.text }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}
-<|im_start|>assistant
-{% endif -%}
-"""
+CHAT_TEMPLATE = qwen2_vl.CHAT_TEMPLATE.replace(qwen2_vl.OWN_SYSTEM, "")
 
 HUB = {f"qwen3-vl-{size.lower()}": f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "4B", "8B", "32B")}
 

@@ -139,6 +139,11 @@ def working_folder(bundle: Bundle) -> Iterator[Path]:
     """
     staging.remove_abandoned(bundle.folder.glob(f"{staging.WORK}*"))
     with staging.fresh_folder(bundle.folder, staging.WORK) as work:
-        for weights in {Path(file.file).parts[0] for file in bundle.manifest.weights}:
-            (work / weights).symlink_to(f"../{weights}", target_is_directory=True)
+        link_weights(bundle, work)
         yield work
+
+
+def link_weights(bundle: Bundle, work: Path) -> None:
+    """Let a graph's weights be found from `work`, a folder within the bundle, as from the bundle."""
+    for weights in {Path(file.file).parts[0] for file in bundle.manifest.weights}:
+        (work / weights).symlink_to(f"../{weights}", target_is_directory=True)

@@ -15,7 +15,7 @@ from ivc_export.lowering.onnxruntime.custom_operators import LIBRARY
 from ivc_export.lowering.tensorrt.plugin import KERNELS
 from tests.native.kernels import PLUGIN
 
-ONNXRUNTIME = (PLUGIN / "onnxruntime" / "custom_ops.cpp").read_text(encoding="utf-8")
+ONNXRUNTIME = "".join(path.read_text(encoding="utf-8") for path in sorted((PLUGIN / "onnxruntime").iterdir()))
 TENSORRT = "".join(
     (PLUGIN / "tensorrt" / f"{name}.h").read_text(encoding="utf-8") for name in ("operators", "attention", "products")
 )

@@ -3,100 +3,11 @@
 // SelectTokens is that of graphs/ops/SelectTokens.onnxtxt; the others are what the `ort-cuda-ops` lowering
 // (ivc_export/lowering/onnxruntime) puts in the place of a graph's many Gather, and of attention. All launch on
 // onnxruntime's stream and wait for nothing.
-#define ORT_API_MANUAL_INIT  // no onnxruntime is linked: the one that loads this library hands itself over
-#include <onnxruntime_cxx_api.h>
-#undef ORT_API_MANUAL_INIT
-
-#include <cstdint>
-#include <exception>
 #include <optional>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
-#include "../kernels/ivc_kernels.h"
-
-#if ORT_API_VERSION < 18
-#error "onnxruntime 1.18 or later is needed"
-#endif
-
-#ifndef IVC_PROVIDER  // tests put kernels that are emulated on the host behind the CPU provider
-#define IVC_PROVIDER "CUDAExecutionProvider"
-#endif
+#include "operator.h"
 
 namespace ivc {
-
-using Type = ONNXTensorElementDataType;
-using Shape = std::vector<int64_t>;
-
-constexpr Type kInt32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
-constexpr Type kFloat32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-constexpr Type kFloat16 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-constexpr Type kBFloat16 = ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
-
-void require(bool condition, const char* what) {
-    if (!condition) throw std::invalid_argument(what);
-}
-
-void check(cudaError_t status, const char* what) {
-    if (status) throw std::runtime_error(std::string(what) + ": CUDA error " + std::to_string(status));
-}
-
-// Calls `body`, and makes a status of what it throws: no exception leaves the library.
-template <class Body>
-OrtStatus* guarded(Body body) noexcept {
-    try {
-        body();
-        return nullptr;
-    } catch (const std::exception& error) {
-        return Ort::GetApi().CreateStatus(ORT_FAIL, error.what());
-    }
-}
-
-Shape shapeOf(const Ort::ConstValue& tensor) { return tensor.GetTensorTypeAndShapeInfo().GetShape(); }
-
-// Elements of a tensor that has one axis.
-int32_t lengthOf(const Ort::ConstValue& tensor) {
-    const Shape shape = shapeOf(tensor);
-    require(shape.size() == 1, "ivc: indices, priorities and counts have one axis");
-    return static_cast<int32_t>(shape[0]);
-}
-
-// Memory of the session's own arena, beside `tensor`. Given back when the kernels are launched: the arena hands it to
-// nobody on another stream before they are done.
-class Scratch {
-   public:
-    Scratch(OrtKernelContext* context, const Ort::ConstValue& tensor, size_t bytes, bool onStream) {
-        const auto memory = tensor.GetTensorMemoryInfo();
-        const OrtApi& api = Ort::GetApi();
-        Ort::ThrowOnError(api.KernelContext_GetAllocator(context, memory, &allocator_));
-        if (onStream) {  // where there is none, on a host, this call would look for it all the same
-            const Ort::Status status(api.KernelContext_GetScratchBuffer(context, memory, bytes, &data_));
-            if (status.IsOK()) return;
-            api.ReleaseAllocator(allocator_);
-            throw std::runtime_error(status.GetErrorMessage());
-        }
-        data_ = allocator_->Alloc(allocator_, bytes);
-    }
-    ~Scratch() {
-        allocator_->Free(allocator_, data_);
-        Ort::GetApi().ReleaseAllocator(allocator_);
-    }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-
-    void* data() const { return data_; }
-
-   private:
-    OrtAllocator* allocator_ = nullptr;
-    void* data_ = nullptr;
-};
-
-IvcType ivcType(Type type) {
-    return type == kFloat32 ? IVC_FLOAT32 : type == kFloat16 ? IVC_FLOAT16 : IVC_BFLOAT16;
-}
-
-int64_t bytesOf(Type type) { return type == kFloat32 ? 4 : 2; }
 
 class SelectTokens {
    public:
@@ -298,19 +209,6 @@ class EncodeAttend {
 
     float scale_;
     int64_t heads_, headDim_, block_;
-};
-
-// What the operators say of themselves, for one type of values: onnxruntime joins those of one name.
-template <class Operator, class Kernel>
-struct Description : Ort::CustomOpBase<Operator, Kernel, true> {
-    explicit Description(Type values) : values(values) {}
-
-    OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* node, void** kernel) const {
-        return guarded([&] { *kernel = new Kernel(Ort::ConstKernelInfo(node)); });
-    }
-    const char* GetExecutionProviderType() const { return IVC_PROVIDER; }
-
-    Type values;
 };
 
 struct SelectTokensOperator : Description<SelectTokensOperator, SelectTokens> {

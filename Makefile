@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+OPTIMUM := .venv-optimum
 QUICK := tests/contract tests/exporter tests/graph tests/lowering tests/report tests/test_files.py \
 	tests/bundle/test_manifest.py tests/bundle/test_staging.py tests/checkpoint/test_folders.py tests/cli/test_bad_inputs.py \
 	tests/runtime/test_failures.py tests/runtime/test_fused.py tests/runtime/test_generate.py tests/runtime/test_videos.py \
@@ -10,7 +11,7 @@ MODEL := samples/spatial-vl
 BUNDLE := demo/spatial-vl-ivc
 PICTURES := samples/pictures
 
-.PHONY: demo test lowest lint docs generate clean
+.PHONY: demo test lowest optimum lint docs generate clean
 
 demo: $(VENV)/installed  ## set up, export the sample, ask about pictures, draw which tokens were kept
 	$(BIN)/ivc-export --model $(MODEL) --calibration $(MODEL)/calibration.json --output $(BUNDLE) --force
@@ -25,6 +26,9 @@ test: $(VENV)/installed-dev lint  ## set up, check style and types, run the test
 lowest: $(LOWEST)/pinned  ## the demo, and the tests that need no PyTorch, on the lowest versions that pyproject.toml allows
 	$(MAKE) demo VENV=$(LOWEST)
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto $(QUICK)
+
+optimum: $(OPTIMUM)/installed $(VENV)/installed-dev  ## optimum-cli export ivc, in an environment with optimum
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cli/test_optimum.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -55,5 +59,10 @@ $(LOWEST)/pinned: $(LOWEST)/bin/python pyproject.toml tools/lowest.py
 	$(LOWEST)/bin/pip install -q --disable-pip-version-check -r $(LOWEST)/lowest.txt -e .
 	@touch $(LOWEST)/installed $@
 
+$(OPTIMUM)/installed: $(OPTIMUM)/bin/python pyproject.toml ivc_export/cli/optimum.py
+	$(OPTIMUM)/bin/pip install -q --disable-pip-version-check -e .
+	$(OPTIMUM)/bin/pip install -q --disable-pip-version-check --no-deps optimum==2.3.0  # its commands need no PyTorch
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWEST) demo site build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(OPTIMUM) demo site build dist .mypy_cache .pytest_cache .ruff_cache

@@ -65,8 +65,10 @@ def check_output(path: Path) -> None:
         raise UserError(f"{path} cannot be written: see to its permissions, or write the file elsewhere")
 
 
-def run_command(name: str, arguments: Sequence[str] | None) -> int:
+def run_command(name: str, arguments: Sequence[str] | None, **more: str) -> int:
     """Run `command` of ivc_export.cli.`name` on `arguments`, or the process's own, and return its exit code.
+
+    more: other arguments of that function.
 
     What the user can mend becomes one sentence on standard error and exit code 2, Ctrl-C exit code 130; the signals
     that ask a process to end are met as Ctrl-C is, with exit codes 143 (SIGTERM) and 129 (SIGHUP).
@@ -79,7 +81,7 @@ def run_command(name: str, arguments: Sequence[str] | None) -> int:
         sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is told where it is used, as of arguments
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        code: int = importlib.import_module(f"ivc_export.cli.{name}").command(given)
+        code: int = importlib.import_module(f"ivc_export.cli.{name}").command(given, **more)
         if sys.stdout is not None:  # as it is where it was closed
             sys.stdout.flush()
         return code
@@ -120,9 +122,9 @@ def end(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
-def ivc_export(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of ivc-export."""
-    return run_command("export", arguments)
+def ivc_export(arguments: Sequence[str] | None = None, prog: str = "ivc-export") -> int:
+    """Entry point of ivc-export. prog: what the user knows it by."""
+    return run_command("export", arguments, prog=prog)
 
 
 def ivc_build(arguments: Sequence[str] | None = None) -> int:

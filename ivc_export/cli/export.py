@@ -37,9 +37,9 @@ TYPICAL = Size(1024, 768)
 KEEP = "keep"
 
 
-def parser() -> Parser:
+def parser(prog: str = "ivc-export") -> Parser:
     """The command's options."""
-    p = Parser(prog="ivc-export", description="Export a vision-language model with IVC-Prune inside.")
+    p = Parser(prog=prog, description="Export a vision-language model with IVC-Prune inside.")
     p.add_argument("--model", required=True, help="checkpoint folder, hub id (owner/name) or alias (qwen2-vl-2b)")
     p.add_argument("--revision", help="branch, tag or commit on the hub (default: its main branch)")
     p.add_argument("--output", type=Path, help="bundle folder (default: the model's name with -ivc)")
@@ -131,9 +131,9 @@ def parse_size(text: str) -> Size:
     return Size(int(match[1]), int(match[2]))
 
 
-def command(arguments: Sequence[str]) -> int:
+def command(arguments: Sequence[str], prog: str = "ivc-export") -> int:
     """Export, with progress, and say what came of it; or only say what would."""
-    options = parser().parse_args(arguments)
+    options = parser(prog).parse_args(arguments)
     if options.picture and not options.dry_run:
         raise UserError("--picture is for --dry-run: add that, or leave --picture out")
     output = options.output or Path(f"{Path(options.model).resolve().name}-ivc")

@@ -48,7 +48,7 @@ def lines(text: str) -> list[str]:
             found += [line.removeprefix("$ ") for line in block.splitlines()]
         elif language == "yaml":
             found += re.findall(r"run: (.+)", block)
-    known = {*COMMANDS, *OTHERS}
+    known = {*COMMANDS, *OTHERS, "optimum-cli"}
     indented = re.findall(r"^ {4}(\S.*)$", FENCE.sub("", text), re.MULTILINE)
     return found + [line for line in indented if line.split()[0] in known]
 
@@ -61,7 +61,7 @@ def spans(text: str) -> list[str]:
 
 def check_line(line: str) -> None:
     """Check one whole line, each of its commands."""
-    for part in line.split(" && "):
+    for part in line.replace("optimum-cli export ivc", "ivc-export").split(" && "):
         name, *arguments = shlex.split(part, comments=True)
         if name in COMMANDS:
             COMMANDS[name].parse_args(arguments)

@@ -1,0 +1,38 @@
+"""`optimum-cli export ivc`: ivc-export as a command of optimum, with the same options and the same result.
+
+optimum loads what it finds under optimum/commands/register/, where pyproject.toml puts a copy of this file. It is
+loaded with every command of optimum's, so the export itself is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.export.base import ExportCommand
+
+
+class IvcExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # mypy runs where there is no optimum
+    """Passes its arguments on as they are: options, help and errors are ivc-export's."""
+
+    COMMAND = CommandInfo("ivc", "Export a vision-language model with IVC-Prune inside, as ivc-export does.")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Take all arguments, whatever they begin with, and parse none of them."""
+        parser.prefix_chars = "\0"  # which no argument of a command line can hold, so that nothing is an option here
+        parser.add_argument("arguments", nargs=argparse.REMAINDER)
+
+    def run(self) -> None:
+        """Export, and exit as ivc-export does.
+
+        Raises:
+            SystemExit: always.
+        """
+        from ivc_export.cli import ivc_export
+
+        sys.exit(ivc_export(self.args.arguments, prog="optimum-cli export ivc"))
+
+
+REGISTER_COMMANDS = [(IvcExportCommand, ExportCommand)]

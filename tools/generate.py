@@ -32,7 +32,7 @@ from ivc_export.contract.names import (
     SCHEMA_VERSION,
     GraphName,
 )
-from ivc_export.contract.operators import OPERATORS
+from ivc_export.contract.operators import ATTENDED_SIZES, OPERATORS
 from ivc_export.contract.preprocessing import FixedPreprocessing, PatchPreprocessing
 from ivc_export.contract.records import INT32_MOST, Frozen
 from ivc_export.exporter.graphs import build_graphs
@@ -121,6 +121,9 @@ def tensors_header(*more: str, kinds: Sequence[type[Frozen]] = (PatchPreprocessi
         "",
         f"constexpr int kSchemaVersion = {SCHEMA_VERSION};",
         f"constexpr int32_t kMostVisual = {MOST_VISUAL};",
+        "",
+        "// Sizes of a decoder layer's keys and values whose caches our plugin's operators write to.",
+        f"constexpr int32_t kAttendedSizes[] = {{{', '.join(map(str, ATTENDED_SIZES))}}};",
         "",
     ]
     for name in names:

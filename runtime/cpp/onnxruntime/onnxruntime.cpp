@@ -271,21 +271,21 @@ class OnnxRuntimeDevice : public Device {
         const Graph& graph = m_.graphs.at(name);
         std::vector<const char*> inputs, outputs;
         std::vector<const OrtValue*> given;
-        for (const std::string& input : graph.inputs) {
-            const auto found = feeds.find(input);
+        for (const Tensor& input : graph.inputs) {
+            const auto found = feeds.find(input.name);
             if (found == feeds.end()) {
-                throw Error("the graph " + name + " takes " + input + ", which this version does not know: upgrade it");
+                throw Error("the graph " + name + " takes " + input.name + ", which this version does not know: upgrade it");
             }
-            inputs.push_back(input.c_str());
+            inputs.push_back(input.name.c_str());
             given.push_back(found->second.get());
         }
-        for (const std::string& output : graph.outputs) outputs.push_back(output.c_str());
+        for (const Tensor& output : graph.outputs) outputs.push_back(output.name.c_str());
         std::vector<OrtValue*> found(outputs.size(), nullptr);
         const auto start = std::chrono::steady_clock::now();
         OrtStatus* status = api().Run(sessions_.at(name).get(), nullptr, inputs.data(), given.data(), given.size(),
             outputs.data(), outputs.size(), found.data());
         Values values;
-        for (size_t i = 0; i < found.size(); ++i) values[graph.outputs[i]].reset(found[i]);
+        for (size_t i = 0; i < found.size(); ++i) values[graph.outputs[i].name].reset(found[i]);
         check(status, name + " cannot run");
         times[stage].seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
         ++times[stage].runs;

@@ -14,14 +14,16 @@ namespace {
 
 const char kUsage[] =
     "usage: ivc-cpp-bench BUNDLE --image FILE --prompt TEXT [options]\n"
-    "  --ratio R      fraction of visual tokens kept; may be given several times (default: 1 and the bundle's)\n"
-    "  --tokens N     of an answer (default: 16)    --rounds N, --warmups N (default: 5 and 2)\n"
-    "  --threads N    within an operator            --json FILE   write the figures as ivc-bench does\n";
+    "  --ratio R          fraction of visual tokens kept; may be given several times (default: 1 and the bundle's)\n"
+    "  --tokens N         of an answer (default: 16)\n"
+    "  --rounds N, --warmups N (default: 5 and 2)\n"
+    "  --json FILE        write the figures as ivc-bench does\n";
 
 struct Settings {
     std::string bundle, image, prompt, json;
     std::vector<double> ratios;
-    int32_t tokens = 16, rounds = 5, warmups = 2, threads = 0;
+    int32_t tokens = 16, rounds = 5, warmups = 2;
+    ivc::DeviceChoice device;
     bool help = false;
 };
 
@@ -115,8 +117,8 @@ Settings readOptions(const std::vector<std::string>& words) {
         };
     };
     options.valued = {{"--image", text(s.image)}, {"--prompt", text(s.prompt)}, {"--json", text(s.json)},
-        {"--tokens", whole(s.tokens, 2)}, {"--rounds", whole(s.rounds, 1)}, {"--warmups", whole(s.warmups, 0)},
-        {"--threads", whole(s.threads, 0)}};
+        {"--tokens", whole(s.tokens, 2)}, {"--rounds", whole(s.rounds, 1)}, {"--warmups", whole(s.warmups, 0)}};
+    ivc::addDeviceOptions(options, s.device);
     options.valued["--ratio"] = [&](const std::string& option, const std::string& value) {
         s.ratios.push_back(ivc::numberOf(option, value));
         ivc::checkRatio(s.ratios.back());
@@ -133,13 +135,13 @@ Settings readOptions(const std::vector<std::string>& words) {
 int run(const std::vector<std::string>& words) {
     Settings s = readOptions(words);
     if (s.help) {
-        std::cout << kUsage;
+        std::cout << kUsage << ivc::kDeviceUsage;
         return 0;
     }
     const ivc::Bundle bundle(s.bundle);
     const ivc::Image image = ivc::readImage(s.image);
     if (s.ratios.empty()) s.ratios = {1.0, bundle.manifest().defaultRatio};
-    const auto device = ivc::openDevice(bundle, s.threads);
+    const auto device = ivc::openDevice(bundle, s.device);
     std::vector<std::vector<Answer>> answers(s.ratios.size());
     for (int32_t round = 0; round < s.warmups + s.rounds; ++round) {
         for (size_t i = 0; i < s.ratios.size(); ++i) {

@@ -20,7 +20,6 @@ const char kUsage[] =
     "  --rendered FILE    a conversation that the chat template has written already\n"
     "  --requests         answer one JSON object a line of standard input: image (a list), prompt, ratio\n"
     "  --sampling checkpoint, --temperature T, --top-p P, --top-k K, --repetition-penalty P, --seed N, --max-tokens N\n"
-    "  --threads N        within an operator\n"
     "  --show FILE        draw the kept tokens over the picture, as PNG\n"
     "  --json             one object with the answer, tokens, counts and timings\n";
 
@@ -29,7 +28,7 @@ struct Request {
     std::vector<std::string> images;
     ivc::ChatOptions chat;
     bool asked = false, talks = false, json = false, requests = false, stored = false, help = false;
-    int32_t threads = 0;
+    ivc::DeviceChoice device;
 };
 
 Request readOptions(const std::vector<std::string>& words) {
@@ -62,7 +61,7 @@ Request readOptions(const std::vector<std::string>& words) {
     whole("--seed", 0, int64_t{1} << 53, [&](int64_t n) { r.chat.sampling.seed = static_cast<uint64_t>(n); });
     whole("--top-k", 0, INT32_MAX, [&](int64_t n) { r.chat.sampling.topK = n; });
     whole("--max-tokens", 1, INT32_MAX, [&](int64_t n) { r.chat.sampling.maxTokens = static_cast<int32_t>(n); });
-    whole("--threads", 0, 1024, [&](int64_t n) { r.threads = static_cast<int32_t>(n); });
+    ivc::addDeviceOptions(options, r.device);
     options.flags = {{"--chat", [&] { r.talks = true; }}, {"--json", [&] { r.json = true; }},
         {"--requests", [&] { r.requests = true; }}, {"--help", [&] { r.help = true; }}};
     options.word = [&](const std::string& word) {
@@ -162,7 +161,7 @@ void converse(ivc::Chat& chat, const ivc::Listener& print) {
 int run(const std::vector<std::string>& words) {
     Request request = readOptions(words);
     if (request.help) {
-        std::cout << kUsage;
+        std::cout << kUsage << ivc::kDeviceUsage;
         return 0;
     }
     const ivc::Bundle bundle(request.bundle);
@@ -171,7 +170,7 @@ int run(const std::vector<std::string>& words) {
     if (!request.chat.ratio) request.chat.ratio = bundle.manifest().defaultRatio;
     ivc::checkRatio(*request.chat.ratio);
     const std::vector<ivc::Image> images = readImages(request.images);
-    const auto device = ivc::openDevice(bundle, request.threads);
+    const auto device = ivc::openDevice(bundle, request.device);
     if (request.requests) {
         answerRequests(bundle, *device, request);
         return 0;

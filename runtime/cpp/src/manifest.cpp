@@ -174,12 +174,21 @@ ChatSegments readChat(const Field& f) {
     return chat;
 }
 
+Tensor readTensor(const Field& f) {
+    Tensor tensor{f["name"].text(), f["dtype"].text(), {}};
+    for (const Field& extent : f["shape"].items(8)) {
+        const bool axis = extent.json().is_string();
+        tensor.shape.push_back({axis ? 0 : extent.integer(0, INT32_MAX), axis ? extent.text() : ""});
+    }
+    return tensor;
+}
+
 Graph readGraph(const Field& f) {
     Graph graph;
     graph.file = f["file"].text();
     graph.sha256 = sha(f["sha256"]);
-    for (const Field& tensor : f["inputs"].items(10000)) graph.inputs.push_back(tensor["name"].text());
-    for (const Field& tensor : f["outputs"].items(10000)) graph.outputs.push_back(tensor["name"].text());
+    for (const Field& tensor : f["inputs"].items(10000)) graph.inputs.push_back(readTensor(tensor));
+    for (const Field& tensor : f["outputs"].items(10000)) graph.outputs.push_back(readTensor(tensor));
     return graph;
 }
 
@@ -302,7 +311,9 @@ Manifest parseManifest(const std::string& text, const std::string& what) {
     shape[1].integer(m.decoder.hiddenSize, m.decoder.hiddenSize);
     for (const Field& file : root["weights"].items(10000)) {
         const auto size = static_cast<uint64_t>(file["size"].integer(0, INT64_MAX));
-        m.weights.push_back({file["file"].text(), sha(file["header_sha256"]), size});
+        WeightFile weights{file["file"].text(), sha(file["header_sha256"]), std::nullopt, size};
+        if (file.has("sha256") && !file["sha256"].isNull()) weights.sha256 = sha(file["sha256"]);
+        m.weights.push_back(weights);
     }
     if (root.has("chat") && !root["chat"].isNull()) m.chat = readChat(root["chat"]);
     if (root.has("residual_scale")) m.residualScale = root["residual_scale"].number(DBL_MIN, 1);

@@ -44,5 +44,6 @@ class Bundle {
 
 float fromHalf(uint16_t bits);  // IEEE 754 binary16
 uint16_t toHalf(float value);
+uint16_t toBfloat16(float value);
 
 }  // namespace ivc

@@ -10,6 +10,9 @@ namespace ivc {
 constexpr int kSchemaVersion = 2;
 constexpr int32_t kMostVisual = 16384;
 
+// Sizes of a decoder layer's keys and values whose caches our plugin's operators write to.
+constexpr int32_t kAttendedSizes[] = {64, 128};
+
 constexpr char kPixelValues[] = "pixel_values";
 constexpr char kPatchPosition[] = "patch_position";
 constexpr char kTokenSource[] = "token_source";

@@ -28,12 +28,22 @@ void ivc_bundle_free(ivc_bundle* bundle);
 
 /* Declared here, and there in the library ivc::onnxruntime alone. threads: 0 takes one a core. The bundle outlives it. */
 ivc_error* ivc_onnxruntime_open(const ivc_bundle* bundle, int32_t threads, ivc_device** device);
+/* The same in the library ivc::tensorrt, on the current CUDA device. engines: the folder that ivc-build wrote, or NULL for
+ * the bundle's own for this TensorRT and GPU. plugin: our plugin's library where engines call it, or NULL; no other is
+ * ever loaded. */
+ivc_error* ivc_tensorrt_open(const ivc_bundle* bundle, const char* engines, const char* plugin, ivc_device** device);
 void ivc_device_free(ivc_device* device);
 
 /* A JPEG or PNG file; or pixels of three bytes, rows `stride` bytes apart, RGB, or BGR as cameras give them: copied. */
 ivc_error* ivc_picture_read(const char* path, ivc_picture** picture);
 ivc_error* ivc_picture_rgb(const uint8_t* pixels, int32_t width, int32_t height, size_t stride, ivc_picture** picture);
 ivc_error* ivc_picture_bgr(const uint8_t* pixels, int32_t width, int32_t height, size_t stride, ivc_picture** picture);
+/* The same of a frame in the memory of the current CUDA device, in the library ivc::tensorrt. What writes the frame has to
+ * be done: synchronise its stream before the call. */
+ivc_error* ivc_picture_rgb_on_device(
+    const void* pixels, int32_t width, int32_t height, size_t stride, ivc_picture** picture);
+ivc_error* ivc_picture_bgr_on_device(
+    const void* pixels, int32_t width, int32_t height, size_t stride, ivc_picture** picture);
 void ivc_picture_free(ivc_picture* picture);
 
 typedef struct ivc_chat_options {

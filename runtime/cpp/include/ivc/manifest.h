@@ -68,13 +68,25 @@ struct SpecialTokens {
     std::vector<int32_t> stop;
 };
 
+// Of a tensor: how far it reaches along one axis, or the axis's name where a run decides, such as "S".
+struct Extent {
+    int64_t size = 0;
+    std::string axis;
+};
+
+struct Tensor {
+    std::string name, dtype;
+    std::vector<Extent> shape;
+};
+
 struct Graph {
     std::string file, sha256;
-    std::vector<std::string> inputs, outputs;
+    std::vector<Tensor> inputs, outputs;
 };
 
 struct WeightFile {
     std::string file, headerSha256;
+    std::optional<std::string> sha256;  // of the whole file, where somebody has read it
     uint64_t size = 0;
 };
 

@@ -1,0 +1,39 @@
+// The current CUDA device as a Gpu.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <memory>
+#include <string>
+
+#include "gpu.h"
+
+namespace ivc {
+
+void checkCuda(cudaError_t status);
+
+std::string computeCapability();  // of the current device, such as "8.7"; throws where there is none
+
+class CudaGpu : public Gpu {
+   public:
+    CudaGpu();
+    ~CudaGpu() override;
+    CudaGpu(const CudaGpu&) = delete;
+    CudaGpu& operator=(const CudaGpu&) = delete;
+
+    cudaStream_t stream() const { return stream_; }
+
+    void* allocate(size_t size) override;
+    void free(void* address) noexcept override;
+    void upload(void* to, const void* from, size_t size) override;
+    void download(void* to, const void* from, size_t size) override;
+    void copy(void* to, const void* from, size_t size) override;
+    void copyBlocks(const Pitched& to, const Pitched& from, size_t size, size_t rows, size_t slices) override;
+    void synchronize() override;
+    std::function<void()> capture(const std::function<void()>& work) override;
+
+   private:
+    cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace ivc

@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import SCORE_TOLERANCE
 from tests.native.attention import decoder_case, encoder_case
+from tests.native.joined import joined_case, split_case
 from tests.native.kernels import (
     SEED_DIVISOR,
     Case,
@@ -146,6 +147,13 @@ def test_500_cases_of_attention_agree_with_float64(
             case = decoder_case(seed, most) if kind == "decoder" else encoder_case(seed, kind == "windows", most)
             worst = max(worst, case.check(kernels))
     record_property(f"500 cases of attention, {kind}", f"largest error {worst:.2f} of what rounding may cost")
+
+
+def test_500_cases_over_joined_rows_agree_with_float64(kernels: Kernels) -> None:
+    with np.errstate(all="ignore"):
+        for seed in range(500):
+            joined_case(seed, 4500 if seed % 10 == 0 else 300).check(kernels)
+            split_case(seed).check_split(kernels)
 
 
 def test_the_library_says_its_version(kernels: Kernels, tmp_path: Path) -> None:

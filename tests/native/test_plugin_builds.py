@@ -45,6 +45,9 @@ def test_kernels_compile_and_link(tmp_path: Path) -> None:
         "ivcAppendRows",
         "ivcAttendInPlace",
         "ivcEncodeAttend",
+        "ivcTurnHeads",
+        "ivcAttendJoined",
+        "ivcEncodeJoined",
         "ivcMatMulInt4",
     ):
         assert f" T {name}\n" in exported

@@ -4,6 +4,7 @@
 #include "attend_plan.h"
 #include "device.h"
 #include "ivc_kernels.h"
+#include "joined_plan.h"
 
 namespace ivc {
 
@@ -33,8 +34,50 @@ __global__ void __launch_bounds__(Combining<Value>::kThreads) combineKernel(cons
     Combining<Value>::run(block, shared, a, static_cast<int32_t>(blockIdx.x));
 }
 
+template <class Value>
+__global__ void __launch_bounds__(kTurnThreads) turnKernel(const __grid_constant__ Turn t) {
+    Block block;
+    turnHeads<Value>(block, t, static_cast<int32_t>(blockIdx.x));
+}
+
+template <class Value, class S>
+__global__ void __launch_bounds__(S::kThreads) attendRowKernel(const __grid_constant__ AttendRow r) {
+#ifdef IVC_TENSOR_CORES
+    extern __shared__ __align__(128) char shared[];
+    Block block;
+    RowAttention<Value, S>::run(
+        block, shared, r, static_cast<int32_t>(blockIdx.x), static_cast<int32_t>(blockIdx.y));
+#endif
+}
+
+// Lets a kernel have more shared memory than any may have.
+template <class Kernel>
+cudaError_t allowShared(Kernel kernel, int bytes) {
+    if (bytes <= 48 * 1024) return cudaSuccess;
+    return cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
 struct Launch {
     cudaStream_t stream;
+
+    template <class Value>
+    cudaError_t turn(const Turn& t) const {
+        turnKernel<Value><<<static_cast<unsigned>(turnBlocks(t)), kTurnThreads, 0, stream>>>(t);
+        return cudaGetLastError();
+    }
+
+    template <class Value, class S>
+    cudaError_t row(const AttendRow& r) const {
+        constexpr int kBytes = RowAttention<Value, S>::kSharedBytes;
+        static_assert(kBytes <= 99 * 1024, "more shared memory than SM 86 has");
+        const auto kernel = attendRowKernel<Value, S>;
+        const cudaError_t allowed = allowShared(kernel, kBytes);
+        if (allowed != cudaSuccess) return allowed;
+        const dim3 grid(static_cast<unsigned>(r.a.kvHeads), static_cast<unsigned>(r.a.splits));
+        kernel<<<grid, S::kThreads, kBytes, stream>>>(r);
+        return cudaGetLastError();
+    }
 
     template <class Value, Sight kSight, class S>
     cudaError_t tiles(const Attend& a) const {
@@ -43,11 +86,8 @@ struct Launch {
         const dim3 grid(
             static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y), static_cast<unsigned>(blocks.z));
         const auto kernel = attendKernel<Value, kSight, S>;
-        if (S::kSharedBytes > 48 * 1024) {
-            const cudaError_t allowed = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
-            if (allowed != cudaSuccess) return allowed;
-        }
+        const cudaError_t allowed = allowShared(kernel, S::kSharedBytes);
+        if (allowed != cudaSuccess) return allowed;
         kernel<<<grid, S::kThreads, S::kSharedBytes, stream>>>(a);
         if (a.splits > 1) {
             const unsigned lines = static_cast<unsigned>(a.kvHeads) * static_cast<unsigned>(a.queries());
@@ -107,4 +147,35 @@ cudaError_t ivcEncodeAttend(const IvcEncoder* c, const void* q, const void* k, c
     const cudaError_t known = hasTensorCores(tensorCores);
     if (known != cudaSuccess) return known;
     return launchEncoder<__half, __nv_bfloat16>(*c, a, tensorCores, Launch{stream});
+}
+
+cudaError_t ivcTurnHeads(
+    const IvcJoined* c, const IvcJoinedRows* rows, void* q, void* k, void* v, cudaStream_t stream) {
+    if (!possible(*c, *rows)) return cudaErrorInvalidValue;
+    return launchTurn<__half, __nv_bfloat16>(*c, planned(*c, *rows, q, k, v), Launch{stream});
+}
+
+size_t ivcEncodeJoinedWorkspace(const IvcJoined* c) { return encoderWorkspaceOf(*c); }
+
+cudaError_t ivcEncodeJoined(const IvcJoined* c, const IvcJoinedRows* rows, int32_t frames, int32_t blockSize,
+    const int32_t* windowOfPlace, void* y, void* workspace, cudaStream_t stream) {
+    bool tensorCores = false;
+    const cudaError_t known = hasTensorCores(tensorCores);
+    if (known != cudaSuccess) return known;
+    return encodeJoined<__half, __nv_bfloat16>(*c, *rows, frames, blockSize, windowOfPlace, y, workspace, tensorCores,
+        cudaErrorInvalidValue, Launch{stream});
+}
+
+size_t ivcAttendJoinedWorkspace(const IvcJoined* c) {
+    bool tensorCores = false;
+    return hasTensorCores(tensorCores) == cudaSuccess ? workspaceOf(*c, tensorCores) : 0;
+}
+
+cudaError_t ivcAttendJoined(const IvcJoined* c, const IvcJoinedRows* rows, void* keyCache, void* valueCache,
+    const int32_t* pastLength, void* y, void* workspace, int32_t* counters, cudaStream_t stream) {
+    bool tensorCores = false;
+    const cudaError_t known = hasTensorCores(tensorCores);
+    if (known != cudaSuccess) return known;
+    return attendJoined<__half, __nv_bfloat16>(*c, *rows, keyCache, valueCache, pastLength, y, workspace, counters,
+        tensorCores, cudaErrorInvalidValue, Launch{stream});
 }

@@ -79,6 +79,27 @@ IVC_API cudaError_t ivcAttendInPlace(const IvcAttention* attention, const void* 
 IVC_API cudaError_t ivcEncodeAttend(const IvcEncoder* encoder, const void* q, const void* k, const void* v,
     const int32_t* windowOfPlace, void* y, cudaStream_t stream);
 
+// Splits rows by head; queries and keys are normed, and then turned as graphs/ops/Rotate.onnxtxt says, in float32.
+//   q [rows, heads headDim]; k, v [rows, kvHeads headDim]; v may be null, and is then left out
+IVC_API cudaError_t ivcTurnHeads(
+    const IvcJoined* joined, const IvcJoinedRows* rows, void* q, void* k, void* v, cudaStream_t stream);
+
+// Bytes of scratch memory that ivcEncodeJoined needs, from extents alone. It need not be cleared.
+IVC_API size_t ivcEncodeJoinedWorkspace(const IvcJoined* joined);
+
+// ivcTurnHeads, then ivcEncodeAttend in frames of `frames`, or with windows of blocks: see there. Keys and values are as
+// many as queries.
+IVC_API cudaError_t ivcEncodeJoined(const IvcJoined* joined, const IvcJoinedRows* rows, int32_t frames,
+    int32_t blockSize, const int32_t* windowOfPlace, void* y, void* workspace, cudaStream_t stream);
+
+// Bytes of scratch memory that ivcAttendJoined needs, from extents alone. It need not be cleared.
+IVC_API size_t ivcAttendJoinedWorkspace(const IvcJoined* joined);
+
+// ivcTurnHeads, then ivcAttendInPlace with IVC_FRESH_APPENDED; for one row of a type with tensor cores in one launch.
+//   counters int32 [kvHeads]: zeros, which it leaves as such; no two calls may share them at one time
+IVC_API cudaError_t ivcAttendJoined(const IvcJoined* joined, const IvcJoinedRows* rows, void* keyCache,
+    void* valueCache, const int32_t* pastLength, void* y, void* workspace, int32_t* counters, cudaStream_t stream);
+
 // y = x W^T, W = (stored - zero point) scale: weights in 4 bits as graphs/ops/LinearNBitsZeroPoints.onnxtxt has them.
 //   x [rows, K]; y [rows, N]; scales [N, blocks], blocks being ceil(K / blockSize)
 //   packed uint8 [N, blocks, blockSize / 2], the low half of a byte first, at a multiple of 16 bytes, or of 8 in blocks

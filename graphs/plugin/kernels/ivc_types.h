@@ -73,6 +73,33 @@ typedef struct {
     IvcStrides q, k, v;
 } IvcEncoder;
 
+// Rows in which one product has put the heads of query, key and value side by side, as it gives them.
+typedef enum {
+    IVC_HEADS_APART = 0,    // all queries, all keys, all values
+    IVC_HEADS_GROUPED = 1,  // by key-value head: its queries, its key, its value
+} IvcHeads;
+
+// Extents of such rows [rows, (heads + 2 kvHeads) headDim], and attributes of what is done with them.
+typedef struct {
+    int32_t rows;       // > 0
+    int32_t angleRows;  // of cosines and sines, which rows take in turn: rows is a multiple of it
+    int32_t heads;      // a multiple of kvHeads
+    int32_t kvHeads;    // > 0
+    int32_t headDim;    // a multiple of 8, up to 128; 16, 32, 64 or 128 where heads are normed
+    IvcHeads order;
+    IvcType type;
+    float epsilon;     // of the norms of heads
+    int32_t capacity;  // P, of attention: the rows of each cache
+    float scale;       // of attention
+} IvcJoined;
+
+// Rows of joined heads, and what turns and norms them.
+typedef struct {
+    const void* rows;                 // [rows, (heads + 2 kvHeads) headDim]
+    const float *cos, *sin;           // [angleRows, headDim / 2]; null: nothing is turned
+    const void *queryNorm, *keyNorm;  // weights [headDim] of an RMS norm of each head; null: none
+} IvcJoinedRows;
+
 // Extents of a product over weights in 4 bits.
 typedef struct {
     int32_t rows;       // > 0, of x and y

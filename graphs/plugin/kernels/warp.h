@@ -67,6 +67,21 @@ struct Block {
 
     __device__ __forceinline__ void barrier() const { __syncthreads(); }
 
+    // Whether this block is the last of `count` that get here, what all of them have written before being there to
+    // read; the counter is 0 before and afterwards. `flag` lies in shared memory.
+    __device__ __forceinline__ bool last(int32_t* counter, int32_t count, int32_t* flag) const {
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            *flag = atomicAdd(counter, 1) == count - 1;
+            if (*flag) *counter = 0;
+        }
+        __syncthreads();
+        if (!*flag) return false;
+        __threadfence();
+        return true;
+    }
+
     // Starts a copy of 16 bytes into shared memory: of zeros where not `valid`, and `source` is then not read.
     __device__ __forceinline__ void copy16(void* target, const void* source, bool valid) const {
 #ifdef IVC_TENSOR_CORES
@@ -136,6 +151,13 @@ __device__ __forceinline__ void spread(Lane<float>& to, const Lane<float>& x, in
     to.value = __shfl_sync(0xffffffffu, x.value, lane);
 }
 
+// What other blocks of the same launch have written.
+__device__ __forceinline__ float fromOthers(const float* from) { return __ldcg(from); }
+__device__ __forceinline__ void fourFromOthers(float (&to)[4], const float* from) {
+    const float4 x = __ldcg(reinterpret_cast<const float4*>(from));
+    memcpy(to, &x, sizeof to);
+}
+
 // 2 to the power of x.
 __device__ __forceinline__ float power2(float x) {
     float y;
@@ -203,6 +225,12 @@ struct Block {
     }
 
     void barrier() {}
+
+    bool last(int32_t* counter, int32_t count, int32_t*) const {
+        if (++*counter < count) return false;
+        *counter = 0;
+        return true;
+    }
 
     void copy16(void* target, const void* source, bool valid) {
         const Copy copy{target, source, valid};
@@ -274,6 +302,9 @@ inline void spread(Lane<float>& to, const Lane<float>& x, int lane) {
     const float value = x[lane];
     for (int i = 0; i < kWarp; ++i) to[i] = value;
 }
+
+inline float fromOthers(const float* from) { return *from; }
+inline void fourFromOthers(float (&to)[4], const float* from) { memcpy(to, from, sizeof to); }
 
 inline float power2(float x) { return exp2f(x); }
 

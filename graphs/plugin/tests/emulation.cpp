@@ -6,6 +6,7 @@
 
 #include "../kernels/attend_plan.h"
 #include "../kernels/int4_plan.h"
+#include "../kernels/joined_plan.h"
 #include "../kernels/rows.h"
 #include "../kernels/selection.h"
 #include "../kernels/votes.h"
@@ -153,6 +154,31 @@ struct Attending {
     }
 };
 
+struct Joining : Attending {
+    explicit Joining(bool backwards) : Attending{backwards} {}
+
+    template <class Value>
+    int turn(const Turn& t) const {
+        launch(turnBlocks(t), 1, 1, backwards, [&](int number, int, int) {
+            Block block{kTurnThreads / kWarp, backwards};
+            turnHeads<Value>(block, t, number);
+        });
+        return 0;
+    }
+
+    template <class Value, class S>
+    int row(const AttendRow& r) const {
+        using Row = RowAttention<Value, S>;
+        std::vector<Vector16> shared(Row::kSharedBytes / sizeof(Vector16));
+        launch(r.a.kvHeads, r.a.splits, 1, backwards, [&](int head, int split, int) {
+            memset(shared.data(), 0xff, Row::kSharedBytes);  // NaN
+            Block block{S::kWarps, backwards};
+            Row::run(block, reinterpret_cast<char*>(shared.data()), r, head, split);
+        });
+        return 0;
+    }
+};
+
 struct Multiplying {
     bool backwards;
 
@@ -181,7 +207,14 @@ int ivcMatMulInt4(const IvcInt4* c, const void* x, const void* packed, const voi
     return launchInt4<Float16, BFloat16>(*c, choice.kernel, a, Multiplying{backwards != 0});
 }
 
-// Of CUDA's own calls, the one that custom operators make.
+// Of CUDA's own calls, those that custom operators make.
+int cudaStreamSynchronize(size_t) { return 0; }
+
+int cudaMemset(void* target, int value, size_t bytes) {
+    memset(target, value, bytes);
+    return 0;
+}
+
 int cudaMemcpyAsync(void* target, const void* source, size_t bytes, int, size_t) {
     memcpy(target, source, bytes);
     return 0;
@@ -218,6 +251,27 @@ int ivcEncodeAttend(const IvcEncoder* c, const void* q, const void* k, const voi
     a.y = y;
     if (!wellPlaced(a, c->type)) return 1;
     return launchEncoder<Float16, BFloat16>(*c, a, true, Attending{backwards != 0});
+}
+
+int ivcTurnHeads(const IvcJoined* c, const IvcJoinedRows* rows, void* q, void* k, void* v, size_t backwards) {
+    if (!possible(*c, *rows)) return 1;
+    return launchTurn<Float16, BFloat16>(*c, planned(*c, *rows, q, k, v), Joining(backwards != 0));
+}
+
+size_t ivcEncodeJoinedWorkspace(const IvcJoined* c) { return encoderWorkspaceOf(*c); }
+
+int ivcEncodeJoined(const IvcJoined* c, const IvcJoinedRows* rows, int32_t frames, int32_t blockSize,
+    const int32_t* windowOfPlace, void* y, void* workspace, size_t backwards) {
+    return encodeJoined<Float16, BFloat16>(
+        *c, *rows, frames, blockSize, windowOfPlace, y, workspace, true, 1, Joining(backwards != 0));
+}
+
+size_t ivcAttendJoinedWorkspace(const IvcJoined* c) { return workspaceOf(*c, true); }
+
+int ivcAttendJoined(const IvcJoined* c, const IvcJoinedRows* rows, void* keyCache, void* valueCache,
+    const int32_t* pastLength, void* y, void* workspace, int32_t* counters, size_t backwards) {
+    return attendJoined<Float16, BFloat16>(*c, *rows, keyCache, valueCache, pastLength, y, workspace, counters, true, 1,
+        Joining(backwards != 0));
 }
 
 int32_t ivcSeedCount(int32_t visual, int32_t seedDivisor) { return seedCount(visual, seedDivisor); }

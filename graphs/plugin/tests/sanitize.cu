@@ -1,5 +1,5 @@
-// Calls of many extents, of attention and of products, for compute-sanitizer: every buffer is an allocation of its own and exactly as long
-// as it has to be, and cache rows that no call may read are left uninitialised.
+// Calls of many extents, of attention and of products, for compute-sanitizer: every buffer is an allocation of its own
+// and exactly as long as it has to be, and cache rows that no call may read are left uninitialised.
 //
 //   nvcc -std=c++17 -arch=native sanitize.cu ../kernels/*.cu -o sanitize
 //   compute-sanitizer --tool memcheck|racecheck|initcheck ./sanitize [cases]
@@ -112,6 +112,43 @@ void encoder(int number) {
     require(cudaMemcpy(answer.data(), y.data, y.bytes, cudaMemcpyDeviceToHost));
 }
 
+void joined(int number) {
+    IvcJoined c{};
+    c.type = static_cast<IvcType>(number % 3);
+    c.headDim = number % 2 ? 64 : 128;
+    c.kvHeads = between(1, 2);
+    c.heads = c.kvHeads * between(1, 16);
+    c.rows = c.angleRows = number % 4 ? 1 : between(1, 20);
+    c.order = number % 5 ? IVC_HEADS_APART : IVC_HEADS_GROUPED;
+    c.epsilon = 1e-6f;
+    c.capacity = c.rows + between(0, 300);
+    c.scale = 0.1f;
+    const int past = between(0, c.capacity - c.rows);
+    const size_t row = c.headDim * (c.type == IVC_FLOAT32 ? 4 : 2), rows = c.rows;
+    Buffer x(rows * (c.heads + 2 * c.kvHeads) * row), cos(2 * rows * c.headDim), sin(cos.bytes), norm(row), length(4);
+    Buffer keys(c.capacity * c.kvHeads * row), values(keys.bytes), y(rows * c.heads * row), counters(4 * c.kvHeads);
+    Buffer workspace(ivcAttendJoinedWorkspace(&c)), q(y.bytes), k(rows * c.kvHeads * row), v(k.bytes);
+    for (Buffer* one : {&x, &norm}) one->fill(c.type);
+    for (Buffer* one : {&cos, &sin}) one->fill(IVC_BFLOAT16);
+    for (Buffer* cache : {&keys, &values}) {
+        for (int head = 0; head < c.kvHeads; ++head) {
+            Buffer part(past * row);
+            part.fill(c.type);
+            char* to = static_cast<char*>(cache->data) + head * c.capacity * row;
+            if (past > 0) require(cudaMemcpy(to, part.data, part.bytes, cudaMemcpyDeviceToDevice));
+        }
+    }
+    length.fill({past});
+    require(cudaMemset(counters.data, 0, counters.bytes));
+    const IvcJoinedRows given{x.data, static_cast<float*>(cos.data), static_cast<float*>(sin.data),
+        number % 7 ? norm.data : nullptr, norm.data};
+    require(ivcTurnHeads(&c, &given, q.data, k.data, number % 3 ? v.data : nullptr, nullptr));
+    require(ivcAttendJoined(&c, &given, keys.data, values.data, static_cast<int32_t*>(length.data), y.data,
+        workspace.data, static_cast<int32_t*>(counters.data), nullptr));
+    std::vector<char> answer(y.bytes);
+    require(cudaMemcpy(answer.data(), y.data, y.bytes, cudaMemcpyDeviceToHost));
+}
+
 void product(int number) {
     static const int kRows[] = {1, 3, 14, 100, 200};
     IvcInt4 c{};
@@ -136,8 +173,9 @@ int main(int count, char** arguments) {
     for (int i = 0; i < cases; ++i) {
         decoder(i);
         encoder(i);
+        joined(i);
         product(i);
     }
     require(cudaDeviceSynchronize());
-    printf("%d cases ran\n", 3 * cases);
+    printf("%d cases ran\n", 4 * cases);
 }

@@ -1,0 +1,223 @@
+// A decode step's attention in one launch: one row's heads are split, normed, turned, and appended to the caches, and
+// attend to these.
+//
+// The cached keys are split over blocks. A block turns the queries of its key-value head itself; the one that has the
+// last keys turns and appends the row's own key, too. What a block finds it writes down, and the last one of a head
+// that is done adds it all up.
+#pragma once
+
+#include "attend.h"
+#include "turn.h"
+
+namespace ivc {
+
+constexpr int kMostRowQueries = 16;  // of one key-value head
+constexpr int kMostRowSplits = 32;   // more would take longer to combine than they save
+constexpr int kWantedRowBlocks = 256;
+
+template <int kDepth>
+using OneRow = Shape<kDepth, 1, 1, 4, 64, 2>;
+
+// One launch's arguments.
+struct AttendRow {
+    Attend a;
+    Turn t;
+    int32_t* counters;  // [kvHeads]
+};
+
+template <class Value, class S>
+struct RowAttention {
+    static_assert(sizeof(Value) == 2, "of 16 bits");
+    using Tiles = Attention<Value, Sight::kCausal, S>;
+
+    // Behind what Attention shares.
+    struct Fresh {
+        Value key[S::kDepth], value[S::kDepth];
+        int32_t flag;
+    };
+    static constexpr int kSharedBytes = S::kSharedBytes + static_cast<int>((sizeof(Fresh) + 15) / 16 * 16);
+    static_assert(4 * kMostRowSplits * kMostRowQueries <= S::kSharedBytes, "too little shared memory");
+
+    // Splits the row: queries into shared memory, and where the block has the `last` keys, key and value too.
+    IVC_WARP static void split(Block& block, char* shared, Fresh& fresh, const AttendRow& r, int32_t head, int32_t past,
+        bool last) {
+        const Turn& t = r.t;
+        const int32_t group = r.a.group, lanes = t.lanes(), count = (group + (last ? 2 : 0)) * lanes;
+        block.each([&](int warp) {
+            for (int32_t first = warp * kWarp; first - warp * kWarp < count; first += S::kThreads) {
+                Pairs pairs;
+                const auto item = [&](int lane) { return (first + lane) / lanes; };
+                const auto element = [&](int lane) { return 4 * ((first + lane) % lanes); };
+                const auto real = [&](int lane) { return first + lane < count; };
+                pairs.read<Value>(t, [&](int lane) -> const Value* {
+                    if (!real(lane)) return nullptr;
+                    const int32_t i = item(lane);
+                    const int32_t number = i < group    ? head * group + i
+                                           : i == group ? t.heads + head
+                                                        : t.heads + t.kvHeads + head;
+                    return static_cast<const Value*>(t.rows) + t.place(number) + element(lane);
+                });
+                if (t.queryNorm || t.keyNorm) {
+                    pairs.norm<Value>(t, [&](int lane) -> const Value* {
+                        const int32_t i = item(lane);
+                        const void* weights = i < group ? t.queryNorm : i == group ? t.keyNorm : nullptr;
+                        return weights && real(lane) ? static_cast<const Value*>(weights) + element(lane) : nullptr;
+                    });
+                }
+                if (t.cos) {
+                    pairs.turn(t, [&](int lane) -> int64_t {
+                        return real(lane) && item(lane) <= group ? element(lane) : -1;
+                    });
+                }
+                eachLane([&](int lane) {
+                    if (!real(lane)) return;
+                    const int32_t i = item(lane), at = element(lane), other = at + t.half();
+                    const Pairs::Both& x = pairs.x[lane];
+                    if (i < group) {
+                        writeFour<Value>(shared + S::at(i, at / 8) + at % 8 * sizeof(Value), x.low);
+                        writeFour<Value>(shared + S::at(i, other / 8) + other % 8 * sizeof(Value), x.high);
+                        return;
+                    }
+                    Value* near = i == group ? fresh.key : fresh.value;
+                    void* cache = i == group ? r.a.keyCache : r.a.valueCache;
+                    Value* far = static_cast<Value*>(cache) +
+                                 (static_cast<int64_t>(head) * r.a.capacity + past) * r.a.headDim;
+                    for (Value* to : {near, far}) {
+                        writeFour<Value>(to + at, x.low);
+                        writeFour<Value>(to + other, x.high);
+                    }
+                });
+            }
+        });
+    }
+
+    // Puts the row's own key and value where they would lie in the last tile.
+    IVC_WARP static void place(Block& block, const Tiles& tiles, const Fresh& fresh, int32_t row, int stage) {
+        block.each([&](int warp) {
+            eachLane([&](int lane) {
+                const int thread = warp * kWarp + lane, chunk = thread % S::kChunks;
+                if (thread >= 2 * S::kChunks) return;
+                char* to = (thread < S::kChunks ? tiles.keys(stage) : tiles.values(stage)) + S::at(row, chunk);
+                const Value* from = (thread < S::kChunks ? fresh.key : fresh.value) + 8 * chunk;
+                *reinterpret_cast<Vector16*>(to) = *reinterpret_cast<const Vector16*>(from);
+            });
+        });
+    }
+
+    // One block's part, of `head` of keys and of a split.
+    IVC_WARP static void run(Block& block, char* shared, const AttendRow& r, int32_t head, int32_t split) {
+        Attend a = r.a;
+        const int32_t past = a.past(), tileCount = ceilDiv(past + 1, S::kKeys);
+        a.splits = smaller(a.splits, tileCount);
+        if (split >= a.splits) return;
+        const int32_t from = static_cast<int32_t>(static_cast<int64_t>(tileCount) * split / a.splits);
+        const int32_t to = static_cast<int32_t>(static_cast<int64_t>(tileCount) * (split + 1) / a.splits);
+        Fresh& fresh = *reinterpret_cast<Fresh*>(shared + S::kSharedBytes);
+        const Tiles tiles{block, shared, a, 0, head, split, 0, a.group};
+        const int64_t inCache = static_cast<int64_t>(head) * a.capacity * a.headDim;
+        const auto tile = [&](int32_t number, int32_t end) {
+            const int64_t start = inCache + static_cast<int64_t>(number) * S::kKeys * a.headDim;
+            return Tile<Value>{static_cast<const Value*>(a.keyCache) + start,
+                static_cast<const Value*>(a.valueCache) + start, a.headDim, a.headDim, number * S::kKeys, end, true};
+        };
+        tiles.loadKeys(tile(from, past), 0);
+        tiles.loadValues(tile(from, past), 0);
+        RowAttention::split(block, shared, fresh, r, head, past, to == tileCount);
+        PerWarp<Found<S>, S::kWarps> found;
+        block.each([&](int warp) { tiles.begin(found[warp], warp); });
+        for (int32_t i = from; i < to; ++i) {
+            const int stage = (i - from) % S::kStages;
+            const Tile<Value> of = tile(i, past + 1);
+            block.awaitCopies();
+            block.barrier();
+            if (i == tileCount - 1) {
+                place(block, tiles, fresh, past - of.first, stage);
+                block.barrier();
+            }
+            if (S::kStages == 2 && i + 1 < to) {
+                tiles.loadKeys(tile(i + 1, past), 1 - stage);
+                tiles.loadValues(tile(i + 1, past), 1 - stage);
+            }
+            const bool masked = of.first + S::kKeys > of.end;
+            block.each([&](int warp) {
+                tiles.scores(found[warp], warp, stage);
+                if (masked) tiles.mask(found[warp], of, warp);
+                tiles.weights(found[warp]);
+                tiles.weighted(found[warp], warp, stage);
+            });
+            if (S::kStages == 1 && i + 1 < to) {
+                block.barrier();
+                tiles.loadKeys(tile(i + 1, past), 0);
+                tiles.loadValues(tile(i + 1, past), 0);
+            }
+        }
+        block.each([&](int warp) {
+            for (int half = 0; half < 2; ++half) {
+                Tiles::ofQuad(found[warp].sum[0][half], [](float x, float y) { return x + y; });
+            }
+        });
+        using Merged = typename Tiles::Merged;
+        static_assert(S::kBands == 1 && S::kRowWarps == 1 && S::kKeyWarps > 1, "warps share the queries");
+        Merged& merged = *reinterpret_cast<Merged*>(shared);
+        block.barrier();
+        block.each([&](int warp) { tiles.hand(merged, found[warp], warp); });
+        block.barrier();
+        block.each([&](int warp) { tiles.finishMerged(merged, warp); });
+        if (a.splits > 1 && block.last(r.counters + head, a.splits, &fresh.flag)) combine(block, shared, a, head);
+    }
+
+    // Adds up what the blocks of a head found.
+    IVC_WARP static void combine(Block& block, char* shared, const Attend& a, int32_t head) {
+        const int32_t lines = a.kvHeads * a.group, line = head * a.group;
+        const float *largest = a.largest() + line, *sums = a.sums() + line;
+        float* factors = reinterpret_cast<float*>(shared);  // [splits, kMostRowQueries]
+        block.each([&](int warp) {
+            for (int32_t query = warp; query < a.group; query += S::kWarps) {
+                Lane<float> most, total;
+                eachLane([&](int lane) {
+                    most[lane] = -INFINITY;
+                    for (int32_t s = lane; s < a.splits; s += kWarp) {
+                        most[lane] = fmaxf(most[lane], fromOthers(largest + s * lines + query));
+                    }
+                });
+                overWarp(most, [](float x, float y) { return fmaxf(x, y); });
+                eachLane([&](int lane) {
+                    total[lane] = 0;
+                    for (int32_t s = lane; s < a.splits; s += kWarp) {
+                        const float factor = power2(fromOthers(largest + s * lines + query) - most[lane]);
+                        total[lane] += factor * fromOthers(sums + s * lines + query);
+                        factors[s * kMostRowQueries + query] = factor;
+                    }
+                });
+                overWarp(total, [](float x, float y) { return x + y; });
+                eachLane([&](int lane) {
+                    for (int32_t s = lane; s < a.splits; s += kWarp) {
+                        factors[s * kMostRowQueries + query] /= total[lane];
+                    }
+                });
+            }
+        });
+        block.barrier();
+        block.each([&](int warp) {
+            eachLane([&](int lane) {
+                const int32_t fours = a.headDim / 4;
+                for (int32_t i = warp * kWarp + lane; i < a.group * fours; i += S::kThreads) {
+                    const int32_t query = i / fours, element = 4 * (i % fours);
+                    const float* from = a.partial + static_cast<int64_t>(line + query) * a.headDim + element;
+                    float x[4] = {};
+#pragma unroll 8
+                    for (int32_t s = 0; s < a.splits; ++s) {
+                        float part[4];
+                        fourFromOthers(part, from + static_cast<int64_t>(s) * lines * a.headDim);
+                        const float factor = factors[s * kMostRowQueries + query];
+                        for (int j = 0; j < 4; ++j) x[j] += factor * part[j];
+                    }
+                    const int64_t at = static_cast<int64_t>(line + query) * a.headDim + element;
+                    writeFour<Value>(static_cast<Value*>(a.y) + at, x);
+                }
+            });
+        });
+    }
+};
+
+}  // namespace ivc

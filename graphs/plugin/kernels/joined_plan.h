@@ -1,0 +1,139 @@
+// Which kernels a call over rows of joined heads runs, from extents alone.
+#pragma once
+
+#include "attend_plan.h"
+#include "attend_row.h"
+
+namespace ivc {
+
+inline bool possible(const IvcJoined& c, const IvcJoinedRows& r) {
+    const bool normed = r.queryNorm || r.keyNorm;
+    return c.rows > 0 && c.kvHeads > 0 && c.heads > 0 && c.heads % c.kvHeads == 0 && c.headDim > 0 &&
+           c.headDim <= 128 && c.headDim % 8 == 0 && (!normed || (c.headDim & (c.headDim - 1)) == 0) &&
+           c.type >= IVC_FLOAT32 && c.type <= IVC_BFLOAT16 && (r.cos == nullptr) == (r.sin == nullptr) &&
+           (!r.cos || (c.angleRows > 0 && c.rows % c.angleRows == 0)) &&
+           static_cast<int64_t>(c.rows) * (c.heads + 2 * c.kvHeads) * (c.headDim / 8) < INT32_MAX - kTurnThreads;
+}
+
+inline Turn planned(const IvcJoined& c, const IvcJoinedRows& r, void* q, void* k, void* v) {
+    return {r.rows, r.cos, r.sin, r.queryNorm, r.keyNorm, q, k, v, c.rows, c.angleRows, c.heads, c.kvHeads, c.headDim,
+        c.order == IVC_HEADS_GROUPED, c.epsilon};
+}
+
+inline int32_t turnBlocks(const Turn& t) {
+    const int32_t heads = t.heads + t.kvHeads + (t.v ? t.kvHeads : 0);
+    return ceilDiv(t.rowCount * heads * t.lanes(), kTurnThreads);
+}
+
+// Query and key apart, turned, and the value in the joined rows.
+inline IvcAttention apart(const IvcJoined& c) {
+    const int64_t size = c.headDim, width = (c.heads + 2 * static_cast<int64_t>(c.kvHeads)) * size;
+    const bool grouped = c.order == IVC_HEADS_GROUPED;
+    const IvcStrides value{0, grouped ? (c.heads / c.kvHeads + 2) * size : size, width};
+    return {c.rows, c.capacity, c.heads, c.kvHeads, c.headDim, c.scale, c.type, IVC_FRESH_APPENDED,
+        {0, size, c.heads * size}, {0, size, c.kvHeads * size}, value};
+}
+
+inline IvcEncoder apart(const IvcJoined& c, int32_t frames, int32_t blockSize) {
+    const IvcAttention a = apart(c);
+    const int32_t rows = c.rows / larger(1, frames);
+    const auto framed = [&](IvcStrides s) { return IvcStrides{rows * s.row, s.head, s.row}; };
+    return {frames, c.heads, rows, c.headDim, c.scale, c.type, blockSize, framed(a.q), framed(a.k), framed(a.v)};
+}
+
+// Whether one launch does it all.
+inline bool inOneLaunch(const IvcJoined& c, bool tensorCores) {
+    return c.rows == 1 && c.type != IVC_FLOAT32 && tensorCores && c.heads / c.kvHeads <= kMostRowQueries;
+}
+
+inline int32_t rowSplitsOf(const IvcJoined& c) {
+    const int32_t tiles = ceilDiv(c.capacity, OneRow<128>::kKeys);
+    return larger(1, smaller(smaller(tiles, kMostRowSplits), kWantedRowBlocks / c.kvHeads));
+}
+
+inline int64_t bytesOf(IvcType type) { return type == IVC_FLOAT32 ? 4 : 2; }
+
+// Of a turned query or key, up to the next multiple of 16.
+inline size_t turnedBytes(const IvcJoined& c, int32_t heads) {
+    return static_cast<size_t>((bytesOf(c.type) * c.rows * heads * c.headDim + 15) / 16 * 16);
+}
+
+inline size_t workspaceOf(const IvcJoined& c, bool tensorCores) {
+    if (inOneLaunch(c, tensorCores)) {
+        const int32_t splits = rowSplitsOf(c);
+        return sizeof(float) * static_cast<size_t>(splits) * static_cast<size_t>(c.heads) *
+               static_cast<size_t>(c.headDim + 2);
+    }
+    const IvcAttention attention = apart(c);
+    return turnedBytes(c, c.heads) + turnedBytes(c, c.kvHeads) + (possible(attention) ? workspaceOf(attention) : 0);
+}
+
+template <class Half, class Brain, class Launch>
+auto launchTurn(const IvcJoined& c, const Turn& t, Launch launch) {
+    return c.type == IVC_FLOAT32   ? launch.template turn<float>(t)
+           : c.type == IVC_FLOAT16 ? launch.template turn<Half>(t)
+                                   : launch.template turn<Brain>(t);
+}
+
+// The call, by what `launch` launches: launch.turn<Value>(turn), launch.row<Value, Shape>(row), and what launchDecoder
+// asks for. Status: what the first launch that fails returns, or `impossible`.
+template <class Half, class Brain, class Status, class Launch>
+Status attendJoined(const IvcJoined& c, const IvcJoinedRows& r, void* keyCache, void* valueCache,
+    const int32_t* pastLength, void* y, void* workspace, int32_t* counters, bool tensorCores, Status impossible,
+    Launch launch) {
+    const IvcAttention attention = apart(c);
+    if (!possible(c, r) || !possible(attention)) return impossible;
+    Attend a = planned(attention);
+    a.keyCache = keyCache;
+    a.valueCache = valueCache;
+    a.pastLength = pastLength;
+    a.y = y;
+    a.q = a.k = a.v = r.rows;
+    if (!wellPlaced(a, c.type)) return impossible;
+    if (inOneLaunch(c, tensorCores)) {
+        a.splits = rowSplitsOf(c);
+        a.partial = static_cast<float*>(workspace);
+        const AttendRow row{a, planned(c, r, nullptr, nullptr, nullptr), counters};
+        if (c.headDim == 64) {
+            return c.type == IVC_FLOAT16 ? launch.template row<Half, OneRow<64>>(row)
+                                         : launch.template row<Brain, OneRow<64>>(row);
+        }
+        return c.type == IVC_FLOAT16 ? launch.template row<Half, OneRow<128>>(row)
+                                     : launch.template row<Brain, OneRow<128>>(row);
+    }
+    char* q = static_cast<char*>(workspace);
+    char* k = q + turnedBytes(c, c.heads);
+    const Turn turn = planned(c, r, q, k, nullptr);
+    const Status turned = launchTurn<Half, Brain>(c, turn, launch);
+    if (turned != Status()) return turned;
+    a.q = q;
+    a.k = k;
+    a.v = static_cast<const char*>(r.rows) + turn.place(c.heads + c.kvHeads) * bytesOf(c.type);
+    a.partial = reinterpret_cast<float*>(k + turnedBytes(c, c.kvHeads));
+    return launchDecoder<Half, Brain>(attention, a, tensorCores, launch);
+}
+
+inline size_t encoderWorkspaceOf(const IvcJoined& c) { return turnedBytes(c, c.heads) + turnedBytes(c, c.kvHeads); }
+
+// As attendJoined, of an encoder layer.
+template <class Half, class Brain, class Status, class Launch>
+Status encodeJoined(const IvcJoined& c, const IvcJoinedRows& r, int32_t frames, int32_t blockSize,
+    const int32_t* windowOfPlace, void* y, void* workspace, bool tensorCores, Status impossible, Launch launch) {
+    const IvcEncoder encoder = apart(c, frames, blockSize);
+    if (!possible(c, r) || c.heads != c.kvHeads || !possible(encoder) || c.rows % frames != 0) return impossible;
+    char* q = static_cast<char*>(workspace);
+    char* k = q + turnedBytes(c, c.heads);
+    const Turn turn = planned(c, r, q, k, nullptr);
+    Attend a = planned(encoder);
+    a.q = q;
+    a.k = k;
+    a.v = static_cast<const char*>(r.rows) + turn.place(c.heads + c.kvHeads) * bytesOf(c.type);
+    a.windowOfPlace = windowOfPlace;
+    a.y = y;
+    if (!wellPlaced(a, c.type)) return impossible;
+    const Status turned = launchTurn<Half, Brain>(c, turn, launch);
+    if (turned != Status()) return turned;
+    return launchEncoder<Half, Brain>(encoder, a, tensorCores, launch);
+}
+
+}  // namespace ivc

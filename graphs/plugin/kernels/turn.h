@@ -1,0 +1,180 @@
+// Heads of query, key and value out of the rows of one product: split, normed and turned, in float32.
+//
+// A lane takes four elements of a head's first half and the four of its second half that they are turned with.
+// Source of the rotation: Su et al. 2021, section 3.4.2; of the norm: Zhang and Sennrich 2019, eq. 4.
+#pragma once
+
+#include "ivc_types.h"
+#include "rows.h"
+#include "warp.h"
+
+namespace ivc {
+
+constexpr int kTurnThreads = 256;
+
+// One launch's arguments.
+struct Turn {
+    const void* rows;
+    const float *cos, *sin;
+    const void *queryNorm, *keyNorm;
+    void *q, *k, *v;
+    int32_t rowCount, angleRows, heads, kvHeads, headDim, grouped;
+    float epsilon;
+
+    IVC_HD int32_t half() const { return headDim / 2; }
+    IVC_HD int32_t lanes() const { return headDim / 8; }  // of a head
+    IVC_HD int32_t group() const { return heads / kvHeads; }
+    IVC_HD int32_t width() const { return (heads + 2 * kvHeads) * headDim; }
+
+    // Where a head begins in a row; all queries are numbered before all keys, and these before all values.
+    IVC_HD int32_t place(int32_t head) const {
+        if (!grouped) return head * headDim;
+        if (head < heads) return (head / group() * (group() + 2) + head % group()) * headDim;
+        const int32_t other = head - heads, value = other >= kvHeads;
+        return ((other - value * kvHeads) * (group() + 2) + group() + value) * headDim;
+    }
+};
+
+template <class Value, bool kWide = sizeof(Value) == 4>
+struct FourOf {
+    using Vector = Vector8;
+};
+template <class Value>
+struct FourOf<Value, true> {
+    using Vector = Vector16;
+};
+
+template <class Value>
+IVC_WARP void readFour(float* to, const Value* from) {
+    const auto bits = *reinterpret_cast<const typename FourOf<Value>::Vector*>(from);
+    Value values[4];
+    memcpy(static_cast<void*>(values), &bits, sizeof values);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = static_cast<float>(values[i]);
+}
+
+template <class Value>
+IVC_WARP void writeFour(void* to, const float* from) {
+    Value values[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = static_cast<Value>(from[i]);
+    typename FourOf<Value>::Vector bits;
+    memcpy(&bits, static_cast<const void*>(values), sizeof bits);
+    *static_cast<typename FourOf<Value>::Vector*>(to) = bits;
+}
+
+// What the lanes of a warp have of their heads, lanes() of them beside each other of one head.
+struct Pairs {
+    struct Both {
+        float low[4], high[4];
+    };
+    Lane<Both> x;
+
+    // `from(lane)`: a lane's first element, or null where it has none.
+    template <class Value, class From>
+    IVC_WARP void read(const Turn& t, From from) {
+        eachLane([&](int lane) {
+            const Value* source = from(lane);
+            x[lane] = Both{};
+            if (!source) return;
+            readFour(x[lane].low, source);
+            readFour(x[lane].high, source + t.half());
+        });
+    }
+
+    // `weight(lane)`: that of a lane's first element, or null where its head is not normed. All lanes take part.
+    template <class Value, class Weight>
+    IVC_WARP void norm(const Turn& t, Weight weight) {
+        Lane<float> sum;
+        eachLane([&](int lane) {
+            sum[lane] = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                sum[lane] += x[lane].low[i] * x[lane].low[i] + x[lane].high[i] * x[lane].high[i];
+            }
+        });
+        for (int mask = 1; mask < t.lanes(); mask *= 2) {
+            Lane<float> other;
+            exchange(other, sum, mask);
+            eachLane([&](int lane) { sum[lane] += other[lane]; });
+        }
+        eachLane([&](int lane) {
+            const Value* of = weight(lane);
+            if (!of) return;
+            const float factor = 1 / sqrtf(sum[lane] / static_cast<float>(t.headDim) + t.epsilon);
+            Both w;
+            readFour(w.low, of);
+            readFour(w.high, of + t.half());
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                x[lane].low[i] *= factor * w.low[i];
+                x[lane].high[i] *= factor * w.high[i];
+            }
+        });
+    }
+
+    // `angle(lane)`: the number of a lane's first cosine, or below 0 where its head is not turned.
+    template <class Angle>
+    IVC_WARP void turn(const Turn& t, Angle angle) {
+        eachLane([&](int lane) {
+            const int64_t at = angle(lane);
+            if (at < 0) return;
+            float cos[4], sin[4];
+            readFour(cos, t.cos + at);
+            readFour(sin, t.sin + at);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float low = x[lane].low[i], high = x[lane].high[i];
+                x[lane].low[i] = low * cos[i] - high * sin[i];
+                x[lane].high[i] = high * cos[i] + low * sin[i];
+            }
+        });
+    }
+};
+
+// One block's part: kTurnThreads lanes of rows' heads, queries first in each row, then keys, then values if wanted.
+template <class Value>
+IVC_WARP void turnHeads(Block& block, const Turn& t, int32_t number) {
+    const int32_t lanes = t.lanes(), turned = t.heads + t.kvHeads, all = turned + (t.v ? t.kvHeads : 0);
+    const int32_t count = t.rowCount * all * lanes;
+    block.each([&](int warp) {
+        Pairs pairs;
+        const int32_t first = number * kTurnThreads + warp * kWarp;
+        const auto headOf = [&](int lane) { return (first + lane) / lanes % all; };
+        const auto rowOf = [&](int lane) { return (first + lane) / lanes / all; };
+        const auto element = [&](int lane) { return 4 * ((first + lane) % lanes); };
+        const auto real = [&](int lane) { return first + lane < count; };
+        pairs.read<Value>(t, [&](int lane) -> const Value* {
+            if (!real(lane)) return nullptr;
+            const int64_t row = static_cast<int64_t>(rowOf(lane)) * t.width();
+            return static_cast<const Value*>(t.rows) + row + t.place(headOf(lane)) + element(lane);
+        });
+        if (t.queryNorm || t.keyNorm) {
+            pairs.norm<Value>(t, [&](int lane) -> const Value* {
+                const int32_t head = headOf(lane);
+                const void* weights = head < t.heads ? t.queryNorm : head < turned ? t.keyNorm : nullptr;
+                return weights && real(lane) ? static_cast<const Value*>(weights) + element(lane) : nullptr;
+            });
+        }
+        if (t.cos) {
+            pairs.turn(t, [&](int lane) -> int64_t {
+                if (!real(lane) || headOf(lane) >= turned) return -1;
+                return static_cast<int64_t>(rowOf(lane) % t.angleRows) * t.half() + element(lane);
+            });
+        }
+        eachLane([&](int lane) {
+            if (!real(lane)) return;
+            const int32_t head = headOf(lane);
+            const int64_t row = rowOf(lane);
+            Value* to = head < t.heads
+                            ? static_cast<Value*>(t.q) + (row * t.heads + head) * t.headDim
+                            : head < turned
+                                  ? static_cast<Value*>(t.k) + (row * t.kvHeads + head - t.heads) * t.headDim
+                                  : static_cast<Value*>(t.v) + (row * t.kvHeads + head - turned) * t.headDim;
+            writeFour<Value>(to + element(lane), pairs.x[lane].low);
+            writeFour<Value>(to + element(lane) + t.half(), pairs.x[lane].high);
+        });
+    });
+}
+
+}  // namespace ivc

@@ -1,0 +1,79 @@
+"""The kernels over rows of joined heads, emulated on the host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.native.joined import check_encoder, joined_case, split_case
+from tests.native.kernels import Kernels
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["forwards", "backwards"])
+def kernels(emulation: Path, request: pytest.FixtureRequest) -> Kernels:
+    return Kernels(emulation, np.ascontiguousarray, lambda a: a, lambda a: a.ctypes.data, request.param)
+
+
+def test_heads_are_split_normed_and_turned_as_in_float64(kernels: Kernels) -> None:
+    for seed in range(kernels.stream, 500, 2):
+        split_case(seed).check_split(kernels)
+
+
+def test_attention_over_joined_rows_agrees_with_float64(kernels: Kernels) -> None:
+    with np.errstate(all="ignore"):  # NaN and infinities stand where nothing may be read
+        for seed in range(kernels.stream, 500, 2):
+            joined_case(seed).check(kernels)
+
+
+@pytest.mark.parametrize("windows", [False, True], ids=["frames", "windows"])
+def test_encoders_over_joined_rows_agree_with_float64(kernels: Kernels, windows: bool) -> None:
+    with np.errstate(all="ignore"):
+        for seed in range(kernels.stream, 200, 2):
+            check_encoder(kernels, seed, windows)
+
+
+def test_random_cases_hold_what_they_are_for() -> None:
+    cases = [joined_case(seed) for seed in range(500)]
+    rows = [c for c in cases if len(c.rows) == 1 and c.dtype != "float32"]
+    assert len(rows) > 200
+    for some in (rows, [c for c in cases if len(c.rows) > 1]):
+        assert {(c.size, c.dtype, c.grouped) for c in some} >= {
+            (size, dtype, grouped) for size in (64, 128) for dtype in ("float16", "bfloat16") for grouped in (0, 1)
+        }
+        assert {(c.cos is None, c.query_norm is None, c.key_norm is None) for c in some} >= {
+            (a, b, c) for a in (False, True) for b in (False, True) for c in (False, True)
+        }
+        assert {c.heads // c.kv_heads for c in some} == set(range(1, 17))
+        assert any(c.layer().past == c.key_cache.shape[1] - len(c.rows) for c in some)
+    assert {c.layer().past % 64 for c in rows} >= {0, 1, 63}
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_many_cached_rows_are_split_over_blocks(kernels: Kernels, size: int) -> None:
+    """Of one key-value head and of several, with as many keys as fill tiles and with one more or less."""
+    generator = np.random.default_rng(size)
+    case = next(c for c in map(joined_case, range(1, 500, 3)) if (c.size, len(c.rows), c.dtype) == (size, 1, "float16"))
+    shape = (case.kv_heads, 4224, size)
+    caches = [generator.standard_normal(shape).astype(np.float16) for _ in range(2)]
+    for past in (0, 1, 63, 64, 65, 4000, 4159, 4223):
+        replace(case, key_cache=caches[0], value_cache=caches[1], past_length=past).check(kernels)
+
+
+def test_impossible_rows_are_refused(kernels: Kernels) -> None:
+    case = next(c for c in map(joined_case, range(500)) if c.query_norm is not None and c.cos is not None)
+    count, heads = len(case.rows), case.heads + 2 * case.kv_heads
+    full = replace(case, key_cache=case.key_cache[:, : count - 1], value_cache=case.value_cache[:, : count - 1])
+    with pytest.raises(AssertionError, match="returned 1"):
+        full.run(kernels)
+    for size in (12, 80, 136):  # no multiple of 8, no power of 2 for a norm, more than 128
+        odd = replace(case, size=size, rows=np.zeros((count, heads * size), case.rows.dtype))
+        odd = replace(odd, query_norm=np.ones(size, case.rows.dtype), cos=None, sin=None)
+        with pytest.raises(AssertionError, match="returned 1"):
+            odd.check_split(kernels)
+    with pytest.raises(AssertionError, match="returned 1"):
+        replace(case, sin=None).check_split(kernels)
+    with pytest.raises(AssertionError, match="returned 1"):
+        replace(case, cos=np.zeros((count + 1, case.size // 2), np.float32)).run(kernels)

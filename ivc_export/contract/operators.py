@@ -46,6 +46,9 @@ ATTENDING = frozenset(("AttendInPlace", "EncodeAttend"))
 ATTENTION_OPERATORS = ATTENDING | {"CompactIntoCaches"}
 """The plugin's for attention, and for caches that it writes in place."""
 
+LINEAR_OPERATORS = frozenset(("FusedLinear",))
+"""Such operators for products with what surrounds them."""
+
 PRODUCT_OPERATORS = frozenset(("MatMulInt4",))
 """Such operators for products over packed weights."""
 

@@ -6,11 +6,14 @@ import re
 
 from tests.native.kernels import PLUGIN
 
-# Instructions by the version of PTX that brought them; CUDA 12.2 has 8.2. All run on SM 80.
+# Instructions by the version of PTX that brought them; CUDA 12.2 has 8.2. Of SM 80, but for griddepcontrol of SM 90.
 INSTRUCTIONS = {
     "cp.async.cg.shared.global": 7.0,
     "cp.async.wait_all": 7.0,
     "ex2.approx.ftz.f32": 1.4,
+    "griddepcontrol.launch_dependents": 7.8,
+    "griddepcontrol.wait": 7.8,
+    "ld.global.nc.L1::no_allocate.v4.u32": 7.4,
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16": 6.5,
     "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16": 6.5,
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": 7.0,

@@ -108,6 +108,21 @@ IVC_API cudaError_t ivcAttendJoined(const IvcJoined* joined, const IvcJoinedRows
 IVC_API cudaError_t ivcMatMulInt4(const IvcInt4* product, const void* x, const void* packed, const void* scales,
     const void* zeroPoints, void* y, cudaStream_t stream);
 
+// y = f(scale n(x) W^T + b) + r: n an RMS norm or nothing, f an activation; where gated f(g) * u, of W's halves. Reads
+// each weight once for IVC_FEW_ROWS rows.
+//   x [rows, K]; norm [K], the norm's weight, or null; weight [N, K], or [2 N, K] where gated; bias, one a row of weight,
+//   or null; residual [rows, N], or null; y [rows, N]
+IVC_API cudaError_t ivcFusedLinear(const IvcLinear* product, const void* x, const void* norm, const void* weight,
+    const void* bias, const void* residual, void* y, cudaStream_t stream);
+
+// y = n(x) alone, [rows, K]: what a product of more rows is given.
+IVC_API cudaError_t ivcNormRows(
+    const IvcLinear* product, const void* x, const void* norm, void* y, cudaStream_t stream);
+
+// y = f(x + b) + r alone: what is done with a product of more rows. x [rows, N], which may be y, or [rows, 2 N].
+IVC_API cudaError_t ivcActivate(const IvcLinear* product, const void* x, const void* bias, const void* residual,
+    void* y, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

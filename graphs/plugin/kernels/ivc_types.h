@@ -109,6 +109,25 @@ typedef struct {
     IvcType type;       // of x, scales and y: float16 or bfloat16; products are summed in float32
 } IvcInt4;
 
+// What is taken of a product: itself, x sigmoid(slope x), or GELU by the error function or its approximation by tanh.
+typedef enum { IVC_NO_ACTIVATION = 0, IVC_SWISH = 1, IVC_GELU = 2, IVC_GELU_TANH = 3 } IvcActivation;
+
+// Extents and attributes of a product with what surrounds it.
+typedef struct {
+    int32_t rows;      // > 0, of x and y
+    int32_t features;  // K > 0, of a row of x
+    int32_t out;       // N > 0, of a row of y
+    IvcType type;      // of all tensors; all arithmetic is in float32
+    IvcActivation activation;
+    int32_t gated;  // 1: y is f(gate) * up, of weights [2 N, K], the rows of gates first
+    float slope;    // of IVC_SWISH
+    float scale;    // of the product, before its bias is added
+    float epsilon;  // of the norm
+} IvcLinear;
+
+// Rows that ivcFusedLinear reads weights once for.
+#define IVC_FEW_ROWS 8
+
 // Tensors that one launch takes; more need one launch for each so many.
 #define IVC_ROWS_PER_LAUNCH 128
 

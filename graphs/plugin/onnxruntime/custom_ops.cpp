@@ -1,10 +1,11 @@
 // The ivc operators for onnxruntime's CUDA provider, as a library of custom operators.
 //
 // SelectTokens is that of graphs/ops/SelectTokens.onnxtxt; the others are what the `ort-cuda-ops` lowering
-// (ivc_export/lowering/onnxruntime) puts in the place of a graph's many Gather, and of attention. All launch on
+// (ivc_export/lowering/onnxruntime) puts in the place of a graph's many Gather, of attention and of products. All launch on
 // onnxruntime's stream and wait for nothing.
 #include <optional>
 
+#include "linear.h"
 #include "operator.h"
 
 namespace ivc {
@@ -274,6 +275,7 @@ OrtCustomOpDomain* domain() {
         add<CompactGatherNOperator>(d);
         add<AttendInPlaceOperator>(d);
         add<EncodeAttendOperator>(d);
+        add<FusedLinearOperator>(d);
         return d;
     }();
     return made;

@@ -7,6 +7,7 @@
 #include "../kernels/attend_plan.h"
 #include "../kernels/int4_plan.h"
 #include "../kernels/joined_plan.h"
+#include "../kernels/linear_plan.h"
 #include "../kernels/rows.h"
 #include "../kernels/selection.h"
 #include "../kernels/votes.h"
@@ -182,8 +183,8 @@ struct Joining : Attending {
 struct Multiplying {
     bool backwards;
 
-    template <class Kernel>
-    int run(const Int4& a) const {
+    template <class Kernel, class Operands>
+    int run(const Operands& a) const {
         auto shared = std::make_unique<typename Kernel::Shared>();
         launch(Kernel::columnBlocks(a), Kernel::rowBlocks(a), 1, backwards, [&](int columns, int rows, int) {
             memset(static_cast<void*>(shared.get()), 0xff, sizeof *shared);  // NaN
@@ -193,6 +194,23 @@ struct Multiplying {
         return 0;
     }
 };
+
+template <class Value>
+void product(const Linear& a) {
+    const Value *x = static_cast<const Value*>(a.x), *weight = static_cast<const Value*>(a.weight);
+    const Value *bias = static_cast<const Value*>(a.bias), *residual = static_cast<const Value*>(a.residual);
+    for (int64_t row = 0; row < a.rows; ++row) {
+        for (int64_t column = 0; column < a.out; ++column) {
+            float sum = 0;
+            for (int64_t k = 0; k < a.features; ++k) {
+                sum += static_cast<float>(x[row * a.features + k]) * static_cast<float>(weight[column * a.features + k]);
+            }
+            sum = activated(sum * a.scale + (bias ? static_cast<float>(bias[column]) : 0), a.activation, a.slope);
+            if (residual) sum += static_cast<float>(residual[row * a.out + column]);
+            static_cast<Value*>(a.y)[row * a.out + column] = static_cast<Value>(sum);
+        }
+    }
+}
 
 }  // namespace
 
@@ -205,6 +223,37 @@ int ivcMatMulInt4(const IvcInt4* c, const void* x, const void* packed, const voi
     const Int4 a = planned(*c, x, packed, scales, zeroPoints, y, choice);
     if (!wellPlaced(*c, a)) return 1;
     return launchInt4<Float16, BFloat16>(*c, choice.kernel, a, Multiplying{backwards != 0});
+}
+
+int ivcFusedLinear(const IvcLinear* c, const void* x, const void* norm, const void* weight, const void* bias,
+    const void* residual, void* y, size_t backwards) {
+    if (!possible(*c)) return 1;
+    const Linear a = planned(*c, x, norm, weight, bias, residual, y);
+    return withType<Float16, BFloat16>(
+        c->type, [&](auto value) { return launchLinear<decltype(value)>(*c, a, Multiplying{backwards != 0}); });
+}
+
+// In the place of cuBLASLt.
+int ivcMatMul(const IvcLinear* c, const void* x, const void* weight, const void* bias, const void* residual, void* y,
+    void*, size_t) {
+    const Linear a = planned(*c, x, nullptr, weight, bias, residual, y);
+    withType<Float16, BFloat16>(c->type, [&](auto value) { product<decltype(value)>(a); });
+    return 0;
+}
+
+int ivcNormRows(const IvcLinear* c, const void* x, const void* norm, void* y, size_t backwards) {
+    if (!possible(*c)) return 1;
+    const Linear a = planned(*c, x, norm, nullptr, nullptr, nullptr, y);
+    return withType<Float16, BFloat16>(
+        c->type, [&](auto value) { return launchNorm<decltype(value)>(*c, a, Multiplying{backwards != 0}); });
+}
+
+int ivcActivate(
+    const IvcLinear* c, const void* x, const void* bias, const void* residual, void* y, size_t backwards) {
+    if (!possible(*c)) return 1;
+    const Linear a = planned(*c, x, nullptr, nullptr, bias, residual, y);
+    return withType<Float16, BFloat16>(
+        c->type, [&](auto value) { return launchActivate<decltype(value)>(*c, a, Multiplying{backwards != 0}); });
 }
 
 // Of CUDA's own calls, those that custom operators make.

@@ -1,0 +1,341 @@
+// y = f(n(x) W^T + b) + r for few rows of x: reads each weight once, multiplies in registers, and does what surrounds
+// the product in the same launch.
+#pragma once
+
+#include "ivc_types.h"
+#include "warp.h"
+
+namespace ivc {
+
+// One product; see IvcLinear.
+struct Linear {
+    const void* x;         // [rows, features]
+    const void* norm;      // [features], or null
+    const void* weight;    // [out, features], or [2 out, features], the rows of gates first
+    const void* bias;      // one a row of weight, or null
+    const void* residual;  // [rows, out], or null
+    void* y;               // [rows, out]
+    int32_t rows, features, out;
+    IvcActivation activation;
+    float slope, scale, epsilon;
+    int32_t parts;  // warps that share a sum; few rows alone
+};
+
+// Values that a lane reads at once.
+template <class Value>
+struct alignas(16) Octet {
+    Value x[8];
+};
+
+IVC_HD inline float activated(float x, IvcActivation activation, float slope) {
+    switch (activation) {
+        case IVC_SWISH: return x / (1 + expf(-slope * x));
+        case IVC_GELU: return 0.5f * x * (1 + erff(x * 0.70710678f));
+        case IVC_GELU_TANH: return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+        default: return x;
+    }
+}
+
+// Values at..at+7 of a row of `width` values, zeros behind its end. kWhole: see FewLinear.
+template <bool kWhole, class Value>
+IVC_WARP Octet<Value> octetOf(const Value* row, int32_t at, int32_t width) {
+    if (kWhole && at < width) return *reinterpret_cast<const Octet<Value>*>(row + at);
+    Octet<Value> found;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) found.x[i] = !kWhole && at + i < width ? row[at + i] : static_cast<Value>(0.0f);
+    return found;
+}
+
+// The first values of an octet that lie within a row of `width` values.
+template <bool kWhole, class Value>
+IVC_WARP void put(Value* row, int32_t at, int32_t width, const Octet<Value>& octet) {
+    if (kWhole) {
+        *reinterpret_cast<Octet<Value>*>(row + at) = octet;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (at + i < width) row[at + i] = octet.x[i];
+        }
+    }
+}
+
+// The sum over a warp's lanes, to memory that the block shares.
+    template <class Of>
+    IVC_WARP void shareSum(float& to, Of of) {
+        Lane<float> sum, other;
+        eachLane([&](int lane) { sum[lane] = of(lane); });
+#pragma unroll
+        for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+            exchange(other, sum, mask);
+            eachLane([&](int lane) { sum[lane] += other[lane]; });
+        }
+        eachLane([&](int lane) {
+            if (lane == 0) to = sum[lane];
+        });
+    }
+
+// Of weights, which nothing reads again: kept out of the first cache.
+template <class Value>
+IVC_WARP Octet<Value> streamed(const Value* from) {
+    Octet<Value> found;
+#ifdef __CUDA_ARCH__
+    constexpr int kLoads = sizeof found / 16;
+    uint4 words[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+        asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+            : "=r"(words[i].x), "=r"(words[i].y), "=r"(words[i].z), "=r"(words[i].w)
+            : "l"(reinterpret_cast<const uint4*>(from) + i));
+    }
+    memcpy(&found, words, sizeof found);
+#else
+    memcpy(static_cast<void*>(&found), from, sizeof found);
+#endif
+    return found;
+}
+
+// Waits for the kernel before, where this one was launched to begin before its end, and lets the next one begin.
+IVC_WARP void awaitKernelBefore() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// kRows rows of x times kOut columns of y in `parts` warps, whose lanes take octets in turn. Gated columns have two rows
+// of weights. kDepth octets of each row of weights are on their way at once. kWhole: octets lie within a row, and at a
+// multiple of 16 bytes. A norm's factor of a row is found beside its products, and multiplies their sums.
+template <class Value_, int kRows, int kOut, bool kGated, int kDepth, bool kWhole>
+struct FewLinear {
+    using Value = Value_;
+    static constexpr int kWarps = 8, kThreads = kWarps * kWarp, kStep = 8 * kWarp;
+    static constexpr int kColumns = kGated ? 2 * kOut : kOut;
+    static_assert(kRows * kOut <= kWarp, "a warp's results are more than its lanes");
+
+    struct Shared {
+        float sums[kWarps][kRows][kColumns];
+        float squares[kWarps][kRows];
+    };
+
+    struct Sums {
+        float x[kRows][kColumns], squares[kRows];
+    };
+
+    struct Weights {
+        Octet<Value> x[kDepth][kColumns];
+    };
+
+    static int32_t columnBlocks(const Linear& a) { return ceilDiv(a.out, kOut * (kWarps / a.parts)); }
+    static int32_t rowBlocks(const Linear& a) { return ceilDiv(a.rows, kRows); }
+
+    static IVC_WARP void run(Block& block, Shared& shared, const Linear& a, int32_t columnBlock, int32_t rowBlock) {
+        const int32_t groups = kWarps / a.parts, firstRow = rowBlock * kRows;
+        const int32_t firstColumn = columnBlock * groups * kOut;
+        block.each([&](int warp) {
+            const int32_t column = firstColumn + warp / a.parts * kOut;
+            Lane<Sums> sums;
+            eachLane([&](int lane) {
+                sums[lane] = partOf(a, firstRow, column, warp % a.parts * kStep + 8 * lane, a.parts * kStep);
+            });
+#pragma unroll
+            for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+                for (int i = 0; i < kColumns; ++i) {
+                    shareSum(shared.sums[warp][row][i], [&](int lane) { return sums[lane].x[row][i]; });
+                }
+                if (a.norm) shareSum(shared.squares[warp][row], [&](int lane) { return sums[lane].squares[row]; });
+            }
+        });
+        block.barrier();
+        block.each([&](int warp) {
+            eachLane([&](int lane) {
+                const int32_t row = lane / kOut, i = lane % kOut, column = firstColumn + warp * kOut + i;
+                if (warp >= groups || row >= kRows || firstRow + row >= a.rows || column >= a.out) return;
+                finish(shared, a, warp * a.parts, row, i, firstRow + row, column);
+            });
+        });
+    }
+
+    // One result, from the sums of a.parts warps.
+    static IVC_WARP void finish(
+        const Shared& shared, const Linear& a, int first, int row, int i, int32_t yRow, int32_t column) {
+        float sum = 0, up = 0, squares = 0;
+        for (int warp = first; warp < first + a.parts; ++warp) {
+            sum += shared.sums[warp][row][i];
+            if (kGated) up += shared.sums[warp][row][kColumns - kOut + i];
+            if (a.norm) squares += shared.squares[warp][row];
+        }
+        const float factor =
+            a.norm ? a.scale / sqrtf(squares / static_cast<float>(a.features) + a.epsilon) : a.scale;
+        const Value* bias = static_cast<const Value*>(a.bias);
+        float y = activated(sum * factor + (bias ? static_cast<float>(bias[column]) : 0), a.activation, a.slope);
+        if (kGated) y *= up * factor + (bias ? static_cast<float>(bias[a.out + column]) : 0);
+        const int64_t at = static_cast<int64_t>(yRow) * a.out + column;
+        if (a.residual) y += static_cast<float>(static_cast<const Value*>(a.residual)[at]);
+        static_cast<Value*>(a.y)[at] = static_cast<Value>(y);
+    }
+
+    static IVC_WARP const Value* rowOf(const Linear& a, const void* tensor, int32_t row) {
+        return static_cast<const Value*>(tensor) + static_cast<int64_t>(row) * a.features;
+    }
+
+    static IVC_WARP Weights weightsOf(const Linear& a, int32_t firstColumn, int32_t at, int32_t step) {
+        Weights found;
+#pragma unroll
+        for (int depth = 0; depth < kDepth; ++depth) {
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) {
+                const int32_t column = smaller(firstColumn + i % kOut, a.out - 1) + (i < kOut ? 0 : a.out);
+                const int32_t from = at + depth * step;
+                const Value* weights = rowOf(a, a.weight, column);
+                found.x[depth][i] = kWhole && from < a.features ? streamed(weights + from)
+                                                                : octetOf<kWhole>(weights, from, a.features);
+            }
+        }
+        return found;
+    }
+
+    // One lane's sums, over octets at first, first + step, ...
+    static IVC_WARP Sums partOf(const Linear& a, int32_t firstRow, int32_t firstColumn, int32_t first, int32_t step) {
+        Sums sums{};
+        Weights next = weightsOf(a, firstColumn, first, step);
+        awaitKernelBefore();
+        for (int32_t at = first; at < a.features; at += kDepth * step) {
+            const Weights now = next;
+            if (at + kDepth * step < a.features) next = weightsOf(a, firstColumn, at + kDepth * step, step);
+#pragma unroll
+            for (int depth = 0; depth < kDepth; ++depth) {
+                const int32_t from = at + depth * step;
+                const Octet<Value> norm =
+                    a.norm ? octetOf<kWhole>(rowOf(a, a.norm, 0), from, a.features) : Octet<Value>{};
+#pragma unroll
+                for (int row = 0; row < kRows; ++row) {
+                    const Value* xRow = rowOf(a, a.x, smaller(firstRow + row, a.rows - 1));
+                    const Octet<Value> octet = octetOf<kWhole>(xRow, from, a.features);
+                    float x[8];
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(octet.x[i]);
+                    if (a.norm) {
+#pragma unroll
+                        for (int i = 0; i < 8; ++i) {
+                            sums.squares[row] += x[i] * x[i];
+                            x[i] *= static_cast<float>(norm.x[i]);
+                        }
+                    }
+#pragma unroll
+                    for (int column = 0; column < kColumns; ++column) {
+#pragma unroll
+                        for (int i = 0; i < 8; ++i) {
+                            sums.x[row][column] += static_cast<float>(now.x[depth][column].x[i]) * x[i];
+                        }
+                    }
+                }
+            }
+        }
+        return sums;
+    }
+};
+
+// y = n(x) for rows of x, a warp each: what a product of many rows is given.
+template <class Value_, bool kWhole>
+struct NormRows {
+    using Value = Value_;
+    static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kStep = 8 * kWarp;
+
+    struct Shared {
+        float squares[kWarps];
+    };
+
+    static int32_t columnBlocks(const Linear& a) { return ceilDiv(a.rows, kWarps); }
+    static int32_t rowBlocks(const Linear&) { return 1; }
+
+    static IVC_WARP void run(Block& block, Shared& shared, const Linear& a, int32_t number, int32_t) {
+        block.each([&](int warp) {
+            const int32_t row = smaller(number * kWarps + warp, a.rows - 1);
+            const Value* x = static_cast<const Value*>(a.x) + static_cast<int64_t>(row) * a.features;
+            shareSum(shared.squares[warp], [&](int lane) {
+                float squares = 0;
+                for (int32_t at = 8 * lane; at < a.features; at += kStep) {
+                    const Octet<Value> octet = octetOf<kWhole>(x, at, a.features);
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) {
+                        const float value = static_cast<float>(octet.x[i]);
+                        squares += value * value;
+                    }
+                }
+                return squares;
+            });
+        });
+        block.barrier();
+        block.each([&](int warp) {
+            const int32_t row = number * kWarps + warp;
+            const float factor = 1 / sqrtf(shared.squares[warp] / static_cast<float>(a.features) + a.epsilon);
+            const Value *x = static_cast<const Value*>(a.x), *norm = static_cast<const Value*>(a.norm);
+            Value* y = static_cast<Value*>(a.y);
+            const int64_t first = static_cast<int64_t>(row) * a.features;
+            eachLane([&](int lane) {
+                for (int32_t at = 8 * lane; row < a.rows && at < a.features; at += kStep) {
+                    Octet<Value> octet = octetOf<kWhole>(x + first, at, a.features);
+                    const Octet<Value> weights = octetOf<kWhole>(norm, at, a.features);
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) {
+                        octet.x[i] = static_cast<Value>(
+                            static_cast<float>(octet.x[i]) * factor * static_cast<float>(weights.x[i]));
+                    }
+                    put<kWhole>(y + first, at, a.features, octet);
+                }
+            });
+        });
+    }
+};
+
+// y = f(x + b) + r for rows of x [rows, out], or [rows, 2 out] where gated: what is done with a product of many rows.
+template <class Value_, bool kGated, bool kWhole>
+struct Activate {
+    using Value = Value_;
+    static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+
+    struct Shared {};
+
+    static IVC_HD int32_t blocksOfRow(const Linear& a) { return ceilDiv(a.out, 8 * kThreads); }
+    static int32_t columnBlocks(const Linear& a) { return a.rows * blocksOfRow(a); }
+    static int32_t rowBlocks(const Linear&) { return 1; }
+
+    static IVC_WARP void run(Block& block, Shared&, const Linear& a, int32_t number, int32_t) {
+        const int32_t row = number / blocksOfRow(a), columnBlock = number % blocksOfRow(a);
+        const Value *x = static_cast<const Value*>(a.x), *bias = static_cast<const Value*>(a.bias);
+        const Value* residual = static_cast<const Value*>(a.residual);
+        x += static_cast<int64_t>(row) * a.out * (kGated ? 2 : 1);
+        const int64_t first = static_cast<int64_t>(row) * a.out;
+        block.each([&](int warp) {
+            eachLane([&](int lane) {
+                const int32_t at = 8 * ((columnBlock * kWarps + warp) * kWarp + lane);
+                if (at >= a.out) return;
+                float y[8], up[8];
+                sum(y, x, bias, at, a.out);
+                if (kGated) sum(up, x + a.out, bias ? bias + a.out : bias, at, a.out);
+                const Octet<Value> added = residual ? octetOf<kWhole>(residual + first, at, a.out) : Octet<Value>{};
+                Octet<Value> found;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    float value = activated(y[i], a.activation, a.slope);
+                    if (kGated) value *= up[i];
+                    if (residual) value += static_cast<float>(added.x[i]);
+                    found.x[i] = static_cast<Value>(value);
+                }
+                put<kWhole>(static_cast<Value*>(a.y) + first, at, a.out, found);
+            });
+        });
+    }
+
+    static IVC_WARP void sum(float (&found)[8], const Value* x, const Value* bias, int32_t at, int32_t out) {
+        const Octet<Value> octet = octetOf<kWhole>(x, at, out);
+        const Octet<Value> added = bias ? octetOf<kWhole>(bias, at, out) : Octet<Value>{};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            found[i] = static_cast<float>(octet.x[i]) + (bias ? static_cast<float>(added.x[i]) : 0);
+        }
+    }
+};
+
+}  // namespace ivc

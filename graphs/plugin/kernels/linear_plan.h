@@ -1,0 +1,98 @@
+// Which kernel a product with what surrounds it runs, in which blocks, from extents alone.
+#pragma once
+
+#include <initializer_list>
+
+#include "linear.h"
+
+namespace ivc {
+
+// Rows by columns of y of a warp.
+enum class LinearKernel { kOneByOne, kOneByTwo, kOneByFour, kFourByTwo, kEightByTwo };
+
+// For products of at most so many rows and columns of y: the kernel, and how many warps share a sum.
+struct LinearChoice {
+    int32_t rows, out;
+    LinearKernel kernel;
+    int32_t parts;
+};
+
+// The first that fits is taken.
+constexpr LinearChoice kLinearChoices[] = {
+    {1, 1536, LinearKernel::kOneByOne, 4},
+    {1, 4096, LinearKernel::kOneByOne, 2},
+    {1, INT32_MAX, LinearKernel::kOneByTwo, 1},
+    {4, INT32_MAX, LinearKernel::kFourByTwo, 2},
+    {INT32_MAX, INT32_MAX, LinearKernel::kEightByTwo, 2},
+};
+
+inline bool possible(const IvcLinear& c) {
+    return c.rows > 0 && c.rows <= 8 * 65535 && c.features > 0 && c.features <= INT32_MAX / 2 && c.out > 0 &&
+           c.out <= INT32_MAX / 2 && c.activation >= IVC_NO_ACTIVATION && c.activation <= IVC_GELU_TANH;
+}
+
+inline LinearChoice choiceOf(const IvcLinear& c) {
+    for (const LinearChoice& choice : kLinearChoices) {
+        if (c.rows <= choice.rows && c.out <= choice.out) return choice;
+    }
+    return {c.rows, c.out, LinearKernel::kOneByOne, 1};
+}
+
+inline Linear planned(const IvcLinear& c, const void* x, const void* norm, const void* weight, const void* bias,
+    const void* residual, void* y) {
+    return {x, norm, weight, bias, residual, y, c.rows, c.features, c.out, c.activation, c.slope, c.scale, c.epsilon, 1};
+}
+
+inline bool inOctets(int32_t width, std::initializer_list<const void*> tensors) {
+    uintptr_t together = static_cast<uintptr_t>(width % 8);
+    for (const void* tensor : tensors) together |= reinterpret_cast<uintptr_t>(tensor);
+    return together % 16 == 0;
+}
+
+// Hands the kernel of a product to launch.run<Kernel>(a). What does not lie in octets is rare, and has one kernel alone.
+template <class Value, bool kGated, class Launch>
+auto launchLinear(const LinearChoice& choice, Linear a, Launch launch) {
+    a.parts = choice.parts;
+    while (a.parts > 1 && a.parts / 2 * 8 * kWarp >= a.features) a.parts /= 2;  // a warp reads 8 values a lane at once
+    if (!inOctets(a.features, {a.x, a.norm, a.weight})) {
+        return launch.template run<FewLinear<Value, 1, 1, kGated, 1, false>>(a);
+    }
+    switch (choice.kernel) {
+        case LinearKernel::kOneByOne: return launch.template run<FewLinear<Value, 1, 1, kGated, 4, true>>(a);
+        case LinearKernel::kOneByTwo: return launch.template run<FewLinear<Value, 1, 2, kGated, 2, true>>(a);
+        case LinearKernel::kOneByFour: return launch.template run<FewLinear<Value, 1, 4, kGated, 1, true>>(a);
+        case LinearKernel::kFourByTwo: return launch.template run<FewLinear<Value, 4, 2, kGated, 1, true>>(a);
+        default: return launch.template run<FewLinear<Value, 8, 2, kGated, 1, true>>(a);
+    }
+}
+
+template <class Value, class Launch>
+auto launchLinear(const IvcLinear& c, const Linear& a, Launch launch) {
+    const LinearChoice choice = choiceOf(c);
+    return c.gated ? launchLinear<Value, true>(choice, a, launch) : launchLinear<Value, false>(choice, a, launch);
+}
+
+template <class Value, class Launch>
+auto launchNorm(const IvcLinear&, const Linear& a, Launch launch) {
+    return inOctets(a.features, {a.x, a.norm, a.y}) ? launch.template run<NormRows<Value, true>>(a)
+                                                    : launch.template run<NormRows<Value, false>>(a);
+}
+
+template <class Value, class Launch>
+auto launchActivate(const IvcLinear& c, const Linear& a, Launch launch) {
+    const bool whole = inOctets(a.out, {a.x, a.bias, a.residual, a.y});
+    if (c.gated) {
+        return whole ? launch.template run<Activate<Value, true, true>>(a)
+                     : launch.template run<Activate<Value, true, false>>(a);
+    }
+    return whole ? launch.template run<Activate<Value, false, true>>(a)
+                 : launch.template run<Activate<Value, false, false>>(a);
+}
+
+// Calls `of` with a value of the type that tensors have; `Half` and `Brain` are float16 and bfloat16.
+template <class Half, class Brain, class Of>
+auto withType(IvcType type, Of of) {
+    return type == IVC_FLOAT32 ? of(float{}) : type == IVC_FLOAT16 ? of(Half{}) : of(Brain{});
+}
+
+}  // namespace ivc

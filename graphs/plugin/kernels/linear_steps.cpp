@@ -1,0 +1,44 @@
+#include "ivc_linear.h"
+
+namespace {
+
+bool few(const IvcLinear& c) { return c.rows <= IVC_FEW_ROWS; }
+
+// Whether cuBLASLt does all that is behind a product.
+bool whole(const IvcLinear& c, const void* residual) {
+    return !c.gated && (c.activation == IVC_NO_ACTIVATION || (c.activation == IVC_GELU_TANH && !residual));
+}
+
+// Bytes of rows of a width, so that what follows lies well.
+size_t bytesOf(const IvcLinear& c, size_t width) {
+    const size_t bytes = static_cast<size_t>(c.rows) * width * (c.type == IVC_FLOAT32 ? 4 : 2);
+    return (bytes + 255) / 256 * 256;
+}
+
+}  // namespace
+
+size_t ivcLinearWorkspace(const IvcLinear* c, int32_t normed) {
+    if (few(*c) || c->features <= 0 || c->out <= 0) return 0;
+    return IVC_MATMUL_WORKSPACE + (normed ? bytesOf(*c, static_cast<size_t>(c->features)) : 0) +
+           (c->gated ? bytesOf(*c, 2 * static_cast<size_t>(c->out)) : 0);
+}
+
+cudaError_t ivcLinear(const IvcLinear* c, const void* x, const void* norm, const void* weight, const void* bias,
+    const void* residual, void* y, void* workspace, cudaStream_t stream) {
+    if (few(*c)) return ivcFusedLinear(c, x, norm, weight, bias, residual, y, stream);
+    char* free = static_cast<char*>(workspace) + IVC_MATMUL_WORKSPACE;
+    if (norm) {
+        const cudaError_t normed = ivcNormRows(c, x, norm, free, stream);
+        if (normed) return normed;
+        x = free;
+        free += bytesOf(*c, static_cast<size_t>(c->features));
+    }
+    if (whole(*c, residual)) return ivcMatMul(c, x, weight, bias, residual, y, workspace, stream);
+    IvcLinear plain = *c;
+    plain.activation = IVC_NO_ACTIVATION;
+    plain.gated = 0;
+    if (c->gated) plain.out *= 2;
+    void* const product = c->gated ? free : y;
+    const cudaError_t multiplied = ivcMatMul(&plain, x, weight, nullptr, nullptr, product, workspace, stream);
+    return multiplied ? multiplied : ivcActivate(c, product, bias, residual, y, stream);
+}

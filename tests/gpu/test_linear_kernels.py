@@ -1,0 +1,27 @@
+"""Products with what surrounds them on a GPU against NumPy; needs what test_kernels.py needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from tests.gpu.test_kernels import kernels  # a fixture
+from tests.native.kernels import Kernels
+from tests.native.linear import linear_case
+
+__all__ = ["kernels"]
+pytestmark = pytest.mark.gpu
+
+
+def test_500_cases_agree_with_float64(kernels: Kernels, record_property: Callable[[str, object], None]) -> None:
+    cases = [linear_case(seed) for seed in range(500)]
+    worst = max(max(case.check(kernels), case.check_apart(kernels)) for case in cases)
+    record_property("500 products with what surrounds them", f"largest error {worst:.2f} of what rounding may cost")
+
+
+def test_two_runs_give_the_same_bits(kernels: Kernels) -> None:
+    for seed in range(20):
+        case = linear_case(seed)
+        np.testing.assert_array_equal(case.run(kernels), case.run(kernels))

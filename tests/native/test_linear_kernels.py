@@ -1,0 +1,57 @@
+"""Products with what surrounds them, emulated on the host; tests/gpu/test_linear_kernels.py runs the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.native.kernels import Kernels
+from tests.native.linear import ACTIVATIONS, DTYPES, linear_case
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["forwards", "backwards"])
+def kernels(emulation: Path, request: pytest.FixtureRequest) -> Kernels:
+    """Warps and blocks in rising or falling order."""
+    return Kernels(emulation, np.ascontiguousarray, lambda a: a, lambda a: a.ctypes.data, request.param)
+
+
+def test_500_cases_agree_with_float64(kernels: Kernels) -> None:
+    """In both orders together, in one launch and in several."""
+    for seed in range(kernels.stream, 500, 2):
+        case = linear_case(seed)
+        case.check(kernels)
+        case.check_apart(kernels)
+
+
+def test_random_cases_hold_what_they_are_for() -> None:
+    cases = [linear_case(seed) for seed in range(500)]
+    assert {(c.dtype, c.activation, c.gated, len(c.x) == 1) for c in cases} == {
+        (dtype, activation, gated, one)
+        for dtype in DTYPES
+        for activation in ACTIVATIONS
+        for gated in (False, True)
+        for one in (False, True)
+    }
+    assert {(c.norm is None, c.bias is None, c.residual is None) for c in cases} == {
+        (norm, bias, residual) for norm in (False, True) for bias in (False, True) for residual in (False, True)
+    }
+    assert sum(c.x.shape[1] % 8 != 0 for c in cases) > 100
+    assert {len(c.x) <= most for c in cases for most in (1, 4, 8)} == {False, True}
+
+
+def test_rows_far_beyond_float16_are_normed(kernels: Kernels) -> None:
+    """Their squares and sums are taken in float32, and an epsilon of another scale counts."""
+    case = next(c for seed in range(500) if (c := linear_case(seed)).norm is not None and c.dtype == "float16")
+    assert case.norm is not None
+    x = np.full_like(case.x, 60000)
+    replace(case, x=x).check(kernels)
+    replace(case, x=x, norm=case.norm, epsilon=case.epsilon * 2.0**-8).check_apart(kernels)
+
+
+@pytest.mark.parametrize("changed", [{"features": 0}, {"rows": 0}, {"out": -1}, {"activation": 4}])
+def test_impossible_products_are_refused(kernels: Kernels, changed: dict[str, int]) -> None:
+    with pytest.raises(AssertionError, match="returned 1"):
+        linear_case(1).run(kernels, **changed)

@@ -3,6 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 OPTIMUM := .venv-optimum
+RAY := .venv-ray
 QUICK := tests/contract tests/exporter tests/graph tests/lowering tests/report tests/test_files.py \
 	tests/bundle/test_manifest.py tests/bundle/test_staging.py tests/checkpoint/test_folders.py tests/cli/test_bad_inputs.py \
 	tests/runtime/test_failures.py tests/runtime/test_fused.py tests/runtime/test_generate.py tests/runtime/test_videos.py \
@@ -11,7 +12,7 @@ MODEL := samples/spatial-vl
 BUNDLE := demo/spatial-vl-ivc
 PICTURES := samples/pictures
 
-.PHONY: demo test lowest optimum lint docs generate clean
+.PHONY: demo test lowest optimum ray lint docs generate clean
 
 demo: $(VENV)/installed  ## set up, export the sample, ask about pictures, draw which tokens were kept
 	$(BIN)/ivc-export --model $(MODEL) --calibration $(MODEL)/calibration.json --output $(BUNDLE) --force
@@ -29,6 +30,9 @@ lowest: $(LOWEST)/pinned  ## the demo, and the tests that need no PyTorch, on th
 
 optimum: $(OPTIMUM)/installed $(VENV)/installed-dev  ## optimum-cli export ivc, in an environment with optimum
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cli/test_optimum.py
+
+ray: $(RAY)/installed  ## ivc-serve --replicas, in an environment with Ray
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/serve/test_replicas.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -64,5 +68,9 @@ $(OPTIMUM)/installed: $(OPTIMUM)/bin/python pyproject.toml ivc_export/cli/optimu
 	$(OPTIMUM)/bin/pip install -q --disable-pip-version-check --no-deps optimum==2.3.0  # its commands need no PyTorch
 	@touch $@
 
+$(RAY)/installed: $(RAY)/bin/python pyproject.toml
+	$(RAY)/bin/pip install -q --disable-pip-version-check -e .[cpu,ray] openai pytest
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWEST) $(OPTIMUM) demo site build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(OPTIMUM) $(RAY) demo site build dist .mypy_cache .pytest_cache .ruff_cache

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import ipaddress
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from ivc_export import __version__
 from ivc_export.bundle.bundle import Bundle
@@ -50,12 +52,30 @@ def parser() -> Parser:
         help="fetch pictures from public http and https addresses",
     )
     add_backend_options(p)
+    text = "sessions to serve by, as 4, or as many as requests need, as 1-8; by Ray, so it needs ivc-export[ray]"
+    p.add_argument("--replicas", type=replicas, metavar="COUNT", help=text)
+    p.add_argument("--replica-cpus", type=int, metavar="COUNT", help="cores of a replica (default: 1)")
+    text = "GPUs of a replica, or its part of one (default: 1 where the backend computes on a GPU)"
+    p.add_argument("--replica-gpus", type=float, metavar="COUNT", help=text)
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
 
-def command(arguments: Sequence[str]) -> int:
-    """Serve until a signal ends it."""
+def replicas(text: str) -> tuple[int, int]:
+    """How many sessions at least and at most, of COUNT or FROM-TO."""
+    found = re.fullmatch(r"([1-9]\d{0,4})(?:-([1-9]\d{0,4}))?", text)
+    least, most = (0, 0) if found is None else (int(found[1]), int(found[2] or found[1]))
+    if not 0 < least <= most:
+        raise argparse.ArgumentTypeError(f"{text[:100]} is no number of replicas: give one, as 4, or two, as 1-8")
+    return least, most
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line.
+
+    Raises:
+        UserError: one of them is out of range, or does not fit another.
+    """
     options = parser().parse_args(arguments)
     for name in ("queue", "max_tokens", "max_prompt", "max_body", "max_pixels", "keep_pictures"):
         least = 0 if name in ("queue", "keep_pictures") else 1
@@ -65,15 +85,71 @@ def command(arguments: Sequence[str]) -> int:
             )
     if options.max_pixels * 1_000_000 > PIXELS:
         raise UserError(f"--max-pixels {options.max_pixels} is out of range: give at most {PIXELS // 1_000_000}")
-    libraries = given_libraries(options, [options.backend])
-    keys = read_keys(options.api_key_file) if options.api_key_file else ()
+    given_libraries(options, [options.backend])
+    return options
+
+
+def part(module: str) -> Any:
+    """A module of ivc_export.serve.
+
+    Raises:
+        UserError: what it needs is missing.
+    """
     try:
-        completions, server, workers = (
-            importlib.import_module(f"ivc_export.serve.{name}") for name in ("completions", "server", "worker")
-        )
-        metrics = importlib.import_module("ivc_export.serve.metrics")
+        return importlib.import_module(f"ivc_export.serve.{module}")
     except ImportError as error:
         raise UserError(f"ivc-serve needs more packages ({error}): install ivc-export[serve]") from error
+
+
+def make_settings(options: argparse.Namespace) -> Any:
+    """The ServerSettings of a command line.
+
+    Raises:
+        UserError: the file of keys cannot be read, or packages are missing.
+    """
+    return part("completions").ServerSettings(
+        name=options.name or options.bundle.resolve().name,
+        queue=options.queue,
+        keys=read_keys(options.api_key_file) if options.api_key_file else (),
+        loopback=is_loopback(options.host),
+        remote_images=options.allow_remote_images,
+        most_body=options.max_body << 20,
+        most_tokens=options.max_tokens,
+    )
+
+
+def open_worker(options: argparse.Namespace, bundle: Bundle, **more: Any) -> Any:
+    """A Worker over the bundle, of a command line. more: options of the session.
+
+    Raises:
+        UserError: the bundle cannot be opened, or packages are missing.
+    """
+    session = open_session(bundle, options.backend, **given_libraries(options, [options.backend]), **more)
+    return part("worker").Worker(
+        session,
+        part("metrics").Metrics(),
+        options.follow_up,
+        options.max_pixels * 1_000_000,
+        options.max_prompt,
+        options.keep_pictures << 20,
+    )
+
+
+def address(host: str, port: int) -> str:
+    """Where a server is reached."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Serve until a signal ends it."""
+    options = parse(arguments)
+    if options.replicas:
+        code: int = importlib.import_module("ivc_export.cli.replicas").run(options)
+        return code
+    for name in ("replica_cpus", "replica_gpus"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for replicas: use it with --replicas, or leave it out")
+    settings, server = make_settings(options), part("server")
     bundle, console = Bundle.load(options.bundle), make_console()
     backend = find_backend(options.backend)
     sock = server.listen(options.host, options.port)
@@ -82,29 +158,11 @@ def command(arguments: Sequence[str]) -> int:
         if note:
             console.print(note, markup=False)
         with console.status("opening the graphs"):
-            session = open_session(bundle, options.backend, **libraries)
-            worker = workers.Worker(
-                session,
-                metrics.Metrics(),
-                options.follow_up,
-                options.max_pixels * 1_000_000,
-                options.max_prompt,
-                options.keep_pictures << 20,
-            )
-        note = backend.after(session)
+            worker = open_worker(options, bundle)
+        note = backend.after(worker.session)
         if note:
             console.print(note, markup=False)
-        settings = completions.ServerSettings(
-            name=options.name or options.bundle.resolve().name,
-            queue=options.queue,
-            keys=keys,
-            loopback=is_loopback(options.host),
-            remote_images=options.allow_remote_images,
-            most_body=options.max_body << 20,
-            most_tokens=options.max_tokens,
-        )
-        host, port = sock.getsockname()[:2]
-        console.print(f"serving {settings.name} at http://{f'[{host}]' if ':' in host else host}:{port}", markup=False)
+        console.print(f"serving {settings.name} at {address(*sock.getsockname()[:2])}", markup=False)
         running = server.make_server(worker, settings)
         try:
             running.run(sockets=[sock])

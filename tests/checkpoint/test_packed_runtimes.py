@@ -25,7 +25,7 @@ from ivc_export.graph.functions import function
 from ivc_export.lowering import LOWERINGS, lower
 from ivc_export.lowering.join_decode import join_decode
 from ivc_export.lowering.onnxruntime.split_bytes import SplitBytesPass
-from ivc_export.runtime.onnxruntime.cpu import OnnxSession
+from ivc_export.runtime.onnxruntime.cpu import OnnxSession, mapped
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
 from ivc_export.runtime.onnxruntime.records import ONNXRUNTIME_CPU
 from ivc_export.tensorrt.decide import decide
@@ -73,6 +73,13 @@ def test_bytes_are_two_halves_of_exact_weights(zero_points: bool) -> None:
         packed, scale, points = (value.const_value.numpy() for value in node.inputs[1:])  # type: ignore[union-attr]
         weight += dequantise(packed, scale, points, 4, features)
     np.testing.assert_array_equal(weight, dequantise(arrays["packed"], scales, arrays.get("zero_points"), 8, features))
+
+
+def test_halves_of_bytes_lie_in_pages_that_the_system_may_drop() -> None:
+    array = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    copy = mapped(array)
+    np.testing.assert_array_equal(copy, array)
+    assert isinstance(copy, np.memmap) and np.ascontiguousarray(copy).ctypes.data == copy.ctypes.data
 
 
 def test_another_accuracy_level_is_chosen_when_a_bundle_opens(bundles: tuple[Bundle, Bundle], wanted: Turns) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,6 +73,7 @@ class OnnxSession:
         # side by side, unless weights are widened: that would hold several widened graphs' temporary copies at once
         with ThreadPoolExecutor(len(GRAPH_NAMES) if bundle.manifest.dtype == dtype else 1) as pool:
             self._sessions = dict(zip(GRAPH_NAMES, pool.map(self._open, GRAPH_NAMES), strict=True))
+        return_freed()
         self._outputs = {name: [o.name for o in s.get_outputs()] for name, s in self._sessions.items()}
 
     def _open(self, name: GraphName) -> InferenceSession:
@@ -80,6 +84,9 @@ class OnnxSession:
         if not self._prepacking:
             options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # three pools would spin on each other
+        options.add_session_config_entry(
+            "session.use_device_allocator_for_initializers", "1"
+        )  # just as large as they are
         source: str | bytes = str(path)
         passes: list[ir.passes.PassBase] = []
         if self.bundle.manifest.dtype != self.dtype:
@@ -100,13 +107,13 @@ class OnnxSession:
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
     def _give(self, model: ir.Model, options: SessionOptions) -> None:
-        """Give in memory what passes have made of weights and no file has; floats among it are small."""
+        """Give in memory what passes have made of weights and no file of the bundle has; floats among it are small."""
         onnxruntime = load_onnxruntime()
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
             if isinstance(tensor, ir.LazyTensor) and tensor.dtype == ir.DataType.UINT8:
                 value.const_value = stand_in(self.bundle, name, tensor)
-                given = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()))
+                given = onnxruntime.OrtValue.ortvalue_from_numpy(mapped(tensor.numpy()))
                 options.add_external_initializers([name], [given])
                 self._given.append(given)
 
@@ -132,6 +139,25 @@ class OnnxSession:
             outputs = self._sessions[name].run(None, dict(feeds))
         outputs = [array.astype(np.float32) if array.dtype == np.float16 else array for array in outputs]
         return dict(zip(self._outputs[name], outputs, strict=True))
+
+
+def mapped(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """A copy in a file without a name, whose pages the system may drop: onnxruntime reads it once, to rearrange it.
+
+    Raises:
+        OSError: the folder for temporary files has no room.
+    """
+    with tempfile.TemporaryFile() as file:
+        place = np.memmap(file, np.uint8, "w+", shape=array.shape)
+    place[...] = array
+    return place
+
+
+def return_freed() -> None:
+    """Give the system what opening has freed: glibc keeps it, since what lies behind it is in use."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # of another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def check_dtype(bundle: Bundle, dtype: FloatName, accuracy_level: int = 0) -> None:

@@ -15,6 +15,7 @@ from ivc_export.contract.operators import verify_graph
 from ivc_export.graph.functions import RESULTS
 from ivc_export.lowering.in_place_caches import CompactCachesPass
 from ivc_export.lowering.inline import InlinePass
+from ivc_export.lowering.linears import FuseLinearsPass
 from ivc_export.lowering.onnxruntime.activations import FuseActivationsPass
 from ivc_export.lowering.onnxruntime.attention import UseFusedAttentionPass, UseRotaryEmbeddingPass
 from ivc_export.lowering.onnxruntime.biases import AddBiasesPass
@@ -98,6 +99,7 @@ def fused(own: bool = False) -> Passes:
     """
     return (
         ScaleResidualsPass(),
+        *([FuseLinearsPass()] if own else ()),
         *([UseOwnAttentionPass()] if own else ()),
         UseFusedAttentionPass(),
         WriteCachesPass(),
@@ -105,6 +107,7 @@ def fused(own: bool = False) -> Passes:
         UseRotaryEmbeddingPass(),
         FuseNormsPass(),
         InlinePass(kept=SELECTION | LIBRARY),  # onnxruntime inlines bodies, or has operators of ours
+        *([FuseLinearsPass()] if own else ()),  # in bodies
         PackProjectionsPass(),
         *([ReadPackedRowsPass()] if own else ()),
         RotateInAttentionPass(),

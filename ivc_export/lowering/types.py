@@ -12,7 +12,7 @@ from ivc_export.graph.functions import RESULTS
 BOOLEANS = frozenset(("And", "Equal", "Greater", "GreaterOrEqual", "Less", "Not", "Or"))
 """Operators of the contract whose results are truth values."""
 
-ALIKE = {"AttendInPlace": 0, "CompactIntoCaches": 2, "EncodeAttend": 0, "MatMulInt4": 0}
+ALIKE = {"AttendInPlace": 0, "CompactIntoCaches": 2, "EncodeAttend": 0, "FusedLinear": 0, "MatMulInt4": 0}
 """Operators of ours without a body whose outputs are all of one input's type: that of this number."""
 
 Types = MutableMapping[ir.Value, ir.DataType]

@@ -26,6 +26,7 @@ CALLS = {
     "cudaFuncSetAttribute": 9.0,
     "cudaGetDevice": 1.0,
     "cudaGetLastError": 1.0,
+    "cudaLaunchKernelEx": 11.8,
 }
 HEADERS = {"cuda_bf16.h", "cuda_fp16.h", "cuda_runtime_api.h"}
 

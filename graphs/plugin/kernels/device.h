@@ -14,4 +14,13 @@ inline cudaError_t hasTensorCores(bool& has) {
     return status;
 }
 
+// Whether a kernel may begin before the one before it has ended, also in a captured graph.
+inline cudaError_t launchesEarly(bool& early) {
+    int device = 0, major = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    early = major >= 9 && CUDART_VERSION >= 12030;
+    return status;
+}
+
 }  // namespace ivc

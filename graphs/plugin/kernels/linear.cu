@@ -1,6 +1,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "device.h"
 #include "ivc_kernels.h"
 #include "linear_plan.h"
 
@@ -18,10 +19,19 @@ struct LinearLaunch {
 
     template <class Kernel>
     cudaError_t run(const Linear& a) const {
-        const dim3 grid(
-            static_cast<unsigned>(Kernel::columnBlocks(a)), static_cast<unsigned>(Kernel::rowBlocks(a)));
-        linearKernel<Kernel><<<grid, Kernel::kThreads, 0, stream>>>(a);
-        return cudaGetLastError();
+        bool early = false;
+        const cudaError_t known = launchesEarly(early);
+        if (known != cudaSuccess) return known;
+        cudaLaunchAttribute attribute{};
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(static_cast<unsigned>(Kernel::columnBlocks(a)), static_cast<unsigned>(Kernel::rowBlocks(a)));
+        config.blockDim = dim3(Kernel::kThreads);
+        config.stream = stream;
+        config.attrs = &attribute;
+        config.numAttrs = early ? 1 : 0;
+        return cudaLaunchKernelEx(&config, linearKernel<Kernel>, a);
     }
 };
 

@@ -250,6 +250,7 @@ struct NormRows {
     static int32_t rowBlocks(const Linear&) { return 1; }
 
     static IVC_WARP void run(Block& block, Shared& shared, const Linear& a, int32_t number, int32_t) {
+        awaitKernelBefore();
         block.each([&](int warp) {
             const int32_t row = smaller(number * kWarps + warp, a.rows - 1);
             const Value* x = static_cast<const Value*>(a.x) + static_cast<int64_t>(row) * a.features;
@@ -302,6 +303,7 @@ struct Activate {
     static int32_t rowBlocks(const Linear&) { return 1; }
 
     static IVC_WARP void run(Block& block, Shared&, const Linear& a, int32_t number, int32_t) {
+        awaitKernelBefore();
         const int32_t row = number / blocksOfRow(a), columnBlock = number % blocksOfRow(a);
         const Value *x = static_cast<const Value*>(a.x), *bias = static_cast<const Value*>(a.bias);
         const Value* residual = static_cast<const Value*>(a.residual);

@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ivc_export.lowering.edit import CONTRIB, Editor, made_by, numbers
+from ivc_export.lowering.activation import swish
+from ivc_export.lowering.edit import CONTRIB, Editor
 
 
 class FuseActivationsPass(ir.passes.InPlacePass):
@@ -19,8 +20,8 @@ class FuseActivationsPass(ir.passes.InPlacePass):
         """Find the activations by their last node, the product."""
         edit, changed = Editor(model.graph), False
         for node in list(model.graph):
-            if (alpha := gate(node)) is not None:
-                (y,) = edit.op(node, "QuickGelu", node.inputs[0], domain=CONTRIB, alpha=alpha)
+            if (found := swish(node)) is not None:
+                (y,) = edit.op(node, "QuickGelu", found.x, domain=CONTRIB, alpha=found.slope)
                 edit.replace(node.outputs[0], y)
                 changed = True
         if changed:
@@ -29,20 +30,6 @@ class FuseActivationsPass(ir.passes.InPlacePass):
 
     def ensures(self, model: ir.Model) -> None:
         """Check that no such activation is left."""
-        left = [node.name for node in model.graph if gate(node) is not None]
+        left = [node.name for node in model.graph if swish(node) is not None]
         if left:
             raise ir.passes.PostconditionError(f"{left[0]} is not replaced")
-
-
-def gate(node: ir.Node) -> float | None:
-    """The a of `x sigmoid(a x)`, if that is what the node gives, x being its first input."""
-    sigmoid = made_by(node.inputs[1], "Sigmoid") if node.op_type == "Mul" and len(node.inputs) == 2 else None
-    if sigmoid is None:
-        return None
-    if sigmoid.inputs[0] is node.inputs[0]:
-        return 1.0
-    scaled = made_by(sigmoid.inputs[0], "Mul")
-    if scaled is None or scaled.inputs[0] is not node.inputs[0]:
-        return None
-    factor = numbers(scaled.inputs[1])
-    return factor[0] if len(factor) == 1 else None

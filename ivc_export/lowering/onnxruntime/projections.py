@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
-from ivc_export.checkpoint.weights import read_values
 from ivc_export.contract.operators import ATTENDING
 from ivc_export.lowering.edit import Editor, back, made_by
+from ivc_export.lowering.linears import stacked
 
 
 class PackProjectionsPass(ir.passes.InPlacePass):
@@ -102,18 +101,3 @@ def pack(edit: Editor, before: ir.Node, parts: list[Projection]) -> None:
         for node in [part.result.producer(), part.product] if part.bias is not None else [part.product]:
             assert node is not None
             edit.graph.remove(node, safe=True)
-
-
-def stacked(graph: ir.Graph, values: list[ir.Value]) -> ir.Value:
-    """A weight with the rows of several, added to the graph."""
-    tensors = [value.const_value for value in values if value.const_value is not None]
-    name, dtype = f"{values[0].name}/packed", tensors[0].dtype
-
-    def stack() -> ir.TensorProtocol:
-        return ir.Tensor(np.concatenate([read_values(tensor) for tensor in tensors]), dtype=dtype, name=name)
-
-    shapes = [tensor.shape.numpy() for tensor in tensors]
-    shape = ir.Shape([sum(shape[0] for shape in shapes), *shapes[0][1:]])
-    tensor = ir.LazyTensor(stack, dtype=dtype, shape=shape, name=name)
-    graph.initializers[name] = ir.val(name, type=ir.TensorType(dtype), shape=shape, const_value=tensor)
-    return graph.initializers[name]

@@ -1,0 +1,87 @@
+"""Products with what surrounds them become one node, and only where that is what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from ivc_export.checkpoint.weights import Weights
+from ivc_export.contract.manifest import GraphInfo, TensorInfo
+from ivc_export.graph import activations
+from ivc_export.graph.builder import Graph
+from ivc_export.lowering.activation import activation
+from ivc_export.lowering.linears import FuseLinearsPass
+
+ROWS = '<ir_version: 8, opset_import: ["" : 17, "ivc" : 1]> g (float[S, 8] x, float[S, 8] r) => (float[S, 8] y) {'
+WEIGHTS = {"w": (8, 8), "u": (8, 8), "b": (8,), "n": (8,)}
+
+
+def fused(body: str) -> list[ir.Node]:
+    """The nodes of a graph of x and r, weights w and u, a bias b and a norm n, after the pass."""
+    proto = onnx.parser.parse_model(ROWS + body + "}")
+    for name, shape in WEIGHTS.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
+    model = ir.serde.deserialize_model(proto)
+    assert FuseLinearsPass()(model).modified
+    return list(model.graph)
+
+
+def read(node: ir.Node) -> list[str | None]:
+    return [None if value is None else value.name for value in node.inputs]
+
+
+def test_a_whole_layer_is_two_nodes() -> None:
+    one, two = fused("""
+        m = ivc.RMSNorm <epsilon = 0.5> (x, n)
+        g = Gemm <transB = 1> (m, w)
+        h = Gemm <transB = 1> (m, u)
+        s = Sigmoid (g)
+        a = Mul (g, s)
+        c = Mul (a, h)
+        d = Gemm <transB = 1, alpha = 0.25, beta = 0.25> (c, w, b)
+        y = Add (r, d)""")
+    assert read(one) == ["x", "w/packed", "n"] and read(two) == [one.outputs[0].name, "w", None, "b/0.25", "r"]
+    values = {name: attribute.value for name, attribute in one.attributes.items()}
+    assert values == {"activation": "swish", "gated": 1, "slope": 1.0, "scale": 1.0, "epsilon": 0.5}
+    assert two.attributes["scale"].as_float() == 0.25 and two.outputs[0].name == "y"
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        ("m = ivc.RMSNorm <epsilon = 1.0> (x, n) g = Gemm <transB = 1> (m, w) y = Add (g, m)", ["RMSNorm"]),
+        ("g = Gemm <transB = 1> (x, w) s = Sigmoid (g) a = Mul (g, s) y = Add (a, g)", ["Sigmoid", "Mul", "Add"]),
+        ("g = Gemm <transB = 1> (x, w) y = Add (g, b)", ["Add"]),
+        ("g = Gemm <transB = 1> (x, w) y = Add (g, g)", ["Add"]),
+        ("g = Gemm <transB = 1> (x, w) t = Add (g, r) y = Mul (t, g)", ["Add", "Mul"]),
+        (
+            "g = Gemm <transB = 1> (x, w) s = Sigmoid (g) a = Mul (g, s) h = Gemm <transB = 1> (r, u) y = Mul (a, h)",
+            ["Mul"],
+        ),
+    ],
+    ids=["norm read twice", "product read twice", "constant", "itself", "sum and more", "gate of other rows"],
+)
+def test_what_something_else_reads_stays(body: str, left: list[str]) -> None:
+    assert [node.op_type for node in fused(body) if node.op_type != "FusedLinear"] == left
+
+
+def test_a_product_that_is_an_output_keeps_its_name() -> None:
+    (node,) = fused("y = Gemm <transB = 1> (x, w)")
+    assert (node.op_type, node.outputs[0].name) == ("FusedLinear", "y")
+
+
+@pytest.mark.parametrize("name", ["silu", "quick_gelu", "gelu_tanh", "gelu"])
+def test_every_activation_of_portable_graphs_is_known(name: str) -> None:
+    make: Callable[[Graph, ir.Value], ir.Value] = getattr(activations, name)
+    x = TensorInfo(name="x", dtype="float32", shape=("S", 8))
+    g = Graph(GraphInfo(file="g.onnx", inputs=(x,), outputs=()), "float32", Weights({}, "float32"))
+    given = g.inputs["x"]
+    found = activation(make(g, given).producer())
+    assert found is not None and found.x is given
+    known = {"silu": ("swish", 1.0), "quick_gelu": ("swish", 1.702)}
+    wanted, slope = known.get(name, (name, 1.0))
+    assert found.name == wanted and found.slope == pytest.approx(slope)

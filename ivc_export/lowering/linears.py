@@ -41,7 +41,7 @@ class FuseLinearsPass(ir.passes.InPlacePass):
             join_projections(edit, node)
         for node in [node for node in model.graph if is_product(node)]:
             if node.graph is not None:  # else it was the second half of a gated one
-                fuse(edit, node)
+                fuse_product(edit, node)
         if products:
             RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, bool(products))
@@ -104,7 +104,7 @@ def alike(products: Collection[ir.Node]) -> bool:
 
 def join_projections(edit: Editor, attention: ir.Node) -> None:
     """Let one product give the rows of query, key and value, if three products of the same rows give them."""
-    products = [node for value in attention.inputs[:3] if (node := projection(value)) is not None]
+    products = [node for value in attention.inputs[:3] if (node := product_of(value)) is not None]
     if len(products) != 3 or len(set(products)) != 3 or not alike(products):
         return
     first = min(products, key=list(edit.graph).index)
@@ -120,7 +120,7 @@ def join_projections(edit: Editor, attention: ir.Node) -> None:
         edit.graph.remove(product, safe=True)
 
 
-def projection(value: ir.Value | None) -> ir.Node | None:
+def product_of(value: ir.Value | None) -> ir.Node | None:
     """The product that gives an input of attention, whether or not its heads are normed and turned."""
     for name in ("Rotate", "RMSNorm"):
         node = called(value, name)
@@ -137,7 +137,7 @@ def features(product: ir.Node) -> int:
     return int(weight.const_value.shape.numpy()[0])
 
 
-def fuse(edit: Editor, product: ir.Node) -> None:
+def fuse_product(edit: Editor, product: ir.Node) -> None:
     """Put one node in the place of a product and of what surrounds it."""
     x, weight = product.inputs[:2]
     assert x is not None and weight is not None

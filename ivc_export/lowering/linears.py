@@ -112,7 +112,7 @@ def join_projections(edit: Editor, attention: ir.Node) -> None:
     joined = [stacked(edit.graph, [w for w in column if w is not None]) for column in weights]
     attributes: dict[str, Any] = {name: value.value for name, value in first.attributes.items()}
     (y,) = edit.op(first, "Gemm", first.inputs[0], *joined, **attributes)
-    parts = edit.op(first, "Split", y, edit.ints(*map(features, products)), outputs=3, axis=-1)
+    parts = edit.op(first, "Split", y, edit.ints(*map(columns_of, products)), outputs=3, axis=-1)
     for value in (y, *parts):
         edit.types[value] = edit.types[products[0].outputs[0]]
     for product, part in zip(products, parts, strict=True):
@@ -130,7 +130,7 @@ def product_of(value: ir.Value | None) -> ir.Node | None:
     return product if product is not None and is_product(product) else None
 
 
-def features(product: ir.Node) -> int:
+def columns_of(product: ir.Node) -> int:
     """What a product gives for each row."""
     weight = product.inputs[1]
     assert weight is not None and weight.const_value is not None
@@ -192,7 +192,7 @@ def take_gate(edit: Editor, linear: FusedProduct, gate: ir.Node) -> set[ir.Node]
         return set()
     other = times.inputs[1] if times.inputs[0] is linear.result else times.inputs[0]
     up = made_by(other, "Gemm")
-    if other is None or up is None or not is_product(up) or not alike((gate, up)) or features(up) != features(gate):
+    if other is None or up is None or not is_product(up) or not alike((gate, up)) or columns_of(up) != columns_of(gate):
         return set()
     if len(other.uses()) > 1 or other.is_graph_output():
         return set()

@@ -18,6 +18,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ivc_export import cli, families
+from ivc_export.checkpoint.formats import BUNDLED, FORMATS
 from ivc_export.checkpoint.weights import PlannedWeights
 from ivc_export.contract.axes import AXES
 from ivc_export.contract.graphs import GRAPHS, Layers, TensorSpec, in_place_info
@@ -33,7 +34,12 @@ from ivc_export.contract.names import (
     GraphName,
 )
 from ivc_export.contract.operators import ATTENDED_SIZES, OPERATORS
-from ivc_export.contract.preprocessing import FixedPreprocessing, PatchPreprocessing
+from ivc_export.contract.preprocessing import (
+    FixedPreprocessing,
+    PatchPreprocessing,
+    VideoPreprocessing,
+    ViewPreprocessing,
+)
 from ivc_export.contract.records import INT32_MOST, Frozen
 from ivc_export.exporter.graphs import build_graphs
 from ivc_export.lowering import LOWERINGS
@@ -103,10 +109,12 @@ def graphs_readme() -> str:
     return "\n".join(lines) + "\n"
 
 
-def tensors_header(*more: str, kinds: Sequence[type[Frozen]] = (PatchPreprocessing,)) -> str:
+def tensors_header(
+    *more: str, records: Sequence[tuple[str, type[Frozen]]] = (("preprocessing", PatchPreprocessing),)
+) -> str:
     """samples/cpp/ivc_tensors.h: names of tensors, and limits of the manifest's numbers, for programs in C++.
 
-    more: lines that follow. kinds: of preprocessing, whose limits it has.
+    more: lines that follow. records: of the manifest, whose limits it has beside those that every bundle has.
     """
     names = {spec.name: None for graph in GRAPHS.values() for spec in (*graph.inputs, *graph.outputs)}
     lines = [
@@ -131,28 +139,32 @@ def tensors_header(*more: str, kinds: Sequence[type[Frozen]] = (PatchPreprocessi
             constant = "k" + "".join(part.capitalize() for part in name.split("_"))
             lines.append(f'constexpr char {constant}[] = "{name}";')
     lines += ["", "struct Limit {", "    const char *record, *field;", "    int32_t least, most, multipleOf;", "};"]
-    lines += ["", "constexpr Limit kLimits[] = {", *limits(kinds), "};"]
+    lines += ["", "constexpr Limit kLimits[] = {", *limits(records), "};"]
     return "\n".join([*lines, *more, "", "}  // namespace ivc", ""])
 
 
 def contract_header() -> str:
-    """runtime/cpp/include/ivc/contract.h: the same, with every kind of preprocessing, and which fields are hashed."""
-    names = [f'    "{name}",' for name in sorted(CONSTANTS)]
+    """runtime/cpp/include/ivc/contract.h: the same, with all of preprocessing and video, fields and formats."""
     lines = ["", "// Fields of the manifest that constants_sha256 is over.", "constexpr const char* kConstants[] = {"]
-    return tensors_header(*lines, *names, "};", kinds=(PatchPreprocessing, FixedPreprocessing))
+    lines += [*(f'    "{name}",' for name in sorted(CONSTANTS)), "};"]
+    lines += ["", "// How layers may be stored.", "constexpr const char* kWeightFormats[] = {"]
+    lines += [*(f'    "{name}",' for name in (*BUNDLED, *FORMATS)), "};"]
+    kinds = (PatchPreprocessing, FixedPreprocessing, ViewPreprocessing)
+    records = [*(("preprocessing", kind) for kind in kinds), ("video", VideoPreprocessing)]
+    return tensors_header(*lines, records=records)
 
 
-def limits(kinds: Sequence[type[Frozen]]) -> list[str]:
+def limits(records: Sequence[tuple[str, type[Frozen]]]) -> list[str]:
     """A line of kLimits for each whole number of the manifest that is bounded on both sides; record "" is itself."""
-    records: list[tuple[str, type[Frozen]]] = [("", Manifest), ("decoder", DecoderSizes), ("selection", SelectionRule)]
+    common: list[tuple[str, type[Frozen]]] = [("", Manifest), ("decoder", DecoderSizes), ("selection", SelectionRule)]
     lines = []
-    for record, kind in [*records, *(("preprocessing", kind) for kind in kinds)]:
+    for record, kind in [*common, *records]:
         for field, facts in kind.model_json_schema()["properties"].items():
             if facts.get("type") == "integer" and {"minimum", "exclusiveMinimum"} & facts.keys():
                 least = facts["minimum"] if "minimum" in facts else facts["exclusiveMinimum"] + 1
                 most, multiple = facts.get("maximum", INT32_MOST), facts.get("multipleOf", 1)
                 lines.append(f'    {{"{record}", "{field}", {least}, {most}, {multiple}}},')
-    return lines
+    return [*dict.fromkeys(lines)]  # kinds of one record share some
 
 
 def row(direction: str, tensor: TensorSpec) -> str:

@@ -129,7 +129,8 @@ def content(width: int, height: int, p: ViewPreprocessing) -> tuple[int, int, in
     left, top = ((p.tile_pixels - int(extent * scale)) // 2 for extent in (width, height))
     right, bottom = left + int(width * scale), top + int(height * scale)
     firsts = (top // p.token_side, left // p.token_side)
-    return *firsts, -(-bottom // p.token_side), -(-right // p.token_side)
+    down, across = (min(p.tile_side, -(-end // p.token_side)) for end in (bottom, right))  # beyond which are no patches
+    return *firsts, down, across
 
 
 def token_source(columns: int, rows: int, side: int) -> npt.NDArray[np.int32]:

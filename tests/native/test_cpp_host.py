@@ -25,11 +25,11 @@ from tokenizers.decoders import DecodeStream
 
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract.manifest import constants_sha256
-from ivc_export.contract.preprocessing import ViewPreprocessing
+from ivc_export.contract.manifest import Manifest, constants_sha256
+from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
-from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.exporter.recipe import ExportRecipe, Quantisation
 from ivc_export.families.pictures import Grid, Visual
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.plan import plan_run
@@ -45,8 +45,6 @@ ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "samples" / "spatial-vl"
 SANITIZED = "-DCMAKE_CXX_FLAGS=-O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 REAL = os.environ.get("IVC_TOKENIZERS")
-KNOWN = [name for name in TINY if families.of(TINY[name]["model_type"]).preprocessing is not ViewPreprocessing]
-"""Families whose pictures it knows: those of two views are refused."""
 
 
 @pytest.fixture(scope="session")
@@ -243,13 +241,32 @@ def test_pictures_are_resized_as_pillow_does(program: HostProgram, tmp_path: Pat
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     found = {}
-    for name in KNOWN:
+    for name in TINY:
         folder = tmp_path_factory.mktemp(name)
-        found[name] = export(ExportRecipe(make_checkpoint(folder / "checkpoint", TINY[name]), folder / "bundle"))
+        checkpoint = make_checkpoint(folder / "checkpoint", TINY[name])
+        found[name] = export(ExportRecipe(checkpoint, folder / "bundle"))
+        if name in FASTV:
+            recipe = ExportRecipe(checkpoint, folder / "fastv", method="fastv")
+            found[f"{name}, fastv"] = export(recipe)
     return found
 
 
-@pytest.mark.parametrize("name", KNOWN)
+FASTV = ("qwen2_vl", "internvl", "deepseek_vl_v2")
+"""Of each kind of preprocessing one, whose bundle is also exported with that method."""
+KINDS_OF_BUNDLE = [*TINY, *(f"{name}, fastv" for name in FASTV)]
+
+
+def test_every_family_is_compared() -> None:
+    assert {TINY[name]["model_type"] for name in TINY} == {*families.names()}
+
+
+def sides(grid: Grid) -> list[int]:
+    """A grid as the program writes it."""
+    top, left, bottom, right = grid.content or (0, 0, 0, 0)
+    return [grid.rows, grid.columns, grid.tile, *((left, top, right, bottom) if grid.content else ())]
+
+
+@pytest.mark.parametrize("name", KINDS_OF_BUNDLE)
 def test_every_familys_pictures_are_made_ready_as_in_python(
     program: HostProgram, bundles: dict[str, Bundle], tmp_path: Path, name: str
 ) -> None:
@@ -262,17 +279,20 @@ def test_every_familys_pictures_are_made_ready_as_in_python(
         wanted = processor.picture(path)
         found = program.ask("prepare", path=str(path))
         grid = wanted.grid
-        assert found["grid"] == [grid.rows, grid.columns, grid.tile]
+        assert found["grid"] == sides(grid)
         assert found["shape"] == [*wanted.inputs["pixel_values"].shape]
         assert found["pixels"] == digest(wanted.inputs["pixel_values"])
         assert found["positions"] == digest(wanted.inputs.get("patch_position", np.zeros(0, np.int32)))
+        assert found["source"] == wanted.inputs.get("token_source", np.zeros(0, np.int32)).tolist()
         assert found["covered"] == [*processor.extents((width, height), grid)["covered"]]
+        shown = {(row, column): token for (row, column), token in zip(grid.cells.tolist(), grid.detail, strict=True)}
+        assert found["cells"] == [shown[row, column] for row in range(grid.rows) for column in range(grid.columns)]
     path = tmp_path / "long.png"
     noise(3100, 1, 1, 0).save(path)
     assert "is too elongated: crop it to an aspect ratio below" in program.refusal("prepare", path=str(path))
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", KINDS_OF_BUNDLE)
 def test_every_familys_prompts_are_those_of_its_chat_template(
     program: HostProgram, bundles: dict[str, Bundle], name: str
 ) -> None:
@@ -286,9 +306,9 @@ def test_every_familys_prompts_are_those_of_its_chat_template(
         wanted = processor.render(messages)
         assert program.ask("render", messages=given) == wanted
         count = sum(part is None for one in given for part in one["parts"])
-        grids = [Grid(4, 2 + i, 0) if not bundle.manifest.selection.tiles else Grid(4, 4, 4) for i in range(count)]
+        grids = [shapes_of(bundle.manifest)[i % 2] for i in range(count)]
         pictures = [Visual({}, grid, bundle.manifest.tokens.image) for grid in grids]
-        arguments = {"messages": given, "grids": [[g.rows, g.columns, g.tile] for g in grids], "begin": number % 2 == 0}
+        arguments = {"messages": given, "grids": [sides(g) for g in grids], "begin": number % 2 == 0}
         try:
             ids = processor.encode(wanted, pictures, begin=number % 2 == 0)
         except UserError as error:
@@ -303,21 +323,13 @@ def parts_of(content: Any) -> list[str | None]:
     return [part["text"] if part["type"] == "text" else None for part in content]
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", KINDS_OF_BUNDLE)
 def test_every_familys_runs_are_planned_as_in_python(
     program: HostProgram, bundles: dict[str, Bundle], name: str
 ) -> None:
     m = bundles[name].manifest
     program.ask("bundle", path=str(bundles[name].folder))
-    if m.selection.tiles:
-        assert m.preprocessing.kind == "tiles"
-        side = m.preprocessing.tile_side
-        shapes = [Grid(side, side, side), Grid(2 * side, 3 * side, side), Grid(side, 4 * side, side)]
-    elif m.preprocessing.kind == "tiles":
-        shapes = [Grid(m.preprocessing.tile_side, m.preprocessing.tile_side)] * 2
-    else:
-        shapes = [Grid(1, 1), Grid(4, 5), Grid(12, 12), Grid(24, 17), Grid(3, 31)]
-    source = random.Random(0)
+    shapes, source = shapes_of(m), random.Random(0)
     for _ in range(40):
         grids = [source.choice(shapes) for _ in range(source.choice([0, 1, 1, 2, 3]))]
         tokens: list[int] = []
@@ -326,35 +338,89 @@ def test_every_familys_runs_are_planned_as_in_python(
         tokens += [source.randrange(400) for _ in range(source.choice([1, 2, 3, 9]))]
         start, ratio = source.choice([0, 77]), source.choice([1.0, 0.5, 0.3, 0.025])
         method = Method(source.choice(["ivc-prune", "foreground", "random"]), source.randrange(1 << 31))
+        if m.selection.method == "fastv":
+            method = Method("fastv")
+        question = source.choice([0, 0, len(tokens) - 2])
         arguments = {
             "tokens": tokens,
-            "grids": [[g.rows, g.columns, g.tile] for g in grids],
+            "grids": [sides(g) for g in grids],
             "start": start,
             "ratio": ratio,
+            "question": question,
             "method": method.name,
             "seed": method.seed,
         }
         try:
-            wanted = plan_run(m, tokens, grids, start, ratio, method)
+            wanted = plan_run(m, tokens, grids, start, ratio, method, question)
         except UserError as error:
             assert program.refusal("plan", **arguments).split(" ")[:4] == str(error).split(" ")[:4]
             continue
         found = program.ask("plan", **arguments)
         assert found.pop("keep_count") == wanted.keep_count and found.pop("next_position") == wanted.next_position
         assert found.pop("position_ids") == wanted.position_ids.ravel().tolist()
-        for key, values in wanted.selection_inputs.items():
-            assert found.pop(key) == values.tolist(), (key, arguments)
-        assert found in ({}, {"thumbnail_index": [], "tile_map": []})
+        for key in ("visual_index", "text_index", "query_index", "ivc_priority"):
+            assert found.pop(key) == getattr(wanted, key).tolist(), (key, arguments)
+        tiles = dict.fromkeys(("thumbnail_index", "tile_map", "candidate_index"), np.zeros(0, np.int32))
+        assert found == {key: values.tolist() for key, values in (tiles | dict(wanted.tiles)).items()}
+
+
+def shapes_of(m: Manifest) -> list[Grid]:
+    """Grids of pictures that a bundle may be shown, no two at the beginning alike where there are several."""
+    p = m.preprocessing
+    if p.kind == "patches":
+        return [Grid(4, 5), Grid(1, 1), Grid(12, 12), Grid(24, 17), Grid(3, 31)]
+    side = p.tile_side
+    if p.kind == "views":
+        shown = [(0, 0, side, side), (1, 0, 3, side), (0, 2, side, 3)]
+        shapes = [(side, side), (2 * side, 3 * side), (side, 4 * side)]
+        return [Grid(*shape, side, content=box) for shape, box in zip(shapes, shown, strict=True)]
+    if not families.of(m.family).tiles:
+        return [Grid(side, side)] * 2
+    return [Grid(side, side, side), Grid(2 * side, 3 * side, side), Grid(side, 4 * side, side)]
 
 
 def test_embeddings_are_read_as_the_bundle_has_them(program: HostProgram, tmp_path: Path, bundles: Any) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     for dtype in ("float32", "float16", "bfloat16"):
         bundle = export(ExportRecipe(checkpoint, tmp_path / dtype, dtype=dtype))
-        program.ask("bundle", path=str(bundle.folder))
-        tokens = [0, 7, bundle.manifest.decoder.vocab_size - 1]
-        assert program.ask("embed", tokens=tokens) == digest(bundle.embed(np.array(tokens, np.int32)))
+        check_embeddings(program, bundle)
     assert "has no embedding" in program.refusal("embed", tokens=[-1])
+
+
+def check_embeddings(program: HostProgram, bundle: Bundle) -> None:
+    program.ask("bundle", path=str(bundle.folder))
+    tokens = [0, 7, bundle.manifest.decoder.vocab_size - 1]
+    assert program.ask("embed", tokens=tokens) == digest(bundle.embed(np.array(tokens, np.int32)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("group", [32, 128])
+def test_packed_embeddings_are_read_as_in_python(
+    program: HostProgram, tmp_path: Path, dtype: FloatName, group: int
+) -> None:
+    """With several blocks a row, and with one that its 64 values do not fill."""
+    checkpoint, rounding = make_checkpoint(tmp_path / "checkpoint"), Quantisation(None, group, embeddings="int8")
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype=dtype, quantisation=rounding))
+    assert bundle.manifest.embedding.packed is not None and bundle.manifest.embedding.packed.block == group
+    check_embeddings(program, bundle)
+    for place, value, message in (
+        ("block", 8, "embedding.packed.block is 8, which is none of 16 to 128"),
+        ("scales", 2**50, "the embedding table is not within its file"),
+        ("dtype", "uint8", "embedding.packed.dtype is 'uint8', which this version does not know"),
+        ("surprise", 1, "was made by a newer ivc-export (embedding.packed.surprise is unknown)"),
+    ):
+        manifest = json.loads((bundle.folder / "manifest.json").read_text())
+        manifest["embedding"]["packed"][place] = value
+        edited = copy_of(bundle, tmp_path / place, manifest)
+        assert message in program.refusal("bundle", path=str(edited))
+
+
+def copy_of(bundle: Bundle, folder: Path, manifest: dict[str, Any]) -> Path:
+    """A copy of a bundle with another manifest, sealed."""
+    shutil.copytree(bundle.folder, folder)
+    manifest["constants_sha256"] = constants_sha256(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 def test_halves_are_ieees(program: HostProgram) -> None:
@@ -519,7 +585,7 @@ def test_tokenizers_of_other_kinds_are_refused(
 # --- bundles
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", KINDS_OF_BUNDLE)
 def test_every_familys_bundle_opens(program: HostProgram, bundles: dict[str, Bundle], name: str) -> None:
     program.ask("bundle", path=str(bundles[name].folder))
 
@@ -539,7 +605,15 @@ BAD_BUNDLES: list[tuple[str, Any, str]] = [
     ("preprocessing.kind", "frames", "preprocessing.kind is 'frames'"),
     ("preprocessing.resample", "cubic", "preprocessing.resample is 'cubic'"),
     ("preprocessing.std", [1, 1], "preprocessing.std has no three entries"),
+    ("preprocessing.max_pixels", 2**30, "preprocessing does not fit the other fields"),
     ("tokens.image", 2**31 - 1, "tokens.image is 2147483647"),
+    ("video.token", 503, "video.token does not fit the other fields"),
+    ("video.min_frames", 0, "video.min_frames is 0"),
+    ("decoder.rms_norm_epsilon", 0, "decoder.rms_norm_epsilon is out of range"),
+    ("embedding.dtype", "uint8", "embedding.dtype does not fit the other fields"),
+    ("embedding.surprise", 1, "was made by a newer ivc-export (embedding.surprise is unknown)"),
+    ("weights.0.surprise", 1, "was made by a newer ivc-export (weights.0.surprise is unknown)"),
+    ("weight_formats", {"lm_head": {"format": "int3"}}, "weight_formats.lm_head.format is 'int3', which this version"),
     ("embedding.file", "../outside", "is in ../outside, which is no weight file of it"),
     ("embedding.file", "config.json", "which is no weight file of it"),
     ("embedding.offset", -1, "embedding.offset is -1"),
@@ -578,6 +652,30 @@ def test_a_bundle_is_trusted_with_nothing(
     manifest["constants_sha256"] = constants_sha256(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert message in program.refusal("bundle", path=str(folder))
+
+
+BAD_VIEWS: list[tuple[str, Any, str]] = [
+    ("preprocessing.shapes", [], "preprocessing.shapes is empty"),
+    ("preprocessing.shapes", [[1, 1, 1]], "preprocessing.shapes.0 has more than 2 entries"),
+    ("preprocessing.shapes", [[0, 1]], "preprocessing.shapes.0.0 is 0, which is none of 1 to 256"),
+    ("preprocessing.shapes", [[200, 200]], "preprocessing does not fit the other fields"),
+    ("preprocessing.fill", 256, "preprocessing.fill is 256"),
+    ("preprocessing.token_side", 0, "preprocessing.token_side is 0"),
+    ("selection.views", False, "selection does not fit the other fields"),
+    ("selection.row_fraction", 2, "selection.row_fraction is out of range"),
+    ("rotary.sections", [1, 1, 1], "rotary does not fit the other fields"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "message"), BAD_VIEWS)
+def test_so_are_bundles_of_two_views(
+    program: HostProgram, bundles: dict[str, Bundle], tmp_path: Path, place: str, value: Any, message: str
+) -> None:
+    manifest = json.loads((bundles["deepseek_vl_v2"].folder / "manifest.json").read_text())
+    record, field = place.split(".")
+    manifest[record][field] = value
+    path = copy_of(bundles["deepseek_vl_v2"], tmp_path / "bundle", manifest)
+    assert message in program.refusal("bundle", path=str(path))
 
 
 def test_an_edited_manifest_is_known_by_its_hash(program: HostProgram, sample_bundle: Bundle, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-// A JPEG or PNG file, made ready in both ways.
+// A JPEG or PNG file, made ready in every way.
 #include <cstddef>
 #include <cstdint>
 
@@ -26,6 +26,9 @@ ivc::Manifest settings(ivc::Preprocessing::Kind kind) {
     p.tileSide = 2;
     p.minTiles = 1;
     p.maxTiles = 6;
+    p.tokenSide = 8;
+    p.shapes = {{1, 1}, {2, 1}, {1, 3}};
+    p.filling = 0.5f;
     return m;
 }
 
@@ -35,7 +38,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     try {
         const ivc::Image image =
             ivc::decodeImage(std::string(reinterpret_cast<const char*>(data), size), "the picture", kMost);
-        for (const auto kind : {ivc::Preprocessing::Kind::kPatches, ivc::Preprocessing::Kind::kTiles}) {
+        using Kind = ivc::Preprocessing::Kind;
+        for (const auto kind : {Kind::kPatches, Kind::kTiles, Kind::kViews}) {
             try {
                 ivc::prepare(image, settings(kind));
             } catch (const ivc::Error&) {

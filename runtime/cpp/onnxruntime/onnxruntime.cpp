@@ -46,7 +46,7 @@ using Owned = std::unique_ptr<T, Release>;
 using Shape = std::vector<int64_t>;
 using Values = std::map<std::string, Owned<OrtValue>>;
 
-int64_t count(const Shape& shape) {
+int64_t valuesIn(const Shape& shape) {
     int64_t product = 1;
     for (const int64_t extent : shape) product *= extent;
     return product;
@@ -80,6 +80,11 @@ const T* valuesOf(const Values& values, const std::string& name, const Shape& wa
     if (found != nullptr) *found = shape;
     return static_cast<const T*>(data);
 }
+
+// What vision made of a picture: of each output that has rows for it, these, [visual, hidden].
+struct SeenRows : Seen {
+    std::map<std::string, std::vector<float>> rows;
+};
 
 // Keys or values of one layer, [heads, rows, size].
 struct Cache {
@@ -145,26 +150,16 @@ class OnnxRuntimeDevice : public Device {
         }
         int64_t seen = 0;
         for (const Visual* picture : pictures) {
-            Values feeds;
-            const Shape positions{static_cast<int64_t>(picture->patchPosition.size() / 2), 2};
-            feeds[kPixelValues] = floats(picture->pixels, picture->shape);
-            feeds[kPatchPosition] = integers(picture->patchPosition, positions);
-            const Values found = call("vision", "vision", feeds);
+            const SeenRows& found = look(*picture);
             const int64_t tokens = picture->grid.visual();
-            const auto rows = [&](const std::string& name) {
-                Shape shape;
-                const float* values = valuesOf<float>(found, name, {-1, -1, hidden}, &shape);
-                if (count(shape) != tokens * hidden) {
-                    throw Error("the vision graph gives another number of visual tokens: export the model again");
-                }
-                return values;
-            };
-            const float* image = rows(kImageEmbeds);
+            const float* image = found.rows.at(kImageEmbeds).data();
             for (int64_t i = 0; i < tokens; ++i) {
                 const int64_t row = run.visualIndex[static_cast<size_t>(seen + i)];
                 std::copy_n(image + i * hidden, hidden, embeds.data() + row * hidden);
             }
-            for (auto& [name, values] : added) std::copy_n(rows(name), tokens * hidden, values.data() + seen * hidden);
+            for (auto& [name, values] : added) {
+                std::copy_n(found.rows.at(name).data(), tokens * hidden, values.data() + seen * hidden);
+            }
             seen += tokens;
         }
         Values feeds = planned(run);
@@ -176,6 +171,11 @@ class OnnxRuntimeDevice : public Device {
         Shape kept;
         const int32_t* index = valuesOf<int32_t>(prefix, kKeepIndex, {-1}, &kept);
         if (kept[0] != run.kept()) throw Error("the prefix graph keeps another number of rows: export the model again");
+        for (int64_t i = 0, least = 0; i < kept[0]; least = index[i++] + int64_t{1}) {
+            if (index[i] < least || index[i] >= rows) {
+                throw Error("the prefix graph keeps rows that are none: export the model again");
+            }
+        }
         keepIndex_.assign(index, index + kept[0]);
         for (auto& [name, value] : prefix) feeds[name] = std::move(value);
         const Values decoder = call(stage + ".decoder", "decoder", feeds);
@@ -205,6 +205,31 @@ class OnnxRuntimeDevice : public Device {
     std::string dtype() const override { return "float32"; }
 
    private:
+    // What vision makes of a picture, now or before.
+    const SeenRows& look(const Visual& picture) {
+        if (const auto* seen = dynamic_cast<const SeenRows*>(picture.seen.get())) return *seen;
+        Values feeds;
+        const auto count = [](const std::vector<int32_t>& values) { return static_cast<int64_t>(values.size()); };
+        feeds[kPixelValues] = floats(picture.pixels, picture.shape);
+        feeds[kPatchPosition] = integers(picture.patchPosition, {count(picture.patchPosition) / 2, 2});
+        feeds[kTokenSource] = integers(picture.tokenSource, {count(picture.tokenSource)});
+        const Values outputs = call("vision", "vision", feeds);
+        const int64_t hidden = m_.decoder.hiddenSize, size = picture.grid.visual() * hidden;
+        auto found = std::make_shared<SeenRows>();
+        const auto keep = [&](const std::string& name) {
+            Shape shape;
+            const float* values = valuesOf<float>(outputs, name, {-1, -1, hidden}, &shape);
+            if (valuesIn(shape) != size) {
+                throw Error("the vision graph gives another number of visual tokens: export the model again");
+            }
+            found->rows[name].assign(values, values + size);
+        };
+        keep(kImageEmbeds);
+        for (int32_t i = 0; i < m_.decoder.deepstack; ++i) keep("deepstack." + std::to_string(i));
+        picture.seen = found;
+        return *found;
+    }
+
     Owned<OrtValue> tensor(const void* data, size_t size, const Shape& shape, ONNXTensorElementDataType type) const {
         OrtValue* value = nullptr;
         static char none = 0;  // where an empty tensor lies
@@ -234,6 +259,7 @@ class OnnxRuntimeDevice : public Device {
         list(kQueryIndex, run.queryIndex);
         list(kThumbnailIndex, run.thumbnailIndex);
         list(kTileMap, run.tileMap);
+        list(kCandidateIndex, run.candidateIndex);
         list(kKeepCount, numbers_[0]);
         list(kLogitIndex, numbers_[1]);
         feeds[kIvcPriority] = floats(run.ivcPriority, {static_cast<int64_t>(run.ivcPriority.size())});

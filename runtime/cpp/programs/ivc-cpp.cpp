@@ -96,20 +96,10 @@ void show(const ivc::Chat& chat, ivc::Image image, const std::string& path) {
     const ivc::Run& run = chat.run();
     const ivc::Visual& visual = chat.visuals().front();
     const ivc::Grid& grid = visual.grid;
-    std::vector<bool> kept(static_cast<size_t>(grid.rows) * static_cast<size_t>(grid.columns), false);
-    std::vector<bool> rows(static_cast<size_t>(run.rows()), false);
+    std::vector<bool> kept, rows(static_cast<size_t>(run.rows()), false);
     for (const int32_t row : chat.keepIndex()) rows.at(static_cast<size_t>(row)) = true;
-    const int32_t tile = grid.tile, size = tile * tile;
-    for (size_t i = 0; i < kept.size(); ++i) {
-        auto place = i;
-        if (tile > 0) {  // tokens come tile by tile
-            const int32_t at = static_cast<int32_t>(i), across = grid.columns / tile;
-            const int32_t row = at / size / across * tile + at % size / tile;
-            place = static_cast<size_t>(row * grid.columns + at / size % across * tile + at % size % tile);
-        }
-        kept[place] = rows[static_cast<size_t>(run.visualIndex[i])];
-    }
-    const ivc::Box& box = visual.covered;
+    for (const int32_t token : grid.cells()) kept.push_back(rows[static_cast<size_t>(run.visualIndex[static_cast<size_t>(token)])]);
+    const ivc::Box& box = visual.spread;
     for (int32_t y = 0; y < image.height; ++y) {
         uint8_t* pixel = image.row(y);
         for (int32_t x = 0; x < image.width; ++x, pixel += 3) {

@@ -31,6 +31,24 @@ std::string beginning(const std::string& folder) {
     return bos.json().is_object() ? bos["content"].text() : bos.text();
 }
 
+// So many stored floats from the `first` on, in float32.
+void widen(const char* table, size_t first, size_t count, const std::string& dtype, float* to) {
+    if (dtype == "float32") {
+        std::memcpy(to, table + 4 * first, 4 * count);
+        return;
+    }
+    for (size_t i = 0; i < count; ++i) {
+        uint16_t bits;
+        std::memcpy(&bits, table + 2 * (first + i), 2);
+        const uint32_t widened = static_cast<uint32_t>(bits) << 16;
+        if (dtype == "float16") {
+            to[i] = fromHalf(bits);
+        } else {
+            std::memcpy(to + i, &widened, 4);
+        }
+    }
+}
+
 }  // namespace
 
 // All three without a branch in a loop's way, so that compilers compute several at once.
@@ -75,6 +93,10 @@ Bundle::Bundle(const std::string& folder) : folder_(folder.empty() ? "." : folde
     }
     tokenizer_ = Tokenizer::read(path);
     weights_ = std::make_unique<MappedFile>(confined(folder_, manifest_.embedding.file), kCopy);
+    for (const WeightFile& file : manifest_.weights) {  // of whose size the table lies within it
+        if (file.file != manifest_.embedding.file || file.size == weights_->size()) continue;
+        throw Error(folder_ + "/" + file.file + " changes while it is read: " + kCopy);
+    }
     bos_ = beginning(folder_);
 }
 
@@ -89,29 +111,26 @@ std::string Bundle::graphFile(const std::string& name) const {
 }
 
 std::vector<float> Bundle::embed(const std::vector<int32_t>& tokens) const {
-    const auto hidden = static_cast<size_t>(manifest_.decoder.hiddenSize);
-    const bool wide = manifest_.embedding.dtype == "float32", half = manifest_.embedding.dtype == "float16";
-    const size_t size = wide ? 4 : 2;
+    const EmbeddingTable& table = manifest_.embedding;
+    const auto hidden = static_cast<size_t>(manifest_.decoder.hiddenSize), block = static_cast<size_t>(table.block);
     std::vector<float> found(tokens.size() * hidden);
     float* to = found.data();
     for (const int32_t token : tokens) {
         if (token < 0 || token >= manifest_.decoder.vocabSize) {
             throw Error("token id " + std::to_string(token) + " has no embedding: export the model again");
         }
-        const char* row = weights_->data() + manifest_.embedding.offset + static_cast<size_t>(token) * hidden * size;
-        for (size_t i = 0; i < hidden; ++i, ++to) {
-            if (wide) {
-                std::memcpy(to, row + 4 * i, 4);
-                continue;
-            }
-            uint16_t bits;
-            std::memcpy(&bits, row + 2 * i, 2);
-            const uint32_t widened = static_cast<uint32_t>(bits) << 16;
-            if (half) {
-                *to = fromHalf(bits);
-            } else {
-                std::memcpy(to, &widened, 4);
-            }
+        const auto row = static_cast<size_t>(token);
+        if (block == 0) {
+            widen(weights_->data() + table.offset, row * hidden, hidden, table.dtype, to);
+            to += hidden;
+            continue;
+        }
+        const size_t blocks = (hidden + block - 1) / block;
+        std::vector<float> scales(blocks);
+        widen(weights_->data() + table.scales, row * blocks, blocks, table.dtype, scales.data());
+        const char* stored = weights_->data() + table.offset + row * blocks * block;
+        for (size_t i = 0; i < hidden; ++i) {
+            *to++ = (static_cast<float>(static_cast<uint8_t>(stored[i])) - 128) * scales[i / block];
         }
     }
     return found;
@@ -121,8 +140,10 @@ std::vector<int32_t> Bundle::encode(const std::string& text, const std::vector<G
     const SpecialTokens& special = manifest_.tokens;
     const bool written = !bos_.empty() && text.compare(0, bos_.size(), bos_) == 0;
     const std::vector<int32_t> ids = tokenizer_->encode(text, begin && !written);
-    const auto images = static_cast<size_t>(std::count(ids.begin(), ids.end(), special.image));
-    if (images != pictures.size()) {
+    const auto visual = [&](int32_t id) { return special.isVisual(id); };
+    const auto images = static_cast<size_t>(std::count_if(ids.begin(), ids.end(), visual));
+    const bool video = special.video && std::find(ids.begin(), ids.end(), *special.video) != ids.end();
+    if (images != pictures.size() || video) {
         throw Error("the prompt holds " + std::to_string(images) + " image tokens and there are " +
                     std::to_string(pictures.size()) + " pictures: write no image tokens into the text");
     }

@@ -10,6 +10,7 @@
 #include "ivc/error.h"
 #include "ivc/files.h"
 #include "ivc/sha256.h"
+#include "ivc/visual.h"
 
 namespace ivc {
 namespace {
@@ -44,6 +45,9 @@ Decoder readDecoder(const Field& root) {
     Decoder d;
     d.layers = limited(root, "decoder", "layers");
     d.hiddenSize = limited(root, "decoder", "hidden_size");
+    limited(root, "decoder", "intermediate_size");
+    f["rms_norm_epsilon"].number(DBL_MIN, 1);
+    f["tied_embeddings"].boolean();
     d.heads = limited(root, "decoder", "heads");
     d.kvHeads = limited(root, "decoder", "kv_heads");
     d.headDim = limited(root, "decoder", "head_dim");
@@ -67,7 +71,9 @@ SelectionRule readSelection(const Field& root) {
         rule.queryOffset = limited(root, "selection", "query_offset");
         limited(root, "selection", "seed_divisor");
         if (f.has("scored")) f["scored"].choice({"values", "unnormed-values"});  // which the graphs compute
-        if (f.has("views") && f["views"].boolean()) f["views"].refuse("is true, which this version does not know");
+        if (f.has("softmax")) f["softmax"].choice({"visual", "all", "thumbnail"});
+        if (f.has("views")) rule.views = f["views"].boolean();
+        if (f.has("row_fraction")) rule.rowFraction = f["row_fraction"].number(0, 1);
         if (f.has("tiles")) rule.tiles = f["tiles"].boolean();
     }
     if (f.has("whole_layers")) {
@@ -83,9 +89,9 @@ float asFloat(const Field& field, double least, double most) { return static_cas
 Preprocessing readPreprocessing(const Field& root) {
     const Field f = root["preprocessing"];
     Preprocessing p;
-    const bool patches = f["kind"].choice({"patches", "tiles"}) == "patches";
-    p.kind = patches ? Preprocessing::Kind::kPatches : Preprocessing::Kind::kTiles;
-    if (patches) {
+    const std::string kind = f["kind"].choice({"patches", "tiles", "views"});
+    if (kind == "patches") {
+        p.kind = Preprocessing::Kind::kPatches;
         f.onlyHas({"kind", "rescale_factor", "mean", "std", "resample", "patch_size", "merge_size",
             "temporal_patch_size", "min_pixels", "max_pixels"});
         p.patchSize = limited(root, "preprocessing", "patch_size");
@@ -93,16 +99,32 @@ Preprocessing readPreprocessing(const Field& root) {
         p.temporalPatchSize = limited(root, "preprocessing", "temporal_patch_size");
         p.minPixels = limited(root, "preprocessing", "min_pixels");
         p.maxPixels = limited(root, "preprocessing", "max_pixels");
-    } else {
+    } else if (kind == "tiles") {
+        p.kind = Preprocessing::Kind::kTiles;
         f.onlyHas({"kind", "rescale_factor", "mean", "std", "resample", "tile_pixels", "tile_side", "min_tiles",
             "max_tiles", "fit"});
-        p.tilePixels = limited(root, "preprocessing", "tile_pixels");
-        p.tileSide = limited(root, "preprocessing", "tile_side");
         p.minTiles = limited(root, "preprocessing", "min_tiles");
         p.maxTiles = limited(root, "preprocessing", "max_tiles");
         p.crop = f["fit"].choice({"crop", "stretch"}) == "crop";
         if (p.minTiles > p.maxTiles) f["min_tiles"].refuse("is above max_tiles");
         if (p.crop && p.maxTiles > 1) f["max_tiles"].refuse("is above 1 where pictures are cropped");
+    } else {
+        p.kind = Preprocessing::Kind::kViews;
+        f.onlyHas({"kind", "rescale_factor", "mean", "std", "resample", "tile_pixels", "tile_side", "token_side",
+            "shapes", "fill"});
+        p.tokenSide = limited(root, "preprocessing", "token_side");
+        for (const Field& shape : f["shapes"].items(256)) {
+            const auto sides = shape.items(2);
+            if (sides.size() != 2) shape.refuse("has no two entries");
+            p.shapes.emplace_back(sides[0].integer(1, 256), sides[1].integer(1, 256));
+        }
+        if (p.shapes.empty()) f["shapes"].refuse("is empty");
+        const int32_t fill = limited(root, "preprocessing", "fill");
+        p.filling = static_cast<float>(fill * f["rescale_factor"].number(1e-9, 1e9));
+    }
+    if (kind != "patches") {
+        p.tilePixels = limited(root, "preprocessing", "tile_pixels");
+        p.tileSide = limited(root, "preprocessing", "tile_side");
     }
     p.rescaleFactor = asFloat(f["rescale_factor"], 1e-9, 1e9);
     const auto means = f["mean"].items(3), deviations = f["std"].items(3);
@@ -183,7 +205,71 @@ Tensor readTensor(const Field& f) {
     return tensor;
 }
 
+// The token of a video, whose other settings are for programs that take videos.
+std::optional<int32_t> readVideo(const Field& root, const SpecialTokens& tokens, int32_t vocabulary) {
+    if (!root.has("video") || root["video"].isNull()) return std::nullopt;
+    const Field f = root["video"];
+    f.onlyHas({"rescale_factor", "mean", "std", "resample", "token", "fps", "min_frames", "max_frames", "choice",
+        "min_pixels", "max_pixels", "pixels_of", "positions_per_second", "timestamps"});
+    for (const char* name : {"min_frames", "max_frames", "min_pixels", "max_pixels"}) limited(root, "video", name);
+    const int32_t token = limited(root, "video", "token");
+    if (token >= vocabulary || token == tokens.image) f["token"].refuse("does not fit the other fields");
+    return token;
+}
+
+// The dtype of the floats that a table holds, and where they lie.
+EmbeddingTable readEmbedding(const Field& root, const Decoder& decoder) {
+    const Field f = root["embedding"];
+    f.onlyHas({"file", "offset", "dtype", "shape", "packed"});
+    EmbeddingTable table;
+    table.file = f["file"].text();
+    table.dtype = f["dtype"].choice({"float32", "float16", "bfloat16", "uint8"});
+    table.offset = static_cast<uint64_t>(f["offset"].integer(0, INT64_MAX / 2));
+    const auto shape = f["shape"].items(2);
+    if (shape.size() != 2) f["shape"].refuse("has no two entries");
+    shape[0].integer(decoder.vocabSize, decoder.vocabSize);
+    shape[1].integer(decoder.hiddenSize, decoder.hiddenSize);
+    const bool packed = f.has("packed") && !f["packed"].isNull();
+    if (packed != (table.dtype == "uint8")) f["dtype"].refuse("does not fit the other fields");
+    if (packed) {
+        f["packed"].onlyHas({"block", "scales", "dtype"});
+        table.block = static_cast<int32_t>(f["packed"]["block"].integer(16, 128));
+        table.scales = static_cast<uint64_t>(f["packed"]["scales"].integer(0, INT64_MAX / 2));
+        table.dtype = f["packed"]["dtype"].choice({"float32", "float16", "bfloat16"});
+    }
+    return table;
+}
+
+// Refuses a table that reaches beyond its file.
+void checkWithin(const Manifest& m, const std::string& path, uint64_t fileSize) {
+    const EmbeddingTable& table = m.embedding;
+    const auto rows = static_cast<uint64_t>(m.decoder.vocabSize), hidden = static_cast<uint64_t>(m.decoder.hiddenSize);
+    const uint64_t bytes = table.dtype == "float32" ? 4 : 2;  // limits keep products within 64 bits
+    const auto within = [&](uint64_t offset, uint64_t size) { return offset <= fileSize && size <= fileSize - offset; };
+    bool fits = within(table.offset, rows * hidden * bytes);
+    if (table.block > 0) {
+        const auto block = static_cast<uint64_t>(table.block), blocks = (hidden + block - 1) / block;
+        fits = within(table.offset, rows * blocks * block) && within(table.scales, rows * blocks * bytes);
+    }
+    if (!fits) throw Error(path + " is damaged (the embedding table is not within its file): " + kAgain);
+}
+
+void checkFormats(const Field& root) {
+    if (!root.has("weight_formats")) return;
+    const Field formats = root["weight_formats"];
+    if (!formats.json().is_object()) formats.refuse("is no object");
+    for (const auto& entry : formats.json().items()) {
+        const Field layer = formats[entry.key()];
+        layer.onlyHas({"format"});
+        const std::string found = layer.has("format") ? layer["format"].text() : "float";
+        if (std::find(std::begin(kWeightFormats), std::end(kWeightFormats), found) == std::end(kWeightFormats)) {
+            layer["format"].refuse("is '" + found.substr(0, 40) + "', which this version does not know");
+        }
+    }
+}
+
 Graph readGraph(const Field& f) {
+    f.onlyHas({"file", "inputs", "outputs", "sha256"});
     Graph graph;
     graph.file = f["file"].text();
     graph.sha256 = sha(f["sha256"]);
@@ -192,17 +278,35 @@ Graph readGraph(const Field& f) {
     return graph;
 }
 
+// Visual tokens of the largest picture.
+int64_t mostVisual(const Preprocessing& p) {
+    const int64_t side = p.tileSide;
+    int64_t most = 0;
+    if (p.kind == Preprocessing::Kind::kPatches) {
+        const int64_t area = int64_t{tokenSide(p)} * tokenSide(p);
+        most = (p.maxPixels + area - 1) / area;
+    }
+    if (p.kind == Preprocessing::Kind::kTiles) most = side * side * (p.maxTiles + (p.maxTiles > 1 ? 1 : 0));
+    for (const auto& [columns, rows] : p.shapes) {
+        most = std::max(most, side * (side + 1) + 1 + side * rows * (side * columns + 1));
+    }
+    return most;
+}
+
 void checkAgreement(const Manifest& m, const Field& root) {
     const auto require = [&](bool agrees, const char* field) {
         if (!agrees) root[field].refuse("does not fit the other fields");
     };
     int64_t angles = 0;
     for (const int32_t section : m.sections) angles += section;
-    require(2 * angles <= m.decoder.headDim && (m.axes() == 1 || m.axes() == 3), "rotary");
+    const Preprocessing& p = m.preprocessing;
+    const bool patches = p.kind == Preprocessing::Kind::kPatches, ivcPrune = m.selection.method == "ivc-prune";
+    require(2 * angles <= m.decoder.headDim && m.axes() == (patches ? 3 : 1), "rotary");
     require(m.decoder.heads % m.decoder.kvHeads == 0 && m.decoder.deepstack < m.decoder.layers, "decoder");
     require(m.selectionLayer < m.decoder.layers && m.selectionLayer >= std::max(1, m.decoder.deepstack),
         "selection_layer");
-    require(m.selection.tiles == (m.preprocessing.cut() && m.selection.method == "ivc-prune"), "selection");
+    require(m.selection.tiles == (p.cut() && ivcPrune) && m.selection.views == (p.twice() && ivcPrune), "selection");
+    require(mostVisual(p) <= m.maxVisual && p.minPixels <= p.maxPixels, "preprocessing");
     std::vector<int32_t> whole = m.selection.wholeLayers;
     std::sort(whole.begin(), whole.end());
     require(std::adjacent_find(whole.begin(), whole.end()) == whole.end(), "selection");
@@ -301,15 +405,11 @@ Manifest parseManifest(const std::string& text, const std::string& what) {
     m.tokens = readTokens(root, m.decoder.vocabSize);
     for (const char* name : {"vision", "prefix", "decoder"}) m.graphs[name] = readGraph(root["graphs"][name]);
     root["graphs"].onlyHas({"vision", "prefix", "decoder"});
-    const Field table = root["embedding"];
-    m.embedding.file = table["file"].text();
-    m.embedding.dtype = table["dtype"].text();
-    m.embedding.offset = static_cast<uint64_t>(table["offset"].integer(0, INT64_MAX / 2));
-    const auto shape = table["shape"].items(2);
-    if (shape.size() != 2) table["shape"].refuse("has no two entries");
-    shape[0].integer(m.decoder.vocabSize, m.decoder.vocabSize);
-    shape[1].integer(m.decoder.hiddenSize, m.decoder.hiddenSize);
+    m.tokens.video = readVideo(root, m.tokens, m.decoder.vocabSize);
+    m.embedding = readEmbedding(root, m.decoder);
+    checkFormats(root);
     for (const Field& file : root["weights"].items(10000)) {
+        file.onlyHas({"file", "size", "header_sha256", "sha256"});
         const auto size = static_cast<uint64_t>(file["size"].integer(0, INT64_MAX));
         WeightFile weights{file["file"].text(), sha(file["header_sha256"]), std::nullopt, size};
         if (file.has("sha256") && !file["sha256"].isNull()) weights.sha256 = sha(file["sha256"]);
@@ -346,12 +446,7 @@ Manifest readManifest(const std::string& folder) {
         }
         if (weights.file != m.embedding.file) continue;
         held = true;
-        const uint64_t bytes = m.dtype == "float32" ? 4 : 2;
-        const uint64_t size = bytes * static_cast<uint64_t>(m.decoder.vocabSize) *
-                              static_cast<uint64_t>(m.decoder.hiddenSize);  // limits keep it within 64 bits
-        if (m.embedding.offset > file.size() || size > file.size() - m.embedding.offset) {
-            throw Error(path + " is damaged (the embedding table is not within its file): " + kAgain);
-        }
+        checkWithin(m, path, file.size());
     }
     if (!held) {
         throw Error(path + " is damaged (the embedding table is in " + m.embedding.file +

@@ -10,7 +10,8 @@
 namespace ivc {
 namespace {
 
-constexpr float kIvcPriority0 = 32768.0f;  // of a picture's best IVC token
+constexpr float kIvcPriority0 = 32768.0f;    // of a picture's best IVC token
+constexpr float kSeparatorPriority = 1e36f;  // of separators between the rows of views
 constexpr size_t kMostRows = INT32_MAX / 4;
 
 // Positions of each axis, one after the other along the rows.
@@ -51,8 +52,10 @@ double pairwiseSum(const double* values, size_t count) {
 }
 
 // Priorities of one block's tokens: the IVC tokens, cosine and sine lists taken alternately, from kIvcPriority0 down;
-// else 0. positions: from row `first` on. Source: arXiv 2602.03060, section 3.2.
-void ivcPriority(const Manifest& m, const Positions& positions, size_t first, size_t tokens, float* priority) {
+// else 0. positions: from row `first` on. fraction: of the tokens, that either list has. Source: arXiv 2602.03060,
+// section 3.2.
+void ivcPriority(const Manifest& m, const Positions& positions, size_t first, size_t tokens, double fraction,
+    float* priority) {
     int32_t least = INT32_MAX, most = INT32_MIN;
     for (const auto& axis : positions) {
         const auto [low, high] = std::minmax_element(axis.begin() + static_cast<ptrdiff_t>(first),
@@ -88,7 +91,7 @@ void ivcPriority(const Manifest& m, const Positions& positions, size_t first, si
         cosine[token] = std::nearbyint(sum.cosine / axes * 1e9) / 1e9;  // (r, c) and (c, r) tie mathematically
         sine[token] = std::nearbyint(sum.sine / axes * 1e9) / 1e9;
     }
-    const auto count = static_cast<size_t>(std::nearbyint(m.selection.ivcFraction * static_cast<double>(tokens)));
+    const auto count = static_cast<size_t>(std::nearbyint(fraction * static_cast<double>(tokens)));
     const std::vector<int32_t> byCosine = descending(cosine), bySine = descending(sine);
     float next = kIvcPriority0;
     for (size_t i = 0; i < count; ++i) {
@@ -125,12 +128,32 @@ std::vector<float> priorities(const Manifest& m, const Positions& visual, const 
     if (method.name == "foreground" || m.selection.method != "ivc-prune") return priority;
     size_t first = 0;
     for (const Grid& grid : grids) {
+        double fraction = m.selection.ivcFraction;
         for (const int32_t block : grid.blocks()) {
-            ivcPriority(m, visual, first, static_cast<size_t>(block), priority.data() + first);
+            ivcPriority(m, visual, first, static_cast<size_t>(block), fraction, priority.data() + first);
             first += static_cast<size_t>(block);
+            if (grid.content) fraction = m.selection.rowFraction;  // of what comes behind the first view
         }
     }
     return priority;
+}
+
+// Separators come before all others.
+void favourSeparators(const std::vector<Grid>& grids, std::vector<float>& priority) {
+    size_t start = 0;
+    for (const Grid& grid : grids) {
+        size_t row = 0, end = start;
+        for (const int32_t block : grid.blocks()) {
+            const auto tokens = static_cast<size_t>(block), side = static_cast<size_t>(grid.tile);
+            if (row++ == 0) {
+                for (size_t i = 1; i <= side; ++i) priority[end + i * (side + 1) - 1] = kSeparatorPriority;
+            } else {
+                priority[end + tokens - 1] = kSeparatorPriority;
+            }
+            end += tokens;
+        }
+        start = end;
+    }
 }
 
 // The thumbnails' tokens, and for every visual token which of them shows the same place.
@@ -160,6 +183,46 @@ void tileInputs(Run& run) {
     }
 }
 
+// The same of pictures in two views, whose separators belong to their rows, and the candidates for seeds.
+void viewInputs(Run& run) {
+    if (run.grids.empty()) {
+        run.thumbnailIndex = run.tileMap = run.candidateIndex = {0};
+        return;
+    }
+    int32_t start = 0, before = 0;
+    for (const Grid& grid : run.grids) {
+        const int32_t tile = grid.tile, side = tile + 1, whole = tile * side;
+        for (int32_t i = 0; i < whole; ++i) {
+            run.thumbnailIndex.push_back(start + i);
+            run.tileMap.push_back(before + i);
+        }
+        run.tileMap.push_back(before);
+        for (int32_t row = 0; row < grid.rows; ++row) {
+            for (int32_t column = 0; column <= grid.columns; ++column) {
+                run.tileMap.push_back(before + row * tile / grid.rows * side + column * tile / grid.columns);
+            }
+        }
+        for (int32_t row = grid.content->top; row < grid.content->bottom; ++row) {
+            for (int32_t column = grid.content->left; column < grid.content->right; ++column) {
+                run.candidateIndex.push_back(before + row * side + column);
+            }
+        }
+        start += grid.visual();
+        before += whole;
+    }
+}
+
+// Whether a bundle's own settings make such a grid.
+bool fits(const Grid& grid, const Preprocessing& p) {
+    const int32_t tile = p.cut() || p.twice() ? p.tileSide : 0;
+    if (grid.rows < 1 || grid.columns < 1 || int64_t{grid.rows} * grid.columns > kMostVisual) return false;
+    if (grid.tile != tile || (tile > 0 && (grid.rows % tile != 0 || grid.columns % tile != 0))) return false;
+    if (grid.content.has_value() != p.twice()) return false;
+    const Box box = grid.content.value_or(Box{});
+    const auto inside = [&](int32_t from, int32_t to) { return from >= 0 && from <= to && to <= tile; };
+    return inside(box.left, box.right) && inside(box.top, box.bottom);
+}
+
 // Positions of every row, and the next free one; rows of pictures go into visualIndex, others into textIndex.
 Positions positionsOf(const Manifest& m, Run& run, int64_t& next) {
     Positions positions(m.axes(), std::vector<int32_t>(run.tokens.size()));
@@ -168,7 +231,7 @@ Positions positionsOf(const Manifest& m, Run& run, int64_t& next) {
     const bool counted = m.axes() == 1;
     for (int32_t row = 0; row < run.rows(); ++row) {
         const auto at = static_cast<size_t>(row);
-        if (run.grids.empty() || run.tokens[at] != m.tokens.image) {
+        if (run.grids.empty() || !m.tokens.isVisual(run.tokens[at])) {
             if (seen > 0) throw Error("a picture's image tokens do not stand together: write no image tokens into the text");
             for (auto& axis : positions) axis[at] = static_cast<int32_t>(next);  // checked below
             run.textIndex.push_back(row);
@@ -215,7 +278,7 @@ void checkMethod(const Manifest& manifest, const Method& method) {
 }
 
 Run planRun(const Manifest& m, const std::vector<int32_t>& tokens, const std::vector<Grid>& grids, int32_t start,
-    double ratio, const Method& method) {
+    double ratio, const Method& method, int32_t question) {
     if (tokens.empty()) throw Error("the prompt is empty: give some text");
     if (tokens.size() > kMostRows) throw Error("the prompt is too long: shorten it");
     checkRatio(ratio);
@@ -226,12 +289,10 @@ Run planRun(const Manifest& m, const std::vector<int32_t>& tokens, const std::ve
             throw Error("token id " + std::to_string(token) + " is beyond the vocabulary of " +
                         std::to_string(m.decoder.vocabSize) + ": the tokenizer belongs to another model");
         }
-        images += token == m.tokens.image ? 1 : 0;
+        images += m.tokens.isVisual(token) ? 1 : 0;
     }
     for (const Grid& grid : grids) {
-        const int64_t cells = int64_t{grid.rows} * grid.columns, tile = grid.tile;
-        const bool whole = tile >= 0 && (tile == 0 || (grid.rows % tile == 0 && grid.columns % tile == 0));
-        if (grid.rows < 1 || grid.columns < 1 || cells > kMostVisual || !whole || (tile > 0) != m.preprocessing.cut()) {
+        if (!fits(grid, m.preprocessing)) {
             throw Error("a picture has no " + std::to_string(grid.rows) + " rows of " + std::to_string(grid.columns) +
                         " visual tokens: prepare it with this bundle's own settings");
         }
@@ -262,16 +323,19 @@ Run planRun(const Manifest& m, const std::vector<int32_t>& tokens, const std::ve
             for (const int32_t row : run.visualIndex) visual[axis].push_back(positions[axis][static_cast<size_t>(row)]);
         }
         run.ivcPriority = priorities(m, visual, grids, method);
+        if (m.selection.views) favourSeparators(grids, run.ivcPriority);
         run.keepCount = 0;
         for (const Grid& grid : grids) {
             run.keepCount += std::max(1, static_cast<int32_t>(std::nearbyint(ratio * grid.visual())));
         }
-        for (int64_t row = int64_t{run.visualIndex.back()} + 1 + m.selection.queryOffset; row < run.rows(); ++row) {
+        const int64_t behind = int64_t{run.visualIndex.back()} + 1 + m.selection.queryOffset;
+        for (int64_t row = std::max(behind, int64_t{question}); row < run.rows(); ++row) {
             run.queryIndex.push_back(static_cast<int32_t>(row));
         }
     }
     if (run.queryIndex.empty()) run.queryIndex = {run.rows() - 1};
     if (m.selection.tiles) tileInputs(run);
+    if (m.selection.views) viewInputs(run);
     return run;
 }
 

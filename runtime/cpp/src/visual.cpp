@@ -184,9 +184,129 @@ Visual tiles(const Image& image, const Manifest& manifest) {
     return found;
 }
 
+// Of a picture, and of the size that it has in a view.
+struct Size {
+    int32_t width, height;
+};
+
+// A picture of size `s`, scaled into width x height.
+Size within(Size s, int32_t width, int32_t height) {
+    const int64_t across = int64_t{s.width} * height, down = int64_t{s.height} * width;
+    const auto part = [](int32_t side, int32_t other, int32_t whole) {
+        const double scaled = static_cast<double>(side) / other * whole;
+        return std::max(1, static_cast<int32_t>(std::nearbyint(scaled)));
+    };
+    if (across > down) return {width, part(s.height, s.width, width)};
+    if (across < down) return {part(s.width, s.height, height), height};
+    return {width, height};
+}
+
+// Columns and rows of the second view's tiles: in which the picture has most pixels, at most its own; of equals the
+// least filling, and the first of these.
+std::pair<int32_t, int32_t> viewTiling(Size s, const Preprocessing& p) {
+    std::pair<int32_t, int32_t> best = p.shapes.front();
+    std::pair<int64_t, int64_t> most{-1, 0};
+    for (const auto& shape : p.shapes) {
+        const double across = int64_t{shape.first} * p.tilePixels, down = int64_t{shape.second} * p.tilePixels;
+        const double by = std::min(across / s.width, down / s.height);
+        const int64_t scaled = static_cast<int64_t>(s.width * by) * static_cast<int64_t>(s.height * by);
+        const int64_t shown = std::min(scaled, int64_t{s.width} * s.height);
+        const std::pair<int64_t, int64_t> goodness{shown, shown - static_cast<int64_t>(across * down)};
+        if (goodness <= most) continue;
+        best = shape;
+        most = goodness;
+    }
+    return best;
+}
+
+// The first view's tokens that show a picture.
+Box contentOf(Size s, const Preprocessing& p) {
+    const double pixels = p.tilePixels, by = std::min(pixels / s.width, pixels / s.height);
+    const auto ends = [&](int32_t extent, int32_t& first, int32_t& end) {
+        const int32_t scaled = static_cast<int32_t>(extent * by), before = (p.tilePixels - scaled) / 2;
+        first = std::min(p.tileSide, before / p.tokenSide);
+        end = std::min(p.tileSide, (before + scaled + p.tokenSide - 1) / p.tokenSide);
+    };
+    Box box;
+    ends(s.width, box.left, box.right);
+    ends(s.height, box.top, box.bottom);
+    return box;
+}
+
+// Adds a view of columns x rows tiles: the picture in the middle, and filling around it. Returns the part of the view
+// that shows the picture.
+Box addView(const Image& image, int32_t columns, int32_t rows, const Preprocessing& p, const Levels& levels,
+    Visual& visual) {
+    const int32_t side = p.tilePixels, width = columns * side, height = rows * side;
+    const Size size = within({image.width, image.height}, width, height);
+    Image scaled(size.width, size.height);
+    scale(image, size.width, size.height, p, 0, 0, scaled);
+    const auto middle = [](int32_t whole, int32_t part) { return static_cast<int32_t>(std::nearbyint((whole - part) / 2.0)); };
+    const int32_t left = middle(width, size.width), top = middle(height, size.height);
+    for (int32_t tile = 0; tile < columns * rows; ++tile) {
+        for (size_t channel = 0; channel < 3; ++channel) {
+            const float filling = (p.filling - p.mean[channel]) / p.std[channel];
+            for (int32_t y = tile / columns * side - top, i = 0; i < side; ++i, ++y) {
+                for (int32_t x = tile % columns * side - left, j = 0; j < side; ++j, ++x) {
+                    const bool shows = y >= 0 && y < size.height && x >= 0 && x < size.width;
+                    visual.pixels.push_back(shows ? levels.values[channel][scaled.row(y)[3 * x + static_cast<int32_t>(channel)]]
+                                                  : filling);
+                }
+            }
+        }
+    }
+    return {left, top, left + size.width, top + size.height};
+}
+
+// What each visual token of so many tiles is: 0 a row's separator, 1 that between the views, from 2 on the tiles' tokens.
+std::vector<int32_t> tokenSource(int32_t columns, int32_t rows, int32_t side) {
+    std::vector<int32_t> found;
+    const auto add = [&](int32_t first, int32_t across, int32_t down) {
+        for (int32_t row = 0; row < down * side; ++row) {
+            for (int32_t column = 0; column < across * side; ++column) {
+                const int32_t tile = first + row / side * across + column / side;
+                found.push_back(2 + (tile * side + row % side) * side + column % side);
+            }
+            found.push_back(0);
+        }
+    };
+    add(0, 1, 1);
+    found.push_back(1);
+    add(1, columns, rows);
+    return found;
+}
+
+Visual views(const Image& image, const Manifest& manifest) {
+    const Preprocessing& p = manifest.preprocessing;
+    checkShape(image, p.tilePixels);
+    const Size size{image.width, image.height};
+    const auto [columns, rows] = viewTiling(size, p);
+    const int64_t pixels = p.tilePixels, all = 1 + int64_t{columns} * rows, side = p.tileSide;
+    checkTokens(side * (side + 1) + 1 + side * rows * (side * columns + 1), manifest);
+    if (all * pixels * pixels > kMostPrepared) throw Error("the picture is scaled beyond any memory: crop it");
+    Visual found;
+    found.grid = {rows * p.tileSide, columns * p.tileSide, p.tileSide, contentOf(size, p)};
+    found.shape = {all, 3, pixels, pixels};
+    found.pixels.reserve(static_cast<size_t>(all * 3 * pixels * pixels));
+    found.tokenSource = tokenSource(columns, rows, p.tileSide);
+    const Levels levels(p);
+    addView(image, 1, 1, p, levels, found);
+    const Box shown = addView(image, columns, rows, p, levels, found);
+    const auto scaled = [](int64_t part, int32_t whole, int32_t by) { return static_cast<int32_t>(part * whole / by); };
+    const int32_t across = shown.right - shown.left, down = shown.bottom - shown.top;
+    found.spread = {-scaled(shown.left, image.width, across), -scaled(shown.top, image.height, down),
+        scaled(columns * pixels - shown.left, image.width, across), scaled(rows * pixels - shown.top, image.height, down)};
+    return found;
+}
+
 }  // namespace
 
 std::vector<int32_t> Grid::blocks() const {
+    if (content) {
+        std::vector<int32_t> found{tile * (tile + 1), 1};
+        found.insert(found.end(), static_cast<size_t>(rows), columns + 1);
+        return found;
+    }
     if (tile == 0) return {rows * columns};
     const int32_t count = rows * columns / (tile * tile);
     return std::vector<int32_t>(static_cast<size_t>(count + (count > 1 ? 1 : 0)), tile * tile);
@@ -198,7 +318,25 @@ int32_t Grid::visual() const {
     return sum;
 }
 
+std::vector<int32_t> Grid::cells() const {
+    std::vector<int32_t> found;
+    for (int32_t row = 0; row < rows; ++row) {
+        for (int32_t column = 0; column < columns; ++column) {
+            if (content) {
+                found.push_back(tile * (tile + 1) + 1 + row * (columns + 1) + column);
+            } else if (tile == 0) {
+                found.push_back(row * columns + column);
+            } else {
+                const int32_t before = row / tile * (columns / tile) + column / tile;
+                found.push_back((before * tile + row % tile) * tile + column % tile);
+            }
+        }
+    }
+    return found;
+}
+
 int32_t tokenSide(const Preprocessing& p) {
+    if (p.twice()) return p.tokenSide;
     return p.kind == Preprocessing::Kind::kPatches ? p.patchSize * p.mergeSize : p.tilePixels / p.tileSide;
 }
 
@@ -208,6 +346,8 @@ Visual prepare(const Image& image, const Manifest& manifest) {
     Visual found;
     if (p.kind == Preprocessing::Kind::kPatches) {
         found = patches(image, manifest);
+    } else if (p.twice()) {
+        found = views(image, manifest);
     } else {
         checkShape(image, kTilesAspect);
         found = p.crop ? middle(image, manifest) : tiles(image, manifest);
@@ -216,6 +356,7 @@ Visual prepare(const Image& image, const Manifest& manifest) {
     found.width = image.width;
     found.height = image.height;
     if (found.covered.right == 0) found.covered = {0, 0, image.width, image.height};
+    if (found.spread.right == 0) found.spread = found.covered;
     return found;
 }
 

@@ -47,7 +47,25 @@ std::vector<ivc::Message> messagesOf(const Json& given) {
     return messages;
 }
 
-Json gridOf(const ivc::Grid& grid) { return {grid.rows, grid.columns, grid.tile}; }
+// Rows, columns, tile; and of views left, top, right and bottom of what shows the picture.
+Json gridOf(const ivc::Grid& grid) {
+    Json found = {grid.rows, grid.columns, grid.tile};
+    if (grid.content) {
+        const ivc::Box& box = *grid.content;
+        for (const int32_t side : {box.left, box.top, box.right, box.bottom}) found.push_back(side);
+    }
+    return found;
+}
+
+std::vector<ivc::Grid> gridsOf(const Json& given) {
+    std::vector<ivc::Grid> grids;
+    for (const Json& g : given) {
+        ivc::Grid grid{g[0], g[1], g[2]};
+        if (g.size() > 3) grid.content = ivc::Box{g[3], g[4], g[5], g[6]};
+        grids.push_back(grid);
+    }
+    return grids;
+}
 
 struct State {
     std::unique_ptr<ivc::Tokenizer> tokenizer;
@@ -86,9 +104,8 @@ Json answer(State& state, const Json& command) {
     if (what == "embed") return digest(state.bundle->embed(command["tokens"]));
     if (what == "render") return ivc::render(*state.manifest.chat, messagesOf(command["messages"]));
     if (what == "prompt") {
-        std::vector<ivc::Grid> grids;
-        for (const Json& g : command["grids"]) grids.push_back({g[0], g[1], g[2]});
-        return state.bundle->encode(state.bundle->render(messagesOf(command["messages"])), grids, command["begin"]);
+        const std::string text = state.bundle->render(messagesOf(command["messages"]));
+        return state.bundle->encode(text, gridsOf(command["grids"]), command["begin"]);
     }
     if (what == "image") {
         const ivc::Image image = ivc::readImage(command["path"]);
@@ -103,17 +120,16 @@ Json answer(State& state, const Json& command) {
     if (what == "prepare") {
         const ivc::Visual visual = ivc::prepare(ivc::readImage(command["path"]), state.manifest);
         return {{"grid", gridOf(visual.grid)}, {"shape", visual.shape}, {"pixels", digest(visual.pixels)},
-            {"positions", digest(visual.patchPosition)},
+            {"positions", digest(visual.patchPosition)}, {"source", visual.tokenSource}, {"cells", visual.grid.cells()},
             {"covered", {visual.covered.left, visual.covered.top, visual.covered.right, visual.covered.bottom}}};
     }
     if (what == "plan") {
-        std::vector<ivc::Grid> grids;
-        for (const Json& g : command["grids"]) grids.push_back({g[0], g[1], g[2]});
-        const ivc::Run run = ivc::planRun(state.manifest, command["tokens"], grids, command["start"], command["ratio"],
-            methodOf(command));
+        const ivc::Run run = ivc::planRun(state.manifest, command["tokens"], gridsOf(command["grids"]), command["start"],
+            command["ratio"], methodOf(command), command["question"]);
         return {{"position_ids", run.positionIds}, {"visual_index", run.visualIndex}, {"text_index", run.textIndex},
             {"query_index", run.queryIndex}, {"ivc_priority", run.ivcPriority}, {"keep_count", run.keepCount},
-            {"next_position", run.nextPosition}, {"thumbnail_index", run.thumbnailIndex}, {"tile_map", run.tileMap}};
+            {"next_position", run.nextPosition}, {"thumbnail_index", run.thumbnailIndex}, {"tile_map", run.tileMap},
+            {"candidate_index", run.candidateIndex}};
     }
     if (what == "draw") {
         ivc::Sampling sampling;

@@ -65,6 +65,13 @@ constexpr Limit kLimits[] = {
     {"preprocessing", "tile_side", 1, 1024, 1},
     {"preprocessing", "min_tiles", 1, 256, 1},
     {"preprocessing", "max_tiles", 1, 256, 1},
+    {"preprocessing", "token_side", 1, 16384, 1},
+    {"preprocessing", "fill", 0, 255, 1},
+    {"video", "token", 0, 2147483647, 1},
+    {"video", "min_frames", 1, 2147483647, 1},
+    {"video", "max_frames", 1, 2147483647, 1},
+    {"video", "min_pixels", 1, 2147483647, 1},
+    {"video", "max_pixels", 1, 2147483647, 1},
 };
 
 // Fields of the manifest that constants_sha256 is over.
@@ -86,6 +93,17 @@ constexpr const char* kConstants[] = {
     "tokens",
     "video",
     "weight_formats",
+};
+
+// How layers may be stored.
+constexpr const char* kWeightFormats[] = {
+    "float",
+    "int4",
+    "int8",
+    "awq",
+    "compressed-tensors",
+    "fp8",
+    "gptq",
 };
 
 }  // namespace ivc

@@ -19,7 +19,8 @@ class Device {
     // Forgets what was run, for another conversation. rows: that its caches should hold, if they cannot grow.
     virtual void begin(int32_t rows) = 0;
     // Runs vision, prefix and decoder over the caches and appends the kept rows. Logits of the last row, float32
-    // [vocabulary], which are valid until the next call.
+    // [vocabulary], which are valid until the next call. A device that keeps what vision made of a picture leaves it in
+    // the picture's `seen`, and takes it from there the next time. Throws TooLongError where its maxima are outgrown.
     virtual const std::vector<float>& run(const Run& run, const std::vector<const Visual*>& pictures) = 0;
     // The rows that went on in the last run, ascending.
     virtual const std::vector<int32_t>& keepIndex() const = 0;

@@ -12,4 +12,10 @@ class Error : public std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// A run that does not fit the caches or the maxima of what runs it.
+class TooLongError : public Error {
+   public:
+    using Error::Error;
+};
+
 }  // namespace ivc

@@ -43,29 +43,37 @@ struct Decoder {
 struct SelectionRule {
     std::string method = "ivc-prune";
     double ivcFraction = 0;
+    double rowFraction = 0;  // where there are views
     int32_t queryOffset = 0;
-    bool tiles = false;
+    bool tiles = false, views = false;
     std::vector<int32_t> wholeLayers;
 };
 
 struct Preprocessing {
-    enum class Kind { kPatches, kTiles };
+    enum class Kind { kPatches, kTiles, kViews };
     Kind kind = Kind::kPatches;
     float rescaleFactor = 0;
     std::array<float, 3> mean{}, std{};
     std::string resample;
     int32_t patchSize = 0, mergeSize = 0, temporalPatchSize = 0, minPixels = 0, maxPixels = 0;  // of patches
-    int32_t tilePixels = 0, tileSide = 0, minTiles = 0, maxTiles = 0;                           // of tiles
-    bool crop = false;
+    int32_t tilePixels = 0, tileSide = 0;                  // of tiles, and of views
+    int32_t minTiles = 0, maxTiles = 0;                    // of tiles
+    bool crop = false;                                     // of one tile
+    int32_t tokenSide = 0;                                 // of views, as the next two
+    std::vector<std::pair<int32_t, int32_t>> shapes;       // columns and rows of tiles
+    float filling = 0;                                     // the level of what is filled up, times rescaleFactor
 
     bool cut() const { return kind == Kind::kTiles && !crop; }  // into tiles, with a thumbnail behind several
+    bool twice() const { return kind == Kind::kViews; }         // shown in two views
 };
 
 struct SpecialTokens {
     int32_t image = 0;
-    std::optional<int32_t> visionStart, visionEnd;
+    std::optional<int32_t> visionStart, visionEnd, video;
     bool templateMarks = false;
     std::vector<int32_t> stop;
+
+    bool isVisual(int32_t token) const { return token == image || token == video; }
 };
 
 // Of a tensor: how far it reaches along one axis, or the axis's name where a run decides, such as "S".
@@ -90,9 +98,12 @@ struct WeightFile {
     uint64_t size = 0;
 };
 
+// Floats, [vocabulary, hidden]; or where `block` is not 0 bytes, [vocabulary, blocks, block], each less 128 and times its
+// block's scale: floats, [vocabulary, blocks].
 struct EmbeddingTable {
-    std::string file, dtype;
-    uint64_t offset = 0;
+    std::string file, dtype;  // of the floats
+    uint64_t offset = 0, scales = 0;
+    int32_t block = 0;
 };
 
 struct Manifest {

@@ -24,7 +24,7 @@ struct Run {
     std::vector<int32_t> positionIds;  // [axes, rows]
     std::vector<int32_t> visualIndex, textIndex, queryIndex;
     std::vector<float> ivcPriority;
-    std::vector<int32_t> thumbnailIndex, tileMap;  // where the graph takes them
+    std::vector<int32_t> thumbnailIndex, tileMap, candidateIndex;  // where the graph takes them
     int32_t keepCount = 1, nextPosition = 0;
 
     int32_t rows() const { return static_cast<int32_t>(tokens.size()); }
@@ -35,8 +35,9 @@ void checkRatio(double ratio);
 void checkMethod(const Manifest& manifest, const Method& method);
 
 // A run of `tokens` from position `start` on, each picture's image tokens being grids[i].visual() of them. Without a
-// picture the first row stands in for a visual token that is kept.
+// picture the first row stands in for a visual token that is kept. question: the first row that may vote; of those from
+// there on, rows from query_offset behind the last picture on do.
 Run planRun(const Manifest& manifest, const std::vector<int32_t>& tokens, const std::vector<Grid>& grids,
-    int32_t start, double ratio, const Method& method);
+    int32_t start, double ratio, const Method& method, int32_t question = 0);
 
 }  // namespace ivc

@@ -31,6 +31,8 @@ from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe, Quantisation
 from ivc_export.families.pictures import Grid, Visual
+from ivc_export.runtime.chat import Chat, FollowUp
+from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.pictures import open_picture
 from ivc_export.runtime.plan import plan_run
 from ivc_export.runtime.processor import Processor
@@ -39,9 +41,11 @@ from ivc_export.text.sampling import Sampler, Sampling
 from ivc_export.text.segments import conversation
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
+from tests.conftest import SHAPES
 from tests.native.cpp_runtime import HostProgram, build, digest, shared
 
 ROOT = Path(__file__).parents[2]
+OTHER = SHAPES.with_name("scene-1.png")
 SAMPLE = ROOT / "samples" / "spatial-vl"
 SANITIZED = "-DCMAKE_CXX_FLAGS=-O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 REAL = os.environ.get("IVC_TOKENIZERS")
@@ -512,6 +516,13 @@ def check_tokenizer(program: HostProgram, path: Path, texts: int) -> None:
         wanted = tokenizer.encode(text, add_special_tokens=begin).ids
         found = program.ask("encode", text=text.encode().hex(), begin=begin)
         assert found == wanted, text
+        if number % 3 == 0:
+            places = [i for i in range(len(text)) if not unicodedata.combining(text[i])]  # no mark moves across them
+            place = source.choice([*places, len(text)])
+            ends = tokenizer.encode(text, add_special_tokens=begin).offsets
+            before = next((i for i, (_, end) in enumerate(ends) if end > place), len(ends))
+            arguments = {"text": text.encode().hex(), "place": len(text[:place].encode()), "begin": begin}
+            assert program.ask("before", **arguments) == before, (text, place)
         if number % 5:
             continue
         some = wanted if number % 10 else [source.randrange(tokenizer.get_vocab_size()) for _ in range(20)]
@@ -580,6 +591,67 @@ def test_tokenizers_of_other_kinds_are_refused(
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
     assert message in program.refusal("tokenizer", path=str(path))
+
+
+# --- conversations
+
+QUESTIONS = (
+    ("Where is the ring?", [SHAPES]),
+    ("And the square?", []),
+    (" And\nhere? <image>", [OTHER]),
+    ("A again?", []),
+)
+SHORT = Sampling(max_tokens=6)
+
+
+@pytest.mark.parametrize("follow_up", ["again", "compacted"])
+@pytest.mark.parametrize("name", TINY)
+def test_conversations_go_on_as_in_python(
+    program: HostProgram, bundles: dict[str, Bundle], name: str, follow_up: FollowUp
+) -> None:
+    chat, turns, wanted = Chat(OnnxSession(bundles[name]), sampling=SHORT, follow_up=follow_up), [], []
+    for question, pictures in QUESTIONS:
+        turn = {"question": question, "images": [str(path) for path in pictures], "draws": []}
+        turns.append(turn)
+        drawn = chat.tokens if follow_up == "compacted" and chat.tokens and chat.finish == "length" else []
+        try:
+            said = "".join(chat.ask(question, pictures))
+        except UserError as error:
+            wanted.append({"error": str(error)})
+            continue
+        assert chat.step is not None
+        run, looks = chat.step.run, chat.conversation.timings.runs["vision"]
+        turn["draws"] = [*([0] if drawn else []), *chat.tokens]  # the last id's own run draws, too
+        wanted.append(
+            {
+                "answer": said,
+                "prompt": run.tokens.tolist(),
+                "query_index": run.query_index.tolist(),
+                "position_ids": run.position_ids.ravel().tolist(),
+                "looks": looks,
+                "tokens": chat.tokens,
+            }
+        )
+    program.ask("bundle", path=str(bundles[name].folder))
+    arguments = {"follow_up": follow_up, "max_tokens": SHORT.max_tokens, "turns": turns}
+    assert program.ask("chat", **arguments) == wanted
+
+
+def test_a_conversation_that_outgrows_what_runs_it_says_what_to_do(program: HostProgram, sample_bundle: Bundle) -> None:
+    program.ask("bundle", path=str(sample_bundle.folder))
+    turns = [{"question": question, "images": [], "draws": [1]} for question in ("Where?", "And now?" * 90, "And?")]
+    for follow_up, more in (
+        ("again", ", or go on over the compacted cache (--follow-up compacted)"),
+        ("compacted", ""),
+    ):
+        found = program.ask("chat", follow_up=follow_up, max_tokens=1, turns=turns, most=150)
+        assert found[1] == {"error": f"these caches hold 150 rows: build larger ones{more}"}
+        assert "error" not in found[2]
+    (alone,) = program.ask("chat", follow_up="again", max_tokens=1, turns=turns[1:2], most=150)
+    assert alone == {"error": "these caches hold 150 rows: build larger ones"}
+    assert "goes on again or compacted, not 'never'" in program.refusal(
+        "chat", follow_up="never", max_tokens=1, turns=[]
+    )
 
 
 # --- bundles

@@ -17,11 +17,13 @@ const char kUsage[] =
     "  --method NAME      ivc-prune, foreground or random, with --method-seed N\n"
     "  --system TEXT      system message, in the place of the chat template's own\n"
     "  --chat             go on with questions from standard input; /image FILE adds a picture, /quit ends\n"
+    "  --follow-up HOW    a later question of --chat: again prunes the whole conversation for it (default); compacted\n"
+    "                     sees what earlier questions kept, and comes sooner\n"
     "  --rendered FILE    a conversation that the chat template has written already\n"
     "  --requests         answer one JSON object a line of standard input: image (a list), prompt, ratio\n"
     "  --sampling checkpoint, --temperature T, --top-p P, --top-k K, --repetition-penalty P, --seed N, --max-tokens N\n"
     "  --show FILE        draw the kept tokens over the picture, as PNG\n"
-    "  --json             one object with the answer, tokens, counts and timings\n";
+    "  --json             an object an answer, with tokens, counts and timings\n";
 
 struct Request {
     std::string bundle, prompt, rendered, show;
@@ -48,6 +50,7 @@ Request readOptions(const std::vector<std::string>& words) {
     options.valued["--image"] = [&](const std::string&, const std::string& value) { r.images.push_back(value); };
     options.valued["--system"] = [&](const std::string&, const std::string& value) { r.chat.system = value; };
     options.valued["--ratio"] = [&](const std::string& o, const std::string& v) { r.chat.ratio = ivc::numberOf(o, v); };
+    options.valued["--follow-up"] = [&](const std::string&, const std::string& v) { r.chat.followUp = ivc::followUpOf(v); };
     options.valued["--sampling"] = [&](const std::string& option, const std::string& value) {
         if (value != "checkpoint" && value != "greedy") throw ivc::Error(option + " takes checkpoint or greedy, not " + value);
         r.stored = value == "checkpoint";
@@ -133,8 +136,9 @@ void answerRequests(const ivc::Bundle& bundle, ivc::Device& device, const Reques
     }
 }
 
-void converse(ivc::Chat& chat, const ivc::Listener& print) {
-    std::vector<std::string> images;
+// Questions from standard input until it ends. ask: answers one about pictures.
+template <class Ask>
+void converse(std::vector<std::string> images, const Ask& ask) {
     for (std::string line; std::getline(std::cin, line);) {
         if (line == "/quit") return;
         if (line.compare(0, 7, "/image ") == 0) {
@@ -142,9 +146,8 @@ void converse(ivc::Chat& chat, const ivc::Listener& print) {
             continue;
         }
         if (ivc::stripLeft(line, ivc::Strip::kBlanks).empty()) continue;
-        chat.ask(line, readImages(images), print);
+        ask(line, images);
         images.clear();
-        std::cout << std::endl;
     }
 }
 
@@ -170,20 +173,23 @@ int run(const std::vector<std::string>& words) {
         if (!request.json) std::cout << piece << std::flush;
         return true;
     };
-    if (request.asked || !request.rendered.empty()) {
-        std::string answer;
-        if (request.rendered.empty()) {
-            answer = chat.ask(request.prompt, images, print);
-        } else {
-            answer = chat.askRendered(ivc::readFile(request.rendered, "check the path"), images, print);
-        }
-        if (!request.show.empty()) show(chat, images.front(), request.show);
-        if (request.json) {
-            std::cout << facts(chat, *device, answer).dump(2, ' ', false, ivc::Json::error_handler_t::replace);
-        }
+    const auto tell = [&](const std::string& answer) {
+        if (request.json) std::cout << facts(chat, *device, answer).dump(-1, ' ', false, ivc::Json::error_handler_t::replace);
         std::cout << std::endl;
+    };
+    const bool begun = request.asked || !request.rendered.empty();
+    if (begun) {
+        const std::string answer =
+            request.rendered.empty()
+                ? chat.ask(request.prompt, images, print)
+                : chat.askRendered(ivc::readFile(request.rendered, "check the path"), images, print);
+        if (!request.show.empty()) show(chat, images.front(), request.show);
+        tell(answer);
     }
-    if (request.talks) converse(chat, print);
+    const auto ask = [&](const std::string& question, const std::vector<std::string>& paths) {
+        tell(chat.ask(question, readImages(paths), print));
+    };
+    if (request.talks) converse(begun ? std::vector<std::string>() : request.images, ask);
     return 0;
 }
 

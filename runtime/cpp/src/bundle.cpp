@@ -8,6 +8,7 @@
 
 #include "ivc/error.h"
 #include "ivc/sha256.h"
+#include "ivc/unicode.h"
 
 namespace ivc {
 namespace {
@@ -137,9 +138,32 @@ std::vector<float> Bundle::embed(const std::vector<int32_t>& tokens) const {
 }
 
 std::vector<int32_t> Bundle::encode(const std::string& text, const std::vector<Grid>& pictures, bool begin) const {
+    return encodeFrom(text, pictures, begin, 0).ids;
+}
+
+Prompt Bundle::conversation(const std::vector<Message>& messages, const std::vector<Grid>& pictures) const {
+    const std::string rendered = render(messages);
+    size_t place = 0;
+    if (!pictures.empty() && messages.size() > 1) {  // where another question would make another text
+        const std::vector<Part>& parts = messages.back().parts;
+        const auto text = std::find_if(parts.begin(), parts.end(), [](const Part& part) { return !part.picture; });
+        const bool a = text != parts.end() && stripLeft(text->text, Strip::kBlanks).substr(0, 1) == "A";
+        std::vector<Message> others = messages;
+        others.back().parts = {{false, a ? "B" : "A"}};
+        const std::string other = render(others);
+        const size_t most = std::min(rendered.size(), other.size());
+        while (place < most && rendered[place] == other[place]) ++place;
+        if (place == most) place = 0;
+        while (place > 0 && (static_cast<uint8_t>(rendered[place]) & 0xc0) == 0x80) --place;
+    }
+    return encodeFrom(rendered, pictures, true, place);
+}
+
+Prompt Bundle::encodeFrom(const std::string& text, const std::vector<Grid>& pictures, bool begin, size_t place) const {
     const SpecialTokens& special = manifest_.tokens;
     const bool written = !bos_.empty() && text.compare(0, bos_.size(), bos_) == 0;
-    const std::vector<int32_t> ids = tokenizer_->encode(text, begin && !written);
+    const Encoding encoding = tokenizer_->encodeFrom(text, begin && !written, place);
+    const std::vector<int32_t>& ids = encoding.ids;
     const auto visual = [&](int32_t id) { return special.isVisual(id); };
     const auto images = static_cast<size_t>(std::count_if(ids.begin(), ids.end(), visual));
     const bool video = special.video && std::find(ids.begin(), ids.end(), *special.video) != ids.end();
@@ -153,18 +177,21 @@ std::vector<int32_t> Bundle::encode(const std::string& text, const std::vector<G
                     std::string("the prompt or in the chat template"));
     }
     const bool marks = !special.templateMarks && special.visionStart && special.visionEnd;
-    std::vector<int32_t> found;
+    Prompt prompt;
+    std::vector<int32_t>& found = prompt.ids;
     size_t picture = 0;
-    for (const int32_t id : ids) {
-        if (id != special.image) {
-            found.push_back(id);
+    for (size_t i = 0; i < ids.size(); ++i) {
+        if (i == encoding.before) prompt.question = static_cast<int32_t>(found.size());
+        if (ids[i] != special.image) {
+            found.push_back(ids[i]);
             continue;
         }
         if (marks) found.push_back(*special.visionStart);
-        found.insert(found.end(), static_cast<size_t>(pictures[picture++].visual()), id);
+        found.insert(found.end(), static_cast<size_t>(pictures[picture++].visual()), ids[i]);
         if (marks) found.push_back(*special.visionEnd);
     }
-    return found;
+    if (encoding.before == ids.size()) prompt.question = static_cast<int32_t>(found.size());
+    return prompt;
 }
 
 std::string Bundle::render(const std::vector<Message>& messages) const {

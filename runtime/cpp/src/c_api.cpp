@@ -42,6 +42,7 @@ ivc_error* ivc_chat_begin(const ivc_bundle* bundle, ivc_device* device, const iv
         if (o.repetition_penalty != 0) options.sampling.repetitionPenalty = o.repetition_penalty;
         options.sampling.seed = o.seed;
         if (o.max_tokens != 0) options.sampling.maxTokens = o.max_tokens;
+        if (o.follow_up != nullptr) options.followUp = ivc::followUpOf(o.follow_up);
         *chat = new ivc_chat{ivc::Chat(bundle->bundle, *device->device, options), ""};
     });
 }

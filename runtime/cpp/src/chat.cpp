@@ -1,7 +1,6 @@
 #include "ivc/chat.h"
 
 #include <algorithm>
-#include <chrono>
 
 #include "ivc/error.h"
 #include "ivc/unicode.h"
@@ -12,6 +11,12 @@ namespace {
 constexpr char kThinkingEnd[] = "</think>";
 
 }  // namespace
+
+FollowUp followUpOf(const std::string& name) {
+    if (name == "again") return FollowUp::kAgain;
+    if (name == "compacted") return FollowUp::kCompacted;
+    throw Error("a conversation goes on again or compacted, not '" + name.substr(0, 40) + "': choose one of them");
+}
 
 Chat::Chat(const Bundle& bundle, Device& device, ChatOptions options)
     : bundle_(bundle), device_(device), options_(std::move(options)),
@@ -50,25 +55,26 @@ std::string Chat::addition(const std::string& rendered) const {
             }
         }
     }
-    throw Error("the chat template rewrites earlier turns, which a cache cannot: start a new chat");
+    throw Error("the chat template rewrites earlier turns, which a cache cannot: prune again, or start a new chat");
 }
 
-const std::vector<float>& Chat::step(const std::vector<int32_t>& tokens, const std::vector<Visual>& pictures) {
-    std::vector<Grid> grids;
-    std::vector<const Visual*> pointers;
-    for (const Visual& visual : pictures) {
-        grids.push_back(visual.grid);
-        pointers.push_back(&visual);
-    }
-    const Run run = planRun(bundle_.manifest(), tokens, grids, position_, ratio_, options_.method);
-    if (run.rows() > device_.room()) {
-        throw Error("the caches have room for " + std::to_string(device_.room()) + " rows, and " +
-                    std::to_string(run.rows()) + " are needed: start a new chat, or build larger engines");
-    }
-    const std::vector<float>& logits = device_.run(run, pointers);
+const std::vector<float>& Chat::step(const Run& run, const std::vector<const Visual*>& pictures) {
+    const std::vector<float>& logits = device_.run(run, pictures);
     position_ = run.nextPosition;
-    if (!pictures.empty() || tokens.size() > 1) run_ = run;
     return logits;
+}
+
+const std::vector<float>& Chat::step(int32_t token) {
+    return step(planRun(bundle_.manifest(), {token}, {}, position_, ratio_, options_.method), {});
+}
+
+// Makes pictures ready behind those that a conversation has, where it prunes them again. Returns the grids of all.
+std::vector<Grid> Chat::prepareAll(const std::vector<Image>& pictures) {
+    if (options_.followUp == FollowUp::kCompacted) visuals_.clear();
+    for (const Image& picture : pictures) visuals_.push_back(prepare(picture, bundle_.manifest()));
+    std::vector<Grid> grids;
+    for (const Visual& visual : visuals_) grids.push_back(visual.grid);
+    return grids;
 }
 
 std::string Chat::ask(const std::string& question, const std::vector<Image>& pictures, const Listener& listener) {
@@ -84,47 +90,78 @@ std::string Chat::ask(const std::string& question, const std::vector<Image>& pic
     }
     std::vector<Message> messages = messages_;
     messages.push_back({Message::Role::kUser, parts});
-    const std::string rendered = bundle_.render(messages), added = addition(rendered);
-    visuals_.clear();
-    for (const Image& picture : pictures) visuals_.push_back(prepare(picture, bundle_.manifest()));
-    const std::string answer = go(added, listener);
-    messages.push_back({Message::Role::kAssistant, {{false, answer}}});
+    const bool again = options_.followUp == FollowUp::kAgain;
+    const size_t seen = visuals_.size();
+    const std::string rendered = bundle_.render(messages);
+    std::string said;
+    try {
+        const std::vector<Grid> grids = prepareAll(pictures);
+        const Prompt prompt = again ? bundle_.conversation(messages, grids) : added(rendered, grids);
+        if (again) {
+            device_.begin(options_.rows);
+            position_ = 0;
+        }
+        said = answer(prompt, listener);
+    } catch (const TooLongError& error) {
+        if (again) visuals_.resize(seen);
+        if (!again || messages.size() <= 2) throw;
+        throw TooLongError(std::string(error.what()) + ", or go on over the compacted cache (--follow-up compacted)");
+    } catch (...) {
+        if (again) visuals_.resize(seen);
+        throw;
+    }
+    messages.push_back({Message::Role::kAssistant, {{false, said}}});
     messages_ = std::move(messages);
     told_ = rendered;
-    answer_ = answer;
-    return answer;
+    answer_ = said;
+    return said;
 }
 
 std::string Chat::askRendered(const std::string& text, const std::vector<Image>& pictures, const Listener& listener) {
     if (closed_ || !told_.empty()) throw Error("a conversation that was rendered already begins a chat: start a new one");
-    visuals_.clear();
-    for (const Image& picture : pictures) visuals_.push_back(prepare(picture, bundle_.manifest()));
+    const std::vector<Grid> grids = prepareAll(pictures);
     closed_ = true;
-    return go(text, listener);
+    return answer({bundle_.encode(text, grids, true), 0}, listener);
 }
 
-std::string Chat::go(const std::string& added, const Listener& listener) {
-    std::vector<Grid> grids;
-    for (const Visual& visual : visuals_) grids.push_back(visual.grid);
-    const std::vector<int32_t> ids = bundle_.encode(added, grids, told_.empty());
+// What the chat template adds to the cache.
+Prompt Chat::added(const std::string& rendered, const std::vector<Grid>& grids) {
+    const std::vector<int32_t> ids = bundle_.encode(addition(rendered), grids, told_.empty());
     // The last id drawn is not in the cache. A stop token is in the template's addition; any other is not.
-    if (!tokens_.empty() && finish() == "length") step({tokens_.back()}, {});
+    if (!tokens_.empty() && finish() == "length") step(tokens_.back());
+    return {ids, 0};
+}
+
+std::string Chat::answer(const Prompt& prompt, const Listener& listener) {
+    std::vector<Grid> grids;
+    std::vector<const Visual*> pictures;
+    for (const Visual& visual : visuals_) {
+        grids.push_back(visual.grid);
+        pictures.push_back(&visual);
+    }
     tokens_.clear();
-    prompt_ = ids;
-    const std::vector<float>* logits = &step(ids, visuals_);
+    const Run run = planRun(bundle_.manifest(), prompt.ids, grids, position_, ratio_, options_.method, prompt.question);
+    const std::vector<float>* logits = &step(run, pictures);
+    for (Visual& visual : visuals_) {
+        if (visual.seen) visual.pixels = {};
+    }
+    prompt_ = prompt.ids;
+    run_ = run;
     keepIndex_ = device_.keepIndex();
-    sampler_.read(ids);
+    sampler_.read(prompt.ids);
     TextStream stream(bundle_.tokenizer());
+    std::string said;  // not all tokens' text: bytes that make no whole character have none
     for (int32_t left = options_.sampling.maxTokens - 1;; --left) {
         const int32_t token = sampler_.draw(*logits);
         tokens_.push_back(token);
         const std::string piece = stream.add(token);
+        said += piece;
         const bool heard = piece.empty() || !listener || listener(piece);
         const bool full = position_ >= bundle_.manifest().decoder.maxPositions || device_.room() == 0;
         if (stops(token) || left == 0 || full || !heard) break;
-        logits = &step({token}, {});
+        logits = &step(token);
     }
-    return bundle_.tokenizer().decode(tokens_);
+    return said;
 }
 
 }  // namespace ivc

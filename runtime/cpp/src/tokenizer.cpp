@@ -131,6 +131,33 @@ std::string patternOf(const Field& pattern, bool& regex) {
     return pattern[regex ? "Regex" : "String"].text();
 }
 
+// For each byte, where the character ends that it is of.
+std::vector<size_t> characterEnds(const std::string& text) {
+    std::vector<size_t> found;
+    for (size_t at = 0, size = 0; at < text.size(); at += size) {
+        codePoint(text, at, size);
+        found.insert(found.end(), size, at + size);
+    }
+    return found;
+}
+
+// Bytes of whole characters that both texts begin with.
+size_t shared(const std::string& one, const std::string& other) {
+    const size_t most = std::min(one.size(), other.size());
+    size_t at = static_cast<size_t>(std::mismatch(one.begin(), one.begin() + static_cast<ptrdiff_t>(most), other.begin()).first - one.begin());
+    while (at > 0 && at < one.size() && (static_cast<uint8_t>(one[at]) & 0xc0) == 0x80) --at;
+    return at;
+}
+
+// The one character that a Metaspace step writes for a blank.
+std::string markOf(const Field& field) {
+    const std::string mark = field["replacement"].text();
+    size_t size = 0;
+    if (!mark.empty()) codePoint(mark, 0, size);
+    if (mark.empty() || size != mark.size()) field["replacement"].refuse("is no single character");
+    return mark;
+}
+
 std::vector<Field> steps(const Field& field, const char* list) {
     const std::string type = field["type"].text();
     return type == "Sequence" ? field[list].items(100) : std::vector<Field>{field};
@@ -160,7 +187,11 @@ Tokenizer::Tokenizer(const std::string& text, const std::string& what) {
     readAdded(root);
     if (root.has("post_processor") && !root["post_processor"].isNull()) {
         for (const Field& step : steps(root["post_processor"], "processors")) {
-            if (step["type"].choice({"ByteLevel", "TemplateProcessing"}) != "ByteLevel") readTemplate(step);
+            if (step["type"].choice({"ByteLevel", "TemplateProcessing"}) != "ByteLevel") {
+                readTemplate(step);
+            } else {
+                trimsOffsets_ = !step.has("trim_offsets") || step["trim_offsets"].boolean();
+            }
         }
     }
 }
@@ -276,6 +307,9 @@ void Tokenizer::readSplit(const Field& field) {
             regex->parts(piece.text, [&](std::string_view part, bool) {
                 found.push_back({std::string(part), first});
                 first = false;
+                if (piece.ends.empty()) return;
+                const auto from = piece.ends.begin() + (part.data() - piece.text.data());
+                found.back().ends.assign(from, from + static_cast<ptrdiff_t>(part.size()));
             });
         }
         return found;
@@ -294,16 +328,24 @@ void Tokenizer::readPreTokenizer(const Field& field) {
             {"pattern", {{"Regex", flag("individual_digits", false) ? "\\p{N}" : "\\p{N}+"}}}};
         readSplit(Field(split, "the pre-tokenizer", kAgain));
     } else if (type == "Metaspace") {
-        const std::string mark = field["replacement"].text();
+        const std::string mark = markOf(field);
         const std::string scheme = field.has("prepend_scheme")
                                        ? field["prepend_scheme"].choice({"always", "first", "never"})
                                        : flag("add_prefix_space", true) ? "always" : "never";
         if (flag("split", true)) field.refuse("splits words, which is not known here");
         preTokenizers_.push_back([=](std::vector<Piece> pieces) {
             for (Piece& piece : pieces) {
+                std::vector<size_t> ends;
+                for (size_t i = 0; i < piece.ends.size(); ++i) {
+                    ends.insert(ends.end(), piece.text[i] == ' ' ? mark.size() : 1, piece.ends[i]);
+                }
                 piece.text = replaced(piece.text, " ", mark);
                 const bool wanted = scheme == "always" || (scheme == "first" && piece.first);
-                if (wanted && !startsWith(piece.text, mark)) piece.text = mark + piece.text;
+                if (wanted && !startsWith(piece.text, mark)) {
+                    piece.text = mark + piece.text;
+                    if (!ends.empty()) ends.insert(ends.begin(), mark.size(), ends.front());
+                }
+                piece.ends = std::move(ends);
             }
             return pieces;
         });
@@ -313,11 +355,20 @@ void Tokenizer::readPreTokenizer(const Field& field) {
         preTokenizers_.push_back([=](const std::vector<Piece>& pieces) {
             std::vector<Piece> found;
             for (const Piece& piece : pieces) {
-                const std::string text = space && !startsWith(piece.text, " ") ? " " + piece.text : piece.text;
+                const size_t more = space && !startsWith(piece.text, " ") ? 1 : 0;
+                const std::string text = std::string(more, ' ') + piece.text;
                 const auto add = [&](std::string_view part) {
                     Piece mapped;
                     mapped.first = piece.first;
-                    for (const char c : part) mapped.text += byteCharacters().text[static_cast<uint8_t>(c)];
+                    auto at = static_cast<size_t>(part.data() - text.data());
+                    for (const char c : part) {
+                        const std::string& character = byteCharacters().text[static_cast<uint8_t>(c)];
+                        mapped.text += character;
+                        if (!piece.ends.empty()) {
+                            mapped.ends.insert(mapped.ends.end(), character.size(), piece.ends[std::max(at, more) - more]);
+                        }
+                        ++at;
+                    }
                     found.push_back(std::move(mapped));
                 };
                 if (regex) {
@@ -369,7 +420,7 @@ void Tokenizer::readDecoder(const Field& field) {
             return tokens;
         });
     } else if (type == "Metaspace") {
-        const std::string mark = field["replacement"].text();
+        const std::string mark = markOf(field);
         const bool prefix = !field.has("prepend_scheme") || field["prepend_scheme"].text() != "never";
         decoders_.push_back([=](std::vector<std::string> tokens) {
             for (size_t i = 0; i < tokens.size(); ++i) {
@@ -397,9 +448,41 @@ std::string Tokenizer::normalize(std::string text) const {
     return text;
 }
 
-// Ids of the added tokens within a text; `other` is called with what lies between them, and where it begins.
+// Ids, and how many of the first of them are before the place that is asked about.
+class Tokenizer::Writer {
+   public:
+    void add(int32_t id, bool isBefore) {
+        beyond_ = beyond_ || !isBefore;
+        if (!beyond_) ++found_.before;
+        found_.ids.push_back(id);
+    }
+    void add(const std::vector<int32_t>& ids) {  // of no text
+        for (const int32_t id : ids) add(id, true);
+    }
+    Encoding take() { return std::move(found_); }
+
+   private:
+    Encoding found_;
+    bool beyond_ = false;
+};
+
+// Blanks at the end of a token, which are not counted to it where offsets are trimmed, unless it is nothing else.
+size_t Tokenizer::blanksBehind(int32_t id) const {
+    const std::optional<std::string> text = trimsOffsets_ ? tokenText(id) : std::nullopt;
+    size_t count = 0, bytes = 0;
+    for (size_t end = text ? text->size() : 0; end > 0; ++count) {
+        const size_t at = characterBefore(*text, end);
+        const uint32_t point = codePoint(*text, at, bytes);
+        if (point != 0x120 && !isSpace(point)) return count;  // GPT-2's character for a blank
+        end = at;
+    }
+    return 0;
+}
+
+// Ids of the added tokens within a text; `other` is called with what lies between them, and where it begins. boundary:
+// of the text, before which ids count as before.
 void Tokenizer::split(const std::string& text, bool normalized,
-    const std::function<void(const std::string&, size_t)>& other, std::vector<int32_t>& ids) const {
+    const std::function<void(const std::string&, size_t)>& other, size_t boundary, Writer& out) const {
     size_t told = 0, at = 0;
     const auto bounded = [&](size_t begin, size_t end) {
         size_t bytes = 0;
@@ -427,7 +510,7 @@ void Tokenizer::split(const std::string& text, bool normalized,
         }
         while (match->stripsRight && end < text.size() && isSpace(codePoint(text, end, bytes))) end += bytes;
         if (begin > told) other(text.substr(told, begin - told), told);
-        ids.push_back(match->id);
+        out.add(match->id, end - blanksBehind(match->id) <= boundary);
         told = end;
         at = std::max(at, end);
     }
@@ -435,27 +518,38 @@ void Tokenizer::split(const std::string& text, bool normalized,
 }
 
 std::vector<int32_t> Tokenizer::encode(const std::string& text, bool begin) const {
-    if (!isUtf8(text)) throw Error("the prompt is not UTF-8 text: write it in UTF-8");
-    if (text.size() > kMostText) throw Error("the prompt is too long: shorten it");
-    std::vector<int32_t> ids;
-    if (begin) ids = before_;
-    const auto written = [&](const std::string& part, size_t place) {
-        const std::string normal = normalize(part);
-        const auto rest = [&](const std::string& piece, size_t within) {
-            encodeText(piece, place + within == 0, ids);
-        };
-        split(normal, true, rest, ids);
-    };
-    split(text, false, written, ids);
-    if (begin) ids.insert(ids.end(), behind_.begin(), behind_.end());
-    return ids;
+    return encodeFrom(text, begin, 0).ids;
 }
 
-void Tokenizer::encodeText(const std::string& text, bool first, std::vector<int32_t>& ids) const {
+Encoding Tokenizer::encodeFrom(const std::string& text, bool begin, size_t place) const {
+    if (!isUtf8(text)) throw Error("the prompt is not UTF-8 text: write it in UTF-8");
+    if (text.size() > kMostText) throw Error("the prompt is too long: shorten it");
+    Writer out;
+    if (begin) out.add(before_);
+    const auto written = [&](const std::string& part, size_t at) {
+        const std::string normal = normalize(part);
+        size_t boundary = 0;
+        if (at + part.size() <= place) {
+            boundary = normal.size();
+        } else if (at < place) {
+            boundary = shared(normal, normalize(part.substr(0, place - at)));
+        }
+        const auto rest = [&](const std::string& piece, size_t within) {
+            encodeText(piece, at + within == 0, std::max(boundary, within) - within, out);
+        };
+        split(normal, true, rest, boundary, out);
+    };
+    split(text, false, written, place, out);
+    if (begin) out.add(behind_);
+    return out.take();
+}
+
+void Tokenizer::encodeText(const std::string& text, bool first, size_t boundary, Writer& out) const {
     std::vector<Piece> pieces{{text, first}};
+    if (boundary > 0 && boundary < text.size()) pieces[0].ends = characterEnds(text);
     for (const PreTokenizer& step : preTokenizers_) pieces = step(std::move(pieces));
     for (const Piece& piece : pieces) {
-        if (!piece.text.empty()) encodeWord(piece.text, ids);
+        if (!piece.text.empty()) encodeWord(piece, boundary, out);
     }
 }
 
@@ -464,12 +558,14 @@ class Tokenizer::Words {
    public:
     explicit Words(const std::unordered_map<uint64_t, Merge>& merges) : merges_(merges) {}
 
-    void add(int32_t id) {
+    void add(int32_t id, size_t end) {
         const auto at = static_cast<int32_t>(symbols_.size());
-        symbols_.push_back({id, at - 1, at + 1, true});
+        symbols_.push_back({id, at - 1, at + 1, end, true});
     }
 
-    void merge(std::vector<int32_t>& ids) {
+    // Calls `take` with each id, and where its part of the word ends.
+    template <class Take>
+    void merge(const Take& take) {
         if (symbols_.empty()) return;
         symbols_.back().next = -1;
         for (int32_t at = 0; symbols_[static_cast<size_t>(at)].next >= 0; ++at) consider(at);
@@ -483,19 +579,21 @@ class Tokenizer::Words {
             Symbol& right = symbols_[static_cast<size_t>(left.next)];
             right.alive = false;
             left.id = best.id;
+            left.end = right.end;
             left.next = right.next;
             if (left.next >= 0) symbols_[static_cast<size_t>(left.next)].previous = best.at;
             if (left.previous >= 0) consider(left.previous);
             if (left.next >= 0) consider(best.at);
         }
         for (const Symbol& symbol : symbols_) {
-            if (symbol.alive) ids.push_back(symbol.id);
+            if (symbol.alive) take(symbol.id, symbol.end);
         }
     }
 
    private:
     struct Symbol {
         int32_t id, previous, next;
+        size_t end;
         bool alive;
     };
     struct Candidate {
@@ -521,24 +619,29 @@ class Tokenizer::Words {
     std::priority_queue<Candidate> queue_;
 };
 
-void Tokenizer::encodeWord(const std::string& word, std::vector<int32_t>& ids) const {
+void Tokenizer::encodeWord(const Piece& piece, size_t boundary, Writer& out) const {
+    const std::string& word = piece.text;
+    const auto take = [&](int32_t id, size_t end) {
+        out.add(id, piece.ends.empty() ? boundary > 0 : piece.ends[end - 1] - blanksBehind(id) <= boundary);
+    };
     if (ignoreMerges_) {
         const auto whole = vocabulary_.find(word);
         if (whole != vocabulary_.end()) {
-            ids.push_back(whole->second);
+            take(whole->second, word.size());
             return;
         }
     }
     Words symbols(merges_);
     bool unknown = false;  // one is due
+    size_t unknownEnd = 0;
     for (size_t at = 0, size = 0; at < word.size(); at += size) {
         codePoint(word, at, size);
         const std::string character = word.substr(at, size);
         const auto known = vocabulary_.find(character);
         if (known != vocabulary_.end()) {
-            if (unknown) symbols.add(*unknown_);
+            if (unknown) symbols.add(*unknown_, unknownEnd);
             unknown = false;
-            symbols.add(known->second);
+            symbols.add(known->second, at + size);
             continue;
         }
         std::vector<int32_t> bytes;
@@ -547,14 +650,15 @@ void Tokenizer::encodeWord(const std::string& word, std::vector<int32_t>& ids) c
             if (byte != vocabulary_.end()) bytes.push_back(byte->second);
         }
         if (byteFallback_ && bytes.size() == size) {
-            for (const int32_t byte : bytes) symbols.add(byte);
+            for (const int32_t byte : bytes) symbols.add(byte, at + size);
         } else if (unknown_) {
-            if (unknown && !fuseUnknown_) symbols.add(*unknown_);
+            if (unknown && !fuseUnknown_) symbols.add(*unknown_, unknownEnd);
             unknown = true;
+            unknownEnd = at + size;
         }
     }
-    if (unknown) symbols.add(*unknown_);
-    symbols.merge(ids);
+    if (unknown) symbols.add(*unknown_, unknownEnd);
+    symbols.merge(take);
 }
 
 std::optional<int32_t> Tokenizer::find(const std::string& token) const {

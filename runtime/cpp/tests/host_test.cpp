@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "ivc/bundle.h"
+#include "ivc/chat.h"
 #include "ivc/error.h"
 #include "ivc/plan.h"
 #include "ivc/resize.h"
@@ -67,6 +68,64 @@ std::vector<ivc::Grid> gridsOf(const Json& given) {
     return grids;
 }
 
+// Draws what it is told to, and takes so many rows at once.
+class ScriptedDevice : public ivc::Device {
+   public:
+    ScriptedDevice(const ivc::Manifest& manifest, int32_t most) : manifest_(manifest), most_(most) {}
+
+    std::vector<int32_t> draws;
+    int32_t looks = 0;  // at pictures, by vision
+
+    void begin(int32_t) override { length_ = 0; }
+    const std::vector<float>& run(const ivc::Run& run, const std::vector<const ivc::Visual*>& pictures) override {
+        if (run.rows() > most_) throw ivc::TooLongError("these caches hold " + std::to_string(most_) + " rows: build larger ones");
+        for (const ivc::Visual* picture : pictures) {
+            if (picture->seen) continue;
+            picture->seen = std::make_shared<ivc::Seen>();
+            ++looks;
+        }
+        length_ += run.kept();
+        logits_.assign(static_cast<size_t>(manifest_.decoder.vocabSize), 0.0f);
+        logits_.at(static_cast<size_t>(draws.at(next_++))) = 1.0f;
+        return logits_;
+    }
+    const std::vector<int32_t>& keepIndex() const override { return draws; }
+    int32_t length() const override { return length_; }
+    int32_t room() const override { return INT32_MAX; }
+    int64_t cacheBytes() const override { return 0; }
+    std::string name() const override { return "scripted"; }
+    std::string dtype() const override { return "float32"; }
+
+   private:
+    const ivc::Manifest& manifest_;
+    std::vector<float> logits_;
+    size_t next_ = 0;
+    int32_t most_, length_ = 0;
+};
+
+// A conversation whose answers are told: of each turn the prompt's ids, who votes, and what was said.
+Json converse(const ivc::Bundle& bundle, const Json& command) {
+    ScriptedDevice device(bundle.manifest(), command.value("most", INT32_MAX));
+    ivc::ChatOptions options;
+    options.followUp = ivc::followUpOf(command["follow_up"]);
+    options.sampling.maxTokens = command["max_tokens"];
+    ivc::Chat chat(bundle, device, options);
+    Json turns = Json::array();
+    for (const Json& turn : command["turns"]) {
+        for (const Json& id : turn["draws"]) device.draws.push_back(id);
+        std::vector<ivc::Image> images;
+        for (const Json& path : turn["images"]) images.push_back(ivc::readImage(path));
+        try {
+            const std::string said = chat.ask(turn["question"], images);
+            turns.push_back({{"answer", said}, {"prompt", chat.prompt()}, {"query_index", chat.run().queryIndex},
+                {"position_ids", chat.run().positionIds}, {"looks", device.looks}, {"tokens", chat.tokens()}});
+        } catch (const ivc::Error& error) {
+            turns.push_back({{"error", error.what()}});
+        }
+    }
+    return turns;
+}
+
 struct State {
     std::unique_ptr<ivc::Tokenizer> tokenizer;
     ivc::Manifest manifest;
@@ -80,6 +139,8 @@ Json answer(State& state, const Json& command) {
         return {};
     }
     if (what == "encode") return state.tokenizer->encode(bytesOf(command["text"]), command.value("begin", false));
+    if (what == "before") return state.tokenizer->encodeFrom(bytesOf(command["text"]), command["begin"], command["place"]).before;
+    if (what == "chat") return converse(*state.bundle, command);
     if (what == "decode") return state.tokenizer->decode(command["ids"]);
     if (what == "stream") {
         ivc::TextStream stream(*state.tokenizer);

@@ -15,6 +15,12 @@
 
 namespace ivc {
 
+// Token ids of a conversation, of which those from `question` on stand for its last message.
+struct Prompt {
+    std::vector<int32_t> ids;
+    int32_t question = 0;
+};
+
 class Bundle {
    public:
     // Throws where there is no bundle, or it is damaged, edited, or leaves its folder.
@@ -31,10 +37,15 @@ class Bundle {
     // Token ids of `text`, its i-th image token repeated once for each visual token of picture i. begin: whether a
     // conversation begins here, so that the tokenizer adds what that takes, unless it is written.
     std::vector<int32_t> encode(const std::string& text, const std::vector<Grid>& pictures, bool begin) const;
+    // Token ids of a whole conversation, the user's message last, and where that begins. pictures: of all messages. The
+    // question is 0 where nothing, or no picture, is before.
+    Prompt conversation(const std::vector<Message>& messages, const std::vector<Grid>& pictures) const;
     // The text of a conversation; throws where only the chat template itself can write it.
     std::string render(const std::vector<Message>& messages) const;
 
    private:
+    Prompt encodeFrom(const std::string& text, const std::vector<Grid>& pictures, bool begin, size_t place) const;
+
     std::string folder_;
     Manifest manifest_;
     std::unique_ptr<Tokenizer> tokenizer_;

@@ -1,4 +1,4 @@
-// Questions and answers over one compacted cache, with a picture in any turn, as ivc_export.runtime.chat holds them.
+// Questions and answers, with a picture in any turn, as ivc_export.runtime.chat holds them.
 #pragma once
 
 #include <functional>
@@ -17,14 +17,24 @@ namespace ivc {
 // Called with each piece of an answer; false ends it.
 using Listener = std::function<bool(const std::string& piece)>;
 
+// How a conversation goes on: pruned again for each question, or over what an earlier one left.
+enum class FollowUp { kAgain, kCompacted };
+
+FollowUp followUpOf(const std::string& name);  // "again" or "compacted"; throws where it is another
+
 struct ChatOptions {
     std::optional<double> ratio;  // of visual tokens kept; none takes the bundle's default
     std::optional<std::string> system;
     Method method;
     Sampling sampling;
     int32_t rows = 0;  // of caches that cannot grow; 0 leaves that to the device
+    FollowUp followUp = FollowUp::kAgain;
 };
 
+// By default each turn prunes again: prefix and decoder run over the whole conversation, in which the last question
+// alone votes, so that an answer is that of the same conversation told at once. A device that keeps what vision made of
+// a picture runs vision once for each. With kCompacted a turn runs only what the chat template adds to the conversation
+// so far: what an earlier turn pruned is gone.
 class Chat {
    public:
     // Both outlive the chat, and a device serves one chat at a time.
@@ -40,15 +50,19 @@ class Chat {
     const std::vector<int32_t>& prompt() const { return prompt_; }  // ids of the last question
     const Run& run() const { return run_; }                         // of the last question
     const std::vector<int32_t>& keepIndex() const { return keepIndex_; }
-    const std::vector<Visual>& visuals() const { return visuals_; }  // of the last question
+    // Pictures of the last question; of all so far, where each turn prunes again. Their pixels may be gone.
+    const std::vector<Visual>& visuals() const { return visuals_; }
     double ratio() const { return ratio_; }
     std::string finish() const;  // why the last answer ended: "stop" or "length"
 
    private:
-    std::string go(const std::string& added, const Listener& listener);
+    Prompt added(const std::string& rendered, const std::vector<Grid>& grids);
+    std::string answer(const Prompt& prompt, const Listener& listener);
     std::string addition(const std::string& rendered) const;
+    std::vector<Grid> prepareAll(const std::vector<Image>& pictures);
     bool stops(int32_t token) const;
-    const std::vector<float>& step(const std::vector<int32_t>& tokens, const std::vector<Visual>& pictures);
+    const std::vector<float>& step(const Run& run, const std::vector<const Visual*>& pictures);
+    const std::vector<float>& step(int32_t token);
 
     const Bundle& bundle_;
     Device& device_;

@@ -57,6 +57,8 @@ typedef struct ivc_chat_options {
     double repetition_penalty; /* 0 is 1: none */
     uint64_t seed;
     int32_t max_tokens;        /* of an answer; 0 is 128 */
+    const char* follow_up;     /* a later question: again (NULL too) prunes the whole conversation for it; compacted sees
+                                * what earlier questions kept, and comes sooner */
 } ivc_chat_options;
 
 /* options: NULL is all of it zero. Bundle and device outlive the chat, and a device serves one chat at a time. */

@@ -26,6 +26,12 @@ struct AddedToken {
     bool singleWord = false, stripsLeft = false, stripsRight = false, normalized = false, special = false;
 };
 
+// Token ids of a text, of which the first `before` stand for what is before some place in it alone.
+struct Encoding {
+    std::vector<int32_t> ids;
+    size_t before = 0;
+};
+
 class Tokenizer {
    public:
     // text: of a tokenizer.json; `what` names it in errors.
@@ -35,6 +41,8 @@ class Tokenizer {
 
     // begin: whether to add what a text begins (and ends) with. Throws where `text` is not UTF-8.
     std::vector<int32_t> encode(const std::string& text, bool begin) const;
+    // The same, and how many ids are before byte `place`, where a character begins, as the offsets of `tokenizers` say.
+    Encoding encodeFrom(const std::string& text, bool begin, size_t place) const;
     // Special tokens are left out; unfinished characters are U+FFFD.
     std::string decode(const std::vector<int32_t>& ids) const;
     std::optional<int32_t> find(const std::string& token) const;
@@ -42,10 +50,12 @@ class Tokenizer {
 
    private:
     using Normalizer = std::function<std::string(const std::string&)>;
-    // A part of the text, and whether the text begins with it.
+    // A part of the text, and whether the text begins with it. ends: for each byte, where the character ends that it is
+    // of, in the normalised text; none where nobody asks.
     struct Piece {
         std::string text;
         bool first = false;
+        std::vector<size_t> ends = {};
     };
     using PreTokenizer = std::function<std::vector<Piece>(std::vector<Piece>)>;
     using DecoderStep = std::function<std::vector<std::string>(std::vector<std::string>)>;
@@ -53,6 +63,7 @@ class Tokenizer {
         int32_t rank = 0, id = 0;
     };
     class Words;
+    class Writer;
 
     void readModel(const Field& model);
     void readAdded(const Field& root);
@@ -62,10 +73,11 @@ class Tokenizer {
     void readTemplate(const Field& field);
     void readDecoder(const Field& field);
     std::string normalize(std::string text) const;
-    void encodeText(const std::string& text, bool first, std::vector<int32_t>& ids) const;
-    void encodeWord(const std::string& word, std::vector<int32_t>& ids) const;
+    void encodeText(const std::string& text, bool first, size_t boundary, Writer& out) const;
+    void encodeWord(const Piece& word, size_t boundary, Writer& out) const;
     void split(const std::string& text, bool normalized, const std::function<void(const std::string&, size_t)>& other,
-        std::vector<int32_t>& ids) const;
+        size_t boundary, Writer& out) const;
+    size_t blanksBehind(int32_t id) const;
 
     std::unordered_map<std::string, int32_t> vocabulary_;
     std::unordered_map<int32_t, std::string> texts_;
@@ -73,7 +85,7 @@ class Tokenizer {
     std::unordered_map<int32_t, AddedToken> added_;
     std::unordered_map<std::string, int32_t> addedIds_;
     std::vector<std::vector<AddedToken>> found_[2];  // by first byte, longest first; as written, and normalised
-    bool byteFallback_ = false, fuseUnknown_ = false, ignoreMerges_ = false;
+    bool byteFallback_ = false, fuseUnknown_ = false, ignoreMerges_ = false, trimsOffsets_ = false;
     std::optional<int32_t> unknown_;
     std::vector<Normalizer> normalizers_;
     std::vector<PreTokenizer> preTokenizers_;

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ivc_export.runtime.chat import Chat
     from ivc_export.runtime.videos import Video
     from ivc_export.selection.method import Method
+    from ivc_export.source.bundles import open_bundle
     from ivc_export.text.sampling import Sampling
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "UserError",
     "Video",
     "export",
+    "open_bundle",
     "open_session",
 ]
 
@@ -46,6 +48,7 @@ if not TYPE_CHECKING:  # to mypy a module with __getattr__ has every name
         "UserError": "errors",
         "Video": "runtime.videos",
         "export": "exporter.pipeline",
+        "open_bundle": "source.bundles",
         "open_session": "runtime.backends",
     }
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ivc_export.contract.names import GRAPH_NAMES, MANIFEST
+from ivc_export.contract.origin import ORIGIN
 from ivc_export.errors import UserError
 from ivc_export.files import read_object
 
@@ -23,7 +24,7 @@ WORK = ".build-"
 """How folders begin, within a bundle, in which engines are being built."""
 OWN = (
     *(MANIFEST, f".{MANIFEST}.partial-*", *(f"{name}.onnx" for name in GRAPH_NAMES)),
-    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *(ORIGIN, "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
     *("vocab.json", "merges.txt", "tokenizer.model"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
@@ -33,6 +34,9 @@ OWN = (
     *("engines/*/build.json", "engines/*/*.plan"),
 )
 """What commands write into a bundle, beside the files that its manifest names: a pattern for each part of a path."""
+
+LOCAL = ("report/", "engines/")
+"""Of these, what is about the machine and the pictures of whoever made it, and stays there when a bundle is shared."""
 
 _PARTIAL, _REPLACED = ".partial-", ".replaced-"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -152,7 +156,7 @@ def is_own(folder: Path) -> bool:
 def foreign_file(folder: Path) -> str | None:
     """A file or link below `folder` that is no part of a bundle, relative to it; None if there is none."""
     manifest = read_own_manifest(folder)
-    named = ["weights/*.safetensors"] if manifest is None else list(named_files(manifest))
+    named = ["weights/*.safetensors"] if manifest is None else [*map(glob.escape, named_files(manifest))]
     for where, folders, files in os.walk(folder):
         links = [name for name in folders if Path(where, name).is_symlink()]
         for name in sorted(files + links):
@@ -163,12 +167,17 @@ def foreign_file(folder: Path) -> str | None:
 
 
 def named_files(manifest: dict[str, Any]) -> Iterator[str]:
-    """The files that a manifest names, as patterns."""
+    """The files that a manifest names, whatever it calls so."""
     entries = [*manifest["graphs"].values(), manifest.get("embedding")]
     entries += manifest["weights"] if isinstance(manifest.get("weights"), list) else []
     for entry in entries:
         if isinstance(entry, dict) and isinstance(entry.get("file"), str):
-            yield glob.escape(entry["file"])
+            yield entry["file"]
+
+
+def shared_patterns() -> list[str]:
+    """What of a bundle is shared with others, beside the files that its manifest names, as patterns."""
+    return [pattern for pattern in OWN if not pattern.startswith(LOCAL) and _PARTIAL not in pattern]
 
 
 def fits(path: Path, pattern: str) -> bool:

@@ -122,9 +122,9 @@ def end(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
-def ivc_export(arguments: Sequence[str] | None = None, prog: str = "ivc-export") -> int:
-    """Entry point of ivc-export. prog: what the user knows it by."""
-    return run_command("export", arguments, prog=prog)
+def ivc_export(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ivc-export."""
+    return run_command("export", arguments)
 
 
 def ivc_build(arguments: Sequence[str] | None = None) -> int:

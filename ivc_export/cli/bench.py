@@ -21,6 +21,7 @@ from ivc_export.bench.prompts import Prompt, noise_prompt
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, check_output, make_console
 from ivc_export.cli.backends import add_backend_options, given_libraries
+from ivc_export.cli.bundles import add_bundle_argument, given_bundle
 from ivc_export.errors import UserError
 from ivc_export.runtime.backends import DEFAULT
 
@@ -36,7 +37,7 @@ def parser() -> Parser:
         prog="ivc-bench",
         description="Time a bundle's stages on random pictures, unpruned and pruned, beside PyTorch and the roofline.",
     )
-    p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
+    add_bundle_argument(p)
     add_backend_options(p, several=True)
     p.add_argument("--against", type=Path, metavar="CHECKPOINT", help="also time it on stock transformers")
     p.add_argument(
@@ -86,7 +87,7 @@ def command(arguments: Sequence[str]) -> int:
     )
     check_entrants(entrants)
     baseline = read_times(options.baseline, options.baseline_factor) if options.baseline else None
-    bundle = Bundle.load(options.bundle)
+    bundle = given_bundle(options)
     ratios = tuple(options.ratio or [bundle.manifest.default_ratio])
     settings = BenchSettings(ratios, options.tokens, options.rounds, options.warmups)
     prompts = make_prompts(bundle, options.visual or VISUAL, options.text)

@@ -10,8 +10,8 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ivc_export import __version__
-from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, make_console
+from ivc_export.cli.bundles import add_bundle_argument, given_bundle
 from ivc_export.dtypes import FLOATS, long_name
 from ivc_export.errors import UserError
 from ivc_export.tensorrt.build import build
@@ -22,7 +22,7 @@ from ivc_export.tensorrt.recipe import RTX_CAPABILITIES, AttentionChoice, Engine
 def parser() -> Parser:
     """The command's options."""
     p = Parser(prog="ivc-build", description="Build TensorRT engines of a bundle.")
-    p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
+    add_bundle_argument(p)
     p.add_argument("--target", choices=tuple(MODULES), default="tensorrt", help="default: tensorrt")
     p.add_argument("--compute-capability", help=f"of the GPU, for tensorrt-rtx: {', '.join(RTX_CAPABILITIES)}")
     p.add_argument(
@@ -71,7 +71,7 @@ def parser() -> Parser:
 def command(arguments: Sequence[str]) -> int:
     """Build, with progress, and say what came of it."""
     options = parser().parse_args(arguments)
-    bundle = Bundle.load(options.bundle)
+    bundle = given_bundle(options)
     most = bundle.manifest.max_visual if options.max_visual is None else options.max_visual
     recipe = EngineRecipe(
         target=options.target,

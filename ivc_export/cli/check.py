@@ -26,6 +26,7 @@ from ivc_export.bundle.integrity import verify_files
 from ivc_export.bundle.recording import INDEX, Recording, identity
 from ivc_export.cli import Parser, check_output, make_console
 from ivc_export.cli.backends import add_backend_options, check_taken, given_libraries
+from ivc_export.cli.bundles import add_bundle_argument, given_bundle
 from ivc_export.cli.methods import add_method_options, given_method
 from ivc_export.contract.records import Frozen, Seed, TokenId, first_problem
 from ivc_export.dtypes import long_name
@@ -75,7 +76,7 @@ class StoredFacts(Frozen):
 def parser() -> Parser:
     """The command's options."""
     p = Parser(prog="ivc-check", description="Compare a bundle with its checkpoint on PyTorch, and verify its files.")
-    p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
+    add_bundle_argument(p)
     p.add_argument("--against", type=Path, metavar="CHECKPOINT", help="the checkpoint folder that was exported")
     p.add_argument("--onnx-only", action="store_true", help="compare with the run that --against left in the bundle")
     p.add_argument("--weights", action="store_true", help="verify graphs and weight files by their sha256, or add it")
@@ -109,7 +110,7 @@ def command(arguments: Sequence[str]) -> int:
     """Check, print a table, write report/parity.json and parity.html; 1 if anything is out of tolerance, or grew."""
     options = parser().parse_args(arguments)
     check_options(options)
-    bundle, console = Bundle.load(options.bundle), make_console(stderr=False)
+    bundle, console = given_bundle(options), make_console(stderr=False)
     find_method(bundle.manifest.selection, given_method(options))  # or a sentence, before any work
     baseline = None
     if options.baseline:

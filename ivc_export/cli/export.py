@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,18 +16,19 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from ivc_export import __version__
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, make_console
+from ivc_export.cli.estimate import UNCALIBRATED, show_estimate
 from ivc_export.cli.methods import SCORED_HELP
 from ivc_export.contract.manifest import Scored
 from ivc_export.contract.names import GRAPH_NAMES, PREPROCESSOR
 from ivc_export.dtypes import long_name
 from ivc_export.errors import UserError
-from ivc_export.exporter.estimate import Cost, Estimate, PictureEstimate, Size, estimate_bundle, estimate_recipe
+from ivc_export.exporter.estimate import PictureEstimate, Size, estimate_bundle, estimate_recipe
 from ivc_export.exporter.pipeline import export
+from ivc_export.exporter.push import check_push, push
 from ivc_export.exporter.recipe import GROUPS, Dtype, ExportRecipe, Placing, Quantisation, Rounded
 from ivc_export.lowering import exported
 from ivc_export.selection.method import exported_methods
@@ -40,7 +42,7 @@ KEEP = "keep"
 def parser(prog: str = "ivc-export") -> Parser:
     """The command's options."""
     p = Parser(prog=prog, description="Export a vision-language model with IVC-Prune inside.")
-    p.add_argument("--model", required=True, help="checkpoint folder, hub id (owner/name) or alias (qwen2-vl-2b)")
+    p.add_argument("--model", help="checkpoint folder, hub id (owner/name) or alias (qwen2-vl-2b)")
     p.add_argument("--revision", help="branch, tag or commit on the hub (default: its main branch)")
     p.add_argument("--output", type=Path, help="bundle folder (default: the model's name with -ivc)")
     p.add_argument("--ratio", type=float, help="default fraction of visual tokens kept (default: the family's)")
@@ -99,6 +101,12 @@ def parser(prog: str = "ivc-export") -> Parser:
     p.add_argument(
         "--picture", metavar="WIDTHxHEIGHT", action="append", type=parse_size, help="for --dry-run; may be repeated"
     )
+    p.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="upload the bundle to this repository; without --model, the one that is at --output",
+    )
+    p.add_argument("--private", action="store_true", help="make the repository private, where there is none yet")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("--quiet", action="store_true", help="print errors, and what changes answers")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -131,15 +139,80 @@ def parse_size(text: str) -> Size:
     return Size(int(match[1]), int(match[2]))
 
 
+PUSHING = ("output", "push_to_hub", "private", "json", "quiet")
+"""Options that a bundle is uploaded by which is there already."""
+
+
 def command(arguments: Sequence[str], prog: str = "ivc-export") -> int:
-    """Export, with progress, and say what came of it; or only say what would."""
-    options = parser(prog).parse_args(arguments)
+    """Export, with progress, and say what came of it; or only say what would. Upload the bundle where asked to."""
+    p = parser(prog)
+    options = p.parse_args(arguments)
+    check_options(p, options)
+    console = make_console(quiet=options.quiet or options.json)
+    if console.quiet:
+        hub.silence()
+    recipe = given_recipe(options) if options.model else None
+    if recipe and options.dry_run:
+        found = estimate_recipe(recipe, options.picture or PICTURES)
+        if options.json:
+            print(json.dumps(found.to_dict()))
+        elif not options.quiet:
+            show_estimate(found, make_console(stderr=False))
+        return 0
+    if options.push_to_hub:
+        check_push(options.push_to_hub)
+    start = time.perf_counter()
+    with progress_bars(console) as progress:
+        bundle = export(recipe, progress) if recipe else Bundle.load(options.output)
+    seconds = time.perf_counter() - start
+    if not console.quiet:
+        describe(bundle, console)
+    pushed = push(bundle, options.push_to_hub, options.private) if options.push_to_hub else None
+    notes = [] if pushed is None or pushed.licensed else [UNLICENSED]
+    if options.json:
+        record = export_record(bundle, seconds)
+        record["warnings"] += notes
+        print(json.dumps(record | ({"pushed": {**asdict(pushed)}} if pushed else {})))
+        return 0
+    if pushed:
+        console.print(f"uploaded to {pushed.url}", markup=False)
+    for note in [*bundle.notes, *notes] if options.quiet else notes:
+        make_console().print(note, style="yellow", markup=False)
+    return 0
+
+
+def check_options(p: Parser, options: argparse.Namespace) -> None:
+    """Refuse what cannot go together.
+
+    Raises:
+        UserError: an option is missing, or has no meaning beside another.
+    """
+    if options.model is None:
+        if options.output is None or options.push_to_hub is None:
+            p.error("the following arguments are required: --model")
+        given = [name for name, value in vars(options).items() if value != p.get_default(name) and name not in PUSHING]
+        if given:
+            raise UserError(
+                f"--{given[0].replace('_', '-')} is for an export, and without --model there is none: give --model as "
+                "well, or leave it out"
+            )
     if options.picture and not options.dry_run:
         raise UserError("--picture is for --dry-run: add that, or leave --picture out")
-    output = options.output or Path(f"{Path(options.model).resolve().name}-ivc")
-    recipe = ExportRecipe(
+    if options.push_to_hub and options.dry_run:
+        raise UserError("--dry-run writes nothing: leave out --push-to-hub")
+    if options.private and not options.push_to_hub:
+        raise UserError("--private is for --push-to-hub: add that, or leave --private out")
+
+
+def given_recipe(options: argparse.Namespace) -> ExportRecipe:
+    """What is to be exported.
+
+    Raises:
+        UserError: see ExportRecipe.
+    """
+    return ExportRecipe(
         model=options.model,
-        output=output,
+        output=options.output or Path(f"{Path(options.model).resolve().name}-ivc"),
         ratio=options.ratio,
         layer=options.layer,
         max_visual=options.max_visual,
@@ -154,28 +227,6 @@ def command(arguments: Sequence[str], prog: str = "ivc-export") -> int:
         scored=options.scored,
         quantisation=given_quantisation(options),
     )
-    console = make_console(quiet=options.quiet or options.json)
-    if console.quiet:
-        hub.silence()
-    if options.dry_run:
-        found = estimate_recipe(recipe, options.picture or PICTURES)
-        if options.json:
-            print(json.dumps(found.to_dict()))
-        elif not options.quiet:
-            show_estimate(found, make_console(stderr=False))
-        return 0
-    start = time.perf_counter()
-    with progress_bars(console) as progress:
-        bundle = export(recipe, progress)
-    seconds = time.perf_counter() - start
-    if options.json:
-        print(json.dumps(export_record(bundle, seconds)))
-    elif options.quiet:
-        for note in bundle.notes:
-            make_console().print(note, style="yellow", markup=False)
-    else:
-        describe(bundle, console)
-    return 0
 
 
 @contextmanager
@@ -266,75 +317,4 @@ def warnings(bundle: Bundle) -> list[str]:
     return found
 
 
-UNCALIBRATED = "this layer is not calibrated: nobody has measured which one suits this model best"
-
-
-def show_estimate(found: Estimate, console: Console) -> None:
-    """The dry run's tables."""
-    console.print(
-        f"{found.family}, {found.dtype}: layers below {found.selection_layer} of {found.layers} see every token, the "
-        f"others keep {found.ratio:.0%} of the visual ones, chosen by {found.method}; "
-        f"{found.parameters / 1e9:.2f} B parameters, "
-        f"{decimal(found.weight_bytes)} of weights"
-    )
-    if found.quantisation:
-        console.print(found.quantisation, style="yellow", markup=False)
-    if not found.calibrated:
-        console.print(UNCALIBRATED, style="yellow")
-    console.print(picture_table(found))
-    console.print(
-        f"The prompt is the picture and {found.pictures[0].text_tokens} tokens of text. Activations are those of the "
-        "graphs as they are written, one graph at a time; a runtime that fuses attention needs less.",
-        style="dim",
-    )
-    console.print(device_table(found))
-
-
-def picture_table(found: Estimate) -> Table:
-    """Tokens, FLOPs, cache and activations by picture, each against no pruning where that differs."""
-    table = Table(title="one prefill, pruned of unpruned")
-    table.add_column("")
-    for p in found.pictures:
-        table.add_column(f"{p.picture.width}x{p.picture.height}", justify="right")
-
-    def row(name: str, show: Callable[[int], str], value: Callable[[Cost], int]) -> None:
-        pairs = [(value(p.pruned), value(p.unpruned)) for p in found.pictures]
-        table.add_row(name, *(against(show, pruned, unpruned) for pruned, unpruned in pairs))
-
-    tokens = [against(str, p.kept_tokens, p.visual_tokens) for p in found.pictures]
-    table.add_row("visual tokens", *tokens)
-    row("vision FLOPs", tera, lambda cost: cost.flops["vision"])
-    row("prefix FLOPs", tera, lambda cost: cost.flops["prefix"])
-    row("decoder FLOPs", tera, lambda cost: cost.flops["decoder"])
-    row("all FLOPs", tera, lambda cost: sum(cost.flops.values()))
-    row("KV cache", decimal, lambda cost: cost.cache_bytes)
-    row("peak activations", decimal, lambda cost: max(cost.activation_bytes.values()))
-    table.add_row("weights", *(decimal(found.weight_bytes) for _ in found.pictures))
-    return table
-
-
-def against(show: Callable[[int], str], pruned: int, unpruned: int) -> str:
-    """One value, or two and their difference."""
-    if pruned == unpruned:
-        return show(pruned)
-    return f"{show(pruned)} of {show(unpruned)}\n{pruned / unpruned - 1:.0%}"
-
-
-def tera(flops: int) -> str:
-    """FLOPs with a unit."""
-    return f"{flops / 1e12:.2f} T" if flops >= 1e10 else f"{flops / 1e6:.2f} M"
-
-
-def device_table(found: Estimate) -> Table:
-    """Which memories hold the model."""
-    table = Table(title=f"needs {decimal(found.memory_bytes)}: weights, largest cache and activations")
-    for heading in ("memory", "fits", "does not fit"):
-        table.add_column(heading)
-    fits = found.fits()
-    for kind in ("Jetson", "GPU"):
-        by_answer: dict[bool, list[str]] = {True: [], False: []}
-        for name, answer in fits.items():
-            if name.startswith(kind):
-                by_answer[answer].append(name.removeprefix(f"{kind} "))
-        table.add_row(kind, ", ".join(by_answer[True]), ", ".join(by_answer[False]))
-    return table
+UNLICENSED = "the base model's licence is not known, and the card names none: add it there"

@@ -30,9 +30,9 @@ class IvcExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # mypy run
         Raises:
             SystemExit: always.
         """
-        from ivc_export.cli import ivc_export
+        from ivc_export.cli import run_command
 
-        sys.exit(ivc_export(self.args.arguments, prog="optimum-cli export ivc"))
+        sys.exit(run_command("export", self.args.arguments, prog="optimum-cli export ivc"))
 
 
 REGISTER_COMMANDS = [(IvcExportCommand, ExportCommand)]

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import make_console
+from ivc_export.cli.bundles import given_bundle
 from ivc_export.cli.serve import address, make_settings, open_worker, parse, part
 from ivc_export.errors import UserError
 from ivc_export.runtime.backends import find_backend
@@ -68,14 +68,16 @@ def application(options: argparse.Namespace) -> Any:
     for name, value in vars(options).items():
         if isinstance(value, Path):  # replicas work in folders of Ray's
             setattr(options, name, value.resolve())
+    if Path(options.bundle).exists():  # and is no id on the hub
+        options.bundle = str(Path(options.bundle).resolve())
     make_settings(options)
-    Bundle.load(options.bundle)
+    given_bundle(options)
     least, most = options.replicas or (1, 1)
     cpus, gpus = reserved(options)
 
     def replica() -> Any:
         threads = {"threads": cpus} if find_backend(options.backend).takes("threads") else {}
-        worker = open_worker(options, Bundle.load(options.bundle), **threads)
+        worker = open_worker(options, given_bundle(options), **threads)
         return server.make_app(worker, make_settings(options))
 
     scale = {"num_replicas": least}
@@ -119,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
     ray, serve = load_ray("ray"), load_ray("ray.serve")
     logging.getLogger("ray.serve").setLevel("WARNING")
     built, console = application(options), make_console()
-    note = find_backend(options.backend).before(Bundle.load(options.bundle))
+    note = find_backend(options.backend).before(given_bundle(options))
     if note:
         console.print(note, markup=False)
     deployed = False

@@ -17,6 +17,7 @@ from ivc_export import __version__
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, check_output, make_console, tell
 from ivc_export.cli.backends import add_backend_options, given_libraries
+from ivc_export.cli.bundles import add_bundle_argument, given_bundle
 from ivc_export.cli.methods import add_method_options, given_method
 from ivc_export.errors import UserError
 from ivc_export.files import read_object
@@ -36,7 +37,7 @@ CHAT_HELP = "/image FILE and /video FILE add a picture or a video to your next q
 def parser() -> Parser:
     """The command's options."""
     p = Parser(prog="ivc-run", description="Ask an exported model about pictures, on onnxruntime or TensorRT.")
-    p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
+    add_bundle_argument(p)
     p.add_argument("--image", type=Path, action="append", default=[], help="a picture; give it again for more")
     p.add_argument(
         "--video",
@@ -97,7 +98,7 @@ def command(arguments: Sequence[str]) -> int:
     if (options.fps is not None or options.max_frames is not None) and not options.video and not options.chat:
         raise UserError("--fps and --max-frames are for a video: give one with --video")
     videos = [Video(path, options.fps, options.max_frames) for path in options.video]
-    bundle, console = Bundle.load(options.bundle), make_console()
+    bundle, console = given_bundle(options), make_console()
     method = find_method(bundle.manifest.selection, method)
     sampling = choose_sampling(bundle, options, console)
     images: list[PIL.Image.Image | Video] = [

@@ -14,6 +14,7 @@ from ivc_export import __version__
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.cli import Parser, make_console
 from ivc_export.cli.backends import add_backend_options, given_libraries
+from ivc_export.cli.bundles import add_bundle_argument, given_bundle
 from ivc_export.errors import UserError
 from ivc_export.files import read_text
 from ivc_export.runtime.backends import find_backend, open_session
@@ -26,7 +27,7 @@ def parser() -> Parser:
     p = Parser(
         prog="ivc-serve", description="Serve an exported model by OpenAI's HTTP protocol, with a page to try it."
     )
-    p.add_argument("bundle", type=Path, help="folder that ivc-export wrote")
+    add_bundle_argument(p)
     p.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)")
     p.add_argument("--port", type=int, default=8000, help="port to listen at, 0 for any (default: 8000)")
     p.add_argument("--name", help="of the model (default: the bundle's folder)")
@@ -108,7 +109,7 @@ def make_settings(options: argparse.Namespace) -> Any:
         UserError: the file of keys cannot be read, or packages are missing.
     """
     return part("completions").ServerSettings(
-        name=options.name or options.bundle.resolve().name,
+        name=options.name or Path(options.bundle).resolve().name,
         queue=options.queue,
         keys=read_keys(options.api_key_file) if options.api_key_file else (),
         loopback=is_loopback(options.host),
@@ -150,7 +151,7 @@ def command(arguments: Sequence[str]) -> int:
         if getattr(options, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is for replicas: use it with --replicas, or leave it out")
     settings, server = make_settings(options), part("server")
-    bundle, console = Bundle.load(options.bundle), make_console()
+    bundle, console = given_bundle(options), make_console()
     backend = find_backend(options.backend)
     sock = server.listen(options.host, options.port)
     with sock:

@@ -41,6 +41,7 @@ from ivc_export.contract.names import (
     TOKENIZER_CONFIG,
     GraphName,
 )
+from ivc_export.contract.origin import ORIGIN
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.exporter.graphs import build_graphs
@@ -55,6 +56,7 @@ from ivc_export.runtime.onnxruntime.library import load_onnxruntime
 from ivc_export.selection.method import METHODS
 from ivc_export.source.configuration import Configuration, Description, read_configuration, read_description
 from ivc_export.source.hub import open_checkpoint
+from ivc_export.source.origin import find_origin
 
 BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 """Ends of names of tensors that old checkpoints hold and every graph computes."""
@@ -254,7 +256,10 @@ def packed_types(graph: ir.Model) -> list[onnx.ValueInfoProto]:
 
 
 def copy_processor_files(checkpoint: Checkpoint, configuration: Configuration, folder: Path) -> None:
-    """Write what the checkpoint says of text and pictures, under one name each; the manifest holds the settings."""
+    """Write what the checkpoint says of text, pictures and itself, under one name each.
+
+    The manifest holds the settings.
+    """
     prompts = configuration.prompts
     (folder / CHAT_TEMPLATE).write_text(prompts.chat_template, encoding="utf-8")
     if prompts.tokenizer is not None:
@@ -267,6 +272,9 @@ def copy_processor_files(checkpoint: Checkpoint, configuration: Configuration, f
     generation = checkpoint.folder / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, folder / generation.name)
+    origin = find_origin(checkpoint).model_dump(mode="json", exclude_defaults=True)
+    if origin:
+        write_json(folder / ORIGIN, origin)
 
 
 def write_json(path: Path, content: object) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import glob
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,13 +42,18 @@ def open_checkpoint(model: Path | str, revision: str | None = None) -> Checkpoin
     known = aliases()
     if name in known:
         return HubCheckpoint.download(known[name], revision)
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if is_hub_id(name):
         return HubCheckpoint.download(name, revision)
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5) or sorted(known)
     raise UserError(
         f"{name} is not a folder, nor an alias: give a checkpoint folder, a hub id (owner/name), or an alias such as "
         f"{', '.join(near)}"
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,10 @@ class HubCheckpoint(Checkpoint):
         return files
 
 
-def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
-    """Download the top-level files of a repository that match `patterns`, and return the snapshot's folder.
+def snapshot(repo: str, revision: str | None, patterns: list[str], nested: bool = False) -> Path:
+    """Download the files of a repository that match `patterns`, and return the snapshot's folder.
+
+    nested: whether files in folders are taken, too, or those at the top alone.
 
     Token, cache, offline switch and endpoint are huggingface_hub's own (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, ...).
 
@@ -116,13 +125,39 @@ def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
         UserError: the hub does not give them.
     """
     import huggingface_hub  # takes a while to load
+
+    with hub_errors(repo, revision):
+        path: str = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, ignore_patterns=None if nested else ["*/*"]
+        )
+    return Path(path)
+
+
+def snapshot_with(repo: str, revision: str | None, name: str) -> Path | None:
+    """Download one file of a repository, and return the snapshot's folder; None where the repository has no such file.
+
+    Raises:
+        UserError: the hub does not give it.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    with hub_errors(repo, revision):
+        try:
+            return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision)).parent
+        except errors.LocalEntryNotFoundError:
+            raise
+        except errors.EntryNotFoundError:
+            return None
+
+
+@contextmanager
+def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Turn what downloads raise into one sentence."""
     from huggingface_hub import errors
 
     try:
-        path: str = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
-        )
-        return Path(path)
+        yield
     except errors.GatedRepoError as error:
         raise UserError(
             f"{repo} is gated: ask for access at huggingface.co/{repo}, and log in with `hf auth login`"

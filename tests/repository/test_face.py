@@ -24,6 +24,7 @@ NAMES = [
     "UserError",
     "Video",
     "export",
+    "open_bundle",
     "open_session",
 ]
 

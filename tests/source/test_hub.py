@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -22,98 +17,17 @@ from ivc_export.errors import UserError
 from ivc_export.source import hub
 from tests.exporter.test_export import files
 from tests.exporter.test_placement import cache_of_links
-
-COMMIT = "c" * 40
-EXTRA = {"pytorch_model.bin": b"old", "onnx/model.safetensors": b"another", "README.md": b"# a model"}
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves one checkpoint as owner/model; owner/gated and owner/other exist, but give no files and no weights."""
-
-    daemon_threads = True
-
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.contents = {file.name: file.read_bytes() for file in checkpoint.iterdir()} | EXTRA
-        self.asked: list[str] = []
-        self.tokens: set[str | None] = set()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    """The three calls that a download makes: the commit of a revision, its files, and a file."""
-
-    server: Hub
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-    def send(self, code: int, body: bytes, **headers: str) -> None:
-        self.send_response(code)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path).strip("/")
-        parts = path.removeprefix("api/models/").split("/")
-        if len(parts) < 4:  # the library's own questions
-            self.send(404, b"")
-            return
-        self.server.tokens.add(self.headers.get("Authorization"))
-        repo, what, revision, name = "/".join(parts[:2]), parts[2], parts[3], "/".join(parts[4:])
-        if repo not in ("owner/model", "owner/gated", "owner/other"):
-            self.send(404, b"", X_Error_Code="RepoNotFound")
-        elif revision not in ("main", "v1", COMMIT):
-            self.send(404, b"", X_Error_Code="RevisionNotFound")
-        elif what == "revision":
-            self.send(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode())
-        elif what == "tree":
-            self.send(200, json.dumps([self.entry(*item) for item in self.server.contents.items()]).encode())
-        elif repo == "owner/gated":
-            self.send(403, b"", X_Error_Code="GatedRepo")
-        else:
-            self.server.asked.append(name)
-            content = self.server.contents[name]
-            if repo == "owner/other" and name == "config.json":
-                content = b'{"model_type": "bert"}'
-            etag = hashlib.sha256(content).hexdigest()
-            self.send(200, content, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
-
-    do_HEAD = do_GET  # noqa: N815
-
-    @staticmethod
-    def entry(name: str, content: bytes) -> dict[str, Any]:
-        entry = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-        if name.endswith(".safetensors"):
-            digest = hashlib.sha256(content).hexdigest()
-            entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 134}
-        return entry
+from tests.source.local_hub import COMMIT, EXTRA, Hub, local_hub, run_command
 
 
 @pytest.fixture
 def server(sample_checkpoint: Path) -> Iterator[Hub]:
-    hub = Hub(sample_checkpoint)
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
-    thread.start()
-    yield hub
-    hub.shutdown()
-    hub.server_close()
-    thread.join()
+    with local_hub(sample_checkpoint) as hub:
+        yield hub
 
 
 def export(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """ivc-export in a process of its own: huggingface_hub reads its settings once, when it is imported."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    clean |= {"HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"} | variables
-    program = "import sys; from ivc_export import cli; sys.exit(cli.ivc_export(sys.argv[1:]))"
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True)
+    return run_command(folder, "ivc_export", *arguments, **variables)
 
 
 def test_a_hub_model_is_downloaded_once_and_linked_out_of_the_cache(

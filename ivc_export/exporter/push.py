@@ -1,0 +1,146 @@
+"""A bundle onto Hugging Face's hub, in one commit: all of it is there, or nothing has changed.
+
+Weights are sent ahead of the commit, and what has arrived is not sent again, so that a push which broke off is resumed
+by the next one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ivc_export.bundle.bundle import Bundle
+from ivc_export.bundle.staging import fits, shared_patterns
+from ivc_export.contract.names import MANIFEST
+from ivc_export.contract.origin import read_origin
+from ivc_export.errors import UserError
+from ivc_export.exporter.card import model_card, read_checked
+from ivc_export.source.hub import is_hub_id
+from ivc_export.source.origin import CARD, completed
+
+KEPT = (CARD, ".gitattributes", "LICENSE*", "LICENCE*", "NOTICE*")
+"""What a repository may hold beside a bundle's files."""
+WEIGHTS = "weights/*"
+TOKENS = "huggingface.co/settings/tokens"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where a bundle came to be. licensed: whether the card names the base model's licence."""
+
+    repo: str
+    commit: str
+    url: str
+    licensed: bool
+
+
+def check_push(repo: str) -> None:
+    """Refuse, before any work, a repository that cannot take a bundle; nothing is written.
+
+    Raises:
+        UserError: the name is none, there is no token, or the repository holds something else, or the hub says no.
+    """
+    if not is_hub_id(repo):
+        raise UserError(f"{repo} is no name of a repository: give --push-to-hub owner/name")
+    import huggingface_hub  # takes a while to load
+
+    if huggingface_hub.get_token() is None:
+        raise UserError(
+            f"--push-to-hub needs a token that may write: make one at {TOKENS}, and set HF_TOKEN or log in with "
+            "`hf auth login`"
+        )
+    api = huggingface_hub.HfApi()
+    with upload_errors(repo, "nothing has been exported or uploaded, so try again"):
+        api.whoami()
+        if api.repo_exists(repo):
+            check_holds_bundle(repo, api.list_repo_files(repo))
+
+
+def push(bundle: Bundle, repo: str, private: bool = False) -> Pushed:
+    """Upload a bundle, with a card, in the place of one that the repository may hold; it is made where there is none.
+
+    Engines and reports stay here: engines fit one machine, and reports show pictures. private: of a new repository.
+
+    Raises:
+        UserError: the hub does not take it, and the repository is as it was; or see read_checked and read_origin.
+    """
+    import huggingface_hub
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    origin = completed(read_origin(bundle.folder))
+    card = model_card(bundle, origin, read_checked(bundle), repo)
+    files = shared_files(bundle)
+    api = huggingface_hub.HfApi()
+    again = f"it goes on with ivc-export --output {bundle.folder} --push-to-hub {repo}"
+    with upload_errors(repo, f"the bundle is whole in {bundle.folder}, and no part of it shows on the hub; {again}"):
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        info = api.model_info(repo)
+        there = [sibling.rfilename for sibling in info.siblings or ()]
+        check_holds_bundle(repo, there)
+        stale = [name for name in there if is_of_bundle(name) and name not in files]
+        commit = api.create_commit(
+            repo,
+            [
+                *(CommitOperationAdd(name, str(bundle.folder / name)) for name in files),
+                CommitOperationAdd(CARD, card.encode()),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
+            commit_message=f"Upload a bundle of ivc-export {bundle.manifest.versions['ivc-export']}",
+            parent_commit=info.sha,
+        )
+    return Pushed(repo, commit.oid, f"{api.endpoint}/{repo}", origin.license is not None)
+
+
+def shared_files(bundle: Bundle) -> list[str]:
+    """Files of a bundle that are for others, relative to its folder: its graphs, weights, and what is beside them."""
+    names = {path.relative_to(bundle.folder) for path in bundle.folder.rglob("*") if path.is_file()}
+    beside = {str(name) for name in names if any(fits(name, pattern) for pattern in shared_patterns())}
+    return sorted({*bundle.files, *beside})
+
+
+def is_of_bundle(name: str) -> bool:
+    """Whether a file of a repository is one that a push may have written, its card left aside."""
+    return any(fits(Path(name), pattern) for pattern in (*shared_patterns(), WEIGHTS))
+
+
+def check_holds_bundle(repo: str, names: list[str]) -> None:
+    """Refuse a repository with files that are no bundle's.
+
+    Raises:
+        UserError: it has some, and no manifest.
+    """
+    foreign = [name for name in names if not is_of_bundle(name) and not any(fits(Path(name), kept) for kept in KEPT)]
+    if foreign and MANIFEST not in names:
+        raise UserError(f"{repo} on the hub holds {foreign[0]} and no bundle: name another repository")
+
+
+@contextmanager
+def upload_errors(repo: str, advice: str) -> Iterator[None]:
+    """Turn what the hub's library raises into one sentence, which `advice` ends."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the hub's library and those below it share no base class
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            reason = "HF_HUB_OFFLINE is set: unset it to upload"
+        elif status in (401, 403, 404):
+            reason = f"the hub says no: check the name, and that your token may write there, at {TOKENS}"
+        elif status in (409, 412):
+            reason = "somebody else changed it meanwhile"
+        else:
+            reason = first_line(error)
+        raise UserError(f"the bundle cannot be uploaded to {repo} ({reason}); {advice}") from error
+
+
+def first_line(error: Any) -> str:
+    """What an exception says first."""
+    lines = [re.sub(r" \(Request ID: .*", "", line).strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line), type(error).__name__)

@@ -41,7 +41,11 @@ PLUGIN_OPERATORS = frozenset(("SelectTokens", "CompactGatherN"))
 library of custom operators for onnxruntime."""
 
 ATTENDING = frozenset(("AttendInPlace", "EncodeAttend"))
-"""Such operators for attention, of both libraries; query, key and value are their first inputs, as each takes them."""
+"""Such operators for attention; query, key and value are their first inputs. The library for onnxruntime has the
+second alone, which takes them another way than the plugin's."""
+
+JOINED = frozenset(("AttendJoined", "TurnHeads"))
+"""Such operators of our library for onnxruntime, over rows in which query, key and value stand side by side."""
 
 ATTENTION_OPERATORS = ATTENDING | {"CompactIntoCaches"}
 """The plugin's for attention, and for caches that it writes in place."""

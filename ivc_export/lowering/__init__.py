@@ -21,7 +21,7 @@ from ivc_export.lowering.onnxruntime.attention import UseFusedAttentionPass, Use
 from ivc_export.lowering.onnxruntime.biases import AddBiasesPass
 from ivc_export.lowering.onnxruntime.custom_operators import LIBRARY, UseCustomOpsPass
 from ivc_export.lowering.onnxruntime.norms import FuseNormsPass
-from ivc_export.lowering.onnxruntime.own_attention import ReadPackedRowsPass, UseOwnAttentionPass
+from ivc_export.lowering.onnxruntime.own_attention import UseOwnAttentionPass
 from ivc_export.lowering.onnxruntime.projections import PackProjectionsPass
 from ivc_export.lowering.onnxruntime.rotate_in_attention import RotateInAttentionPass
 from ivc_export.lowering.onnxruntime.write_caches import WriteCachesPass
@@ -109,7 +109,6 @@ def fused(own: bool = False) -> Passes:
         InlinePass(kept=SELECTION | LIBRARY),  # onnxruntime inlines bodies, or has operators of ours
         *([FuseLinearsPass()] if own else ()),  # in bodies
         PackProjectionsPass(),
-        *([ReadPackedRowsPass()] if own else ()),
         RotateInAttentionPass(),
         FuseActivationsPass(),
         AddBiasesPass(),

@@ -12,7 +12,10 @@ from ivc_export.graph.functions import RESULTS
 BOOLEANS = frozenset(("And", "Equal", "Greater", "GreaterOrEqual", "Less", "Not", "Or"))
 """Operators of the contract whose results are truth values."""
 
-ALIKE = {"AttendInPlace": 0, "CompactIntoCaches": 2, "EncodeAttend": 0, "FusedLinear": 0, "MatMulInt4": 0}
+ALIKE = {
+    **dict.fromkeys(("AttendInPlace", "AttendJoined", "EncodeAttend", "FusedLinear", "MatMulInt4", "TurnHeads"), 0),
+    "CompactIntoCaches": 2,
+}
 """Operators of ours without a body whose outputs are all of one input's type: that of this number."""
 
 Types = MutableMapping[ir.Value, ir.DataType]

@@ -24,7 +24,7 @@ from ivc_export.verify.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
 from samples.tiny import wide
 from tests.conftest import random_picture
-from tests.native.custom_ops import DTYPES, OwnDecode, check_attention, check_gather, check_selection
+from tests.native.custom_ops import DTYPES, OwnAttentionSession, check_attention, check_gather, check_selection
 from tests.native.test_plugin_builds import build
 
 pytestmark = [
@@ -65,7 +65,7 @@ def test_attention_agrees_with_float64(library: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])  # in windows and packed, and without rotations
-@pytest.mark.parametrize("opened", [FusedSession, OwnDecode])
+@pytest.mark.parametrize("opened", [FusedSession, OwnAttentionSession])
 def test_our_attention_is_as_onnxruntimes(
     library: Path, tmp_path: Path, family: str, opened: type[FusedSession]
 ) -> None:

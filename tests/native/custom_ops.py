@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,31 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from ivc_export.contract.names import IR_VERSION, IVC_DOMAIN, IVC_VERSION, OPSET
-from ivc_export.lowering.join_decode import join_decode
+from ivc_export.lowering import LOWERINGS
+from ivc_export.lowering.onnxruntime.own_attention import OwnAttention, UseOwnAttentionPass
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
 from ivc_export.runtime.onnxruntime.fused_graphs import PROVIDERS, Provider, register
 from tests.conftest import SCORE_TOLERANCE
-from tests.native.attention import DecoderCase, EncoderCase, decoder_case, encoder_case
+from tests.native.attention import STORED, EncoderCase, encoder_case
+from tests.native.joined import EPSILON, JoinedCase, joined_case, near, split_case
 from tests.native.kernels import SEED_DIVISOR, Case, random_case
 
+DTYPES_OF_INTS = {"int32": TensorProto.INT32, "int64": TensorProto.INT64}
 DTYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 INDEX_NAMES = ("visual_index", "text_index", "query_index", "keep_count")
 
 
-class OwnDecode(FusedSession):
-    """Decode steps by our attention, too."""
+class OwnAttentionSession(FusedSession):
+    """Attention of all sizes by our kernels, where they take them."""
 
-    def _joined(self) -> ir.Model:
-        return self._lower(join_decode(self.bundle.graph("prefix"), self.bundle.graph("decoder")), self.lowering)
+    def _lower(self, model: ir.Model, lowering: str) -> ir.Model:
+        passes = [
+            UseOwnAttentionPass(OwnAttention(rows=True, frames=True)) if isinstance(one, UseOwnAttentionPass) else one
+            for one in LOWERINGS[lowering].passes()
+        ]
+        for one in passes:
+            model = one(model).model
+        return model
 
 
 def tensors(dtype: int, names: Sequence[str], rank: int = 1) -> list[Any]:
@@ -102,87 +110,109 @@ def check_gather(library: Path, provider: Provider, dtype: str) -> None:
         np.testing.assert_array_equal(y, x.take(index, axis))
 
 
-def in_rows(layout: str, *heads: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-    """Query, key and value [frames, heads, rows, size] as rows of their own, of all three, or of two where turned."""
-    rows = [x.transpose(0, 2, 1, 3).reshape(*x.shape[::2], -1) for x in heads]
-    if layout == "by row":
-        return rows
-    whole, both = np.concatenate(rows, axis=2), np.concatenate(rows[:2], axis=2)
-    return {"packed": [whole] * 3, "by head": [both, both, whole]}[layout]
-
-
-def attend(
-    library: Path, provider: Provider, case: DecoderCase | EncoderCase, floats: list[Any], ints: list[Any]
+def run_node(
+    library: Path, provider: Provider, node: Any, inputs: Sequence[tuple[str, npt.NDArray[Any]]], dtype: str, rank: int
 ) -> list[npt.NDArray[Any]]:
-    """AttendInPlace or EncodeAttend on float32 arrays that are cast to the case's type, and its outputs cast back."""
-    operator, count = ("AttendInPlace", 3) if isinstance(case, DecoderCase) else ("EncodeAttend", 1)
-    heads, _, size = case.q.shape[-3:]
-    given, whole = [f"x{i}" for i in range(len(floats))], [f"i{i}" for i in range(len(ints))]
-    typed, found = [f"{x}/typed" for x in given], [f"y{i}" for i in range(count)]
-    casts = [helper.make_node("Cast", [x], [y], to=DTYPES[case.dtype]) for x, y in zip(given, typed, strict=True)]
-    back = [helper.make_node("Cast", [f"{y}/typed"], [y], to=1) for y in found]
-    attributes: dict[str, Any] = {"scale": size**-0.5, "heads": heads}
-    if isinstance(case, EncoderCase):
-        attributes |= {"head_dim": size, "block_size": case.block_size}
-    outputs = [f"{y}/typed" for y in found]
-    node = helper.make_node(operator, [*typed, *whole], outputs, domain=IVC_DOMAIN, **attributes)
-    inputs = [tensors(1, [name], x.ndim)[0] for name, x in zip(given, floats, strict=True)]
-    ranks = [3 if isinstance(case, EncoderCase) and case.block_size else 2, 4, 4][:count]
-    results = [tensors(1, [name], rank)[0] for name, rank in zip(found, ranks, strict=True)]
-    opened = session(library, provider, [*casts, node, *back], [*inputs, *tensors(6, whole)], results)
-    feeds = dict(zip(given, (x.astype(np.float32) for x in floats), strict=True)) | dict(zip(whole, ints, strict=True))
+    """A node whose inputs "x.." are float32 arrays that are cast to `dtype` first, as its outputs are cast back.
+
+    rank: of the first output; others are caches, or as it.
+    """
+    casts = [helper.make_node("Cast", [f"given/{n}"], [n], to=DTYPES[dtype]) for n, _ in inputs if n[0] == "x"]
+    back = [helper.make_node("Cast", [y], [f"wide/{y}"], to=1) for y in node.output]
+    given, feeds = [], {}
+    for name, array in inputs:
+        kind = TensorProto.FLOAT if array.dtype.kind == "f" or name[0] == "x" else DTYPES_OF_INTS[array.dtype.name]
+        held = array.astype(np.float32) if kind == TensorProto.FLOAT else array
+        named = f"given/{name}" if name[0] == "x" else name
+        given += tensors(kind, [named], array.ndim)
+        feeds[named] = held
+    ranks = [rank, *[4 if node.op_type == "AttendJoined" else rank] * 2]
+    results = [tensors(1, [f"wide/{y}"], r)[0] for y, r in zip(node.output, ranks, strict=False)]
+    opened = session(library, provider, [*casts, node, *back], given, results)
     answers: list[npt.NDArray[Any]] = opened.run(None, feeds)
     return answers
 
 
-def layer_inputs(case: DecoderCase) -> list[npt.NDArray[Any]]:
-    """All but past_length."""
-    rows = in_rows(case.layout, *(x[None] for x in (case.q, case.k, case.v)))
-    return [*rows, case.key_cache[None], case.value_cache[None]]
+def joined_inputs(
+    case: JoinedCase, *between: tuple[str, npt.NDArray[Any]]
+) -> list[tuple[str, npt.NDArray[Any] | None]]:
+    """Names and arrays, in order; those that are left out have no array."""
+    tables = [("cos", case.cos), ("sin", case.sin)]
+    return [("x", case.rows), *between, *tables, ("x/q", case.query_norm), ("x/k", case.key_norm)]
 
 
-def attend_in_place(library: Path, provider: Provider, case: DecoderCase) -> list[npt.NDArray[Any]]:
+def joined_node(operator: str, case: JoinedCase, inputs: Sequence[tuple[str, Any]], **more: Any) -> Any:
+    """AttendJoined or TurnHeads."""
+    sizes: dict[str, Any] = {"heads": case.heads, "kv_heads": case.kv_heads, "head_dim": case.size}
+    sizes["grouped"] = int(case.grouped)
+    names = ["" if array is None else name for name, array in inputs]
+    while not names[-1]:
+        names.pop()
+    return helper.make_node(operator, names, ["a", "b", "c"], domain=IVC_DOMAIN, epsilon=EPSILON, **sizes, **more)
+
+
+def turn_heads(library: Path, provider: Provider, case: JoinedCase, frames: int) -> list[npt.NDArray[Any]]:
+    """q, k, v."""
+    inputs = joined_inputs(case, ("frames", np.array([frames], np.int64)))
+    node = joined_node("TurnHeads", case, inputs)
+    return run_node(library, provider, node, [(n, x) for n, x in inputs if x is not None], case.dtype, 3)
+
+
+def attending(case: JoinedCase) -> tuple[Any, list[tuple[str, npt.NDArray[Any]]]]:
+    """AttendJoined, and its inputs."""
+    caches = (("x/keys", case.key_cache[None]), ("x/values", case.value_cache[None]))
+    inputs = joined_inputs(case, *caches, ("past", np.array([case.past_length], np.int32)))
+    node = joined_node("AttendJoined", case, inputs, scale=case.size**-0.5)
+    return node, [(name, array) for name, array in inputs if array is not None]
+
+
+def attend_joined(library: Path, provider: Provider, case: JoinedCase) -> list[npt.NDArray[Any]]:
     """y and both caches, which are copied: the casts' results are other memory than the outputs."""
-    return attend(library, provider, case, layer_inputs(case), [np.array([case.past_length], np.int32)])
+    node, inputs = attending(case)
+    return run_node(library, provider, node, inputs, case.dtype, 2)
 
 
-def attend_bound(library: Path, provider: Provider, case: DecoderCase) -> list[npt.NDArray[Any]]:
+def attend_bound(library: Path, provider: Provider, case: JoinedCase) -> list[npt.NDArray[Any]]:
     """The same in float32, with the caches bound as inputs and outputs."""
-    names, caches = [f"x{i}" for i in range(5)], ["present_key", "present_value"]
-    attributes: dict[str, Any] = {"scale": case.q.shape[2] ** -0.5, "heads": len(case.q)}
-    node = helper.make_node("AttendInPlace", [*names, "past"], ["y", *caches], domain=IVC_DOMAIN, **attributes)
-    held = [
-        *(x.copy() for x in layer_inputs(case)),
-        np.array([case.past_length], np.int32),
-    ]  # a value may be their memory
-    floats = [tensors(1, [name], x.ndim)[0] for name, x in zip(names, held, strict=False)]
-    results = [*tensors(1, ["y"], 2), *tensors(1, caches, 4)]
-    opened = session(library, provider, [node], [*floats, *tensors(6, ["past"])], results)
+    node, inputs = attending(case)
+    given = [
+        tensors(TensorProto.INT32 if name == "past" else TensorProto.FLOAT, [name], x.ndim)[0] for name, x in inputs
+    ]
+    results = [*tensors(1, ["a"], 2), *tensors(1, ["b", "c"], 4)]
+    opened = session(library, provider, [node], given, results)
     binding = opened.io_binding()
-    values = [onnxruntime.OrtValue.ortvalue_from_numpy(x, provider, 0) for x in held]
-    for name, value in zip((*names, "past"), values, strict=True):
+    held = {name: x.copy() for name, x in inputs}  # a value may be their memory
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(x, provider, 0) for name, x in held.items()}
+    for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
-    binding.bind_output("y")
-    for name, value in zip(caches, values[3:5], strict=True):
-        binding.bind_ortvalue_output(name, value)
+    binding.bind_output("a")
+    for name, past in (("b", "x/keys"), ("c", "x/values")):
+        binding.bind_ortvalue_output(name, values[past])
     opened.run_with_iobinding(binding)
-    return [binding.get_outputs()[0].numpy(), *(value.numpy().copy() for value in values[3:5])]
+    return [binding.get_outputs()[0].numpy(), *(values[name].numpy().copy() for name in ("x/keys", "x/values"))]
 
 
 def encode(library: Path, provider: Provider, case: EncoderCase) -> npt.NDArray[Any]:
     """y."""
-    windows = [] if case.windows is None else [case.windows]
-    return attend(library, provider, case, in_rows(case.layout, case.q, case.k, case.v), windows)[0]
+    rows = [x.transpose(0, 2, 1, 3).reshape(*x.shape[::2], -1) for x in (case.q, case.k, case.v)]
+    inputs = [(f"x{i}", x) for i, x in enumerate(rows)]
+    inputs += [] if case.windows is None else [("windows", case.windows)]
+    heads, _, size = case.q.shape[1:]
+    attributes = {"scale": size**-0.5, "heads": heads, "head_dim": size, "block_size": case.block_size}
+    node = helper.make_node("EncodeAttend", [n for n, _ in inputs], ["a"], domain=IVC_DOMAIN, **attributes)
+    return run_node(library, provider, node, inputs, case.dtype, 3 if case.block_size else 2)[0]
 
 
 def check_attention(library: Path, provider: Provider, seed: int, most: int) -> None:
-    """A random case of a decoder layer, of frames and of windows, against float64."""
+    """A random case of a decoder layer, of split heads, of frames and of windows, against float64."""
     with np.errstate(all="ignore"):  # NaN and infinities stand where nothing may be read
-        layer = replace(decoder_case(seed, most), append=True)
-        if layer.key_cache.shape[1] >= layer.q.shape[1]:
-            y, *caches = attend_in_place(library, provider, layer)
-            for found, wanted in zip(caches, layer.caches(), strict=True):
-                np.testing.assert_array_equal(found[0], wanted.astype(np.float32))
-            layer.error(y)
+        layer = joined_case(seed, most)
+        y, *caches = attend_joined(library, provider, layer)
+        layer.check_answer(*(x.reshape(x.shape[-3 + (x is y) :]).astype(STORED[layer.dtype]) for x in (y, *caches)))
+        split = split_case(seed)
+        frames = 1 if split.cos is None else len(split.rows) // len(split.cos)
+        for found, wanted in zip(turn_heads(library, provider, split, frames), split.split(), strict=True):
+            assert found.shape == (frames, len(split.rows) // frames, wanted.shape[1] * split.size)
+            near(found, wanted, split.dtype)
         for case in (encoder_case(seed, False, most), encoder_case(seed, True, most)):
             case.error(encode(library, provider, case).reshape(case.answer().shape))

@@ -29,17 +29,19 @@ from ivc_export.verify.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY, wide
 from tests.conftest import LOGIT_TOLERANCE
-from tests.native.attention import decoder_case, encoder_case
+from tests.native.attention import encoder_case
 from tests.native.custom_ops import (
-    OwnDecode,
+    OwnAttentionSession,
     attend_bound,
-    attend_in_place,
+    attend_joined,
     check_attention,
     check_gather,
     check_selection,
     encode,
     select,
+    turn_heads,
 )
+from tests.native.joined import JoinedCase, joined_case
 from tests.native.kernels import random_case
 from tests.native.test_plugin_builds import build
 
@@ -63,7 +65,7 @@ def test_graphs_with_custom_operators_keep_the_contract(bundle: Bundle, name: Gr
     assert not model.functions
     rule = bundle.manifest.selection
     select = [] if rule.tiles or rule.views else ["SelectTokens"]
-    operators = [node for node in model.graph if node.domain == IVC_DOMAIN]
+    operators = [node for node in model.graph if node.domain == IVC_DOMAIN and node.op_type != "TurnHeads"]
     wanted = {"vision": [], "prefix": select, "decoder": ["CompactGatherN"]}[name]
     assert [node.op_type for node in operators if node.op_type != "FusedLinear"] == wanted
     if name == "decoder":
@@ -88,30 +90,46 @@ def test_attention_in_onnxruntime_agrees_with_float64(library: Path) -> None:
         check_attention(library, "cpu", seed, 60)
 
 
+def float32_case() -> JoinedCase:
+    """Several rows in float32, with norms and angles, over a cache that is not full."""
+    cases = (joined_case(seed) for seed in range(500) if seed % 3)
+    return next(
+        c
+        for c in cases
+        if c.dtype == "float32" and len(c.rows) > 1 and c.cos is not None and c.query_norm is not None and c.past_length
+    )
+
+
 def test_caches_are_written_in_place_where_they_are_bound_so(library: Path) -> None:
     """Rows that hold nothing yet stay as they were, and the past is not copied."""
-    case = replace(decoder_case(44), append=True)
-    assert case.dtype == "float32" and len(case.q[0]) < case.key_cache.shape[1]
-    y, *_ = attend_in_place(library, "cpu", case)
-    found, keys, values = attend_bound(library, "cpu", case)
-    np.testing.assert_array_equal(found, y)
-    for cache, wanted in zip((keys, values), case.caches(), strict=True):
-        np.testing.assert_array_equal(cache[0], wanted)
+    with np.errstate(all="ignore"):
+        case = float32_case()
+        y, *_ = attend_joined(library, "cpu", case)
+        found, keys, values = attend_bound(library, "cpu", case)
+        np.testing.assert_array_equal(found, y)
+        case.check_answer(found, keys[0], values[0])
 
 
 def test_impossible_attention_is_refused(library: Path) -> None:
-    case = replace(decoder_case(44), append=True)
-    rows = len(case.q[0])
+    case = float32_case()
+    assert case.cos is not None and case.query_norm is not None
+    rows = len(case.rows)
     with pytest.raises(Exception, match="the caches have no room for this run's rows"):
         caches = case.key_cache[:, : rows - 1], case.value_cache[:, : rows - 1]
-        attend_in_place(library, "cpu", replace(case, key_cache=caches[0], value_cache=caches[1]))
+        attend_joined(library, "cpu", replace(case, key_cache=caches[0], value_cache=caches[1]))
     with pytest.raises(Exception, match="both caches are"):
-        attend_in_place(library, "cpu", replace(case, key_cache=case.key_cache[:, 1:]))
-    with pytest.raises(Exception, match="with as many rows"):
-        attend_in_place(library, "cpu", replace(case, k=np.repeat(case.k, 2, axis=1), layout="by row"))
-    with pytest.raises(Exception, match="too narrow for their heads"):
-        attend_in_place(library, "cpu", replace(case, v=case.v[:0], layout="by row"))
+        attend_joined(library, "cpu", replace(case, key_cache=case.key_cache[:, 1:]))
+    with pytest.raises(Exception, match=r"joined rows are \[rows, \(heads \+ 2 kv_heads\) head_dim\]"):
+        attend_joined(library, "cpu", replace(case, rows=case.rows[:, 1:]))
+    with pytest.raises(Exception, match="cosines and sines are"):
+        attend_joined(library, "cpu", replace(case, cos=case.cos[:, 1:]))
+    with pytest.raises(Exception, match="one weight for each element"):
+        attend_joined(library, "cpu", replace(case, query_norm=case.query_norm[1:]))
+    with pytest.raises(Exception, match="rows are not as many in each frame"):
+        turn_heads(library, "cpu", case, rows + 1)
     windows = encoder_case(3, True, 60)
+    with pytest.raises(Exception, match="query, key and value are"):
+        encode(library, "cpu", replace(windows, k=windows.k[:, :, 1:]))
     with pytest.raises(Exception, match="windows go with a block_size"):
         encode(library, "cpu", replace(windows, block_size=0))
     with pytest.raises(Exception, match="window_of_place is not one a row"):
@@ -137,7 +155,7 @@ def wide_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 @pytest.mark.parametrize("name", [*GRAPH_NAMES, "decode"])
 def test_our_attention_keeps_the_contract(wide_bundle: Bundle, name: str) -> None:
-    """It reads no part of a Split, but where one key-value head's parts lie side by side, or heads are normed."""
+    """Heads are split by our operators, from one product's rows."""
     m = wide_bundle.manifest
     if name == "decode":
         portable = join_decode(wide_bundle.graph("prefix"), wide_bundle.graph("decoder"))
@@ -148,17 +166,22 @@ def test_our_attention_keeps_the_contract(wide_bundle: Bundle, name: str) -> Non
     LOWERINGS["ort-cuda-ops"].verify(name, model, info)  # type: ignore[arg-type]
     found = Counter(node.op_type for node in model.graph)
     latent = m.decoder.value_dim != m.decoder.head_dim
-    layers = {"vision": 0, "prefix": m.selection_layer, "decoder": m.decoder.layers - m.selection_layer}
-    assert found["AttendInPlace"] == (0 if latent else layers.get(name, m.decoder.layers))
-    assert (found["EncodeAttend"] > 0) == (name == "vision")
-    assert not {"GroupQueryAttention", "MultiHeadAttention"} & found.keys()
-    lengths = {node.inputs[5] for node in model.graph if node.op_type == "AttendInPlace"}
+    layers = {"prefix": m.selection_layer, "decoder": m.decoder.layers - m.selection_layer}.get(name, 0)
+    assert found["AttendJoined"] == (m.decoder.layers if name == "decode" and not latent else 0)
+    assert found["GroupQueryAttention"] == (0 if latent else layers)
+    windows = m.family == "qwen2_5_vl" and name == "vision"
+    assert found["EncodeAttend"] == windows and (found["MultiHeadAttention"] > 0) == (name == "vision")
+    attending = found["GroupQueryAttention"] + found["MultiHeadAttention"] + found["EncodeAttend"]
+    assert found["TurnHeads"] == attending and not found["RotaryEmbedding"]
+    joined = [node.inputs[0] for node in model.graph if node.op_type in ("AttendJoined", "TurnHeads")]
+    assert not [value for value in joined if value is None or value.producer().op_type == "Concat"]  # type: ignore[union-attr]
+    lengths = {node.inputs[3] for node in model.graph if node.op_type == "AttendJoined"}
     given = [v for v in model.graph.inputs if str(v.name).startswith("seqlens_k")]  # some layers have their own
     assert len(lengths) <= len(given)  # computed once for all layers
     if m.family in ("llava", "qwen2_vl", "qwen2_5_vl", "internvl"):
         assert found["Split"] == (name == "prefix")  # the selection reads the values of layer k-1
     if name == "decode" and not latent:
-        assert not {"Shape", "Gather", "Transpose"} & found.keys()  # nothing that a host would compute
+        assert not {"Shape", "Gather", "Transpose", "Reshape"} & found.keys()  # nothing that a host would compute
 
 
 def test_a_decoder_layer_has_four_products(wide_bundle: Bundle) -> None:
@@ -180,8 +203,8 @@ def test_every_family_attends_with_our_operators(wide_bundle: Bundle, library: P
     same_conversation(wide_bundle, FusedSession(wide_bundle, "cpu", op_library=library))
 
 
-def test_decode_steps_can_attend_with_our_operators(wide_bundle: Bundle, library: Path) -> None:
-    same_conversation(wide_bundle, OwnDecode(wide_bundle, "cpu", op_library=library))
+def test_our_operators_can_attend_everywhere(wide_bundle: Bundle, library: Path) -> None:
+    same_conversation(wide_bundle, OwnAttentionSession(wide_bundle, "cpu", op_library=library))
 
 
 def test_every_family_runs_with_custom_operators(bundle: Bundle, library: Path) -> None:

@@ -517,7 +517,7 @@ struct Attention {
     IVC_WARP void finishMerged(const Merged& merged, int warp) const {
         constexpr int kPairs = S::kDepth / 2;
         eachLane([&](int lane) {
-            for (int i = warp * kWarp + lane; i < S::kQueries * kPairs; i += S::kThreads) {
+            for (int i = warp * kWarp + lane; i < (endQuery - firstQuery) * kPairs; i += S::kThreads) {
                 const int at = i / kPairs, element = 2 * (i % kPairs);
                 float most = -INFINITY, sum = 0, x0 = 0, x1 = 0;
 #pragma unroll

@@ -36,7 +36,6 @@ struct RowAttention {
         int32_t flag;
     };
     static constexpr int kSharedBytes = S::kSharedBytes + static_cast<int>((sizeof(Fresh) + 15) / 16 * 16);
-    static_assert(4 * kMostRowSplits * kMostRowQueries <= S::kSharedBytes, "too little shared memory");
 
     // Splits the row: queries into shared memory, and where the block has the `last` keys, key and value too.
     IVC_WARP static void split(Block& block, char* shared, Fresh& fresh, const AttendRow& r, int32_t head, int32_t past,
@@ -65,9 +64,10 @@ struct RowAttention {
                     });
                 }
                 if (t.cos) {
-                    pairs.turn(t, [&](int lane) -> int64_t {
-                        return real(lane) && item(lane) <= group ? element(lane) : -1;
-                    });
+                    const auto turned = [&](int lane) { return real(lane) && item(lane) <= group; };
+                    Angles angles;
+                    angles.read(t, [&](int lane) -> int64_t { return turned(lane) ? element(lane) : -1; });
+                    pairs.turn(angles, turned);
                 }
                 eachLane([&](int lane) {
                     if (!real(lane)) return;
@@ -163,56 +163,46 @@ struct RowAttention {
         block.each([&](int warp) { tiles.hand(merged, found[warp], warp); });
         block.barrier();
         block.each([&](int warp) { tiles.finishMerged(merged, warp); });
-        if (a.splits > 1 && block.last(r.counters + head, a.splits, &fresh.flag)) combine(block, shared, a, head);
+        if (a.splits > 1 && block.last(r.counters + head, a.splits, &fresh.flag)) combine(block, a, head);
     }
 
-    // Adds up what the blocks of a head found.
-    IVC_WARP static void combine(Block& block, char* shared, const Attend& a, int32_t head) {
-        const int32_t lines = a.kvHeads * a.group, line = head * a.group;
-        const float *largest = a.largest() + line, *sums = a.sums() + line;
-        float* factors = reinterpret_cast<float*>(shared);  // [splits, kMostRowQueries]
-        block.each([&](int warp) {
-            for (int32_t query = warp; query < a.group; query += S::kWarps) {
-                Lane<float> most, total;
-                eachLane([&](int lane) {
-                    most[lane] = -INFINITY;
-                    for (int32_t s = lane; s < a.splits; s += kWarp) {
-                        most[lane] = fmaxf(most[lane], fromOthers(largest + s * lines + query));
-                    }
-                });
-                overWarp(most, [](float x, float y) { return fmaxf(x, y); });
-                eachLane([&](int lane) {
-                    total[lane] = 0;
-                    for (int32_t s = lane; s < a.splits; s += kWarp) {
-                        const float factor = power2(fromOthers(largest + s * lines + query) - most[lane]);
-                        total[lane] += factor * fromOthers(sums + s * lines + query);
-                        factors[s * kMostRowQueries + query] = factor;
-                    }
-                });
-                overWarp(total, [](float x, float y) { return x + y; });
-                eachLane([&](int lane) {
-                    for (int32_t s = lane; s < a.splits; s += kWarp) {
-                        factors[s * kMostRowQueries + query] /= total[lane];
-                    }
-                });
-            }
-        });
-        block.barrier();
+    // Adds up what the blocks of a head found. A lane has four elements of a query, and some splits' in flight.
+    IVC_WARP static void combine(Block& block, const Attend& a, int32_t head) {
+        constexpr int kAtOnce = 8;
+        const int32_t lines = a.kvHeads * a.group, line = head * a.group, fours = a.headDim / 4;
         block.each([&](int warp) {
             eachLane([&](int lane) {
-                const int32_t fours = a.headDim / 4;
                 for (int32_t i = warp * kWarp + lane; i < a.group * fours; i += S::kThreads) {
-                    const int32_t query = i / fours, element = 4 * (i % fours);
-                    const float* from = a.partial + static_cast<int64_t>(line + query) * a.headDim + element;
-                    float x[4] = {};
-#pragma unroll 8
-                    for (int32_t s = 0; s < a.splits; ++s) {
-                        float part[4];
-                        fourFromOthers(part, from + static_cast<int64_t>(s) * lines * a.headDim);
-                        const float factor = factors[s * kMostRowQueries + query];
-                        for (int j = 0; j < 4; ++j) x[j] += factor * part[j];
+                    const int32_t query = line + i / fours;
+                    const int64_t at = static_cast<int64_t>(query) * a.headDim + 4 * (i % fours);
+                    float most = -INFINITY, sum = 0, x[4] = {};
+                    for (int32_t first = 0; first < a.splits; first += kAtOnce) {
+                        float largest[kAtOnce], sums[kAtOnce], parts[kAtOnce][4];
+#pragma unroll
+                        for (int j = 0; j < kAtOnce; ++j) {
+                            const int32_t s = smaller(first + j, a.splits - 1);
+                            largest[j] = fromOthers(a.largest() + s * lines + query);
+                            sums[j] = fromOthers(a.sums() + s * lines + query);
+                            fourFromOthers(parts[j], a.partial + static_cast<int64_t>(s) * lines * a.headDim + at);
+                        }
+                        float found = most;
+#pragma unroll
+                        for (int j = 0; j < kAtOnce; ++j) found = fmaxf(found, largest[j]);
+                        const float kept = power2(most - found);
+                        most = found;
+                        sum *= kept;
+#pragma unroll
+                        for (int k = 0; k < 4; ++k) x[k] *= kept;
+#pragma unroll
+                        for (int j = 0; j < kAtOnce; ++j) {
+                            const float factor = first + j < a.splits ? power2(largest[j] - most) : 0.0f;
+                            sum += factor * sums[j];
+#pragma unroll
+                            for (int k = 0; k < 4; ++k) x[k] += factor * parts[j][k];
+                        }
                     }
-                    const int64_t at = static_cast<int64_t>(line + query) * a.headDim + element;
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) x[k] /= sum;
                     writeFour<Value>(static_cast<Value*>(a.y) + at, x);
                 }
             });

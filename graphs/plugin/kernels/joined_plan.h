@@ -20,10 +20,7 @@ inline Turn planned(const IvcJoined& c, const IvcJoinedRows& r, void* q, void* k
         c.order == IVC_HEADS_GROUPED, c.epsilon};
 }
 
-inline int32_t turnBlocks(const Turn& t) {
-    const int32_t heads = t.heads + t.kvHeads + (t.v ? t.kvHeads : 0);
-    return ceilDiv(t.rowCount * heads * t.lanes(), kTurnThreads);
-}
+inline int32_t turnBlocks(const Turn& t) { return ceilDiv(t.count(), kTurnThreads); }
 
 // Query and key apart, turned, and the value in the joined rows.
 inline IvcAttention apart(const IvcJoined& c) {

@@ -11,6 +11,7 @@
 namespace ivc {
 
 constexpr int kTurnThreads = 256;
+constexpr int kTurnHeads = 4;
 
 // One launch's arguments.
 struct Turn {
@@ -25,6 +26,10 @@ struct Turn {
     IVC_HD int32_t lanes() const { return headDim / 8; }  // of a head
     IVC_HD int32_t group() const { return heads / kvHeads; }
     IVC_HD int32_t width() const { return (heads + 2 * kvHeads) * headDim; }
+
+    // Of a row's heads, kTurnHeads of which a lane takes; and of all rows', times lanes.
+    IVC_HD int32_t parts() const { return ceilDiv(heads + kvHeads + (v ? kvHeads : 0), kTurnHeads); }
+    IVC_HD int32_t count() const { return rowCount * parts() * lanes(); }
 
     // Where a head begins in a row; all queries are numbered before all keys, and these before all values.
     IVC_HD int32_t place(int32_t head) const {
@@ -62,6 +67,25 @@ IVC_WARP void writeFour(void* to, const float* from) {
     memcpy(&bits, static_cast<const void*>(values), sizeof bits);
     *static_cast<typename FourOf<Value>::Vector*>(to) = bits;
 }
+
+// The angles that a lane's elements are turned by.
+struct Angles {
+    struct Both {
+        float cos[4], sin[4];
+    };
+    Lane<Both> x;
+
+    // `from(lane)`: the number of a lane's first cosine, or below 0 where it needs none.
+    template <class From>
+    IVC_WARP void read(const Turn& t, From from) {
+        eachLane([&](int lane) {
+            const int64_t at = from(lane);
+            if (at < 0) return;
+            readFour(x[lane].cos, t.cos + at);
+            readFour(x[lane].sin, t.sin + at);
+        });
+    }
+};
 
 // What the lanes of a warp have of their heads, lanes() of them beside each other of one head.
 struct Pairs {
@@ -102,78 +126,80 @@ struct Pairs {
             const Value* of = weight(lane);
             if (!of) return;
             const float factor = 1 / sqrtf(sum[lane] / static_cast<float>(t.headDim) + t.epsilon);
-            Both w;
-            readFour(w.low, of);
-            readFour(w.high, of + t.half());
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                x[lane].low[i] *= factor * w.low[i];
-                x[lane].high[i] *= factor * w.high[i];
+            for (int i = 0; i < 4; ++i) {  // one by one: weights may lie at any address
+                x[lane].low[i] *= factor * static_cast<float>(of[i]);
+                x[lane].high[i] *= factor * static_cast<float>(of[t.half() + i]);
             }
         });
     }
 
-    // `angle(lane)`: the number of a lane's first cosine, or below 0 where its head is not turned.
-    template <class Angle>
-    IVC_WARP void turn(const Turn& t, Angle angle) {
+    // Turns where `turned(lane)`.
+    template <class Turned>
+    IVC_WARP void turn(const Angles& angles, Turned turned) {
         eachLane([&](int lane) {
-            const int64_t at = angle(lane);
-            if (at < 0) return;
-            float cos[4], sin[4];
-            readFour(cos, t.cos + at);
-            readFour(sin, t.sin + at);
+            if (!turned(lane)) return;
+            const Angles::Both& a = angles.x[lane];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float low = x[lane].low[i], high = x[lane].high[i];
-                x[lane].low[i] = low * cos[i] - high * sin[i];
-                x[lane].high[i] = high * cos[i] + low * sin[i];
+                x[lane].low[i] = low * a.cos[i] - high * a.sin[i];
+                x[lane].high[i] = high * a.cos[i] + low * a.sin[i];
             }
         });
     }
 };
 
-// One block's part: kTurnThreads lanes of rows' heads, queries first in each row, then keys, then values if wanted.
+// One block's part: kTurnThreads lanes of rows' heads, queries first in each row, then keys, then values if wanted. A
+// lane takes kTurnHeads heads one behind the other, which turn by the same angles.
 template <class Value>
 IVC_WARP void turnHeads(Block& block, const Turn& t, int32_t number) {
     const int32_t lanes = t.lanes(), turned = t.heads + t.kvHeads, all = turned + (t.v ? t.kvHeads : 0);
-    const int32_t count = t.rowCount * all * lanes;
+    const int32_t count = t.count();
     block.each([&](int warp) {
-        Pairs pairs;
         const int32_t first = number * kTurnThreads + warp * kWarp;
-        const auto headOf = [&](int lane) { return (first + lane) / lanes % all; };
-        const auto rowOf = [&](int lane) { return (first + lane) / lanes / all; };
+        const auto headOf = [&](int lane, int i) { return (first + lane) / lanes % t.parts() * kTurnHeads + i; };
+        const auto rowOf = [&](int lane) { return (first + lane) / lanes / t.parts(); };
         const auto element = [&](int lane) { return 4 * ((first + lane) % lanes); };
-        const auto real = [&](int lane) { return first + lane < count; };
-        pairs.read<Value>(t, [&](int lane) -> const Value* {
-            if (!real(lane)) return nullptr;
-            const int64_t row = static_cast<int64_t>(rowOf(lane)) * t.width();
-            return static_cast<const Value*>(t.rows) + row + t.place(headOf(lane)) + element(lane);
-        });
-        if (t.queryNorm || t.keyNorm) {
-            pairs.norm<Value>(t, [&](int lane) -> const Value* {
-                const int32_t head = headOf(lane);
-                const void* weights = head < t.heads ? t.queryNorm : head < turned ? t.keyNorm : nullptr;
-                return weights && real(lane) ? static_cast<const Value*>(weights) + element(lane) : nullptr;
-            });
-        }
+        const auto real = [&](int lane, int i) { return first + lane < count && headOf(lane, i) < all; };
+        Angles angles;
         if (t.cos) {
-            pairs.turn(t, [&](int lane) -> int64_t {
-                if (!real(lane) || headOf(lane) >= turned) return -1;
+            angles.read(t, [&](int lane) -> int64_t {
+                if (!real(lane, 0) || headOf(lane, 0) >= turned) return -1;
                 return static_cast<int64_t>(rowOf(lane) % t.angleRows) * t.half() + element(lane);
             });
         }
-        eachLane([&](int lane) {
-            if (!real(lane)) return;
-            const int32_t head = headOf(lane);
-            const int64_t row = rowOf(lane);
-            Value* to = head < t.heads
-                            ? static_cast<Value*>(t.q) + (row * t.heads + head) * t.headDim
+        Pairs pairs[kTurnHeads];
+#pragma unroll
+        for (int i = 0; i < kTurnHeads; ++i) {
+            pairs[i].read<Value>(t, [&](int lane) -> const Value* {
+                if (!real(lane, i)) return nullptr;
+                const int64_t row = static_cast<int64_t>(rowOf(lane)) * t.width();
+                return static_cast<const Value*>(t.rows) + row + t.place(headOf(lane, i)) + element(lane);
+            });
+        }
+#pragma unroll
+        for (int i = 0; i < kTurnHeads; ++i) {
+            if (t.queryNorm || t.keyNorm) {
+                pairs[i].norm<Value>(t, [&](int lane) -> const Value* {
+                    const int32_t head = headOf(lane, i);
+                    const void* weights = head < t.heads ? t.queryNorm : head < turned ? t.keyNorm : nullptr;
+                    return weights && real(lane, i) ? static_cast<const Value*>(weights) + element(lane) : nullptr;
+                });
+            }
+            if (t.cos) pairs[i].turn(angles, [&](int lane) { return headOf(lane, i) < turned; });
+            eachLane([&](int lane) {
+                if (!real(lane, i)) return;
+                const int32_t head = headOf(lane, i);
+                const int64_t row = rowOf(lane);
+                Value* to = head < t.heads ? static_cast<Value*>(t.q) + (row * t.heads + head) * t.headDim
                             : head < turned
-                                  ? static_cast<Value*>(t.k) + (row * t.kvHeads + head - t.heads) * t.headDim
-                                  : static_cast<Value*>(t.v) + (row * t.kvHeads + head - turned) * t.headDim;
-            writeFour<Value>(to + element(lane), pairs.x[lane].low);
-            writeFour<Value>(to + element(lane) + t.half(), pairs.x[lane].high);
-        });
+                                ? static_cast<Value*>(t.k) + (row * t.kvHeads + head - t.heads) * t.headDim
+                                : static_cast<Value*>(t.v) + (row * t.kvHeads + head - turned) * t.headDim;
+                writeFour<Value>(to + element(lane), pairs[i].x[lane].low);
+                writeFour<Value>(to + element(lane) + t.half(), pairs[i].x[lane].high);
+            });
+        }
     });
 }
 

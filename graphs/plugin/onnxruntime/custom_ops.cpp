@@ -1,10 +1,9 @@
 // The ivc operators for onnxruntime's CUDA provider, as a library of custom operators.
 //
 // SelectTokens is that of graphs/ops/SelectTokens.onnxtxt; the others are what the `ort-cuda-ops` lowering
-// (ivc_export/lowering/onnxruntime) puts in the place of a graph's many Gather, of attention and of products. All launch on
-// onnxruntime's stream and wait for nothing.
-#include <optional>
-
+// (ivc_export/lowering/onnxruntime) puts in the place of a graph's many Gather, of products and around attention. All
+// launch on onnxruntime's stream and wait for nothing.
+#include "joined.h"
 #include "linear.h"
 #include "operator.h"
 
@@ -93,82 +92,6 @@ class CompactGatherN {
     std::vector<int64_t> axes_;
 };
 
-// Query, key or value of a call, by its strides.
-struct Heads {
-    const void* data;
-    IvcStrides strides;
-};
-
-// Of rows [frames, rows, width], in which heads stand side by side. Where rows are wider than the heads, they stand
-// behind `before` elements: query, key and value, or query and key, stand in such rows in this order.
-Heads headsOf(const Ort::ConstValue& rows, const Shape& query, int64_t before, int64_t width, int64_t headDim) {
-    const Shape shape = shapeOf(rows);
-    require(query.size() == 3 && shape.size() == 3 && shape[0] == query[0] && shape[1] == query[1],
-        "ivc: query, key and value are [frames, rows, width], with as many rows");
-    const int64_t column = shape[2] == width ? 0 : before;
-    require(shape[2] >= column + width, "ivc: rows of query, key or value are too narrow for their heads");
-    const auto bytes = bytesOf(rows.GetTensorTypeAndShapeInfo().GetElementType());
-    return {static_cast<const char*>(rows.GetTensorRawData()) + column * bytes,
-        {shape[1] * shape[2], headDim, shape[2]}};
-}
-
-// AttendInPlace(q, k, v [1, S, width], past_key, past_value [1, kv_heads, P, D], past_length int32 [1])
-//     -> y [S, heads D], present_key, present_value, the past with this run's rows. Bound to the past's own memory they
-// are written in place; else the past is copied. Attributes: scale, heads.
-class AttendInPlace {
-   public:
-    explicit AttendInPlace(const Ort::ConstKernelInfo& node)
-        : scale_(node.GetAttribute<float>("scale")), heads_(node.GetAttribute<int64_t>("heads")) {}
-
-    OrtStatusPtr ComputeV2(OrtKernelContext* context) const {
-        return guarded([&] { compute(context, Ort::KernelContext(context)); });
-    }
-
-   private:
-    static constexpr size_t kPast = 3, kPastLength = 5;
-
-    void compute(OrtKernelContext* raw, const Ort::KernelContext& context) const {
-        const auto q = context.GetInput(0);
-        const Shape query = shapeOf(q), cache = shapeOf(context.GetInput(kPast));
-        require(cache.size() == 4 && cache[0] == 1 && cache == shapeOf(context.GetInput(kPast + 1)),
-            "AttendInPlace: both caches are [1, kv_heads, P, D]");
-        require(lengthOf(context.GetInput(kPastLength)) == 1, "AttendInPlace: past_length has one element");
-        const int64_t headDim = cache[3], width = heads_ * headDim, kvWidth = cache[1] * headDim;
-        const Heads heads[] = {headsOf(q, query, 0, width, headDim),
-            headsOf(context.GetInput(1), query, width, kvWidth, headDim),
-            headsOf(context.GetInput(2), query, width + kvWidth, kvWidth, headDim)};
-        require(query[0] == 1 && query[1] <= cache[2], "AttendInPlace: the caches have no room for this run's rows");
-        const Type type = q.GetTensorTypeAndShapeInfo().GetElementType();
-        const IvcAttention a{static_cast<int32_t>(query[1]), static_cast<int32_t>(cache[2]),
-            static_cast<int32_t>(heads_), static_cast<int32_t>(cache[1]), static_cast<int32_t>(headDim), scale_,
-            ivcType(type), IVC_FRESH_APPENDED, heads[0].strides, heads[1].strides, heads[2].strides};
-
-        auto y = context.GetOutput(0, Shape{query[1], width});
-        void* const stream = context.GetGPUComputeStream();
-        void* present[2];
-        for (size_t i = 0; i < 2; ++i) {
-            const void* const past = context.GetInput(kPast + i).GetTensorRawData();
-            present[i] = context.GetOutput(1 + i, cache).GetTensorMutableRawData();
-            if (present[i] != past) {
-                const auto bytes = static_cast<size_t>(kvWidth * cache[2] * bytesOf(type));
-                check(cudaMemcpyAsync(
-                          present[i], past, bytes, cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)),
-                    "AttendInPlace");
-            }
-        }
-        const size_t bytes = ivcAttendWorkspace(&a);
-        std::optional<Scratch> scratch;
-        if (bytes) scratch.emplace(raw, q, bytes, stream != nullptr);
-        check(ivcAttendInPlace(&a, heads[0].data, heads[1].data, heads[2].data, present[0], present[1],
-                  context.GetInput(kPastLength).GetTensorData<int32_t>(), y.GetTensorMutableRawData(),
-                  scratch ? scratch->data() : nullptr, static_cast<cudaStream_t>(stream)),
-            "AttendInPlace");
-    }
-
-    float scale_;
-    int64_t heads_;
-};
-
 // EncodeAttend(q, k, v [frames, rows, width]) -> y [frames rows, heads D], or with windows of `block_size` places at
 // most EncodeAttend(q, k, v, window_of_place int32 [rows]) -> y [frames, rows - 2 block_size, heads D].
 // Attributes: scale, heads, head_dim, block_size.
@@ -189,20 +112,22 @@ class EncodeAttend {
         const auto q = context.GetInput(0);
         const Shape query = shapeOf(q);
         const int64_t width = heads_ * headDim_;
-        const Heads heads[] = {headsOf(q, query, 0, width, headDim_),
-            headsOf(context.GetInput(1), query, width, width, headDim_),
-            headsOf(context.GetInput(2), query, 2 * width, width, headDim_)};
+        require(query.size() == 3 && query[2] == width && shapeOf(context.GetInput(1)) == query &&
+                    shapeOf(context.GetInput(2)) == query,
+            "EncodeAttend: query, key and value are [frames, rows, heads head_dim]");
+        const IvcStrides strides{query[1] * width, headDim_, width};
         const bool windows = context.GetInputCount() > 3;
         require(windows == (block_ > 0), "EncodeAttend: windows go with a block_size");
         require(!windows || (lengthOf(context.GetInput(3)) == query[1] && query[1] > 2 * block_),
             "EncodeAttend: window_of_place is not one a row, with a block of padding at both ends");
         const IvcEncoder e{static_cast<int32_t>(query[0]), static_cast<int32_t>(heads_),
             static_cast<int32_t>(query[1]), static_cast<int32_t>(headDim_), scale_,
-            ivcType(q.GetTensorTypeAndShapeInfo().GetElementType()), static_cast<int32_t>(block_), heads[0].strides,
-            heads[1].strides, heads[2].strides};
+            ivcType(q.GetTensorTypeAndShapeInfo().GetElementType()), static_cast<int32_t>(block_), strides, strides,
+            strides};
         auto y = context.GetOutput(
             0, windows ? Shape{query[0], query[1] - 2 * block_, width} : Shape{query[0] * query[1], width});
-        check(ivcEncodeAttend(&e, heads[0].data, heads[1].data, heads[2].data,
+        check(ivcEncodeAttend(&e, q.GetTensorRawData(), context.GetInput(1).GetTensorRawData(),
+                  context.GetInput(2).GetTensorRawData(),
                   windows ? context.GetInput(3).GetTensorData<int32_t>() : nullptr, y.GetTensorMutableRawData(),
                   static_cast<cudaStream_t>(context.GetGPUComputeStream())),
             "EncodeAttend");
@@ -238,16 +163,6 @@ struct CompactGatherNOperator : Description<CompactGatherNOperator, CompactGathe
     OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t) const { return INPUT_OUTPUT_VARIADIC; }
 };
 
-struct AttendInPlaceOperator : Description<AttendInPlaceOperator, AttendInPlace> {
-    using Description::Description;
-
-    const char* GetName() const { return "AttendInPlace"; }
-    size_t GetInputTypeCount() const { return 6; }
-    size_t GetOutputTypeCount() const { return 3; }
-    Type GetInputType(size_t i) const { return i == 5 ? kInt32 : values; }
-    Type GetOutputType(size_t) const { return values; }
-};
-
 struct EncodeAttendOperator : Description<EncodeAttendOperator, EncodeAttend> {
     using Description::Description;
 
@@ -273,9 +188,10 @@ OrtCustomOpDomain* domain() {
         Ort::CustomOpDomain d("ivc");
         add<SelectTokensOperator>(d);
         add<CompactGatherNOperator>(d);
-        add<AttendInPlaceOperator>(d);
         add<EncodeAttendOperator>(d);
         add<FusedLinearOperator>(d);
+        add<TurnHeadsOperator>(d);
+        add<AttendJoinedOperator>(d);
         return d;
     }();
     return made;

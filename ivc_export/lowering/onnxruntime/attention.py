@@ -42,7 +42,7 @@ class UseFusedAttentionPass(ir.passes.InPlacePass):
         edit, tables, found = Editor(model.graph), Tables(), False
         for node in list(model.graph):
             if replaced(node):
-                REPLACEMENTS[node.op_type](edit, node, tables)
+                fuse_attention(edit, node, joined_inputs(edit, node, tables))
                 found = True
         if found:
             RemoveUnusedNodesPass()(model)
@@ -103,17 +103,26 @@ def replaced(node: ir.Node) -> bool:
     return len({value.shape[3] for value in caches if value is not None and value.shape is not None}) < 2
 
 
-def use_multi_head(edit: Editor, node: ir.Node, tables: Tables) -> None:
+def fuse_attention(edit: Editor, node: ir.Node, heads: Sequence[ir.Value]) -> None:
+    """Replace attention that is replaced. heads: query, key and value, [frames, rows, heads D]."""
+    REPLACEMENTS[node.op_type](edit, node, heads)
+
+
+def joined_inputs(edit: Editor, node: ir.Node, tables: Tables) -> list[ir.Value]:
+    """Query, key and value of an attention with their heads side by side."""
+    return [joined_heads(edit, node, value, tables) for value in node.inputs[:3]]
+
+
+def use_multi_head(edit: Editor, node: ir.Node, inputs: Sequence[ir.Value]) -> None:
     """EncoderAttention."""
     heads, scale = node.attributes["heads"].as_int(), node.attributes["scale"].as_float()
-    inputs = [joined_heads(edit, node, value, tables) for value in node.inputs]
     (y,) = edit.op(node, "MultiHeadAttention", *inputs, domain=CONTRIB, num_heads=heads, scale=scale)
     edit.replace(node.outputs[0], flattened(edit, node, y))
 
 
-def use_group_query(edit: Editor, node: ir.Node, tables: Tables) -> None:
+def use_group_query(edit: Editor, node: ir.Node, heads: Sequence[ir.Value]) -> None:
     """Attention."""
-    inputs: list[ir.Value | None] = [joined_heads(edit, node, value, tables) for value in node.inputs[:3]]
+    inputs: list[ir.Value | None] = [*heads]
     lengths = length_inputs(edit, mask_of(node)[2])
     sizes = {"num_heads": node.attributes["heads"].as_int(), "kv_num_heads": node.attributes["kv_heads"].as_int()}
     attributes: dict[str, Any] = {**sizes, "scale": node.attributes["scale"].as_float(), "do_rotary": 0}

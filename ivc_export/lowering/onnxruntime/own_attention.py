@@ -1,4 +1,4 @@
-"""Attention by our library of custom operators, over rows and over caches that are written in place."""
+"""Attention by our library of custom operators, over joined rows and over caches that are written in place."""
 
 from __future__ import annotations
 
@@ -9,22 +9,56 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.contract.operators import ATTENDING
-from ivc_export.lowering.edit import CONTRIB, Editor, made_by, numbers
-from ivc_export.lowering.onnxruntime.attention import Tables, joined_heads, mask_of, start_of, take_caches
+from ivc_export.lowering.edit import Editor
+from ivc_export.lowering.fused.joined_heads import joined_heads
+from ivc_export.lowering.onnxruntime.attention import (
+    Tables,
+    fuse_attention,
+    joined_inputs,
+    mask_of,
+    replaced,
+    start_of,
+    take_caches,
+)
 from ivc_export.lowering.tensorrt.attention import AttendInPlacePass, attended, encoded, take_over
 
 
+@dataclass(frozen=True)
+class OwnAttention:
+    """Which attention our kernels compute, whose sizes they take; before the other one of ours splits and turns heads.
+
+    row: a decode step's. rows: a decoder layer's over many rows. frames: an encoder's. Its windows are always ours:
+    onnxruntime has no operator for them.
+    """
+
+    row: bool = True
+    rows: bool = False
+    frames: bool = False
+
+
+FASTEST = OwnAttention()
+"""What was measured to be fastest on an H200 (benchmarks/results/attention-h200.json): of many rows and of frames
+onnxruntime calls cuDNN's attention, which computes on wgmma."""
+
+
 class UseOwnAttentionPass(ir.passes.InPlacePass):
-    """Call our kernels for attention of the sizes that they take, on rows with their heads side by side.
+    """Call our kernels around attention, and for it where that is faster.
 
     1. Needs: a portable graph whose decoder layers see what CausalMask lets them.
-    2. Leaves: no Attention of ATTENDED_SIZES, but AttendInPlace(q, k, v [1, S, width], past_key, past_value,
-       past_length) -> y [S, heads head_dim], present_key, present_value {scale, heads}, with inputs and outputs as
-       UseFusedAttentionPass leaves them; past_length is computed once for all layers. No EncoderAttention and
-       WindowAttention of ENCODED_SIZES, but EncodeAttend(q, k, v [frames, rows, width], window_of_place?) -> y as
-       the function gives it {scale, heads, head_dim, block_size}.
+    2. Leaves: where `own` says so and sizes are those of ATTENDED_SIZES, AttendJoined(rows [S, width], past_key,
+       past_value, past_length, cos?, sin?, query_norm?, key_norm?) -> y [S, heads head_dim], present_key,
+       present_value {scale, heads, kv_heads, head_dim, grouped, epsilon}; inputs and outputs as UseFusedAttentionPass
+       leaves them, past_length computed once for all layers. For windows, and where `own` says so for frames,
+       EncodeAttend(q, k, v [frames, rows, width], window_of_place?) -> y as the function gives it {scale, heads,
+       head_dim, block_size}. In the place of other attention that UseFusedAttentionPass replaces, what that leaves.
+       Before all but AttendJoined, TurnHeads(rows [frames rows, width], frames, cos?, sin?, query_norm?, key_norm?) ->
+       q, k, v [frames, rows, width] {heads, kv_heads, head_dim, grouped, epsilon}, where heads are such as
+       fused.joined_heads takes; but in graphs of one row, where GroupQueryAttention turns them itself.
     """
+
+    def __init__(self, own: OwnAttention = FASTEST) -> None:
+        super().__init__()
+        self.own = own
 
     def requires(self, model: ir.Model) -> None:
         """Check the masks."""
@@ -32,88 +66,68 @@ class UseOwnAttentionPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Call by call."""
-        edit, tables, starts = Editor(model.graph), Tables(), dict[ir.Value, ir.Value]()
-        decoding, encoding = attended(model.graph), encoded(model.graph)
-        for node in decoding:
-            attend_rows(edit, node, tables, starts)
-        for node in encoding:
-            encode_rows(edit, node, tables)
-        found = bool(decoding or encoding)
+        work = Work(Editor(model.graph), {}, {}, {})
+        found = False
+        for node in list(model.graph):
+            found |= self.replace(work, node)
         if found:
             RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, found)
 
-    def ensures(self, model: ir.Model) -> None:
-        """Check that no such attention is left."""
-        for node in (*attended(model.graph), *encoded(model.graph)):
-            raise ir.passes.PostconditionError(f"{node.name} is not replaced")
-
-
-class ReadPackedRowsPass(ir.passes.InPlacePass):
-    """Let our attention read query, key and value where one product has put them side by side.
-
-    1. Needs: attention as UseOwnAttentionPass leaves it, behind packed projections (PackProjectionsPass). What is split
-       along its last axis is whole rows.
-    2. Leaves: no Split before attention whose query and key are turned alike, or not at all. What is turned is cut out
-       and turned as one, and is wider rows of query and key; what is not is read from the product's rows themselves.
-       The operators know by the width of rows what stands in them.
-    """
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Call by call."""
-        edit, changed = Editor(model.graph), False
-        for node in list(model.graph):
-            if (parts := packed_parts(node)) is not None:
-                read_side_by_side(edit, node, parts)
-                changed = True
-        if changed:
-            RemoveUnusedNodesPass()(model)
-        return ir.passes.PassResult(model, changed)
+    def replace(self, work: Work, node: ir.Node) -> bool:
+        """One call, if it is attention that is replaced here."""
+        one_row = is_one_row(work.edit.graph)
+        if node in attended(work.edit.graph) and (self.own.row if one_row else self.own.rows) and attend(work, node):
+            return True
+        if node in encoded(work.edit.graph) and (node.op_type == "WindowAttention" or self.own.frames):
+            encode(work, node)
+            return True
+        if one_row or not replaced(node):
+            return False
+        heads = turned(work, node)
+        if heads is not None:
+            fuse_attention(work.edit, node, heads)
+        return heads is not None
 
     def ensures(self, model: ir.Model) -> None:
-        """Check that no such part is read."""
-        for node in model.graph:
-            if packed_parts(node) is not None:
-                raise ir.passes.PostconditionError(f"{node.name} reads its rows in parts")
+        """Check that no windows of these sizes are left."""
+        for node in encoded(model.graph):
+            if node.op_type == "WindowAttention":
+                raise ir.passes.PostconditionError(f"{node.name} is not replaced")
 
 
 @dataclass(frozen=True)
-class Part:
-    """What `split` gives, in frames by `frames` and turned by `rotation`, as attention reads it."""
+class Work:
+    """A graph, and what its layers share: tables by type, angles in float32, valid rows of the caches."""
 
-    split: ir.Node
-    output: ir.Value
-    frames: ir.Node
-    rotation: ir.Node | None
-
-    @property
-    def turned_by(self) -> tuple[ir.Value | None, ...] | None:
-        """The offset, the cosines and the sines."""
-        return None if self.rotation is None else tuple(self.rotation.inputs[1:])
-
-    @property
-    def width(self) -> int:
-        """Of its rows."""
-        return int(numbers(last(self.frames.inputs[1]))[-1])
+    edit: Editor
+    tables: Tables
+    angles: dict[ir.Value, ir.Value]
+    starts: dict[ir.Value, ir.Value]
 
 
-def attend_rows(edit: Editor, node: ir.Node, tables: Tables, starts: dict[ir.Value, ir.Value]) -> None:
-    """One decoder layer. starts: valid rows of the caches, by the input that says so."""
+def is_one_row(graph: ir.Graph) -> bool:
+    """Whether a graph is of decode steps."""
+    return any(value.name == "position_ids" and list(value.shape or ())[-1] == 1 for value in graph.inputs)
+
+
+def attend(work: Work, node: ir.Node) -> bool:
+    """One decoder layer, if its heads can be joined."""
+    edit, joined = work.edit, joined_heads(work.edit, node, work.angles)
+    if joined is None:
+        return False
     position_ids, _, past_length = mask_of(node)
-    inputs: list[ir.Value | None] = [joined_heads(edit, node, value, tables) for value in node.inputs[:3]]
-    if past_length not in starts:
-        starts[past_length] = start_of(edit, node, position_ids, past_length)
-    attributes: dict[str, Any] = {
-        "scale": node.attributes["scale"].as_float(),
-        "heads": node.attributes["heads"].as_int(),
-    }
-    inputs += [*node.inputs[3:5], starts[past_length]]
-    y, *present = edit.op(node, "AttendInPlace", *inputs, outputs=3, domain=IVC_DOMAIN, **attributes)
+    if past_length not in work.starts:
+        work.starts[past_length] = start_of(edit, node, position_ids, past_length)
+    inputs = [joined.rows, *node.inputs[3:5], work.starts[past_length], *joined.optional]
+    attributes: dict[str, Any] = {"scale": node.attributes["scale"].as_float(), **joined.attributes}
+    y, *present = edit.op(node, "AttendJoined", *inputs, outputs=3, domain=IVC_DOMAIN, **attributes)
     take_caches(edit, node, present)
     take_over(edit, node.outputs[0], y)
+    return True
 
 
-def encode_rows(edit: Editor, node: ir.Node, tables: Tables) -> None:
+def encode(work: Work, node: ir.Node) -> None:
     """One encoder layer."""
     block = node.attributes.get("block_size")
     attributes: dict[str, Any] = {
@@ -121,62 +135,15 @@ def encode_rows(edit: Editor, node: ir.Node, tables: Tables) -> None:
         **{name: node.attributes[name].as_int() for name in ("heads", "head_dim")},
         "block_size": 0 if block is None else block.as_int(),
     }
-    inputs = [joined_heads(edit, node, value, tables) for value in node.inputs[:3]]
-    (y,) = edit.op(node, "EncodeAttend", *inputs, *node.inputs[3:], domain=IVC_DOMAIN, **attributes)
-    take_over(edit, node.outputs[0], y)
+    heads = turned(work, node) or joined_inputs(work.edit, node, work.tables)
+    (y,) = work.edit.op(node, "EncodeAttend", *heads, *node.inputs[3:], domain=IVC_DOMAIN, **attributes)
+    take_over(work.edit, node.outputs[0], y)
 
 
-def packed_parts(node: ir.Node) -> list[Part] | None:
-    """Query, key and value of a call of our attention, if one Split gives them in this order and they can stay."""
-    if node.domain != IVC_DOMAIN or node.op_type not in ATTENDING:
-        return None
-    parts = [part for value in node.inputs[:3] if (part := part_of(value)) is not None]
-    if len(parts) < 3 or list(parts[0].split.outputs) != [part.output for part in parts]:
-        return None
-    query, key, value = parts
-    return parts if query.turned_by == key.turned_by and value.rotation is None else None
-
-
-def part_of(value: ir.Value | None) -> Part | None:
-    """What an input of attention is, if it is a part of rows and not normed."""
-    rotation = value.producer() if value is not None else None
-    if rotation is None or rotation.op_type != "RotaryEmbedding":
-        rotation = None
-    frames = made_by(rotation.inputs[0] if rotation is not None else value, "Reshape")
-    output = frames.inputs[0] if frames is not None else None
-    split = made_by(output, "Split")
-    if frames is None or output is None or split is None or not numbers(last(frames.inputs[1])):
-        return None
-    if split.attributes["axis"].as_int() != -1:  # by key-value head: parts lie otherwise
-        return None
-    return Part(split, output, frames, rotation)
-
-
-def last(shape: ir.Value | None) -> ir.Value | None:
-    """The constant that a shape is, or ends with."""
-    joined = made_by(shape, "Concat")
-    return joined.inputs[-1] if joined is not None else shape
-
-
-def read_side_by_side(edit: Editor, node: ir.Node, parts: list[Part]) -> None:
-    """Read rows of all three, or of query and key, which are turned, and of all three for the value."""
-    query, key, value = parts
-    rows, both = query.split.inputs[0], query.width + key.width
-    whole = in_frames(edit, node, query, rows, both + value.width)
-    turned = whole
-    if query.rotation is not None:
-        (cut,) = edit.op(node, "Slice", rows, edit.ints(0), edit.ints(both), edit.ints(1))
-        cut = in_frames(edit, node, query, cut, both)
-        (turned,) = edit.op(node, "RotaryEmbedding", cut, *query.rotation.inputs[1:], domain=CONTRIB, interleaved=0)
-    for index, new in enumerate((turned, turned, whole)):
-        node.replace_input_with(index, new)
-
-
-def in_frames(edit: Editor, node: ir.Node, part: Part, rows: ir.Value | None, width: int) -> ir.Value:
-    """Rows of another width in the frames that a part was put in."""
-    joined = made_by(part.frames.inputs[1], "Concat")
+def turned(work: Work, node: ir.Node) -> list[ir.Value] | None:
+    """Query, key and value with their heads side by side [frames, rows, width], if our kernel can split them."""
+    joined = joined_heads(work.edit, node, work.angles)
     if joined is None:
-        frames = int(numbers(part.frames.inputs[1])[0])
-        return edit.op(node, "Reshape", rows, edit.ints(frames, -1, width))[0]
-    (shape,) = edit.op(node, "Concat", joined.inputs[0], edit.ints(-1, width), axis=0)
-    return edit.op(node, "Reshape", rows, shape)[0]
+        return None
+    inputs = [joined.rows, joined.frames, *joined.optional]
+    return [*work.edit.op(node, "TurnHeads", *inputs, outputs=3, domain=IVC_DOMAIN, **joined.attributes)]

@@ -7,7 +7,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ivc_export.contract.operators import ATTENDING
+from ivc_export.contract.names import IVC_DOMAIN
+from ivc_export.contract.operators import ATTENDING, JOINED
 from ivc_export.lowering.edit import Editor, back, made_by
 from ivc_export.lowering.linears import stacked
 
@@ -26,11 +27,11 @@ class PackProjectionsPass(ir.passes.InPlacePass):
         edit, changed = Editor(model.graph), False
         place = {node: number for number, node in enumerate(model.graph)}
         for node in list(model.graph):
-            if node.op_type in ("GroupQueryAttention", *ATTENDING):
-                found = [projection(value) for value in node.inputs[:3]]
+            if node.op_type in ("GroupQueryAttention", *ATTENDING) or joins(node):
+                found = [projection(value if joins(node) else projected(value)) for value in node.inputs[:3]]
                 parts = [part for part in found if part is not None]
                 if len(parts) == 3 and len({part.kind for part in parts}) == 1:
-                    pack(edit, min((part.product for part in parts), key=place.__getitem__), parts)
+                    pack(edit, min((part.product for part in parts), key=place.__getitem__), parts, node)
                     changed = True
         return ir.passes.PassResult(model, changed)
 
@@ -66,9 +67,14 @@ def projected(value: ir.Value | None) -> ir.Value | None:
     return back(value, "Reshape")
 
 
+def joins(node: ir.Node) -> bool:
+    """Whether a node joins rows for operators of ours over joined rows."""
+    readers = {(user.domain, user.op_type) for user, _ in node.outputs[0].uses()}
+    return node.op_type == "Concat" and readers <= {(IVC_DOMAIN, name) for name in JOINED}
+
+
 def projection(value: ir.Value | None) -> Projection | None:
-    """What is behind an input of attention, whether or not each head is normed in between."""
-    value = projected(value)
+    """What is behind rows that attention reads, whether or not each head is normed in between."""
     norm = made_by(value, "SimplifiedLayerNormalization")
     value = back(norm.inputs[0], "Reshape", "Reshape") if norm is not None else value
     total = made_by(value, "Add")
@@ -84,8 +90,8 @@ def projection(value: ir.Value | None) -> Projection | None:
     return Projection(product, bias, value)
 
 
-def pack(edit: Editor, before: ir.Node, parts: list[Projection]) -> None:
-    """Put one product before the first of several, and let its parts be read in their place."""
+def pack(edit: Editor, before: ir.Node, parts: list[Projection], reader: ir.Node) -> None:
+    """Put one product before the first of several, and let its parts be read in their place, or it in `reader`'s."""
     columns = zip(*(part.product.inputs[1:] for part in parts), strict=True)
     weights = [stacked(edit.graph, [value for value in column if value is not None]) for column in columns]
     sizes = [part.features for part in parts]
@@ -95,6 +101,9 @@ def pack(edit: Editor, before: ir.Node, parts: list[Projection]) -> None:
     biases = [part.bias for part in parts if part.bias is not None]
     if biases:
         (y,) = edit.op(before, "Add", y, stacked(edit.graph, biases))
+    if joins(reader):
+        edit.replace(reader.outputs[0], y)
+        edit.graph.remove(reader, safe=True)
     slices = edit.op(before, "Split", y, edit.ints(*sizes), outputs=len(parts), axis=-1)
     for part, values in zip(parts, slices, strict=True):
         edit.replace(part.result, values)

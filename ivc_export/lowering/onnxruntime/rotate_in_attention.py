@@ -62,7 +62,7 @@ def packed_rows(node: ir.Node) -> tuple[ir.Value, Sequence[ir.Value | None]] | N
     if split is None or split.inputs[0] is None or list(split.outputs) != parts:
         return None
     rows = split.inputs[0].producer()
-    if rows is None or rows.op_type not in ("Gemm", "MatMulNBits", "Add"):  # parts lie otherwise
+    if rows is None or rows.op_type not in ("Gemm", "MatMulNBits", "FusedLinear", "Add"):  # parts lie otherwise
         return None
     return split.inputs[0], rotations[0].inputs[2:]
 

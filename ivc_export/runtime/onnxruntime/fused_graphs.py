@@ -47,8 +47,8 @@ class FusedGraphs:
 
     provider: "cuda", or "cpu" to check the same graphs and the same hand-over without a GPU.
     cuda_graph: capture the decode step, and replay it, unless onnxruntime refuses; the attribute says whether it does.
-    op_library: our library of custom operators (graphs/plugin/onnxruntime), which then selects, compacts, and
-        attends but in decode steps.
+    op_library: our library of custom operators (graphs/plugin/onnxruntime), which then selects, compacts, splits and
+        turns heads, and attends where it is faster.
 
     Raises:
         UserError: onnxruntime has no such provider, or cannot open a graph or the library.
@@ -105,7 +105,7 @@ class FusedGraphs:
 
     def _joined(self) -> ir.Model:
         """The graph of decode steps."""
-        return self._lower(join_decode(self.bundle.graph("prefix"), self.bundle.graph("decoder")), "ort-cuda")
+        return self._lower(join_decode(self.bundle.graph("prefix"), self.bundle.graph("decoder")), self.lowering)
 
     def _open(self, model: ir.Model, cuda_graph: bool = False) -> InferenceSession:
         onnxruntime = load_onnxruntime()

@@ -1,0 +1,1 @@
+"""What several runtimes have kernels of ours for."""

@@ -87,7 +87,7 @@ def card_rows(m: Manifest, origin: Origin) -> list[tuple[str, str]]:
         ("its licence", licence(origin)),
         ("family", m.family),
         ("method", m.selection.method),
-        ("tokens are scored by", m.selection.scored),
+        ("tokens are scored by", m.selection.scored if m.selection.method == "ivc-prune" else None),
         ("layer k", f"{m.selection_layer} of {m.decoder.layers}; layers below it see every token ({measured})"),
         ("ratio", f"{m.default_ratio:g} of the visual tokens are kept, unless a run asks for another"),
         ("visual tokens of a picture", f"{m.max_visual} at most"),

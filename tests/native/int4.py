@@ -9,95 +9,131 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ivc_export.checkpoint.formats.nbits import pack_values, unpack_values
-from tests.native.attention import STORED, error, on_device
-from tests.native.kernels import TYPES, Kernels
+from ivc_export.checkpoint.formats.nbits import pack_values
+from tests.native.attention import STORED, on_device
+from tests.native.kernels import Kernels
+from tests.native.linear import ACTIVATIONS, ROUNDING, LinearCase
 
 BLOCKS = (16, 32, 64, 128, 256)
 DTYPES = ("float16", "bfloat16")
-# Half a unit in the last place of 1: of the answer, and where rows are many of each weight.
-ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
-SUMMED = 2.0**-17  # what sums in float32 of 136 times a weight's values may cost, of the sum of products' magnitudes
-FEW = 16  # rows whose weights are not rounded
 
 
-class IvcInt4(ctypes.Structure):
+class IvcPacked(ctypes.Structure):
     """As in ivc_types.h."""
 
-    _fields_ = [(name, ctypes.c_int32) for name in ("rows", "features", "out", "block_size", "type")]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("values", "scales", "zero_points")),
+        ("block_size", ctypes.c_int32),
+    ]
 
 
 @dataclass(frozen=True)
 class Int4Case:
-    """x [rows, K]; packed uint8 [N, blocks, block / 2]; scales [N, blocks]; points uint8 [N, ceil(blocks / 2)]."""
+    """A product whose weights lie packed, too, and mean what `linear.weight` has in float64.
 
-    x: npt.NDArray[Any]
+    packed uint8 [N, blocks, block / 2], or [2 N, ..] where gated; scales [N, blocks]; points uint8
+    [N, ceil(blocks / 2)].
+    """
+
+    linear: LinearCase
     packed: npt.NDArray[np.uint8]
     scales: npt.NDArray[Any]
     points: npt.NDArray[np.uint8] | None
-    dtype: str
 
     @property
     def block_size(self) -> int:
         return 2 * int(self.packed.shape[2])
 
-    def weights(self) -> npt.NDArray[np.float64]:
-        """[N, K]."""
-        out, blocks = self.scales.shape
-        stored = unpack_values(self.packed.reshape(out, -1), 4).reshape(out, blocks, -1).astype(np.float64)
-        zeros = np.full((out, blocks), 8) if self.points is None else unpack_values(self.points, 4, blocks)
-        dense = (stored - zeros[..., None]) * self.scales.astype(np.float64)[..., None]
-        found: npt.NDArray[np.float64] = dense.reshape(out, -1)[:, : self.x.shape[1]]
-        return found
-
     def run(self, kernels: Kernels, **changed: int) -> npt.NDArray[Any]:
-        """y [rows, N]; changed: extents that the kernels are told instead."""
-        (rows, features), out = self.x.shape, len(self.packed)
-        struct = IvcInt4(rows, features, out, self.block_size, TYPES[self.dtype])
-        for name, value in changed.items():
-            setattr(struct, name, value)
-        x, scales = on_device(kernels, self.x), on_device(kernels, self.scales)
-        packed = kernels.to_device(self.packed)
+        """y [rows, N] in one call; changed: extents that the kernels are told instead."""
+        case = self.linear
+        tensors = (case.x, case.norm, case.bias, case.residual)
+        found = np.full((len(case.x), case.out), np.nan, case.x.dtype)
+        return self._call(kernels, "ivcFusedInt4", tensors, found, changed)
+
+    def unpack(self, kernels: Kernels) -> npt.NDArray[Any]:
+        """The weights, [N, K], or [2 N, K] where gated."""
+        found = np.full(self.linear.weight.shape, np.nan, self.linear.x.dtype)
+        return self._call(kernels, "ivcUnpack", (), found, {})
+
+    def _call(
+        self,
+        kernels: Kernels,
+        name: str,
+        tensors: tuple[npt.NDArray[Any] | None, ...],
+        found: npt.NDArray[Any],
+        changed: dict[str, int],
+    ) -> npt.NDArray[Any]:
+        placed = [None if one is None else on_device(kernels, one) for one in tensors]
+        scales, packed, y = on_device(kernels, self.scales), kernels.to_device(self.packed), on_device(kernels, found)
         points = None if self.points is None else kernels.to_device(self.points)
-        y = on_device(kernels, np.full((rows, out), np.nan, self.x.dtype))
-        pointers = [kernels.address(x), kernels.address(packed), kernels.address(scales)]
-        pointers += [0 if points is None else kernels.address(points), kernels.address(y)]
-        kernels.call("ivcMatMulInt4", ctypes.pointer(struct), *map(ctypes.c_void_p, pointers))
-        found: npt.NDArray[Any] = kernels.to_host(y).view(self.x.dtype)
-        return found
+        weight = IvcPacked(
+            kernels.address(packed),
+            kernels.address(scales),
+            None if points is None else kernels.address(points),
+            changed.pop("block_size", self.block_size),
+        )
+        product = self.linear.struct(**changed)
+        pointers = [0 if one is None else kernels.address(one) for one in (*placed, y)]
+        kernels.call(name, ctypes.pointer(product), ctypes.pointer(weight), *map(ctypes.c_void_p, pointers))
+        answer: npt.NDArray[Any] = kernels.to_host(y).view(found.dtype)
+        return answer
 
     def check(self, kernels: Kernels) -> float:
-        """Against float64; returns the largest error, in units of what rounding may cost."""
-        x, weights = self.x.astype(np.float64), self.weights()
-        wanted, magnitudes = x @ weights.T, np.abs(x) @ np.abs(weights).T
-        found = self.run(kernels)
-        assert found.shape == wanted.shape
-        unit = ROUNDING[self.dtype]
-        # rounding errors of weights are independent: over their sum's root of squares, six times what is expected
-        weighed = 6 * unit * np.sqrt(x**2 @ (weights**2).T) if len(x) > FEW else 0.0
-        plain = np.abs(x).sum(axis=1)[:, None] * np.abs(self.scales.astype(np.float64)).max(axis=1)
-        allowed = unit * np.abs(wanted) + SUMMED * (magnitudes + plain) + weighed + 2.0**-24
-        return error(found.astype(np.float64) / allowed, wanted / allowed, 1.0)
+        """Against float64; returns the largest error, in units of what rounding may cost, of normed rows too."""
+        between = 0.0 if self.linear.norm is None else ROUNDING[self.linear.dtype]
+        return self.linear.compare(self.run(kernels), between)
+
+    def check_unpacked(self, kernels: Kernels) -> None:
+        """Each value is what the weight means, rounded once."""
+        np.testing.assert_array_equal(self.unpack(kernels), self.linear.weight.astype(self.linear.x.dtype))
 
 
-def int4_case(seed: int, most: int = 300) -> Int4Case:
-    """Every block size, with and without zero points, one row or many, K not always a multiple of a block or of 8."""
+def int4_case(seed: int) -> Int4Case:
+    """Every block size, with and without zero points, one row or more, K not always a multiple of a block or of 8; with
+    and without what surrounds a product.
+    """
     generator = np.random.default_rng(seed)
     dtype, block = DTYPES[seed % 2], BLOCKS[seed // 2 % len(BLOCKS)]
-    rows = (1, int(generator.integers(2, 5)), int(generator.integers(5, 129)), int(generator.integers(1, most + 1)))[
-        int(generator.choice(4, p=[0.4, 0.2, 0.25, 0.15]))
+    gated, activation = bool(seed // 10 % 2), ACTIVATIONS[seed // 20 % 4]
+    rows = (1, 2, int(generator.integers(3, 5)), int(generator.integers(5, 20)))[
+        int(generator.choice(4, p=[0.4, 0.2, 0.2, 0.2]))
     ]
-    features = int(generator.integers(1, 500 if rows > FEW else 2000))
+    features = int(generator.integers(1, 500 if rows > 2 else 2500))
     features -= features % int(generator.choice([1, 8, 16, 128])) if features > 128 else 0
-    out = int(generator.integers(1, 150 if rows > FEW else 500))
-    if seed % 50 == 1:
+    out = int(generator.integers(1, 100))
+    if seed % 50 == 1:  # of another row in the table of choices
         rows, features, out = 1, int(generator.integers(1, 80)), 4097 + int(generator.integers(0, 9))
     if seed % 50 == 2:
-        rows, features, out = 130, int(generator.integers(1, 80)), 1025 + int(generator.integers(0, 9))
-    blocks = -(-features // block)
-    x = (generator.standard_normal((rows, features)) * generator.choice([0.5, 4])).astype(STORED[dtype])
-    stored = generator.integers(0, 16, (out, blocks * block), dtype=np.uint8)
-    scales = (generator.standard_normal((out, blocks)) * 0.05).astype(STORED[dtype])
-    packed = pack_values(stored, 4).reshape(out, blocks, block // 2)
-    points = pack_values(generator.integers(0, 16, (out, blocks), dtype=np.uint8), 4) if generator.integers(2) else None
-    return Int4Case(x, packed, scales, points, dtype)
+        rows, features, out = 2, int(generator.integers(1, 80)), 4097 + int(generator.integers(0, 9))
+    columns, blocks = out * (1 + gated), -(-features // block)
+
+    def tensor(*shape: int, size: float = 1) -> npt.NDArray[Any]:
+        found: npt.NDArray[Any] = generator.standard_normal(shape) * size
+        return found.astype(STORED[dtype])
+
+    def perhaps(*shape: int) -> npt.NDArray[Any] | None:
+        return tensor(*shape) if generator.integers(2) else None
+
+    stored = generator.integers(0, 16, (columns, blocks * block), dtype=np.uint8)
+    scales = tensor(columns, blocks, size=0.1 * features**-0.5)
+    zeros = generator.integers(0, 16, (columns, blocks), dtype=np.uint8) if generator.integers(2) else None
+    less = np.full((columns, blocks), 8) if zeros is None else zeros
+    dense = stored.reshape(columns, blocks, block) - less[..., None].astype(np.float64)
+    dense = (dense * scales[..., None].astype(np.float64)).reshape(columns, -1)[:, :features]
+    norm = perhaps(features)
+    linear = LinearCase(
+        tensor(rows, features, size=1 if norm is None else float(generator.choice([0.01, 1, 1000]))),
+        norm,
+        dense,
+        perhaps(columns),
+        perhaps(rows, out),
+        gated,
+        activation,
+        float(generator.choice([1, 1.702])),
+        float(generator.choice([1, 0.0625])),
+        float(generator.choice([1e-6, 1e-5])),
+        dtype,
+    )
+    packed = pack_values(stored, 4).reshape(columns, blocks, block // 2)
+    return Int4Case(linear, packed, scales, None if zeros is None else pack_values(zeros, 4))

@@ -82,13 +82,13 @@ class LinearCase:
 
     def check(self, kernels: Kernels) -> float:
         """Against float64; returns the largest error, in units of what rounding may cost."""
-        return self._compare(self.run(kernels), 0.0)
+        return self.compare(self.run(kernels), 0.0)
 
     def check_apart(self, kernels: Kernels) -> float:
         """The same of separate steps, whose results are rounded in between: of normed rows, and of products."""
-        return self._compare(self.run_apart(kernels), ROUNDING[self.dtype])
+        return self.compare(self.run_apart(kernels), ROUNDING[self.dtype])
 
-    def _compare(self, found: npt.NDArray[Any], between: float) -> float:
+    def compare(self, found: npt.NDArray[Any], between: float) -> float:
         x, weight, unit = self.x.astype(np.float64), self.weight.astype(np.float64), ROUNDING[self.dtype]
         if self.norm is not None:
             x = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + self.epsilon) * self.norm.astype(np.float64)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.native.int4 import BLOCKS, DTYPES, Int4Case, int4_case
+from tests.native.int4 import BLOCKS, DTYPES, int4_case
 from tests.native.kernels import Kernels
+from tests.native.linear import ACTIVATIONS
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["forwards", "backwards"])
@@ -19,35 +20,40 @@ def kernels(emulation: Path, request: pytest.FixtureRequest) -> Kernels:
 
 
 def test_500_cases_agree_with_float64(kernels: Kernels) -> None:
-    """In both orders together."""
+    """In both orders together; weights of exact values, packed or not."""
     for seed in range(kernels.stream, 500, 2):
-        int4_case(seed).check(kernels)
+        case = int4_case(seed)
+        case.check(kernels)
+        case.check_unpacked(kernels)
 
 
 def test_random_cases_hold_what_they_are_for() -> None:
     cases = [int4_case(seed) for seed in range(500)]
-    assert {(c.dtype, c.block_size, c.points is None, len(c.x) == 1) for c in cases} == {
-        (dtype, block, symmetric, one)
+    assert {(c.linear.dtype, c.block_size, c.points is None, c.linear.gated) for c in cases} == {
+        (dtype, block, symmetric, gated)
         for dtype in DTYPES
         for block in BLOCKS
         for symmetric in (False, True)
-        for one in (False, True)
+        for gated in (False, True)
     }
-    assert sum(c.x.shape[1] % c.block_size != 0 for c in cases) > 100
-    assert sum(c.x.shape[1] % 8 != 0 for c in cases) > 100
-    assert {len(c.x) <= most for c in cases for most in (1, 4, 16, 128)} == {False, True}
-    assert max(len(c.x) for c in cases) > 290
+    assert {(c.linear.activation, c.linear.norm is None, c.linear.gated) for c in cases} == {
+        (activation, norm, gated) for activation in ACTIVATIONS for norm in (False, True) for gated in (False, True)
+    }
+    features = [c.linear.x.shape[1] for c in cases]
+    assert sum(size % case.block_size != 0 for size, case in zip(features, cases, strict=True)) > 100
+    assert sum(size % 8 != 0 for size in features) > 100
+    assert {len(c.linear.x) <= most for c in cases for most in (1, 2, 4, 8)} == {False, True}
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16, 40])
+@pytest.mark.parametrize("rows", [1, 2, 3, 9])
 def test_what_lies_behind_a_row_has_no_effect(kernels: Kernels, rows: int) -> None:
-    generator = np.random.default_rng(rows)
-    x = generator.standard_normal((rows, 72)).astype(np.float16)
-    packed = generator.integers(0, 256, (50, 3, 16), dtype=np.uint8)
-    other = packed.copy()
-    other[:, 2, 4:] = 255
-    scales = generator.standard_normal((50, 3)).astype(np.float16)
-    case = Int4Case(x, packed, scales, None, "float16")
+    case = next(c for seed in range(500) if (c := int4_case(seed)).linear.x.shape[1] % c.block_size not in (0, 1))
+    x = np.repeat(case.linear.x[:1], rows, axis=0)
+    case = replace(case, linear=replace(case.linear, x=x, residual=None))
+    other, blocks = case.packed.copy(), case.packed.shape[1]
+    behind = x.shape[1] - (blocks - 1) * case.block_size
+    other[:, -1, -(-behind // 2) :] = 255
+    assert (other != case.packed).any()
     np.testing.assert_array_equal(case.run(kernels), replace(case, packed=other).run(kernels))
 
 

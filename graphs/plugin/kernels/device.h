@@ -23,4 +23,27 @@ inline cudaError_t launchesEarly(bool& early) {
     return status;
 }
 
+#ifdef __CUDACC__
+
+// Launches a kernel that calls awaitKernelBefore: what it does before that overlaps the kernel before, where that can be.
+template <class Arguments>
+cudaError_t launchEarly(
+    void (*kernel)(Arguments), dim3 grid, int threads, cudaStream_t stream, const Arguments& arguments) {
+    bool early = false;
+    const cudaError_t known = launchesEarly(early);
+    if (known != cudaSuccess) return known;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, arguments);
+}
+
+#endif
+
 }  // namespace ivc

@@ -9,9 +9,17 @@ namespace ivc {
 
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads) int4Kernel(const __grid_constant__ Int4 a) {
+#ifdef IVC_TENSOR_CORES
     __shared__ typename Kernel::Shared shared;
     Block block;
     Kernel::run(block, shared, a, static_cast<int32_t>(blockIdx.x), static_cast<int32_t>(blockIdx.y));
+#endif
+}
+
+template <class Value>
+__global__ void __launch_bounds__(Unpack<Value>::kThreads) unpackKernel(const __grid_constant__ Packed w, void* to) {
+    Block block;
+    Unpack<Value>::run(block, w, to, static_cast<int32_t>(blockIdx.x));
 }
 
 struct Int4Launch {
@@ -19,11 +27,9 @@ struct Int4Launch {
 
     template <class Kernel>
     cudaError_t run(const Int4& a) const {
-        const int32_t rows = Kernel::rowBlocks(a);
-        if (rows > 65535) return cudaErrorInvalidValue;
-        const dim3 grid(static_cast<unsigned>(Kernel::columnBlocks(a)), static_cast<unsigned>(rows));
-        int4Kernel<Kernel><<<grid, Kernel::kThreads, 0, stream>>>(a);
-        return cudaGetLastError();
+        const dim3 grid(
+            static_cast<unsigned>(Kernel::columnBlocks(a)), static_cast<unsigned>(Kernel::rowBlocks(a)));
+        return launchEarly(int4Kernel<Kernel>, grid, Kernel::kThreads, stream, a);
     }
 };
 
@@ -31,14 +37,28 @@ struct Int4Launch {
 
 using namespace ivc;
 
-cudaError_t ivcMatMulInt4(const IvcInt4* c, const void* x, const void* packed, const void* scales,
-    const void* zeroPoints, void* y, cudaStream_t stream) {
-    if (!possible(*c)) return cudaErrorInvalidValue;
+cudaError_t ivcFusedInt4(const IvcLinear* c, const IvcPacked* w, const void* x, const void* norm, const void* bias,
+    const void* residual, void* y, cudaStream_t stream) {
+    if (!possible(*c, *w)) return cudaErrorInvalidValue;
     bool tensorCores = false;
     const cudaError_t known = hasTensorCores(tensorCores);
     if (known != cudaSuccess) return known;
-    const Int4Choice choice = choiceOf(*c, tensorCores);
-    const Int4 a = planned(*c, x, packed, scales, zeroPoints, y, choice);
-    if (!wellPlaced(*c, a)) return cudaErrorInvalidValue;
-    return launchInt4<__half, __nv_bfloat16>(*c, choice.kernel, a, Int4Launch{stream});
+    if (!tensorCores) return cudaErrorNotSupported;
+    const Int4 a = planned(*c, *w, x, norm, bias, residual, y);
+    if (!wellPlaced(a.packed)) return cudaErrorInvalidValue;
+    return withHalf<__half, __nv_bfloat16>(
+        c->type, [&](auto value) { return launchInt4<decltype(value)>(*c, *w, a, Int4Launch{stream}); });
+}
+
+cudaError_t ivcUnpack(const IvcLinear* c, const IvcPacked* w, void* weight, cudaStream_t stream) {
+    if (!possible(*c, *w)) return cudaErrorInvalidValue;
+    const Packed packed = planned(*c, *w);
+    if (!wellPlaced(packed)) return cudaErrorInvalidValue;
+    withHalf<__half, __nv_bfloat16>(c->type, [&](auto value) {
+        using Kernel = Unpack<decltype(value)>;
+        unpackKernel<decltype(value)>
+            <<<static_cast<unsigned>(Kernel::columnBlocks(packed)), Kernel::kThreads, 0, stream>>>(packed, weight);
+        return 0;
+    });
+    return cudaGetLastError();
 }

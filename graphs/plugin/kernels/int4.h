@@ -1,30 +1,28 @@
-// y = x W^T over weights in 4 bits: a kernel for few rows, which reads weights once and multiplies in registers, and one
-// for many, which dequantises tiles of weights into shared memory for tensor cores.
+// y = f(n(x) W^T + b) + r over weights in 4 bits, for few rows of x: reads each weight once, multiplies by tensor cores,
+// and does what surrounds the product in the same launch. For many rows, weights become floats once.
 //
-// W = (stored - zero point) scale. A stored value becomes a float without a conversion: as bits 16 to 19 of 128 it is
-// 128 + value, exactly.
+// W = (stored - zero point) scale.
 #pragma once
 
-#include "warp.h"
+#include "linear.h"
 
 namespace ivc {
 
-constexpr int kInt4Zero = 8;  // the zero point where none is given
-constexpr float kInt4Bias = 128;
+constexpr uint32_t kInt4Zero = 8;  // the zero point where none is given
 
-// One product; x [rows, features], y [rows, out].
-struct Int4 {
-    const void* x;
-    const uint8_t* packed;  // [out, blocks, blockSize / 2], the low half of a byte first
-    const void* scales;     // [out, blocks]
-    const uint8_t* points;  // [out, ceil(blocks / 2)], or null
-    void* y;
-    int32_t rows, features, out, blockSize, blocks;
-    bool whole;     // 8 values of a row of x lie within it, and at a multiple of 16 bytes
-    int32_t parts;  // warps that share a sum; few rows alone
+// Weights [columns, features]; see IvcPacked.
+struct Packed {
+    const uint8_t* values;  // [columns, blocks, blockSize / 2], the low half of a byte first
+    const void* scales;     // [columns, blocks]
+    const uint8_t* points;  // [columns, ceil(blocks / 2)], or null
+    int32_t columns, features, blocks, blockSize;
+    int32_t blockBits;  // blockSize is 2 to their power
 
-    IVC_HD const uint8_t* stored(int32_t column, int32_t at) const {
-        return packed + (static_cast<int64_t>(column) * blocks * blockSize + at) / 2;
+    // What lies there of a row of W.
+    template <class Words>
+    IVC_HD Words stored(int32_t column, int32_t at) const {
+        const int64_t first = static_cast<int64_t>(column) * blocks << blockBits;
+        return *reinterpret_cast<const Words*>(values + (first + at) / 2);
     }
 
     template <class Value>
@@ -32,371 +30,364 @@ struct Int4 {
         return static_cast<const Value*>(scales)[static_cast<int64_t>(column) * blocks + block];
     }
 
-    // The byte with a block's zero point, which is its low half where blocks are even.
-    IVC_HD uint8_t points2(int32_t column, int32_t block) const {
-        if (!points) return kInt4Zero | kInt4Zero << 4;
-        return points[static_cast<int64_t>(column) * ((blocks + 1) / 2) + block / 2];
-    }
-
-    // 128 and a block's zero point.
-    static IVC_HD float zero(uint8_t points2, int32_t block) {
-        return kInt4Bias + static_cast<float>(points2 >> 4 * (block % 2) & 15);
+    IVC_HD uint8_t zero(int32_t column, int32_t block) const {
+        if (!points) return kInt4Zero;
+        return points[static_cast<int64_t>(column) * ((blocks + 1) / 2) + block / 2] >> 4 * (block % 2) & 15;
     }
 };
 
-template <class Value>
-struct alignas(16) Eight {
-    Value x[8];
+// One product of few rows; `weight` of its `linear` is null.
+struct Int4 {
+    Linear linear;
+    Packed packed;
+    bool whole;  // 8 values of a row of x lie within it, and at a multiple of 16 bytes; of the norm's weight, too
 };
 
-// Values at..at+7 of a row of x, zeros behind its end.
+// 8 stored values, as they lie.
+using Eighth = uint32_t;
+
+// Pairs of 8 stored values less their block's zero point, exactly: values i and i + 4 for each i below 4.
 template <class Value>
-IVC_WARP Eight<Value> eightOf(const Int4& a, int32_t row, int32_t at) {
-    const Value* from = static_cast<const Value*>(a.x) + static_cast<int64_t>(row) * a.features + at;
-    if (a.whole && at < a.features) return *reinterpret_cast<const Eight<Value>*>(from);
-    Eight<Value> found;
+IVC_WARP void integers(uint32_t (&found)[4], Eighth stored, uint32_t zero) {
+#ifdef __CUDACC__
+    // As the last bits of 1024 in float16, or of 128 in bfloat16, a value of 4 bits is added to it.
+    constexpr uint32_t kOnes = 0x00010001, kBias = kOnes * (std::is_same<Value, __half>::value ? 0x6400 : 0x4300);
+    using Pair = std::conditional_t<std::is_same<Value, __half>::value, __half2, __nv_bfloat162>;
+    const uint32_t bias = kBias + kOnes * zero;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) found.x[i] = at + i < a.features ? from[i] : static_cast<Value>(0.0f);
-    return found;
-}
-
-// 128 + byte `i` of x, which is below 128.
-IVC_HD inline float biased(uint32_t x, int i) {
-#ifdef __CUDA_ARCH__
-    return __uint_as_float(__byte_perm(x, 0x43, 0x4055 | i << 8));
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t biased = (stored >> 4 * i & 15 * kOnes) | kBias;
+        Pair left, right;
+        memcpy(&left, &biased, sizeof left);
+        memcpy(&right, &bias, sizeof right);
+        left = __hsub2(left, right);
+        memcpy(&found[i], &left, sizeof left);
+    }
 #else
-    const uint32_t bits = 0x43000000 | (x >> 8 * i & 255) << 16;
-    float found;
-    memcpy(&found, &bits, sizeof found);
-    return found;
+    for (int i = 0; i < 4; ++i) {
+        const auto value = [&](int at) {
+            return static_cast<float>(static_cast<int32_t>(stored >> 4 * at & 15) - static_cast<int32_t>(zero));
+        };
+        found[i] = packed<Value>(value(i), value(i + 4));
+    }
 #endif
 }
 
-// 128 + each of 8 stored values.
-IVC_WARP void unpack(float (&found)[8], uint32_t word) {
-    const uint32_t low = word & 0x0f0f0f0f, high = word >> 4 & 0x0f0f0f0f;
+// The same order of 8 values of x.
+template <class Value>
+IVC_WARP void interleave(Fragment& to, const Octet<Value>& from) {
+    uint32_t x[4];
+    memcpy(x, &from, sizeof x);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        found[2 * i] = biased(low, i);
-        found[2 * i + 1] = biased(high, i);
+    for (int i = 0; i < 2; ++i) {
+        to.x[2 * i] = (x[i] & 0xffff) | x[i + 2] << 16;
+        to.x[2 * i + 1] = x[i] >> 16 | (x[i + 2] & 0xffff0000);
     }
 }
 
-// kRows rows of x times kColumns rows of W in `parts` warps, whose lanes take chunks of kChunk values in turn. A chunk's
-// products are summed unscaled, and its sum of x takes away the bias and the zero point.
-template <class Value, int kChunk, int kRows, int kColumns>
-struct FewRows {
-    static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kWords = kChunk / 8;
-    static_assert(kRows * kColumns <= kWarp, "a warp's sums are more than its lanes");
+// kRows rows of x times 16 columns of y, or where gated times 16 of each half of W, by tensor cores. A column's warps
+// take slices of 4 kChunk features in turn, kAhead of which are on their way at once. Each of a slice's four chunks lies
+// in a block of W, and is brought by the lanes that have a matrix's columns 2 (lane % 4), that + 1, that + 8 and that + 9;
+// for every row of x the right matrix has four columns, one for each chunk, with zeros outside it. So a chunk has a sum
+// of its own, of exact products, which is scaled in float32.
+template <class Value, int kChunk, bool kGated, int kRowsEach, int kParts, int kAheadEach>
+struct FewInt4 {
+    static constexpr int kTiles = kGated ? 2 : 1, kWarps = kTiles * kParts, kThreads = kWarps * kWarp;
+    static constexpr int kWords = kChunk / 8, kSlice = 4 * kChunk;
+    static constexpr int kRows = kRowsEach, kPairs = (kRows + 1) / 2, kColumns = 16, kAhead = kAheadEach;
 
-    struct Shared {
+    // Of a warp's slices: the rows of x of those that are multiplied and of as many behind them.
+    using Batch = Value[kAhead][kRows][kSlice];
+
+    struct alignas(16) Shared {
+        Batch x[kWarps][2];
         float sums[kWarps][kRows][kColumns];
+        float squares[kWarps][kRows];
     };
+    static_assert(sizeof(Shared) <= 48 * 1024, "more than static shared memory may be");
 
     struct alignas(4 * kWords) Words {
-        uint32_t x[kWords];
+        Eighth x[kWords];
     };
 
-    struct Chunk {
-        Words words[kColumns];
-        float scales[kColumns], zeros[kColumns];
+    // What a lane brings of a slice: a chunk of two rows of W, and the scales of the sums that it will hold.
+    struct Fetched {
+        Words words[2];
+        uint8_t zeros[2];
+        Value scales[2][2];
     };
 
     struct Sums {
-        float x[kRows][kColumns];
+        float x[kPairs][2];
     };
 
-    static int32_t columnBlocks(const Int4& a) { return ceilDiv(a.out, kColumns * (kWarps / a.parts)); }
-    static int32_t rowBlocks(const Int4& a) { return ceilDiv(a.rows, kRows); }
+    static int32_t columnBlocks(const Int4& a) { return ceilDiv(a.linear.out, kColumns); }
+    static int32_t rowBlocks(const Int4& a) { return ceilDiv(a.linear.rows, kRows); }
 
     static IVC_WARP void run(Block& block, Shared& shared, const Int4& a, int32_t columnBlock, int32_t rowBlock) {
-        const int32_t groups = kWarps / a.parts, firstRow = rowBlock * kRows;
-        const int32_t firstColumn = columnBlock * groups * kColumns;
+        const int32_t firstRow = rowBlock * kRows, firstColumn = columnBlock * kColumns;
+        const int32_t slices = ceilDiv(a.linear.features, kSlice);
+        PerWarp<Lane<Fetched>, kWarps> fetched[kAhead];
         block.each([&](int warp) {
-            const int32_t column = firstColumn + warp / a.parts * kColumns;
-            Lane<Sums> sums;
-            eachLane([&](int lane) {
-                sums[lane] = partOf(a, firstRow, column, lane + kWarp * (warp % a.parts), kWarp * a.parts);
-            });
 #pragma unroll
-            for (int row = 0; row < kRows; ++row) {
-#pragma unroll
-                for (int i = 0; i < kColumns; ++i) {
-                    Lane<float> sum, other;
-                    eachLane([&](int lane) { sum[lane] = sums[lane].x[row][i]; });
-#pragma unroll
-                    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-                        exchange(other, sum, mask);
-                        eachLane([&](int lane) { sum[lane] += other[lane]; });
-                    }
-                    eachLane([&](int lane) {
-                        if (lane == 0) shared.sums[warp][row][i] = sum[lane];
-                    });
+            for (int i = 0; i < kAhead; ++i) {
+                const int32_t slice = warp % kParts + i * kParts;
+                if (slice < slices) {
+                    eachLane([&](int lane) { fetched[i][warp][lane] = fetchedOf(a, firstColumn, slice, warp, lane); });
                 }
             }
+        });
+        awaitKernelBefore();
+        block.each([&](int warp) {
+            fetchRows(block, shared.x[warp][0], a, firstRow, warp % kParts);
+            if (a.linear.norm) sumSquares(shared.squares[warp], a.linear, firstRow, warp);
+        });
+        if (a.linear.norm) block.barrier();
+        block.each([&](int warp) {
+            Lane<Sums> sums;
+            float factors[kRows];
+            eachLane([&](int lane) { sums[lane] = Sums{}; });
+            if (a.linear.norm) findFactors(factors, shared, a.linear);
+            int32_t place = 0;
+            for (int32_t first = warp % kParts; first < slices; first += kAhead * kParts) {
+                block.awaitCopies();
+                block.warpBarrier();
+                if (a.linear.norm) {
+                    norm(shared.x[warp][place], factors, a, first);
+                    block.warpBarrier();
+                }
+                fetchRows(block, shared.x[warp][1 - place], a, firstRow, first + kAhead * kParts);
+#pragma unroll
+                for (int i = 0; i < kAhead; ++i) {
+                    const int32_t slice = first + i * kParts;
+                    if (slice >= slices) break;
+                    add(sums, fetched[i][warp], shared.x[warp][place][i]);
+                    if (slice + kAhead * kParts < slices) {
+                        eachLane([&](int lane) {
+                            fetched[i][warp][lane] = fetchedOf(a, firstColumn, slice + kAhead * kParts, warp, lane);
+                        });
+                    }
+                }
+                place = 1 - place;
+            }
+            share(shared.sums[warp], sums);
         });
         block.barrier();
         block.each([&](int warp) {
             eachLane([&](int lane) {
-                const int32_t row = lane / kColumns, i = lane % kColumns, column = firstColumn + warp * kColumns + i;
-                if (warp >= groups || row >= kRows || firstRow + row >= a.rows || column >= a.out) return;
-                float sum = 0;
-                for (int part = 0; part < a.parts; ++part) sum += shared.sums[warp * a.parts + part][row][i];
-                static_cast<Value*>(a.y)[static_cast<int64_t>(firstRow + row) * a.out + column] =
-                    static_cast<Value>(sum);
+                for (int at = warp * kWarp + lane; at < kRows * kColumns; at += kThreads) {
+                    const int row = at / kColumns, i = at % kColumns;
+                    if (firstRow + row >= a.linear.rows || firstColumn + i >= a.linear.out) continue;
+                    float products[kTiles] = {};
+#pragma unroll
+                    for (int part = 0; part < kWarps; ++part) products[part / kParts] += shared.sums[part][row][i];
+                    putResult<Value, kGated>(a.linear, a.linear.scale * products[0],
+                        a.linear.scale * products[kTiles - 1], firstRow + row, firstColumn + i);
+                }
             });
         });
     }
 
-    static IVC_WARP Chunk chunkOf(const Int4& a, int32_t firstColumn, int32_t chunk) {
-        Chunk found;
-        const int32_t block = chunk * kChunk / a.blockSize;
+    static IVC_WARP Fetched fetchedOf(const Int4& a, int32_t firstColumn, int32_t slice, int warp, int lane) {
+        Fetched found;
+        const Packed& w = a.packed;
+        const int32_t at = slice * kSlice + lane % 4 * kChunk;
+        const bool there = at < w.blocks << w.blockBits;
+        const auto blockOf = [&](int chunk) {
+            return smaller((slice * kSlice + chunk * kChunk) >> w.blockBits, w.blocks - 1);
+        };
 #pragma unroll
-        for (int i = 0; i < kColumns; ++i) {
-            const int32_t column = smaller(firstColumn + i, a.out - 1);
-            found.words[i] = *reinterpret_cast<const Words*>(a.stored(column, chunk * kChunk));
-            found.scales[i] = static_cast<float>(a.scale<Value>(column, block));
-            found.zeros[i] = Int4::zero(a.points2(column, block), block);
+        for (int half = 0; half < 2; ++half) {
+            const int32_t column = smaller(firstColumn + lane / 4 + 8 * half, a.linear.out - 1) +
+                                   (warp < kParts ? 0 : a.linear.out);
+            found.words[half] = there ? w.stored<Words>(column, at) : Words{};
+            found.zeros[half] = w.zero(column, blockOf(lane % 4));
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                found.scales[half][i] = w.scale<Value>(column, blockOf(2 * (lane % 2) + i));
+            }
         }
         return found;
     }
 
-    // One lane's sums, over chunks first, first + step, ...
-    static IVC_WARP Sums partOf(const Int4& a, int32_t firstRow, int32_t firstColumn, int32_t first, int32_t step) {
-        Sums total{};
-        const int32_t chunks = a.blocks * (a.blockSize / kChunk);
-        if (first >= chunks) return total;
-        Chunk next = chunkOf(a, firstColumn, first);
-        for (int32_t chunk = first; chunk < chunks; chunk += step) {
-            const Chunk now = next;
-            if (chunk + step < chunks) next = chunkOf(a, firstColumn, chunk + step);
-            float sums[kRows][kColumns] = {}, plain[kRows] = {};
+    // A warp's part of the squares of each row.
+    static IVC_WARP void sumSquares(float (&to)[kRows], const Linear& a, int32_t firstRow, int warp) {
 #pragma unroll
-            for (int word = 0; word < kWords; ++word) {
-                float x[kRows][8];
-#pragma unroll
-                for (int row = 0; row < kRows; ++row) {
-                    const int32_t from = smaller(firstRow + row, a.rows - 1);
-                    const Eight<Value> eight = eightOf<Value>(a, from, chunk * kChunk + 8 * word);
-#pragma unroll
-                    for (int i = 0; i < 8; ++i) {
-                        x[row][i] = static_cast<float>(eight.x[i]);
-                        plain[row] += x[row][i];
-                    }
+        for (int row = 0; row < kRows; ++row) {
+            const Value* x = static_cast<const Value*>(a.x) +
+                             static_cast<int64_t>(smaller(firstRow + row, a.rows - 1)) * a.features;
+            shareSum(to[row], [&](int lane) {
+                float squares = 0;
+                for (int32_t at = warp * kWarp + lane; at < a.features; at += kThreads) {
+                    const float value = static_cast<float>(x[at]);
+                    squares += value * value;
                 }
+                return squares;
+            });
+        }
+    }
+
+    static IVC_WARP void findFactors(float (&to)[kRows], const Shared& shared, const Linear& a) {
 #pragma unroll
-                for (int column = 0; column < kColumns; ++column) {
-                    float values[8];
-                    unpack(values, now.words[column].x[word]);
+        for (int row = 0; row < kRows; ++row) {
+            float squares = 0;
 #pragma unroll
-                    for (int row = 0; row < kRows; ++row) {
+            for (int part = 0; part < kWarps; ++part) squares += shared.squares[part][row];
+            to[row] = normFactor(a, squares);
+        }
+    }
+
+    // A slice's values of x, 8 at a time: what lies behind the last slice is left out.
+    template <class Work>
+    static IVC_WARP void eachEight(const Int4& a, int32_t slice, Work work) {
+        constexpr int kPieces = kSlice / 8, kEach = kAhead * kRows * kPieces;
+        eachLane([&](int lane) {
 #pragma unroll
-                        for (int i = 0; i < 8; ++i) sums[row][column] += values[i] * x[row][i];
-                    }
+            for (int first = 0; first < kEach; first += kWarp) {
+                const int piece = (first + lane) % kPieces, row = (first + lane) / kPieces % kRows;
+                const int i = (first + lane) / kPieces / kRows;
+                const int32_t at = (slice + i * kParts) * kSlice + 8 * piece;
+                if (first + lane < kEach && at < ceilDiv(a.linear.features, kSlice) * kSlice) {
+                    work(i, row, 8 * piece, at);
                 }
             }
+        });
+    }
+
+    // Of kAhead slices of a warp, from `slice` on; zeros behind the end of x.
+    static IVC_WARP void fetchRows(Block& block, Batch& to, const Int4& a, int32_t firstRow, int32_t slice) {
+        const int32_t features = a.linear.features;
+        eachEight(a, slice, [&](int i, int row, int place, int32_t at) {
+            const Value* x = static_cast<const Value*>(a.linear.x) +
+                             static_cast<int64_t>(smaller(firstRow + row, a.linear.rows - 1)) * features;
+            Value* target = &to[i][row][place];
+            if (a.whole) {
+                block.copy16(target, at < features ? x + at : x, at < features);
+            } else {
+                *reinterpret_cast<Octet<Value>*>(target) = octetOf<false>(x, at, features);
+            }
+        });
+    }
+
+    // In place, rounded to Value as by a kernel of its own.
+    static IVC_WARP void norm(Batch& x, const float (&factors)[kRows], const Int4& a, int32_t slice) {
+        const Value* weight = static_cast<const Value*>(a.linear.norm);
+        eachEight(a, slice, [&](int i, int row, int place, int32_t at) {
+            const Octet<Value> by = a.whole ? octetOf<true>(weight, at, a.linear.features)
+                                            : octetOf<false>(weight, at, a.linear.features);
+            Octet<Value>& octet = *reinterpret_cast<Octet<Value>*>(&x[i][row][place]);
+            float factor = factors[0];
 #pragma unroll
-            for (int row = 0; row < kRows; ++row) {
+            for (int other = 1; other < kRows; ++other) factor = row == other ? factors[other] : factor;
 #pragma unroll
-                for (int i = 0; i < kColumns; ++i) {
-                    total.x[row][i] += now.scales[i] * (sums[row][i] - now.zeros[i] * plain[row]);
+            for (int j = 0; j < 8; ++j) {
+                octet.x[j] = static_cast<Value>(
+                    static_cast<float>(octet.x[j]) * factor * static_cast<float>(by.x[j]));
+            }
+        });
+    }
+
+    static IVC_WARP void add(Lane<Sums>& sums, const Lane<Fetched>& fetched, const Value (&rows)[kRows][kSlice]) {
+        Lane<Product> products[kPairs][2];
+        eachLane([&](int lane) {
+#pragma unroll
+            for (int pair = 0; pair < kPairs; ++pair) {
+                products[pair][0][lane] = Product{};
+                products[pair][1][lane] = Product{};
+            }
+        });
+#pragma unroll
+        for (int word = 0; word < kWords; ++word) {
+            Lane<Fragment> left[2];
+            eachLane([&](int lane) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    uint32_t pairs[4];
+                    integers<Value>(pairs, fetched[lane].words[half].x[word], fetched[lane].zeros[half]);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) left[i / 2][lane].x[i % 2 * 2 + half] = pairs[i];
                 }
+            });
+#pragma unroll
+            for (int pair = 0; pair < kPairs; ++pair) {
+                Lane<Fragment> right;
+                eachLane([&](int lane) {
+                    const int row = 2 * pair + lane / 16, chunk = lane % 4;
+                    Octet<Value> octet{};
+                    if (lane / 4 % 4 == chunk && row < kRows) {
+                        octet = *reinterpret_cast<const Octet<Value>*>(&rows[row][chunk * kChunk + 8 * word]);
+                    }
+                    interleave(right[lane], octet);
+                });
+                multiply<Value, 0>(products[pair][0], left[0], right);
+                multiply<Value, 1>(products[pair][1], left[1], right);
             }
         }
-        return total;
+        eachLane([&](int lane) {
+#pragma unroll
+            for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    sums[lane].x[pair][i / 2] += static_cast<float>(fetched[lane].scales[i / 2][i % 2]) *
+                                                 (products[pair][0][lane].x[i] + products[pair][1][lane].x[i]);
+                }
+            }
+        });
+    }
+
+    // A warp's sums, by row of x and column.
+    static IVC_WARP void share(float (&to)[kRows][kColumns], Lane<Sums>& sums) {
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                Lane<float> sum, other;
+                eachLane([&](int lane) { sum[lane] = sums[lane].x[pair][half]; });
+                exchange(other, sum, 1);
+                eachLane([&](int lane) {
+                    const int row = 2 * pair + lane % 4 / 2;
+                    if (lane % 2 == 0 && row < kRows) to[row][lane / 4 + 8 * half] = sum[lane] + other[lane];
+                });
+            }
+        }
     }
 };
 
-// A tile of y in kRowWarps x kColumnWarps warps of 16 kRowTiles rows and 16 kColumnTiles columns each. Weights are
-// rounded to Value as they are dequantised; while a slice of kDepth features is multiplied, the next kAhead are on their
-// way, in registers.
-template <class Value, int kRowWarps, int kColumnWarps, int kRowTiles, int kColumnTiles>
-struct ManyRows {
-    static constexpr int kWarps = kRowWarps * kColumnWarps, kThreads = kWarps * kWarp;
-    static constexpr int kRows = 16 * kRowWarps * kRowTiles, kColumns = 16 * kColumnWarps * kColumnTiles;
-    static constexpr int kDepth = 32, kAhead = 4, kPitch = kDepth + 8;                      // rows of 16 bytes in banks of their own
-    static constexpr int kLeftParts = kRows * kDepth / 8, kRightParts = kColumns * kDepth / 16;  // 8, or 16, values each
-    static constexpr int kLeftEach = (kLeftParts + kThreads - 1) / kThreads;
-    static constexpr int kRightEach = (kRightParts + kThreads - 1) / kThreads;
+// Weights as values, rounded to their type: a thread makes 8 of a row.
+template <class Value>
+struct Unpack {
+    static constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 
-    struct Slice {
-        alignas(16) Value left[kRows][kPitch], right[kColumns][kPitch];
-    };
+    struct Shared {};
 
-    struct Shared {
-        Slice slices[2];
-    };
-    static_assert(sizeof(Shared) <= 48 * 1024, "more than static shared memory may be");
-    static_assert(kAhead % 2 == 0, "a slice in flight has its place by its number");
+    static int32_t columnBlocks(const Packed& w) {
+        return static_cast<int32_t>((static_cast<int64_t>(w.columns) * ceilDiv(w.features, 8) + kThreads - 1) / kThreads);
+    }
 
-    struct alignas(8) Words {
-        uint32_t x[2];
-    };
-
-    // What a lane brings of a slice, as it is loaded: nothing waits for it before it is put.
-    struct Fetched {
-        Eight<Value> left[kLeftEach];
-        Words right[kRightEach];
-        Value scales[kRightEach];
-        uint8_t points2[kRightEach];
-    };
-
-    struct Sums {
-        Lane<Product> x[kRowTiles][2 * kColumnTiles];
-    };
-
-    static int32_t columnBlocks(const Int4& a) { return ceilDiv(a.out, kColumns); }
-    static int32_t rowBlocks(const Int4& a) { return ceilDiv(a.rows, kRows); }
-
-    static IVC_WARP void run(Block& block, Shared& shared, const Int4& a, int32_t columnBlock, int32_t rowBlock) {
-        const int32_t firstRow = rowBlock * kRows, firstColumn = columnBlock * kColumns;
-        const int32_t slices = ceilDiv(a.features, kDepth);
-        PerWarp<Sums, kWarps> sums;
-        PerWarp<Lane<Fetched>, kWarps> fetched[kAhead];
-        const auto fetch = [&](PerWarp<Lane<Fetched>, kWarps>& to, int32_t slice) {
-            block.each([&](int warp) {
-                eachLane([&](int lane) {
-                    to[warp][lane] = fetchedOf(a, firstRow, firstColumn, slice * kDepth, warp * kWarp + lane);
-                });
-            });
-        };
-        block.each([&](int warp) { clear(sums[warp]); });
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            if (i < slices) fetch(fetched[i], i);
-        }
-        for (int32_t first = 0; first < slices; first += kAhead) {
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-                const int32_t slice = first + i;
-                if (slice >= slices) break;
-                Slice& here = shared.slices[i % 2];
-                block.each([&](int warp) {
-                    eachLane([&](int lane) {
-                        put(here, fetched[i][warp][lane], a, slice * kDepth, warp * kWarp + lane);
-                    });
-                });
-                block.barrier();  // the slice before may still be read, and is put over after the next barrier alone
-                if (slice + kAhead < slices) fetch(fetched[i], slice + kAhead);
-                block.each([&](int warp) { multiplySlice(sums[warp], here, warp); });
-            }
-        }
+    // to: [columns, features], at a multiple of 16 bytes.
+    static IVC_WARP void run(Block& block, const Packed& w, void* to, int32_t number) {
         block.each([&](int warp) {
-            write(a, sums[warp], firstRow + warp / kColumnWarps * 16 * kRowTiles,
-                firstColumn + warp % kColumnWarps * 16 * kColumnTiles);
-        });
-    }
-
-    static IVC_WARP void clear(Sums& sums) {
-        eachLane([&](int lane) {
+            eachLane([&](int lane) {
+                const int32_t each = ceilDiv(w.features, 8);
+                const int64_t eight = static_cast<int64_t>(number) * kThreads + warp * kWarp + lane;
+                const int32_t column = static_cast<int32_t>(eight / each), at = static_cast<int32_t>(eight % each) * 8;
+                if (column >= w.columns) return;
+                const int32_t block = at >> w.blockBits;
+                const float scale = static_cast<float>(w.scale<Value>(column, block));
+                const Eighth stored = w.stored<Eighth>(column, at);
+                const float zero = w.zero(column, block);
+                Octet<Value> octet;
 #pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-                for (int j = 0; j < 2 * kColumnTiles; ++j) sums.x[i][j][lane] = Product{};
-            }
-        });
-    }
-
-    static IVC_WARP Fetched fetchedOf(const Int4& a, int32_t firstRow, int32_t firstColumn, int32_t at, int thread) {
-        Fetched found;
-#pragma unroll
-        for (int i = 0; i < kLeftEach; ++i) {
-            const int32_t part = thread + i * kThreads, row = part / (kDepth / 8);
-            if (part < kLeftParts) {
-                found.left[i] = eightOf<Value>(a, smaller(firstRow + row, a.rows - 1), at + part % (kDepth / 8) * 8);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < kRightEach; ++i) {
-            const int32_t part = thread + i * kThreads, column = smaller(firstColumn + part / 2, a.out - 1);
-            const int32_t from = at + part % 2 * 16;
-            found.scales[i] = static_cast<Value>(0.0f);  // behind a row's last block, where x is 0
-            found.points2[i] = 0;
-            found.right[i] = Words{};
-            if (part < kRightParts && from < a.blocks * a.blockSize) {
-                const int32_t block = from / a.blockSize;
-                found.right[i] = *reinterpret_cast<const Words*>(a.stored(column, from));
-                found.scales[i] = a.scale<Value>(column, block);
-                found.points2[i] = a.points2(column, block);
-            }
-        }
-        return found;
-    }
-
-    static IVC_WARP void put(Slice& to, const Fetched& from, const Int4& a, int32_t at, int thread) {
-#pragma unroll
-        for (int i = 0; i < kLeftEach; ++i) {
-            const int part = thread + i * kThreads;
-            if (part < kLeftParts) {
-                *reinterpret_cast<Eight<Value>*>(&to.left[part / (kDepth / 8)][part % (kDepth / 8) * 8]) = from.left[i];
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < kRightEach; ++i) {
-            const int part = thread + i * kThreads;
-            if (part >= kRightParts) continue;
-            const float scale = static_cast<float>(from.scales[i]);
-            const float zero = Int4::zero(from.points2[i], (at + part % 2 * 16) / a.blockSize);
-#pragma unroll
-            for (int word = 0; word < 2; ++word) {
-                float values[8];
-                unpack(values, from.right[i].x[word]);
-                Eight<Value> eight;
-#pragma unroll
-                for (int j = 0; j < 8; j += 2) {
-                    const uint32_t pair = packed<Value>((values[j] - zero) * scale,
-                        (values[j + 1] - zero) * scale);
-                    memcpy(&eight.x[j], &pair, sizeof pair);
+                for (int i = 0; i < 8; ++i) {
+                    octet.x[i] = static_cast<Value>((static_cast<float>(stored >> 4 * i & 15) - zero) * scale);
                 }
-                *reinterpret_cast<Eight<Value>*>(&to.right[part / 2][part % 2 * 16 + 8 * word]) = eight;
-            }
-        }
-    }
-
-    static IVC_WARP void multiplySlice(Sums& sums, const Slice& from, int warp) {
-        const int firstRow = warp / kColumnWarps * 16 * kRowTiles;
-        const int firstColumn = warp % kColumnWarps * 16 * kColumnTiles;
-#pragma unroll
-        for (int at = 0; at < kDepth; at += 16) {
-            Lane<Fragment> left[kRowTiles];
-#pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
-                loadMatrices<false>(left[i], [&](int lane) {
-                    return &from.left[firstRow + 16 * i + lane % 16][at + lane / 16 * 8];
-                });
-            }
-#pragma unroll
-            for (int j = 0; j < kColumnTiles; ++j) {
-                Lane<Fragment> right;
-                loadMatrices<false>(right, [&](int lane) {
-                    return &from.right[firstColumn + 16 * j + lane % 8 + lane / 16 * 8][at + lane / 8 % 2 * 8];
-                });
-#pragma unroll
-                for (int i = 0; i < kRowTiles; ++i) {
-                    multiply<Value, 0>(sums.x[i][2 * j], left[i], right);
-                    multiply<Value, 1>(sums.x[i][2 * j + 1], left[i], right);
+                Value* row = static_cast<Value*>(to) + static_cast<int64_t>(column) * w.features;
+                if (w.features % 8 == 0) {
+                    put<true>(row, at, w.features, octet);
+                } else {
+                    put<false>(row, at, w.features, octet);
                 }
-            }
-        }
-    }
-
-    static IVC_WARP void write(const Int4& a, Sums& sums, int32_t firstRow, int32_t firstColumn) {
-        eachLane([&](int lane) {
-#pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-                for (int j = 0; j < 2 * kColumnTiles; ++j) {
-#pragma unroll
-                    for (int k = 0; k < 4; ++k) {
-                        const int32_t row = firstRow + 16 * i + lane / 4 + k / 2 * 8;
-                        const int32_t column = firstColumn + 8 * j + 2 * (lane % 4) + k % 2;
-                        if (row < a.rows && column < a.out) {
-                            static_cast<Value*>(a.y)[static_cast<int64_t>(row) * a.out + column] =
-                                static_cast<Value>(sums.x[i][j][lane].x[k]);
-                        }
-                    }
-                }
-            }
+            });
         });
     }
 };

@@ -100,20 +100,21 @@ IVC_API size_t ivcAttendJoinedWorkspace(const IvcJoined* joined);
 IVC_API cudaError_t ivcAttendJoined(const IvcJoined* joined, const IvcJoinedRows* rows, void* keyCache,
     void* valueCache, const int32_t* pastLength, void* y, void* workspace, int32_t* counters, cudaStream_t stream);
 
-// y = x W^T, W = (stored - zero point) scale: weights in 4 bits as graphs/ops/LinearNBitsZeroPoints.onnxtxt has them.
-//   x [rows, K]; y [rows, N]; scales [N, blocks], blocks being ceil(K / blockSize)
-//   packed uint8 [N, blocks, blockSize / 2], the low half of a byte first, at a multiple of 16 bytes, or of 8 in blocks
-//     of 16; what lies behind a row's K values has no effect
-//   zeroPoints uint8 [N, ceil(blocks / 2)], the same way; null: all are 8
-IVC_API cudaError_t ivcMatMulInt4(const IvcInt4* product, const void* x, const void* packed, const void* scales,
-    const void* zeroPoints, void* y, cudaStream_t stream);
-
 // y = f(scale n(x) W^T + b) + r: n an RMS norm or nothing, f an activation; where gated f(g) * u, of W's halves. Reads
 // each weight once for IVC_FEW_ROWS rows.
 //   x [rows, K]; norm [K], the norm's weight, or null; weight [N, K], or [2 N, K] where gated; bias, one a row of weight,
 //   or null; residual [rows, N], or null; y [rows, N]
 IVC_API cudaError_t ivcFusedLinear(const IvcLinear* product, const void* x, const void* norm, const void* weight,
     const void* bias, const void* residual, void* y, cudaStream_t stream);
+
+// The same over weights in 4 bits, by tensor cores: cudaErrorNotSupported before SM 80. Products are of exact weights;
+// normed rows are rounded to the tensors' type.
+IVC_API cudaError_t ivcFusedInt4(const IvcLinear* product, const IvcPacked* weight, const void* x, const void* norm,
+    const void* bias, const void* residual, void* y, cudaStream_t stream);
+
+// Weights in 4 bits as values of the product's type, [N, K], or [2 N, K] where gated, at a multiple of 16 bytes.
+IVC_API cudaError_t ivcUnpack(
+    const IvcLinear* product, const IvcPacked* packed, void* weight, cudaStream_t stream);
 
 // y = n(x) alone, [rows, K]: what a product of more rows is given.
 IVC_API cudaError_t ivcNormRows(

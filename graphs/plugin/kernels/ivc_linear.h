@@ -18,6 +18,14 @@ IVC_API size_t ivcLinearWorkspace(const IvcLinear* product, int32_t normed);
 IVC_API cudaError_t ivcLinear(const IvcLinear* product, const void* x, const void* norm, const void* weight,
     const void* bias, const void* residual, void* y, void* workspace, cudaStream_t stream);
 
+// Bytes of scratch memory that ivcLinearInt4 needs, likewise.
+IVC_API size_t ivcLinearInt4Workspace(const IvcLinear* product, int32_t normed);
+
+// As ivcFusedInt4, which it calls for few rows; for more, weights become values in the workspace, and it goes on as
+// ivcLinear does.
+IVC_API cudaError_t ivcLinearInt4(const IvcLinear* product, const IvcPacked* weight, const void* x, const void* norm,
+    const void* bias, const void* residual, void* y, void* workspace, cudaStream_t stream);
+
 // Of workspace, what ivcMatMul takes.
 #define IVC_MATMUL_WORKSPACE ((size_t)32 << 20)
 

@@ -100,15 +100,6 @@ typedef struct {
     const void *queryNorm, *keyNorm;  // weights [headDim] of an RMS norm of each head; null: none
 } IvcJoinedRows;
 
-// Extents of a product over weights in 4 bits.
-typedef struct {
-    int32_t rows;       // > 0, of x and y
-    int32_t features;   // K > 0, of a row of x
-    int32_t out;        // N > 0, of a row of y
-    int32_t blockSize;  // weights that share a scale: 16, 32, 64, 128 or 256
-    IvcType type;       // of x, scales and y: float16 or bfloat16; products are summed in float32
-} IvcInt4;
-
 // What is taken of a product: itself, x sigmoid(slope x), or GELU by the error function or its approximation by tanh.
 typedef enum { IVC_NO_ACTIVATION = 0, IVC_SWISH = 1, IVC_GELU = 2, IVC_GELU_TANH = 3 } IvcActivation;
 
@@ -125,7 +116,18 @@ typedef struct {
     float epsilon;  // of the norm
 } IvcLinear;
 
-// Rows that ivcFusedLinear reads weights once for.
+// Weights in 4 bits of such a product, W = (stored - zero point) scale, as graphs/ops/LinearNBitsZeroPoints.onnxtxt has
+// them; blocks are ceil(K / blockSize), and what lies behind a row's K values has no effect. The product's type is
+// float16 or bfloat16.
+typedef struct {
+    const void* values;      // uint8 [N, blocks, blockSize / 2], or [2 N, ..] where gated, the low half of a byte first,
+                             // at a multiple of 16 bytes, or of 8 in blocks of 16
+    const void* scales;      // of the product's type, one a block
+    const void* zeroPoints;  // uint8 [N, ceil(blocks / 2)], or [2 N, ..], the same way; null: all are 8
+    int32_t blockSize;       // weights that share a scale: 16, 32, 64, 128 or 256
+} IvcPacked;
+
+// Rows that ivcFusedLinear and ivcFusedInt4 read weights once for.
 #define IVC_FEW_ROWS 8
 
 // Tensors that one launch takes; more need one launch for each so many.

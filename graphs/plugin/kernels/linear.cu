@@ -19,19 +19,9 @@ struct LinearLaunch {
 
     template <class Kernel>
     cudaError_t run(const Linear& a) const {
-        bool early = false;
-        const cudaError_t known = launchesEarly(early);
-        if (known != cudaSuccess) return known;
-        cudaLaunchAttribute attribute{};
-        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attribute.val.programmaticStreamSerializationAllowed = 1;
-        cudaLaunchConfig_t config{};
-        config.gridDim = dim3(static_cast<unsigned>(Kernel::columnBlocks(a)), static_cast<unsigned>(Kernel::rowBlocks(a)));
-        config.blockDim = dim3(Kernel::kThreads);
-        config.stream = stream;
-        config.attrs = &attribute;
-        config.numAttrs = early ? 1 : 0;
-        return cudaLaunchKernelEx(&config, linearKernel<Kernel>, a);
+        const dim3 grid(
+            static_cast<unsigned>(Kernel::columnBlocks(a)), static_cast<unsigned>(Kernel::rowBlocks(a)));
+        return launchEarly(linearKernel<Kernel>, grid, Kernel::kThreads, stream, a);
     }
 };
 

@@ -102,6 +102,22 @@ IVC_WARP void awaitKernelBefore() {
 #endif
 }
 
+// What a norm multiplies a row by whose squares have this sum.
+IVC_WARP float normFactor(const Linear& a, float squares) {
+    return 1 / sqrtf(squares / static_cast<float>(a.features) + a.epsilon);
+}
+
+// One result, from a column's product and where gated that of the column that it gates.
+template <class Value, bool kGated>
+IVC_WARP void putResult(const Linear& a, float product, float up, int32_t row, int32_t column) {
+    const Value* bias = static_cast<const Value*>(a.bias);
+    float y = activated(product + (bias ? static_cast<float>(bias[column]) : 0), a.activation, a.slope);
+    if (kGated) y *= up + (bias ? static_cast<float>(bias[a.out + column]) : 0);
+    const int64_t at = static_cast<int64_t>(row) * a.out + column;
+    if (a.residual) y += static_cast<float>(static_cast<const Value*>(a.residual)[at]);
+    static_cast<Value*>(a.y)[at] = static_cast<Value>(y);
+}
+
 // kRows rows of x times kOut columns of y in `parts` warps, whose lanes take octets in turn. Gated columns have two rows
 // of weights. kDepth octets of each row of weights are on their way at once. kWhole: octets lie within a row, and at a
 // multiple of 16 bytes. A norm's factor of a row is found beside its products, and multiplies their sums.
@@ -165,14 +181,8 @@ struct FewLinear {
             if (kGated) up += shared.sums[warp][row][kColumns - kOut + i];
             if (a.norm) squares += shared.squares[warp][row];
         }
-        const float factor =
-            a.norm ? a.scale / sqrtf(squares / static_cast<float>(a.features) + a.epsilon) : a.scale;
-        const Value* bias = static_cast<const Value*>(a.bias);
-        float y = activated(sum * factor + (bias ? static_cast<float>(bias[column]) : 0), a.activation, a.slope);
-        if (kGated) y *= up * factor + (bias ? static_cast<float>(bias[a.out + column]) : 0);
-        const int64_t at = static_cast<int64_t>(yRow) * a.out + column;
-        if (a.residual) y += static_cast<float>(static_cast<const Value*>(a.residual)[at]);
-        static_cast<Value*>(a.y)[at] = static_cast<Value>(y);
+        const float factor = a.norm ? a.scale * normFactor(a, squares) : a.scale;
+        putResult<Value, kGated>(a, sum * factor, up * factor, yRow, column);
     }
 
     static IVC_WARP const Value* rowOf(const Linear& a, const void* tensor, int32_t row) {

@@ -42,3 +42,17 @@ cudaError_t ivcLinear(const IvcLinear* c, const void* x, const void* norm, const
     const cudaError_t multiplied = ivcMatMul(&plain, x, weight, nullptr, nullptr, product, workspace, stream);
     return multiplied ? multiplied : ivcActivate(c, product, bias, residual, y, stream);
 }
+
+size_t ivcLinearInt4Workspace(const IvcLinear* c, int32_t normed) {
+    if (few(*c) || c->features <= 0 || c->out <= 0) return 0;
+    const size_t weights = static_cast<size_t>(c->gated ? 2 : 1) * static_cast<size_t>(c->out);
+    return ivcLinearWorkspace(c, normed) + 2 * weights * static_cast<size_t>(c->features);
+}
+
+cudaError_t ivcLinearInt4(const IvcLinear* c, const IvcPacked* w, const void* x, const void* norm, const void* bias,
+    const void* residual, void* y, void* workspace, cudaStream_t stream) {
+    if (few(*c)) return ivcFusedInt4(c, w, x, norm, bias, residual, y, stream);
+    void* const weight = static_cast<char*>(workspace) + ivcLinearWorkspace(c, norm != nullptr);
+    const cudaError_t unpacked = ivcUnpack(c, w, weight, stream);
+    return unpacked ? unpacked : ivcLinear(c, x, norm, weight, bias, residual, y, workspace, stream);
+}

@@ -67,6 +67,9 @@ struct Block {
 
     __device__ __forceinline__ void barrier() const { __syncthreads(); }
 
+    // Of the lanes of a warp, within `each`.
+    __device__ __forceinline__ void warpBarrier() const { __syncwarp(); }
+
     // Whether this block is the last of `count` that get here, what all of them have written before being there to
     // read; the counter is 0 before and afterwards. `flag` lies in shared memory.
     __device__ __forceinline__ bool last(int32_t* counter, int32_t count, int32_t* flag) const {
@@ -225,6 +228,8 @@ struct Block {
     }
 
     void barrier() {}
+
+    void warpBarrier() {}
 
     bool last(int32_t* counter, int32_t count, int32_t*) const {
         if (++*counter < count) return false;

@@ -4,6 +4,7 @@
 // four at a time: TensorRT 8.6 has no constants of bytes.
 #pragma once
 
+#include "../kernels/ivc_linear.h"
 #include "operators.h"
 
 namespace ivc {
@@ -40,19 +41,28 @@ class MatMulInt4 {
         return shape;
     }
 
-    size_t workspace(const PluginTensorDesc*) const { return 0; }
+    size_t workspace(const PluginTensorDesc* in) const {
+        const IvcLinear product = productOf(in);
+        return ivcLinearInt4Workspace(&product, 0);
+    }
 
-    cudaError_t enqueue(const PluginTensorDesc* in, const void* const* inputs, void* const* outputs, void*,
+    cudaError_t enqueue(const PluginTensorDesc* in, const void* const* inputs, void* const* outputs, void* workspace,
         cudaStream_t stream) const {
-        const int32_t last = in[0].dims.nbDims - 1;
-        IvcInt4 product{1, extent(in[0], last), extent(in[1], 0), attributes_[0][0], ivcType(in[0].type)};
-        for (int32_t a = 0; a < last; ++a) product.rows *= extent(in[0], a);
-        return ivcMatMulInt4(&product, inputs[0], inputs[1], inputs[2], points() ? inputs[kPoints] : nullptr,
-            outputs[0], stream);
+        const IvcLinear product = productOf(in);
+        const IvcPacked weight{inputs[1], inputs[2], points() ? inputs[kPoints] : nullptr, attributes_[0][0]};
+        return ivcLinearInt4(
+            &product, &weight, inputs[0], nullptr, nullptr, nullptr, outputs[0], workspace, stream);
     }
 
    private:
     static constexpr int32_t kPoints = 3;
+
+    static IvcLinear productOf(const PluginTensorDesc* in) {
+        const int32_t last = in[0].dims.nbDims - 1;
+        IvcLinear product{1, extent(in[0], last), extent(in[1], 0), ivcType(in[0].type), IVC_NO_ACTIVATION, 0, 1, 1, 0};
+        for (int32_t a = 0; a < last; ++a) product.rows *= extent(in[0], a);
+        return product;
+    }
 
     bool points() const { return attributes_[1][0] != 0; }
 

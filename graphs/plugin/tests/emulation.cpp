@@ -216,13 +216,28 @@ void product(const Linear& a) {
 
 extern "C" {
 
-int ivcMatMulInt4(const IvcInt4* c, const void* x, const void* packed, const void* scales, const void* zeroPoints,
-    void* y, size_t backwards) {
-    if (!possible(*c)) return 1;
-    const Int4Choice choice = choiceOf(*c, true);
-    const Int4 a = planned(*c, x, packed, scales, zeroPoints, y, choice);
-    if (!wellPlaced(*c, a)) return 1;
-    return launchInt4<Float16, BFloat16>(*c, choice.kernel, a, Multiplying{backwards != 0});
+int ivcFusedInt4(const IvcLinear* c, const IvcPacked* w, const void* x, const void* norm, const void* bias,
+    const void* residual, void* y, size_t backwards) {
+    if (!possible(*c, *w)) return 1;
+    const Int4 a = planned(*c, *w, x, norm, bias, residual, y);
+    if (!wellPlaced(a.packed)) return 1;
+    return withHalf<Float16, BFloat16>(
+        c->type, [&](auto value) { return launchInt4<decltype(value)>(*c, *w, a, Multiplying{backwards != 0}); });
+}
+
+int ivcUnpack(const IvcLinear* c, const IvcPacked* w, void* weight, size_t backwards) {
+    if (!possible(*c, *w)) return 1;
+    const Packed packed = planned(*c, *w);
+    if (!wellPlaced(packed)) return 1;
+    withHalf<Float16, BFloat16>(c->type, [&](auto value) {
+        using Kernel = Unpack<decltype(value)>;
+        launch(Kernel::columnBlocks(packed), 1, 1, backwards != 0, [&](int number, int, int) {
+            Block block{Kernel::kWarps, backwards != 0};
+            Kernel::run(block, packed, weight, number);
+        });
+        return 0;
+    });
+    return 0;
 }
 
 int ivcFusedLinear(const IvcLinear* c, const void* x, const void* norm, const void* weight, const void* bias,

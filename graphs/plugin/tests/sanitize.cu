@@ -150,20 +150,29 @@ void joined(int number) {
 }
 
 void product(int number) {
-    static const int kRows[] = {1, 3, 14, 100, 200};
-    IvcInt4 c{};
+    static const int kRows[] = {1, 2, 4, 7, 12};
+    IvcLinear c{};
     c.type = number % 2 ? IVC_FLOAT16 : IVC_BFLOAT16;
-    c.blockSize = 16 << number % 5;
     c.rows = kRows[number / 5 % 5];
     c.features = number % 3 ? between(1, 300) : 8 * between(1, 60);
     c.out = number % 4 ? between(1, 200) : between(1000, 1300);
-    const size_t blocks = (c.features + c.blockSize - 1) / c.blockSize, out = c.out, rows = c.rows;
-    Buffer x(2 * rows * c.features), packed(out * blocks * c.blockSize / 2), scales(2 * out * blocks), y(2 * rows * out);
-    Buffer points(number % 2 ? (out * ((blocks + 1) / 2) + 1) / 2 * 2 : 0);
-    for (Buffer* buffer : {&x, &packed, &scales, &points}) buffer->fill(c.type);
-    require(ivcMatMulInt4(&c, x.data, packed.data, scales.data, points.data, y.data, nullptr));
-    std::vector<char> answer(y.bytes);
-    require(cudaMemcpy(answer.data(), y.data, y.bytes, cudaMemcpyDeviceToHost));
+    c.activation = IVC_SWISH;
+    c.gated = number % 2;
+    c.slope = c.scale = 1;
+    const int blockSize = 16 << number % 5;
+    const size_t blocks = (c.features + blockSize - 1) / blockSize, features = c.features, rows = c.rows;
+    const size_t columns = static_cast<size_t>(c.gated + 1) * c.out, results = rows * c.out;
+    Buffer x(2 * rows * features), values(columns * blocks * blockSize / 2), scales(2 * columns * blocks), y(2 * results);
+    Buffer points(number % 2 ? (columns * ((blocks + 1) / 2) + 1) / 2 * 2 : 0), weight(2 * columns * features);
+    Buffer norm(number % 5 ? 2 * features : 0), bias(number % 7 ? 2 * columns : 0), residual(number % 3 ? 2 * results : 0);
+    for (Buffer* buffer : {&x, &values, &scales, &points, &norm, &bias, &residual}) buffer->fill(c.type);
+    const IvcPacked packed{values.data, scales.data, points.data, blockSize};
+    require(ivcFusedInt4(&c, &packed, x.data, norm.data, bias.data, residual.data, y.data, nullptr));
+    require(ivcUnpack(&c, &packed, weight.data, nullptr));
+    for (const Buffer* buffer : {&y, &weight}) {
+        std::vector<char> answer(buffer->bytes);
+        require(cudaMemcpy(answer.data(), buffer->data, buffer->bytes, cudaMemcpyDeviceToHost));
+    }
 }
 
 }  // namespace

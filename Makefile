@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 OPTIMUM := .venv-optimum
 RAY := .venv-ray
+EVAL := .venv-eval
 QUICK := tests/contract tests/exporter tests/graph tests/lowering tests/report tests/test_files.py \
 	tests/bundle/test_manifest.py tests/bundle/test_staging.py tests/checkpoint/test_folders.py tests/cli/test_bad_inputs.py \
 	tests/runtime/test_failures.py tests/runtime/test_fused.py tests/runtime/test_generate.py tests/runtime/test_videos.py \
@@ -12,7 +13,7 @@ MODEL := samples/spatial-vl
 BUNDLE := demo/spatial-vl-ivc
 PICTURES := samples/pictures
 
-.PHONY: demo test lowest optimum ray lint docs generate clean
+.PHONY: demo test lowest optimum ray eval lint docs generate clean
 
 demo: $(VENV)/installed  ## set up, export the sample, ask about pictures, draw which tokens were kept
 	$(BIN)/ivc-export --model $(MODEL) --calibration $(MODEL)/calibration.json --output $(BUNDLE) --force
@@ -33,6 +34,9 @@ optimum: $(OPTIMUM)/installed $(VENV)/installed-dev  ## optimum-cli export ivc, 
 
 ray: $(RAY)/installed  ## ivc-serve --replicas, in an environment with Ray
 	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/serve/test_replicas.py
+
+eval: $(EVAL)/installed  ## the model of lmms-eval, in an environment with lmms-eval
+	OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest tests/evaluate
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -72,5 +76,10 @@ $(RAY)/installed: $(RAY)/bin/python pyproject.toml
 	$(RAY)/bin/pip install -q --disable-pip-version-check -e .[cpu,ray] openai pytest
 	@touch $@
 
+$(EVAL)/installed: $(EVAL)/bin/python pyproject.toml tools/lmms_eval.txt
+	$(EVAL)/bin/pip install -q --disable-pip-version-check -e .[cpu] -r tools/lmms_eval.txt pytest
+	$(EVAL)/bin/pip install -q --disable-pip-version-check --no-deps lmms-eval==0.7.3
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWEST) $(OPTIMUM) $(RAY) demo site build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(OPTIMUM) $(RAY) $(EVAL) demo site build dist .mypy_cache .pytest_cache .ruff_cache

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from ivc_export.serve.errors import RequestError
 from ivc_export.serve.images import decode
 from ivc_export.serve.metrics import Metrics
 from ivc_export.text.sampling import Sampler, Sampling
+from ivc_export.text.stops import StopTexts
 from ivc_export.text.template import Message
 
 LOG = logging.getLogger(__name__)
@@ -96,29 +97,6 @@ class KeptPictures:
         self.nbytes += seen.nbytes
         while self.nbytes > self._most:
             self.nbytes -= self._held.popitem(last=False)[1][0].nbytes
-
-
-class StopTexts:
-    """Pieces of an answer up to the first of some texts; what may be the beginning of one is held back."""
-
-    def __init__(self, pieces: Iterator[str], stops: Sequence[str]) -> None:
-        self._pieces, self._stops = pieces, stops
-        self.hit = False
-
-    def __iter__(self) -> Iterator[str]:
-        held = ""
-        for piece in self._pieces:
-            held += piece
-            ends = [end for stop in self._stops if (end := held.find(stop)) >= 0]
-            if ends:
-                self.hit = True
-                yield held[: min(ends)]
-                return
-            begun = (n for stop in self._stops for n in range(1, len(stop)) if held.endswith(stop[:n]))
-            free = len(held) - max(begun, default=0)
-            yield held[:free]
-            held = held[free:]
-        yield held
 
 
 class Worker:

@@ -40,7 +40,7 @@ def no_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_every_module_is_imported_without_onnxruntime() -> None:
     done = subprocess.run([sys.executable, "-c", EVERYTHING], capture_output=True, text=True, check=True)
-    others = {"torch", "transformers", "matplotlib", "optimum"}
+    others = {"torch", "transformers", "matplotlib", "optimum", "accelerate"}
     assert {line.split()[0] for line in done.stderr.splitlines()} <= others
     for name in ("cli.run", "cli.check", "cli.bench", "cli.build", "runtime.onnxruntime.cuda", "bench.roofline"):
         assert f"ivc_export.{name}" in done.stdout.split()

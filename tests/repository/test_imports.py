@@ -25,6 +25,7 @@ ORDER = [  # from the bottom up; a module imports from its own line or from lowe
     {"report"},
     {"serve"},
     {"cli"},
+    {"evaluate"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 NEWER = {"tomllib", "datetime.UTC", "enum.StrEnum", "contextlib.chdir", "itertools.batched"} | {

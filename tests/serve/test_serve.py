@@ -31,7 +31,8 @@ from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.serve import images
 from ivc_export.serve.completions import ServerSettings
 from ivc_export.serve.errors import RequestError
-from ivc_export.serve.worker import KeptPictures, StopTexts
+from ivc_export.serve.worker import KeptPictures
+from ivc_export.text.stops import StopTexts
 from tests.conftest import SHAPES
 from tests.serve.conftest import serving
 

@@ -1,0 +1,1 @@
+"""Bundles as a model of lmms-eval."""

@@ -1,0 +1,1 @@
+"""Spatial-VL's held-out questions as a task of lmms-eval, without a network."""

@@ -1,28 +1,88 @@
-"""Answers of the C++ runtime on Spatial-VL's bundle against Python's, token by token and row by row.
+"""Answers of the C++ runtime on Spatial-VL's bundle against Python's, token by token and row by row, and their times.
 
     python -m samples.cpp_agreement --bundle BUNDLE --program BUILD/ivc-cpp --output FILE
+    python -m samples.cpp_agreement --bundle BUNDLE --program BUILD/ivc-cpp --backend tensorrt --questions FOLDER ...
 
-The bundle is exported with --dtype float32, which both compute in.
+On onnxruntime-cpu the bundle is exported with --dtype float32, which both compute in; on tensorrt both run the same
+engines. FOLDER is what samples.agreement left there; without it the questions are drawn, which takes torch. Both are
+asked in turns within one run; the seconds are of whole answers, from a picture's file on.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
+import statistics
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.runtime.backends import open_session
+from ivc_export.runtime.backends import BACKENDS, DEFAULT, open_session
 from ivc_export.runtime.chat import Chat, Sampling
-from samples.spatial.held_out import held_out
-from samples.spatial.questions import TASKS
+from samples.agreement import INDEX, LONGEST_ANSWER, RATIOS
 
-RATIOS = (1.0, 0.5)
-LONGEST_ANSWER = 20
+WARM = 3
+"""Questions at the beginning whose times are left out."""
+
+
+class Program:
+    """The running program, which answers a request a line."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What it says to a question."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def most_bytes(self) -> int:
+        """The most host memory that it has held."""
+        return resident(self._process.pid)
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def resident(pid: int | str) -> int:
+    """The most host memory that a process has held, in bytes."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def device_bytes(backend: str) -> int:
+    """Memory of the device that is taken; 0 without one."""
+    if BACKENDS[backend].device != "cuda":
+        return 0
+    runtime: Any = importlib.import_module("cuda.bindings.runtime")
+    _, free, total = runtime.cudaMemGetInfo()
+    return int(total - free)
+
+
+def questions(folder: Path | None, count: int, drawn: Path) -> list[tuple[str, Path]]:
+    """Questions, and the files of their pictures, which are written to `drawn` where no folder has them."""
+    if folder is not None:
+        rows = json.loads((folder / INDEX).read_text(encoding="utf-8"))["questions"][:count]
+        return [(row["question"], folder / row["picture"]) for row in rows]
+    from samples.spatial.held_out import held_out
+    from samples.spatial.questions import TASKS
+
+    found = []
+    for number, example in enumerate(held_out("test", math.ceil(count / len(TASKS)))[:count]):
+        example.picture.save(drawn / f"{number}.png")
+        found.append((example.question.text, drawn / f"{number}.png"))
+    return found
 
 
 def main() -> None:
@@ -30,40 +90,57 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--bundle", type=Path, required=True)
     p.add_argument("--program", type=Path, required=True)
+    p.add_argument("--backend", choices=("onnxruntime-cpu", "tensorrt"), default=DEFAULT)
+    p.add_argument("--plugin", type=Path, help="for engines that were built with it")
+    p.add_argument("--questions", type=Path, metavar="FOLDER")
     p.add_argument("--count", type=int, default=200)
     p.add_argument("--output", type=Path, default=Path("cpp-agreement.json"))
     options = p.parse_args()
-    examples = held_out("test", math.ceil(options.count / len(TASKS)))[: options.count]
-    session = open_session(Bundle.load(options.bundle))
-    found: dict[str, Any] = {
+    libraries = {} if options.plugin is None else {"plugin": options.plugin}
+    command = [str(options.program.resolve()), str(options.bundle), "--requests", "--backend", options.backend]
+    command += ["--max-tokens", str(LONGEST_ANSWER)]
+    command += [] if options.plugin is None else ["--plugin", str(options.plugin)]
+    with tempfile.TemporaryDirectory() as folder:
+        asked = questions(options.questions, options.count, Path(folder))
+        empty = device_bytes(options.backend)
+        program = Program(command)
+        program.ask({"image": [str(asked[0][1])], "prompt": asked[0][0], "ratio": 1.0})
+        held = {"cpp": device_bytes(options.backend) - empty}
+        session = open_session(Bundle.load(options.bundle), options.backend, **libraries)
+        ratios = {}
+        for ratio in RATIOS:
+            same, seconds = {"answers": 0, "tokens": 0, "kept_rows": 0}, dict[str, list[float]](cpp=[], python=[])
+            differing = []
+            for text, picture in asked:
+                start = time.perf_counter()
+                found = program.ask({"image": [str(picture)], "prompt": text, "ratio": ratio})
+                between = time.perf_counter()
+                chat = Chat(session, ratio, sampling=Sampling(max_tokens=LONGEST_ANSWER))
+                wanted = "".join(chat.ask(text, [picture]))
+                seconds["cpp"].append(between - start)
+                seconds["python"].append(time.perf_counter() - between)
+                assert chat.step is not None
+                same["answers"] += wanted == found["answer"]
+                same["tokens"] += chat.tokens == found["tokens"]
+                same["kept_rows"] += chat.step.keep_index.tolist() == found["keep_index"]
+                if chat.tokens != found["tokens"]:
+                    differing.append({"question": text, "cpp": found["answer"], "python": wanted})
+            medians = {side: round(statistics.median(values[WARM:] or values), 5) for side, values in seconds.items()}
+            ratios[str(ratio)] = {**same, "differing": differing, "seconds_an_answer": medians}
+            print(f"ratio {ratio}: {same} of {len(asked)}, {medians} seconds an answer", flush=True)
+        held["python"] = device_bytes(options.backend) - empty - held["cpp"]
+        host = {"cpp": program.most_bytes(), "python": resident("self")}
+        program.close()
+    content = {
         "backend": session.backend,
         "dtype": session.dtype,
-        "questions": len(examples),
-        "ratios": {},
+        "versions": session.versions,
+        "questions": len(asked),
+        "ratios": ratios,
+        "host_bytes": host,
+        "device_bytes": held,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        requests: list[dict[str, Any]] = []
-        for number, example in enumerate(examples):
-            example.picture.save(Path(folder) / f"{number}.png")
-            requests += [
-                {"image": [f"{folder}/{number}.png"], "prompt": example.question.text, "ratio": r} for r in RATIOS
-            ]
-        lines = "".join(json.dumps(request) + "\n" for request in requests)
-        command = [options.program, options.bundle, "--requests", "--max-tokens", str(LONGEST_ANSWER)]
-        done = subprocess.run(command, input=lines, capture_output=True, text=True, check=True)
-        answers = [json.loads(line) for line in done.stdout.splitlines()]
-        same = {ratio: {"answers": 0, "tokens": 0, "kept_rows": 0} for ratio in RATIOS}
-        for request, answer in zip(requests, answers, strict=True):
-            chat = Chat(session, request["ratio"], sampling=Sampling(max_tokens=LONGEST_ANSWER))
-            text = "".join(chat.ask(request["prompt"], [Path(request["image"][0])]))
-            assert chat.step is not None
-            counts = same[request["ratio"]]
-            counts["answers"] += text == answer["answer"]
-            counts["tokens"] += chat.tokens == answer["tokens"]
-            counts["kept_rows"] += chat.step.keep_index.tolist() == answer["keep_index"]
-    found["ratios"] = {str(ratio): counts for ratio, counts in same.items()}
-    options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(found))
+    options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -263,7 +263,6 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "graphs.md": graphs_readme(),
         ROOT / "docs" / "commands.md": commands(),
         ROOT / "docs" / "families.md": families_doc(),
-        ROOT / "samples" / "cpp" / "ivc_tensors.h": tensors_header(),
         ROOT / "runtime" / "cpp" / "include" / "ivc" / "contract.h": contract_header(),
     }
     return files | {ROOT / "graphs" / "listings" / name: content for name, content in listings().items()}

@@ -76,12 +76,16 @@ class HostProgram:
 
     def answer(self, what: str, **arguments: Any) -> dict[str, Any]:
         """What it says to a command: its `answer`, or an `error`."""
+        return self.exchange({"do": what, **arguments})
+
+    def exchange(self, line: Any) -> dict[str, Any]:
+        """What it says to one line."""
         assert self.process.stdin is not None and self.process.stdout is not None and self.process.stderr is not None
-        self.process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
+        self.process.stdin.write(json.dumps(line) + "\n")
         self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, self.process.stderr.read()[-4000:]
-        found: dict[str, Any] = json.loads(line)
+        said = self.process.stdout.readline()
+        assert said, self.process.stderr.read()[-4000:]
+        found: dict[str, Any] = json.loads(said)
         return found
 
     def ask(self, what: str, **arguments: Any) -> Any:

@@ -30,11 +30,13 @@ COMMANDS: dict[str, argparse.ArgumentParser] = {
     for name in tuple(vars(cli))
     if name.startswith("ivc_")
 }
+PROGRAMS = ROOT / "runtime" / "cpp" / "programs"
 NATIVE = {  # programs in C++, and the files that name their options
-    "build/ivc_sample": [*(ROOT / "samples" / "cpp").glob("*.cpp")],
-    "ivc-cpp": [ROOT / "runtime" / "cpp" / "programs" / "ivc-cpp.cpp"],
-    "build/ivc-cpp": [ROOT / "runtime" / "cpp" / "programs" / "ivc-cpp.cpp"],
-    "ivc-cpp-bench": [ROOT / "runtime" / "cpp" / "programs" / "ivc-cpp-bench.cpp"],
+    "build/ivc_sample": [ROOT / "samples" / "cpp" / "main.cpp"],
+    "ivc-cpp": [PROGRAMS / "ivc-cpp.cpp", PROGRAMS / "devices.h"],
+    "build/ivc-cpp": [PROGRAMS / "ivc-cpp.cpp", PROGRAMS / "devices.h"],
+    "ivc-cpp-bench": [PROGRAMS / "ivc-cpp-bench.cpp", PROGRAMS / "devices.h"],
+    "build/ivc-cpp-bench": [PROGRAMS / "ivc-cpp-bench.cpp", PROGRAMS / "devices.h"],
 }
 OTHERS = (*NATIVE, "cmake", "make", "pip", "python")
 """Programs that are looked at; any other has no place in a block of commands."""

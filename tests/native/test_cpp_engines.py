@@ -184,6 +184,18 @@ def test_conversations_equal_those_on_the_host(
     assert (found["captures"], found["replays"]) == (1, 7)  # the first step runs as it is
 
 
+def test_pictures_seen_before_run_no_vision(
+    program: EnginesProgram, sample_bundle: Bundle, pictures: list[Path], tmp_path: Path
+) -> None:
+    bundle = Bundle.load(shutil.copytree(sample_bundle.folder, tmp_path / "bundle"))
+    put_engines(bundle, **MAXIMA)
+    planned = runs(bundle, pictures)
+    said: dict[str, Any] = {"ratio": 0.4, "runs": [one.said for one in planned], "rounds": 2, "again": True}
+    found = program.converse(bundle, tmp_path / "memory", **said)["answer"]
+    check(found, HostConversation(OnnxSession(bundle), 0.4), planned, LOGIT_TOLERANCE)
+    assert found["stages"]["vision"] == 2
+
+
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava"])
 def test_caches_that_engines_write_to_equal_those_on_the_host(
     program: EnginesProgram, pictures: list[Path], tmp_path: Path, name: str

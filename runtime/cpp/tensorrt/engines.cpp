@@ -81,6 +81,59 @@ class Buffers {
     int64_t generation_ = 0;
 };
 
+// Device memory that pictures' rows lie in, taken again once their pictures are gone, so that a camera loop allocates none.
+class Pool {
+   public:
+    explicit Pool(std::shared_ptr<Gpu> gpu) : gpu_(std::move(gpu)) {}
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+    ~Pool() {
+        for (const auto& piece : free_) gpu_->free(piece.second);
+    }
+
+    struct Piece {
+        size_t size = 0;
+        void* address = nullptr;
+    };
+
+    Piece take(size_t size) {
+        const auto found = free_.lower_bound(size);
+        if (found == free_.end() || found->first > 2 * size) return {size, gpu_->allocate(size)};
+        const Piece piece{found->first, found->second};
+        free_.erase(found);
+        return piece;
+    }
+    void give(const Piece& piece) noexcept {
+        try {
+            free_.emplace(piece.size, piece.address);
+            if (free_.size() <= kMostPieces) return;
+            gpu_->free(free_.begin()->second);
+            free_.erase(free_.begin());
+        } catch (...) {  // no memory to remember it in
+            gpu_->free(piece.address);
+        }
+    }
+
+   private:
+    static constexpr size_t kMostPieces = 16;  // that nothing lies in
+
+    std::shared_ptr<Gpu> gpu_;
+    std::multimap<size_t, void*> free_;
+};
+
+// What vision made of a picture: of each output that has rows for it, these, [visual, hidden].
+struct SeenRows : Seen {
+    explicit SeenRows(std::shared_ptr<Pool> pool_) : pool(std::move(pool_)) {}
+    SeenRows(const SeenRows&) = delete;
+    SeenRows& operator=(const SeenRows&) = delete;
+    ~SeenRows() override {
+        for (const auto& entry : rows) pool->give(entry.second);
+    }
+
+    std::shared_ptr<Pool> pool;  // of the device that has seen it
+    std::map<std::string, Pool::Piece> rows;
+};
+
 // Floats in a type of theirs. name: of the tensor that they are.
 std::vector<char> converted(const std::vector<float>& values, Type type, const std::string& name) {
     std::vector<char> out(values.size() * bytes(type));
@@ -231,8 +284,8 @@ struct Stage {
 class EnginesDevice : public Device {
    public:
     EnginesDevice(const Bundle& bundle, const EngineRecord& record, std::unique_ptr<Gpu> gpu, Engines engines, bool graph)
-        : bundle_(bundle), m_(bundle.manifest()), record_(record), gpu_(std::move(gpu)), useGraph_(graph), shared_(*gpu_),
-          vision_("vision", 0, *gpu_), prefill_("prefill", 0, *gpu_), decode_("decode", 1, *gpu_),
+        : bundle_(bundle), m_(bundle.manifest()), record_(record), gpu_(std::move(gpu)), useGraph_(graph),
+          pool_(std::make_shared<Pool>(gpu_)), shared_(*gpu_), vision_("vision", 0, *gpu_), prefill_("prefill", 0, *gpu_), decode_("decode", 1, *gpu_),
           engines_(std::move(engines)) {
         size_t scratch = 0;
         for (const char* name : {"vision", "prefix", "decoder"}) {
@@ -275,6 +328,11 @@ class EnginesDevice : public Device {
             keepIndex_[0] = 0;
         } else {
             gpu_->download(keepIndex_.data(), stage.given.at(kKeepIndex).address, keepIndex_.size() * sizeof(int32_t));
+            int32_t least = 0;
+            for (const int32_t row : keepIndex_) {
+                if (row < least || row >= run.rows()) throw Error(std::string("the prefix engine keeps rows that are none: ") + kBuild);
+                least = row + 1;
+            }
         }
         return logits_;
     }
@@ -405,7 +463,7 @@ class EnginesDevice : public Device {
     void check(const Run& run) const {
         const auto most = [](const char* what, size_t count, int32_t limit, const char* option, const char* more) {
             if (count <= static_cast<size_t>(limit)) return;
-            throw Error("the prompt has " + std::to_string(count) + " " + what + ", and these engines take " +
+            throw TooLongError("the prompt has " + std::to_string(count) + " " + what + ", and these engines take " +
                         std::to_string(limit) + ": build them with --" + option + " " + std::to_string(count) + more);
         };
         most("visual tokens", run.visualIndex.size(), record_.maxVisual, "max-visual", ", or use a smaller picture");
@@ -413,13 +471,20 @@ class EnginesDevice : public Device {
         int64_t rows = int64_t{length_} + run.kept();
         if (!m_.selection.wholeLayers.empty()) rows = std::max(rows, int64_t{wholeLength_} + run.rows());
         if (rows > record_.capacity) {
-            throw Error("the engines' caches hold " + std::to_string(record_.capacity) + " rows, " + std::to_string(rows) +
-                        " are needed: build engines with a larger --max-new, or start a new chat");
+            throw TooLongError("the engines' caches hold " + std::to_string(record_.capacity) + " rows, " +
+                               std::to_string(rows) + " are needed: build engines with a larger --max-new");
         }
+    }
+
+    static void checkSize(const std::string& name, size_t values, const Shape& shape) {
+        if (count(shape) == static_cast<int64_t>(values)) return;
+        throw Error(name + " holds " + std::to_string(values) + " values, which are not those of " + said(shape) +
+                    ": prepare the picture with this bundle");
     }
 
     void put(Stage& stage, const std::string& name, const std::vector<int32_t>& values, Shape shape) {
         if (tensor(name) == nullptr) return;
+        checkSize(name, values.size(), shape);
         const size_t size = values.size() * sizeof(int32_t);
         void* address = stage.buffers.get(name, size);
         auto& [place, sent] = stage.sent[name];
@@ -438,6 +503,7 @@ class EnginesDevice : public Device {
     void put(Stage& stage, const std::string& name, const std::vector<float>& values, Shape shape) {
         const EngineTensor* found = tensor(name);
         if (found == nullptr) return;
+        checkSize(name, values.size(), shape);
         const std::vector<char> sent = converted(values, found->type, name);
         void* address = stage.buffers.get(name, sent.size());
         gpu_->upload(address, sent.data(), sent.size());
@@ -457,6 +523,7 @@ class EnginesDevice : public Device {
         put(stage, kQueryIndex, run.queryIndex);
         put(stage, kThumbnailIndex, run.thumbnailIndex);
         put(stage, kTileMap, run.tileMap);
+        put(stage, kCandidateIndex, run.candidateIndex);
         put(stage, kIvcPriority, run.ivcPriority, {visual});
         put(stage, kLogitIndex, std::vector<int32_t>{run.kept() - 1});
         put(stage, kPastLength, std::vector<int32_t>{length_});
@@ -471,41 +538,61 @@ class EnginesDevice : public Device {
         }
     }
 
-    // Runs the pictures, and copies what vision gives to their rows.
+    // Copies what vision makes of the pictures to their rows.
     void see(Stage& stage, const Run& run, const std::vector<const Visual*>& pictures) {
-        size_t seen = 0;
+        int64_t first = 0;
         for (const Visual* picture : pictures) {
             const auto visual = static_cast<int64_t>(picture->grid.visual());
-            if (seen + static_cast<size_t>(visual) > run.visualIndex.size()) {
+            if (first + visual > static_cast<int64_t>(run.visualIndex.size())) {
                 throw Error("the pictures give other visual tokens than the prompt holds: prepare them with this bundle");
             }
-            timed("vision", [&] {
-                const int64_t patches = static_cast<int64_t>(picture->patchPosition.size() / 2);
-                put(vision_, kPixelValues, picture->pixels, picture->shape);
-                if (patches > 0) put(vision_, kPatchPosition, picture->patchPosition, {patches, 2});
-                const int64_t frames = picture->shape.empty() ? 1 : picture->shape[0];
-                runEngine(vision_, "vision", {{"B", frames}, {"visual", visual / std::max<int64_t>(frames, 1)}}, {});
-                handOver(kImageEmbeds, stage.feeds.at(kInputsEmbeds), run.visualIndex[seen], visual);
-                for (int32_t i = 0; i < m_.decoder.deepstack; ++i) {
-                    const std::string name = "deepstack." + std::to_string(i);
-                    handOver(name, stage.feeds.at(name), static_cast<int64_t>(seen), visual);
+            const SeenRows& seen = look(*picture);
+            for (const auto& [name, rows] : seen.rows) {
+                const bool embeds = name == kImageEmbeds;
+                const Placed& target = stage.feeds.at(embeds ? kInputsEmbeds : name);
+                const int64_t row = embeds ? run.visualIndex[static_cast<size_t>(first)] : first;
+                if (row < 0 || row + visual > target.shape[1]) {
+                    throw Error("the pictures' rows are none of the prompt's: prepare them with this bundle");
                 }
-                gpu_->synchronize();
-            });
-            seen += static_cast<size_t>(visual);
+                const size_t size = static_cast<size_t>(m_.decoder.hiddenSize) * bytes(target.type);
+                gpu_->copy(static_cast<char*>(target.address) + static_cast<size_t>(row) * size, rows.address,
+                    static_cast<size_t>(visual) * size);
+            }
+            first += visual;
         }
     }
 
-    void handOver(const std::string& name, const Placed& target, int64_t row, int64_t rows) {
+    // What vision makes of a picture, now or before.
+    const SeenRows& look(const Visual& picture) {
+        const auto* before = dynamic_cast<const SeenRows*>(picture.seen.get());
+        if (before != nullptr && before->pool == pool_) return *before;
+        auto found = std::make_shared<SeenRows>(pool_);
+        timed("vision", [&] {
+            const auto number = [](const std::vector<int32_t>& values) { return static_cast<int64_t>(values.size()); };
+            const bool views = !picture.tokenSource.empty();
+            const int64_t visual = picture.grid.visual(), frames = picture.shape.empty() ? 0 : picture.shape[0];
+            put(vision_, kPixelValues, picture.pixels, picture.shape);
+            put(vision_, kPatchPosition, picture.patchPosition, {number(picture.patchPosition) / 2, 2});
+            put(vision_, kTokenSource, picture.tokenSource);
+            runEngine(vision_, "vision", {{"B", frames}, {"visual", views ? visual : visual / std::max<int64_t>(frames, 1)}}, {});
+            keep(*found, kImageEmbeds, visual);
+            for (int32_t i = 0; i < m_.decoder.deepstack; ++i) keep(*found, "deepstack." + std::to_string(i), visual);
+            gpu_->synchronize();
+        });
+        picture.seen = found;
+        return *found;
+    }
+
+    void keep(SeenRows& seen, const std::string& name, int64_t visual) {
         const Placed& source = vision_.given.at(name);
-        const int64_t hidden = m_.decoder.hiddenSize;
-        if (count(source.shape) != rows * hidden || row < 0 || row + rows > target.shape[1]) {
-            throw Error("the vision engine gives " + name + " of " + said(source.shape) + " for " + std::to_string(rows) +
+        if (count(source.shape) != visual * m_.decoder.hiddenSize) {
+            throw Error("the vision engine gives " + name + " of " + said(source.shape) + " for " + std::to_string(visual) +
                         " visual tokens: " + kBuild);
         }
-        const size_t size = static_cast<size_t>(hidden) * bytes(target.type);
-        char* to = static_cast<char*>(target.address) + static_cast<size_t>(row) * size;
-        gpu_->copy(to, source.address, static_cast<size_t>(rows) * size);
+        const size_t size = static_cast<size_t>(count(source.shape)) * bytes(source.type);
+        const Pool::Piece piece = pool_->take(size);
+        seen.rows[name] = piece;
+        gpu_->copy(piece.address, source.address, size);
     }
 
     // --- runs
@@ -631,8 +718,9 @@ class EnginesDevice : public Device {
     const Bundle& bundle_;
     const Manifest& m_;
     EngineRecord record_;
-    std::unique_ptr<Gpu> gpu_;
+    std::shared_ptr<Gpu> gpu_;
     bool useGraph_;
+    std::shared_ptr<Pool> pool_;
     Buffers shared_;
     Stage vision_, prefill_, decode_;
     Engines engines_;  // work in the buffers' memory

@@ -49,6 +49,7 @@ std::vector<int32_t> conversation(const ivc::Bundle& bundle, ivc::Device& device
     ivc::ChatOptions options;
     options.ratio = 0.5;
     options.sampling.maxTokens = 8;
+    options.followUp = ivc::FollowUp::kCompacted;
     ivc::Chat chat(bundle, device, options);
     std::vector<int32_t> tokens;
     const auto ask = [&](const std::vector<ivc::Image>& pictures) {

@@ -163,15 +163,19 @@ Json converse(const Json& command, Facts& facts) {
     const auto device =
         ivc::makeEnginesDevice(bundle, record, std::move(gpu), std::move(engines), command.value("graph", true));
     Json given = Json::array(), stages = Json::object();
+    std::map<std::string, ivc::Visual> kept;  // pictures by their files, where they are shown again
     for (int32_t round = 0; round < command.value("rounds", 1); ++round) {
         device->begin(command.value("rows", 0));
         int32_t position = 0;
         for (const Json& one : command["runs"]) {
-            std::vector<ivc::Visual> visuals;
+            if (!command.value("again", false)) kept.clear();
             std::vector<const ivc::Visual*> pictures;
             std::vector<ivc::Grid> grids;
-            for (const Json& path : one["pictures"]) visuals.push_back(prepare(ivc::readImage(path), bundle.manifest()));
-            for (const ivc::Visual& visual : visuals) {
+            for (const std::string path : one["pictures"]) {
+                const auto found = kept.find(path);
+                ivc::Visual& visual = found == kept.end() ? kept[path] : found->second;
+                if (found == kept.end()) visual = prepare(ivc::readImage(path), bundle.manifest());
+                if (visual.seen) visual.pixels.clear();
                 pictures.push_back(&visual);
                 grids.push_back(visual.grid);
             }

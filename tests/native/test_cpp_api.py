@@ -15,5 +15,7 @@ def test_the_camera_loop_compiles_as_plain_c(compiler: str) -> None:
     if shutil.which(compiler) is None:
         pytest.skip(f"there is no {compiler}")
     options = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", f"-I{RUNTIME / 'include'}"]
-    done = subprocess.run([compiler, *options, str(RUNTIME / "examples" / "frames.c")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for device in ("-DIVC_ONNXRUNTIME", "-DIVC_TENSORRT"):
+        command = [compiler, *options, device, str(RUNTIME / "examples" / "frames.c")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

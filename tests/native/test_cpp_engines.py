@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -457,6 +459,32 @@ def test_damaged_engines_are_refused_as_in_python(
     refusal = program.refusal("find", bundle=str(bundle.folder), plugin=str(plugin), **HERE)
     assert "ivc-build" in refusal or "copy the whole bundle" in refusal
     assert "\n" not in refusal and refusal.count(": ") >= 1
+
+
+def test_mutated_records_are_read_or_refused(program: EnginesProgram, bundle: Bundle, tmp_path: Path) -> None:
+    """Seeded mutants, under sanitizers: what is read is what Python reads."""
+    generator, path = random.Random(0), folder_of(bundle) / "build.json"
+    whole = path.read_text()
+    numbers = list(re.finditer(r"(?<=[:\[,])-?\d[\d.e+-]*", whole))
+    values = ["-1", "0", "1e999", str(2**31), str(2**63), "0.5", "NaN", "null", '""', "[]", "{}", "true"]
+    plugin, read = tmp_path / "libivc_plugin.so", 0
+    for turn in range(80):
+        if turn % 2:
+            found = generator.choice(numbers)
+            mutant = whole[: found.start()] + generator.choice(values) + whole[found.end() :]
+        else:
+            at, length = generator.randrange(len(whole)), generator.randrange(1, 30)
+            mutant = whole[:at] + generator.choice(("", '"', "{", "]", "\\", whole[-length:])) + whole[at + length :]
+        path.write_text(mutant)
+        said = program.answer("find", bundle=str(bundle.folder), plugin=str(plugin), **HERE)
+        read += "answer" in said
+        try:
+            find_engines(bundle, "tensorrt", CAPABILITY, FakeTensorrt).check_plugin(plugin)
+        except UserError:
+            assert "error" in said and "\n" not in said["error"], mutant
+        else:
+            assert "answer" in said, (said, mutant)
+    assert 0 < read < 40
 
 
 def test_other_engines_than_those_here_are_refused(program: EnginesProgram, bundle: Bundle, tmp_path: Path) -> None:

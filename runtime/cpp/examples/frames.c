@@ -38,6 +38,15 @@ static int ask(const ivc_bundle* bundle, ivc_device* device, const char* questio
     return bad;
 }
 
+/* On the bundle's engines, where this is built with TensorRT. */
+static ivc_error* open_device(const ivc_bundle* bundle, ivc_device** device) {
+#ifdef IVC_TENSORRT
+    return ivc_tensorrt_open(bundle, NULL, NULL, device);
+#else
+    return ivc_onnxruntime_open(bundle, 0, device);
+#endif
+}
+
 int main(int count, char** words) {
     ivc_bundle* bundle = NULL;
     ivc_device* device = NULL;
@@ -46,7 +55,7 @@ int main(int count, char** words) {
         fputs("usage: frames BUNDLE QUESTION FILE...\n", stderr);
         return 2;
     }
-    bad = failed(ivc_bundle_open(words[1], &bundle)) || failed(ivc_onnxruntime_open(bundle, 0, &device));
+    bad = failed(ivc_bundle_open(words[1], &bundle)) || failed(open_device(bundle, &device));
     for (i = 3; i < count && !bad; ++i) bad = ask(bundle, device, words[2], words[i]);
     ivc_device_free(device);
     ivc_bundle_free(bundle);

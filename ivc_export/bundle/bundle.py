@@ -14,8 +14,9 @@ import onnx_ir as ir
 from ivc_export.bundle import staging
 from ivc_export.bundle.graph_files import read_graph
 from ivc_export.bundle.manifest import read_manifest
+from ivc_export.bundle.packed_layers import find_false_claim
 from ivc_export.contract.manifest import Manifest
-from ivc_export.contract.names import CHAT_TEMPLATE, TOKENIZER, GraphName
+from ivc_export.contract.names import CHAT_TEMPLATE, MANIFEST, TOKENIZER, GraphName
 from ivc_export.dtypes import FLOATS
 from ivc_export.errors import UserError
 from ivc_export.files import confined
@@ -45,8 +46,10 @@ class Bundle:
                 f"{folder} is what an export left that was killed: export the model again, which removes it"
             )
         bundle = Bundle(Path(folder), read_manifest(Path(folder)))
-        for name in bundle.manifest.graphs:
-            bundle.graph(name)  # before a runtime opens what it names
+        graphs = [bundle.graph(name) for name in bundle.manifest.graphs]  # before a runtime opens what they name
+        problem = find_false_claim(bundle.manifest, graphs)
+        if problem:
+            raise UserError(f"{bundle.folder / MANIFEST} is damaged ({problem}): export the model again")
         for path in bundle.folder.iterdir():
             confined(bundle.folder, path.name, "copy the bundle with what its links lead to, or export the model again")
         return bundle

@@ -44,6 +44,11 @@ def refusal(bundle: Path, capsys: pytest.CaptureFixture[str]) -> str:
     ("keys", "value", "sentence"),
     [
         ("family", "llava", "does not fit the other fields"),
+        (
+            "weight_formats",
+            {"model.layers.0.mlp.down_proj": {"format": "int4"}},
+            "has the weights of model.layers.0.mlp.down_proj for int4, and the graphs for floats",
+        ),
         ("family", "qwen9", "family 'qwen9' is not one of"),
         ("family", "../errors", "family '../errors' is not one of"),
         ("dtype", "float16", "embedding.dtype does not fit"),

@@ -15,7 +15,9 @@ import pytest
 
 from ivc_export.bench.roofline import Workload
 from ivc_export.bundle.bundle import Bundle
+from ivc_export.bundle.packed_layers import find_false_claim
 from ivc_export.checkpoint.formats.nbits import Packing, dequantise, pack_blocks, pack_values
+from ivc_export.contract.manifest import StoredLayer
 from ivc_export.contract.names import GRAPH_NAMES, IR_VERSION, IVC_DOMAIN, OPSET
 from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
@@ -80,6 +82,20 @@ def test_halves_of_bytes_lie_in_pages_that_the_system_may_drop() -> None:
     copy = mapped(array)
     np.testing.assert_array_equal(copy, array)
     assert isinstance(copy, np.memmap) and np.ascontiguousarray(copy).ctypes.data == copy.ctypes.data
+
+
+def test_a_manifest_that_says_otherwise_than_graphs_is_refused(bundles: tuple[Bundle, Bundle]) -> None:
+    m = bundles[0].manifest
+    graphs, formats = [bundles[0].graph(name) for name in GRAPH_NAMES], dict(m.weight_formats)
+    assert find_false_claim(m, graphs) is None
+    (layer, stored), *_ = formats.items()
+    other = {"int4": "int8", "int8": "int4"}[stored.format]
+    for said, claims in (
+        ("floats", {name: one for name, one in formats.items() if name != layer}),
+        (other, formats | {layer: StoredLayer(format=other)}),
+    ):
+        problem = find_false_claim(m.model_copy(update={"weight_formats": claims}), graphs)
+        assert problem == f"it has the weights of {layer} for {said}, and the graphs for {stored.format}"
 
 
 def test_another_accuracy_level_is_chosen_when_a_bundle_opens(bundles: tuple[Bundle, Bundle], wanted: Turns) -> None:

@@ -50,7 +50,7 @@ JOINED = frozenset(("AttendJoined", "TurnHeads"))
 ATTENTION_OPERATORS = ATTENDING | {"CompactIntoCaches"}
 """The plugin's for attention, and for caches that it writes in place."""
 
-LINEAR_OPERATORS = frozenset(("FusedLinear",))
+LINEAR_OPERATORS = frozenset(("FusedLinear", "FusedLinearInt4"))
 """Such operators for products with what surrounds them."""
 
 PRODUCT_OPERATORS = frozenset(("MatMulInt4",))

@@ -13,9 +13,9 @@ from ivc_export.contract.manifest import GraphInfo
 from ivc_export.contract.names import IVC_DOMAIN, OPSET, AnyGraphName
 from ivc_export.contract.operators import verify_graph
 from ivc_export.graph.functions import RESULTS
+from ivc_export.lowering.fused.linears import FuseLinearsPass
 from ivc_export.lowering.in_place_caches import CompactCachesPass
 from ivc_export.lowering.inline import InlinePass
-from ivc_export.lowering.linears import FuseLinearsPass
 from ivc_export.lowering.onnxruntime.activations import FuseActivationsPass
 from ivc_export.lowering.onnxruntime.attention import UseFusedAttentionPass, UseRotaryEmbeddingPass
 from ivc_export.lowering.onnxruntime.biases import AddBiasesPass

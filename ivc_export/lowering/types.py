@@ -13,7 +13,8 @@ BOOLEANS = frozenset(("And", "Equal", "Greater", "GreaterOrEqual", "Less", "Not"
 """Operators of the contract whose results are truth values."""
 
 ALIKE = {
-    **dict.fromkeys(("AttendInPlace", "AttendJoined", "EncodeAttend", "FusedLinear", "MatMulInt4", "TurnHeads"), 0),
+    **dict.fromkeys(("AttendInPlace", "AttendJoined", "EncodeAttend", "TurnHeads"), 0),
+    **dict.fromkeys(("FusedLinear", "FusedLinearInt4", "MatMulInt4"), 0),
     "CompactIntoCaches": 2,
 }
 """Operators of ours without a body whose outputs are all of one input's type: that of this number."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import pytest
@@ -13,11 +15,20 @@ from ivc_export.checkpoint.weights import Weights
 from ivc_export.contract.manifest import GraphInfo, TensorInfo
 from ivc_export.graph import activations
 from ivc_export.graph.builder import Graph
-from ivc_export.lowering.activation import activation
-from ivc_export.lowering.linears import FuseLinearsPass
+from ivc_export.lowering.fused.activation import activation
+from ivc_export.lowering.fused.linears import FuseLinearsPass
 
-ROWS = '<ir_version: 8, opset_import: ["" : 17, "ivc" : 1]> g (float[S, 8] x, float[S, 8] r) => (float[S, 8] y) {'
-WEIGHTS = {"w": (8, 8), "u": (8, 8), "b": (8,), "n": (8,)}
+ROWS = '<ir_version: 8, opset_import: ["" : 17, "ivc" : 1]> g '
+ROWS += "(float[S, 8] x, float[S, 8] r, float16[S, 8] hx) => (float[S, 8] y) {"
+WEIGHTS = {"w": (8, 8), "u": (8, 8), "b": (8,), "n": (8,), "k": (1, 8)}
+PACKED: dict[str, npt.NDArray[Any]] = {
+    "p": np.zeros((8, 1, 8), np.uint8),
+    "hs": np.ones((8, 1), np.float16),
+    "z": np.zeros((8, 1), np.uint8),
+    "hf": np.array(0.25, np.float16),
+    "hb": np.ones(8, np.float16),
+    "hn": np.ones(8, np.float16),
+}
 
 
 def fused(body: str) -> list[ir.Node]:
@@ -25,6 +36,8 @@ def fused(body: str) -> list[ir.Node]:
     proto = onnx.parser.parse_model(ROWS + body + "}")
     for name, shape in WEIGHTS.items():
         proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
+    for name, array in PACKED.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     model = ir.serde.deserialize_model(proto)
     assert FuseLinearsPass()(model).modified
     return list(model.graph)
@@ -55,7 +68,7 @@ def test_a_whole_layer_is_two_nodes() -> None:
     [
         ("m = ivc.RMSNorm <epsilon = 1.0> (x, n) g = Gemm <transB = 1> (m, w) y = Add (g, m)", ["RMSNorm"]),
         ("g = Gemm <transB = 1> (x, w) s = Sigmoid (g) a = Mul (g, s) y = Add (a, g)", ["Sigmoid", "Mul", "Add"]),
-        ("g = Gemm <transB = 1> (x, w) y = Add (g, b)", ["Add"]),
+        ("g = Gemm <transB = 1> (x, w) y = Add (g, k)", ["Add"]),
         ("g = Gemm <transB = 1> (x, w) y = Add (g, g)", ["Add"]),
         ("g = Gemm <transB = 1> (x, w) t = Add (g, r) y = Mul (t, g)", ["Add", "Mul"]),
         (
@@ -69,9 +82,32 @@ def test_what_something_else_reads_stays(body: str, left: list[str]) -> None:
     assert [node.op_type for node in fused(body) if node.op_type != "FusedLinear"] == left
 
 
+def test_a_constant_row_is_a_bias() -> None:
+    (node,) = fused("g = Gemm <transB = 1> (x, w) h = Add (g, b) y = Add (h, r)")
+    assert read(node) == ["x", "w", None, "b", "r"]
+
+
 def test_a_product_that_is_an_output_keeps_its_name() -> None:
     (node,) = fused("y = Gemm <transB = 1> (x, w)")
     assert (node.op_type, node.outputs[0].name) == ("FusedLinear", "y")
+
+
+def test_packed_products_are_one_node_too() -> None:
+    """In scale, as ScaleResidualsPass leaves it: rows and bias are scaled, for a packed product has no alpha."""
+    sizes = "bits = 4, block_size = 16, K = 8, N = 8"
+    nodes = fused(
+        f"""m = ivc.RMSNorm <epsilon = 0.5> (hx, hn)
+        g = ivc.LinearNBits <{sizes}> (m, p, hs)
+        h = ivc.LinearNBits <{sizes}> (m, p, hs)
+        s = Sigmoid (g) a = Mul (g, s) c = Mul (a, h)
+        e = Mul (c, hf) q = ivc.LinearNBitsZeroPoints <{sizes}> (e, p, hs, z)
+        f = Mul (hb, hf) d = Add (q, f) t = Add (hx, d) y = Cast <to = 1> (t)""",
+    )
+    one, two = [node for node in nodes if node.op_type == "FusedLinearInt4"]
+    assert read(one) == ["hx", "p/packed", "hs/packed", None, "hn"]
+    assert read(two) == [one.outputs[0].name, "p", "hs", "z", None, "hb/0.25", "hx"]
+    assert (two.attributes["scale"].as_float(), two.attributes["block_size"].as_int()) == (0.25, 16)
+    assert one.attributes["gated"].as_int() and [node.op_type for node in nodes][2:] == ["Cast"]
 
 
 @pytest.mark.parametrize("name", ["silu", "quick_gelu", "gelu_tanh", "gelu"])

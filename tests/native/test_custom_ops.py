@@ -41,8 +41,11 @@ from tests.native.custom_ops import (
     select,
     turn_heads,
 )
+from tests.native.int4 import int4_case
 from tests.native.joined import JoinedCase, joined_case
 from tests.native.kernels import random_case
+from tests.native.linear import linear_case
+from tests.native.linear_ops import check_int4, check_linear, run_int4, run_linear
 from tests.native.test_plugin_builds import build
 
 
@@ -134,6 +137,34 @@ def test_impossible_attention_is_refused(library: Path) -> None:
         encode(library, "cpu", replace(windows, block_size=0))
     with pytest.raises(Exception, match="window_of_place is not one a row"):
         encode(library, "cpu", replace(windows, windows=windows.windows[1:]))  # type: ignore[index]
+
+
+def test_products_in_onnxruntime_agree_with_float64(library: Path) -> None:
+    for seed in range(60):
+        check_linear(library, "cpu", linear_case(seed))
+    for seed in range(40):
+        check_int4(library, "cpu", int4_case(seed))
+
+
+def test_impossible_products_are_refused(library: Path) -> None:
+    case = next(c for seed in range(99) if (c := linear_case(seed)).gated and len(c.x) > 2)
+    with pytest.raises(Exception, match="rows of x and of weight differ in length"):
+        run_linear(library, "cpu", case, x=case.x[:, :-1])
+    with pytest.raises(Exception, match="gates and what they gate differ in number"):
+        run_linear(library, "cpu", case, weight=case.weight[1:])
+    with pytest.raises(Exception, match="norm is not one a feature"):
+        run_linear(library, "cpu", case, norm=case.weight[0, 1:])
+    with pytest.raises(Exception, match="bias is not one a row of weight"):
+        run_linear(library, "cpu", case, bias=case.weight[1:, 0])
+    with pytest.raises(Exception, match="residual is not of y's shape"):
+        run_linear(library, "cpu", case, residual=case.x[1:, :1])
+    with pytest.raises(Exception, match="there is no activation tanh"):
+        run_linear(library, "cpu", replace(case, activation="tanh"))
+    packed = int4_case(0)
+    with pytest.raises(Exception, match="packed is not"):
+        run_int4(library, "cpu", packed, packed=packed.packed[:, :, 1:])
+    with pytest.raises(Exception, match="scales are not one a block"):
+        run_int4(library, "cpu", packed, scales=packed.scales[1:])
 
 
 def test_impossible_inputs_are_refused(library: Path) -> None:

@@ -14,6 +14,13 @@ inline cudaError_t hasTensorCores(bool& has) {
     return status;
 }
 
+// Its streaming multiprocessors.
+inline cudaError_t countProcessors(int& count) {
+    int device = 0;
+    const cudaError_t status = cudaGetDevice(&device);
+    return status ? status : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+}
+
 // Whether a kernel may begin before the one before it has ended, also in a captured graph.
 inline cudaError_t launchesEarly(bool& early) {
     int device = 0, major = 0;

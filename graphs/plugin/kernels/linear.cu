@@ -32,9 +32,12 @@ using namespace ivc;
 cudaError_t ivcFusedLinear(const IvcLinear* c, const void* x, const void* norm, const void* weight, const void* bias,
     const void* residual, void* y, cudaStream_t stream) {
     if (!possible(*c)) return cudaErrorInvalidValue;
+    int processors = 0;
+    const cudaError_t known = countProcessors(processors);
+    if (known != cudaSuccess) return known;
     const Linear a = planned(*c, x, norm, weight, bias, residual, y);
     return withType<__half, __nv_bfloat16>(
-        c->type, [&](auto value) { return launchLinear<decltype(value)>(*c, a, LinearLaunch{stream}); });
+        c->type, [&](auto value) { return launchLinear<decltype(value)>(*c, a, processors, LinearLaunch{stream}); });
 }
 
 cudaError_t ivcNormRows(const IvcLinear* c, const void* x, const void* norm, void* y, cudaStream_t stream) {

@@ -18,7 +18,8 @@ struct Linear {
     int32_t rows, features, out;
     IvcActivation activation;
     float slope, scale, epsilon;
-    int32_t parts;  // warps that share a sum; few rows alone
+    int32_t parts;   // warps that share a sum; few rows alone
+    int32_t blocks;  // at most; one row alone
 };
 
 // Values that a lane reads at once.
@@ -246,6 +247,157 @@ struct FewLinear {
     }
 };
 
+// One row of x, which lies in registers: blocks go on from columns to columns, the next ones' weights on their way while
+// sums are shared. `parts` warps share a sum, and each lane has kOctets octets of the row at most. Gated columns have two
+// rows of weights. Octets lie within a row, and at a multiple of 16 bytes.
+template <class Value_, int kOut, bool kGated, int kOctets>
+struct OneRowLinear {
+    using Value = Value_;
+    static constexpr int kWarps = 8, kThreads = kWarps * kWarp, kColumns = kGated ? 2 * kOut : kOut;
+
+    struct Shared {
+        float sums[2][kWarps][kColumns];
+        float squares[kWarps];
+    };
+
+    struct Weights {
+        Octet<Value> x[kColumns][kOctets];
+    };
+
+    struct Row {
+        float x[kOctets][8], squares;
+    };
+
+    // What is added to one result.
+    struct Added {
+        float bias, upBias, residual;
+    };
+
+    static IVC_HD int32_t steps(const Linear& a) { return ceilDiv(a.out, kOut * (kWarps / a.parts)); }
+    static IVC_HD int32_t columnBlocks(const Linear& a) { return smaller(steps(a), a.blocks); }
+    static int32_t rowBlocks(const Linear&) { return 1; }
+
+    static IVC_WARP void run(Block& block, Shared& shared, const Linear& a, int32_t number, int32_t) {
+        const int32_t teams = kWarps / a.parts, end = steps(a), blocks = columnBlocks(a);
+        PerWarp<Lane<Weights>, kWarps> weights;
+        PerWarp<Lane<Row>, kWarps> rows;
+        PerWarp<Lane<Added>, kWarps> added;
+        block.each([&](int warp) {
+            eachLane([&](int lane) { weights[warp][lane] = weightsOf(a, number, warp, lane); });
+        });
+        awaitKernelBefore();
+        block.each([&](int warp) {
+            eachLane([&](int lane) { rows[warp][lane] = rowOf(a, warp, lane); });
+            if (a.norm) shareSum(shared.squares[warp], [&](int lane) { return rows[warp][lane].squares; });
+        });
+        int32_t turn = 0;
+        for (int32_t step = number; step < end; step += blocks, turn ^= 1) {
+            block.each([&](int warp) {
+                Lane<Sums> sums;
+                eachLane([&](int lane) {
+                    added[warp][lane] = addedOf(a, step * teams + warp, warp < teams ? lane : kOut);
+                    sums[lane] = product(weights[warp][lane], rows[warp][lane]);
+                    if (step + blocks < end) weights[warp][lane] = weightsOf(a, step + blocks, warp, lane);
+                });
+#pragma unroll
+                for (int i = 0; i < kColumns; ++i) {
+                    shareSum(shared.sums[turn][warp][i], [&](int lane) { return sums[lane].x[i]; });
+                }
+            });
+            block.barrier();  // the turn before the last has been read, for its readers have been here since
+            block.each([&](int warp) {
+                eachLane([&](int lane) {
+                    const int32_t column = (step * teams + warp) * kOut + lane;
+                    if (warp >= teams || lane >= kOut || column >= a.out) return;
+                    finish(shared, a, turn, warp * a.parts, lane, column, added[warp][lane]);
+                });
+            });
+        }
+    }
+
+    struct Sums {
+        float x[kColumns];
+    };
+
+    static IVC_WARP int32_t placeOf(const Linear& a, int warp, int lane, int octet) {
+        return 8 * (lane + kWarp * (warp % a.parts + a.parts * octet));
+    }
+
+    static IVC_WARP Weights weightsOf(const Linear& a, int32_t step, int warp, int lane) {
+        const int32_t first = (step * (kWarps / a.parts) + warp / a.parts) * kOut;
+        Weights found;
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+            const int32_t column = smaller(first + i % kOut, a.out - 1) + (i < kOut ? 0 : a.out);
+            const Value* row = static_cast<const Value*>(a.weight) + static_cast<int64_t>(column) * a.features;
+#pragma unroll
+            for (int octet = 0; octet < kOctets; ++octet) {
+                const int32_t at = placeOf(a, warp, lane, octet);
+                found.x[i][octet] = at < a.features ? streamed(row + at) : octetOf<true>(row, at, a.features);
+            }
+        }
+        return found;
+    }
+
+    static IVC_WARP Row rowOf(const Linear& a, int warp, int lane) {
+        Row found;
+        found.squares = 0;
+#pragma unroll
+        for (int octet = 0; octet < kOctets; ++octet) {
+            const int32_t at = placeOf(a, warp, lane, octet);
+            const Octet<Value> x = octetOf<true>(static_cast<const Value*>(a.x), at, a.features);
+            const Octet<Value> norm =
+                a.norm ? octetOf<true>(static_cast<const Value*>(a.norm), at, a.features) : Octet<Value>{};
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const float value = static_cast<float>(x.x[i]);
+                found.squares += value * value;
+                found.x[octet][i] = a.norm ? value * static_cast<float>(norm.x[i]) : value;
+            }
+        }
+        return found;
+    }
+
+    static IVC_WARP Sums product(const Weights& weights, const Row& row) {
+        Sums sums{};
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+#pragma unroll
+            for (int octet = 0; octet < kOctets; ++octet) {
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    sums.x[i] += static_cast<float>(weights.x[i][octet].x[j]) * row.x[octet][j];
+                }
+            }
+        }
+        return sums;
+    }
+
+    static IVC_WARP Added addedOf(const Linear& a, int32_t team, int lane) {
+        const int32_t column = team * kOut + lane;
+        if (lane >= kOut || column >= a.out) return {};
+        const Value *bias = static_cast<const Value*>(a.bias), *residual = static_cast<const Value*>(a.residual);
+        return {bias ? static_cast<float>(bias[column]) : 0,
+            kGated && bias ? static_cast<float>(bias[a.out + column]) : 0,
+            residual ? static_cast<float>(residual[column]) : 0};
+    }
+
+    // One result, from the sums of a.parts warps.
+    static IVC_WARP void finish(const Shared& shared, const Linear& a, int32_t turn, int first, int i, int32_t column,
+        const Added& added) {
+        float sum = 0, up = 0, squares = 0;
+        for (int warp = first; warp < first + a.parts; ++warp) {
+            sum += shared.sums[turn][warp][i];
+            if (kGated) up += shared.sums[turn][warp][kColumns - kOut + i];
+            if (a.norm) squares += shared.squares[warp];
+        }
+        const float factor = a.norm ? a.scale * normFactor(a, squares) : a.scale;
+        float y = activated(sum * factor + added.bias, a.activation, a.slope);
+        if (kGated) y *= up * factor + added.upBias;
+        static_cast<Value*>(a.y)[column] = static_cast<Value>(y + added.residual);
+    }
+};
+
 // y = n(x) for rows of x, a warp each: what a product of many rows is given.
 template <class Value_, bool kWhole>
 struct NormRows {
@@ -280,7 +432,7 @@ struct NormRows {
         block.barrier();
         block.each([&](int warp) {
             const int32_t row = number * kWarps + warp;
-            const float factor = 1 / sqrtf(shared.squares[warp] / static_cast<float>(a.features) + a.epsilon);
+            const float factor = normFactor(a, shared.squares[warp]);
             const Value *x = static_cast<const Value*>(a.x), *norm = static_cast<const Value*>(a.norm);
             Value* y = static_cast<Value*>(a.y);
             const int64_t first = static_cast<int64_t>(row) * a.features;

@@ -10,6 +10,10 @@ namespace ivc {
 // Rows by columns of y of a warp.
 enum class LinearKernel { kOneByTwo, kOneByFour, kFourByTwo, kEightByFour };
 
+// Octets of a row that a lane of OneRowLinear holds: what few warps hold, and the most; longer rows are read again and again.
+constexpr int kFewOctets = 3, kMostOctets = 5;
+constexpr int kBlocksEach = 3;  // of OneRowLinear, for each of the GPU's processors
+
 // For products of at most so many rows and columns of y: the kernel, and how many warps share a sum.
 struct LinearChoice {
     int32_t rows, out;
@@ -43,7 +47,15 @@ inline LinearChoice choiceOf(const IvcLinear& c) {
 
 inline Linear planned(const IvcLinear& c, const void* x, const void* norm, const void* weight, const void* bias,
     const void* residual, void* y) {
-    return {x, norm, weight, bias, residual, y, c.rows, c.features, c.out, c.activation, c.slope, c.scale, c.epsilon, 1};
+    return {x, norm, weight, bias, residual, y, c.rows, c.features, c.out, c.activation, c.slope, c.scale, c.epsilon, 1,
+        1};
+}
+
+// Warps that share a sum, so that a lane has so many octets at most; 0 where that is more than a block has.
+inline int32_t partsFor(int32_t features, int octets, int32_t warps) {
+    int32_t parts = 1;
+    while (parts <= warps && ceilDiv(features, 8 * kWarp * parts) > octets) parts *= 2;
+    return parts <= warps ? parts : 0;
 }
 
 inline bool inOctets(int32_t width, std::initializer_list<const void*> tensors) {
@@ -54,11 +66,19 @@ inline bool inOctets(int32_t width, std::initializer_list<const void*> tensors) 
 
 // Hands the kernel of a product to launch.run<Kernel>(a). What does not lie in octets is rare, and has one kernel alone.
 template <class Value, bool kGated, class Launch>
-auto launchLinear(const LinearChoice& choice, Linear a, Launch launch) {
+auto launchLinear(const LinearChoice& choice, Linear a, int32_t processors, Launch launch) {
     a.parts = choice.parts;
     while (a.parts > 1 && a.parts / 2 * 8 * kWarp >= a.features) a.parts /= 2;  // a warp reads 8 values a lane at once
     if (!inOctets(a.features, {a.x, a.norm, a.weight})) {
         return launch.template run<FewLinear<Value, 1, 1, kGated, 1, false>>(a);
+    }
+    using Few = OneRowLinear<Value, kGated ? 1 : 2, kGated, kFewOctets>;
+    using Most = OneRowLinear<Value, kGated ? 1 : 2, kGated, kMostOctets>;
+    const int32_t few = partsFor(a.features, kFewOctets, Few::kWarps), most = partsFor(a.features, kMostOctets, Few::kWarps);
+    if (a.rows == 1 && most > 0) {
+        a.parts = few > 0 ? few : most;
+        a.blocks = processors * kBlocksEach;
+        return few > 0 ? launch.template run<Few>(a) : launch.template run<Most>(a);
     }
     switch (choice.kernel) {
         case LinearKernel::kOneByTwo: return launch.template run<FewLinear<Value, 1, 2, kGated, 1, true>>(a);
@@ -69,9 +89,10 @@ auto launchLinear(const LinearChoice& choice, Linear a, Launch launch) {
 }
 
 template <class Value, class Launch>
-auto launchLinear(const IvcLinear& c, const Linear& a, Launch launch) {
+auto launchLinear(const IvcLinear& c, const Linear& a, int32_t processors, Launch launch) {
     const LinearChoice choice = choiceOf(c);
-    return c.gated ? launchLinear<Value, true>(choice, a, launch) : launchLinear<Value, false>(choice, a, launch);
+    return c.gated ? launchLinear<Value, true>(choice, a, processors, launch)
+                   : launchLinear<Value, false>(choice, a, processors, launch);
 }
 
 template <class Value, class Launch>

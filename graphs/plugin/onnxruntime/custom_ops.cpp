@@ -190,6 +190,7 @@ OrtCustomOpDomain* domain() {
         add<CompactGatherNOperator>(d);
         add<EncodeAttendOperator>(d);
         add<FusedLinearOperator>(d);
+        add<FusedLinearInt4Operator>(d);
         add<TurnHeadsOperator>(d);
         add<AttendJoinedOperator>(d);
         return d;

@@ -1,4 +1,4 @@
-// FusedLinear: a product with the norm before it and the bias, the activation and the sum behind it.
+// FusedLinear and FusedLinearInt4: products with the norm before them and the bias, the activation and the sum behind.
 #pragma once
 
 #include <optional>
@@ -8,20 +8,60 @@
 
 namespace ivc {
 
-// FusedLinear(x [.., K], weight [N, K], norm? [K], bias? [N], residual? [.., N]) -> y [.., N], as ivcFusedLinear
-// computes it; with 2 N rows of weight and bias where gated. Attributes: activation ("none", "swish", "gelu" or
-// "gelu_tanh"), gated, slope, scale, epsilon.
-class FusedLinear {
+// What both operators say of a product. Attributes: activation ("none", "swish", "gelu" or "gelu_tanh"), gated, slope,
+// scale, epsilon.
+class LinearAttributes {
    public:
-    explicit FusedLinear(const Ort::ConstKernelInfo& node)
+    explicit LinearAttributes(const Ort::ConstKernelInfo& node)
         : activation_(activationOf(node.GetAttribute<std::string>("activation"))),
           gated_(node.GetAttribute<int64_t>("gated") != 0),
           slope_(node.GetAttribute<float>("slope")),
           scale_(node.GetAttribute<float>("scale")),
           epsilon_(node.GetAttribute<float>("epsilon")) {}
 
-    OrtStatusPtr ComputeV2(OrtKernelContext* context) const {
-        return guarded([&] { compute(context, Ort::KernelContext(context)); });
+   protected:
+    // What surrounds a product, inputs from number `first` on: norm? [K], bias? [N], residual? [.., N].
+    struct Around {
+        IvcLinear product;
+        const void *norm, *bias, *residual;
+        void* y;
+    };
+
+    // columns: rows of the weight.
+    Around around(const Ort::KernelContext& context, size_t first, int64_t columns) const {
+        const auto x = context.GetInput(0);
+        const auto norm = input(context, first), bias = input(context, first + 1), residual = input(context, first + 2);
+        const int64_t each = gated_ ? 2 : 1, out = columns / each;
+        Shape shape = shapeOf(x);
+        const int64_t features = shape.back();
+        int64_t rows = 1;
+        for (size_t axis = 0; axis + 1 < shape.size(); ++axis) rows *= shape[axis];
+        shape.back() = out;
+        require(columns % each == 0, "FusedLinear: gates and what they gate differ in number");
+        require(!norm || shapeOf(norm) == Shape{features}, "FusedLinear: norm is not one a feature");
+        require(!bias || shapeOf(bias) == Shape{columns}, "FusedLinear: bias is not one a row of weight");
+        require(!residual || shapeOf(residual) == shape, "FusedLinear: residual is not of y's shape");
+        return {{static_cast<int32_t>(rows), static_cast<int32_t>(features), static_cast<int32_t>(out),
+                    ivcType(x.GetTensorTypeAndShapeInfo().GetElementType()), activation_, gated_, slope_, scale_,
+                    epsilon_},
+            data(norm), data(bias), data(residual), context.GetOutput(0, shape).GetTensorMutableRawData()};
+    }
+
+    static Ort::ConstValue input(const Ort::KernelContext& context, size_t i) {
+        return i < context.GetInputCount() ? context.GetInput(i) : Ort::ConstValue{nullptr};
+    }
+
+    static const void* data(const Ort::ConstValue& tensor) { return tensor ? tensor.GetTensorRawData() : nullptr; }
+
+    // Calls `launch` with scratch memory and the stream, if there are rows.
+    template <class Launch>
+    static void run(OrtKernelContext* raw, const Ort::KernelContext& context, const Around& a, size_t bytes,
+        Launch launch) {
+        if (a.product.rows == 0) return;
+        void* const stream = context.GetGPUComputeStream();
+        std::optional<Scratch> scratch;
+        if (bytes) scratch.emplace(raw, context.GetInput(0), bytes, stream != nullptr);
+        check(launch(scratch ? scratch->data() : nullptr, static_cast<cudaStream_t>(stream)), "FusedLinear");
     }
 
    private:
@@ -33,42 +73,65 @@ class FusedLinear {
         throw std::invalid_argument("FusedLinear: there is no activation " + name);
     }
 
-    void compute(OrtKernelContext* raw, const Ort::KernelContext& context) const {
-        const auto input = [&](size_t i) {
-            return i < context.GetInputCount() ? context.GetInput(i) : Ort::ConstValue{nullptr};
-        };
-        const auto x = input(0), bias = input(3), residual = input(4);
-        Shape shape = shapeOf(x);
-        const Shape weight = shapeOf(input(1));
-        require(shape.size() > 1 && weight.size() == 2 && shape.back() == weight[1],
-            "FusedLinear: rows of x and of weight differ in length");
-        const int64_t each = gated_ ? 2 : 1, features = shape.back(), out = weight[0] / each;
-        int64_t rows = 1;
-        for (size_t axis = 0; axis + 1 < shape.size(); ++axis) rows *= shape[axis];
-        shape.back() = out;
-        require(weight[0] % each == 0, "FusedLinear: gates and what they gate differ in number");
-        require(!input(2) || shapeOf(input(2)) == Shape{features}, "FusedLinear: norm is not one a feature");
-        require(!bias || shapeOf(bias) == Shape{weight[0]}, "FusedLinear: bias is not one a row of weight");
-        require(!residual || shapeOf(residual) == shape, "FusedLinear: residual is not of y's shape");
-
-        void* const y = context.GetOutput(0, shape).GetTensorMutableRawData();
-        if (rows == 0) return;
-        const IvcLinear c{static_cast<int32_t>(rows), static_cast<int32_t>(features), static_cast<int32_t>(out),
-            ivcType(x.GetTensorTypeAndShapeInfo().GetElementType()), activation_, gated_, slope_, scale_, epsilon_};
-        void* const stream = context.GetGPUComputeStream();
-        const size_t bytes = ivcLinearWorkspace(&c, input(2) != nullptr);
-        std::optional<Scratch> scratch;
-        if (bytes) scratch.emplace(raw, x, bytes, stream != nullptr);
-        check(ivcLinear(&c, data(x), data(input(2)), data(input(1)), data(bias), data(residual), y,
-                  scratch ? scratch->data() : nullptr, static_cast<cudaStream_t>(stream)),
-            "FusedLinear");
-    }
-
-    static const void* data(const Ort::ConstValue& tensor) { return tensor ? tensor.GetTensorRawData() : nullptr; }
-
     IvcActivation activation_;
     bool gated_;
     float slope_, scale_, epsilon_;
+};
+
+// FusedLinear(x [.., K], weight [N, K], norm?, bias?, residual?) -> y [.., N], as ivcLinear computes it; 2 N rows of
+// weight and bias where gated.
+class FusedLinear : LinearAttributes {
+   public:
+    using LinearAttributes::LinearAttributes;
+
+    OrtStatusPtr ComputeV2(OrtKernelContext* raw) const {
+        return guarded([&] {
+            const Ort::KernelContext context(raw);
+            const Shape x = shapeOf(context.GetInput(0)), weight = shapeOf(context.GetInput(1));
+            require(x.size() > 1 && weight.size() == 2 && x.back() == weight[1],
+                "FusedLinear: rows of x and of weight differ in length");
+            const Around a = around(context, 2, weight[0]);
+            run(raw, context, a, ivcLinearWorkspace(&a.product, a.norm != nullptr),
+                [&](void* workspace, cudaStream_t stream) {
+                    return ivcLinear(&a.product, data(context.GetInput(0)), a.norm, data(context.GetInput(1)), a.bias,
+                        a.residual, a.y, workspace, stream);
+                });
+        });
+    }
+};
+
+// FusedLinearInt4(x [.., K], packed uint8 [N, blocks, block_size / 2], scales [N, blocks], zero_points? uint8
+// [N, ceil(blocks / 2)], norm?, bias?, residual?) -> y [.., N] in the same way, as ivcLinearInt4 computes it. Attribute
+// beside the others: block_size.
+class FusedLinearInt4 : LinearAttributes {
+   public:
+    explicit FusedLinearInt4(const Ort::ConstKernelInfo& node)
+        : LinearAttributes(node), block_(node.GetAttribute<int64_t>("block_size")) {}
+
+    OrtStatusPtr ComputeV2(OrtKernelContext* raw) const {
+        return guarded([&] {
+            const Ort::KernelContext context(raw);
+            const Shape x = shapeOf(context.GetInput(0)), packed = shapeOf(context.GetInput(1));
+            require(block_ > 0 && x.size() > 1 && packed.size() == 3 && packed[2] == block_ / 2 &&
+                        packed[1] == (x.back() + block_ - 1) / block_,
+                "FusedLinearInt4: packed is not [N, ceil(K / block_size), block_size / 2]");
+            const auto scales = shapeOf(context.GetInput(2));
+            int64_t count = 1;
+            for (const int64_t extent : scales) count *= extent;
+            require(count == packed[0] * packed[1], "FusedLinearInt4: scales are not one a block");
+            const Around a = around(context, 4, packed[0]);
+            const IvcPacked weight{data(context.GetInput(1)), data(context.GetInput(2)), data(input(context, 3)),
+                static_cast<int32_t>(block_)};
+            run(raw, context, a, ivcLinearInt4Workspace(&a.product, a.norm != nullptr),
+                [&](void* workspace, cudaStream_t stream) {
+                    return ivcLinearInt4(&a.product, &weight, data(context.GetInput(0)), a.norm, a.bias, a.residual,
+                        a.y, workspace, stream);
+                });
+        });
+    }
+
+   private:
+    int64_t block_;
 };
 
 struct FusedLinearOperator : Description<FusedLinearOperator, FusedLinear> {
@@ -81,6 +144,19 @@ struct FusedLinearOperator : Description<FusedLinearOperator, FusedLinear> {
     Type GetOutputType(size_t) const { return values; }
     OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
         return i < 2 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    }
+};
+
+struct FusedLinearInt4Operator : Description<FusedLinearInt4Operator, FusedLinearInt4> {
+    using Description::Description;
+
+    const char* GetName() const { return "FusedLinearInt4"; }
+    size_t GetInputTypeCount() const { return 7; }
+    size_t GetOutputTypeCount() const { return 1; }
+    Type GetInputType(size_t i) const { return i == 1 || i == 3 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : values; }
+    Type GetOutputType(size_t) const { return values; }
+    OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
+        return i < 3 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
     }
 };
 

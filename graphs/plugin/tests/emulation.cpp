@@ -245,7 +245,7 @@ int ivcFusedLinear(const IvcLinear* c, const void* x, const void* norm, const vo
     if (!possible(*c)) return 1;
     const Linear a = planned(*c, x, norm, weight, bias, residual, y);
     return withType<Float16, BFloat16>(
-        c->type, [&](auto value) { return launchLinear<decltype(value)>(*c, a, Multiplying{backwards != 0}); });
+        c->type, [&](auto value) { return launchLinear<decltype(value)>(*c, a, 1, Multiplying{backwards != 0}); });
 }
 
 // In the place of cuBLASLt.

@@ -169,7 +169,13 @@ void product(int number) {
     const IvcPacked packed{values.data, scales.data, points.data, blockSize};
     require(ivcFusedInt4(&c, &packed, x.data, norm.data, bias.data, residual.data, y.data, nullptr));
     require(ivcUnpack(&c, &packed, weight.data, nullptr));
-    for (const Buffer* buffer : {&y, &weight}) {
+    Buffer again(2 * results), normed(2 * rows * features), sums(2 * rows * columns), activated(2 * results);
+    sums.fill(c.type);
+    require(ivcFusedLinear(
+        &c, x.data, norm.data, weight.data, bias.data, residual.data, again.data, nullptr));
+    if (norm.bytes > 0) require(ivcNormRows(&c, x.data, norm.data, normed.data, nullptr));
+    require(ivcActivate(&c, sums.data, bias.data, residual.data, activated.data, nullptr));
+    for (const Buffer* buffer : {&y, &weight, &again, norm.bytes > 0 ? &normed : &y, &activated}) {
         std::vector<char> answer(buffer->bytes);
         require(cudaMemcpy(answer.data(), buffer->data, buffer->bytes, cudaMemcpyDeviceToHost));
     }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ivc_export.lowering.activation import swish
 from ivc_export.lowering.edit import CONTRIB, Editor
+from ivc_export.lowering.fused.activation import swish
 
 
 class FuseActivationsPass(ir.passes.InPlacePass):

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.contract.operators import ATTENDING, JOINED
 from ivc_export.lowering.edit import Editor, back, made_by
-from ivc_export.lowering.linears import stacked
+from ivc_export.lowering.fused.linears import stacked
 
 
 class PackProjectionsPass(ir.passes.InPlacePass):

@@ -24,6 +24,11 @@ class Activation:
     nodes: frozenset[ir.Node]
 
     @property
+    def result(self) -> ir.Value:
+        """What its last node gives."""
+        return next(y for one in self.nodes for y in one.outputs if not self.nodes & set(y.consumers()))
+
+    @property
     def alone(self) -> bool:
         """Whether nothing else reads x."""
         return not self.x.is_graph_output() and self.nodes >= set(self.x.consumers())

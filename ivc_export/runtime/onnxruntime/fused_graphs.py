@@ -22,7 +22,7 @@ from ivc_export.lowering.join_decode import join_decode
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.onnxruntime.given import stand_in
-from ivc_export.runtime.onnxruntime.library import SILENT, load_onnxruntime
+from ivc_export.runtime.onnxruntime.library import SILENT, grow_exactly, load_onnxruntime
 from ivc_export.runtime.onnxruntime.workspace import PictureRows, Values
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class FusedGraphs:
             )
         if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # CUDA's libraries, where pip has put them
+        grow_exactly()
         bundle.check_portable("the CUDA provider")
         self.bundle = bundle
         self.device = provider
@@ -202,9 +203,12 @@ def cuda_options(version: str, cuda_graph: bool) -> dict[str, str]:
     """Options of onnxruntime's CUDA provider, by onnxruntime's version.
 
     Before 1.27 it squared float16 in float16 in norms of sums, which then gave zeros for rows beyond 10,000 or so, as
-    some models have: its strict mode does not (github.com/microsoft/onnxruntime/issues/29034).
+    some models have: its strict mode does not (github.com/microsoft/onnxruntime/issues/29034). Memory grows by what is
+    asked for: by powers of two, up to half of it would lie idle in each of the sessions.
     """
-    chosen = {"enable_cuda_graph": "1"} if cuda_graph else {}
+    chosen = {"arena_extend_strategy": "kSameAsRequested"}
+    if cuda_graph:
+        chosen["enable_cuda_graph"] = "1"
     if tuple(int(part) for part in version.split(".")[:2]) < (1, 27):
         chosen["enable_skip_layer_norm_strict_mode"] = "1"
     return chosen

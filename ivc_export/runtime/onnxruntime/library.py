@@ -28,3 +28,17 @@ def load_onnxruntime() -> Any:
         ) from error
     onnxruntime.set_default_logger_severity(SILENT)
     return onnxruntime
+
+
+def grow_exactly() -> None:
+    """Let the memory of values that no session owns, as weights, grow on a GPU by what is asked for.
+
+    By powers of two, as by default, up to 1 GB of it would lie idle. onnxruntime says this inside alone, and not at all
+    where it is built without CUDA: then memory stays as it was.
+    """
+    load_onnxruntime()
+    from onnxruntime.capi import _pybind_state
+
+    strategies = getattr(_pybind_state, "ArenaExtendStrategy", None)
+    if strategies is not None and hasattr(_pybind_state, "set_arena_extend_strategy"):
+        _pybind_state.set_arena_extend_strategy(strategies.kSameAsRequested)

@@ -135,6 +135,11 @@ def linear_case(seed: int) -> LinearCase:
     if seed % 50 == 2:
         rows, features, out = 1, 8 * int(generator.integers(1, 60)), 1537 + int(generator.integers(0, 9))
 
+    if seed % 50 == 3:
+        rows, features, out = 1, 8 * int(generator.integers(1, 30)), 16384 + int(generator.integers(0, 9))
+    if seed % 50 == 4:  # rows longer than a block's registers, or than few of them
+        rows, features, out = 1, int(generator.choice([10248, 6152])), int(generator.integers(1, 40))
+
     def tensor(*shape: int, size: float = 1) -> npt.NDArray[Any]:
         found: npt.NDArray[Any] = generator.standard_normal(shape) * size
         return found.astype(STORED[dtype])

@@ -16,7 +16,7 @@ from tests.native.custom_ops import DTYPES, session, tensors
 from tests.native.int4 import Int4Case
 from tests.native.linear import ROUNDING, LinearCase
 
-FEW = 8  # rows, that one launch multiplies
+FEW, FEW_INT4 = 2, 8  # rows that one launch multiplies
 
 Operands = dict[str, npt.NDArray[Any] | None]
 
@@ -66,6 +66,6 @@ def run_int4(library: Path, provider: Provider, case: Int4Case, **changed: npt.N
 def check_int4(library: Path, provider: Provider, case: Int4Case) -> None:
     """Against float64, with what is rounded between steps; of many rows weights are rounded, too."""
     linear, found = case.linear, run_int4(library, provider, case)
-    if len(linear.x) > FEW:
+    if len(linear.x) > FEW_INT4:
         linear = replace(linear, weight=linear.weight.astype(linear.x.dtype))
     linear.compare(found, ROUNDING[linear.dtype])

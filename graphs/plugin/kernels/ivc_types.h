@@ -127,7 +127,7 @@ typedef struct {
     int32_t blockSize;       // weights that share a scale: 16, 32, 64, 128 or 256
 } IvcPacked;
 
-// Rows that ivcFusedLinear and ivcFusedInt4 read weights once for.
+// Rows that ivcFusedInt4 reads weights once for.
 #define IVC_FEW_ROWS 8
 
 // Tensors that one launch takes; more need one launch for each so many.

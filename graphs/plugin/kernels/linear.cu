@@ -8,7 +8,7 @@
 namespace ivc {
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) linearKernel(const __grid_constant__ Linear a) {
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksEach) linearKernel(const __grid_constant__ Linear a) {
     __shared__ typename Kernel::Shared shared;
     Block block;
     Kernel::run(block, shared, a, static_cast<int32_t>(blockIdx.x), static_cast<int32_t>(blockIdx.y));

@@ -28,9 +28,19 @@ struct alignas(16) Octet {
     Value x[8];
 };
 
+// x sigmoid(slope x). Of 16 bits, as exact as they need: a kernel of many rows would wait for the division otherwise.
+template <class Value>
+IVC_HD inline float swish(float x, float slope) {
+#ifdef __CUDA_ARCH__
+    if (sizeof(Value) == 2) return __fdividef(x, 1 + __expf(-slope * x));
+#endif
+    return x / (1 + expf(-slope * x));
+}
+
+template <class Value>
 IVC_HD inline float activated(float x, IvcActivation activation, float slope) {
     switch (activation) {
-        case IVC_SWISH: return x / (1 + expf(-slope * x));
+        case IVC_SWISH: return swish<Value>(x, slope);
         case IVC_GELU: return 0.5f * x * (1 + erff(x * 0.70710678f));
         case IVC_GELU_TANH: return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
         default: return x;
@@ -112,7 +122,7 @@ IVC_WARP float normFactor(const Linear& a, float squares) {
 template <class Value, bool kGated>
 IVC_WARP void putResult(const Linear& a, float product, float up, int32_t row, int32_t column) {
     const Value* bias = static_cast<const Value*>(a.bias);
-    float y = activated(product + (bias ? static_cast<float>(bias[column]) : 0), a.activation, a.slope);
+    float y = activated<Value>(product + (bias ? static_cast<float>(bias[column]) : 0), a.activation, a.slope);
     if (kGated) y *= up + (bias ? static_cast<float>(bias[a.out + column]) : 0);
     const int64_t at = static_cast<int64_t>(row) * a.out + column;
     if (a.residual) y += static_cast<float>(static_cast<const Value*>(a.residual)[at]);
@@ -125,7 +135,7 @@ IVC_WARP void putResult(const Linear& a, float product, float up, int32_t row, i
 template <class Value_, int kRows, int kOut, bool kGated, int kDepth, bool kWhole>
 struct FewLinear {
     using Value = Value_;
-    static constexpr int kWarps = 8, kThreads = kWarps * kWarp, kStep = 8 * kWarp;
+    static constexpr int kWarps = 8, kThreads = kWarps * kWarp, kStep = 8 * kWarp, kBlocksEach = 1;
     static constexpr int kColumns = kGated ? 2 * kOut : kOut;
     static_assert(kRows * kOut <= kWarp, "a warp's results are more than its lanes");
 
@@ -249,11 +259,12 @@ struct FewLinear {
 
 // One row of x, which lies in registers: blocks go on from columns to columns, the next ones' weights on their way while
 // sums are shared. `parts` warps share a sum, and each lane has kOctets octets of the row at most. Gated columns have two
-// rows of weights. Octets lie within a row, and at a multiple of 16 bytes.
-template <class Value_, int kOut, bool kGated, int kOctets>
+// rows of weights. Octets lie within a row, and at a multiple of 16 bytes. kEach: blocks of a processor at a time.
+template <class Value_, int kOut, bool kGated, int kOctets, int kEach>
 struct OneRowLinear {
     using Value = Value_;
     static constexpr int kWarps = 8, kThreads = kWarps * kWarp, kColumns = kGated ? 2 * kOut : kOut;
+    static constexpr int kBlocksEach = kEach;
 
     struct Shared {
         float sums[2][kWarps][kColumns];
@@ -392,7 +403,7 @@ struct OneRowLinear {
             if (a.norm) squares += shared.squares[warp];
         }
         const float factor = a.norm ? a.scale * normFactor(a, squares) : a.scale;
-        float y = activated(sum * factor + added.bias, a.activation, a.slope);
+        float y = activated<Value>(sum * factor + added.bias, a.activation, a.slope);
         if (kGated) y *= up * factor + added.upBias;
         static_cast<Value*>(a.y)[column] = static_cast<Value>(y + added.residual);
     }
@@ -402,7 +413,7 @@ struct OneRowLinear {
 template <class Value_, bool kWhole>
 struct NormRows {
     using Value = Value_;
-    static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kStep = 8 * kWarp;
+    static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kStep = 8 * kWarp, kBlocksEach = 1;
 
     struct Shared {
         float squares[kWarps];
@@ -456,7 +467,7 @@ struct NormRows {
 template <class Value_, bool kGated, bool kWhole>
 struct Activate {
     using Value = Value_;
-    static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+    static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kBlocksEach = 1;
 
     struct Shared {};
 
@@ -482,7 +493,7 @@ struct Activate {
                 Octet<Value> found;
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
-                    float value = activated(y[i], a.activation, a.slope);
+                    float value = activated<Value>(y[i], a.activation, a.slope);
                     if (kGated) value *= up[i];
                     if (residual) value += static_cast<float>(added.x[i]);
                     found.x[i] = static_cast<Value>(value);

@@ -7,12 +7,8 @@
 
 namespace ivc {
 
-// Rows by columns of y of a warp.
-enum class LinearKernel { kOneByTwo, kOneByFour, kFourByTwo, kEightByFour };
-
-// Octets of a row that a lane of OneRowLinear holds: what few warps hold, and the most; longer rows are read again and again.
-constexpr int kFewOctets = 3, kMostOctets = 5;
-constexpr int kBlocksEach = 3;  // of OneRowLinear, for each of the GPU's processors
+// Rows by columns of y of a warp of FewLinear.
+enum class LinearKernel { kOneByTwo, kOneByFour, kFourByTwo };
 
 // For products of at most so many rows and columns of y: the kernel, and how many warps share a sum.
 struct LinearChoice {
@@ -27,11 +23,14 @@ constexpr LinearChoice kLinearChoices[] = {
     {1, 4096, LinearKernel::kOneByTwo, 4},
     {1, 16384, LinearKernel::kOneByTwo, 2},
     {1, INT32_MAX, LinearKernel::kOneByFour, 1},
-    {4, 4096, LinearKernel::kFourByTwo, 4},
-    {4, INT32_MAX, LinearKernel::kFourByTwo, 1},
-    {INT32_MAX, 4096, LinearKernel::kEightByFour, 4},
-    {INT32_MAX, INT32_MAX, LinearKernel::kEightByFour, 1},
+    {INT32_MAX, 4096, LinearKernel::kFourByTwo, 4},
+    {INT32_MAX, INT32_MAX, LinearKernel::kFourByTwo, 1},
 };
+
+// Octets of a row that a lane of OneRowLinear holds: few where a few warps hold the row, or the most; rows that are longer
+// are read again and again by FewLinear.
+constexpr int kFewOctets = 3, kMostOctets = 5;
+constexpr int32_t kManyColumns = 16384;  // of y, from which on a warp has four at a time
 
 inline bool possible(const IvcLinear& c) {
     return c.rows > 0 && c.rows <= 8 * 65535 && c.features > 0 && c.features <= INT32_MAX / 2 && c.out > 0 &&
@@ -64,6 +63,12 @@ inline bool inOctets(int32_t width, std::initializer_list<const void*> tensors) 
     return together % 16 == 0;
 }
 
+template <class Kernel, class Launch>
+auto launchOneRow(Linear a, int32_t processors, Launch launch) {
+    a.blocks = processors * Kernel::kBlocksEach;
+    return launch.template run<Kernel>(a);
+}
+
 // Hands the kernel of a product to launch.run<Kernel>(a). What does not lie in octets is rare, and has one kernel alone.
 template <class Value, bool kGated, class Launch>
 auto launchLinear(const LinearChoice& choice, Linear a, int32_t processors, Launch launch) {
@@ -72,19 +77,24 @@ auto launchLinear(const LinearChoice& choice, Linear a, int32_t processors, Laun
     if (!inOctets(a.features, {a.x, a.norm, a.weight})) {
         return launch.template run<FewLinear<Value, 1, 1, kGated, 1, false>>(a);
     }
-    using Few = OneRowLinear<Value, kGated ? 1 : 2, kGated, kFewOctets>;
-    using Most = OneRowLinear<Value, kGated ? 1 : 2, kGated, kMostOctets>;
-    const int32_t few = partsFor(a.features, kFewOctets, Few::kWarps), most = partsFor(a.features, kMostOctets, Few::kWarps);
-    if (a.rows == 1 && most > 0) {
-        a.parts = few > 0 ? few : most;
-        a.blocks = processors * kBlocksEach;
-        return few > 0 ? launch.template run<Few>(a) : launch.template run<Most>(a);
+    if constexpr (sizeof(Value) == 2) {  // registers hold no row of wider values
+        Linear one = a;
+        one.parts = a.rows == 1 ? partsFor(a.features, kFewOctets, 8) : 0;
+        if (one.parts > 0 && !kGated && a.out >= kManyColumns) {
+            return launchOneRow<OneRowLinear<Value, 4, false, kFewOctets, 2>>(one, processors, launch);
+        }
+        if (one.parts > 0) {
+            return launchOneRow<OneRowLinear<Value, 2, kGated, kFewOctets, kGated ? 2 : 3>>(one, processors, launch);
+        }
+        one.parts = a.rows == 1 ? partsFor(a.features, kMostOctets, 8) : 0;
+        if (one.parts > 0) {
+            return launchOneRow<OneRowLinear<Value, kGated ? 1 : 2, kGated, kMostOctets, 2>>(one, processors, launch);
+        }
     }
     switch (choice.kernel) {
         case LinearKernel::kOneByTwo: return launch.template run<FewLinear<Value, 1, 2, kGated, 1, true>>(a);
         case LinearKernel::kOneByFour: return launch.template run<FewLinear<Value, 1, 4, kGated, 1, true>>(a);
-        case LinearKernel::kFourByTwo: return launch.template run<FewLinear<Value, 4, 2, kGated, 1, true>>(a);
-        default: return launch.template run<FewLinear<Value, 8, 4, kGated, 1, true>>(a);
+        default: return launch.template run<FewLinear<Value, 4, 2, kGated, 1, true>>(a);
     }
 }
 

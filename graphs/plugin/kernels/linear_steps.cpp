@@ -2,7 +2,7 @@
 
 namespace {
 
-bool few(const IvcLinear& c) { return c.rows <= IVC_FEW_ROWS; }
+constexpr int32_t kFewRows = 2;  // of which kernels of ours are faster than cuBLASLt
 
 // Whether cuBLASLt does all that is behind a product.
 bool whole(const IvcLinear& c, const void* residual) {
@@ -18,14 +18,14 @@ size_t bytesOf(const IvcLinear& c, size_t width) {
 }  // namespace
 
 size_t ivcLinearWorkspace(const IvcLinear* c, int32_t normed) {
-    if (few(*c) || c->features <= 0 || c->out <= 0) return 0;
+    if (c->rows <= kFewRows || c->features <= 0 || c->out <= 0) return 0;
     return IVC_MATMUL_WORKSPACE + (normed ? bytesOf(*c, static_cast<size_t>(c->features)) : 0) +
            (c->gated ? bytesOf(*c, 2 * static_cast<size_t>(c->out)) : 0);
 }
 
 cudaError_t ivcLinear(const IvcLinear* c, const void* x, const void* norm, const void* weight, const void* bias,
     const void* residual, void* y, void* workspace, cudaStream_t stream) {
-    if (few(*c)) return ivcFusedLinear(c, x, norm, weight, bias, residual, y, stream);
+    if (c->rows <= kFewRows) return ivcFusedLinear(c, x, norm, weight, bias, residual, y, stream);
     char* free = static_cast<char*>(workspace) + IVC_MATMUL_WORKSPACE;
     if (norm) {
         const cudaError_t normed = ivcNormRows(c, x, norm, free, stream);
@@ -44,14 +44,14 @@ cudaError_t ivcLinear(const IvcLinear* c, const void* x, const void* norm, const
 }
 
 size_t ivcLinearInt4Workspace(const IvcLinear* c, int32_t normed) {
-    if (few(*c) || c->features <= 0 || c->out <= 0) return 0;
+    if (c->rows <= IVC_FEW_ROWS || c->features <= 0 || c->out <= 0) return 0;
     const size_t weights = static_cast<size_t>(c->gated ? 2 : 1) * static_cast<size_t>(c->out);
     return ivcLinearWorkspace(c, normed) + 2 * weights * static_cast<size_t>(c->features);
 }
 
 cudaError_t ivcLinearInt4(const IvcLinear* c, const IvcPacked* w, const void* x, const void* norm, const void* bias,
     const void* residual, void* y, void* workspace, cudaStream_t stream) {
-    if (few(*c)) return ivcFusedInt4(c, w, x, norm, bias, residual, y, stream);
+    if (c->rows <= IVC_FEW_ROWS) return ivcFusedInt4(c, w, x, norm, bias, residual, y, stream);
     void* const weight = static_cast<char*>(workspace) + ivcLinearWorkspace(c, norm != nullptr);
     const cudaError_t unpacked = ivcUnpack(c, w, weight, stream);
     return unpacked ? unpacked : ivcLinear(c, x, norm, weight, bias, residual, y, workspace, stream);

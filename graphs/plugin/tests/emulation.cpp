@@ -205,7 +205,7 @@ void product(const Linear& a) {
             for (int64_t k = 0; k < a.features; ++k) {
                 sum += static_cast<float>(x[row * a.features + k]) * static_cast<float>(weight[column * a.features + k]);
             }
-            sum = activated(sum * a.scale + (bias ? static_cast<float>(bias[column]) : 0), a.activation, a.slope);
+            sum = activated<Value>(sum * a.scale + (bias ? static_cast<float>(bias[column]) : 0), a.activation, a.slope);
             if (residual) sum += static_cast<float>(residual[row * a.out + column]);
             static_cast<Value*>(a.y)[row * a.out + column] = static_cast<Value>(sum);
         }

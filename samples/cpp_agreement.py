@@ -26,6 +26,7 @@ from ivc_export.runtime.backends import BACKENDS, DEFAULT, open_session
 from ivc_export.runtime.chat import Chat, Sampling
 from samples.agreement import INDEX, LONGEST_ANSWER, RATIOS
 
+COUNTS = ("answers", "tokens", "kept_rows")
 WARM = 3
 """Questions at the beginning whose times are left out."""
 
@@ -70,19 +71,30 @@ def device_bytes(backend: str) -> int:
     return int(total - free)
 
 
-def questions(folder: Path | None, count: int, drawn: Path) -> list[tuple[str, Path]]:
-    """Questions, and the files of their pictures, which are written to `drawn` where no folder has them."""
+def questions(folder: Path | None, count: int, drawn: Path) -> list[tuple[str, Path, str]]:
+    """Questions, the files of their pictures, and second questions about these, or "".
+
+    Pictures are written to `drawn` where no folder has them; second questions are known there alone.
+    """
     if folder is not None:
         rows = json.loads((folder / INDEX).read_text(encoding="utf-8"))["questions"][:count]
-        return [(row["question"], folder / row["picture"]) for row in rows]
+        return [(row["question"], folder / row["picture"], "") for row in rows]
     from samples.spatial.held_out import held_out
     from samples.spatial.questions import TASKS
 
     found = []
     for number, example in enumerate(held_out("test", math.ceil(count / len(TASKS)))[:count]):
         example.picture.save(drawn / f"{number}.png")
-        found.append((example.question.text, drawn / f"{number}.png"))
+        found.append((example.question.text, drawn / f"{number}.png", example.second.text))
     return found
+
+
+def count_equal(counts: dict[str, int], wanted: str, chat: Chat, found: dict[str, Any]) -> None:
+    """Count what of the program's answer equals the chat's last."""
+    assert chat.step is not None
+    counts["answers"] += wanted == found["answer"]
+    counts["tokens"] += chat.tokens == found["tokens"]
+    counts["kept_rows"] += chat.step.keep_index.tolist() == found["keep_index"]
 
 
 def main() -> None:
@@ -109,9 +121,10 @@ def main() -> None:
         session = open_session(Bundle.load(options.bundle), options.backend, **libraries)
         ratios = {}
         for ratio in RATIOS:
-            same, seconds = {"answers": 0, "tokens": 0, "kept_rows": 0}, dict[str, list[float]](cpp=[], python=[])
+            same, later = dict.fromkeys(COUNTS, 0), dict.fromkeys(COUNTS, 0)
+            seconds = dict[str, list[float]](cpp=[], python=[])
             differing = []
-            for text, picture in asked:
+            for text, picture, second in asked:
                 start = time.perf_counter()
                 found = program.ask({"image": [str(picture)], "prompt": text, "ratio": ratio})
                 between = time.perf_counter()
@@ -119,15 +132,20 @@ def main() -> None:
                 wanted = "".join(chat.ask(text, [picture]))
                 seconds["cpp"].append(between - start)
                 seconds["python"].append(time.perf_counter() - between)
-                assert chat.step is not None
-                same["answers"] += wanted == found["answer"]
-                same["tokens"] += chat.tokens == found["tokens"]
-                same["kept_rows"] += chat.step.keep_index.tolist() == found["keep_index"]
+                count_equal(same, wanted, chat, found)
                 if chat.tokens != found["tokens"]:
                     differing.append({"question": text, "cpp": found["answer"], "python": wanted})
+                if second:
+                    whole = program.ask({"image": [str(picture)], "prompt": text, "ratio": ratio, "then": [second]})
+                    count_equal(later, "".join(chat.ask(second)), chat, whole["then"][0])
             medians = {side: round(statistics.median(values[WARM:] or values), 5) for side, values in seconds.items()}
-            ratios[str(ratio)] = {**same, "differing": differing, "seconds_an_answer": medians}
-            print(f"ratio {ratio}: {same} of {len(asked)}, {medians} seconds an answer", flush=True)
+            ratios[str(ratio)] = {
+                **same,
+                "second_questions": later,
+                "differing": differing,
+                "seconds_an_answer": medians,
+            }
+            print(f"ratio {ratio}: {same} of {len(asked)}, then {later}, {medians} seconds an answer", flush=True)
         held["python"] = device_bytes(options.backend) - empty - held["cpp"]
         host = {"cpp": program.most_bytes(), "python": resident("self")}
         program.close()

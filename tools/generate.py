@@ -2,7 +2,8 @@
 
 The graphs' tensors from the contract (graphs/README.md, for the site docs/graphs.md, and for C++
 runtime/cpp/include/ivc/contract.h), graphs/listings/ from every tiny family,
-docs/commands.md from the commands' parsers, docs/families.md from the published checkpoints' sizes.
+docs/commands.md from the commands' parsers, docs/families.md from the published checkpoints' sizes,
+docs/cpp-api.md from the C++ runtime's headers.
 
 python -m tools.generate
 """
@@ -44,6 +45,7 @@ from ivc_export.exporter.graphs import build_graphs
 from ivc_export.lowering import LOWERINGS
 from ivc_export.lowering.join_decode import join_decode
 from samples.tiny import TINY, wide
+from tools.cpp_doc import cpp_doc
 from tools.families_doc import families_doc
 
 ROOT = Path(__file__).parent.parent
@@ -252,6 +254,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "graphs.md": graphs_readme(),
         ROOT / "docs" / "commands.md": commands(),
         ROOT / "docs" / "families.md": families_doc(),
+        ROOT / "docs" / "cpp-api.md": cpp_doc(),
         ROOT / "runtime" / "cpp" / "include" / "ivc" / "contract.h": contract_header(),
     }
     return files | {ROOT / "graphs" / "listings" / name: content for name, content in listings().items()}

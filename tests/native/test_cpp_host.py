@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -573,6 +574,8 @@ STRANGE: list[tuple[str, Any, str]] = [
     ("pre_tokenizer", {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": "("}}, "cannot be read"),
     ("pre_tokenizer", {"type": "Whitespace"}, "pre_tokenizer.type is 'Whitespace'"),
     ("decoder", {"type": "CTC"}, "decoder.type is 'CTC'"),
+    ("decoder", {"type": "Metaspace", "replacement": ""}, "decoder.replacement is no single character"),
+    ("pre_tokenizer", {"type": "Metaspace", "replacement": "ab"}, "pre_tokenizer.replacement is no single character"),
     ("post_processor", {"type": "BertProcessing"}, "post_processor.type is 'BertProcessing'"),
     ("added_tokens", [{"id": 2**40, "content": "x"}], "added_tokens.0.id is 1099511627776"),
 ]
@@ -595,7 +598,7 @@ def test_tokenizers_of_other_kinds_are_refused(
 
 # --- conversations
 
-QUESTIONS = (
+QUESTIONS: tuple[tuple[str, list[Path]], ...] = (
     ("Where is the ring?", [SHAPES]),
     ("And the square?", []),
     (" And\nhere? <image>", [OTHER]),
@@ -609,10 +612,10 @@ SHORT = Sampling(max_tokens=6)
 def test_conversations_go_on_as_in_python(
     program: HostProgram, bundles: dict[str, Bundle], name: str, follow_up: FollowUp
 ) -> None:
-    chat, turns, wanted = Chat(OnnxSession(bundles[name]), sampling=SHORT, follow_up=follow_up), [], []
+    chat = Chat(OnnxSession(bundles[name]), sampling=SHORT, follow_up=follow_up)
+    turns, wanted = list[dict[str, Any]](), list[dict[str, Any]]()
     for question, pictures in QUESTIONS:
-        turn = {"question": question, "images": [str(path) for path in pictures], "draws": []}
-        turns.append(turn)
+        turns.append({"question": question, "images": [str(path) for path in pictures], "draws": []})
         drawn = chat.tokens if follow_up == "compacted" and chat.tokens and chat.finish == "length" else []
         try:
             said = "".join(chat.ask(question, pictures))
@@ -621,7 +624,7 @@ def test_conversations_go_on_as_in_python(
             continue
         assert chat.step is not None
         run, looks = chat.step.run, chat.conversation.timings.runs["vision"]
-        turn["draws"] = [*([0] if drawn else []), *chat.tokens]  # the last id's own run draws, too
+        turns[-1]["draws"] = [*([0] if drawn else []), *chat.tokens]  # the last id's own run draws, too
         wanted.append(
             {
                 "answer": said,
@@ -712,8 +715,9 @@ def test_a_bundle_is_trusted_with_nothing(
     folder = tmp_path / "bundle"
     shutil.copytree(sample_bundle.folder, folder)
     (tmp_path / "outside").write_bytes(bytes(10**6))
-    (folder / "link").symlink_to("../outside")
-    (folder / "circle").symlink_to("circle")
+    for name, target in (("link", "../outside"), ("circle", "circle")):
+        if value == name:
+            (folder / name).symlink_to(target)
     os.mkfifo(folder / "pipe")
     manifest = json.loads((folder / "manifest.json").read_text())
     *folders, last = place.split(".")
@@ -724,6 +728,52 @@ def test_a_bundle_is_trusted_with_nothing(
     manifest["constants_sha256"] = constants_sha256(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert message in program.refusal("bundle", path=str(folder))
+
+
+def test_links_that_leave_a_bundle_are_refused(program: HostProgram, sample_bundle: Bundle, tmp_path: Path) -> None:
+    """Of whatever name: a runtime opens what graphs name."""
+    folder = shutil.copytree(sample_bundle.folder, tmp_path / "bundle")
+    (folder / "more.safetensors").symlink_to("/etc/hostname")
+    assert "has 'more.safetensors', which is outside the bundle" in program.refusal("bundle", path=str(folder))
+    killed = shutil.copytree(sample_bundle.folder, tmp_path / ".bundle.partial-1")
+    assert "is what an export left that was killed" in program.refusal("bundle", path=str(killed))
+
+
+HEADERS: list[tuple[Any, str]] = [
+    (b"{", "is damaged (it is not valid JSON"),
+    ([], "is damaged (it is no object)"),
+    ({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}, "has tensors that end elsewhere than the file"),
+    ({"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 4]}}, "a.shape takes other bytes than there are"),
+    ({"a": {"dtype": "U8", "shape": [2**62, 4, 0], "data_offsets": [0, 0]}}, "a.shape.0 is 4611686018427387904"),
+    ({"a": {"dtype": "F32", "shape": [64, 64], "data_offsets": [0, 8]}}, "a.shape takes other bytes than there are"),
+    ({"a": {"dtype": "X8", "shape": [8], "data_offsets": [0, 8]}}, "a.dtype is of no type that is known"),
+    ({"a": {"dtype": "U8", "shape": [4], "data_offsets": [8, 4]}}, "a.data_offsets.1 is 4, which is none of 8 to"),
+    (
+        {name: {"dtype": "U8", "shape": [6], "data_offsets": [i, i + 6]} for i, name in ((0, "a"), (2, "b"))},
+        "has tensors that do not lie one behind the other",
+    ),
+]
+
+
+@pytest.mark.parametrize(("header", "message"), HEADERS)
+def test_headers_say_where_all_bytes_belong(
+    program: HostProgram, sample_bundle: Bundle, tmp_path: Path, header: Any, message: str
+) -> None:
+    manifest = json.loads((sample_bundle.folder / "manifest.json").read_text())
+    folder = copy_of(sample_bundle, tmp_path / "bundle", manifest)
+    stored = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path = folder / "other.safetensors"
+    path.write_bytes(struct.pack("<Q", len(stored)) + stored + bytes(8))
+    entry = {"file": path.name, "size": path.stat().st_size, "header_sha256": hashlib.sha256(stored).hexdigest()}
+    manifest["weights"].insert(0, entry)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert message in program.refusal("bundle", path=str(folder))
+
+
+def test_texts_are_hashed_as_python_writes_them(program: HostProgram, sample_bundle: Bundle, tmp_path: Path) -> None:
+    manifest = json.loads((sample_bundle.folder / "manifest.json").read_text())
+    manifest["chat"]["assistant_open"] = '\x7f\x01"\\\n\u00e9\u2028\U0001f600\x7f\x7f'
+    program.ask("bundle", path=str(copy_of(sample_bundle, tmp_path / "bundle", manifest)))
 
 
 BAD_VIEWS: list[tuple[str, Any, str]] = [

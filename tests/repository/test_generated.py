@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tools.cpp_doc import undocumented
 from tools.generate import ROOT, generated
 
 FILES = generated()
@@ -16,3 +17,7 @@ def test_generated_files_are_true(path: Path) -> None:
 
 def test_no_listing_is_left_over() -> None:
     assert {*(ROOT / "graphs" / "listings").iterdir()} <= {*FILES}
+
+
+def test_every_function_of_the_headers_says_what_it_does() -> None:
+    assert undocumented() == []

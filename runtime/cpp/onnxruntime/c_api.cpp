@@ -5,6 +5,6 @@ extern "C" ivc_error* ivc_onnxruntime_open(const ivc_bundle* bundle, int32_t thr
     return ivc::guarded([&] {
         ivc::OnnxRuntimeOptions options;
         options.threads = threads;
-        *device = new ivc_device{ivc::openOnnxRuntime(bundle->bundle, options)};
+        *ivc::given(device, "place for the device") = new ivc_device{ivc::openOnnxRuntime(ivc::given(bundle, "bundle")->bundle, options)};
     });
 }

@@ -20,7 +20,8 @@ const char kUsage[] =
     "  --follow-up HOW    a later question of --chat: again prunes the whole conversation for it (default); compacted\n"
     "                     sees what earlier questions kept, and comes sooner\n"
     "  --rendered FILE    a conversation that the chat template has written already\n"
-    "  --requests         answer one JSON object a line of standard input: image (a list), prompt, ratio\n"
+    "  --requests         answer one JSON object a line of standard input: image (a list), prompt, ratio, and then, a\n"
+    "                     list of later questions\n"
     "  --sampling checkpoint, --temperature T, --top-p P, --top-k K, --repetition-penalty P, --seed N, --max-tokens N\n"
     "  --show FILE        draw the kept tokens over the picture, as PNG\n"
     "  --json             an object an answer, with tokens, counts and timings\n";
@@ -132,7 +133,14 @@ void answerRequests(const ivc::Bundle& bundle, ivc::Device& device, const Reques
         for (const ivc::Field& path : root["image"].items(100)) paths.push_back(path.text());
         ivc::Chat chat(bundle, device, options);
         const std::string answer = chat.ask(root["prompt"].text(), readImages(paths));
-        std::cout << facts(chat, device, answer).dump(-1, ' ', false, ivc::Json::error_handler_t::replace) << std::endl;
+        ivc::Json found = facts(chat, device, answer);
+        if (root.has("then")) {
+            for (const ivc::Field& question : root["then"].items(100)) {
+                const std::string next = chat.ask(question.text(), {});
+                found["then"].push_back(facts(chat, device, next));
+            }
+        }
+        std::cout << found.dump(-1, ' ', false, ivc::Json::error_handler_t::replace) << std::endl;
     }
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 
 #include "ivc/error.h"
 #include "ivc/sha256.h"
@@ -12,6 +13,8 @@
 
 namespace ivc {
 namespace {
+
+namespace fs = std::filesystem;
 
 const char kAgain[] = "export the model again";
 const char kCopy[] = "copy the bundle again, or export the model again";
@@ -50,6 +53,23 @@ void widen(const char* table, size_t first, size_t count, const std::string& dty
     }
 }
 
+// Refuses a folder that an export left which was killed.
+const std::string& finished(const std::string& folder) {
+    std::error_code failed;
+    const std::string name = fs::canonical(folder, failed).filename().string();
+    if (failed || name.compare(0, 1, ".") != 0 || name.find(".partial-") == std::string::npos) return folder;
+    throw Error(folder + " is what an export left that was killed: export the model again, which removes it");
+}
+
+// Refuses links that leave the folder, of whatever name: a runtime opens what graphs name.
+void checkLinks(const std::string& folder) {
+    std::error_code failed;
+    for (fs::directory_iterator file(folder, failed), end; !failed && file != end; file.increment(failed)) {
+        confined(folder, file->path().filename().string());
+    }
+    if (failed) throw Error(folder + " cannot be read (" + failed.message() + "): " + kCopy);
+}
+
 }  // namespace
 
 // All three without a branch in a loop's way, so that compilers compute several at once.
@@ -86,7 +106,8 @@ uint16_t toBfloat16(float value) {
     return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
 }
 
-Bundle::Bundle(const std::string& folder) : folder_(folder.empty() ? "." : folder), manifest_(readManifest(folder_)) {
+Bundle::Bundle(const std::string& folder) : folder_(folder.empty() ? "." : folder), manifest_(readManifest(finished(folder_))) {
+    checkLinks(folder_);
     const std::string path = confined(folder_, "tokenizer.json");
     if (!exists(path)) {
         throw Error(folder_ + " has no tokenizer.json: put the model's own files into the checkpoint folder and " +

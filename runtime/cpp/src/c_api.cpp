@@ -1,6 +1,7 @@
 #include "c_objects.h"
 #include "ivc/error.h"
 
+using ivc::given;
 using ivc::guarded;
 
 extern "C" {
@@ -12,25 +13,26 @@ void ivc_error_free(ivc_error* error) {
 }
 
 ivc_error* ivc_bundle_open(const char* folder, ivc_bundle** bundle) {
-    return guarded([&] { *bundle = new ivc_bundle{ivc::Bundle(folder)}; });
+    return guarded([&] { *given(bundle, "place for the bundle") = new ivc_bundle{ivc::Bundle(given(folder, "folder"))}; });
 }
 void ivc_bundle_free(ivc_bundle* bundle) { delete bundle; }
 void ivc_device_free(ivc_device* device) { delete device; }
 
 ivc_error* ivc_picture_read(const char* path, ivc_picture** picture) {
-    return guarded([&] { *picture = new ivc_picture{ivc::readImage(path)}; });
+    return guarded([&] { *given(picture, "place for the picture") = new ivc_picture{ivc::readImage(given(path, "path"))}; });
 }
 ivc_error* ivc_picture_rgb(const uint8_t* pixels, int32_t width, int32_t height, size_t stride, ivc_picture** picture) {
-    return guarded([&] { *picture = new ivc_picture{ivc::copyImage(pixels, width, height, stride, false)}; });
+    return guarded([&] { *given(picture, "place for the picture") = new ivc_picture{ivc::copyImage(given(pixels, "pixels"), width, height, stride, false)}; });
 }
 ivc_error* ivc_picture_bgr(const uint8_t* pixels, int32_t width, int32_t height, size_t stride, ivc_picture** picture) {
-    return guarded([&] { *picture = new ivc_picture{ivc::copyImage(pixels, width, height, stride, true)}; });
+    return guarded([&] { *given(picture, "place for the picture") = new ivc_picture{ivc::copyImage(given(pixels, "pixels"), width, height, stride, true)}; });
 }
 void ivc_picture_free(ivc_picture* picture) { delete picture; }
 
-ivc_error* ivc_chat_begin(const ivc_bundle* bundle, ivc_device* device, const ivc_chat_options* given, ivc_chat** chat) {
+ivc_error* ivc_chat_begin(const ivc_bundle* bundle, ivc_device* device, const ivc_chat_options* chosen,
+    ivc_chat** chat) {
     return guarded([&] {
-        const ivc_chat_options o = given == nullptr ? ivc_chat_options{} : *given;
+        const ivc_chat_options o = chosen == nullptr ? ivc_chat_options{} : *chosen;
         ivc::ChatOptions options;
         if (o.ratio != 0) options.ratio = o.ratio;
         if (o.system != nullptr) options.system = o.system;
@@ -43,7 +45,8 @@ ivc_error* ivc_chat_begin(const ivc_bundle* bundle, ivc_device* device, const iv
         options.sampling.seed = o.seed;
         if (o.max_tokens != 0) options.sampling.maxTokens = o.max_tokens;
         if (o.follow_up != nullptr) options.followUp = ivc::followUpOf(o.follow_up);
-        *chat = new ivc_chat{ivc::Chat(bundle->bundle, *device->device, options), ""};
+        ivc::Chat begun(given(bundle, "bundle")->bundle, *given(device, "device")->device, options);
+        *given(chat, "place for the chat") = new ivc_chat{std::move(begun), ""};
     });
 }
 
@@ -51,10 +54,10 @@ ivc_error* ivc_chat_ask(ivc_chat* chat, const char* question, const ivc_picture*
     ivc_listener listener, void* user, const char** answer) {
     return guarded([&] {
         std::vector<ivc::Image> images;
-        for (size_t i = 0; i < count; ++i) images.push_back(pictures[i]->image);
+        for (size_t i = 0; i < count; ++i) images.push_back(given(given(pictures, "list of pictures")[i], "picture")->image);
         ivc::Listener heard;
         if (listener != nullptr) heard = [&](const std::string& piece) { return listener(piece.c_str(), user) != 0; };
-        chat->answer = chat->chat.ask(question, images, heard);
+        given(chat, "chat")->answer = chat->chat.ask(given(question, "question"), images, heard);
         if (answer != nullptr) *answer = chat->answer.c_str();
     });
 }

@@ -9,6 +9,7 @@
 #include "ivc/bundle.h"
 #include "ivc/chat.h"
 #include "ivc/device.h"
+#include "ivc/error.h"
 #include "ivc/ivc.h"
 
 struct ivc_error {
@@ -42,6 +43,13 @@ inline ivc_error* failure(const char* message) noexcept {
     } catch (...) {
         return noMemory();
     }
+}
+
+// A pointer that an API's function needs. what: names it in the error.
+template <class T>
+T* given(T* pointer, const char* what) {
+    if (pointer == nullptr) throw Error(std::string("there is no ") + what + " (NULL was given): give one");
+    return pointer;
 }
 
 template <class Call>

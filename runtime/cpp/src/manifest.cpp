@@ -15,6 +15,16 @@
 namespace ivc {
 namespace {
 
+constexpr uint64_t kMostHeader = 100'000'000;  // bytes of a safetensors file's header, as the format has it
+
+// Bits of a value, by what safetensors files call its type.
+constexpr struct StoredBits {
+    const char* dtype;
+    int32_t bits;
+} kStoredBits[] = {{"F4", 4}, {"F6_E2M3", 6}, {"F6_E3M2", 6}, {"BOOL", 8}, {"U8", 8}, {"I8", 8}, {"F8_E5M2", 8},
+    {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"I16", 16}, {"U16", 16}, {"F16", 16}, {"BF16", 16}, {"I32", 32}, {"U32", 32},
+    {"F32", 32}, {"F64", 64}, {"I64", 64}, {"U64", 64}, {"C64", 64}};
+
 const char kAgain[] = "export the model again";
 const char kCopy[] = "copy the whole bundle, or export the model again";
 
@@ -314,6 +324,44 @@ void checkAgreement(const Manifest& m, const Field& root) {
     require(m.embedding.dtype == m.dtype, "embedding");
 }
 
+// Refuses a safetensors file whose header does not say of each byte behind it, and of no other, which tensor has it.
+void checkTensors(const std::string& header, const std::string& name, uint64_t bytes) {
+    const std::string what = "the header of " + name;
+    const Json content = parseJson(header, what, kCopy);
+    const Field root(content, what, kCopy);
+    if (!content.is_object()) root.refuse("is no object");
+    std::vector<std::pair<int64_t, int64_t>> parts;
+    for (const auto& entry : content.items()) {
+        if (entry.key() == "__metadata__") continue;
+        const Field tensor = root[entry.key()];
+        const std::string dtype = tensor["dtype"].text();
+        const auto bits = std::find_if(std::begin(kStoredBits), std::end(kStoredBits),
+            [&](const StoredBits& known) { return dtype == known.dtype; });
+        if (bits == std::end(kStoredBits)) tensor["dtype"].refuse("is of no type that is known");
+        const auto most = static_cast<int64_t>(bytes) * 8;
+        int64_t size = bits->bits;
+        bool empty = false;
+        for (const Field& extent : tensor["shape"].items(64)) {
+            const int64_t along = extent.integer(0, most);
+            empty = empty || along == 0;
+            if (along > 0 && size > most / along) size = most + 1;  // more than there is, however far it goes on
+            size = along > 0 && size <= most ? size * along : size;
+        }
+        const auto offsets = tensor["data_offsets"].items(2);
+        if (offsets.size() != 2) tensor["data_offsets"].refuse("has no two entries");
+        const int64_t begin = offsets[0].integer(0, most), end = offsets[1].integer(begin, most);
+        if ((empty ? 0 : size) != (end - begin) * 8) tensor["shape"].refuse("takes other bytes than there are");
+        parts.emplace_back(begin, end);
+    }
+    std::sort(parts.begin(), parts.end());
+    int64_t at = 0;
+    for (const auto& [begin, end] : parts) {
+        if (begin != at) root.refuse("has tensors that do not lie one behind the other");
+        at = end;
+    }
+    if (static_cast<uint64_t>(at) != bytes) root.refuse("has tensors that end elsewhere than the file");
+}
+
 std::string pythonNumber(double value) {
     char digits[40];
     int precision = 0;
@@ -440,10 +488,11 @@ Manifest readManifest(const std::string& folder) {
         for (size_t i = 0; i < 8 && file.size() >= 8; ++i) {
             header |= static_cast<uint64_t>(static_cast<uint8_t>(file.data()[i])) << (8 * i);
         }
-        const bool whole = file.size() >= 8 && header <= file.size() - 8;
+        const bool whole = file.size() >= 8 && header <= std::min<uint64_t>(file.size() - 8, kMostHeader);
         if (!whole || sha256(file.data() + 8, static_cast<size_t>(header)) != weights.headerSha256) {
             throw Error(name + " changed after the export (its header is another): " + kAgain);
         }
+        checkTensors(std::string(file.data() + 8, static_cast<size_t>(header)), name, file.size() - 8 - header);
         if (weights.file != m.embedding.file) continue;
         held = true;
         checkWithin(m, path, file.size());

@@ -32,6 +32,7 @@ std::string replaced(const std::string& text, const std::string& old, const std:
     for (size_t at = text.find(old); at != std::string::npos; at = text.find(old, from)) {
         found.append(text, from, at - from).append(by);
         from = at + old.size();
+        if (found.size() > 2 * kMostText) throw Error("the text becomes too long: shorten it");
     }
     return found.append(text, from, std::string::npos);
 }

@@ -75,7 +75,7 @@ Visual patches(const Image& image, const Manifest& manifest) {
     const auto [rows, columns] = tokensOf(image, p);
     checkTokens(rows * columns, manifest);
     const int64_t side = tokenSide(p), merge = p.mergeSize, patch = p.patchSize;
-    if (rows * columns * side * side > kMostPrepared) throw Error("the picture is scaled beyond any memory: crop it");
+    if (rows * columns * side * side * p.temporalPatchSize > 8 * kMostPrepared) throw Error("the picture is scaled beyond any memory: crop it");
     Image scaled(static_cast<int32_t>(columns * side), static_cast<int32_t>(rows * side));
     scale(image, scaled.width, scaled.height, p, 0, 0, scaled);
     Visual found;

@@ -21,21 +21,23 @@ struct Prompt {
     int32_t question = 0;
 };
 
+// A bundle, opened. Several devices and threads may use it at once.
 class Bundle {
    public:
     // Throws where there is no bundle, or it is damaged, edited, or leaves its folder.
     explicit Bundle(const std::string& folder);
 
-    const std::string& folder() const { return folder_; }
-    const Manifest& manifest() const { return manifest_; }
-    const Tokenizer& tokenizer() const { return *tokenizer_; }
+    const std::string& folder() const { return folder_; }          // where it is
+    const Manifest& manifest() const { return manifest_; }         // what its manifest.json says
+    const Tokenizer& tokenizer() const { return *tokenizer_; }     // of its tokenizer.json
 
-    // The file of a graph, which holds what was exported.
+    // The file of a graph, "vision", "prefix" or "decoder". Throws where it does not hold what was exported.
     std::string graphFile(const std::string& name) const;
-    // Rows of the embedding table, one behind the other, in float32.
+    // Rows of the embedding table, one behind the other, in float32: [tokens, hidden]. Throws where an id has none.
     std::vector<float> embed(const std::vector<int32_t>& tokens) const;
     // Token ids of `text`, its i-th image token repeated once for each visual token of picture i. begin: whether a
-    // conversation begins here, so that the tokenizer adds what that takes, unless it is written.
+    // conversation begins here, so that the tokenizer adds what that takes, unless it is written. Throws where image tokens
+    // and pictures are not as many, or no text follows the last picture.
     std::vector<int32_t> encode(const std::string& text, const std::vector<Grid>& pictures, bool begin) const;
     // Token ids of a whole conversation, the user's message last, and where that begins. pictures: of all messages. The
     // question is 0 where nothing, or no picture, is before.
@@ -53,8 +55,8 @@ class Bundle {
     std::string bos_;
 };
 
-float fromHalf(uint16_t bits);  // IEEE 754 binary16
-uint16_t toHalf(float value);
-uint16_t toBfloat16(float value);
+float fromHalf(uint16_t bits);      // a float16 (IEEE 754 binary16) in float32
+uint16_t toHalf(float value);       // the nearest float16, ties to even
+uint16_t toBfloat16(float value);   // the nearest bfloat16, ties to even
 
 }  // namespace ivc

@@ -12,6 +12,7 @@
 
 namespace ivc {
 
+// One conversation's runs. Another runtime is another class of this.
 class Device {
    public:
     virtual ~Device() = default;
@@ -26,9 +27,9 @@ class Device {
     virtual const std::vector<int32_t>& keepIndex() const = 0;
     virtual int32_t length() const = 0;  // rows of every cache but those kept whole
     virtual int32_t room() const = 0;    // rows that every cache still takes; INT32_MAX where caches grow
-    virtual int64_t cacheBytes() const = 0;
+    virtual int64_t cacheBytes() const = 0;  // of the valid rows of all caches
     virtual std::string name() const = 0;  // such as "onnxruntime-cpu"
-    virtual std::string dtype() const = 0;
+    virtual std::string dtype() const = 0;  // of what the graphs compute in
 
     // Seconds by stage, summed over its runs, and how many these were: "vision", "prefill.prefix", "decode.decoder", ...
     struct Time {

@@ -14,16 +14,20 @@
 
 namespace ivc {
 
+// What is stripped from an end of a text: nothing, newlines, or all that Python's str.strip strips.
 enum class Blanks { kNone, kNewlines, kBlanks };
 
+// What the chat template writes before and behind something.
 struct Segment {
     std::string before, behind;
 };
 
+// A text in a conversation: what is stripped from its ends, and what is then written around it.
 struct Spoken : Segment {
     Blanks left = Blanks::kNone, right = Blanks::kNone;
 };
 
+// A chat template without Jinja; `render` puts a conversation together of it.
 struct ChatSegments {
     std::optional<Spoken> begin;
     std::string beginWithoutSystem, assistantOpen;
@@ -35,11 +39,13 @@ struct ChatSegments {
     bool picturesFirst = false;
 };
 
+// Sizes of the language decoder.
 struct Decoder {
     int32_t layers = 0, hiddenSize = 0, heads = 0, kvHeads = 0, headDim = 0, valueDim = 0, vocabSize = 0;
     int32_t maxPositions = 0, deepstack = 0;
 };
 
+// How visual tokens are chosen, as far as the host is concerned.
 struct SelectionRule {
     std::string method = "ivc-prune";
     double ivcFraction = 0;
@@ -49,7 +55,9 @@ struct SelectionRule {
     std::vector<int32_t> wholeLayers;
 };
 
+// How a picture becomes what the vision graph takes.
 struct Preprocessing {
+    // Patches at its own size, tiles of a fixed one, or two views of tiles.
     enum class Kind { kPatches, kTiles, kViews };
     Kind kind = Kind::kPatches;
     float rescaleFactor = 0;
@@ -67,12 +75,14 @@ struct Preprocessing {
     bool twice() const { return kind == Kind::kViews; }         // shown in two views
 };
 
+// Token ids that a runtime must know.
 struct SpecialTokens {
     int32_t image = 0;
     std::optional<int32_t> visionStart, visionEnd, video;
     bool templateMarks = false;
     std::vector<int32_t> stop;
 
+    // Whether it stands for a visual token, of a picture or of a video.
     bool isVisual(int32_t token) const { return token == image || token == video; }
 };
 
@@ -82,16 +92,19 @@ struct Extent {
     std::string axis;
 };
 
+// An input or output of a graph.
 struct Tensor {
     std::string name, dtype;
     std::vector<Extent> shape;
 };
 
+// One graph of the bundle; `sha256` is of its file, which holds no weights.
 struct Graph {
     std::string file, sha256;
     std::vector<Tensor> inputs, outputs;
 };
 
+// A safetensors file of the bundle, its size in bytes.
 struct WeightFile {
     std::string file, headerSha256;
     std::optional<std::string> sha256;  // of the whole file, where somebody has read it
@@ -106,6 +119,7 @@ struct EmbeddingTable {
     int32_t block = 0;
 };
 
+// All that a runtime needs of it.
 struct Manifest {
     std::string family, dtype, lowering;
     int32_t selectionLayer = 0, maxVisual = 0;
@@ -120,14 +134,16 @@ struct Manifest {
     std::vector<WeightFile> weights;
     std::optional<ChatSegments> chat;
 
+    // Rotary positions of a row: 1, or 3 where pictures spread over rows and columns.
     size_t axes() const { return sections.size(); }
     int32_t turned() const;  // values of a head that rotary embedding turns
 };
 
-// Of the text of a manifest.json; `what` names it in errors.
+// Of the text of a manifest.json; `what` names it in errors. Throws where it is damaged, edited, or of another version.
 Manifest parseManifest(const std::string& text, const std::string& what);
 
-// Of the bundle in `folder`, with the sizes and headers of the files that it names.
+// Of the bundle in `folder`. Throws as parseManifest, and where files that it names are missing, outside the bundle, or of
+// other sizes or headers.
 Manifest readManifest(const std::string& folder);
 
 // SHA-256 over the fields that decide answers, as ivc_export.contract.manifest.constants_sha256 computes it.

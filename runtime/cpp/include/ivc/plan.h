@@ -27,16 +27,20 @@ struct Run {
     std::vector<int32_t> thumbnailIndex, tileMap, candidateIndex;  // where the graph takes them
     int32_t keepCount = 1, nextPosition = 0;
 
+    // S, the rows of this run.
     int32_t rows() const { return static_cast<int32_t>(tokens.size()); }
     int32_t kept() const { return static_cast<int32_t>(textIndex.size()) + keepCount; }  // rows that go on
 };
 
+// Throws where a ratio is not above 0 and up to 1.
 void checkRatio(double ratio);
+// Throws where there is no such method, its seed is out of range, or the bundle's graphs choose otherwise.
 void checkMethod(const Manifest& manifest, const Method& method);
 
 // A run of `tokens` from position `start` on, each picture's image tokens being grids[i].visual() of them. Without a
 // picture the first row stands in for a visual token that is kept. question: the first row that may vote; of those from
-// there on, rows from query_offset behind the last picture on do.
+// there on, rows from query_offset behind the last picture on do. Throws where there is nothing to run, an id is beyond
+// the vocabulary, image tokens and pictures do not match, or the model does not know a position.
 Run planRun(const Manifest& manifest, const std::vector<int32_t>& tokens, const std::vector<Grid>& grids,
     int32_t start, double ratio, const Method& method, int32_t question = 0);
 

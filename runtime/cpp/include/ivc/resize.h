@@ -8,8 +8,10 @@
 
 namespace ivc {
 
+// Pillow's filters.
 enum class Resample { kNearest, kBox, kBilinear, kHamming, kBicubic, kLanczos };
 
+// A filter by its name, "bicubic" for one. Throws where there is none of it.
 Resample resampleOf(const std::string& name);
 
 // Of the picture resized to width x height, the part from (left, top) on that is as large as `part`, which it fills.

@@ -15,7 +15,7 @@ struct Sampling {
     int64_t topK = 0;
     int32_t maxTokens = 128;
 
-    void check() const;
+    void check() const;  // throws where one of them is out of range
 };
 
 // What generation_config.json of a bundle asks for; throws where it asks for what Sampling does not know.
@@ -24,10 +24,12 @@ Sampling storedSampling(const std::string& folder, Sampling chosen);
 // The draws of one conversation: its random generator, and the ids that it has read and drawn.
 class Sampler {
    public:
+    // Throws where a setting is out of range.
     explicit Sampler(const Sampling& sampling);
-    const Sampling& sampling() const { return sampling_; }
+    const Sampling& sampling() const { return sampling_; }  // what it draws by
+    // Counts ids as seen, whose repetition is made less likely.
     void read(const std::vector<int32_t>& tokens) { seen_.insert(tokens.begin(), tokens.end()); }
-    // Throws where logits are no numbers.
+    // The next id, of logits [vocabulary]. Throws where these are no numbers.
     int32_t draw(const std::vector<float>& logits);
 
    private:

@@ -12,6 +12,7 @@
 
 namespace ivc {
 
+// Which engines run, and how.
 struct TensorrtOptions {
     std::string engines;  // their folder; empty takes the bundle's own for this TensorRT and GPU
     std::string plugin;   // our plugin's library, where engines call it; nothing else is ever loaded

@@ -32,11 +32,13 @@ struct Encoding {
     size_t before = 0;
 };
 
+// A tokenizer, read once. Several threads may use it at once.
 class Tokenizer {
    public:
-    // text: of a tokenizer.json; `what` names it in errors.
+    // text: of a tokenizer.json; `what` names it in errors. Throws where it is damaged, or of a kind that is not known.
     Tokenizer(const std::string& text, const std::string& what);
     ~Tokenizer();
+    // The same of a file, of at most 128 MiB.
     static std::unique_ptr<Tokenizer> read(const std::string& path);
 
     // begin: whether to add what a text begins (and ends) with. Throws where `text` is not UTF-8.
@@ -45,8 +47,8 @@ class Tokenizer {
     Encoding encodeFrom(const std::string& text, bool begin, size_t place) const;
     // Special tokens are left out; unfinished characters are U+FFFD.
     std::string decode(const std::vector<int32_t>& ids) const;
-    std::optional<int32_t> find(const std::string& token) const;
-    std::optional<std::string> tokenText(int32_t id) const;
+    std::optional<int32_t> find(const std::string& token) const;   // the id of a token's text
+    std::optional<std::string> tokenText(int32_t id) const;        // a token's text, as the vocabulary has it
 
    private:
     using Normalizer = std::function<std::string(const std::string&)>;
@@ -96,7 +98,9 @@ class Tokenizer {
 // Pieces of an answer, as soon as the ids so far make whole characters.
 class TextStream {
    public:
+    // The tokenizer outlives it.
     explicit TextStream(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+    // What one more id adds to the text; empty as long as its last character is not whole.
     std::string add(int32_t id);
 
    private:

@@ -38,6 +38,7 @@ struct Seen {
     virtual ~Seen() = default;
 };
 
+// What the vision graph takes of a picture; names as in the contract.
 struct Visual {
     Grid grid;
     std::vector<int64_t> shape;          // of pixels: [1, patches, values] or [tiles, 3, side, side]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +111,17 @@ def test_another_accuracy_level_is_chosen_when_a_bundle_opens(bundles: tuple[Bun
 
 def test_graphs_for_the_cuda_provider_compute_with_them(bundles: tuple[Bundle, Bundle], wanted: Turns) -> None:
     assert largest(answers(FusedSession(bundles[0], "cpu")), wanted) < LOGIT_TOLERANCE
+
+
+def test_our_operators_take_four_bits(bundles: tuple[Bundle, Bundle]) -> None:
+    """With what surrounds a product; what has 8 bits stays with onnxruntime."""
+    layers = bundles[0].manifest.decoder.layers - bundles[0].manifest.selection_layer
+    found = Counter(node.op_type for node in lower(bundles[0].graph("decoder"), "ort-cuda-ops").graph)
+    if {one.format for one in bundles[0].manifest.weight_formats.values()} == {"int4"}:
+        assert found["FusedLinearInt4"] == 4 * layers and not {"MatMulNBits", "QuickGelu"} & found.keys()
+        assert not {"SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"} & found.keys()
+    else:
+        assert found["MatMulNBits"] and not found["FusedLinearInt4"]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", LOGIT_TOLERANCE), ("float16", HALF)])

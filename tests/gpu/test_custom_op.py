@@ -25,6 +25,9 @@ from samples.make_sample import make_checkpoint
 from samples.tiny import wide
 from tests.conftest import random_picture
 from tests.native.custom_ops import DTYPES, OwnAttentionSession, check_attention, check_gather, check_selection
+from tests.native.int4 import int4_case
+from tests.native.linear import linear_case
+from tests.native.linear_ops import check_int4, check_linear
 from tests.native.test_plugin_builds import build
 
 pytestmark = [
@@ -52,6 +55,12 @@ def test_random_selections_agree_with_numpy(
 ) -> None:
     worst = max(check_selection(library, "cuda", seed, 4096, dtype) for seed in range(100))
     record_property(f"100 selections in onnxruntime, {dtype}", f"largest score error {worst:.1e}")
+
+
+def test_products_agree_with_float64(library: Path) -> None:
+    for seed in range(100):
+        check_linear(library, "cuda", linear_case(seed))
+        check_int4(library, "cuda", int4_case(seed))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -73,12 +73,12 @@ $(OPTIMUM)/installed: $(OPTIMUM)/bin/python pyproject.toml ivc_export/cli/optimu
 	@touch $@
 
 $(RAY)/installed: $(RAY)/bin/python pyproject.toml
-	$(RAY)/bin/pip install -q --disable-pip-version-check -e .[cpu,ray] openai pytest
+	$(RAY)/bin/pip install -q --no-compile --disable-pip-version-check -e .[cpu,ray] openai pytest
 	@touch $@
 
 $(EVAL)/installed: $(EVAL)/bin/python pyproject.toml tools/lmms_eval.txt
-	$(EVAL)/bin/pip install -q --disable-pip-version-check -e .[cpu] -r tools/lmms_eval.txt pytest
-	$(EVAL)/bin/pip install -q --disable-pip-version-check --no-deps lmms-eval==0.7.3
+	$(EVAL)/bin/pip install -q --no-compile --disable-pip-version-check -e .[cpu] -r tools/lmms_eval.txt pytest
+	$(EVAL)/bin/pip install -q --no-compile --disable-pip-version-check --no-deps lmms-eval==0.7.3
 	@touch $@
 
 clean:

@@ -101,7 +101,7 @@ IVC_API cudaError_t ivcAttendJoined(const IvcJoined* joined, const IvcJoinedRows
     void* valueCache, const int32_t* pastLength, void* y, void* workspace, int32_t* counters, cudaStream_t stream);
 
 // y = f(scale n(x) W^T + b) + r: n an RMS norm or nothing, f an activation; where gated f(g) * u, of W's halves. Reads
-// each weight once for 4 rows.
+// each weight once for 4 rows; begins with that before the kernel in front has ended, which must not write weights.
 //   x [rows, K]; norm [K], the norm's weight, or null; weight [N, K], or [2 N, K] where gated; bias, one a row of weight,
 //   or null; residual [rows, N], or null; y [rows, N]
 IVC_API cudaError_t ivcFusedLinear(const IvcLinear* product, const void* x, const void* norm, const void* weight,

@@ -130,9 +130,9 @@ IVC_WARP void putResult(const Linear& a, float product, float up, int32_t row, i
 }
 
 // kRows rows of x times kOut columns of y in `parts` warps, whose lanes take octets in turn. Gated columns have two rows
-// of weights. kDepth octets of each row of weights are on their way at once. kWhole: octets lie within a row, and at a
-// multiple of 16 bytes. A norm's factor of a row is found beside its products, and multiplies their sums.
-template <class Value_, int kRows, int kOut, bool kGated, int kDepth, bool kWhole>
+// of weights. kWhole: octets lie within a row, and at a multiple of 16 bytes. A norm's factor of a row is found beside its
+// products, and multiplies their sums.
+template <class Value_, int kRows, int kOut, bool kGated, bool kWhole>
 struct FewLinear {
     using Value = Value_;
     static constexpr int kWarps = 8, kThreads = kWarps * kWarp, kStep = 8 * kWarp, kBlocksEach = 1;
@@ -149,7 +149,7 @@ struct FewLinear {
     };
 
     struct Weights {
-        Octet<Value> x[kDepth][kColumns];
+        Octet<Value> x[kColumns];
     };
 
     static int32_t columnBlocks(const Linear& a) { return ceilDiv(a.out, kOut * (kWarps / a.parts)); }
@@ -200,18 +200,14 @@ struct FewLinear {
         return static_cast<const Value*>(tensor) + static_cast<int64_t>(row) * a.features;
     }
 
-    static IVC_WARP Weights weightsOf(const Linear& a, int32_t firstColumn, int32_t at, int32_t step) {
+    static IVC_WARP Weights weightsOf(const Linear& a, int32_t firstColumn, int32_t at) {
         Weights found;
 #pragma unroll
-        for (int depth = 0; depth < kDepth; ++depth) {
-#pragma unroll
-            for (int i = 0; i < kColumns; ++i) {
-                const int32_t column = smaller(firstColumn + i % kOut, a.out - 1) + (i < kOut ? 0 : a.out);
-                const int32_t from = at + depth * step;
-                const Value* weights = rowOf(a, a.weight, column);
-                found.x[depth][i] = kWhole && from < a.features ? streamed(weights + from)
-                                                                : octetOf<kWhole>(weights, from, a.features);
-            }
+        for (int i = 0; i < kColumns; ++i) {
+            const int32_t column = smaller(firstColumn + i % kOut, a.out - 1) + (i < kOut ? 0 : a.out);
+            const Value* weights = rowOf(a, a.weight, column);
+            found.x[i] =
+                kWhole && at < a.features ? streamed(weights + at) : octetOf<kWhole>(weights, at, a.features);
         }
         return found;
     }
@@ -219,36 +215,31 @@ struct FewLinear {
     // One lane's sums, over octets at first, first + step, ...
     static IVC_WARP Sums partOf(const Linear& a, int32_t firstRow, int32_t firstColumn, int32_t first, int32_t step) {
         Sums sums{};
-        Weights next = weightsOf(a, firstColumn, first, step);
+        Weights next = weightsOf(a, firstColumn, first);
         awaitKernelBefore();
-        for (int32_t at = first; at < a.features; at += kDepth * step) {
+        for (int32_t at = first; at < a.features; at += step) {
             const Weights now = next;
-            if (at + kDepth * step < a.features) next = weightsOf(a, firstColumn, at + kDepth * step, step);
+            if (at + step < a.features) next = weightsOf(a, firstColumn, at + step);
+            const Octet<Value> norm = a.norm ? octetOf<kWhole>(rowOf(a, a.norm, 0), at, a.features) : Octet<Value>{};
 #pragma unroll
-            for (int depth = 0; depth < kDepth; ++depth) {
-                const int32_t from = at + depth * step;
-                const Octet<Value> norm =
-                    a.norm ? octetOf<kWhole>(rowOf(a, a.norm, 0), from, a.features) : Octet<Value>{};
+            for (int row = 0; row < kRows; ++row) {
+                const Value* xRow = rowOf(a, a.x, smaller(firstRow + row, a.rows - 1));
+                const Octet<Value> octet = octetOf<kWhole>(xRow, at, a.features);
+                float x[8];
 #pragma unroll
-                for (int row = 0; row < kRows; ++row) {
-                    const Value* xRow = rowOf(a, a.x, smaller(firstRow + row, a.rows - 1));
-                    const Octet<Value> octet = octetOf<kWhole>(xRow, from, a.features);
-                    float x[8];
+                for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(octet.x[i]);
+                if (a.norm) {
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(octet.x[i]);
-                    if (a.norm) {
-#pragma unroll
-                        for (int i = 0; i < 8; ++i) {
-                            sums.squares[row] += x[i] * x[i];
-                            x[i] *= static_cast<float>(norm.x[i]);
-                        }
+                    for (int i = 0; i < 8; ++i) {
+                        sums.squares[row] += x[i] * x[i];
+                        x[i] *= static_cast<float>(norm.x[i]);
                     }
+                }
 #pragma unroll
-                    for (int column = 0; column < kColumns; ++column) {
+                for (int column = 0; column < kColumns; ++column) {
 #pragma unroll
-                        for (int i = 0; i < 8; ++i) {
-                            sums.x[row][column] += static_cast<float>(now.x[depth][column].x[i]) * x[i];
-                        }
+                    for (int i = 0; i < 8; ++i) {
+                        sums.x[row][column] += static_cast<float>(now.x[column].x[i]) * x[i];
                     }
                 }
             }

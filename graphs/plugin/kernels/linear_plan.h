@@ -75,7 +75,7 @@ auto launchLinear(const LinearChoice& choice, Linear a, int32_t processors, Laun
     a.parts = choice.parts;
     while (a.parts > 1 && a.parts / 2 * 8 * kWarp >= a.features) a.parts /= 2;  // a warp reads 8 values a lane at once
     if (!inOctets(a.features, {a.x, a.norm, a.weight})) {
-        return launch.template run<FewLinear<Value, 1, 1, kGated, 1, false>>(a);
+        return launch.template run<FewLinear<Value, 1, 1, kGated, false>>(a);
     }
     if constexpr (sizeof(Value) == 2) {  // registers hold no row of wider values
         Linear one = a;
@@ -92,9 +92,9 @@ auto launchLinear(const LinearChoice& choice, Linear a, int32_t processors, Laun
         }
     }
     switch (choice.kernel) {
-        case LinearKernel::kOneByTwo: return launch.template run<FewLinear<Value, 1, 2, kGated, 1, true>>(a);
-        case LinearKernel::kOneByFour: return launch.template run<FewLinear<Value, 1, 4, kGated, 1, true>>(a);
-        default: return launch.template run<FewLinear<Value, 4, 2, kGated, 1, true>>(a);
+        case LinearKernel::kOneByTwo: return launch.template run<FewLinear<Value, 1, 2, kGated, true>>(a);
+        case LinearKernel::kOneByFour: return launch.template run<FewLinear<Value, 1, 4, kGated, true>>(a);
+        default: return launch.template run<FewLinear<Value, 4, 2, kGated, true>>(a);
     }
 }
 

@@ -171,6 +171,7 @@ void product(int number) {
     require(ivcUnpack(&c, &packed, weight.data, nullptr));
     Buffer again(2 * results), normed(2 * rows * features), sums(2 * rows * columns), activated(2 * results);
     sums.fill(c.type);
+    require(cudaDeviceSynchronize());  // weights are read before the kernel in front has ended
     require(ivcFusedLinear(
         &c, x.data, norm.data, weight.data, bias.data, residual.data, again.data, nullptr));
     if (norm.bytes > 0) require(ivcNormRows(&c, x.data, norm.data, normed.data, nullptr));

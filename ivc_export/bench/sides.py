@@ -68,15 +68,15 @@ class BundleSide:
         m, conversation = self.session.bundle.manifest, self.converse(prompt, ratio, count)
         start = time.perf_counter()
         step = conversation.run(prompt.tokens, [prompt.picture])
-        tokens = [int(step.logits.argmax())]
+        tokens = [step.token]
         first = time.perf_counter() - start
         stages = {name.removeprefix("prefill."): seconds for name, seconds in conversation.timings.seconds.items()}
         total = conversation.cache.bytes_used
         part = visual_part(m, prompt, step.run.keep_count)
-        steps = []
+        steps, conversation.logits_wanted = [], False
         for _ in range(count):
             start = time.perf_counter()
-            tokens.append(int(conversation.run(tokens[-1:]).logits.argmax()))
+            tokens.append(conversation.run(tokens[-1:]).token)
             steps.append(time.perf_counter() - start)
         return Answer(stages, first, steps, tokens, total, round(total * part))
 

@@ -44,6 +44,9 @@ ATTENDING = frozenset(("AttendInPlace", "EncodeAttend"))
 """Such operators for attention; query, key and value are their first inputs. The library for onnxruntime has the
 second alone, which takes them another way than the plugin's."""
 
+HOST_STEPS = frozenset(("GiveAnswer", "TakeStep"))
+"""Such operators of our library for onnxruntime, between the host and a decode step."""
+
 JOINED = frozenset(("AttendJoined", "TurnHeads"))
 """Such operators of our library for onnxruntime, over rows in which query, key and value stand side by side."""
 

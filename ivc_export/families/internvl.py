@@ -29,7 +29,15 @@ from ivc_export.contract.records import Depth, Epsilon, Frozen, Heads, SideLengt
 from ivc_export.errors import UserError
 from ivc_export.families.encoder import Encoder, Preparation, of_kind
 from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, renamed, scaled_layer
-from ivc_export.families.pictures import TILES_ASPECT_LIMIT, Grid, Visual, check_shape, scaled_pixels
+from ivc_export.families.pictures import (
+    TILES_ASPECT_LIMIT,
+    Grid,
+    NormalisedInputs,
+    Visual,
+    check_shape,
+    scaled_levels,
+    tile_levels,
+)
 from ivc_export.families.positions import counted_positions
 from ivc_export.families.settings import (
     CONFIG,
@@ -308,12 +316,12 @@ class TilePictures(Preparation):
         check_shape(*image.size, TILES_ASPECT_LIMIT)
         pixels, tile = p.tile_pixels, p.tile_side
         columns, rows = tiling(*image.size, p)
-        canvas = scaled_pixels(image, columns * pixels, rows * pixels, p)
+        canvas = scaled_levels(image, columns * pixels, rows * pixels, p)
         tiles = canvas.reshape(rows, pixels, columns, pixels, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, pixels, pixels)
         if len(tiles) > 1:
-            thumbnail = scaled_pixels(image, pixels, pixels, p).transpose(2, 0, 1)
+            thumbnail = scaled_levels(image, pixels, pixels, p).transpose(2, 0, 1)
             tiles = np.concatenate([tiles, thumbnail[None]])
-        inputs = {"pixel_values": np.ascontiguousarray(tiles)}
+        inputs = NormalisedInputs(tile_levels(tiles, p))
         return Visual(inputs, Grid(rows * tile, columns * tile, tile), token_id)
 
     def stock_inputs(self, visual: Visual) -> dict[str, npt.NDArray[Any]]:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import PIL.Image
@@ -23,7 +22,15 @@ from ivc_export.contract.preprocessing import FixedPreprocessing, Preprocessing
 from ivc_export.contract.records import Depth, Epsilon, Frozen, Heads, SideLength, TokenId, Width
 from ivc_export.families.encoder import Encoder, Preparation, of_kind
 from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, renamed, scaled_layer
-from ivc_export.families.pictures import TILES_ASPECT_LIMIT, Grid, Visual, check_shape, scaled_pixels
+from ivc_export.families.pictures import (
+    TILES_ASPECT_LIMIT,
+    Grid,
+    NormalisedInputs,
+    Visual,
+    check_shape,
+    scaled_levels,
+    tile_levels,
+)
 from ivc_export.families.positions import counted_positions
 from ivc_export.families.settings import (
     CONFIG,
@@ -291,9 +298,9 @@ class MiddleSquare(Preparation):
         short, side = min(image.size), p.tile_pixels
         width, height = (int(side * extent / short) for extent in image.size)
         left, top = (width - side) // 2, (height - side) // 2
-        middle = scaled_pixels(image, width, height, p, (left, top, left + side, top + side))
-        pixels = np.ascontiguousarray(middle.transpose(2, 0, 1)[None])
-        return Visual({"pixel_values": pixels}, Grid(p.tile_side, p.tile_side), token_id)
+        middle = scaled_levels(image, width, height, p, (left, top, left + side, top + side))
+        inputs = NormalisedInputs(tile_levels(middle.transpose(2, 0, 1)[None], p))
+        return Visual(inputs, Grid(p.tile_side, p.tile_side), token_id)
 
     def stock_inputs(self, visual: Visual) -> dict[str, npt.NDArray[Any]]:
         """The same pixels."""

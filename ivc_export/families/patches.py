@@ -13,7 +13,7 @@ import PIL.Image
 from ivc_export.contract.preprocessing import PatchPreprocessing, Preprocessing, VideoPreprocessing
 from ivc_export.errors import UserError
 from ivc_export.families.encoder import Preparation, of_kind
-from ivc_export.families.pictures import Grid, Visual, check_shape, scaled_pixels
+from ivc_export.families.pictures import Grid, Levels, NormalisedInputs, Visual, check_shape, scaled_levels
 from ivc_export.families.videos import Clip
 
 ASPECT_LIMIT = 200  # as the official image processor
@@ -41,11 +41,9 @@ class PatchPictures(Preparation):
         """
         p = self.preprocessing
         height, width = resized(image.height, image.width, p.token_side, p.min_pixels, p.max_pixels)
-        patches = frame_patches(scaled_pixels(image, width, height, p), p)
-        inputs = {
-            "pixel_values": patches[None].repeat(p.temporal_patch_size, axis=3).reshape(1, len(patches), -1),
-            "patch_position": patch_positions(height, width, p),
-        }
+        patches = frame_patches(scaled_levels(image, width, height, p), p)
+        levels = Levels(patches, p, (1, len(patches), p.patch_dim), p.temporal_patch_size)
+        inputs = NormalisedInputs(levels, patch_position=patch_positions(height, width, p))
         return Visual(inputs, Grid(height // p.token_side, width // p.token_side), token_id)
 
     def video(self, clip: Clip, settings: VideoPreprocessing, most: int) -> list[Visual]:
@@ -57,23 +55,22 @@ class PatchPictures(Preparation):
         p, seconds = self.preprocessing, clip.seconds
         deep = p.temporal_patch_size
         height, width = frame_size(clip, settings, p, most)
-        patches = [frame_patches(scaled_pixels(frame, width, height, settings), p) for frame in clip.frames]
+        patches = [frame_patches(scaled_levels(frame, width, height, settings), p) for frame in clip.frames]
         patches += patches[-1:] * (-len(patches) % deep)
         times = [(seconds[i] + seconds[min(i + deep, len(seconds)) - 1]) / 2 for i in range(0, len(seconds), deep)]
         pixels = np.stack(patches, axis=2)  # [patches, channel, frame, 1, pixels of a patch]
         pixels = pixels.reshape(len(pixels), 3, len(times), deep, -1).transpose(2, 0, 1, 3, 4)
-        pixels = pixels.reshape(len(times), pixels.shape[1], -1)
         position, grid = patch_positions(height, width, p), Grid(height // p.token_side, width // p.token_side)
         apart = deep / clip.rate
         if not settings.timestamps:
             rate = settings.positions_per_second
             step = 1.0 if rate is None else float(np.float32(rate) * np.float32(apart))
-            inputs = {"pixel_values": pixels, "patch_position": position}
+            inputs = video_inputs(pixels, settings, position)
             whole = grid._replace(time=len(times), interval=step)
             return [Visual(inputs, whole, settings.token, "video", 0.0 if rate is None else apart)]
         return [
             Visual(
-                {"pixel_values": pixels[i : i + 1], "patch_position": position},
+                video_inputs(pixels[i : i + 1], settings, position),
                 grid,
                 settings.token,
                 "video",
@@ -94,7 +91,16 @@ class PatchPictures(Preparation):
         return {"pixel_values_videos": pixels, "video_grid_thw": shape, **seconds}
 
 
-def frame_patches(pixels: npt.NDArray[np.float32], p: PatchPreprocessing) -> npt.NDArray[np.float32]:
+def video_inputs(
+    pixels: npt.NDArray[np.uint8], settings: VideoPreprocessing, position: npt.NDArray[np.int32]
+) -> NormalisedInputs:
+    """Temporal patches' levels [times, patches, 3, frames, pixels of a patch], and the places of patches."""
+    times, patches, _, deep, size = pixels.shape
+    values = np.ascontiguousarray(pixels).reshape(times * patches, 3, deep, size)
+    return NormalisedInputs(Levels(values, settings, (times, patches, 3 * deep * size), deep), patch_position=position)
+
+
+def frame_patches(pixels: npt.NDArray[np.uint8], p: PatchPreprocessing) -> npt.NDArray[np.uint8]:
     """A picture's pixels [height, width, 3] as patches, merge blocks of them row-major, [patches, 3, 1, pixels]."""
     height, width, _ = pixels.shape
     blocks = (height // p.token_side, p.merge_size, p.patch_size, width // p.token_side, p.merge_size, p.patch_size)

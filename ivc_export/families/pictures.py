@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,6 +13,9 @@ import PIL.Image
 
 from ivc_export.contract.preprocessing import Scaling
 from ivc_export.errors import UserError
+
+PIXELS = "pixel_values"
+"""The vision graphs' input of pixels."""
 
 STRIP = 32_000_000
 """Pixels that are resized at a time: 128 MB in Pillow."""
@@ -108,6 +112,43 @@ class Grid(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Levels:
+    """Pixels of a picture or of frames before they are normalised, where pixel_values has them.
+
+    values: uint8 [outer, 3, frames, inner], frames being 1 where one stands for `frames`. shape: of pixel_values, which
+    has [outer, 3, frames, inner] in this order.
+    """
+
+    values: npt.NDArray[np.uint8]
+    scaling: Scaling
+    shape: tuple[int, ...]
+    frames: int = 1
+
+    @cached_property
+    def pixel_values(self) -> npt.NDArray[np.float32]:
+        """Normalised, as a vision graph takes them."""
+        mean, std = (np.array(of, np.float32)[:, None, None] for of in (self.scaling.mean, self.scaling.std))
+        pixels = (self.values.astype(np.float32) * np.float32(self.scaling.rescale_factor) - mean) / std
+        return pixels.repeat(self.frames // pixels.shape[2], axis=2).reshape(self.shape)
+
+
+class NormalisedInputs(Mapping[str, npt.NDArray[Any]]):
+    """A vision graph's inputs by name, pixel_values among them, which are made of `levels` when they are looked at."""
+
+    def __init__(self, levels: Levels, **others: npt.NDArray[Any]) -> None:
+        self.levels, self._others = levels, others
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        return self.levels.pixel_values if name == PIXELS else self._others[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((PIXELS, *self._others))
+
+    def __len__(self) -> int:
+        return 1 + len(self._others)
+
+
+@dataclass(frozen=True)
 class Visual:
     """A picture, or frames of a video, ready for the vision graph.
 
@@ -129,12 +170,23 @@ class Visual:
     more: int = 0
 
     @property
+    def levels(self) -> Levels | None:
+        """What its pixel_values are made of, if that is known."""
+        return self.inputs.levels if isinstance(self.inputs, NormalisedInputs) else None
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """The shape of one of its inputs, or None where it has none of that name."""
+        if name == PIXELS and self.levels is not None:
+            return self.levels.shape
+        return self.inputs[name].shape if name in self.inputs else None
+
+    @property
     def frames(self) -> list[dict[str, npt.NDArray[Any]]]:
         """The inputs of each frame alone; of a still picture all of them."""
         if self.grid.time == 1:
             return [dict(self.inputs)]
-        pixels = np.split(self.inputs["pixel_values"], self.grid.time)
-        return [{**self.inputs, "pixel_values": part} for part in pixels]
+        pixels = np.split(self.inputs[PIXELS], self.grid.time)
+        return [{**self.inputs, PIXELS: part} for part in pixels]
 
     @property
     def tokens(self) -> list[int]:
@@ -142,14 +194,14 @@ class Visual:
         return [self.token_id] * self.grid.visual
 
 
-def scaled_pixels(
+def scaled_levels(
     image: PIL.Image.Image,
     width: int,
     height: int,
     scaling: Scaling,
     box: tuple[int, int, int, int] | None = None,
-) -> npt.NDArray[np.float32]:
-    """A picture resized to width x height and normalised, float32 [rows, columns, 3].
+) -> npt.NDArray[np.uint8]:
+    """A picture resized to width x height, uint8 [rows, columns, 3].
 
     box: left, top, right and bottom of what is kept of the resized picture; None keeps all of it.
     """
@@ -157,10 +209,12 @@ def scaled_pixels(
     kernel = PIL.Image.Resampling[scaling.resample.upper()]
     across = resized_rows(image.convert("RGB") if image.mode != "RGB" else image, width, left, right, kernel)
     turned = PIL.Image.fromarray(np.ascontiguousarray(across.transpose(1, 0, 2)))
-    resized = resized_rows(turned, height, top, bottom, kernel).transpose(1, 0, 2)
-    mean, std = np.array(scaling.mean, np.float32), np.array(scaling.std, np.float32)
-    pixels: npt.NDArray[np.float32] = (resized.astype(np.float32) * np.float32(scaling.rescale_factor) - mean) / std
-    return pixels
+    return resized_rows(turned, height, top, bottom, kernel).transpose(1, 0, 2)
+
+
+def tile_levels(tiles: npt.NDArray[np.uint8], scaling: Scaling) -> Levels:
+    """Tiles [tiles, 3, rows, columns] as an encoder of fixed size takes them."""
+    return Levels(np.ascontiguousarray(tiles).reshape(len(tiles), 3, 1, -1), scaling, tiles.shape)
 
 
 def resized_rows(

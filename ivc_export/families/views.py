@@ -13,7 +13,7 @@ import PIL.Image
 from ivc_export.contract.preprocessing import Preprocessing, ViewPreprocessing
 from ivc_export.contract.records import Depth, Frozen, Heads, SideLength, Width
 from ivc_export.families.encoder import Encoder, Preparation, of_kind
-from ivc_export.families.pictures import Grid, Visual, check_shape, scaled_pixels
+from ivc_export.families.pictures import Grid, NormalisedInputs, Visual, check_shape, scaled_levels, tile_levels
 from ivc_export.graph.activations import gelu, gelu_tanh
 from ivc_export.graph.builder import FLOAT, Graph
 from ivc_export.graph.norms import layer_norm
@@ -73,7 +73,7 @@ class TwoViews(Preparation):
         large = large.reshape(rows, pixels, columns, pixels, 3).transpose(0, 2, 1, 3, 4)
         tiles = np.concatenate([view.reshape(-1, pixels, pixels, 3) for view in (whole, large)]).transpose(0, 3, 1, 2)
         grid = Grid(rows * side, columns * side, side, content=content(*image.size, p))
-        inputs = {"pixel_values": np.ascontiguousarray(tiles), "token_source": token_source(columns, rows, side)}
+        inputs = NormalisedInputs(tile_levels(tiles, p), token_source=token_source(columns, rows, side))
         return Visual(inputs, grid, token_id)
 
     def scaled(self, size: tuple[int, int], grid: Grid) -> tuple[int, int]:
@@ -100,17 +100,15 @@ def tiling(width: int, height: int, p: ViewPreprocessing) -> tuple[int, int]:
     return max(p.shapes, key=goodness)  # of equals the first
 
 
-def filled(image: PIL.Image.Image, width: int, height: int, p: ViewPreprocessing) -> npt.NDArray[np.float32]:
-    """A picture scaled into width x height, in the middle, normalised, float32 [height, width, 3].
+def filled(image: PIL.Image.Image, width: int, height: int, p: ViewPreprocessing) -> npt.NDArray[np.uint8]:
+    """A picture scaled into width x height, in the middle, uint8 [height, width, 3].
 
     Source: ImageOps.pad of Pillow.
     """
     across, down = within(image.size, width, height)
     left, top = round((width - across) / 2), round((height - down) / 2)
-    level = np.array([p.fill * p.rescale_factor], np.float32)
-    view = np.empty((height, width, 3), np.float32)
-    view[:] = (level - np.array(p.mean, np.float32)) / np.array(p.std, np.float32)
-    view[top : top + down, left : left + across] = scaled_pixels(image, across, down, p)
+    view = np.full((height, width, 3), p.fill, np.uint8)
+    view[top : top + down, left : left + across] = scaled_levels(image, across, down, p)
     return view
 
 

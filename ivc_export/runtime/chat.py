@@ -61,13 +61,20 @@ def continue_from(
     manifest = conversation.session.bundle.manifest
     stop = manifest.tokens.stop if stop is None else stop
     for left in reversed(range(sampler.sampling.max_tokens)):
-        check_numbers(conversation.session, step.logits)
-        token = sampler.draw(step.logits)
+        if step.best is not None and sampler.sampling.takes_best:
+            token = sampler.take(step.best)
+        else:
+            check_numbers(conversation.session, step.logits)
+            token = sampler.draw(step.logits)
         yield token
         full = conversation.next_position >= manifest.decoder.max_positions or conversation.cache.room == 0
         if token in stop or not left or full:
             return
-        step = conversation.run([token])
+        conversation.logits_wanted = not sampler.sampling.takes_best
+        try:
+            step = conversation.run([token])
+        finally:
+            conversation.logits_wanted = True
 
 
 PROCESSORS: WeakKeyDictionary[Session, Processor] = WeakKeyDictionary()

@@ -97,7 +97,8 @@ class Step:
 
     vision: the graph's outputs by name, for each picture. prefix, decoder: the graphs' outputs by name. Floats in
     float32.
-    replayed: int32 [M], the rows that went on, if the caller chose them.
+    replayed: int32 [M], the rows that went on, if the caller chose them. best: the best next token, the first of
+    equal ones, where the runtime has found it; logits are then there only if the conversation wanted them.
     """
 
     run: Run
@@ -105,6 +106,12 @@ class Step:
     prefix: Mapping[str, npt.NDArray[Any]]
     decoder: Mapping[str, npt.NDArray[Any]]
     replayed: npt.NDArray[np.int32] | None = None
+    best: int | None = None
+
+    @property
+    def token(self) -> int:
+        """The best next token."""
+        return int(self.logits.argmax()) if self.best is None else self.best
 
     @property
     def seen(self) -> tuple[Seen, ...]:
@@ -290,6 +297,8 @@ class Conversation(ABC):
         self.method = find_method(session.bundle.manifest.selection, method)
         self.headroom = HEADROOM
         """Rows that are likely to follow the next run's, an answer's, for which a cache that grows leaves room."""
+        self.logits_wanted = True
+        """Whether steps are to have logits, also where the runtime finds the best token by itself."""
         self.next_position = 0
         self.timings = Timings()
 

@@ -142,7 +142,7 @@ def check_inputs(manifest: Manifest, picture: Visual) -> None:
     """
     info, axes = manifest.graphs["vision"], dict[str, int]()
     for tensor in info.inputs:
-        shape = picture.inputs[tensor.name].shape if tensor.name in picture.inputs else None
+        shape = picture.shape_of(tensor.name)
         fits = shape is not None and len(shape) == len(tensor.shape)
         for axis, size in zip(tensor.shape, shape or (), strict=False):
             fits &= size > 0 and size == (axes.setdefault(axis, size) if isinstance(axis, str) else axis)

@@ -54,6 +54,11 @@ class Sampling:
                 "none"
             )
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether the best token of the model's logits is taken, whatever was said before."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
     def scores(self, logits: npt.NDArray[np.float32], seen: Iterable[int] = ()) -> npt.NDArray[np.float64]:
         """Logits of the distribution that is drawn from, float64 [vocab]; -inf where no token is drawn.
 
@@ -92,6 +97,11 @@ class Sampler:
     def read(self, tokens: Iterable[int]) -> None:
         """Take note of ids that the model has been given."""
         self._seen.update(int(token) for token in tokens)
+
+    def take(self, token: int) -> int:
+        """A token that was found elsewhere."""
+        self._seen.add(token)
+        return token
 
     def draw(self, logits: npt.NDArray[np.float32]) -> int:
         """The next token id. logits: [vocab]."""

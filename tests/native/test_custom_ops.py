@@ -21,6 +21,7 @@ from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.lowering import LOWERINGS, lower
 from ivc_export.lowering.join_decode import join_decode
+from ivc_export.runtime.chat import Sampling, generate
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
@@ -240,6 +241,39 @@ def test_our_operators_can_attend_everywhere(wide_bundle: Bundle, library: Path)
 
 def test_every_family_runs_with_custom_operators(bundle: Bundle, library: Path) -> None:
     same_conversation(bundle, FusedSession(bundle, "cpu", op_library=library))
+
+
+def test_a_decode_step_begins_and_ends_in_host_memory(wide_bundle: Bundle, library: Path) -> None:
+    """It tells the best token, and logits only where they are wanted; also of a table that is not lm_head's."""
+    session = FusedSession(wide_bundle, "cpu", op_library=library)
+    latent = wide_bundle.manifest.decoder.value_dim != wide_bundle.manifest.decoder.head_dim
+    assert session.host_steps != latent  # whose caches are written by their rows' numbers
+    if latent:
+        return
+    inputs = {value.name for value in session._sessions["decode"].get_inputs()}
+    assert {name for name in inputs if not name.startswith("past_")} == {"step", "wanted", "best", "told"} | (
+        set() if wide_bundle.manifest.decoder.tied_embeddings else {"row"}
+    )
+    _, tokens, picture = make_prompt(wide_bundle, draw_picture())
+    wanted = FusedConversation(FusedSession(wide_bundle, "cpu"), capacity=700)
+    found = FusedConversation(session, capacity=700)
+    step, reference = found.run(tokens, [picture]), wanted.run(tokens, [picture])
+    assert step.best is None
+    for number in range(6):
+        found.logits_wanted = number % 2 == 0
+        step, reference = found.run([reference.token]), wanted.run([reference.token])
+        assert step.best == step.token == reference.token
+        assert ("logits" in step.decoder) == found.logits_wanted
+        if found.logits_wanted:
+            assert np.abs(step.logits - reference.logits).max() < LOGIT_TOLERANCE
+
+
+def test_answers_are_the_same_where_the_best_token_is_told(wide_bundle: Bundle, library: Path) -> None:
+    _, tokens, picture = make_prompt(wide_bundle, draw_picture())
+    for sampling in (Sampling(max_tokens=5), Sampling(temperature=0.7, max_tokens=5)):
+        sessions = (FusedSession(wide_bundle, "cpu", op_library=library), FusedSession(wide_bundle, "cpu"))
+        answers = [list(generate(one.converse(), tokens, [picture], sampling, ())) for one in sessions]
+        assert answers[0] == answers[1] and len(answers[0]) == 5
 
 
 def same_conversation(bundle: Bundle, session: FusedSession) -> None:

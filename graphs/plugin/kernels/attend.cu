@@ -75,8 +75,7 @@ struct Launch {
         const cudaError_t allowed = allowShared(kernel, kBytes);
         if (allowed != cudaSuccess) return allowed;
         const dim3 grid(static_cast<unsigned>(r.a.kvHeads), static_cast<unsigned>(r.a.splits));
-        kernel<<<grid, S::kThreads, kBytes, stream>>>(r);
-        return cudaGetLastError();
+        return launchEarly(kernel, grid, S::kThreads, stream, r, kBytes);
     }
 
     template <class Value, Sight kSight, class S>

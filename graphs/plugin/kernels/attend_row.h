@@ -13,10 +13,10 @@ namespace ivc {
 
 constexpr int kMostRowQueries = 16;  // of one key-value head
 constexpr int kMostRowSplits = 32;   // more would take longer to combine than they save
-constexpr int kWantedRowBlocks = 256;
+constexpr int kWantedRowBlocks = 128;
 
 template <int kDepth>
-using OneRow = Shape<kDepth, 1, 1, 4, 64, 2>;
+using OneRow = Shape<kDepth, 1, 1, 8, 128, 1>;
 
 // One launch's arguments.
 struct AttendRow {
@@ -122,6 +122,7 @@ struct RowAttention {
         };
         tiles.loadKeys(tile(from, past), 0);
         tiles.loadValues(tile(from, past), 0);
+        awaitKernelBefore();  // which gives the row, and neither caches nor their length
         RowAttention::split(block, shared, fresh, r, head, past, to == tileCount);
         PerWarp<Found<S>, S::kWarps> found;
         block.each([&](int warp) { tiles.begin(found[warp], warp); });

@@ -33,9 +33,10 @@ inline cudaError_t launchesEarly(bool& early) {
 #ifdef __CUDACC__
 
 // Launches a kernel that calls awaitKernelBefore: what it does before that overlaps the kernel before, where that can be.
+// shared: bytes of shared memory beside the kernel's own.
 template <class Arguments>
 cudaError_t launchEarly(
-    void (*kernel)(Arguments), dim3 grid, int threads, cudaStream_t stream, const Arguments& arguments) {
+    void (*kernel)(Arguments), dim3 grid, int threads, cudaStream_t stream, const Arguments& arguments, int shared = 0) {
     bool early = false;
     const cudaError_t known = launchesEarly(early);
     if (known != cudaSuccess) return known;
@@ -45,6 +46,7 @@ cudaError_t launchEarly(
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = early ? 1 : 0;

@@ -96,9 +96,26 @@ IVC_API cudaError_t ivcEncodeJoined(const IvcJoined* joined, const IvcJoinedRows
 IVC_API size_t ivcAttendJoinedWorkspace(const IvcJoined* joined);
 
 // ivcTurnHeads, then ivcAttendInPlace with IVC_FRESH_APPENDED; for one row of a type with tensor cores in one launch.
+//   keyCache, valueCache, pastLength: not written by a kernel of ours that was launched just before, whose end one row's
+//     does not await to read them
 //   counters int32 [kvHeads]: zeros, which it leaves as such; no two calls may share them at one time
 IVC_API cudaError_t ivcAttendJoined(const IvcJoined* joined, const IvcJoinedRows* rows, void* keyCache,
     void* valueCache, const int32_t* pastLength, void* y, void* workspace, int32_t* counters, cudaStream_t stream);
+
+// A decode step from what the host says, in memory that it shares with the device (pinned) and that is read when the
+// kernel runs: step int32 [1 + axes + 1 or 2], the token, its positions, and valid rows of caches.
+//   table [vocab, hidden], or null, and row [hidden], in such memory, in its place; frequencies float32 [axes, pairs]
+//   embeds [hidden]; cos, sin float32 [pairs], of the sum of positions times frequencies; length int32 [1];
+//   wholeLength int32 [1], or null
+IVC_API cudaError_t ivcTakeStep(const IvcStep* step, const int32_t* given, const void* table, const void* row,
+    const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength,
+    cudaStream_t stream);
+
+// What the host is told of logits x [vocab], in such memory: best int32 [2], the first of the best ids, and 1 if logits
+// are numbers, else 0; told float32 [vocab], all of them, where wanted int32 [1], in such memory too, is not 0.
+//   logits float32 [vocab]; scratch int32 [IVC_ANSWER_SCRATCH], zeros at first, one run's at a time
+IVC_API cudaError_t ivcGiveAnswer(const IvcStep* step, const void* x, const int32_t* wanted, float* logits,
+    int32_t* best, float* told, int32_t* scratch, cudaStream_t stream);
 
 // y = f(scale n(x) W^T + b) + r: n an RMS norm or nothing, f an activation; where gated f(g) * u, of W's halves. Reads
 // each weight once for 4 rows; begins with that before the kernel in front has ended, which must not write weights.

@@ -100,6 +100,18 @@ typedef struct {
     const void *queryNorm, *keyNorm;  // weights [headDim] of an RMS norm of each head; null: none
 } IvcJoinedRows;
 
+// Extents of a decode step's beginning and end.
+typedef struct {
+    int32_t axes;    // > 0, of rotary positions
+    int32_t pairs;   // > 0, of elements that are turned
+    int32_t hidden;  // > 0, of a row of embeddings
+    int32_t vocab;   // > 0, up to 2^24
+    IvcType type;    // of embeddings, and of logits before they are told
+} IvcStep;
+
+// Numbers of scratch memory that ivcGiveAnswer needs.
+#define IVC_ANSWER_SCRATCH 193
+
 // What is taken of a product: itself, x sigmoid(slope x), or GELU by the error function or its approximation by tanh.
 typedef enum { IVC_NO_ACTIVATION = 0, IVC_SWISH = 1, IVC_GELU = 2, IVC_GELU_TANH = 3 } IvcActivation;
 

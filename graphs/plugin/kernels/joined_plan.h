@@ -20,7 +20,7 @@ inline Turn planned(const IvcJoined& c, const IvcJoinedRows& r, void* q, void* k
         c.order == IVC_HEADS_GROUPED, c.epsilon};
 }
 
-inline int32_t turnBlocks(const Turn& t) { return ceilDiv(t.count(), kTurnThreads); }
+inline int32_t turnBlocks(const Turn& t) { return ceilDiv(t.rowCount * t.parts() * t.lanes(), kTurnThreads); }
 
 // Query and key apart, turned, and the value in the joined rows.
 inline IvcAttention apart(const IvcJoined& c) {

@@ -105,14 +105,6 @@ IVC_WARP Octet<Value> streamed(const Value* from) {
     return found;
 }
 
-// Waits for the kernel before, where this one was launched to begin before its end, and lets the next one begin.
-IVC_WARP void awaitKernelBefore() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // What a norm multiplies a row by whose squares have this sum.
 IVC_WARP float normFactor(const Linear& a, float squares) {
     return 1 / sqrtf(squares / static_cast<float>(a.features) + a.epsilon);

@@ -11,7 +11,6 @@
 namespace ivc {
 
 constexpr int kTurnThreads = 256;
-constexpr int kTurnHeads = 4;
 
 // One launch's arguments.
 struct Turn {
@@ -27,9 +26,8 @@ struct Turn {
     IVC_HD int32_t group() const { return heads / kvHeads; }
     IVC_HD int32_t width() const { return (heads + 2 * kvHeads) * headDim; }
 
-    // Of a row's heads, kTurnHeads of which a lane takes; and of all rows', times lanes.
-    IVC_HD int32_t parts() const { return ceilDiv(heads + kvHeads + (v ? kvHeads : 0), kTurnHeads); }
-    IVC_HD int32_t count() const { return rowCount * parts() * lanes(); }
+    // Heads of a row that are split from it.
+    IVC_HD int32_t parts() const { return heads + kvHeads + (v ? kvHeads : 0); }
 
     // Where a head begins in a row; all queries are numbered before all keys, and these before all values.
     IVC_HD int32_t place(int32_t head) const {
@@ -150,56 +148,49 @@ struct Pairs {
     }
 };
 
-// One block's part: kTurnThreads lanes of rows' heads, queries first in each row, then keys, then values if wanted. A
-// lane takes kTurnHeads heads one behind the other, which turn by the same angles.
+// One block's part: kTurnThreads lanes of rows' heads, queries first in each row, then keys, then values if wanted. More
+// heads a lane, which would read their angles once, are slower: an H200 then reads and writes rows in shorter pieces.
 template <class Value>
 IVC_WARP void turnHeads(Block& block, const Turn& t, int32_t number) {
-    const int32_t lanes = t.lanes(), turned = t.heads + t.kvHeads, all = turned + (t.v ? t.kvHeads : 0);
-    const int32_t count = t.count();
+    const int32_t lanes = t.lanes(), turned = t.heads + t.kvHeads, all = t.parts(), count = t.rowCount * all * lanes;
     block.each([&](int warp) {
         const int32_t first = number * kTurnThreads + warp * kWarp;
-        const auto headOf = [&](int lane, int i) { return (first + lane) / lanes % t.parts() * kTurnHeads + i; };
-        const auto rowOf = [&](int lane) { return (first + lane) / lanes / t.parts(); };
+        const auto headOf = [&](int lane) { return (first + lane) / lanes % all; };
+        const auto rowOf = [&](int lane) { return (first + lane) / lanes / all; };
         const auto element = [&](int lane) { return 4 * ((first + lane) % lanes); };
-        const auto real = [&](int lane, int i) { return first + lane < count && headOf(lane, i) < all; };
-        Angles angles;
+        const auto real = [&](int lane) { return first + lane < count; };
+        Pairs pairs;
+        pairs.read<Value>(t, [&](int lane) -> const Value* {
+            if (!real(lane)) return nullptr;
+            const int64_t row = static_cast<int64_t>(rowOf(lane)) * t.width();
+            return static_cast<const Value*>(t.rows) + row + t.place(headOf(lane)) + element(lane);
+        });
+        if (t.queryNorm || t.keyNorm) {
+            pairs.norm<Value>(t, [&](int lane) -> const Value* {
+                const int32_t head = headOf(lane);
+                const void* weights = head < t.heads ? t.queryNorm : head < turned ? t.keyNorm : nullptr;
+                return weights && real(lane) ? static_cast<const Value*>(weights) + element(lane) : nullptr;
+            });
+        }
         if (t.cos) {
+            const auto turns = [&](int lane) { return real(lane) && headOf(lane) < turned; };
+            Angles angles;
             angles.read(t, [&](int lane) -> int64_t {
-                if (!real(lane, 0) || headOf(lane, 0) >= turned) return -1;
+                if (!turns(lane)) return -1;
                 return static_cast<int64_t>(rowOf(lane) % t.angleRows) * t.half() + element(lane);
             });
+            pairs.turn(angles, turns);
         }
-        Pairs pairs[kTurnHeads];
-#pragma unroll
-        for (int i = 0; i < kTurnHeads; ++i) {
-            pairs[i].read<Value>(t, [&](int lane) -> const Value* {
-                if (!real(lane, i)) return nullptr;
-                const int64_t row = static_cast<int64_t>(rowOf(lane)) * t.width();
-                return static_cast<const Value*>(t.rows) + row + t.place(headOf(lane, i)) + element(lane);
-            });
-        }
-#pragma unroll
-        for (int i = 0; i < kTurnHeads; ++i) {
-            if (t.queryNorm || t.keyNorm) {
-                pairs[i].norm<Value>(t, [&](int lane) -> const Value* {
-                    const int32_t head = headOf(lane, i);
-                    const void* weights = head < t.heads ? t.queryNorm : head < turned ? t.keyNorm : nullptr;
-                    return weights && real(lane, i) ? static_cast<const Value*>(weights) + element(lane) : nullptr;
-                });
-            }
-            if (t.cos) pairs[i].turn(angles, [&](int lane) { return headOf(lane, i) < turned; });
-            eachLane([&](int lane) {
-                if (!real(lane, i)) return;
-                const int32_t head = headOf(lane, i);
-                const int64_t row = rowOf(lane);
-                Value* to = head < t.heads ? static_cast<Value*>(t.q) + (row * t.heads + head) * t.headDim
-                            : head < turned
-                                ? static_cast<Value*>(t.k) + (row * t.kvHeads + head - t.heads) * t.headDim
-                                : static_cast<Value*>(t.v) + (row * t.kvHeads + head - turned) * t.headDim;
-                writeFour<Value>(to + element(lane), pairs[i].x[lane].low);
-                writeFour<Value>(to + element(lane) + t.half(), pairs[i].x[lane].high);
-            });
-        }
+        eachLane([&](int lane) {
+            if (!real(lane)) return;
+            const int32_t head = headOf(lane);
+            const int64_t row = rowOf(lane);
+            Value* to = head < t.heads  ? static_cast<Value*>(t.q) + (row * t.heads + head) * t.headDim
+                        : head < turned ? static_cast<Value*>(t.k) + (row * t.kvHeads + head - t.heads) * t.headDim
+                                        : static_cast<Value*>(t.v) + (row * t.kvHeads + head - turned) * t.headDim;
+            writeFour<Value>(to + element(lane), pairs.x[lane].low);
+            writeFour<Value>(to + element(lane) + t.half(), pairs.x[lane].high);
+        });
     });
 }
 

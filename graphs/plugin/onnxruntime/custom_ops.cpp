@@ -6,6 +6,7 @@
 #include "joined.h"
 #include "linear.h"
 #include "operator.h"
+#include "step.h"
 
 namespace ivc {
 
@@ -193,12 +194,21 @@ OrtCustomOpDomain* domain() {
         add<FusedLinearInt4Operator>(d);
         add<TurnHeadsOperator>(d);
         add<AttendJoinedOperator>(d);
+        add<TakeStepOperator>(d);
+        add<GiveAnswerOperator>(d);
         return d;
     }();
     return made;
 }
 
 }  // namespace ivc
+
+// Host memory that the device reads and writes as well, or null; and its end.
+extern "C" IVC_API void* ivcSharedMemory(size_t bytes) {
+    void* memory = nullptr;
+    return cudaHostAlloc(&memory, bytes, cudaHostAllocPortable | cudaHostAllocMapped) ? nullptr : memory;
+}
+extern "C" IVC_API void ivcFreeSharedMemory(void* memory) { cudaFreeHost(memory); }
 
 // What SessionOptions.register_custom_ops_library looks for.
 extern "C" IVC_API OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {

@@ -1,6 +1,7 @@
 // The kernels' algorithms on the host, block after block and thread after thread: their logic is tested without
 // a GPU. The calls have the kernels' signatures but for the stream, which is their order instead: 0, or 1 for backwards.
 #include <stddef.h>
+#include <stdlib.h>
 
 #include <memory>
 
@@ -10,6 +11,7 @@
 #include "../kernels/linear_plan.h"
 #include "../kernels/rows.h"
 #include "../kernels/selection.h"
+#include "../kernels/step.h"
 #include "../kernels/votes.h"
 
 using namespace ivc;
@@ -272,6 +274,16 @@ int ivcActivate(
 }
 
 // Of CUDA's own calls, those that custom operators make.
+int cudaHostAlloc(void** to, size_t bytes, unsigned) {
+    *to = malloc(bytes);
+    return *to ? 0 : 2;
+}
+
+int cudaFreeHost(void* memory) {
+    free(memory);
+    return 0;
+}
+
 int cudaStreamSynchronize(size_t) { return 0; }
 
 int cudaMemset(void* target, int value, size_t bytes) {
@@ -336,6 +348,30 @@ int ivcAttendJoined(const IvcJoined* c, const IvcJoinedRows* rows, void* keyCach
     const int32_t* pastLength, void* y, void* workspace, int32_t* counters, size_t backwards) {
     return attendJoined<Float16, BFloat16>(*c, *rows, keyCache, valueCache, pastLength, y, workspace, counters, true, 1,
         Joining(backwards != 0));
+}
+
+int ivcTakeStep(const IvcStep* c, const int32_t* step, const void* table, const void* row, const float* frequencies,
+    void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength, size_t backwards) {
+    const TakeStep t{step, table ? table : row, table != nullptr, frequencies, embeds, cos, sin, {length, wholeLength},
+        c->axes, c->pairs, c->hidden * (c->type == IVC_FLOAT32 ? 2 : 1), c->vocab, wholeLength ? 2 : 1};
+    Block block{kStepThreads / kWarp, backwards != 0};
+    takeStep(block, t);
+    return 0;
+}
+
+int ivcGiveAnswer(const IvcStep* c, const void* x, const int32_t* wanted, float* logits, int32_t* best, float* told,
+    int32_t* scratch, size_t backwards) {
+    const GiveAnswer g{x, wanted, logits, told, best, reinterpret_cast<float*>(scratch + 1), scratch, c->vocab};
+    launch(kAnswerBlocks, 1, 1, backwards != 0, [&](int number, int, int) {
+        Block block{kStepThreads / kWarp, backwards != 0};
+        AnswerShared shared;
+        switch (c->type) {
+            case IVC_FLOAT32: return giveAnswer<float>(block, shared, g, number);
+            case IVC_FLOAT16: return giveAnswer<Float16>(block, shared, g, number);
+            default: return giveAnswer<BFloat16>(block, shared, g, number);
+        }
+    });
+    return 0;
 }
 
 int32_t ivcSeedCount(int32_t visual, int32_t seedDivisor) { return seedCount(visual, seedDivisor); }

@@ -83,7 +83,7 @@ class Head:
         return None if self.norm is None else self.norm.attributes["epsilon"].as_float()
 
 
-def joined_heads(edit: Editor, node: ir.Node, angles: dict[ir.Value, ir.Value]) -> JoinedHeads | None:
+def join_heads(edit: Editor, node: ir.Node, angles: dict[ir.Value, ir.Value]) -> JoinedHeads | None:
     """Query, key and value of an attention as joined rows, or None where our kernels do not take them so.
 
     Where no product gives such rows yet, a Concat of several puts them together: PackProjectionsPass makes one product
@@ -97,7 +97,7 @@ def joined_heads(edit: Editor, node: ir.Node, angles: dict[ir.Value, ir.Value]) 
     rows = grouped_rows(query, key, value)
     grouped = rows is not None
     if rows is None:
-        rows = side_by_side(edit, node, [head.split.inputs[0] for head in heads])
+        rows = rows_of_parts(edit, node, [head.split.inputs[0] for head in heads])
     frames = query.split.inputs[1]
     assert frames is not None
     cos, sin = [wide(edit, node, table, angles) for table in query.angles] or (None, None)
@@ -137,7 +137,7 @@ def grouped_rows(query: Head, key: Head, value: Head) -> ir.Value | None:
     return by_head.inputs[0] if by_head is not None and numbers(by_head.inputs[1]) == shape else None
 
 
-def side_by_side(edit: Editor, node: ir.Node, parts: Sequence[ir.Value | None]) -> ir.Value:
+def rows_of_parts(edit: Editor, node: ir.Node, parts: Sequence[ir.Value | None]) -> ir.Value:
     """Rows with these parts, in order."""
     split = made_by(parts[0], "Split")
     if split is not None and list(split.outputs) == [*parts] and split.attributes["axis"].as_int() in (-1, 1):

@@ -10,7 +10,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering.edit import Editor
-from ivc_export.lowering.fused.joined_heads import joined_heads
+from ivc_export.lowering.fused.joined_heads import join_heads
 from ivc_export.lowering.onnxruntime.attention import (
     Tables,
     fuse_attention,
@@ -66,27 +66,31 @@ class UseOwnAttentionPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Call by call."""
-        work = Work(Editor(model.graph), {}, {}, {})
+        shared = Shared(Editor(model.graph), {}, {}, {})
         found = False
         for node in list(model.graph):
-            found |= self.replace(work, node)
+            found |= self.replace(shared, node)
         if found:
             RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, found)
 
-    def replace(self, work: Work, node: ir.Node) -> bool:
+    def replace(self, shared: Shared, node: ir.Node) -> bool:
         """One call, if it is attention that is replaced here."""
-        one_row = is_one_row(work.edit.graph)
-        if node in attended(work.edit.graph) and (self.own.row if one_row else self.own.rows) and attend(work, node):
+        one_row = is_one_row(shared.edit.graph)
+        if (
+            node in attended(shared.edit.graph)
+            and (self.own.row if one_row else self.own.rows)
+            and attend_joined(shared, node)
+        ):
             return True
-        if node in encoded(work.edit.graph) and (node.op_type == "WindowAttention" or self.own.frames):
-            encode(work, node)
+        if node in encoded(shared.edit.graph) and (node.op_type == "WindowAttention" or self.own.frames):
+            encode(shared, node)
             return True
         if one_row or not replaced(node):
             return False
-        heads = turned(work, node)
+        heads = turned_heads(shared, node)
         if heads is not None:
-            fuse_attention(work.edit, node, heads)
+            fuse_attention(shared.edit, node, heads)
         return heads is not None
 
     def ensures(self, model: ir.Model) -> None:
@@ -97,7 +101,7 @@ class UseOwnAttentionPass(ir.passes.InPlacePass):
 
 
 @dataclass(frozen=True)
-class Work:
+class Shared:
     """A graph, and what its layers share: tables by type, angles in float32, valid rows of the caches."""
 
     edit: Editor
@@ -111,15 +115,15 @@ def is_one_row(graph: ir.Graph) -> bool:
     return any(value.name == "position_ids" and list(value.shape or ())[-1] == 1 for value in graph.inputs)
 
 
-def attend(work: Work, node: ir.Node) -> bool:
+def attend_joined(shared: Shared, node: ir.Node) -> bool:
     """One decoder layer, if its heads can be joined."""
-    edit, joined = work.edit, joined_heads(work.edit, node, work.angles)
+    edit, joined = shared.edit, join_heads(shared.edit, node, shared.angles)
     if joined is None:
         return False
     position_ids, _, past_length = mask_of(node)
-    if past_length not in work.starts:
-        work.starts[past_length] = start_of(edit, node, position_ids, past_length)
-    inputs = [joined.rows, *node.inputs[3:5], work.starts[past_length], *joined.optional]
+    if past_length not in shared.starts:
+        shared.starts[past_length] = start_of(edit, node, position_ids, past_length)
+    inputs = [joined.rows, *node.inputs[3:5], shared.starts[past_length], *joined.optional]
     attributes: dict[str, Any] = {"scale": node.attributes["scale"].as_float(), **joined.attributes}
     y, *present = edit.op(node, "AttendJoined", *inputs, outputs=3, domain=IVC_DOMAIN, **attributes)
     take_caches(edit, node, present)
@@ -127,7 +131,7 @@ def attend(work: Work, node: ir.Node) -> bool:
     return True
 
 
-def encode(work: Work, node: ir.Node) -> None:
+def encode(shared: Shared, node: ir.Node) -> None:
     """One encoder layer."""
     block = node.attributes.get("block_size")
     attributes: dict[str, Any] = {
@@ -135,15 +139,15 @@ def encode(work: Work, node: ir.Node) -> None:
         **{name: node.attributes[name].as_int() for name in ("heads", "head_dim")},
         "block_size": 0 if block is None else block.as_int(),
     }
-    heads = turned(work, node) or joined_inputs(work.edit, node, work.tables)
-    (y,) = work.edit.op(node, "EncodeAttend", *heads, *node.inputs[3:], domain=IVC_DOMAIN, **attributes)
-    take_over(work.edit, node.outputs[0], y)
+    heads = turned_heads(shared, node) or joined_inputs(shared.edit, node, shared.tables)
+    (y,) = shared.edit.op(node, "EncodeAttend", *heads, *node.inputs[3:], domain=IVC_DOMAIN, **attributes)
+    take_over(shared.edit, node.outputs[0], y)
 
 
-def turned(work: Work, node: ir.Node) -> list[ir.Value] | None:
+def turned_heads(shared: Shared, node: ir.Node) -> list[ir.Value] | None:
     """Query, key and value with their heads side by side [frames, rows, width], if our kernel can split them."""
-    joined = joined_heads(work.edit, node, work.angles)
+    joined = join_heads(shared.edit, node, shared.angles)
     if joined is None:
         return None
     inputs = [joined.rows, joined.frames, *joined.optional]
-    return [*work.edit.op(node, "TurnHeads", *inputs, outputs=3, domain=IVC_DOMAIN, **joined.attributes)]
+    return [*shared.edit.op(node, "TurnHeads", *inputs, outputs=3, domain=IVC_DOMAIN, **joined.attributes)]

@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ivc_export.bundle.bundle import Bundle
+from ivc_export.contract.graphs import deepstack_names
 from ivc_export.errors import TooLongError, UserError
 from ivc_export.runtime.cache import check_capacity
 from ivc_export.runtime.failures import SMALLER, told
-from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn, check_numbers
+from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn, check_numbers, no_numbers
 from ivc_export.runtime.onnxruntime.fused_graphs import CHECK_GPU, FusedGraphs, Provider
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
-from ivc_export.runtime.onnxruntime.workspace import DeviceCache, PictureRows, Values, Workspace
+from ivc_export.runtime.onnxruntime.workspace import DeviceCache, HostStep, PictureRows, Values, Workspace
 from ivc_export.runtime.plan import Run
 from ivc_export.selection.method import Method
 from ivc_export.tensorrt.memory import available_bytes
@@ -89,7 +90,10 @@ class FusedSession(FusedGraphs):
 
         def attempt(rows: int) -> Workspace:
             with told(f"caches of {rows:,} rows cannot be had", SMALLER, CHECK_GPU):
-                return Workspace.make(self.bundle.manifest, rows, self.dtype, self.value)
+                m, host = self.bundle.manifest, None
+                if self.host_steps:
+                    host = HostStep.make(m, self.dtype, self._gathers, self.shared)
+                return Workspace.make(m, rows, self.dtype, self.value, host)
 
         with suppress(UserError):  # outside of which what was made before memory ran short is gone
             return attempt(capacity)
@@ -181,10 +185,7 @@ class FusedConversation(Conversation):
     def _prefill(self, turn: Turn) -> Step:
         plan, kept = turn.plan, turn.kept
         session, cache, put = self.session, self.cache, self.session.value
-        rows = {"image_embeds": session.embed(plan.tokens)} | turn.added(session.bundle.manifest.decoder)
-        turn.write_seen(rows)
-        added = {name: put(array.astype(session.dtype, copy=False)) for name, array in rows.items()}
-        embeds = added.pop("image_embeds")
+        embeds, added = self._rows(turn)
         vision = self._see(turn, embeds, added)
         arrays = turn.inputs
         count = load_onnxruntime().OrtValue.ortvalue_from_numpy(arrays.pop("keep_count"))  # on the host
@@ -204,6 +205,22 @@ class FusedConversation(Conversation):
         below, above = self._shown(plan, kept, prefix)
         return Step(plan, vision, below, above | {"logits": logits}, turn.keep_index)
 
+    def _rows(self, turn: Turn) -> tuple[OrtValue, Values]:
+        """`inputs_embeds` of a prefill, and what is added to pictures' rows, which vision is yet to write."""
+        session, plan, sizes = self.session, turn.plan, self.session.bundle.manifest.decoder
+        if turn.pictures and not any(isinstance(picture, Seen) for picture in turn.pictures):
+            shape = (1, len(plan.visual_index), sizes.hidden_size)
+            added = {name: session.memory(shape) for name in deepstack_names(sizes)}
+            return session.embedded(plan.tokens, plan.text_index), added
+        if not turn.pictures:
+            zeros = turn.added(sizes)
+            added = {name: session.value(array.astype(session.dtype, copy=False)) for name, array in zeros.items()}
+            return session.embedded(plan.tokens, np.arange(plan.rows, dtype=np.int32)), added
+        rows = {"image_embeds": session.embed(plan.tokens)} | turn.added(sizes)
+        turn.write_seen(rows)
+        put = {name: session.value(array.astype(session.dtype, copy=False)) for name, array in rows.items()}
+        return put.pop("image_embeds"), put
+
     def _shown(self, plan: Run, kept: int, prefix: Values) -> tuple[Arrays, Arrays]:
         """What a prefill shows of prefix and decoder beside logits; caches have its rows, and not yet their lengths."""
         return {name: prefix[name].numpy() for name in plan.method.record.operator.outputs}, {}
@@ -219,7 +236,7 @@ class FusedConversation(Conversation):
                 found.append(picture.outputs)
                 continue
             with self.timings.stage("vision"):
-                feeds = {name: session.value(array) for name, array in picture.inputs.items()}
+                feeds = session.picture_inputs(picture)
                 grid = picture.grid
                 targets = {"image_embeds": (embeds, place)} | {name: (rows, first) for name, rows in added.items()}
                 rows = {
@@ -232,6 +249,8 @@ class FusedConversation(Conversation):
 
     def _decode(self, plan: Run) -> Step:
         assert self._workspace is not None  # since the run before
+        if self._workspace.host is not None:
+            return self._decode_from_host(plan, self._workspace.host)
         session, cache, step = self.session, self.cache, self._workspace.step
         bindings, logits = self._workspace.bindings, self._workspace.logits
         with self.timings.stage("decode.decoder"):
@@ -246,12 +265,37 @@ class FusedConversation(Conversation):
             found = self._checked(np.array(logits.numpy()))  # a copy: the next step writes to the same memory
         return Step(plan, (), {"keep_index": np.zeros(1, np.int32)}, {"logits": found})
 
+    def _decode_from_host(self, plan: Run, host: HostStep) -> Step:
+        """A step that reads and writes memory of the host: nothing is copied, and it is waited for once."""
+        assert self._workspace is not None
+        session, cache, bindings = self.session, self.cache, self._workspace.bindings
+        with self.timings.stage("decode.decoder"):
+            host.step[:] = [plan.tokens[0], *plan.position_ids[:, 0, 0], *cache.lengths(0).values()]
+            host.wanted[0] = self.logits_wanted
+            if host.row is not None:
+                host.row[:] = session.embed(plan.tokens)
+            if cache.swapped not in bindings:
+                feeds = self._workspace.step | cache.inputs()
+                binding = session.bind("decode", feeds, cache.outputs() | {"logits": self._workspace.logits})
+                bindings[cache.swapped] = (binding, next(session.captures))
+            session.run_bound("decode", *bindings[cache.swapped])
+            best, numbers = host.best.tolist()
+            if not numbers:
+                self._forget()
+                raise UserError(no_numbers(session))
+            found = {"logits": host.told[None, None].copy()} if self.logits_wanted else {}
+        return Step(plan, (), {"keep_index": np.zeros(1, np.int32)}, found, best=best)
+
+    def _forget(self) -> None:
+        """Give caches to no other conversation: they are to be finite; see DeviceCache.clear."""
+        if self._give_back is not None:
+            self._give_back.detach()
+
     def _checked(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         try:
             check_numbers(self.session, logits)
         except UserError:
-            if self._give_back is not None:
-                self._give_back.detach()  # caches are to be finite; see DeviceCache.clear
+            self._forget()
             raise
         return logits
 

@@ -15,14 +15,19 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.weights import read_values
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.contract.preprocessing import Scaling
+from ivc_export.dtypes import DTYPES as DTYPE_OF_NAMES
 from ivc_export.dtypes import FloatName, cast
 from ivc_export.errors import UserError
+from ivc_export.families.pictures import PIXELS, Visual
 from ivc_export.lowering import lower
 from ivc_export.lowering.join_decode import join_decode
+from ivc_export.lowering.onnxruntime.host_steps import Table, take_host_steps
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.onnxruntime.given import stand_in
 from ivc_export.runtime.onnxruntime.library import SILENT, grow_exactly, load_onnxruntime
+from ivc_export.runtime.onnxruntime.shared_memory import shared_array
+from ivc_export.runtime.onnxruntime.small_graphs import pixels_graph, rows_graph, table_graph
 from ivc_export.runtime.onnxruntime.workspace import PictureRows, Values
 
 if TYPE_CHECKING:
@@ -38,6 +43,9 @@ WIDER = "use --backend onnxruntime-cpu, or TensorRT engines built with ivc-build
 
 NO_ROOM = "close other programs that use the GPU, or use --backend onnxruntime-cpu"
 CHECK_GPU = "see that the GPU and its driver work, or use --backend onnxruntime-cpu"
+STAGED, MOST_STAGED = 1 << 20, 1 << 26
+"""Bytes of arrays that go up from pinned memory, where our library gives it."""
+
 NOT_CAPTURED = "cannot use the graph capture feature"
 """What onnxruntime says of a graph of which it computes a part on the host."""
 
@@ -79,6 +87,8 @@ class FusedGraphs:
         cast(pixel_bounds(bundle.manifest.preprocessing), self.dtype, "a normalised picture of this model", WIDER)
         models = {name: self.lowered(name, self.lowering) for name in GRAPH_NAMES}
         take_float32(models["vision"])
+        tied = tied_table(bundle, models["decoder"])
+        self._staging = np.empty(0, np.uint8)
         self._owners: Values = {}
         self._weights: Values = {}
         """Views of these: onnxruntime shares memory between sessions that it does not own itself."""
@@ -86,14 +96,20 @@ class FusedGraphs:
         """What onnxruntime's optimizers read, while sessions open, of weights that no file has in this dtype."""
         self._sessions: dict[str, InferenceSession] = {name: self._open(model) for name, model in models.items()}
         self.cuda_graph = cuda_graph and provider == "cuda"
+        self.host_steps = False
+        """Whether decode steps begin and end in host memory: see lowering.onnxruntime.host_steps."""
         try:
-            self._sessions["decode"] = self._open(self._joined(), self.cuda_graph)
+            self._sessions["decode"] = self._open(self._decode(tied), self.cuda_graph)
         except UserError as error:
             if not (self.cuda_graph and NOT_CAPTURED in str(error)):
                 raise
             self.cuda_graph = False  # onnxruntime captures no graph of which it computes a part on the host
-            self._sessions["decode"] = self._open(self._joined())
+            self._sessions["decode"] = self._open(self._decode(tied))
+        rows = rows_graph(DTYPE_OF_NAMES[self.dtype].onnx) if tied is None else table_graph(tied.name, tied.tensor)
+        self._sessions["rows"], self._gathers = self._open(rows), tied is not None
         self._converted.clear()
+        self._pixels: dict[Scaling, str] = {}
+        """Sessions that normalise pixels, by how."""
 
     def lowered(self, name: GraphName, lowering: str) -> ir.Model:
         """A graph of the bundle, in the dtype that is computed in."""
@@ -107,6 +123,18 @@ class FusedGraphs:
     def _joined(self) -> ir.Model:
         """The graph of decode steps."""
         return self._lower(join_decode(self.bundle.graph("prefix"), self.bundle.graph("decoder")), self.lowering)
+
+    def _decode(self, table: Table | None) -> ir.Model:
+        """The same as it is opened."""
+        model = self._joined()
+        if self.op_library:
+            self.host_steps = take_host_steps(model, table, self.bundle.manifest.decoder.hidden_size)
+        return model
+
+    def shared(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """Zeros in host memory that the device reads and writes as well."""
+        assert self.op_library is not None
+        return shared_array(self.op_library, shape, dtype)
 
     def _open(self, model: ir.Model, cuda_graph: bool = False) -> InferenceSession:
         onnxruntime = load_onnxruntime()
@@ -149,6 +177,49 @@ class FusedGraphs:
         """
         return cast(self.bundle.embed(tokens), self.dtype, "an embedding of this model", WIDER)[None]
 
+    def embedded(self, tokens: npt.NDArray[np.int32], text: npt.NDArray[np.int32]) -> OrtValue:
+        """The same on the device, of the rows `text`, ascending; what the others hold is anything.
+
+        Where lm_head's weight is the table, rows are gathered from it; else those of `text` alone are uploaded.
+        """
+        embeds = self.memory((1, len(tokens), self.bundle.manifest.decoder.hidden_size))
+        if self._gathers:
+            self.run_bound("rows", self.bind("rows", {"tokens": self.value(tokens)}, {"inputs_embeds": embeds}))
+            return embeds
+        for rows in np.split(text, np.flatnonzero(np.diff(text) > 1) + 1) if len(text) else ():
+            place = PictureRows(embeds, self.dtype, int(rows[0]), len(rows), 1)
+            given = {"rows": self.value(self.embed(tokens[rows]))}
+            self.run_bound("rows", self.bind("rows", given, {"inputs_embeds": place}))
+        return embeds
+
+    def memory(self, shape: tuple[int, ...]) -> OrtValue:
+        """Memory on the device for values in the dtype that is computed in; it holds anything.
+
+        Raises:
+            UserError: the device has none.
+        """
+        with told("the device's memory is too small", SMALLER, CHECK_GPU):
+            kind = np.dtype(self.dtype).type
+            return load_onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, kind, self.device, 0)
+
+    def picture_inputs(self, picture: Visual) -> Values:
+        """The vision graph's inputs of a picture; its pixels go up as levels, where these are known."""
+        levels = picture.levels
+        names = [name for name in picture.inputs if name != PIXELS or levels is None]
+        feeds = {name: self.value(picture.inputs[name]) for name in names}
+        if levels is None:
+            return feeds
+        scaling = Scaling(**{name: getattr(levels.scaling, name) for name in Scaling.model_fields})
+        if scaling not in self._pixels:
+            self._pixels[scaling] = f"pixels.{len(self._pixels)}"
+            self._sessions[self._pixels[scaling]] = self._open(pixels_graph(scaling))
+        outer, channels, _, inner = levels.values.shape
+        extents = {"expanded": (outer, channels, levels.frames, inner), "shape": levels.shape}
+        given = {"levels": self.value(levels.values)}
+        given |= {name: on_host(np.array(extent, np.int64)) for name, extent in extents.items()}
+        name = self._pixels[scaling]
+        return feeds | self.run(name, self.bind(name, given, {}))
+
     def value(self, array: npt.NDArray[Any]) -> OrtValue:
         """An array in the device's memory; on the CPU it is the array's own.
 
@@ -156,7 +227,18 @@ class FusedGraphs:
             UserError: the device has no memory for it.
         """
         with told(f"{decimal(array.nbytes)} cannot be put into the device's memory", SMALLER, CHECK_GPU):
-            return load_onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+            given = self._staged(np.ascontiguousarray(array))
+            return load_onnxruntime().OrtValue.ortvalue_from_numpy(given, self.device, 0)
+
+    def _staged(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The same where the device fetches it by itself, for what is worth the copy and no weight."""
+        if self.op_library is None or self.device == "cpu" or not STAGED <= array.nbytes <= MOST_STAGED:
+            return array
+        if array.nbytes > self._staging.nbytes:
+            self._staging = self.shared((array.nbytes,), np.uint8)
+        place: npt.NDArray[Any] = self._staging[: array.nbytes].view(array.dtype).reshape(array.shape)
+        place[...] = array
+        return place
 
     def bind(self, name: str, inputs: Values, outputs: Mapping[str, OrtValue | PictureRows | str]) -> Any:
         """Bind a graph's inputs, and its outputs to memory of the caller's, or to new memory on "cpu" or "cuda"."""
@@ -212,6 +294,23 @@ def cuda_options(version: str, cuda_graph: bool) -> dict[str, str]:
     if tuple(int(part) for part in version.split(".")[:2]) < (1, 27):
         chosen["enable_skip_layer_norm_strict_mode"] = "1"
     return chosen
+
+
+def on_host(array: npt.NDArray[Any]) -> OrtValue:
+    """An array in host memory."""
+    return load_onnxruntime().OrtValue.ortvalue_from_numpy(array)
+
+
+def tied_table(bundle: Bundle, decoder: ir.Model) -> Table | None:
+    """lm_head's weight in a lowered decoder, if the embedding table is the same tensor."""
+    table, portable = bundle.manifest.embedding, bundle.graph("decoder")
+    for name, value in portable.graph.initializers.items():
+        stored = value.const_value
+        if isinstance(stored, ir.ExternalTensor) and stored.location == table.file and table.packed is None:
+            lowered = decoder.graph.initializers.get(name)
+            if stored.offset == table.offset and lowered is not None and lowered.const_value is not None:
+                return Table(name, lowered.const_value)
+    return None
 
 
 def view(owner: OrtValue) -> OrtValue:

@@ -162,23 +162,60 @@ def whole_layers(m: Manifest) -> tuple[str, ...]:
     return tuple(f".{name.layer}" for name in names if name.stem == "past_length" and name.layer is not None)
 
 
+@dataclass(frozen=True)
+class HostStep:
+    """What a decode step begins and ends with, in host memory that the device reads and writes as well.
+
+    row is there only where the embedding table is not on the device. See lowering.onnxruntime.host_steps.
+    """
+
+    step: npt.NDArray[np.int32]
+    wanted: npt.NDArray[np.int32]
+    best: npt.NDArray[np.int32]
+    told: npt.NDArray[np.float32]
+    row: npt.NDArray[Any] | None
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """By the inputs' names."""
+        found = {"step": self.step, "wanted": self.wanted, "best": self.best, "told": self.told}
+        return found | ({} if self.row is None else {"row": self.row})
+
+    @staticmethod
+    def make(m: Manifest, dtype: FloatName, gathered: bool, shared: Callable[..., npt.NDArray[Any]]) -> HostStep:
+        """Zeros. shared: makes them, of a shape and a type. gathered: whether rows come from a table."""
+        lengths = 1 + bool(whole_layers(m))
+        return HostStep(
+            shared((1 + len(m.rotary.sections) + lengths,), np.int32),
+            shared((1,), np.int32),
+            shared((2,), np.int32),
+            shared((m.decoder.vocab_size,), np.float32),
+            None if gathered else shared((1, 1, m.decoder.hidden_size), dtype),
+        )
+
+
 @dataclass
 class Workspace:
     """Memory of one conversation: caches, and a decode step's other inputs and its logits, at addresses that stay.
 
-    bindings: of decode steps over both, and numbers of their captured CUDA graphs, by DeviceCache.swapped: each set of
-    buffers has its own.
+    host: the other inputs where they are the host's. bindings: of decode steps over both, and numbers of their captured
+    CUDA graphs, by DeviceCache.swapped: each set of buffers has its own.
     """
 
     cache: DeviceCache
     step: Values
     logits: OrtValue
+    host: HostStep | None = None
     bindings: dict[bool, tuple[Any, int]] = field(default_factory=dict)
 
     @staticmethod
-    def make(m: Manifest, capacity: int, dtype: FloatName, place: Place) -> Workspace:
+    def make(m: Manifest, capacity: int, dtype: FloatName, place: Place, host: HostStep | None = None) -> Workspace:
         """Zeroed memory."""
         cache = DeviceCache.make(m, capacity, dtype, place)
+        logits = place(np.zeros((1, 1, m.decoder.vocab_size), np.float32))
+        if host is not None:
+            values = {n: load_onnxruntime().OrtValue.ortvalue_from_numpy(x) for n, x in host.arrays.items()}
+            return Workspace(cache, values, logits, host)
         step: Values = {
             "inputs_embeds": place(np.zeros((1, 1, m.decoder.hidden_size), dtype)),
             "position_ids": place(np.zeros((len(m.rotary.sections), 1, capacity), np.int32)),
@@ -188,4 +225,4 @@ class Workspace:
             step[f"total_sequence_length{suffix}"] = load_onnxruntime().OrtValue.ortvalue_from_numpy(
                 np.array(capacity, np.int32)
             )
-        return Workspace(cache, step, place(np.zeros((1, 1, m.decoder.vocab_size), np.float32)))
+        return Workspace(cache, step, logits)

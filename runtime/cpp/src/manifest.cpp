@@ -130,7 +130,7 @@ Preprocessing readPreprocessing(const Field& root) {
         }
         if (p.shapes.empty()) f["shapes"].refuse("is empty");
         const int32_t fill = limited(root, "preprocessing", "fill");
-        p.filling = static_cast<float>(fill * f["rescale_factor"].number(1e-9, 1e9));
+        p.filling = static_cast<float>(fill) * asFloat(f["rescale_factor"], 1e-9, 1e9);
     }
     if (kind != "patches") {
         p.tilePixels = limited(root, "preprocessing", "tile_pixels");

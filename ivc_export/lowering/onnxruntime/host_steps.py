@@ -1,0 +1,114 @@
+"""Decode steps that read a few numbers in host memory and tell the best token there, by operators of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.names import IVC_DOMAIN
+from ivc_export.lowering.edit import Editor, made_by
+
+STEP, ROW, WANTED, BEST, TOLD = "step", "row", "wanted", "best", "told"
+"""Inputs that take the place of the others but caches; all are in host memory."""
+
+STEP_FREQUENCIES = "step/frequencies"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The embedding table, an initializer of a decode graph. name: its name there. tensor: its values."""
+
+    name: str
+    tensor: ir.TensorProtocol
+
+
+def take_host_steps(model: ir.Model, table: Table | None, hidden: int) -> bool:
+    """Let a decode graph of the `ort-cuda-ops` lowering begin and end in host memory, if it is of the known form.
+
+    Inputs but caches become step int32 [1 + axes + lengths] (the token, its positions, valid rows of the caches),
+    wanted int32 [1] (whether all logits are wanted there), best int32 [2] (written: the best token, and whether logits
+    are numbers), told float32 [vocab] (written where wanted: logits), and without a table row [1, 1, hidden], the
+    token's embedding. Cosines and sines are computed where the row is read. logits stay an output.
+
+    Returns whether it was: the graph is as it was if not.
+    """
+    graph = model.graph
+    known = {str(value.name): value for value in graph.inputs}
+    lengths = [known[name] for name in known if name.startswith("seqlens_k")]
+    angles = angles_of(known["position_ids"])
+    (logits,) = [value for value in graph.outputs if value.name == "logits"]
+    told = logits_behind(logits)
+    totals = [known[name] for name in known if name.startswith("total_sequence_length")]
+    if angles is None or told is None or len(lengths) > 2 or any(value.uses() for value in totals):
+        return False
+    edit, dtype = Editor(graph), known["inputs_embeds"].dtype
+    assert dtype is not None
+    first = graph[0]
+    step, wanted, best = (
+        ir.val(name, dtype=ir.DataType.INT32, shape=[size])
+        for name, size in ((STEP, 1 + len(angles.frequencies) + len(lengths)), (WANTED, 1), (BEST, 2))
+    )
+    vocab = int(list(logits.shape or ())[-1])  # type: ignore[arg-type]
+    numbers = ir.val(TOLD, dtype=ir.DataType.FLOAT, shape=[vocab])
+    row = None if table else ir.val(ROW, dtype=dtype, shape=[1, 1, hidden])
+    frequencies = ir.tensor(angles.frequencies[:, None].astype(np.float32), name=STEP_FREQUENCIES)
+    add_initializer(graph, STEP_FREQUENCIES, frequencies)
+    if table and table.name not in graph.initializers:
+        add_initializer(graph, table.name, table.tensor)
+    inputs = [step, graph.initializers[STEP_FREQUENCIES], graph.initializers[table.name] if table else None, row]
+    embeds, cos, sin, *found = edit.op(first, "TakeStep", *inputs, outputs=3 + len(lengths), domain=IVC_DOMAIN)
+    for old, new in zip((known["inputs_embeds"], *angles.tables, *lengths), (embeds, cos, sin, *found), strict=True):
+        old.replace_all_uses_with(new)
+    last = logits.producer()
+    assert last is not None
+    (given,) = edit.op(last, "GiveAnswer", told, wanted, best, numbers, domain=IVC_DOMAIN)
+    edit.replace(logits, given)
+    added = [step, wanted, best, numbers, *([row] if row is not None else [])]
+    caches = [value for value in graph.inputs if TensorName.of(value.name).role == "past"]
+    RemoveUnusedNodesPass()(model)
+    graph.inputs[:] = [*added, *caches]
+    return True
+
+
+def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> None:
+    """Add a tensor under a name."""
+    shape = ir.Shape([int(extent) for extent in tensor.shape.numpy()])
+    graph.initializers[name] = ir.val(name, dtype=tensor.dtype, shape=shape, const_value=tensor)
+
+
+@dataclass(frozen=True)
+class Angles:
+    """tables: cosines and sines, [1, pairs]. frequencies: [axes, pairs], which positions multiply."""
+
+    tables: tuple[ir.Value, ir.Value]
+    frequencies: npt.NDArray[np.float32]
+
+
+def angles_of(positions: ir.Value) -> Angles | None:
+    """What is made of a row's positions, if that is cosines and sines of their sum alone."""
+    value, frequencies = positions, None
+    for op_type in ("Slice", "Squeeze", "Unsqueeze", "Cast", "Mul", "ReduceSum"):
+        users = [user for user, _ in value.uses()]
+        if len(users) != 1 or users[0].op_type != op_type or users[0].inputs[0] is not value:
+            return None
+        if op_type == "Mul":
+            constant = users[0].inputs[1].const_value if users[0].inputs[1] is not None else None
+            frequencies = None if constant is None else constant.numpy()
+        value = users[0].outputs[0]
+    turns = {user.op_type: user.outputs[0] for user, _ in value.uses()}
+    if frequencies is None or frequencies.ndim != 3 or set(turns) != {"Cos", "Sin"} or len(list(value.uses())) != 2:
+        return None
+    return Angles((turns["Cos"], turns["Sin"]), frequencies[:, 0])
+
+
+def logits_behind(logits: ir.Value) -> ir.Value | None:
+    """The product [1, vocab] whose values a graph gives as logits [1, 1, vocab] in float32."""
+    batch = made_by(logits, "Unsqueeze")
+    value = batch.inputs[0] if batch is not None else None
+    cast = made_by(value, "Cast")
+    return cast.inputs[0] if cast is not None else value

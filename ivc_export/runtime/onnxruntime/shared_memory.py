@@ -1,0 +1,41 @@
+"""Host memory that the device reads and writes as well, of our library of custom operators."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ivc_export.errors import UserError
+
+
+@cache
+def functions(library: Path) -> ctypes.CDLL:
+    """The library's own, which onnxruntime has loaded already."""
+    found = ctypes.CDLL(str(library.resolve()))
+    found.ivcSharedMemory.restype = ctypes.c_void_p
+    found.ivcSharedMemory.argtypes = [ctypes.c_size_t]
+    found.ivcFreeSharedMemory.argtypes = [ctypes.c_void_p]
+    return found
+
+
+def shared_array(library: Path, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    """Zeros in such memory, which is given back with the last view of them.
+
+    Raises:
+        UserError: there is none.
+    """
+    size = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    address = functions(library).ivcSharedMemory(size)
+    if not address:
+        raise UserError(f"{size} bytes of memory cannot be shared with the device: close other programs")
+    buffer = (ctypes.c_uint8 * size).from_address(address)
+    weakref.finalize(buffer, functions(library).ivcFreeSharedMemory, address)
+    array: npt.NDArray[Any] = np.frombuffer(buffer, np.dtype(dtype), int(np.prod(shape))).reshape(shape)
+    array[...] = 0
+    return array

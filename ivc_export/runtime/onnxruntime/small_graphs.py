@@ -1,0 +1,88 @@
+"""Small graphs of a session's own, which feed a bundle's: pixels of levels, rows of embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ivc_export.contract.names import IR_VERSION, OPSET
+from ivc_export.contract.preprocessing import Scaling
+
+INT64 = ir.DataType.INT64
+
+
+def pixels_graph(scaling: Scaling) -> ir.Model:
+    """Normalise levels as families.pictures.Levels does.
+
+    levels: uint8 [outer, 3, frames or 1, inner]. expanded: int64 [4], what they are repeated to. shape: int64 [rank] of
+    pixel_values, float32.
+    """
+    levels = ir.val("levels", dtype=ir.DataType.UINT8, shape=["outer", 3, "given", "inner"])
+    expanded, shape = ir.val("expanded", dtype=INT64, shape=[4]), ir.val("shape", dtype=INT64, shape=["rank"])
+    made = Made()
+    factor = made.constant("factor", np.array(scaling.rescale_factor, np.float32))
+    mean = made.constant("mean", np.array(scaling.mean, np.float32)[:, None, None])
+    std = made.constant("std", np.array(scaling.std, np.float32)[:, None, None])
+    wide = made.op("Mul", made.op("Cast", levels, to=int(ir.DataType.FLOAT)), factor)
+    normed = made.op("Div", made.op("Sub", wide, mean), std)
+    pixels = made.op("Reshape", made.op("Expand", normed, expanded), shape)
+    pixels.name, pixels.type = "pixel_values", ir.TensorType(ir.DataType.FLOAT)
+    return made.model("pixels", [levels, expanded, shape], pixels)
+
+
+def table_graph(name: str, table: ir.TensorProtocol) -> ir.Model:
+    """Rows [1, S, hidden] of a table [vocab, hidden], an initializer of this name, for tokens int32 [S]."""
+    tokens = ir.val("tokens", dtype=ir.DataType.INT32, shape=["S"])
+    made = Made()
+    values = made.initializer(name, table)
+    rows = made.op("Unsqueeze", made.op("Gather", values, tokens, axis=0), made.constant("axis", np.array([0])))
+    rows.name, rows.type = "inputs_embeds", ir.TensorType(table.dtype)
+    return made.model("table", [tokens], rows)
+
+
+def rows_graph(dtype: ir.DataType) -> ir.Model:
+    """A copy of rows [1, n, hidden]."""
+    rows, made = ir.val("rows", dtype=dtype, shape=[1, "n", "hidden"]), Made()
+    copy = made.op("Identity", rows)
+    copy.name, copy.type = "inputs_embeds", ir.TensorType(dtype)
+    return made.model("rows", [rows], copy)
+
+
+class Made:
+    """Nodes and initializers of a graph to be."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+        self.initializers: list[ir.Value] = []
+
+    def op(self, op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        """Add a node, and return its output."""
+        node = ir.node(op_type, inputs, attributes, name=f"{len(self.nodes)}/{op_type}")
+        node.outputs[0].name = node.name
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        """Add an array."""
+        return self.initializer(name, ir.tensor(array, name=name))
+
+    def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """Add a tensor."""
+        shape = ir.Shape([int(extent) for extent in tensor.shape.numpy()])
+        self.initializers.append(ir.val(name, dtype=tensor.dtype, shape=shape, const_value=tensor))
+        return self.initializers[-1]
+
+    def model(self, name: str, inputs: list[ir.Value], output: ir.Value) -> ir.Model:
+        """The whole."""
+        graph = ir.Graph(
+            inputs,
+            [output],
+            nodes=self.nodes,
+            initializers=self.initializers,
+            opset_imports={"": OPSET},
+            name=name,
+        )
+        return ir.Model(graph, ir_version=IR_VERSION)

@@ -1,0 +1,81 @@
+"""The beginning and the end of a decode step, emulated on the host."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tests.native.attention import STORED
+from tests.native.kernels import TYPES, Kernels
+
+SCRATCH = 193
+
+
+class IvcStep(ctypes.Structure):
+    """As in ivc_types.h."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("axes", "pairs", "hidden", "vocab", "type")]
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["forwards", "backwards"])
+def kernels(emulation: Path, request: pytest.FixtureRequest) -> Kernels:
+    return Kernels(emulation, np.ascontiguousarray, lambda a: a, lambda a: a.ctypes.data, request.param)
+
+
+def pointer(x: npt.NDArray[Any] | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(0 if x is None else x.ctypes.data)
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("given", [False, True], ids=["of a table", "of the host"])
+def test_a_step_is_taken(kernels: Kernels, dtype: str, whole: bool, given: bool) -> None:
+    generator = np.random.default_rng(0)
+    axes, pairs, hidden, vocab = 3, 37, 45, 101
+    table = generator.standard_normal((vocab, hidden)).astype(STORED[dtype])
+    frequencies = np.where(np.arange(pairs) % 3 == np.arange(3)[:, None], 0.9 ** np.arange(pairs), 0)
+    frequencies = frequencies.astype(np.float32)
+    for token in (0, 7, vocab - 1):
+        positions = generator.integers(0, 3000, axes)
+        step = np.array([token, *positions, 55, 77][: 5 + whole], np.int32)
+        embeds, lengths = np.zeros(hidden, table.dtype), np.zeros((2, 1), np.int32)
+        turns = np.full((2, pairs), np.nan, np.float32)
+        struct = IvcStep(axes, pairs, hidden, vocab, TYPES[dtype])
+        source = (None, table[token].copy()) if given else (table, None)
+        arrays = (step, *source, frequencies, embeds, *turns, lengths[0], lengths[1] if whole else None)
+        kernels.call("ivcTakeStep", ctypes.pointer(struct), *map(pointer, arrays))
+        np.testing.assert_array_equal(embeds, table[token])
+        np.testing.assert_array_equal(lengths[:, 0], [55, 77 * whole])
+        angles = (positions[:, None] * frequencies.astype(np.float64)).sum(axis=0)
+        np.testing.assert_allclose(turns, [np.cos(angles), np.sin(angles)], atol=3e-4)
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_the_best_token_is_told(kernels: Kernels, dtype: str) -> None:
+    """The first of equal ones; all logits where they are wanted; that there are numbers."""
+    generator = np.random.default_rng(1)
+    scratch = np.zeros(SCRATCH, np.int32)
+    for case in range(40):
+        vocab = int(generator.choice([1, 31, 257, 16384, 33000]))
+        logits = generator.integers(-9, 9, vocab).astype(STORED[dtype])  # many equal ones
+        wanted, numbers = np.array([case % 2], np.int32), True
+        if case % 4 == 3:
+            logits[generator.integers(vocab)], numbers = generator.choice([np.nan, np.inf]), False
+        elif case % 8 == 4:
+            logits[: vocab // 2] = -np.inf
+        wide, best = np.zeros(vocab, np.float32), np.full(2, -1, np.int32)
+        told = np.full(vocab, 0.5, np.float32)
+        struct = IvcStep(1, 1, 1, vocab, TYPES[dtype])
+        arrays = (logits, wanted, wide, best, told, scratch)
+        kernels.call("ivcGiveAnswer", ctypes.pointer(struct), *map(pointer, arrays))
+        assert best[1] == numbers
+        if numbers:
+            assert best[0] == logits.astype(np.float32).argmax()
+        np.testing.assert_array_equal(wide, logits.astype(np.float32))
+        np.testing.assert_array_equal(told, wide if wanted[0] else np.full(vocab, 0.5, np.float32))
+        assert scratch[0] == 0

@@ -103,9 +103,10 @@ class Editor:
     def added_bias(self, product: ir.Node) -> ir.Value:
         """The bias of a Gemm as it adds it, which is `beta` times what it is given."""
         bias, beta = product.inputs[2], product.attributes.get("beta")
-        assert bias is not None and bias.dtype is not None
+        assert bias is not None
         if beta is None or beta.as_float() == 1.0:
             return bias
+        assert bias.dtype is not None
         return self.op(product, "Mul", bias, self.scalar(beta.as_float(), bias.dtype))[0]
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:

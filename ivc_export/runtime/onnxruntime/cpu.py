@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 import tempfile
 import threading
@@ -22,6 +23,9 @@ from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.dtypes import FLOATS, FloatName, cast
 from ivc_export.errors import UserError
 from ivc_export.lowering.onnxruntime.accuracy import LEVELS, SetAccuracyPass
+from ivc_export.lowering.onnxruntime.activations import FuseActivationsPass
+from ivc_export.lowering.onnxruntime.attention import UseRotaryEmbeddingPass
+from ivc_export.lowering.onnxruntime.norms import FuseNormsPass
 from ivc_export.lowering.onnxruntime.split_bytes import SplitBytesPass
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.failures import SMALLER, told
@@ -70,8 +74,9 @@ class OnnxSession:
         self._threads, self._prepacking = threads, prepacking
         self._given: list[OrtValue] = []
         """Weights that sessions read in memory that is not theirs."""
-        # side by side, unless weights are widened: that would hold several widened graphs' temporary copies at once
-        with ThreadPoolExecutor(len(GRAPH_NAMES) if bundle.manifest.dtype == dtype else 1) as pool:
+        # side by side, unless weights are widened or rearranged: several graphs' copies would be there at once
+        as_stored = bundle.manifest.dtype == dtype and not bundle.manifest.weight_formats
+        with ThreadPoolExecutor(len(GRAPH_NAMES) if as_stored else 1) as pool:
             self._sessions = dict(zip(GRAPH_NAMES, pool.map(self._open, GRAPH_NAMES), strict=True))
         return_freed()
         self._outputs = {name: [o.name for o in s.get_outputs()] for name, s in self._sessions.items()}
@@ -96,6 +101,8 @@ class OnnxSession:
             passes.append(SetAccuracyPass(self.accuracy_level))
         elif "int8" in formats:
             passes.insert(0, SplitBytesPass())
+        if formats:  # beside such products, hundreds of small operators would take a third of a decode step
+            passes += [UseRotaryEmbeddingPass(), FuseNormsPass(), FuseActivationsPass()]
         if passes:
             model = self.bundle.graph(name)
             for one in passes:
@@ -157,6 +164,7 @@ def return_freed() -> None:
     """Give the system what opening has freed: glibc keeps it, since what lies behind it is in use."""
     if sys.platform == "linux":
         with suppress(AttributeError):  # of another C library
+            gc.collect()  # graphs, whose nodes and values refer to each other
             ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -155,10 +155,16 @@ __device__ __forceinline__ void spread(Lane<float>& to, const Lane<float>& x, in
 }
 
 // What other blocks of the same launch have written.
-__device__ __forceinline__ float fromOthers(const float* from) { return __ldcg(from); }
+__device__ __forceinline__ float fromOthers(const float* from) {
+    float found;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(found) : "l"(from) : "memory");
+    return found;
+}
 __device__ __forceinline__ void fourFromOthers(float (&to)[4], const float* from) {
-    const float4 x = __ldcg(reinterpret_cast<const float4*>(from));
-    memcpy(to, &x, sizeof to);
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+                 : "l"(from)
+                 : "memory");
 }
 
 // 2 to the power of x.

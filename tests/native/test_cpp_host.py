@@ -596,6 +596,14 @@ def test_tokenizers_of_other_kinds_are_refused(
     assert message in program.refusal("tokenizer", path=str(path))
 
 
+def test_the_c_api_takes_null_for_a_mistake(program: HostProgram) -> None:
+    place = "place for what is made"
+    missing = ("folder", place, "path", "pixels", "", place, "bundle", "chat")
+    for said, what in zip(program.ask("c_api"), missing, strict=True):
+        wanted = f"there is no {what} (NULL was given): give one" if what else "the picture's rows overlap"
+        assert said.startswith(wanted)
+
+
 # --- conversations
 
 QUESTIONS: tuple[tuple[str, list[Path]], ...] = (

@@ -2,9 +2,9 @@
 #include "ivc/onnxruntime.h"
 
 extern "C" ivc_error* ivc_onnxruntime_open(const ivc_bundle* bundle, int32_t threads, ivc_device** device) {
-    return ivc::guarded([&] {
+    return ivc::made(device, [&] {
         ivc::OnnxRuntimeOptions options;
         options.threads = threads;
-        *ivc::given(device, "place for the device") = new ivc_device{ivc::openOnnxRuntime(ivc::given(bundle, "bundle")->bundle, options)};
+        return ivc::openOnnxRuntime(ivc::given(bundle, "bundle")->bundle, options);
     });
 }

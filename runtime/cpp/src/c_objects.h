@@ -26,7 +26,7 @@ struct ivc_picture {
 };
 struct ivc_chat {
     ivc::Chat chat;
-    std::string answer;
+    std::string answer = "";
 };
 
 namespace ivc {
@@ -64,6 +64,15 @@ ivc_error* guarded(const Call& call) noexcept {
     } catch (...) {
         return failure("something failed that has no name: this is a fault of the library");
     }
+}
+
+// Gives `place` a new object around what `make` returns. The place is looked at first, so that nothing is lost.
+template <class T, class Make>
+ivc_error* made(T** place, const Make& make) noexcept {
+    return guarded([&] {
+        T*& object = *given(place, "place for what is made");
+        object = new T{make()};
+    });
 }
 
 }  // namespace ivc

@@ -6,6 +6,7 @@
 #include "ivc/bundle.h"
 #include "ivc/chat.h"
 #include "ivc/error.h"
+#include "ivc/ivc.h"
 #include "ivc/plan.h"
 #include "ivc/resize.h"
 #include "ivc/sampling.h"
@@ -126,6 +127,27 @@ Json converse(const ivc::Bundle& bundle, const Json& command) {
     return turns;
 }
 
+// What the C API says to pointers that lead nowhere.
+Json withoutPointers() {
+    ivc_bundle* bundle = nullptr;
+    ivc_picture* picture = nullptr;
+    ivc_chat* chat = nullptr;
+    const uint8_t pixels[12] = {};
+    Json said = Json::array();
+    for (ivc_error* error : {ivc_bundle_open(nullptr, &bundle), ivc_bundle_open("nowhere", nullptr),
+             ivc_picture_read(nullptr, &picture), ivc_picture_rgb(nullptr, 2, 2, 6, &picture),
+             ivc_picture_bgr(pixels, 2, 2, 5, &picture), ivc_picture_rgb(pixels, 2, 2, 6, nullptr),
+             ivc_chat_begin(nullptr, nullptr, nullptr, &chat),
+             ivc_chat_ask(nullptr, "?", nullptr, 1, nullptr, nullptr, nullptr)}) {
+        said.push_back(ivc_error_message(error));
+        ivc_error_free(error);
+    }
+    ivc_bundle_free(bundle);
+    ivc_picture_free(picture);
+    ivc_chat_free(chat);
+    return said;
+}
+
 struct State {
     std::unique_ptr<ivc::Tokenizer> tokenizer;
     ivc::Manifest manifest;
@@ -140,6 +162,7 @@ Json answer(State& state, const Json& command) {
     }
     if (what == "encode") return state.tokenizer->encode(bytesOf(command["text"]), command.value("begin", false));
     if (what == "before") return state.tokenizer->encodeFrom(bytesOf(command["text"]), command["begin"], command["place"]).before;
+    if (what == "c_api") return withoutPointers();
     if (what == "chat") return converse(*state.bundle, command);
     if (what == "decode") return state.tokenizer->decode(command["ids"]);
     if (what == "stream") {

@@ -30,7 +30,7 @@ from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.tensorrt.store import find_engines, read_record
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY, wide
-from tests.conftest import LOGIT_TOLERANCE
+from tests.conftest import LOGIT_TOLERANCE, make_large_embeddings
 from tests.native.cpp_runtime import HostProgram, build, shared
 from tests.native.test_cpp_host import SANITIZED
 from tests.runtime.fake_tensorrt import CAPABILITY, Context, FakeTensorrt, HostDevice, folder_of, put_engines
@@ -228,6 +228,13 @@ def test_float16_engines_give_what_they_give_in_python(
     found = program.converse(bundle, tmp_path / "memory", **said)["answer"]
     check(found, session.converse(0.4), planned, 0)
     assert (found["dtype"], found["captures"]) == ("float16", int(graph))
+
+
+def test_embeddings_beyond_float16_are_refused(program: EnginesProgram, tmp_path: Path) -> None:
+    bundle = export(ExportRecipe(make_large_embeddings(tmp_path / "checkpoint"), tmp_path / "bundle"))
+    put_engines(bundle, dtype="float16", **MAXIMA)
+    found = program.converse(bundle, tmp_path / "memory", ratio=1, runs=[{"tokens": [1, 2, 5], "pictures": []}])
+    assert found["error"] == "inputs_embeds has values beyond float16: build engines with ivc-build --dtype float32"
 
 
 def test_nothing_but_logits_and_kept_rows_leaves_the_device(

@@ -11,6 +11,7 @@
 
 #include "ivc/contract.h"
 #include "ivc/error.h"
+#include "ivc/floats.h"
 
 namespace ivc {
 
@@ -142,14 +143,16 @@ std::vector<char> converted(const std::vector<float>& values, Type type, const s
         return out;
     }
     const float end = type == Type::kFloat16 ? 65520.0f : 3.3961775e38f;  // from there on values round to infinity
-    bool fits = true;
-    for (const float value : values) fits = fits && (std::fabs(value) < end || !std::isfinite(value));
-    if (!fits) {
+    int32_t beyond = 0;
+    for (const float value : values) beyond |= static_cast<int32_t>((std::fabs(value) >= end) & (std::fabs(value) < HUGE_VALF));
+    if (beyond != 0) {
         throw Error(name + " has values beyond " + nameOf(type) + ": build engines with ivc-build --dtype float32");
     }
     auto* halves = reinterpret_cast<uint16_t*>(out.data());
-    for (size_t i = 0; i < values.size(); ++i) {
-        halves[i] = type == Type::kFloat16 ? toHalf(values[i]) : toBfloat16(values[i]);
+    if (type == Type::kFloat16) {
+        for (size_t i = 0; i < values.size(); ++i) halves[i] = toHalf(values[i]);
+    } else {
+        for (size_t i = 0; i < values.size(); ++i) halves[i] = toBfloat16(values[i]);
     }
     return out;
 }

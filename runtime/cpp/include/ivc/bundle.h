@@ -8,6 +8,7 @@
 
 #include "ivc/conversation.h"
 #include "ivc/files.h"
+#include "ivc/floats.h"
 #include "ivc/image.h"
 #include "ivc/manifest.h"
 #include "ivc/tokenizer.h"
@@ -54,9 +55,5 @@ class Bundle {
     std::unique_ptr<MappedFile> weights_;
     std::string bos_;
 };
-
-float fromHalf(uint16_t bits);      // a float16 (IEEE 754 binary16) in float32
-uint16_t toHalf(float value);       // the nearest float16, ties to even
-uint16_t toBfloat16(float value);   // the nearest bfloat16, ties to even
 
 }  // namespace ivc

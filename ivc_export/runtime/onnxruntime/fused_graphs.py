@@ -55,8 +55,8 @@ class FusedGraphs:
 
     provider: "cuda", or "cpu" to check the same graphs and the same hand-over without a GPU.
     cuda_graph: capture the decode step, and replay it, unless onnxruntime refuses; the attribute says whether it does.
-    op_library: our library of custom operators (graphs/plugin/onnxruntime), which then selects, compacts, splits and
-        turns heads, and attends where it is faster.
+    op_library: our library of custom operators (graphs/plugin/onnxruntime), which then selects, compacts, multiplies
+        with what surrounds products, splits and turns heads, and attends where it is faster.
 
     Raises:
         UserError: onnxruntime has no such provider, or cannot open a graph or the library.

@@ -14,6 +14,8 @@ INSTRUCTIONS = {
     "griddepcontrol.launch_dependents": 7.8,
     "griddepcontrol.wait": 7.8,
     "ld.global.nc.L1::no_allocate.v4.u32": 7.4,
+    "ld.global.cg.f32": 2.0,
+    "ld.global.cg.v4.f32": 2.0,
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16": 6.5,
     "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16": 6.5,
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": 7.0,

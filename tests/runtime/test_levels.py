@@ -52,7 +52,7 @@ def test_pixels_are_made_when_they_are_looked_at() -> None:
 
     inputs = NormalisedInputs(Watched(), other=np.zeros(1))  # type: ignore[arg-type]
     assert [*inputs] == ["pixel_values", "other"] and len(inputs) == 2 and not calls
-    assert inputs["pixel_values"] == "pixels" and calls == [1]  # type: ignore[comparison-overlap]
+    assert inputs["pixel_values"] == "pixels" and calls == [1]
 
 
 def test_rows_of_text_are_the_tables(bundle: Bundle) -> None:

@@ -94,7 +94,8 @@ def plan_run(
         )
     tokens = tokens.astype(np.int32)
     # without a picture such a token is a row like any other: a model may draw one
-    visual = np.flatnonzero(np.isin(tokens, manifest.visual_tokens) & bool(grids)).astype(np.int32)
+    shown = np.isin(tokens, manifest.visual_tokens) if grids else np.zeros(0, bool)
+    visual = np.flatnonzero(shown).astype(np.int32)
     if len(visual) != sum(grid.visual for grid in grids):
         raise UserError(
             f"the prompt holds {len(visual)} image tokens and its pictures give {sum(grid.visual for grid in grids)}: "

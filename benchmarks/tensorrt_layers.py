@@ -72,7 +72,7 @@ ENGINES = (*GRAPHS, "select", "compact")
 PARTS = {"repeated": "grouped"}
 """Whose selection and compaction a kind shares."""
 NATIVE = EngineChoices("tensorrt", "float16", "native", "float16", "grouped")
-PLUGIN = replace(NATIVE, graphs="plugin")
+PLUGIN = replace(NATIVE, graphs="plugin", attention="operator")
 KINDS: dict[str, tuple[EngineChoices, tuple[str, ...]]] = {
     "vision-float16": (NATIVE, tuple(f"vision-{depth}" for depth in DEPTHS)),
     "vision-float32": (replace(NATIVE, softmax="float32"), tuple(f"vision-{depth}" for depth in DEPTHS)),

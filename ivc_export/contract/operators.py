@@ -50,14 +50,11 @@ HOST_STEPS = frozenset(("GiveAnswer", "TakeStep"))
 JOINED = frozenset(("AttendJoined", "TurnHeads"))
 """Such operators of our library for onnxruntime, over rows in which query, key and value stand side by side."""
 
-ATTENTION_OPERATORS = ATTENDING | {"CompactIntoCaches"}
-"""The plugin's for attention, and for caches that it writes in place."""
+ATTENTION_OPERATORS = ATTENDING | {"AttendJoined", "CompactIntoCaches", "TurnHeads"}
+"""The plugin's for attention, what is before it, and caches that it writes in place."""
 
 LINEAR_OPERATORS = frozenset(("FusedLinear", "FusedLinearInt4"))
 """Such operators for products with what surrounds them."""
-
-PRODUCT_OPERATORS = frozenset(("MatMulInt4",))
-"""Such operators for products over packed weights."""
 
 ATTENDED_SIZES = (64, 128)
 """Sizes of a decoder layer's keys and values that AttendInPlace takes."""

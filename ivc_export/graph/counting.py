@@ -14,6 +14,8 @@ import onnx.shape_inference
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from ivc_export.contract.operators import LINEAR_OPERATORS
+
 ALIASES = frozenset(("Reshape", "Squeeze", "Unsqueeze"))
 """Operators whose output is their input's memory."""
 
@@ -80,10 +82,19 @@ class Tensors:
             self.types[node.output[0]] = onnx.helper.make_tensor_type_proto(
                 kind, [*self.shape(inputs[0])[:-1], columns]
             )
-        elif node.op_type == "MatMulInt4":
+        elif node.op_type in LINEAR_OPERATORS:
             kind = self.types[inputs[0]].tensor_type.elem_type
-            shape = [*self.shape(inputs[0])[:-1], self.shape(inputs[1])[0]]
+            shape = [*self.shape(inputs[0])[:-1], self.shape(inputs[1])[0] // halves_of(node)]
             self.types[node.output[0]] = onnx.helper.make_tensor_type_proto(kind, shape)
+        elif node.op_type in ("AttendJoined", "TurnHeads"):
+            sizes = {attribute.name: attribute.i for attribute in node.attribute}
+            rows, angles, size = self.shape(inputs[0])[0], self.shape(inputs[1])[0], sizes["head_dim"]
+            kind = self.types[inputs[0]].tensor_type.elem_type
+            shapes = [[rows, sizes["heads"] * size]]
+            if node.op_type == "TurnHeads":
+                shapes = [[rows // angles, sizes[name], angles, size] for name in ("heads", "kv_heads", "kv_heads")]
+            for name, shape in zip(node.output, shapes, strict=False):
+                self.types[name] = onnx.helper.make_tensor_type_proto(kind, shape)
         elif node.op_type in ("AttendInPlace", "EncodeAttend"):
             frames, heads, rows, size = self.shape(inputs[0])
             block = next((attribute.i for attribute in node.attribute if attribute.name == "block_size"), 0)
@@ -139,11 +150,16 @@ def flops_of(node: onnx.NodeProto, tensors: Tensors) -> int:
     """Two for each multiply-add of a matrix product, whose left side is never transposed; 0 for other operators."""
     if is_attention(node):
         return 2 * scores_of(node, tensors) * sum(tensors.shape(name)[-1] for name in node.input[1:3])
-    if node.op_type not in ("MatMul", "MatMulInt4", "MatMulNBits", "Gemm"):
+    if node.op_type not in ("MatMul", "MatMulNBits", "Gemm", *LINEAR_OPERATORS):
         return 0
-    flops = 2 * math.prod(tensors.shape(node.output[0])) * tensors.shape(node.input[0])[-1]
+    flops = 2 * halves_of(node) * math.prod(tensors.shape(node.output[0])) * tensors.shape(node.input[0])[-1]
     assert flops > 0, f"{node.name}: the shapes of a product are unknown"
     return flops
+
+
+def halves_of(node: onnx.NodeProto) -> int:
+    """How many products a node computes side by side: two where one is the other's gate."""
+    return 1 + next((attribute.i for attribute in node.attribute if attribute.name == "gated"), 0)
 
 
 def is_attention(node: onnx.NodeProto) -> bool:
@@ -181,6 +197,8 @@ def peak(graph: onnx.GraphProto, tensors: Tensors, score_bytes: int) -> int:
                 if name not in kept:
                     dying.setdefault(ends.get(name, number), []).append(name)
         working = score_bytes * scores_of(node, tensors) if is_attention(node) else 0
+        if node.op_type in LINEAR_OPERATORS:  # rows that are normed, and both halves of a gate
+            working = tensors.size(node.input[0]) + 2 * (halves_of(node) - 1) * tensors.size(node.output[0])
         most = max(most, alive + working)
         alive -= sum(tensors.size(name) for name in dying.pop(number, ()))
     return most

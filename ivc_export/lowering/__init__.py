@@ -30,10 +30,10 @@ from ivc_export.lowering.spell import SpellPass
 from ivc_export.lowering.tensorrt.attention import AttendInPlacePass, EncodeAttendPass
 from ivc_export.lowering.tensorrt.block_dequantise import BlockDequantisePass
 from ivc_export.lowering.tensorrt.dequantise import DequantiseWeightsPass
-from ivc_export.lowering.tensorrt.int4_products import MatMulInt4Pass
+from ivc_export.lowering.tensorrt.joined import TurnHeadsPass
+from ivc_export.lowering.tensorrt.linears import FuseOwnLinearsPass
 from ivc_export.lowering.tensorrt.opset import BLOCKS, NEWEST, RaiseOpsetPass
-from ivc_export.lowering.tensorrt.plugin import KERNELS, UsePluginPass
-from ivc_export.lowering.tensorrt.products import ScaleBeforeProductsPass
+from ivc_export.lowering.tensorrt.plugin import KEPT, KERNELS, UsePluginPass
 
 Passes = Sequence[ir.passes.PassBase]
 Operators = frozenset[tuple[str, str]]
@@ -146,11 +146,13 @@ LOWERINGS: dict[str, Lowering] = {
     # nodes without bodies: TensorRT with our plugin library
     "plugin": Lowering(
         passes=lambda: (
-            MatMulInt4Pass(),
+            FuseOwnLinearsPass(),
             DequantiseWeightsPass(),
+            TurnHeadsPass(),
             AttendInPlacePass(),
             EncodeAttendPass(),
-            ScaleBeforeProductsPass(),
+            InlinePass(kept=KEPT),
+            FuseOwnLinearsPass(),  # in bodies, and over weights in 8 bits
             UsePluginPass(),
         ),
         functions=KERNELS,

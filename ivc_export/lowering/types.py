@@ -14,7 +14,7 @@ BOOLEANS = frozenset(("And", "Equal", "Greater", "GreaterOrEqual", "Less", "Not"
 
 ALIKE = {
     **dict.fromkeys(("AttendInPlace", "AttendJoined", "EncodeAttend", "TurnHeads"), 0),
-    **dict.fromkeys(("FusedLinear", "FusedLinearInt4", "MatMulInt4"), 0),
+    **dict.fromkeys(("FusedLinear", "FusedLinearInt4"), 0),
     "CompactIntoCaches": 2,
 }
 """Operators of ours without a body whose outputs are all of one input's type: that of this number."""

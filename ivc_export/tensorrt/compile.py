@@ -24,6 +24,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from ivc_export.checkpoint.weights import read_values
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
@@ -50,6 +51,8 @@ def compile_graph(
     name = model.graph.name
     path = work / f"{name}.onnx"
     converted = any(isinstance(v.const_value, ir.LazyTensor) for v in model.graph.initializers.values())
+    if converted:
+        read_by_us(model)
     ir.save(model, path, external_data=f"{name}.data" if converted else None)
     logger = make_logger(trt, options.verbose)
     timed = None if options.timing_cache is None else options.timing_cache / f"{name}.cache"
@@ -83,6 +86,17 @@ def compile_graph(
 
 ALIASES = "ALIASED_PLUGIN_IO_10_03"
 """TensorRT's name for plugins whose outputs lie in their inputs' memory, from 10.3 on."""
+
+
+def read_by_us(model: ir.Model) -> None:
+    """Let weights of a bundle be read by `read_values`, also out of hard links, which onnx_ir refuses."""
+    for value in model.graph.initializers.values():
+        if isinstance(stored := value.const_value, ir.ExternalTensor):
+
+            def read(stored: ir.ExternalTensor = stored) -> ir.TensorProtocol:
+                return ir.Tensor(read_values(stored), dtype=stored.dtype, name=stored.name)
+
+            value.const_value = ir.LazyTensor(read, dtype=stored.dtype, shape=stored.shape, name=stored.name)
 
 
 def weak(trt: Any, options: Options) -> bool:

@@ -57,6 +57,10 @@ class EngineChoices:
         narrow = self.softmax == "float16" and self.lowering(name) in SPELLED
         return dict.fromkeys(("EncoderAttention", "WindowAttention"), "narrow") if narrow else {}
 
+    def own_products(self, name: GraphName) -> bool:
+        """Whether our plugin's products add to a decoder's residual stream: where its kernels attend."""
+        return self.lowering(name) == "plugin" and name != "vision" and self.attention == "operator"
+
     def score_bytes(self, name: GraphName) -> int:
         """What attention takes while it runs for each of its scores; 0 where a fused kernel stores none.
 
@@ -146,26 +150,31 @@ def build_dtype(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str)
 
 def lowered(bundle: Bundle, name: GraphName, choices: EngineChoices) -> ir.Model:
     """A graph as TensorRT gets it."""
-    spelled = SpellPass(choices.spellings(name))(typed(bundle, name, choices.dtype)).model
+    spelled = SpellPass(choices.spellings(name))(typed(bundle, name, choices.dtype, choices.own_products(name))).model
     return lower(spelled, choices.lowering(name))
 
 
 def graph_to_count(bundle: Bundle, name: GraphName, choices: EngineChoices) -> ir.Model:
     """The same graph to count on, with one operator for each attention, whatever TensorRT gets."""
-    spelled = SpellPass(dict.fromkeys(ATTENTION, "standard"))(typed(bundle, name, choices.dtype)).model
+    spelled = SpellPass(dict.fromkeys(ATTENTION, "standard"))(
+        typed(bundle, name, choices.dtype, choices.own_products(name))
+    ).model
     return RaiseOpsetPass()(lower(spelled, choices.lowering(name))).model
 
 
-def typed(bundle: Bundle, name: GraphName, dtype: FloatName) -> ir.Model:
-    """A graph in `dtype`, in float16 with residual sums in float32 and in scale, before it is lowered.
+def typed(bundle: Bundle, name: GraphName, dtype: FloatName, own_products: bool = False) -> ir.Model:
+    """A graph in `dtype` before it is lowered; in float16, residual sums are in scale and in float32.
 
-    In scale, since TensorRT 8.6 holds them in float16 whatever it is told.
+    In scale, since TensorRT 8.6 holds them in float16 whatever it is told. Where our plugin's products add to them, in
+    float32, and round what they give, they are in float16.
     """
     model = bundle.graph(name)
     if dtype != bundle.manifest.dtype:
         model = RetypeFloatsPass(dtype)(model).model
     if dtype == "float16":
-        model = WidenResidualsPass()(ScaleResidualsPass()(model).model).model
+        model = ScaleResidualsPass()(model).model
+        if not own_products:
+            model = WidenResidualsPass()(model).model
     return model
 
 

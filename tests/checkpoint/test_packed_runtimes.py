@@ -226,7 +226,7 @@ def test_our_plugin_gets_the_bytes_of_a_bundle(zero_points: bool, dtype: FloatNa
     arrays |= {"zero_points": pack_values(zeros, 4)} if zero_points else {}
     model = lower(one_product(arrays, packing, out, features, dtype), "plugin")
     (node,) = model.graph
-    assert (node.op_type, node.attributes["block_size"].as_int()) == ("MatMulInt4", 32)
+    assert (node.op_type, node.attributes["block_size"].as_int()) == ("FusedLinearInt4", 32)
     assert node.attributes["zero_points"].as_int() == zero_points
     packed, stored, *points = (value.const_value.numpy() for value in node.inputs[1:])  # type: ignore[union-attr]
     np.testing.assert_array_equal(packed.view(np.uint8), arrays["packed"])
@@ -276,7 +276,7 @@ def test_engines_with_the_plugin_keep_four_bits_but_in_float32(
     for name in ("prefix", "decoder"):
         model = lowered(bundle, name, choices)
         operators = [node.op_type for node in model.graph]
-        assert ("MatMulInt4" in operators) == (packed == "int4" in kinds)
+        assert ("FusedLinearInt4" in operators) == (packed == "int4" in kinds)
         assert not any(node.op_type.startswith("LinearNBits") for node in model.graph)
         assert graph_to_count(bundle, name, choices)
 

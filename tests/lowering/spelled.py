@@ -10,6 +10,7 @@ import onnx_ir as ir
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.graph.functions import function as function_body
 from ivc_export.lowering.edit import Editor
+from ivc_export.lowering.tensorrt.linears import ACTIVATIONS, OPTIONAL
 from ivc_export.lowering.tensorrt.plugin import KERNELS
 
 PLUGIN = ("plugin_namespace", "plugin_version")
@@ -67,6 +68,51 @@ def attend_in_place(edit: Editor, node: ir.Node) -> None:
     edit.graph.remove(node, safe=True)
 
 
+def turn_heads(edit: Editor, node: ir.Node) -> None:
+    for old, new in zip(node.outputs, turned(edit, node), strict=True):
+        edit.replace(old, new)
+    edit.graph.remove(node, safe=True)
+
+
+def turned(edit: Editor, node: ir.Node) -> list[ir.Value]:
+    """Query, key and value by head."""
+    rows, *tables = node.inputs[: 5 if node.attributes["normed"].as_int() else 3]
+    heads, kv_heads, size = (node.attributes[name].as_int() for name in ("heads", "kv_heads", "head_dim"))
+    counts = (heads, kv_heads, kv_heads)
+    if node.attributes["grouped"].as_int():
+        (rows,) = edit.op(node, "Reshape", rows, edit.ints(-1, kv_heads, heads // kv_heads + 2, size))
+        parts = edit.op(node, "Split", rows, edit.ints(heads // kv_heads, 1, 1), outputs=3, axis=2)
+    else:
+        parts = edit.op(node, "Split", rows, edit.ints(*(size * count for count in counts)), outputs=3, axis=-1)
+    found = []
+    (shape,) = edit.op(node, "Shape", tables[0])
+    (length,) = edit.op(node, "Gather", shape, edit.ints(0), axis=0)
+    for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
+        (shape,) = edit.op(node, "Concat", edit.ints(-1), length, edit.ints(count, size), axis=0)
+        (x,) = edit.op(node, "Reshape", part, shape)
+        (x,) = edit.op(node, "Transpose", x, perm=[0, 2, 1, 3])
+        if number < 2 and len(tables) == 4:
+            epsilon = node.attributes["epsilon"].as_float()
+            (x,) = edit.op(node, "RMSNorm", x, tables[2 + number], domain=IVC_DOMAIN, epsilon=epsilon)
+        if number < 2:
+            (x,) = edit.op(node, "Rotate", x, *tables[:2], domain=IVC_DOMAIN)
+        found.append(x)
+    return found
+
+
+def attend_joined(edit: Editor, node: ir.Node) -> None:
+    past_key, past_value, length = node.inputs[-3:]
+    heads = turned(edit, node)
+    (visible,) = edit.op(node, "CausalMask", heads[0], past_key, length, domain=IVC_DOMAIN)
+    sizes: dict[str, Any] = {name: node.attributes[name].as_int() for name in ("heads", "kv_heads", "head_dim")}
+    sizes["scale"] = node.attributes["scale"].as_float()
+    (y,) = edit.op(node, "Attention", *heads, past_key, past_value, visible, domain=IVC_DOMAIN, **sizes)
+    edit.replace(node.outputs[0], y)
+    for fresh, past, old in zip(heads[1:], (past_key, past_value), node.outputs[1:], strict=True):
+        edit.replace(old, written(edit, node, past, fresh, length))
+    edit.graph.remove(node, safe=True)
+
+
 def encode_attend(edit: Editor, node: ir.Node) -> None:
     q, k, v, *windows = node.inputs
     assert q is not None and k is not None and v is not None
@@ -98,7 +144,7 @@ def heads_of(edit: Editor, node: ir.Node, x: ir.Value, like: ir.Value) -> ir.Val
     """Rows by head, if they are not that yet: products of weights, and their parts, are whole rows."""
     producer = x.producer()
     assert producer is not None
-    if producer.op_type not in ("Add", "Gemm", "MatMul", "Split"):
+    if producer.op_type not in ("Add", "FusedLinear", "FusedLinearInt4", "Gemm", "MatMul", "Split"):
         return x
     (shape,) = edit.op(node, "Shape", like)
     frames, heads, size = (edit.op(node, "Gather", shape, edit.ints(axis), axis=0)[0] for axis in (0, 1, 3))
@@ -117,14 +163,59 @@ def written(edit: Editor, node: ir.Node, past: ir.Value | None, rows: ir.Value, 
     return edit.op(node, "ScatterElements", past, places, rows, axis=2)[0]
 
 
-def matmul_int4(edit: Editor, node: ir.Node) -> None:
-    x, words, scales, *points = node.inputs
-    assert words is not None and words.const_value is not None
+def fused_linear(edit: Editor, node: ir.Node) -> None:
+    x, *rest = (value for value in node.inputs if value is not None)
+    names = [name for name in OPTIONAL[node.op_type].values() if node.attributes[name].as_int()]
+    more = names if "zero_points" not in names else names[1:]
+    given = dict.fromkeys(("normed", "biased", "summed")) | dict(zip(more, rest[len(rest) - len(more) :], strict=True))
+    weights = rest[: len(rest) - len(more)]
+    real = {name: node.attributes[name].as_float() for name in ("slope", "scale", "epsilon")}
+    dtype, kind = (
+        edit.types[weights[-1 if node.op_type == "FusedLinear" else 1]],
+        ACTIVATIONS[node.attributes["activation"].as_int()],
+    )
+
+    def op(name: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        return edit.op(node, name, *inputs, **attributes)[0]
+
+    if given["normed"] is not None:
+        (x,) = edit.op(node, "RMSNorm", x, given["normed"], domain=IVC_DOMAIN, epsilon=real["epsilon"])
+    y = op("Mul", product(edit, node, x, weights), edit.scalar(real["scale"], dtype))
+    if given["biased"] is not None:
+        y = op("Add", y, given["biased"])
+    parts = edit.op(node, "Split", y, outputs=2, axis=-1) if node.attributes["gated"].as_int() else [y]
+    if kind == "swish":
+        y = op("Mul", parts[0], op("Sigmoid", op("Mul", parts[0], edit.scalar(real["slope"], dtype))))
+    elif kind == "gelu":
+        half, root, one = (edit.scalar(number, dtype) for number in (0.5, 2**-0.5, 1.0))
+        y = op("Mul", op("Mul", parts[0], half), op("Add", op("Erf", op("Mul", parts[0], root)), one))
+    elif kind == "gelu_tanh":
+        half, cubic, root, one = (edit.scalar(number, dtype) for number in (0.5, 0.044715, 0.79788456, 1.0))
+        cube = op("Mul", op("Mul", parts[0], parts[0]), op("Mul", parts[0], cubic))
+        inner = op("Tanh", op("Mul", op("Add", parts[0], cube), root))
+        y = op("Mul", op("Mul", parts[0], half), op("Add", inner, one))
+    else:
+        y = parts[0]
+    if len(parts) > 1:
+        y = op("Mul", y, parts[1])
+    if given["summed"] is not None:
+        y = op("Add", y, given["summed"])
+    edit.types[y] = dtype
+    edit.replace(node.outputs[0], y)
+    edit.graph.remove(node, safe=True)
+
+
+def product(edit: Editor, node: ir.Node, x: ir.Value, weights: list[ir.Value]) -> ir.Value:
+    """Of floats, or of int32 that are packed bytes."""
+    if node.op_type == "FusedLinear":
+        return edit.op(node, "Gemm", x, weights[0], transB=1)[0]
+    words, scales, *points = weights
+    assert words.const_value is not None
     block, packed = node.attributes["block_size"].as_int(), words.const_value.numpy()
-    (out, blocks, _), features = packed.shape, x.shape[1] if x is not None and x.shape is not None else None
+    (out, blocks, _), features = packed.shape, x.shape[1] if x.shape is not None else None
     arrays = [packed.view(np.uint8)]
     for value in points:
-        assert value is not None and value.const_value is not None
+        assert value.const_value is not None
         arrays.append(value.const_value.numpy().view(np.uint8)[: out * -(-blocks // 2)].reshape(out, -1))
     given = [
         ir.val(f"{node.name}.{i}", const_value=ir.tensor(a, name=f"{node.name}.{i}")) for i, a in enumerate(arrays)
@@ -132,16 +223,17 @@ def matmul_int4(edit: Editor, node: ir.Node) -> None:
     for value in given:
         edit.graph.initializers[str(value.name)] = value
     sizes = {"bits": 4, "block_size": block, "N": out, "K": features or blocks * block}
-    (y,) = edit.op(node, "MatMulNBits", x, given[0], scales, *given[1:], domain="com.microsoft", **sizes)
-    edit.replace(node.outputs[0], y)
-    edit.graph.remove(node, safe=True)
+    return edit.op(node, "MatMulNBits", x, given[0], scales, *given[1:], domain="com.microsoft", **sizes)[0]
 
 
 SPELLED = {
-    "MatMulInt4": matmul_int4,
+    "FusedLinear": fused_linear,
+    "FusedLinearInt4": fused_linear,
     "SelectTokens": select_tokens,
     "CompactGatherN": compact_gather,
     "CompactIntoCaches": compact_into_caches,
     "AttendInPlace": attend_in_place,
+    "AttendJoined": attend_joined,
+    "TurnHeads": turn_heads,
     "EncodeAttend": encode_attend,
 }

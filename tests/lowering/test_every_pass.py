@@ -50,6 +50,7 @@ ONCE = {ScaleResidualsPass: "a graph in scale is scaled again"}
 
 WITHOUT_CONDITIONS = {
     "PackProjectionsPass": "it packs what reads the same rows, and leaves the rest as it was",
+    "TurnHeadsPass": "it splits heads that the kernel takes, and leaves the rest as it was",
     "ScaleResidualsPass": "it refuses, in a sentence to the user, what it cannot scale while it follows the stream",
 }
 """Passes that take any graph and promise nothing of all graphs."""

@@ -24,6 +24,7 @@ class IvcJoined(ctypes.Structure):
         ("epsilon", ctypes.c_float),
         ("capacity", ctypes.c_int32),
         ("scale", ctypes.c_float),
+        ("by_head", ctypes.c_int32),
     ]
 
 
@@ -93,15 +94,18 @@ class JoinedCase:
         return ctypes.pointer(joined), ctypes.pointer(rows), put
 
     def check_split(self, kernels: Kernels) -> None:
-        """Against float64, with the values and without."""
+        """Against float64, with the values and without, row by row and by head."""
         joined, rows, _held = self.structs(kernels)
         wanted = self.split()
         put = [on_device(kernels, np.full(x.shape, np.nan, x.dtype)) for x in wanted]
-        for outputs in (put, [*put[:2], None]):
+        frames = len(self.rows) // joined.contents.angle_rows
+        for outputs, by_head in ((put, 0), ([*put[:2], None], 0), (put, 1)):
+            joined.contents.by_head = by_head
             pointers = [ctypes.c_void_p(0 if x is None else kernels.address(x)) for x in outputs]
             kernels.call("ivcTurnHeads", joined, rows, *pointers)
             for found, x in zip(put, wanted, strict=True):
-                near(kernels.to_host(found).view(x.dtype), x, self.dtype)
+                answer = x.reshape(frames, -1, *x.shape[1:]).swapaxes(1, 2) if by_head else x
+                near(kernels.to_host(found).view(x.dtype), answer, self.dtype)
 
     def run(self, kernels: Kernels) -> tuple[Array, Array, Array]:
         """y and both caches afterwards, twice over the same counters."""

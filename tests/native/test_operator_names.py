@@ -17,7 +17,8 @@ from tests.native.kernels import PLUGIN
 
 ONNXRUNTIME = "".join(path.read_text(encoding="utf-8") for path in sorted((PLUGIN / "onnxruntime").iterdir()))
 TENSORRT = "".join(
-    (PLUGIN / "tensorrt" / f"{name}.h").read_text(encoding="utf-8") for name in ("operators", "attention", "products")
+    (PLUGIN / "tensorrt" / f"{name}.h").read_text(encoding="utf-8")
+    for name in ("operators", "attention", "joined", "products")
 )
 SHARED = {"SelectTokens"}
 """Functions that have a kernel of the same signature."""

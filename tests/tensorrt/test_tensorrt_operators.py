@@ -84,7 +84,11 @@ def test_native_graphs_are_read(family: str, version: str, dtype: FloatName) -> 
 @pytest.mark.parametrize("family", families.names())
 def test_plugin_graphs_are_read_but_for_the_plugin(family: str) -> None:
     for graph in tiny_graphs("float16", family):
-        wanted = {node.op_type for node in lower(graph.clone(), "native").graph.all_nodes()} | {"Expand", "Cast"}
+        wanted = {node.op_type for node in lower(graph.clone(), "native").graph.all_nodes()} | {
+            "Expand",
+            "Cast",
+            "Split",
+        }
         lowered = lower(graph, "plugin")
         assert {n.op_type for n in lowered.graph.all_nodes() if n.domain != IVC_DOMAIN} <= wanted
         assert {n.op_type for n in lowered.graph.all_nodes() if n.domain == IVC_DOMAIN} <= KERNELS

@@ -80,7 +80,8 @@ IVC_API cudaError_t ivcEncodeAttend(const IvcEncoder* encoder, const void* q, co
     const int32_t* windowOfPlace, void* y, cudaStream_t stream);
 
 // Splits rows by head; queries and keys are normed, and then turned as graphs/ops/Rotate.onnxtxt says, in float32.
-//   q [rows, heads headDim]; k, v [rows, kvHeads headDim]; v may be null, and is then left out
+//   q [rows, heads headDim]; k, v [rows, kvHeads headDim]; v may be null, and is then left out; with byHead
+//     [rows / angleRows, heads, angleRows, headDim]
 IVC_API cudaError_t ivcTurnHeads(
     const IvcJoined* joined, const IvcJoinedRows* rows, void* q, void* k, void* v, cudaStream_t stream);
 

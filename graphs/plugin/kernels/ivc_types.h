@@ -91,6 +91,7 @@ typedef struct {
     float epsilon;     // of the norms of heads
     int32_t capacity;  // P, of attention: the rows of each cache
     float scale;       // of attention
+    int32_t byHead;    // of what ivcTurnHeads writes, 1: by frame of angleRows rows, then by head; 0: row by row
 } IvcJoined;
 
 // Rows of joined heads, and what turns and norms them.

@@ -11,13 +11,13 @@ inline bool possible(const IvcJoined& c, const IvcJoinedRows& r) {
     return c.rows > 0 && c.kvHeads > 0 && c.heads > 0 && c.heads % c.kvHeads == 0 && c.headDim > 0 &&
            c.headDim <= 128 && c.headDim % 8 == 0 && (!normed || (c.headDim & (c.headDim - 1)) == 0) &&
            c.type >= IVC_FLOAT32 && c.type <= IVC_BFLOAT16 && (r.cos == nullptr) == (r.sin == nullptr) &&
-           (!r.cos || (c.angleRows > 0 && c.rows % c.angleRows == 0)) &&
+           (!(r.cos || c.byHead) || (c.angleRows > 0 && c.rows % c.angleRows == 0)) &&
            static_cast<int64_t>(c.rows) * (c.heads + 2 * c.kvHeads) * (c.headDim / 8) < INT32_MAX - kTurnThreads;
 }
 
 inline Turn planned(const IvcJoined& c, const IvcJoinedRows& r, void* q, void* k, void* v) {
     return {r.rows, r.cos, r.sin, r.queryNorm, r.keyNorm, q, k, v, c.rows, c.angleRows, c.heads, c.kvHeads, c.headDim,
-        c.order == IVC_HEADS_GROUPED, c.epsilon};
+        c.order == IVC_HEADS_GROUPED, c.byHead, c.epsilon};
 }
 
 inline int32_t turnBlocks(const Turn& t) { return ceilDiv(t.rowCount * t.parts() * t.lanes(), kTurnThreads); }

@@ -18,12 +18,19 @@ struct Turn {
     const float *cos, *sin;
     const void *queryNorm, *keyNorm;
     void *q, *k, *v;
-    int32_t rowCount, angleRows, heads, kvHeads, headDim, grouped;
+    int32_t rowCount, angleRows, heads, kvHeads, headDim, grouped, byHead;
     float epsilon;
 
     IVC_HD int32_t half() const { return headDim / 2; }
     IVC_HD int32_t lanes() const { return headDim / 8; }  // of a head
     IVC_HD int32_t group() const { return heads / kvHeads; }
+
+    // Where head `head` of `of` heads, of a row, is written.
+    IVC_HD int64_t target(int64_t row, int32_t head, int32_t of) const {
+        if (!byHead) return (row * of + head) * headDim;
+        return ((row / angleRows * of + head) * angleRows + row % angleRows) * headDim;
+    }
+
     IVC_HD int32_t width() const { return (heads + 2 * kvHeads) * headDim; }
 
     // Heads of a row that are split from it.
@@ -185,9 +192,9 @@ IVC_WARP void turnHeads(Block& block, const Turn& t, int32_t number) {
             if (!real(lane)) return;
             const int32_t head = headOf(lane);
             const int64_t row = rowOf(lane);
-            Value* to = head < t.heads  ? static_cast<Value*>(t.q) + (row * t.heads + head) * t.headDim
-                        : head < turned ? static_cast<Value*>(t.k) + (row * t.kvHeads + head - t.heads) * t.headDim
-                                        : static_cast<Value*>(t.v) + (row * t.kvHeads + head - turned) * t.headDim;
+            Value* to = head < t.heads  ? static_cast<Value*>(t.q) + t.target(row, head, t.heads)
+                        : head < turned ? static_cast<Value*>(t.k) + t.target(row, head - t.heads, t.kvHeads)
+                                        : static_cast<Value*>(t.v) + t.target(row, head - turned, t.kvHeads);
             writeFour<Value>(to + element(lane), pairs.x[lane].low);
             writeFour<Value>(to + element(lane) + t.half(), pairs.x[lane].high);
         });

@@ -5,6 +5,8 @@
 // the past is copied where they differ, as they do while a builder tunes.
 #pragma once
 
+#include <algorithm>
+
 #include "operators.h"
 
 namespace ivc {
@@ -15,6 +17,15 @@ inline cudaError_t bringPast(const PluginTensorDesc& cache, const void* past, vo
     size_t size = bytes(cache.type);
     for (int32_t a = 0; a < cache.dims.nbDims; ++a) size *= static_cast<size_t>(extent(cache, a));
     return size ? cudaMemcpyAsync(present, past, size, cudaMemcpyDeviceToDevice, stream) : cudaSuccess;
+}
+
+// The most scratch memory that a call of up to `rows` rows needs: fewer rows are split over more blocks. of(rows): of
+// so many.
+template <class Of>
+size_t mostWorkspace(int32_t rows, Of of) {
+    size_t most = 0;
+    for (int32_t count = 1; count <= rows; ++count) most = std::max(most, of(count));
+    return most;
 }
 
 // Strides of heads [frames, heads, rows, D], or of rows [frames rows, heads D] that they were not split from.
@@ -59,8 +70,11 @@ class AttendInPlace {
     }
 
     size_t workspace(const PluginTensorDesc* in) const {
-        const IvcAttention a = attention(in);
-        return ivcAttendWorkspace(&a);
+        IvcAttention a = attention(in);
+        return mostWorkspace(a.rows, [&](int32_t rows) {
+            a.rows = rows;
+            return ivcAttendWorkspace(&a);
+        });
     }
 
     cudaError_t enqueue(const PluginTensorDesc* in, const void* const* inputs, void* const* outputs,

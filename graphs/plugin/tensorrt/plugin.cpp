@@ -12,6 +12,7 @@
 #endif
 
 #include "attention.h"
+#include "joined.h"
 #include "products.h"
 
 namespace {
@@ -27,6 +28,9 @@ Registration<ivc::CompactGatherN> compactGatherN;
 Registration<ivc::AttendInPlace> attendInPlace;
 Registration<ivc::EncodeAttend> encodeAttend;
 Registration<ivc::CompactIntoCaches> compactIntoCaches;
-Registration<ivc::MatMulInt4> matMulInt4;
+Registration<ivc::TurnHeads> turnHeads;
+Registration<ivc::AttendJoined> attendJoined;
+Registration<ivc::FusedLinear> fusedLinear;
+Registration<ivc::FusedLinearInt4> fusedLinearInt4;
 
 }  // namespace

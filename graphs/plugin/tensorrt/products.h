@@ -1,7 +1,7 @@
-// The ivc operator of products over weights in 4 bits, as TensorRT sees it.
+// The ivc operators of products, as TensorRT sees them.
 //
-// Inputs are those of the `plugin` lowering (ivc_export/lowering/tensorrt/int4_products.py). Packed bytes come as int32,
-// four at a time: TensorRT 8.6 has no constants of bytes.
+// Inputs are those of the `plugin` lowering (ivc_export/lowering/tensorrt/linears.py). Packed bytes come as int32, four
+// at a time: TensorRT 8.6 has no constants of bytes.
 #pragma once
 
 #include "../kernels/ivc_linear.h"
@@ -9,16 +9,121 @@
 
 namespace ivc {
 
-// MatMulInt4(x [rows, K], packed int32 [N, blocks, block_size / 8], scales [N, blocks]) -> y [rows, N], or with
-// `zero_points` MatMulInt4(x, packed, scales, zero_points int32 [ceil(N ceil(blocks / 2) / 4)]).
-class MatMulInt4 {
+// What both have: {activation, gated, normed, biased, summed, slope, scale, epsilon}, `activation` being one of
+// IvcActivation, and behind the weights the inputs norm [K], bias [N] and residual [.., N], those left out whose
+// `normed`, `biased` or `summed` is 0.
+class Surroundings {
    public:
-    static constexpr const char* kName = "MatMulInt4";
-    static constexpr Attribute kAttributes[] = {{"block_size"}, {"zero_points"}};
+    static constexpr size_t kCount = 8;
 
-    explicit MatMulInt4(const Attributes& attributes) : attributes_(attributes) {}
+    explicit Surroundings(const Attributes& attributes) : a_(attributes) {}
 
-    static bool valid(const Attributes& a) { return a[0].size() == 1 && a[1].size() == 1 && a[0][0] > 0; }
+    static bool valid(const Attributes& a) {
+        for (const auto& attribute : a) {
+            if (attribute.size() != 1) return false;
+        }
+        return a[0][0] >= IVC_NO_ACTIVATION && a[0][0] <= IVC_GELU_TANH;
+    }
+
+    bool normed() const { return flag(kNormed); }
+
+    DimsExprs outputShape(const DimsExprs* inputs, IExprBuilder& builder) const {
+        DimsExprs shape = inputs[0];
+        const auto*& columns = shape.d[shape.nbDims - 1];
+        columns = inputs[1].d[0];
+        if (flag(kGated)) {
+            columns = builder.operation(
+                nvinfer1::DimensionOperation::kFLOOR_DIV, *inputs[1].d[0], *builder.constant(2));
+        }
+        return shape;
+    }
+
+    IvcLinear linear(const PluginTensorDesc* in) const {
+        const int32_t last = in[0].dims.nbDims - 1;
+        IvcLinear c{1, extent(in[0], last), extent(in[1], 0) / (flag(kGated) ? 2 : 1), ivcType(in[0].type),
+            static_cast<IvcActivation>(a_[0][0]), flag(kGated), real(a_[5]), real(a_[6]), real(a_[7])};
+        for (int32_t a = 0; a < last; ++a) c.rows *= extent(in[0], a);
+        return c;
+    }
+
+    struct Operands {
+        const void *norm = nullptr, *bias = nullptr, *residual = nullptr;
+    };
+
+    // first: the number of the first input behind the weights.
+    Operands operands(const void* const* inputs, int32_t first) const {
+        Operands found;
+        if (flag(kNormed)) found.norm = inputs[first++];
+        if (flag(kNormed + 1)) found.bias = inputs[first++];
+        if (flag(kNormed + 2)) found.residual = inputs[first];
+        return found;
+    }
+
+   private:
+    static constexpr int32_t kGated = 1, kNormed = 2;
+
+    bool flag(int32_t attribute) const { return a_[attribute][0] != 0; }
+
+    const Attributes& a_;
+};
+
+// FusedLinear(x [.., K], weight [N, K], the inputs above) -> y [.., N]; with 2 N rows of weight and bias where gated
+class FusedLinear {
+   public:
+    static constexpr const char* kName = "FusedLinear";
+    static constexpr Attribute kAttributes[] = {{"activation"}, {"gated"}, {"normed"}, {"biased"}, {"summed"},
+        {"slope", true}, {"scale", true}, {"epsilon", true}};
+
+    explicit FusedLinear(const Attributes& attributes) : attributes_(attributes) {}
+
+    static bool valid(const Attributes& a) { return Surroundings::valid(a); }
+
+    const Attributes& attributes() const { return attributes_; }
+
+    int32_t outputs() const { return 1; }
+    int32_t aliased(int32_t) const { return -1; }
+
+    bool supports(int32_t position, const PluginTensorDesc* tensors) const {
+        const auto& t = tensors[position];
+        if (t.format != nvinfer1::TensorFormat::kLINEAR) return false;
+        return position ? t.type == tensors[0].type : isFloat(t.type);
+    }
+
+    DataType outputType(int32_t, const DataType* inputs) const { return inputs[0]; }
+
+    DimsExprs outputShape(int32_t, const DimsExprs* inputs, IExprBuilder& builder) const {
+        return around().outputShape(inputs, builder);
+    }
+
+    size_t workspace(const PluginTensorDesc* in) const {
+        const IvcLinear c = around().linear(in);
+        return ivcLinearWorkspace(&c, around().normed());
+    }
+
+    cudaError_t enqueue(const PluginTensorDesc* in, const void* const* inputs, void* const* outputs, void* workspace,
+        cudaStream_t stream) const {
+        const IvcLinear c = around().linear(in);
+        const auto given = around().operands(inputs, 2);
+        return ivcLinear(&c, inputs[0], given.norm, inputs[1], given.bias, given.residual, outputs[0], workspace, stream);
+    }
+
+   private:
+    Surroundings around() const { return Surroundings(attributes_); }
+
+    Attributes attributes_;
+};
+
+// FusedLinearInt4(x [.., K], packed int32 [N, blocks, block_size / 8], scales [N, blocks], zero_points int32
+// [ceil(N ceil(blocks / 2) / 4)], the inputs above) -> y [.., N], the zero points left out where `zero_points` is 0
+class FusedLinearInt4 {
+   public:
+    static constexpr const char* kName = "FusedLinearInt4";
+    static constexpr Attribute kAttributes[] = {{"activation"}, {"gated"}, {"normed"}, {"biased"}, {"summed"},
+        {"slope", true}, {"scale", true}, {"epsilon", true}, {"block_size"}, {"zero_points"}};
+
+    explicit FusedLinearInt4(const Attributes& attributes) : attributes_(attributes) {}
+
+    static bool valid(const Attributes& a) { return Surroundings::valid(a) && a[Surroundings::kCount][0] > 0; }
 
     const Attributes& attributes() const { return attributes_; }
 
@@ -35,36 +140,30 @@ class MatMulInt4 {
 
     DataType outputType(int32_t, const DataType* inputs) const { return inputs[0]; }
 
-    DimsExprs outputShape(int32_t, const DimsExprs* inputs, IExprBuilder&) const {
-        DimsExprs shape = inputs[0];
-        shape.d[shape.nbDims - 1] = inputs[1].d[0];
-        return shape;
+    DimsExprs outputShape(int32_t, const DimsExprs* inputs, IExprBuilder& builder) const {
+        return around().outputShape(inputs, builder);
     }
 
     size_t workspace(const PluginTensorDesc* in) const {
-        const IvcLinear product = productOf(in);
-        return ivcLinearInt4Workspace(&product, 0);
+        const IvcLinear c = around().linear(in);
+        return ivcLinearInt4Workspace(&c, around().normed());
     }
 
     cudaError_t enqueue(const PluginTensorDesc* in, const void* const* inputs, void* const* outputs, void* workspace,
         cudaStream_t stream) const {
-        const IvcLinear product = productOf(in);
-        const IvcPacked weight{inputs[1], inputs[2], points() ? inputs[kPoints] : nullptr, attributes_[0][0]};
+        const IvcLinear c = around().linear(in);
+        const IvcPacked weight{
+            inputs[1], inputs[2], points() ? inputs[kPoints] : nullptr, attributes_[Surroundings::kCount][0]};
+        const auto given = around().operands(inputs, points() ? kPoints + 1 : kPoints);
         return ivcLinearInt4(
-            &product, &weight, inputs[0], nullptr, nullptr, nullptr, outputs[0], workspace, stream);
+            &c, &weight, inputs[0], given.norm, given.bias, given.residual, outputs[0], workspace, stream);
     }
 
    private:
     static constexpr int32_t kPoints = 3;
 
-    static IvcLinear productOf(const PluginTensorDesc* in) {
-        const int32_t last = in[0].dims.nbDims - 1;
-        IvcLinear product{1, extent(in[0], last), extent(in[1], 0), ivcType(in[0].type), IVC_NO_ACTIVATION, 0, 1, 1, 0};
-        for (int32_t a = 0; a < last; ++a) product.rows *= extent(in[0], a);
-        return product;
-    }
-
-    bool points() const { return attributes_[1][0] != 0; }
+    bool points() const { return attributes_[Surroundings::kCount + 1][0] != 0; }
+    Surroundings around() const { return Surroundings(attributes_); }
 
     Attributes attributes_;
 };

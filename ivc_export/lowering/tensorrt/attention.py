@@ -20,7 +20,9 @@ class AttendInPlacePass(ir.passes.InPlacePass):
     2. Leaves: where keys and values are of one size among ATTENDED_SIZES, no Attention but
        AttendInPlace(q, k, v, past_key, past_value, past_length) {scale, append}. In prefix it reads caches and gives y
        alone (append 0). In decoder it also writes this run's rows behind those that are valid (append 1), and gives
-       present_key and present_value. CompactIntoCaches(keep_index, past_length, x_1 .. x_n, past_1 .. past_n) ->
+       present_key and present_value; where TurnHeads gives q, k and v to nothing else, that is one operator,
+       AttendJoined(rows, cos, sin, query_norm, key_norm, past_key, past_value, past_length) with TurnHeads' attributes
+       and scale. CompactIntoCaches(keep_index, past_length, x_1 .. x_n, past_1 .. past_n) ->
        present_1 .. present_n {caches n} stands for the CompactGather of keys and values. Inputs and outputs as
        contract.graphs.owned_caches_info says. v is [S, kv_heads D] where nothing but SplitHeads made it.
     """
@@ -119,6 +121,9 @@ def attend(edit: Editor, node: ir.Node, append: bool) -> None:
     q, k, v, past_key, past_value, visible = node.inputs
     causal = called(visible, "CausalMask")
     assert causal is not None and past_key is not None and past_value is not None
+    if append and (turned := turned_for(node)) is not None:
+        attend_to_rows(edit, node, turned, causal.inputs[2])
+        return
     split = called(v, "SplitHeads")
     rows = whole_rows(v) if split is not None and numbers(split.inputs[1]) == [1] else v  # of one frame
     attributes: dict[str, Any] = {"scale": node.attributes["scale"].as_float(), "append": int(append)}
@@ -132,6 +137,28 @@ def attend(edit: Editor, node: ir.Node, append: bool) -> None:
     )
     take_over(edit, node.outputs[0], y)
     for past, new in zip((past_key, past_value), present, strict=False):
+        give(edit.graph, TensorName.of(past.name).to("new"), past, new)
+
+
+def turned_for(node: ir.Node) -> ir.Node | None:
+    """The TurnHeads that gives an attention, and nothing else, its query, key and value."""
+    turned = called(node.inputs[0], "TurnHeads")
+    alone = turned is not None and list(turned.outputs) == list(node.inputs[:3])
+    new = [] if turned is None else [use for value in turned.outputs for use in value.uses() if use.node is not node]
+    return turned if alone and not new else None
+
+
+def attend_to_rows(edit: Editor, node: ir.Node, turned: ir.Node, length: ir.Value | None) -> None:
+    """One decoder layer, from a product's rows."""
+    attributes: dict[str, Any] = {name: value.value for name, value in turned.attributes.items()}
+    attributes["scale"] = node.attributes["scale"].as_float()
+    caches = node.inputs[3:5]
+    y, *present = edit.op(
+        node, "AttendJoined", *turned.inputs, *caches, length, outputs=3, domain=IVC_DOMAIN, **attributes
+    )
+    take_over(edit, node.outputs[0], y)
+    for past, new in zip(caches, present, strict=True):
+        assert past is not None
         give(edit.graph, TensorName.of(past.name).to("new"), past, new)
 
 

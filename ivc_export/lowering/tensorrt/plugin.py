@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.contract.operators import ATTENTION_OPERATORS, PLUGIN_OPERATORS, PRODUCT_OPERATORS
+from ivc_export.contract.operators import ATTENTION_OPERATORS, LINEAR_OPERATORS, PLUGIN_OPERATORS
 from ivc_export.lowering.edit import called
 from ivc_export.lowering.inline import InlinePass
 
@@ -20,8 +20,11 @@ KINDS = {"graph": 0, "int32": 1, "float32": 2}
 """Element types of CompactGatherN's tensors: `graph` is the floating-point type that all such tensors share."""
 
 
-KERNELS = PLUGIN_OPERATORS | ATTENTION_OPERATORS | PRODUCT_OPERATORS
+KERNELS = PLUGIN_OPERATORS | ATTENTION_OPERATORS | LINEAR_OPERATORS
 """Operators that the plugin has."""
+
+KEPT = ("SelectTokens", "CompactGather", *KERNELS)
+"""Calls that are not inlined."""
 
 
 class UsePluginPass(ir.passes.InPlacePass):
@@ -36,12 +39,12 @@ class UsePluginPass(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         """Check that what is inlined has a body, and that gathers can be fused."""
-        InlinePass(kept=("SelectTokens", "CompactGather", *KERNELS)).requires(model)
+        InlinePass(kept=KEPT).requires(model)
         one_index([node for node in model.graph if called(node.outputs[0], "CompactGather")])
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the nodes, drop the bodies."""
-        inlined = InlinePass(kept=("SelectTokens", "CompactGather", *KERNELS))(model).modified
+        inlined = InlinePass(kept=KEPT)(model).modified
         gathers = [node for node in model.graph if called(node.outputs[0], "CompactGather")]
         if gathers:
             sources = [node.inputs[0] for node in gathers]

@@ -1,0 +1,46 @@
+"""Heads of query, key and value, which our plugin splits, norms and turns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from ivc_export.contract.names import IVC_DOMAIN
+from ivc_export.lowering.edit import Editor
+from ivc_export.lowering.fused.joined_heads import join_heads
+from ivc_export.lowering.tensorrt.attention import attended, encoded, take_over
+
+
+class TurnHeadsPass(ir.passes.InPlacePass):
+    """Let one kernel split rows into heads, norm and turn them, for which TensorRT would have a kernel an operator.
+
+    1. Needs: a portable graph, behind FuseLinearsPass.
+    2. Leaves: before attention of sizes that our kernels take, where query and key are turned, and heads are such as
+       fused.joined_heads takes, TurnHeads(rows [R, (heads + 2 kv_heads) head_dim], cos [A, head_dim / 2], sin,
+       query_norm [head_dim], key_norm) -> query [R / A, heads, A, head_dim], key and value [R / A, kv_heads, A,
+       head_dim] {heads, kv_heads, head_dim, grouped, normed, epsilon}. Both norms are left out where `normed` is 0.
+       Other layers stay as they were.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Layer by layer."""
+        edit, angles = Editor(model.graph), dict[ir.Value, ir.Value]()
+        found = [turn(edit, node, angles) for node in (*attended(model.graph), *encoded(model.graph))]
+        if any(found):
+            RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, any(found))
+
+
+def turn(edit: Editor, node: ir.Node, angles: dict[ir.Value, ir.Value]) -> bool:
+    """Before one attention; whether it could be done."""
+    joined = join_heads(edit, node, angles)
+    if joined is None or joined.cos is None or (joined.query_norm is None) != (joined.key_norm is None):
+        return False
+    attributes: dict[str, Any] = {**joined.attributes, "normed": int(joined.key_norm is not None)}
+    new = edit.op(node, "TurnHeads", joined.rows, *joined.optional, outputs=3, domain=IVC_DOMAIN, **attributes)
+    for old, value in zip(node.inputs[:3], new, strict=True):
+        assert old is not None
+        take_over(edit, old, value)
+    return True

@@ -1,0 +1,96 @@
+"""Products with what surrounds them, as parsers of TensorRT read them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ivc_export.checkpoint.weights import read_values
+from ivc_export.contract.names import IVC_DOMAIN
+from ivc_export.contract.operators import ATTENTION_OPERATORS, LINEAR_OPERATORS
+from ivc_export.lowering.fused.linears import ATTENTION, FuseLinearsPass, is_product
+from ivc_export.lowering.tensorrt.attention import attended, encoded
+
+KERNELS = ATTENTION_OPERATORS | LINEAR_OPERATORS
+"""Operators beside which products are to be ours."""
+ACTIVATIONS = ("none", "swish", "gelu", "gelu_tanh")
+"""Of a product, by number."""
+OPTIONAL = {
+    "FusedLinear": {2: "normed", 3: "biased", 4: "summed"},
+    "FusedLinearInt4": {3: "zero_points", 4: "normed", 5: "biased", 6: "summed"},
+}
+"""Attributes that say whether there is an input, by its number, of each operator."""
+BYTES = {"FusedLinear": (), "FusedLinearInt4": (1, 3)}
+"""Inputs of bytes."""
+
+
+class FuseOwnLinearsPass(ir.passes.InPlacePass):
+    """FuseLinearsPass, where products stand beside kernels of ours.
+
+    TensorRT compiles a graph that spells attention out as a whole; nodes of a plugin cut it into pieces, and what is
+    left between them it tunes operator by operator, which takes minutes.
+
+    1. Needs: a portable graph, or one whose attention is replaced.
+    2. Leaves: what FuseLinearsPass leaves, where our kernels attend or weights are in 4 bits; else the graph as it was.
+       Operators as parsers read them, which take no empty inputs: the attributes of OPTIONAL say which there are,
+       and `activation` is a number of ACTIVATIONS. Bytes are int32, four at a time, since TensorRT 8.6 has no constants
+       of bytes: packed values [N, blocks, block_size / 8], zero points flat, with zeros behind them where they fill
+       none.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Fuse, and write inputs down."""
+        changed = is_ours(model.graph) and FuseLinearsPass()(model).modified
+        for node in model.graph:
+            if node.domain == IVC_DOMAIN and node.op_type in OPTIONAL and "normed" not in node.attributes:
+                say_inputs(model.graph, node)
+        return ir.passes.PassResult(model, changed)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Check that none is left that is to be fused."""
+        if is_ours(model.graph):
+            FuseLinearsPass().ensures(model)
+
+
+def is_ours(graph: ir.Graph) -> bool:
+    """Whether a graph's products are our kernels'."""
+    own = [node for node in graph if node.domain == IVC_DOMAIN]
+    taken = {*attended(graph), *encoded(graph)}
+    left = {node for node in own if node.op_type in ATTENTION} - taken
+    return any(is_product(node) for node in own) or (
+        not left and bool(taken or KERNELS & {node.op_type for node in own})
+    )
+
+
+def say_inputs(graph: ir.Graph, node: ir.Node) -> None:
+    """Leave out the inputs that a product lacks, and say in attributes which ones it has."""
+    given = [*node.inputs, None, None, None, None]
+    for index in BYTES[node.op_type]:
+        given[index] = None if given[index] is None else as_words(graph, given[index])  # type: ignore[arg-type]
+    for index, name in OPTIONAL[node.op_type].items():
+        node.attributes[name] = ir.AttrInt64(name, int(given[index] is not None))
+    number = ACTIVATIONS.index(node.attributes["activation"].as_string())
+    node.attributes["activation"] = ir.AttrInt64("activation", number)
+    present = [value for value in given if value is not None]
+    node.resize_inputs(len(present))
+    for index, value in enumerate(present):
+        node.replace_input_with(index, value)
+
+
+def as_words(graph: ir.Graph, stored: ir.Value) -> ir.Value:
+    """A constant of bytes as int32, added to the graph once: packed values [N, blocks, words], zero points flat."""
+    tensor = stored.const_value
+    assert tensor is not None
+    name, sizes = f"{stored.name}.words", tensor.shape.numpy()
+    shape = (*sizes[:-1], sizes[-1] // 4) if len(sizes) == 3 else (-(-tensor.size // 4),)
+
+    def read() -> ir.TensorProtocol:
+        data = read_values(tensor).ravel()
+        words = np.pad(data, (0, -len(data) % 4)).view("<i4").reshape(shape)
+        return ir.Tensor(words, dtype=ir.DataType.INT32, name=name)
+
+    if name not in graph.initializers:
+        lazy = ir.LazyTensor(read, dtype=ir.DataType.INT32, shape=ir.Shape(shape), name=name)
+        kind = ir.TensorType(ir.DataType.INT32)
+        graph.initializers[name] = ir.val(name, type=kind, shape=ir.Shape(shape), const_value=lazy)
+    return graph.initializers[name]

@@ -300,9 +300,9 @@ def operators(session: Any, prompt: Prompt, count: int) -> dict[str, list[dict[s
     try:
         given = {"cuda_graph": False, "op_library": session.op_library}
         watched = type(session)(session.bundle, session.device, **given)
+        BundleSide(watched).answer(prompt, 1.0, count)  # which opens those of what goes up
     finally:
         onnxruntime.SessionOptions = options
-    BundleSide(watched).answer(prompt, 1.0, count)
     found = {}
     for name, one in watched._sessions.items():
         total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])

@@ -96,6 +96,7 @@ def turned(edit: Editor, node: ir.Node) -> list[ir.Value]:
             (x,) = edit.op(node, "RMSNorm", x, tables[2 + number], domain=IVC_DOMAIN, epsilon=epsilon)
         if number < 2:
             (x,) = edit.op(node, "Rotate", x, *tables[:2], domain=IVC_DOMAIN)
+        edit.types[x] = edit.types[node.inputs[0]]  # type: ignore[index]
         found.append(x)
     return found
 

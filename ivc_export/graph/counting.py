@@ -19,6 +19,9 @@ from ivc_export.contract.operators import LINEAR_OPERATORS
 ALIASES = frozenset(("Reshape", "Squeeze", "Unsqueeze"))
 """Operators whose output is their input's memory."""
 
+MATMUL_SCRATCH, FEW_ROWS = 32 << 20, 8
+"""IVC_MATMUL_WORKSPACE and IVC_FEW_ROWS of the kernels' headers."""
+
 Value = npt.NDArray[Any]
 
 
@@ -162,6 +165,20 @@ def halves_of(node: onnx.NodeProto) -> int:
     return 1 + next((attribute.i for attribute in node.attribute if attribute.name == "gated"), 0)
 
 
+def linear_scratch(node: onnx.NodeProto, tensors: Tensors) -> int:
+    """What a product of our kernels takes while it runs, as ivc_linear.h says: nothing of few rows.
+
+    Of more, what cuBLASLt works in, rows that are normed, both halves of a gate, and weights of 4 bits as floats.
+    """
+    rows, features = math.prod(tensors.shape(node.input[0])[:-1]), tensors.shape(node.input[0])[-1]
+    if rows <= FEW_ROWS:
+        return 0
+    columns, width = tensors.shape(node.input[1])[0], tensors.size(node.input[0]) // (rows * features)
+    gate = rows * columns * width if halves_of(node) > 1 else 0
+    unpacked = columns * features * width if node.op_type == "FusedLinearInt4" else 0
+    return MATMUL_SCRATCH + tensors.size(node.input[0]) + gate + unpacked
+
+
 def is_attention(node: onnx.NodeProto) -> bool:
     """Whether it is opset 23's operator."""
     return not node.domain and node.op_type == "Attention"
@@ -197,8 +214,8 @@ def peak(graph: onnx.GraphProto, tensors: Tensors, score_bytes: int) -> int:
                 if name not in kept:
                     dying.setdefault(ends.get(name, number), []).append(name)
         working = score_bytes * scores_of(node, tensors) if is_attention(node) else 0
-        if node.op_type in LINEAR_OPERATORS:  # rows that are normed, and both halves of a gate
-            working = tensors.size(node.input[0]) + 2 * (halves_of(node) - 1) * tensors.size(node.output[0])
+        if node.op_type in LINEAR_OPERATORS:
+            working = linear_scratch(node, tensors)
         most = max(most, alive + working)
         alive -= sum(tensors.size(name) for name in dying.pop(number, ()))
     return most

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -152,6 +153,25 @@ def test_estimates_are_what_engines_measured() -> None:
     for graph, axes, choices, name, taken in measured:
         found = count(graph, axes, score_bytes=choices.score_bytes(name)).peak_bytes  # type: ignore[arg-type]
         assert 0.95 * taken < found < 1.3 * taken, (choices, found)
+
+
+@pytest.mark.parametrize(("rows", "gated", "int4", "more"), [(8, 1, 1, 0), (9, 0, 0, 0), (9, 1, 0, 1), (9, 1, 1, 2)])
+def test_products_of_our_kernels_take_what_their_header_says(rows: int, gated: int, int4: int, more: int) -> None:
+    """`more`: 0, with both halves of a gate, with weights of 4 bits as floats as well."""
+    features, out = 64, 32 * (1 + gated)
+    stored = np.zeros((out, 2, 4), np.int32) if int4 else np.zeros((out, features), np.float16)
+    node = onnx.helper.make_node(
+        "FusedLinearInt4" if int4 else "FusedLinear", ["x", "w"], ["y"], domain="ivc", gated=gated
+    )
+    half = onnx.TensorProto.FLOAT16
+    x, y = (onnx.helper.make_tensor_value_info(name, half, [rows, size]) for name, size in (("x", features), ("y", 32)))
+    graph = onnx.helper.make_graph([node], "one", [x], [y], [onnx.numpy_helper.from_array(stored, "w")])
+    opsets = [onnx.helper.make_opsetid(domain, 1 if domain else 17) for domain in ("", "ivc")]
+    found = count(onnx.helper.make_model(graph, opset_imports=opsets), {})
+    normed = 2 * rows * features
+    working = [normed, normed + 2 * rows * out, normed + 2 * rows * out + 2 * out * features][more] + (32 << 20)
+    assert found.peak_bytes == 2 * rows * (features + 32) + (working if rows > 8 else 0)
+    assert found.flops == 2 * rows * features * out
 
 
 def test_memory_decides_on_attention_and_says_so(sample_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

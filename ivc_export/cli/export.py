@@ -151,7 +151,7 @@ def command(arguments: Sequence[str], prog: str = "ivc-export") -> int:
     console = make_console(quiet=options.quiet or options.json)
     if console.quiet:
         hub.silence()
-    recipe = given_recipe(options) if options.model else None
+    recipe = None if options.model is None else given_recipe(options)
     if recipe and options.dry_run:
         found = estimate_recipe(recipe, options.picture or PICTURES)
         if options.json:

@@ -222,6 +222,7 @@ EXPORTS: list[tuple[str, Prepare, list[str], str]] = [
     ("disk fills up", lambda p: fail(p, shutil, "copyfile", OSError(errno.ENOSPC, "No space left on device")), [],
      "No space left on device: check the path, its permissions and the free space"),
     ("no model", nothing, ["--model", "/nowhere"], "/nowhere is not a folder"),
+    ("an empty name", nothing, ["--model", ""], "has no config.json"),
     ("a file", nothing, ["--model", "PICTURE"], "is not a folder"),
     ("name too long", nothing, ["--model", f"TMP/{'n' * 300}"], "File name too long"),
     ("markup", nothing, ["--model", "TMP/x[/b]:smile:"], "x[/b]:smile: is not a folder"),

@@ -19,6 +19,7 @@ from ivc_export.contract.names import MANIFEST
 from ivc_export.contract.origin import read_origin
 from ivc_export.errors import UserError
 from ivc_export.exporter.card import model_card, read_checked
+from ivc_export.files import confined
 from ivc_export.source.hub import is_hub_id
 from ivc_export.source.origin import CARD, completed
 
@@ -66,7 +67,8 @@ def push(bundle: Bundle, repo: str, private: bool = False) -> Pushed:
     Engines and reports stay here: engines fit one machine, and reports show pictures. private: of a new repository.
 
     Raises:
-        UserError: the hub does not take it, and the repository is as it was; or see read_checked and read_origin.
+        UserError: the hub does not take it, and the repository is as it was; or see read_checked, read_origin and
+            shared_files.
     """
     import huggingface_hub
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -96,10 +98,17 @@ def push(bundle: Bundle, repo: str, private: bool = False) -> Pushed:
 
 
 def shared_files(bundle: Bundle) -> list[str]:
-    """Files of a bundle that are for others, relative to its folder: its graphs, weights, and what is beside them."""
+    """Files of a bundle that are for others, relative to its folder: its graphs, weights, and what is beside them.
+
+    Raises:
+        UserError: one of them is a link that leaves the folder.
+    """
     names = {path.relative_to(bundle.folder) for path in bundle.folder.rglob("*") if path.is_file()}
     beside = {str(name) for name in names if any(fits(name, pattern) for pattern in shared_patterns())}
-    return sorted({*bundle.files, *beside})
+    found = sorted({*bundle.files, *beside})
+    for name in found:
+        confined(bundle.folder, name, "replace the link by what may be uploaded, or remove it")
+    return found
 
 
 def is_of_bundle(name: str) -> bool:

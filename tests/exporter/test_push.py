@@ -220,6 +220,17 @@ def test_options_that_do_not_go_together(
     assert sentence in capsys.readouterr().err
 
 
+def test_what_a_link_leads_to_elsewhere_is_not_pushed(server: Hub, run: Run, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"of this machine")
+    (bundle / "testdata").mkdir(exist_ok=True)
+    (bundle / "testdata" / "picture-9.png").symlink_to(tmp_path / "secret")
+    said = refusal(run("ivc_export", "--output", bundle, "--push-to-hub", "owner/new", "--quiet"))
+    assert (
+        "has 'testdata/picture-9.png', which is outside the bundle or a link that leaves it: replace the link" in said
+    )
+    assert not server.repos and not server.stored
+
+
 def test_a_folder_that_is_no_bundle_is_not_pushed(server: Hub, run: Run, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     pushing = ("--output", tmp_path / "folder", "--push-to-hub", "owner/new")

@@ -116,6 +116,8 @@ def run(options: argparse.Namespace) -> int:
         UserError: see `application`; or the cluster serves something already, the replicas do not fit the machine, the
             port cannot be had, or a replica cannot open the bundle.
     """
+    if not options.port:
+        raise UserError("--port 0 is out of range: replicas share one port, so give it")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     ray, serve = load_ray("ray"), load_ray("ray.serve")
@@ -129,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
         with console.status("starting the replicas"):
             where = os.environ.get("RAY_ADDRESS")
             if where:
-                ray.init(where, logging_level="error")
+                join(ray, where)
                 if serve.status().proxies:
                     raise UserError(
                         f"the cluster at {where} runs Ray Serve already: add an application to its file "
@@ -155,6 +157,21 @@ def run(options: argparse.Namespace) -> int:
             serve.delete(NAME)
         ray.shutdown()
     return 0
+
+
+def join(ray: Any, where: str) -> None:
+    """Go into a cluster.
+
+    Raises:
+        UserError: there is none, or it is of another version of Ray or Python.
+    """
+    try:
+        ray.init(where, logging_level="error")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the cluster at {where} cannot be reached ({error}): start it with `ray start`, or unset RAY_ADDRESS to "
+            "serve on this machine"
+        ) from error
 
 
 def check_room(options: argparse.Namespace, resources: Mapping[str, float]) -> None:

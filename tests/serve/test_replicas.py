@@ -140,6 +140,25 @@ def test_without_ray_the_sentence_names_the_extra(
     assert said.startswith("error: --replicas needs more packages (") and "install ivc-export[ray]" in said
 
 
+def test_a_cluster_that_is_not_there_is_one_sentence(
+    fake: FakeServe, sample_bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(where: str, **options: object) -> None:
+        raise ConnectionError(f"no Ray at {where}")
+
+    monkeypatch.setattr(fake, "init", init, raising=False)
+    monkeypatch.setattr(fake, "shutdown", lambda: None, raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    assert cli.ivc_serve([str(sample_bundle.folder), "--replicas", "2"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: the cluster at 127.0.0.1:9 cannot be reached (no Ray at 127.0.0.1:9): start it with")
+
+
+def test_replicas_need_a_port_that_is_known(sample_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.ivc_serve([str(sample_bundle.folder), "--replicas", "2", "--port", "0"]) == 2
+    assert "--port 0 is out of range: replicas share one port, so give it" in capsys.readouterr().err
+
+
 def test_cores_of_replicas_are_for_replicas(sample_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.ivc_serve([str(sample_bundle.folder), "--replica-cpus", "2"]) == 2
     assert "--replica-cpus is for replicas: use it with --replicas, or leave it out" in capsys.readouterr().err

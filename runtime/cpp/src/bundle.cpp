@@ -41,15 +41,15 @@ void widen(const char* table, size_t first, size_t count, const std::string& dty
         std::memcpy(to, table + 4 * first, 4 * count);
         return;
     }
-    for (size_t i = 0; i < count; ++i) {
-        uint16_t bits;
-        std::memcpy(&bits, table + 2 * (first + i), 2);
-        const uint32_t widened = static_cast<uint32_t>(bits) << 16;
-        if (dtype == "float16") {
-            to[i] = fromHalf(bits);
-        } else {
-            std::memcpy(to + i, &widened, 4);
-        }
+    const auto bits = [&](size_t i) {
+        uint16_t found;
+        std::memcpy(&found, table + 2 * (first + i), 2);
+        return found;
+    };
+    if (dtype == "float16") {
+        for (size_t i = 0; i < count; ++i) to[i] = fromHalf(bits(i));
+    } else {
+        for (size_t i = 0; i < count; ++i) to[i] = fromBfloat16(bits(i));
     }
 }
 

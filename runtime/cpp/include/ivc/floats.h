@@ -19,6 +19,14 @@ inline float fromHalf(uint16_t half) {
     return value;
 }
 
+// A bfloat16 in float32.
+inline float fromBfloat16(uint16_t half) {
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
 // The nearest float16, ties to even.
 inline uint16_t toHalf(float value) {
     uint32_t bits, small;

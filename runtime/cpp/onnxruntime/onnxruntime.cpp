@@ -81,8 +81,14 @@ const T* valuesOf(const Values& values, const std::string& name, const Shape& wa
     return static_cast<const T*>(data);
 }
 
+// A device, to those that may outlive it.
+struct Owner {};
+
 // What vision made of a picture: of each output that has rows for it, these, [visual, hidden].
 struct SeenRows : Seen {
+    explicit SeenRows(std::shared_ptr<const Owner> by_) : by(std::move(by_)) {}
+
+    std::shared_ptr<const Owner> by;
     std::map<std::string, std::vector<float>> rows;
 };
 
@@ -150,8 +156,11 @@ class OnnxRuntimeDevice : public Device {
         }
         int64_t seen = 0;
         for (const Visual* picture : pictures) {
-            const SeenRows& found = look(*picture);
             const int64_t tokens = picture->grid.visual();
+            if (seen + tokens > visual) {
+                throw Error("the pictures give other visual tokens than the prompt holds: prepare them with this bundle");
+            }
+            const SeenRows& found = look(*picture);
             const float* image = found.rows.at(kImageEmbeds).data();
             for (int64_t i = 0; i < tokens; ++i) {
                 const int64_t row = run.visualIndex[static_cast<size_t>(seen + i)];
@@ -207,7 +216,8 @@ class OnnxRuntimeDevice : public Device {
    private:
     // What vision makes of a picture, now or before.
     const SeenRows& look(const Visual& picture) {
-        if (const auto* seen = dynamic_cast<const SeenRows*>(picture.seen.get())) return *seen;
+        const auto* before = dynamic_cast<const SeenRows*>(picture.seen.get());
+        if (before != nullptr && before->by == owner_) return *before;
         Values feeds;
         const auto count = [](const std::vector<int32_t>& values) { return static_cast<int64_t>(values.size()); };
         feeds[kPixelValues] = floats(picture.pixels, picture.shape);
@@ -215,7 +225,7 @@ class OnnxRuntimeDevice : public Device {
         feeds[kTokenSource] = integers(picture.tokenSource, {count(picture.tokenSource)});
         const Values outputs = call("vision", "vision", feeds);
         const int64_t hidden = m_.decoder.hiddenSize, size = picture.grid.visual() * hidden;
-        auto found = std::make_shared<SeenRows>();
+        auto found = std::make_shared<SeenRows>(owner_);
         const auto keep = [&](const std::string& name) {
             Shape shape;
             const float* values = valuesOf<float>(outputs, name, {-1, -1, hidden}, &shape);
@@ -320,6 +330,7 @@ class OnnxRuntimeDevice : public Device {
 
     const Bundle& bundle_;
     const Manifest& m_;
+    std::shared_ptr<const Owner> owner_ = std::make_shared<Owner>();
     Owned<OrtEnv> environment_;
     Owned<OrtMemoryInfo> memory_;
     std::map<std::string, Owned<OrtSession>> sessions_;

@@ -87,7 +87,7 @@ std::function<void()> CudaGpu::capture(const std::function<void()>& work) {
     bool whole = true;
     try {
         work();
-    } catch (const Error&) {  // what cannot be captured; the capture has to be ended all the same
+    } catch (...) {  // what cannot be captured; the capture has to be ended all the same
         whole = false;
     }
     whole = cudaStreamEndCapture(stream_, &graph) == cudaSuccess && whole;

@@ -1,6 +1,7 @@
 // Operators over rows in which one product has put the heads of query, key and value side by side.
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <utility>
 
@@ -104,24 +105,28 @@ class Counters {
    public:
     Counters(const Ort::ConstKernelInfo& node, int64_t count) {
         const OrtKernelInfo* const info = node;
-        Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAllocator(info, OrtMemTypeDefault, &allocator_));
+        OrtAllocator* allocator = nullptr;
+        Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAllocator(info, OrtMemTypeDefault, &allocator));
+        allocator_.reset(allocator);
         const size_t bytes = sizeof(int32_t) * static_cast<size_t>(count);
-        data_ = static_cast<int32_t*>(allocator_->Alloc(allocator_, bytes));
-        check(cudaMemset(data_, 0, bytes), "AttendJoined");
-        check(cudaStreamSynchronize(nullptr), "AttendJoined");  // runs are on other streams
+        data_ = {static_cast<int32_t*>(allocator->Alloc(allocator, bytes)), Free{allocator}};
+        check(cudaMemset(data_.get(), 0, bytes), "ivc");
+        check(cudaStreamSynchronize(nullptr), "ivc");  // runs are on other streams
     }
-    ~Counters() {
-        allocator_->Free(allocator_, data_);
-        Ort::GetApi().ReleaseAllocator(allocator_);
-    }
-    Counters(const Counters&) = delete;
-    Counters& operator=(const Counters&) = delete;
 
-    int32_t* data() const { return data_; }
+    int32_t* data() const { return data_.get(); }
 
    private:
-    OrtAllocator* allocator_ = nullptr;
-    int32_t* data_ = nullptr;
+    struct Release {
+        void operator()(OrtAllocator* allocator) const { Ort::GetApi().ReleaseAllocator(allocator); }
+    };
+    struct Free {
+        OrtAllocator* allocator;
+        void operator()(int32_t* memory) const { allocator->Free(allocator, memory); }
+    };
+
+    std::unique_ptr<OrtAllocator, Release> allocator_;
+    std::unique_ptr<int32_t, Free> data_{nullptr, Free{}};
 };
 
 // The cache that is output `output`: input `input`'s own memory where the caller has bound it so, else a copy.

@@ -109,7 +109,8 @@ class Counters {
         const size_t size = sizeof(int32_t) * static_cast<size_t>(count);
         if (cudaMalloc(&found, size) == cudaSuccess) {
             device_.reset(static_cast<int32_t*>(found));
-            if (cudaMemset(found, 0, size) != cudaSuccess) device_.reset();
+            // runs are on other streams, which do not wait for this one
+            if (cudaMemset(found, 0, size) || cudaStreamSynchronize(nullptr)) device_.reset();
         } else {
             cudaGetLastError();  // a later call is not to find it
         }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tests.native.attention import ROUNDING, STORED, DecoderCase, Doubles, bits, encoder_case, on_device, poison
+from tests.native.attention import ROUNDING, STORED, DecoderCase, Doubles, bits, on_device, poison
 from tests.native.kernels import TYPES, Kernels
 
 EPSILON = 1e-6
@@ -216,30 +216,3 @@ def split_case(seed: int) -> JoinedCase:
         key_cache=none,
         value_cache=none,
     )
-
-
-def check_encoder(kernels: Kernels, seed: int, windows: bool) -> None:
-    """A random case of EncoderCase's, its heads joined and turned, against float64."""
-    case = encoder_case(seed, windows)
-    generator = np.random.default_rng(seed)
-    frames, heads, rows, size = case.q.shape
-    angles = generator.uniform(-9, 9, (rows, size // 2))
-    cos, sin = (turn(angles).astype(np.float32) for turn in (np.cos, np.sin))
-    by_row = [x.transpose(0, 2, 1, 3).reshape(frames * rows, heads * size) for x in (case.q, case.k, case.v)]
-    none = np.zeros((heads, 0, size), case.q.dtype)
-    joined = JoinedCase(
-        np.concatenate(by_row, axis=1), heads, heads, size, False, cos, sin, None, None, case.dtype, none, none
-    )
-    q, k, v = (x.reshape(frames, rows, heads, size).transpose(0, 2, 1, 3) for x in joined.split())
-    turned = replace(case, q=q, k=k, v=v)
-    struct, pointed, _held = joined.structs(kernels)
-    workspace = kernels.functions.ivcEncodeJoinedWorkspace
-    workspace.restype = ctypes.c_size_t
-    scratch = kernels.to_device(np.full(workspace(struct), 0xFF, np.uint8))
-    wanted = turned.answer()
-    y = on_device(kernels, np.full(wanted.shape, np.nan, case.q.dtype))
-    places = None if case.windows is None else kernels.to_device(case.windows)
-    pointers = [0 if x is None else kernels.address(x) for x in (places, y, scratch)]
-    extents = (frames, case.block_size)
-    kernels.call("ivcEncodeJoined", struct, pointed, *extents, *map(ctypes.c_void_p, pointers))
-    turned.error(kernels.to_host(y).view(case.q.dtype).reshape(wanted.shape))

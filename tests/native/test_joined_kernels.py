@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.native.joined import check_encoder, joined_case, split_case
+from tests.native.joined import joined_case, split_case
 from tests.native.kernels import Kernels
 
 
@@ -26,13 +26,6 @@ def test_attention_over_joined_rows_agrees_with_float64(kernels: Kernels) -> Non
     with np.errstate(all="ignore"):  # NaN and infinities stand where nothing may be read
         for seed in range(kernels.stream, 500, 2):
             joined_case(seed).check(kernels)
-
-
-@pytest.mark.parametrize("windows", [False, True], ids=["frames", "windows"])
-def test_encoders_over_joined_rows_agree_with_float64(kernels: Kernels, windows: bool) -> None:
-    with np.errstate(all="ignore"):
-        for seed in range(kernels.stream, 200, 2):
-            check_encoder(kernels, seed, windows)
 
 
 def test_random_cases_hold_what_they_are_for() -> None:

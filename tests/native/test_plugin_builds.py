@@ -49,7 +49,6 @@ def test_kernels_compile_and_link(tmp_path: Path) -> None:
         "ivcEncodeAttend",
         "ivcTurnHeads",
         "ivcAttendJoined",
-        "ivcEncodeJoined",
         "ivcFusedInt4",
         "ivcUnpack",
         "ivcFusedLinear",

@@ -154,17 +154,6 @@ cudaError_t ivcTurnHeads(
     return launchTurn<__half, __nv_bfloat16>(*c, planned(*c, *rows, q, k, v), Launch{stream});
 }
 
-size_t ivcEncodeJoinedWorkspace(const IvcJoined* c) { return encoderWorkspaceOf(*c); }
-
-cudaError_t ivcEncodeJoined(const IvcJoined* c, const IvcJoinedRows* rows, int32_t frames, int32_t blockSize,
-    const int32_t* windowOfPlace, void* y, void* workspace, cudaStream_t stream) {
-    bool tensorCores = false;
-    const cudaError_t known = hasTensorCores(tensorCores);
-    if (known != cudaSuccess) return known;
-    return encodeJoined<__half, __nv_bfloat16>(*c, *rows, frames, blockSize, windowOfPlace, y, workspace, tensorCores,
-        cudaErrorInvalidValue, Launch{stream});
-}
-
 size_t ivcAttendJoinedWorkspace(const IvcJoined* c) {
     bool tensorCores = false;
     return hasTensorCores(tensorCores) == cudaSuccess ? workspaceOf(*c, tensorCores) : 0;

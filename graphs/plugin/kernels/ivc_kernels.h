@@ -85,14 +85,6 @@ IVC_API cudaError_t ivcEncodeAttend(const IvcEncoder* encoder, const void* q, co
 IVC_API cudaError_t ivcTurnHeads(
     const IvcJoined* joined, const IvcJoinedRows* rows, void* q, void* k, void* v, cudaStream_t stream);
 
-// Bytes of scratch memory that ivcEncodeJoined needs, from extents alone. It need not be cleared.
-IVC_API size_t ivcEncodeJoinedWorkspace(const IvcJoined* joined);
-
-// ivcTurnHeads, then ivcEncodeAttend in frames of `frames`, or with windows of blocks: see there. Keys and values are as
-// many as queries.
-IVC_API cudaError_t ivcEncodeJoined(const IvcJoined* joined, const IvcJoinedRows* rows, int32_t frames,
-    int32_t blockSize, const int32_t* windowOfPlace, void* y, void* workspace, cudaStream_t stream);
-
 // Bytes of scratch memory that ivcAttendJoined needs, from extents alone. It need not be cleared.
 IVC_API size_t ivcAttendJoinedWorkspace(const IvcJoined* joined);
 

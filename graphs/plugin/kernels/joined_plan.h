@@ -31,13 +31,6 @@ inline IvcAttention apart(const IvcJoined& c) {
         {0, size, c.heads * size}, {0, size, c.kvHeads * size}, value};
 }
 
-inline IvcEncoder apart(const IvcJoined& c, int32_t frames, int32_t blockSize) {
-    const IvcAttention a = apart(c);
-    const int32_t rows = c.rows / larger(1, frames);
-    const auto framed = [&](IvcStrides s) { return IvcStrides{rows * s.row, s.head, s.row}; };
-    return {frames, c.heads, rows, c.headDim, c.scale, c.type, blockSize, framed(a.q), framed(a.k), framed(a.v)};
-}
-
 // Whether one launch does it all.
 inline bool inOneLaunch(const IvcJoined& c, bool tensorCores) {
     return c.rows == 1 && c.type != IVC_FLOAT32 && tensorCores && c.heads / c.kvHeads <= kMostRowQueries;
@@ -108,29 +101,6 @@ Status attendJoined(const IvcJoined& c, const IvcJoinedRows& r, void* keyCache, 
     a.v = static_cast<const char*>(r.rows) + turn.place(c.heads + c.kvHeads) * bytesOf(c.type);
     a.partial = reinterpret_cast<float*>(k + turnedBytes(c, c.kvHeads));
     return launchDecoder<Half, Brain>(attention, a, tensorCores, launch);
-}
-
-inline size_t encoderWorkspaceOf(const IvcJoined& c) { return turnedBytes(c, c.heads) + turnedBytes(c, c.kvHeads); }
-
-// As attendJoined, of an encoder layer.
-template <class Half, class Brain, class Status, class Launch>
-Status encodeJoined(const IvcJoined& c, const IvcJoinedRows& r, int32_t frames, int32_t blockSize,
-    const int32_t* windowOfPlace, void* y, void* workspace, bool tensorCores, Status impossible, Launch launch) {
-    const IvcEncoder encoder = apart(c, frames, blockSize);
-    if (!possible(c, r) || c.heads != c.kvHeads || !possible(encoder) || c.rows % frames != 0) return impossible;
-    char* q = static_cast<char*>(workspace);
-    char* k = q + turnedBytes(c, c.heads);
-    const Turn turn = planned(c, r, q, k, nullptr);
-    Attend a = planned(encoder);
-    a.q = q;
-    a.k = k;
-    a.v = static_cast<const char*>(r.rows) + turn.place(c.heads + c.kvHeads) * bytesOf(c.type);
-    a.windowOfPlace = windowOfPlace;
-    a.y = y;
-    if (!wellPlaced(a, c.type)) return impossible;
-    const Status turned = launchTurn<Half, Brain>(c, turn, launch);
-    if (turned != Status()) return turned;
-    return launchEncoder<Half, Brain>(encoder, a, tensorCores, launch);
 }
 
 }  // namespace ivc

@@ -334,14 +334,6 @@ int ivcTurnHeads(const IvcJoined* c, const IvcJoinedRows* rows, void* q, void* k
     return launchTurn<Float16, BFloat16>(*c, planned(*c, *rows, q, k, v), Joining(backwards != 0));
 }
 
-size_t ivcEncodeJoinedWorkspace(const IvcJoined* c) { return encoderWorkspaceOf(*c); }
-
-int ivcEncodeJoined(const IvcJoined* c, const IvcJoinedRows* rows, int32_t frames, int32_t blockSize,
-    const int32_t* windowOfPlace, void* y, void* workspace, size_t backwards) {
-    return encodeJoined<Float16, BFloat16>(
-        *c, *rows, frames, blockSize, windowOfPlace, y, workspace, true, 1, Joining(backwards != 0));
-}
-
 size_t ivcAttendJoinedWorkspace(const IvcJoined* c) { return workspaceOf(*c, true); }
 
 int ivcAttendJoined(const IvcJoined* c, const IvcJoinedRows* rows, void* keyCache, void* valueCache,

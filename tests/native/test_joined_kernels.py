@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,3 +71,15 @@ def test_impossible_rows_are_refused(kernels: Kernels) -> None:
         replace(case, sin=None).check_split(kernels)
     with pytest.raises(AssertionError, match="returned 1"):
         replace(case, cos=np.zeros((count + 1, case.size // 2), np.float32)).run(kernels)
+
+
+@pytest.mark.parametrize("name", ["rows", "heads", "kv_heads", "head_dim"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_rows_without_extents_are_refused(kernels: Kernels, name: str, grouped: bool) -> None:
+    case = next(c for c in map(joined_case, range(500)) if len(c.rows) == 1 and c.grouped == grouped)
+    joined, rows, _held = case.structs(kernels)
+    for extent in (0, -1):
+        setattr(joined.contents, name, extent)
+        assert kernels.functions.ivcAttendJoinedWorkspace(joined) == 0
+        with pytest.raises(AssertionError, match="returned 1"):
+            kernels.call("ivcAttendJoined", joined, rows, *[ctypes.c_void_p(0)] * 6)

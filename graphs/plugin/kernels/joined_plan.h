@@ -49,6 +49,7 @@ inline size_t turnedBytes(const IvcJoined& c, int32_t heads) {
 }
 
 inline size_t workspaceOf(const IvcJoined& c, bool tensorCores) {
+    if (!possible(c, IvcJoinedRows{})) return 0;
     if (inOneLaunch(c, tensorCores)) {
         const int32_t splits = rowSplitsOf(c);
         return sizeof(float) * static_cast<size_t>(splits) * static_cast<size_t>(c.heads) *
@@ -71,8 +72,9 @@ template <class Half, class Brain, class Status, class Launch>
 Status attendJoined(const IvcJoined& c, const IvcJoinedRows& r, void* keyCache, void* valueCache,
     const int32_t* pastLength, void* y, void* workspace, int32_t* counters, bool tensorCores, Status impossible,
     Launch launch) {
+    if (!possible(c, r)) return impossible;
     const IvcAttention attention = apart(c);
-    if (!possible(c, r) || !possible(attention)) return impossible;
+    if (!possible(attention)) return impossible;
     Attend a = planned(attention);
     a.keyCache = keyCache;
     a.valueCache = valueCache;

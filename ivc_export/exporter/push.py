@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.bundle.staging import fits, shared_patterns
+from ivc_export.bundle.staging import fits, read_own_manifest, shared_patterns
 from ivc_export.contract.names import MANIFEST
 from ivc_export.contract.origin import read_origin
 from ivc_export.errors import UserError
 from ivc_export.exporter.card import model_card, read_checked
 from ivc_export.files import confined
-from ivc_export.source.hub import is_hub_id
+from ivc_export.source.hub import is_hub_id, snapshot_with
 from ivc_export.source.origin import CARD, completed
 
 KEPT = (CARD, ".gitattributes", "LICENSE*", "LICENCE*", "NOTICE*")
@@ -58,7 +58,8 @@ def check_push(repo: str) -> None:
     with upload_errors(repo, "nothing has been exported or uploaded, so try again"):
         api.whoami()
         if api.repo_exists(repo):
-            check_holds_bundle(repo, api.list_repo_files(repo))
+            info = api.model_info(repo)
+            check_holds_bundle(repo, info.sha, [sibling.rfilename for sibling in info.siblings or ()])
 
 
 def push(bundle: Bundle, repo: str, private: bool = False) -> Pushed:
@@ -82,7 +83,7 @@ def push(bundle: Bundle, repo: str, private: bool = False) -> Pushed:
         api.create_repo(repo, private=private or None, exist_ok=True)
         info = api.model_info(repo)
         there = [sibling.rfilename for sibling in info.siblings or ()]
-        check_holds_bundle(repo, there)
+        check_holds_bundle(repo, info.sha, there)
         stale = [name for name in there if is_of_bundle(name) and name not in files]
         commit = api.create_commit(
             repo,
@@ -116,15 +117,16 @@ def is_of_bundle(name: str) -> bool:
     return any(fits(Path(name), pattern) for pattern in (*shared_patterns(), WEIGHTS))
 
 
-def check_holds_bundle(repo: str, names: list[str]) -> None:
-    """Refuse a repository with files that are no bundle's.
+def check_holds_bundle(repo: str, commit: str | None, names: list[str]) -> None:
+    """Refuse a repository that holds something, of these names at `commit`, and no bundle.
 
     Raises:
-        UserError: it has some, and no manifest.
+        UserError: it does, also where its manifest is another program's.
     """
-    foreign = [name for name in names if not is_of_bundle(name) and not any(fits(Path(name), kept) for kept in KEPT)]
-    if foreign and MANIFEST not in names:
-        raise UserError(f"{repo} on the hub holds {foreign[0]} and no bundle: name another repository")
+    held = [name for name in names if not any(fits(Path(name), kept) for kept in KEPT)]
+    folder = snapshot_with(repo, commit, MANIFEST) if MANIFEST in held else None
+    if held and (folder is None or read_own_manifest(folder) is None):
+        raise UserError(f"{repo} on the hub holds {min(held, key=is_of_bundle)} and no bundle: name another repository")
 
 
 @contextmanager

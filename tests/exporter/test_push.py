@@ -220,6 +220,15 @@ def test_options_that_do_not_go_together(
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("held", ["manifest.json", "tokenizer.json"])
+def test_a_repository_of_another_kind_stays_as_it_is(held: str, server: Hub, run: Run, bundle: Path) -> None:
+    server.commit("owner/new", {held: b'{"name": "a page"}', "README.md": b"# another"})
+    there = dict(server.repos)
+    said = refusal(run("ivc_export", "--output", bundle, "--push-to-hub", "owner/new", "--quiet"))
+    assert f"owner/new on the hub holds {held} and no bundle: name another repository" in said
+    assert server.repos == there and not server.stored
+
+
 def test_what_a_link_leads_to_elsewhere_is_not_pushed(server: Hub, run: Run, bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"of this machine")
     (bundle / "testdata").mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,6 +69,8 @@ class BundleModel(lmms):  # type: ignore[misc]
             raise UserError(
                 "each process needs a GPU of its own: start torchrun -m ivc_export.evaluate in the place of lmms-eval"
             )
+        check_numbers(ratio=ratio, method_seed=method_seed, max_frames=max_frames)
+        check_numbers(**{name: options[name] for name in ("threads", "accuracy_level") if name in options})
         libraries = {name: Path(value) if name in record.libraries else value for name, value in options.items()}
         self.session = open_session(Bundle.load(Path(bundle)), backend, **libraries)
         self.ratio = ratio
@@ -154,6 +157,18 @@ class BundleModel(lmms):  # type: ignore[misc]
         look, visuals = self.processor.look(Video(medium, max_frames=self.max_frames) if kind == "video" else medium)
         pictures += visuals
         return look
+
+
+def check_numbers(**given: object) -> None:
+    """Check values of --model_args: `ratio` is a number, others are whole ones, and None is not given.
+
+    Raises:
+        UserError: one of them is not.
+    """
+    for name, value in given.items():
+        kind, words = (Real, "number") if name == "ratio" else (Integral, "whole number")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise UserError(f"{name}={value} is no {words}: give one in --model_args")
 
 
 def gpus_in_sight(environment: Mapping[str, str]) -> str:

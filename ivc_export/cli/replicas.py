@@ -39,10 +39,11 @@ def app(arguments: Mapping[str, Any]) -> Any:
 
 def command_line(arguments: Mapping[str, Any]) -> list[str]:
     """Arguments of an application as ivc-serve's options."""
-    line = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items() if name != "bundle"]
-    line = [
-        option.removesuffix("=true").removesuffix("=True") for option in line if not option.lower().endswith("=false")
-    ]
+    line = []
+    for name, value in arguments.items():
+        option, said = f"--{name.replace('_', '-')}", str(value).lower()
+        if name != "bundle" and said != "false":
+            line.append(option if said == "true" else f"{option}={value}")
     return [*line, "--", str(arguments["bundle"])] if "bundle" in arguments else line
 
 

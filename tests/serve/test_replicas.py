@@ -79,6 +79,11 @@ def test_an_application_takes_the_options_of_the_command(fake: FakeServe, sample
     assert (settings.queue, settings.most_tokens, settings.remote_images, settings.loopback) == (4, 7, True, False)
 
 
+def test_switches_alone_are_said_by_true_and_false() -> None:
+    given = {"bundle": "x", "name": "is=true", "allow_remote_images": "TRUE", "queue": 3, "private": False}
+    assert replicas.command_line(given) == ["--name=is=true", "--allow-remote-images", "--queue=3", "--", "x"]
+
+
 def test_a_range_of_replicas_scales_with_the_requests(fake: FakeServe, sample_bundle: Bundle) -> None:
     replicas.app({"bundle": str(sample_bundle.folder), "replicas": "1-8", "allow_remote_images": "false"})
     assert fake.asked["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 8}

@@ -67,6 +67,12 @@ Recipe readRecipe(const Field& f) {
     f["opt_visual"].integer(1, r.maxVisual);
     f["opt_text"].integer(1, r.maxText);
     f["optimization_level"].integer(0, 5);
+    if (!f["memory"].isNull()) f["memory"].integer(1, int64_t{1} << 44);
+    if (!f["workspace"].isNull()) f["workspace"].integer(1, int64_t{1} << 40);
+    optional(f["timing_cache"]);
+    if (!f["tactic_sources"].isNull()) {
+        for (const Field& source : f["tactic_sources"].items(100)) source.text();
+    }
     return r;
 }
 
@@ -80,7 +86,7 @@ void checkAgreement(const EngineRecord& record, const Recipe& recipe, const Fiel
     const bool plugin = record.graphs == "plugin", half = record.dtype == "float16";
     require(record.capacity == recipe.maxVisual + recipe.maxText + recipe.maxNew, "capacity");
     require(recipe.target == "tensorrt", "recipe");
-    require(!recipe.computeCapability || *recipe.computeCapability == record.computeCapability, "compute_capability");
+    require(!recipe.computeCapability, "recipe");  // TensorRT builds for the GPU that is there
     require(!recipe.dtype || *recipe.dtype == record.dtype, "dtype");
     const std::string softmax = root["softmax"].text(), attention = root["attention"].text();
     require(softmax == "float32" || (softmax == "float16" && half), "softmax");
@@ -88,7 +94,7 @@ void checkAgreement(const EngineRecord& record, const Recipe& recipe, const Fiel
     const bool possible = plugin                   ? attention == "grouped" || attention == "operator"
                           : spelled(record.graphs) ? attention == "grouped" || attention == "repeated"
                                                    : attention == "operator";
-    require(possible && (recipe.attention == "auto" || recipe.attention == attention), "attention");
+    require(possible && (recipe.attention == "auto" || (!plugin && recipe.attention == attention)), "attention");
     for (const auto& entry : root["packed_weights"].json().items()) {
         require(entry.value() == "int4" || entry.value() == record.dtype, "packed_weights");
     }

@@ -124,6 +124,14 @@ def test_our_operators_take_four_bits(bundles: tuple[Bundle, Bundle]) -> None:
         assert found["MatMulNBits"] and not found["FusedLinearInt4"]
 
 
+def test_attention_of_decode_steps_turns_rows_of_packed_products(bundles: tuple[Bundle, Bundle]) -> None:
+    """Of heads that our operators do not attend to, where one product gives query, key and value."""
+    model = lower(join_decode(bundles[0].graph("prefix"), bundles[0].graph("decoder")), "ort-cuda-ops")
+    turning = [n.attributes["do_rotary"].as_int() for n in model.graph if n.op_type == "GroupQueryAttention"]
+    joined = {one.format for one in bundles[0].manifest.weight_formats.values()} == {"int4"}
+    assert turning == bundles[0].manifest.decoder.layers * [int(joined)]
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", LOGIT_TOLERANCE), ("float16", HALF)])
 def test_engines_compute_with_their_values(
     bundles: tuple[Bundle, Bundle],

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.contract.graphs import TensorName
+from ivc_export.contract.operators import LINEAR_OPERATORS
 from ivc_export.lowering.edit import Editor, made_by
 from ivc_export.lowering.onnxruntime.projections import projected
 
@@ -62,7 +63,7 @@ def packed_rows(node: ir.Node) -> tuple[ir.Value, Sequence[ir.Value | None]] | N
     if split is None or split.inputs[0] is None or list(split.outputs) != parts:
         return None
     rows = split.inputs[0].producer()
-    if rows is None or rows.op_type not in ("Gemm", "MatMulNBits", "FusedLinear", "Add"):  # parts lie otherwise
+    if rows is None or rows.op_type not in ("Gemm", "MatMulNBits", "Add", *LINEAR_OPERATORS):  # parts lie otherwise
         return None
     return split.inputs[0], rotations[0].inputs[2:]
 

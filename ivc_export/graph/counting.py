@@ -19,8 +19,8 @@ from ivc_export.contract.operators import LINEAR_OPERATORS
 ALIASES = frozenset(("Reshape", "Squeeze", "Unsqueeze"))
 """Operators whose output is their input's memory."""
 
-MATMUL_SCRATCH, FEW_ROWS = 32 << 20, 8
-"""IVC_MATMUL_WORKSPACE and IVC_FEW_ROWS of the kernels' headers."""
+MATMUL_SCRATCH, FEW_ROWS = 32 << 20, {"FusedLinear": 2, "FusedLinearInt4": 8}
+"""What our kernels' products of many rows take for cuBLASLt, and how many rows are few, which take nothing."""
 
 Value = npt.NDArray[Any]
 
@@ -166,12 +166,12 @@ def halves_of(node: onnx.NodeProto) -> int:
 
 
 def linear_scratch(node: onnx.NodeProto, tensors: Tensors) -> int:
-    """What a product of our kernels takes while it runs, as ivc_linear.h says: nothing of few rows.
+    """What a product of our kernels takes while it runs, as ivcLinearWorkspace says: nothing of few rows.
 
     Of more, what cuBLASLt works in, rows that are normed, both halves of a gate, and weights of 4 bits as floats.
     """
     rows, features = math.prod(tensors.shape(node.input[0])[:-1]), tensors.shape(node.input[0])[-1]
-    if rows <= FEW_ROWS:
+    if rows <= FEW_ROWS[node.op_type]:
         return 0
     columns, width = tensors.shape(node.input[1])[0], tensors.size(node.input[0]) // (rows * features)
     gate = rows * columns * width if halves_of(node) > 1 else 0

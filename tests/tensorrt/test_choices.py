@@ -155,9 +155,14 @@ def test_estimates_are_what_engines_measured() -> None:
         assert 0.95 * taken < found < 1.3 * taken, (choices, found)
 
 
-@pytest.mark.parametrize(("rows", "gated", "int4", "more"), [(8, 1, 1, 0), (9, 0, 0, 0), (9, 1, 0, 1), (9, 1, 1, 2)])
-def test_products_of_our_kernels_take_what_their_header_says(rows: int, gated: int, int4: int, more: int) -> None:
-    """`more`: 0, with both halves of a gate, with weights of 4 bits as floats as well."""
+@pytest.mark.parametrize(
+    ("rows", "gated", "int4", "more"),
+    [(2, 0, 0, None), (3, 0, 0, 0), (8, 1, 1, None), (9, 0, 0, 0), (9, 1, 0, 1), (9, 1, 1, 2)],
+)
+def test_products_of_our_kernels_take_what_their_header_says(
+    rows: int, gated: int, int4: int, more: int | None
+) -> None:
+    """`more`: None, nothing; 0, of one product; with both halves of a gate; with weights of 4 bits as floats, too."""
     features, out = 64, 32 * (1 + gated)
     stored = np.zeros((out, 2, 4), np.int32) if int4 else np.zeros((out, features), np.float16)
     node = onnx.helper.make_node(
@@ -169,8 +174,9 @@ def test_products_of_our_kernels_take_what_their_header_says(rows: int, gated: i
     opsets = [onnx.helper.make_opsetid(domain, 1 if domain else 17) for domain in ("", "ivc")]
     found = count(onnx.helper.make_model(graph, opset_imports=opsets), {})
     normed = 2 * rows * features
-    working = [normed, normed + 2 * rows * out, normed + 2 * rows * out + 2 * out * features][more] + (32 << 20)
-    assert found.peak_bytes == 2 * rows * (features + 32) + (working if rows > 8 else 0)
+    most = [normed, normed + 2 * rows * out, normed + 2 * rows * out + 2 * out * features]
+    working = 0 if more is None else most[more] + (32 << 20)
+    assert found.peak_bytes == 2 * rows * (features + 32) + working
     assert found.flops == 2 * rows * features * out
 
 

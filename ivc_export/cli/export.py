@@ -160,7 +160,7 @@ def command(arguments: Sequence[str], prog: str = "ivc-export") -> int:
             show_estimate(found, make_console(stderr=False))
         return 0
     if options.push_to_hub:
-        check_push(options.push_to_hub)
+        check_push(options.push_to_hub, options.private)
     start = time.perf_counter()
     with progress_bars(console) as progress:
         bundle = export(recipe, progress) if recipe else Bundle.load(options.output)

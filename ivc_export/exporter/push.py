@@ -7,11 +7,12 @@ by the next one.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.staging import fits, read_own_manifest, shared_patterns
@@ -22,6 +23,9 @@ from ivc_export.exporter.card import model_card, read_checked
 from ivc_export.files import confined
 from ivc_export.source.hub import is_hub_id, snapshot_with
 from ivc_export.source.origin import CARD, completed
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo  # takes a while to load
 
 KEPT = (CARD, ".gitattributes", "LICENSE*", "LICENCE*", "NOTICE*")
 """What a repository may hold beside a bundle's files."""
@@ -39,11 +43,11 @@ class Pushed:
     licensed: bool
 
 
-def check_push(repo: str) -> None:
+def check_push(repo: str, private: bool = False) -> None:
     """Refuse, before any work, a repository that cannot take a bundle; nothing is written.
 
     Raises:
-        UserError: the name is none, there is no token, or the repository holds something else, or the hub says no.
+        UserError: the name is none, there is no token, or the hub says no; or see check_takes_bundle.
     """
     if not is_hub_id(repo):
         raise UserError(f"{repo} is no name of a repository: give --push-to-hub owner/name")
@@ -58,8 +62,7 @@ def check_push(repo: str) -> None:
     with upload_errors(repo, "nothing has been exported or uploaded, so try again"):
         api.whoami()
         if api.repo_exists(repo):
-            info = api.model_info(repo)
-            check_holds_bundle(repo, info.sha, [sibling.rfilename for sibling in info.siblings or ()])
+            check_takes_bundle(api.model_info(repo), private)
 
 
 def push(bundle: Bundle, repo: str, private: bool = False) -> Pushed:
@@ -78,12 +81,12 @@ def push(bundle: Bundle, repo: str, private: bool = False) -> Pushed:
     card = model_card(bundle, origin, read_checked(bundle), repo)
     files = shared_files(bundle)
     api = huggingface_hub.HfApi()
-    again = f"it goes on with ivc-export --output {bundle.folder} --push-to-hub {repo}"
+    options = ("--output", str(bundle.folder), "--push-to-hub", repo, *(("--private",) if private else ()))
+    again = f"it goes on with {shlex.join(('ivc-export', *options))}"
     with upload_errors(repo, f"the bundle is whole in {bundle.folder}, and no part of it shows on the hub; {again}"):
         api.create_repo(repo, private=private or None, exist_ok=True)
         info = api.model_info(repo)
-        there = [sibling.rfilename for sibling in info.siblings or ()]
-        check_holds_bundle(repo, info.sha, there)
+        there = check_takes_bundle(info, private)
         stale = [name for name in there if is_of_bundle(name) and name not in files]
         commit = api.create_commit(
             repo,
@@ -117,16 +120,26 @@ def is_of_bundle(name: str) -> bool:
     return any(fits(Path(name), pattern) for pattern in (*shared_patterns(), WEIGHTS))
 
 
-def check_holds_bundle(repo: str, commit: str | None, names: list[str]) -> None:
-    """Refuse a repository that holds something, of these names at `commit`, and no bundle.
+def check_takes_bundle(info: ModelInfo, private: bool) -> list[str]:
+    """The names of a repository's files; refuse one that cannot take a bundle.
 
     Raises:
-        UserError: it does, also where its manifest is another program's.
+        UserError: it holds something and no bundle, also where its manifest is another program's; or it is public and
+            should be private.
     """
+    names = [sibling.rfilename for sibling in info.siblings or ()]
     held = [name for name in names if not any(fits(Path(name), kept) for kept in KEPT)]
-    folder = snapshot_with(repo, commit, MANIFEST) if MANIFEST in held else None
+    folder = snapshot_with(info.id, info.sha, MANIFEST) if MANIFEST in held else None
     if held and (folder is None or read_own_manifest(folder) is None):
-        raise UserError(f"{repo} on the hub holds {min(held, key=is_of_bundle)} and no bundle: name another repository")
+        raise UserError(
+            f"{info.id} on the hub holds {min(held, key=is_of_bundle)} and no bundle: name another repository"
+        )
+    if private and info.private is False:
+        raise UserError(
+            f"{info.id} on the hub is public already, and --private is for a new repository: leave --private out, or "
+            "change it in the repository's settings"
+        )
+    return names
 
 
 @contextmanager

@@ -220,6 +220,20 @@ def test_options_that_do_not_go_together(
     assert sentence in capsys.readouterr().err
 
 
+def test_what_should_be_private_is_never_public(server: Hub, run: Run, bundle: Path) -> None:
+    server.refused = {"repos/create": 403}
+    pushing = ("--output", bundle, "--push-to-hub", "owner/new", "--private", "--quiet")
+    said = refusal(run("ivc_export", *pushing))
+    assert said.endswith(f"it goes on with ivc-export --output {bundle} --push-to-hub owner/new --private\n")
+    server.refused = {}
+    server.commit("owner/new", {"README.md": b"# soon"})
+    there = dict(server.repos)
+    assert "owner/new on the hub is public already, and --private is for" in refusal(run("ivc_export", *pushing))
+    assert server.repos == there and not server.stored
+    server.private["owner/new"] = True
+    assert run("ivc_export", *pushing) == (0, "", "")
+
+
 @pytest.mark.parametrize("held", ["manifest.json", "tokenizer.json"])
 def test_a_repository_of_another_kind_stays_as_it_is(held: str, server: Hub, run: Run, bundle: Path) -> None:
     server.commit("owner/new", {held: b'{"name": "a page"}', "README.md": b"# another"})

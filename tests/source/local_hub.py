@@ -120,7 +120,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def describe(self, repo: str, files: dict[str, bytes]) -> None:
         siblings = [{"rfilename": name} for name in files]
-        self.tell({"id": repo, "sha": self.server.head(repo), "siblings": siblings, "cardData": CARD, "tags": []})
+        private = self.server.private.get(repo, False)
+        facts = {"id": repo, "sha": self.server.head(repo), "private": private, "siblings": siblings}
+        self.tell(facts | {"cardData": CARD, "tags": []})
 
     def give(self, repo: str, files: dict[str, bytes], name: str) -> None:
         self.server.asked.append(name)

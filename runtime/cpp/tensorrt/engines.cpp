@@ -4,7 +4,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <numeric>
 #include <set>
 #include <utility>
@@ -144,7 +143,10 @@ std::vector<char> converted(const std::vector<float>& values, Type type, const s
     }
     const float end = type == Type::kFloat16 ? 65520.0f : 3.3961775e38f;  // from there on values round to infinity
     int32_t beyond = 0;
-    for (const float value : values) beyond |= static_cast<int32_t>((std::fabs(value) >= end) & (std::fabs(value) < HUGE_VALF));
+    for (const float value : values) {
+        const float size = std::fabs(value);
+        beyond |= static_cast<int32_t>(size >= end) & static_cast<int32_t>(size < HUGE_VALF);
+    }
     if (beyond != 0) {
         throw Error(name + " has values beyond " + nameOf(type) + ": build engines with ivc-build --dtype float32");
     }

@@ -1,6 +1,5 @@
 // Questions about pictures, without Python.
 #include <iostream>
-#include <optional>
 
 #include "devices.h"
 #include "ivc/chat.h"

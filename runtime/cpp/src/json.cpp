@@ -1,7 +1,5 @@
 #include "ivc/json.h"
 
-#include <cmath>
-
 #include "ivc/error.h"
 
 namespace ivc {

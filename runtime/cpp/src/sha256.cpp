@@ -1,7 +1,6 @@
 #include "ivc/sha256.h"
 
 #include <array>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 

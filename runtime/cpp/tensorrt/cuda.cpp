@@ -1,6 +1,7 @@
 #include "cuda.h"
 
 #include <climits>
+#include <memory>
 
 #include "ivc/error.h"
 

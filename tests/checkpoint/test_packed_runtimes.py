@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -83,6 +84,15 @@ def test_halves_of_bytes_lie_in_pages_that_the_system_may_drop() -> None:
     copy = mapped(array)
     np.testing.assert_array_equal(copy, array)
     assert isinstance(copy, np.memmap) and np.ascontiguousarray(copy).ctypes.data == copy.ctypes.data
+
+
+def test_no_room_for_halves_of_bytes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
+    with pytest.raises(UserError, match=r"of 12 bytes cannot be written \(No space left on device\): make room"):
+        mapped(np.zeros((3, 4), np.uint8))
 
 
 def test_a_manifest_that_says_otherwise_than_graphs_is_refused(bundles: tuple[Bundle, Bundle]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 import tempfile
 import threading
@@ -152,10 +153,17 @@ def mapped(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """A copy in a file without a name, whose pages the system may drop: onnxruntime reads it once, to rearrange it.
 
     Raises:
-        OSError: the folder for temporary files has no room.
+        UserError: the folder for temporary files has no room.
     """
-    with tempfile.TemporaryFile() as file:
-        place = np.memmap(file, np.uint8, "w+", shape=array.shape)
+    try:
+        with tempfile.TemporaryFile() as file:
+            if hasattr(os, "posix_fallocate"):  # else a full disk would end the process when pages are written
+                os.posix_fallocate(file.fileno(), 0, array.nbytes)
+            place = np.memmap(file, np.uint8, "w+", shape=array.shape)
+    except OSError as error:
+        advice = "make room in the folder for temporary files, or let TMPDIR name another one"
+        what = f"a temporary file of {decimal(array.nbytes)} cannot be written ({error.strerror})"
+        raise UserError(f"{what}: {advice}") from error
     place[...] = array
     return place
 

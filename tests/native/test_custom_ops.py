@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -19,6 +22,7 @@ from ivc_export.contract.names import GRAPH_NAMES, IVC_DOMAIN, GraphName
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.graph.counting import Tensors, linear_scratch
 from ivc_export.lowering import LOWERINGS, lower
 from ivc_export.lowering.join_decode import join_decode
 from ivc_export.runtime.chat import Sampling, generate
@@ -44,8 +48,8 @@ from tests.native.custom_ops import (
 )
 from tests.native.int4 import int4_case
 from tests.native.joined import JoinedCase, joined_case
-from tests.native.kernels import random_case
-from tests.native.linear import linear_case
+from tests.native.kernels import TYPES, random_case
+from tests.native.linear import IvcLinear, linear_case
 from tests.native.linear_ops import check_int4, check_linear, run_int4, run_linear
 from tests.native.test_plugin_builds import build
 
@@ -145,6 +149,22 @@ def test_products_in_onnxruntime_agree_with_float64(library: Path) -> None:
         check_linear(library, "cpu", linear_case(seed))
     for seed in range(40):
         check_int4(library, "cpu", int4_case(seed))
+
+
+@pytest.mark.parametrize(("name", "stem"), [("FusedLinear", "ivcLinear"), ("FusedLinearInt4", "ivcLinearInt4")])
+def test_what_products_are_counted_to_take_is_what_they_ask_for(library: Path, name: str, stem: str) -> None:
+    ask = ctypes.CDLL(str(library))[f"{stem}Workspace"]
+    ask.restype = ctypes.c_size_t
+    features, out, half = 256, 128, onnx.TensorProto.FLOAT16
+    for rows, gated in itertools.product((1, 2, 3, 8, 9, 40), (0, 1)):
+        x, weight = (
+            onnx.helper.make_tensor_value_info(name, half, shape)
+            for name, shape in (("x", [rows, features]), ("weight", [out * (1 + gated), features]))
+        )
+        node = onnx.helper.make_node(name, ["x", "weight"], ["y"], domain=IVC_DOMAIN, gated=gated)
+        model = onnx.helper.make_model(onnx.helper.make_graph([node], "one", [x, weight], []))
+        struct = IvcLinear(rows, features, out, TYPES["float16"], 0, gated)
+        assert linear_scratch(node, Tensors(model)) == ask(ctypes.byref(struct), 1)
 
 
 def test_impossible_products_are_refused(library: Path) -> None:

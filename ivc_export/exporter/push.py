@@ -6,13 +6,12 @@ by the next one.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.bundle.staging import fits, read_own_manifest, shared_patterns
@@ -21,7 +20,7 @@ from ivc_export.contract.origin import read_origin
 from ivc_export.errors import UserError
 from ivc_export.exporter.card import model_card, read_checked
 from ivc_export.files import confined
-from ivc_export.source.hub import is_hub_id, snapshot_with
+from ivc_export.source.hub import is_hub_id, reason_of, snapshot_with
 from ivc_export.source.origin import CARD, completed
 
 if TYPE_CHECKING:
@@ -160,11 +159,5 @@ def upload_errors(repo: str, advice: str) -> Iterator[None]:
         elif status in (409, 412):
             reason = "somebody else changed it meanwhile"
         else:
-            reason = first_line(error)
+            reason = reason_of(error)
         raise UserError(f"the bundle cannot be uploaded to {repo} ({reason}); {advice}") from error
-
-
-def first_line(error: Any) -> str:
-    """What an exception says first."""
-    lines = [re.sub(r" \(Request ID: .*", "", line).strip() for line in str(error).splitlines()]
-    return next((line for line in lines if line), type(error).__name__)

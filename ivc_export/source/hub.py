@@ -175,8 +175,16 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
             "check the connection and HF_HUB_OFFLINE, or download it before"
         ) from error
     except Exception as error:  # the hub's library and those below it share no base class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{repo} cannot be downloaded ({reason}): try again, or download it before") from error
+        raise UserError(
+            f"{repo} cannot be downloaded ({reason_of(error)}): try again, or download it before"
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says first, without its request's id and what signs an address."""
+    lines = [re.sub(r" \(Request ID: .*", "", line).strip() for line in str(error).splitlines()]
+    first = next((line for line in lines if line), type(error).__name__)
+    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", first)
 
 
 def silence() -> None:

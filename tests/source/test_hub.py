@@ -159,3 +159,18 @@ def test_names_of_nothing(
     assert len(message.splitlines()) == 1
     with pytest.raises(UserError, match=sentence):
         raise UserError(message)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("\n Bad request. (Request ID: Root=1-2)\nmore", "Bad request."),
+        (
+            "Server error '500' for url 'https://x.y/z?X-Amz-Signature=a1&b=c'\nsee",
+            "Server error '500' for url 'https://x.y/z'",
+        ),
+        ("", "OSError"),
+    ],
+)
+def test_reasons_are_short_and_sign_nothing(said: str, told: str) -> None:
+    assert hub.reason_of(OSError(said)) == told

@@ -36,9 +36,9 @@ void ivc_bundle_free(ivc_bundle* bundle);
  * ivc::onnxruntime alone. threads: 0 takes one a core. The bundle outlives it. Fails where a graph does not open, or the
  * bundle is in another dtype. */
 ivc_error* ivc_onnxruntime_open(const ivc_bundle* bundle, int32_t threads, ivc_device** device);
-/* The same in the library ivc::tensorrt, on the current CUDA device. engines: the folder that ivc-build wrote, or NULL for
- * the bundle's own for this TensorRT and GPU. plugin: our plugin's library where engines call it, or NULL; no other is
- * ever loaded. */
+/* The same in the library ivc::tensorrt, on the current CUDA device, which has to be current in every thread that asks a
+ * chat over it. engines: the folder that ivc-build wrote, or NULL for the bundle's own for this TensorRT and GPU. plugin:
+ * our plugin's library where engines call it, or NULL; no other is ever loaded. */
 ivc_error* ivc_tensorrt_open(const ivc_bundle* bundle, const char* engines, const char* plugin, ivc_device** device);
 /* Frees a device. Its chats are freed before. */
 void ivc_device_free(ivc_device* device);

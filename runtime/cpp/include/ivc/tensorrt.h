@@ -19,8 +19,8 @@ struct TensorrtOptions {
     bool graph = true;    // whether a decode step is replayed as one CUDA graph
 };
 
-// On the current CUDA device. The bundle outlives the device. Throws where there are no engines for this TensorRT and
-// GPU, or they are stale, damaged, another bundle's, or call another plugin.
+// On the current CUDA device, which has to be current in every thread that runs it. The bundle outlives the device. Throws
+// where there are no engines for this TensorRT and GPU, or they are stale, damaged, another bundle's, or call another plugin.
 std::unique_ptr<Device> openTensorrt(const Bundle& bundle, const TensorrtOptions& options = {});
 
 // A frame in device memory, rows of RGB pixels, or of BGR ones, `stride` bytes apart. It is copied when its stream

@@ -2,7 +2,7 @@
  *
  * Texts are UTF-8 and end with a zero byte. Objects belong to the caller, who frees each with its own function, in the
  * opposite order of their making; functions that free take NULL, too. Where an error is returned nothing was made. One
- * thread uses an object at a time.
+ * thread uses an object at a time, but bundles, which many may use. Whoever asks or frees a chat uses its device, too.
  */
 #ifndef IVC_H
 #define IVC_H

@@ -69,8 +69,8 @@ class BundleModel(lmms):  # type: ignore[misc]
             raise UserError(
                 "each process needs a GPU of its own: start torchrun -m ivc_export.evaluate in the place of lmms-eval"
             )
-        check_numbers(ratio=ratio, method_seed=method_seed, max_frames=max_frames)
-        check_numbers(**{name: options[name] for name in ("threads", "accuracy_level") if name in options})
+        check_model_args(ratio=ratio, method_seed=method_seed, max_frames=max_frames)
+        check_model_args(**{name: options[name] for name in ("threads", "accuracy_level") if name in options})
         libraries = {name: Path(value) if name in record.libraries else value for name, value in options.items()}
         self.session = open_session(Bundle.load(Path(bundle)), backend, **libraries)
         self.ratio = ratio
@@ -159,7 +159,7 @@ class BundleModel(lmms):  # type: ignore[misc]
         return look
 
 
-def check_numbers(**given: object) -> None:
+def check_model_args(**given: object) -> None:
     """Check values of --model_args: `ratio` is a number, others are whole ones, and None is not given.
 
     Raises:

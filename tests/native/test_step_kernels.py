@@ -79,3 +79,13 @@ def test_the_best_token_is_told(kernels: Kernels, dtype: str) -> None:
         np.testing.assert_array_equal(wide, logits.astype(np.float32))
         np.testing.assert_array_equal(told, wide if wanted[0] else np.full(vocab, 0.5, np.float32))
         assert scratch[0] == 0
+
+
+def test_impossible_steps_are_refused(kernels: Kernels) -> None:
+    none = ctypes.c_void_p(0)
+    for extents in ((0, 1, 1, 1), (1, 0, 1, 1), (1, 1, -1, 1), (1, 1, 1, 0)):
+        with pytest.raises(AssertionError, match="returned 1"):
+            kernels.call("ivcTakeStep", ctypes.pointer(IvcStep(*extents, 0)), *[none] * 9)
+    for vocab in (0, -1, 2**24 + 1):
+        with pytest.raises(AssertionError, match="returned 1"):
+            kernels.call("ivcGiveAnswer", ctypes.pointer(IvcStep(1, 1, 1, vocab, 0)), *[none] * 6)

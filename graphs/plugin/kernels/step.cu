@@ -25,6 +25,7 @@ using namespace ivc;
 cudaError_t ivcTakeStep(const IvcStep* c, const int32_t* step, const void* table, const void* row,
     const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength,
     cudaStream_t stream) {
+    if (!canBegin(*c)) return cudaErrorInvalidValue;
     const TakeStep t{step, table ? table : row, table != nullptr, frequencies, embeds, cos, sin, {length, wholeLength},
         c->axes, c->pairs, c->hidden * (c->type == IVC_FLOAT32 ? 2 : 1), c->vocab, wholeLength ? 2 : 1};
     takeStepKernel<<<1, kStepThreads, 0, stream>>>(t);
@@ -33,6 +34,7 @@ cudaError_t ivcTakeStep(const IvcStep* c, const int32_t* step, const void* table
 
 cudaError_t ivcGiveAnswer(const IvcStep* c, const void* x, const int32_t* wanted, float* logits, int32_t* best,
     float* told, int32_t* scratch, cudaStream_t stream) {
+    if (!canEnd(*c)) return cudaErrorInvalidValue;
     const GiveAnswer g{
         x, wanted, logits, told, best, reinterpret_cast<float*>(scratch + 1), scratch, c->vocab};
     if (c->type == IVC_FLOAT32) {

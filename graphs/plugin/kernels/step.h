@@ -10,6 +10,10 @@ namespace ivc {
 constexpr int kStepThreads = 256;
 constexpr int kAnswerBlocks = 64;
 
+// Whether a step can begin with such extents; and end with them, as indices of logits are compared as floats.
+inline bool canBegin(const IvcStep& c) { return c.axes > 0 && c.pairs > 0 && c.hidden > 0 && c.vocab > 0; }
+inline bool canEnd(const IvcStep& c) { return c.vocab > 0 && c.vocab <= 1 << 24; }
+
 // One launch's arguments; see ivcTakeStep.
 struct TakeStep {
     const int32_t* step;

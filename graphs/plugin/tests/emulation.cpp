@@ -344,6 +344,7 @@ int ivcAttendJoined(const IvcJoined* c, const IvcJoinedRows* rows, void* keyCach
 
 int ivcTakeStep(const IvcStep* c, const int32_t* step, const void* table, const void* row, const float* frequencies,
     void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength, size_t backwards) {
+    if (!canBegin(*c)) return 1;
     const TakeStep t{step, table ? table : row, table != nullptr, frequencies, embeds, cos, sin, {length, wholeLength},
         c->axes, c->pairs, c->hidden * (c->type == IVC_FLOAT32 ? 2 : 1), c->vocab, wholeLength ? 2 : 1};
     Block block{kStepThreads / kWarp, backwards != 0};
@@ -353,6 +354,7 @@ int ivcTakeStep(const IvcStep* c, const int32_t* step, const void* table, const 
 
 int ivcGiveAnswer(const IvcStep* c, const void* x, const int32_t* wanted, float* logits, int32_t* best, float* told,
     int32_t* scratch, size_t backwards) {
+    if (!canEnd(*c)) return 1;
     const GiveAnswer g{x, wanted, logits, told, best, reinterpret_cast<float*>(scratch + 1), scratch, c->vocab};
     launch(kAnswerBlocks, 1, 1, backwards != 0, [&](int number, int, int) {
         Block block{kStepThreads / kWarp, backwards != 0};

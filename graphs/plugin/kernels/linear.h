@@ -71,19 +71,19 @@ IVC_WARP void put(Value* row, int32_t at, int32_t width, const Octet<Value>& oct
 }
 
 // The sum over a warp's lanes, to memory that the block shares.
-    template <class Of>
-    IVC_WARP void shareSum(float& to, Of of) {
-        Lane<float> sum, other;
-        eachLane([&](int lane) { sum[lane] = of(lane); });
+template <class Of>
+IVC_WARP void shareSum(float& to, Of of) {
+    Lane<float> sum, other;
+    eachLane([&](int lane) { sum[lane] = of(lane); });
 #pragma unroll
-        for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-            exchange(other, sum, mask);
-            eachLane([&](int lane) { sum[lane] += other[lane]; });
-        }
-        eachLane([&](int lane) {
-            if (lane == 0) to = sum[lane];
-        });
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+        exchange(other, sum, mask);
+        eachLane([&](int lane) { sum[lane] += other[lane]; });
     }
+    eachLane([&](int lane) {
+        if (lane == 0) to = sum[lane];
+    });
+}
 
 // Of weights, which nothing reads again: kept out of the first cache.
 template <class Value>

@@ -252,39 +252,40 @@ class FusedConversation(Conversation):
         if self._workspace.host is not None:
             return self._decode_from_host(plan, self._workspace.host)
         session, cache, step = self.session, self.cache, self._workspace.step
-        bindings, logits = self._workspace.bindings, self._workspace.logits
         with self.timings.stage("decode.decoder"):
             step["inputs_embeds"].update_inplace(session.embed(plan.tokens))
             step["position_ids"].update_inplace(plan.position_ids.repeat(cache.capacity, axis=2))
             for suffix, length in cache.lengths(0).items():
                 step[f"seqlens_k{suffix}"].update_inplace(np.array([length], np.int32))
-            if cache.swapped not in bindings:
-                binding = session.bind("decode", step | cache.inputs(), cache.outputs() | {"logits": logits})
-                bindings[cache.swapped] = (binding, next(session.captures))
-            session.run_bound("decode", *bindings[cache.swapped])
-            found = self._checked(np.array(logits.numpy()))  # a copy: the next step writes to the same memory
+            self._run_step(self._workspace)
+            found = self._checked(np.array(self._workspace.logits.numpy()))  # the next step writes to the same memory
         return Step(plan, (), {"keep_index": np.zeros(1, np.int32)}, {"logits": found})
 
     def _decode_from_host(self, plan: Run, host: HostStep) -> Step:
         """A step that reads and writes memory of the host: nothing is copied, and it is waited for once."""
         assert self._workspace is not None
-        session, cache, bindings = self.session, self.cache, self._workspace.bindings
+        session, cache = self.session, self.cache
         with self.timings.stage("decode.decoder"):
             host.step[:] = [plan.tokens[0], *plan.position_ids[:, 0, 0], *cache.lengths(0).values()]
             host.wanted[0] = self.logits_wanted
             if host.row is not None:
                 host.row[:] = session.embed(plan.tokens)
-            if cache.swapped not in bindings:
-                feeds = self._workspace.step | cache.inputs()
-                binding = session.bind("decode", feeds, cache.outputs() | {"logits": self._workspace.logits})
-                bindings[cache.swapped] = (binding, next(session.captures))
-            session.run_bound("decode", *bindings[cache.swapped])
+            self._run_step(self._workspace)
             best, numbers = host.best.tolist()
             if not numbers:
                 self._forget()
                 raise UserError(no_numbers(session))
             found = {"logits": host.told[None, None].copy()} if self.logits_wanted else {}
         return Step(plan, (), {"keep_index": np.zeros(1, np.int32)}, found, best=best)
+
+    def _run_step(self, workspace: Workspace) -> None:
+        """Run a decode step over a workspace, which is bound once, and captured once, for each set of its buffers."""
+        session, cache, bindings = self.session, workspace.cache, workspace.bindings
+        if cache.swapped not in bindings:
+            outputs = cache.outputs() | {"logits": workspace.logits}
+            binding = session.bind("decode", workspace.step | cache.inputs(), outputs)
+            bindings[cache.swapped] = (binding, next(session.captures))
+        session.run_bound("decode", *bindings[cache.swapped])
 
     def _forget(self) -> None:
         """Give caches to no other conversation: they are to be finite; see DeviceCache.clear."""

@@ -329,11 +329,12 @@ inline uint32_t packed(float low, float high) {
 
 #endif
 
-// Waits for the kernel before, where this one was launched to begin before its end, and lets the next one begin.
+// Waits for the kernel before, where this one was launched to begin before its end, and then lets the next one begin. What
+// that one reads before it waits may be written two kernels before it, but not by this one.
 IVC_WARP void awaitKernelBefore() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 

@@ -67,32 +67,45 @@ class Surroundings {
     const Attributes& a_;
 };
 
-// FusedLinear(x [.., K], weight [N, K], the inputs above) -> y [.., N]; with 2 N rows of weight and bias where gated
-class FusedLinear {
+// A product and its surroundings, whatever its weights are.
+class Product {
    public:
-    static constexpr const char* kName = "FusedLinear";
-    static constexpr Attribute kAttributes[] = {{"activation"}, {"gated"}, {"normed"}, {"biased"}, {"summed"},
-        {"slope", true}, {"scale", true}, {"epsilon", true}};
-
-    explicit FusedLinear(const Attributes& attributes) : attributes_(attributes) {}
-
-    static bool valid(const Attributes& a) { return Surroundings::valid(a); }
+    explicit Product(const Attributes& attributes) : attributes_(attributes) {}
 
     const Attributes& attributes() const { return attributes_; }
 
     int32_t outputs() const { return 1; }
     int32_t aliased(int32_t) const { return -1; }
 
-    bool supports(int32_t position, const PluginTensorDesc* tensors) const {
-        const auto& t = tensors[position];
-        if (t.format != nvinfer1::TensorFormat::kLINEAR) return false;
-        return position ? t.type == tensors[0].type : isFloat(t.type);
-    }
-
     DataType outputType(int32_t, const DataType* inputs) const { return inputs[0]; }
 
     DimsExprs outputShape(int32_t, const DimsExprs* inputs, IExprBuilder& builder) const {
         return around().outputShape(inputs, builder);
+    }
+
+   protected:
+    Surroundings around() const { return Surroundings(attributes_); }
+    int32_t attribute(size_t i) const { return attributes_[i][0]; }
+
+   private:
+    Attributes attributes_;
+};
+
+// FusedLinear(x [.., K], weight [N, K], the inputs above) -> y [.., N]; with 2 N rows of weight and bias where gated
+class FusedLinear : public Product {
+   public:
+    static constexpr const char* kName = "FusedLinear";
+    static constexpr Attribute kAttributes[] = {{"activation"}, {"gated"}, {"normed"}, {"biased"}, {"summed"},
+        {"slope", true}, {"scale", true}, {"epsilon", true}};
+
+    using Product::Product;
+
+    static bool valid(const Attributes& a) { return Surroundings::valid(a); }
+
+    bool supports(int32_t position, const PluginTensorDesc* tensors) const {
+        const auto& t = tensors[position];
+        if (t.format != nvinfer1::TensorFormat::kLINEAR) return false;
+        return position ? t.type == tensors[0].type : isFloat(t.type);
     }
 
     size_t workspace(const PluginTensorDesc* in) const {
@@ -106,29 +119,19 @@ class FusedLinear {
         const auto given = around().operands(inputs, 2);
         return ivcLinear(&c, inputs[0], given.norm, inputs[1], given.bias, given.residual, outputs[0], workspace, stream);
     }
-
-   private:
-    Surroundings around() const { return Surroundings(attributes_); }
-
-    Attributes attributes_;
 };
 
 // FusedLinearInt4(x [.., K], packed int32 [N, blocks, block_size / 8], scales [N, blocks], zero_points int32
 // [ceil(N ceil(blocks / 2) / 4)], the inputs above) -> y [.., N], the zero points left out where `zero_points` is 0
-class FusedLinearInt4 {
+class FusedLinearInt4 : public Product {
    public:
     static constexpr const char* kName = "FusedLinearInt4";
     static constexpr Attribute kAttributes[] = {{"activation"}, {"gated"}, {"normed"}, {"biased"}, {"summed"},
         {"slope", true}, {"scale", true}, {"epsilon", true}, {"block_size"}, {"zero_points"}};
 
-    explicit FusedLinearInt4(const Attributes& attributes) : attributes_(attributes) {}
+    using Product::Product;
 
     static bool valid(const Attributes& a) { return Surroundings::valid(a) && a[Surroundings::kCount][0] > 0; }
-
-    const Attributes& attributes() const { return attributes_; }
-
-    int32_t outputs() const { return 1; }
-    int32_t aliased(int32_t) const { return -1; }
 
     bool supports(int32_t position, const PluginTensorDesc* tensors) const {
         const auto& t = tensors[position];
@@ -136,12 +139,6 @@ class FusedLinearInt4 {
         if (position == 0) return isFloat(t.type) && t.type != DataType::kFLOAT;
         if (position == 1 || (position == kPoints && points())) return t.type == DataType::kINT32;
         return t.type == tensors[0].type;
-    }
-
-    DataType outputType(int32_t, const DataType* inputs) const { return inputs[0]; }
-
-    DimsExprs outputShape(int32_t, const DimsExprs* inputs, IExprBuilder& builder) const {
-        return around().outputShape(inputs, builder);
     }
 
     size_t workspace(const PluginTensorDesc* in) const {
@@ -153,7 +150,7 @@ class FusedLinearInt4 {
         cudaStream_t stream) const {
         const IvcLinear c = around().linear(in);
         const IvcPacked weight{
-            inputs[1], inputs[2], points() ? inputs[kPoints] : nullptr, attributes_[Surroundings::kCount][0]};
+            inputs[1], inputs[2], points() ? inputs[kPoints] : nullptr, attribute(Surroundings::kCount)};
         const auto given = around().operands(inputs, points() ? kPoints + 1 : kPoints);
         return ivcLinearInt4(
             &c, &weight, inputs[0], given.norm, given.bias, given.residual, outputs[0], workspace, stream);
@@ -162,10 +159,7 @@ class FusedLinearInt4 {
    private:
     static constexpr int32_t kPoints = 3;
 
-    bool points() const { return attributes_[Surroundings::kCount + 1][0] != 0; }
-    Surroundings around() const { return Surroundings(attributes_); }
-
-    Attributes attributes_;
+    bool points() const { return attribute(Surroundings::kCount + 1) != 0; }
 };
 
 }  // namespace ivc

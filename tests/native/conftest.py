@@ -6,9 +6,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.native.kernels import PLUGIN
+from tests.native.kernels import PLUGIN, Kernels
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +22,12 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     subprocess.run([compiler, *flags, str(PLUGIN / "tests" / "emulation.cpp"), "-o", str(path)], check=True)
     return path
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["forwards", "backwards"])
+def kernels(emulation: Path, request: pytest.FixtureRequest) -> Kernels:
+    """Threads, warps and blocks in rising or falling order: an algorithm that depends on it would race on a GPU.
+
+    Copies are done at once, or, backwards, when they are awaited.
+    """
+    return Kernels(emulation, np.ascontiguousarray, lambda a: a, lambda a: a.ctypes.data, request.param)

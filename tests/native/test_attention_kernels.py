@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,12 +19,6 @@ from tests.native.attention import (
     encoder_case,
 )
 from tests.native.kernels import Kernels
-
-
-@pytest.fixture(scope="module", params=[0, 1], ids=["forwards", "backwards"])
-def kernels(emulation: Path, request: pytest.FixtureRequest) -> Kernels:
-    """Warps in rising order and copies done at once, or falling, and copies done when they are awaited."""
-    return Kernels(emulation, np.ascontiguousarray, lambda a: a, lambda a: a.ctypes.data, request.param)
 
 
 def check_all(kernels: Kernels, case: Callable[[int], DecoderCase | EncoderCase]) -> None:

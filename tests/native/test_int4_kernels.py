@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +10,6 @@ import pytest
 from tests.native.int4 import BLOCKS, DTYPES, int4_case
 from tests.native.kernels import Kernels
 from tests.native.linear import ACTIVATIONS
-
-
-@pytest.fixture(scope="module", params=[0, 1], ids=["forwards", "backwards"])
-def kernels(emulation: Path, request: pytest.FixtureRequest) -> Kernels:
-    """Warps and blocks in rising or falling order."""
-    return Kernels(emulation, np.ascontiguousarray, lambda a: a, lambda a: a.ctypes.data, request.param)
 
 
 def test_500_cases_agree_with_float64(kernels: Kernels) -> None:

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.native.joined import joined_case, split_case
 from tests.native.kernels import Kernels
-
-
-@pytest.fixture(scope="module", params=[0, 1], ids=["forwards", "backwards"])
-def kernels(emulation: Path, request: pytest.FixtureRequest) -> Kernels:
-    return Kernels(emulation, np.ascontiguousarray, lambda a: a, lambda a: a.ctypes.data, request.param)
 
 
 def test_heads_are_split_normed_and_turned_as_in_float64(kernels: Kernels) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,12 +20,6 @@ from tests.native.kernels import (
     check_ties,
     random_case,
 )
-
-
-@pytest.fixture(scope="module", params=[0, 1], ids=["forwards", "backwards"])
-def kernels(emulation: Path, request: pytest.FixtureRequest) -> Kernels:
-    """Threads of a block in rising or falling order: an algorithm that depends on it would race on a GPU."""
-    return Kernels(emulation, np.ascontiguousarray, lambda a: a, lambda a: a.ctypes.data, request.param)
 
 
 def test_random_cases_agree_with_numpy(kernels: Kernels, record_property: Callable[[str, object], None]) -> None:

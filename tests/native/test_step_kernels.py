@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,6 @@ class IvcStep(ctypes.Structure):
     """As in ivc_types.h."""
 
     _fields_ = [(name, ctypes.c_int32) for name in ("axes", "pairs", "hidden", "vocab", "type")]
-
-
-@pytest.fixture(scope="module", params=[0, 1], ids=["forwards", "backwards"])
-def kernels(emulation: Path, request: pytest.FixtureRequest) -> Kernels:
-    return Kernels(emulation, np.ascontiguousarray, lambda a: a, lambda a: a.ctypes.data, request.param)
 
 
 def pointer(x: npt.NDArray[Any] | None) -> ctypes.c_void_p:

@@ -14,9 +14,10 @@ import argparse
 import ctypes
 import importlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.native.attention import IvcAttention, IvcEncoder, IvcStrides
 
@@ -30,6 +31,7 @@ CALLS, RUNS, WARM = 10, 50, 5
 FLOAT16 = 1
 
 Call = Callable[[], object]
+B = TypeVar("B", bound="Bench")
 
 
 class Bench:
@@ -46,26 +48,31 @@ class Bench:
         """A float16 tensor on the GPU."""
         return self.torch.randn(*shape, device="cuda", dtype=self.torch.float16)
 
-    def call(self, name: str, struct: ctypes.Structure, *tensors: Any) -> Call:
+    def call(self, name: str, structs: tuple[ctypes.Structure, ...], *tensors: Any) -> Call:
         """A call on torch's current stream."""
+        given = [ctypes.byref(struct) for struct in structs]
 
         def run() -> None:
             stream = self.torch.cuda.current_stream().cuda_stream
             pointers = [ctypes.c_void_p(x.data_ptr() if x is not None else 0) for x in tensors]
-            status = getattr(self.library, name)(ctypes.byref(struct), *pointers, ctypes.c_void_p(stream))
+            status = getattr(self.library, name)(*given, *pointers, ctypes.c_void_p(stream))
             assert status == 0, f"{name} returned {status}"
 
         return run
 
     def microseconds(self, call: Call) -> float:
         """Of one call, on a stream of its own."""
+        return self.of_one([call] * CALLS)
+
+    def of_one(self, calls: list[Call]) -> float:
+        """Microseconds of one of several calls, one behind the other."""
         cuda = self.torch.cuda
         stream, graph = cuda.Stream(), cuda.CUDAGraph()
         with cuda.stream(stream):
-            call()
+            calls[0]()
         stream.synchronize()
         with cuda.graph(graph, stream=stream):
-            for _ in range(CALLS):
+            for call in calls:
                 call()
         times: list[float] = []
         with cuda.stream(stream):
@@ -76,7 +83,7 @@ class Bench:
                 end.record(stream)
                 end.synchronize()
                 if i >= WARM:
-                    times.append(start.elapsed_time(end) / CALLS * 1000)
+                    times.append(start.elapsed_time(end) / len(calls) * 1000)
         return round(sorted(times)[RUNS // 2], 2)
 
     def decoder(self, rows: int, past: int) -> dict[str, float]:
@@ -90,7 +97,7 @@ class Bench:
         struct = IvcAttention(*extents, SIZE**-0.5, FLOAT16, 1, strides, strides, strides)
         workspace = torch.empty(self.library.ivcAttendWorkspace(ctypes.byref(struct)), device="cuda", dtype=torch.uint8)
         y = torch.empty(rows, HEADS * SIZE, device="cuda", dtype=torch.float16)
-        ours = self.call("ivcAttendInPlace", struct, q, k, v, *caches, length, y, workspace)
+        ours = self.call("ivcAttendInPlace", (struct,), q, k, v, *caches, length, y, workspace)
         keys, values = (torch.cat([cache[:, :past], x], 1)[None] for cache, x in zip(caches, (k, v), strict=True))
         mask = torch.ones(rows, past + rows, dtype=torch.bool, device="cuda").tril(past)
         form = {"is_causal": True} if past == 0 else {} if rows == 1 else {"attn_mask": mask}
@@ -107,7 +114,7 @@ class Bench:
         extents = (1, ENCODER_HEADS, rows, ENCODER_SIZE)
         struct = IvcEncoder(*extents, ENCODER_SIZE**-0.5, FLOAT16, 0, strides, strides, strides)
         y = self.torch.empty(rows, ENCODER_HEADS * ENCODER_SIZE, device="cuda", dtype=self.torch.float16)
-        ours = self.call("ivcEncodeAttend", struct, q, k, v, None, y)
+        ours = self.call("ivcEncodeAttend", (struct,), q, k, v, None, y)
         return self.compare(ours, lambda: self.sdpa(q, k, v), y)
 
     def compare(self, ours: Call, theirs: Callable[[], Any], y: Any) -> dict[str, float]:
@@ -120,27 +127,34 @@ class Bench:
         return found | {"times": round(found["ours"] / found["sdpa"], 2), "apart": round(apart, 5)}
 
 
-def main() -> None:
-    """Run all, print them, and write them where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(description: str | None, make: Callable[[Path], B], measure: Callable[[B], dict[str, Any]]) -> None:
+    """Measure by the library that the command names, print what was found, and write it where asked."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", type=Path)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    bench = Bench(options.library)
+    bench = make(options.library)
     found: dict[str, Any] = {
-        "command": "python -m benchmarks.attention build/libivc_kernels.so",
+        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} build/libivc_kernels.so",
         "gpu": bench.torch.cuda.get_device_name(),
         "versions": {"torch": bench.torch.__version__, "cuda": bench.torch.version.cuda},
         "unit": "microseconds",
+        **measure(bench),
     }
-    found["prefill, rows"] = {str(rows): bench.decoder(rows, 0) for rows in PREFILLS}
-    found["rows over a cache"] = {f"{rows} + {past}": bench.decoder(rows, past) for rows, past in FOLLOWING}
-    found["decode, cached rows"] = {str(past): bench.decoder(1, past) for past in CACHED}
-    found["encoder, patches"] = {str(rows): bench.encoder(rows) for rows in PATCHES}
     print(json.dumps(found, indent=1))
     if options.output:
         options.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
+def measure(bench: Bench) -> dict[str, Any]:
+    """All sizes."""
+    return {
+        "prefill, rows": {str(rows): bench.decoder(rows, 0) for rows in PREFILLS},
+        "rows over a cache": {f"{rows} + {past}": bench.decoder(rows, past) for rows, past in FOLLOWING},
+        "decode, cached rows": {str(past): bench.decoder(1, past) for past in CACHED},
+        "encoder, patches": {str(rows): bench.encoder(rows) for rows in PATCHES},
+    }
+
+
 if __name__ == "__main__":
-    main()
+    run(__doc__, Bench, measure)

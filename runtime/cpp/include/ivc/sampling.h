@@ -29,7 +29,7 @@ class Sampler {
     const Sampling& sampling() const { return sampling_; }  // what it draws by
     // Counts ids as seen, whose repetition is made less likely.
     void read(const std::vector<int32_t>& tokens) { seen_.insert(tokens.begin(), tokens.end()); }
-    // The next id, of logits [vocabulary]. Throws where these are no numbers.
+    // The next id, of logits [vocabulary]. Throws if one of them is NaN or infinity.
     int32_t draw(const std::vector<float>& logits);
 
    private:

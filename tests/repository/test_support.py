@@ -1,0 +1,55 @@
+"""The support matrix has every family, and its figures are the measured ones."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from ivc_export import families
+from samples.tiny import TINY
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+ENGINES = json.loads((ROOT / "benchmarks" / "results" / "tensorrt-8.6-h100.json").read_text(encoding="utf-8"))[
+    "engines"
+]
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table behind a heading, row by row, without its head."""
+    table = re.search(r"^\|.*?\n\n", TEXT.split(f"# {heading}\n")[1], re.MULTILINE | re.DOTALL)
+    assert table is not None
+    return [line.strip("| ").split(" | ") for line in table.group().strip().splitlines()[2:]]
+
+
+def test_the_matrix_has_every_family() -> None:
+    assert sorted(row[0].strip("`") for row in rows("Families and runtimes")) == sorted(families.names())
+
+
+def test_the_matrix_uses_the_words_that_the_page_defines() -> None:
+    words = set(re.findall(r"^\| \*\*(.+?)\*\* \|", TEXT, re.MULTILINE))
+    said = {part for row in rows("Families and runtimes") for cell in row[1:] for part in cell.split("; ")}
+    assert {part.removeprefix("graphs ").removeprefix("vision ") for part in said} <= words
+
+
+def test_families_with_experts_have_no_engines() -> None:
+    experts = {name for name in families.names() if families.of(name).read(TINY[name], None).stacks}
+    assert {row[0].strip("`") for row in rows("Families and runtimes") if "refused" in row} == experts
+
+
+def test_what_is_said_of_tensorrt_was_measured() -> None:
+    table = {dtype: cells for dtype, *cells in (row for row in rows("TensorRT 8.6.0") if row)}
+    for dtype, (logits, kept, answers) in table.items():
+        engines = [engine for engine in ENGINES if engine["dtype"] == dtype]
+        assert logits == f"{max(engine['largest_errors']['logits'] for engine in engines):.1e}".replace("e-0", "e-")
+        ties = {engine["kept_rows"] for engine in engines if "tie" in engine["kept_rows"]}
+        assert ("tie" in kept) == bool(ties) and all(
+            tie.startswith("122 rows against 122, 2 in one only") for tie in ties
+        )
+        same = sorted({asked["identical"] for engine in engines for asked in engine.get("questions", {}).values()})
+        assert answers == f"{' to '.join(map(str, dict.fromkeys((same[0], same[-1]))))} of 200"
+    gaps = [
+        one["gap"] for engine in ENGINES for asked in engine.get("questions", {}).values() for one in asked["differing"]
+    ]
+    assert f"{0.35}% of the largest" in " ".join(TEXT.split()) and 0.0030 < max(gaps) <= 0.0035

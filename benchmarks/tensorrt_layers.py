@@ -9,11 +9,12 @@ The table is written anew after every row.
 
 Kinds: `vision-float16` and `vision-float32`, encoders of one and three blocks with the softmax in that dtype, and
 `vision-plugin`, with our kernel, by whose difference a block is timed. `grouped`, `repeated` and `plugin`: a prefix
-of 3 layers and a decoder of 3 layers, by how attention is spelled; and, by themselves, the selection, and the
-compaction of hidden states and of the keys and values of the 16 layers below the cut, which `repeated` shares with
-`grouped`. All are in float16, residual sums in float32, with the profiles that ivc-build gives them. The vocabulary
-is small, so that lm_head does not count. The prefix engine includes its selection and the decoder engine its
-compaction: these are subtracted before dividing by the layers.
+of 3 layers and a decoder of 3 layers, by how attention is spelled; `plugin-int4`: the same with the plugin, over
+weights in 4 bits in groups of 32; and, by themselves, the selection, and the compaction of hidden states and of the
+keys and values of the 16 layers below the cut, which `repeated` shares with `grouped`, and `plugin-int4` with
+`plugin`. All are in float16, with the profiles that ivc-build gives them; residual sums are in float32, with the
+plugin in float16. The vocabulary is small, so that lm_head does not count. The prefix engine includes its selection
+and the decoder engine its compaction: these are subtracted before dividing by the layers.
 
 Times are of the GPU, by events around runs of an engine one behind the other on memory that does not change: as a
 CUDA graph (`ms`) where that can be captured, and enqueued one by one (`enqueued_ms`), which a slow host bounds from
@@ -46,7 +47,7 @@ from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import GraphName
 from ivc_export.exporter.estimate import COUNTED
 from ivc_export.exporter.pipeline import export
-from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.exporter.recipe import ExportRecipe, Quantisation
 from ivc_export.families.pictures import Grid
 from ivc_export.graph.counting import count
 from ivc_export.lowering import lower
@@ -69,7 +70,7 @@ RATIOS = (1.0, 0.5)
 DEPTHS = (1, 3)
 GRAPHS: tuple[GraphName, ...] = ("prefix", "decoder")
 ENGINES = (*GRAPHS, "select", "compact")
-PARTS = {"repeated": "grouped"}
+PARTS = {"repeated": "grouped", "plugin-int4": "plugin"}
 """Whose selection and compaction a kind shares."""
 NATIVE = EngineChoices("tensorrt", "float16", "native", "float16", "grouped")
 PLUGIN = replace(NATIVE, graphs="plugin", attention="operator")
@@ -78,6 +79,7 @@ KINDS: dict[str, tuple[EngineChoices, tuple[str, ...]]] = {
     "vision-float32": (replace(NATIVE, softmax="float32"), tuple(f"vision-{depth}" for depth in DEPTHS)),
     "vision-plugin": (PLUGIN, tuple(f"vision-{depth}" for depth in DEPTHS)),
     "plugin": (PLUGIN, ENGINES),
+    "plugin-int4": (PLUGIN, GRAPHS),
     "grouped": (NATIVE, ENGINES),
     "repeated": (replace(NATIVE, attention="repeated"), GRAPHS),
 }
@@ -98,17 +100,28 @@ PIXELS = 28
 """A visual token's side: patches of 14, merged two by two."""
 
 
-def make_bundle(folder: Path, layers: int, cut: int, depth: int = 1, **sizes: int) -> Bundle:
-    """A random model of Qwen2-VL-2B's sizes but for its layers, the encoder's blocks and the vocabulary."""
+def make_bundle(folder: Path, layers: int, cut: int, depth: int = 1, packed: bool = False, **sizes: int) -> Bundle:
+    """A random model of Qwen2-VL-2B's sizes but for its layers, the encoder's blocks and the vocabulary.
+
+    packed: weights of decoder layers are in 4 bits, in groups of 32.
+    """
     config = qwen2_vl_2b(layers, depth) | {"vocab_size": VOCABULARY} | sizes
     tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     config |= {name: VOCABULARY - 1 - i for i, name in enumerate(tokens) if name in config}
     name = f"{layers}-{depth}"
-    if (folder / f"bundle-{name}").is_dir():
-        return Bundle.load(folder / f"bundle-{name}")
-    checkpoint = make_large_checkpoint(folder / f"checkpoint-{name}", config, "float16")
-    recipe = ExportRecipe(checkpoint, folder / f"bundle-{name}", layer=cut, max_visual=max(SIZES), weights="link")
-    return export(recipe)
+    output = folder / (f"bundle-{name}-int4" if packed else f"bundle-{name}")
+    if output.is_dir():
+        return Bundle.load(output)
+    checkpoint = folder / f"checkpoint-{name}"
+    if not checkpoint.is_dir():
+        make_large_checkpoint(checkpoint, config, "float16")
+    recipe = ExportRecipe(checkpoint, output, layer=cut, max_visual=max(SIZES))
+    return export(replace(recipe, quantisation=Quantisation("int4", 32)) if packed else replace(recipe, weights="link"))
+
+
+def decoder_bundle(folder: Path, kind: str) -> Bundle:
+    """Where the decoder's layers are for a kind."""
+    return make_bundle(folder, LAYERS, CUT, packed=kind == "plugin-int4")
 
 
 def chosen(options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -138,7 +151,7 @@ def source(folder: Path, kind: str, engine: str) -> tuple[Bundle, ir.Model, Grap
         bundle = make_bundle(folder, BELOW + 1, BELOW, intermediate_size=64)
         model, profile = part(compaction_part(bundle.graph("decoder")), choices), "prefix"  # the decoder has the same
     else:
-        bundle, profile = make_bundle(folder, LAYERS, CUT), "prefix"
+        bundle, profile = decoder_bundle(folder, kind), "prefix"
         if engine == "select":
             model = part(selection_part(bundle.graph("prefix")), choices)
             fix_sizes(model, bundle.manifest)
@@ -301,7 +314,7 @@ def least(bundle: Bundle, plan: Run, rows: int, capacity: int, ceilings: Mapping
     for name in GRAPHS:
         model = ir.load(bundle.folder / f"{name}.onnx")
         tensors = (value.const_value for value in model.graph.initializers.values())
-        weights = sum(2 * tensor.size for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+        weights = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
         flops = count(ir.to_proto(COUNTED(model).model), axes, None).flops
         size = weights + cache_row * (rows + plan.rows)
         seconds = max(flops / ceilings["flops_per_second"], size / ceilings["bytes_per_second"])
@@ -348,7 +361,7 @@ def rows(
             labels = {"kind": kind, "stage": "vision", "visual_tokens": visual, "patches": 4 * visual}
             yield row(labels, timer.picture(bundle, visual), {})
         return
-    bundle = make_bundle(options.folder, LAYERS, CUT)
+    bundle = decoder_bundle(options.folder, kind)
     for visual in options.visual:
         for ratio in RATIOS:
             plan = planned(bundle, visual, ratio)
@@ -372,7 +385,7 @@ def measure(options: argparse.Namespace) -> None:
         "command": shlex.join(["python", "-m", "benchmarks.tensorrt_layers", *sys.argv[1:]]),
         "versions": {"tensorrt": trt.__version__, "numpy": np.__version__},
         "gpu": ceilings.get("gpu"),
-        "dtype": "float16, residual sums in float32",
+        "dtype": "float16, residual sums in float32; with the plugin in float16",
         "tactic_sources": list(TACTICS),
         "note": "cuBLAS and cuDNN tactics were off: TensorRT had its own kernels alone",
         "layers": {"prefix": CUT, "decoder": LAYERS - CUT, "compacted": BELOW, "vision": DEPTHS[1] - DEPTHS[0]},

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import importlib.util
 import itertools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -13,16 +15,11 @@ from pathlib import Path
 import pytest
 
 from ivc_export import cli
+from ivc_export.errors import UserError
+from tests.repository import pages
+from tests.repository.pages import FENCE, LANGUAGES, ROOT, blocks, commands, prompted
 
-ROOT = Path(__file__).parents[2]
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    *ROOT.glob("samples/*/README.md"),
-]
-PAGES.remove(ROOT / "docs" / "commands.md")  # which is made of the parsers
-FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+PAGES = [page for page in pages.PAGES if page.name != "commands.md"]  # which is made of the parsers
 SPAN = re.compile(r"`([^`]+)`")
 OPTION = re.compile(r"--[a-z][\w-]*")
 COMMANDS: dict[str, argparse.ArgumentParser] = {
@@ -39,17 +36,43 @@ NATIVE = {  # programs in C++, and the files that name their options
     "build/ivc-cpp-bench": [PROGRAMS / "ivc-cpp-bench.cpp", PROGRAMS / "devices.h"],
 }
 OTHERS = (*NATIVE, "cmake", "make", "pip", "python")
-"""Programs that are looked at; any other has no place in a block of commands."""
+"""Programs that are looked at."""
+LEFT_OUT = {
+    "apt-get": "the system's packages",
+    "cd": "the shell's",
+    "curl": "asks a server that runs",
+    "docker": "its options are its own",
+    "export": "the shell's",
+    "git": "its options are its own",
+    "hf": "huggingface_hub's, which asks for a login",
+    "lmms-eval": "not installed beside the tests: tests/evaluate runs it in its own environment",
+    "nvpmodel": "a Jetson's",
+    "jetson_clocks": "a Jetson's",
+    "tegrastats": "a Jetson's",
+    "python3": "makes an environment, before anything is installed",
+    "ray": "Ray's own",
+    "scp": "copies to another machine",
+    "serve": "Ray's own",
+    "source": "the shell's",
+    "ssh": "reaches another machine",
+    "torchrun": "PyTorch's, on several GPUs",
+    "trtexec": "TensorRT's own",
+    ".": "the shell's",
+}
+"""Programs whose options no test looks at, and why; any other has no place in a block of commands."""
+ASSIGNED = re.compile(r"^(?:[A-Z_]+=\S* +)+")
 
 
 def lines(text: str) -> list[str]:
     """Whole command lines: of blocks in a shell's language, of workflows, and of indented blocks."""
     found = []
-    for language, block in FENCE.findall(text):
-        if language in ("bash", "console"):
-            found += [line.removeprefix("$ ") for line in block.splitlines()]
-        elif language == "yaml":
-            found += re.findall(r"run: (.+)", block)
+    for block in blocks(text):
+        if block.language == "bash":
+            found += commands(block.text)
+        elif block.language == "console":
+            found += prompted(block.text)
+        elif block.language == "yaml":
+            found += re.findall(r"run: (.+)", block.text)
     known = {*COMMANDS, *OTHERS, "optimum-cli"}
     indented = re.findall(r"^ {4}(\S.*)$", FENCE.sub("", text), re.MULTILINE)
     return found + [line for line in indented if line.split()[0] in known]
@@ -63,11 +86,11 @@ def spans(text: str) -> list[str]:
 
 def check_line(line: str) -> None:
     """Check one whole line, each of its commands."""
-    for part in line.replace("optimum-cli export ivc", "ivc-export").split(" && "):
-        name, *arguments = shlex.split(part, comments=True)
+    for part in re.split(r" && | \| ", line.replace("optimum-cli export ivc", "ivc-export")):
+        name, *arguments = shlex.split(ASSIGNED.sub("", part.removeprefix("sudo ")), comments=True)
         if name in COMMANDS:
             COMMANDS[name].parse_args(arguments)
-        else:
+        elif name not in LEFT_OUT:
             check_other(name, arguments)
 
 
@@ -132,6 +155,29 @@ def test_every_command_of_a_page_has_options_that_exist(page: Path) -> None:
         check_span(span)
 
 
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_of_a_page_is_of_a_language_that_tests_know(page: Path) -> None:
+    for block in blocks(pages.read(page)):
+        assert block.language in LANGUAGES, f"{block.language or 'no language'}: {block.text}"
+        if block.language == "console":
+            assert prompted(block.text), f"a command of a console block begins with $: {block.text}"
+        elif block.language == "py":
+            check_program(block.text)
+        elif block.language == "yaml":
+            importlib.import_module("yaml").safe_load(block.text)
+        elif block.language == "json":
+            json.loads(block.text)
+
+
+def check_program(text: str) -> None:
+    """Check that a program is one, and that what it imports of the package is there."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ivc_export":
+            module = importlib.import_module(node.module or "")
+            for alias in node.names:
+                assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
+
+
 def test_the_commands_are_found() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "ivc-export --model qwen2-vl-2b --ratio 0.5" in lines(text) and "ivc-check --against" in spans(text)
@@ -155,7 +201,32 @@ def test_a_command_that_does_not_exist_is_seen(span: str) -> None:
         check_span(span)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ivc-run BUNDLE --picture a.png",
+        "nothing --at-all",
+        "sudo nothing",
+        "A=1 ivc-check BUNDLE --onnx-onli",
+        "cd build && make nothing",
+        "curl example.org | nothing",
+    ],
+)
+def test_a_line_that_cannot_run_is_seen(line: str) -> None:
+    with pytest.raises((AssertionError, UserError)):
+        check_line(line)
+
+
+def test_a_program_whose_import_is_not_there_is_seen() -> None:
+    with pytest.raises(AssertionError, match="Nothing"):
+        check_program("from ivc_export import Nothing")
+
+
+def test_no_program_is_both_looked_at_and_left_out() -> None:
+    assert not {*COMMANDS, *OTHERS} & {*LEFT_OUT}
+
+
 def test_the_workflow_is_one() -> None:
-    (block,) = (block for language, block in FENCE.findall((ROOT / "docs/ci.md").read_text()) if language == "yaml")
-    workflow = importlib.import_module("yaml").safe_load(block)
+    (block,) = (block for block in blocks(pages.read(ROOT / "docs" / "ci.md")) if block.language == "yaml")
+    workflow = importlib.import_module("yaml").safe_load(block.text)
     assert [*workflow["jobs"]["parity"]["steps"][-1]["with"]] == ["name", "path"]

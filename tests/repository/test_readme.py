@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import runpy
@@ -9,25 +11,26 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ivc_export import cli
 from samples.make_sample import make_checkpoint
+from tests.repository.pages import PAGES, ROOT, Block, blocks, commands, missing, read
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLE = re.compile(r"```(bash|python)\n(.*?)```", re.DOTALL)
+RUN = ("bash", "python")
+CODE = re.compile(r"# exit code (\d+)$")
 
 
-def examples(page: Path) -> list[tuple[str, str]]:
-    """Language and text of a page's examples, in order."""
-    return EXAMPLE.findall(page.read_text(encoding="utf-8"))
+def examples(page: Path) -> list[Block]:
+    """A page's blocks that tests run, in order."""
+    return [block for block in blocks(read(page)) if block.language in RUN]
 
 
 def run(line: str) -> int:
     """A command line, as the shell would run it."""
-    name, *arguments = shlex.split(line)
+    name, *arguments = shlex.split(line, comments=True)
     if name == "python":
         module, *arguments = arguments[1:]
         with pytest.MonkeyPatch.context() as patch:
@@ -38,29 +41,49 @@ def run(line: str) -> int:
     return code
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=lambda page: page.name)
+def run_block(block: Block, page: Path, names: dict[str, Any]) -> None:
+    """Run a block's program, or its commands, and look for the lines that the page says it prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        if block.language == "python":
+            exec(compile(block.text, page.name, "exec"), names)
+        else:
+            for line in commands(block.text):
+                code = CODE.search(line)
+                assert run(line) == (int(code[1]) if code else 0), f"{line}\n{printed.getvalue()}"
+    assert printed.getvalue().strip() or block.language == "bash"
+    assert [*missing(block.printed or "", printed.getvalue())] == [], printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if examples(page)], ids=lambda page: str(page.relative_to(ROOT))
+)
 @pytest.mark.filterwarnings("ignore:.*samples.make_sample.*:RuntimeWarning")  # runpy: it is imported already
-def test_every_command_and_program_of_a_page_runs(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_and_program_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "samples").symlink_to(ROOT / "samples")
     make_checkpoint(tmp_path / "demo" / "checkpoint")
-    for language, text in examples(page):
-        capsys.readouterr()
-        if language == "python":
-            exec(compile(text, page.name, "exec"), {})
-            assert capsys.readouterr().out.strip()
-        else:
-            for line in text.splitlines():
-                assert run(line) == 0, line
-    for name in re.findall(r"--show (\S+)", page.read_text(encoding="utf-8")):
+    names: dict[str, Any] = {}
+    for block in examples(page):
+        run_block(block, page, names)
+    for name in re.findall(r"--show (\S+)", "".join(block.text for block in examples(page))):
         assert (tmp_path / name).is_file()
 
 
 def test_readme_and_getting_started_have_examples() -> None:
-    counts = {page.name: len(examples(page)) for page in PAGES}
+    counts = {page.name: len(examples(page)) for page in PAGES if page.parent.name != "spatial-vl"}
     assert counts["README.md"] >= 2 and counts["getting-started.md"] >= 7
+
+
+@pytest.mark.parametrize(
+    ("wanted", "printed"), [("b\na", "a\nb"), ("a ... c", "a b"), ("kept ... of 4", "kept 2 of 43"), ("a", "")]
+)
+def test_a_line_that_is_not_printed_is_seen(wanted: str, printed: str) -> None:
+    assert [*missing(wanted, printed)]
+
+
+def test_lines_that_are_printed_are_found() -> None:
+    assert [*missing("answer\n\nkept ... of 64", "first\n answer\nmore\nkept 32 of 64")] == []
 
 
 def test_readmes_speed_is_the_measured_one() -> None:

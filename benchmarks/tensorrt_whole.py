@@ -1,6 +1,7 @@
 """Whole models in TensorRT engines, each graph by a process of its own: what building takes in time and memory.
 
-    python -m benchmarks.tensorrt_whole make FOLDER [--layers N] [--depth N]     a bundle of Qwen2-VL-2B's sizes
+    python -m benchmarks.tensorrt_whole make FOLDER [--layers N] [--depth N] [--tokenizer CHECKPOINT]
+                                                                                 a bundle of Qwen2-VL-2B's sizes
     python -m benchmarks.tensorrt_whole build FOLDER GRAPH [--plugin LIB]        one of its engines
     python -m benchmarks.tensorrt_whole join FOLDER [--plugin LIB]               engines that the runtimes find
 
@@ -41,6 +42,7 @@ from ivc_export.tensorrt.store import RECORD, BuiltEngine, engine_folder, make_r
 
 RESULTS = Path(__file__).parent / "results"
 POLL_SECONDS = 0.2
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 def recipe(options: argparse.Namespace) -> EngineRecipe:
@@ -61,7 +63,12 @@ def recipe(options: argparse.Namespace) -> EngineRecipe:
 def make(options: argparse.Namespace) -> None:
     """A checkpoint of random weights, and its bundle."""
     config = qwen2_vl_2b(options.layers, options.depth)
+    if options.tokenizer:
+        given = json.loads((options.tokenizer / "config.json").read_text(encoding="utf-8"))
+        config |= {name: given[name] for name in config if name.endswith("_token_id") and name in given}
     checkpoint = make_large_checkpoint(options.folder / "checkpoint", config, "float16")
+    for name in TOKENIZER if options.tokenizer else ():
+        shutil.copy2(options.tokenizer / name, checkpoint / name)
     layer = min(16, options.layers // 2)
     export(ExportRecipe(checkpoint, options.folder / "bundle", layer=layer, weights="link"))
 
@@ -159,6 +166,9 @@ def main() -> None:
     p.add_argument("--plugin", type=Path)
     p.add_argument("--layers", type=int, default=28, help="of the decoder (default: 28)")
     p.add_argument("--depth", type=int, default=32, help="of the vision encoder (default: 32)")
+    p.add_argument(
+        "--tokenizer", type=Path, help="a Qwen2-VL checkpoint whose tokenizer and special tokens `make` takes"
+    )
     p.add_argument("--max-visual", type=int, default=1024, help="visual tokens a prompt at most (default: 1024)")
     p.add_argument("--output", type=Path, help="where `join` writes what the builds took")
     options = p.parse_args()

@@ -57,7 +57,7 @@ def compare_answers(options: argparse.Namespace) -> None:
     recorded = json.loads((options.folder / INDEX).read_text(encoding="utf-8"))
     if recorded["layer"] != bundle.manifest.selection_layer:
         sys.exit(f"recorded with the cut at layer {recorded['layer']}: record again")
-    libraries = {} if options.plugin is None else {"plugin": options.plugin}
+    libraries = {name: getattr(options, name) for name in ("plugin", "op_library") if getattr(options, name)}
     session, exact = open_session(bundle, options.backend, **libraries), open_session(bundle)
     found: dict[str, Any] = {}
     for ratio in RATIOS:
@@ -111,6 +111,7 @@ def main() -> None:
     p.add_argument("--count", type=int, default=200)
     p.add_argument("--backend", choices=tuple(BACKENDS), default=DEFAULT)
     p.add_argument("--plugin", type=Path, help="for engines that were built with it")
+    p.add_argument("--op-library", type=Path, help="our custom operators, for onnxruntime-cuda")
     p.add_argument("--output", type=Path, default=Path("agreement.json"))
     options = p.parse_args()
     {"record": record_answers, "compare": compare_answers}[options.what](options)

@@ -3,7 +3,7 @@
 The graphs' tensors from the contract (graphs/README.md, for the site docs/graphs.md, and for C++
 runtime/cpp/include/ivc/contract.h), graphs/listings/ from every tiny family,
 docs/commands.md from the commands' parsers, docs/families.md from the published checkpoints' sizes,
-docs/cpp-api.md from the C++ runtime's headers.
+docs/cpp-api.md from the C++ runtime's headers, and tables of figures on all pages from benchmarks/results.
 
 python -m tools.generate
 """
@@ -47,6 +47,7 @@ from ivc_export.lowering.join_decode import join_decode
 from samples.tiny import TINY, wide
 from tools.cpp_doc import cpp_doc
 from tools.families_doc import families_doc
+from tools.figures import pages_with_figures
 
 ROOT = Path(__file__).parent.parent
 LOWERED = "qwen2_5_vl"
@@ -257,6 +258,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "cpp-api.md": cpp_doc(),
         ROOT / "runtime" / "cpp" / "include" / "ivc" / "contract.h": contract_header(),
     }
+    files |= pages_with_figures()
     return files | {ROOT / "graphs" / "listings" / name: content for name, content in listings().items()}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tools.cpp_doc import undocumented
+from tools.figures import REGION, TABLES, filled, opening, pages_with_figures, table
 from tools.generate import ROOT, generated
 
 FILES = generated()
@@ -21,3 +22,21 @@ def test_no_listing_is_left_over() -> None:
 
 def test_every_function_of_the_headers_says_what_it_does() -> None:
     assert undocumented() == []
+
+
+def test_every_table_of_figures_is_on_a_page() -> None:
+    named = [name for text in pages_with_figures().values() for name in REGION.findall(text)]
+    assert {*named} == {*TABLES}
+
+
+def test_a_table_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TABLES, "some", lambda: table("a | b", [[1, 2.5]]))
+    old = f"before\n{opening('some')}\n\n| a | b |\n\n<!-- end -->\nbehind\n"
+    assert (
+        filled(old) == f"before\n{opening('some')}\n\n| a | b |\n| --- | --- |\n| 1 | 2.5 |\n\n<!-- end -->\nbehind\n"
+    )
+
+
+def test_a_table_that_nothing_makes_is_seen() -> None:
+    with pytest.raises(KeyError):
+        filled(f"{opening('nothing')}\n<!-- end -->")

@@ -44,3 +44,74 @@ def test_what_accuracy_level_4_costs_is_what_was_measured() -> None:
         round(exact["0.5"]["kept_rows"]["mean_overlap"], 2),
         round(fast["0.5"]["kept_rows"]["mean_overlap"], 2),
     } == {0.93}
+
+
+def test_readmes_table_is_what_was_measured() -> None:
+    """Every cell of README's table of results, and the sentence about vision below it."""
+    pruning, gpu, cpu = (result(name) for name in ("spatial-vl-pruning", "generate-h100", "cpu_generate"))
+    right = [pruning["methods"][name][ratio]["first"]["all"] for name, ratio in (("none", "1.0"), ("IVC-Prune", "0.5"))]
+    rows = {(row["side"], row["ratio"]): row for row in gpu["rows"] if row["visual_tokens"] == 1024}
+    ours, half, eager, compiled = (
+        rows[side]
+        for side in (
+            ("onnxruntime-cuda", 1.0),
+            ("onnxruntime-cuda", 0.5),
+            ("torch-eager", 1.0),
+            ("torch-compiled", 1.0),
+        )
+    )
+    times = {row["ratio"]: row for row in cpu["rows"] if (row["model"], row["threads"]) == ("0.2B", 1)}
+    wanted = [
+        ["Spatial-VL, right answers to 2,004 questions", *(f"{100 * one['accuracy']:.1f}%" for one in right), ""],
+        [
+            "Qwen2-VL-2B, KV cache with 1,024 visual tokens",
+            *(f"{row['cache_bytes'] / 1e6:.1f} MB" for row in (ours, half, eager)),
+        ],
+        ["the same on an H100, time to first token", *(f"{row['first_token']:.1f} ms" for row in (ours, half, eager))],
+        [
+            "the same, each further token",
+            *(f"{row['decode']:.1f} ms" for row in (ours, half)),
+            f"{eager['decode']:.1f} ms, compiled {compiled['decode']:.1f} ms",
+        ],
+    ]
+    for what, key in (
+        ("0.2 B parameters on one CPU thread, time to first token", "time_to_first_token"),
+        ("the same, each further token", "per_token"),
+    ):
+        wanted.append([what, *(f"{times[ratio][key]['times_faster']} times as fast" for ratio in (1.0, 0.5)), "1"])
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.split("| stock transformers |\n")[1].split("\n\n")[0].splitlines()[1:]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table] == wanted
+    assert f"takes {ours['stages']['vision']:.0f} of the {ours['first_token']:.0f} ms" in text
+    assert pruning["test_questions"] == 2004
+
+
+def test_the_speed_on_a_cpu_was_measured() -> None:
+    content = result("cpu_generate")
+    keys = [(ratio, key) for key in ("time_to_first_token", "per_token") for ratio in (1.0, 0.5)]
+    found = {(row["model"], row["threads"], row["ratio"]): row for row in content["rows"]}
+    sizes = {"0.2 B": "0.2B", "0.3 M": "tiny"}
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| (0\.\d [BM]) parameters \| (\d) \| (.*) \|", text)
+    assert len(rows) == len(found) / 2
+    for size, threads, times in rows:
+        wanted = [found[sizes[size], int(threads), ratio][key]["times_faster"] for ratio, key in keys]
+        assert [float(time) for time in times.split(" | ")] == wanted
+
+
+def test_what_is_said_of_the_gpu_was_measured() -> None:
+    """The table in docs/benchmarks.md, in milliseconds, rounded to a tenth."""
+    content = result("generate-h100")
+    found = {(row["visual_tokens"], row["side"], row["ratio"]): row for row in content["rows"]}
+    sides = (("onnxruntime-cuda", 1.0), ("onnxruntime-cuda", 0.5), ("torch-eager", 1.0), ("torch-compiled", 1.0))
+
+    def figures(visual: int) -> list[float]:
+        ours, half, eager, compiled = (found[(visual, *side)] for side in sides)
+        first = [row["first_token"] for row in (ours, half, eager)]
+        return [round(ms, 1) for ms in (*first, *(row["decode"] for row in (ours, eager, compiled)))]
+
+    table = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").split("| a token, compiled |")[1]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:5]]
+    assert {int(row[0].replace(",", "")): [float(x) for x in row[1:]] for row in rows} == {
+        visual: figures(visual) for visual in (256, 1024, 4096)
+    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 import runpy
 import shlex
@@ -84,56 +83,6 @@ def test_a_line_that_is_not_printed_is_seen(wanted: str, printed: str) -> None:
 
 def test_lines_that_are_printed_are_found() -> None:
     assert [*missing("answer\n\nkept ... of 64", "first\n answer\nmore\nkept 32 of 64")] == []
-
-
-def test_readmes_speed_is_the_measured_one() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    content = json.loads((ROOT / "benchmarks" / "results" / "cpu_generate.json").read_text())
-    rows = {row["ratio"]: row for row in content["rows"] if (row["model"], row["threads"]) == ("0.2B", 1)}
-    first, token = ([rows[r][key]["times_faster"] for r in (1.0, 0.5)] for key in ("time_to_first_token", "per_token"))
-    said = re.search(
-        r"first token ([\d.]+) times.*?and ([\d.]+) times.*?decodes ([\d.]+) and ([\d.]+) times", text, re.DOTALL
-    )
-    assert said is not None and [float(number) for number in said.groups()] == [*first, *token]
-
-
-def test_the_speed_on_a_cpu_was_measured() -> None:
-    content = json.loads((ROOT / "benchmarks" / "results" / "cpu_generate.json").read_text())
-    keys = [(ratio, key) for key in ("time_to_first_token", "per_token") for ratio in (1.0, 0.5)]
-    found = {(row["model"], row["threads"], row["ratio"]): row for row in content["rows"]}
-    sizes = {"0.2 B": "0.2B", "0.3 M": "tiny"}
-    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    rows = re.findall(r"\| (0\.\d [BM]) parameters \| (\d) \| (.*) \|", text)
-    assert len(rows) == len(found) / 2
-    for size, threads, times in rows:
-        wanted = [found[sizes[size], int(threads), ratio][key]["times_faster"] for ratio, key in keys]
-        assert [float(time) for time in times.split(" | ")] == wanted
-
-
-def test_what_is_said_of_the_gpu_was_measured() -> None:
-    """README's sentences and the table in docs/benchmarks.md, in milliseconds, rounded to a tenth."""
-    content = json.loads((ROOT / "benchmarks" / "results" / "generate-h100.json").read_text())
-    found = {(row["visual_tokens"], row["side"], row["ratio"]): row for row in content["rows"]}
-    sides = (("onnxruntime-cuda", 1.0), ("onnxruntime-cuda", 0.5), ("torch-eager", 1.0), ("torch-compiled", 1.0))
-
-    def figures(visual: int) -> list[float]:
-        ours, half, eager, compiled = (found[(visual, *side)] for side in sides)
-        first = [row["first_token"] for row in (ours, half, eager)]
-        return [round(ms, 1) for ms in (*first, *(row["decode"] for row in (ours, eager, compiled)))]
-
-    table = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").split("| a token, compiled |")[1]
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:5]]
-    assert {int(row[0].replace(",", "")): [float(x) for x in row[1:]] for row in rows} == {
-        visual: figures(visual) for visual in (256, 1024, 4096)
-    }
-    first, half, eager, token, eager_token, compiled = figures(1024)
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    for sentence in (
-        f"onnxruntime in {first} ms, and then a token every {token} ms",
-        f"takes {eager} and {eager_token} in the same run, and {compiled} a token compiled",
-        f"first token comes after {half} ms",
-    ):
-        assert sentence in text, sentence
 
 
 def test_pictures_and_pages_that_readme_names_exist() -> None:

@@ -61,21 +61,27 @@ _VALUES = {rows: (1, "kv_heads", rows, "value_dim") for rows in ("P", "S", "M", 
 
 SCORED_VALUES = "scored_values"
 
-_PAST_LENGTH = TensorSpec("past_length", "int32", (1,), "valid rows of the caches; the others are masked, but finite")
+_PAST_LENGTH = TensorSpec(
+    "past_length", "int32", (1,), "valid rows of the caches; the others are masked, and must be finite"
+)
 
-_WHOLE_LENGTH = TensorSpec("past_length.{i}", "int32", (1,), "the same of a layer that is kept whole", Layers.WHOLE)
+_WHOLE_LENGTH = TensorSpec(
+    "past_length.{i}", "int32", (1,), "the same for a layer whose cache keeps every row", Layers.WHOLE
+)
 
-_POSITION_IDS = TensorSpec("position_ids", "int32", ("axes", 1, "S"), "rotary positions of this run's rows, unpruned")
+_POSITION_IDS = TensorSpec(
+    "position_ids", "int32", ("axes", 1, "S"), "rotary positions of this run's rows, before pruning"
+)
 
 GRAPHS: dict[AnyGraphName, GraphSpec] = {
     "vision": GraphSpec(
-        "One picture, or B frames of one size, to visual tokens. No frame sees another.",
+        "Turns one picture, or B frames of one size, into visual tokens. Frames do not attend to each other.",
         inputs=(
             TensorSpec(
                 "pixel_values",
                 "graph",
                 ("B", "patches", "patch_dim"),
-                "normalised pixels, a row a patch",
+                "normalised pixels, one row for each patch",
                 only="patches",
             ),
             TensorSpec(
@@ -99,58 +105,67 @@ GRAPHS: dict[AnyGraphName, GraphSpec] = {
                 "token_source",
                 "int32",
                 ("visual",),
-                "for each visual token 0 (a row ends), 1 (a view ends), or 2 + its place among the tiles' tokens",
+                "for each visual token: 0 (end of a row), 1 (end of a view), or 2 + its index among the tiles' tokens",
                 only="views",
             ),
         ),
         outputs=(
-            TensorSpec("image_embeds", "graph", ("B", "visual", "hidden"), "one row a visual token", only="frames"),
-            TensorSpec("image_embeds", "graph", (1, "visual", "hidden"), "one row a visual token", only="views"),
+            TensorSpec(
+                "image_embeds", "graph", ("B", "visual", "hidden"), "one row for each visual token", only="frames"
+            ),
+            TensorSpec("image_embeds", "graph", (1, "visual", "hidden"), "one row for each visual token", only="views"),
             TensorSpec(
                 "deepstack.{i}",
                 "graph",
                 ("B", "visual", "hidden"),
-                "what is added to the visual rows behind layer i",
+                "features that are added to the visual rows after layer i",
                 Layers.DEEPSTACK,
             ),
         ),
     ),
     "prefix": GraphSpec(
-        "Layers 0..k-1 over every row, and the selection of visual tokens by what layer k-1 computes.",
+        "Runs layers 0..k-1 over every row. Then selects visual tokens by values (FastV: attention) of layer k-1.",
         inputs=(
-            TensorSpec("inputs_embeds", "graph", (1, "S", "hidden"), "token embeddings, visual rows in their places"),
+            TensorSpec(
+                "inputs_embeds",
+                "graph",
+                (1, "S", "hidden"),
+                "token embeddings, with the visual tokens' embeddings at their rows",
+            ),
             TensorSpec(
                 "deepstack.{i}",
                 "graph",
                 (1, "L", "hidden"),
-                "from vision, a row for each of visual_index; zeros in runs without pictures",
+                "from vision, one row for each of visual_index; zeros in runs without pictures",
                 Layers.DEEPSTACK,
             ),
             _POSITION_IDS,
-            TensorSpec("visual_index", "int32", ("L",), "rows that hold visual tokens, ascending"),
+            TensorSpec("visual_index", "int32", ("L",), "rows of visual tokens, ascending"),
             TensorSpec("text_index", "int32", ("T",), "all other rows, ascending"),
             TensorSpec("query_index", "int32", ("Q",), "text rows that vote", only="ivc rule"),
-            TensorSpec("ivc_priority", "float32", ("L",), "0, or at least 2, more for better ranks", only="ivc rule"),
-            TensorSpec("keep_count", "int32", (1,), "visual tokens to keep, 1..L; a shape input in TensorRT"),
+            TensorSpec(
+                "ivc_priority", "float32", ("L",), "0, or at least 2; a larger number ranks better", only="ivc rule"
+            ),
+            TensorSpec("keep_count", "int32", (1,), "number of visual tokens to keep, 1..L; a shape input in TensorRT"),
             TensorSpec(
                 "thumbnail_index",
                 "int32",
                 ("H",),
-                "thumbnail tokens, as positions within visual_index",
+                "tokens of thumbnails, as positions within visual_index",
                 only="thumbnails",
             ),
             TensorSpec(
                 "tile_map",
                 "int32",
                 ("L",),
-                "for each visual token, the position within thumbnail_index of the one that shows the same place",
+                "for each visual token, the position within thumbnail_index of the token that shows the same place",
                 only="thumbnails",
             ),
             TensorSpec(
                 "candidate_index",
                 "int32",
                 ("V",),
-                "thumbnail tokens that show a picture, as positions within thumbnail_index, ascending",
+                "tokens of thumbnails that show a picture, as positions within thumbnail_index, ascending",
                 only="view rule",
             ),
             _PAST_LENGTH,
@@ -163,23 +178,29 @@ GRAPHS: dict[AnyGraphName, GraphSpec] = {
             TensorSpec("new_key.{i}", "graph", _KEYS["S"], "keys of this run's rows", Layers.BELOW),
             TensorSpec("new_value.{i}", "graph", _VALUES["S"], "values of this run's rows", Layers.BELOW),
             TensorSpec("keep_index", "int32", ("M",), "rows to keep, ascending: all text and the chosen visual tokens"),
-            TensorSpec("token_score", "float32", ("L",), "score of each visual token, before seeds and priorities"),
-            TensorSpec("seed_index", "int32", ("seeds",), "seeds, best first, places in visual_index", only="ivc rule"),
+            TensorSpec("token_score", "float32", ("L",), "score of each visual token, without seeds and priorities"),
+            TensorSpec(
+                "seed_index",
+                "int32",
+                ("seeds",),
+                "seeds, best first, as positions within visual_index",
+                only="ivc rule",
+            ),
             TensorSpec(
                 SCORED_VALUES,
                 "graph",
                 _VALUES["S"],
-                "what the selection looks at in the place of layer k-1's values",
+                "values by which tokens are scored, instead of the values of layer k-1",
                 only="unnormed-values",
             ),
         ),
     ),
     "decoder": GraphSpec(
-        "Drops the rows that were not kept, also from the keys and values of the layers below; then layers k..N-1.",
+        "Drops the rows that were not kept, also from keys and values of layers below k. Then runs layers k..N-1.",
         inputs=(
             TensorSpec("hidden_states", "graph", (1, "S", "hidden"), "from prefix"),
             TensorSpec("keep_index", "int32", ("M",), "from prefix"),
-            TensorSpec("logit_index", "int32", ("R",), "rows of the kept sequence whose logits are wanted"),
+            TensorSpec("logit_index", "int32", ("R",), "rows of the kept sequence for which logits are computed"),
             _POSITION_IDS,
             _PAST_LENGTH,
             TensorSpec("new_key.{i}", "graph", _KEYS["S"], "from prefix", Layers.COMPACTED),
@@ -198,8 +219,8 @@ GRAPHS: dict[AnyGraphName, GraphSpec] = {
         ),
     ),
     "decode": GraphSpec(
-        "All layers over one row that is no picture, where nothing is chosen: prefix and decoder, joined when a bundle "
-        "is opened. No file of a bundle holds it.",
+        "Runs all layers over one row of text, without a selection. It is prefix and decoder, joined when a bundle is "
+        "opened; a bundle has no file for it.",
         inputs=(
             TensorSpec("inputs_embeds", "graph", (1, 1, "hidden"), "the row's embedding"),
             TensorSpec("position_ids", "int32", ("axes", 1, 1), "the row's rotary position"),

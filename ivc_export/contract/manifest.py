@@ -23,8 +23,8 @@ from ivc_export.contract.records import (
 from ivc_export.dtypes import FLOATS, DtypeName, FloatName
 
 Scored = Literal["values", "unnormed-values"]
-"""What visual tokens are scored by: the values of layer k-1, which it caches, or what its value weights make of the
-rows that enter it, without the norm before them."""
+"""How visual tokens are scored. "values": by the values that layer k-1 caches. "unnormed-values": by the product of
+that layer's value weights with its input rows, without the norm before it."""
 
 
 class DecoderSizes(Frozen):
@@ -36,82 +36,84 @@ class DecoderSizes(Frozen):
     heads: Heads
     kv_heads: Heads
     head_dim: int = Field(gt=0, le=4096, multiple_of=2)
-    """Of a head's queries and keys."""
+    """Size of a head of queries and keys."""
     value_dim: int = Field(gt=0, le=4096)
-    """Of a head's values."""
+    """Size of a head of values."""
     vocab_size: int = Field(gt=0, le=1 << 24)
     rms_norm_epsilon: Epsilon
     tied_embeddings: bool
     max_positions: Count
     deepstack: int = Field(default=0, ge=0, le=1000)
-    """Layers, from the first on, behind which features of the pictures are added to their rows; `prefix` holds them."""
+    """Number of layers, from the first on, after which features of pictures are added to their rows. All of them are in
+    `prefix`."""
 
     @property
     def row_values(self) -> int:
-        """What one row takes in the caches of one layer, in values."""
+        """How many values one row has in the caches of one layer."""
         return self.kv_heads * (self.head_dim + self.value_dim)
 
     @property
     def cuts(self) -> range:
-        """Selection layers that this model can be cut at."""
+        """Selection layers that are possible for this model."""
         return range(max(1, self.deepstack), self.layers)
 
 
 class RotarySizes(Frozen):
-    """Rotary embedding: frequency j is `theta ** (-2 j / size)`, and `sections[a]` of them turn with axis a."""
+    """Rotary embedding. Frequency j is `theta ** (-2 j / size)`. `sections[a]` of the frequencies belong to axis a."""
 
     theta: float = Field(gt=0, le=1e12)
     sections: tuple[Heads, ...] = Field(min_length=1, max_length=3)
     interleaved: bool = False
-    """Whether axes take frequencies in turn (j of axis a is a, a + n, a + 2n, ... of n axes; what remains is axis 0's),
-    or one axis after the other."""
+    """True: axes take frequencies in turn. Of n axes, axis a takes a, a + n, a + 2n, ...; axis 0 takes the rest.
+    False: each axis takes one run of frequencies."""
 
     @property
     def size(self) -> int:
-        """Values of a head that are turned: all of them, for most families."""
+        """How many values of a head are rotated. In most families these are all of them."""
         return 2 * sum(self.sections)
 
 
 class SelectionRule(Frozen):
-    """IVC-Prune's constants for a family; `round` is half to even throughout."""
+    """IVC-Prune's constants for a family. `round` rounds halves to even."""
 
     method: Literal["ivc-prune"] = "ivc-prune"
     ivc_fraction: float = Field(ge=0, le=1)
-    """Of each picture's tokens, or of each tile's: as many by mean cosine, and as many by mean sine."""
+    """Fraction of the tokens of each picture, or of each tile. So many are chosen by mean cosine, and as many by mean
+    sine."""
     seed_divisor: int = Field(gt=0, le=1 << 20, multiple_of=2)
     query_offset: int = Field(ge=0, le=1 << 20)
-    """Text votes from row `end + query_offset` on, where `end` is the row behind the last picture."""
+    """Text rows vote from row `end + query_offset` on. `end` is the row behind the last picture."""
     softmax: Literal["visual", "all", "thumbnail"] = "visual"
-    """What a vote is shared among: the visual tokens, every row of the run, or the thumbnails' tokens."""
+    """Over which rows the softmax of a vote goes: visual tokens, every row of the run, or the thumbnails' tokens."""
     tiles: bool = False
-    """Whether pictures are tiles with a thumbnail, by which tokens are chosen (SelectTileTokens)."""
+    """Whether pictures are tiles with a thumbnail, and the thumbnail chooses the tiles' tokens (SelectTileTokens)."""
     views: bool = False
     """Whether pictures are two views with separators, and the first chooses the second's tokens (SelectViewTokens)."""
     row_fraction: float = Field(default=0, ge=0, le=1)
-    """Where there are views: as ivc_fraction, of each row of the second view; ivc_fraction is of the first."""
+    """With views: the fraction for each row of the second view. `ivc_fraction` is then for the first view."""
     scored: Scored = "values"
     whole_layers: tuple[int, ...] = ()
-    """Layers whose cache keeps every row, also of pruned tokens: it has a length of its own."""
+    """Layers whose cache keeps every row, also those of pruned tokens. Such a cache has its own length."""
 
 
 class FastVRule(Frozen):
-    """FastV has no constants: the tokens that the last row attends to most in layer k-1 are kept."""
+    """FastV keeps the tokens to which the last row attends most in layer k-1. It has no constants."""
 
     method: Literal["fastv"] = "fastv"
     whole_layers: tuple[int, ...] = ()
-    """As SelectionRule's."""
+    """See SelectionRule."""
     scored: ClassVar[Scored] = "values"
-    """Nothing else has to be made for it."""
+    """FastV needs no other values."""
     query_offset: ClassVar[int] = 0
-    """Any row behind the last picture can choose."""
+    """Any row behind the last picture can be the last row."""
     tiles: ClassVar[bool] = False
-    """A thumbnail's tokens, and those of tiles, are tokens like others."""
+    """Tokens of thumbnails and of tiles are treated like all others."""
     views: ClassVar[bool] = False
-    """So are separators."""
+    """Separators are treated like all other tokens."""
 
 
 Selection = Annotated[SelectionRule | FastVRule, Field(discriminator="method")]
-"""How a bundle's graphs choose visual tokens."""
+"""The rule by which a bundle's graphs choose visual tokens."""
 
 
 class SpecialTokens(Frozen):
@@ -120,14 +122,15 @@ class SpecialTokens(Frozen):
     image: TokenId
     vision_start: TokenId | None
     vision_end: TokenId | None
-    """Before and behind a picture's image tokens; None where the family has no such tokens."""
+    """Ids before and behind a picture's image tokens. None if the family has no such tokens."""
     template_marks: bool
-    """Whether the chat template writes vision_start and vision_end, or a runtime does beside the image tokens."""
+    """True: the chat template writes vision_start and vision_end. False: the runtime writes them around the image
+    tokens."""
     stop: tuple[TokenId, ...]
 
 
 class TensorInfo(Frozen):
-    """One input or output of a graph: symbolic axes are strings."""
+    """One input or output of a graph. In `shape`, a string is a symbolic axis."""
 
     name: str
     dtype: DtypeName
@@ -135,7 +138,7 @@ class TensorInfo(Frozen):
 
 
 class GraphInfo(Frozen):
-    """One graph: its file within the bundle, and what it takes and gives."""
+    """One graph: its file within the bundle, its inputs and its outputs."""
 
     file: str
     inputs: tuple[TensorInfo, ...]
@@ -143,15 +146,16 @@ class GraphInfo(Frozen):
 
 
 class StoredGraph(GraphInfo):
-    """One graph of the bundle; `sha256` is of its file, which holds no weights."""
+    """One graph of the bundle. `sha256` is the hash of its file, which contains no weights."""
 
     sha256: Sha256
 
 
 class WeightFile(Frozen):
-    """A safetensors file of the bundle; `header_sha256` is of its header alone.
+    """A safetensors file of the bundle.
 
-    `sha256`, of the whole file, is None until somebody has read it: `ivc-check --weights` does.
+    header_sha256: the hash of the file's header. sha256: the hash of the whole file; None until `ivc-check --weights`
+    has read the file.
     """
 
     file: str
@@ -161,10 +165,10 @@ class WeightFile(Frozen):
 
 
 class PackedRows(Frozen):
-    """A table in 8 bits: uint8 [vocab, ceil(hidden / block), block], the last block of a row filled up.
+    """A table in 8 bits: uint8 [vocab, ceil(hidden / block), block]. The last block of a row is filled up.
 
-    A value is (stored - 128) times its block's scale, in float32. scales: the byte of the same file at which these lie,
-    [vocab, ceil(hidden / block)] of `dtype`.
+    A value is (stored - 128) times the scale of its block, in float32. scales: the byte of the same file at which the
+    scales begin, [vocab, ceil(hidden / block)] of `dtype`.
     """
 
     block: int = Field(ge=16, le=128)
@@ -173,9 +177,9 @@ class PackedRows(Frozen):
 
 
 class EmbeddingTable(Frozen):
-    """Where the token embeddings lie: row-major [vocab, hidden] at byte `offset` of `file`, or packed there.
+    """Where the token embeddings are: row-major [vocab, hidden] at byte `offset` of `file`, as floats or packed.
 
-    dtype: of the floats; "uint8" where they are packed, so that programs which know no packed ones refuse them.
+    dtype: of the floats. It is "uint8" for a packed table, so that programs that cannot read packed tables refuse it.
     """
 
     file: str
@@ -183,18 +187,18 @@ class EmbeddingTable(Frozen):
     dtype: FloatName | Literal["uint8"]
     shape: tuple[Count, Count]
     packed: PackedRows | None = None
-    """None where they are floats."""
+    """None for a table of floats."""
 
     @property
     def floats(self) -> FloatName:
-        """The dtype of what floats it holds."""
+        """The dtype of the table's floats, or of its scales."""
         if self.packed is None and self.dtype != "uint8":
             return self.dtype
         return self.packed.dtype if self.packed else "float32"
 
     @property
     def parts(self) -> tuple[tuple[int, int], ...]:
-        """Where it lies: first byte and length of each part."""
+        """First byte and length of each part of the table."""
         rows, hidden = self.shape
         size = FLOATS[self.floats].bytes
         if self.packed is None:
@@ -204,66 +208,68 @@ class EmbeddingTable(Frozen):
 
     @property
     def nbytes(self) -> int:
-        """What it takes."""
+        """Size of the table in bytes."""
         return sum(length for _, length in self.parts)
 
 
 class StoredLayer(Frozen):
-    """How a layer's weights are stored: "float" is as numbers of the bundle's dtype; see checkpoint.formats for others.
+    """How a layer's weights are stored. "float" means numbers of the bundle's dtype; checkpoint.formats has the others.
 
-    The graphs say how to multiply by them.
+    The graphs contain the operators that multiply by them.
     """
 
     format: str = Field(default="float", pattern="^[a-z0-9-]{1,40}$")
 
 
 Blanks = Literal["none", "newlines", "blanks"]
-"""What is stripped from an end of a text: nothing, newlines, or all that Python's str.strip strips."""
+"""What a text loses at one end: nothing, newlines, or everything that Python's str.strip strips."""
 
 
 class Segment(Frozen):
-    """What the chat template writes before and behind something."""
+    """The texts that the chat template writes before and behind something."""
 
     before: str
     behind: str
 
 
 class Spoken(Segment):
-    """A text in a conversation: what is stripped from its ends, and what is then written before and behind it."""
+    """A text in a conversation. First its ends are stripped (`left`, `right`), then `before` and `behind` are added."""
 
     left: Blanks = "none"
     right: Blanks = "none"
 
 
 class PastAnswer(Spoken):
-    """An earlier answer: where it holds `thinking_end`, all up to the last one is dropped first."""
+    """An earlier answer. If it contains `thinking_end`, everything up to the last one is dropped first."""
 
     thinking_end: str | None = None
     thinking_left: Blanks = "none"
-    """What is then stripped from the left of what remains."""
+    """What the rest then loses at its left end."""
 
 
 class PictureText(Frozen):
-    """What stands for a picture."""
+    """The text that stands for a picture."""
 
     text: str
     line: str
-    """Written behind a picture that no text of its message precedes, but where the next part is a text that begins with
-    it."""
+    """Written behind a picture if no text of the message precedes it, unless the next part is a text that begins with
+    `line`."""
     first: bool
     """Whether pictures come before all texts of their message, wherever they stand in it."""
 
 
 class ChatSegments(Frozen):
-    """A chat template without Jinja: a conversation is these texts, and what was said, one behind the other.
+    """A chat template without Jinja. A conversation is these texts around the messages, one behind the other:
 
-    That is `begin` around the system message, or `begin_without_system`; `first_user` around the parts of the user's
-    first message, `user` around those of later ones, `text` around each text of them; `assistant_past` around each
-    answer; and behind the last message `assistant_open`.
+    1. `begin` around the system message, or `begin_without_system`.
+    2. `first_user` around the parts of the user's first message, `user` around those of later ones. Within them, `text`
+       around each text, and `picture` for each picture.
+    3. `assistant_past` around each earlier answer.
+    4. `assistant_open` at the end.
     """
 
     begin: Spoken | None
-    """None where the template takes no system message."""
+    """None if the template takes no system message."""
     begin_without_system: str
     first_user: Segment
     user: Segment
@@ -276,16 +282,16 @@ class ChatSegments(Frozen):
 class Manifest(Frozen):
     """manifest.json: everything that a runtime needs to know about a bundle.
 
-    Every field stands in the file. A field that was added without a new `schema_version` has a default, which says what
-    bundles without it mean; so has whatever is added to a record within. A program refuses fields, methods and formats
-    that it does not know, since they may change answers: such a bundle was made by a newer one.
+    The export writes every field. Older bundles lack fields that were added later without a new `schema_version`. Such
+    a field has a default, which is its meaning for those bundles. A program must refuse fields, methods and formats
+    that it does not know: a newer version wrote them, and they may change answers.
     """
 
     schema_version: int
     family: str
     dtype: FloatName
     lowering: str
-    """Which runtimes the graphs were lowered for: "portable" is none, and every lowering begins there."""
+    """The lowering of the graphs. "portable" graphs are not lowered; every other lowering starts from them."""
     selection_layer: int = Field(gt=0)
     calibrated: bool
     default_ratio: float = Field(gt=0, le=1)
@@ -299,16 +305,16 @@ class Manifest(Frozen):
     embedding: EmbeddingTable
     weights: tuple[WeightFile, ...]
     weight_formats: dict[str, StoredLayer] = Field(default_factory=dict)
-    """How a layer's weights are stored, by its canonical name; those of layers that it does not name, as floats."""
+    """How each layer's weights are stored, by the layer's canonical name. Layers without an entry are floats."""
     video: VideoPreprocessing | None = None
-    """None where videos are not taken."""
+    """None if the model takes no videos."""
     chat: ChatSegments | None = None
-    """None where only the template itself says what a conversation looks like."""
+    """None if the template cannot be expressed without Jinja."""
     residual_scale: float = Field(default=1, gt=0, le=1)
-    """What hidden_states are multiplied by between the graphs."""
+    """Factor of hidden_states between the graphs."""
     versions: dict[str, str]
     constants_sha256: Sha256
-    """See the function of that name."""
+    """The hash of the function constants_sha256."""
 
     @property
     def visual_tokens(self) -> list[int]:
@@ -329,14 +335,14 @@ CONSTANTS = frozenset(
         "residual_scale",
     )
 )
-"""Fields of the manifest that nothing else tells of when they change, but other answers."""
+"""Fields of the manifest whose change would show only in different answers."""
 
 
 def constants_sha256(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over the CONSTANTS of a manifest, by which an edited one is known.
+    """SHA-256 over the CONSTANTS of a manifest, to detect edits.
 
-    manifest: the JSON object. The fields are hashed as JSON in UTF-8, of sorted keys and without spaces, numbers as
-    Python writes them.
+    manifest: the JSON object. The fields are hashed as JSON in UTF-8, with sorted keys and without spaces. Numbers are
+    written as Python writes them.
     """
     constants = {name: manifest[name] for name in CONSTANTS if name in manifest}
     return hashlib.sha256(json.dumps(constants, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""How pictures become what an encoder takes, as manifests say it."""
+"""How pictures are prepared for an encoder, as manifests describe it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
 
 
 class Scaling(Frozen):
-    """How pixels are scaled: times rescale_factor, minus mean, by std, the latter two per RGB channel.
+    """How pixels are scaled: (value * rescale_factor - mean) / std, with a mean and a std for each RGB channel.
 
-    A processor that leaves one of these steps out has a factor of 1, or means of 0 and deviations of 1.
+    If a processor leaves one of these steps out, the factor is 1, or the means are 0 and the deviations 1.
     """
 
     rescale_factor: Factor
@@ -26,7 +26,7 @@ class Scaling(Frozen):
 
 
 class PatchPreprocessing(Scaling):
-    """How a picture becomes patches, at its own size. Pixel counts are of the resized picture."""
+    """How a picture of any size becomes patches. Pixel counts are those of the resized picture."""
 
     kind: Literal["patches"] = "patches"
     patch_size: int = Field(gt=0, le=256)
@@ -37,7 +37,7 @@ class PatchPreprocessing(Scaling):
 
     @property
     def patch_dim(self) -> int:
-        """Values of one patch: channels x frames x height x width."""
+        """Number of values of one patch: channels x frames x height x width."""
         return 3 * self.temporal_patch_size * self.patch_size**2
 
     @property
@@ -56,39 +56,39 @@ class PatchPreprocessing(Scaling):
         return self.max_pixels // self.token_side**2
 
     def capped(self, max_visual: int) -> PatchPreprocessing:
-        """With max_pixels such that a picture gives at most `max_visual` tokens."""
+        """A copy whose max_pixels gives a picture at most `max_visual` tokens."""
         most = min(self.max_pixels, max_visual * self.token_side**2)
         return self.model_copy(update={"max_pixels": most, "min_pixels": min(self.min_pixels, most)})
 
 
 class VideoPreprocessing(Scaling):
-    """How frames of a video are chosen, scaled and placed; they become patches as pictures do."""
+    """How frames of a video are chosen, scaled and placed. They become patches in the same way as pictures."""
 
     token: TokenId
     """Stands for one visual token of a video."""
     fps: float = Field(gt=0, le=1000)
-    """Frames that are taken a second, where nobody says how many."""
+    """Frames taken for each second, if the user names no number."""
     min_frames: Count
     max_frames: Count
     choice: Literal["steps", "ends"]
-    """Whether frames are taken in equal steps from the first on, whole temporal patches of them, or evenly from the
-    first to the last."""
+    """With "steps", frames are taken at equal steps from the first one on, as many as fill whole temporal patches. With
+    "ends", they are spread evenly from the first to the last."""
     min_pixels: Count
     max_pixels: Count
     pixels_of: Literal["frame", "video"]
-    """What has so many pixels: each resized frame, or all of them."""
+    """What min_pixels and max_pixels count: the pixels of each resized frame, or of all frames together."""
     positions_per_second: float | None = Field(gt=0, le=1e6)
-    """How far frames lie apart in rotary positions of time; None where it is one a temporal patch."""
+    """Rotary positions of time for each second. None if each temporal patch is one position."""
     timestamps: bool
-    """Whether the time of each temporal patch is written before its tokens, which are then a picture of their own."""
+    """Whether the time of each temporal patch is written before its tokens. Each patch then counts as one picture."""
 
 
 class FixedPreprocessing(Scaling):
-    """How a picture becomes what an encoder of fixed size takes: one tile, or several and a thumbnail of the whole.
+    """How a picture is prepared for an encoder of fixed size: as one tile, or as several tiles and a thumbnail.
 
-    Of the shapes of min_tiles to max_tiles tiles, fewest first, the one closest to the picture's aspect ratio is taken
-    (width / height, by absolute difference); a later one of the same difference takes its place if the picture has
-    more than half as many pixels as it has.
+    Shapes of min_tiles to max_tiles tiles are tried, fewest first. The shape whose aspect ratio (width / height) has
+    the smallest absolute difference from the picture's is taken. A later shape with the same difference replaces it if
+    the picture has more than half as many pixels as the later shape.
     """
 
     kind: Literal["tiles"] = "tiles"
@@ -98,9 +98,9 @@ class FixedPreprocessing(Scaling):
     """Visual tokens along one side of a tile."""
     min_tiles: Tiles
     max_tiles: Tiles
-    """Without the thumbnail, which a picture of several tiles has behind them."""
+    """Does not count the thumbnail, which follows the tiles if there are several."""
     fit: Literal["crop", "stretch"]
-    """Whether the middle of the picture is cut out, or all of it is stretched to the tiles."""
+    """With "crop", the middle of the picture is cut out. With "stretch", all of it is stretched to the tiles."""
 
     @property
     def token_side(self) -> int:
@@ -118,10 +118,10 @@ class FixedPreprocessing(Scaling):
         return self.tile_side**2 * (self.max_tiles + (self.max_tiles > 1))
 
     def capped(self, max_visual: int) -> FixedPreprocessing:
-        """With max_tiles such that a picture gives at most `max_visual` tokens.
+        """A copy whose max_tiles gives a picture at most `max_visual` tokens.
 
         Raises:
-            UserError: one tile has more.
+            UserError: a single tile has more.
         """
         tile = self.tile_side**2
         if max_visual < tile:
@@ -133,10 +133,11 @@ class FixedPreprocessing(Scaling):
 
 
 class ViewPreprocessing(Scaling):
-    """How a picture becomes two views of it: one tile that shows all of it, and several tiles that show it larger.
+    """How a picture becomes two views: one tile that shows all of it, and several tiles that show it larger.
 
-    Each view keeps the picture's aspect ratio, and is filled up on both sides. Of the shapes of tiles the one is taken
-    in which the picture has most pixels, at most its own; of equals the one with the least filling, the first of these.
+    Each view keeps the picture's aspect ratio and is filled up on both sides. The shape in which the picture has most
+    pixels is taken, where more than its own pixels do not count. Of equal shapes, the one with the least filling is
+    taken, then the first.
     """
 
     kind: Literal["views"] = "views"
@@ -145,14 +146,17 @@ class ViewPreprocessing(Scaling):
     tile_side: int = Field(gt=0, le=1024)
     """Visual tokens along one side of a tile."""
     token_side: SideLength
-    """Pixels along one side of a visual token; the last of a row or column may reach beyond its tile."""
+    """Pixels along one side of a visual token. The last token of a row or column may reach beyond its tile."""
     shapes: tuple[tuple[Tiles, Tiles], ...] = Field(min_length=1, max_length=256)
-    """Columns and rows of tiles that the second view may have."""
+    """The (columns, rows) of tiles that the second view may have."""
     fill: int = Field(ge=0, le=255)
-    """Level of the filling, before it is scaled."""
+    """Level of the filling, before pixels are scaled."""
 
     def visual(self, columns: int, rows: int) -> int:
-        """Visual tokens of a picture of so many tiles: of both views a separator behind each row, and one between."""
+        """Visual tokens of a picture whose second view has so many tiles.
+
+        Both views have a separator behind each row, and one separator is between the views.
+        """
         side = self.tile_side
         return side * (side + 1) + 1 + side * rows * (side * columns + 1)
 
@@ -167,10 +171,10 @@ class ViewPreprocessing(Scaling):
         return max(self.visual(*shape) for shape in self.shapes)
 
     def capped(self, max_visual: int) -> ViewPreprocessing:
-        """With the shapes alone that give at most `max_visual` tokens.
+        """A copy with only the shapes that give at most `max_visual` tokens.
 
         Raises:
-            UserError: all give more.
+            UserError: every shape gives more.
         """
         if max_visual < self.least_visual:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,3 +116,31 @@ def test_what_is_said_of_the_gpu_was_measured() -> None:
     assert {int(row[0].replace(",", "")): [float(x) for x in row[1:]] for row in rows} == {
         visual: figures(visual) for visual in (256, 1024, 4096)
     }
+
+
+def right(found: dict[str, Any]) -> str:
+    """Right answers to all questions, in percent."""
+    return f"{100 * found['all']['accuracy']:.1f}%"
+
+
+def test_what_is_said_of_choices_and_of_second_questions_was_measured() -> None:
+    methods, ways = result("spatial-vl-pruning")["methods"], result("spatial-vl-follow-ups")["ways"]
+    middle, before = (right(methods[name]["0.5"]["first"]) for name in ("IVC-Prune", "embeddings (DART)"))
+    compacted, again = (right(ways[name]["second"]) for name in ("compacted", "again"))
+    text = page("docs/how-it-works.md")
+    assert f"{middle} of the answers are right with IVC-Prune" in text
+    assert f"(as DART does it) {before} are right" in text
+    assert f"{compacted} of the second answers are right over the compacted cache, and {again} are if" in text
+
+
+def test_what_is_said_of_qwen2_vl_2b_is_on_the_page_of_families() -> None:
+    (row,) = (
+        line for line in read(ROOT / "docs" / "families.md").splitlines() if line.startswith("| `qwen2-vl-2b` | Qwen")
+    )
+    _, _, _, _, layers, k, _, tokens, prefill, _, _ = (cell.strip(" *") for cell in row.split("|"))
+    (part,) = re.findall(r"\((\d+%)\)", prefill)
+    for name in ("README.md", "docs/how-it-works.md"):
+        assert f"at most {part} of the decoder's prefill" in page(name)
+    assert f"prunes after {k} of {layers} layers" in page("README.md")
+    assert f"k = {k} of {layers} layers" in page("docs/how-it-works.md")
+    assert f"Qwen2-VL makes {tokens} of them" in page("docs/how-it-works.md")

@@ -84,3 +84,11 @@ def test_the_page_of_exit_codes_has_every_code() -> None:
 def test_every_page_is_in_the_sites_navigation() -> None:
     named = re.findall(r": ([\w-]+\.md)$", read(ROOT / "mkdocs.yml"), re.MULTILINE)
     assert sorted(named) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("name", ["graphs.svg", "selection.svg"])
+def test_figures_are_small_and_take_nothing_from_elsewhere(name: str) -> None:
+    figure = read(ROOT / "docs" / name)
+    assert len(figure) < 8_000 and "<text" in figure and "<title" in figure
+    assert re.findall(r"\w+://[^\"]*", figure) == ["http://www.w3.org/2000/svg"]
+    assert "<image" not in figure and f"]({name})" in read(ROOT / "docs" / "how-it-works.md")

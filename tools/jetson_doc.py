@@ -46,12 +46,18 @@ def jetson_lines() -> Iterator[str]:
     yield from (
         "## What a Jetson holds",
         "",
-        "Computed, not measured, as `ivc-export --dry-run` does it: weights, the largest cache and the activations of "
-        "one graph at a time, with attention by fused kernels that store no scores, for one picture of so many visual "
-        f"tokens and {TEXT} of text at the family's default ratio, and the smallest Orin that holds it beside the "
-        f"{reserved():g} GiB that its system takes. In int8 and int4 the products of the decoder's layers are packed "
-        f"in groups of {GROUP}; vision encoder, embeddings and head stay in 16 bits. Where a runtime makes floats of "
-        "packed weights ([Weights in 4 and 8 bits](weights.md)), the row of float16 holds.",
+        "Each cell has the memory that a model needs, and the smallest Orin that has it. The figures are computed, not "
+        "measured, in the same way as `ivc-export --dry-run` computes them:",
+        "",
+        "- The memory is that of the weights, the largest cache, and the activations of one graph at a time. Attention "
+        "is by fused kernels, which store no scores.",
+        f"- The prompt is one picture of so many visual tokens, and {TEXT} tokens of text. The ratio is "
+        "the family's default.",
+        f"- The board's own system takes {reserved():g} GiB beside that.",
+        f"- In int8 and int4, the products of the decoder's layers are packed in groups of {GROUP}. Vision encoder, "
+        "embeddings and head stay in 16 bits.",
+        "- Some runtimes turn packed weights into floats ([Weights in 4 and 8 bits](weights.md)). For them the row of "
+        "float16 applies.",
         "",
         f"| `--model` | weights | {' | '.join(f'{tokens:,} visual tokens' for tokens in TOKENS)} |",
         f"| --- | --- |{' --- |' * len(TOKENS)}",

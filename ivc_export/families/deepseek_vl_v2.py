@@ -1,21 +1,30 @@
 """DeepSeek-VL2 (Wu et al. 2024, arXiv 2412.10302): SigLIP over two views, a projector, and a mixture of experts.
 
-A picture is shown twice: whole, in one tile of 196 visual tokens, and larger, in the tiles of the shape that holds it
-with least loss; each row of either view ends with a separator, and so does the first view. The separators are always
-kept. Tokens are chosen in the first view, whose tokens alone share votes, and each chooses the second view's tokens in
-its place; implicit visual coordinates are chosen in the first view and in each row of the second. Tokens that show the
-filling around a picture are no seeds and no foreground.
+**Pictures.** A picture is shown in two views. The first shows all of it in one tile of 196 visual tokens. The second
+shows it larger, in the shape of tiles that loses least of it. Each row of a view ends with a separator, and so does the
+first view. Separators are always kept.
 
-The official code keeps what that makes, 47 to 54% of the visual tokens. Here the order is: separators, seeds, implicit
-visual coordinates, then the first view's tokens by score, seeds first, each with the second view's tokens in its place,
-and last those that show filling or were kept for their coordinates alone. So the official count gives the official set;
-the default ratio of 0.52 is about what its fractions add up to. The default `--max-visual` of 1,280 allows five tiles;
-2,101 allows nine, as the checkpoints' own processors do. The official code takes one picture, and the model's own
-processor cuts no more than two of a prompt into tiles; here there may be several, each in its two views.
+**Selection.** Only tokens of the first view share votes. Each chosen token of the first view also chooses the tokens of
+the second view that show the same place. Implicit visual coordinates are chosen in the first view, and in each row of
+the second. Tokens that show the filling around a picture are neither seeds nor foreground.
 
-The cache of layer 0 stays whole, as in the official code. Latent attention is expanded: caches hold keys and values of
-every head. Experts are stored apart, and stacked as they are copied, so that their weights cannot be linked; every
-expert is computed for every row. transformers has no such model: `ivc-check` compares with one written in PyTorch.
+**The official code** keeps the union of these, 47 to 54% of the visual tokens. Here all tokens are in one order:
+
+1. separators
+2. seeds
+3. implicit visual coordinates
+4. tokens of the first view by score, seeds first, each with the second view's tokens in its place
+5. tokens that show filling, and tokens that were kept only for their coordinates
+
+So the official number of tokens gives the official set. The default ratio of 0.52 is about the sum of the official
+fractions. The default `--max-visual` of 1,280 allows five tiles; 2,101 allows nine, as the checkpoints' own processors
+do. The official code takes one picture. The model's own processor cuts the pictures of a prompt into tiles only if
+there are at most two. Here a prompt may have several pictures, each in its two views.
+
+**Caches and experts.** The cache of layer 0 stays whole, as in the official code. Latent attention is expanded: caches
+contain keys and values of every head. Checkpoints store experts apart. The export stacks them while it copies them, so
+their weights cannot be linked. Every expert is computed for every row. transformers has no such model, so `ivc-check`
+compares with one written in PyTorch.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
 """InternVL 2.5, 3 and 3.5 (arXiv 2412.05271, 2508.18265): InternViT over tiles and a thumbnail, pixel shuffle, an LLM.
 
-In transformers' layout (checkpoints named -hf or -HF), with a Qwen2, Qwen3 or Llama decoder; InternVL 3.5's of mixtures
-of experts are refused.
+**Checkpoints.** These are the checkpoints in transformers' layout (named -hf or -HF), with a Qwen2, Qwen3 or Llama
+decoder. The mixtures of experts of InternVL 3.5 are refused.
 
-A picture is cut into tiles of the closest aspect ratio, each of 256 visual tokens, with a thumbnail of the whole behind
-them. Tokens are chosen in the thumbnail, as many as its share of the budget, and each chooses the tiles' tokens in its
-place; implicit visual coordinates are chosen in every tile. Where that makes less than the budget, the thumbnail's
-other tokens follow by score. The official code ends there, and keeps less than its ratio of many tiles; here the tiles'
-other tokens follow by score, so that the budget is always met. The default `--max-visual` of 1,280 allows four tiles;
-3,328 allows twelve, as the checkpoints' own processors do.
+**Pictures.** A picture is cut into tiles of the closest aspect ratio, each of 256 visual tokens. A thumbnail of the
+whole picture follows them. The default `--max-visual` of 1,280 allows four tiles; 3,328 allows twelve, as the
+checkpoints' own processors do.
+
+**Selection.** Tokens are chosen in the thumbnail, as many as its share of the budget. Each of them chooses the tiles'
+tokens that show the same place. Implicit visual coordinates are chosen in every tile. If that is less than the budget,
+the thumbnail's other tokens follow by score. The official code ends there, and keeps less than its ratio if there are
+many tiles. Here the tiles' other tokens follow by score, so the budget is always met.
 """
 
 from __future__ import annotations

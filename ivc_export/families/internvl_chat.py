@@ -1,10 +1,14 @@
 """InternVL 2.5, 3 and 3.5 in the original code's layout, with a Qwen2, Qwen3 or InternLM2 decoder.
 
-The same graphs from other names: InternLM2's fused query-key-value weight is multiplied whole and split behind it, so
-that no weight is copied. With InternLM2, scores come from what the value weights of layer k-1 make of its input without
-the norm, as in the official code; with Qwen2 and Qwen3, which that does not cover, from the layer's values, as in the
-other families. transformers has no model of this layout: `ivc-check` loads such a checkpoint into its model of the
-other. InternLM2's checkpoints come without a tokenizer.json: it is made of their tokenizer.model.
+The graphs are those of `internvl`; only the names of the weights differ. InternLM2 has one fused weight for query, key
+and value. It is multiplied whole and the result is split, so that no weight is copied.
+
+**Selection.** With InternLM2, tokens are scored as in the official code: by the product of layer k-1's value weights
+with its input, without the norm. The official code does not cover Qwen2 and Qwen3. With these, tokens are scored by the
+layer's values, as in the other families.
+
+transformers has no model of this layout, so `ivc-check` loads such a checkpoint into the model of the other layout.
+InternLM2's checkpoints have no tokenizer.json: the export makes it from their tokenizer.model.
 """
 
 from __future__ import annotations

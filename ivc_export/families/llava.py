@@ -1,9 +1,9 @@
 """LLaVA-1.5 (Liu et al. 2023, arXiv 2310.03744): CLIP ViT-L/336, a two-layer projector, and a Llama decoder.
 
-A picture's middle square gives 576 visual tokens, whatever its size. The official code keeps a union of the best by
-score (20%), by mean cosine and by mean sine (5% each), which is 26 to 29% of them. Here the budget is filled by the
-same score, so that the official count gives the official set; the default ratio of 0.3 is what the three fractions add
-up to. The cache of layer 0 stays whole, as in the official code.
+The square in the middle of a picture gives 576 visual tokens, whatever the picture's size. The official code keeps a
+union: the best tokens by score (20%), by mean cosine and by mean sine (5% each). That is 26 to 29% of the tokens. Here
+the same score fills the budget, so the official number of tokens gives the official set. The default ratio of 0.3 is
+the sum of the three fractions. The cache of layer 0 stays whole, as in the official code.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """Qwen3-VL (Bai et al. 2025, arXiv 2511.21631): interleaved M-RoPE, DeepStack, a Qwen3 decoder.
 
-The dense models: 2B, 4B, 8B, 32B, and what was trained from them, as Cosmos-Reason2. Features of three encoder layers
-are added to the pictures' rows behind the first three decoder layers (DeepStack, Meng et al. 2024, arXiv 2406.04334),
-so k is at least 3. Tokens are chosen as in Qwen2.5-VL; k is the one of a Qwen2.5-VL of as many layers, which nobody has
-measured here.
+**Checkpoints.** These are the dense models (2B, 4B, 8B, 32B) and models trained from them, such as Cosmos-Reason2.
+
+**DeepStack** (Meng et al. 2024, arXiv 2406.04334). Features of three encoder layers are added to the pictures' rows
+after the first three decoder layers. So k is at least 3.
+
+**Selection.** Tokens are chosen as in Qwen2.5-VL. The default k is that of a Qwen2.5-VL with as many layers; nobody has
+measured it for Qwen3-VL.
 """
 
 from __future__ import annotations

@@ -58,11 +58,11 @@ def check_output(path: Path) -> None:
     """
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise UserError(f"the folder of {path} does not exist: make it, or write the file elsewhere")
+        raise UserError(f"the folder of {path} does not exist: create it, or write the file elsewhere")
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file in it")
     if not os.access(path if path.exists() else folder, os.W_OK):
-        raise UserError(f"{path} cannot be written: see to its permissions, or write the file elsewhere")
+        raise UserError(f"{path} cannot be written: check its permissions, or write the file elsewhere")
 
 
 def run_command(name: str, arguments: Sequence[str] | None, **more: str) -> int:
@@ -89,10 +89,10 @@ def run_command(name: str, arguments: Sequence[str] | None, **more: str) -> int:
         tell(str(error))
         return 2
     except MemoryError:
-        tell("the machine's memory does not suffice: close programs, or take a smaller model or picture")
+        tell("the machine has too little memory: close other programs, or use a smaller model or picture")
         return 2
     except RecursionError:
-        tell("a file is nested too deep to be read: make it again")
+        tell("a file is nested too deeply to be read: download or create it again")
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush into

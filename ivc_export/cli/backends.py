@@ -21,7 +21,7 @@ class Gone(argparse.Action):
             UserError: always.
         """
         raise UserError(
-            "there is no --provider: give --backend onnxruntime-cpu in place of --provider cpu, and --backend "
+            "--provider was removed: give --backend onnxruntime-cpu in place of --provider cpu, and --backend "
             "onnxruntime-cuda in place of --provider cuda"
         )
 
@@ -33,16 +33,17 @@ def add_backend_options(p: argparse.ArgumentParser, several: bool = False, level
     """
     names = tuple(BACKENDS)
     if several:
-        text = f"a runtime; may be repeated (default: {DEFAULT})"
+        text = f"runtime to time; may be repeated (default: {DEFAULT})"
         p.add_argument("--backend", action="append", choices=names, help=text)
     else:
-        text = f"what runs the graphs, or the engines that ivc-build made (default: {DEFAULT})"
+        text = f"runtime: onnxruntime runs the graphs, TensorRT the engines of ivc-build (default: {DEFAULT})"
         p.add_argument("--backend", choices=names, default=DEFAULT, help=text)
     for option, what in libraries().items():
         p.add_argument(flag(option), type=Path, metavar="LIB", help=f"{what}, for {', '.join(takers(option))}")
     if levels:
-        text = f"of packed weights: 0 in float32, 4 by int8 activations, for {', '.join(takers('accuracy_level'))}"
-        p.add_argument("--accuracy-level", type=int, metavar="LEVEL", help=f"{text} (default: 4)")
+        text = "how packed weights are multiplied: 0 in float32, 4 with activations in int8"
+        text = f"{text}, for {', '.join(takers('accuracy_level'))} (default: 4)"
+        p.add_argument("--accuracy-level", type=int, metavar="LEVEL", help=text)
     p.add_argument("--provider", nargs="?", action=Gone, help=argparse.SUPPRESS)
 
 

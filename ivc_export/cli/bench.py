@@ -28,47 +28,58 @@ from ivc_export.runtime.backends import DEFAULT
 VISUAL = (256,)
 WIDTH = 200
 """Of tables in files and pipes."""
-LEGEND = "in brackets: what the roofline allows by what was measured; memory: the most so far, mapped files left out"
+LEGEND = (
+    "in brackets: the roofline's time in percent of the measured one; memory: the peak so far, without mapped files"
+)
 
 
 def parser() -> Parser:
     """The command's options."""
     p = Parser(
         prog="ivc-bench",
-        description="Time a bundle's stages on random pictures, unpruned and pruned, beside PyTorch and the roofline.",
+        description="Time each stage of a bundle on random pictures, and compare with the roofline and PyTorch.",
     )
     add_bundle_argument(p)
     add_backend_options(p, several=True)
-    p.add_argument("--against", type=Path, metavar="CHECKPOINT", help="also time it on stock transformers")
+    p.add_argument("--against", type=Path, metavar="CHECKPOINT", help="also time this checkpoint in stock transformers")
     p.add_argument(
-        "--peer", action="append", choices=PEERS, help="how, with --against; may be repeated (default: torch-eager)"
+        "--peer",
+        action="append",
+        choices=PEERS,
+        help="how PyTorch runs the checkpoint of --against; may be repeated (default: torch-eager)",
     )
     p.add_argument(
         "--ratio",
         type=float,
         action="append",
-        help="fraction of visual tokens kept, beside 1; may be repeated (default: the bundle's)",
+        help="fraction of visual tokens kept; may be repeated (default: the bundle's); 1 is always timed too",
     )
     p.add_argument(
         "--visual",
         type=int,
         action="append",
-        help=f"visual tokens of the picture, about; may be repeated (default: {VISUAL[0]})",
+        help=f"approximate visual tokens of the picture; may be repeated (default: {VISUAL[0]})",
     )
-    p.add_argument("--text", type=int, default=64, help="other tokens of the prompt (default: 64)")
+    p.add_argument("--text", type=int, default=64, help="text tokens of the prompt (default: 64)")
     p.add_argument("--tokens", type=int, default=32, help="tokens to decode (default: 32)")
-    p.add_argument("--rounds", type=int, default=5, help="that medians are taken over (default: 5)")
-    p.add_argument("--warmups", type=int, default=2, help="rounds before these (default: 2)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    p.add_argument("--rounds", type=int, default=5, help="timed rounds, whose medians are printed (default: 5)")
+    p.add_argument("--warmups", type=int, default=2, help="rounds before the timed ones (default: 2)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
     p.add_argument(
-        "--report", type=Path, metavar="FILE", help="write all figures, the engines' record and no paths, to be posted"
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write a file to publish: all figures and the engines' record, no paths",
     )
-    p.add_argument("--plot", type=Path, metavar="PNG", help="draw the stages")
+    p.add_argument("--plot", type=Path, metavar="PNG", help="write a chart of the stages")
     p.add_argument(
-        "--baseline", type=Path, metavar="FILE", help="of --json, earlier: fail where a time grew since then"
+        "--baseline", type=Path, metavar="FILE", help="file of an earlier --json: exit with 1 if a time has grown since"
     )
     p.add_argument(
-        "--baseline-factor", type=float, metavar="X", help=f"beyond so many times (default: {TIMES_FACTOR:g})"
+        "--baseline-factor",
+        type=float,
+        metavar="X",
+        help=f"for --baseline: a time has grown if it is X times as long (default: {TIMES_FACTOR:g})",
     )
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
@@ -141,13 +152,13 @@ def check_outputs(options: argparse.Namespace) -> None:
             check_output(path)
             other = names.setdefault(path.resolve(), option)
             if other != option:
-                raise UserError(f"--{other} and --{option} both name {path}: name two files")
+                raise UserError(f"--{other} and --{option} both name {path}: give two different files")
     if options.plot and options.plot.suffix.lower() != ".png":
         raise UserError(f"{options.plot} does not end in .png: give it that ending")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: install ivc-export[check], its extra with it")
+        raise UserError("--plot needs matplotlib: install ivc-export[check]")
     if options.baseline_factor is not None and not options.baseline:
-        raise UserError("--baseline-factor needs figures to compare with: give them with --baseline")
+        raise UserError("--baseline-factor needs figures to compare with: give their file with --baseline")
     if options.peer and not options.against:
         raise UserError("--peer needs the checkpoint that was exported: give it with --against")
 
@@ -184,7 +195,7 @@ def table(rows: Sequence[Row]) -> Table:
     line("  select, compact", lambda row: share(row, ("select", "compact"), "share"))
     line("host", stage("host"))
     line("first token", lambda row: f"{row.first_token:.2f}")
-    line("a token", lambda row: f"{row.decode:.2f} ({row.roofline['decode']:.0%})")
+    line("decode step", lambda row: f"{row.decode:.2f} ({row.roofline['decode']:.0%})")
     line("  select, compact", lambda row: share(row, ("decode",), "decode_share"))
     line("KV cache", lambda row: decimal(row.cache_bytes))
     line("  visual tokens", lambda row: decimal(row.visual_cache_bytes))

@@ -21,49 +21,61 @@ from ivc_export.tensorrt.recipe import RTX_CAPABILITIES, AttentionChoice, Engine
 
 def parser() -> Parser:
     """The command's options."""
-    p = Parser(prog="ivc-build", description="Build TensorRT engines of a bundle.")
+    p = Parser(prog="ivc-build", description="Build TensorRT engines from a bundle.")
     add_bundle_argument(p)
-    p.add_argument("--target", choices=tuple(MODULES), default="tensorrt", help="default: tensorrt")
-    p.add_argument("--compute-capability", help=f"of the GPU, for tensorrt-rtx: {', '.join(RTX_CAPABILITIES)}")
+    p.add_argument(
+        "--target", choices=tuple(MODULES), default="tensorrt", help="TensorRT or TensorRT-RTX (default: tensorrt)"
+    )
+    p.add_argument(
+        "--compute-capability", help=f"of the target GPU, for --target tensorrt-rtx: {', '.join(RTX_CAPABILITIES)}"
+    )
     p.add_argument(
         "--dtype",
         type=long_name,
         choices=tuple(FLOATS),
-        help="default: the bundle's, where TensorRT and the GPU have it",
+        help="precision of the engines (default: the bundle's, if TensorRT and the GPU have it)",
     )
-    p.add_argument("--max-visual", type=int, help="visual tokens a prompt at most (default: the bundle's)")
-    p.add_argument("--max-text", type=int, default=512, help="other tokens of a prompt at most (default: 512)")
-    p.add_argument("--max-new", type=int, default=512, help="tokens of all answers at most (default: 512)")
-    p.add_argument("--opt-visual", type=int, help="visual tokens to tune for (default: half of the most)")
-    p.add_argument("--opt-text", type=int, help="other tokens to tune for (default: 64)")
-    p.add_argument("--plugin", type=Path, metavar="LIB", help="libivc_plugin.so; without it, standard operators alone")
+    p.add_argument("--max-visual", type=int, help="maximum visual tokens of a prompt (default: the bundle's)")
+    p.add_argument("--max-text", type=int, default=512, help="maximum text tokens of a prompt (default: 512)")
+    p.add_argument("--max-new", type=int, default=512, help="maximum tokens of all answers together (default: 512)")
+    p.add_argument("--opt-visual", type=int, help="visual tokens to tune for (default: half of --max-visual)")
+    p.add_argument("--opt-text", type=int, help="text tokens to tune for (default: 64)")
+    p.add_argument(
+        "--plugin", type=Path, metavar="LIB", help="libivc_plugin.so to use (default: none, only standard operators)"
+    )
     p.add_argument(
         "--softmax",
         choices=get_args(SoftmaxChoice),
-        help="of the vision encoder (default: float16 in engines in float16, which TensorRT fuses, else float32)",
+        help="precision of the vision encoder's softmax (default: float16 in float16 engines, where TensorRT fuses it, "
+        "else float32)",
     )
     p.add_argument(
         "--attention",
         choices=get_args(AttentionChoice),
         default="auto",
-        help="of decoder layers where no operator does it: grouped has the faster steps, repeated a faster prefill and "
-        "less memory (default: auto, grouped where it fits)",
+        help="attention of decoder layers that no single operator computes: grouped decodes faster, repeated prefills "
+        "faster and takes less memory (default: auto, which is grouped if it fits)",
     )
     p.add_argument(
-        "--memory", type=float, metavar="GIB", help="what the device has for engines (default: this machine's)"
+        "--memory", type=float, metavar="GIB", help="memory that engines may take (default: all of this machine's)"
     )
     p.add_argument(
-        "--workspace", type=float, metavar="GIB", help="scratch memory a layer may use (default: TensorRT's)"
+        "--workspace",
+        type=float,
+        metavar="GIB",
+        help="maximum scratch memory (workspace) of a layer (default: TensorRT's)",
     )
-    p.add_argument("--optimization-level", type=int, default=3, help="0 to 5: how long TensorRT searches (default: 3)")
     p.add_argument(
-        "--timing-cache", type=Path, metavar="FOLDER", help="read and written, so that a second build is short"
+        "--optimization-level", type=int, default=3, help="0 to 5: how long the builder searches (default: 3)"
     )
     p.add_argument(
-        "--tactic-sources", metavar="A,B", help="what may serve, such as CUBLAS,JIT_CONVOLUTIONS (default: TensorRT's)"
+        "--timing-cache", type=Path, metavar="FOLDER", help="where timings are kept, so that later builds are faster"
+    )
+    p.add_argument(
+        "--tactic-sources", metavar="A,B", help="tactics to try, such as CUBLAS,JIT_CONVOLUTIONS (default: TensorRT's)"
     )
     p.add_argument("--verbose", action="store_true", help="print TensorRT's own messages")
-    p.add_argument("--force", action="store_true", help="build also where memory seems too small")
+    p.add_argument("--force", action="store_true", help="build even if memory seems too small")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
@@ -104,11 +116,11 @@ def command(arguments: Sequence[str]) -> int:
 
         folder, memory = build(bundle, recipe, progress, options.force, options.verbose, console.print)
     size = decimal(sum(plan.stat().st_size for plan in folder.glob("*.plan")))
-    console.print(f"[bold]{folder}[/]: {size} of engines, caches of {recipe.capacity} rows")
+    console.print(f"[bold]{folder}[/]: {size} of engines, KV caches of {recipe.capacity} tokens")
     largest = max(memory.activations.values())
     console.print(
         f"running them takes about {decimal(memory.running)}: {decimal(memory.weights)} of weights, "
-        f"{decimal(memory.caches)} of caches, and at most {decimal(largest)} of activations"
+        f"{decimal(memory.caches)} of KV caches, and at most {decimal(largest)} of activations"
     )
     return 0
 

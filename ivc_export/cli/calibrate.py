@@ -28,15 +28,23 @@ def parser() -> Parser:
     )
     p.add_argument("--model", required=True, help="checkpoint folder, hub id (owner/name) or alias (qwen2-vl-2b)")
     p.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="pictures and prompts.json (default: a small set that comes along)"
+        "--data", type=Path, metavar="FOLDER", help="pictures and prompts.json (default: a small set that is included)"
     )
     p.add_argument(
-        "--ratio", type=float, action="append", help="fraction of visual tokens kept; the first counts (default: 0.5)"
+        "--ratio",
+        type=float,
+        action="append",
+        help="fraction of visual tokens kept; may be repeated, and the first decides the layer (default: 0.5)",
     )
-    p.add_argument("--layer", type=int, action="append", help="a layer to try (default: all, or 12 of a large model)")
-    p.add_argument("--tokens", type=int, default=16, help="tokens of an answer at most (default: 16)")
     p.add_argument(
-        "--agreement", type=float, default=ENOUGH, help=f"part of the answers that must not change (default: {ENOUGH})"
+        "--layer",
+        type=int,
+        action="append",
+        help="layer to try; may be repeated (default: all, or 12 of a large model)",
+    )
+    p.add_argument("--tokens", type=int, default=16, help="maximum tokens of an answer (default: 16)")
+    p.add_argument(
+        "--agreement", type=float, default=ENOUGH, help=f"fraction of answers that must not change (default: {ENOUGH})"
     )
     add_method_options(p, "default: ivc-prune")
     p.add_argument("--scored", choices=get_args(Scored), help=SCORED_HELP)
@@ -44,12 +52,15 @@ def parser() -> Parser:
         "--compare",
         choices=("proposed", "all", "none"),
         default="proposed",
-        help="layers at which foreground and 5 draws of random are tried, too (default: proposed)",
+        help="layers at which foreground and 5 draws of random are tried too (default: proposed)",
     )
     p.add_argument(
-        "--output", type=Path, default=Path("calibration.json"), help="the file, with a plot beside it as .png"
+        "--output",
+        type=Path,
+        default=Path("calibration.json"),
+        help="file to write, with a plot beside it as .png (default: calibration.json)",
     )
-    p.add_argument("--force", action="store_true", help="replace an older file")
+    p.add_argument("--force", action="store_true", help="replace an existing file")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
@@ -59,14 +70,14 @@ def command(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     ratios = [check_ratio(ratio) for ratio in options.ratio or [0.5]]
     if options.tokens < 1:
-        raise UserError(f"{options.tokens} tokens cannot be compared: give 1 or more")
+        raise UserError(f"--tokens {options.tokens} is out of range: give 1 or more")
     if not 0 <= options.agreement <= 1:  # false for nan as well
-        raise UserError(f"agreement {options.agreement} is out of range: give 0 to 1")
+        raise UserError(f"--agreement {options.agreement} is out of range: give 0 to 1")
     method = given_method(options)
     check_output(options.output)
     plot = options.output.with_suffix(".png")
     if plot == options.output:
-        raise UserError(f"{plot} is where the plot goes: name the file otherwise, such as {plot.with_suffix('.json')}")
+        raise UserError(f"{plot} is the plot's name: give the file another one, such as {plot.with_suffix('.json')}")
     check_output(plot)
     for path in (options.output, plot):
         if path.exists() and not options.force:
@@ -99,7 +110,8 @@ def command(arguments: Sequence[str]) -> int:
     tables = [table(found), rivals_table(found)] if found.rivals else [table(found)]
     make_console(stderr=False).print(*tables)
     console.print(
-        f"layer {found.layer} is proposed at ratio {found.ratio:g}: ivc-export --calibration {options.output} takes it"
+        f"layer {found.layer} is proposed at ratio {found.ratio:g}: to use it, export with --calibration "
+        f"{options.output}"
     )
     sentence = verdict(found)
     if sentence:
@@ -115,7 +127,7 @@ def table(found: Calibration) -> Table:
         "kept",
         "divergence, nats",
         "same answers",
-        "same tokens as above",
+        "tokens as one row up",
         "prefill saved",
     ):
         shown.add_column(heading, justify="right")
@@ -135,7 +147,7 @@ def table(found: Calibration) -> Table:
 
 def rivals_table(found: Calibration) -> Table:
     """The method beside others, a line a layer and method."""
-    shown = Table(title=f"ways to choose, {found.ratio:.0%} kept, with the spread of draws")
+    shown = Table(title=f"selection methods, {found.ratio:.0%} kept, ± the standard deviation over draws")
     for heading in ("layer", "method", "divergence, nats", "same answers"):
         shown.add_column(heading, justify="right")
     for trial in found.trials:

@@ -48,8 +48,8 @@ REPORT, REFERENCE = "report", "report/reference"
 PROMPT_OPTIONS = ("image", "video", "fps", "max_frames", "prompt", "ratio", "steps", "method", "method_seed")
 STEPS = 8
 UNMEASURED = (
-    "these tolerances are bounds by what rounding costs elsewhere: on {backend} in {dtype} errors of a right bundle "
-    "have not been measured yet"
+    "these tolerances are derived from other backends: errors of a correct bundle on {backend} in {dtype} have not "
+    "been measured yet"
 )
 
 Images = list[PIL.Image.Image | Video]
@@ -78,15 +78,21 @@ def parser() -> Parser:
     p = Parser(prog="ivc-check", description="Compare a bundle with its checkpoint on PyTorch, and verify its files.")
     add_bundle_argument(p)
     p.add_argument("--against", type=Path, metavar="CHECKPOINT", help="the checkpoint folder that was exported")
-    p.add_argument("--onnx-only", action="store_true", help="compare with the run that --against left in the bundle")
-    p.add_argument("--weights", action="store_true", help="verify graphs and weight files by their sha256, or add it")
     p.add_argument(
-        "--image", type=Path, action="append", help="a picture; give it again for more (default: a drawn one)"
+        "--onnx-only",
+        action="store_true",
+        help="compare with the run that --against recorded in the bundle, without PyTorch",
     )
-    p.add_argument("--video", type=Path, action="append", metavar="FILE|FOLDER", help="a video, as ivc-run takes it")
-    p.add_argument("--fps", type=float, help="frames taken a second, or that a folder has (default: the model's)")
-    p.add_argument("--max-frames", type=int, help="frames taken of a video at most (default: the model's)")
-    p.add_argument("--prompt", help="a question (default: one about the drawn picture)")
+    p.add_argument(
+        "--weights", action="store_true", help="verify the SHA-256 of graphs and weight files, and add missing ones"
+    )
+    p.add_argument("--image", type=Path, action="append", help="a picture; may be repeated (default: a generated one)")
+    p.add_argument(
+        "--video", type=Path, action="append", metavar="FILE|FOLDER", help="a video, or a folder of its frames"
+    )
+    p.add_argument("--fps", type=float, help="frames to take per second, or those of a folder (default: the model's)")
+    p.add_argument("--max-frames", type=int, help="maximum frames to take of a video (default: the model's)")
+    p.add_argument("--prompt", help="the question (default: one about the generated picture)")
     p.add_argument("--ratio", type=float, help="fraction of visual tokens kept (default: the bundle's)")
     add_method_options(p, "default: the bundle's")
     p.add_argument("--steps", type=int, help=f"decode steps to compare (default: {STEPS})")
@@ -94,13 +100,16 @@ def parser() -> Parser:
         "--precision",
         type=long_name,
         choices=("float32", "float16"),
-        help="what onnxruntime-cpu computes in; float16 shows what it costs a float16 bundle (default: float32)",
+        help="precision of onnxruntime-cpu; float16 shows the errors of a float16 bundle (default: float32)",
     )
     add_backend_options(p, levels=False)  # tolerances are of float32
-    p.add_argument("--junit", type=Path, metavar="FILE", help="also write the comparisons as JUnit's XML")
-    p.add_argument("--baseline", type=Path, metavar="FILE", help="a parity.json: fail where an error grew since then")
+    p.add_argument("--junit", type=Path, metavar="FILE", help="also write the comparisons as JUnit XML")
+    p.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier parity.json: exit with 1 if an error grew")
     p.add_argument(
-        "--baseline-factor", type=float, metavar="X", help=f"beyond so many times (default: {ERRORS_FACTOR:g})"
+        "--baseline-factor",
+        type=float,
+        metavar="X",
+        help=f"for --baseline: an error grew if it is X times as large (default: {ERRORS_FACTOR:g})",
     )
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
@@ -189,19 +198,19 @@ def check_options(options: argparse.Namespace) -> None:
     if options.junit:
         check_output(options.junit)
         if options.baseline and options.junit.resolve() == options.baseline.resolve():
-            raise UserError(f"--junit and --baseline both name {options.junit}: name two files")
+            raise UserError(f"--junit and --baseline both name {options.junit}: give two different files")
     if options.onnx_only:
         given = [
             f"--{name.replace('_', '-')}" for name in ("against", *PROMPT_OPTIONS) if getattr(options, name) is not None
         ]
         if given:
-            raise UserError(f"--onnx-only compares with the stored run, as it was: leave out {' and '.join(given)}")
+            raise UserError(f"--onnx-only repeats the recorded run unchanged: leave out {' and '.join(given)}")
     elif options.against:
         missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
         if missing:
             raise UserError(
-                f"ivc-check --against needs {' and '.join(missing)}: install ivc-export[check], its extra with both, "
-                "or use --onnx-only on a bundle that was checked elsewhere"
+                f"ivc-check --against needs {' and '.join(missing)}: install ivc-export[check], "
+                "or use --onnx-only on a bundle that was checked on another machine"
             )
     elif not options.weights:
         raise UserError("there is nothing to check: give --against CHECKPOINT, --onnx-only or --weights")
@@ -215,10 +224,12 @@ def check_report(bundle: Bundle) -> None:
     """
     for folder in (bundle.folder / REPORT, bundle.folder / REFERENCE):
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise UserError(f"no report can be written to {folder}, which is no folder of the bundle's own: remove it")
+            raise UserError(f"the report cannot be written to {folder}, which is a link or a file: remove it")
     folder = bundle.folder / REPORT
     if not os.access(folder if folder.exists() else bundle.folder, os.W_OK):
-        raise UserError(f"no report can be written to {folder}: see to its permissions, or check a copy of the bundle")
+        raise UserError(
+            f"the report cannot be written to {folder}: check its permissions, or run ivc-check on a copy of the bundle"
+        )
 
 
 def verify(bundle: Bundle, console: Console) -> Bundle:
@@ -288,7 +299,8 @@ def stored(bundle: Bundle) -> tuple[Recording, Images]:
     folder = bundle.folder / REFERENCE
     if not (folder / INDEX).is_file():
         raise UserError(
-            f"{folder} holds no run to compare with: run ivc-check --against where there is torch, and copy the bundle"
+            f"{folder} holds no recorded run: run ivc-check --against on a machine with PyTorch, then copy the bundle "
+            "here"
         )
     advice = "run ivc-check --against again"
     recording = Recording.read(folder)
@@ -311,7 +323,7 @@ def question(
     """
     if text is None:
         if images or videos:
-            raise UserError("there is a picture and no question: give one with --prompt")
+            raise UserError("there is a picture but no question: give one with --prompt")
         image = draw_picture()
         return make_prompt(bundle, image)[1], [image]
     processor = Processor(bundle)

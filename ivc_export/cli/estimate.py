@@ -10,14 +10,14 @@ from rich.table import Table
 
 from ivc_export.exporter.estimate import Cost, Estimate
 
-UNCALIBRATED = "this layer is not calibrated: nobody has measured which one suits this model best"
+UNCALIBRATED = "the selection layer is not calibrated for this model: ivc-calibrate finds the best one"
 
 
 def show_estimate(found: Estimate, console: Console) -> None:
     """The dry run's tables."""
     console.print(
-        f"{found.family}, {found.dtype}: layers below {found.selection_layer} of {found.layers} see every token, the "
-        f"others keep {found.ratio:.0%} of the visual ones, chosen by {found.method}; "
+        f"{found.family}, {found.dtype}: layers below {found.selection_layer} of {found.layers} process every "
+        f"token, the others {found.ratio:.0%} of the visual tokens, selected by {found.method}; "
         f"{found.parameters / 1e9:.2f} B parameters, "
         f"{decimal(found.weight_bytes)} of weights"
     )
@@ -36,7 +36,7 @@ def show_estimate(found: Estimate, console: Console) -> None:
 
 def picture_table(found: Estimate) -> Table:
     """Tokens, FLOPs, cache and activations by picture, each against no pruning where that differs."""
-    table = Table(title="one prefill, pruned of unpruned")
+    table = Table(title="one prefill: pruned of unpruned")
     table.add_column("")
     for p in found.pictures:
         table.add_column(f"{p.picture.width}x{p.picture.height}", justify="right")

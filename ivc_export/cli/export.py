@@ -41,74 +41,90 @@ KEEP = "keep"
 
 def parser(prog: str = "ivc-export") -> Parser:
     """The command's options."""
-    p = Parser(prog=prog, description="Export a vision-language model with IVC-Prune inside.")
+    p = Parser(
+        prog=prog, description="Export a vision-language model to ONNX graphs that prune visual tokens by IVC-Prune."
+    )
     p.add_argument("--model", help="checkpoint folder, hub id (owner/name) or alias (qwen2-vl-2b)")
     p.add_argument("--revision", help="branch, tag or commit on the hub (default: its main branch)")
     p.add_argument("--output", type=Path, help="bundle folder (default: the model's name with -ivc)")
-    p.add_argument("--ratio", type=float, help="default fraction of visual tokens kept (default: the family's)")
-    p.add_argument("--layer", type=int, help="layers below this one see every token (default: the family's)")
-    p.add_argument("--calibration", type=Path, metavar="FILE", help="take the layer that ivc-calibrate found")
+    p.add_argument(
+        "--ratio", type=float, help="fraction of visual tokens that runs keep by default (default: the family's)"
+    )
+    p.add_argument("--layer", type=int, help="first layer that runs without the pruned tokens (default: the family's)")
+    p.add_argument("--calibration", type=Path, metavar="FILE", help="use the layer that ivc-calibrate proposed")
     p.add_argument(
         "--method",
         choices=exported_methods(),
         default="ivc-prune",
-        help="how visual tokens are chosen; fastv: by what the last row attends to (default: ivc-prune, whose bundles "
-        "take foreground and random at run time)",
+        help="how visual tokens are selected; fastv: by the last token's attention (default: ivc-prune, whose bundles "
+        "also run with foreground and random)",
     )
     p.add_argument("--scored", choices=get_args(Scored), help=SCORED_HELP)
-    p.add_argument("--max-visual", type=int, default=1280, help="visual tokens a picture at most (default: 1280)")
+    p.add_argument("--max-visual", type=int, default=1280, help="maximum visual tokens of a picture (default: 1280)")
     p.add_argument(
         "--dtype",
         type=long_name,
         choices=get_args(Dtype),
         default="checkpoint",
-        help="of weights and graphs (default: the checkpoint's, which sessions and engines cast as they need)",
+        help="precision of weights and graphs (default: the checkpoint's; runtimes cast it if they need to)",
     )
-    p.add_argument("--weight-format", choices=get_args(Rounded), help="round decoder layers' weights, without data")
+    p.add_argument(
+        "--weight-format", choices=get_args(Rounded), help="quantise the decoder layers' weights, without data"
+    )
     p.add_argument(
         "--group-size",
         type=int,
         choices=GROUPS,
         metavar=f"{{{','.join(map(str, GROUPS))}}}",
         default=128,
-        help="values that share a scale (default: 128)",
+        help="weights that share a scale (default: 128)",
     )
-    p.add_argument("--asym", action="store_true", help="give groups of decoder layers zero points")
+    p.add_argument("--asym", action="store_true", help="quantise decoder layers with zero points")
     for name, kinds, what in (
         (
             "lm-head",
             get_args(Rounded),
-            "the weight of lm_head; of tied embeddings a copy, unless --embeddings has it too",
+            "the weight of lm_head, or a copy of tied embeddings unless --embeddings quantises them too",
         ),
         ("embeddings", ("int8",), "the table of token embeddings"),
         ("vision", ("int8",), "the vision encoder's weights"),
     ):
-        p.add_argument(f"--{name}", choices=(*kinds, KEEP), default=KEEP, help=f"round {what} (default: keep)")
+        p.add_argument(f"--{name}", choices=(*kinds, KEEP), default=KEEP, help=f"quantise {what} (default: keep)")
     p.add_argument(
         "--weights",
         choices=get_args(Placing),
         default="copy",
-        help="copy the weight files, or hard-link them: no time, no space, and shared with the checkpoint",
+        help="copy the weight files, or hard-link them, which is instant but shares them with the checkpoint (default: "
+        "copy)",
     )
     p.add_argument(
-        "--lowering", choices=exported(), default="portable", help="native: graphs of standard operators only"
+        "--lowering",
+        choices=exported(),
+        default="portable",
+        help="native: graphs of standard operators only (default: portable)",
     )
     p.add_argument(
-        "--testdata", action="store_true", help="add inputs and outputs of every graph, to test a runtime by"
+        "--testdata", action="store_true", help="add inputs and outputs of every graph, to test a runtime with"
     )
-    p.add_argument("--force", action="store_true", help="replace an older bundle, and nothing else")
-    p.add_argument("--dry-run", action="store_true", help="say what the export would buy, and write nothing")
+    p.add_argument("--force", action="store_true", help="replace an existing bundle, but no other folder")
     p.add_argument(
-        "--picture", metavar="WIDTHxHEIGHT", action="append", type=parse_size, help="for --dry-run; may be repeated"
+        "--dry-run", action="store_true", help="print tokens, FLOPs and memory with and without pruning; write nothing"
+    )
+    p.add_argument(
+        "--picture",
+        metavar="WIDTHxHEIGHT",
+        action="append",
+        type=parse_size,
+        help="picture size for --dry-run; may be repeated",
     )
     p.add_argument(
         "--push-to-hub",
         metavar="OWNER/NAME",
-        help="upload the bundle to this repository; without --model, the one that is at --output",
+        help="upload the bundle to this repository; without --model, the existing bundle at --output",
     )
-    p.add_argument("--private", action="store_true", help="make the repository private, where there is none yet")
+    p.add_argument("--private", action="store_true", help="make a new repository private")
     p.add_argument("--json", action="store_true", help="print one JSON object")
-    p.add_argument("--quiet", action="store_true", help="print errors, and what changes answers")
+    p.add_argument("--quiet", action="store_true", help="print only errors, and warnings that concern answers")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
@@ -120,7 +136,7 @@ def given_quantisation(options: argparse.Namespace) -> Quantisation:
         UserError: zero points are asked for, and no format that has them.
     """
     if options.asym and not options.weight_format:
-        raise UserError("--asym is for decoder layers that are rounded: give --weight-format int4 or int8 as well")
+        raise UserError("--asym works only with quantised decoder layers: give --weight-format int4 or int8 as well")
     return Quantisation(
         weights=options.weight_format,
         group_size=options.group_size,
@@ -135,7 +151,7 @@ def parse_size(text: str) -> Size:
     """A size such as 1024x768."""
     match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1024x768")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1024x768")
     return Size(int(match[1]), int(match[2]))
 
 
@@ -193,15 +209,14 @@ def check_options(p: Parser, options: argparse.Namespace) -> None:
         given = [name for name, value in vars(options).items() if value != p.get_default(name) and name not in PUSHING]
         if given:
             raise UserError(
-                f"--{given[0].replace('_', '-')} is for an export, and without --model there is none: give --model as "
-                "well, or leave it out"
+                f"--{given[0].replace('_', '-')} works only with --model: give --model as well, or leave it out"
             )
     if options.picture and not options.dry_run:
-        raise UserError("--picture is for --dry-run: add that, or leave --picture out")
+        raise UserError("--picture works only with --dry-run: add --dry-run, or leave --picture out")
     if options.push_to_hub and options.dry_run:
         raise UserError("--dry-run writes nothing: leave out --push-to-hub")
     if options.private and not options.push_to_hub:
-        raise UserError("--private is for --push-to-hub: add that, or leave --private out")
+        raise UserError("--private works only with --push-to-hub: add --push-to-hub, or leave --private out")
 
 
 def given_recipe(options: argparse.Namespace) -> ExportRecipe:
@@ -280,10 +295,10 @@ def describe(bundle: Bundle, console: Console) -> None:
     console.print(f"[bold]{escape(str(bundle.folder))}[/]: {m.family}, {m.dtype}, {size} of weights")
     found = estimate_bundle(bundle, [TYPICAL])
     console.print(
-        f"layers below {m.selection_layer} of {m.decoder.layers} see every token; {saving(found.pictures[0])}"
+        f"layers below {m.selection_layer} of {m.decoder.layers} process every token; {saving(found.pictures[0])}"
     )
     if m.selection.method != "ivc-prune":
-        console.print(f"they choose tokens by {m.selection.method}, and by nothing else")
+        console.print(f"this bundle selects tokens by {m.selection.method} only")
     for layer in m.selection.whole_layers:
         console.print(f"the cache of layer {layer} keeps every visual token, as in the official code")
     for warning in warnings(bundle):
@@ -293,9 +308,10 @@ def describe(bundle: Bundle, console: Console) -> None:
 def saving(p: PictureEstimate) -> str:
     """What pruning saves for one picture, in words."""
     return (
-        f"of a {p.picture.width}x{p.picture.height} picture's {p.visual_tokens} visual tokens the others keep "
-        f"{p.kept_tokens}: {p.saved_cache:.0%} of the KV cache is saved, {p.saved('prefix', 'decoder'):.0%} of the "
-        f"language model's prefill, {p.saved(*GRAPH_NAMES):.0%} with the vision encoder, in which nothing is"
+        f"the others keep {p.kept_tokens} of the {p.visual_tokens} visual tokens of a "
+        f"{p.picture.width}x{p.picture.height} picture, which saves {p.saved_cache:.0%} of the KV cache and "
+        f"{p.saved('prefix', 'decoder'):.0%} of the language model's prefill ({p.saved(*GRAPH_NAMES):.0%} with the "
+        "vision encoder, where nothing is pruned)"
     )
 
 
@@ -308,7 +324,8 @@ def warnings(bundle: Bundle) -> list[str]:
     missing = bundle.missing_processor_files()
     if missing:
         found.append(
-            f"the checkpoint has no {' and no '.join(missing)}: ivc-run will not work; the graphs and ivc-check do"
+            f"the checkpoint has no {' and no '.join(missing)}: ivc-run cannot use this bundle; the graphs and "
+            "ivc-check work"
         )
     if not (bundle.folder / PREPROCESSOR).is_file():
         found.append(f"the checkpoint has no {PREPROCESSOR}: pictures are scaled by the family's own settings")
@@ -317,4 +334,4 @@ def warnings(bundle: Bundle) -> list[str]:
     return found
 
 
-UNLICENSED = "the base model's licence is not known, and the card names none: add it there"
+UNLICENSED = "the base model's licence is not known: add it to the model card"

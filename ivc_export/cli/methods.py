@@ -8,8 +8,8 @@ from ivc_export.errors import UserError
 from ivc_export.selection.method import METHODS, Method
 
 SCORED_HELP = (
-    "what visual tokens are scored by: values of layer k-1 as it caches them, or unnormed-values, made of rows without "
-    "the norm before it (default: as the official code does)"
+    "what scores visual tokens: values, which layer k-1 caches, or unnormed-values, computed without the norm before "
+    "them (default: as in the official code)"
 )
 
 
@@ -18,10 +18,10 @@ def add_method_options(p: argparse.ArgumentParser, default: str) -> None:
     p.add_argument(
         "--method",
         choices=tuple(METHODS),
-        help="how visual tokens are chosen; foreground and random are there to compare with, fastv is a bundle's own "
-        f"({default})",
+        help="how visual tokens are selected; foreground and random are for comparison, fastv needs a bundle exported "
+        f"with it ({default})",
     )
-    p.add_argument("--method-seed", type=int, metavar="N", help="of --method random (default: 0)")
+    p.add_argument("--method-seed", type=int, metavar="N", help="seed of --method random (default: 0)")
 
 
 def given_method(options: argparse.Namespace) -> Method | None:
@@ -33,5 +33,5 @@ def given_method(options: argparse.Namespace) -> Method | None:
     method = Method(options.method or "ivc-prune", options.method_seed or 0)
     if options.method_seed is not None and not method.record.drawn:
         drawn = [name for name, record in METHODS.items() if record.drawn]
-        raise UserError(f"--method-seed is for --method {'|'.join(drawn)}: {method.name} draws nothing")
+        raise UserError(f"--method-seed works only with --method {'|'.join(drawn)}: leave it out with {method.name}")
     return method if options.method is not None else None

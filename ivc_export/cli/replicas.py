@@ -106,7 +106,9 @@ def reserved(options: argparse.Namespace) -> tuple[int, float]:
     if cpus < 1:
         raise UserError(f"--replica-cpus {cpus} is out of range: give 1 or more")
     if not 0 <= gpus <= 1 or (on_gpu and not gpus):
-        raise UserError(f"--replica-gpus {gpus:g} is out of range: a replica computes on one GPU, so give 1, or a part")
+        raise UserError(
+            f"--replica-gpus {gpus:g} is out of range: a replica computes on one GPU, so give 1 or a fraction"
+        )
     return cpus, gpus
 
 
@@ -118,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
             port cannot be had, or a replica cannot open the bundle.
     """
     if not options.port:
-        raise UserError("--port 0 is out of range: replicas share one port, so give it")
+        raise UserError("--port 0 is out of range: replicas share one port, so give its number")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     ray, serve = load_ray("ray"), load_ray("ray.serve")
@@ -135,8 +137,8 @@ def run(options: argparse.Namespace) -> int:
                 join(ray, where)
                 if serve.status().proxies:
                     raise UserError(
-                        f"the cluster at {where} runs Ray Serve already: add an application to its file "
-                        f"(import_path: {__name__}:app), or end it with `serve shutdown`"
+                        f"the cluster at {where} already runs Ray Serve: add an application to its file "
+                        f"(import_path: {__name__}:app), or stop it with `serve shutdown`"
                     )
             else:
                 part("server").listen(options.host, options.port).close()
@@ -148,7 +150,7 @@ def run(options: argparse.Namespace) -> int:
             try:
                 serve.run(built, name=NAME, route_prefix="/", logging_config=logs)
             except RuntimeError as error:
-                raise UserError(f"the replicas do not start: {error}") from error
+                raise UserError(f"the replicas did not start: {error}") from error
         console.print(f"serving {make_settings(options).name} at {address(options.host, options.port)}", markup=False)
         signal.pause()
     except (KeyboardInterrupt, SystemExit):
@@ -187,6 +189,6 @@ def check_room(options: argparse.Namespace, resources: Mapping[str, float]) -> N
         if wanted > there:
             needs = f"{wanted:g} {what}{'s' * (wanted != 1)}"
             raise UserError(
-                f"--replicas {least} needs {needs}, and this machine has {there:g}: give fewer, or start Ray on more "
-                "machines first (ray start)"
+                f"--replicas {least} needs {needs}, and this machine has {there:g}: give a smaller number, or start "
+                "Ray on more machines first (ray start)"
             )

@@ -38,49 +38,52 @@ def parser() -> Parser:
     """The command's options."""
     p = Parser(prog="ivc-run", description="Ask an exported model about pictures, on onnxruntime or TensorRT.")
     add_bundle_argument(p)
-    p.add_argument("--image", type=Path, action="append", default=[], help="a picture; give it again for more")
+    p.add_argument("--image", type=Path, action="append", default=[], help="a picture; may be repeated")
     p.add_argument(
         "--video",
         type=Path,
         action="append",
         default=[],
         metavar="FILE|FOLDER",
-        help="a video, or a folder of its frames, in the order of their names; give it again for more",
+        help="a video, or a folder of its frames, in the order of their names; may be repeated",
     )
-    p.add_argument("--fps", type=float, help="frames taken a second, or that a folder has (default: the model's)")
-    p.add_argument("--max-frames", type=int, help="frames taken of a video at most (default: the model's)")
+    p.add_argument("--fps", type=float, help="frames to take per second, or those of a folder (default: the model's)")
+    p.add_argument("--max-frames", type=int, help="maximum frames to take of a video (default: the model's)")
     p.add_argument(
-        "--prompt", help="the question; <image> and <video> marks place pictures and videos, which else come first"
+        "--prompt",
+        help="the question; <image> and <video> mark the places of pictures and videos (default: before the text)",
     )
-    p.add_argument("--system", metavar="TEXT", help="system message, in the place of the chat template's own")
-    p.add_argument("--chat", action="store_true", help=f"go on with questions from standard input; {CHAT_HELP}")
+    p.add_argument("--system", metavar="TEXT", help="system message, instead of the chat template's")
+    p.add_argument("--chat", action="store_true", help=f"read questions from standard input; {CHAT_HELP}")
     p.add_argument(
         "--follow-up",
         choices=get_args(FollowUp),
         default="again",
-        help="a later question of --chat: again: prunes the whole conversation for it (default); compacted: sees what "
-        "earlier questions kept, and comes sooner",
+        help="for later questions of --chat: again prunes the whole conversation for each (default); compacted keeps "
+        "the cache that earlier questions pruned, which is faster but answers worse",
     )
     p.add_argument("--ratio", type=float, help="fraction of visual tokens kept (default: the bundle's)")
     add_method_options(p, "default: the bundle's")
-    p.add_argument("--max-tokens", type=int, default=128, help="tokens an answer at most (default: 128)")
+    p.add_argument("--max-tokens", type=int, default=128, help="maximum tokens of an answer (default: 128)")
     p.add_argument(
         "--sampling",
         choices=("greedy", "checkpoint"),
-        help="greedy: the most likely token (default); checkpoint: as its generation_config.json asks",
+        help="greedy: the most likely token (default); checkpoint: the settings of its generation_config.json",
     )
     p.add_argument("--temperature", type=float, help="0 is greedy (default: --sampling's)")
-    p.add_argument("--top-k", type=int, help="draw from so many best tokens, 0 is all (default: --sampling's)")
-    p.add_argument("--top-p", type=float, help="probability mass to draw from (default: --sampling's)")
+    p.add_argument("--top-k", type=int, help="draw from this many most likely tokens, 0 is all (default: --sampling's)")
+    p.add_argument(
+        "--top-p", type=float, help="draw from the most likely tokens of this total probability (default: --sampling's)"
+    )
     p.add_argument(
         "--repetition-penalty",
         type=float,
-        help="above 1, tokens of the prompt and the answer become less likely (default: --sampling's)",
+        help="above 1: tokens of the prompt and the answer become less likely (default: --sampling's)",
     )
-    p.add_argument("--seed", type=int, default=0, help="of the random draws (default: 0)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the random draws (default: 0)")
     add_backend_options(p)
-    p.add_argument("--show", type=Path, metavar="PNG", help="draw which tokens were kept over the picture")
-    p.add_argument("--json", action="store_true", help="print one JSON object an answer, and no text")
+    p.add_argument("--show", type=Path, metavar="PNG", help="write the picture with its kept tokens marked")
+    p.add_argument("--json", action="store_true", help="print one JSON object per answer, and no text")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
@@ -192,7 +195,7 @@ def go_on(chat: Chat, images: list[PIL.Image.Image | Video], options: argparse.N
         except UserError as error:
             if not sys.stdin.isatty():
                 raise
-            again = "; its pictures are left out now, and /image adds them again" if asked else ""
+            again = "; its pictures were dropped, and /image adds them again" if asked else ""
             tell(f"{error}{again}")
 
 

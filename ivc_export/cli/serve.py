@@ -25,27 +25,33 @@ from ivc_export.runtime.pictures import PIXELS
 def parser() -> Parser:
     """The command's options."""
     p = Parser(
-        prog="ivc-serve", description="Serve an exported model by OpenAI's HTTP protocol, with a page to try it."
+        prog="ivc-serve", description="Serve an exported model over OpenAI's HTTP protocol, with a page to try it."
     )
     add_bundle_argument(p)
     p.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)")
     p.add_argument("--port", type=int, default=8000, help="port to listen at, 0 for any (default: 8000)")
-    p.add_argument("--name", help="of the model (default: the bundle's folder)")
-    p.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys that may ask, one a line")
+    p.add_argument("--name", help="name of the model (default: the bundle's folder)")
+    p.add_argument("--api-key-file", type=Path, metavar="FILE", help="API keys that are accepted, one per line")
     p.add_argument(
         "--follow-up",
         choices=get_args(FollowUp),
         default="again",
-        help="again: prunes the whole conversation for each question (default); compacted: goes on over the cache "
-        "where a request continues the last one's conversation",
+        help="again prunes the whole conversation for each request (default); compacted keeps the pruned cache if a "
+        "request continues the last one's conversation",
     )
-    p.add_argument("--queue", type=int, default=16, help="requests that may wait, beyond which 429 (default: 16)")
-    p.add_argument("--max-tokens", type=int, default=1024, help="tokens an answer at most (default: 1024)")
-    p.add_argument("--max-prompt", type=int, default=32_768, help="tokens of a prompt at most (default: 32768)")
-    p.add_argument("--max-body", type=int, default=32, metavar="MIB", help="of a request at most (default: 32)")
-    p.add_argument("--max-pixels", type=int, default=40, metavar="MP", help="megapixels of a picture (default: 40)")
+    p.add_argument("--queue", type=int, default=16, help="requests that may wait; others get status 429 (default: 16)")
+    p.add_argument("--max-tokens", type=int, default=1024, help="maximum tokens of an answer (default: 1024)")
+    p.add_argument("--max-prompt", type=int, default=32_768, help="maximum tokens of a prompt (default: 32768)")
+    p.add_argument("--max-body", type=int, default=32, metavar="MIB", help="maximum MiB of a request (default: 32)")
     p.add_argument(
-        "--keep-pictures", type=int, default=256, metavar="MIB", help="embeddings of pictures to keep (default: 256)"
+        "--max-pixels", type=int, default=40, metavar="MP", help="maximum megapixels of a picture (default: 40)"
+    )
+    p.add_argument(
+        "--keep-pictures",
+        type=int,
+        default=256,
+        metavar="MIB",
+        help="memory for embeddings of earlier pictures (default: 256)",
     )
     p.add_argument(
         "--allow-remote-images",
@@ -53,10 +59,10 @@ def parser() -> Parser:
         help="fetch pictures from public http and https addresses",
     )
     add_backend_options(p)
-    text = "sessions to serve by, as 4, or as many as requests need, as 1-8; by Ray, so it needs ivc-export[ray]"
+    text = "number of sessions, such as 4, or a range that follows the load, such as 1-8; needs ivc-export[ray]"
     p.add_argument("--replicas", type=replicas, metavar="COUNT", help=text)
-    p.add_argument("--replica-cpus", type=int, metavar="COUNT", help="cores of a replica (default: 1)")
-    text = "GPUs of a replica, or its part of one (default: 1 where the backend computes on a GPU)"
+    p.add_argument("--replica-cpus", type=int, metavar="COUNT", help="CPU cores per replica (default: 1)")
+    text = "GPUs per replica, or a fraction of one (default: 1 if the backend computes on a GPU)"
     p.add_argument("--replica-gpus", type=float, metavar="COUNT", help=text)
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
@@ -67,7 +73,9 @@ def replicas(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"([1-9]\d{0,4})(?:-([1-9]\d{0,4}))?", text)
     least, most = (0, 0) if found is None else (int(found[1]), int(found[2] or found[1]))
     if not 0 < least <= most:
-        raise argparse.ArgumentTypeError(f"{text[:100]} is no number of replicas: give one, as 4, or two, as 1-8")
+        raise argparse.ArgumentTypeError(
+            f"{text[:100]} is not a number of replicas: give one such as 4, or a range such as 1-8"
+        )
     return least, most
 
 
@@ -179,7 +187,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
     Raises:
         UserError: it has none, or cannot be read.
     """
-    advice = "write one key a line"
+    advice = "write one key per line"
     keys = tuple(line.strip() for line in read_text(path, advice).splitlines() if line.strip())
     if not keys:
         raise UserError(f"{path} has no key: {advice}")

@@ -382,7 +382,7 @@ def test_the_profile_names_operators(golden_bundle: Bundle) -> None:
 
 ERRORS = [
     (["--backend", "onnxruntime"], "choose from 'onnxruntime-cpu', 'onnxruntime-cuda', 'tensorrt', 'tensorrt-rtx'"),
-    (["--provider", "cuda"], "there is no --provider: give --backend onnxruntime-cpu in place of --provider cpu"),
+    (["--provider", "cuda"], "--provider was removed: give --backend onnxruntime-cpu in place of --provider cpu"),
     (["--backend", "tpu"], "invalid choice: 'tpu'"),
     (["--backend", "onnxruntime-cuda"], "has no CUDA provider: install onnxruntime-gpu"),
     (["--op-library", "libops.so"], "--op-library is for onnxruntime-cuda: use it with --backend onnxruntime-cuda"),
@@ -395,12 +395,12 @@ ERRORS = [
     (["--peer", "torch-eager"], "--peer needs the checkpoint"),
     (["--against", "TMP/nowhere"], "nowhere is not a folder"),
     (["--against", "samples/spatial-vl"], "another decoder than"),
-    (["--json", "TMP/no/file.json"], "does not exist: make it"),
+    (["--json", "TMP/no/file.json"], "does not exist: create it"),
     (["--json", "TMP"], "is a folder: name a file in it"),
     (["--plot", "TMP/plot.gif"], "does not end in .png"),
-    (["--json", "TMP/plot.png", "--plot", "TMP/plot.png"], "plot.png: name two files"),
+    (["--json", "TMP/plot.png", "--plot", "TMP/plot.png"], "plot.png: give two different files"),
     (["--json", "TMP/a.json", "--report", "TMP/a.json"], "--json and --report both name"),
-    (["--report", "TMP/no/file.json"], "does not exist: make it"),
+    (["--report", "TMP/no/file.json"], "does not exist: create it"),
 ]
 
 

@@ -160,7 +160,7 @@ def test_what_cannot_be_rounded_so_is_refused(name: str) -> None:
 COMMANDS: dict[str, tuple[str, str]] = {
     "native": ("--weight-format int4 --lowering native", "these graphs hold floats: leave out --lowering native"),
     "linked": ("--weight-format int4 --weights link", "cannot be linked: leave out --weights link"),
-    "asym": ("--asym", "--asym is for decoder layers that are rounded: give --weight-format int4 or int8 as well"),
+    "asym": ("--asym", "--asym works only with quantised decoder layers: give --weight-format int4 or int8 as well"),
     "tied": ("--embeddings int8", "give --lm-head int8 as well, and one copy in 8 bits serves both"),
 }
 

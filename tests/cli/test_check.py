@@ -142,12 +142,12 @@ def test_a_missing_hash_is_added(bundle: Path, capsys: pytest.CaptureFixture[str
         ([], "there is nothing to check: give --against CHECKPOINT, --onnx-only or --weights"),
         (["--onnx-only", "--against", "x"], "leave out --against"),
         (["--onnx-only", "--ratio", "0.5", "--steps", "2"], "leave out --ratio and --steps"),
-        (["--onnx-only"], "holds no run to compare with"),
+        (["--onnx-only"], "holds no recorded run: run ivc-check --against"),
         (["--against", "nowhere"], "nowhere is not a folder"),
         (["--against", "{checkpoint}", "--steps", "-1"], "-1 decode steps"),
         (["--against", "{checkpoint}", "--ratio", "2"], "ratio 2.0 is out of range"),
         (["--against", "{checkpoint}", "--precision", "float16"], "cannot compute a float32 bundle in float16"),
-        (["--against", "{checkpoint}", "--image", str(SHAPES)], "there is a picture and no question"),
+        (["--against", "{checkpoint}", "--image", str(SHAPES)], "there is a picture but no question"),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -169,4 +169,4 @@ def test_a_report_that_cannot_be_written_is_told_first(
     (bundle / "report").unlink()
     monkeypatch.setattr(os, "access", lambda path, mode: path != bundle)
     assert cli.ivc_check([str(bundle), "--against", str(sample_checkpoint)]) == 2
-    assert capsys.readouterr().err.count("error: no report can be written to") == 2
+    assert capsys.readouterr().err.count("error: the report cannot be written to") == 2

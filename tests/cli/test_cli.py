@@ -26,8 +26,8 @@ def test_export_run_and_check_from_the_shell(
     message = capsys.readouterr().err
     assert (
         "qwen2_vl, float32" in message
-        and "not calibrated" in message
-        and "999 visual tokens the others keep 500" in message
+        and "the selection layer is not calibrated for this model" in message
+        and "the others keep 500 of the 999 visual tokens" in message
     )
     question = [bundle, "--image", str(SHAPES), "--prompt", "Where is the ring?", "--max-tokens", "5"]
     assert cli.ivc_run([*question, "--show", str(picture)]) == 0
@@ -110,8 +110,8 @@ def test_check_without_torch_names_the_extra(
     assert cli.ivc_check([str(golden_bundle.folder), "--against", str(golden.folder)]) == 2
     assert (
         capsys.readouterr().err
-        == "error: ivc-check --against needs torch and transformers: install ivc-export[check], its extra with both, "
-        "or use --onnx-only on a bundle that was checked elsewhere\n"
+        == "error: ivc-check --against needs torch and transformers: install ivc-export[check], "
+        "or use --onnx-only on a bundle that was checked on another machine\n"
     )
 
 
@@ -172,7 +172,7 @@ def test_a_reader_that_left_ends_the_command_quietly(command: str, options: list
 def test_a_file_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli.check_output(tmp_path / "new.json")
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(UserError, match=r"new\.json cannot be written: see to its permissions"):
+    with pytest.raises(UserError, match=r"new\.json cannot be written: check its permissions"):
         cli.check_output(tmp_path / "new.json")
 
 
@@ -203,8 +203,8 @@ def test_a_question_that_is_no_text_is_one_sentence(sample_bundle: Bundle) -> No
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (MemoryError(), "the machine's memory does not suffice: close programs, or take a smaller model or picture"),
-        (RecursionError(), "a file is nested too deep to be read: make it again"),
+        (MemoryError(), "the machine has too little memory: close other programs, or use a smaller model or picture"),
+        (RecursionError(), "a file is nested too deeply to be read: download or create it again"),
         (UserError("two\nlines of \x1b[31mred\x07: \u202emend"), "two lines of  [31mred :  mend"),
         (UserError("a" * 9999 + ": mend it"), f"{'a' * 500} ... {'a' * 491}: mend it"),
     ],

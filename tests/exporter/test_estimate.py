@@ -219,8 +219,8 @@ def test_the_dry_run_prints_tables_or_json_and_writes_nothing(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--picture", "448x336"], "--picture is for --dry-run"),
-        (["--dry-run", "--picture", "big"], "is no size such as 1024x768"),
+        (["--picture", "448x336"], "--picture works only with --dry-run"),
+        (["--dry-run", "--picture", "big"], "is not a size such as 1024x768"),
         (["--dry-run", "--picture", "0x5"], "out of range"),
         (["--dry-run", "--picture", "99999x99999"], "out of range"),
         (["--dry-run", "--picture", "9999x10"], "too elongated"),

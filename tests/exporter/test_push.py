@@ -131,7 +131,7 @@ def test_the_card_has_what_ivc_check_found(
     pytest.importorskip("torch")
     assert cli.ivc_check([str(bundle), "--against", str(sample_checkpoint), "--steps", "1"]) == 0
     code, out, _ = run("ivc_export", "--output", bundle, "--push-to-hub", "owner/new", "--json")
-    assert code == 0 and "add it there" in json.loads(out)["warnings"][-1]
+    assert code == 0 and "licence is not known: add it to the model card" in json.loads(out)["warnings"][-1]
     card = server.repos["owner/new"]["README.md"].decode()
     assert "onnxruntime-cpu, float32, ivc-prune at ratio 0.5" in card and "Passed." in card
     assert "| logits of decode step 1 |" in card
@@ -206,11 +206,14 @@ def test_what_cannot_be_pushed_is_told_before_the_export(
     [
         ("--push-to-hub owner/new", "the following arguments are required: --model"),
         ("--output BUNDLE", "the following arguments are required: --model"),
-        ("--output BUNDLE --push-to-hub owner/new --ratio 0.3", "--ratio is for an export, and without --model there"),
-        ("--output BUNDLE --push-to-hub owner/new --max-visual 9", "--max-visual is for an export"),
-        ("--output BUNDLE --push-to-hub owner/new --dry-run", "--dry-run is for an export"),
+        (
+            "--output BUNDLE --push-to-hub owner/new --ratio 0.3",
+            "--ratio works only with --model: give --model as well, or leave it out",
+        ),
+        ("--output BUNDLE --push-to-hub owner/new --max-visual 9", "--max-visual works only with --model"),
+        ("--output BUNDLE --push-to-hub owner/new --dry-run", "--dry-run works only with --model"),
         ("--model x/y --push-to-hub owner/new --dry-run", "--dry-run writes nothing: leave out --push-to-hub"),
-        ("--model x/y --private", "--private is for --push-to-hub"),
+        ("--model x/y --private", "--private works only with --push-to-hub"),
     ],
 )
 def test_options_that_do_not_go_together(

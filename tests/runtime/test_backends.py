@@ -73,7 +73,7 @@ def test_ivc_check_takes_a_toy(
     bundle = shutil.copytree(sample_bundle.folder, tmp_path / "bundle")
     assert ivc_check([str(bundle), "--backend", "toy", "--against", str(sample_checkpoint), "--steps", "1"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "on toy in float32 errors of a right bundle have not been measured yet" in said
+    assert "errors of a correct bundle on toy in float32 have not been measured yet" in said
     report = json.loads((bundle / "report" / "parity.json").read_text())
     assert (report["backend"], report["passed"]) == ("toy", True)
 

@@ -88,7 +88,7 @@ def test_ivc_check_takes_the_cuda_provider(
     command = [str(bundle), "--backend", "onnxruntime-cuda", "--against", str(sample_checkpoint), "--steps", "1"]
     assert ivc_check(command) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "on onnxruntime-cuda in float16 errors of a right bundle have not been measured yet" in said
+    assert "errors of a correct bundle on onnxruntime-cuda in float16 have not been measured yet" in said
     content = json.loads((bundle / "report" / "parity.json").read_text())
     assert (content["backend"], content["dtype"], content["passed"]) == ("onnxruntime-cuda", "float16", True)
 
@@ -101,7 +101,7 @@ def test_ivc_check_takes_the_cuda_provider(
             ["--backend", "onnxruntime-cuda", "--precision", "float16"],
             "--precision is for onnxruntime-cpu",
         ),
-        (["--provider", "cuda"], "there is no --provider: give --backend onnxruntime-cpu in place of --provider cpu"),
+        (["--provider", "cuda"], "--provider was removed: give --backend onnxruntime-cpu in place of --provider cpu"),
         (["--op-library", "lib.so"], "--op-library is for onnxruntime-cuda: use it with --backend onnxruntime-cuda"),
         (["--plugin", "lib.so"], "--plugin is for tensorrt: use it with --backend tensorrt, or leave it out"),
     ],

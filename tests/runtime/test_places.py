@@ -234,4 +234,4 @@ def test_a_bad_picture_costs_a_chat_nothing_and_a_bad_question_its_pictures(
     out, err = capsys.readouterr()
     assert [json.loads(line)["visual_tokens"]["total"] for line in out.splitlines()] == [0, 0, 192]
     assert err.count("error: ") == 2 and err.count("too elongated") == 1
-    assert "or none, and they come first; its pictures are left out now, and /image adds them again" in err
+    assert "or none, and they come first; its pictures were dropped, and /image adds them again" in err

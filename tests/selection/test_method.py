@@ -148,8 +148,11 @@ def test_commands_choose_a_method_and_tell_it(
     ("options", "sentence"),
     [
         (["--method", "best"], "invalid choice: 'best'"),
-        (["--method-seed", "1"], "--method-seed is for --method random: ivc-prune draws nothing"),
-        (["--method", "foreground", "--method-seed", "0"], "--method-seed is for --method random: foreground draws"),
+        (["--method-seed", "1"], "--method-seed works only with --method random: leave it out with ivc-prune"),
+        (
+            ["--method", "foreground", "--method-seed", "0"],
+            "--method-seed works only with --method random: leave it out with foreground",
+        ),
         (["--method", "random", "--method-seed", "-1"], "method seed -1 is out of range: give 0 to 2147483647"),
     ],
 )

@@ -105,10 +105,13 @@ def test_a_backend_on_a_gpu_reserves_one(fake: FakeServe, sample_bundle: Bundle)
         ({"bundle": "nowhere"}, "is not a bundle"),
         ({"bundle": "B", "speed": 3}, "unrecognized arguments: --speed=3"),
         ({"bundle": "B", "queue": -1}, "--queue -1 is out of range: give 0 or more"),
-        ({"bundle": "B", "replicas": "3-2"}, "3-2 is no number of replicas: give one, as 4, or two, as 1-8"),
-        ({"bundle": "B", "replicas": 0}, "0 is no number of replicas"),
+        (
+            {"bundle": "B", "replicas": "3-2"},
+            "3-2 is not a number of replicas: give one such as 4, or a range such as 1-8",
+        ),
+        ({"bundle": "B", "replicas": 0}, "0 is not a number of replicas"),
         ({"bundle": "B", "replica_cpus": 0}, "--replica-cpus 0 is out of range: give 1 or more"),
-        ({"bundle": "B", "replica_gpus": 2}, "a replica computes on one GPU, so give 1, or a part"),
+        ({"bundle": "B", "replica_gpus": 2}, "a replica computes on one GPU, so give 1 or a fraction"),
         ({"bundle": "B", "replica_gpus": 0, "backend": "tensorrt"}, "--replica-gpus 0 is out of range"),
         ({"bundle": "B", "op_library": "x.so"}, "--op-library is for onnxruntime-cuda"),
     ],
@@ -128,7 +131,7 @@ def test_replicas_that_no_machine_here_has_room_for_are_refused() -> None:
     options = parse(["bundle", "--replicas", "4-8", "--replica-cpus", "2"])
     replicas.check_room(options, {"CPU": 8})
     with pytest.raises(
-        UserError, match=r"^--replicas 4 needs 8 cores, and this machine has 2: give fewer, or start Ray"
+        UserError, match=r"^--replicas 4 needs 8 cores, and this machine has 2: give a smaller number, or start Ray"
     ):
         replicas.check_room(options, {"CPU": 2})
     options = parse(["bundle", "--replicas", "1", "--backend", "tensorrt"])
@@ -161,7 +164,7 @@ def test_a_cluster_that_is_not_there_is_one_sentence(
 
 def test_replicas_need_a_port_that_is_known(sample_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.ivc_serve([str(sample_bundle.folder), "--replicas", "2", "--port", "0"]) == 2
-    assert "--port 0 is out of range: replicas share one port, so give it" in capsys.readouterr().err
+    assert "--port 0 is out of range: replicas share one port, so give its number" in capsys.readouterr().err
 
 
 def test_cores_of_replicas_are_for_replicas(sample_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

@@ -342,7 +342,7 @@ def test_the_command_builds_and_says_what_it_takes(bundle: Bundle, capsys: pytes
     for _ in range(2):  # the second replaces the first
         assert ivc_build([str(bundle.folder), *rtx, *options]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "caches of 64 rows" in said and "of activations" in said
+    assert "KV caches of 64 tokens" in said and "of activations" in said
     assert "vision: softmax in float32, about" in said
     assert "decoder: attention grouped, which fits, about" in said and "(--attention repeated: " in said
     assert ivc_build([str(bundle.folder), *options]) == 2

@@ -172,9 +172,9 @@ def test_ivc_check_fails_where_an_error_grew(
     [
         (["--weights", "--junit", "TMP/junit.xml"], "--junit is for a comparison"),
         (["--weights", "--baseline", "TMP/x.json"], "--baseline is for a comparison"),
-        (["--onnx-only", "--junit", "TMP/no/junit.xml"], "does not exist: make it"),
+        (["--onnx-only", "--junit", "TMP/no/junit.xml"], "does not exist: create it"),
         (["--onnx-only", "--junit", "TMP"], "is a folder: name a file in it"),
-        (["--onnx-only", "--baseline", "TMP/x", "--junit", "TMP/x"], "x: name two files"),
+        (["--onnx-only", "--baseline", "TMP/x", "--junit", "TMP/x"], "x: give two different files"),
         (["--onnx-only", "--baseline-factor", "2"], "--baseline-factor needs a report to compare with"),
         (["--onnx-only", "--baseline", "TMP/nowhere.json"], "nowhere.json is missing: give a file that"),
         (["--onnx-only", "--baseline", "TMP"], "is not a regular file"),

@@ -1,0 +1,136 @@
+"""Figures of the pages on TensorRT, Jetson and C++ are those of their results, and of the code that has them."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ivc_export.exporter.pipeline import export
+from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.runtime.tolerances import TENSORRT_BFLOAT16, TENSORRT_FLOAT16
+from ivc_export.tensorrt import footprint
+from ivc_export.tensorrt.decide import decide
+from ivc_export.tensorrt.graphs import choose_graphs
+from ivc_export.tensorrt.recipe import EngineRecipe
+from tests.repository.pages import ROOT, blocks, read
+
+REFERENCE = read(ROOT / "docs" / "tensorrt.md")
+GUIDE = read(ROOT / "docs" / "jetson.md")
+
+
+def results(name: str) -> Any:
+    """A results file's content."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(head: str) -> dict[str, list[str]]:
+    """The rows of the reference's table that begins with `head`, by their first cells."""
+    lines = REFERENCE.split(f"\n{head}")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    return {row[0]: row[1:] for row in rows}
+
+
+def sentence(pattern: str) -> tuple[str, ...]:
+    """The groups of the one place of the reference that says this."""
+    (found,) = re.finditer(pattern, " ".join(REFERENCE.split()))
+    return found.groups()
+
+
+def test_the_builders_seconds_and_memory_are_the_measured_ones() -> None:
+    builds = {build["graph"]: build for build in results("tensorrt_whole-h200")["builds"]}
+    rows = table("| engine | seconds |")
+    assert len(rows) == len(builds)
+    for name, (seconds, *sizes) in rows.items():
+        build = builds[name.split(" (")[0]]
+        taken = [build[key] for key in ("engine_bytes", "host_peak_bytes", "device_peak_bytes")]
+        assert (seconds, sizes) == (f"{build['seconds']:.0f}", [f"{size / 1e9:.1f}" for size in taken]), name
+    seconds_of_all = [round(build["seconds"]) for build in builds.values()]
+    least, most = sentence(r"builds in (\d+) to (\d+) s on an H200")
+    assert (int(least), int(most)) == (min(seconds_of_all), max(seconds_of_all))
+
+
+def numbers(cell: str) -> list[float] | float | None:
+    """A cell's figures: one, a range, or none."""
+    found = [float(one) for one in re.findall(r"\d[\d.]*", cell.replace(",", ""))]
+    return found[0] if len(found) == 1 else found or None
+
+
+def test_the_spellings_of_attention_are_the_measured_ones() -> None:
+    content = results("tensorrt_attention-h200")
+    for head, key in (
+        ("| vision block |", "vision block"),
+        ("| decoder attention alone,", "decoder attention alone"),
+    ):
+        rows = table(head)
+        assert list(rows) == list(content[key])
+        for name, cells in rows.items():
+            *figures, fused = content[key][name].values()
+            assert [numbers(cell) for cell in cells] == figures
+            assert fused == ("fused" in cells[-1] and "not fused" not in cells[-1])
+
+
+def test_steps_after_which_repeating_is_slower() -> None:
+    measured = results("tensorrt_attention-h200")["decoder attention alone"]
+    grouped, repeated = (list(measured[name].values()) for name in ("grouped", "repeated by Gather"))
+    won, lost = [grouped[i] - repeated[i] for i in (0, 1)], repeated[2] - grouped[2]
+    assert sentence(r"after (\d+) to (\d+) tokens it is slower") == tuple(str(round(one / lost)) for one in won)
+
+
+def test_errors_in_bfloat16_are_those_of_the_tolerances() -> None:
+    names = {"image embeddings": "image_embeds", "hidden states": "hidden_states"}
+    for row, (error,) in table("| | largest error, of the largest magnitude |").items():
+        bound, why = TENSORRT_BFLOAT16.errors[names.get(row, row)]
+        assert f"{error} in onnxruntime" in why and float(error) <= bound / 2
+        assert bound == pytest.approx(8 * TENSORRT_FLOAT16.errors[names.get(row, row)][0])
+
+
+def test_cases_of_kernels_are_those_that_ran() -> None:
+    kernels = results("kernels-h100")
+    said = sentence(r"against NumPy: ([\d,]+) cases up to ([\d,]+) visual tokens, scores within ([\de.-]+),")
+    found = [kernels[key] for key in ("cases", "visual_tokens_at_most", "largest_score_error")]
+    assert [float(one.replace(",", "")) for one in said] == found
+    assert kernels["choices_that_flip_at_a_near_tie"] == 0
+    custom = kernels["onnxruntime_custom_operators"]
+    errors = custom["largest_score_error"]
+    said = sentence(r": (\d+) selections of up to ([\d,]+) visual tokens, scores within ([\de.-]+) of")
+    found = [custom["selections_per_dtype"] * len(errors), custom["visual_tokens_at_most"], max(errors.values())]
+    assert [float(one.replace(",", "")) for one in said] == found
+
+
+def test_cases_of_attention_and_products_are_those_that_ran() -> None:
+    attention = results("attention-h200")
+    (cases,) = sentence(r"float64: (\d+) cases each of decoder layers, frames and windows")
+    assert attention["correctness"]["cases"].startswith(f"{cases} each of decoder layers, frames and windows")
+    (cases,) = sentence(r"without the parts around a product: (\d+) cases")
+    assert f"{cases} cases against float64" in results("int4-h200")
+    for found in (results("kernels-h100")["compute_sanitizer"], attention["compute_sanitizer"]):
+        assert {value[:2] for key, value in found.items() if key.endswith("check")} == {"0 "}
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, ...]]:
+    """What ivc-build says of the guide's bundle before it builds, by TensorRT's version."""
+    bundle = export(
+        ExportRecipe(ROOT / "samples" / "spatial-vl", tmp_path_factory.mktemp("jetson") / "bundle", max_visual=256)
+    )
+    recipe = EngineRecipe(max_visual=bundle.manifest.max_visual, opt_visual=1)
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(footprint, "available_bytes", lambda: None)
+        patch.setattr(footprint, "device_bytes", lambda: None)
+        for version in ("8.6.2", "10.3.0", "10.16.0"):
+            choices = choose_graphs(bundle, recipe, SimpleNamespace(__version__=version), "8.7")
+            found[version] = decide(bundle, recipe, choices).sentences
+    return found
+
+
+def test_the_guide_shows_what_the_build_says(printed: dict[str, tuple[str, ...]]) -> None:
+    (shown,) = (block.text for block in blocks(GUIDE) if block.text.startswith("$ ivc-build demo/bundle\n"))
+    for version in ("8.6.2", "10.3.0"):
+        assert tuple(shown.splitlines()[1:]) == printed[version]
+    assert "attention by one operator" in printed["10.16.0"][1] and "`attention by one operator`" in GUIDE
+    assert (EngineRecipe.max_text, EngineRecipe.max_new) == (512, 512) and "(both 512 unless given)" in GUIDE

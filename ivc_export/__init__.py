@@ -1,7 +1,7 @@
 """Export large vision-language models with IVC-Prune inside, as ONNX graphs for TensorRT and onnxruntime.
 
-What stands in `__all__` is for programs; what lies deeper may change. Names are imported when they are first asked
-for, so that `import ivc_export` takes no time, and commands meet Ctrl-C while their modules load.
+The names in `__all__` are for programs. Names deeper in the package may change. A name is imported when it is first
+used. So `import ivc_export` is fast, and Ctrl-C ends a command cleanly even while its modules load.
 """
 
 import importlib

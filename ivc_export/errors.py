@@ -1,9 +1,12 @@
-"""The one exception for what a user can mend."""
+"""The exception for every problem that a user can fix."""
 
 
 class UserError(Exception):
-    """One clear sentence that says what is wrong and what to do; the commands print it and exit with code 2."""
+    """A problem that the user can fix. The message says what happened and what to do.
+
+    The commands print the message and exit with code 2. Any other exception is a bug.
+    """
 
 
 class TooLongError(UserError):
-    """A run that does not fit the caches or the maxima of what runs it."""
+    """A run that is longer than the caches, or than the largest sizes of an engine."""

@@ -24,9 +24,12 @@ from ivc_export.files import confined
 
 @dataclass(frozen=True)
 class Bundle:
-    """An exported model: three graphs, weights, and the manifest that describes them.
+    """An exported model on disk: three graphs, weights, and the manifest that describes them.
 
-    notes: what the export that made it has to say of the checkpoint, a sentence each; none of a bundle that was loaded.
+    Attributes:
+        folder: where the bundle is.
+        manifest: the contents of manifest.json.
+        notes: the export's remarks on the checkpoint, one sentence each. A bundle that was loaded has none.
     """
 
     folder: Path
@@ -35,11 +38,11 @@ class Bundle:
 
     @staticmethod
     def load(folder: Path | str) -> Bundle:
-        """Open the bundle in `folder`.
+        """Open the bundle in `folder`, and check all of it but the values of the weights.
 
         Raises:
-            UserError: it is none, is unfinished, damaged or edited, its graphs or weights changed, or it is of another
-                version.
+            UserError: `folder` is not a bundle, the bundle is unfinished, damaged or edited, its graphs or weights have
+                changed, or another version wrote it.
         """
         if staging.is_unfinished(Path(folder)):
             raise UserError(
@@ -55,10 +58,13 @@ class Bundle:
         return bundle
 
     def check_portable(self, purpose: str) -> None:
-        """Refuse graphs that were lowered at export where `purpose` lowers them otherwise.
+        """Check that the graphs are portable, as a runtime needs them that lowers graphs itself.
+
+        Args:
+            purpose: who needs portable graphs; the error's sentence begins with it.
 
         Raises:
-            UserError: they were.
+            UserError: the graphs were lowered at export.
         """
         if self.manifest.lowering != "portable":
             raise UserError(
@@ -68,20 +74,23 @@ class Bundle:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The graphs and the weight files."""
+        """The graph files and the weight files, as paths relative to the folder."""
         m = self.manifest
         return (*(graph.file for graph in m.graphs.values()), *(weights.file for weights in m.weights))
 
     def graph(self, name: GraphName) -> ir.Model:
-        """A graph, its weights left in their files.
+        """Read one graph. Its weights stay in their files.
+
+        Args:
+            name: "vision", "prefix" or "decoder".
 
         Raises:
-            UserError: it is damaged, is not the one that the manifest describes, or takes weights from elsewhere.
+            UserError: the graph is damaged, differs from the manifest, or takes weights from files outside the bundle.
         """
         return read_graph(self.folder, name, self.manifest)
 
     def missing_processor_files(self) -> list[str]:
-        """Files that a prompt needs to become tokens, and that the bundle lacks."""
+        """Files that turn a prompt into tokens, and that this bundle does not have."""
         return [name for name in (TOKENIZER, CHAT_TEMPLATE) if not (self.folder / name).is_file()]
 
     @cached_property
@@ -96,7 +105,7 @@ class Bundle:
         return stored, np.memmap(path, floats, "r", table.packed.scales, shape[:2])
 
     def embed(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """Rows of the embedding table for `tokens`, in float32 [len(tokens), hidden]."""
+        """Embeddings of `tokens`, int32 [S]: rows of the embedding table, float32 [S, hidden]."""
         found = [part[tokens] for part in self._embedding_parts]
         if len(found) == 1:
             return found[0].astype(np.float32)

@@ -70,11 +70,18 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 
 def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundle:
-    """Turn a checkpoint into a bundle of three graphs. Nothing is visible at `recipe.output` until all of it is there.
+    """Turn a checkpoint into a bundle of three graphs. The bundle appears at `recipe.output` only when it is complete.
+
+    Args:
+        recipe: which checkpoint is exported, where to, and how.
+        progress: called with the name of a stage, and with how much is done of how much.
+
+    Returns:
+        The bundle, opened. Its `notes` are remarks on the checkpoint.
 
     Raises:
-        UserError: what the user can mend in the recipe or the checkpoint.
-        OSError: a file cannot be read or written; nothing is left, and an older bundle is as it was.
+        UserError: the recipe or the checkpoint has a problem that the user can fix.
+        OSError: a file cannot be read or written. Nothing new is left on disk, and an older bundle is unchanged.
     """
     lowering = check_lowering(recipe.lowering)
     if recipe.testdata:

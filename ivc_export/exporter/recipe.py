@@ -21,12 +21,20 @@ GROUPS = (32, 64, 128)
 
 @dataclass(frozen=True)
 class Quantisation:
-    """Which weights an export rounds to 4 or 8 bits, without data; None leaves them as the checkpoint has them.
+    """Which weights an export rounds to 4 or 8 bits. It needs no data.
 
-    weights: of the decoder layers' products. group_size: values of a row that share a scale, in all that is rounded.
-    asymmetric: whether groups of decoder layers have zero points; all others have none. lm_head, embeddings, vision:
-    of the product that gives logits, the table of token embeddings, and the products of the vision encoder.
-    search: whether scales are searched for, or taken from the largest value, to see what the search does.
+    Attributes:
+        weights: format of the decoder layers' products: "int4" or "int8". None leaves them as they are.
+        group_size: how many values of a row share a scale: 32, 64 or 128. It applies to everything that is rounded.
+        asymmetric: whether the groups of decoder layers have zero points. All other groups have none.
+        lm_head: format of the product that gives logits. None leaves it as it is.
+        embeddings: format of the table of token embeddings: "int8". None leaves it as it is.
+        vision: format of the vision encoder's products: "int8". None leaves them as they are.
+        search: True searches for the best scale of each group. False takes the scale from the largest value, to
+            compare.
+
+    Raises:
+        UserError: a value is not one of these, or zero points are wanted for decoder layers that are not rounded.
     """
 
     weights: Rounded | None = None
@@ -55,12 +63,12 @@ class Quantisation:
 
     @property
     def rounds(self) -> bool:
-        """Whether anything is rounded."""
+        """Whether any weights are rounded."""
         return any((self.weights, self.lm_head, self.embeddings, self.vision))
 
     @property
     def said(self) -> str:
-        """What it does, in a sentence; empty for nothing."""
+        """A sentence that says what is rounded. It is empty if nothing is."""
         if not self.rounds:
             return ""
         parts = (
@@ -73,24 +81,29 @@ class Quantisation:
 
 @dataclass(frozen=True)
 class ExportRecipe:
-    """One export: which checkpoint, where to, and how it prunes.
+    """One export: which checkpoint, where to, and how the bundle prunes.
 
-    model: checkpoint folder in Hugging Face's layout, hub id, or alias of one.
-    output: the bundle's folder; it must not exist unless `force` is set, which replaces an older bundle alone.
-    ratio: the default fraction of visual tokens kept; every run can choose another. None takes the family's.
-    layer: layers below it see every token; None takes the family's default.
-    max_visual: visual tokens of one picture at most; larger pictures are scaled down.
-    revision: branch, tag or commit on the hub; None takes the main branch.
-    dtype: of weights and graphs; "checkpoint" leaves the weights as they are.
-    weights: whether the weight files are copied, or hard-linked, which takes neither time nor space, but lets a change
-        of the checkpoint's file change the bundle.
-    lowering: what the graphs are made for; one of lowering.exported().
-    calibration: a file of ivc-calibrate's, whose layer is taken, and what it scored; None for none.
-    scored: what visual tokens are scored by; None takes the family's. See contract.manifest.Scored.
-    method: how visual tokens are chosen; one of selection.method.exported_methods(). A bundle of "ivc-prune" takes
-        methods of the same graphs at run time.
-    quantisation: which weights are rounded to 4 or 8 bits.
-    testdata: whether to write testdata/, inputs and outputs of every graph for one picture and prompt.
+    Attributes:
+        model: a checkpoint folder in Hugging Face's layout, a hub id, or an alias such as "qwen2-vl-2b".
+        output: the bundle's folder. It must not exist, unless `force` is true.
+        ratio: the default fraction of visual tokens that is kept. A run can choose another. None takes the family's.
+        layer: the selection layer k. Layers below it see every token. None takes the family's default.
+        max_visual: the most visual tokens of one picture. Larger pictures are scaled down or cut into fewer tiles.
+        force: whether to replace an older bundle at `output`. Nothing but a bundle is ever replaced.
+        revision: branch, tag or commit on the hub. None takes the main branch.
+        dtype: dtype of weights and graphs. "checkpoint" leaves the weights as they are.
+        weights: "copy" copies the weight files. "link" makes hard links, which takes no time and no space. Then a
+            change of the checkpoint's file changes the bundle too.
+        lowering: "portable", for every runtime, or "native": graphs of standard operators only.
+        testdata: whether to add inputs and outputs of every graph for one picture and prompt.
+        calibration: a file that ivc-calibrate wrote. Its layer and its way of scoring are taken. None takes neither.
+        scored: how visual tokens are scored: "values" or "unnormed-values". None takes the family's way.
+        method: how visual tokens are chosen: "ivc-prune" or "fastv". Bundles of "ivc-prune" can also run "foreground"
+            and "random".
+        quantisation: which weights are rounded to 4 or 8 bits.
+
+    Raises:
+        UserError: a value is out of range, or two of them contradict each other.
     """
 
     model: Path | str
@@ -142,5 +155,5 @@ class ExportRecipe:
 
     @property
     def float_name(self) -> FloatName | None:
-        """The dtype asked for, or None for the checkpoint's."""
+        """The requested dtype, or None for the checkpoint's."""
         return None if self.dtype == "checkpoint" else self.dtype

@@ -30,15 +30,36 @@ def find_backend(name: str) -> Backend:
 
 
 def open_session(bundle: Bundle, backend: str = DEFAULT, **options: Any) -> Session:
-    """A bundle in a runtime.
+    """Load a bundle into a runtime.
 
-    backend: "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt" or "tensorrt-rtx".
-    options: the runtime's own. onnxruntime-cpu: `threads`, `prepacking`, `dtype`, `accuracy_level`, as OnnxSession's,
-        but that packed weights are multiplied at level 4, which is faster, unless it says otherwise; onnxruntime-cuda:
-        `op_library`, `cuda_graph`, as FusedSession's; tensorrt: `plugin`, as TensorrtSession's.
+    Args:
+        bundle: the bundle.
+        backend: "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt" or "tensorrt-rtx".
+        options: options of the runtime; see below.
+
+    Returns:
+        A session, for `Chat`. It does one run at a time: runs in other threads wait for it.
+
+    Options of onnxruntime-cpu:
+
+    - `threads`: threads of one operator. By default onnxruntime takes one for each core.
+    - `prepacking`: True lets onnxruntime copy weights into the layout that its kernels prefer. False leaves them in the
+      memory map, where the system can share and drop them; runs are then slower.
+    - `dtype`: "float32", or "float16" for a float16 bundle, to see the errors that float16 makes. This is slow.
+    - `accuracy_level`: how packed weights are multiplied. 4, the default, rounds activations to int8, which is faster.
+      0 multiplies in float32.
+
+    Options of onnxruntime-cuda:
+
+    - `op_library`: path of our library of custom operators.
+    - `cuda_graph`: whether the decode step is captured as a CUDA graph, if onnxruntime can. True by default.
+
+    Options of tensorrt:
+
+    - `plugin`: path of the library with which the engines were built.
 
     Raises:
-        UserError: there is no such runtime, or it has no such option; or it is missing, or cannot open the bundle.
+        UserError: there is no such runtime or option, the runtime is not installed, or it cannot open the bundle.
     """
     record = find_backend(backend)
     record.check_options(options)

@@ -94,19 +94,28 @@ def processor_of(session: Session) -> Processor:
 
 
 FollowUp = Literal["again", "compacted"]
-"""How a conversation goes on: pruned again for each question, or over what an earlier one left."""
+"""How a conversation goes on: "again" prunes all of it for each question, "compacted" keeps the compacted cache."""
 
 
 class Chat:
-    """Questions and answers, with a picture in any turn.
+    """Questions and answers. Any turn may have pictures.
 
-    By default each turn prunes again: prefix and decoder run over the whole conversation, whose pictures' embeddings
-    are kept, and the last question alone votes. So an answer is that of the same conversation told at once. With
-    follow_up "compacted" a turn runs only what the chat template adds to the conversation so far: what an earlier turn
-    pruned is gone.
+    By default each turn prunes again. Prefix and decoder run over the whole conversation, and only the last question
+    votes. The pictures' embeddings are kept, so the vision encoder runs once for each picture. The answer equals that
+    of the same conversation told at once.
 
-    ratio, capacity, method: as Session.converse's. system: what the model is told before all questions; None leaves
-    that to the chat template. most_prompt: tokens that a turn may run at most.
+    With follow_up "compacted", a turn runs only the text that the chat template adds. This is faster, but visual tokens
+    that an earlier turn pruned are lost.
+
+    Args:
+        session: a session of `open_session`.
+        ratio: the fraction of visual tokens that is kept, above 0 and up to 1. None takes the bundle's default.
+        capacity: rows of the KV cache. None leaves this to the runtime.
+        sampling: how tokens are drawn.
+        system: the system message. None leaves it to the chat template.
+        method: how visual tokens are chosen: a name, or a `Method` with a seed. None takes the bundle's method.
+        follow_up: "again" or "compacted".
+        most_prompt: the most tokens that one turn may run. None sets no limit.
 
     Raises:
         UserError: the ratio is out of range, there is no such method, or the chat template takes no system message.
@@ -129,24 +138,26 @@ class Chat:
         self.sampler = Sampler(sampling)
         self.messages: list[Message] = [] if system is None else [self.processor.system_message(system)]
         self.tokens: list[int] = []
-        """Ids of the last answer, stop token included."""
+        """Token ids of the last answer, with the stop token."""
         self.step: Step | None = None
-        """The last turn's prefill."""
+        """The result of the last turn's prefill. None before the first turn."""
         self.seen: tuple[Seen, ...] = ()
-        """Pictures of the turns so far, where each turn prunes again."""
+        """Pictures of all turns so far, with their embeddings, if each turn prunes again."""
         self.looks: list[Look] = []
-        """Pictures and videos of the last turn's prefill, as they were asked about."""
+        """Pictures and videos of the last turn's prefill."""
         self._prompt = self._answer = ""  # what the last turn's prefill had been told so far, and what came of it
 
     def ask(self, question: str | Sequence[Part], images: Sequence[Medium] = ()) -> Iterator[str]:
-        """Ask, and yield the answer piece by piece.
+        """Ask a question, and yield the answer piece by piece.
 
-        question: text, in which `<image>` and `<video>` marks say where `images` stand, which else come first; or
-            texts, pictures and videos in order, and no `images`.
+        Args:
+            question: a text, or texts, pictures and videos in order. In a text, the marks `<image>` and `<video>` say
+                where `images` belong. Without marks they come first.
+            images: the pictures and videos of a question that is a text: paths, PIL images or `Video`.
 
         Raises:
-            UserError: there is no text, a picture cannot be read, marks and pictures do not fit each other, or the
-                conversation grows too long.
+            UserError: there is no text, a picture cannot be read, the number of marks differs from the number of
+                pictures, or the conversation is too long.
         """
         if isinstance(question, str):
             parts: list[Part] = placed(question, images)
@@ -169,13 +180,15 @@ class Chat:
                 self.looks = [*self.looks, *looks] if self.follow_up == "again" else looks
 
     def answer(self, messages: Sequence[Message], pictures: Sequence[Picture]) -> Iterator[str]:
-        """Yield the answer to a conversation, piece by piece; the chat goes on from there.
+        """Yield the answer to a whole conversation, piece by piece. The chat continues from there.
 
-        messages: the user's last; over a compacted cache this chat's own, and one more. pictures: theirs, in order, or
-        over a compacted cache the last one's.
+        Args:
+            messages: the conversation. Its last message is the user's. With a compacted cache, these are this chat's
+                own messages and one more.
+            pictures: the pictures of all messages, in order. With a compacted cache, those of the last message.
 
         Raises:
-            UserError: pictures do not fit the messages, or the conversation grows too long.
+            UserError: the pictures do not match the messages, or the conversation is too long.
         """
         again = self.follow_up == "again"
         self.conversation.headroom = self.sampler.sampling.max_tokens
@@ -254,6 +267,6 @@ class Chat:
 
     @property
     def finish(self) -> str:
-        """Why the last answer ended: "stop" or "length"."""
+        """Why the last answer ended: "stop" (a stop token) or "length" (no room or no more tokens wanted)."""
         stop: tuple[int, ...] = self.conversation.session.bundle.manifest.tokens.stop
         return "stop" if self.tokens and self.tokens[-1] in stop else "length"

@@ -1,4 +1,4 @@
-"""Videos, as files or folders of frames, to RGB frames; what would be answered about wrongly is refused."""
+"""Reads videos, as files or folders of frames, into RGB frames. Videos that cannot be read exactly are refused."""
 
 from __future__ import annotations
 
@@ -58,13 +58,16 @@ class Footage(Protocol):
 
 @dataclass(frozen=True)
 class Video:
-    """A video to ask about: a file, which takes PyAV to read, or a folder of pictures, its frames by their names.
+    """A video to ask about.
 
-    fps: frames that are taken a second of a file, or that a folder has a second. max_frames: frames that are taken at
-    most. None leaves both to the model's settings.
+    Attributes:
+        path: a video file (PyAV reads it), or a folder of pictures, which are the frames in the order of their names.
+        fps: frames to take for each second of a file, or the frames for each second that a folder has. None takes the
+            model's setting.
+        max_frames: the most frames to take. None takes the model's setting.
 
     Raises:
-        UserError: a number is out of range.
+        UserError: `fps` or `max_frames` is out of range.
     """
 
     path: Path
@@ -80,14 +83,15 @@ class Video:
 
     @property
     def is_folder(self) -> bool:
-        """Whether its frames are files."""
+        """Whether the video is a folder of frames."""
         return Path(self.path).is_dir()
 
     def open(self) -> Footage:
-        """Look at the first frame, and count.
+        """Read the first frame, and count the frames.
 
         Raises:
-            UserError: it is missing, no video, damaged, without frames, or too large; or PyAV is missing.
+            UserError: the video is missing, damaged or too large, is not a video, or has no frames; or PyAV is not
+                installed.
         """
         path = Path(self.path)
         if self.is_folder:

@@ -57,7 +57,11 @@ def exported_methods() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Method:
-    """The method of a run. seed: of a drawn one, from 0 on and below 2^31.
+    """How a run chooses visual tokens.
+
+    Attributes:
+        name: "ivc-prune", "foreground", "random" or "fastv".
+        seed: the seed of "random", from 0 on and below 2^31. The other methods draw nothing.
 
     Raises:
         UserError: there is no such method, or the seed is out of range.
@@ -74,12 +78,12 @@ class Method:
 
     @property
     def record(self) -> SelectionMethod:
-        """How it chooses."""
+        """The method's record in METHODS."""
         return METHODS[self.name]
 
     @property
     def facts(self) -> dict[str, str | int | None]:
-        """What reports say of it: `method`, and `method_seed`, which is None where nothing is drawn."""
+        """The entries of reports: `method`, and `method_seed`, which is None if nothing is drawn."""
         return {"method": self.name, "method_seed": self.seed if self.record.drawn else None}
 
     def __str__(self) -> str:

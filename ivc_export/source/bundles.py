@@ -26,12 +26,14 @@ ADVICE = "export the model again, and push it with ivc-export --push-to-hub"
 
 
 def open_bundle(name: Path | str, revision: str | None = None) -> Bundle:
-    """Open a bundle in a folder, or one on the hub, of which what is not in the hub's cache is downloaded first.
+    """Open a bundle in a folder or on the hub. Files that are not in the hub's cache are downloaded first.
 
-    name: a folder, or a hub id (owner/name). revision: branch, tag or commit on the hub; None takes its main branch.
+    Args:
+        name: a folder, or a hub id (owner/name).
+        revision: branch, tag or commit on the hub. None takes the main branch.
 
     Raises:
-        UserError: there is no such bundle, or the hub does not give it; see Bundle.load.
+        UserError: there is no such bundle, the hub refuses it, or it cannot be opened (see Bundle.load).
     """
     given = str(name)
     if Path(given).exists() or not is_hub_id(given):

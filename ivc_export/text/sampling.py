@@ -1,4 +1,4 @@
-"""How the next token is drawn from logits, and what a checkpoint's generation_config.json says of it."""
+"""Draws the next token from logits, and reads the settings for it from a checkpoint's generation_config.json."""
 
 from __future__ import annotations
 
@@ -19,12 +19,19 @@ GENERATION_CONFIG = "generation_config.json"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: the best at temperature 0, else by chance from the `top_k` best, of these from `top_p`.
+    """How tokens are drawn.
 
-    temperature: what logits are divided by. top_p: probability mass of the smallest set to draw from. top_k: 0 is all.
-    repetition_penalty: what positive logits of ids in the prompt and the answer are divided by, and negative ones
-        multiplied; 1 leaves them. Also at temperature 0.
-    seed: of the conversation's random draws. max_tokens: of an answer, at most.
+    At temperature 0 the best token is taken. Otherwise the token is drawn at random: first only the `top_k` best tokens
+    are left, and of these the smallest set with probability `top_p`.
+
+    Attributes:
+        temperature: logits are divided by it. 0 takes the best token.
+        top_p: probability of the smallest set to draw from, above 0 and up to 1.
+        seed: the seed of the conversation's random draws.
+        max_tokens: the most tokens of an answer.
+        top_k: how many of the best tokens to draw from. 0 takes all.
+        repetition_penalty: for tokens of the prompt and the answer, positive logits are divided by it and negative ones
+            multiplied. 1 changes nothing. It applies at temperature 0 too.
 
     Raises:
         UserError: a value is out of range.
@@ -56,14 +63,17 @@ class Sampling:
 
     @property
     def takes_best(self) -> bool:
-        """Whether the best token of the model's logits is taken, whatever was said before."""
+        """Whether the best token of the model's logits is taken, without a penalty for repetition."""
         return self.temperature == 0 and self.repetition_penalty == 1
 
     def scores(self, logits: npt.NDArray[np.float32], seen: Iterable[int] = ()) -> npt.NDArray[np.float64]:
-        """Logits of the distribution that is drawn from, float64 [vocab]; -inf where no token is drawn.
+        """Logits of the distribution to draw from, float64 [vocab]. They are -inf for tokens that are not drawn.
 
-        logits: [vocab]. seen: ids of the prompt and of the answer so far.
         Source: the logits processors of transformers' generate, in its order.
+
+        Args:
+            logits: the model's logits, float32 [vocab].
+            seen: token ids of the prompt and of the answer so far.
         """
         scores: npt.NDArray[np.float64] = logits.astype(np.float64)
         if self.repetition_penalty != 1:

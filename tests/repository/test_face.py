@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -81,3 +82,17 @@ def test_examples_need_nothing_below_the_face(page: Path) -> None:
                 assert node.module == "ivc_export" and {alias.name for alias in node.names} <= {*NAMES}
             if isinstance(node, ast.Import):
                 assert not [alias.name for alias in node.names if alias.name.startswith("ivc_export.")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstrings_name_every_option(name: str) -> None:
+    """Of functions and constructors, and of what they hold: each argument, and the errors that they raise."""
+    found = getattr(ivc_export, name)
+    text = inspect.getdoc(found) or ""
+    named = {*re.findall(r"^    (\w+): ", text, re.MULTILINE)}
+    if name != "UserError":
+        assert {*inspect.signature(found).parameters} <= named, name
+    for member, value in vars(found).items() if inspect.isclass(found) else ():
+        function = getattr(value, "__func__", value)
+        if member[0] != "_" and (inspect.isfunction(function) or isinstance(value, property)):
+            assert inspect.getdoc(value), f"{name}.{member} says nothing of itself"

@@ -1,4 +1,4 @@
-"""The one table of dtypes: their names, what other libraries call them, and the one way from a wider to a narrower."""
+"""The table of dtypes, with their names in other libraries, and the one function that narrows floats."""
 
 from __future__ import annotations
 

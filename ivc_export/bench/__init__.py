@@ -1,4 +1,4 @@
-"""Measurements of a bundle: stages, memory, and the device's own limits, beside PyTorch: what `ivc-bench` does.
+"""Measures a bundle: times of stages, memory, and the limits of the device, beside PyTorch. `ivc-bench` uses it.
 
 This repository's own measurements, with fixed models and published results, are in benchmarks/.
 """

@@ -1,4 +1,4 @@
-"""The times of an earlier ivc-bench, and what has grown since; see verify/baseline.py."""
+"""Compares times with those of an earlier ivc-bench, and finds those that grew. See verify/baseline.py."""
 
 from __future__ import annotations
 

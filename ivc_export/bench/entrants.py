@@ -1,4 +1,4 @@
-"""Who takes part in a run, and its report."""
+"""Chooses the sides of a benchmark run, and writes its report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a measurement was made."""
+"""Describes the machine on which a measurement was made."""
 
 from __future__ import annotations
 

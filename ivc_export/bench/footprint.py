@@ -1,4 +1,4 @@
-"""How much memory a side takes, on the host and on the GPU, seen from outside."""
+"""Measures from outside how much memory a side takes, on the host and on the GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sides take turns over prompts and ratios; each figure is a median over rounds."""
+"""Lets sides take turns over prompts and ratios. Each figure is a median over rounds."""
 
 from __future__ import annotations
 

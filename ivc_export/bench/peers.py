@@ -1,7 +1,7 @@
-"""A checkpoint on stock transformers, called as lean as it can be: the peers of a bundle. Needs torch.
+"""Runs a checkpoint on stock transformers, as a bundle's peer, with as little overhead as possible. Needs torch.
 
-Positions come ready, logits are of the last row alone, nothing of generate()'s bookkeeping is there, and every timed
-region ends with the device at rest. Peers do not prune.
+Positions are computed beforehand, logits are those of the last row only, and nothing of generate() runs. Every timed
+region ends when the device is idle. Peers do not prune.
 """
 
 from __future__ import annotations

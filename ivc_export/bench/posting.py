@@ -1,4 +1,4 @@
-"""A report that can be posted from a device: no folder of the user's machine is in it."""
+"""Makes a report that a user can post. It contains no path of the user's machine."""
 
 from __future__ import annotations
 

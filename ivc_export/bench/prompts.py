@@ -1,4 +1,4 @@
-"""Pictures of noise and prompts of a given size."""
+"""Makes pictures of noise and prompts of a given size."""
 
 from __future__ import annotations
 

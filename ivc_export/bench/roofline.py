@@ -1,9 +1,9 @@
-"""What a device could do at best: its ceilings, measured, and the times that follow from them.
+"""Computes the best times that a device could reach, from its limits, which are measured.
 
-A stage takes at least the larger of its FLOPs by the matmul ceiling and its bytes by the copy bandwidth (Williams et
-al. 2009, "Roofline"). FLOPs are counted on the bundle's graphs, two for each multiply-add of a product, attention in
-full although half of it is masked. Bytes are the weights that a graph reads once, and in a decode step the valid rows
-of the caches.
+A stage takes at least the larger of two times: its FLOPs at the measured speed of matrix products, and its bytes at the
+measured copy bandwidth (Williams et al. 2009, "Roofline"). FLOPs are counted on the bundle's graphs: two for each
+multiply-add of a product, and attention in full, although half of it is masked. Bytes are those of the weights that a
+graph reads once; in a decode step also those of the valid rows of the caches.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is measured: a bundle in one of its runtimes, or a peer, each answering the same prompt."""
+"""The sides of a measurement: a bundle in one of its runtimes, or a peer. Each answers the same prompt."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A bundle on disk: its files, how it appears, what it is checked against."""
+"""A bundle on disk: its files, how it appears, and the checks of its contents."""

@@ -1,4 +1,4 @@
-"""Graph files, read with suspicion: a runtime opens what a graph names, so what it names is looked at first."""
+"""Reads graph files and checks them. A runtime opens the files that a graph names, so names are checked first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graphs and weight files of a bundle against its manifest."""
+"""Compares the graph and weight files of a bundle with its manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bundle's manifest, read with suspicion: against itself, the family, and the files that it names."""
+"""Reads a bundle's manifest, and checks it against itself, the family, and the files that it names."""
 
 from __future__ import annotations
 

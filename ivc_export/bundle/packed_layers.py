@@ -1,4 +1,4 @@
-"""What a manifest says of packed layers, against the graphs that multiply by them."""
+"""Compares a manifest's statements on packed layers with the graphs that multiply by them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors of a run in a folder, for programs in any language: raw little-endian files and a JSON index."""
+"""Stores the tensors of a run in a folder for programs in any language: raw little-endian files and a JSON index."""
 
 from __future__ import annotations
 

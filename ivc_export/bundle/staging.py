@@ -1,4 +1,4 @@
-"""Folders that appear only when they are whole, whatever kills the writer."""
+"""Makes folders appear only when they are complete, even if the writer is killed."""
 
 from __future__ import annotations
 

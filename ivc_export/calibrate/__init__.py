@@ -1,1 +1,1 @@
-"""Which layer to cut at: the sweep over a user's examples."""
+"""Finds the layer at which to prune, by a sweep over a user's examples."""

@@ -1,4 +1,4 @@
-"""Try selection layers and ratios on PyTorch, against the unpruned model's own answers."""
+"""Tries selection layers and ratios on PyTorch, and compares with the unpruned model's own answers."""
 
 from __future__ import annotations
 

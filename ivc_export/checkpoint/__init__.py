@@ -1,1 +1,1 @@
-"""What is stored in a checkpoint: its files, its tensors, the hub."""
+"""What is stored in a checkpoint: its files and its tensors."""

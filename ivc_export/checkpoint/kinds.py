@@ -1,7 +1,7 @@
-"""What is given for a checkpoint and is none that an export can read, told before anything else is said of it.
+"""Recognises what a user gave instead of a checkpoint that an export can read, and says so before all else.
 
-Two tables: KINDS is told by the names of files and by JSON files, so before weights are downloaded; WRITERS and
-QUANTISED by the names of tensors, which an index of shards holds, too.
+There are two groups of tables. KINDS looks at names of files and at JSON files, so it works before weights are
+downloaded. WRITERS and QUANTISED look at names of tensors, which an index of shards has too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Matrices that a checkpoint stores apart and a graph takes as one."""
+"""Stacks matrices that a checkpoint stores apart and that a graph takes as one."""
 
 from __future__ import annotations
 

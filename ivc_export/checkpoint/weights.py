@@ -1,4 +1,4 @@
-"""The checkpoint's tensors as external data of the graphs."""
+"""Gives the checkpoint's tensors to the graphs as external data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands, one file each. Their modules are imported late, so that Ctrl-C is met while they load."""
+"""The commands, one file each. Their modules are imported late, so that Ctrl-C works while they load."""
 
 from __future__ import annotations
 

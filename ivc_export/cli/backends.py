@@ -1,4 +1,4 @@
-"""The options by which commands choose a runtime, made of its records."""
+"""Options that choose a runtime. They are made from the records of runtimes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ivc-bench: what a bundle's stages take in its runtimes, beside PyTorch and the device's own limits."""
+"""ivc-bench: times a bundle's stages in its runtimes, beside PyTorch and the limits of the device."""
 
 from __future__ import annotations
 

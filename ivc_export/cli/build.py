@@ -1,4 +1,4 @@
-"""ivc-build: TensorRT engines of a bundle."""
+"""ivc-build: builds TensorRT engines of a bundle."""
 
 from __future__ import annotations
 

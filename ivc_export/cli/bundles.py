@@ -1,4 +1,4 @@
-"""The argument by which commands take a bundle, and its revision."""
+"""The argument that names a bundle, and the option for its revision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ivc-calibrate: which layer to prune at."""
+"""ivc-calibrate: finds the layer at which to prune."""
 
 from __future__ import annotations
 

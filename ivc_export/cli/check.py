@@ -1,4 +1,4 @@
-"""ivc-check: a bundle against PyTorch, or against what PyTorch gave elsewhere, and its files."""
+"""ivc-check: compares a bundle with PyTorch, or with a recorded run of PyTorch, and verifies its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ivc-export --dry-run prints."""
+"""Prints what ivc-export --dry-run finds."""
 
 from __future__ import annotations
 

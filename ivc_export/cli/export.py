@@ -1,4 +1,4 @@
-"""ivc-export: a model to a bundle."""
+"""ivc-export: makes a bundle of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options by which commands choose a selection method."""
+"""Options that choose a selection method."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`optimum-cli export ivc`: ivc-export as a command of optimum, with the same options and the same result.
 
-optimum loads what it finds under optimum/commands/register/, where pyproject.toml puts a copy of this file. It is
-loaded with every command of optimum's, so the export itself is imported when it runs.
+optimum loads the files under optimum/commands/register/. pyproject.toml installs a copy of this file there. optimum
+loads it for each of its commands, so this file imports the export only when it runs.
 """
 
 from __future__ import annotations

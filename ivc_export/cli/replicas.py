@@ -1,4 +1,4 @@
-"""ivc-serve on Ray Serve: one session a replica, on the GPUs of one machine or of many."""
+"""ivc-serve on Ray Serve: one session for each replica, on the GPUs of one or many machines."""
 
 from __future__ import annotations
 

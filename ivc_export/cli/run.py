@@ -1,4 +1,4 @@
-"""ivc-run: ask a bundle about pictures."""
+"""ivc-run: asks a bundle about pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ivc-serve: a bundle behind OpenAI's HTTP protocol."""
+"""ivc-serve: serves a bundle by OpenAI's HTTP protocol."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The contract between the graphs and whatever runs them: data alone, from which everything else takes its names."""
+"""The contract between graphs and runtimes. It is data only; all other code takes its names from here."""

@@ -1,4 +1,4 @@
-"""What the axes of the graphs' tensors are."""
+"""The meaning of the axes of the graphs' tensors."""
 
 from __future__ import annotations
 

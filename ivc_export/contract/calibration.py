@@ -1,4 +1,4 @@
-"""What a calibration found: the file that ivc-calibrate writes and `ivc-export --calibration` reads."""
+"""The file of a calibration. ivc-calibrate writes it and `ivc-export --calibration` reads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators that a graph may use, and the check that a graph keeps the contract."""
+"""The operators that a graph may use, and the check that a graph keeps the contract."""
 
 from __future__ import annotations
 

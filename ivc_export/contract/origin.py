@@ -1,4 +1,4 @@
-"""origin.json: which model a bundle was made of, as far as the model says it; for people, and no run depends on it."""
+"""origin.json: the model from which a bundle was made, for people. No run depends on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every record of the contract rests on: its base, and the bounds of its numbers."""
+"""The base class of all records of the contract, and the bounds of their numbers."""
 
 from __future__ import annotations
 

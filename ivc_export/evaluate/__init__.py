@@ -1,1 +1,1 @@
-"""Bundles as a model of lmms-eval."""
+"""Makes bundles a model of lmms-eval."""

@@ -1,7 +1,7 @@
-"""lmms-eval with a GPU for each process: torchrun --nproc-per-node COUNT -m ivc_export.evaluate, and its options.
+"""Runs lmms-eval with one GPU for each process: torchrun --nproc-per-node COUNT -m ivc_export.evaluate OPTIONS.
 
-onnxruntime and TensorRT compute on the first GPU that a process sees, so each has to see its own alone. What the
-processes tell each other goes by the CPU.
+onnxruntime and TensorRT compute on the first GPU that a process sees. So each process must see only its own. The
+processes communicate over the CPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What lmms-eval finds by the entry point `ivc` of the group lmms_eval.models."""
+"""The entry point `ivc` of the group lmms_eval.models, by which lmms-eval finds the model."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From a checkpoint to a bundle."""
+"""Makes a bundle of a checkpoint."""

@@ -1,4 +1,4 @@
-"""The card of a bundle on the hub: what it is made of, how it prunes, how exact it is."""
+"""Writes the card of a bundle on the hub: the base model, how the bundle prunes, and how exact it is."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""What a model costs at an export's ratio and layer, from its graphs without their weights.
+"""Estimates what a model costs at an export's ratio and layer, from its graphs without their weights.
 
-Shapes are inferred for a picture and a prompt, so the figures are of the graphs that an export writes, whatever the
+Shapes are inferred for a picture and a prompt. So the figures are those of the graphs that an export writes, for every
 family:
 
 - FLOPs: two for each multiply-add of `Gemm` (2 m n k) and `MatMul` (2 batch m n k). Element-wise operators, norms and
-  softmax are left out, and the selection, whose votes are one part in 100,000 of the prefix.
-- KV cache: bytes of what a runtime appends after a prefill: the decoder's `compact_*` and `new_*`, and the prefix's
-  `new_*` of layers that the decoder does not compact.
-- Peak activations: the most bytes that intermediate tensors take while the nodes run in order, each living from its
-  node to its last reader, without what is inside the selection. In 16 bits attention is taken to be one kernel,
-  which TensorRT before 10.14 has for the decoder with our plugin alone; ivc-build knows of each version.
+  softmax are left out. So is the selection, whose votes are one part in 100,000 of the prefix.
+- KV cache: the bytes that a runtime appends after a prefill. These are the decoder's `compact_*` and `new_*`, and the
+  prefix's `new_*` of layers that the decoder does not compact.
+- Peak activations: the most bytes that intermediate tensors take while the nodes run in order. A tensor lives from its
+  node to its last reader. Tensors inside the selection do not count. In 16 bits, attention counts as one kernel.
+  TensorRT before 10.14 has such a kernel for the decoder only with our plugin; ivc-build knows each version.
 """
 
 from __future__ import annotations

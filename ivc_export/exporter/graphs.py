@@ -1,4 +1,4 @@
-"""The three graphs of a model."""
+"""Builds the three graphs of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The export, top to bottom."""
+"""The export, from top to bottom."""
 
 from __future__ import annotations
 

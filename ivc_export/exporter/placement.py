@@ -1,6 +1,7 @@
-"""The way of the checkpoint's weight files into a bundle: copied, hard-linked or converted.
+"""Places the checkpoint's weight files into a bundle: copies, hard-links or converts them.
 
-Tensors that a weight format derives are computed on the way, a piece at a time, into the file of their first source.
+Tensors that a weight format derives are computed on the way, one piece at a time. They go into the file of their first
+source.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A bundle onto Hugging Face's hub, in one commit: all of it is there, or nothing has changed.
+"""Uploads a bundle to Hugging Face's hub in one commit. Either all of it arrives, or nothing changes.
 
-Weights are sent ahead of the commit, and what has arrived is not sent again, so that a push which broke off is resumed
-by the next one.
+Weights are sent before the commit. Those that have arrived are not sent again, so the next push resumes one that broke
+off.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rounding a checkpoint's weights to 4 or 8 bits: which layers a model has, what becomes of each, and of embeddings."""
+"""Rounds a checkpoint's weights to 4 or 8 bits: the layers of a model, and the embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an export is asked to do."""
+"""The options of an export."""
 
 from __future__ import annotations
 

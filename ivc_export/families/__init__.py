@@ -1,4 +1,4 @@
-"""The registry of families: each is one file, called as the `model_type` of its config.json."""
+"""The registry of families. Each family is one file, with the name of its config.json's `model_type`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A vision encoder as a family makes it: how pictures are made ready for it, and its graph."""
+"""A family's vision encoder: how pictures are prepared for it, and its graph."""
 
 from __future__ import annotations
 

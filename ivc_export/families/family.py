@@ -1,4 +1,4 @@
-"""What a family of LVLMs is: one record, and what several families share of it."""
+"""The record that describes a family of LVLMs, and parts that several families share."""
 
 from __future__ import annotations
 

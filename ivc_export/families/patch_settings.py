@@ -1,4 +1,4 @@
-"""What config.json, and the processors of pictures and videos, say of patches: settings that several families share."""
+"""Settings of patches that several families share, from config.json and the processors of pictures and videos."""
 
 from __future__ import annotations
 

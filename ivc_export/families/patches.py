@@ -1,4 +1,4 @@
-"""Pictures at their own size, cut into patches, as several families take them."""
+"""Cuts pictures of any size into patches, for several families."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a family makes of a picture: its grid of visual tokens, and its pixels, scaled as Pillow does."""
+"""A picture prepared for a family: its grid of visual tokens, and its pixels, scaled as Pillow does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary positions of text and pictures in order, as Family.positions gives them."""
+"""Computes rotary positions of text and pictures in order, for Family.positions."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Tables of settings: the keys of a checkpoint's JSON files that change what its model computes.
 
-A table is a record with a field a key. Its default is what transformers takes where the key is left out or null; its
-type and bounds are the values that this version knows, and any other is refused in a sentence. A key that no table
-names changes nothing.
+A table is a record with one field for each key. Its default is the value that transformers takes if the key is missing
+or null. Its type and bounds are the values that this version supports. Any other value is refused in one sentence. A
+key that no table names changes nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The language models that families decode with: tables of their keys, and what the keys mean."""
+"""The language models of families: tables of their keys, and the meaning of the keys."""
 
 from __future__ import annotations
 

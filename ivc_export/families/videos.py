@@ -1,4 +1,4 @@
-"""What a family makes of a video: which of its frames are taken, and when they were."""
+"""A video prepared for a family: which of its frames are taken, and their times."""
 
 from __future__ import annotations
 

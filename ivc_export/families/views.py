@@ -1,4 +1,4 @@
-"""Pictures in two views: whole in one tile, and larger in several, with separators between rows of tokens."""
+"""Pictures in two views: whole in one tile, and larger in several tiles, with separators between rows of tokens."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How graphs are built and counted: nodes, layers, shapes."""
+"""Builds graphs and counts their costs: nodes, layers, shapes."""

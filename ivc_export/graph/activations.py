@@ -1,4 +1,4 @@
-"""Activations, element by element."""
+"""Activation functions."""
 
 from __future__ import annotations
 

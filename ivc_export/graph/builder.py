@@ -1,4 +1,4 @@
-"""Building an ONNX graph node by node, without tracing."""
+"""Builds an ONNX graph node by node, without tracing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a graph takes at concrete sizes: its products, and the memory of its tensors."""
+"""Counts the cost of a graph at concrete sizes: its products, and the memory of its tensors."""
 
 from __future__ import annotations
 

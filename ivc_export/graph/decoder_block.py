@@ -1,4 +1,4 @@
-"""What decoder layers are made of: a family chooses each part, and a part asks its layer for the number."""
+"""The parts of decoder layers. A family chooses each part. A part receives its layer, with the layer's number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Feed-forward layers of which each row takes a few experts."""
+"""Feed-forward layers with a mixture of experts."""
 
 from __future__ import annotations
 

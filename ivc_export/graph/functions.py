@@ -1,4 +1,4 @@
-"""The operators of domain `ivc`: functions of standard operators, whose bodies lie under graphs/ops/."""
+"""The functions of domain `ivc`. Their bodies consist of standard operators and are in graphs/ops/."""
 
 from __future__ import annotations
 

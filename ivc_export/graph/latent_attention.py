@@ -1,4 +1,4 @@
-"""Attention whose keys and values are made of one latent vector a row."""
+"""Attention whose keys and values are computed from one latent vector for each row."""
 
 from __future__ import annotations
 

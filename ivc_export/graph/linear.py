@@ -1,4 +1,4 @@
-"""What is made of linear layers alone."""
+"""Layers that consist of linear layers alone."""
 
 from __future__ import annotations
 

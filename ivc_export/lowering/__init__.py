@@ -1,4 +1,4 @@
-"""Lowering: what turns the portable graphs into graphs for one runtime, one record each."""
+"""Lowerings: each turns portable graphs into graphs for one runtime, and is one record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking at what made a value, and putting other nodes in its place."""
+"""Finds the nodes that made a value, and replaces nodes by others."""
 
 from __future__ import annotations
 

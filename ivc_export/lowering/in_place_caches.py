@@ -1,4 +1,4 @@
-"""Compaction of caches that are written in place, instead of compaction of this run's rows."""
+"""Compacts caches that are written in place, instead of this run's rows."""
 
 from __future__ import annotations
 

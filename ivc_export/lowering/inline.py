@@ -1,4 +1,4 @@
-"""Inlining: `ivc` functions as the standard operators of their bodies."""
+"""Replaces calls of `ivc` functions by the standard operators of their bodies."""
 
 from __future__ import annotations
 

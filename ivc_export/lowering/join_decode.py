@@ -1,4 +1,4 @@
-"""Prefix and decoder as one graph for decode steps, where there is nothing to choose."""
+"""Joins prefix and decoder to one graph for decode steps, in which nothing is selected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed products of a graph, and their weights."""
+"""Finds the packed products of a graph, and their weights."""
 
 from __future__ import annotations
 

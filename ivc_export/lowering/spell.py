@@ -1,4 +1,4 @@
-"""Other bodies for `ivc` functions: the same mathematics, spelled for one runtime."""
+"""Gives `ivc` functions other bodies for one runtime. The mathematics stays the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Element types of a graph's values, which portable graphs do not write down."""
+"""Infers the element types of a graph's values. Portable graphs do not store them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What people look at: pictures and tables."""
+"""Pictures, plots and tables for people."""

@@ -1,4 +1,4 @@
-"""A check's comparisons as JUnit's XML, which the servers that run a project's tests read."""
+"""Writes a check's comparisons as JUnit XML, for servers that run tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kept tokens over the picture: pruned ones dimmed, IVC tokens, seeds and foreground framed."""
+"""Draws kept tokens over the picture. Pruned tokens are dimmed; IVC tokens, seeds and foreground are framed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report/parity.html: one file that holds everything it shows."""
+"""Writes report/parity.html, one file without links to others."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Running a bundle: prompts and pictures to tensors, sessions, caches, generation."""
+"""Runs a bundle: prompts and pictures become tensors; sessions, caches, generation."""

@@ -1,4 +1,4 @@
-"""What a runtime is to commands, checks and benchmarks: one record."""
+"""The record that describes a runtime to commands, checks and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of runtimes. A new one is a record, and its name in BACKENDS."""
+"""The registry of runtimes. A new runtime is a record, listed in BACKENDS."""
 
 from __future__ import annotations
 

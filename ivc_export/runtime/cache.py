@@ -1,4 +1,4 @@
-"""Key-value caches on the host."""
+"""KV caches in host memory."""
 
 from __future__ import annotations
 

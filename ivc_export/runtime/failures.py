@@ -1,4 +1,4 @@
-"""What onnxruntime and its readers raise, in sentences; what is nobody's fault but ours passes through."""
+"""Turns errors of onnxruntime and its readers into sentences for users. Bugs of ours pass through."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations whose tensors lie in host memory, over any runtime that takes arrays."""
+"""Conversations whose tensors are in host memory, for any runtime that takes arrays."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What every runtime has: a session, its conversations, and what their steps give.
+"""The interface of every runtime: a session, its conversations, and the results of their steps.
 
-A conversation runs over one compacted cache: prefill, decode steps and later turns are the same call.
+A conversation runs over one compacted cache. A prefill, a decode step and a later turn are the same call.
 """
 
 from __future__ import annotations

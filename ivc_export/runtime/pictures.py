@@ -1,4 +1,4 @@
-"""Picture files to RGB pictures, as Pillow converts them; what would be answered about wrongly is refused."""
+"""Reads picture files into RGB pictures, as Pillow converts them. Files that cannot be read exactly are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run of prefix and decoder, planned on the host: who is visual, who votes, where rows stand, what is kept."""
+"""Plans one run of prefix and decoder on the host: visual rows, voting rows, positions, number of kept tokens."""
 
 from __future__ import annotations
 

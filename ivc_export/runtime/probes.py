@@ -1,4 +1,4 @@
-"""What runtimes are timed at by themselves: selection and compaction, and what their devices do at best."""
+"""What every runtime can time alone: selection and compaction, and the limits of its device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts and pictures to tokens and tensors, without torch."""
+"""Turns prompts and pictures into tokens and tensors, without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a runtime may be from the reference, and why. The records of runtimes choose from these."""
+"""The largest allowed differences between a runtime and the reference, with reasons. Records of runtimes use them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How visual tokens are chosen: the rule, in NumPy and as operators."""
+"""The selection of visual tokens: the rule in NumPy, and as operators."""

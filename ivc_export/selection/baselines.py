@@ -1,4 +1,4 @@
-"""Choices to compare IVC-Prune with: other priorities for the same operators, so that any bundle makes them."""
+"""Selections to compare IVC-Prune with. They are other priorities for the same operators, so any bundle runs them."""
 
 from __future__ import annotations
 

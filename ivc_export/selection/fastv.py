@@ -1,7 +1,7 @@
-"""FastV's choice of visual tokens, in NumPy: what the last row attends to most in the last layer that sees every row.
+"""FastV's selection in NumPy: the tokens to which the last row attends most in layer k-1.
 
-Source: Chen et al. 2024, An Image is Worth 1/2 Tokens After Layer 2 (arXiv 2403.06764), section 4.1. Where that leaves
-an order among equals open, the lowest index comes first.
+Source: Chen et al. 2024, An Image is Worth 1/2 Tokens After Layer 2 (arXiv 2403.06764), section 4.1. The order of equal
+scores is open there; here the lowest index comes first.
 """
 
 from __future__ import annotations

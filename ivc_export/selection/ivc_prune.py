@@ -1,7 +1,7 @@
-"""IVC-Prune's choice of visual tokens: the host's part, and the operators' in NumPy.
+"""IVC-Prune's selection: the part of the host, and the operators in NumPy.
 
-Source: IVC-Prune (arXiv 2602.03060), sections 3.2 and 3.3, and its official code (FireRedTeam/IVC-Prune). Where that
-leaves an order among equals open, the lowest index comes first.
+Source: IVC-Prune (arXiv 2602.03060), sections 3.2 and 3.3, and its official code (FireRedTeam/IVC-Prune). The order of
+equal scores is open there; here the lowest index comes first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ways to choose visual tokens, one record each."""
+"""The selection methods, one record each."""
 
 from __future__ import annotations
 

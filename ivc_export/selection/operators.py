@@ -1,4 +1,4 @@
-"""The `ivc` operators that choose visual tokens and compact rows, in a graph."""
+"""The `ivc` operators that select visual tokens and compact rows, as parts of a graph."""
 
 from __future__ import annotations
 

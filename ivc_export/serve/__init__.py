@@ -1,1 +1,1 @@
-"""A bundle behind OpenAI's HTTP protocol."""
+"""Serves a bundle by OpenAI's HTTP protocol."""

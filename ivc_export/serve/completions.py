@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: a request read, queued, and answered whole or as a stream."""
+"""POST /v1/chat/completions: reads a request, queues it, and answers it whole or as a stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request is refused with, in OpenAI's form."""
+"""The answers to refused requests, in OpenAI's form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of requests: data URLs, and where the operator allows it, addresses of the public internet."""
+"""Reads pictures of requests: data URLs and, if the operator allows it, addresses on the public internet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What /metrics tells, by prometheus_client."""
+"""The metrics of /metrics, by prometheus_client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request may say, by OpenAI's protocol of chat completions, and what it is answered."""
+"""The fields of requests and answers, by OpenAI's protocol of chat completions."""
 
 from __future__ import annotations
 

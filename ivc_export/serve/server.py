@@ -1,4 +1,4 @@
-"""The application on a socket, by uvicorn."""
+"""Runs the application on a socket, by uvicorn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One thread that answers one request after another, on one session."""
+"""One thread that answers requests one after another, on one session."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Where a model comes from: a folder, an alias or the hub, and what its files say."""
+"""Finds a model in a folder, by an alias or on the hub, and reads its files."""

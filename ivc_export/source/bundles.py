@@ -1,4 +1,4 @@
-"""Where a bundle is: a folder, or an id on Hugging Face's hub, downloaded whole."""
+"""Finds a bundle in a folder, or on Hugging Face's hub, from where it is downloaded whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the JSON files of a checkpoint say, digested."""
+"""Reads and checks the JSON files of a checkpoint."""
 
 from __future__ import annotations
 

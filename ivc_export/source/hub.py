@@ -1,4 +1,4 @@
-"""Where a model is: a folder, an alias, or an id on Hugging Face's hub, downloaded as far as it is needed."""
+"""Finds a model in a folder, by an alias, or by an id on Hugging Face's hub, and downloads only what is needed."""
 
 from __future__ import annotations
 

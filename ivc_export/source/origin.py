@@ -1,4 +1,4 @@
-"""What a model's card says: its licence and tags."""
+"""Reads a model's card: its licence and tags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a checkpoint's files makes prompts: chat template, special tokens and tokenizer, which must fit."""
+"""Reads the files of a checkpoint that make prompts, and checks them: chat template, special tokens, tokenizer."""
 
 from __future__ import annotations
 

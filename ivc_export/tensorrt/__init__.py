@@ -1,1 +1,1 @@
-"""TensorRT engines: recipe, profiles, footprint, graphs, compilation, build, store."""
+"""Builds TensorRT engines: recipe, profiles, memory, graphs, compilation, build, store."""

@@ -1,4 +1,4 @@
-"""The engines of a bundle built: checked before they start, and put in place when all are there."""
+"""Builds the engines of a bundle. It checks everything first, and puts engines in place when all are complete."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""One graph compiled to an engine, by Polygraphy's loaders of TensorRT or TensorRT-RTX.
+"""Compiles one graph to an engine, by Polygraphy's loaders of TensorRT or TensorRT-RTX.
 
-Polygraphy makes the network, profiles, configuration and engine, and knows what each version lacks. These stay ours,
-since it has no such thing, or another:
+Polygraphy makes the network, the profiles, the configuration and the engine, and knows what each version lacks. These
+parts stay ours, because Polygraphy lacks them or does them in another way:
 
-- parsing: Polygraphy prints the parser's reason, where ours is part of an error's sentence;
-- the precisions of TensorRT 8.6's layers and the formats of its inputs and outputs (`fix_precisions`);
-- the compute capability that TensorRT-RTX builds for;
-- files of timing caches: Polygraphy leaves a lock beside each, and goes on without a cache where one of another GPU is
-  given. It sets the cache that it is handed, since TensorRT takes none in the place of the first;
-- the thread and the monitor by which Ctrl-C ends a build;
-- the logger: its last error is the reason in the sentence, where Polygraphy says to look above.
+- Parsing: Polygraphy prints the parser's reason. Ours becomes part of an error's sentence.
+- The precisions of TensorRT 8.6's layers, and the formats of its inputs and outputs (`fix_precisions`).
+- The compute capability for which TensorRT-RTX builds.
+- Files of timing caches: Polygraphy leaves a lock beside each, and continues without a cache if it is given one of
+  another GPU. Polygraphy does set the cache that it is given: TensorRT takes no second cache in the place of the first.
+- The thread and the monitor by which Ctrl-C ends a build.
+- The logger: its last error is the reason in the sentence, where Polygraphy only refers to the messages above.
 """
 
 from __future__ import annotations

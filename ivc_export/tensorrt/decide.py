@@ -1,4 +1,4 @@
-"""Which softmax and which attention engines get, with what they cost, told before a build."""
+"""Decides the softmax and the attention of engines, and says before a build what they cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory engines take, and their build, estimated from the graphs."""
+"""Estimates from the graphs how much memory engines and their build take."""
 
 from __future__ import annotations
 

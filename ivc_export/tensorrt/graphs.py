@@ -1,4 +1,4 @@
-"""A bundle's graphs as TensorRT gets them: in which dtype, by which lowering, and with which attention."""
+"""Prepares a bundle's graphs for TensorRT: dtype, lowering and kind of attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorRT's and TensorRT-RTX's Python packages, which share an interface: loaded late, and listened to."""
+"""Loads the Python packages of TensorRT and TensorRT-RTX late, and collects their messages. They share an interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory there is."""
+"""Finds how much memory this machine has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimization profiles: the least, best and largest extents of each axis of a graph."""
+"""Optimisation profiles: the smallest, best and largest size of each axis of a graph."""
 
 from __future__ import annotations
 

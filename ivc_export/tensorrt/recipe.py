@@ -1,4 +1,4 @@
-"""How engines are built: what a user chooses, and what the compiler is told."""
+"""How engines are built: the user's choices, and the compiler's options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of engines in a bundle: what build.json says of them, and how stale ones are found."""
+"""The folder of engines in a bundle: its build.json, and how outdated engines are found."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How conversations become tokens, and logits text: templates, tokenizers, sampling."""
+"""Turns conversations into tokens, and logits into text: templates, tokenizers, sampling."""

@@ -1,4 +1,4 @@
-"""Jinja templates within limits of time and output: a chat template is a program that somebody else wrote."""
+"""Runs Jinja templates with limits on time and output, because others wrote these programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers that come without a tokenizer.json, converted as transformers does."""
+"""Converts tokenizers without a tokenizer.json, as transformers does."""
 
 from __future__ import annotations
 

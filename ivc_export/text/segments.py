@@ -1,4 +1,4 @@
-"""Chat templates without Jinja: segments that are found by rendering, and proved against it."""
+"""Turns chat templates into segments that need no Jinja. Rendering finds them and proves them."""
 
 from __future__ import annotations
 

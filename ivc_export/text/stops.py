@@ -1,4 +1,4 @@
-"""Texts that end an answer."""
+"""Finds texts that end an answer."""
 
 from __future__ import annotations
 

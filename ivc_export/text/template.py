@@ -1,4 +1,4 @@
-"""Chat templates: programs that come with a checkpoint and write a conversation as text."""
+"""Renders chat templates, the programs of a checkpoint that write a conversation as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer: one tokenizer.json that holds every token of its files, under the ids that they state."""
+"""Makes one tokenizer.json with every token of a checkpoint's files, under the ids that the files state."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A bundle against PyTorch: the reference, its record, the comparison."""
+"""Compares a bundle with PyTorch: the reference, its recording, the comparison."""

@@ -1,4 +1,4 @@
-"""What the last row of a run attends to in one layer, as transformers computes it."""
+"""Computes the attention of a run's last row in one layer, by transformers."""
 
 from __future__ import annotations
 

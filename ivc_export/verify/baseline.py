@@ -1,6 +1,6 @@
-"""What an earlier run of ivc-check or ivc-bench gave, and what has grown since: errors, or times.
+"""Compares errors or times with those of an earlier ivc-check or ivc-bench, and finds those that grew.
 
-A baseline is a file that the same command wrote: report/parity.json, or what ivc-bench --json names.
+A baseline is a file that the same command wrote: report/parity.json, or the file of ivc-bench --json.
 """
 
 from __future__ import annotations

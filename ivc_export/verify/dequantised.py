@@ -1,4 +1,4 @@
-"""What quantised checkpoints mean, in PyTorch: written from the formats alone, since exports are checked against it."""
+"""Dequantises checkpoints in PyTorch. It is written from the formats alone, because exports are checked against it."""
 
 from __future__ import annotations
 

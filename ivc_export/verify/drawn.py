@@ -1,4 +1,4 @@
-"""Numbers that the method `random` draws, in Python's whole numbers."""
+"""Draws the numbers of the method `random`, in Python's integers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run of IVC-Prune on PyTorch, recorded, so that a bundle can be compared with it here or where there is no torch."""
+"""Records a run of IVC-Prune on PyTorch, so that a bundle can be compared with it where there is no torch."""
 
 from __future__ import annotations
 

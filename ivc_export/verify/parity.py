@@ -1,4 +1,4 @@
-"""A bundle against a recorded run of its checkpoint: every tensor that passes between the graphs, and the logits."""
+"""Compares a bundle with a recorded run of its checkpoint: logits, and every tensor between the graphs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""IVC-Prune and FastV on stock transformers models, in PyTorch: the oracle that bundles are checked against.
+"""IVC-Prune and FastV on stock transformers models in PyTorch: the reference for all bundles.
 
-It shares no code with the graphs: positions come from transformers, the selection is written again in PyTorch, and
-the layers are transformers' own modules, called one by one with a cache that is compacted in between.
+It shares no code with the graphs. Positions come from transformers, and the selection is written again in PyTorch. The
+layers are transformers' own modules, called one by one with a cache that is compacted in between.
 """
 
 from __future__ import annotations

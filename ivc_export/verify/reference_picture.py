@@ -1,4 +1,4 @@
-"""A picture's visual tokens as the reference sees them, and its choice among those of two views."""
+"""A picture's visual tokens in the reference, and the reference's selection in pictures of two views."""
 
 from __future__ import annotations
 

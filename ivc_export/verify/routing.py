@@ -1,4 +1,4 @@
-"""Rows whose experts nearly tie in the reference: a runtime may send them to others, and what follows then differs."""
+"""Finds rows whose experts nearly tie in the reference. A runtime may choose others, and later values then differ."""
 
 from __future__ import annotations
 

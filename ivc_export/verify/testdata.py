@@ -1,4 +1,4 @@
-"""A bundle's testdata/: one picture and prompt through every graph, for those who write a runtime of their own."""
+"""Writes a bundle's testdata/: one picture and prompt through every graph, for authors of runtimes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A model that transformers lacks, in PyTorch: SigLIP over two views of a picture, and a decoder of experts.
+"""DeepSeek-VL2 in PyTorch, which transformers lacks: SigLIP over two views of a picture, and a decoder of experts.
 
-Written for comparison, not for speed. Modules are called as a checkpoint of DeepSeek-VL2 calls its tensors.
+It is written for comparison, not for speed. Modules have the names of the tensors in DeepSeek-VL2's checkpoints.
 """
 
 from __future__ import annotations

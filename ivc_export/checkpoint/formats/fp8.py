@@ -1,4 +1,4 @@
-"""Weights in FP8 (E4M3), which become float16: no device before compute capability 8.9 multiplies them.
+"""Weights in FP8 (E4M3). They become float16: devices below compute capability 8.9 have no FP8 products.
 
 A layer: `weight` float8 [out, in]; `weight_scale`, one number, or [out, 1], or `weight_scale_inv`, one for each block,
 of `weight_block_size`; both multiply. `input_scale` is of activations, which stay floats here.

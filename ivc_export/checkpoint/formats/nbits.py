@@ -1,4 +1,4 @@
-"""Weights in 4 or 8 bits, in the one form in which bundles hold them, whatever a checkpoint's.
+"""Weights in 4 or 8 bits, in the one form that bundles use for every checkpoint format.
 
 A layer's row is cut into blocks that share a scale, and a zero point where there are any. A bundle holds:
 

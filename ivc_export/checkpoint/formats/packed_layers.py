@@ -1,4 +1,4 @@
-"""Layers of packed integers, whatever checkpoint they come from, as the tensors of a bundle."""
+"""Writes layers of packed integers, from any checkpoint format, as the tensors of a bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says of its quantisation."""
+"""Reads what a checkpoint's config.json says about its quantisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear layers of floats that an export rounds to 4 or 8 bits, as the tensors of a bundle."""
+"""Writes linear layers of floats that an export rounds to 4 or 8 bits as the tensors of a bundle."""
 
 from __future__ import annotations
 

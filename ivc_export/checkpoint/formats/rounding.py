@@ -1,10 +1,10 @@
-"""Floats to 4 or 8 bits without data: a scale, and where asked a zero point, for each block of a row.
+"""Rounds floats to 4 or 8 bits without data, with a scale, and possibly a zero point, for each block of a row.
 
-Rounding to the nearest with the scale that a block's largest value asks for wastes steps on that value. The search
-tries smaller ranges; what each makes of the values has a best scale in closed form, the least squares solution, and the
-range whose squared error is least is taken. Errors are weighted by what multiplies the values: behind an RMSNorm a
-column of x is as large as the norm's weight there, which is known without data. Source: the weighted least squares of
-a line through the origin; Lin et al. 2024 (AWQ) for the weights' importance being that of activations.
+The simple way is a scale that reaches the largest value of a block. It wastes steps on that one value. So the search
+also tries other ranges. For each range the best scale is known in closed form, as the least squares solution, and the
+range with the least squared error is taken. Errors are weighted by the size of what multiplies the values: behind an
+RMSNorm, a column of x is as large as the norm's weight there, which is known without data. Source: the weighted least
+squares of a line through the origin; Lin et al. 2024 (AWQ) for weighting by the size of activations.
 """
 
 from __future__ import annotations

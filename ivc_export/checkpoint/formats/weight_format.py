@@ -1,4 +1,4 @@
-"""What a weight format is: which tensors a linear layer is stored in, what becomes of them, and how x meets them."""
+"""Defines a weight format: which tensors store a linear layer, how they are converted, and how the graph multiplies."""
 
 from __future__ import annotations
 

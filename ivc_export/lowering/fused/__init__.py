@@ -1,1 +1,1 @@
-"""What several runtimes have kernels of ours for."""
+"""Fusions for the kernels of ours that several runtimes have."""

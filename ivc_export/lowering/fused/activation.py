@@ -1,4 +1,4 @@
-"""Activations of portable graphs, as graph.activations writes them."""
+"""Recognises activations of portable graphs, as graph.activations writes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows in which one product puts the heads of query, key and value side by side, and what attention does with them."""
+"""Rows with the heads of query, key and value side by side, from one product, and attention over such rows."""
 
 from __future__ import annotations
 

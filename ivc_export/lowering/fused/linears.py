@@ -1,4 +1,4 @@
-"""Products with what surrounds them as one node each, for runtimes that have our kernels."""
+"""Fuses a product with the operators around it into one node, for runtimes that have our kernels."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What onnxruntime's CUDA provider has kernels for."""
+"""Passes to operators that onnxruntime's CUDA provider has kernels for."""

@@ -1,4 +1,4 @@
-"""In what onnxruntime's CPU provider multiplies packed weights."""
+"""Sets the precision in which onnxruntime's CPU provider multiplies packed weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sigmoid-gated activations as one node each."""
+"""Fuses sigmoid-gated activations into one node each."""
 
 from __future__ import annotations
 

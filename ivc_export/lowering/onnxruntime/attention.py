@@ -1,4 +1,4 @@
-"""Attention and rotary embedding as one node each, over caches that are written in place."""
+"""Fuses attention and rotary embedding into one node each, over caches that are written in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Biases of matrix products as sums behind them."""
+"""Turns biases of matrix products into sums behind them."""
 
 from __future__ import annotations
 

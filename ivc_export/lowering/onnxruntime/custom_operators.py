@@ -1,4 +1,4 @@
-"""The `ort-cuda-ops` lowering's own part."""
+"""The passes that only the `ort-cuda-ops` lowering has."""
 
 from __future__ import annotations
 

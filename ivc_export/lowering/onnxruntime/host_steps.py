@@ -1,4 +1,4 @@
-"""Decode steps that read a few numbers in host memory and tell the best token there, by operators of ours."""
+"""Lets decode steps read a few numbers from host memory and write the best token there, by custom operators."""
 
 from __future__ import annotations
 

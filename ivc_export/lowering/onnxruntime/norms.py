@@ -1,4 +1,4 @@
-"""Norms, and the sums before them, as one node each."""
+"""Fuses norms with the sums before them into one node each."""
 
 from __future__ import annotations
 

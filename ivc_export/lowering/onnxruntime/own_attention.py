@@ -1,4 +1,4 @@
-"""Attention by our library of custom operators, over joined rows and over caches that are written in place."""
+"""Replaces attention by our custom operators, over joined rows and over caches that are written in place."""
 
 from __future__ import annotations
 

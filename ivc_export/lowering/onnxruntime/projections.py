@@ -1,4 +1,4 @@
-"""Query, key and value projections as one matrix product."""
+"""Joins the projections to query, key and value into one matrix product."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary embedding inside attention, for graphs of one row."""
+"""Moves rotary embedding into attention, in graphs of one row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed products of 8 bits as two of 4, for onnxruntime's CPU provider."""
+"""Splits packed products of 8 bits into two of 4, for onnxruntime's CPU provider."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention over caches that are written in place, by standard operators, for what onnxruntime's own does not take."""
+"""Computes attention over caches that are written in place by standard operators, where onnxruntime's own cannot."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Which dtype computes what."""
+"""Passes that choose the dtype of a computation."""

@@ -1,4 +1,4 @@
-"""Graphs in another dtype than the bundle's."""
+"""Converts graphs to another dtype than the bundle's."""
 
 from __future__ import annotations
 

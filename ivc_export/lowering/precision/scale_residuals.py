@@ -1,4 +1,4 @@
-"""Residual sums in units of a power of two, for graphs in float16."""
+"""Scales residual sums by a power of two, for graphs in float16."""
 
 from __future__ import annotations
 

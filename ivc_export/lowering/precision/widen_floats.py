@@ -1,4 +1,4 @@
-"""float16 and bfloat16 graphs for runtimes that compute in float32 only."""
+"""Widens float16 and bfloat16 graphs for runtimes that compute only in float32."""
 
 from __future__ import annotations
 

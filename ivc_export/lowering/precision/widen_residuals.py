@@ -1,4 +1,4 @@
-"""Residual sums in float32, for graphs in float16."""
+"""Keeps residual sums in float32, for graphs in float16."""
 
 from __future__ import annotations
 

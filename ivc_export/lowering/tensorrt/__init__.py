@@ -1,1 +1,1 @@
-"""What TensorRT reads better than standard operators."""
+"""Passes to forms that TensorRT handles better than the portable graphs."""

@@ -1,4 +1,4 @@
-"""Attention by our plugin's kernels, over caches that the caller owns."""
+"""Replaces attention by the plugin's kernels, over caches that the caller owns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed weights as DequantizeLinear in blocks, of opset 21, which TensorRT 10 and later fuses into products."""
+"""Turns packed weights into DequantizeLinear in blocks (opset 21), which TensorRT from 10 on fuses into products."""
 
 from __future__ import annotations
 

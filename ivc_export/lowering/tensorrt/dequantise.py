@@ -1,4 +1,4 @@
-"""Packed weights as floats, for runtimes that know no such products."""
+"""Turns packed weights into floats, for runtimes without packed products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heads of query, key and value, which our plugin splits, norms and turns."""
+"""Lets one kernel of the plugin split, norm and rotate the heads of query, key and value."""
 
 from __future__ import annotations
 

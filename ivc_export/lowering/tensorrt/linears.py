@@ -1,4 +1,4 @@
-"""Products with what surrounds them, as parsers of TensorRT read them."""
+"""Fuses products with the operators around them, in the form that TensorRT's parsers read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opset 21 or 23 in the place of 17, for TensorRT's newer parsers."""
+"""Raises opset 17 to 21 or 23, for TensorRT's newer parsers."""
 
 from __future__ import annotations
 

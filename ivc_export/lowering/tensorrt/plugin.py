@@ -1,4 +1,4 @@
-"""The `plugin` lowering."""
+"""The passes of the `plugin` lowering."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Sessions of onnxruntime: its CPU and its CUDA provider."""
+"""Sessions of onnxruntime, on its CPU and its CUDA provider."""

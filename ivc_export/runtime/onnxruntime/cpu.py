@@ -1,4 +1,4 @@
-"""Graphs opened in a runtime."""
+"""A bundle on onnxruntime's CPU provider."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bundle on onnxruntime's CUDA provider: caches stay on the device and are written in place."""
+"""A bundle on onnxruntime's CUDA provider. Caches stay on the device and are written in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graphs of the `ort-cuda` lowering, opened in onnxruntime with one copy of the weights."""
+"""Opens the graphs of the `ort-cuda` lowering in onnxruntime, with one copy of the weights."""
 
 from __future__ import annotations
 

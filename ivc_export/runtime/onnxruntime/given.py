@@ -1,4 +1,4 @@
-"""Weights that are given to onnxruntime in memory."""
+"""Gives weights in memory to onnxruntime."""
 
 from __future__ import annotations
 

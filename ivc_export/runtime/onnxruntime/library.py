@@ -1,4 +1,4 @@
-"""onnxruntime itself, which is imported when a session opens: engines, exports and --help do without."""
+"""Imports onnxruntime when a session opens. Engines, exports and --help do not need it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selection and compaction as onnxruntime runs them, alone, and what its own operators make of a device."""
+"""Times selection and compaction alone in onnxruntime, and measures the limits of a device by its operators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""onnxruntime, as two runtimes: its CPU provider on portable graphs, and its CUDA provider on graphs of its own."""
+"""The records of two runtimes: onnxruntime's CPU provider, and its CUDA provider with graphs of its own."""
 
 from __future__ import annotations
 

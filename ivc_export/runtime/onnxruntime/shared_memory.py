@@ -1,4 +1,4 @@
-"""Host memory that the device reads and writes as well, of our library of custom operators."""
+"""Host memory that the device also reads and writes, allocated by our library of custom operators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A FusedSession that can be compared with another session, tensor by tensor."""
+"""A FusedSession whose tensors can be compared with those of another session."""
 
 from __future__ import annotations
 

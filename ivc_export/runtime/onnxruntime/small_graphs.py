@@ -1,4 +1,4 @@
-"""Small graphs of a session's own, which feed a bundle's: pixels of levels, rows of embeddings."""
+"""Small graphs that prepare a bundle's inputs: pixels from 8-bit levels, rows of embeddings."""
 
 from __future__ import annotations
 

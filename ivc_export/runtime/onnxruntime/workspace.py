@@ -1,4 +1,4 @@
-"""Memory of a conversation on the device, as the graphs of the `ort-cuda` lowering want it."""
+"""A conversation's memory on the device, as the graphs of the `ort-cuda` lowering need it."""
 
 from __future__ import annotations
 

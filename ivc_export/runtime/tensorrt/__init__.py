@@ -1,1 +1,1 @@
-"""Sessions of TensorRT, and the device's memory."""
+"""Sessions of TensorRT, and the memory of the device."""

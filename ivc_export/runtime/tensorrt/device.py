@@ -1,4 +1,4 @@
-"""Memory of a CUDA device, by addresses, on one stream; through NVIDIA's cuda-bindings, imported late."""
+"""Memory of a CUDA device, by addresses and on one stream. It uses NVIDIA's cuda-bindings, imported late."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One TensorRT engine, its execution contexts, and what it takes and gives on the device."""
+"""One TensorRT engine, its execution contexts, and its inputs and outputs on the device."""
 
 from __future__ import annotations
 

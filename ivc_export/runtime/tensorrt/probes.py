@@ -1,4 +1,4 @@
-"""Selection and compaction as engines, alone, and what TensorRT makes of a device."""
+"""Times selection and compaction alone as engines, and measures the limits of a device by TensorRT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX, on engines that ivc-build made."""
+"""The records of TensorRT and TensorRT-RTX, which run engines that ivc-build made."""
 
 from __future__ import annotations
 

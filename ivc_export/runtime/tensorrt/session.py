@@ -1,4 +1,4 @@
-"""TensorRT engines: everything stays on the device but the logits, and what a caller looks at."""
+"""Runs TensorRT engines. Everything stays on the device except the logits and tensors that a caller reads."""
 
 from __future__ import annotations
 

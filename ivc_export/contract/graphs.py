@@ -1,6 +1,6 @@
 """The inputs and outputs of the graphs, and their shapes for the sizes of a model.
 
-Most of this file is one table of every tensor that passes between graphs and runtimes.
+Most of its lines are one table of every tensor that passes between graphs and runtimes.
 """
 
 from __future__ import annotations

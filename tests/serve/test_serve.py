@@ -31,9 +31,12 @@ from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.serve import images
 from ivc_export.serve.completions import ServerSettings
 from ivc_export.serve.errors import RequestError
+from ivc_export.serve.metrics import Metrics
+from ivc_export.serve.protocol import Completion
 from ivc_export.serve.worker import KeptPictures
 from ivc_export.text.stops import StopTexts
 from tests.conftest import SHAPES
+from tests.repository.pages import ROOT, blocks
 from tests.serve.conftest import serving
 
 OTHER = SHAPES.with_name("scene-1.png")
@@ -540,3 +543,19 @@ def test_the_command_serves_until_a_signal(number: int, sample_bundle: Bundle) -
         process.send_signal(number)
         assert process.wait(timeout=20) == 0
         assert "Traceback" not in process.stderr.read()
+
+
+def test_the_program_on_the_page_about_serving_runs(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (program,) = (block.text for block in blocks(page) if block.language == "py")
+    program = program.replace("http://127.0.0.1:8000", address).replace("samples/", f"{ROOT}/samples/")
+    exec(compile(program, "serving.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1] == "72 of 180 visual tokens kept"
+
+
+def test_the_page_about_serving_names_every_metric_and_field() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    told = re.findall(r"^# TYPE (ivc_\w+) (counter|gauge|histogram)$", Metrics().text().decode(), re.MULTILINE)
+    assert {*re.findall(r"`(ivc_\w+)`", page)} == {name for name, _ in told if not name.endswith("_created")}
+    rows = " ".join(re.findall(r"^\| (`.*?) \|", page.split("## Requests")[1].split("###")[0], re.MULTILINE))
+    assert {*Completion.model_fields} - {"n", "user"} <= {*re.findall(r"`(\w+)`", rows)}

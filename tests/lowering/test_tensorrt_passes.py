@@ -121,6 +121,10 @@ def test_graphs_for_our_attention_keep_the_contract(family: str, tmp_path: Path)
         assert operators.count("AttendJoined" if name == "decoder" else "AttendInPlace") == count
         assert ("EncodeAttend" in operators) == (name == "vision")
         assert operators.count("CompactIntoCaches") == (name == "decoder")
+        for dtype in ("float32", "float16"):
+            typed = lower(RetypeFloatsPass(dtype)(load(bundle, name)).model, "plugin")
+            told = {node.attributes["float_type"].as_int() for node in typed.graph if node.domain == IVC_DOMAIN}
+            assert told == {int(FLOATS[dtype].onnx)}
     scaled = lower(WidenResidualsPass()(ScaleResidualsPass()(load(bundle, "decoder")).model).model, "plugin")
     assert not any({"alpha", "beta"} & {*node.attributes} for node in scaled.graph if node.op_type == "Gemm")
 
@@ -142,6 +146,7 @@ def test_the_plugin_is_told_which_tensors_are_wider(golden_bundle: Bundle) -> No
     )
     assert (kinds.pop("hidden_states"), kinds.pop("position_ids")) == (2, 1)
     assert set(kinds.values()) == {0}
+    assert gather.attributes["float_type"].as_int() == ir.DataType.FLOAT16
 
 
 def tiny_graphs(dtype: FloatName, name: str = "qwen2_vl") -> list[ir.Model]:

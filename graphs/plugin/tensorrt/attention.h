@@ -40,7 +40,7 @@ inline IvcStrides strides(const PluginTensorDesc& tensor, int64_t heads, int64_t
 class AttendInPlace {
    public:
     static constexpr const char* kName = "AttendInPlace";
-    static constexpr Attribute kAttributes[] = {{"scale", true}, {"append"}};
+    static constexpr Attribute kAttributes[] = {{"scale", true}, {"append"}, {"float_type"}};
 
     explicit AttendInPlace(const Attributes& attributes) : attributes_(attributes) {}
 
@@ -55,7 +55,7 @@ class AttendInPlace {
         const auto& t = tensors[position];
         if (t.format != nvinfer1::TensorFormat::kLINEAR) return false;
         if (position == kPastLength) return t.type == DataType::kINT32;
-        return position ? t.type == tensors[0].type : isFloat(t.type);
+        return position ? t.type == tensors[0].type : takesFloats(t.type, attributes_);
     }
 
     DataType outputType(int32_t, const DataType* inputs) const { return inputs[0]; }
@@ -115,7 +115,7 @@ class AttendInPlace {
 class EncodeAttend {
    public:
     static constexpr const char* kName = "EncodeAttend";
-    static constexpr Attribute kAttributes[] = {{"scale", true}, {"heads"}, {"block_size"}};
+    static constexpr Attribute kAttributes[] = {{"scale", true}, {"heads"}, {"block_size"}, {"float_type"}};
 
     explicit EncodeAttend(const Attributes& attributes) : attributes_(attributes) {}
 
@@ -132,7 +132,7 @@ class EncodeAttend {
         const auto& t = tensors[position];
         if (t.format != nvinfer1::TensorFormat::kLINEAR) return false;
         if (position == 3 && block()) return t.type == DataType::kINT32;
-        return position ? t.type == tensors[0].type : isFloat(t.type);
+        return position ? t.type == tensors[0].type : takesFloats(t.type, attributes_);
     }
 
     DataType outputType(int32_t, const DataType* inputs) const { return inputs[0]; }
@@ -172,7 +172,7 @@ class EncodeAttend {
 class CompactIntoCaches {
    public:
     static constexpr const char* kName = "CompactIntoCaches";
-    static constexpr Attribute kAttributes[] = {{"caches"}};
+    static constexpr Attribute kAttributes[] = {{"caches"}, {"float_type"}};
 
     explicit CompactIntoCaches(const Attributes& attributes) : attributes_(attributes) {}
 
@@ -187,7 +187,7 @@ class CompactIntoCaches {
         const auto& t = tensors[position];
         if (t.format != nvinfer1::TensorFormat::kLINEAR) return false;
         if (position < kFirst) return t.type == DataType::kINT32;
-        return position > kFirst ? t.type == tensors[kFirst].type : isFloat(t.type);
+        return position > kFirst ? t.type == tensors[kFirst].type : takesFloats(t.type, attributes_);
     }
 
     DataType outputType(int32_t, const DataType* inputs) const { return inputs[kFirst]; }

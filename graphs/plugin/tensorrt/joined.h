@@ -33,7 +33,7 @@ class JoinedRows {
     bool supports(int32_t position, const PluginTensorDesc* tensors) const {
         const auto type = tensors[position].type;
         if (position == 1 || position == 2) return type == DataType::kFLOAT;
-        return position ? type == tensors[0].type : isFloat(type);
+        return position ? type == tensors[0].type : takesFloats(type, a_);
     }
 
     IvcJoined joined(const PluginTensorDesc* in, int32_t capacity, float scale, bool byHead) const {
@@ -57,7 +57,7 @@ class TurnHeads {
    public:
     static constexpr const char* kName = "TurnHeads";
     static constexpr Attribute kAttributes[] = {
-        {"heads"}, {"kv_heads"}, {"head_dim"}, {"grouped"}, {"normed"}, {"epsilon", true}};
+        {"heads"}, {"kv_heads"}, {"head_dim"}, {"grouped"}, {"normed"}, {"epsilon", true}, {"float_type"}};
 
     explicit TurnHeads(const Attributes& attributes) : attributes_(attributes) {}
 
@@ -134,8 +134,8 @@ class Counters {
 class AttendJoined {
    public:
     static constexpr const char* kName = "AttendJoined";
-    static constexpr Attribute kAttributes[] = {
-        {"heads"}, {"kv_heads"}, {"head_dim"}, {"grouped"}, {"normed"}, {"epsilon", true}, {"scale", true}};
+    static constexpr Attribute kAttributes[] = {{"heads"}, {"kv_heads"}, {"head_dim"}, {"grouped"}, {"normed"},
+        {"epsilon", true}, {"scale", true}, {"float_type"}};
 
     explicit AttendJoined(const Attributes& attributes) : attributes_(attributes), counters_(given().kvHeads()) {}
 

@@ -1,7 +1,7 @@
 // The ivc operators as TensorRT sees them, apart from any plugin interface: formats, shapes, workspace and launches.
 // Those of attention are in attention.h, products in products.h.
 //
-// Inputs are those of the `plugin` lowering (ivc_export/passes/use_plugin.py).
+// Inputs are those of the `plugin` lowering (ivc_export/lowering/tensorrt/plugin.py).
 #pragma once
 
 #include <NvInfer.h>
@@ -43,6 +43,16 @@ inline bool isFloat(DataType type) {
     return type == DataType::kFLOAT || type == DataType::kHALF;
 }
 
+// Whether an operator may have floating-point tensors of a type. Its last attribute, float_type, is the ONNX data type that
+// they have in the graph, or 0. A builder that may choose times conversions of whole caches to float32 and back, and at
+// sizes where they cost little takes them.
+inline bool takesFloats(DataType type, const Attributes& attributes) {
+    const auto& wanted = attributes.back();
+    if (!isFloat(type)) return false;
+    return wanted.empty() || wanted[0] == 0 ||
+           wanted[0] == (type == DataType::kFLOAT ? 1 : type == DataType::kHALF ? 10 : 16);
+}
+
 inline IvcType ivcType(DataType type) {
     return type == DataType::kFLOAT ? IVC_FLOAT32 : type == DataType::kHALF ? IVC_FLOAT16 : IVC_BFLOAT16;
 }
@@ -60,7 +70,7 @@ inline int32_t extent(const PluginTensorDesc& tensor, int32_t axis) {
 class SelectTokens {
    public:
     static constexpr const char* kName = "SelectTokens";
-    static constexpr Attribute kAttributes[] = {{"seed_divisor"}, {"softmax_all"}};
+    static constexpr Attribute kAttributes[] = {{"seed_divisor"}, {"softmax_all"}, {"float_type"}};
 
     explicit SelectTokens(const Attributes& attributes) : attributes_(attributes) {}
 
@@ -76,7 +86,7 @@ class SelectTokens {
     bool supports(int32_t position, const PluginTensorDesc* tensors) const {
         const auto& t = tensors[position];
         if (t.format != nvinfer1::TensorFormat::kLINEAR) return false;
-        if (position == 0) return isFloat(t.type);
+        if (position == 0) return takesFloats(t.type, attributes_);
         return t.type == (position == 1 || position == 7 ? DataType::kFLOAT : DataType::kINT32);
     }
 
@@ -140,7 +150,7 @@ class SelectTokens {
 class CompactGatherN {
    public:
     static constexpr const char* kName = "CompactGatherN";
-    static constexpr Attribute kAttributes[] = {{"axes"}, {"kinds"}};
+    static constexpr Attribute kAttributes[] = {{"axes"}, {"kinds"}, {"float_type"}};
 
     explicit CompactGatherN(const Attributes& attributes) : attributes_(attributes) {}
 
@@ -162,7 +172,7 @@ class CompactGatherN {
         for (int32_t i = 0; i < outputs(); ++i) {
             if (!attributes_[1][i] && i + 1 < position) return t.type == tensors[i + 1].type;
         }
-        return isFloat(t.type);
+        return takesFloats(t.type, attributes_);
     }
 
     DataType outputType(int32_t output, const DataType* inputs) const { return inputs[output + 1]; }

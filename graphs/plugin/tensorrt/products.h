@@ -19,8 +19,8 @@ class Surroundings {
     explicit Surroundings(const Attributes& attributes) : a_(attributes) {}
 
     static bool valid(const Attributes& a) {
-        for (const auto& attribute : a) {
-            if (attribute.size() != 1) return false;
+        for (size_t i = 0; i + 1 < a.size(); ++i) {
+            if (a[i].size() != 1) return false;
         }
         return a[0][0] >= IVC_NO_ACTIVATION && a[0][0] <= IVC_GELU_TANH;
     }
@@ -96,7 +96,7 @@ class FusedLinear : public Product {
    public:
     static constexpr const char* kName = "FusedLinear";
     static constexpr Attribute kAttributes[] = {{"activation"}, {"gated"}, {"normed"}, {"biased"}, {"summed"},
-        {"slope", true}, {"scale", true}, {"epsilon", true}};
+        {"slope", true}, {"scale", true}, {"epsilon", true}, {"float_type"}};
 
     using Product::Product;
 
@@ -105,7 +105,7 @@ class FusedLinear : public Product {
     bool supports(int32_t position, const PluginTensorDesc* tensors) const {
         const auto& t = tensors[position];
         if (t.format != nvinfer1::TensorFormat::kLINEAR) return false;
-        return position ? t.type == tensors[0].type : isFloat(t.type);
+        return position ? t.type == tensors[0].type : takesFloats(t.type, attributes());
     }
 
     size_t workspace(const PluginTensorDesc* in) const {
@@ -127,7 +127,8 @@ class FusedLinearInt4 : public Product {
    public:
     static constexpr const char* kName = "FusedLinearInt4";
     static constexpr Attribute kAttributes[] = {{"activation"}, {"gated"}, {"normed"}, {"biased"}, {"summed"},
-        {"slope", true}, {"scale", true}, {"epsilon", true}, {"block_size"}, {"zero_points"}};
+        {"slope", true}, {"scale", true}, {"epsilon", true}, {"block_size"}, {"zero_points"},
+        {"float_type"}};
 
     using Product::Product;
 
@@ -136,7 +137,7 @@ class FusedLinearInt4 : public Product {
     bool supports(int32_t position, const PluginTensorDesc* tensors) const {
         const auto& t = tensors[position];
         if (t.format != nvinfer1::TensorFormat::kLINEAR) return false;
-        if (position == 0) return isFloat(t.type) && t.type != DataType::kFLOAT;
+        if (position == 0) return takesFloats(t.type, attributes()) && t.type != DataType::kFLOAT;
         if (position == 1 || (position == kPoints && points())) return t.type == DataType::kINT32;
         return t.type == tensors[0].type;
     }

@@ -19,6 +19,8 @@ PLUGIN = {"plugin_namespace": IVC_DOMAIN, "plugin_version": "1"}
 KINDS = {"graph": 0, "int32": 1, "float32": 2}
 """Element types of CompactGatherN's tensors: `graph` is the floating-point type that all such tensors share."""
 
+FLOAT_TYPE = "float_type"
+"""The attribute by which an operator's floating-point tensors stay in the graph's type, whatever a builder prefers."""
 
 KERNELS = PLUGIN_OPERATORS | ATTENTION_OPERATORS | LINEAR_OPERATORS
 """Operators that the plugin has."""
@@ -34,7 +36,8 @@ class UsePluginPass(ir.passes.InPlacePass):
     2. Leaves: SelectTokens with keep_slots, a tensor of keep_count elements, in the place of keep_count, since
        TensorRT 8.6 computes a plugin's output shapes from input shapes alone; one CompactGatherN(keep_index, x_1 ..
        x_n) -> y_1 .. y_n with `axes`, and `kinds` by KINDS, in the place of all CompactGather. No bodies:
-       parsers up to 10.14 would prefer them. Operators that the plugin lacks are inlined. Inputs and outputs as before.
+       parsers up to 10.14 would prefer them. Operators that the plugin lacks are inlined. Each
+       operator says its floating-point type. Inputs and outputs as before.
     """
 
     def requires(self, model: ir.Model) -> None:
@@ -56,6 +59,9 @@ class UsePluginPass(ir.passes.InPlacePass):
                 node.replace_input_with(5, keep_slots(model.graph, node))
             for name, value in PLUGIN.items():
                 node.attributes[name] = ir.AttrString(name, value)
+        own = [node for node in model.graph if node.domain == IVC_DOMAIN]
+        for node in own:
+            node.attributes[FLOAT_TYPE] = ir.AttrInt64(FLOAT_TYPE, float_type(model.graph))
         changed = inlined or bool(gathers or named or model.functions)
         model.functions.clear()
         return ir.passes.PassResult(model, changed)
@@ -77,6 +83,12 @@ def keep_slots(graph: ir.Graph, node: ir.Node) -> ir.Value:
         new.outputs[0].name = new.name
     graph.insert_before(node, [count, slots])
     return slots.outputs[0]
+
+
+def float_type(graph: ir.Graph) -> int:
+    """The narrowest of the floating-point types of a graph's inputs, which is what its layers compute in."""
+    floats = [value.dtype for value in graph.inputs if value.dtype is not None and value.dtype.is_floating_point()]
+    return int(min(floats, key=lambda dtype: dtype.bitwidth))
 
 
 def axes(gathers: Sequence[ir.Node]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -382,6 +383,15 @@ def shapes_of(m: Manifest) -> list[Grid]:
     if not families.of(m.family).tiles:
         return [Grid(side, side)] * 2
     return [Grid(side, side, side), Grid(2 * side, 3 * side, side), Grid(side, 4 * side, side)]
+
+
+def test_sha256_of_pieces_is_that_of_the_whole(program: HostProgram) -> None:
+    generator = random.Random(0)
+    for size in (0, 1, 55, 56, 63, 64, 65, 119, 128, 1000):
+        whole = generator.randbytes(size)
+        for cuts in ([], [0], [size], sorted(generator.choices(range(size + 1), k=5))):
+            pieces = [whole[a:b].hex() for a, b in itertools.pairwise([0, *cuts, size])]
+            assert program.ask("sha256", pieces=pieces) == hashlib.sha256(whole).hexdigest(), (size, cuts)
 
 
 def test_embeddings_are_read_as_the_bundle_has_them(program: HostProgram, tmp_path: Path, bundles: Any) -> None:

@@ -1,7 +1,6 @@
 #include "ivc/sha256.h"
 
-#include <array>
-#include <cstdint>
+#include <algorithm>
 #include <cstring>
 
 namespace ivc {
@@ -56,23 +55,44 @@ void mix(std::array<uint32_t, 8>& state, const uint8_t* block) {
 
 }  // namespace
 
-std::string sha256(const char* data, size_t size) {
-    std::array<uint32_t, 8> state = roots<8>(false);
+Sha256::Sha256() : state_(roots<8>(false)) {}
+
+void Sha256::add(const char* data, size_t size) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(data);
-    size_t at = 0;
-    for (; size - at >= 64; at += 64) mix(state, bytes + at);
-    uint8_t rest[128] = {};
-    const size_t left = size - at, blocks = left < 56 ? 1 : 2;
-    if (left > 0) std::memcpy(rest, bytes + at, left);
-    rest[left] = 0x80;
-    const uint64_t bits = static_cast<uint64_t>(size) * 8;
-    for (size_t i = 0; i < 8; ++i) rest[64 * blocks - 1 - i] = static_cast<uint8_t>(bits >> (8 * i));
-    for (size_t i = 0; i < blocks; ++i) mix(state, rest + 64 * i);
+    const size_t held = size_ % rest_.size();
+    size_ += size;
+    if (held > 0) {
+        const size_t taken = std::min(size, rest_.size() - held);
+        if (taken > 0) std::memcpy(&rest_[held], bytes, taken);
+        if (held + taken < rest_.size()) return;
+        mix(state_, rest_.data());
+        bytes += taken;
+        size -= taken;
+    }
+    for (; size >= rest_.size(); bytes += rest_.size(), size -= rest_.size()) mix(state_, bytes);
+    if (size > 0) std::memcpy(rest_.data(), bytes, size);
+}
+
+std::string Sha256::digest() const {
+    std::array<uint32_t, 8> state = state_;
+    uint8_t last[128] = {};
+    const size_t left = size_ % rest_.size(), blocks = left < 56 ? 1 : 2;
+    std::memcpy(last, rest_.data(), left);
+    last[left] = 0x80;
+    const uint64_t bits = size_ * 8;
+    for (size_t i = 0; i < 8; ++i) last[64 * blocks - 1 - i] = static_cast<uint8_t>(bits >> (8 * i));
+    for (size_t i = 0; i < blocks; ++i) mix(state, last + 64 * i);
     std::string found;
     for (const uint32_t word : state) {
         for (int shift = 28; shift >= 0; shift -= 4) found += "0123456789abcdef"[word >> shift & 15];
     }
     return found;
+}
+
+std::string sha256(const char* data, size_t size) {
+    Sha256 hash;
+    hash.add(data, size);
+    return hash.digest();
 }
 
 }  // namespace ivc

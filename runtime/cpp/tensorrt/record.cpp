@@ -187,15 +187,16 @@ std::string ownFolder(const Bundle& bundle, const std::string& tensorrt, const s
 
 // SHA-256 of what engines are built from, as ivc_export.tensorrt.store.fingerprint computes it.
 std::string fingerprint(const Bundle& bundle, const std::string& version) {
-    std::string all = version;
+    Sha256 hash;
+    hash.add(version);
     for (const char* name : {"vision", "prefix", "decoder"}) {
         const MappedFile graph(confined(bundle.folder(), bundle.manifest().graphs.at(name).file), kBuild);
-        all.append(graph.data(), graph.size());
+        hash.add(graph.data(), graph.size());
     }
     for (const WeightFile& file : bundle.manifest().weights) {
-        all += file.file + " " + std::to_string(file.size) + " " + file.headerSha256;
+        hash.add(file.file + " " + std::to_string(file.size) + " " + file.headerSha256);
     }
-    return sha256(all.data(), all.size());
+    return hash.digest();
 }
 
 }  // namespace

@@ -174,6 +174,11 @@ Json answer(State& state, const Json& command) {
         }
         return pieces;
     }
+    if (what == "sha256") {
+        ivc::Sha256 hash;
+        for (const Json& piece : command["pieces"]) hash.add(bytesOf(piece));
+        return hash.digest();
+    }
     if (what == "nfc") return ivc::nfc(command["text"]);
     if (what == "manifest") {
         state.manifest = ivc::parseManifest(ivc::readFile(command["path"], "check the path"), command["path"]);

@@ -43,6 +43,25 @@ def test_what_calls_cuda_compiles(compiler: str) -> None:
 
 
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_copies_are_right_on_a_device_that_does_nothing_before_it_must(compiler: str, tmp_path: Path) -> None:
+    """Compiled and run with sanitizers over a stand-in for CUDA."""
+    sources = [RUNTIME / name for name in ("tests/cuda_test.cpp", "tensorrt/cuda.cpp")]
+    lacks = [*missing(compiler), *([] if CUDA.exists() else [str(CUDA)])]
+    if lacks:
+        pytest.skip(f"there is no {', '.join(lacks)}")
+    sanitized = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"]
+    options = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{RUNTIME / 'include'}", "-isystem", str(CUDA)]
+    done = subprocess.run(
+        [compiler, *options, *sanitized, *map(str, sources), "-o", str(tmp_path / "test")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([tmp_path / "test"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
 @pytest.mark.parametrize("headers", HEADERS or [Path("TensorRT's headers")], ids=str)
 def test_what_calls_tensorrt_compiles(compiler: str, headers: Path) -> None:
     compiled(compiler, RUNTIME / "tensorrt" / "tensorrt.cpp", headers, CUDA)

@@ -1,7 +1,10 @@
 #include "cuda.h"
 
+#include <algorithm>
 #include <climits>
+#include <cstring>
 #include <memory>
+#include <utility>
 
 #include "ivc/error.h"
 
@@ -28,9 +31,26 @@ std::string computeCapability() {
     return std::to_string(major) + "." + std::to_string(minor);
 }
 
-CudaGpu::CudaGpu() { checkCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+CudaGpu::CudaGpu() {
+    checkCuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    void* found = nullptr;
+    const cudaError_t status = cudaMallocHost(&found, kStaged);
+    if (status != cudaSuccess) cudaStreamDestroy(stream_);
+    checkCuda(status);
+    staged_ = static_cast<char*>(found);
+}
 
-CudaGpu::~CudaGpu() { cudaStreamDestroy(stream_); }
+CudaGpu::~CudaGpu() {
+    cudaStreamSynchronize(stream_);
+    cudaFreeHost(staged_);
+    cudaStreamDestroy(stream_);
+}
+
+// Pinned memory that a copy on the stream may use until it has run. size: at most kStaged.
+void* CudaGpu::stage(size_t size) {
+    if (size > kStaged - used_) synchronize();
+    return staged_ + std::exchange(used_, used_ + size);
+}
 
 void* CudaGpu::allocate(size_t size) {
     void* address = nullptr;
@@ -47,13 +67,22 @@ void CudaGpu::free(void* address) noexcept {
 }
 
 void CudaGpu::upload(void* to, const void* from, size_t size) {
-    // from pageable memory: the call returns when that has been read
-    checkCuda(cudaMemcpyAsync(to, from, size, cudaMemcpyHostToDevice, stream_));
+    for (size_t at = 0; at < size; at += kPiece) {
+        const size_t some = std::min(size - at, kPiece);
+        void* const staged = stage(some);
+        std::memcpy(staged, static_cast<const char*>(from) + at, some);
+        checkCuda(cudaMemcpyAsync(static_cast<char*>(to) + at, staged, some, cudaMemcpyHostToDevice, stream_));
+    }
 }
 
 void CudaGpu::download(void* to, const void* from, size_t size) {
-    checkCuda(cudaMemcpyAsync(to, from, size, cudaMemcpyDeviceToHost, stream_));
-    synchronize();
+    for (size_t at = 0; at < size; at += kStaged) {
+        const size_t some = std::min(size - at, kStaged);
+        void* const staged = stage(some);
+        checkCuda(cudaMemcpyAsync(staged, static_cast<const char*>(from) + at, some, cudaMemcpyDeviceToHost, stream_));
+        synchronize();
+        std::memcpy(static_cast<char*>(to) + at, staged, some);
+    }
 }
 
 void CudaGpu::copy(void* to, const void* from, size_t size) {
@@ -80,7 +109,10 @@ void CudaGpu::copyBlocks(const Pitched& to, const Pitched& from, size_t size, si
     checkCuda(cudaMemcpy3DAsync(&blocks, stream_));
 }
 
-void CudaGpu::synchronize() { checkCuda(cudaStreamSynchronize(stream_)); }
+void CudaGpu::synchronize() {
+    checkCuda(cudaStreamSynchronize(stream_));
+    used_ = 0;
+}
 
 std::function<void()> CudaGpu::capture(const std::function<void()>& work) {
     cudaGraph_t graph = nullptr;

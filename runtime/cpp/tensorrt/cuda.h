@@ -32,7 +32,14 @@ class CudaGpu : public Gpu {
     std::function<void()> capture(const std::function<void()>& work) override;
 
    private:
+    void* stage(size_t size);
+
+    static constexpr size_t kStaged = size_t{4} << 20;     // bytes of pinned memory, which nothing else may use
+    static constexpr size_t kPiece = size_t{512} << 10;    // that are copied while the next ones are made ready
+
     cudaStream_t stream_ = nullptr;
+    char* staged_ = nullptr;  // what copies to and from the host pass through: they are asynchronous from there alone
+    size_t used_ = 0;         // of it, since the stream was last waited for
 };
 
 }  // namespace ivc

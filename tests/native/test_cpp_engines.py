@@ -59,6 +59,7 @@ class EnginesProgram(HostProgram):
                     "input": tensor in engine.inputs,
                     "type": engine.get_tensor_dtype(tensor).name,
                     "shape": engine.get_tensor_shape(tensor),
+                    "host": tensor == "keep_count",
                 }
                 for tensor in engine.names
             }
@@ -73,11 +74,13 @@ class EnginesProgram(HostProgram):
         command = {"do": "converse", "bundle": str(bundle.folder), "memory": str(memory), "tensors": tensors} | HERE
         with memory.open("r+b") as file, mmap.mmap(file.fileno(), MEMORY) as mapped:
             view = np.frombuffer(mapped, np.uint8)
-            found = self._served(command | more, contexts, int(view.ctypes.data))
+            found = self._served(command | more, contexts, tensors, int(view.ctypes.data))
             del view
         return found
 
-    def _served(self, command: dict[str, Any], contexts: dict[tuple[str, int], Context], base: int) -> dict[str, Any]:
+    def _served(
+        self, command: dict[str, Any], contexts: dict[tuple[str, int], Context], tensors: dict[str, Any], base: int
+    ) -> dict[str, Any]:
         """The answer to a command, once all that it asks of engines is answered."""
         values = []  # what contexts know by address alone
         found = self.exchange(command)
@@ -87,6 +90,7 @@ class EnginesProgram(HostProgram):
             context.device_memory = 1
             if found["call"] == "input":
                 address = base + found["offset"]
+                assert ("value" in found) == tensors[found["engine"]][name]["host"], name
                 if "value" in found:
                     values.append(np.array([found["value"]], np.int32))
                     address = values[-1].ctypes.data
@@ -230,6 +234,40 @@ def test_float16_engines_give_what_they_give_in_python(
     assert (found["dtype"], found["captures"]) == ("float16", int(graph))
 
 
+def test_keep_count_lies_where_the_engine_reads_it(
+    program: EnginesProgram, sample_bundle: Bundle, pictures: list[Path], tmp_path: Path
+) -> None:
+    bundle = Bundle.load(shutil.copytree(sample_bundle.folder, tmp_path / "bundle"))
+    put_engines(bundle, **MAXIMA)
+    planned = runs(bundle, pictures)
+    for host in (True, False):
+        change = another("prefix/keep_count", host=host)
+        said: dict[str, Any] = {"ratio": 0.4, "runs": [one.said for one in planned]}
+        found = program.converse(bundle, tmp_path / "memory", change, **said)["answer"]
+        check(found, HostConversation(OnnxSession(bundle), 0.4), planned, LOGIT_TOLERANCE)
+
+
+def test_engines_are_not_destroyed_at_work(
+    program: EnginesProgram,
+    sample_bundle: Bundle,
+    pictures: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A decode step fails between its engines."""
+    bundle = Bundle.load(shutil.copytree(sample_bundle.folder, tmp_path / "bundle"))
+    put_engines(bundle, **MAXIMA)
+    execute, starts = Context.execute_async_v3, iter(range(3))
+
+    def start(self: Context, stream: int) -> bool:
+        return execute(self, stream) and not ("logits" in self.addresses and next(starts) == 2)
+
+    monkeypatch.setattr(Context, "execute_async_v3", start)
+    steps = [one.said for one in runs(bundle, pictures)[:3]]
+    found = program.converse(bundle, tmp_path / "memory", ratio=1, runs=steps)
+    assert found["error"] == "TensorRT cannot run the decoder engine: see that the GPU has memory left"
+
+
 def test_embeddings_beyond_float16_are_refused(program: EnginesProgram, tmp_path: Path) -> None:
     bundle = export(ExportRecipe(make_large_embeddings(tmp_path / "checkpoint"), tmp_path / "bundle"))
     put_engines(bundle, dtype="float16", **MAXIMA)
@@ -323,6 +361,24 @@ def test_engines_of_other_graphs_are_refused(
     bundle = Bundle.load(shutil.copytree(sample_bundle.folder, tmp_path / "bundle"))
     put_engines(bundle, **MAXIMA)
     found = program.converse(bundle, tmp_path / "memory", change, ratio=1, runs=[])
+    assert message in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("prefix/inputs_embeds", "the prefix engine wants inputs_embeds in the host's memory, where this library does"),
+        ("decoder/hidden_states", "the decoder engine wants hidden_states in the host's memory, where this library "),
+        ("prefix/keep_index", "the prefix engine wants keep_index in the host's memory, where this library does not "),
+    ],
+)
+def test_engines_that_want_other_tensors_on_the_host_are_refused(
+    program: EnginesProgram, sample_bundle: Bundle, pictures: list[Path], tmp_path: Path, place: str, message: str
+) -> None:
+    bundle = Bundle.load(shutil.copytree(sample_bundle.folder, tmp_path / "bundle"))
+    put_engines(bundle, **MAXIMA)
+    said: dict[str, Any] = {"ratio": 1, "runs": [one.said for one in runs(bundle, pictures)[:1]]}
+    found = program.converse(bundle, tmp_path / "memory", another(place, host=True), **said)
     assert message in found["error"]
 
 

@@ -163,6 +163,7 @@ struct Placed {
     void* address = nullptr;
     Shape shape;
     Type type = Type::kFloat32;
+    bool host = false;  // whether `address` is in host memory
 };
 using Places = std::map<std::string, Placed>;
 
@@ -283,7 +284,7 @@ struct Stage {
     Buffers buffers;
     Places feeds, given;
     std::map<std::string, std::pair<void*, std::vector<int32_t>>> sent;
-    int32_t keepCount = 1;  // which shapes depend on: TensorRT reads it from host memory
+    std::map<std::string, std::vector<int32_t>> onHost;  // inputs that engines read there
 };
 
 class EnginesDevice : public Device {
@@ -303,6 +304,15 @@ class EnginesDevice : public Device {
         for (const auto& entry : engines_) entry.second->useScratch(address);
         makeCaches();
     }
+
+    ~EnginesDevice() override {
+        try {
+            gpu_->synchronize();  // a run that failed may have left engines at work
+        } catch (const Error&) {  // no GPU that anything could still run on
+        }
+    }
+    EnginesDevice(const EnginesDevice&) = delete;
+    EnginesDevice& operator=(const EnginesDevice&) = delete;
 
     void begin(int32_t rows) override {
         if (rows > record_.capacity) {
@@ -488,8 +498,15 @@ class EnginesDevice : public Device {
     }
 
     void put(Stage& stage, const std::string& name, const std::vector<int32_t>& values, Shape shape) {
-        if (tensor(name) == nullptr) return;
+        const EngineTensor* found = tensor(name);
+        if (found == nullptr) return;
         checkSize(name, values.size(), shape);
+        if (found->host) {
+            std::vector<int32_t>& held = stage.onHost[name];
+            held = values;
+            stage.feeds[name] = {held.data(), std::move(shape), Type::kInt32, true};
+            return;
+        }
         const size_t size = values.size() * sizeof(int32_t);
         void* address = stage.buffers.get(name, size);
         auto& [place, sent] = stage.sent[name];
@@ -535,8 +552,7 @@ class EnginesDevice : public Device {
         for (const int32_t layer : m_.selection.wholeLayers) {
             put(stage, "past_length." + std::to_string(layer), std::vector<int32_t>{wholeLength_});
         }
-        stage.keepCount = run.keepCount;
-        stage.feeds[kKeepCount] = {&stage.keepCount, {1}, Type::kInt32};
+        put(stage, kKeepCount, std::vector<int32_t>{run.keepCount});
         const int64_t held = length_ > 0 || anyWritten_ ? record_.capacity : 0;
         for (const Cache& cache : caches_) {
             stage.feeds["past_" + cache.name] = {addressOf(cache), {1, m_.decoder.kvHeads, held, cache.size}, cacheType_};
@@ -613,6 +629,7 @@ class EnginesDevice : public Device {
                             ", which this version does not know: upgrade this library");
             }
             const Placed& input = fed != stage.feeds.end() ? fed->second : handed->second;
+            checkPlace(name, entry.first, entry.second, input.host);
             if (input.type != entry.second.type || !engine.setInput(stage.profile, entry.first, input.shape, input.address)) {
                 throw Error(entry.first + " of " + said(input.shape) + " does not fit the " + name +
                             " engine: build engines with larger maxima");
@@ -620,6 +637,7 @@ class EnginesDevice : public Device {
         }
         for (const auto& entry : engine.tensors()) {
             if (entry.second.input) continue;
+            checkPlace(name, entry.first, entry.second, false);
             const Shape shape = engine.shape(stage.profile, entry.first);
             checkShape(name, entry.first, shape, axes);
             const auto place = placed.find(entry.first);
@@ -639,6 +657,12 @@ class EnginesDevice : public Device {
             stage.given[entry.first] = std::move(output);
         }
         start(stage, name);
+    }
+
+    static void checkPlace(const std::string& engine, const std::string& name, const EngineTensor& tensor, bool host) {
+        if (tensor.host == host) return;
+        throw Error("the " + engine + " engine wants " + name + " in the " + (tensor.host ? "host" : "GPU") +
+                    "'s memory, where this library does not put it: " + kBuild);
     }
 
     void start(const Stage& stage, const std::string& name) {

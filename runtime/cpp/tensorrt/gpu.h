@@ -47,6 +47,7 @@ struct EngineTensor {
     bool input = false;
     Type type = Type::kFloat32;
     Shape shape;
+    bool host = false;  // whether the engine reads or writes it in host memory, as it does inputs that shapes depend on
 };
 
 // One engine, with an execution context for each of its profiles.

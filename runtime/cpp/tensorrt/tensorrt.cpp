@@ -78,7 +78,8 @@ class TensorrtEngine : public Engine {
             const std::optional<Type> type = typeOf(engine_->getTensorDataType(name));
             if (!type) throw Error(path + " has " + name + " in a type of no graph of ours: build it with ivc-build");
             const bool input = engine_->getTensorIOMode(name) == nvinfer1::TensorIOMode::kINPUT;
-            tensors_[name] = {input, *type, shapeOf(engine_->getTensorShape(name))};
+            const bool host = engine_->getTensorLocation(name) == nvinfer1::TensorLocation::kHOST;
+            tensors_[name] = {input, *type, shapeOf(engine_->getTensorShape(name)), host};
         }
         for (size_t i = 0; i < profiles; ++i) {
 #if IVC_TENSORRT_10_1
@@ -92,6 +93,7 @@ class TensorrtEngine : public Engine {
             if (!known || !contexts_.back()->setOptimizationProfileAsync(profile, stream_)) {
                 throw Error("TensorRT cannot prepare " + path + logger().last() + ": see that the GPU has memory left");
             }
+            checkCuda(cudaStreamSynchronize(stream_));  // who destroys the context need not wait for that
         }
     }
 

@@ -29,6 +29,7 @@ Json call(const Json& question) {
 
 struct Facts {
     int64_t broken = 0, held = 0, captures = 0, replays = 0, downloaded = 0;
+    bool running = false, abandoned = false;  // engines that nobody has waited for, and were destroyed like that
 };
 
 // A file's memory, given piece by piece, each with a guard behind it.
@@ -72,6 +73,7 @@ class MappedGpu : public ivc::Gpu {
     void upload(void* to, const void* from, size_t size) override { copy(to, from, size); }
     void download(void* to, const void* from, size_t size) override {
         facts_.downloaded += static_cast<int64_t>(size);
+        synchronize();
         copy(to, from, size);
     }
     void copy(void* to, const void* from, size_t size) override {
@@ -84,7 +86,7 @@ class MappedGpu : public ivc::Gpu {
                 static_cast<const char*>(from.address) + (slice * from.height + row) * from.pitch + from.start, size);
         }
     }
-    void synchronize() override {}
+    void synchronize() override { facts_.running = false; }
     std::function<void()> capture(const std::function<void()>& work) override {
         ++facts_.captures;
         return [this, work] {
@@ -105,14 +107,18 @@ class MappedGpu : public ivc::Gpu {
 
 class AskedEngine : public ivc::Engine {
    public:
-    AskedEngine(std::string name, const Json& tensors, const MappedGpu& gpu) : name_(std::move(name)), gpu_(gpu) {
+    AskedEngine(std::string name, const Json& tensors, const MappedGpu& gpu, Facts& facts)
+        : name_(std::move(name)), gpu_(gpu), facts_(facts) {
         const std::map<std::string, ivc::Type> types{{"FLOAT", ivc::Type::kFloat32}, {"HALF", ivc::Type::kFloat16},
             {"BF16", ivc::Type::kBfloat16}, {"INT32", ivc::Type::kInt32}};
         for (const auto& entry : tensors.items()) {
             const Json& one = entry.value();
-            tensors_[entry.key()] = {one["input"], types.at(one["type"]), one["shape"].get<ivc::Shape>()};
+            tensors_[entry.key()] = {one["input"], types.at(one["type"]), one["shape"].get<ivc::Shape>(), one.value("host", false)};
         }
     }
+    ~AskedEngine() override { facts_.abandoned = facts_.abandoned || facts_.running; }
+    AskedEngine(const AskedEngine&) = delete;
+    AskedEngine& operator=(const AskedEngine&) = delete;
     const std::map<std::string, ivc::EngineTensor>& tensors() const override { return tensors_; }
     size_t scratch() const override { return 1024; }
     void useScratch(void* address) override { scratch_ = address; }
@@ -131,7 +137,10 @@ class AskedEngine : public ivc::Engine {
     ivc::Shape shape(size_t profile, const std::string& name) const override {
         return call(asked("shape", profile, name)).get<ivc::Shape>();
     }
-    bool start(size_t profile) override { return scratch_ != nullptr && call(asked("start", profile, "")); }
+    bool start(size_t profile) override {
+        facts_.running = true;
+        return scratch_ != nullptr && call(asked("start", profile, ""));
+    }
 
    private:
     Json asked(const char* what, size_t profile, const std::string& name) const {
@@ -140,6 +149,7 @@ class AskedEngine : public ivc::Engine {
 
     std::string name_;
     const MappedGpu& gpu_;
+    Facts& facts_;
     std::map<std::string, ivc::EngineTensor> tensors_;
     void* scratch_ = nullptr;
 };
@@ -158,7 +168,7 @@ Json converse(const Json& command, Facts& facts) {
     auto gpu = std::make_unique<MappedGpu>(command["memory"], facts);
     ivc::Engines engines;
     for (const auto& entry : command["tensors"].items()) {
-        engines[entry.key()] = std::make_unique<AskedEngine>(entry.key(), entry.value(), *gpu);
+        engines[entry.key()] = std::make_unique<AskedEngine>(entry.key(), entry.value(), *gpu, facts);
     }
     const auto device =
         ivc::makeEnginesDevice(bundle, record, std::move(gpu), std::move(engines), command.value("graph", true));
@@ -201,7 +211,12 @@ Json answer(const Json& command) {
     }
     if (what == "converse") {
         Facts facts;
-        Json found = converse(command, facts);
+        Json found;
+        try {
+            found = converse(command, facts);
+        } catch (const ivc::Error& error) {
+            throw ivc::Error((facts.abandoned ? "engines at work were destroyed: " : "") + std::string(error.what()));
+        }
         found["broken"] = facts.broken;
         found["held"] = facts.held;
         found["captures"] = facts.captures;

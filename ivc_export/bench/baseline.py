@@ -12,7 +12,7 @@ from ivc_export.bench.measure import Row
 from ivc_export.verify.baseline import Baseline, Changes, Stored, check_factor, read_stored
 
 TIMES_FACTOR = 1.5
-"""What ivc-bench lets a time grow by: medians of five rounds on a machine that does other things, too."""
+"""By which factor a time may grow. Times are medians of five rounds, on a machine that also does other work."""
 
 
 class StoredGpu(Stored):
@@ -36,7 +36,7 @@ class StoredRow(Stored):
 
 
 class StoredTimes(Stored):
-    """What ivc-bench --json wrote; see entrants.report."""
+    """A file of ivc-bench --json; see entrants.report."""
 
     cpu: str
     gpu: StoredGpu | None
@@ -46,10 +46,10 @@ class StoredTimes(Stored):
 
 
 def read_times(path: Path, factor: float | None = None) -> Baseline:
-    """The times in a file of ivc-bench --json. factor: see Baseline; None takes TIMES_FACTOR.
+    """Read the times of a file of ivc-bench --json. factor: see Baseline; None takes TIMES_FACTOR.
 
     Raises:
-        UserError: it is missing, damaged, or no such file; or the factor is out of range.
+        UserError: the file is missing, damaged, or not such a file; or the factor is out of range.
     """
     made_by = "ivc-bench --json"
     factor = TIMES_FACTOR if factor is None else factor
@@ -60,12 +60,12 @@ def read_times(path: Path, factor: float | None = None) -> Baseline:
 
 
 def facts(cpu: str, gpu: str | None, bundle: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What two runs must share, so that their times can be compared."""
+    """Facts that two runs must share so that their times can be compared."""
     return {"bundle": dict(bundle), "CPU": cpu, "GPU": gpu or "none", "kind of run (ratios, tokens, rounds)": settings}
 
 
 def report_facts(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of what ivc-bench --json is about to write."""
+    """The same facts of the report that ivc-bench --json will write."""
     gpu = report["gpu"]["name"] if report["gpu"] else None
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in report["settings"].items()}
     return facts(report["cpu"], gpu, report["bundle"], settings)
@@ -83,9 +83,9 @@ def times(rows: Sequence[Row | StoredRow]) -> dict[str, float | None]:
 
 
 def compare_times(baseline: Baseline, rows: Sequence[Row]) -> Changes:
-    """What has grown, appeared and gone since the baseline.
+    """Find the times that grew, appeared or disappeared since the baseline.
 
     Raises:
-        UserError: no time was measured in both.
+        UserError: no time was measured in both runs.
     """
     return baseline.compare(times(rows))

@@ -22,7 +22,7 @@ PEERS = ("torch-eager", "torch-compiled")
 
 @dataclass(frozen=True)
 class Entrants:
-    """Who takes part. backends: by their names; peers: of PEERS, on the stock model in `checkpoint`."""
+    """Who takes part. backends: names of runtimes. peers: keys of PEERS, which run the stock model in `checkpoint`."""
 
     backends: Sequence[str]
     peers: Sequence[str] = ()
@@ -34,10 +34,10 @@ class Entrants:
 
 
 def check_entrants(entrants: Entrants) -> None:
-    """Refuse, before any work, what cannot run here.
+    """Check, before any work, that every side can run here.
 
     Raises:
-        UserError: there is no such backend or peer, or no torch, or nobody who takes an option.
+        UserError: there is no such backend or peer, torch is missing, or no side takes an option that was given.
     """
     backends = [find_backend(name) for name in entrants.backends]
     for option in entrants.options:
@@ -57,7 +57,9 @@ def check_entrants(entrants: Entrants) -> None:
 def open_contestants(
     bundle: Bundle, entrants: Entrants, progress: Callable[[str], None], failures: dict[str, str] | None = None
 ) -> list[Contestant]:
-    """Open everyone, each watched while it opens. failures: takes those that do not open, where that ends nothing.
+    """Open every side, and measure its memory meanwhile.
+
+    failures: collects sides that cannot be opened, if the run can go on without them.
 
     Raises:
         UserError: see open_session, check_entrants and oracle.check_same_model.
@@ -92,7 +94,7 @@ def open_contestants(
 
 
 def report(bench: Bench, contestants: Sequence[Contestant], rows: Sequence[Row], command: str) -> dict[str, Any]:
-    """What --json writes. Times are in milliseconds, sizes in bytes."""
+    """The content of the file of --json. Times are in milliseconds, sizes in bytes."""
     m = bench.bundle.manifest
     settings: Mapping[str, Any] = asdict(bench.settings)
     return {

@@ -15,7 +15,7 @@ PACKAGES = ("ivc-export", "onnxruntime", "onnxruntime-gpu", "tensorrt", "torch",
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that are installed, or imported from elsewhere."""
+    """Versions of packages, whether they are installed or only importable."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def gpu() -> dict[str, str] | None:
-    """Name, driver and memory of the first GPU, as nvidia-smi says; None where there is none."""
+    """Name, driver and memory of the first GPU, from nvidia-smi. None without a GPU."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     if shutil.which(command[0]) is None:
         return None
@@ -37,7 +37,8 @@ def gpu() -> dict[str, str] | None:
 
 
 def board(root: Path = Path("/")) -> dict[str, str] | None:
-    """A Jetson's module, its L4T and JetPack versions and power mode, as far as the system says; None elsewhere."""
+    """A Jetson's module, its L4T and JetPack versions and power mode, as far as the system tells them. None
+    elsewhere."""
     release = root / "etc/nv_tegra_release"
     if not release.is_file():
         return None
@@ -66,7 +67,7 @@ def processor() -> str:
 
 
 def machine(cuda: bool) -> dict[str, Any]:
-    """All of it; memory_bytes is the machine's. cuda: whether a GPU took part."""
+    """All facts of the machine. memory_bytes is the machine's. cuda: whether a GPU took part."""
     load = [round(value, 2) for value in os.getloadavg()]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {

@@ -16,12 +16,13 @@ EVERY = 0.003
 
 
 def host_bytes() -> int:
-    """Memory of this process that no file backs (RssAnon); mapped weights do not count. 0 where Linux does not say."""
+    """Memory of this process that is not backed by a file (RssAnon). Mapped weights do not count. 0 if Linux does not
+    tell."""
     return status_bytes("RssAnon")
 
 
 def host_peak_bytes() -> int:
-    """Most memory that this process has had, mapped files included (VmHWM)."""
+    """The largest memory that this process has had, with mapped files (VmHWM)."""
     return status_bytes("VmHWM")
 
 
@@ -35,7 +36,8 @@ def status_bytes(field: str) -> int:
 
 
 def device_counter() -> Callable[[], int] | None:
-    """What tells the bytes in use on the GPU, by anyone; None if neither torch nor a CUDA runtime can."""
+    """A function that gives the bytes in use on the GPU, by all processes. None if neither torch nor a CUDA runtime can
+    tell."""
     if importlib.util.find_spec("torch") is not None:
         import torch
 
@@ -57,7 +59,7 @@ def device_counter() -> Callable[[], int] | None:
 
 
 def memory_of(library: ctypes.CDLL) -> int | None:
-    """Bytes in use on the GPU, as a CUDA runtime says; None if it cannot."""
+    """Bytes in use on the GPU, from a CUDA runtime. None if it cannot tell."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     if library.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)) != 0:
         return None
@@ -65,12 +67,14 @@ def memory_of(library: ctypes.CDLL) -> int | None:
 
 
 class Growth:
-    """What one side holds, and the most that it has held: growth while it opens and runs, all others being at rest.
+    """The memory that one side holds, and the most that it has held: growth while it opens and runs and all others are
+    idle.
 
-    Allocators keep what they have had, so that the most is of all runs so far.
+    Allocators keep the memory they have had, so the most is over all runs so far.
 
-    watched: look also in between, every few milliseconds from a thread of its own. On a GPU nobody may: a CUDA graph
-    that is being captured forbids other threads some calls, and allocators there keep memory anyway.
+    watched: whether to measure also in between, every few milliseconds in a thread of its own. This is not possible on
+    a GPU: while a CUDA graph is captured, other threads must not make some calls. Allocators there keep their memory
+    anyway.
     """
 
     def __init__(self, counter: Callable[[], int], watched: bool = True) -> None:
@@ -79,7 +83,7 @@ class Growth:
 
     @contextmanager
     def grow(self) -> Iterator[None]:
-        """Count what happens inside."""
+        """Count the growth of memory within the block."""
         before = top = self._counter()
         done = threading.Event()
 
@@ -103,7 +107,7 @@ class Growth:
 
 
 class Footprints:
-    """One side's memory on the host, and on the GPU where there is a counter for that."""
+    """One side's memory on the host, and on the GPU if it can be counted there."""
 
     def __init__(self, device: Callable[[], int] | None) -> None:
         self.host = Growth(host_bytes)
@@ -111,7 +115,7 @@ class Footprints:
 
     @contextmanager
     def grow(self) -> Iterator[None]:
-        """As Growth.grow, both."""
+        """Count both, as Growth.grow does."""
         with ExitStack() as stack:
             stack.enter_context(self.host.grow())
             if self.device is not None:
@@ -119,7 +123,7 @@ class Footprints:
             yield
 
     def copy(self) -> Footprints:
-        """Of another side that begins with the same."""
+        """The footprints of another side that starts with the same memory."""
         found = copy(self)
         found.host, found.device = copy(self.host), copy(self.device)
         return found

@@ -29,7 +29,8 @@ FIRST_TOKENS = 8
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """ratios: fractions of visual tokens kept, beside 1, which is always measured. count: tokens decoded.
+    """Settings of a run. ratios: fractions of visual tokens kept, in addition to 1, which is always measured. count:
+    tokens to decode.
 
     Raises:
         UserError: a number is out of range.
@@ -49,7 +50,7 @@ class BenchSettings:
 
     @property
     def all_ratios(self) -> tuple[float, ...]:
-        """1, and the others from the largest on."""
+        """1, then the other ratios from the largest on."""
         return tuple(sorted({1.0, *self.ratios}, reverse=True))
 
 
@@ -57,13 +58,13 @@ class BenchSettings:
 class Row:
     """One side at one size and ratio: milliseconds, bytes, and tokens.
 
-    stages: to the first token: vision, prefix and decoder, or of a peer vision and prefill; "host" is what is left.
-    decode: of a token, the median of all steps. decode_mean: with the steps at which a CUDA graph is captured.
-    selection: by themselves, where that can be measured: "select" and "compact" of a prefill, "share" of it that both
-    take; "decode" and "decode_share", the same of a decode step.
-    ideal: by the roofline, and roofline: how much of each is reached. device_bytes, host_bytes: the most that the side
-    has held so far, its weights included; host memory without mapped files.
-    agreement: leading tokens that are the first side's at ratio 1, of `tokens`; None at other ratios.
+    stages: times to the first token: vision, prefix and decoder, or vision and prefill for a peer; "host" is the rest.
+    decode: time of a token, the median of all steps. decode_mean: the mean, with the steps that capture a CUDA graph.
+    selection: times of selection and compaction alone, where they can be measured: "select" and "compact" of a prefill,
+        "share" of the prefill that both take; "decode" and "decode_share" are the same for a decode step.
+    ideal: times by the roofline. roofline: how much of each is reached. device_bytes, host_bytes: the most that the
+        side has held so far, with its weights; host memory without mapped files.
+    agreement: how many leading tokens equal those of the first side at ratio 1, of `tokens`; None at other ratios.
     """
 
     side: str
@@ -89,7 +90,7 @@ class Row:
     agreement: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, times to a microsecond."""
+        """The row as plain data, with times rounded to a microsecond."""
 
         def rounded(value: Any) -> Any:
             if isinstance(value, dict):
@@ -101,7 +102,7 @@ class Row:
 
 @contextmanager
 def noted(failures: dict[str, str] | None, name: str) -> Iterator[None]:
-    """Keep what fails inside in `failures`, if there is such a thing: a line that says it, and the traceback."""
+    """Collect an error of the block in `failures`, if it is given: one line that describes it, and the traceback."""
     try:
         yield
     except Exception as error:
@@ -112,19 +113,19 @@ def noted(failures: dict[str, str] | None, name: str) -> Iterator[None]:
 
 @dataclass
 class Contestant:
-    """A side, and what it has taken of memory."""
+    """A side, and the memory that it has taken."""
 
     side: Side
     memory: Footprints
 
 
 class Bench:
-    """Contestants over one bundle.
+    """All sides over one bundle.
 
-    failures: takes what fails, which else ends the run; a side that fails is then left out of its prompt's rows.
+    failures: collects errors. Without it, an error ends the run. A side that fails is left out of that prompt's rows.
 
     Raises:
-        UserError: the bundle's graphs are not portable ones, in which selection can be told from the rest.
+        UserError: the bundle's graphs are not portable, so selection cannot be separated from the rest.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Bench:
         self.ceilings: dict[tuple[str, FloatName], Ceilings] = {}
 
     def measure(self, contestants: Sequence[Contestant], prompt: Prompt) -> list[Row]:
-        """Rows for one prompt: sides by ratios, peers at ratio 1 alone.
+        """Measure the rows of one prompt: every side at every ratio, peers only at ratio 1.
 
         Raises:
             UserError: a side fails, or float32 sides draw different tokens with nothing pruned.
@@ -168,7 +169,8 @@ class Bench:
         return self._rows([turn for turn in turns if (turn[0].side.name, turn[1]) in seen], prompt, seen)
 
     def _measure_ceilings(self, contestants: Sequence[Contestant]) -> None:
-        """Keep the best of all measurements, before and after rounds: what else a machine does only lowers them."""
+        """Measure the limits before and after rounds, and keep the best. Other work on the machine can only lower
+        them."""
         sessions: dict[tuple[str, FloatName], Session | None] = {}
         for side in (one.side for one in contestants):
             key = side.device, side.dtype
@@ -257,7 +259,7 @@ class Bench:
 
 
 def agreement(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """Leading tokens that are equal."""
+    """How many leading tokens are equal."""
     pairs = zip(tokens, others, strict=False)
     return next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(others)))
 
@@ -266,7 +268,7 @@ def check_tokens(rows: Sequence[Row]) -> None:
     """Check that sides that compute in float32 draw the same first tokens with nothing pruned.
 
     Raises:
-        UserError: they do not.
+        UserError: they draw different ones.
     """
     exact = [row for row in rows if row.ratio == 1 and row.dtype == "float32"]
     for row in exact[1:]:

@@ -27,7 +27,7 @@ NOTHING: Mapping[str, Any] = {}
 
 
 class TorchPeer:
-    """SDPA attention and a cache that grows. model: see load."""
+    """A peer with SDPA attention and a cache that grows. model: see load."""
 
     name = "torch-eager"
     prunes = False
@@ -40,7 +40,7 @@ class TorchPeer:
         self.decoder: Any = self.model.model.language_model
 
     def rest(self) -> None:
-        """Wait until the device is done."""
+        """Wait until the device is idle."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
@@ -84,7 +84,7 @@ class TorchPeer:
         return transformers.DynamicCache(config=self.decoder.config)
 
     def vision(self, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Visual tokens [visual, hidden], and what else of the pictures the decoder takes, if anything."""
+        """Visual tokens [visual, hidden], and other features of the pictures that the decoder takes, if any."""
         found = self.model.model.get_image_features(**inputs)
 
         def rows(parts: Iterable[Any]) -> Any:
@@ -101,7 +101,7 @@ class TorchPeer:
         return self.model.lm_head(found.last_hidden_state[:, -1]).argmax(dim=-1)
 
     def prefill(self, embeds: Any, positions: Any, cache: Any, added: Mapping[str, Any]) -> Any:
-        """The first token."""
+        """Run the prefill and draw the first token."""
         return self.forward(embeds, positions, cache, added)
 
     def step(self, token: Any, positions: Any, cache: Any) -> Any:
@@ -110,10 +110,10 @@ class TorchPeer:
 
 
 class CompiledPeer(TorchPeer):
-    """The same with a static cache of just the rows that an answer takes, and decode steps by torch.compile.
+    """The same with a static cache of exactly the rows that an answer needs, and with decode steps by torch.compile.
 
-    mode="reduce-overhead" replays decode steps as a CUDA graph. The vision encoder runs eagerly, since it reads grids
-    on the host. compile_prefill: compile the decoder's prefill too, without CUDA graphs; it takes as long again for
+    mode="reduce-overhead" replays decode steps as a CUDA graph. The vision encoder runs eagerly, because it reads grids
+    on the host. compile_prefill: also compile the decoder's prefill, without CUDA graphs. This takes as long again for
     each size.
     """
 
@@ -129,7 +129,7 @@ class CompiledPeer(TorchPeer):
 
     @property
     def notes(self) -> str:  # type: ignore[override]
-        """How it runs, and whether all of a step was compiled."""
+        """Remarks on how it runs, and on whether a whole step was compiled."""
         prefill = "by torch.compile" if self.compile_prefill else "eager"
         breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
         return (
@@ -138,7 +138,7 @@ class CompiledPeer(TorchPeer):
         )
 
     def cache(self, capacity: int) -> Any:
-        """The same cache for each answer of one size, emptied: a CUDA graph knows its addresses."""
+        """The same cache for all answers of one size, emptied, because a CUDA graph uses its addresses."""
         if capacity != self._capacity:
             torch._dynamo.reset()
             self._capacity = capacity
@@ -155,7 +155,7 @@ class CompiledPeer(TorchPeer):
         return self._cache
 
     def prefill(self, embeds: Any, positions: Any, cache: Any, added: Mapping[str, Any]) -> Any:
-        """The first token."""
+        """Run the prefill and draw the first token."""
         return self._prefill(embeds, positions, cache, added).clone()
 
     def step(self, token: Any, positions: Any, cache: Any) -> Any:
@@ -165,12 +165,12 @@ class CompiledPeer(TorchPeer):
 
 
 def without_axes(positions: Any) -> Any:
-    """Positions [axes, 1, rows] as transformers takes them: without the first axis where there is one alone."""
+    """Positions [axes, 1, rows] as transformers takes them: without the first axis if there is only one."""
     return positions if len(positions) > 1 else positions[0]
 
 
 def load(checkpoint: Path) -> Any:
-    """A stock model with SDPA attention, in bfloat16 on the GPU, or where there is none in float32 on the CPU.
+    """Load a stock model with SDPA attention: in bfloat16 on the GPU, or in float32 on the CPU if there is no GPU.
 
     Raises:
         UserError: transformers cannot load it.

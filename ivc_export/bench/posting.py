@@ -14,9 +14,10 @@ from ivc_export.tensorrt.store import FOLDER, RECORD, read_record
 
 
 def posted(content: Mapping[str, Any], bundle: Bundle) -> dict[str, Any]:
-    """A bench report, with what build.json says of the bundle's engines, by their folder; paths are last names alone.
+    """A bench report with the records (build.json) of the bundle's engines, by their folder. Only last names of paths
+    are left.
 
-    content: of `entrants.report`. Records that this version cannot read are told as a sentence in their place.
+    content: of `entrants.report`. A record that this version cannot read is replaced by a sentence.
     """
     words = shlex.split(content["command"])
     engines: dict[str, Any] = {}
@@ -36,6 +37,6 @@ PATHS = ("plugin", "timing_cache")
 
 
 def last_name(word: str) -> str:
-    """A path's last name, also behind `--option=`; what has no folder stays as it is."""
+    """The last name of a path, also behind `--option=`. Text without a folder stays unchanged."""
     option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     return option + equals + (Path(value).name if "/" in value and value.strip("/") else value)

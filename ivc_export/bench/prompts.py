@@ -21,22 +21,22 @@ LEAST_TEXT = 8
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, image tokens included, and the picture that they show."""
+    """Token ids, with the image tokens, and the picture for them."""
 
     tokens: list[int]
     picture: Visual
 
     @property
     def visual(self) -> int:
-        """Visual tokens."""
+        """Number of visual tokens."""
         return self.picture.grid.visual
 
 
 def noise_prompt(bundle: Bundle, visual: int, text: int) -> Prompt:
-    """A picture of noise with about `visual` tokens, and `text` random tokens around it.
+    """Make a picture of noise with about `visual` tokens, and `text` random tokens around it.
 
-    A picture's tokens fill a grid, so that the nearest grid to a square is taken; a family with tiles of fixed size
-    takes the nearest number of tiles.
+    A picture's tokens fill a grid, so the grid closest to a square is taken. A family with tiles of fixed size takes
+    the closest number of tiles.
 
     Raises:
         UserError: the bundle takes no such picture, or there is too little text.
@@ -61,12 +61,12 @@ def noise_prompt(bundle: Bundle, visual: int, text: int) -> Prompt:
 
 
 def most_visual(m: Manifest) -> int:
-    """Visual tokens that a picture has at most."""
+    """The most visual tokens that a picture has."""
     return min(m.max_visual, m.preprocessing.most_visual)
 
 
 def picture_size(preprocessing: Preprocessing, visual: int) -> tuple[int, int]:
-    """Width and height in pixels of a picture with about `visual` tokens, as square as can be."""
+    """Width and height in pixels of a picture with about `visual` tokens, as close to a square as possible."""
     if isinstance(preprocessing, ViewPreprocessing):
         columns, rows = min(preprocessing.shapes, key=lambda shape: abs(preprocessing.visual(*shape) - visual))
         return columns * preprocessing.tile_pixels, rows * preprocessing.tile_pixels

@@ -27,9 +27,8 @@ from ivc_export.runtime.probes import CEILING_RUNS, SIZES, Ceilings, best
 
 
 def measure_ceilings(device: str, dtype: FloatName, session: Session | None = None) -> Ceilings:
-    """Measure on the GPU by torch where that can use it, else by a session's own backend, or by onnxruntime; on the CPU
-    without torch.
-    """
+    """Measure the limits of the device. On the GPU torch measures, or else the session's backend or onnxruntime; on the
+    CPU torch is not needed."""
     if device == "cuda" and importlib.util.find_spec("torch") is not None:
         import torch
 
@@ -44,7 +43,7 @@ def measure_ceilings(device: str, dtype: FloatName, session: Session | None = No
 
 
 def torch_ceilings(dtype: FloatName) -> Ceilings:
-    """On the GPU by torch."""
+    """Measure the limits of the GPU by torch."""
     import torch
 
     side, size = SIZES["cuda"]
@@ -74,9 +73,10 @@ def torch_ceilings(dtype: FloatName) -> Ceilings:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of a prefill by graph; what each graph reads; and values that a cache has a row, all layers.
+    """FLOPs of a prefill by graph, what each graph reads, and how many values one row has in the caches of all layers.
 
-    parameters: floats, of the dtype that is computed in. integer_bytes: of other weights, as they are stored.
+    parameters: number of weights that are floats of the computing dtype. integer_bytes: bytes of other weights, as
+    stored.
     """
 
     flops: Mapping[GraphName, int]
@@ -85,9 +85,10 @@ class Work:
     row: int
 
     def ideal(self, ceilings: Ceilings, cache_bytes: int, tokens: int) -> dict[str, float]:
-        """Seconds at least: of vision, of prefill (prefix and decoder), and of the middle one of `tokens` decode steps.
+        """The least seconds of vision, of the prefill (prefix and decoder), and of the middle one of `tokens` decode
+        steps.
 
-        cache_bytes: of the caches' rows after the prefill.
+        cache_bytes: bytes of the caches' rows after the prefill.
         """
         size = FLOATS[ceilings.dtype].bytes
         weights = {name: size * self.parameters[name] + self.integer_bytes[name] for name in GRAPH_NAMES}
@@ -101,7 +102,7 @@ class Work:
 
 
 class Workload:
-    """Counts on a bundle's graphs."""
+    """Counts work on a bundle's graphs."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
@@ -113,7 +114,7 @@ class Workload:
         }
 
     def work(self, prompt: Prompt, kept: int) -> Work:
-        """Of a prefill that keeps `kept` visual tokens."""
+        """The work of a prefill that keeps `kept` visual tokens."""
         m, text = self.bundle.manifest, len(prompt.tokens) - prompt.visual
         axes = {"S": len(prompt.tokens), "L": prompt.visual, "T": text, "Q": text, "R": 1, "M": text + kept}
         axes |= empty_caches(self._graphs.values()) | {"H": 1, "seeds": 1}  # no product depends on these two
@@ -124,7 +125,7 @@ class Workload:
 
 
 def weights_of(model: ir.Model, floats: bool) -> Iterator[ir.ExternalTensor]:
-    """A graph's weights that are floats, or those that are none; constants are too few to count."""
+    """The weights of a graph that are floats, or those that are not. Constants are too few to count."""
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and (tensor.dtype in ONNX_FLOATS) == floats:

@@ -16,11 +16,12 @@ from ivc_export.runtime.interface import Conversation, Session
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt, and the greedy tokens that follow.
+    """The answer to one prompt: greedy tokens, and times.
 
-    stages: seconds of the prefill by stage: "vision", "prefix" and "decoder", or for a peer "vision" and "prefill".
-    first: seconds from token ids and pixels on the host to the first token. steps: seconds of each decode step, from a
-    token to the next. cache_bytes, visual_cache_bytes: after the prefill, and of it what visual tokens take.
+    stages: seconds of the prefill by stage: "vision", "prefix" and "decoder", or "vision" and "prefill" for a peer.
+    first: seconds from token ids and pixels on the host to the first token. steps: seconds of each decode step, from
+    one token to the next. cache_bytes, visual_cache_bytes: bytes of the caches after the prefill, and those of visual
+    tokens.
     """
 
     stages: Mapping[str, float]
@@ -59,7 +60,7 @@ class BundleSide:
         self.notes = self.backend.after(session) or ""
 
     def converse(self, prompt: Prompt, ratio: float, count: int) -> Conversation:
-        """Begin a conversation, where the backend wants that in caches of just the rows that the answer takes."""
+        """Begin a conversation. Some backends want a cache of exactly the rows that the answer takes."""
         capacity = len(prompt.tokens) + count if self.backend.needs_capacity else None
         return self.session.converse(ratio, capacity)
 
@@ -82,7 +83,7 @@ class BundleSide:
 
 
 def visual_part(m: Manifest, prompt: Prompt, kept: int) -> float:
-    """The part of the caches' rows that visual tokens take after a prefill which kept `kept` of them."""
+    """The fraction of the caches' rows that visual tokens take after a prefill that kept `kept` of them."""
     text, whole = len(prompt.tokens) - prompt.visual, len(m.selection.whole_layers)
     visual = (m.decoder.layers - whole) * kept + whole * prompt.visual
     return visual / (visual + m.decoder.layers * text)

@@ -22,11 +22,11 @@ ADVICE = "export the model again"
 
 
 def read_graph(folder: Path, name: GraphName, manifest: Manifest) -> ir.Model:
-    """Graph `name` of the bundle in `folder`, its weights left in their files.
+    """Read graph `name` of the bundle in `folder`. Its weights stay in their files.
 
     Raises:
-        UserError: the file is damaged, too large or not the one that was exported, breaks the contract, or takes
-            weights from a file that is not among the manifest's, or from beyond its end.
+        UserError: the file is damaged, too large or not the exported one, breaks the contract, or takes weights from a
+            file that the manifest does not list, or from beyond its end.
     """
     info = manifest.graphs[name]
     path = confined(folder, info.file, ADVICE)
@@ -56,7 +56,7 @@ def read_graph(folder: Path, name: GraphName, manifest: Manifest) -> ir.Model:
 
 
 def tensors_of(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, bool]]:
-    """Every tensor that a model holds, and whether it is an initializer of its graph, where weights belong."""
+    """Every tensor of a model, with whether it is an initializer of its graph. Only those may be weights."""
     for tensor in model.graph.initializer:
         yield tensor, True
     for sparse in model.graph.sparse_initializer:
@@ -86,9 +86,9 @@ def attribute_tensors(attributes: Iterable[onnx.AttributeProto]) -> Iterator[tup
 
 
 def find_problem(tensor: onnx.TensorProto, weights: Mapping[str, int]) -> str | None:
-    """What is wrong with where a weight lies, or None.
+    """What is wrong with the place of a weight, or None.
 
-    weights: size in bytes of each file that may hold any, by its name in the manifest.
+    weights: size in bytes of each weight file, by its name in the manifest.
     """
     where = {entry.key: entry.value for entry in tensor.external_data}
     file = where.get("location", "")

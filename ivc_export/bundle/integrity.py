@@ -15,13 +15,13 @@ _CHUNK = 1 << 24
 
 
 def verify_files(bundle: Bundle, progress: Callable[[int, int], None] = lambda done, total: None) -> Bundle:
-    """Hash every graph and weight file and compare; a weight file's hash that the manifest lacks is added to it.
+    """Hash every graph and weight file, and compare. A missing hash of a weight file is added to the manifest.
 
     progress: called with the bytes read so far and their total. Returns the bundle with its manifest complete.
 
     Raises:
-        UserError: a file is not the one that was exported.
-        OSError: a file cannot be read, or the manifest not be written.
+        UserError: a file is not the exported one.
+        OSError: a file cannot be read, or the manifest cannot be written.
     """
     manifest, done = bundle.manifest, 0
     total = sum((bundle.folder / file).stat().st_size for file in bundle.files)

@@ -28,7 +28,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of the bundle in `folder`.
 
     Raises:
-        UserError: no bundle is there, or its manifest is damaged, edited, of another version, or leaves the bundle.
+        UserError: there is no bundle, or its manifest is damaged, edited, of another version, or names files outside
+            it.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -65,16 +66,17 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def is_unknown(problem: ErrorDetails) -> bool:
-    """Whether a field, method or format is one that this version does not know."""
+    """Whether this version does not know a field, method or format."""
     chosen = problem["loc"][-1] in ("method", "format", "kind") and problem["type"] == "literal_error"
     return chosen or problem["type"] in ("extra_forbidden", "union_tag_invalid")
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Check that the files which the manifest names are those of the export, as far as their sizes and headers say.
+    """Check that the files that the manifest names are the exported ones, by their sizes and headers.
 
     Raises:
-        UserError: a file is missing, outside the bundle, of another size or header, or the embeddings are in none.
+        UserError: a file is missing, outside the bundle, or of another size or header; or the embeddings are in no
+            file.
     """
     if not manifest.weights:
         raise UserError(f"{folder / MANIFEST} is damaged (it names no weight files): export the model again")
@@ -105,7 +107,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def find_contradiction(m: Manifest) -> str | None:
-    """The first thing that one field of a manifest says and another denies, or None."""
+    """The first contradiction between fields of a manifest, or None."""
     if m.family not in families.names():
         return f"family {m.family!r} is not one of {', '.join(families.names())}"
     family = families.of(m.family)

@@ -14,10 +14,10 @@ NAMES = {4: "int4", 8: "int8"}
 
 
 def find_false_claim(manifest: Manifest, graphs: Iterable[ir.Model]) -> str | None:
-    """What the manifest says of a layer's weights and its graphs say otherwise, or None.
+    """The first contradiction between a manifest and its graphs on how a layer is stored, or None.
 
-    A table of embeddings is in no graph, unless it is the last layer's weights as well: the manifest's `embedding` says
-    how it lies.
+    A table of embeddings is in no graph, unless it is also the last layer's weight. The manifest's `embedding`
+    describes it.
     """
     found = {layer: name for graph in graphs for layer, name in layers_of(graph).items()}
     claimed = {layer: one.format for layer, one in manifest.weight_formats.items() if one.format in NAMES.values()}
@@ -32,7 +32,7 @@ def find_false_claim(manifest: Manifest, graphs: Iterable[ir.Model]) -> str | No
 
 
 def layers_of(graph: ir.Model) -> Mapping[str, str]:
-    """The format of each layer that a graph multiplies by as packed, by the name of its tensors."""
+    """The format of each packed layer of a graph, by the name of its tensors."""
     weights = {node.inputs[1]: node.attributes["bits"].as_int() for node in packed_products(graph)}
     return {
         str(value.name).removesuffix(".packed").removesuffix(".weight"): NAMES[bits]

@@ -23,7 +23,7 @@ DTYPES = ("float32", "int32")
 
 
 class Key(NamedTuple):
-    """Which tensor: of the prefill or a decode step, of which graph, and its name in the contract."""
+    """Names one tensor: the stage (prefill or decode step), the graph, and the tensor's name in the contract."""
 
     stage: str
     graph: str
@@ -37,7 +37,7 @@ class Key(NamedTuple):
 
 
 def identity(m: Manifest) -> dict[str, Any]:
-    """What a recorded run and the bundle that it is compared with must share."""
+    """Facts that a recorded run must share with the bundle that is compared with it."""
     return {
         "family": m.family,
         "dtype": m.dtype,
@@ -49,7 +49,7 @@ def identity(m: Manifest) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Recording:
-    """One run. facts: what the index says beside the tensors, as plain data."""
+    """One recorded run. facts: what the index says besides the tensors, as plain data."""
 
     facts: Mapping[str, Any]
     tensors: Mapping[Key, npt.NDArray[Any]]
@@ -59,7 +59,7 @@ class Recording:
         return {key.name: array for key, array in self.tensors.items() if key[:3] == (stage, graph, role)}
 
     def write(self, folder: Path) -> None:
-        """Write to `folder`, which may exist; the index comes last, so that a folder with one is whole."""
+        """Write to `folder`, which may exist. The index is written last, so a folder with an index is complete."""
         entries = []
         for key, array in self.tensors.items():
             path = folder / key.file
@@ -73,10 +73,10 @@ class Recording:
 
     @staticmethod
     def read(folder: Path) -> Recording:
-        """Read what `write` wrote.
+        """Read a folder that `write` wrote.
 
         Raises:
-            UserError: the folder holds no recording, or a damaged one, or one of another format.
+            UserError: the folder has no recording, or a damaged one, or one of another format.
         """
         try:
             facts = read_object(folder / INDEX, "record it again")
@@ -89,11 +89,11 @@ class Recording:
 
 
 def read_tensor(folder: Path, entry: Mapping[str, Any]) -> tuple[Key, npt.NDArray[Any]]:
-    """A tensor of a recording in `folder`. entry: what the index says of it.
+    """Read a tensor of a recording in `folder`. entry: its entry in the index.
 
     Raises:
         UserError: its file is missing, or outside the folder.
-        ValueError, KeyError, TypeError, OverflowError: the entry is damaged, or the file of another size.
+        ValueError, KeyError, TypeError, OverflowError: the entry is damaged, or the file has another size.
     """
     key = Key(entry["stage"], entry["graph"], entry["role"], entry["name"])
     if entry["dtype"] not in DTYPES:

@@ -21,7 +21,7 @@ from ivc_export.errors import UserError
 from ivc_export.files import read_object
 
 WORK = ".build-"
-"""How folders begin, within a bundle, in which engines are being built."""
+"""How the names of folders begin in which engines are being built, within a bundle."""
 OWN = (
     *(MANIFEST, f".{MANIFEST}.partial-*", *(f"{name}.onnx" for name in GRAPH_NAMES)),
     *(ORIGIN, "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
@@ -33,28 +33,30 @@ OWN = (
     *("report/reference/index.json", "report/reference/*.png", "report/reference/*/*/*/*.bin"),
     *("engines/*/build.json", "engines/*/*.plan"),
 )
-"""What commands write into a bundle, beside the files that its manifest names: a pattern for each part of a path."""
+"""The files that commands write into a bundle, besides those that its manifest names: a pattern for each part of a
+path."""
 
 LOCAL = ("report/", "engines/")
-"""Of these, what is about the machine and the pictures of whoever made it, and stays there when a bundle is shared."""
+"""Those of them that describe the machine and the pictures of their author. They are left out when a bundle is
+shared."""
 
 _PARTIAL, _REPLACED = ".partial-", ".replaced-"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether `folder` is one in which a bundle is being written, or was until the writer was killed."""
+    """Whether a bundle is being written in `folder`, or was until its writer was killed."""
     name = real(folder).name
     return name.startswith(".") and _PARTIAL in name
 
 
 @contextmanager
 def staged_folder(target: Path, force: bool) -> Iterator[Path]:
-    """Yield a new folder beside `target` that becomes `target` if the block succeeds, and vanishes if it does not.
+    """Yield a new folder beside `target`. It becomes `target` if the block succeeds, and is removed if it does not.
 
-    A writer that is killed leaves a hidden folder, which no bundle is opened from; the next call for the same target
-    removes it. With `force` the bundle that is at `target` now is replaced at once, so that one of the two bundles is
-    there at any moment; what comes to be there meanwhile stays.
+    A killed writer leaves a hidden folder, which nobody opens as a bundle. The next call for the same target removes
+    it. With `force`, the bundle that is at `target` now is replaced in one step, so that one of the two bundles exists
+    at any moment. Anything that appears there meanwhile stays.
 
     Raises:
         UserError: see check_free; or nothing can be written, or `target` changed meanwhile.
@@ -81,15 +83,16 @@ def staged_folder(target: Path, force: bool) -> Iterator[Path]:
 
 
 def real(path: Path) -> Path:
-    """The absolute path without links; also where links lead in a circle, which Path.resolve takes for a bug."""
+    """The absolute path without links. It also works for links in a circle, for which Path.resolve raises an error."""
     return Path(os.path.realpath(path))
 
 
 def check_free(target: Path, force: bool) -> None:
-    """Refuse a target that holds something, unless that is a bundle, nothing else is in it, and `force` is set.
+    """Check that a new bundle may go to a target. The target may hold only a bundle without other files, and only with
+    `force`.
 
     Raises:
-        UserError: it does, or has a name like those of unfinished folders.
+        UserError: it holds something else, or has a name like those of unfinished folders.
     """
     target = real(target)
     if is_unfinished(target):
@@ -109,10 +112,10 @@ def check_free(target: Path, force: bool) -> None:
 
 
 def check_apart(target: Path, sources: Iterable[Path]) -> None:
-    """Refuse a target that would be replaced while the export reads from it.
+    """Check that the export does not read from a target that it would replace.
 
     Raises:
-        UserError: one of `sources`, or what it links to, is `target` or within it.
+        UserError: one of `sources`, or the target of its link, is `target` or within it.
     """
     target = real(target)
     for source in sources:
@@ -123,10 +126,10 @@ def check_apart(target: Path, sources: Iterable[Path]) -> None:
 
 
 def check_replaced(replaced: Path, target: Path, older: dict[str, Any]) -> None:
-    """Check what a new bundle at `target` replaced; what is not as it was when the export began goes back there.
+    """Check what a new bundle at `target` replaced. If that changed since the export began, it goes back.
 
     Raises:
-        UserError: it is another bundle or none, or came to hold something else.
+        UserError: it is another bundle, not a bundle, or has other files now.
     """
     if replaced.is_symlink() or read_own_manifest(replaced) != older:
         what = "changed"
@@ -139,7 +142,7 @@ def check_replaced(replaced: Path, target: Path, older: dict[str, Any]) -> None:
 
 
 def read_own_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of the bundle, of whatever version, in `folder`; None if there is no bundle."""
+    """The manifest of the bundle in `folder`, of any version. None if there is no bundle."""
     try:
         content = read_object(folder / MANIFEST, "")
     except UserError:
@@ -149,12 +152,12 @@ def read_own_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def is_own(folder: Path) -> bool:
-    """Whether nothing but what an export writes is in `folder`, so that it can be removed."""
+    """Whether `folder` has only files that an export writes, so that it can be removed."""
     return foreign_file(folder) is None
 
 
 def foreign_file(folder: Path) -> str | None:
-    """A file or link below `folder` that is no part of a bundle, relative to it; None if there is none."""
+    """A file or link below `folder` that is not part of a bundle, relative to it. None if there is none."""
     manifest = read_own_manifest(folder)
     named = ["weights/*.safetensors"] if manifest is None else [*map(glob.escape, named_files(manifest))]
     for where, folders, files in os.walk(folder):
@@ -167,7 +170,7 @@ def foreign_file(folder: Path) -> str | None:
 
 
 def named_files(manifest: dict[str, Any]) -> Iterator[str]:
-    """The files that a manifest names, whatever it calls so."""
+    """All files that a manifest names in any field."""
     entries = [*manifest["graphs"].values(), manifest.get("embedding")]
     entries += manifest["weights"] if isinstance(manifest.get("weights"), list) else []
     for entry in entries:
@@ -176,21 +179,21 @@ def named_files(manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def shared_patterns() -> list[str]:
-    """What of a bundle is shared with others, beside the files that its manifest names, as patterns."""
+    """Patterns of the files of a bundle that are shared with others, besides those that its manifest names."""
     return [pattern for pattern in OWN if not pattern.startswith(LOCAL) and _PARTIAL not in pattern]
 
 
 def fits(path: Path, pattern: str) -> bool:
-    """Whether each part of a relative path fits that of `pattern`."""
+    """Whether each part of a relative path matches that of `pattern`."""
     parts = pattern.split("/")
     return len(parts) == len(path.parts) and all(map(fnmatch.fnmatchcase, path.parts, parts))
 
 
 @contextmanager
 def fresh_folder(parent: Path, prefix: str, removable: Callable[[Path], bool] = lambda folder: True) -> Iterator[Path]:
-    """Yield a new folder in `parent`, and remove it in the end if it is `removable`.
+    """Yield a new folder in `parent`, and remove it at the end if it is `removable`.
 
-    It is locked until then, so that others know that its writer lives; see remove_abandoned.
+    It is locked until then. The lock tells others that its writer is alive; see remove_abandoned.
     """
     folder, descriptor = make_locked(parent, prefix)
     try:
@@ -203,9 +206,9 @@ def fresh_folder(parent: Path, prefix: str, removable: Callable[[Path], bool] = 
 
 
 def make_locked(parent: Path, prefix: str) -> tuple[Path, int | None]:
-    """Make a new folder in `parent`, and return it and the descriptor that holds its lock, if there are locks.
+    """Make a new folder in `parent`. Return it with the descriptor that holds its lock, if the file system has locks.
 
-    Between the two others may take the folder for an abandoned one, and remove it; then one more is made.
+    Between the two steps others may think that the folder is abandoned, and remove it. Then another one is made.
     """
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
@@ -221,11 +224,11 @@ def make_locked(parent: Path, prefix: str) -> tuple[Path, int | None]:
 
 
 def lock(folder: Path) -> int:
-    """Lock `folder` until the descriptor that is returned is closed, or this process ends.
+    """Lock `folder` until the returned descriptor is closed, or this process ends.
 
     Raises:
         BlockingIOError: another process holds the lock.
-        OSError: there is no such folder, or no lock on its file system.
+        OSError: there is no such folder, or its file system has no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -237,7 +240,7 @@ def lock(folder: Path) -> int:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether the writer of `folder` lives."""
+    """Whether the writer of `folder` is alive."""
     try:
         os.close(lock(folder))
     except BlockingIOError:
@@ -248,7 +251,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def tidy(target: Path) -> None:
-    """Remove what killed writers left beside `target`, and put back a bundle that one of them had moved away."""
+    """Remove what killed writers left beside `target`. Put back a bundle that one of them had moved away."""
     for old in target.parent.glob(f".{glob.escape(target.name)}{_REPLACED}*"):
         if not os.path.lexists(target):
             old.rename(target)
@@ -258,7 +261,7 @@ def tidy(target: Path) -> None:
 
 
 def remove_abandoned(folders: Iterable[Path], removable: Callable[[Path], bool] = lambda folder: True) -> None:
-    """Remove those of `folders` whose writers no longer live and that are `removable`."""
+    """Remove the `folders` that are `removable` and whose writers are no longer alive."""
     for folder in folders:
         with suppress(OSError):
             descriptor = lock(folder)  # fails while the writer lives
@@ -277,10 +280,10 @@ def remove_empty(folders: list[Path]) -> None:
 
 
 def put_in_place(staging: Path, target: Path, force: bool) -> None:
-    """Rename `staging` to `target`; with `force` what is there moves to `staging`.
+    """Rename `staging` to `target`. With `force`, a bundle at `target` moves to `staging`.
 
     Raises:
-        UserError: something came to be at `target`, and `force` is not set.
+        UserError: something appeared at `target`, and `force` is not set.
     """
     if force and target.exists():
         exchange(staging, target)
@@ -294,7 +297,8 @@ def put_in_place(staging: Path, target: Path, force: bool) -> None:
 
 
 def exchange(staging: Path, target: Path) -> None:
-    """Swap two folders in one step, or in two where the file system cannot; `tidy` mends what a kill leaves then."""
+    """Swap two folders in one step, or in two if the file system cannot. `tidy` repairs what a kill between them
+    leaves."""
     if renamed_at_once(staging, target):
         return
     old = staging.with_name(f".{target.name}{_REPLACED}{staging.name.rpartition('-')[2]}")
@@ -308,7 +312,7 @@ def exchange(staging: Path, target: Path) -> None:
 
 
 def renamed_at_once(first: Path, second: Path) -> bool:
-    """Exchange two names by Linux's renameat2, which Python does not offer; False where there is no such call."""
+    """Exchange two names by Linux's renameat2, which Python does not offer. False if the system has no such call."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # in glibc since 2.28
     if call is None:
         return False

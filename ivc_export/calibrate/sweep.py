@@ -38,7 +38,7 @@ from ivc_export.verify.reference_picture import ReferencePicture
 PROMPTS = "prompts.json"
 MOST_LAYERS = 12
 RIVALS = (Method("foreground"), *(Method("random", seed) for seed in range(5)))
-"""What a method is compared with."""
+"""The methods with which a method is compared."""
 
 Compare = Literal["proposed", "all", "none"]
 
@@ -74,7 +74,8 @@ def read_examples(folder: Path) -> list[Example]:
 
 
 def layers_to_try(cuts: range) -> list[int]:
-    """All of a model's cuts, or 12 of many, from the first quarter of its layers to the last."""
+    """All possible selection layers of a model, or 12 of them if there are many, from the first quarter of its layers
+    to the last."""
     if len(cuts) <= MOST_LAYERS:
         return list(cuts)
     count = cuts[-1] + 1
@@ -83,7 +84,7 @@ def layers_to_try(cuts: range) -> list[int]:
 
 
 def other_scored(checkpoint: Checkpoint, m: Manifest) -> list[Scored]:
-    """What else visual tokens could be scored by, where there is a choice to judge: not only the layer's values."""
+    """The other way to score visual tokens, if the family has a choice."""
     own: Scored = read_model(checkpoint)[1].selection.scored
     both = dict.fromkeys((m.selection.scored, own, "values"))
     return [scored for scored in both if scored != m.selection.scored]
@@ -91,7 +92,8 @@ def other_scored(checkpoint: Checkpoint, m: Manifest) -> list[Scored]:
 
 @contextmanager
 def prompt_bundle(checkpoint: Checkpoint, scored: Scored | None = None) -> Iterator[Bundle]:
-    """A bundle without graphs and weights: what prompts and pictures are prepared by, and how tokens are scored."""
+    """A bundle without graphs and weights, by which prompts and pictures are prepared. It also says how tokens are
+    scored."""
     recipe = ExportRecipe(checkpoint.folder, Path("unused"), scored=scored)
     configuration = read_configuration(checkpoint, chosen_as_asked(recipe, read_description(checkpoint)))
     configuration.weights.check_floats(checkpoint.place)
@@ -115,18 +117,18 @@ def calibrate(
 ) -> Calibration:
     """Propose a layer at the first of `ratios`, and compare the method there with RIVALS.
 
-    Where the family or `scored` names anything but the layer's values, the method is compared with itself, scoring the
-    one of both that the trials do not, too.
+    If the family or `scored` names anything but the layer's values, the method is also compared with itself under the
+    way of scoring that the trials do not use.
 
-    Each example is answered greedily without pruning, up to `tokens` tokens; then the same tokens are run through the
-    model pruned at each layer and ratio, and its distributions compared. All in float32 on the CPU.
+    Each example is answered greedily without pruning, up to `tokens` tokens. Then the model runs the same tokens pruned
+    at each layer and ratio, and its distributions are compared. Everything is in float32 on the CPU.
 
     layers: those to try; None takes `layers_to_try`. progress: called with the runs done and their total. method: how
-    tokens are chosen. compare: at which layers with others, always at the first ratio. scored: what visual tokens are
-    scored by, None for what the family says.
+    tokens are chosen. compare: at which layers to compare with other methods, always at the first ratio. scored: how
+    visual tokens are scored; None takes the family's way.
 
     Raises:
-        UserError: the checkpoint cannot be loaded, or its layers do not give what is to be scored, or a layer, ratio or
+        UserError: the checkpoint cannot be loaded, its layers do not give the values to score by, or a layer, ratio or
             example is out of range.
     """
     checkpoint = open_checkpoint(model)
@@ -207,7 +209,7 @@ def calibrate(
 
 
 class Case(NamedTuple):
-    """How to prune."""
+    """One way to prune."""
 
     ratio: float
     layer: int
@@ -217,7 +219,8 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Compared:
-    """One answer under pruning: divergence in nats a token, whether all tokens are the same, kept visual rows."""
+    """One answer under pruning: divergence in nats for each token, whether all tokens are the same, kept visual
+    rows."""
 
     divergence: float
     same: bool
@@ -225,17 +228,18 @@ class Compared:
 
 
 def mean_divergence(answers: Sequence[Compared]) -> float:
-    """The mean divergence, in nats a token; rounding leaves it below 0 where nothing is pruned."""
+    """The mean divergence, in nats for each token. Rounding can make it negative if nothing is pruned."""
     return max(0.0, sum(answer.divergence for answer in answers) / len(answers))
 
 
 def same_part(answers: Sequence[Compared]) -> float:
-    """The part of the answers that are the same."""
+    """The fraction of the answers that are the same."""
     return sum(answer.same for answer in answers) / len(answers)
 
 
 def gather(cases: Sequence[Case], answers: Sequence[Sequence[Compared]], scored: Scored = "values") -> Iterator[Rival]:
-    """One figure for all draws of a method at a layer and ratio. answers: of each case. scored: by the trials."""
+    """One figure for all draws of a method at a layer and ratio. answers: of each case. scored: the way of the
+    trials."""
     groups: dict[tuple[str, Scored, int, float], list[Sequence[Compared]]] = {}
     for case, own in zip(cases, answers, strict=True):
         groups.setdefault((case.method.name, case.scored, case.layer, case.ratio), []).append(own)
@@ -257,7 +261,7 @@ def gather(cases: Sequence[Case], answers: Sequence[Sequence[Compared]], scored:
 
 @dataclass(frozen=True)
 class Drawn:
-    """An unpruned answer: its tokens, and log-probabilities [tokens, vocab] of what could follow before each."""
+    """An unpruned answer: its tokens, and the log-probabilities [tokens, vocab] before each of them."""
 
     tokens: list[int]
     logs: torch.Tensor
@@ -270,7 +274,7 @@ class Drawn:
         case: Case,
         image_token: int,
     ) -> Compared:
-        """Run the same tokens with pruning."""
+        """Run the same tokens with pruning, and compare."""
         reference.restart(case.layer, case.ratio, case.method.name, case.method.seed, case.scored)
         turn = reference.run(prompt, [picture])
         kept = frozenset(row for row in turn.keep_index.tolist() if prompt[row] == image_token)
@@ -283,7 +287,7 @@ class Drawn:
 def greedy_answer(
     reference: Reference, prompt: Sequence[int], picture: ReferencePicture, stop: Sequence[int], most: int
 ) -> Drawn:
-    """A greedy answer without pruning, its stop token included."""
+    """A greedy answer without pruning, with its stop token."""
     reference.restart(1, 1.0)
     turn = reference.run(prompt, [picture])
     tokens, logits = [int(turn.logits.argmax())], [turn.logits]

@@ -1,45 +1,21 @@
 """Tables of measured figures on pages, written from the files of benchmarks/results.
 
 A page holds a table between two comments, `<!-- figures: NAME -->` and `<!-- end -->`. `make generate` writes anew what
-stands between them, so that a new results file needs no other change. To add a table, add a function to TABLES.
+stands between them, so that a new results file needs no other change. To add a table, add a function to TABLES, here
+or in benchmark_tables.py.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from tools import benchmark_tables
+from tools.results import percent, result, table, with_interval
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 REGION = re.compile(r"<!-- figures: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
-
-
-def result(name: str) -> dict[str, Any]:
-    """The content of benchmarks/results/`name`.json."""
-    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return content
-
-
-def table(head: str, rows: Iterable[Iterable[object]]) -> list[str]:
-    """The lines of a table with these columns, which `|` separates."""
-    columns = [column.strip() for column in head.split("|")]
-    cells = [columns, ["---"] * len(columns), *(map(str, row) for row in rows)]
-    return [f"| {' | '.join(line)} |" for line in cells]
-
-
-def percent(part: float, digits: int = 1) -> str:
-    """A part of one in percent: 0.998 is 99.8."""
-    return f"{100 * part:.{digits}f}"
-
-
-def with_interval(found: Mapping[str, Any], digits: int = 1) -> str:
-    """A mean and its 95% interval in percent, or in points."""
-    mean, interval = found.values()
-    low, high = (percent(end, digits) for end in interval)
-    return f"{percent(mean, digits)} ({low} to {high})"
 
 
 def quantised_answers() -> list[str]:
@@ -105,6 +81,7 @@ def rounding_speed() -> list[str]:
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
+    **benchmark_tables.TABLES,
     "packed-on-cpu": packed_on_cpu,
     "quantised-answers": quantised_answers,
     "rounding-errors": rounding_errors,

@@ -11,7 +11,8 @@ import pytest
 from ivc_export.checkpoint.formats.nbits import Packing
 from tests.checkpoint.test_rounding import rounded
 from tests.repository.pages import ROOT, read
-from tools.figures import result
+from tools.benchmark_tables import gpu_rows
+from tools.results import percent, result
 
 
 def page(name: str) -> str:
@@ -47,77 +48,6 @@ def test_what_accuracy_level_4_costs_is_what_was_measured() -> None:
     } == {0.93}
 
 
-def test_readmes_table_is_what_was_measured() -> None:
-    """Every cell of README's table of results, and the sentence about vision below it."""
-    pruning, gpu, cpu = (result(name) for name in ("spatial-vl-pruning", "generate-h100", "cpu_generate"))
-    right = [pruning["methods"][name][ratio]["first"]["all"] for name, ratio in (("none", "1.0"), ("IVC-Prune", "0.5"))]
-    rows = {(row["side"], row["ratio"]): row for row in gpu["rows"] if row["visual_tokens"] == 1024}
-    ours, half, eager, compiled = (
-        rows[side]
-        for side in (
-            ("onnxruntime-cuda", 1.0),
-            ("onnxruntime-cuda", 0.5),
-            ("torch-eager", 1.0),
-            ("torch-compiled", 1.0),
-        )
-    )
-    times = {row["ratio"]: row for row in cpu["rows"] if (row["model"], row["threads"]) == ("0.2B", 1)}
-    wanted = [
-        ["Spatial-VL, right answers to 2,004 questions", *(f"{100 * one['accuracy']:.1f}%" for one in right), ""],
-        [
-            "Qwen2-VL-2B, KV cache with 1,024 visual tokens",
-            *(f"{row['cache_bytes'] / 1e6:.1f} MB" for row in (ours, half, eager)),
-        ],
-        ["the same on an H100, time to first token", *(f"{row['first_token']:.1f} ms" for row in (ours, half, eager))],
-        [
-            "the same, each further token",
-            *(f"{row['decode']:.1f} ms" for row in (ours, half)),
-            f"{eager['decode']:.1f} ms, compiled {compiled['decode']:.1f} ms",
-        ],
-    ]
-    for what, key in (
-        ("0.2 B parameters on one CPU thread, time to first token", "time_to_first_token"),
-        ("the same, each further token", "per_token"),
-    ):
-        wanted.append([what, *(f"{times[ratio][key]['times_faster']} times as fast" for ratio in (1.0, 0.5)), "1"])
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = text.split("| stock transformers |\n")[1].split("\n\n")[0].splitlines()[1:]
-    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table] == wanted
-    assert f"takes {ours['stages']['vision']:.0f} of the {ours['first_token']:.0f} ms" in text
-    assert pruning["test_questions"] == 2004
-
-
-def test_the_speed_on_a_cpu_was_measured() -> None:
-    content = result("cpu_generate")
-    keys = [(ratio, key) for key in ("time_to_first_token", "per_token") for ratio in (1.0, 0.5)]
-    found = {(row["model"], row["threads"], row["ratio"]): row for row in content["rows"]}
-    sizes = {"0.2 B": "0.2B", "0.3 M": "tiny"}
-    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    rows = re.findall(r"\| (0\.\d [BM]) parameters \| (\d) \| (.*) \|", text)
-    assert len(rows) == len(found) / 2
-    for size, threads, times in rows:
-        wanted = [found[sizes[size], int(threads), ratio][key]["times_faster"] for ratio, key in keys]
-        assert [float(time) for time in times.split(" | ")] == wanted
-
-
-def test_what_is_said_of_the_gpu_was_measured() -> None:
-    """The table in docs/benchmarks.md, in milliseconds, rounded to a tenth."""
-    content = result("generate-h100")
-    found = {(row["visual_tokens"], row["side"], row["ratio"]): row for row in content["rows"]}
-    sides = (("onnxruntime-cuda", 1.0), ("onnxruntime-cuda", 0.5), ("torch-eager", 1.0), ("torch-compiled", 1.0))
-
-    def figures(visual: int) -> list[float]:
-        ours, half, eager, compiled = (found[(visual, *side)] for side in sides)
-        first = [row["first_token"] for row in (ours, half, eager)]
-        return [round(ms, 1) for ms in (*first, *(row["decode"] for row in (ours, eager, compiled)))]
-
-    table = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").split("| a token, compiled |")[1]
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:5]]
-    assert {int(row[0].replace(",", "")): [float(x) for x in row[1:]] for row in rows} == {
-        visual: figures(visual) for visual in (256, 1024, 4096)
-    }
-
-
 def right(found: dict[str, Any]) -> str:
     """Right answers to all questions, in percent."""
     return f"{100 * found['all']['accuracy']:.1f}%"
@@ -144,3 +74,117 @@ def test_what_is_said_of_qwen2_vl_2b_is_on_the_page_of_families() -> None:
     assert f"prunes after {k} of {layers} layers" in page("README.md")
     assert f"k = {k} of {layers} layers" in page("docs/how-it-works.md")
     assert f"Qwen2-VL makes {tokens} of them" in page("docs/how-it-works.md")
+
+
+def test_what_is_said_of_vision_in_readme_was_measured() -> None:
+    row = gpu_rows("generate-h100")[1024, "onnxruntime-cuda", 1.0]
+    assert f"takes {row['stages']['vision']:.0f} of the {row['first_token']:.0f} ms" in page("README.md")
+
+
+def test_what_is_said_of_answers_was_measured() -> None:
+    methods, before = (result(f"spatial-vl-pruning{name}")["methods"] for name in ("", "-first-phase"))
+    half = {name: methods[name]["0.5"]["first"] for name in methods if name != "none"}
+    part = half["IVC-Prune"]["all"]["accuracy"] / methods["none"]["1.0"]["first"]["all"]["accuracy"]
+    boxes = [percent(half[name]["grounding"]["accuracy"]) for name in ("random", "IVC-Prune", "foreground only")]
+    early = percent(before["IVC-Prune"]["0.5"]["first"]["all"]["accuracy"])
+    text = page("docs/benchmarks.md")
+    for sentence in (
+        f"IVC-Prune keeps {percent(part)}% of the unpruned accuracy",
+        "At 50%, {}% of boxes are right with random tokens, {}% with IVC-Prune, and {}% with foreground".format(*boxes),
+        f"Before that part, IVC-Prune at 50% kept {early}%",
+        f"was asked {result('spatial-vl-pruning')['test_questions']:,} held-out questions",
+        f"k = {result('spatial-vl-pruning')['layer']} of 8, was chosen on "
+        f"{result('spatial-vl-pruning')['calibration_questions']} other questions",
+    ):
+        assert sentence in text, sentence
+
+
+def test_what_is_said_of_onnxruntime_on_a_gpu_was_measured() -> None:
+    content, rows = result("generate-h100"), gpu_rows("generate-h100")
+    ours, eager = rows[1024, "onnxruntime-cuda", 1.0], rows[1024, "torch-eager", 1.0]
+    first, decode = (eager[key] / ours[key] for key in ("first_token", "decode"))
+    bars = " ".join(bar["bar"] for bar in content["bars"])
+    assert "first token at least 3 times faster" in bars and "decode at least 20 times faster" in bars
+    earlier = [
+        {row["side"]: row for row in run["rows"] if (row["visual_tokens"], row["ratio"]) == (1024, 1.0)}
+        for run in reversed(content["earlier_runs"])
+    ]
+    peers = [run["torch-eager"] for run in earlier]
+    own = [run["onnxruntime-cuda"]["decode"] for run in earlier]
+    slower = rows[256, "onnxruntime-cuda", 0.5]["first_token"] - rows[256, "onnxruntime-cuda", 1.0]["first_token"]
+    trial = content["trial"]["decode steps with flash attention (sdpa_kernel=1)"]["decode"]
+    plain = content["trial"]["as here"]["decode"]
+    again = result("functions-h200")["after_by_before"]["1024 visual tokens, ratio 1"]
+    text = page("docs/benchmarks.md")
+    for sentence in (
+        f"the first token comes {first:.1f} times as fast as eager, and a token {decode:.1f} times as fast",
+        "Our targets were 3 and 20 times",
+        "it took {:.0f} and {:.0f} ms to the first token".format(*(peer["first_token"] for peer in peers)),
+        "and {:.0f} and {:.0f} ms a token".format(*(peer["decode"] for peer in peers)),
+        "Ours took {:.1f} and {:.1f} ms a token there".format(*own),
+        f"except by {slower:.1f} ms at 256 visual tokens",
+        f"a decode step slower ({trial:.1f} ms instead of {plain:.1f} ms)",
+        f"which the roofline allows in {ours['ideal']['decode']:.1f} ms",
+        f"took {again['first_token']:.3f} times as long to the first token and {again['decode']:.3f} times as long",
+    ):
+        assert sentence in text, sentence
+    intervals = [one["interval_95"] for one in result("functions-h200")["cpu"]["after_by_before"].values()]
+    assert len(intervals) == 9 and all(low <= 1 <= high for low, high in intervals)
+    assert (
+        f"in {result('functions-h200')['cpu']['rounds']} rounds, the 95% intervals of all nine ratios contain 1" in text
+    )
+
+
+def test_what_is_said_of_tensorrt_was_measured() -> None:
+    exact, layers = result("tensorrt-8.6-h100"), result("tensorrt_layers-h100")
+    gaps = [
+        one["gap"]
+        for engine in exact["engines"]
+        for asked in engine.get("questions", {}).values()
+        for one in asked["differing"]
+    ]
+    enqueued = [row["compact_enqueued_ms"] for row in layers["rows"]]
+    seconds = [
+        kind[part] for kind in map(layers["build_seconds"].get, ("native", "plugin")) for part in ("prefix", "decoder")
+    ]
+    small = result("bench-tensorrt-8.6-h100")["plugin"]["rows"]
+    ideal = max(sum(row["ideal"][part] for part in ("vision", "prefill")) for row in small)
+    assert max(gaps) < 0.0035 and any("66030" in note and "3.4e-3" in note for note in exact["notes"])
+    assert any("infinite" in note and "each of twelve builds" in note for note in exact["notes"])
+    assert min(enqueued) >= 0.35 and max(enqueued) < 0.85 and ideal < 0.025
+    ceilings = layers["ceilings"]
+    text = page("docs/benchmarks.md")
+    for sentence in (
+        "at most 0.35% of the largest logit apart",
+        f"takes {ceilings['flops_per_second'] / 1e12:.0f} TFLOP/s for matrix products and "
+        f"{ceilings['bytes_per_second'] / 1e12:.1f} TB/s for copies",
+        "a compaction takes 0.4 to 0.8 ms",
+        f"took {min(seconds):.0f} to {max(seconds):.0f} s to build",
+        "the roofline would take 0.02 ms",
+    ):
+        assert sentence in text, sentence
+
+
+def test_what_is_said_of_kernels_was_measured() -> None:
+    (profile,) = (one for one in result("generate-h100")["profiles"] if one["visual_tokens"] == 1024)
+    launched = ("UnpackRoPEAppend", "sdpa", "lean_reduction", "GetSequenceLengths", "_Fill")
+    kernels = [one for one in profile["decode"]["kernels"] if any(name in one["name"] for name in launched)]
+    together = sum(1000 * one["ms"] / one["count"] for one in kernels)
+    moved = 16384 * 3 * 16 * 80 * 2 / 1e6
+    text = page("docs/benchmarks.md")
+    assert len(kernels) == 5 and f"which took {together:.0f} μs together on an H100" in text
+    assert f"the time to read {moved:.0f} MB and to write as much" in text
+    assert f"unpacked first, which takes {result('int4-h200')['many rows']['unpacked alone']:.0f} μs" in text
+
+
+def test_what_is_said_of_the_server_was_measured() -> None:
+    load, soak = result("serve-load"), result("serve-soak")
+    first, growth = load["milliseconds_to_first_text"], soak["resident_set_over_the_last_half"]
+    text = page("docs/benchmarks.md")
+    low, high = (end / 1000 for end in growth["interval"])
+    for sentence in (
+        f"came after {first['server']:.1f} ms through the server, and after {first['chat']:.1f} ms from a `Chat`",
+        f"the resident set of {growth['bytes_at_half_and_end'][0] / 1e6:.0f} MB grew by "
+        f"{growth['bytes_a_minute'] / 1000:.1f} kB a minute (95% interval: {low:.1f} to {high:.1f})",
+    ):
+        assert sentence in text, sentence

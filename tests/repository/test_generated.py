@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from tools.cpp_doc import undocumented
-from tools.figures import REGION, TABLES, filled, opening, pages_with_figures, table
+from tools.figures import REGION, TABLES, filled, opening, pages_with_figures
 from tools.generate import ROOT, generated
+from tools.results import table
 
 FILES = generated()
 

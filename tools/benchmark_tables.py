@@ -1,0 +1,409 @@
+"""Tables of README and of docs/benchmarks.md: answers, times, memory and errors, each with what measured it.
+
+Every file `generate-GPU.json` that benchmarks.gpu_generate wrote is in the tables of onnxruntime on a GPU, so that
+figures of another GPU need no change here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tools.results import RESULTS, percent, result, table, with_interval
+
+KERNELS = {
+    "matrix products": ("nvjet", "splitKreduce"),
+    "attention": ("sdpa", "lean_reduction"),
+    "copies to the device": ("Memcpy HtoD",),
+    "rotations": ("RotaryEmbedding", "UnpackRoPEAppend"),
+    "activations": ("QuickGelu",),
+    "biases behind products": ("RhsPerChannel",),
+    "splits of heads": ("SplitSmallInner",),
+    "norms, with the sums before them": ("LayerNorm",),
+}
+"""What a kernel does, by parts of its name; the first that fits."""
+
+
+def source(name: str, *, versions: bool = True, command: bool = True) -> list[str]:
+    """A line that tells where a table comes from: its file, the machine, versions and the command."""
+    found = result(name)
+    gpu = found.get("gpu") or found.get("device") or found.get("machine", "")
+    parts = [gpu["name"] if isinstance(gpu, dict) else gpu]
+    if versions:
+        parts.append(
+            ", ".join(f"{key} {value}" for key, value in found.get("versions", {}).items() if str(value) == value)
+        )
+    run = found.get("command") or found.get("to_repeat")
+    if command and run:
+        parts.append(f"`{run}`")
+    told = "; ".join(part for part in parts if part)
+    return ["", f"From `benchmarks/results/{name}.json`" + (f": {told}" if told else "")]
+
+
+def milliseconds(value: float) -> str:
+    """To a tenth."""
+    return f"{value:.1f}"
+
+
+def megabytes(value: float) -> str:
+    """Bytes in MB, to a tenth."""
+    return f"{value / 1e6:.1f}"
+
+
+def gpu_rows(name: str) -> dict[tuple[int, str, float], dict[str, Any]]:
+    """Rows of a file that ivc-bench or benchmarks.gpu_generate wrote, by size, side and ratio."""
+    return {(row["visual_tokens"], row["side"], row["ratio"]): row for row in result(name)["rows"]}
+
+
+def generate_files() -> list[str]:
+    """Names of the results of benchmarks.gpu_generate."""
+    return sorted(path.stem for path in RESULTS.glob("generate-*.json"))
+
+
+def gpu_name(name: str) -> str:
+    """The GPU of a file, in short: H100 of NVIDIA H100 80GB HBM3."""
+    return str(result(name)["gpu"]["name"]).split()[1]
+
+
+def overview() -> list[str]:
+    """README's table."""
+    methods = result("spatial-vl-pruning")
+    answers = [methods["methods"][name][ratio]["first"]["all"]["accuracy"] for name, ratio in BEST]
+    gpu = gpu_rows("generate-h100")
+    ours, half, eager, compiled = (gpu[1024, side, ratio] for side, ratio in SIDES)
+    cpu = {row["ratio"]: row for row in result("cpu_generate")["rows"] if (row["model"], row["threads"]) == ("0.2B", 1)}
+
+    def times(key: str) -> list[str]:
+        return [*(f"{cpu[ratio][key]['times_faster']} times as fast" for ratio in (1.0, 0.5)), "1"]
+
+    def each(key: str, unit: str, write: Callable[[float], str]) -> list[str]:
+        return [f"{write(row[key])} {unit}" for row in (ours, half, eager)]
+
+    rows = [
+        [
+            f"Spatial-VL, right answers to {methods['test_questions']:,} questions",
+            *(f"{percent(one)}%" for one in answers),
+            "",
+        ],
+        ["Qwen2-VL-2B, KV cache with 1,024 visual tokens", *each("cache_bytes", "MB", megabytes)],
+        ["the same on an H100, time to first token", *each("first_token", "ms", milliseconds)],
+        ["the same, each further token", *each("decode", "ms", milliseconds)],
+        ["0.2 B parameters on one CPU thread, time to first token", *times("time_to_first_token")],
+        ["the same, each further token", *times("per_token")],
+    ]
+    rows[3][-1] += f", compiled {milliseconds(compiled['decode'])} ms"
+    return table("| nothing pruned | half kept | stock transformers", rows)
+
+
+BEST = (("none", "1.0"), ("IVC-Prune", "0.5"))
+SIDES = (("onnxruntime-cuda", 1.0), ("onnxruntime-cuda", 0.5), ("torch-eager", 1.0), ("torch-compiled", 1.0))
+METHODS = {
+    "IVC-Prune": "IVC-Prune",
+    "foreground only": "foreground tokens alone",
+    "random": "tokens at random",
+    "IVC tokens and random": "IVC tokens, the others at random",
+    "attention (FastV)": "attention of the last token (as FastV)",
+    "embeddings (DART)": "embeddings, before layer 0 (as DART)",
+}
+RATIOS = ("0.7", "0.5", "0.3", "0.2")
+
+
+def answers() -> list[str]:
+    """Right answers of Spatial-VL by method and ratio."""
+    methods = result("spatial-vl-pruning")["methods"]
+    whole = methods["none"]["1.0"]
+
+    def row(what: str, name: str, turn: str) -> list[str]:
+        found = (methods[name][ratio][turn]["all"]["accuracy"] for ratio in RATIOS)
+        return [what, percent(whole[turn]["all"]["accuracy"]), *map(percent, found)]
+
+    rows = [row(what, name, "first") for name, what in METHODS.items()]
+    rows.append(row("IVC-Prune, a second question over the compacted cache", "IVC-Prune", "second"))
+    head = "right answers in % | nothing pruned | 70% kept | 50% | 30% | 20%"
+    return table(head, rows) + source("spatial-vl-pruning")
+
+
+def bundle_answers() -> list[str]:
+    """Right answers of the exported bundle, and how many are those of stock transformers."""
+    rows = []
+    exact, methods = result("spatial-vl-bundle"), result("spatial-vl-bundle-methods")
+    runs = [(f"ivc-prune {ratio}", one, exact["questions"]) for ratio, one in exact["ratios"].items()]
+    runs += [(name, one, methods["questions"]) for name, one in methods["methods"].items()]
+    for name, one, questions in runs:
+        method, ratio = name.split()
+        right = with_interval(one["accuracy"]["all"])
+        rows.append([f"`{method}`", ratio, questions, right, f"{one['identical']} of {questions}"])
+    head = "`--method` | kept | questions | right answers in % | same answer as stock transformers"
+    return table(head, rows) + source("spatial-vl-bundle-methods") + source("spatial-vl-bundle", command=False)
+
+
+def follow_ups() -> list[str]:
+    """Second questions about the same picture."""
+    found = result("spatial-vl-follow-ups")["ways"]
+    rows = []
+    names = {"again": "pruned again (the default)", "compacted": "`--follow-up compacted`"}
+    for name, way in found.items():
+        first, second = way["first"], way["second"]
+        seconds = [f"{1000 * one['median_seconds_to_first_text']:.0f}" for one in (first, second)]
+        right = [with_interval(one["all"]) for one in (first, second)]
+        rows.append([names.get(name, name), way["ratio"], *right, *seconds])
+    head = "conversation | kept | first question, right in % | second, right in % | ms to first text, first | second"
+    return table(head, rows) + source("spatial-vl-follow-ups")
+
+
+def cpu_answers() -> list[str]:
+    """Times on a CPU beside stock transformers."""
+    names = {"0.2B": "0.2 B parameters", "tiny": "0.3 M parameters"}
+    found = {(row["model"], row["threads"], row["ratio"]): row for row in result("cpu_generate")["rows"]}
+    rows = []
+    for model, threads in sorted({key[:2] for key in found}):
+        pair = [found[model, threads, ratio] for ratio in (1.0, 0.5)]
+        cells = [one[key]["times_faster"] for key in ("time_to_first_token", "per_token") for one in pair]
+        rows.append([names[model], threads, *cells])
+    head = "model | threads | first token, all kept | first token, half kept | a token, all kept | a token, half kept"
+    return table(head, rows) + source("cpu_generate")
+
+
+def gpu_answers() -> list[str]:
+    """Times on a GPU beside stock transformers, of every GPU measured."""
+    rows = []
+    for name in generate_files():
+        found = gpu_rows(name)
+        for visual in sorted({key[0] for key in found}):
+            ours, half, eager, compiled = (found.get((visual, *side)) for side in SIDES)
+            first = [milliseconds(one["first_token"]) if one else "" for one in (ours, half, eager)]
+            step = [milliseconds(one["decode"]) if one else "" for one in (ours, half, eager, compiled)]
+            rows.append([gpu_name(name), f"{visual:,}", *first, *step])
+    head = "GPU | visual tokens | first token, all kept | half kept | eager | a token, all kept | half kept | eager | "
+    lines = table(f"{head}compiled", rows)
+    for name in generate_files():
+        lines += source(name)
+    return lines
+
+
+def gpu_stages() -> list[str]:
+    """Where the time to the first token goes, and memory."""
+    rows = []
+    for name in generate_files():
+        for (visual, side, ratio), row in sorted(gpu_rows(name).items(), key=lambda item: (item[0][0], -item[0][2])):
+            if side == "onnxruntime-cuda":
+                stages = [milliseconds(row["stages"][stage]) for stage in ("vision", "prefix", "decoder", "host")]
+                ideal = [milliseconds(row["ideal"][part]) for part in ("vision", "prefill", "decode")]
+                share = f"{percent(row['selection']['share'])}%" if row["selection"] else ""
+                memory = [
+                    megabytes(row["cache_bytes"]),
+                    f"{row['device_bytes'] / 1e9:.2f}" if row["device_bytes"] else "",
+                ]
+                rows.append([gpu_name(name), f"{visual:,}", ratio, *stages, share, *ideal, *memory])
+    head = (
+        "GPU | visual tokens | kept | vision | prefix | decoder | host | selection and compaction, of the prefill | "
+        "roofline: vision | prefill | a token | KV cache, MB | memory of the GPU, GB"
+    )
+    return table(head, rows)
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel does."""
+    return next((kind for kind, parts in KERNELS.items() if any(part in kernel for part in parts)), "others")
+
+
+def gpu_kernels() -> list[str]:
+    """Kernel time by what kernels do, with 1,024 visual tokens."""
+    (profile,) = (one for one in result("generate-h100")["profiles"] if one["visual_tokens"] == 1024)
+    parts = (("first_token", 1), ("decode", profile["decoded_tokens"]))
+    sums: dict[str, list[float]] = {kind: [0.0, 0.0] for kind in (*KERNELS, "others")}
+    for column, (part, runs) in enumerate(parts):
+        for kernel in profile[part]["kernels"]:
+            sums[kind_of(kernel["name"])][column] += kernel["ms"] / runs
+    rows: list[list[object]] = [[kind, *(f"{ms:.2f}" for ms in both)] for kind, both in sums.items()]
+    rows.append(["all kernels", *(f"{profile[part]['kernel_ms'] / runs:.2f}" for part, runs in parts)])
+    rows.append(["launches", *(f"{profile[part]['launches'] // runs:,}" for part, runs in parts)])
+    return table("kernels | to the first token, ms | a token, ms", rows)
+
+
+def tensorrt_errors() -> list[str]:
+    """Errors of TensorRT engines against PyTorch, and answers of Spatial-VL."""
+    engines = {(e["model"].split("/")[1], e["dtype"], e["graphs"]): e for e in result("tensorrt-8.6-h100")["engines"]}
+    rows = []
+    for (model, dtype, graphs), engine in engines.items():
+        if model == "goldens":
+            continue
+        exact = next(e for (other, *kind), e in engines.items() if other == "goldens" and kind == [dtype, graphs])
+        errors = [f"{exact['largest_errors'][key]:.1e}" for key in ("logits", "keys_and_values", "token_score")]
+        kept = "equal" if exact["kept_rows"].endswith("equal") else "one exchanged at a tie"
+        same = [f"{one['identical']} of {one['asked']}" for one in engine["questions"].values()]
+        rows.append([f"{dtype}, {graphs}", *errors, kept, *same])
+    head = "engines | logits | keys and values | token scores | kept rows | same answers, nothing pruned | half kept"
+    return table(head, rows) + source("tensorrt-8.6-h100")
+
+
+def tensorrt_layers() -> list[str]:
+    """Milliseconds a layer in TensorRT engines."""
+    found = {
+        (row["graphs"], row["stage"], row["visual_tokens"], row["ratio"]): row
+        for row in result("tensorrt_layers-h100")["rows"]
+    }
+    rows = []
+    for visual in sorted({key[2] for key in found}):
+        whole, half = (found["plugin", "prefill", visual, ratio] for ratio in (1.0, 0.5))
+        native, step = found["native", "prefill", visual, 1.0], found["plugin", "decode", visual, 1.0]
+        layers = [
+            whole["prefix_ms_a_layer"],
+            native["prefix_ms_a_layer"],
+            whole["decoder_ms_a_layer"],
+            half["decoder_ms_a_layer"],
+        ]
+        ideal = whole["prefix_roofline_ms"] / result("tensorrt_layers-h100")["layers"]["prefix"]
+        selecting = [native["select_ms"], whole["select_ms"], whole["compact_ms"], step["compact_ms"]]
+        decode = step["prefix_ms_a_layer"]
+        rows.append([f"{visual:,}", *(f"{ms:.2f}" for ms in (*layers, ideal, decode, *selecting))])
+    head = (
+        "visual tokens | prefix | prefix, native | decoder, all kept | decoder, half kept | roofline | "
+        "decode step, prefix | select, native | select, plugin | compact 16 layers, prefill | compact, decode step"
+    )
+    return table(head, rows) + source("tensorrt_layers-h100")
+
+
+def tensorrt_small() -> list[str]:
+    """Spatial-VL's answers on TensorRT engines."""
+    rows = []
+    for kind in ("native", "plugin"):
+        for row in result("bench-tensorrt-8.6-h100")[kind]["rows"]:
+            times = [milliseconds(ms) for ms in (row["first_token"], row["stages"]["vision"], row["decode"])]
+            rows.append([kind, row["visual_tokens"], row["ratio"], *times])
+    lines = table("engines | visual tokens | kept | first token, ms | vision of it, ms | a token, ms", rows)
+    told = result("bench-tensorrt-8.6-h100")["plugin"]["command"]
+    return [
+        *lines,
+        "",
+        f"From `benchmarks/results/bench-tensorrt-8.6-h100.json`: NVIDIA H100 80GB HBM3; tensorrt 8.6.0; `{told}`",
+    ]
+
+
+def tensorrt_builds() -> list[str]:
+    """How long the engines of a whole Qwen2-VL-2B take to build."""
+    rows = [
+        [
+            one["graph"],
+            f"{one['seconds']:.0f}",
+            *(f"{one[key] / 1e9:.1f}" for key in ("engine_bytes", "host_peak_bytes", "device_peak_bytes")),
+        ]
+        for one in result("tensorrt_whole-h200")["builds"]
+    ]
+    head = "engine | seconds to build | engine, GB | host memory at most, GB | GPU memory at most, GB"
+    return table(head, rows) + source("tensorrt_whole-h200", command=False)
+
+
+def attention() -> list[str]:
+    """Our attention kernels beside PyTorch's."""
+    found = result("attention-h200")
+    names = {
+        "prefill, rows": "prefill of {} rows",
+        "appended rows over a cache": "{} cached rows, appended",
+        "decode, cached rows": "a decode step over {} cached rows, appended",
+        "encoder, patches": "encoder, {} patches",
+    }
+    rows = []
+    for key, name in names.items():
+        for size, one in sorted(found[key].items(), key=lambda item: int(item[0].split()[0])):
+            fresh, _, cached = size.partition(" + ")
+            told = f"{fresh} rows over {int(cached):,}" if cached else f"{int(size):,}"
+            rows.append([name.format(told), f"{one['ours']:.1f}", f"{one['sdpa']:.1f}"])
+    return table("attention | ours, μs | PyTorch, μs", rows) + source("attention-h200")
+
+
+def joined() -> list[str]:
+    """A decode step's split, rotation, append and attention in one launch."""
+    found = result("joined-h200")["decode step (split, turn, append, attend)"]
+    heads = "12 heads, 2 of keys, size 128, capacity 4480, "
+    rows = [
+        [int(name.removeprefix(heads).split()[0]), one["8 warps, 128 keys, 1 stage, 32 splits"], one["sdpa alone"]]
+        for name, one in found.items()
+        if name.startswith(heads)
+    ]
+    lines = table(
+        "cached rows | `ivcAttendJoined`, μs | PyTorch's attention alone, μs",
+        [[f"{cached:,}", f"{own:.1f}", f"{peer:.1f}"] for cached, own, peer in rows],
+    )
+    return lines + source("joined-h200")
+
+
+def turned() -> list[str]:
+    """Splitting and turning an encoder's rows."""
+    found = result("joined-h200")["split and turn of many rows"]
+    heads = ", 16 heads, 16 of keys, size 80"
+    rows = [
+        [f"{int(name.split()[0]):,}", f"{one['one head a lane']:.0f}"]
+        for name, one in found.items()
+        if name.endswith(heads)
+    ]
+    return table("patches | `ivcTurnHeads`, μs", rows)
+
+
+def int4() -> list[str]:
+    """Products of a decoder layer over weights in 4 bits."""
+    found = result("int4-h200")
+    one, many = found["one row"], found["many rows"]
+    unpacked, floats = many["unpacked, then cuBLAS"], many["float16 by cuBLAS"]
+    best = one["query, key and value in one, gate and up in one, begun before the kernel before has ended"]
+    each = one["the same, those by tensor cores begun before the kernel before has ended"]
+    rows = [["1", f"{best:.1f} ({each:.1f} with each product alone)", f"{one['float16 by cuBLAS']:.0f}"]]
+    rows += [[f"{int(count):,}", f"{unpacked[count]:.0f}", f"{floats[count]:.0f}"] for count in floats]
+    return table("rows | 4 bits, μs | float16 by cuBLAS, μs", rows) + source("int4-h200")
+
+
+def serving() -> list[str]:
+    """Requests to ivc-serve."""
+    rows = []
+    for name, what in (("serve-load", "Spatial-VL"), ("serve-soak", "a tiny model")):
+        found = result(name)
+        counts = found["outcomes"]
+        asked = sum(counts[key] for key in ("answered", "left", "malformed"))
+        seconds = [f"{found['seconds'][key]:.2f}" for key in ("p50", "p95")]
+        rows.append([what, found["clients"], f"{asked:,}", f"{counts['answered']:,}", *seconds])
+    lines = table("model | clients | requests | answered | seconds, median | seconds, 95th percentile", rows)
+    return lines + source("serve-load") + source("serve-soak")
+
+
+def exporting() -> list[str]:
+    """How long exports of a checkpoint of 2.2 B parameters take."""
+    found = result("export_speed-cpu")
+    copied = sorted(found["copy"]["seconds"]["ivc-export"])
+    plain = sorted(found["copy"]["seconds"]["cp"])
+    rows: list[list[object]] = [
+        ["`--weights link`", f"{found['link']['median_seconds']:.1f}", found["link"]["peak_anonymous_mib"]]
+    ]
+    rows.append(
+        [
+            f"copy of {found['copy']['gigabytes']} GB, hashed (`cp` takes {plain[0]:.1f} to {plain[-1]:.1f})",
+            f"{copied[0]:.1f} to {copied[-1]:.1f}",
+            "",
+        ]
+    )
+    for name, one in found["conversion"].items():
+        if isinstance(one, Mapping):
+            rows.append([name, f"{one['seconds']:.0f}", one["peak_anonymous_mib"]])
+    return table("export | seconds | memory, MiB", rows) + source("export_speed-cpu")
+
+
+MAKERS = (
+    overview,
+    answers,
+    bundle_answers,
+    follow_ups,
+    cpu_answers,
+    gpu_answers,
+    gpu_stages,
+    gpu_kernels,
+    tensorrt_errors,
+    tensorrt_layers,
+    tensorrt_small,
+    tensorrt_builds,
+    attention,
+    joined,
+    turned,
+    int4,
+    serving,
+    exporting,
+)
+TABLES: dict[str, Callable[[], list[str]]] = {make.__name__.replace("_", "-"): make for make in MAKERS}

@@ -29,7 +29,7 @@ _LFS = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `length` bytes at byte `offset` of `file`, row-major."""
+    """The place of a tensor: `length` bytes at byte `offset` of `file`, row-major."""
 
     name: str
     file: Path
@@ -53,7 +53,7 @@ class StoredTensor:
                 yield stored
 
     def rows(self, size: int = 1 << 22) -> Iterator[npt.NDArray[Any]]:
-        """Its values, in pieces of `size` bytes or one row: [rows, ...]. Its dtype must be one of dtypes.STORED.
+        """Its values in pieces of `size` bytes or one row: [rows, ...]. Its dtype must be one of dtypes.STORED.
 
         Raises:
             UserError: the file ends early.
@@ -68,7 +68,8 @@ HEADER_BYTES = 100_000_000
 
 
 def header_bytes(file: Path) -> bytes:
-    """The JSON header of a safetensors file, as stored; less than it says where the file, or the limit, ends before."""
+    """The JSON header of a safetensors file, as stored. It is shorter than stated if the file, or the limit, ends
+    earlier."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         return stream.read(min(size, file.stat().st_size, HEADER_BYTES))
@@ -80,7 +81,7 @@ def header_sha256(file: Path) -> str:
 
 
 def read_index(file: Path, advice: str = "download it again, or check the disk") -> dict[str, StoredTensor]:
-    """Tensors of one safetensors file by name. advice: ends the sentence where it is damaged.
+    """Tensors of one safetensors file by name. advice: what to do if it is damaged; it ends the error's sentence.
 
     Raises:
         UserError: the file is missing, truncated or not a safetensors file.
@@ -120,7 +121,7 @@ class Checkpoint:
         """Open `folder`.
 
         Raises:
-            UserError: it is no folder, or has no config.json.
+            UserError: it is not a folder, or has no config.json.
         """
         if not folder.is_dir():
             raise UserError(
@@ -138,12 +139,12 @@ class Checkpoint:
 
     @property
     def place(self) -> str:
-        """What the user knows it by."""
+        """The name by which the user knows the checkpoint."""
         return str(self.folder)
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """Names of the files and folders in it; of a file, its own."""
+        """Names of the files and folders in it. If it is a file, its own name."""
         found = self.folder.iterdir() if self.folder.is_dir() else [self.folder]
         return frozenset(path.name for path in found)
 
@@ -172,10 +173,10 @@ class Checkpoint:
 
     @cached_property
     def shards(self) -> dict[str, str] | None:
-        """The name of each tensor's file by the tensor's, as the index has it; None if all are in one file.
+        """For each tensor, the name of its file, from the index. None if all tensors are in one file.
 
         Raises:
-            UserError: the index is damaged, or names what is no file beside it.
+            UserError: the index is damaged, or names something that is not a file beside it.
         """
         index = None if SINGLE in self.names else self.json(INDEX)
         if index is None:
@@ -193,10 +194,10 @@ class Checkpoint:
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The safetensors files: one, or else the shards that the index names.
+        """The safetensors files: one file, or the shards that the index names.
 
         Raises:
-            UserError: see shards; or shards are there that no index names.
+            UserError: see shards; or there are shards without an index.
         """
         named = set((self.shards or {}).values())
         numbered = {name: match["all"] for name in self.names | named if (match := _SHARD.fullmatch(name))}
@@ -213,7 +214,7 @@ class Checkpoint:
         """Every tensor of the checkpoint by its stored name.
 
         Raises:
-            UserError: see weight_files and read_index; or two files hold the same tensor.
+            UserError: see weight_files and read_index; or two files contain the same tensor.
         """
         found: dict[str, StoredTensor] = {}
         for file in self.weight_files:

@@ -39,14 +39,15 @@ METHODS = {
 
 
 class CheckpointKind(NamedTuple):
-    """told_by: what shows it, or None if nothing does. sentence: behind the folder's or the repository's name."""
+    """One kind. told_by: gives what shows the kind, or None. sentence: what follows the name of the folder or
+    repository."""
 
     told_by: Callable[[Checkpoint], str | None]
     sentence: str
 
 
 def files(*patterns: str, without: Iterable[str] = ("*.safetensors",)) -> Callable[[Checkpoint], str | None]:
-    """Told by the first file that fits one of `patterns`, where none fits `without`."""
+    """Recognise a kind by the first file that matches one of `patterns`, if none matches `without`."""
 
     def told_by(checkpoint: Checkpoint) -> str | None:
         return None if first(checkpoint.names, without) else first(checkpoint.names, patterns)
@@ -55,7 +56,7 @@ def files(*patterns: str, without: Iterable[str] = ("*.safetensors",)) -> Callab
 
 
 def first(names: Iterable[str], patterns: Iterable[str]) -> str | None:
-    """The first of `names`, in their order by letter, that fits one of `patterns`."""
+    """The first of `names`, in alphabetical order, that matches one of `patterns`."""
     return next((name for name in sorted(names) if any(fnmatchcase(name, pattern) for pattern in patterns)), None)
 
 
@@ -68,12 +69,12 @@ def adapter(checkpoint: Checkpoint) -> str | None:
 
 
 def adapted(checkpoint: Checkpoint) -> str | None:
-    """An adapter beside a whole model, which transformers would apply when it loads the model."""
+    """An adapter beside a whole model. transformers would apply it when it loads the model."""
     return ADAPTER if ADAPTER in checkpoint.names else None
 
 
 def quantised(checkpoint: Checkpoint) -> str | None:
-    """The method of quantisation and where it stands, where no weight format knows it."""
+    """The method of quantisation and its place, if no weight format supports it."""
     if detect_format(checkpoint) is not FLOAT:
         return None
     config = checkpoint.json("config.json") or {}
@@ -90,7 +91,7 @@ def quantised(checkpoint: Checkpoint) -> str | None:
 
 
 def method(settings: Any) -> str:
-    """What the settings of a quantisation say of it, in a few words."""
+    """A quantisation's settings in a few words."""
     if not isinstance(settings, Mapping):
         return shown(settings)
     name, bits = settings.get("quant_method"), settings.get("bits") or settings.get("w_bit")
@@ -103,7 +104,7 @@ def method(settings: Any) -> str:
 
 
 def shown(value: object) -> str:
-    """A value of somebody's file within a sentence: short, and on one line."""
+    """A value from a file as part of a sentence: short, and on one line."""
     text = value if isinstance(value, str) else "nothing known" if value is None else str(value)
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -154,10 +155,10 @@ KINDS = (
 
 
 def check_folder(checkpoint: Checkpoint) -> None:
-    """Refuse what is no checkpoint that can be exported, by the names of its files and its JSON files.
+    """Check by names of files and by JSON files that a folder is a checkpoint that can be exported.
 
     Raises:
-        UserError: it is one of KINDS, or its index of shards names tensors of none.
+        UserError: it is one of KINDS, or its index of shards names tensors of another kind.
     """
     for kind in KINDS:
         found = kind.told_by(checkpoint)
@@ -194,10 +195,10 @@ QUANTISED: Mapping[str, str] = {
 
 
 def check_tensors(place: str, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse tensors that are no plain weights.
+    """Check that tensors are plain weights.
 
     Raises:
-        UserError: they have names of WRITERS or QUANTISED, or are weights in integers or in 8 bits and less.
+        UserError: they have names of WRITERS or QUANTISED, or are weights in integers or in 8 bits or fewer.
     """
     check_names(place, tensors)
     for tensor in tensors.values():
@@ -207,10 +208,10 @@ def check_tensors(place: str, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def check_names(place: str, names: Iterable[str], plain: bool = True) -> None:
-    """Refuse tensors by their names. plain: whether they should be plain weights, and none of a format's.
+    """Check tensors by their names. plain: whether they must be plain weights, not those of a format.
 
     Raises:
-        UserError: one is of WRITERS, or of QUANTISED where they should be plain.
+        UserError: one is of WRITERS, or of QUANTISED although they must be plain.
     """
     names = list(names)
     for pattern, writer in WRITERS.items():
@@ -223,7 +224,8 @@ def check_names(place: str, names: Iterable[str], plain: bool = True) -> None:
 
 
 def check_whole(place: str, names: Collection[str], tied: bool) -> None:
-    """Refuse a part of a model. names: of tensors, ours. tied: whether config.json says that embeddings are the head.
+    """Check that a model is complete. names: our names of tensors. tied: whether config.json says that embeddings are
+    the head.
 
     Raises:
         UserError: there is no vision encoder, no language model, or no head.

@@ -17,9 +17,9 @@ from ivc_export.errors import UserError
 
 @dataclass(frozen=True)
 class Stack:
-    """Matrices of one shape, one behind the other along their rows.
+    """Matrices of one shape, stacked along their rows.
 
-    name, parts: canonical. shape: of a part, as it is stored. transposed: whether each is transposed first.
+    name, parts: canonical. shape: the stored shape of a part. transposed: whether each part is transposed first.
     """
 
     name: str
@@ -28,10 +28,10 @@ class Stack:
     transposed: bool
 
     def derived(self, weights: Weights) -> DerivedTensor:
-        """The tensor that they make, of which no more than one part is in memory at a time.
+        """The stacked tensor. No more than one part is in memory at a time.
 
         Raises:
-            UserError: a part is missing, misshapen, or of another dtype.
+            UserError: a part is missing, has another shape, or has another dtype.
         """
         sources = tuple(weights.find(part, self.shape) for part in self.parts)
         rows, columns = self.shape[::-1] if self.transposed else self.shape
@@ -58,7 +58,7 @@ def with_stacks(weights: Weights, stacks: Iterable[Stack]) -> Weights:
     """The weights with stacks in the place of their parts.
 
     Raises:
-        UserError: see Stack.derived; or parts are no plain floats.
+        UserError: see Stack.derived; or parts are not plain floats.
     """
     stacks = list(stacks)
     for part in (part.removesuffix(".weight") for stack in stacks for part in stack.parts):

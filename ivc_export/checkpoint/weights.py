@@ -31,9 +31,10 @@ TABLE = "model.embed_tokens.table"
 
 
 def read_values(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
-    """A weight's values, out of a memory map if it is external data, also of a hard-linked file.
+    """Read a weight's values. External data is read from a memory map, also from a file with several links.
 
-    onnx_ir reads no file that has several links, which it cannot tell from an attack; ours are in a bundle's manifest.
+    onnx_ir refuses files with several links, because an attack can look like this. Our files are listed in a bundle's
+    manifest.
     """
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor.numpy()
@@ -45,9 +46,9 @@ def read_values(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
 class Weights:
     """A checkpoint's tensors under canonical names (`model.*`, `visual.*`, `lm_head.weight`).
 
-    formats: of the linear layers that are no plain floats, by their names. derived: tensors that such layers are
-    multiplied by and that lie nowhere until they are written, by their names. spare: names of tensors that a graph may
-    leave out: what quantises layers gives zeros as biases to those that have none.
+    formats: of linear layers that are not plain floats, by their names. derived: tensors of such layers that exist
+    nowhere until they are written, by their names. spare: names of tensors that a graph may leave out: tools that
+    quantise layers add zeros as biases to layers without a bias.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -58,7 +59,7 @@ class Weights:
 
     @staticmethod
     def of(tensors: Mapping[str, StoredTensor], layers: Layers, stored: WeightFormat) -> Weights:
-        """The weights of a checkpoint of these tensors, of which `layers` are stored as `stored` says.
+        """The weights of a checkpoint with these tensors, in which `layers` are stored as `stored` says.
 
         Raises:
             UserError: see main_dtype.
@@ -76,10 +77,10 @@ class Weights:
         return self.formats.get(layer, FLOAT)
 
     def check_floats(self, place: str) -> None:
-        """Refuse weights of formats that give no floats, for what runs on PyTorch. place: what the user knows them by.
+        """Check that every format can give floats, which PyTorch needs. place: the checkpoint's name for users.
 
         Raises:
-            UserError: a layer is stored in such a format.
+            UserError: a layer's format cannot.
         """
         unknown = {
             name: stored for name, stored in self.formats.items() if stored.as_floats.manifest_name != FLOAT.name
@@ -91,10 +92,10 @@ class Weights:
             )
 
     def find(self, name: str, shape: Sequence[int], dtype: str | None = None) -> StoredTensor:
-        """The stored tensor `name`. dtype: a key of STORED; None for that of the weights.
+        """The stored tensor `name`. dtype: a key of STORED; None for the dtype of the weights.
 
         Raises:
-            UserError: it is missing, misshapen, or of another dtype.
+            UserError: it is missing, or has another shape or dtype.
         """
         tensor = find_tensor(self.tensors, name, dtype)
         if tensor.shape != tuple(shape):
@@ -114,7 +115,7 @@ class Weights:
     def external(
         self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None, dtype: str | None = None
     ) -> ir.ExternalTensor:
-        """The tensor `name` as external data of a graph that lies beside the folder `weights`; see `find`."""
+        """The tensor `name` as external data of a graph beside the folder `weights`; see `find`."""
         stored = self.find(name, stored_shape or shape, dtype)
         return ir.ExternalTensor(
             f"{FOLDER}/{stored.file.name}",
@@ -135,7 +136,7 @@ def main_dtype(tensors: Mapping[str, StoredTensor]) -> FloatName:
     """The dtype of the checkpoint's matrices.
 
     Raises:
-        UserError: it is none that a graph computes in (a quantised checkpoint, say).
+        UserError: no graph computes in it (for example in a quantised checkpoint).
     """
     sizes: dict[str, int] = {}
     for tensor in tensors.values():
@@ -148,12 +149,12 @@ def main_dtype(tensors: Mapping[str, StoredTensor]) -> FloatName:
 
 
 class PlannedWeights(Weights):
-    """Weights of a model of which only the sizes are known: every request is granted and remembered.
+    """Weights of a model of which only the sizes are known. Every request is granted and remembered.
 
-    What a family's graphs ask for is what a checkpoint of it holds.
+    A checkpoint of a family contains what the family's graphs request.
 
-    stored: how linear layers are stored, those that it covers. formats: of others, by name. shapes, lengths: of what
-    was asked for, by name; bytes.
+    stored: how linear layers are stored that it covers. formats: of other layers, by name. shapes, lengths: of the
+    requested tensors, by name; lengths in bytes.
     """
 
     def __init__(
@@ -168,18 +169,18 @@ class PlannedWeights(Weights):
         self.lengths: dict[str, int] = {}
 
     def format_of(self, layer: str) -> WeightFormat:
-        """Its own, or that of the checkpoint, where it covers the layer."""
+        """The layer's own format, or the checkpoint's if it covers the layer."""
         return self.formats.get(layer) or (self.stored if self.stored.covers(layer) else FLOAT)
 
     def external(
         self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None, dtype: str | None = None
     ) -> ir.ExternalTensor:
-        """A tensor that lies nowhere."""
+        """A tensor without values."""
         onnx = STORED[dtype or self.dtype]
         self.shapes[name] = tuple(stored_shape or shape)
         self.lengths[name] = math.prod(shape) * onnx.numpy().itemsize
         return ir.ExternalTensor("none", 0, 0, onnx, shape=ir.Shape(shape), name=name)
 
     def find(self, name: str, shape: Sequence[int], dtype: str | None = None) -> StoredTensor:
-        """Nothing is stored."""
+        """Always fails: nothing is stored."""
         raise NotImplementedError

@@ -34,7 +34,7 @@ class Checked(StoredErrors):
 
 
 def read_checked(bundle: Bundle) -> Checked | None:
-    """What ivc-check left in a bundle; None where it left nothing.
+    """Read the report of ivc-check in a bundle. None if there is none.
 
     Raises:
         UserError: the report is damaged, or of another model.
@@ -49,7 +49,7 @@ def read_checked(bundle: Bundle) -> Checked | None:
 
 
 def model_card(bundle: Bundle, origin: Origin, checked: Checked | None, repo: str) -> str:
-    """README.md of a bundle at `repo`."""
+    """README.md of the bundle at `repo`."""
     from huggingface_hub import ModelCardData  # takes a while to load
 
     m = bundle.manifest
@@ -99,13 +99,13 @@ def card_rows(m: Manifest, origin: Origin) -> list[tuple[str, str]]:
 
 
 def licence(origin: Origin) -> str | None:
-    """The base model's licence in words; None where it is not known."""
+    """The base model's licence in words. None if it is not known."""
     parts = [part for part in (origin.license_name or origin.license, origin.license_link) if part]
     return ", ".join(part.replace("|", " ") for part in parts) or None
 
 
 def linked(repo: str) -> str:
-    """A model's name that leads to it."""
+    """A model's name as a link to it."""
     return f"[{repo}](https://huggingface.co/{repo})"
 
 

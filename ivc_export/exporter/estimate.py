@@ -55,7 +55,7 @@ from ivc_export.source.configuration import read_description
 from ivc_export.source.hub import open_checkpoint
 
 TEXT = 64
-"""Text tokens of the prompt; half of them vote."""
+"""Number of text tokens of the prompt. Half of them vote."""
 
 PIXELS = 100_000_000
 
@@ -78,7 +78,7 @@ class Size(NamedTuple):
 
 
 class DeviceMemory(NamedTuple):
-    """A device, its memory, and what of it the system and the runtime's context take, in GiB."""
+    """A device, its memory, and how much of it the system and the runtime's context take, in GiB."""
 
     name: str
     memory: float
@@ -105,7 +105,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class PictureEstimate:
-    """One picture and a question: with pruning, and with every token kept."""
+    """Costs of one picture and a question: with pruning, and with every token kept."""
 
     picture: Size
     visual_tokens: int
@@ -115,19 +115,19 @@ class PictureEstimate:
     unpruned: Cost
 
     def saved(self, *graphs: GraphName) -> float:
-        """The part of the FLOPs of `graphs` that pruning saves."""
+        """The fraction of the FLOPs of `graphs` that pruning saves."""
         pruned, unpruned = (sum(cost.flops[name] for name in graphs) for cost in (self.pruned, self.unpruned))
         return 1 - pruned / unpruned
 
     @property
     def saved_cache(self) -> float:
-        """The part of the KV cache that pruning saves."""
+        """The fraction of the KV cache that pruning saves."""
         return 1 - self.pruned.cache_bytes / self.unpruned.cache_bytes
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an export buys."""
+    """What an export costs and saves."""
 
     family: str
     dtype: FloatName
@@ -144,12 +144,12 @@ class Estimate:
 
     @property
     def memory_bytes(self) -> int:
-        """What the largest of the pictures needs: weights, cache, and the activations of one graph at a time."""
+        """Memory for the largest of the pictures: weights, cache, and the activations of one graph at a time."""
         costs = [picture.pruned for picture in self.pictures]
         return self.weight_bytes + max(c.cache_bytes + max(c.activation_bytes.values()) for c in costs)
 
     def fits(self) -> dict[str, bool]:
-        """Whether devices hold it, by their names."""
+        """For each device, by its name, whether it has enough memory."""
         return {d.name: self.memory_bytes <= (d.memory - d.reserved) * GIB for d in DEVICES}
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,10 +159,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Export:
-    """What an export writes, or would write: three graphs, built once, and the facts that their costs follow from.
+    """An export, written or planned: three graphs, built once, and the facts from which their costs follow.
 
-    weight_bytes, parameters: of all weights, as they are stored, and how many they are. quantisation: see Estimate.
-    pictures: what makes them ready, as the model says or with a lower cap.
+    weight_bytes, parameters: bytes of all weights as stored, and their number. quantisation: see Estimate. pictures:
+    what prepares pictures, by the model's settings or with a lower cap.
     """
 
     family: Family
@@ -188,10 +188,11 @@ class Export:
         stored: WeightFormat = FLOAT,
         quantisation: Quantisation = Quantisation(),  # noqa: B008 (it cannot change)
     ) -> Export:
-        """An export of this model, with graphs that have no weights. stored: how a checkpoint's linear layers are.
+        """A planned export of this model, with graphs that have no weights. stored: how a checkpoint's linear layers
+        are stored.
 
         Raises:
-            UserError: what is to be rounded is quantised already.
+            UserError: weights that should be rounded are quantised already.
         """
         weights = PlannedWeights(dtype, stored, planned_formats(quantisation, stored, model))
         graphs = build_graphs(model, weights, layer)
@@ -208,7 +209,7 @@ class Export:
         """The export that wrote a bundle.
 
         Raises:
-            UserError: a graph of it is damaged.
+            UserError: one of its graphs is damaged.
         """
         m = bundle.manifest
         graphs = {name: bundle.graph(name) for name in GRAPH_NAMES}
@@ -237,7 +238,7 @@ class Export:
         )
 
     def estimate(self, ratio: float, pictures: Sequence[Size]) -> Estimate:
-        """What it buys where this part of the visual tokens is kept.
+        """Estimate costs and savings if this fraction of the visual tokens is kept.
 
         Raises:
             UserError: a picture is too large, too small or too elongated.
@@ -281,10 +282,10 @@ class Export:
 
 
 def estimate_recipe(recipe: ExportRecipe, pictures: Sequence[Size]) -> Estimate:
-    """What `recipe` would buy; reads JSON files alone, and writes nothing but them to the hub's cache.
+    """Estimate an export of `recipe`. It reads only JSON files, and writes only these, to the hub's cache.
 
     Raises:
-        UserError: what the user can mend in the recipe, the checkpoint's JSON files or the pictures' sizes.
+        UserError: the recipe, the checkpoint's JSON files or the pictures' sizes have a problem that the user can fix.
     """
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     description = read_description(checkpoint)
@@ -306,7 +307,7 @@ def estimate_recipe(recipe: ExportRecipe, pictures: Sequence[Size]) -> Estimate:
 
 
 def estimate_bundle(bundle: Bundle, pictures: Sequence[Size]) -> Estimate:
-    """What a bundle buys, counted on its own graphs.
+    """Estimate a bundle's costs and savings, counted on its own graphs.
 
     Raises:
         UserError: a graph is damaged, or a picture is too large, too small or too elongated.
@@ -315,7 +316,7 @@ def estimate_bundle(bundle: Bundle, pictures: Sequence[Size]) -> Estimate:
 
 
 def count_parameters(graphs: Iterable[ir.Model], embedding: Sequence[int]) -> int:
-    """Weights of a model, whatever they are stored in. graphs: portable; embedding: the table's shape."""
+    """Number of weights of a model, however they are stored. graphs: portable; embedding: the table's shape."""
     found, beside = {EMBEDDING: math.prod(embedding)}, set()
     for model in graphs:
         for node in model.graph:
@@ -331,13 +332,13 @@ def count_parameters(graphs: Iterable[ir.Model], embedding: Sequence[int]) -> in
 
 
 def packed_layers(m: Manifest) -> str:
-    """How a bundle's weights are quantised, in a sentence; empty where they are not."""
+    """A sentence on how a bundle's weights are quantised. Empty if they are not."""
     formats = Counter(stored.format for stored in m.weight_formats.values())
     return ", ".join(f"{number} layers are {name}" for name, number in sorted(formats.items()))
 
 
 def stated_dtype(config: Mapping[str, Any]) -> FloatName:
-    """The dtype that config.json says the weights have; float32 where it is silent, as transformers takes it."""
+    """The dtype of the weights by config.json. float32 if it names none, as in transformers."""
     text = config.get("text_config") or {}
     for stated in (config.get("dtype"), config.get("torch_dtype"), text.get("dtype"), text.get("torch_dtype")):
         for name in FLOATS:
@@ -347,13 +348,13 @@ def stated_dtype(config: Mapping[str, Any]) -> FloatName:
 
 
 def empty_caches(graphs: Iterable[onnx.ModelProto]) -> dict[str, int]:
-    """0 for the symbolic axes of cache inputs."""
+    """Set the symbolic axes of cache inputs to 0."""
     caches = [value for graph in graphs for value in graph.graph.input if TensorName.of(value.name).role == "past"]
     return {d.dim_param: 0 for value in caches for d in value.type.tensor_type.shape.dim if d.dim_param}
 
 
 def blank(pictures: Preparation, size: Size) -> Visual:
-    """A picture of that size, ready for a model; no prompt shows it, and token 0 stands for it.
+    """A picture of that size, prepared for a model. No prompt contains it; token 0 stands for it.
 
     Raises:
         UserError: it is too large, too small or too elongated.

@@ -24,14 +24,14 @@ def build_graphs(model: Model, weights: Weights, selection_layer: int) -> dict[G
 
 
 def vision_graph(model: Model, weights: Weights) -> ir.Model:
-    """One picture, or frames of one size, to visual tokens; what is inside is its encoder's."""
+    """The graph that turns one picture, or frames of one size, into visual tokens. The encoder adds its nodes."""
     g = Graph(model.graph_info("vision", weights.dtype, 1), weights.dtype, weights)
     g.output("image_embeds", model.encoder.graph(g))
     return g.model("vision")
 
 
 def prefix_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Model:
-    """Layers 0..selection_layer-1 over all rows, then the selection by what it looks at of the last of them."""
+    """Layers 0..selection_layer-1 over all rows, then the selection by values of the last of them."""
     g = Graph(model.graph_info("prefix", weights.dtype, selection_layer), weights.dtype, weights)
     rule = model.selection
     stack = DecoderStack(
@@ -52,7 +52,8 @@ def prefix_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Mod
 
 
 def decoder_graph(model: Model, weights: Weights, selection_layer: int) -> ir.Model:
-    """CompactGather on everything that has rows, layers selection_layer..N-1, and lm_head on the rows asked for."""
+    """CompactGather on everything that has rows, layers selection_layer..N-1, and lm_head on the rows of
+    logit_index."""
     g = Graph(model.graph_info("decoder", weights.dtype, selection_layer), weights.dtype, weights)
     sizes = model.decoder
     with g.scope("compact"):

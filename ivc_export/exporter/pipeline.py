@@ -62,7 +62,7 @@ BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 """Ends of names of tensors that old checkpoints hold and every graph computes."""
 
 StageProgress = Callable[[str, int, int], None]
-"""Called with a stage's name, and how much of how much of it is done."""
+"""Called with a stage's name, how much of it is done, and how much there is."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -129,7 +129,7 @@ def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundl
 
 
 def float_dtype(recipe: ExportRecipe, configuration: Configuration) -> FloatName | None:
-    """What floats become; None where they stay. Layers that are dequantised come in float32."""
+    """The dtype of floats in the bundle. None leaves them as they are. Dequantised layers come in float32."""
     stored, weights = configuration.stored, configuration.weights
     dequantised = weights.formats and stored.manifest_name == FLOAT.name
     return recipe.float_name or stored.dtype or (weights.dtype if dequantised else None)
@@ -139,7 +139,7 @@ def check_lowering(name: str) -> str:
     """Return a lowering's name.
 
     Raises:
-        UserError: no bundle can be exported in it.
+        UserError: bundles cannot be exported in it.
     """
     if name not in exported():
         raise UserError(f"lowering {name!r} is unknown: give one of {', '.join(exported())}")
@@ -147,10 +147,10 @@ def check_lowering(name: str) -> str:
 
 
 def chosen_as_asked(recipe: ExportRecipe, description: Description) -> Description:
-    """The model with the recipe's method, and what it or its calibration scores by, in the place of its family's.
+    """The model with the recipe's method and way of scoring, or its calibration's, instead of its family's.
 
     Raises:
-        UserError: the calibration is none, or the model's layers do not give it.
+        UserError: the calibration is damaged, or the model's layers do not give the values to score by.
     """
     scored = recipe.scored
     if recipe.calibration is not None:
@@ -163,7 +163,7 @@ def scoring(model: Model, scored: Scored) -> Model:
     """The model with visual tokens scored by `scored`.
 
     Raises:
-        UserError: its layers do not give that.
+        UserError: its layers do not give these values.
     """
     if scored not in model.block.scored:
         raise UserError(
@@ -173,10 +173,10 @@ def scoring(model: Model, scored: Scored) -> Model:
 
 
 def selection_layer(recipe: ExportRecipe, configuration: Description) -> tuple[int, bool]:
-    """The layer to cut at, and whether it is calibrated. configuration: with what its family scores.
+    """The selection layer, and whether it is calibrated. configuration: with the family's way of scoring.
 
     Raises:
-        UserError: the recipe's layer is not within the model.
+        UserError: the model has no such layer.
     """
     layers, cuts = configuration.model.decoder.layers, configuration.model.decoder.cuts
     default = configuration.family.default_layer(configuration.model.decoder)
@@ -198,7 +198,7 @@ def calibrated_layer(path: Path, configuration: Description) -> int:
     """The layer that a calibration of this model proposes.
 
     Raises:
-        UserError: the file is no calibration, or of another model, or its layer is not within the model.
+        UserError: the file is not a calibration, is of another model, or proposes a layer that the model does not have.
     """
     found, sizes = read_calibration(path), configuration.model.decoder
     if (found.family, found.decoder.layers, found.decoder.hidden_size) != (
@@ -219,10 +219,10 @@ def calibrated_layer(path: Path, configuration: Description) -> int:
 
 
 def check_all_used(weights: Weights, family: Family, graphs: Iterable[ir.Model]) -> None:
-    """Refuse a checkpoint with tensors that no graph takes: it is larger than its config.json says.
+    """Check that the graphs take every tensor of a checkpoint. Otherwise it is larger than its config.json says.
 
     Raises:
-        UserError: there are such tensors.
+        UserError: no graph takes a tensor.
     """
     stem = table_stem(weights.tensors)
     table = {EMBEDDING} if stem is None else {f"{stem}.packed", f"{stem}.scales"}
@@ -237,7 +237,7 @@ def check_all_used(weights: Weights, family: Family, graphs: Iterable[ir.Model])
 
 
 def save_graph(graph: ir.Model, path: Path) -> str:
-    """Write a graph, its weights left as external data, after a strict inference of types and shapes.
+    """Write a graph after a strict inference of types and shapes. Its weights stay external data.
 
     Returns the file's SHA-256.
 
@@ -263,9 +263,9 @@ def packed_types(graph: ir.Model) -> list[onnx.ValueInfoProto]:
 
 
 def copy_processor_files(checkpoint: Checkpoint, configuration: Configuration, folder: Path) -> None:
-    """Write what the checkpoint says of text, pictures and itself, under one name each.
+    """Write the checkpoint's files on text, pictures and itself, each under one name.
 
-    The manifest holds the settings.
+    The manifest contains the settings.
     """
     prompts = configuration.prompts
     (folder / CHAT_TEMPLATE).write_text(prompts.chat_template, encoding="utf-8")
@@ -290,7 +290,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def embedding_table(weights: Weights, shape: tuple[int, int]) -> EmbeddingTable:
-    """Where a bundle's token embeddings lie. shape: vocabulary and hidden size."""
+    """The place of a bundle's token embeddings. shape: vocabulary and hidden size."""
     stem = table_stem(weights.tensors)
     if stem is None:
         stored, packed = weights.find(EMBEDDING, shape), None

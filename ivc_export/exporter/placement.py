@@ -45,7 +45,7 @@ _LAG = 64
 
 @dataclass(frozen=True)
 class FileConversion:
-    """A weight file with other tensors or dtypes. tensors: where each comes from and how it will be, in their order."""
+    """A weight file with other tensors or dtypes. tensors: the source and the new form of each, in their order."""
 
     header: bytes
     tensors: tuple[tuple[Source, StoredTensor], ...]
@@ -59,9 +59,10 @@ class FileConversion:
 def plan_conversions(
     tensors: Iterable[StoredTensor], dtype: FloatName | None, derived: Iterable[DerivedTensor] = ()
 ) -> dict[Path, FileConversion]:
-    """Lay out anew the files that hold floats of other dtypes than `dtype`, unless it is None; other files stay.
+    """Plan new layouts for the files that contain floats of other dtypes than `dtype`, unless it is None. Other files
+    stay.
 
-    derived: tensors that join the file of their first source, and take the place of all of their sources.
+    derived: tensors that go into the file of their first source, and replace all of their sources.
     """
     derived = list(derived)
     by_file: dict[Path, list[Source]] = {}
@@ -79,10 +80,10 @@ def plan_conversions(
 
 
 def lay_out(file: Path, sources: Sequence[Source], dtype: FloatName | None) -> FileConversion:
-    """The file as it will be: these tensors, floats in `dtype`, or in their own for None.
+    """The new layout of a file with these tensors, floats in `dtype`, or in their own dtype for None.
 
-    They keep their order, unless there are derived ones: then wider numbers come first, so that all lie at multiples
-    of their size. Source: the safetensors format; its header is padded with spaces to a multiple of 8 bytes.
+    Tensors keep their order, unless some are derived. Then wider numbers come first, so that all are at multiples of
+    their size. Source: the safetensors format; its header is padded with spaces to a multiple of 8 bytes.
     """
     if any(isinstance(source, DerivedTensor) for source in sources):
         sources = sorted(sources, key=lambda source: -width(source, dtype))
@@ -112,14 +113,15 @@ def lay_out(file: Path, sources: Sequence[Source], dtype: FloatName | None) -> F
 
 
 def width(source: Source, dtype: FloatName | None) -> int:
-    """Bytes of one of its numbers, floats in `dtype`."""
+    """Size in bytes of one of its numbers, floats in `dtype`."""
     if dtype is not None and source.dtype in FLOATS:
         return FLOATS[dtype].bytes
     return source.length // max(1, math.prod(source.shape))
 
 
 def converted_weights(weights: Weights, conversions: Mapping[Path, FileConversion], dtype: FloatName | None) -> Weights:
-    """The same weights where `conversions` puts them, in `dtype`, or in their own for None; derived ones are stored."""
+    """The same weights at the places that `conversions` gives them, in `dtype`, or in their own dtype for None. Derived
+    tensors are stored."""
     moved = {(old.file, old.name): new for conversion in conversions.values() for old, new in conversion.tensors}
     stored = {name: moved.get((t.file, t.name), t) for name, t in weights.tensors.items()}
     written = {name: moved[t.file, t.name] for name, t in weights.derived.items()}
@@ -133,7 +135,7 @@ def place_weights(
     folder: Path,
     progress: ByteProgress,
 ) -> tuple[WeightFile, ...]:
-    """Bring the weight files to `folder`/weights under their own names, hashed in the pass that writes them.
+    """Bring the weight files to `folder`/weights under their own names. They are hashed while they are written.
 
     Raises:
         UserError: they cannot be linked, the disk is too small, or a value does not fit its new dtype.
@@ -166,7 +168,7 @@ def place_weights(
 
 
 def weight_file(file: Path, sha256: str | None) -> WeightFile:
-    """What the manifest says of a weight file."""
+    """A weight file's entry in the manifest."""
     return WeightFile(
         file=f"{FOLDER}/{file.name}", size=file.stat().st_size, header_sha256=header_sha256(file), sha256=sha256
     )
@@ -175,10 +177,11 @@ def weight_file(file: Path, sha256: str | None) -> WeightFile:
 def link(source: Path, target: Path) -> WeightFile:
     """Hard-link the real file behind `source`: onnxruntime refuses external data behind a symbolic link.
 
-    A file of the hub's cache is named by its SHA-256; of others the hash is left out, since nothing is read.
+    A file of the hub's cache has its SHA-256 as its name. For other files the hash is left out, because nothing is
+    read.
 
     Raises:
-        UserError: the file system cannot.
+        UserError: the file system cannot make hard links.
     """
     real = source.resolve()
     try:
@@ -196,7 +199,7 @@ def link(source: Path, target: Path) -> WeightFile:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuse before the first byte what the disk cannot hold.
+    """Check before the first byte that the disk has enough space.
 
     Raises:
         UserError: it is too small.
@@ -210,7 +213,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def copy_hashed(source: Path, target: Path, progress: Callable[[int], None]) -> str:
-    """Copy a file within the kernel, and return its SHA-256, computed in a second thread a piece at a time.
+    """Copy a file within the kernel. Return its SHA-256, which a second thread computes piece by piece.
 
     progress: called with the bytes copied so far.
     """
@@ -255,7 +258,7 @@ def write_hashed(chunks: Iterator[memoryview], target: Path, progress: Callable[
 
 
 def convert(conversion: FileConversion) -> Iterator[memoryview]:
-    """The bytes of a file as it will be, a piece at a time.
+    """The bytes of a file in its new layout, piece by piece.
 
     Raises:
         UserError: values are too large for float16, or the file ends early.
@@ -277,7 +280,7 @@ def convert(conversion: FileConversion) -> Iterator[memoryview]:
 
 
 def cast_piece(values: npt.NDArray[Any], before: Source, after: StoredTensor) -> memoryview:
-    """The bytes of a piece of a tensor in its new dtype. values: of one axis.
+    """The bytes of a piece of a tensor in its new dtype. values: one-dimensional.
 
     Raises:
         UserError: finite values become infinite.

@@ -34,7 +34,7 @@ TOKENS = "huggingface.co/settings/tokens"
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where a bundle came to be. licensed: whether the card names the base model's licence."""
+    """Where a bundle was uploaded to. licensed: whether the card names the base model's licence."""
 
     repo: str
     commit: str
@@ -43,10 +43,10 @@ class Pushed:
 
 
 def check_push(repo: str, private: bool = False) -> None:
-    """Refuse, before any work, a repository that cannot take a bundle; nothing is written.
+    """Check, before any work, that a repository can take a bundle. Nothing is written.
 
     Raises:
-        UserError: the name is none, there is no token, or the hub says no; or see check_takes_bundle.
+        UserError: the name is not valid, there is no token, or the hub refuses; or see check_takes_bundle.
     """
     if not is_hub_id(repo):
         raise UserError(f"{repo} is no name of a repository: give --push-to-hub owner/name")
@@ -65,13 +65,13 @@ def check_push(repo: str, private: bool = False) -> None:
 
 
 def push(bundle: Bundle, repo: str, private: bool = False) -> Pushed:
-    """Upload a bundle, with a card, in the place of one that the repository may hold; it is made where there is none.
+    """Upload a bundle with a card. It replaces a bundle in the repository. The repository is created if there is none.
 
-    Engines and reports stay here: engines fit one machine, and reports show pictures. private: of a new repository.
+    Engines and reports are not uploaded: engines fit one machine, and reports show pictures. private: of a new
+    repository.
 
     Raises:
-        UserError: the hub does not take it, and the repository is as it was; or see read_checked, read_origin and
-            shared_files.
+        UserError: the hub refuses, and the repository is unchanged; or see read_checked, read_origin and shared_files.
     """
     import huggingface_hub
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -101,7 +101,7 @@ def push(bundle: Bundle, repo: str, private: bool = False) -> Pushed:
 
 
 def shared_files(bundle: Bundle) -> list[str]:
-    """Files of a bundle that are for others, relative to its folder: its graphs, weights, and what is beside them.
+    """Files of a bundle to share, relative to its folder: its graphs, weights, and the files beside them.
 
     Raises:
         UserError: one of them is a link that leaves the folder.
@@ -115,16 +115,15 @@ def shared_files(bundle: Bundle) -> list[str]:
 
 
 def is_of_bundle(name: str) -> bool:
-    """Whether a file of a repository is one that a push may have written, its card left aside."""
+    """Whether a push may have written a file of a repository; the card does not count."""
     return any(fits(Path(name), pattern) for pattern in (*shared_patterns(), WEIGHTS))
 
 
 def check_takes_bundle(info: ModelInfo, private: bool) -> list[str]:
-    """The names of a repository's files; refuse one that cannot take a bundle.
+    """Check that a repository can take a bundle, and return the names of its files.
 
     Raises:
-        UserError: it holds something and no bundle, also where its manifest is another program's; or it is public and
-            should be private.
+        UserError: it has files but no bundle of ours, or it is public and should be private.
     """
     names = [sibling.rfilename for sibling in info.siblings or ()]
     held = [name for name in names if not any(fits(Path(name), kept) for kept in KEPT)]
@@ -143,7 +142,7 @@ def check_takes_bundle(info: ModelInfo, private: bool) -> list[str]:
 
 @contextmanager
 def upload_errors(repo: str, advice: str) -> Iterator[None]:
-    """Turn what the hub's library raises into one sentence, which `advice` ends."""
+    """Turn errors of the hub's library into one sentence, which ends with `advice`."""
     from huggingface_hub import errors
 
     try:

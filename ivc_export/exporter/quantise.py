@@ -25,7 +25,7 @@ Role = Literal["decoder", "lm_head", "vision"]
 
 @dataclass(frozen=True)
 class Linear:
-    """A product of a model. norm: the weight of the RMSNorm that its input comes from, if it does."""
+    """A product of a model. norm: the weight of the RMSNorm that gives its input, if there is one."""
 
     name: str
     out: int
@@ -52,7 +52,7 @@ def linears(model: Model) -> dict[str, Linear]:
 
 
 def packings(q: Quantisation) -> dict[Role, Packing]:
-    """How the layers of each role are packed that are rounded."""
+    """For each role of layers that is rounded, how its layers are packed."""
 
     def packing(name: str, zero_points: bool = False) -> Packing:
         return Packing(next(bits for bits in BITS if name == f"int{bits}"), q.group_size, zero_points)
@@ -73,10 +73,12 @@ def shares_table(q: Quantisation, model: Model) -> bool:
 
 
 def check_stored(q: Quantisation, stored: WeightFormat, model: Model, packed: bool) -> None:
-    """Check that a checkpoint's weights can be rounded so. packed: whether the graphs may hold weights in 4 and 8 bits.
+    """Check that a checkpoint's weights can be rounded as wanted. packed: whether the graphs may have weights in 4 and
+    8 bits.
 
     Raises:
-        UserError: they are quantised already, or the graphs may not, or a table would be stored twice for nothing.
+        UserError: they are quantised already, the graphs may not have them, or a table would be stored twice for
+            nothing.
     """
     if not q.rounds:
         return
@@ -112,7 +114,7 @@ def planned_formats(q: Quantisation, stored: WeightFormat, model: Model) -> dict
 
 
 def plan_table(q: Quantisation, model: Model, weights: PlannedWeights) -> None:
-    """Ask for the table of embeddings."""
+    """Request the table of embeddings."""
     vocabulary, hidden = model.decoder.vocab_size, model.decoder.hidden_size
     if not q.embeddings:
         weights.external(EMBEDDING, (vocabulary, hidden))
@@ -124,12 +126,12 @@ def plan_table(q: Quantisation, model: Model, weights: PlannedWeights) -> None:
 
 
 def round_weights(weights: Weights, q: Quantisation, model: Model, dtype: FloatName) -> Weights:
-    """The weights with layers and embeddings to be rounded as tensors that are derived from those stored.
+    """The weights in which layers and embeddings to round are tensors derived from the stored ones.
 
     dtype: of the bundle.
 
     Raises:
-        UserError: a layer's weight is missing, misshapen, no floats, or quantised already.
+        UserError: a layer's weight is missing, has another shape, is not of floats, or is quantised already.
     """
     if not q.rounds:
         return weights
@@ -167,7 +169,7 @@ def round_weights(weights: Weights, q: Quantisation, model: Model, dtype: FloatN
 
 
 def table_stem(tensors: Mapping[str, StoredTensor | DerivedTensor]) -> str | None:
-    """What the tensors of a bundle's table in 8 bits are called, without their ends; None where it holds floats."""
+    """The beginning of the names of a bundle's 8-bit embedding tensors. None if the table is of floats."""
     if EMBEDDING in tensors:
         return None
     return TABLE if f"{TABLE}.packed" in tensors else EMBEDDING

@@ -19,22 +19,22 @@ FORMATS: dict[str, Callable[[Checkpoint], WeightFormat | None]] = {
     "fp8": detect_fp8,
     "gptq": detect_gptq,
 }
-"""What finds a format in a checkpoint's JSON files, by the format's name."""
+"""For each format, the function that recognises it by a checkpoint's JSON files."""
 
 BUNDLED = (FLOAT.name, *(f"int{bits}" for bits in BITS))
-"""What layers are in bundles, as manifests call it, whatever the checkpoint's format was."""
+"""The formats of layers in bundles, as manifests name them. They do not depend on the checkpoint's format."""
 
 
 def detect_format(checkpoint: Checkpoint) -> WeightFormat:
-    """How a checkpoint stores its linear layers, as its JSON files say: as floats where no format knows it.
+    """Find how a checkpoint stores its linear layers, by its JSON files. If no format recognises it, they are floats.
 
     Raises:
-        UserError: a file is damaged, or a format does not know its settings.
+        UserError: a file is damaged, or a format does not support its settings.
     """
     found = (find(checkpoint) for find in FORMATS.values())
     return next((one for one in found if one is not None), FLOAT)
 
 
 def has_format(name: str) -> bool:
-    """Whether this version has layers of this name in bundles."""
+    """Whether this version supports layers of this format in bundles."""
     return name in BUNDLED or name in FORMATS

@@ -31,10 +31,10 @@ COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def detect_awq(checkpoint: Checkpoint) -> WeightFormat | None:
-    """The format, where config.json says that a checkpoint has it.
+    """The format, if config.json says that a checkpoint has it.
 
     Raises:
-        UserError: its settings are none that this version knows.
+        UserError: this version does not support its settings.
     """
     s = stated(checkpoint, "awq", "AWQ")
     if s is None:

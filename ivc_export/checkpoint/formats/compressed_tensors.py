@@ -31,10 +31,10 @@ NONE = (None,)
 
 
 def detect_pack_quantized(checkpoint: Checkpoint) -> WeightFormat | None:
-    """The format, where config.json says that a checkpoint has it.
+    """The format, if config.json says that a checkpoint has it.
 
     Raises:
-        UserError: its settings are none that this version knows.
+        UserError: this version does not support its settings.
     """
     s = stated(checkpoint, "compressed-tensors", TITLE)
     if s is None or s.settings.get("format") != "pack-quantized":
@@ -52,10 +52,10 @@ def detect_pack_quantized(checkpoint: Checkpoint) -> WeightFormat | None:
 
 
 def weight_settings(s: Stated) -> Stated:
-    """What `config_groups` says of weights, where all groups say the same.
+    """The settings of weights in `config_groups`, which must be the same in all groups.
 
     Raises:
-        UserError: they do not, or there are none, or activations are quantised.
+        UserError: they differ, there are none, or activations are quantised.
     """
     groups = s.part("config_groups")
     found = [groups.part(name) for name in groups.settings]
@@ -68,10 +68,10 @@ def weight_settings(s: Stated) -> Stated:
 
 
 def read_packing(s: Stated) -> tuple[Packing, bool]:
-    """How layers are packed, and whether each says the group of its values.
+    """How layers are packed, and whether each stores the group of its values.
 
     Raises:
-        UserError: the settings are none that this version knows.
+        UserError: this version does not support the settings.
     """
     weights = weight_settings(s)
     groups = s.part("config_groups")
@@ -87,10 +87,10 @@ def read_packing(s: Stated) -> tuple[Packing, bool]:
 
 
 def read_packed(tensors: Mapping[str, StoredTensor], name: str, packing: Packing, ordered: bool) -> PackedLayer:
-    """One layer.
+    """Read one layer.
 
     Raises:
-        UserError: a tensor is missing, of another dtype or shape, or has values that the format does not know.
+        UserError: a tensor is missing, has another dtype or shape, or has values that the format does not allow.
     """
     bits, fill = packing.bits, 32 // packing.bits
     packed = find_shaped(tensors, f"{name}.weight_packed", "I32", (None, None))

@@ -28,10 +28,10 @@ FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 def detect_fp8(checkpoint: Checkpoint) -> WeightFormat | None:
-    """The format, where JSON files say that a checkpoint has it.
+    """The format, if JSON files say that a checkpoint has it.
 
     Raises:
-        UserError: its settings are none that this version knows.
+        UserError: this version does not support its settings.
     """
     if (s := stated(checkpoint, "fp8", "FP8")) is not None:
         return fp8_format(read_block(s))
@@ -53,10 +53,10 @@ def detect_fp8(checkpoint: Checkpoint) -> WeightFormat | None:
 
 
 def read_block(s: Stated) -> tuple[int, int]:
-    """Rows and columns that share a scale.
+    """How many rows and columns share a scale.
 
     Raises:
-        UserError: they are no two sizes.
+        UserError: these are not two sizes.
     """
     found = s.settings.get("weight_block_size")
     if not isinstance(found, list) or len(found) != 2 or not all(type(n) is int and n > 0 for n in found):
@@ -65,7 +65,7 @@ def read_block(s: Stated) -> tuple[int, int]:
 
 
 def fp8_format(block: tuple[int, int] | None) -> WeightFormat:
-    """The format. block: see read_block; None for a scale a row, or one for all."""
+    """The format. block: see read_block; None for one scale for each row, or one for all."""
     marker = ".weight_scale" if block is None else ".weight_scale_inv"
 
     def read(tensors: Mapping[str, StoredTensor]) -> Layers:

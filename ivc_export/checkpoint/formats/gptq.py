@@ -28,14 +28,14 @@ from ivc_export.checkpoint.formats.weight_format import WeightFormat
 from ivc_export.errors import UserError
 
 LESS = {"gptq": 1, "gptq_v2": 0}
-"""What stored zero points are less than what they mean, by `checkpoint_format`."""
+"""By how much stored zero points are less than their meaning, for each `checkpoint_format`."""
 
 
 def detect_gptq(checkpoint: Checkpoint) -> WeightFormat | None:
-    """The format, where config.json says that a checkpoint has it.
+    """The format, if config.json says that a checkpoint has it.
 
     Raises:
-        UserError: its settings are none that this version knows.
+        UserError: this version does not support its settings.
     """
     s = stated(checkpoint, "gptq", "GPTQ")
     if s is None:
@@ -59,7 +59,7 @@ def detect_gptq(checkpoint: Checkpoint) -> WeightFormat | None:
 
 
 def read_left_out(s: Stated) -> list[str]:
-    """Patterns of layers that are floats, of GPTQModel's `dynamic`.
+    """Patterns of layers that are floats, from GPTQModel's `dynamic`.
 
     Raises:
         UserError: it gives layers settings of their own.
@@ -71,7 +71,8 @@ def read_left_out(s: Stated) -> list[str]:
 
 
 def read_only(s: Stated) -> list[str]:
-    """Names within a block of the layers that are packed, of `modules_in_block_to_quantize`; none for all of them."""
+    """Names of the packed layers within a block, from `modules_in_block_to_quantize`. Empty if all layers are
+    packed."""
     found: Any = s.settings.get("modules_in_block_to_quantize") or []
     parts = found if isinstance(found, list) else []
     return [name for part in parts for name in (part if isinstance(part, list) else [part]) if isinstance(name, str)]
@@ -80,10 +81,10 @@ def read_only(s: Stated) -> list[str]:
 def read_gptq(
     tensors: Mapping[str, StoredTensor], name: str, packing: Packing, less: int, needs_order: bool
 ) -> PackedLayer:
-    """One layer. less: see LESS.
+    """Read one layer. less: see LESS.
 
     Raises:
-        UserError: a tensor is missing, of another dtype or shape, or has values that the format does not know.
+        UserError: a tensor is missing, has another dtype or shape, or has values that the format does not allow.
     """
     bits, fill = packing.bits, 32 // packing.bits
     qweight = find_shaped(tensors, f"{name}.qweight", "I32", (None, None))

@@ -35,11 +35,11 @@ BITS = (4, 8)
 class Packing:
     """How layers are packed.
 
-    group: values of a row that share a scale; None for all of them. zero_points: whether groups have their own.
-    ordered: whether values are in another order than x's columns.
+    group: how many values of a row share a scale; None for the whole row. zero_points: whether groups have zero points.
+    ordered: whether values are stored in another order than x's columns.
 
     Raises:
-        UserError: the group's size is none that blocks can make up.
+        UserError: blocks cannot make up groups of this size.
     """
 
     bits: int
@@ -57,31 +57,32 @@ class Packing:
 
     @property
     def name(self) -> str:
-        """What manifests call it."""
+        """Its name in manifests."""
         return f"int{self.bits}"
 
     @property
     def middle(self) -> int:
-        """The zero point of what has none of its own."""
+        """The zero point of layers without zero points."""
         return 1 << (self.bits - 1)
 
     def groups(self, features: int) -> int:
-        """Groups of a row of so many values."""
+        """Number of groups in a row of so many values."""
         return -(-features // (self.group or features))
 
     def block(self, features: int) -> int:
-        """Values of a block of such a row: the largest power of two that makes up groups, or that a row fills."""
+        """Number of values in a block of such a row: the largest power of two that makes up groups, or that a row
+        fills."""
         fits = LEAST_BLOCK
         while fits < MOST_BLOCK and (self.group % (2 * fits) == 0 if self.group else fits < features):
             fits *= 2
         return fits
 
     def blocks(self, features: int) -> int:
-        """Blocks of such a row; the last may be short."""
+        """Number of blocks in such a row. The last may be short."""
         return -(-features // self.block(features))
 
     def spread(self, per_group: npt.NDArray[Any], features: int) -> npt.NDArray[Any]:
-        """[out, groups] as [out, blocks]."""
+        """Repeat values of groups for their blocks: [out, groups] to [out, blocks]."""
         block = self.block(features)
         group_of_block = np.arange(self.blocks(features)) * block // (self.group or features)
         return per_group[:, group_of_block]
@@ -107,7 +108,7 @@ def packed_linear(
 
 
 def pack_values(values: Bytes, bits: int) -> Bytes:
-    """Values along the last axis as bytes, lowest bits first; an odd one fills its byte with zeros.
+    """Pack values along the last axis into bytes, lowest bits first. An odd number of them is filled up with zeros.
 
     values: [..., n], each below 2^bits; returns [..., ceil(n bits / 8)].
     """
@@ -119,7 +120,7 @@ def pack_values(values: Bytes, bits: int) -> Bytes:
 
 
 def unpack_values(stored: Bytes, bits: int, count: int | None = None) -> Bytes:
-    """Undo `pack_values`. count: of values along the last axis; None for all that the bytes hold."""
+    """Undo `pack_values`. count: number of values along the last axis; None for all in the bytes."""
     if bits == 8:
         return stored[..., :count]
     values = np.stack([stored & np.uint8(15), stored >> np.uint8(4)], axis=-1)
@@ -127,7 +128,7 @@ def unpack_values(stored: Bytes, bits: int, count: int | None = None) -> Bytes:
 
 
 def pack_blocks(values: Bytes, packing: Packing) -> Bytes:
-    """Rows of values, [rows, in], as a bundle's: [rows, blocks, block bits / 8]; the last block is filled up."""
+    """Pack rows of values [rows, in] as in a bundle: [rows, blocks, block bits / 8]. The last block is filled up."""
     rows, features = values.shape
     width = packing.blocks(features) * packing.block(features)
     if width > features:
@@ -138,9 +139,9 @@ def pack_blocks(values: Bytes, packing: Packing) -> Bytes:
 def dequantise(
     packed: Bytes, scales: Floats, zero_points: Bytes | None, bits: int, features: int
 ) -> npt.NDArray[np.float32]:
-    """What a bundle's tensors mean, in the order that their values are in: [out, features].
+    """The values of a bundle's tensors, in their stored order: [out, features].
 
-    Exact where scales have no more than 16 bits of mantissa: stored values less zero points have 8.
+    This is exact if scales have at most 16 bits of mantissa: stored values less zero points have 8.
     """
     out, blocks, _ = packed.shape
     zero = (
@@ -155,7 +156,7 @@ def dequantise(
 
 
 def row_pieces(rows: int, width: int, most: int = 1 << 22) -> Iterator[slice]:
-    """Rows of so many values in pieces of about `most` values."""
+    """Ranges of rows of so many values, with about `most` values each."""
     step = max(1, most // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

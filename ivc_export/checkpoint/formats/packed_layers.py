@@ -51,7 +51,7 @@ class PackedLayer:
     order: Order | None = None
 
     def tensors(self) -> dict[str, DerivedTensor]:
-        """What a bundle holds of it, by name."""
+        """The tensors of a bundle for it, by name."""
         p, width = self.packing, self.packing.blocks(self.features)
         block = p.block(self.features)
 
@@ -106,7 +106,7 @@ class PackedLayer:
         """Its scales.
 
         Raises:
-            UserError: one is zero, infinite or no number.
+            UserError: one is zero, infinite or NaN.
         """
         scales, wide = self.scales(), self.scales().astype(np.float32)
         if not np.isfinite(wide).all() or not wide.all():
@@ -125,9 +125,9 @@ ReadLayer = Callable[[Mapping[str, StoredTensor], str], PackedLayer]
 def packed_format(
     name: str, title: str, packing: Packing, marker: str, covers: Callable[[str], bool], read_layer: ReadLayer
 ) -> WeightFormat:
-    """The format of a checkpoint whose layers are all packed in one way.
+    """The format of a checkpoint that packs all its layers in one way.
 
-    title: as a user knows the format. marker: the end of the name of a tensor that every such layer has.
+    title: the format's name for users. marker: the end of the name of a tensor that every such layer has.
     """
 
     def layers(tensors: Mapping[str, StoredTensor]) -> list[PackedLayer]:
@@ -171,7 +171,7 @@ def packed_format(
 
 
 def whole(tensor: StoredTensor) -> npt.NDArray[Any]:
-    """All of a tensor of floats, int32 or int64."""
+    """The whole content of a tensor of floats, int32 or int64."""
     kinds: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
     kinds |= {name: one.numpy for name, one in FLOATS.items()}
     stored = bytearray()
@@ -184,10 +184,10 @@ def whole(tensor: StoredTensor) -> npt.NDArray[Any]:
 def find_shaped(
     tensors: Mapping[str, StoredTensor], name: str, dtype: str | None, shape: tuple[int | None, ...]
 ) -> StoredTensor:
-    """A tensor of this dtype and shape, of which None is any extent; see find_tensor.
+    """Find a tensor of this dtype and shape, in which None is any size; see find_tensor.
 
     Raises:
-        UserError: it is missing, or of another dtype or shape.
+        UserError: it is missing, or has another dtype or shape.
     """
     tensor = find_tensor(tensors, name, dtype)
     fits = len(tensor.shape) == len(shape) and all(w in (None, s) for s, w in zip(tensor.shape, shape, strict=True))
@@ -201,10 +201,10 @@ def find_shaped(
 
 
 def find_scales(tensors: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...]) -> StoredTensor:
-    """A tensor of scales, which are floats; see find_shaped.
+    """Find a tensor of scales, which are floats; see find_shaped.
 
     Raises:
-        UserError: see find_shaped; or they are no floats.
+        UserError: see find_shaped; or they are not floats.
     """
     tensor = find_shaped(tensors, name, None, shape)
     if tensor.dtype not in FLOATS:
@@ -216,10 +216,11 @@ def find_scales(tensors: Mapping[str, StoredTensor], name: str, shape: tuple[int
 
 
 def read_order(tensor: StoredTensor | None, features: int, packing: Packing) -> Order | None:
-    """The order that brings a row's values into groups, from the group of each; None where they are in groups.
+    """From the group of each value of a row, compute the order that brings them into groups. None if they are in groups
+    already.
 
     Raises:
-        UserError: there is none where the packing has one, or the groups are none that it knows.
+        UserError: the packing needs an order and there is none, or the groups are not possible.
     """
     if tensor is None:
         return None
@@ -247,5 +248,5 @@ def read_order(tensor: StoredTensor | None, features: int, packing: Packing) -> 
 
 
 def unpack_words(words: npt.NDArray[np.int32], bits: int) -> Bytes:
-    """Values along the last axis of int32 words, lowest bits first: [..., n] as [..., 32 n / bits]."""
+    """Unpack int32 words along the last axis, lowest bits first: [..., n] to [..., 32 n / bits]."""
     return unpack_values(np.ascontiguousarray(words).view(np.uint8), bits)

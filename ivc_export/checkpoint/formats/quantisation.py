@@ -16,17 +16,17 @@ OTHER = "give another checkpoint of the model, or the one that it was made from"
 
 @dataclass(frozen=True)
 class Stated:
-    """Settings of one quantisation. place, title: the checkpoint and the format, as a user knows them."""
+    """Settings of one quantisation. place, title: names of the checkpoint and the format for users."""
 
     place: str
     title: str
     settings: Mapping[str, Any]
 
     def value(self, key: str, known: Collection[Any], default: Any = None) -> Any:
-        """One setting; `default` where there is none, or it is null.
+        """One setting, or `default` if it is missing or null.
 
         Raises:
-            UserError: it is none of those that are known.
+            UserError: this version does not support the value.
         """
         found = self.settings.get(key)
         found = default if found is None else found
@@ -35,10 +35,10 @@ class Stated:
         return found
 
     def group(self, key: str = "group_size") -> int | None:
-        """Values of a row that share a scale; None for all of them.
+        """How many values of a row share a scale. None for the whole row.
 
         Raises:
-            UserError: it is no such number.
+            UserError: it is not such a number.
         """
         found = self.settings.get(key)
         if type(found) is not int or (found < 1 and found != -1):
@@ -46,10 +46,10 @@ class Stated:
         return None if found == -1 else found
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """A list of texts; none where there is none.
+        """A list of texts. Empty if it is missing.
 
         Raises:
-            UserError: it is something else.
+            UserError: it is not a list of texts.
         """
         found = self.settings.get(key)
         found = [] if found is None else found
@@ -61,7 +61,7 @@ class Stated:
         """The settings within one of them.
 
         Raises:
-            UserError: it is no object.
+            UserError: it is not an object.
         """
         found = self.settings.get(key)
         if not isinstance(found, Mapping):
@@ -69,7 +69,7 @@ class Stated:
         return Stated(self.place, self.title, found)
 
     def unknown(self, key: str, found: Any, known: str) -> UserError:
-        """The sentence on a setting that this version does not know."""
+        """The sentence on a setting that this version does not support."""
         return UserError(
             f"{self.place} is quantised ({self.title}, with {key} {text(found)}), and this version reads {self.title} "
             f"with {known}: {OTHER}"
@@ -77,16 +77,16 @@ class Stated:
 
 
 def text(value: Any) -> str:
-    """A value in a sentence: short, and on one line."""
+    """A value as part of a sentence: short, and on one line."""
     shown = "missing" if value is None else repr(value) if isinstance(value, str) else str(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def stated(checkpoint: Checkpoint, method: str, title: str) -> Stated | None:
-    """What config.json says, if it names this `quant_method`.
+    """The settings in config.json, if they name this `quant_method`.
 
     Raises:
-        UserError: it speaks of another quantisation, too.
+        UserError: config.json describes another quantisation too.
     """
     config = checkpoint.config
     parts = [part.get(KEY) for part in (config, *config.values()) if isinstance(part, Mapping)]
@@ -103,7 +103,7 @@ def stated(checkpoint: Checkpoint, method: str, title: str) -> Stated | None:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a layer is meant: by its name, by a part of it between dots, or by `re:` and a regular expression."""
+    """Whether a pattern matches a layer: its name, a part of it between dots, or `re:` and a regular expression."""
     if pattern.startswith("re:"):
         try:
             return re.match(pattern[3:], name) is not None
@@ -113,6 +113,6 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def in_decoder(layer: str, left_out: Iterable[str] = ()) -> bool:
-    """Whether a canonical name is of a decoder layer's product, and not among those that are left out."""
+    """Whether a canonical name is that of a decoder layer's product, and is not left out."""
     names = (layer, f"model.language_model.{layer.removeprefix('model.')}", f"language_model.{layer}")
     return layer.startswith("model.layers.") and not any(matches(n, p) for n in names for p in left_out)

@@ -29,10 +29,10 @@ ROUNDED = "rounded"
 
 
 class RoundedLayer:
-    """One layer; its grid is kept from when its first tensor is written until its values are, which come last.
+    """One layer. It keeps its grid from the time its first tensor is written until its values, the last, are written.
 
-    stem: what its tensors are called, without their ends. weight: [out, in]. dtype: of scales. norm: the weight of an
-    RMSNorm before it, or None.
+    stem: the beginning of its tensors' names. weight: [out, in]. dtype: of scales. norm: the weight of an RMSNorm
+    before it, or None.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RoundedLayer:
         self._grid: Rounding | None = None
 
     def tensors(self) -> dict[str, DerivedTensor]:
-        """What a bundle holds of it, by name."""
+        """The tensors of a bundle for it, by name."""
         p, (out, features) = self.packing, self.weight.shape
         blocks, block, sources = p.blocks(features), p.block(features), (self.weight,)
         found = [DerivedTensor(f"{self.stem}.scales", self.dtype, (out, blocks), sources, self._scales)]
@@ -64,7 +64,7 @@ class RoundedLayer:
         """Its scales, [out, blocks], in their dtype, and zero points less the packing's middle, int8, or 0 for all.
 
         Raises:
-            UserError: a weight is no finite number.
+            UserError: a weight is infinite or NaN.
         """
         if self._grid is None:
             norm = None if self.norm is None else whole(self.norm).astype(np.float32)
@@ -122,11 +122,11 @@ class RoundedLayer:
 
 
 def rounded_format(packing: Packing) -> WeightFormat:
-    """How such layers are multiplied."""
+    """The format by which such layers are multiplied."""
     linear = partial(packed_linear, packing=packing)
     return WeightFormat(ROUNDED, lambda layer: True, lambda tensors: {}, linear, bundled=packing.name)
 
 
 def copied(tensor: StoredTensor, name: str) -> DerivedTensor:
-    """A stored tensor that stays beside what is derived from it. name: canonical."""
+    """A stored tensor that stays in addition to those derived from it. name: canonical."""
     return DerivedTensor(name, tensor.dtype, tensor.shape, (tensor,), tensor.rows)

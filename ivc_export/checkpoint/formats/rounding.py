@@ -51,9 +51,10 @@ def importance_of(norm: Wide | None, features: int) -> Wide:
 
 
 def find_grid(values: Wide, packing: Packing, importance: Wide, dtype: npt.DTypeLike, search: bool = True) -> Rounding:
-    """The grid of each block, in float32. values: [rows, features]; importance: [features]; dtype: scales round to it.
+    """Find the grid of each block, in float32. values: [rows, features]; importance: [features]; dtype: scales are
+    rounded to it.
 
-    search: without, scales are what the largest value asks for, and values round to the nearest.
+    search: without it, scales reach the largest value, and values are rounded to the nearest.
     """
     blocks, weight = split_blocks(values, packing), split_blocks(importance[None], packing)
     find = find_asymmetric if packing.zero_points else find_symmetric
@@ -65,7 +66,7 @@ def find_grid(values: Wide, packing: Packing, importance: Wide, dtype: npt.DType
 
 
 def find_symmetric(blocks: Wide, weight: Wide, packing: Packing, search: bool) -> Rounding:
-    """Scales without zero points. Without a search the largest value is half a step beyond the grid or at its end."""
+    """Scales without zero points. Without a search, the largest value is half a step beyond the grid or at its end."""
     middle, largest = np.float32(packing.middle), np.abs(blocks).max(axis=-1)
     points = np.zeros_like(largest)
     plain = Rounding(largest / (middle - np.float32(0.5)), points)
@@ -93,9 +94,10 @@ def find_asymmetric(blocks: Wide, weight: Wide, packing: Packing, search: bool) 
 
 
 def best_grid(blocks: Wide, weight: Wide, packing: Packing, grids: Iterable[Rounding]) -> Rounding:
-    """Of these grids that of the least weighted squared error, each with the best scale for what it rounds values to.
+    """Of these grids, take the one with the least weighted squared error, each with its best scale.
 
-    That scale is sum(h w q) / sum(h q^2), and the error sum(h w^2) - sum(h w q)^2 / sum(h q^2).
+    The best scale for rounded values q is sum(h w q) / sum(h q^2), and the error is sum(h w^2) - sum(h w q)^2 / sum(h
+    q^2).
     """
     weighted, best = blocks * weight, Rounding(*np.zeros((2, *blocks.shape[:2]), np.float32))
     most, steps = np.full(blocks.shape[:2], -1, np.float32), np.empty_like(blocks)
@@ -140,7 +142,7 @@ def split_blocks(values: Wide, packing: Packing) -> Wide:
 
 
 def side_by_side(work: Callable[[T], R], parts: Iterable[T]) -> Iterator[R]:
-    """What `work` makes of each part, in order, by THREADS threads that run little ahead."""
+    """Apply `work` to each part, and yield the results in order. THREADS threads run a little ahead."""
     with ThreadPoolExecutor(THREADS) as pool:
         pending: deque[Any] = deque()
         for part in parts:

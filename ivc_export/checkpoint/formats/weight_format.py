@@ -18,10 +18,10 @@ from ivc_export.errors import UserError
 
 @dataclass(frozen=True)
 class DerivedTensor:
-    """A tensor of a bundle that is computed from stored ones, which the bundle does not hold.
+    """A tensor of a bundle that is computed from stored tensors, which the bundle does not contain.
 
-    name: canonical. dtype: a key of STORED. pieces: its values in row-major order, in arrays of that dtype of a few MB;
-    called once, when the tensor is written.
+    name: canonical. dtype: a key of STORED. pieces: gives its values in row-major order, in arrays of that dtype of a
+    few MB; called once, when the tensor is written.
     """
 
     name: str
@@ -32,12 +32,12 @@ class DerivedTensor:
 
     @property
     def file(self) -> Path:
-        """The file that holds its first source, and whose copy will hold it."""
+        """The file of its first source. The copy of this file will contain the tensor."""
         return self.sources[0].file
 
     @property
     def length(self) -> int:
-        """Its bytes."""
+        """Its size in bytes."""
         return math.prod(self.shape) * STORED[self.dtype].numpy().itemsize
 
 
@@ -47,7 +47,7 @@ Layers = Mapping[str, Mapping[str, Source]]
 
 
 class Builder(Protocol):
-    """What a format may ask of the graph that it adds a layer to; see graph.builder.Graph."""
+    """What a format may use of the graph to which it adds a layer; see graph.builder.Graph."""
 
     def op(self, op_type: str, *inputs: ir.Value, domain: str = "", **attributes: Any) -> ir.Value:
         """Add a node with one output."""
@@ -64,7 +64,7 @@ class Builder(Protocol):
         """A one-dimensional int64 constant."""
 
     def to_float32(self, x: ir.Value) -> ir.Value:
-        """Begin a float32 stretch: integers become floats by this alone."""
+        """Begin a stretch in float32. It also turns integers into floats."""
 
     def to_graph_dtype(self, x: ir.Value) -> ir.Value:
         """End a float32 stretch."""
@@ -72,18 +72,19 @@ class Builder(Protocol):
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How linear layers of one checkpoint are stored.
+    """How the linear layers of one checkpoint are stored.
 
-    name: what manifests call it.
-    covers: whether a layer of this canonical name is stored so, as JSON files say; for estimates, which see no tensor.
-    read: the layers among a checkpoint's tensors, by canonical names, that are stored so. Raises UserError where a
-        layer lacks a tensor, or has one that the format does not know; see find_tensor.
+    name: the name in manifests.
+    covers: whether the layer of a canonical name is stored in this format, by JSON files; for estimates, which have no
+        tensors.
+    read: finds the layers of this format among a checkpoint's tensors, by canonical names. Raises UserError if a layer
+        lacks a tensor, or has one that the format does not allow; see find_tensor.
     linear: adds `x W^T + b` to a graph: (g, x, name, out, features, bias), as Graph.linear.
-    marker: the end of the name of a tensor that every such layer has, by which they are known in an index of shards.
-    bundled: what manifests call what becomes of a layer, where that is not `name`.
-    dtype: what floats become where an export does not say; None leaves them as they are.
-    floats: the same layers as floats of the same values, for graphs that take nothing else; None where these are.
-    said: what a user should know of it, in a sentence.
+    marker: the end of the name of a tensor that every such layer has, to find layers in an index of shards.
+    bundled: the name in manifests of the converted layer, if it is not `name`.
+    dtype: the dtype of floats, if an export names none; None leaves them as they are.
+    floats: a format that stores the same values as floats, for graphs that take only floats; None if this one does.
+    said: a sentence on the format for users.
     """
 
     name: str
@@ -98,26 +99,26 @@ class WeightFormat:
 
     @property
     def manifest_name(self) -> str:
-        """What manifests call a layer of it."""
+        """The name of its layers in manifests."""
         return self.bundled or self.name
 
     @property
     def as_floats(self) -> WeightFormat:
-        """The format that gives floats of the same values."""
+        """The format that stores the same values as floats."""
         return self.floats or self
 
     def of_index(self, names: Collection[str]) -> WeightFormat:
-        """The same, with layers as an index of shards has them. names: canonical, of its tensors."""
+        """The same format, with the layers of an index of shards. names: canonical names of its tensors."""
         if not self.marker:
             return self
         return replace(self, covers=lambda layer: layer + self.marker in names)
 
 
 def find_tensor(tensors: Mapping[str, StoredTensor], name: str, dtype: str | None = None) -> StoredTensor:
-    """One of a checkpoint's tensors, of this dtype, a key of STORED; of any for None.
+    """Find one of a checkpoint's tensors. dtype: a key of STORED; None allows any.
 
     Raises:
-        UserError: it is missing, or of another dtype.
+        UserError: it is missing, or has another dtype.
     """
     tensor = tensors.get(name)
     if tensor is None:
@@ -131,7 +132,7 @@ def find_tensor(tensors: Mapping[str, StoredTensor], name: str, dtype: str | Non
 
 
 def tensors_of_no_layer(tensors: Mapping[str, StoredTensor], layers: Layers) -> dict[str, StoredTensor]:
-    """Those of a checkpoint's tensors that no layer of a format is stored in or derived from."""
+    """The tensors of a checkpoint that no layer of a format is stored in or derived from."""
     taken = set()
     for parts in layers.values():
         for part in parts.values():

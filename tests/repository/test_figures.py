@@ -188,3 +188,31 @@ def test_what_is_said_of_the_server_was_measured() -> None:
         f"{growth['bytes_a_minute'] / 1000:.1f} kB a minute (95% interval: {low:.1f} to {high:.1f})",
     ):
         assert sentence in text, sentence
+
+
+def test_what_is_said_of_decisions_was_measured() -> None:
+    functions = result("functions-h200")["after_by_before"]["1024 visual tokens, ratio 1"]
+    selecting = {row["visual_tokens"]: row for row in result("select_tokens-cpu")["rows"]}
+    again, compacted = (result("spatial-vl-follow-ups")["ways"][way]["second"] for way in ("again", "compacted"))
+    first = [f"{1000 * way['median_seconds_to_first_text']:.0f} ms" for way in (again, compacted)]
+    (profile,) = (one for one in result("generate-h100")["profiles"] if one["visual_tokens"] == 1024)
+    step, count = profile["decode"], profile["decoded_tokens"]
+    speed = result("export_speed-cpu")
+    ours, plain = (sorted(speed["copy"]["seconds"][name]) for name in ("ivc-export", "cp"))
+    hashing = sorted(speed["copy"]["sha256_alone_seconds"])
+    text = page("docs/decisions.md")
+    for sentence in (
+        f"took {functions['first_token']:.3f} times as long as with graphs of plain operators, and a decode step "
+        f"{functions['decode']:.3f} times as long",
+        f"takes {selecting[1280]['ivc_priority_ms']:.1f} ms for 1,280 visual tokens",
+        f"takes {selecting[1024]['onnxruntime_ms']:.0f} ms for 1,024 visual tokens and "
+        f"{selecting[4096]['onnxruntime_ms']:.0f} ms for 4,096 on two CPU cores, and "
+        f"{selecting[1]['onnxruntime_ms']:.1f} ms in a decode step",
+        f"{right(compacted)} of second answers are right, and {right(again)} if",
+        f"after {first[0]} instead of {first[1]}",
+        f"replaces {step['launches'] // count} launches of small kernels, which take {step['kernel_ms'] / count:.1f}",
+        f"`--weights link` takes {speed['link']['median_seconds']:.1f} s for {speed['parameters'] / 1e9:.1f} B",
+        f"A copy of {speed['copy']['gigabytes']} GB takes {ours[0]:.1f} to {ours[-1]:.1f} s, where `cp` takes "
+        f"{plain[0]:.1f} to {plain[-1]:.1f} s; SHA-256 alone takes {hashing[0]:.1f} to {hashing[-1]:.1f} s",
+    ):
+        assert sentence in text, sentence

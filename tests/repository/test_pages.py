@@ -92,3 +92,10 @@ def test_figures_are_small_and_take_nothing_from_elsewhere(name: str) -> None:
     assert len(figure) < 8_000 and "<text" in figure and "<title" in figure
     assert re.findall(r"\w+://[^\"]*", figure) == ["http://www.w3.org/2000/svg"]
     assert "<image" not in figure and f"]({name})" in read(ROOT / "docs" / "how-it-works.md")
+
+
+def test_the_glossary_is_sorted_and_has_each_term_once() -> None:
+    rows = re.findall(r"^\| \*\*(.+?)\*\* \| (.+) \|$", read(ROOT / "docs" / "glossary.md"), re.MULTILINE)
+    terms = [term.lower() for term, _ in rows]
+    assert len(terms) > 50 and terms == sorted(set(terms))
+    assert all(meaning.endswith(".") for _, meaning in rows)

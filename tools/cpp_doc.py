@@ -1,7 +1,8 @@
-"""docs/cpp-api.md: the C++ runtime's headers, read for what their comments say of each declaration.
+"""Writes docs/cpp-api.md from the declarations in the C++ runtime's headers and their comments.
 
-The headers are of one style: a comment stands on lines of its own in front of a declaration, and of those that follow
-without a blank line, or behind it on its line. Nothing is known of C++ beyond that, brackets and semicolons.
+The headers have one style. A comment stands on its own lines before a declaration, and belongs to all declarations that
+follow without a blank line; or it stands behind a declaration, on its line. This module reads comments, brackets and
+semicolons, and no other part of C++.
 """
 
 from __future__ import annotations
@@ -14,22 +15,23 @@ from pathlib import Path
 
 HEADERS = Path(__file__).parent.parent / "runtime" / "cpp" / "include" / "ivc"
 FIRST = ("ivc.h", "bundle.h", "chat.h", "onnxruntime.h", "tensorrt.h", "device.h", "image.h", "visual.h", "plan.h")
-"""In this order; the others follow by name."""
+"""The first headers, in this order; the others follow by name."""
 LEFT_OUT = ("contract.h",)
-"""Constants alone, generated from the contract."""
+"""Headers with nothing but constants, which are generated from the contract."""
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 TYPE = re.compile(r"(?:typedef )?(?P<kind>class|struct|enum class|enum) (?P<name>\w+)[^;()]*\{", re.DOTALL)
 ACCESS = re.compile(r"(public|private|protected):")
 SKIPPED = re.compile(r'(?:#(?:[^\n]*\\\n)*[^\n]*|extern "C" \{|namespace \w* ?\{|using [^;=]*;|friend [^;]*;)')
 BUILT = re.compile(r"(~?\w+\(.*\) = (default|delete)|operator=)|^~")
-"""What every class has."""
+"""Members that every class has."""
 
 
 @dataclass
 class Declaration:
-    """code: without the bodies of functions. about: what its comment says. group: those of one number share a comment.
+    """A declaration and its comment.
 
-    behind: whether the comment stands behind it. members: of a class or struct, the public ones.
+    code: without the bodies of functions. about: the comment. group: declarations of one number share a comment.
+    behind: whether the comment stands behind it. members: the public ones of a class or struct.
     """
 
     code: str
@@ -40,13 +42,13 @@ class Declaration:
 
     @property
     def is_function(self) -> bool:
-        """Whether it is called."""
+        """Whether it is a function."""
         plain = not TYPE.match(self.code) and not self.code.startswith(("typedef", "constexpr", "using"))
         return plain and "(" in self.code.partition("=")[0]
 
     @property
     def heading(self) -> str:
-        """What it is called in the page's table of contents; none of functions and values."""
+        """Its heading on the page; empty for functions and values."""
         found = TYPE.match(self.code)
         return f"{found['kind']} {found['name']}" if found else ""
 
@@ -58,7 +60,7 @@ def said(comment: str) -> str:
 
 
 def end_of(text: str, start: int) -> int:
-    """Where a declaration ends: behind its semicolon, or its body."""
+    """Where a declaration ends: after its semicolon or its body."""
     depth, at = 0, start
     while at < len(text):
         comment = COMMENT.match(text, at)
@@ -108,7 +110,7 @@ def read(text: str) -> Iterator[Declaration]:
 
 
 def declared(code: str, about: str, group: int, behind: bool) -> Declaration:
-    """A declaration, its function's body left out, or its members read."""
+    """A declaration, without the body of a function, or with the members of a class."""
     kind = TYPE.match(code)
     if kind and kind["kind"] in ("class", "struct"):
         body = code[code.index("{") + 1 : code.rindex("}")]
@@ -122,7 +124,7 @@ def declared(code: str, about: str, group: int, behind: bool) -> Declaration:
 
 
 def headers() -> list[Path]:
-    """The headers that are described."""
+    """The headers that the page describes."""
     names = sorted(path.name for path in HEADERS.glob("*.h") if path.name not in LEFT_OUT)
     return [
         HEADERS / name for name in sorted(names, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
@@ -130,7 +132,7 @@ def headers() -> list[Path]:
 
 
 def undocumented() -> list[str]:
-    """Functions, classes and structs of the headers of which no comment says anything."""
+    """Functions, classes and structs of the headers that have no comment."""
     found = []
     for path in headers():
         for one in read(path.read_text(encoding="utf-8")):
@@ -144,13 +146,13 @@ def wants(one: Declaration) -> bool:
 
 
 def paragraph(text: str) -> str:
-    """A comment as Markdown: angle brackets outside code are text."""
+    """A comment as Markdown, in which angle brackets outside code are text."""
     parts = re.split(r"(`[^`]*`)", text)
     return "".join(part if part.startswith("`") else part.replace("<", "&lt;").replace("*", "\\*") for part in parts)
 
 
 def described(declarations: Sequence[Declaration], level: int) -> list[str]:
-    """Lines of the page: what is called with its text, values with their comments as they stand."""
+    """Lines of the page: functions and types with their text, values with their comments as they are in the header."""
     lines = list[str]()
     for kind, shared in groupby(declarations, key=lambda one: (one.heading, one.is_function and one.group)):
         group = list(shared)
@@ -167,7 +169,7 @@ def described(declarations: Sequence[Declaration], level: int) -> list[str]:
 
 
 def sentence(one: Declaration) -> str:
-    """What a comment says; one behind a declaration is no sentence yet."""
+    """A comment as a sentence: one behind a declaration begins small and has no full stop."""
     return f"{one.about[0].upper()}{one.about[1:]}." if one.behind else one.about
 
 
@@ -190,9 +192,11 @@ def cpp_doc() -> str:
     lines = [
         "# C and C++ API",
         "",
-        "Generated by `make generate` from the headers in `runtime/cpp/include/ivc/`; edit those instead. All of "
-        "C++ is in namespace `ivc`; what a caller can mend is thrown as `ivc::Error`, a sentence that says what to do. "
+        "Generated by `make generate` from the headers in `runtime/cpp/include/ivc/`: edit those instead. "
         "[C++](cpp.md) says how to build and use the library.",
+        "",
+        "The C API, `ivc.h`, returns errors as values. The C++ API is in namespace `ivc`. It throws `ivc::Error` if "
+        "the caller can fix the problem; its message is one sentence that says how.",
     ]
     for path in headers():
         text = path.read_text(encoding="utf-8")

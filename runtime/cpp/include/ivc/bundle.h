@@ -1,4 +1,4 @@
-// A bundle on disk, and what of it the host needs: manifest, tokenizer, embeddings.
+// A bundle on disk, and the parts that the host needs: manifest, tokenizer and embeddings.
 #pragma once
 
 #include <cstdint>
@@ -16,34 +16,35 @@
 
 namespace ivc {
 
-// Token ids of a conversation, of which those from `question` on stand for its last message.
+// Token ids of a conversation. Those from index `question` on are its last message.
 struct Prompt {
     std::vector<int32_t> ids;
     int32_t question = 0;
 };
 
-// A bundle, opened. Several devices and threads may use it at once.
+// An open bundle. Several devices and threads may use it at the same time.
 class Bundle {
    public:
-    // Throws where there is no bundle, or it is damaged, edited, or leaves its folder.
+    // folder: what ivc-export wrote. Throws if there is no bundle, if a file is damaged or was edited, or if a path
+    // leads out of the folder.
     explicit Bundle(const std::string& folder);
 
-    const std::string& folder() const { return folder_; }          // where it is
-    const Manifest& manifest() const { return manifest_; }         // what its manifest.json says
-    const Tokenizer& tokenizer() const { return *tokenizer_; }     // of its tokenizer.json
+    const std::string& folder() const { return folder_; }          // its folder
+    const Manifest& manifest() const { return manifest_; }         // the content of manifest.json
+    const Tokenizer& tokenizer() const { return *tokenizer_; }     // the tokenizer of tokenizer.json
 
-    // The file of a graph, "vision", "prefix" or "decoder". Throws where it does not hold what was exported.
+    // The path of a graph's file. name: "vision", "prefix" or "decoder". Throws if the file is not the exported one.
     std::string graphFile(const std::string& name) const;
-    // Rows of the embedding table, one behind the other, in float32: [tokens, hidden]. Throws where an id has none.
+    // The rows of the embedding table for these ids, float32, [tokens, hidden]. Throws if an id has no row.
     std::vector<float> embed(const std::vector<int32_t>& tokens) const;
-    // Token ids of `text`, its i-th image token repeated once for each visual token of picture i. begin: whether a
-    // conversation begins here, so that the tokenizer adds what that takes, unless it is written. Throws where image tokens
-    // and pictures are not as many, or no text follows the last picture.
+    // The token ids of `text`. Its i-th image token is repeated for each visual token of picture i. begin: whether a
+    // conversation begins here. The tokenizer then adds its first token, unless the text has it. Throws if image tokens
+    // and pictures differ in number, or if no text follows the last picture.
     std::vector<int32_t> encode(const std::string& text, const std::vector<Grid>& pictures, bool begin) const;
-    // Token ids of a whole conversation, the user's message last, and where that begins. pictures: of all messages. The
-    // question is 0 where nothing, or no picture, is before.
+    // The token ids of a whole conversation, and where its last message, the user's, begins. pictures: those of all
+    // messages. `question` is 0 if nothing comes before that message, or no picture does.
     Prompt conversation(const std::vector<Message>& messages, const std::vector<Grid>& pictures) const;
-    // The text of a conversation; throws where only the chat template itself can write it.
+    // The text of a conversation. Throws if only the chat template itself can write it.
     std::string render(const std::vector<Message>& messages) const;
 
    private:

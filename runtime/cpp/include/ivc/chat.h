@@ -1,4 +1,4 @@
-// Questions and answers, with a picture in any turn, as ivc_export.runtime.chat holds them.
+// Questions and answers, with pictures in any turn. It does what ivc_export.runtime.chat does in Python.
 #pragma once
 
 #include <functional>
@@ -13,49 +13,54 @@
 
 namespace ivc {
 
-// Called with each piece of an answer; false ends it.
+// Called with each piece of an answer. Return false to end the answer.
 using Listener = std::function<bool(const std::string& piece)>;
 
-// How a conversation goes on: pruned again for each question, or over what an earlier one left.
+// How a later question is answered: the whole conversation is pruned again for it, or it goes on over the compacted
+// cache.
 enum class FollowUp { kAgain, kCompacted };
 
-FollowUp followUpOf(const std::string& name);  // "again" or "compacted"; throws where it is another
+FollowUp followUpOf(const std::string& name);  // the one named "again" or "compacted"; throws for any other name
 
-// How a chat's questions are answered.
+// How a chat answers.
 struct ChatOptions {
-    std::optional<double> ratio;  // of visual tokens kept; none takes the bundle's default
-    std::optional<std::string> system;  // told before all questions; none leaves that to the chat template
-    Method method;      // how visual tokens are chosen
+    std::optional<double> ratio;  // fraction of visual tokens kept; none is the bundle's default
+    std::optional<std::string> system;  // system message; none is the chat template's own
+    Method method;      // how visual tokens are selected
     Sampling sampling;  // how tokens are drawn
-    int32_t rows = 0;  // of caches that cannot grow; 0 leaves that to the device
+    int32_t rows = 0;  // rows of caches that cannot grow; 0 lets the device choose
     FollowUp followUp = FollowUp::kAgain;
 };
 
-// By default each turn prunes again: prefix and decoder run over the whole conversation, in which the last question
-// alone votes, so that an answer is that of the same conversation told at once. A device that keeps what vision made of
-// a picture runs vision once for each. With kCompacted a turn runs only what the chat template adds to the conversation
-// so far: what an earlier turn pruned is gone.
+// A conversation.
+//
+// By default each turn prunes again. Prefix and decoder run over the whole conversation, and only the last question
+// votes for visual tokens. So the answer is the same as if the conversation had been given at once. A device that keeps
+// vision's output runs vision once for each picture.
+//
+// With FollowUp::kCompacted a turn runs only the new part of the conversation. What an earlier turn pruned is gone.
 class Chat {
    public:
-    // Both outlive the chat, and a device serves one chat at a time. Throws where an option is out of range, or the chat
-    // template takes no system message.
+    // Keep bundle and device as long as the chat. A device serves one chat at a time. Throws if an option is out of
+    // range, or if there is a system message and the chat template takes none.
     Chat(const Bundle& bundle, Device& device, ChatOptions options);
 
-    // Pictures stand at the question's `<image>` marks, or in front where it has none. Returns the whole answer. Throws
-    // where there is no text, marks and pictures do not fit each other, or the conversation grows too long (TooLongError);
-    // the chat may then be asked something else.
+    // Asks a question, and returns the whole answer. pictures: for the question's `<image>` marks; without marks they
+    // come before the question. Throws if there is no text, if marks and pictures differ in number, or if the
+    // conversation grows too long (TooLongError). The chat can then be asked something else.
     std::string ask(const std::string& question, const std::vector<Image>& pictures, const Listener& listener = {});
-    // The same with a conversation whose text the chat template has written already, image tokens included. It begins
-    // the chat, and no question can follow it.
+    // The same for a text that a chat template has written already, with its image tokens. It must be the first in its
+    // chat, and no question can follow it.
     std::string askRendered(const std::string& text, const std::vector<Image>& pictures, const Listener& listener = {});
 
-    const std::vector<int32_t>& tokens() const { return tokens_; }  // of the last answer, stop token included
-    const std::vector<int32_t>& prompt() const { return prompt_; }  // ids that the last question's prefill ran
-    const Run& run() const { return run_; }                         // of the last question
-    const std::vector<int32_t>& keepIndex() const { return keepIndex_; }  // rows of that run that went on, ascending
-    // Pictures of the last question; of all so far, where each turn prunes again. Their pixels may be gone.
+    const std::vector<int32_t>& tokens() const { return tokens_; }  // the last answer's ids, with the stop token
+    const std::vector<int32_t>& prompt() const { return prompt_; }  // the ids of the last question's prefill
+    const Run& run() const { return run_; }                         // the last question's run
+    const std::vector<int32_t>& keepIndex() const { return keepIndex_; }  // the rows of that run that were kept, ascending
+    // The pictures of the last question, or of the whole conversation if each turn prunes again. Their pixels may be
+    // gone.
     const std::vector<Visual>& visuals() const { return visuals_; }
-    double ratio() const { return ratio_; }  // of visual tokens kept
+    double ratio() const { return ratio_; }  // fraction of visual tokens kept
     std::string finish() const;  // why the last answer ended: "stop" or "length"
 
    private:

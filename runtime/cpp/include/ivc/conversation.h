@@ -1,4 +1,4 @@
-// What was said in a conversation, and its text as the chat template writes it.
+// The messages of a conversation, and their text as the chat template writes it.
 #pragma once
 
 #include <string>
@@ -8,26 +8,26 @@
 
 namespace ivc {
 
-// Of a user's message: a text, or a picture's place.
+// A part of a message: a text, or the place of a picture.
 struct Part {
     bool picture = false;
     std::string text;
 };
 
-// What one of them said.
+// One message.
 struct Message {
     // Who speaks.
     enum class Role { kSystem, kUser, kAssistant };
     Role role = Role::kUser;
-    std::vector<Part> parts;  // of a system's or an assistant's message one text
+    std::vector<Part> parts;  // the system's and the assistant's messages have one text
 };
 
-// The text of a conversation up to where the assistant speaks. Throws where a message of the system is not the first, or
-// the template takes none.
+// The text of a conversation, up to the place where the assistant's answer begins. Throws if a system message is not the
+// first one, or if the template takes none.
 std::string render(const ChatSegments& chat, const std::vector<Message>& messages);
 
-// Text and so many pictures in order: pictures at the text's `<image>` marks, or in front where it has none. Throws
-// where there are marks, and another number of pictures.
+// A text and its pictures as parts of a message, in order. Pictures come at the text's `<image>` marks, or before the text
+// if it has none. pictures: how many. Throws if there are marks, and they are not as many as the pictures.
 std::vector<Part> placed(const std::string& text, size_t pictures);
 
 }  // namespace ivc

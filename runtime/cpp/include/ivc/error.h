@@ -1,4 +1,4 @@
-// What the caller can mend, in one sentence that says how.
+// Errors that the caller can fix: one sentence that says how.
 #pragma once
 
 #include <stdexcept>
@@ -6,13 +6,13 @@
 
 namespace ivc {
 
-// Thrown throughout the library, and turned into a value by the C API.
+// What all of the library throws. The C API returns it as a value.
 class Error : public std::runtime_error {
    public:
     using std::runtime_error::runtime_error;
 };
 
-// A run that does not fit the caches or the maxima of what runs it.
+// A run is too long for the caches or for the maxima of the engines.
 class TooLongError : public Error {
    public:
     using Error::Error;

@@ -1,6 +1,6 @@
-// Files that others may have written: regular ones, of limited size, and a sentence where they are not as they should.
+// Reads files that others may have written: regular files of limited size only. Errors are one sentence.
 //
-// advice, throughout: what the user can do, which ends the sentence.
+// advice, in all functions: the end of that sentence, which says what the user can do.
 #pragma once
 
 #include <cstddef>
@@ -9,25 +9,25 @@
 
 namespace ivc {
 
-constexpr uint64_t kMostBytes = 16u << 20;  // of a file that is read whole, where nothing else is said
+constexpr uint64_t kMostBytes = 16u << 20;  // the default limit of a file that is read whole
 
-// The content of a regular file of at most `most` bytes. Throws where it is none, is larger, or cannot be read.
+// The content of a regular file of at most `most` bytes. Throws if it is no regular file, is larger, or cannot be read.
 std::string readFile(const std::string& path, const std::string& advice, uint64_t most = kMostBytes);
 
-// The path of what the bundle calls `file`, whether or not it is there. Throws where its name, or a link
-// on its way, leads out of the bundle.
+// The path of a file that the bundle names. The file need not exist. Throws if the name, or a link in its path, leads out of
+// the bundle.
 std::string confined(const std::string& bundle, const std::string& file);
 
-// A regular file, mapped to be read. An empty one has no data.
+// A regular file, mapped into memory for reading. An empty file has no data.
 class MappedFile {
    public:
-    // Throws where it is no regular file, or cannot be mapped.
+    // Throws if it is no regular file, or cannot be mapped.
     MappedFile(const std::string& path, const std::string& advice);
     ~MappedFile();
     MappedFile(const MappedFile&) = delete;
     MappedFile& operator=(const MappedFile&) = delete;
 
-    const char* data() const { return data_; }  // valid as long as this
+    const char* data() const { return data_; }  // valid as long as this object
     size_t size() const { return size_; }       // in bytes
 
    private:

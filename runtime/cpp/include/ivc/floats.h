@@ -1,4 +1,4 @@
-// Floats of 16 bits. No function has a branch in a loop's way, so that compilers compute several at once.
+// Converts floats of 16 bits. The functions have no branches, so that compilers can vectorise loops over them.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ inline uint16_t toHalf(float value) {
     std::memcpy(&bits, &value, 4);
     const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
     std::memcpy(&value, &magnitude, 4);
-    value += 0.5f;  // whose last bit is the smallest half's
+    value += 0.5f;  // now the last bit has the value of the smallest float16
     std::memcpy(&small, &value, 4);
     const uint32_t normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
     uint32_t half = magnitude < 0x38800000u ? small - 0x3f000000u : normal;

@@ -1,4 +1,4 @@
-// JSON that somebody else may have written: of limited depth, and every value checked where it is taken.
+// Reads JSON that others may have written. Its depth is limited, and each value is checked when it is read.
 #pragma once
 
 #include <cstdint>
@@ -13,34 +13,35 @@ using Json = nlohmann::json;
 
 constexpr int kMostDepth = 64;
 
-// what: names the text in errors. advice: ends the sentence.
+// what: names the text in errors. advice: the end of the error's sentence. Throws if the text is no JSON, or nested deeper
+// than kMostDepth.
 Json parseJson(const std::string& text, const std::string& what, const std::string& advice);
 
-// A value within a JSON file, and its place, which errors name. Throws where the value is another than asked for.
+// A value in a JSON file, with its place for errors. Functions throw if the value is not what they return.
 class Field {
    public:
-    // The value outlives it.
+    // Keep the value as long as the field.
     Field(const Json& value, std::string what, std::string advice, std::string place = "")
         : value_(&value), what_(std::move(what)), advice_(std::move(advice)), place_(std::move(place)) {}
 
     const Json& json() const { return *value_; }        // the value itself
     bool isNull() const { return value_->is_null(); }  // whether it is null
-    // Whether it is an object that has such an entry.
+    // Whether it is an object with this entry.
     bool has(const std::string& name) const { return value_->is_object() && value_->contains(name); }
 
     Field operator[](const std::string& name) const;         // an object's entry
-    std::vector<Field> items(size_t most = 1u << 20) const;  // of a list of at most so many
-    void onlyHas(std::initializer_list<const char*> names) const;  // others were written by a newer version
+    std::vector<Field> items(size_t most = 1u << 20) const;  // of a list of at most `most` items
+    void onlyHas(std::initializer_list<const char*> names) const;  // throws if it has others: a newer version wrote them
 
-    std::string text() const;                                            // of a string
-    std::string choice(std::initializer_list<const char*> names) const;  // of a string that is one of these
+    std::string text() const;                                            // the value of a string
+    std::string choice(std::initializer_list<const char*> names) const;  // the value of a string that is one of these
     bool boolean() const;                                                // true or false
-    // Of a whole number within these bounds, and a multiple.
+    // The value of a whole number within these bounds, a multiple of `multipleOf`.
     int64_t integer(int64_t least, int64_t most, int64_t multipleOf = 1) const;
-    // Of a number within these bounds.
+    // The value of a number within these bounds.
     double number(double least, double most) const;
 
-    // Throws: the file is damaged, since this value is what `why` says.
+    // Throws an error: the file is damaged. why: what is wrong with this value.
     [[noreturn]] void refuse(const std::string& why) const;
 
    private:

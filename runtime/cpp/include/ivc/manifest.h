@@ -1,6 +1,6 @@
-// manifest.json: what a runtime needs to know about a bundle, checked before anything is computed of it.
+// manifest.json: what a runtime must know about a bundle. It is checked before anything uses it.
 //
-// Names as in ivc_export/contract/manifest.py, which says what each field means.
+// Names are those of ivc_export/contract/manifest.py, which describes each field.
 #pragma once
 
 #include <array>
@@ -14,20 +14,20 @@
 
 namespace ivc {
 
-// What is stripped from an end of a text: nothing, newlines, or all that Python's str.strip strips.
+// What is stripped from an end of a text: nothing, newlines, or all characters that Python's str.strip removes.
 enum class Blanks { kNone, kNewlines, kBlanks };
 
-// What the chat template writes before and behind something.
+// What the chat template writes before and after something.
 struct Segment {
     std::string before, behind;
 };
 
-// A text in a conversation: what is stripped from its ends, and what is then written around it.
+// A text in a conversation: what is stripped from its ends, and what is written around it afterwards.
 struct Spoken : Segment {
     Blanks left = Blanks::kNone, right = Blanks::kNone;
 };
 
-// A chat template without Jinja; `render` puts a conversation together of it.
+// The parts of a chat template, from which `render` writes a conversation without Jinja.
 struct ChatSegments {
     std::optional<Spoken> begin;
     std::string beginWithoutSystem, assistantOpen;
@@ -45,34 +45,34 @@ struct Decoder {
     int32_t maxPositions = 0, deepstack = 0;
 };
 
-// How visual tokens are chosen, as far as the host is concerned.
+// How visual tokens are selected: the part that the host computes.
 struct SelectionRule {
     std::string method = "ivc-prune";
     double ivcFraction = 0;
-    double rowFraction = 0;  // where there are views
+    double rowFraction = 0;  // if there are views
     int32_t queryOffset = 0;
     bool tiles = false, views = false;
     std::vector<int32_t> wholeLayers;
 };
 
-// How a picture becomes what the vision graph takes.
+// How a picture is prepared for the vision graph.
 struct Preprocessing {
-    // Patches at its own size, tiles of a fixed one, or two views of tiles.
+    // Patches at the picture's own size, tiles of a fixed size, or two views of tiles.
     enum class Kind { kPatches, kTiles, kViews };
     Kind kind = Kind::kPatches;
     float rescaleFactor = 0;
     std::array<float, 3> mean{}, std{};
     std::string resample;
-    int32_t patchSize = 0, mergeSize = 0, temporalPatchSize = 0, minPixels = 0, maxPixels = 0;  // of patches
-    int32_t tilePixels = 0, tileSide = 0;                  // of tiles, and of views
-    int32_t minTiles = 0, maxTiles = 0;                    // of tiles
-    bool crop = false;                                     // of one tile
-    int32_t tokenSide = 0;                                 // of views, as the next two
+    int32_t patchSize = 0, mergeSize = 0, temporalPatchSize = 0, minPixels = 0, maxPixels = 0;  // for patches
+    int32_t tilePixels = 0, tileSide = 0;                  // for tiles and for views
+    int32_t minTiles = 0, maxTiles = 0;                    // for tiles
+    bool crop = false;                                     // for one tile
+    int32_t tokenSide = 0;                                 // for views, as are the next two
     std::vector<std::pair<int32_t, int32_t>> shapes;       // columns and rows of tiles
-    float filling = 0;                                     // the level of what is filled up, times rescaleFactor
+    float filling = 0;                                     // the level of the padding, times rescaleFactor
 
-    bool cut() const { return kind == Kind::kTiles && !crop; }  // into tiles, with a thumbnail behind several
-    bool twice() const { return kind == Kind::kViews; }         // shown in two views
+    bool cut() const { return kind == Kind::kTiles && !crop; }  // into tiles, with a thumbnail after several
+    bool twice() const { return kind == Kind::kViews; }         // whether there are two views
 };
 
 // Token ids that a runtime must know.
@@ -82,11 +82,11 @@ struct SpecialTokens {
     bool templateMarks = false;
     std::vector<int32_t> stop;
 
-    // Whether it stands for a visual token, of a picture or of a video.
+    // Whether a token stands for a visual token of a picture or a video.
     bool isVisual(int32_t token) const { return token == image || token == video; }
 };
 
-// Of a tensor: how far it reaches along one axis, or the axis's name where a run decides, such as "S".
+// The size of a tensor along one axis; or, if it differs from run to run, the axis's name, for example "S".
 struct Extent {
     int64_t size = 0;
     std::string axis;
@@ -98,28 +98,28 @@ struct Tensor {
     std::vector<Extent> shape;
 };
 
-// One graph of the bundle; `sha256` is of its file, which holds no weights.
+// One graph of the bundle. sha256 is that of its file, which holds no weights.
 struct Graph {
     std::string file, sha256;
     std::vector<Tensor> inputs, outputs;
 };
 
-// A safetensors file of the bundle, its size in bytes.
+// A safetensors file of the bundle. size is in bytes.
 struct WeightFile {
     std::string file, headerSha256;
-    std::optional<std::string> sha256;  // of the whole file, where somebody has read it
+    std::optional<std::string> sha256;  // of the whole file, if ivc-check --weights has read it
     uint64_t size = 0;
 };
 
-// Floats, [vocabulary, hidden]; or where `block` is not 0 bytes, [vocabulary, blocks, block], each less 128 and times its
-// block's scale: floats, [vocabulary, blocks].
+// The table of token embeddings. If block is 0, floats, [vocabulary, hidden]. Otherwise bytes, [vocabulary, blocks, block]:
+// a value is its byte minus 128, times its block's scale. Scales are floats, [vocabulary, blocks].
 struct EmbeddingTable {
-    std::string file, dtype;  // of the floats
+    std::string file, dtype;  // the dtype of the floats
     uint64_t offset = 0, scales = 0;
     int32_t block = 0;
 };
 
-// All that a runtime needs of it.
+// The manifest's fields that a runtime needs.
 struct Manifest {
     std::string family, dtype, lowering;
     int32_t selectionLayer = 0, maxVisual = 0;
@@ -134,19 +134,20 @@ struct Manifest {
     std::vector<WeightFile> weights;
     std::optional<ChatSegments> chat;
 
-    // Rotary positions of a row: 1, or 3 where pictures spread over rows and columns.
+    // Rotary positions of a row: 1, or 3 if pictures have positions by row and column.
     size_t axes() const { return sections.size(); }
-    int32_t turned() const;  // values of a head that rotary embedding turns
+    int32_t turned() const;  // values of a head that rotary embedding rotates
 };
 
-// Of the text of a manifest.json; `what` names it in errors. Throws where it is damaged, edited, or of another version.
+// Reads the text of a manifest.json. what: names it in errors. Throws if it is damaged, was edited, or is of another
+// version.
 Manifest parseManifest(const std::string& text, const std::string& what);
 
-// Of the bundle in `folder`. Throws as parseManifest, and where files that it names are missing, outside the bundle, or of
-// other sizes or headers.
+// Reads the manifest of the bundle in `folder`. Throws as parseManifest does, and if a file that it names is missing, lies
+// outside the bundle, or has another size or header.
 Manifest readManifest(const std::string& folder);
 
-// SHA-256 over the fields that decide answers, as ivc_export.contract.manifest.constants_sha256 computes it.
+// SHA-256 over the fields that answers depend on, the same as ivc_export.contract.manifest.constants_sha256.
 std::string constantsSha256(const Json& manifest);
 
 }  // namespace ivc

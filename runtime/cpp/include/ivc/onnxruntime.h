@@ -1,4 +1,4 @@
-// A bundle's portable graphs on onnxruntime's CPU provider: ivc::onnxruntime.
+// A bundle's portable graphs on onnxruntime's CPU provider. In the library ivc::onnxruntime.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +11,11 @@ namespace ivc {
 
 // How onnxruntime runs.
 struct OnnxRuntimeOptions {
-    int32_t threads = 0;  // within an operator; 0 takes onnxruntime's default, one a core
+    int32_t threads = 0;  // within an operator; 0 is onnxruntime's default, one for each core
 };
 
-// The bundle outlives the device. Throws where a graph does not open, or the bundle is not in float32.
+// Opens a bundle's graphs. Keep the bundle as long as the device. Throws if a graph does not open, or if the bundle is
+// not in float32 (export it with --dtype float32).
 std::unique_ptr<Device> openOnnxRuntime(const Bundle& bundle, const OnnxRuntimeOptions& options = {});
 
 }  // namespace ivc

@@ -1,4 +1,4 @@
-// How the next token is drawn from logits, as ivc_export.text.sampling does, random numbers included.
+// Draws the next token from logits. It draws what ivc_export.text.sampling draws in Python, with the same random numbers.
 #pragma once
 
 #include <cstdint>
@@ -8,28 +8,30 @@
 
 namespace ivc {
 
-// Drawn is the best at temperature 0, else by chance from the `topK` best (0 is all), of these from `topP`.
+// How tokens are drawn. At temperature 0 the most likely token is taken. Otherwise one is drawn from the topK most likely
+// (0 is all), and of these from the most likely with a probability of topP together.
 struct Sampling {
     double temperature = 0, topP = 1, repetitionPenalty = 1;
     uint64_t seed = 0;
     int64_t topK = 0;
     int32_t maxTokens = 128;
 
-    void check() const;  // throws where one of them is out of range
+    void check() const;  // throws if a value is out of range
 };
 
-// What generation_config.json of a bundle asks for; throws where it asks for what Sampling does not know.
+// `chosen`, with the settings of a bundle's generation_config.json. Throws if the file has a setting that Sampling does
+// not know.
 Sampling storedSampling(const std::string& folder, Sampling chosen);
 
-// The draws of one conversation: its random generator, and the ids that it has read and drawn.
+// Draws the tokens of one conversation. It holds the random generator, and the ids that were read and drawn.
 class Sampler {
    public:
-    // Throws where a setting is out of range.
+    // Throws if a setting is out of range.
     explicit Sampler(const Sampling& sampling);
-    const Sampling& sampling() const { return sampling_; }  // what it draws by
-    // Counts ids as seen, whose repetition is made less likely.
+    const Sampling& sampling() const { return sampling_; }  // its settings
+    // Marks ids as seen. The repetition penalty makes them less likely.
     void read(const std::vector<int32_t>& tokens) { seen_.insert(tokens.begin(), tokens.end()); }
-    // The next id, of logits [vocabulary]. Throws if one of them is NaN or infinity.
+    // The next id. logits: [vocabulary]. Throws if one of them is NaN or infinity.
     int32_t draw(const std::vector<float>& logits);
 
    private:

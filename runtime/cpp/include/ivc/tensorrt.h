@@ -1,4 +1,5 @@
-// A bundle's TensorRT engines, as ivc-build made them for this TensorRT and GPU: ivc::tensorrt, TensorRT 8.6 to 11.
+// A bundle's TensorRT engines, which ivc-build made for this TensorRT and GPU. In the library ivc::tensorrt, for TensorRT
+// 8.6 to 11.
 #pragma once
 
 #include <cstddef>
@@ -12,19 +13,20 @@
 
 namespace ivc {
 
-// Which engines run, and how.
+// Which engines to run, and how.
 struct TensorrtOptions {
-    std::string engines;  // their folder; empty takes the bundle's own for this TensorRT and GPU
-    std::string plugin;   // our plugin's library, where engines call it; nothing else is ever loaded
+    std::string engines;  // their folder; empty is the bundle's own for this TensorRT and GPU
+    std::string plugin;   // the library that they were built with, or empty; no other is ever loaded
     bool graph = true;    // whether a decode step is replayed as one CUDA graph
 };
 
-// On the current CUDA device, which has to be current in every thread that runs it. The bundle outlives the device. Throws
-// where there are no engines for this TensorRT and GPU, or they are stale, damaged, another bundle's, or call another plugin.
+// Opens a bundle's engines on the current CUDA device, which must be current in every thread that runs them. Keep the
+// bundle as long as the device. Throws if there are no engines for this TensorRT and GPU, or if they are older than the
+// bundle, damaged, of another bundle, or built with another plugin.
 std::unique_ptr<Device> openTensorrt(const Bundle& bundle, const TensorrtOptions& options = {});
 
-// A frame in device memory, rows of RGB pixels, or of BGR ones, `stride` bytes apart. It is copied when its stream
-// is done with it: synchronise before the call.
+// Copies a frame from device memory. stride: bytes from the beginning of a row to that of the next. bgr: whether pixels
+// are BGR, not RGB. Synchronise the stream that writes the frame before the call.
 Image copyDeviceImage(const void* pixels, int32_t width, int32_t height, size_t stride, bool bgr);
 
 }  // namespace ivc

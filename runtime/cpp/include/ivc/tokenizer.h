@@ -1,7 +1,7 @@
-// tokenizer.json: text to token ids and back, as Hugging Face's `tokenizers` does.
+// tokenizer.json: text to token ids and back, with the same results as Hugging Face's `tokenizers`.
 //
-// Byte pair encodings on bytes (GPT-2's and Qwen's kind) or with byte fallback (Llama's kind), with the normalisers,
-// pre-tokenizers and decoders that these have. Anything else is refused with a sentence.
+// Known are byte pair encodings on bytes (as GPT-2's and Qwen's) or with byte fallback (as Llama's), with the normalisers,
+// pre-tokenizers and decoders that these have. Other tokenizers are refused with one sentence.
 #pragma once
 
 #include <cstdint>
@@ -19,36 +19,36 @@ namespace ivc {
 
 class Regex;
 
-// A token that is found in the text as it is written, before anything else.
+// A token that is looked for in the text first, before the text is split.
 struct AddedToken {
     int32_t id = 0;
     std::string text;
     bool singleWord = false, stripsLeft = false, stripsRight = false, normalized = false, special = false;
 };
 
-// Token ids of a text, of which the first `before` stand for what is before some place in it alone.
+// The token ids of a text. The first `before` of them cover only what comes before a given place in the text.
 struct Encoding {
     std::vector<int32_t> ids;
     size_t before = 0;
 };
 
-// A tokenizer, read once. Several threads may use it at once.
+// A tokenizer. Several threads may use it at the same time.
 class Tokenizer {
    public:
-    // text: of a tokenizer.json; `what` names it in errors. Throws where it is damaged, or of a kind that is not known.
+    // text: the content of a tokenizer.json. what: names it in errors. Throws if it is damaged, or of an unknown kind.
     Tokenizer(const std::string& text, const std::string& what);
     ~Tokenizer();
-    // The same of a file, of at most 128 MiB.
+    // The same for a file of at most 128 MiB.
     static std::unique_ptr<Tokenizer> read(const std::string& path);
 
-    // begin: whether to add what a text begins (and ends) with. Throws where `text` is not UTF-8.
+    // The ids of a text. begin: whether to add the tokens that a text begins (and ends) with. Throws if `text` is not UTF-8.
     std::vector<int32_t> encode(const std::string& text, bool begin) const;
-    // The same, and how many ids are before byte `place`, where a character begins, as the offsets of `tokenizers` say.
+    // The same, and how many ids come before byte `place`, by the offsets of `tokenizers`. A character must begin there.
     Encoding encodeFrom(const std::string& text, bool begin, size_t place) const;
-    // Special tokens are left out; unfinished characters are U+FFFD.
+    // The text of ids. Special tokens are left out. Incomplete characters become U+FFFD.
     std::string decode(const std::vector<int32_t>& ids) const;
     std::optional<int32_t> find(const std::string& token) const;   // the id of a token's text
-    std::optional<std::string> tokenText(int32_t id) const;        // a token's text, as the vocabulary has it
+    std::optional<std::string> tokenText(int32_t id) const;        // a token's text in the vocabulary
 
    private:
     using Normalizer = std::function<std::string(const std::string&)>;
@@ -95,12 +95,12 @@ class Tokenizer {
     std::vector<int32_t> before_, behind_;
 };
 
-// Pieces of an answer, as soon as the ids so far make whole characters.
+// Decodes an answer id by id, and returns a piece whenever its characters are complete.
 class TextStream {
    public:
-    // The tokenizer outlives it.
+    // Keep the tokenizer as long as the stream.
     explicit TextStream(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
-    // What one more id adds to the text; empty as long as its last character is not whole.
+    // The text that one more id adds; empty while its last character is incomplete.
     std::string add(int32_t id);
 
    private:

@@ -38,6 +38,19 @@ def quantised_answers() -> list[str]:
     )
 
 
+def spatial_vl_tasks() -> list[str]:
+    """Spatial-VL's right answers by task, nothing pruned."""
+    found = result("spatial-vl-pruning")["methods"]["none"]["1.0"]["first"]
+    rows = [[task, *columns(with_interval(one))] for task, one in found.items() if task != "minus_unpruned"]
+    return table("task | right, % | 95% interval", rows)
+
+
+def columns(shown: str) -> list[str]:
+    """A mean and its interval in two cells."""
+    mean, _, interval = shown.partition(" ")
+    return [mean, interval.strip("()")]
+
+
 def packed_on_cpu() -> list[str]:
     """A decode step on a CPU by the format of the weights."""
     found = result("cpu_packed")["rows"]
@@ -86,6 +99,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "quantised-answers": quantised_answers,
     "rounding-errors": rounding_errors,
     "rounding-speed": rounding_speed,
+    "spatial-vl-tasks": spatial_vl_tasks,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -216,3 +217,37 @@ def test_what_is_said_of_decisions_was_measured() -> None:
         f"{plain[0]:.1f} to {plain[-1]:.1f} s; SHA-256 alone takes {hashing[0]:.1f} to {hashing[-1]:.1f} s",
     ):
         assert sentence in text, sentence
+
+
+def test_the_sample_was_trained_as_its_card_says() -> None:
+    card, found = page("samples/spatial-vl/README.md"), result("spatial-vl-training")
+    first, second = (found[phase] for phase in ("first_phase", "second_phase"))
+    starts = (0, *(row["step"] for row in first[:-1])), (0, *(row["step"] for row in second[:-1]))
+    minutes = sum(
+        (row["step"] - start) * row["ms_a_step"] / 60_000
+        for rows, begun in zip((first, second), starts, strict=True)
+        for row, start in zip(rows, begun, strict=True)
+    )
+    assert f"in about {minutes:.0f} minutes, in {'four' if len(found['commands']) == 4 else '?'} calls" in card
+    assert f"**First phase**, {first[-1]['step']:,} steps" in card
+    assert f"**Second phase**, {second[-1]['step']:,} steps at 6e-4" in card and "--rate 6e-4" in found["commands"][-1]
+    assert "planned as 12,000 and then as 8,000, and lowered at steps 298 and 5,026" in card
+    assert [re.findall(r"--steps (\d+)", call)[0] for call in found["commands"][:2]] == ["12000", "8000"]
+    assert "at steps 298 and 5026" in found["note"]
+    before = result("spatial-vl-pruning-first-phase")
+    kept = before["methods"]["IVC-Prune"]["0.5"]["first"]["all"]["accuracy"]
+    assert f"had {100 * kept:.1f}% right answers (layer {before['layer']})" in card
+
+
+def test_the_samples_card_has_its_sizes() -> None:
+    card, config = page("samples/spatial-vl/README.md"), json.loads(read(ROOT / "samples/spatial-vl/config.json"))
+    weights = ROOT / "samples" / "spatial-vl" / "model.safetensors"
+    size = weights.stat().st_size
+    assert f"of {size / 2e6:.1f} million parameters, {size / 1e6:.1f} MB in float16" in card
+    text, vision = config.get("text_config", config), config["vision_config"]
+    assert f"| layers | {text['num_hidden_layers']} | {vision['depth']} |" in card
+    assert f"| width | {text['hidden_size']} | {vision['embed_dim']} |" in card
+    assert f"| MLP | {text['intermediate_size']} | |" in card and f"has {text['vocab_size']} tokens" in card
+    heads, shared = text["num_attention_heads"], text["num_key_value_heads"]
+    size = text["hidden_size"] // heads
+    assert f"| {heads}, and {shared} of keys and values, of size {size} | {vision['num_heads']} |" in card

@@ -15,12 +15,12 @@ from ivc_export.files import read_json
 
 ENOUGH = 0.99
 SPREADS = 2
-"""By how many spreads of random draws a method must differ from their mean to differ from chance."""
+"""A method differs from chance if it differs from the mean of random draws by more than so many standard deviations."""
 ADVICE = "write a calibration with ivc-calibrate"
 
 
 class Trial(Frozen):
-    """One layer at one ratio, against the unpruned model's own answers.
+    """One layer at one ratio, compared with the unpruned model's own answers.
 
     divergence: mean Kullback-Leibler divergence of next-token distributions, from the unpruned to the pruned, in nats.
     agreement: fraction of answers that are the same, token by token. overlap: mean of intersection over union of kept
@@ -37,10 +37,10 @@ class Trial(Frozen):
 
 
 class Rival(Frozen):
-    """Another way to choose at a layer and ratio that was tried, to compare with; fields as in Trial.
+    """Another method at a layer and ratio that was tried, for comparison. Fields as in Trial.
 
-    scored: what it scored by, where that is not what the trials did. draws: how many seeds were tried. Figures are
-    means over them; spreads, their standard deviations, 0 of one draw.
+    scored: its way of scoring, if it is not that of the trials. draws: how many seeds were tried. Figures are means
+    over them; spreads are their standard deviations, 0 for one draw.
     """
 
     method: str
@@ -55,12 +55,12 @@ class Rival(Frozen):
 
     @property
     def name(self) -> str:
-        """What tables and plots call it."""
+        """Its name in tables and plots."""
         return self.method if self.scored is None else f"{self.method} by {self.scored}"
 
 
 class MeasuredDecoder(Frozen):
-    """What a calibrated model is known by, beside its family; files of earlier versions say more of it."""
+    """Facts by which a calibrated model is recognised, besides its family. Files of earlier versions have more."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -69,10 +69,10 @@ class MeasuredDecoder(Frozen):
 
 
 class Calibration(Frozen):
-    """A proposal for one model, and what it rests on.
+    """A proposal for one model, and the trials behind it.
 
-    method, method_seed: how the trials chose tokens. scored: what they scored them by, None for the family's. rivals:
-    other ways beside them.
+    method, method_seed: how the trials chose tokens. scored: how they scored them; None for the family's way. rivals:
+    other methods, for comparison.
     """
 
     schema_version: Literal[1] = 1
@@ -90,9 +90,10 @@ class Calibration(Frozen):
 
 
 def propose(trials: Sequence[Trial], ratio: float, enough: float = ENOUGH) -> int:
-    """The lowest layer at which `enough` of the answers agree at `ratio`, or else the one that diverges least.
+    """The lowest layer at which `enough` of the answers agree at `ratio`. If there is none, the layer with the least
+    divergence.
 
-    A lower layer saves more, since the layers below it see every token.
+    A lower layer saves more, because the layers below it see every token.
     """
     found = sorted((trial for trial in trials if trial.ratio == ratio), key=lambda trial: trial.layer)
     agreeing = [trial for trial in found if trial.agreement >= enough]
@@ -100,9 +101,9 @@ def propose(trials: Sequence[Trial], ratio: float, enough: float = ENOUGH) -> in
 
 
 def verdict(found: Calibration) -> str | None:
-    """Where the choice of tokens makes no difference, as a sentence; None if no random choice stands beside it.
+    """A sentence if the choice of tokens makes no difference. None if there is no random choice to compare with.
 
-    That is where the part of the answers that stay the same is within random's mean and SPREADS spreads.
+    It makes no difference if the fraction of unchanged answers is within SPREADS standard deviations of random's mean.
     """
     trials = {(trial.layer, trial.ratio): trial.agreement for trial in found.trials}
     random = [rival for rival in found.rivals if rival.method == "random"]
@@ -124,7 +125,7 @@ def read_calibration(path: Path) -> Calibration:
     """Read a calibration.
 
     Raises:
-        UserError: the file is missing, or is no calibration.
+        UserError: the file is missing, or is not a calibration.
     """
     try:
         return Calibration.model_validate(read_json(path, ADVICE))

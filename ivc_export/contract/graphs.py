@@ -23,7 +23,7 @@ CacheRole = Literal["past", "new", "compact", "present"]
 
 
 class Layers(enum.Enum):
-    """The layers for which a tensor exists, once each, `{i}` in its name being the layer's number."""
+    """The layers for which a tensor exists, once each. `{i}` in its name is the layer's number."""
 
     NONE = enum.auto()
     BELOW = enum.auto()  # layers 0..k-1, which see every token
@@ -36,7 +36,8 @@ class Layers(enum.Enum):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of a graph; dtype "graph" is the one that the graph computes in, `only` names who has the tensor."""
+    """A tensor of a graph. dtype "graph" is the dtype in which the graph computes. `only` says which models have the
+    tensor."""
 
     name: str
     dtype: Literal["graph", "float32", "int32"]
@@ -243,7 +244,7 @@ FLOAT32_TENSORS = frozenset(
 """Inputs and outputs that are float32 in graphs of every dtype."""
 
 RESIDUALS = ("inputs_embeds", "hidden_states")
-"""Tensors of the residual stream: what begins it, and what hands it from graph to graph."""
+"""Tensors of the residual stream: its beginning, and its hand-over between graphs."""
 
 WIDE_RESIDUALS = frozenset(("hidden_states",))
 """Tensors between float16 graphs that are float32 after the lowering that keeps residual sums in float32."""
@@ -256,7 +257,8 @@ def expand_layers(
     whole_layers: Collection[int] = (),
     deepstack: int = 0,
 ) -> list[tuple[str, TensorSpec]]:
-    """Write out `{i}`: key and value of one layer, then of the next, where neighbours exist for the same layers."""
+    """Replace `{i}` by the layers' numbers. If neighbouring tensors exist for the same layers, all of one layer come
+    before the next layer."""
     below = range(selection_layer)
     numbers = {
         Layers.NONE: range(1),
@@ -279,7 +281,8 @@ def expand_layers(
 
 
 def deepstack_names(decoder: DecoderSizes) -> list[str]:
-    """Outputs of `vision` and inputs of `prefix` that hold what is added to pictures' rows, by layer."""
+    """Names of the outputs of `vision` and inputs of `prefix` with features that are added to pictures' rows, by
+    layer."""
     return [f"deepstack.{i}" for i in range(decoder.deepstack)]
 
 
@@ -292,7 +295,7 @@ def graph_info(
     preprocessing: Preprocessing,
     selection_layer: int,
 ) -> GraphInfo:
-    """Write out the inputs and outputs of graph `name` for a model of these sizes, cut at `selection_layer`."""
+    """The inputs and outputs of graph `name` for a model of these sizes, cut at `selection_layer`."""
     sizes: dict[str | int, int] = {
         "hidden": decoder.hidden_size,
         "kv_heads": decoder.kv_heads,
@@ -333,7 +336,7 @@ def graph_info(
 
 
 def scored_name(rule: Selection, selection_layer: int) -> str:
-    """The output of `prefix` that holds what visual tokens are scored by."""
+    """The output of `prefix` with the values by which visual tokens are scored."""
     return f"new_value.{selection_layer - 1}" if rule.scored == "values" else SCORED_VALUES
 
 
@@ -345,21 +348,20 @@ class TensorName(NamedTuple):
 
     @staticmethod
     def of(name: str | None) -> TensorName:
-        """Of a graph's input or output, or of its name in a run."""
+        """Take the name of a graph's input or output apart, or its name in a run."""
         stem, dot, number = (name or "").partition(".")
         return TensorName(stem, int(number) if dot and number.isdecimal() else None)
 
     @property
     def kind(self) -> Kind | None:
-        """Whether it holds keys or values of one layer."""
+        """Whether it contains keys or values of one layer; None for other tensors."""
         found = self.stem.rpartition("_")[2] if self.layer is not None else ""
         return "key" if found == "key" else "value" if found == "value" else None
 
     @property
     def role(self) -> str:
-        """What it holds of its layer's keys or values: past, new, compact, present where caches are written in place;
-        "" of other tensors.
-        """
+        """The role of its layer's keys or values: past, new, compact, or present if caches are written in place. "" for
+        other tensors."""
         return self.stem.partition("_")[0] if self.kind else ""
 
     def to(self, role: CacheRole) -> str:
@@ -368,31 +370,32 @@ class TensorName(NamedTuple):
 
 
 def cache_shape(sizes: DecoderSizes, name: str, rows: int) -> tuple[int, int, int, int]:
-    """The shape of `rows` rows of one layer's keys or values, which a tensor of this name holds."""
+    """The shape of `rows` rows of one layer's keys or values, in a tensor of this name."""
     size = sizes.value_dim if TensorName.of(name).kind == "value" else sizes.head_dim
     return (1, sizes.kv_heads, rows, size)
 
 
 def in_place_lengths(past_length: str) -> dict[str, tuple[int, ...]]:
-    """Inputs that stand for `past_length`, or `past_length.i`, where caches are written in place, and their shapes."""
+    """Inputs that replace `past_length`, or `past_length.i`, if caches are written in place, and their shapes."""
     _, dot, layer = past_length.partition(".")
     return {f"seqlens_k{dot}{layer}": (1,), f"total_sequence_length{dot}{layer}": ()}
 
 
 def in_place_info(info: GraphInfo) -> GraphInfo:
-    """Inputs and outputs of a graph whose caches are written in place, in buffers of one capacity P.
+    """Inputs and outputs of a graph that writes its caches in place, in buffers of one capacity P.
 
-    - past_length becomes seqlens_k int32 [1], which is past_length + S - 1 (in decoder M for S), and
+    - past_length becomes seqlens_k int32 [1], which is past_length + S - 1 (in decoder with M for S), and
       total_sequence_length int32 [], in host memory: past_length + S, or P in a decode step that a CUDA graph replays.
-    - present_key.i and present_value.i are to be bound to the buffers of past_key.i and past_value.i, and stand for
-      new_key.i and new_value.i.
-    - new_key.i and new_value.i of the layers below the cut are rows of the caches already, which go from prefix to
-      decoder instead. cache_index int32 [P] says which row each row of a compacted cache is. compact_key.i and
-      compact_value.i are such caches, to be bound to other buffers.
-    - position_ids of `decode` says the row's position P times, once for each row of a cache: attention rotates.
+    - present_key.i and present_value.i replace new_key.i and new_value.i. They must be bound to the buffers of
+      past_key.i and past_value.i.
+    - new_key.i and new_value.i of the layers below the cut are rows of the caches already. The caches go from prefix to
+      decoder instead. cache_index int32 [P] gives for each row of a compacted cache the row that it comes from.
+      compact_key.i and compact_value.i are such caches, and must be bound to other buffers.
+    - position_ids of `decode` contains the row's position P times, once for each row of a cache, because attention
+      rotates.
     - hidden_states are a sixteenth of their size: see lowering.precision.scale_residuals.
 
-    The vision graph's stay as they are.
+    The vision graph's stay unchanged.
     """
 
     def changed(tensor: TensorInfo) -> list[TensorInfo]:
@@ -420,16 +423,16 @@ def in_place_info(info: GraphInfo) -> GraphInfo:
 
 
 def owned_caches_info(info: GraphInfo) -> GraphInfo:
-    """Inputs and outputs of a graph whose decoder layers write to caches of the caller's, by our plugin's operators.
+    """Inputs and outputs of a graph whose decoder layers write to the caller's caches, by our plugin's operators.
 
-    Only where keys and values are of one size that AttendInPlace takes; others stay as they are.
+    This applies only if keys and values are of one size that AttendInPlace takes. Other graphs stay unchanged.
 
-    - prefix reads the caches and gives new_key.i and new_value.i as ever: rows of pruned tokens never get into a cache.
-    - In decoder, caches of layers below the cut are inputs, too. present_key.i and present_value.i stand for
-      compact_key.i and compact_value.i, and above the cut for new_key.i and new_value.i. Bound to the buffers of
-      past_key.i and past_value.i, they are written in place, from row past_length on.
-    - Layers that keep every row have no such output: their new_key.i and new_value.i of prefix are the caller's to
-      append.
+    - prefix reads the caches and gives new_key.i and new_value.i as before. Rows of pruned tokens never get into a
+      cache.
+    - In decoder, caches of layers below the cut are inputs too. present_key.i and present_value.i replace compact_key.i
+      and compact_value.i, and above the cut new_key.i and new_value.i. They are bound to the buffers of past_key.i and
+      past_value.i, and are written in place, from row past_length on.
+    - Layers that keep every row have no such output. The caller must append their new_key.i and new_value.i of prefix.
     """
     sizes = {t.shape[3] for t in info.inputs if TensorName.of(t.name).role == "past"}
     if all(t.name != "keep_index" for t in info.inputs) or len(sizes) != 1 or not sizes <= {*ATTENDED_SIZES}:

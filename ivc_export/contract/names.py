@@ -23,5 +23,5 @@ GRAPH_NAMES: tuple[GraphName, ...] = ("vision", "prefix", "decoder")
 
 
 def graph_file(name: AnyGraphName) -> str:
-    """The file of graph `name` in a bundle; `decode` has none, but a name."""
+    """The file of graph `name` in a bundle. `decode` has only a name, no file."""
     return f"{name}.onnx"

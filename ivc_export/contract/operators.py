@@ -72,10 +72,10 @@ def verify_graph(
 ) -> None:
     """Check a graph against the contract: inputs and outputs, operators, functions, versions.
 
-    lowered: operators that it may have beyond the contract's, by domain and name.
+    lowered: operators that it may have in addition to the contract's, by domain and name.
 
     Raises:
-        AssertionError: the graph breaks the contract; a bug of the builder, not of the user.
+        AssertionError: the graph breaks the contract. This is a bug of the builder, not of the user.
     """
     for kind, values, tensors in (
         ("input", model.graph.inputs, info.inputs),

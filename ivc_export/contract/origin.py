@@ -18,7 +18,7 @@ Line = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f
 
 
 class Origin(Frozen):
-    """A model on the hub, and what its card says. None where it is not known."""
+    """A model on the hub, and its card's statements. None for what is not known."""
 
     repo: Annotated[str, Field(max_length=200, pattern=r"^\w[\w.-]*/\w[\w.-]*$")] | None = None
     commit: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
@@ -30,7 +30,7 @@ class Origin(Frozen):
 
 
 def read_origin(folder: Path) -> Origin:
-    """The origin of the bundle in `folder`; empty where it has none.
+    """Read the origin of the bundle in `folder`. It is empty if the bundle has none.
 
     Raises:
         UserError: the file is damaged.

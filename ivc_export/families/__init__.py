@@ -37,7 +37,7 @@ def of(model_type: str | None) -> Family:
 
 
 def preparation(manifest: Manifest) -> Preparation:
-    """What makes pictures ready for the bundle of this manifest.
+    """The code that prepares pictures for the bundle of this manifest.
 
     Raises:
         UserError: its family or the kind of its preprocessing is not known.
@@ -49,7 +49,7 @@ def described(config: Mapping[str, Any]) -> Family:
     """The family of the model that a config.json describes.
 
     Raises:
-        UserError: there is none; or its model is in a layout that is not read, or sees nothing.
+        UserError: there is none, the model's layout is not supported, or it takes no pictures.
     """
     for name in names():
         if (sentence := of(name).foreign(config)) is not None:

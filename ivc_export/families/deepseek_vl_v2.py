@@ -74,7 +74,7 @@ class Vision(Settings):
 
 
 class Projector(Settings):
-    """MlpProjectorConfig of the model's own code; null sizes are what stands on both sides of it."""
+    """MlpProjectorConfig of the model's own code. A null size is that of the part beside it."""
 
     model_type: Literal["mlp_projector"] = "mlp_projector"
     projector_type: Literal["downsample_mlp_gelu"] = "downsample_mlp_gelu"
@@ -173,10 +173,10 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
 
 
 def read_language(text: Text) -> tuple[DecoderSizes, DecoderBlock, RotarySizes]:
-    """The decoder.
+    """Read the decoder.
 
     Raises:
-        UserError: sizes do not fit each other, or there is what is not known.
+        UserError: sizes do not fit each other, or a setting is not supported.
     """
     if text.rope_scaling is not None:
         known = "this version knows null, as all published checkpoints of this family have it"
@@ -199,10 +199,10 @@ def read_language(text: Text) -> tuple[DecoderSizes, DecoderBlock, RotarySizes]:
 
 
 def read_experts(text: Text) -> ExpertFeedForward:
-    """The feed-forward layers.
+    """Read the feed-forward layers.
 
     Raises:
-        UserError: the numbers of experts do not fit each other, or rows choose groups of them first.
+        UserError: the numbers of experts do not fit each other, or rows first choose groups of experts.
     """
     experts, chosen, groups = text.n_routed_experts or 0, text.num_experts_per_tok or 0, text.n_group or 1
     if groups > 1 and experts:
@@ -227,10 +227,10 @@ def read_experts(text: Text) -> ExpertFeedForward:
 
 
 def read_pictures(whole: Whole, sizes: ViewSizes, processor: Mapping[str, Any] | None) -> TwoViews:
-    """How pictures are made ready.
+    """Read how pictures are prepared.
 
     Raises:
-        UserError: the second view's sizes are not those of whole tiles.
+        UserError: the second view's sizes are not multiples of a tile.
     """
     pictures = Pictures.read(processor, PROCESSOR)
     candidates = pictures.candidate_resolutions or whole.candidate_resolutions
@@ -313,7 +313,7 @@ the text as they stand."""
 
 
 def stock_config(config: Mapping[str, Any], image_token: int) -> dict[str, Any]:
-    """config.json for the model that is written in PyTorch: sizes by plain names, nothing left out."""
+    """config.json for the PyTorch model of verify/: sizes by plain names, nothing left out."""
     model = read(config, None)
     experts, attention, encoder = model.block.feed_forward, model.block.attention, model.encoder
     assert isinstance(experts, ExpertFeedForward) and isinstance(encoder, ViewEncoder)

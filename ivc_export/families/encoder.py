@@ -25,7 +25,7 @@ P = TypeVar("P", PatchPreprocessing, FixedPreprocessing, ViewPreprocessing)
 
 
 class Preparation(ABC):
-    """How pictures are made ready for an encoder: what a bundle's manifest is enough for.
+    """Prepares pictures for an encoder. A bundle's manifest has everything it needs.
 
     preprocessing: the settings, of the kind that the family takes.
     """
@@ -34,7 +34,7 @@ class Preparation(ABC):
 
     @abstractmethod
     def picture(self, image: PIL.Image.Image, token_id: int) -> Visual:
-        """An RGB picture to the vision graph's inputs; token_id stands for it in the prompt.
+        """Turn an RGB picture into the vision graph's inputs. token_id stands for it in the prompt.
 
         Raises:
             UserError: it is too elongated.
@@ -42,12 +42,12 @@ class Preparation(ABC):
 
     @abstractmethod
     def stock_inputs(self, visual: Visual) -> dict[str, npt.NDArray[Any]]:
-        """What transformers' get_image_features takes for it, by name, pictures along the first axis."""
+        """The inputs of transformers' get_image_features for it, by name, with pictures along the first axis."""
 
     def video(self, clip: Clip, settings: VideoPreprocessing, most: int) -> list[Visual]:
-        """Frames of a video to the vision graph's inputs: one Visual, or several with text in between.
+        """Turn frames of a video into the vision graph's inputs: one Visual, or several with text in between.
 
-        most: visual tokens of the video, whose frames are scaled down to fit.
+        most: the most visual tokens of the video; frames are scaled down to fit.
 
         Raises:
             UserError: it does not fit, or is too elongated; or the family takes no videos.
@@ -57,12 +57,12 @@ class Preparation(ABC):
     def covered(self, width: int, height: int) -> tuple[int, int, int, int]:
         """The part of a picture of this size that its visual tokens cover: left, top, right and bottom in its pixels.
 
-        All of it, where a family does not say otherwise.
+        It is the whole picture, unless a family says otherwise.
         """
         return 0, 0, width, height
 
     def scaled(self, size: tuple[int, int], grid: Grid) -> tuple[int, int]:
-        """The width and height that the covered part of a picture of this size, which gave `grid`, was scaled to."""
+        """The width and height to which the covered part of a picture of this size was scaled, if it gave `grid`."""
         side = self.preprocessing.token_side
         return grid.columns * side, grid.rows * side
 
@@ -79,17 +79,17 @@ class Encoder(ABC):
 
     @abstractmethod
     def graph(self, g: Graph) -> ir.Value:
-        """Build it from the vision graph's inputs to `image_embeds`, which it returns.
+        """Build the encoder on the vision graph's inputs, and return `image_embeds`.
 
-        Where the decoder has `deepstack`, it makes those outputs, too.
+        If the decoder has `deepstack`, it also makes these outputs.
         """
 
 
 def of_kind(kind: type[P], preprocessing: Preprocessing) -> P:
-    """`preprocessing`, which a family takes of this kind alone.
+    """`preprocessing`, if it is of the kind that a family takes.
 
     Raises:
-        UserError: it is of another.
+        UserError: it is of another kind.
     """
     if not isinstance(preprocessing, kind):
         wanted = kind.model_fields["kind"].default

@@ -21,7 +21,8 @@ from ivc_export.graph.decoder_block import DecoderBlock
 
 
 class TokenTexts(NamedTuple):
-    """Texts of the tokens that show a picture: the image token, and those before and behind a picture's, if any."""
+    """Texts of the tokens that show a picture: the image token, and the tokens before and behind a picture's image
+    tokens, if any."""
 
     image: str
     start: str | None = None
@@ -30,11 +31,11 @@ class TokenTexts(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """One checkpoint's configuration, digested by its family.
+    """One checkpoint's configuration, as read by its family.
 
-    block: what its decoder layers are made of. stacks: matrices that its graphs take as one.
-    image_token, vision_start_token, vision_end_token: ids that config.json states; None where the tokenizer does, or
-    where the family has no such token.
+    block: the parts of its decoder layers. stacks: matrices that its graphs take as one. image_token,
+    vision_start_token, vision_end_token: ids in config.json; None if the tokenizer has them, or if the family has no
+    such token.
     """
 
     decoder: DecoderSizes
@@ -49,7 +50,7 @@ class Model:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How its pictures are made ready, as the manifest says it."""
+        """How its pictures are prepared, in the manifest's form."""
         return self.encoder.pictures.preprocessing
 
     def graph_info(self, name: GraphName, dtype: FloatName, selection_layer: int) -> GraphInfo:
@@ -60,7 +61,7 @@ class Model:
 
 @dataclass(frozen=True)
 class DefaultLayer:
-    """The selection layer taken when the user names none; `calibrated` if it was published or measured."""
+    """The selection layer if the user names none. `calibrated` is true if it was published or measured."""
 
     layer: int
     calibrated: bool
@@ -68,11 +69,10 @@ class DefaultLayer:
 
 @dataclass(frozen=True)
 class StockLayout:
-    """A layout that transformers knows instead of the family's own.
+    """A layout that transformers supports, for families whose own layout it does not.
 
-    config: config.json, and the image token's id, to config.json as transformers would have it.
-    tensors: config.json, a tensor's name and the tensor (NumPy's or torch's) to those that transformers would have, by
-    name.
+    config: converts config.json, with the image token's id, to transformers' config.json. tensors: converts
+    config.json, a tensor's name and the tensor (NumPy's or torch's) to transformers' tensors, by name.
     """
 
     config: Callable[[Mapping[str, Any], int], dict[str, Any]]
@@ -81,31 +81,31 @@ class StockLayout:
 
 @dataclass(frozen=True)
 class Family:
-    """Everything particular to one family.
+    """Everything that is special about one family.
 
-    preprocessing: the kind of settings by which its pictures are made ready.
-    pictures: such settings, of a checkpoint or a manifest, to what makes pictures ready.
-    axes: of its rotary positions.
+    preprocessing: the kind of settings by which its pictures are prepared.
+    pictures: makes the code that prepares pictures, from such settings of a checkpoint or a manifest.
+    axes: number of axes of its rotary positions.
     tiles: whether it cuts pictures into tiles, and chooses tokens within each.
-    read: config.json, and the image processor's configuration if there is one, to a Model.
-    canonical_name: a tensor's name in the checkpoint to ours (`model.*`, `visual.*`, `lm_head.weight`).
-    stored_name: the inverse, as transformers 4.4x names it, or the family's own code.
+    read: reads config.json, and the image processor's configuration if there is one, into a Model.
+    canonical_name: converts a tensor's name in the checkpoint to ours (`model.*`, `visual.*`, `lm_head.weight`).
+    stored_name: the inverse, to the name of transformers 4.4x, or of the family's own code.
     default_layer: the selection layer for a model of these sizes.
     positions: rotary positions of text (its number of tokens) and pictures in order, from the first free position on;
         returns int32 [axes, rows] and the next free position.
-    chat_template: of the family, for checkpoints that come with none, or with one that cannot show pictures.
-    chat_template_of: config.json to that template, where it depends on it.
-    picture_mark: what templates of some checkpoints write where the image token is to stand; None for nothing else.
+    chat_template: the family's template, for checkpoints without one, or with one that cannot show pictures.
+    chat_template_of: gives that template by config.json, if it depends on it.
+    picture_mark: what templates of some checkpoints write in the place of the image token; None if they write that.
     token_texts: of the tokens that show a picture.
     template_marks: whether chat templates write the tokens before and behind a picture's image tokens.
-    hub: aliases that --model takes, to hub ids.
-    default_ratio: fraction of visual tokens kept when the user names none.
-    stock_layout: for checkpoints that transformers cannot load as they are.
-    video: config.json, the video processor's settings if there are any, and the id of the token that stands for a
-    visual token of a video, to how videos are made ready; None for families that take none.
+    hub: hub ids, by the aliases that --model takes.
+    default_ratio: fraction of visual tokens kept if the user names none.
+    stock_layout: for checkpoints that transformers cannot load directly.
+    video: gives the settings for videos, from config.json, the video processor's settings if there are any, and the id
+        of the token that stands for a visual token of a video; None for families without videos.
     video_text: that token's text.
-    unused: beginnings of (canonical) names of tensors that checkpoints hold and no graph takes.
-    foreign: of a config.json of the same models in a layout that is not read, the sentence that says so; else None.
+    unused: beginnings of (canonical) names of tensors that checkpoints contain and no graph takes.
+    foreign: gives a sentence if a config.json is of the same models in an unsupported layout; else None.
     """
 
     model_type: str
@@ -141,7 +141,8 @@ class Family:
 
 
 def scaled_layer(sizes: DecoderSizes, published: Mapping[int, int], layer: int, layers: int) -> DefaultLayer:
-    """The published selection layer for this many layers, or else `layer` of `layers` in proportion, uncalibrated."""
+    """The published selection layer for this many layers. If there is none, `layer` of `layers` in proportion,
+    uncalibrated."""
     if sizes.layers in published:
         return DefaultLayer(published[sizes.layers], calibrated=True)
     scaled = round(sizes.layers * layer / layers)
@@ -149,7 +150,7 @@ def scaled_layer(sizes: DecoderSizes, published: Mapping[int, int], layer: int, 
 
 
 def renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
-    """`name` with the first of the (old, new) prefixes that it has replaced."""
+    """`name`, with the first matching prefix of the (old, new) pairs replaced."""
     for old, new in prefixes:
         if name.startswith(old):
             return new + name.removeprefix(old)

@@ -97,9 +97,9 @@ class Vision(Settings):
 
 
 class Pictures(PictureSettings):
-    """GotOcr2ImageProcessor of transformers. A size that is null is the encoder's.
+    """GotOcr2ImageProcessor of transformers. A null size is the encoder's.
 
-    Its crop_to_patches does not count: InternVLProcessor always cuts into tiles.
+    Its crop_to_patches is ignored: InternVLProcessor always cuts into tiles.
     """
 
     image_processor_type: Annotated[Literal["GotOcr2ImageProcessor"], Backendless] = "GotOcr2ImageProcessor"
@@ -126,10 +126,10 @@ class VisionSizes(Frozen):
 
 
 def decoder_settings(content: Any, part: str, kinds: Mapping[str, type[DecoderSettings]]) -> DecoderSettings:
-    """The decoder's settings by its model_type, the first of `kinds` where there is none.
+    """Read the decoder's settings by its model_type; the first of `kinds` if there is none.
 
     Raises:
-        UserError: it is of none of the kinds, or a value is not known.
+        UserError: it is of another kind, or a value is not supported.
     """
     kind = next(iter(kinds))
     if isinstance(content, Mapping):
@@ -169,7 +169,7 @@ def make_model(
     tiles: tuple[int, int],
     image_token: int | None,
 ) -> Model:
-    """What both layouts have in common. tiles: fewest and most."""
+    """The parts that both layouts have in common. tiles: fewest and most."""
     check_divides(
         ("vision_config.hidden_size", sizes.width, sizes.heads),
         ("vision_config.image_size", sizes.image, SHUFFLE * sizes.patch),
@@ -279,7 +279,8 @@ def default_layer(sizes: DecoderSizes) -> DefaultLayer:
 
 
 def tiling(width: int, height: int, p: FixedPreprocessing) -> tuple[int, int]:
-    """Columns and rows of tiles: the closest aspect ratio; of equals the most tiles that are not twice the picture.
+    """Columns and rows of tiles: the closest aspect ratio. Of equal ones, the most tiles that are not twice the
+    picture.
 
     Source: get_optimal_tiled_canvas of GotOcr2ImageProcessor in transformers; dynamic_preprocess in the original code.
     """
@@ -296,16 +297,16 @@ def tiling(width: int, height: int, p: FixedPreprocessing) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class TilePictures(Preparation):
-    """Pictures in tiles of the encoder's size, and a thumbnail of the whole where they are several."""
+    """Pictures in tiles of the encoder's size, and a thumbnail of the whole picture if there are several tiles."""
 
     preprocessing: FixedPreprocessing
 
     @classmethod
     def of(cls, preprocessing: Preprocessing) -> TilePictures:
-        """By these settings.
+        """Make it from these settings.
 
         Raises:
-            UserError: they are not of tiles.
+            UserError: they are of another kind.
         """
         return cls(of_kind(FixedPreprocessing, preprocessing))
 
@@ -354,7 +355,7 @@ CHAT_TEMPLATE = """\
 
 
 def without_thoughts(template: str, text: Any) -> str:
-    """A family's own template for a decoder: with Qwen3, what an earlier answer thought is left out.
+    """A family's own template for a decoder. With Qwen3, the thoughts of earlier answers are left out.
 
     text: the decoder's part of config.json.
     """

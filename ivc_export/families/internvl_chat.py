@@ -51,7 +51,8 @@ from ivc_export.graph.decoder_block import DecoderBlock, ProjectionsByHead, self
 
 
 class Whole(Settings):
-    """InternVLChatConfig of the original code; what has no default there is not supported as it has it."""
+    """InternVLChatConfig of the original code. A field without a default must be in the file: the original default is
+    not supported."""
 
     select_layer: Literal[-1] = -1
     pad2square: Literal[False] = False
@@ -68,7 +69,8 @@ class Whole(Settings):
 
 
 class Vision(Settings):
-    """InternVisionConfig of the original code; what has no default here is not supported as it has it there."""
+    """InternVisionConfig of the original code. A field without a default must be in the file: the original default is
+    not supported."""
 
     num_channels: Literal[3] = 3
     patch_size: SideLength = 14
@@ -85,7 +87,7 @@ class Vision(Settings):
 
 
 class InternLM2Text(DecoderSettings):
-    """InternLM2Config of the original code; its bias, which is the default there, is not supported."""
+    """InternLM2Config of the original code. Its biases, on by default there, are not supported."""
 
     block: ClassVar[DecoderBlock] = self_attention_block(ProjectionsByHead(bias=False))
     scored: ClassVar[Scored] = "unnormed-values"
@@ -106,7 +108,7 @@ class InternLM2Text(DecoderSettings):
 
 
 class Pictures(PictureSettings):
-    """The original code scales pictures by itself; its files hold settings of CLIP's, which say the same."""
+    """The original code scales pictures itself. Its files have settings of CLIP's processor, which say the same."""
 
     size: Any = None
     crop_size: Any = None
@@ -257,7 +259,7 @@ TEXT_KEYS = (  # that mean the same in both layouts; the original files hold man
 
 
 def stock_config(config: Mapping[str, Any], image_token: int) -> dict[str, Any]:
-    """config.json of the original layout as transformers' layout has it."""
+    """config.json of the original layout, converted to transformers' layout."""
     text, vision, model = config["llm_config"], config["vision_config"], read(config, None)
     sizes = read_sizes(Whole.read(config), config)
     own: dict[str, Any] = {"model_type": text.get("model_type") or next(iter(TEXTS))}
@@ -284,7 +286,8 @@ def stock_config(config: Mapping[str, Any], image_token: int) -> dict[str, Any]:
 
 
 def stock_tensors(config: Mapping[str, Any], name: str, tensor: Any) -> dict[str, Any]:
-    """A tensor of the original layout, NumPy's or torch's, as transformers' layout has it: fused ones in three."""
+    """A tensor of the original layout, NumPy's or torch's, converted to transformers' layout: a fused one becomes
+    three."""
     own, decoder = canonical_name(name), read(config, None).decoder
     stem, fused, suffix = own.partition("qkv_proj." if ".qkv_proj." in own else "qkv.")
     if not fused:

@@ -89,7 +89,7 @@ class Vision(Settings):
 
 
 class Pictures(PictureSettings):
-    """CLIPImageProcessor of transformers. Sizes that are null are the encoder's."""
+    """CLIPImageProcessor of transformers. Null sizes are the encoder's."""
 
     image_processor_type: Annotated[Literal["CLIPImageProcessor", "LlavaImageProcessor"], Backendless] = (
         "CLIPImageProcessor"
@@ -134,7 +134,7 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
 
 
 def foreign(config: Mapping[str, Any]) -> str | None:
-    """The original code's config.json, which names a vision encoder where transformers' holds its sizes."""
+    """Recognise the original code's config.json: it names a vision encoder where transformers' file has its sizes."""
     if not config.get("mm_vision_tower"):
         return None
     return (
@@ -169,7 +169,7 @@ def read_vision(whole: Whole, content: object) -> VisionSizes:
 
 
 def read_pictures(vision: VisionSizes, processor: Mapping[str, Any] | None) -> MiddleSquare:
-    """The image processor's settings.
+    """Read the image processor's settings.
 
     Raises:
         UserError: it does not scale the shorter side to the encoder's input and cut out the middle.
@@ -281,10 +281,10 @@ class MiddleSquare(Preparation):
 
     @classmethod
     def of(cls, preprocessing: Preprocessing) -> MiddleSquare:
-        """By these settings.
+        """Make it from these settings.
 
         Raises:
-            UserError: they are not of tiles.
+            UserError: they are of another kind.
         """
         return cls(of_kind(FixedPreprocessing, preprocessing))
 

@@ -33,7 +33,7 @@ class VisionRope(Settings):
 
 
 class Patches(Settings):
-    """How the vision encoder cuts pictures: keys of its config class, whatever its blocks."""
+    """How the vision encoder cuts pictures: keys that its config class has for every kind of block."""
 
     in_channels: Literal[3] = 3
     patch_size: Annotated[int, Field(gt=0, le=256), Square] = 14
@@ -44,7 +44,7 @@ class Patches(Settings):
 
 
 class Pictures(PictureSettings):
-    """Qwen2VLImageProcessor of transformers. Sizes that are null are those of config.json."""
+    """Qwen2VLImageProcessor of transformers. Null sizes are those of config.json."""
 
     image_processor_type: Annotated[Literal["Qwen2VLImageProcessor"], Backendless] = "Qwen2VLImageProcessor"
     size: Any = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}  # noqa: RUF012
@@ -93,7 +93,7 @@ def read_pictures(vision: Patches, processor: Mapping[str, Any] | None) -> Patch
 
 
 def read_cut(vision: Patches, found: Pictures | Videos, file: str) -> tuple[int, int]:
-    """The fewest and the most pixels that a processor scales to.
+    """The fewest and the most pixels to which a processor scales.
 
     Raises:
         UserError: it does not cut pictures as config.json says, or names no fewest and most pixels.
@@ -125,7 +125,7 @@ def read_videos(
     positions_per_second: float | None = None,
     timestamps: bool = False,
 ) -> VideoPreprocessing:
-    """A video processor's settings, with what families differ in.
+    """Read a video processor's settings, with the settings in which families differ.
 
     Raises:
         UserError: see read_cut.

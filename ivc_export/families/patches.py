@@ -21,16 +21,16 @@ ASPECT_LIMIT = 200  # as the official image processor
 
 @dataclass(frozen=True)
 class PatchPictures(Preparation):
-    """Pictures at their own size, cut into patches."""
+    """Pictures of any size, cut into patches."""
 
     preprocessing: PatchPreprocessing
 
     @classmethod
     def of(cls, preprocessing: Preprocessing) -> PatchPictures:
-        """By these settings.
+        """Make it from these settings.
 
         Raises:
-            UserError: they are not of patches.
+            UserError: they are of another kind.
         """
         return cls(of_kind(PatchPreprocessing, preprocessing))
 
@@ -47,9 +47,10 @@ class PatchPictures(Preparation):
         return Visual(inputs, Grid(height // p.token_side, width // p.token_side), token_id)
 
     def video(self, clip: Clip, settings: VideoPreprocessing, most: int) -> list[Visual]:
-        """Scale frames alike, and cut as many as a temporal patch takes into patches; the last one repeats.
+        """Scale all frames to one size, and cut each temporal patch of frames into patches. The last frame repeats to
+        fill one.
 
-        One Visual of all of them, or, where their times are written, one of each temporal patch.
+        The result is one Visual of all frames, or, if their times are written, one Visual for each temporal patch.
         Source: Qwen2VLVideoProcessor and Qwen3VLVideoProcessor in transformers.
         """
         p, seconds = self.preprocessing, clip.seconds
@@ -121,10 +122,10 @@ def patch_positions(height: int, width: int, p: PatchPreprocessing) -> npt.NDArr
 def resized(
     height: int, width: int, unit: int, min_pixels: int, max_pixels: int, frames: int = 1, counted: int = 1
 ) -> tuple[int, int]:
-    """The size that a picture is scaled to: multiples of `unit`, within min_pixels and max_pixels.
+    """The size to which a picture is scaled: multiples of `unit`, within min_pixels and max_pixels.
 
-    frames: that share the pixels. counted: of them, where their number is rounded.
-    Source: smart_resize of Qwen2VLImageProcessor and Qwen3VLVideoProcessor in transformers.
+    frames: how many share the pixels. counted: how many of them count, if their number is rounded. Source: smart_resize
+    of Qwen2VLImageProcessor and Qwen3VLVideoProcessor in transformers.
     """
     check_shape(width, height, ASPECT_LIMIT)
     rows, columns = round(height / unit), round(width / unit)
@@ -137,19 +138,20 @@ def resized(
 
 
 def shrunk(height: int, width: int, unit: int, max_pixels: int, frames: int = 1) -> tuple[int, int]:
-    """The largest size of about this shape, in multiples of `unit`, at least one, with max_pixels in all frames."""
+    """The largest size of about this shape with at most max_pixels in all frames, in multiples of `unit`, at least
+    one."""
     scale = math.sqrt(frames * height * width / max_pixels)
     rows, columns = (max(1, math.floor(side / scale / unit)) for side in (height, width))
     return rows * unit, columns * unit
 
 
 def frame_size(clip: Clip, settings: VideoPreprocessing, p: PatchPreprocessing, most: int) -> tuple[int, int]:
-    """The size that a video's frames are scaled to: the official one, or less where that gives too many tokens.
+    """The size to which a video's frames are scaled: the official size, or a smaller one if that gives too many tokens.
 
     most: visual tokens of the video.
 
     Raises:
-        UserError: there is none that gives so few, or the video is too elongated.
+        UserError: no size gives so few, or the video is too elongated.
     """
     (width, height), count, deep, unit = clip.size, len(clip.indices), p.temporal_patch_size, p.token_side
     frames, counted = 1, 1

@@ -15,7 +15,7 @@ from ivc_export.contract.preprocessing import Scaling
 from ivc_export.errors import UserError
 
 PIXELS = "pixel_values"
-"""The vision graphs' input of pixels."""
+"""The vision graphs' input with pixels."""
 
 STRIP = 32_000_000
 """Pixels that are resized at a time: 128 MB in Pillow."""
@@ -25,15 +25,15 @@ TILES_ASPECT_LIMIT = 3000
 
 
 class Grid(NamedTuple):
-    """Visual tokens: rows by columns, row-major, and one such frame after another along time.
+    """Visual tokens: rows by columns, row-major, one frame after another along time.
 
-    tile: where it is not 0, a frame's tokens come tile by tile, of tile x tile tokens each, tiles and the tokens within
-    them row-major; behind several tiles comes a thumbnail of the whole frame, of one tile.
-    time: number of frames, which is 1 for a still picture.
-    content: where it is not None, a frame is two views: a thumbnail of tile x tile tokens, of which rows `content[0]`
-    to `content[2]` (not included) and columns `content[1]` to `content[3]` show the picture, and then rows x columns
-    tokens. Both are row-major, with a separator behind each row, and one between them.
-    interval: how far frames lie apart in rotary positions of time, to which they are rounded down.
+    tile: if it is not 0, a frame's tokens come tile by tile, of tile x tile tokens each. Tiles, and the tokens within
+        them, are row-major. Behind several tiles comes a thumbnail of the whole frame, of one tile.
+    time: number of frames; 1 for a still picture.
+    content: if it is not None, a frame is two views. The first is a thumbnail of tile x tile tokens, of which rows
+        `content[0]` to `content[2]` (not included) and columns `content[1]` to `content[3]` show the picture. Then come
+        rows x columns tokens. Both are row-major, with a separator behind each row, and one between them.
+    interval: distance of frames in rotary positions of time, which are rounded down.
     """
 
     rows: int
@@ -52,7 +52,8 @@ class Grid(NamedTuple):
     def blocks(self) -> list[int]:
         """Numbers of visual tokens within which IVC tokens are chosen: each tile's, thumbnails included.
 
-        Without tiles each frame's; of two views the first's, the separator, and those of each row of the second.
+        Without tiles, these are each frame's. With two views, these are the first view's, the separator, and those of
+        each row of the second view.
         """
         if self.content is not None:
             return [self.tile * (self.tile + 1), 1, *[self.columns + 1] * self.rows] * self.time
@@ -73,7 +74,7 @@ class Grid(NamedTuple):
 
     @property
     def batch(self) -> int:
-        """How many rows of what vision gives, along its first axis, hold them: its tiles, frames, or views as one."""
+        """How many rows along the first axis of vision's output contain them: its tiles, frames, or views as one."""
         return self.time if self.content is not None else len(self.blocks)
 
     @property
@@ -89,7 +90,7 @@ class Grid(NamedTuple):
 
     @property
     def thumbnail(self) -> npt.NDArray[np.int32]:
-        """The visual tokens of a frame's thumbnail, row-major, without separators; none where there is no thumbnail."""
+        """The visual tokens of a frame's thumbnail, row-major, without separators. Empty if there is no thumbnail."""
         row, column = np.mgrid[: self.tile, : self.tile].reshape(2, -1)
         if self.content is not None:
             return (row * (self.tile + 1) + column).astype(np.int32)
@@ -98,7 +99,7 @@ class Grid(NamedTuple):
 
     @property
     def separators(self) -> npt.NDArray[np.int32]:
-        """The visual tokens that show no place of the picture, but where a row or a view ends."""
+        """The visual tokens that show no place of the picture, but the end of a row or a view."""
         places = np.concatenate([self.thumbnail, self.detail]) if self.content is not None else np.arange(self.visual)
         return np.setdiff1d(np.arange(self.visual), places).astype(np.int32)
 
@@ -113,10 +114,10 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True)
 class Levels:
-    """Pixels of a picture or of frames before they are normalised, where pixel_values has them.
+    """Pixels of a picture or of frames before normalisation, in the order of pixel_values.
 
-    values: uint8 [outer, 3, frames, inner], frames being 1 where one stands for `frames`. shape: of pixel_values, which
-    has [outer, 3, frames, inner] in this order.
+    values: uint8 [outer, 3, frames, inner]; frames is 1 if one frame stands for all `frames`. shape: of pixel_values,
+    which has [outer, 3, frames, inner] in this order.
     """
 
     values: npt.NDArray[np.uint8]
@@ -133,7 +134,7 @@ class Levels:
 
 
 class NormalisedInputs(Mapping[str, npt.NDArray[Any]]):
-    """A vision graph's inputs by name, pixel_values among them, which are made of `levels` when they are looked at."""
+    """A vision graph's inputs by name. pixel_values are computed from `levels` when they are first read."""
 
     def __init__(self, levels: Levels, **others: npt.NDArray[Any]) -> None:
         self.levels, self._others = levels, others
@@ -150,15 +151,15 @@ class NormalisedInputs(Mapping[str, npt.NDArray[Any]]):
 
 @dataclass(frozen=True)
 class Visual:
-    """A picture, or frames of a video, ready for the vision graph.
+    """A picture, or frames of a video, prepared for the vision graph.
 
     inputs: the vision graph's inputs by name; floats in float32.
-    grid: of its visual tokens.
+    grid: the grid of its visual tokens.
     token_id: the token that stands for each of them in the prompt.
-    kind: what it is.
-    seconds: of a video, between its temporal patches.
-    before, more: of a video whose times are written, the text in front of this temporal patch, and how many of the same
-    video come behind it.
+    kind: "image" or "video", for sentences.
+    seconds: time between the temporal patches of a video.
+    before, more: for a video whose times are written, the text in front of this temporal patch, and how many patches of
+        the same video follow.
     """
 
     inputs: Mapping[str, npt.NDArray[Any]]
@@ -171,18 +172,18 @@ class Visual:
 
     @property
     def levels(self) -> Levels | None:
-        """What its pixel_values are made of, if that is known."""
+        """The levels of its pixel_values, if they are known."""
         return self.inputs.levels if isinstance(self.inputs, NormalisedInputs) else None
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
-        """The shape of one of its inputs, or None where it has none of that name."""
+        """The shape of one of its inputs. None if it has no input of that name."""
         if name == PIXELS and self.levels is not None:
             return self.levels.shape
         return self.inputs[name].shape if name in self.inputs else None
 
     @property
     def frames(self) -> list[dict[str, npt.NDArray[Any]]]:
-        """The inputs of each frame alone; of a still picture all of them."""
+        """The inputs of each frame alone. For a still picture these are all inputs."""
         if self.grid.time == 1:
             return [dict(self.inputs)]
         pixels = np.split(self.inputs[PIXELS], self.grid.time)
@@ -203,7 +204,7 @@ def scaled_levels(
 ) -> npt.NDArray[np.uint8]:
     """A picture resized to width x height, uint8 [rows, columns, 3].
 
-    box: left, top, right and bottom of what is kept of the resized picture; None keeps all of it.
+    box: left, top, right and bottom of the part of the resized picture that is kept; None keeps all of it.
     """
     left, top, right, bottom = box or (0, 0, width, height)
     kernel = PIL.Image.Resampling[scaling.resample.upper()]
@@ -220,10 +221,11 @@ def tile_levels(tiles: npt.NDArray[np.uint8], scaling: Scaling) -> Levels:
 def resized_rows(
     image: PIL.Image.Image, width: int, first: int, end: int, kernel: PIL.Image.Resampling
 ) -> npt.NDArray[np.uint8]:
-    """Each row of an RGB picture resized to `width` pixels, of which those from `first` to `end` are kept.
+    """Resize each row of an RGB picture to `width` pixels, and keep those from `first` to `end`.
 
-    uint8 [image.height, end - first, 3]. The picture's rows and then, turned, its columns make what Pillow makes of
-    both at once, rows first; from 13 on it chooses the order by the shape. A strip of rows at a time bounds the memory.
+    Returns uint8 [image.height, end - first, 3]. Resizing the rows and then, transposed, the columns gives what Pillow
+    up to 12 gives for both at once; from 13 on Pillow chooses the order by the shape. A strip of rows at a time limits
+    the memory.
     """
     kept = np.empty((image.height, end - first, 3), np.uint8)
     rows = max(1, STRIP // max(image.width, width))
@@ -235,7 +237,7 @@ def resized_rows(
 
 
 def check_shape(width: int, height: int, limit: int) -> None:
-    """Check that a picture's longer side has at most `limit` times the pixels of its shorter one.
+    """Check that a picture's longer side has at most `limit` times the pixels of its shorter side.
 
     Raises:
         UserError: it has more.

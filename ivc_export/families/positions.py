@@ -17,10 +17,11 @@ def counted_positions(segments: Sequence[int | Grid], start: int) -> tuple[npt.N
 
 
 def mrope_positions(segments: Sequence[int | Grid], start: int) -> tuple[npt.NDArray[np.int32], int]:
-    """M-RoPE positions: text turns all axes alike, a picture spreads over rows and columns, its frames over time.
+    """M-RoPE positions. Text advances all axes alike, a picture spreads over rows and columns, and its frames over
+    time.
 
-    What follows a video begins behind its rows and columns, however long it is. Positions of time are computed in
-    float32, as there. Source: arXiv 2409.12191, section 2.1; get_rope_index in transformers.
+    Text after a video starts behind the video's rows and columns, however long the video is. Positions of time are
+    computed in float32, as in transformers. Source: arXiv 2409.12191, section 2.1; get_rope_index in transformers.
     """
     parts = []
     for segment in segments:

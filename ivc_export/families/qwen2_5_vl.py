@@ -72,7 +72,7 @@ class VisionSizes(Frozen):
 
 
 def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
-    """Digest config.json (flat as transformers 4.4x writes it, or with text_config) and the processor's file."""
+    """Read config.json (flat as transformers 4.4x writes it, or with text_config) and the processor's file."""
     vision = Vision.read(config.get("vision_config"), part="vision_config")
     merge = vision.spatial_merge_size
     if vision.window_size < vision.patch_size * merge:
@@ -94,7 +94,7 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
 
 
 def video(config: Mapping[str, Any], processor: Mapping[str, Any] | None, token: int) -> VideoPreprocessing:
-    """How videos are made ready: as Qwen2-VL's, but frames lie apart by their time."""
+    """How videos are prepared: as in Qwen2-VL, but positions of frames follow their time."""
     vision = Vision.read(config.get("vision_config"), part="vision_config")
     found = Videos.read(processor, VIDEO_PROCESSOR)
     return read_videos(vision, found, token, positions_per_second=float(vision.tokens_per_second))
@@ -102,16 +102,16 @@ def video(config: Mapping[str, Any], processor: Mapping[str, Any] | None, token:
 
 @dataclass(frozen=True)
 class Windows:
-    """How patches are laid out for windowed attention.
+    """The layout of patches for windowed attention.
 
-    Sorted by window, patches are cut into blocks of as many as a full window has. A window's patches stand together,
-    so they lie in one block or two neighbouring ones, and a block's queries need its own keys and its neighbours' only:
-    memory grows with the picture, not with its square, and every shape follows from the number of patches.
+    Patches are sorted by window, and cut into blocks of as many patches as a full window has. A window's patches are
+    neighbours, so they are in one block or in two neighbouring blocks. A block's queries then need only the keys of
+    their own block and of its neighbours. So memory grows with the picture, not with its square, and every shape
+    follows from the number of patches.
 
-    order: int32 [places], the patch at each place; (blocks + 2) block places, a block of padding before and behind.
-    slot: int32 [patches], each patch's place behind the padding.
-    window_of_place: int32 [places], the number of each place's window, -1 where there is none.
-    block: places of a block. cos, sin: float32 [places, head_dim / 2].
+    order: int32 [places], the patch at each place; (blocks + 2) block places, with a block of padding before and
+    behind. slot: int32 [patches], each patch's place behind the padding. window_of_place: int32 [places], the number of
+    each place's window, -1 for padding. block: places of a block. cos, sin: float32 [places, head_dim / 2].
     """
 
     order: ir.Value
@@ -123,7 +123,7 @@ class Windows:
 
 
 def windows(g: Graph, sizes: VisionSizes, cos: ir.Value, sin: ir.Value) -> Windows:
-    """Lay patches out by window; windows are aligned to the picture's top left, and cut off at its other sides."""
+    """Lay patches out by window. Windows are aligned to the picture's top left, and cut off at its other sides."""
     position, size, side = g.inputs["patch_position"], sizes.window**2, g.constant([sizes.window], INT32)
     zero, one, block = g.constant(0, INT32), g.constant(1, INT32), g.constant([size], INT32)
 
@@ -161,7 +161,7 @@ def windows(g: Graph, sizes: VisionSizes, cos: ir.Value, sin: ir.Value) -> Windo
 
 @dataclass(frozen=True)
 class WindowEncoder(Encoder):
-    """hidden_size: of what the merger gives, which is the decoder's."""
+    """The encoder. hidden_size: width of the merger's output, which is the decoder's."""
 
     pictures: PatchPictures
     sizes: VisionSizes
@@ -170,7 +170,7 @@ class WindowEncoder(Encoder):
     def graph(self, g: Graph) -> ir.Value:
         """Encoder blocks with two-dimensional rotary positions, most of them windowed, then the merger of patches.
 
-        Patches keep their order: attention is the same in any, so nothing is sorted back at the end.
+        Patches keep their order. Attention gives the same in any order, so nothing has to be sorted back at the end.
         Source: Qwen2_5_VisionTransformerPretrainedModel in transformers.
         """
         sizes, p = self.sizes, self.pictures.preprocessing

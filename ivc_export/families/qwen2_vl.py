@@ -107,7 +107,7 @@ class VisionSizes(Frozen):
 
 
 def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
-    """Digest config.json (flat as transformers 4.4x writes it, or with text_config) and the processor's file."""
+    """Read config.json (flat as transformers 4.4x writes it, or with text_config) and the processor's file."""
     vision = Vision.read(config.get("vision_config"), part="vision_config")
     sizes = VisionSizes(
         depth=vision.depth,
@@ -121,7 +121,7 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
 
 
 def read_around(encoder: Encoder, merged: tuple[str, int], config: Mapping[str, Any]) -> Model:
-    """Digest all but the vision encoder. merged: the key that says the merger's width, and its value."""
+    """Read everything but the vision encoder. merged: the key that has the merger's width, and its value."""
     whole, nested = Whole.read(config), config.get("text_config") is not None
     text = Text.read(config["text_config"], part="text_config") if nested else Text.read(config)
     tied = whole.tie_word_embeddings or text.tie_word_embeddings
@@ -147,10 +147,10 @@ def read_around(encoder: Encoder, merged: tuple[str, int], config: Mapping[str, 
 
 
 def check_sections(sections: tuple[int, ...], decoder: DecoderSizes) -> None:
-    """Check that each pair of a head's values turns with one of three axes.
+    """Check that each pair of a head's values belongs to one of three axes.
 
     Raises:
-        UserError: the sections are others.
+        UserError: the sections do not say so.
     """
     if len(sections) != 3 or min(sections) < 1 or 2 * sum(sections) != decoder.head_dim:
         raise UserError(
@@ -159,7 +159,7 @@ def check_sections(sections: tuple[int, ...], decoder: DecoderSizes) -> None:
 
 
 def check_merged(merged: tuple[str, int], decoder: DecoderSizes) -> None:
-    """Check that visual tokens are as wide as the decoder. merged: the key that says their width, and its value.
+    """Check that visual tokens are as wide as the decoder. merged: the key that has their width, and its value.
 
     Raises:
         UserError: they are not.
@@ -172,19 +172,20 @@ def check_merged(merged: tuple[str, int], decoder: DecoderSizes) -> None:
 
 
 def video(config: Mapping[str, Any], processor: Mapping[str, Any] | None, token: int) -> VideoPreprocessing:
-    """How videos are made ready: frames in equal steps, each of so many pixels, and one position a temporal patch."""
+    """How videos are prepared: frames in equal steps, each with so many pixels, and one position for each temporal
+    patch."""
     vision = Vision.read(config.get("vision_config"), part="vision_config")
     return read_videos(vision, Videos.read(processor, VIDEO_PROCESSOR), token)
 
 
 def canonical_name(name: str) -> str:
-    """Names of transformers 4.4x (`model.*`, `visual.*`) stay; those of 4.52 and later lose their prefixes."""
+    """Names of transformers 4.4x (`model.*`, `visual.*`) stay. Those of 4.52 and later lose their prefixes."""
     return renamed(name, (("model.language_model.", "model."), ("model.visual.", "visual.")))
 
 
 @dataclass(frozen=True)
 class PatchEncoder(Encoder):
-    """hidden_size: of what the merger gives, which is the decoder's."""
+    """The encoder. hidden_size: width of the merger's output, which is the decoder's."""
 
     pictures: PatchPictures
     sizes: VisionSizes
@@ -213,7 +214,7 @@ class PatchEncoder(Encoder):
 
 
 def frequencies(head_dim: int) -> npt.NDArray[np.float64]:
-    """Rotary frequencies of the encoder, [2, head_dim / 2]: the first half of the pairs turns with rows."""
+    """Rotary frequencies of the encoder, [2, head_dim / 2]: the first half of the pairs rotates with rows."""
     quarter = head_dim // 4
     table = VISION_THETA ** (-np.arange(quarter) / quarter)
     return np.stack([np.pad(table, (0, quarter)), np.pad(table, (quarter, 0))])

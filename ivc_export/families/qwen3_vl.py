@@ -118,7 +118,7 @@ class Vision(Patches):
 class Sizes(VisionSizes):
     """Sizes of the vision encoder.
 
-    side: of the square of learnt positions. deepstack: layers that features are taken behind, in order.
+    side: of the square of learnt positions. deepstack: layers after which features are taken, in order.
     """
 
     side: int = Field(gt=0, le=1024)
@@ -147,14 +147,14 @@ VIDEOS = {"size": {"shortest_edge": 4096, "longest_edge": 25165824}}
 
 
 def video(config: Mapping[str, Any], processor: Mapping[str, Any] | None, token: int) -> VideoPreprocessing:
-    """How videos are made ready: frames from the first to the last share their pixels, and their times are written."""
+    """How videos are prepared: frames from the first to the last share their pixels, and their times are written."""
     vision = Vision.read(config.get("vision_config"), part="vision_config")
     found = Videos.read(VIDEOS if processor is None else processor, VIDEO_PROCESSOR)
     return read_videos(vision, found, token, choice="ends", pixels_of="video", timestamps=True)
 
 
 def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Model:
-    """Digest config.json, and the processor's file."""
+    """Read config.json, and the processor's file."""
     whole = Whole.read(config)
     text = Text.read(config.get("text_config"), part="text_config")
     vision = Vision.read(config.get("vision_config"), part="vision_config")
@@ -178,11 +178,11 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
 
 
 def read_encoder(vision: Vision, decoder: DecoderSizes, processor: Mapping[str, Any]) -> DeepStackEncoder:
-    """The vision encoder of its part of config.json.
+    """Read the vision encoder from its part of config.json.
 
     Raises:
-        UserError: features are taken behind layers that there are not, or for more layers than the decoder has; or
-            learnt positions make no square.
+        UserError: features are taken after layers that do not exist, or for more layers than the decoder has; or the
+            number of learnt positions is not a square.
     """
     taken, positions = vision.deepstack_visual_indexes, vision.num_position_embeddings
     if not all(0 <= layer < vision.depth for layer in taken) or sorted({*taken}) != [*taken]:
@@ -210,14 +210,15 @@ def read_encoder(vision: Vision, decoder: DecoderSizes, processor: Mapping[str, 
 
 @dataclass(frozen=True)
 class DeepStackEncoder(Encoder):
-    """hidden_size: of what the mergers give, which is the decoder's."""
+    """The encoder. hidden_size: width of the mergers' output, which is the decoder's."""
 
     pictures: PatchPictures
     sizes: Sizes
     hidden_size: int
 
     def graph(self, g: Graph) -> ir.Value:
-        """Encoder blocks with learnt and rotary positions, and a merger behind the last and each that features leave.
+        """Encoder blocks with learnt and rotary positions, a merger after the last, and one after each that gives
+        features.
 
         Source: Qwen3VLVisionModel in transformers.
         """
@@ -244,7 +245,7 @@ class DeepStackEncoder(Encoder):
             return self._merged(g, x, "visual.merger", frames, together=False)
 
     def _merged(self, g: Graph, x: ir.Value, name: str, frames: ir.Value, together: bool) -> ir.Value:
-        """Visual tokens [B, visual, hidden]; together: whether their patches are normed as one row, or each."""
+        """Visual tokens [B, visual, hidden]. together: whether their patches are normed as one row, or separately."""
         width, side = self.sizes.embed_dim, self.pictures.preprocessing.merge_size
         merged = width * side**2
         if together:
@@ -288,18 +289,18 @@ def learnt_positions(g: Graph, sizes: Sizes) -> ir.Value:
 
 
 def stored_name(name: str) -> str:
-    """As transformers 4.57, the first with this family, and later ones name a tensor."""
+    """The name of a tensor in transformers 4.57, the first with this family, and later."""
     return renamed(name, (("model.", "model.language_model."), ("visual.", "model.visual.")))
 
 
 def default_layer(sizes: DecoderSizes) -> DefaultLayer:
-    """Of a Qwen2.5-VL of as many layers, or behind the last layer that pictures add to; uncalibrated."""
+    """That of a Qwen2.5-VL with as many layers, or after the last layer with features of pictures; uncalibrated."""
     scaled = qwen2_5_vl.default_layer(sizes)
     return replace(scaled, layer=max(sizes.cuts[0], scaled.layer), calibrated=False)
 
 
 def foreign(config: Mapping[str, Any]) -> str | None:
-    """The sentence about a mixture of experts."""
+    """The sentence on a mixture of experts."""
     if config.get("model_type") == "qwen3_vl_moe":
         return (
             "config.json describes a Qwen3-VL with a mixture of experts (qwen3_vl_moe), and this version exports dense "

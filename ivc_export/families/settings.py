@@ -30,7 +30,7 @@ RESAMPLE: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "
 
 
 def square(value: Any) -> Any:
-    """One length for a list of equal ones; anything else as it is."""
+    """One length for a list of equal ones. Other values stay unchanged."""
     if not isinstance(value, list | tuple):
         return value
     if not value or any(length != value[0] for length in value):
@@ -39,12 +39,12 @@ def square(value: Any) -> Any:
 
 
 def for_each_channel(value: Any) -> Any:
-    """Three times a number; anything else as it is."""
+    """A number three times. Other values stay unchanged."""
     return (value,) * 3 if isinstance(value, int | float) else value
 
 
 def backendless(value: Any) -> Any:
-    """The name of an image processor's class, without what says how it computes."""
+    """The name of an image processor's class, without the suffix for its backend."""
     return value.removesuffix("Fast").removesuffix("Pil") if isinstance(value, str) else value
 
 
@@ -59,7 +59,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Settings(BaseModel):
-    """Base of every table."""
+    """The base class of all tables."""
 
     model_config = ConfigDict(
         frozen=True, strict=True, extra="ignore", allow_inf_nan=False, validate_default=True, protected_namespaces=()
@@ -68,7 +68,7 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, content: Any) -> Any:
-        """A null is a key left out, but where the table says what it means."""
+        """Treat null as a missing key, unless the table gives it a meaning."""
         if not isinstance(content, Mapping):
             raise PydanticCustomError("object", "it should be an object")
         means = {name for name, field in cls.model_fields.items() if types.NoneType in get_args(field.annotation)}
@@ -76,12 +76,12 @@ class Settings(BaseModel):
 
     @classmethod
     def read(cls, content: object, file: str = CONFIG, part: str = "") -> Self:
-        """What `content` says, and the defaults for the rest.
+        """The values in `content`, with defaults for the rest.
 
-        part: where in the file it stands, as "vision_config".
+        part: the part of the file, such as "vision_config".
 
         Raises:
-            UserError: a value is none that is known.
+            UserError: a value is not supported.
         """
         try:
             return cls.model_validate({} if content is None else content)
@@ -95,7 +95,7 @@ class Settings(BaseModel):
 
 
 class PictureSettings(Settings):
-    """What all image processors have; without rescaling and normalisation pixels keep their levels.
+    """The keys of all image processors. Without rescaling and normalisation, pixels keep their levels.
 
     A switch that is null is off.
     """
@@ -131,9 +131,9 @@ One = Annotated[float, Field(ge=1, le=1)]
 
 
 def refuse(key: str, value: object, file: str, known: str, cause: Exception | None = None) -> NoReturn:
-    """Raise the sentence about a value that is not known.
+    """Raise the sentence about a value that is not supported.
 
-    known: what is, as "this version knows 'silu'".
+    known: what is supported, such as "this version knows 'silu'".
     """
     text = repr(value)
     text = text if len(text) <= 60 else f"{text[:57]}..."
@@ -144,7 +144,7 @@ def required(config: Mapping[str, Any], key: str) -> Any:
     """`config[key]`.
 
     Raises:
-        UserError: there is none.
+        UserError: the key is missing.
     """
     if config.get(key) is None:
         raise UserError(f"config.json has no {key}: give the checkpoint's own config.json")
@@ -152,7 +152,7 @@ def required(config: Mapping[str, Any], key: str) -> Any:
 
 
 def edges(size: Any, one_is_square: bool) -> dict[str, int]:
-    """A `size` of an image processor by its edges' names, whatever form it has: an object, two numbers, or one.
+    """The edges of an image processor's `size` by name. It may be an object, two numbers, or one number.
 
     one_is_square: whether one number is height and width, or else the shorter side.
 
@@ -171,19 +171,19 @@ def edges(size: Any, one_is_square: bool) -> dict[str, int]:
 
 
 def check_edges(key: str, size: Any, wanted: Mapping[str, int], why: str) -> None:
-    """Check that a `size` or `crop_size`, where there is one, says what the model's encoder takes.
+    """Check that a `size` or `crop_size`, if there is one, is what the model's encoder takes.
 
     wanted: the edges that it must name; one number may stand for them.
 
     Raises:
-        UserError: it does not.
+        UserError: it is another.
     """
     if size is not None and edges(size, one_is_square="height" in wanted) != wanted:
         refuse(key, size, PROCESSOR, f"{why}, which is {dict(wanted)}")
 
 
 def check_divides(*facts: tuple[str, int, int]) -> None:
-    """Check that in each (name, whole, part) the part divides the whole.
+    """Check for each (name, whole, part) that the part divides the whole.
 
     Raises:
         UserError: one does not.

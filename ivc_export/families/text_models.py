@@ -20,7 +20,7 @@ WindowRows = Annotated[int, Field(ge=0, le=INT32_MOST)]
 
 
 class RopeSettings(Settings):
-    """Rotary positions; `type` is what older files call `rope_type`."""
+    """Settings of rotary positions. `type` is the older name of `rope_type`."""
 
     rope_type: str | None = None
     type: str | None = None
@@ -29,14 +29,14 @@ class RopeSettings(Settings):
 
 
 class PlainRope(RopeSettings):
-    """One-dimensional ones, which "dynamic" scaling leaves as they are up to the model's last position."""
+    """One-dimensional rotary positions. "dynamic" scaling does not change them up to the model's last position."""
 
     rope_type: Literal["default", "dynamic"] | None = None
     type: Literal["default", "dynamic"] | None = None
 
 
 class DecoderSettings(Settings):
-    """A decoder of Llama's kind (Llama, Qwen2, InternLM2): the keys that all of them have."""
+    """A decoder of Llama's kind (Llama, Qwen2, InternLM2): the keys that all of these have."""
 
     default_theta: ClassVar[float] = 10000.0
     block: ClassVar[DecoderBlock]
@@ -64,7 +64,7 @@ class DecoderSettings(Settings):
 
     @property
     def rope(self) -> RopeSettings | None:
-        """Older files say rope_scaling, which counts before rope_parameters if it says anything."""
+        """The rotary settings. Older files have rope_scaling, which comes before rope_parameters if it is set."""
         scaling = self.rope_scaling
         return scaling if scaling is not None and scaling.model_fields_set else self.rope_parameters
 
@@ -95,7 +95,8 @@ class LlamaText(DecoderSettings):
 
 
 class WindowedText(DecoderSettings):
-    """The keys by which some layers of Qwen2's kind see a window of the rows before; only those without are known."""
+    """The keys by which layers of Qwen2's kind attend only within a window of earlier rows. Only models without windows
+    are supported."""
 
     block: ClassVar[DecoderBlock] = self_attention_block(SeparateProjections(bias=True))
 
@@ -106,10 +107,10 @@ class WindowedText(DecoderSettings):
     layer_types: Annotated[tuple[str, ...], Strict(False)] | None = None
 
     def check_windows(self) -> None:
-        """Check that every layer sees every row.
+        """Check that every layer attends to every row.
 
         Raises:
-            UserError: one does not, or the layers are others than there are.
+            UserError: one does not, or the number of layers is wrong.
         """
         if self.layer_types is not None:
             if {*self.layer_types} != {"full_attention"}:
@@ -145,7 +146,7 @@ class Qwen2Text(WindowedText):
 
 
 class Qwen3Text(WindowedText):
-    """Qwen3Config of transformers: heads of their own size, and norms of queries and keys in the place of biases."""
+    """Qwen3Config of transformers: heads of their own size, and norms of queries and keys instead of biases."""
 
     block: ClassVar[DecoderBlock] = self_attention_block(SeparateProjections(bias=False), head_norms=True)
 
@@ -166,10 +167,10 @@ class Qwen3Text(WindowedText):
 
 
 def read_decoder(text: DecoderSettings, tied: bool) -> DecoderSizes:
-    """Sizes of a decoder.
+    """Read the sizes of a decoder.
 
     Raises:
-        UserError: a size fits no other, or attention slides over a window.
+        UserError: sizes do not fit each other, or attention uses a sliding window.
     """
     if isinstance(text, WindowedText):
         text.check_windows()

@@ -14,10 +14,10 @@ from ivc_export.contract.preprocessing import VideoPreprocessing
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames of a video, as many as are taken.
+    """The taken frames of a video.
 
     name: of the video, for sentences. size: width and height of its frames. indices: numbers of the taken frames among
-    all, ascending. total: how many there are. native: how many there are a second. frames: the taken ones, RGB.
+    all, ascending. total: number of all frames. native: frames for each second. frames: the taken ones, RGB.
     """
 
     name: str
@@ -29,23 +29,23 @@ class Clip:
 
     @property
     def rate(self) -> float:
-        """Taken frames a second."""
+        """How many frames were taken for each second."""
         return len(self.indices) / self.total * self.native
 
     @property
     def seconds(self) -> list[float]:
-        """When each taken frame was."""
+        """The time of each taken frame."""
         return [index / self.native for index in self.indices]
 
 
 def taken_frames(
     settings: VideoPreprocessing, deep: int, total: int, native: float, fps: float | None, most: int | None
 ) -> tuple[int, ...]:
-    """Numbers of the frames to take of a video of `total` frames, `native` of them a second.
+    """Numbers of the frames to take from a video of `total` frames, with `native` frames for each second.
 
-    deep: frames of a temporal patch. fps, most: frames to take a second, and at most; None for the settings' own. At
-    least one is taken, and as many as the settings ask for at least, where there are.
-    Source: sample_frames of Qwen2VLVideoProcessor and Qwen3VLVideoProcessor in transformers.
+    deep: frames of a temporal patch. fps, most: frames to take for each second, and at most; None takes the settings.
+    At least one is taken, and at least as many as the settings want, if the video has them. Source: sample_frames of
+    Qwen2VLVideoProcessor and Qwen3VLVideoProcessor in transformers.
     """
     fps, most = settings.fps if fps is None else fps, settings.max_frames if most is None else most
     wanted = total / native * fps

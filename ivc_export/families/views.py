@@ -35,27 +35,27 @@ class ViewSizes(Frozen):
 
     @property
     def side(self) -> int:
-        """Patches along a side of a tile; pixels that fill none are left out."""
+        """Patches along a side of a tile. Pixels that do not fill a patch are left out."""
         return self.image // self.patch
 
     @property
     def tokens(self) -> int:
-        """Visual tokens along a side of a tile; those at the end may lack patches."""
+        """Visual tokens along a side of a tile. The last ones may lack patches."""
         return -(-self.side // MERGE)
 
 
 @dataclass(frozen=True)
 class TwoViews(Preparation):
-    """A picture whole in one tile, and larger in several; both filled up to their tiles."""
+    """A picture whole in one tile, and larger in several tiles. Both views are filled up to their tiles."""
 
     preprocessing: ViewPreprocessing
 
     @classmethod
     def of(cls, preprocessing: Preprocessing) -> TwoViews:
-        """By these settings.
+        """Make it from these settings.
 
         Raises:
-            UserError: they are not of views.
+            UserError: they are of another kind.
         """
         return cls(of_kind(ViewPreprocessing, preprocessing))
 
@@ -77,7 +77,7 @@ class TwoViews(Preparation):
         return Visual(inputs, grid, token_id)
 
     def scaled(self, size: tuple[int, int], grid: Grid) -> tuple[int, int]:
-        """Within the second view."""
+        """The size within the second view."""
         pixels, side = self.preprocessing.tile_pixels, self.preprocessing.tile_side
         return within(size, grid.columns // side * pixels, grid.rows // side * pixels)
 
@@ -101,7 +101,7 @@ def tiling(width: int, height: int, p: ViewPreprocessing) -> tuple[int, int]:
 
 
 def filled(image: PIL.Image.Image, width: int, height: int, p: ViewPreprocessing) -> npt.NDArray[np.uint8]:
-    """A picture scaled into width x height, in the middle, uint8 [height, width, 3].
+    """A picture scaled into width x height and put in the middle, uint8 [height, width, 3].
 
     Source: ImageOps.pad of Pillow.
     """
@@ -113,7 +113,7 @@ def filled(image: PIL.Image.Image, width: int, height: int, p: ViewPreprocessing
 
 
 def within(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
-    """The width and height of a picture of this size that is scaled into width x height."""
+    """Width and height of a picture of this size after it is scaled into width x height."""
     if size[0] * height > size[1] * width:
         return width, max(1, round(size[1] / size[0] * width))
     if size[0] * height < size[1] * width:
@@ -122,7 +122,7 @@ def within(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
 
 
 def content(width: int, height: int, p: ViewPreprocessing) -> tuple[int, int, int, int]:
-    """The first view's tokens that show a picture: its first row and column, and the first behind it."""
+    """The first view's tokens that show a picture: its first row and column, and the first row and column behind it."""
     scale = min(p.tile_pixels / width, p.tile_pixels / height)
     left, top = ((p.tile_pixels - int(extent * scale)) // 2 for extent in (width, height))
     right, bottom = left + int(width * scale), top + int(height * scale)
@@ -141,14 +141,15 @@ def token_source(columns: int, rows: int, side: int) -> npt.NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class ViewEncoder(Encoder):
-    """hidden_size: of what the projector gives, which is the decoder's."""
+    """The encoder. hidden_size: width of the projector's output, which is the decoder's."""
 
     pictures: TwoViews
     sizes: ViewSizes
     hidden_size: int
 
     def graph(self, g: Graph) -> ir.Value:
-        """SigLIP over tiles, the projector (2 x 2 patches a token), and the tokens in their order with separators.
+        """SigLIP over tiles, the projector (2 x 2 patches for each token), and the tokens in their order with
+        separators.
 
         Source: Zhai et al. 2023 (SigLIP); MlpProjector and prepare_inputs_embeds of the model's own code.
         """
@@ -197,7 +198,7 @@ class ViewEncoder(Encoder):
             return g.op("Unsqueeze", x, g.ints(0))
 
     def _blocks(self, g: Graph, x: ir.Value, frames: ir.Value) -> ir.Value:
-        """Each token's 2 x 2 patches, zeros where a tile ends before.
+        """Each token's 2 x 2 patches, with zeros beyond the end of a tile.
 
         x: [B, side^2, width]; returns [B, tokens^2, 4, width].
         """

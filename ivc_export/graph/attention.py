@@ -10,7 +10,7 @@ from ivc_export.graph.rotary import rotate
 
 
 def split_heads(g: Graph, x: ir.Value, frames: ir.Value, heads: int, head_dim: int) -> ir.Value:
-    """Rows with their heads side by side, by head.
+    """Split rows whose heads are side by side into heads.
 
     x: [B rows, heads head_dim]; frames: B, int64 [1]; returns [B, heads, rows, head_dim].
     """
@@ -28,10 +28,10 @@ def encoder_attention(g: Graph, q: ir.Value, k: ir.Value, v: ir.Value, heads: in
 def window_attention(
     g: Graph, q: ir.Value, k: ir.Value, v: ir.Value, window_of_place: ir.Value, heads: int, head_dim: int, block: int
 ) -> ir.Value:
-    """Attention of every place to those of its window, which lies in one block of places or two neighbouring ones.
+    """Attention of every place to those of its window, which is in one block of places or in two neighbouring blocks.
 
-    q, k, v: [B, heads, places, head_dim], a block of padding before and behind; window_of_place: int32 [places], -1
-    where nothing is; returns [B, places - 2 block, heads head_dim].
+    q, k, v: [B, heads, places, head_dim], with a block of padding before and behind; window_of_place: int32 [places],
+    -1 for padding; returns [B, places - 2 block, heads head_dim].
     """
     sizes = {"heads": heads, "head_dim": head_dim, "block_size": block}
     return g.call("WindowAttention", q, k, v, window_of_place, scale=head_dim**-0.5, **sizes)
@@ -47,10 +47,10 @@ def attention(
     visible: ir.Value,
     sizes: DecoderSizes,
 ) -> ir.Value:
-    """Attention over a cache and this run's rows, several heads of queries to one of keys and values.
+    """Attention over a cache and this run's rows. Several heads of queries share one head of keys and values.
 
-    q: [1, heads, S, head_dim]; k: [1, kv_heads, S, head_dim]; v: [1, kv_heads, S, value_dim]; past_key, past_value:
-    [1, kv_heads, P, head_dim] and [1, kv_heads, P, value_dim]; visible: bool [S, P + S], what each row sees; returns
+    q: [1, heads, S, head_dim]; k: [1, kv_heads, S, head_dim]; v: [1, kv_heads, S, value_dim]; past_key, past_value: [1,
+    kv_heads, P, head_dim] and [1, kv_heads, P, value_dim]; visible: bool [S, P + S], to what each row attends; returns
     [S, heads value_dim].
     """
     numbers = {"heads": sizes.heads, "kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
@@ -58,9 +58,9 @@ def attention(
 
 
 def causal_mask(g: Graph, position_ids: ir.Value, past_key: ir.Value, past_length: ir.Value) -> ir.Value:
-    """What each row sees: cache rows below past_length, and rows of this run up to itself; bool [S, P + S].
+    """To what each row attends: cache rows below past_length, and rows of this run up to itself; bool [S, P + S].
 
-    position_ids [axes, 1, S] and past_key [1, kv_heads, P, head_dim] say S and P; past_length: int32 [1].
+    position_ids [axes, 1, S] and past_key [1, kv_heads, P, head_dim] give S and P; past_length: int32 [1].
     """
     return g.call("CausalMask", position_ids, past_key, past_length)
 

@@ -25,7 +25,7 @@ class Graph:
     """A graph under construction, in one floating-point dtype.
 
     Float values are of the graph's dtype, except between `to_float32` and `to_graph_dtype`. Both casts are always
-    written, also where the graph is float32, so that graphs of all dtypes have the same nodes.
+    written, even if the graph is float32. So graphs of all dtypes have the same nodes.
     """
 
     def __init__(self, info: GraphInfo, dtype: FloatName, weights: Weights) -> None:
@@ -49,7 +49,7 @@ class Graph:
         self._scope.pop()
 
     def op(self, op_type: str, *inputs: ir.Value, domain: str = "", **attributes: Any) -> ir.Value:
-        """Add a node with one output, and return that."""
+        """Add a node with one output, and return this output."""
         return self.op_with_outputs(1, op_type, *inputs, domain=domain, **attributes)[0]
 
     def op_with_outputs(
@@ -63,7 +63,8 @@ class Graph:
         return values
 
     def call(self, name: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        """Call the `ivc` function `name`, which has one output, and return that; its body joins the model."""
+        """Call the `ivc` function `name`, which has one output, and return this output. Its body is added to the
+        model."""
         return self.call_with_outputs(1, name, *inputs, **attributes)[0]
 
     def call_with_outputs(self, outputs: int, name: str, *inputs: ir.Value, **attributes: Any) -> Sequence[ir.Value]:
@@ -76,7 +77,7 @@ class Graph:
         return next(node for node in reversed(self._tape.nodes) if (node.domain, node.op_type) == (IVC_DOMAIN, name))
 
     def _unique(self, stem: str) -> str:
-        """`stem`, or with a number where it has been given before."""
+        """`stem`, with a number if it was given before."""
         number = self._counts[stem] = self._counts.get(stem, -1) + 1
         return f"{stem}_{number}" if number else stem
 
@@ -87,7 +88,7 @@ class Graph:
         self._outputs[name] = value
 
     def constant(self, value: Any, dtype: ir.DataType) -> ir.Value:
-        """A small constant, stored in the graph, once for equal values."""
+        """A small constant, stored in the graph. Equal values are stored once."""
         array = np.asarray(value, dtype.numpy())
         key = (dtype, array.shape, array.tobytes())
         if key not in self._constants:
@@ -98,26 +99,27 @@ class Graph:
         return self._constants[key]
 
     def scalar(self, value: float) -> ir.Value:
-        """A constant without axes, stored in float32 and cast, so that a graph cast to another dtype has it exactly."""
+        """A constant without axes, stored in float32 and cast. So a graph cast to another dtype has its exact value."""
         return self.to_graph_dtype(self.constant(value, FLOAT))
 
     def ints(self, *values: int) -> ir.Value:
-        """A one-dimensional int64 constant, as shapes and axes are."""
+        """A one-dimensional int64 constant, for shapes and axes."""
         return self.constant(values, INT64)
 
     def weight(
         self, name: str, shape: Sequence[int], stored_shape: Sequence[int] | None = None, dtype: str | None = None
     ) -> ir.Value:
-        """A tensor of the checkpoint, left where it lies.
+        """A tensor of the checkpoint, which stays in its file.
 
-        stored_shape: if it is stored with other axes. dtype: a key of STORED; None for the graph's.
+        stored_shape: its shape in the file, if that is another. dtype: a key of STORED; None for the graph's.
         """
         if name not in self._weights:
             self._weights[name] = ir.val(name, const_value=self.weights.external(name, shape, stored_shape, dtype))
         return self._weights[name]
 
     def linear(self, x: ir.Value, name: str, out: int, features: int, bias: bool) -> ir.Value:
-        """`x W^T + b`, as the layer's weights are stored. x: [rows, features]; W: [out, features]; returns [rows, out].
+        """`x W^T + b`, by the format of the layer's weights. x: [rows, features]; W: [out, features]; returns [rows,
+        out].
 
         Rows are two-dimensional, so that a layer of floats is one Gemm.
         """
@@ -128,15 +130,15 @@ class Graph:
         return self.op("Cast", x, to=int(dtype))
 
     def to_float32(self, x: ir.Value) -> ir.Value:
-        """Begin a float32 stretch."""
+        """Begin a stretch in float32."""
         return self.cast(x, FLOAT)
 
     def to_graph_dtype(self, x: ir.Value) -> ir.Value:
-        """End a float32 stretch."""
+        """End a stretch in float32."""
         return self.cast(x, self.dtype)
 
     def reshape(self, x: ir.Value, *shape: int) -> ir.Value:
-        """Reshape to constant extents; -1 is inferred and 0 copies the axis."""
+        """Reshape to constant sizes; -1 is inferred and 0 copies the axis."""
         return self.op("Reshape", x, self.ints(*shape))
 
     def transpose(self, x: ir.Value, *permutation: int) -> ir.Value:
@@ -144,11 +146,11 @@ class Graph:
         return self.op("Transpose", x, perm=list(permutation))
 
     def extent(self, x: ir.Value, axis: int) -> ir.Value:
-        """The extent of one axis, int64 [1]; by Gather, since TensorRT 8.6 ignores Shape's start and end."""
+        """The size of one axis, int64 [1]. It uses Gather, because TensorRT 8.6 ignores Shape's start and end."""
         return self.op("Gather", self.op("Shape", x), self.ints(axis), axis=0)
 
     def model(self, name: GraphName) -> ir.Model:
-        """Finish: a model with the contract's inputs and outputs, checked against it."""
+        """Finish the graph: a model with the contract's inputs and outputs, checked against the contract."""
         functions = [self._functions[key].clone() for key in sorted(self._functions)]
         graph = ir.Graph(
             list(self.inputs.values()),

@@ -26,7 +26,7 @@ Value = npt.NDArray[Any]
 
 
 class GraphCost(NamedTuple):
-    """What one graph takes at concrete sizes; outputs: bytes by name."""
+    """The cost of one graph at concrete sizes. outputs: bytes by name."""
 
     flops: int
     peak_bytes: int
@@ -34,10 +34,10 @@ class GraphCost(NamedTuple):
 
 
 class Tensors:
-    """Shapes and dtypes of a graph's tensors, by name, and the values of those integers that can be known.
+    """Shapes and dtypes of a graph's tensors, by name, and the values of integers that can be computed.
 
-    Extents may depend on integers that nodes compute (from shapes, or from a picture's patch positions), so integer
-    nodes whose inputs are known are evaluated, and the shapes of all others are inferred one by one.
+    Sizes may depend on integers that nodes compute (from shapes, or from a picture's patch positions). So integer nodes
+    with known inputs are evaluated, and the shapes of all other nodes are inferred one by one.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -52,24 +52,24 @@ class Tensors:
                 self.values[tensor.name] = onnx.numpy_helper.to_array(tensor)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Extents; -1 where one is not known."""
+        """Its sizes; -1 if one is not known."""
         dims = self.types[name].tensor_type.shape.dim
         return tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims)
 
     def size(self, name: str) -> int:
-        """Bytes; 0 where an extent is not known."""
+        """Its bytes; 0 if a size is not known."""
         if name not in self.types or -1 in self.shape(name):
             return 0
         return int(math.prod(self.shape(name)) * ir.DataType(self.types[name].tensor_type.elem_type).itemsize)
 
     def know(self, name: str, value: Value) -> None:
-        """Remember a value, if it is of integers, and its type."""
+        """Remember a value, if it consists of integers, and its type."""
         self.types[name] = onnx.helper.make_tensor_type_proto(int(ir.DataType.from_numpy(value.dtype)), value.shape)
         if value.dtype.kind in "iub":
             self.values[name] = value
 
     def add(self, node: onnx.NodeProto) -> None:
-        """Find out about a node's outputs; those of operators of our own must be the graph's, or have their shapes."""
+        """Infer a node's outputs. Outputs of our own operators must be the graph's, or have their shapes."""
         inputs = [name for name in node.input if name]
         if node.op_type == "Shape" and -1 not in self.shape(inputs[0]):
             self.know(node.output[0], np.array(self.shape(inputs[0]), np.int64))
@@ -124,11 +124,12 @@ def count(
     inputs: Mapping[str, npt.NDArray[Any]] | None = None,
     score_bytes: int = 0,
 ) -> GraphCost:
-    """Count on a graph, where what is inside operators of our own counts nothing.
+    """Count on a graph. Operators of our own count nothing inside.
 
-    axes: extents of symbolic axes; inputs: arrays whose shapes, and values if they are integers, are taken instead.
-    score_bytes: what an operator Attention takes while it runs for each of its scores, of a query and a key; 0 where it
-    is one kernel that stores none.
+    axes: sizes of symbolic axes. inputs: arrays that replace inputs by their shapes, and by their values if they are
+        integers.
+    score_bytes: memory that an operator Attention takes while it runs for each score of a query and a key; 0 if it is
+        one kernel that stores none.
     """
     model = onnx.ModelProto()
     model.CopyFrom(graph)
@@ -150,7 +151,7 @@ def count(
 
 
 def flops_of(node: onnx.NodeProto, tensors: Tensors) -> int:
-    """Two for each multiply-add of a matrix product, whose left side is never transposed; 0 for other operators."""
+    """Two for each multiply-add of a matrix product, whose left side is never transposed. 0 for other operators."""
     if is_attention(node):
         return 2 * scores_of(node, tensors) * sum(tensors.shape(name)[-1] for name in node.input[1:3])
     if node.op_type not in ("MatMul", "MatMulNBits", "Gemm", *LINEAR_OPERATORS):
@@ -161,14 +162,14 @@ def flops_of(node: onnx.NodeProto, tensors: Tensors) -> int:
 
 
 def halves_of(node: onnx.NodeProto) -> int:
-    """How many products a node computes side by side: two where one is the other's gate."""
+    """How many products a node computes side by side: two if one is the other's gate."""
     return 1 + next((attribute.i for attribute in node.attribute if attribute.name == "gated"), 0)
 
 
 def linear_scratch(node: onnx.NodeProto, tensors: Tensors) -> int:
-    """What a product of our kernels takes while it runs, as ivcLinearWorkspace says: nothing of few rows.
+    """Scratch memory of a product of our kernels, as ivcLinearWorkspace computes it. It is nothing for few rows.
 
-    Of more, what cuBLASLt works in, rows that are normed, both halves of a gate, and weights of 4 bits as floats.
+    For more rows it is cuBLASLt's memory, normed rows, both halves of a gate, and weights of 4 bits as floats.
     """
     rows, features = math.prod(tensors.shape(node.input[0])[:-1]), tensors.shape(node.input[0])[-1]
     if rows <= FEW_ROWS[node.op_type]:
@@ -192,9 +193,9 @@ def scores_of(node: onnx.NodeProto, tensors: Tensors) -> int:
 
 
 def peak(graph: onnx.GraphProto, tensors: Tensors, score_bytes: int) -> int:
-    """Most bytes alive at once: a tensor lives from its node to its last reader, inputs and outputs throughout.
+    """The most bytes alive at once. A tensor lives from its node to its last reader, inputs and outputs throughout.
 
-    score_bytes: as count's.
+    score_bytes: see count.
     """
     ends = {name: number for number, node in enumerate(graph.node) for name in node.input}
     owner: dict[str, str] = {}  # the tensor whose memory another one is

@@ -20,8 +20,8 @@ from ivc_export.graph.rotary import rotate
 class Layer:
     """One decoder layer of a graph.
 
-    cos, sin: of the rows' rotary angles, [rows, head_dim / 2]. visible: bool [rows, P + rows], what each row sees.
-    past_key, past_value: its caches.
+    cos, sin: of the rows' rotary angles, [rows, head_dim / 2]. visible: bool [rows, P + rows], to what each row
+    attends. past_key, past_value: its caches.
     """
 
     g: Graph
@@ -35,16 +35,17 @@ class Layer:
 
     @property
     def name(self) -> str:
-        """What the names of its weights begin with."""
+        """The beginning of its weights' names."""
         return f"model.layers.{self.number}"
 
     def norm_heads(self, x: ir.Value, name: str) -> ir.Value:
-        """RMS norm of every head by itself, with one weight for all. x: [1, heads, rows, head_dim]."""
+        """RMS norm of each head separately, with one weight for all. x: [1, heads, rows, head_dim]."""
         return rms_norm(self.g, x, name, self.sizes.head_dim, self.sizes.rms_norm_epsilon)
 
 
 class Attended(NamedTuple):
-    """What attention adds to each row [rows, hidden], and the rows' rotated keys and values [1, kv_heads, rows, D]."""
+    """What attention adds to each row [rows, hidden], and the rows' rotated keys and their values [1, kv_heads, rows,
+    D]."""
 
     added: ir.Value
     key: ir.Value
@@ -62,37 +63,37 @@ def cached_values(layer: Layer, x: ir.Value, attended: Attended) -> ir.Value:
 
 
 class Projections(Protocol):
-    """How rows [rows, hidden] become queries, keys and values: [rows, heads D] each, or [rows, heads, 1, D]."""
+    """Turns rows [rows, hidden] into queries, keys and values: [rows, heads D] each, or [rows, heads, 1, D]."""
 
     def __call__(self, layer: Layer, x: ir.Value) -> Iterator[ir.Value]:
-        """All three, made one by one."""
+        """All three, one after another."""
 
     def values(self, layer: Layer, x: ir.Value) -> ir.Value:
-        """The values alone."""
+        """Only the values."""
 
 
 @dataclass(frozen=True)
 class SeparateProjections:
-    """A weight each for queries, keys and values."""
+    """One weight each for queries, keys and values."""
 
     bias: bool
 
     def __call__(self, layer: Layer, x: ir.Value) -> Iterator[ir.Value]:
-        """As Projections."""
+        """See Projections."""
         g, s, name = layer.g, layer.sizes, f"{layer.name}.self_attn"
         yield g.linear(x, f"{name}.q_proj", s.heads * s.head_dim, s.hidden_size, self.bias)
         yield g.linear(x, f"{name}.k_proj", s.kv_heads * s.head_dim, s.hidden_size, self.bias)
         yield self.values(layer, x)
 
     def values(self, layer: Layer, x: ir.Value) -> ir.Value:
-        """As Projections."""
+        """See Projections."""
         s, name = layer.sizes, f"{layer.name}.self_attn.v_proj"
         return layer.g.linear(x, name, s.kv_heads * s.value_dim, s.hidden_size, self.bias)
 
 
 @dataclass(frozen=True)
 class ProjectionsByHead:
-    """One weight for all: by key-value head, its queries, its key, its value, of one size.
+    """One weight for all. For each key-value head it has its queries, its key and its value, all of one size.
 
     Source: InternLM2 (Cai et al. 2024).
     """
@@ -100,12 +101,13 @@ class ProjectionsByHead:
     bias: bool
 
     def __call__(self, layer: Layer, x: ir.Value) -> Iterator[ir.Value]:
-        """As Projections."""
+        """See Projections."""
         g, group = layer.g, layer.sizes.heads // layer.sizes.kv_heads
         yield from g.op_with_outputs(3, "Split", self._fused(layer, x), g.ints(group, 1, 1), axis=2)
 
     def values(self, layer: Layer, x: ir.Value) -> ir.Value:
-        """As Projections; out of the product with the whole weight, which is not copied."""
+        """See Projections. The values are cut out of the product with the whole weight, so that the weight is not
+        copied."""
         g, group = layer.g, layer.sizes.heads // layer.sizes.kv_heads
         return g.op("Gather", self._fused(layer, x), g.ints(group + 1), axis=2)
 
@@ -119,9 +121,9 @@ class ProjectionsByHead:
 
 @dataclass(frozen=True)
 class SelfAttention:
-    """Attention of rotated queries to rotated keys, several heads of queries to one of keys and values.
+    """Attention of rotated queries to rotated keys. Several heads of queries share one head of keys and values.
 
-    head_norms: whether each head's query and key pass an RMS norm before they are rotated (Qwen3, Yang et al. 2025).
+    head_norms: whether each head's query and key pass an RMS norm before rotation (Qwen3, Yang et al. 2025).
     """
 
     project: Projections
@@ -144,7 +146,7 @@ class SelfAttention:
         return Attended(added, key, value)
 
     def unnormed_values(self, layer: Layer, x: ir.Value, attended: Attended) -> ir.Value:
-        """What the value weights make of rows that are not normed, as Scoring.
+        """The product of the value weights with rows before the norm, for Scoring.
 
         Source: IVC-Prune's official code for InternLM2.
         """
@@ -153,7 +155,7 @@ class SelfAttention:
 
 
 def gated_feed_forward(layer: Layer, x: ir.Value) -> ir.Value:
-    """The gated MLP of Llama and its kin. x: [rows, hidden], normed; returns what is added to each row."""
+    """The gated MLP of Llama and similar models. x: [rows, hidden], normed; returns what is added to each row."""
     s = layer.sizes
     return gated_mlp(layer.g, x, f"{layer.name}.mlp", s.hidden_size, s.intermediate_size, bias=False)
 
@@ -167,9 +169,9 @@ def decoder_rms_norm(g: Graph, sizes: DecoderSizes, x: ir.Value, name: str) -> i
 class DecoderBlock:
     """A family's decoder layers: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
 
-    attention, feed_forward: a layer and normed rows [rows, hidden] to what is added to the rows; layers may differ by
-    their numbers. norm: by name, of rows before attention, feed-forward and lm_head. scored: what visual tokens can be
-    scored by; which of it is, the selection rule says.
+    attention, feed_forward: take a layer and normed rows [rows, hidden], and return what is added to the rows; layers
+    may differ by their numbers. norm: by name, of rows before attention, feed-forward and lm_head. scored: the possible
+    ways to score visual tokens; the selection rule chooses one.
     """
 
     attention: Callable[[Layer, ir.Value], Attended]

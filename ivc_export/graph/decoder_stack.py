@@ -16,7 +16,7 @@ from ivc_export.graph.rotary import rotary_angles, rotary_frequencies
 class DecoderStack:
     """The decoder layers `numbers`, which share rotary angles and masks.
 
-    position_ids: int32 [axes, 1, rows]. Caches are as long as each other, but for those of layers in `whole`.
+    position_ids: int32 [axes, 1, rows]. All caches have the same length, except those of layers in `whole`.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class DecoderStack:
     def layers(
         self, hidden: ir.Value, added: Mapping[int, ir.Value] | None = None, scoring: Scoring = cached_values
     ) -> tuple[ir.Value, ir.Value]:
-        """Add the layers, whose keys (rotated) and values become the outputs new_key.i and new_value.i.
+        """Add the layers. Their keys (rotated) and values become the outputs new_key.i and new_value.i.
 
-        hidden: [1, rows, hidden]. added: [rows, hidden], by the layer behind which it is added. Returns [rows, hidden],
-        and what `scoring` makes of the last layer, [1, kv_heads, rows, D].
+        hidden: [1, rows, hidden]. added: rows [rows, hidden] to add, by the layer after which they are added. Returns
+        the rows, [rows, hidden], and the result of `scoring` for the last layer, [1, kv_heads, rows, D].
         """
         x = scored = self.g.op("Squeeze", hidden, self.g.ints(0))
         for number in self.numbers:
@@ -87,8 +87,8 @@ class DecoderStack:
 
 
 def spread_rows(g: Graph, rows: ir.Value, index: ir.Value, position_ids: ir.Value) -> ir.Value:
-    """Rows [1, L, hidden] at the places `index` int32 [L] among a run's, all others zero; returns [S, hidden].
+    """Rows [1, L, hidden] at the places `index` int32 [L] among a run's rows, all others zero; returns [S, hidden].
 
-    position_ids: [axes, 1, S], which says S.
+    position_ids: [axes, 1, S], which gives S.
     """
     return g.call("SpreadRows", rows, index, position_ids)

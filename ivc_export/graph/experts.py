@@ -21,8 +21,8 @@ PROJECTIONS = (("gate_proj", False), ("up_proj", False), ("down_proj", True))
 class ExpertFeedForward:
     """A mixture of experts from layer `dense` on, and a gated MLP in the layers before.
 
-    experts, inner: their number, and the width within one. chosen: experts of each row. shared: experts that every row
-    takes, stored as one. sigmoid, normalise, factor: see RouteExperts. bias: whether a stored one helps to choose.
+    experts, inner: number of experts, and the width within one. chosen: experts of each row. shared: experts that every
+    row takes, stored as one. sigmoid, normalise, factor: see RouteExperts. bias: whether a stored bias helps to choose.
 
     Source: DeepSeekMoE (arXiv 2401.06066), section 3.
     """
@@ -58,7 +58,7 @@ class ExpertFeedForward:
         return g.op("Add", y, gated_mlp(g, x, f"{name}.shared_experts", size, inner, bias=False))
 
     def stacks(self, sizes: DecoderSizes) -> Iterator[Stack]:
-        """The weights that it takes stacked, of a decoder of these sizes."""
+        """The weights that it takes stacked, for a decoder of these sizes."""
         for number in range(self.dense, sizes.layers):
             name = f"model.layers.{number}.mlp.experts"
             for part, transposed in PROJECTIONS:

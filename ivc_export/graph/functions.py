@@ -30,7 +30,7 @@ RESULTS: Mapping[str, ResultTypes] = {
     "SpreadRows": 0,
     "WindowAttention": 0,
 }
-"""Types of each function's outputs: those written out, or that of the input of this number."""
+"""Types of each function's outputs: a type, or the number of the input whose type it has."""
 
 
 PACKED_LINEARS = frozenset(("LinearNBits", "LinearNBitsZeroPoints"))
@@ -41,9 +41,9 @@ PACKED_LINEARS = frozenset(("LinearNBits", "LinearNBitsZeroPoints"))
 def function(name: str, spelling: str | None = None) -> ir.Function:
     """The `ivc` operator `name` as a function of standard operators, from graphs/ops/`name`.onnxtxt.
 
-    spelling: of another body that means the same, from graphs/ops/`name`.`spelling`.onnxtxt: `narrow` has its softmax
-    in the type of its inputs; `repeated` repeats keys and values for every head of queries; `standard` is opset 23's
-    operator.
+    spelling: names another body with the same meaning, from graphs/ops/`name`.`spelling`.onnxtxt. `narrow` has its
+    softmax in the type of its inputs; `repeated` repeats keys and values for every head of queries; `standard` is the
+    operator of opset 23.
     """
     package = Path(__file__).parents[1]
     folders = (package / "ops", package.parent / "graphs" / "ops")  # installed, or in the repository

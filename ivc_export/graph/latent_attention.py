@@ -20,9 +20,9 @@ NORM_EPSILON = 1e-6
 class LatentAttention:
     """Multi-head latent attention. Keys and values are expanded, and so are its caches.
 
-    A head's query and key are a part that is not turned and, behind it, one of `rotary` values that is; the key's
-    second part is the same for all heads. latent: size of the vector that keys and values are made of. query_latent:
-    of the one that queries are made of; None where they are made of the row itself.
+    A head's query and key have two parts: one without rotation, then `rotary` values with rotation. The key's second
+    part is the same for all heads. latent: size of the vector from which keys and values are computed. query_latent:
+    size of the vector for queries; None if they are computed from the row itself.
 
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
     """
@@ -61,10 +61,10 @@ class LatentAttention:
         return g.linear(x, f"{name}.q_b_proj", width, self.query_latent, bias=False)
 
     def _turned(self, layer: Layer, x: ir.Value) -> ir.Value:
-        """Rotate neighbours: they are put half a head apart, and stay there. x: [1, heads, rows, rotary]."""
+        """Rotate neighbouring values: they are moved half a head apart, and stay there. x: [1, heads, rows, rotary]."""
         return rotate(layer.g, apart(layer.g, x, self.rotary), layer.cos, layer.sin)
 
 
 def apart(g: Graph, x: ir.Value, size: int) -> ir.Value:
-    """Even places before odd ones. x: [1, heads, rows, size]; returns the same shape."""
+    """Put even places before odd ones. x: [1, heads, rows, size]; returns the same shape."""
     return g.op("Gather", x, g.ints(*range(0, size, 2), *range(1, size, 2)), axis=3)

@@ -10,7 +10,7 @@ from ivc_export.graph.builder import FLOAT, Graph
 
 
 def rotary_frequencies(rotary: RotarySizes) -> np.ndarray:
-    """Frequencies by axis, float64 [axes, rotary.size / 2]: zero where another axis turns the pair.
+    """Frequencies by axis, float64 [axes, rotary.size / 2]. They are zero if the pair belongs to another axis.
 
     Source: Su et al. 2021, section 3.2.2; sections as Wang et al. 2024 (Qwen2-VL), or interleaved as in Qwen3-VL.
     """
@@ -28,8 +28,8 @@ def rotary_frequencies(rotary: RotarySizes) -> np.ndarray:
 def rotary_angles(g: Graph, positions: ir.Value, frequencies: np.ndarray) -> tuple[ir.Value, ir.Value]:
     """Cosine and sine of the rotary angles, float32 [rows, pairs].
 
-    positions: int32 [axes, rows]; frequencies: [axes, pairs]. The sum over axes is of elementwise products: a
-    MatMul might run in TF32, which cannot hold a position times a frequency.
+    positions: int32 [axes, rows]; frequencies: [axes, pairs]. The sum over axes is one of elementwise products. A
+    MatMul might run in TF32, which cannot represent a position times a frequency.
     """
     turns = g.cast(g.op("Unsqueeze", positions, g.ints(2)), FLOAT)
     table = g.constant(frequencies[:, None, :], FLOAT)

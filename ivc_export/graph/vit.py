@@ -15,7 +15,7 @@ from ivc_export.graph.norms import layer_norm
 def pixel_patches(g: Graph, pixels: ir.Value, size: int, patch: int) -> ir.Value:
     """Pixels [B, 3, size, size] cut into patches, row-major: [B (size / patch)^2, 3 patch^2].
 
-    A convolution whose stride is its width is then a Gemm on the same weight.
+    So a convolution whose stride is its width becomes a Gemm on the same weight.
     """
     side = size // patch
     cut = g.transpose(g.reshape(pixels, -1, 3, side, patch, side, patch), 0, 2, 4, 1, 3, 5)
@@ -43,11 +43,11 @@ def without_class_token(g: Graph, x: ir.Value, frames: ir.Value, width: int) -> 
 
 @dataclass(frozen=True)
 class EncoderBlock:
-    """A pre-norm block of a vision transformer; names are those of its weights within a block.
+    """A pre-norm block of a vision transformer. Names are those of its weights within a block.
 
-    qkv: one name for queries, keys and values each, or one for a weight that holds all three. scales: of what attention
-    and MLP add, by channel, if any. Source: Dosovitskiy et al. 2021 (ViT), section 3.1; Touvron et al. 2021 (CaiT),
-    section 2, for the scales.
+    qkv: one name each for queries, keys and values, or one for a weight that has all three. scales: factors of the
+    results of attention and MLP, by channel, if any. Source: Dosovitskiy et al. 2021 (ViT), section 3.1; Touvron et al.
+    2021 (CaiT), section 2, for the scales.
     """
 
     width: int

@@ -43,12 +43,15 @@ Operators = frozenset[tuple[str, str]]
 class Lowering:
     """How portable graphs become graphs for one runtime.
 
-    passes: what makes them, in order, new for each graph. functions: of domain `ivc`, that may be left: as calls of
-    bodies, or as operators of a library of ours; any other that is left is an error. operators: beyond those and the
-    contract's, by domain and name, that may be left. io: a graph's inputs and outputs as they are then. opset: of the
-    default domain. hidden_scale: what hidden_states are multiplied by between the graphs. exported: whether a bundle
-    can be exported in it; others are applied when an engine is built or a session opened. packed_weights: whether a
-    bundle that is exported in it may hold weights in 4 and 8 bits.
+    passes: makes the passes, in order, new for each graph.
+    functions: of domain `ivc`, that may be left, as calls of bodies or as operators of a library of ours. Any other
+        that is left is an error.
+    operators: by domain and name, that may be left in addition to these and the contract's.
+    io: a graph's inputs and outputs after the lowering.
+    opset: of the default domain.
+    hidden_scale: factor of hidden_states between the graphs.
+    exported: whether a bundle can be exported in it. Others are applied when an engine is built or a session opened.
+    packed_weights: whether a bundle that is exported in it may have weights in 4 and 8 bits.
     """
 
     passes: Callable[[], Passes]
@@ -64,8 +67,8 @@ class Lowering:
         """Lower a portable graph, in place.
 
         Raises:
-            PreconditionError, PostconditionError: the graph is not what a pass needs or should leave, calls what is no
-                function of ours, or still calls one that this lowering should have replaced; a bug.
+            PreconditionError, PostconditionError: a pass gets or leaves a graph that it should not, the graph calls an
+                unknown function, or still calls one that this lowering should have replaced. This is a bug.
         """
         for node in calls(model, RESULTS):
             raise ir.passes.PreconditionError(f"{node.name}: there is no function ivc::{node.op_type}")
@@ -79,7 +82,7 @@ class Lowering:
         """Check a lowered graph against the contract.
 
         Raises:
-            AssertionError: it breaks it; a bug.
+            AssertionError: the graph breaks it. This is a bug.
         """
         for node in calls(model, self.functions):
             raise AssertionError(f"{name}: {node.name} calls ivc::{node.op_type}, which this lowering does not leave")
@@ -88,12 +91,12 @@ class Lowering:
 
 
 def calls(model: ir.Model, but: Collection[str]) -> Iterator[ir.Node]:
-    """Nodes of domain `ivc` that are none of these."""
+    """Nodes of domain `ivc` whose operator is not in `but`."""
     return (n for n in model.graph.all_nodes() if n.domain == IVC_DOMAIN and n.op_type not in but)
 
 
 def fused(own: bool = False) -> Passes:
-    """For onnxruntime's CUDA provider: what it has kernels for, over caches that are written in place.
+    """The passes for onnxruntime's CUDA provider: to its own operators, over caches that are written in place.
 
     own: with our library of custom operators.
     """
@@ -118,7 +121,7 @@ def fused(own: bool = False) -> Passes:
 
 
 def standard(*functions: str) -> Passes:
-    """Standard operators alone, of opset 23: those that mean what these functions do, in their place."""
+    """The passes to standard operators of opset 23, with its own operators in the place of these functions."""
     return (
         BlockDequantisePass(),
         DequantiseWeightsPass(),
@@ -136,7 +139,7 @@ FUSED_OPERATORS: Operators = frozenset(
 )
 
 ATTENTION = ("Attention", "EncoderAttention", "WindowAttention")
-"""Functions that the operator Attention of opset 23 does, but for the softmax, which is in the type of its inputs."""
+"""Functions that opset 23's operator Attention replaces. It computes the softmax in the type of its inputs."""
 
 LOWERINGS: dict[str, Lowering] = {
     # keeps ivc functions and their bodies: onnxruntime inlines them
@@ -190,7 +193,7 @@ LOWERINGS: dict[str, Lowering] = {
         hidden_scale=SCALE,
     ),
 }
-"""Every lowering, by the name that manifests and options have for it."""
+"""Every lowering, by its name in manifests and options."""
 
 
 def lower(model: ir.Model, lowering: str) -> ir.Model:
@@ -199,5 +202,5 @@ def lower(model: ir.Model, lowering: str) -> ir.Model:
 
 
 def exported() -> tuple[str, ...]:
-    """Lowerings that a bundle can be exported in."""
+    """Lowerings in which a bundle can be exported."""
     return tuple(name for name, lowering in LOWERINGS.items() if lowering.exported)

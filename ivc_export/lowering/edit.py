@@ -29,7 +29,7 @@ def called(value: ir.Value | None, name: str) -> ir.Node | None:
 
 
 def back(value: ir.Value | None, *op_types: str) -> ir.Value | None:
-    """Go back through nodes of these types, by their first inputs; None where the graph goes another way."""
+    """Go back through nodes of these types, by their first inputs. None if other nodes are in the way."""
     for op_type in op_types:
         node = made_by(value, op_type)
         if node is None:
@@ -39,7 +39,7 @@ def back(value: ir.Value | None, *op_types: str) -> ir.Value | None:
 
 
 def numbers(value: ir.Value | None) -> list[float]:
-    """The numbers of a small constant, also behind a cast; none if it is no constant."""
+    """The numbers of a small constant, also behind a cast. Empty if it is not a constant."""
     cast = made_by(value, "Cast")
     tensor = cast.inputs[0].const_value if cast and cast.inputs[0] else value.const_value if value else None
     if tensor is None or isinstance(tensor, ir.ExternalTensor):
@@ -48,7 +48,7 @@ def numbers(value: ir.Value | None) -> list[float]:
 
 
 class Editor:
-    """Adds nodes and constants to a graph, named after what they replace."""
+    """Adds nodes and constants to a graph. They are named after the nodes that they replace."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
@@ -90,7 +90,7 @@ class Editor:
         return self.graph.initializers[name]
 
     def extent(self, before: ir.Node, value: ir.Value, axis: int) -> ir.Value:
-        """The extent of one axis, int32 [1]."""
+        """The size of one axis, int32 [1]."""
         (shape,) = self.op(before, "Shape", value)
         (length,) = self.op(before, "Gather", shape, self.ints(axis), axis=0)
         return self.op(before, "Cast", length, to=int(ir.DataType.INT32))[0]
@@ -101,7 +101,7 @@ class Editor:
         return self.op(before, "Range", self.scalar(0), scalar, self.scalar(1))[0]
 
     def added_bias(self, product: ir.Node) -> ir.Value:
-        """The bias of a Gemm as it adds it, which is `beta` times what it is given."""
+        """The bias of a Gemm as it is added: its bias input times `beta`."""
         bias, beta = product.inputs[2], product.attributes.get("beta")
         assert bias is not None
         if beta is None or beta.as_float() == 1.0:
@@ -110,7 +110,7 @@ class Editor:
         return self.op(product, "Mul", bias, self.scalar(beta.as_float(), bias.dtype))[0]
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
-        """Let `new` be read where `old` is, and take its name where that is an output of the graph."""
+        """Let all readers of `old` read `new`. If `old` is an output of the graph, `new` takes its name."""
         if old.is_graph_output():
             name, new.type, new.shape = old.name, old.type, old.shape
             old.name, new.name = None, name

@@ -13,12 +13,12 @@ INT32 = ir.DataType.INT32
 
 
 class CompactCachesPass(ir.passes.InPlacePass):
-    """Compact the caches of the layers below the cut, which prefix has written this run's rows to.
+    """Compact the caches of the layers below the cut, to which prefix has written this run's rows.
 
     1. Needs: graphs whose attention writes its caches in place (UseFusedAttentionPass, WriteCachesPass).
-    2. Leaves: inputs and outputs as contract.graphs.in_place_info says. Where rows are chosen, cache_index, for each
-       row of a cache the row that it holds after compaction; where rows are dropped, cache_index and the caches below
-       the cut as inputs, and compact_key.i and compact_value.i as whole caches. No new_key.i and new_value.i.
+    2. Leaves: inputs and outputs as contract.graphs.in_place_info says. A graph that chooses rows gives cache_index:
+       for each row of a cache the row that it has after compaction. A graph that drops rows takes cache_index and the
+       caches below the cut, and gives compact_key.i and compact_value.i as whole caches. No new_key.i and new_value.i.
     """
 
     def requires(self, model: ir.Model) -> None:
@@ -28,7 +28,7 @@ class CompactCachesPass(ir.passes.InPlacePass):
             raise ir.passes.PreconditionError(f"{left[0].name} does not write its caches in place")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Look at what the graph gives and takes."""
+        """Look at the graph's inputs and outputs."""
         graph = model.graph
         done = any(value.name == "cache_index" for value in (*graph.inputs, *graph.outputs))
         chooses = not done and any(value.name == "keep_index" for value in graph.outputs)
@@ -56,13 +56,13 @@ class CompactCachesPass(ir.passes.InPlacePass):
 
 
 def reading_caches(graph: ir.Graph) -> list[ir.Node]:
-    """Calls of Attention that read caches as they were before the run."""
+    """Calls of Attention that read caches in the state before the run."""
     found = [node for node in graph if called(node.outputs[0], "Attention")]
     return [node for node in found if any(value in graph.inputs for value in node.inputs)]
 
 
 def add_cache_index(graph: ir.Graph) -> None:
-    """cache_index int32 [P]: row p for itself, but keep_index[m] of this run's rows for row past + m."""
+    """cache_index int32 [P]: row p comes from itself, but row past + m comes from keep_index[m] of this run's rows."""
     values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
     select = values["keep_index"].producer()
     assert select is not None
@@ -88,7 +88,7 @@ def add_cache_index(graph: ir.Graph) -> None:
 
 
 def gather_caches(graph: ir.Graph) -> None:
-    """Let compact_key.i and compact_value.i be gathered from whole caches."""
+    """Gather compact_key.i and compact_value.i from whole caches."""
     edit = Editor(graph)
     keep = next(i for i, value in enumerate(graph.inputs) if value.name == "keep_index")
     index = ir.val("cache_index", dtype=INT32, shape=["P"])

@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 
 def counted_up(first: Array, end: Array, step: Array) -> Array:
-    """As Range."""
+    """Computes Range."""
     return np.array(range(int(first), int(end), int(step)), first.dtype)
 
 
@@ -35,14 +35,15 @@ what is divided is not negative."""
 
 
 class InlinePass(ir.passes.InPlacePass):
-    """Replace calls of `ivc` functions by their bodies, so that a runtime without them can read the graph.
+    """Replace calls of `ivc` functions by their bodies, for runtimes without these functions.
 
     kept: functions whose calls stay.
 
-    1. Needs: each `ivc` node but those of `kept` has a body in the model.
-    2. Leaves: only nodes of `kept` in domain `ivc`, and only their bodies. Nodes of a body are named `<call>/<name>`;
-       its constants, and what it makes of them and of attributes alone, are initializers; CastLike is a Cast to the
-       type at hand; casts to the type that is there are left out. What several calls compute alike stands once.
+    1. Needs: each `ivc` node that is not of `kept` has a body in the model.
+    2. Leaves: only nodes of `kept` in domain `ivc`, and only their bodies. Nodes of a body are named `<call>/<name>`.
+       Constants of a body, and results of constants and attributes alone, become initializers. A CastLike becomes a
+       Cast to the known type. Casts to the type that a value already has are left out. A computation that several calls
+       share is there once.
     """
 
     def __init__(self, kept: Collection[str] = ()) -> None:
@@ -58,7 +59,7 @@ class InlinePass(ir.passes.InPlacePass):
                 )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Inline call by call, in order, so that types are known where bodies ask for them."""
+        """Inline call by call, in order, so that types are known where bodies need them."""
         graph, calls = model.graph, [node for node in model.graph if self._inlined(node)]
         if not calls:
             return ir.passes.PassResult(model, False)
@@ -85,7 +86,7 @@ class InlinePass(ir.passes.InPlacePass):
 
 
 class Constants:
-    """Small constants of a graph, once each, named by their values."""
+    """Small constants of a graph. Each is there once and is named by its values."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
@@ -97,7 +98,7 @@ class Constants:
                 self._known[tensor.dtype, array.shape, array.tobytes()] = value
 
     def value(self, array: npt.NDArray[Any], name: str | None) -> ir.Value:
-        """The constant of these numbers. name: if there is none yet."""
+        """The constant of these numbers. name: used if there is none yet."""
         tensor = ir.tensor(array, name=f"constant/{name}")
         key = (tensor.dtype, array.shape, array.tobytes())
         if key not in self._known:
@@ -107,7 +108,7 @@ class Constants:
 
 
 def inline(graph: ir.Graph, call: ir.Node, body: ir.Function, types: Types, constants: Constants) -> None:
-    """Put the nodes of `body` in the place of `call`."""
+    """Replace `call` by the nodes of `body`."""
     values: dict[ir.Value, ir.Value | None] = dict(zip(body.inputs, call.inputs, strict=True))
     for domain, version in body.opset_imports.items():
         graph.opset_imports.setdefault(domain, version)
@@ -144,7 +145,7 @@ def inline(graph: ir.Graph, call: ir.Node, body: ir.Function, types: Types, cons
 
 
 def take_place(graph: ir.Graph, call: ir.Node, old: ir.Value, new: ir.Value) -> None:
-    """Let `new` be read where `old` is, also as an output of the graph, which keeps its name, type and shape."""
+    """Let all readers of `old` read `new`. As an output of the graph it keeps its name, type and shape."""
     if old.is_graph_output():
         if new.producer() is None or new.is_graph_output():  # an input, handed through
             copy = ir.node("Identity", [new], name=f"{call.name}/Identity")
@@ -156,7 +157,7 @@ def take_place(graph: ir.Graph, call: ir.Node, old: ir.Value, new: ir.Value) -> 
 
 
 def bound(node: ir.Node, call: ir.Node) -> dict[str, ir.Attr]:
-    """A body node's attributes, with the call's in the place of references to these."""
+    """A body node's attributes, with references replaced by the call's attributes."""
     return {
         name: ir.Attr(name, attribute.type, call.attributes[str(attribute.ref_attr_name)].value)
         if attribute.is_ref()
@@ -166,7 +167,7 @@ def bound(node: ir.Node, call: ir.Node) -> dict[str, ir.Attr]:
 
 
 def numbers_of(attributes: Mapping[str, ir.Attr]) -> npt.NDArray[Any]:
-    """What a Constant node holds: TensorRT 8.6 reads those alone whose attribute is a tensor."""
+    """The value of a Constant node. TensorRT 8.6 reads only those whose attribute is a tensor."""
     ((kind, attribute),) = attributes.items()
     if kind == "value":
         return attribute.as_tensor().numpy()
@@ -174,7 +175,7 @@ def numbers_of(attributes: Mapping[str, ir.Attr]) -> npt.NDArray[Any]:
 
 
 def fold(graph: ir.Graph, constants: Constants) -> None:
-    """Replace by constants what is made of integer constants alone."""
+    """Replace results of integer constants by constants."""
     for node in list(graph):
         if node.domain or node.op_type not in (*FOLDED, "Cast"):
             continue
@@ -190,6 +191,6 @@ def fold(graph: ir.Graph, constants: Constants) -> None:
 
 
 def small(value: ir.Value | None) -> npt.NDArray[Any] | None:
-    """The numbers of an integer constant in the graph; None of anything else."""
+    """The numbers of an integer constant in the graph. None for other values."""
     tensor = value.const_value if value is not None and value.producer() is None else None
     return tensor.numpy() if isinstance(tensor, ir.Tensor) and tensor.dtype.is_integer() else None

@@ -14,9 +14,9 @@ ABOVE = "above"
 
 
 def join_decode(prefix: ir.Model, decoder: ir.Model) -> ir.Model:
-    """The contract's `decode`, from the two portable graphs of one model, which are used up.
+    """Join the two portable graphs of one model to the contract's `decode`. The two graphs are used up.
 
-    Its one row is kept, so that selection and compaction fall away.
+    Its one row is always kept, so selection and compaction are left out.
     """
     graph, above = prefix.graph, decoder.graph
     for node in list(graph):
@@ -74,14 +74,14 @@ def join_decode(prefix: ir.Model, decoder: ir.Model) -> ir.Model:
 
 
 def hand_through(node: ir.Node) -> None:
-    """Let a node's first input be read in the place of its output, and remove it."""
+    """Replace a node's output by its first input, and remove the node."""
     node.outputs[0].replace_all_uses_with(node.inputs[0], replace_graph_outputs=True)  # type: ignore[arg-type]
     assert node.graph is not None
     node.graph.remove(node, safe=True)
 
 
 def move_initializers(source: ir.Graph, target: ir.Graph) -> None:
-    """Move constants and weights to another graph, those that it has already once."""
+    """Move constants and weights to another graph. Those that it already has stay once."""
     for name, value in list(source.initializers.items()):
         known = target.initializers.get(name)
         del source.initializers[name]
@@ -95,7 +95,7 @@ def move_initializers(source: ir.Graph, target: ir.Graph) -> None:
 
 
 def same(a: ir.TensorProtocol | None, b: ir.TensorProtocol | None) -> bool:
-    """Whether two tensors are one: equal constants, or weights at the same place."""
+    """Whether two tensors are the same: equal constants, or weights at the same place."""
     if isinstance(a, ir.ExternalTensor) and isinstance(b, ir.ExternalTensor):
         return (a.location, a.offset, a.length) == (b.location, b.offset, b.length)
     return a is not None and b is not None and a.dtype == b.dtype and a.tobytes() == b.tobytes() and a.shape == b.shape

@@ -26,7 +26,7 @@ def constants_of(product: ir.Node) -> list[ir.TensorProtocol]:
     """The packed values, scales, and zero points if there are any, of a packed product.
 
     Raises:
-        PreconditionError: they are no constants.
+        PreconditionError: they are not constants.
     """
     found = [value.const_value for value in product.inputs[1:] if value is not None]
     tensors = [tensor for tensor in found if tensor is not None]

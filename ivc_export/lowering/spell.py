@@ -16,8 +16,9 @@ Spellings = Mapping[str, str]
 class SpellPass(ir.passes.InPlacePass):
     """Give functions other bodies, for a pass that inlines them.
 
-    1. Needs: the functions that are called have bodies; the other body of each has its inputs, outputs and attributes.
-    2. Leaves: every call as it was; those of `spellings` with the bodies that it names, which may be of another opset.
+    1. Needs: the called functions have bodies. The other body of each has the same inputs, outputs and attributes.
+    2. Leaves: every call unchanged. Functions in `spellings` have the bodies named there, which may be of another
+       opset.
     """
 
     def __init__(self, spellings: Spellings) -> None:
@@ -46,10 +47,10 @@ class SpellPass(ir.passes.InPlacePass):
 
 
 def signature(body: ir.Function) -> tuple[int, int, frozenset[str]]:
-    """How many inputs and outputs it has, and the names of its attributes."""
+    """How many inputs and outputs a function has, and the names of its attributes."""
     return len(body.inputs), len(body.outputs), frozenset(body.attributes)
 
 
 def differ(one: ir.Function, other: ir.Function) -> bool:
-    """Whether two bodies are not the same to the letter."""
+    """Whether two bodies differ in any way."""
     return len({ir.serde.serialize_function(body).SerializeToString(deterministic=True) for body in (one, other)}) > 1

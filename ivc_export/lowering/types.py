@@ -30,7 +30,7 @@ def types_of(graph: ir.Graph) -> Types:
 
 
 def add_types(nodes: Iterable[ir.Node], types: Types) -> None:
-    """Add the types of what `nodes`, in order, give."""
+    """Add the types of the outputs of `nodes`, in order."""
     for node in nodes:
         for value, dtype in zip(node.outputs, results(node, types), strict=True):
             types[value] = dtype

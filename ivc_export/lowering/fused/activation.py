@@ -15,7 +15,7 @@ class Activation:
     """What the last node of an activation of `x` computes.
 
     name: "swish", which is x sigmoid(slope x); "gelu", by the error function; "gelu_tanh", its approximation. nodes:
-        all that read x or what comes of it, the last one among them.
+        all nodes that read x or results computed from it, with the last one.
     """
 
     x: ir.Value
@@ -25,17 +25,17 @@ class Activation:
 
     @property
     def result(self) -> ir.Value:
-        """What its last node gives."""
+        """The output of its last node."""
         return next(y for one in self.nodes for y in one.outputs if not self.nodes & set(y.consumers()))
 
     @property
     def alone(self) -> bool:
-        """Whether nothing else reads x."""
+        """Whether no other nodes read x."""
         return not self.x.is_graph_output() and self.nodes >= set(self.x.consumers())
 
 
 def activation(node: ir.Node | None) -> Activation | None:
-    """The activation whose last node this is, if it is one and nothing else reads what it computes in between."""
+    """The activation that ends with this node. None if it is not one, or if other nodes read values within it."""
     found = None
     if node is not None and node.domain == "" and node.op_type == "Mul":
         found = swish(node) or tanh_gelu(node) or erf_gelu(node)
@@ -95,6 +95,6 @@ def erf_gelu(node: ir.Node) -> Activation | None:
 
 
 def is_number(value: ir.Value | None, wanted: float) -> bool:
-    """Whether a value is this constant, as far as its dtype tells."""
+    """Whether a value is this constant, within the precision of its dtype."""
     found = numbers(value)
     return len(found) == 1 and math.isclose(found[0], wanted, rel_tol=1e-2)

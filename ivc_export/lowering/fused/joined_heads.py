@@ -18,9 +18,10 @@ MOST_SIZE = 128
 class JoinedHeads:
     """Query, key and value of one attention as rows [frames rows, (heads + 2 kv_heads) head_dim].
 
-    grouped: heads stand by key-value head, its queries, its key and its value; else all queries, all keys, all values.
-    frames: int64 [1]. cos, sin: float32 [rows, head_dim / 2], by which query and key are turned, if they are.
-    query_norm, key_norm: weights [head_dim] of RMS norms of heads before that. epsilon: of these.
+    grouped: True if heads are ordered by key-value head: its queries, its key and its value. False if all queries come
+        first, then all keys, then all values.
+    frames: int64 [1]. cos, sin: float32 [rows, head_dim / 2], by which query and key are rotated, if they are.
+    query_norm, key_norm: weights [head_dim] of RMS norms of heads before the rotation. epsilon: of these norms.
     """
 
     rows: ir.Value
@@ -37,7 +38,7 @@ class JoinedHeads:
 
     @property
     def optional(self) -> list[ir.Value | None]:
-        """Inputs behind those that must be: cos, sin, query_norm, key_norm, without what is left out at the end."""
+        """The optional inputs: cos, sin, query_norm, key_norm. Missing ones at the end are left out."""
         found = [self.cos, self.sin, self.query_norm, self.key_norm]
         while found and found[-1] is None:
             found.pop()
@@ -45,14 +46,15 @@ class JoinedHeads:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """Of the operators over such rows."""
+        """Attributes of the operators over such rows."""
         sizes = {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
         return {**sizes, "grouped": int(self.grouped), "epsilon": self.epsilon}
 
 
 @dataclass(frozen=True)
 class Head:
-    """What is behind an input of attention [frames, heads, rows, head_dim]: rows that are split, normed, turned."""
+    """How an input of attention [frames, heads, rows, head_dim] is made: from rows that are split, normed and
+    rotated."""
 
     split: ir.Node
     norm: ir.Node | None
@@ -60,7 +62,7 @@ class Head:
 
     @staticmethod
     def of(x: ir.Value | None) -> Head | None:
-        """None where the graph goes another way."""
+        """Recognise an input. None if it is made in another way."""
         rotation = called(x, "Rotate")
         x = rotation.inputs[0] if rotation is not None else x
         norm = called(x, "RMSNorm")
@@ -69,25 +71,25 @@ class Head:
 
     @property
     def heads(self) -> int:
-        """How many."""
+        """Number of heads."""
         return self.split.attributes["heads"].as_int()
 
     @property
     def size(self) -> int:
-        """Of one."""
+        """Size of a head."""
         return self.split.attributes["head_dim"].as_int()
 
     @property
     def epsilon(self) -> float | None:
-        """Of the norm."""
+        """Epsilon of the norm."""
         return None if self.norm is None else self.norm.attributes["epsilon"].as_float()
 
 
 def join_heads(edit: Editor, node: ir.Node, angles: dict[ir.Value, ir.Value]) -> JoinedHeads | None:
-    """Query, key and value of an attention as joined rows, or None where our kernels do not take them so.
+    """Query, key and value of an attention as joined rows. None if our kernels do not take them in this form.
 
-    Where no product gives such rows yet, a Concat of several puts them together: PackProjectionsPass makes one product
-    of these. angles: cosines and sines that were cast to float32 for other layers.
+    If no product gives such rows yet, a Concat joins several; PackProjectionsPass makes one product of them. angles:
+    cosines and sines that were cast to float32 for other layers.
     """
     found = [Head.of(value) for value in node.inputs[:3]]
     heads = [head for head in found if head is not None]
@@ -127,7 +129,7 @@ def taken(edit: Editor, query: Head, key: Head, value: Head) -> bool:
 
 
 def grouped_rows(query: Head, key: Head, value: Head) -> ir.Value | None:
-    """The rows from which a graph cuts heads that stand by key-value head."""
+    """The rows from which a graph cuts heads that are ordered by key-value head."""
     parts = [head.split.inputs[0] for head in (query, key, value)]
     split = made_by(parts[0], "Split")
     if split is None or list(split.outputs) != parts or split.attributes["axis"].as_int() != 2:

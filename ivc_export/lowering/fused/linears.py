@@ -22,22 +22,22 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 class FuseLinearsPass(ir.passes.InPlacePass):
-    """Compute a product, the norm before it and what is done with it behind it in one node.
+    """Compute a product, the norm before it and the operators after it in one node.
 
     1. Needs: a portable graph, or one in scale (ScaleResidualsPass).
     2. Leaves: no Gemm over a weight of floats, but FusedLinear(x [rows, K], weight [N, K], norm? [K], bias? [N],
-       residual? [rows, N]) -> y [rows, N] {activation, gated, slope, scale, epsilon}, which computes
-       y = f(scale n(x) W^T + bias) + residual in float32. n is RMSNorm with `norm` and `epsilon`, where nothing else
-       reads what it gives; f is "none", "swish" (x sigmoid(slope x)), "gelu" or "gelu_tanh". Where gated, weight and
-       bias have 2 N rows, and f of the first half multiplies the second: gate and up of a feed-forward. One such node
-       gives the rows of query, key and value, which a Split along the last axis takes apart, where one attention reads
-       products of the same rows. No LinearNBits of 4 bits in float16 or bfloat16, but FusedLinearInt4(x, packed,
-       scales, zero_points?, norm?, bias?, residual?) {block_size and the same}. Weights that are joined, and biases
-       that are scaled, are made when they are read.
+       residual? [rows, N]) -> y [rows, N] {activation, gated, slope, scale, epsilon}, which computes y = f(scale n(x)
+       W^T + bias) + residual in float32. n is RMSNorm with `norm` and `epsilon`, where nothing else reads what it
+       gives; f is "none", "swish" (x sigmoid(slope x)), "gelu" or "gelu_tanh". Where gated, weight and bias have 2 N
+       rows, and f of the first half multiplies the second: gate and up of a feed-forward. One such node gives the rows
+       of query, key and value, which a Split along the last axis takes apart, where one attention reads products of the
+       same rows. No LinearNBits of 4 bits in float16 or bfloat16, but FusedLinearInt4(x, packed, scales, zero_points?,
+       norm?, bias?, residual?) {block_size and the same}. Weights that are joined, and biases that are scaled, are made
+       when they are read.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Join what is read as one, and fuse product by product."""
+        """Join products that are read as one, then fuse each product."""
         edit = Editor(model.graph)
         found = [node for node in model.graph if is_product(node)]
         for node in [node for node in model.graph if node.domain == IVC_DOMAIN and node.op_type in ATTENTION]:
@@ -62,7 +62,7 @@ class FuseLinearsPass(ir.passes.InPlacePass):
 
 @dataclass(frozen=True)
 class BiasedProduct:
-    """A product, and the bias that it adds, or that is added behind it. result: of both. scale: of the product."""
+    """A product and its bias, which may be added behind it. result: of both. scale: of the product."""
 
     node: ir.Node
     x: ir.Value
@@ -73,13 +73,13 @@ class BiasedProduct:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What is alike in products that can be one."""
+        """What must be equal in products that become one."""
         attributes = [(n, a.value) for n, a in sorted(self.node.attributes.items()) if n not in ("N", "alpha", "beta")]
         return (self.node.op_type, self.x, len(self.weights), self.bias is None, self.scale, *attributes)
 
     @property
     def columns(self) -> int:
-        """What it gives for each row."""
+        """How many values it gives for each row."""
         weight = self.weights[0]
         assert weight is not None and weight.const_value is not None
         return int(weight.const_value.shape.numpy()[0])
@@ -87,7 +87,7 @@ class BiasedProduct:
 
 @dataclass
 class FusedProduct:
-    """What becomes one node. result: what the last of the nodes that it replaces gives."""
+    """The parts that become one node. result: the output of the last node that it replaces."""
 
     x: ir.Value
     weights: Sequence[ir.Value | None]
@@ -110,7 +110,8 @@ def only_reader(value: ir.Value) -> ir.Node | None:
 
 
 def is_product(node: ir.Node) -> bool:
-    """Whether a node is a linear layer over a weight of floats [N, K], or over one in 4 bits that a kernel takes."""
+    """Whether a node is a linear layer over a weight of floats [N, K], or over a weight in 4 bits that a kernel
+    takes."""
     constants = [value.const_value if value is not None else None for value in node.inputs[1:]]
     if node.domain == IVC_DOMAIN and node.op_type in PACKED_LINEARS:
         scales = node.inputs[2]
@@ -124,7 +125,7 @@ def is_product(node: ir.Node) -> bool:
 
 
 def product_at(graph: ir.Graph, node: ir.Node) -> BiasedProduct:
-    """A product with its bias, which stands behind it where its weights are packed."""
+    """A product with its bias. With packed weights, the bias is added behind the product."""
     x, result = node.inputs[0], node.outputs[0]
     assert x is not None
     if node.op_type == "Gemm":
@@ -150,7 +151,7 @@ def is_standard(node: ir.Node, op_type: str) -> bool:
 
 
 def constant_row(graph: ir.Graph, value: ir.Value | None) -> ir.Value | None:
-    """A constant with one axis, also one that is multiplied by a number; else None."""
+    """A constant with one axis, also if it is multiplied by a number; else None."""
     times = made_by(value, "Mul")
     if times is not None and len(factor := numbers(times.inputs[1])) == 1:
         row = constant_row(graph, times.inputs[0])
@@ -194,7 +195,7 @@ def join_projections(edit: Editor, attention: ir.Node) -> None:
 
 
 def rows_of(value: ir.Value | None) -> ir.Value | None:
-    """What an input of attention is made of, whether or not its heads are normed and turned."""
+    """The rows from which an input of attention is made, whether or not its heads are normed and rotated."""
     for name in ("Rotate", "RMSNorm"):
         node = called(value, name)
         value = node.inputs[0] if node is not None else value
@@ -203,13 +204,13 @@ def rows_of(value: ir.Value | None) -> ir.Value | None:
 
 
 def joined_weights(graph: ir.Graph, products: list[BiasedProduct]) -> list[ir.Value]:
-    """Weights of several products as one's."""
+    """The weights of several products as those of one."""
     columns = zip(*(one.weights for one in products), strict=True)
     return [stacked(graph, [value for value in column if value is not None]) for column in columns]
 
 
 def fuse_product(edit: Editor, node: ir.Node) -> None:
-    """Put one node in the place of a product and of what surrounds it."""
+    """Replace a product and the operators around it by one node."""
     first = product_at(edit.graph, node)
     attributes: dict[str, Any] = {"activation": "none", "gated": 0, "slope": 1.0, "scale": first.scale, "epsilon": 0.0}
     fused = FusedProduct(first.x, first.weights, first.bias, first.result, attributes)
@@ -241,7 +242,7 @@ def fuse_product(edit: Editor, node: ir.Node) -> None:
 
 
 def activation_of(value: ir.Value) -> Activation | None:
-    """The activation that alone reads a value."""
+    """The activation that is the only reader of a value."""
     seen, nodes = set[ir.Node](), list(value.consumers())
     while nodes:  # an activation's last node is a few steps on
         node = nodes.pop()
@@ -255,7 +256,7 @@ def activation_of(value: ir.Value) -> Activation | None:
 
 
 def take_gate(edit: Editor, fused: FusedProduct, gate: BiasedProduct) -> list[ir.Node]:
-    """Take in the product that the activation of another one multiplies, if one does; returns it."""
+    """If the activation of another product multiplies this one, fuse this product too, and return it."""
     times = fused.reader
     if times is None or not is_standard(times, "Mul"):
         return []
@@ -272,7 +273,7 @@ def take_gate(edit: Editor, fused: FusedProduct, gate: BiasedProduct) -> list[ir
 
 
 def take_bias(edit: Editor, fused: FusedProduct) -> None:
-    """Take in a constant row that is added to a product which has no bias and no activation."""
+    """Fuse the addition of a constant row, if the product has no bias and no activation."""
     total = fused.reader
     if total is None or not is_standard(total, "Add") or fused.bias is not None:
         return
@@ -282,7 +283,7 @@ def take_bias(edit: Editor, fused: FusedProduct) -> None:
 
 
 def take_residual(edit: Editor, fused: FusedProduct) -> None:
-    """Take in the sum with other rows, if nothing else reads the result."""
+    """Fuse the sum with other rows, if nothing else reads the result."""
     total = fused.reader
     if total is None or not is_standard(total, "Add"):
         return
@@ -294,7 +295,7 @@ def take_residual(edit: Editor, fused: FusedProduct) -> None:
 
 
 def take_norm(edit: Editor, fused: FusedProduct, readers: list[ir.Node]) -> None:
-    """Take in the norm of the rows, if these products alone read what it gives."""
+    """Fuse the norm of the rows, if only these products read its output."""
     norm = called(fused.x, "RMSNorm")
     if norm is None or fused.x.is_graph_output() or not {*readers} >= set(fused.x.consumers()):
         return
@@ -305,7 +306,7 @@ def take_norm(edit: Editor, fused: FusedProduct, readers: list[ir.Node]) -> None
 
 
 def remove_unread(node: ir.Node) -> None:
-    """Remove a node and what alone reads it: what a fused node replaced."""
+    """Remove a node that a fused node replaced, and the nodes that only it reads."""
     for value in node.outputs:
         for user in tuple(value.consumers()):
             remove_unread(user)
@@ -328,7 +329,7 @@ def stacked(graph: ir.Graph, values: list[ir.Value]) -> ir.Value:
 def derived(
     graph: ir.Graph, values: list[ir.Value], name: str, make: Callable[[list[npt.NDArray[Any]]], npt.NDArray[Any]]
 ) -> ir.Value:
-    """A weight that is made of others along their first axis when it is read, added to the graph."""
+    """A weight computed from others along their first axis when it is read, added to the graph."""
     tensors = [value.const_value for value in values if value.const_value is not None]
     dtype, shapes = tensors[0].dtype, [tensor.shape.numpy() for tensor in tensors]
 

@@ -10,7 +10,7 @@ ContribOperators.md."""
 
 
 class SetAccuracyPass(ir.passes.InPlacePass):
-    """Let packed products be computed at an accuracy level.
+    """Set the accuracy level of packed products.
 
     1. Needs: nothing; a graph without packed products stays as it is.
     2. Leaves: every MatMulNBits, also within bodies, at that level.

@@ -17,7 +17,7 @@ class FuseActivationsPass(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Find the activations by their last node, the product."""
+        """Find each activation by its last node, the product."""
         edit, changed = Editor(model.graph), False
         for node in list(model.graph):
             if (found := swish(node)) is not None:

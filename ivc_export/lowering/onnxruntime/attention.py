@@ -16,17 +16,17 @@ Tables = dict[tuple[ir.Value, int], ir.Value]
 
 
 class UseFusedAttentionPass(ir.passes.InPlacePass):
-    """Call onnxruntime's GroupQueryAttention for Attention, its MultiHeadAttention for EncoderAttention.
+    """Replace Attention by onnxruntime's GroupQueryAttention, and EncoderAttention by its MultiHeadAttention.
 
-    Rotations before them become its RotaryEmbedding. Both take rows with their heads side by side, as SplitHeads is
-    given them.
+    Rotations before them become its RotaryEmbedding. Both take rows with their heads side by side, as SplitHeads gets
+    them.
 
-    1. Needs: a portable graph whose decoder layers see what CausalMask lets them.
-    2. Leaves: no EncoderAttention, and Attention only where values are of another size than keys, which
-       GroupQueryAttention does not take; lengths as contract.graphs.in_place_info says. present_key.i and
-       present_value.i are the caches with this run's rows behind those that were valid: bound to the buffers of
-       past_key.i and past_value.i, they are written in place. Keys are rotated before: GroupQueryAttention rotates by
-       row, and rows of a picture share M-RoPE positions. Attention in windows stays as it was.
+    1. Needs: a portable graph whose decoder layers attend to what CausalMask allows.
+    2. Leaves: no EncoderAttention; Attention only if values have another size than keys, which GroupQueryAttention does
+       not take; lengths as contract.graphs.in_place_info says. present_key.i and present_value.i are the caches with
+       this run's rows behind the valid ones. Bound to the buffers of past_key.i and past_value.i, they are written in
+       place. Keys are rotated before: GroupQueryAttention rotates by row, and rows of a picture share M-RoPE positions.
+       Attention in windows stays unchanged.
     """
 
     def requires(self, model: ir.Model) -> None:
@@ -56,7 +56,7 @@ class UseFusedAttentionPass(ir.passes.InPlacePass):
 
 
 class UseRotaryEmbeddingPass(ir.passes.InPlacePass):
-    """Call onnxruntime's RotaryEmbedding for rotations that no attention has taken.
+    """Replace rotations that no attention has taken by onnxruntime's RotaryEmbedding.
 
     1. Needs: rotations of heads that SplitHeads split; others stay.
     2. Leaves: the same values; a rotation between casts takes the dtype around it.
@@ -85,18 +85,20 @@ class UseRotaryEmbeddingPass(ir.passes.InPlacePass):
 
 
 def split_before(node: ir.Node) -> ir.Node | None:
-    """What split the heads that a node turns, if it does, whether or not they are normed in between."""
+    """The node that split the heads that a node rotates, whether or not they are normed in between. None if there is
+    none."""
     return heads_before(node.inputs[0])[0] if called(node.outputs[0], "Rotate") else None
 
 
 def heads_before(x: ir.Value | None) -> tuple[ir.Node | None, ir.Node | None]:
-    """What split the heads of `x`, and what normed each of them behind it; None where the graph goes another way."""
+    """The node that split the heads of `x`, and the node that normed each of them after it. None if they are made in
+    another way."""
     norm = called(x, "RMSNorm")
     return called(norm.inputs[0] if norm is not None else x, "SplitHeads"), norm
 
 
 def replaced(node: ir.Node) -> bool:
-    """Whether a node is attention that is replaced."""
+    """Whether a node is attention that this pass replaces."""
     if node.domain != IVC_DOMAIN or node.op_type not in REPLACEMENTS:
         return False
     caches = node.inputs[3:5] if node.op_type == "Attention" else ()
@@ -104,7 +106,7 @@ def replaced(node: ir.Node) -> bool:
 
 
 def fuse_attention(edit: Editor, node: ir.Node, heads: Sequence[ir.Value]) -> None:
-    """Replace attention that is replaced. heads: query, key and value, [frames, rows, heads D]."""
+    """Replace one attention. heads: query, key and value, [frames, rows, heads D]."""
     REPLACEMENTS[node.op_type](edit, node, heads)
 
 
@@ -114,14 +116,14 @@ def joined_inputs(edit: Editor, node: ir.Node, tables: Tables) -> list[ir.Value]
 
 
 def use_multi_head(edit: Editor, node: ir.Node, inputs: Sequence[ir.Value]) -> None:
-    """EncoderAttention."""
+    """Replace EncoderAttention."""
     heads, scale = node.attributes["heads"].as_int(), node.attributes["scale"].as_float()
     (y,) = edit.op(node, "MultiHeadAttention", *inputs, domain=CONTRIB, num_heads=heads, scale=scale)
     edit.replace(node.outputs[0], flattened(edit, node, y))
 
 
 def use_group_query(edit: Editor, node: ir.Node, heads: Sequence[ir.Value]) -> None:
-    """Attention."""
+    """Replace Attention."""
     inputs: list[ir.Value | None] = [*heads]
     lengths = length_inputs(edit, mask_of(node)[2])
     sizes = {"num_heads": node.attributes["heads"].as_int(), "kv_num_heads": node.attributes["kv_heads"].as_int()}
@@ -136,7 +138,7 @@ REPLACEMENTS = {"Attention": use_group_query, "EncoderAttention": use_multi_head
 
 
 def mask_of(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """position_ids, past_key and past_length, by which an Attention's mask is made."""
+    """position_ids, past_key and past_length, from which an Attention's mask is made."""
     causal = called(node.inputs[5], "CausalMask")
     assert causal is not None
     position_ids, past_key, past_length = causal.inputs
@@ -145,7 +147,7 @@ def mask_of(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
 
 
 def take_caches(edit: Editor, node: ir.Node, present: Sequence[ir.Value]) -> None:
-    """Give the caches of an Attention, with this run's rows, as outputs of the graph."""
+    """Make the caches of an Attention, with this run's rows, outputs of the graph."""
     for new, old in zip(present, node.inputs[3:5], strict=True):
         assert old is not None
         new.name, new.type, new.shape = TensorName.of(old.name).to("present"), old.type, old.shape
@@ -153,7 +155,7 @@ def take_caches(edit: Editor, node: ir.Node, present: Sequence[ir.Value]) -> Non
 
 
 def start_of(edit: Editor, before: ir.Node, position_ids: ir.Value, past_length: ir.Value) -> ir.Value:
-    """The row of a cache that this run's first goes to, from the inputs that stand for `past_length`; int32 [1]."""
+    """The row of a cache for this run's first row, from the inputs that replace `past_length`; int32 [1]."""
     last, _ = length_inputs(edit, past_length)  # past_length + S - 1
     if position_ids.shape is not None and position_ids.shape[2] == 1:
         return last
@@ -168,10 +170,11 @@ def flattened(edit: Editor, node: ir.Node, y: ir.Value) -> ir.Value:
 
 
 def joined_heads(edit: Editor, before: ir.Node, x: ir.Value | None, tables: Tables) -> ir.Value:
-    """[frames, heads, rows, D] as [frames, rows, heads D], from before the heads were split where they were.
+    """[frames, heads, rows, D] to [frames, rows, heads D]. If the heads were split from such rows, these rows are
+    taken.
 
-    tables: cosines and sines in the dtype of what they turn, cast once for all layers: angles are computed in float32,
-    and casts around a rotation would move four times its bytes.
+    tables: cosines and sines in the dtype of what they rotate, cast once for all layers. Angles are computed in
+    float32, and casts around a rotation would move four times its bytes.
     """
     assert x is not None
     rotation = called(x, "Rotate")
@@ -210,7 +213,7 @@ def like(edit: Editor, before: ir.Node, table: ir.Value | None, dtype: ir.DataTy
 
 
 def length_inputs(edit: Editor, past_length: ir.Value) -> list[ir.Value]:
-    """The inputs that stand for `past_length`, in its place; what reads it, but for masks, computes it from them."""
+    """Replace `past_length` by its inputs. Readers other than masks compute it from them."""
     graph = edit.graph
     known = {value.name: value for value in graph.inputs}
     wanted = in_place_lengths(str(past_length.name))

@@ -10,12 +10,12 @@ from ivc_export.lowering.edit import Editor
 
 
 class AddBiasesPass(ir.passes.InPlacePass):
-    """Replace each product with a bias by one without and an Add.
+    """Replace each product with a bias by a product without a bias and an Add.
 
-    onnxruntime's CUDA provider writes a bias to every row of the result before the product, at half the speed at which
-    it adds one to it afterwards.
+    With a bias, onnxruntime's CUDA provider first writes it to every row of the result. That takes twice as long as
+    adding it afterwards.
 
-    1. Needs: products as linear layers of floats are.
+    1. Needs: products in the form of linear layers of floats.
     2. Leaves: no Gemm with a bias.
     """
 

@@ -14,19 +14,19 @@ LIBRARY = PLUGIN_OPERATORS | HOST_STEPS | JOINED | LINEAR_OPERATORS | {"EncodeAt
 
 
 class UseCustomOpsPass(ir.passes.InPlacePass):
-    """Call our library of custom operators (graphs/plugin/onnxruntime) where it has a kernel.
+    """Use the kernels of our library of custom operators (graphs/plugin/onnxruntime).
 
     1. Needs: a graph after the other passes of `ort-cuda`; each `ivc` node has a body.
-    2. Leaves: SelectTokens without its body, and one CompactGatherN(cache_index, x_1 .. x_n) -> y_1 .. y_n with `axes`
-       in the place of the Gather of all caches. Other `ivc` operators are inlined. Inputs and outputs as before.
+    2. Leaves: SelectTokens without its body. One CompactGatherN(cache_index, x_1 .. x_n) -> y_1 .. y_n with `axes`
+       replaces the Gather of all caches. Other `ivc` operators are inlined. Inputs and outputs stay.
     """
 
     def requires(self, model: ir.Model) -> None:
-        """Check that what is inlined has a body."""
+        """Check that each node to inline has a body."""
         InlinePass(kept=LIBRARY).requires(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Inline what the library lacks, fuse the gathers of caches, drop the bodies."""
+        """Inline operators that the library lacks, fuse the gathers of caches, remove the bodies."""
         changed = InlinePass(kept=LIBRARY)(model).modified or bool(model.functions)
         model.functions.clear()
         gathers = [

@@ -28,14 +28,16 @@ class Table:
 
 
 def take_host_steps(model: ir.Model, table: Table | None, hidden: int) -> bool:
-    """Let a decode graph of the `ort-cuda-ops` lowering begin and end in host memory, if it is of the known form.
+    """Let a decode graph of the `ort-cuda-ops` lowering read its inputs from host memory and write the best token
+    there.
 
-    Inputs but caches become step int32 [1 + axes + lengths] (the token, its positions, valid rows of the caches),
-    wanted int32 [1] (whether all logits are wanted there), best int32 [2] (written: the best token, and whether logits
-    are numbers), told float32 [vocab] (written where wanted: logits), and without a table row [1, 1, hidden], the
-    token's embedding. Cosines and sines are computed where the row is read. logits stay an output.
+    All inputs except caches are replaced by these: step int32 [1 + axes + lengths] (the token, its positions, valid
+    rows of the caches); wanted int32 [1] (whether all logits are wanted in host memory); best int32 [2] (written: the
+    best token, and whether logits are finite); told float32 [vocab] (written if wanted: logits); and, without a table,
+    row [1, 1, hidden], the token's embedding. Cosines and sines are computed where the row is read. logits stay an
+    output.
 
-    Returns whether it was: the graph is as it was if not.
+    Returns whether it was possible. It is only for graphs of the known form; others stay unchanged.
     """
     graph = model.graph
     known = {str(value.name): value for value in graph.inputs}
@@ -83,14 +85,14 @@ def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> No
 
 @dataclass(frozen=True)
 class Angles:
-    """tables: cosines and sines, [1, pairs]. frequencies: [axes, pairs], which positions multiply."""
+    """tables: cosines and sines, [1, pairs]. frequencies: [axes, pairs], by which positions are multiplied."""
 
     tables: tuple[ir.Value, ir.Value]
     frequencies: npt.NDArray[np.float32]
 
 
 def angles_of(positions: ir.Value) -> Angles | None:
-    """What is made of a row's positions, if that is cosines and sines of their sum alone."""
+    """The values computed from a row's positions, if these are cosines and sines of their sum and nothing else."""
     value, frequencies = positions, None
     for op_type in ("Slice", "Squeeze", "Unsqueeze", "Cast", "Mul", "ReduceSum"):
         users = [user for user, _ in value.uses()]

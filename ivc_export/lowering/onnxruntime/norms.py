@@ -15,12 +15,13 @@ NORMS = {"LayerNormalization": "LayerNormalization", "RMSNorm": "SimplifiedLayer
 
 
 class FuseNormsPass(ir.passes.InPlacePass):
-    """Replace RMS norms by onnxruntime's SimplifiedLayerNormalization, and let norms of both kinds add what they norm.
+    """Replace RMS norms by onnxruntime's SimplifiedLayerNormalization, and fuse norms of both kinds with the sums
+    before them.
 
     1. Needs: RMSNorm and LayerNormalization.
-    2. Leaves: SkipSimplifiedLayerNormalization and SkipLayerNormalization where what is normed is a sum, with the sum
-       as an output, and with the bias of a product that is added; SimplifiedLayerNormalization and LayerNormalization
-       elsewhere. All compute in float32, and apply the weight there, too.
+    2. Leaves: SkipSimplifiedLayerNormalization and SkipLayerNormalization for norms of a sum, with the sum as an
+       output, and with the bias of a product that is added; SimplifiedLayerNormalization and LayerNormalization for
+       others. All compute in float32, and apply the weight in float32 too.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -51,7 +52,8 @@ class FuseNormsPass(ir.passes.InPlacePass):
 
 
 def fuse_sum(edit: Editor, total: ir.Node, norm: ir.Node, op_type: str, epsilon: float) -> None:
-    """Put one node in the place of a sum and its norm, whose last node is `norm`: weights follow its first input."""
+    """Replace a sum and its norm, whose last node is `norm`, by one node. The weights have the type of its first
+    input."""
     bias = detached_bias(edit, total.inputs[1])
     inputs = [*total.inputs, *norm.inputs[1:], *([bias] if bias is not None else [])]
     values = edit.op(total, op_type, *inputs, outputs=4, domain=CONTRIB, epsilon=epsilon)
@@ -62,7 +64,7 @@ def fuse_sum(edit: Editor, total: ir.Node, norm: ir.Node, op_type: str, epsilon:
 
 
 def detached_bias(edit: Editor, value: ir.Value | None) -> ir.Value | None:
-    """The bias of the product that makes `value`, taken from it, if nothing else reads the product."""
+    """Take the bias from the product that makes `value`, if nothing else reads the product."""
     product = made_by(value, "Gemm")
     if product is None or value is None or len(value.consumers()) > 1 or len(product.inputs) < 3:
         return None

@@ -25,10 +25,11 @@ from ivc_export.lowering.tensorrt.attention import AttendInPlacePass, attended, 
 
 @dataclass(frozen=True)
 class OwnAttention:
-    """Which attention our kernels compute, whose sizes they take; before the other one of ours splits and turns heads.
+    """Which attention our kernels compute, if they take its sizes. Before any other attention, our kernel splits and
+    rotates heads.
 
-    row: a decode step's. rows: a decoder layer's over many rows. frames: an encoder's. Its windows are always ours:
-    onnxruntime has no operator for them.
+    row: that of a decode step. rows: that of a decoder layer over many rows. frames: that of an encoder. Windows of an
+    encoder are always ours: onnxruntime has no operator for them.
     """
 
     row: bool = True
@@ -42,18 +43,18 @@ onnxruntime calls cuDNN's attention, which computes on wgmma."""
 
 
 class UseOwnAttentionPass(ir.passes.InPlacePass):
-    """Call our kernels around attention, and for it where that is faster.
+    """Use our kernels around attention, and for attention itself if they are faster.
 
     1. Needs: a portable graph whose decoder layers see what CausalMask lets them.
     2. Leaves: where `own` says so and sizes are those of ATTENDED_SIZES, AttendJoined(rows [S, width], past_key,
-       past_value, past_length, cos?, sin?, query_norm?, key_norm?) -> y [S, heads head_dim], present_key,
-       present_value {scale, heads, kv_heads, head_dim, grouped, epsilon}; inputs and outputs as UseFusedAttentionPass
-       leaves them, past_length computed once for all layers. For windows, and where `own` says so for frames,
-       EncodeAttend(q, k, v [frames, rows, width], window_of_place?) -> y as the function gives it {scale, heads,
-       head_dim, block_size}. In the place of other attention that UseFusedAttentionPass replaces, what that leaves.
-       Before all but AttendJoined, TurnHeads(rows [frames rows, width], frames, cos?, sin?, query_norm?, key_norm?) ->
-       q, k, v [frames, rows, width] {heads, kv_heads, head_dim, grouped, epsilon}, where heads are such as
-       fused.joined_heads takes; but in graphs of one row, where GroupQueryAttention turns them itself.
+       past_value, past_length, cos?, sin?, query_norm?, key_norm?) -> y [S, heads head_dim], present_key, present_value
+       {scale, heads, kv_heads, head_dim, grouped, epsilon}; inputs and outputs as UseFusedAttentionPass leaves them,
+       past_length computed once for all layers. For windows, and where `own` says so for frames, EncodeAttend(q, k, v
+       [frames, rows, width], window_of_place?) -> y as the function gives it {scale, heads, head_dim, block_size}. In
+       the place of other attention that UseFusedAttentionPass replaces, what that leaves. Before all but AttendJoined,
+       TurnHeads(rows [frames rows, width], frames, cos?, sin?, query_norm?, key_norm?) -> q, k, v [frames, rows, width]
+       {heads, kv_heads, head_dim, grouped, epsilon}, where heads are such as fused.joined_heads takes; but in graphs of
+       one row, where GroupQueryAttention turns them itself.
     """
 
     def __init__(self, own: OwnAttention = FASTEST) -> None:
@@ -75,7 +76,7 @@ class UseOwnAttentionPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, found)
 
     def replace(self, shared: Shared, node: ir.Node) -> bool:
-        """One call, if it is attention that is replaced here."""
+        """Replace one call, if this pass replaces it."""
         one_row = is_one_row(shared.edit.graph)
         if (
             node in attended(shared.edit.graph)
@@ -102,7 +103,7 @@ class UseOwnAttentionPass(ir.passes.InPlacePass):
 
 @dataclass(frozen=True)
 class Shared:
-    """A graph, and what its layers share: tables by type, angles in float32, valid rows of the caches."""
+    """A graph, and values that its layers share: tables by type, angles in float32, valid rows of the caches."""
 
     edit: Editor
     tables: Tables
@@ -111,12 +112,12 @@ class Shared:
 
 
 def is_one_row(graph: ir.Graph) -> bool:
-    """Whether a graph is of decode steps."""
+    """Whether a graph is for decode steps."""
     return any(value.name == "position_ids" and list(value.shape or ())[-1] == 1 for value in graph.inputs)
 
 
 def attend_joined(shared: Shared, node: ir.Node) -> bool:
-    """One decoder layer, if its heads can be joined."""
+    """Replace one decoder layer's attention, if its heads can be joined."""
     edit, joined = shared.edit, join_heads(shared.edit, node, shared.angles)
     if joined is None:
         return False
@@ -132,7 +133,7 @@ def attend_joined(shared: Shared, node: ir.Node) -> bool:
 
 
 def encode(shared: Shared, node: ir.Node) -> None:
-    """One encoder layer."""
+    """Replace one encoder layer's attention."""
     block = node.attributes.get("block_size")
     attributes: dict[str, Any] = {
         "scale": node.attributes["scale"].as_float(),

@@ -14,12 +14,12 @@ from ivc_export.lowering.fused.linears import stacked
 
 
 class PackProjectionsPass(ir.passes.InPlacePass):
-    """Replace the three products that feed attention by one, which is split behind it.
+    """Replace the three products before attention by one product, which is split behind it.
 
-    1. Needs: attention as UseFusedAttentionPass or UseOwnAttentionPass leaves it; weights as they are stored, floats
-       [out, in] or packed.
-    2. Leaves: one weight and one bias a layer in the place of three, their rows one below the other, put together when
-       they are read. Layers whose projections do not read the same rows stay as they were.
+    1. Needs: attention as UseFusedAttentionPass or UseOwnAttentionPass leaves it; stored weights, floats [out, in] or
+       packed.
+    2. Leaves: one weight and one bias for each layer instead of three. Their rows are one below the other, joined when
+       they are read. Layers whose projections read different rows stay unchanged.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -38,7 +38,7 @@ class PackProjectionsPass(ir.passes.InPlacePass):
 
 @dataclass(frozen=True)
 class Projection:
-    """A product of floats or packed weights. bias: added behind a packed one, whose sum is the result."""
+    """A product of floats or packed weights. bias: added behind a packed product; the sum is the result."""
 
     product: ir.Node
     bias: ir.Value | None
@@ -46,21 +46,21 @@ class Projection:
 
     @property
     def features(self) -> int:
-        """What it gives for each row."""
+        """How many values it gives for each row."""
         weight = self.product.inputs[1]
         assert weight is not None and weight.const_value is not None
         return int(weight.const_value.shape.numpy()[0])
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What is alike in projections that can be packed."""
+        """What must be equal in projections that are packed."""
         attributes = [(name, value.value) for name, value in sorted(self.product.attributes.items()) if name != "N"]
         inputs = (self.product.inputs[0], len(self.product.inputs), self.bias is None)
         return (self.product.op_type, *inputs, *attributes)
 
 
 def projected(value: ir.Value | None) -> ir.Value | None:
-    """What an input of attention was before it was turned, if it is, and got its batch axis."""
+    """The source of an input of attention, before rotation (if any) and the batch axis."""
     node = value.producer() if value is not None else None
     if node is not None and node.op_type == "RotaryEmbedding":
         value = node.inputs[0]
@@ -74,7 +74,7 @@ def joins(node: ir.Node) -> bool:
 
 
 def projection(value: ir.Value | None) -> Projection | None:
-    """What is behind rows that attention reads, whether or not each head is normed in between."""
+    """The product behind rows that attention reads, whether or not each head is normed in between."""
     norm = made_by(value, "SimplifiedLayerNormalization")
     value = back(norm.inputs[0], "Reshape", "Reshape") if norm is not None else value
     total = made_by(value, "Add")
@@ -91,7 +91,8 @@ def projection(value: ir.Value | None) -> Projection | None:
 
 
 def pack(edit: Editor, before: ir.Node, parts: list[Projection], reader: ir.Node) -> None:
-    """Put one product before the first of several, and let its parts be read in their place, or it in `reader`'s."""
+    """Put one product before the first of several. Its parts replace the others' results, or the whole replaces those
+    of `reader`."""
     columns = zip(*(part.product.inputs[1:] for part in parts), strict=True)
     weights = [stacked(edit.graph, [value for value in column if value is not None]) for column in columns]
     sizes = [part.features for part in parts]

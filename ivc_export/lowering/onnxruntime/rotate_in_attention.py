@@ -16,12 +16,12 @@ from ivc_export.lowering.onnxruntime.projections import projected
 class RotateInAttentionPass(ir.passes.InPlacePass):
     """Let GroupQueryAttention rotate, and take query, key and value packed.
 
-    1. Needs: projections that are packed (PackProjectionsPass). Graphs of more rows than one stay as they are.
-    2. Leaves: what such a product gives as it is as attention's input. Attention turns a row by its number in the
-       cache, which is no position of M-RoPE: position_ids has to say the one row's position for every row of a cache.
-       Where a layer cannot be so (its heads are of other sizes than multiples of 16, which attention does not turn, or
-       are normed before they are turned, or lie otherwise), all stay as they were, and the first of the positions is
-       read alone.
+    1. Needs: projections that are packed (PackProjectionsPass). Graphs of more than one row stay unchanged.
+    2. Leaves: the packed product's result as attention's input. Attention rotates a row by its number in the cache,
+       which is not a position of M-RoPE. So position_ids must contain the one row's position for every row of a cache.
+       A layer may not allow this: its heads are not of a multiple of 16, which attention does not rotate, are normed
+       before rotation, or are ordered in another way. Then all layers stay unchanged, and only the first of the
+       positions is read.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -50,7 +50,7 @@ class RotateInAttentionPass(ir.passes.InPlacePass):
 
 
 def packed_rows(node: ir.Node) -> tuple[ir.Value, Sequence[ir.Value | None]] | None:
-    """The packed rows whose parts attention's inputs are, and the angles that query and key are turned by alike."""
+    """The packed rows whose parts are attention's inputs, and the angles by which both query and key are rotated."""
     past_key = node.inputs[3]
     if past_key is None or past_key.shape is None or int(past_key.shape[3]) % 16:  # type: ignore[arg-type]
         return None
@@ -80,7 +80,7 @@ def take_packed_rows(edit: Editor, node: ir.Node, rows: ir.Value, angles: Sequen
 
 
 def read_first(edit: Editor, position_ids: ir.Value) -> None:
-    """Let the first of the positions be read where all were."""
+    """Read only the first of the positions."""
     users = tuple(position_ids.uses())
     (first,) = edit.op(edit.graph[0], "Slice", position_ids, edit.ints(0), edit.ints(1), edit.ints(2))
     for user, index in users:

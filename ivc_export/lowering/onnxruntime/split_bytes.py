@@ -21,11 +21,12 @@ Arrays = list[npt.NDArray[Any]]
 
 
 class SplitBytesPass(ir.passes.InPlacePass):
-    """Replace each packed product of 8 bits by the sum of two of 4.
+    """Replace each packed product of 8 bits by the sum of two of 4 bits.
 
-    The CPU provider has kernels in float32 for 4 bits alone: of 8 it makes floats in every run, which takes 30 times
-    as long as a product of floats. A byte less its zero point is 16 times its high half less the zero point's, and its
-    low half less the zero point's: so both products are of exact weights, the first with scales 16 times as large.
+    The CPU provider's float32 kernels take only 4 bits. For 8 bits it dequantises in every run, which takes 30 times as
+    long as a product of floats. A byte less its zero point is 16 times (its high half less the zero point's high half),
+    plus (its low half less the zero point's low half). So both products have exact weights; the first has scales 16
+    times as large.
 
     1. Needs: weights that are constants.
     2. Leaves: no packed product of 8 bits.

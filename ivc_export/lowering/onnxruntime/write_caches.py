@@ -16,12 +16,12 @@ Run = tuple[ir.Value, ir.Value]
 
 
 class WriteCachesPass(ir.passes.InPlacePass):
-    """Let the Attention that UseFusedAttentionPass leaves read whole caches, which have this run's rows.
+    """Let the Attention that UseFusedAttentionPass leaves read whole caches, which include this run's rows.
 
-    1. Needs: calls of Attention that see what CausalMask lets them, over caches that are inputs.
-    2. Leaves: Attention over present_key.i and present_value.i as outputs, which are the caches with this run's rows
-       behind those that were valid, and over no other rows; lengths as contract.graphs.in_place_info says. Bound to the
-       buffers of past_key.i and past_value.i, the outputs are written in place: nothing else reads these.
+    1. Needs: calls of Attention that attend to what CausalMask allows, over caches that are inputs.
+    2. Leaves: Attention over present_key.i and present_value.i, and over no other rows. These are outputs: the caches
+       with this run's rows behind the valid ones. Lengths are as contract.graphs.in_place_info says. The outputs are
+       bound to the buffers of past_key.i and past_value.i and written in place: nothing else reads these.
     """
 
     def requires(self, model: ir.Model) -> None:
@@ -72,7 +72,7 @@ def write(edit: Editor, node: ir.Node, runs: dict[ir.Value, Run]) -> None:
 
 
 def run_of(edit: Editor, node: ir.Node, position_ids: ir.Value, past_length: ir.Value, cache: ir.Value) -> Run:
-    """Where this run's rows go, and what they see: rows up to themselves."""
+    """Where this run's rows go, and what they attend to: rows up to themselves."""
     start = start_of(edit, node, position_ids, past_length)
     (rows,) = edit.op(node, "Add", edit.counting(node, edit.extent(node, position_ids, 2)), start)
     (row,) = edit.op(node, "Unsqueeze", rows, edit.ints(1))

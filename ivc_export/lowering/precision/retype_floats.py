@@ -17,13 +17,13 @@ NOT_FLOAT = BOOLEANS | {"Shape"}
 
 
 class RetypeFloatsPass(ir.passes.InPlacePass):
-    """Make a graph compute in another dtype, as if it had been built in it.
+    """Make a graph compute in another dtype, as if it had been built in that dtype.
 
-    1. Needs: a portable graph of one dtype, whose weights are external data, or converted when they are read, and whose
-       constants are float32. Casts stand around its float32 stretches, also where its dtype is float32: which stretch a
-       value belongs to follows from the inputs, the weights and the casts before it.
+    1. Needs: a portable graph of one dtype. Its weights are external data, or converted when they are read. Its
+       constants are float32. Casts are around its float32 stretches, even if its dtype is float32. To which stretch a
+       value belongs follows from the inputs, the weights and the casts before it.
     2. Leaves: the same nodes; inputs, outputs, weights and the casts that end float32 stretches in `dtype`. A weight is
-       converted when it is read, and refused then if it is too large for `dtype`.
+       converted when it is read, and is refused then if it is too large for `dtype`.
     """
 
     def __init__(self, dtype: FloatName) -> None:
@@ -35,7 +35,7 @@ class RetypeFloatsPass(ir.passes.InPlacePass):
         self._stretches(model.graph)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Retype the floats of no float32 stretch, and the casts that end these."""
+        """Retype all floats outside float32 stretches, and the casts that end these."""
         graph = model.graph
         wide = self._stretches(graph)
         casts = [node for node in graph if node.op_type == "Cast" and wide.get(node.outputs[0]) is not None]
@@ -61,10 +61,10 @@ class RetypeFloatsPass(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError(f"{value.name} is {value.dtype} still")
 
     def _stretches(self, graph: ir.Graph) -> dict[ir.Value, bool]:
-        """Whether a float belongs to a float32 stretch, by following both kinds through the graph.
+        """For each float, whether it belongs to a float32 stretch, by following both kinds through the graph.
 
         Raises:
-            PreconditionError: they mix.
+            PreconditionError: the kinds mix.
         """
         wide: dict[ir.Value, bool] = {}
         for value in graph.inputs:
@@ -78,7 +78,7 @@ class RetypeFloatsPass(ir.passes.InPlacePass):
         return wide
 
     def _kinds(self, node: ir.Node, wide: dict[ir.Value, bool]) -> set[bool]:
-        """Of the floats that an `ivc` function gives: those of one of its inputs, or float32."""
+        """The kinds of the floats that an `ivc` function gives: that of one of its inputs, or float32."""
         found = RESULTS[node.op_type]
         if isinstance(found, tuple):
             return {True} if FLOAT in found else set()

@@ -28,18 +28,19 @@ HANDED = CARRIERS | {"Add", "SplitHeads"}
 
 
 class ScaleResidualsPass(ir.passes.InPlacePass):
-    """Keep a decoder's residual stream at SCALE of its size: some models' sums leave float16's range, 65504.
+    """Keep a decoder's residual stream at SCALE of its size: the sums of some models leave the range of float16, 65504.
 
-    Layers read the stream through norms alone, which do not change with its scale where epsilon changes with its
-    square: (c x) / sqrt(mean((c x)^2) + c^2 e) = x / sqrt(mean(x^2) + e). Powers of two round nothing. What the
-    selection alone reads may be a product with the stream itself, which then gives its own size.
+    Layers read the stream only through norms. A norm's result does not change with the scale if epsilon changes with
+    its square: (c x) / sqrt(mean((c x)^2) + c^2 e) = x / sqrt(mean(x^2) + e). Multiplying by powers of two rounds
+    nothing. Values that only the selection reads may be a product with the stream itself; this product then gives
+    values of the original size.
 
-    1. Needs: a portable graph. The stream begins at `inputs_embeds` or `hidden_states`, and goes through sums; only
-       norms, what hands values on, and products for the selection read it. A graph without such an input stays as it
-       is.
-    2. Leaves: embeddings scaled where the stream begins; what is added to it scaled, products by their `alpha` and
-       `beta`, or by what they are given, before they are rounded; `hidden_states` between the graphs at SCALE;
-       everything else as it was.
+    1. Needs: a portable graph. The stream begins at `inputs_embeds` or `hidden_states`, and goes through sums. Only
+       norms, nodes that hand values on, and products for the selection read it. A graph without such an input stays
+       unchanged.
+    2. Leaves: embeddings scaled where the stream begins. Everything added to it is scaled before it is rounded:
+       products by their `alpha` and `beta`, or by their inputs. `hidden_states` between the graphs are at SCALE.
+       Everything else is unchanged.
 
     Raises:
         UserError: the stream is read in another way, which would give wrong numbers.
@@ -76,10 +77,10 @@ def scaled_embeddings(edit: Editor, embeds: ir.Value) -> ir.Value:
 
 
 def follow(edit: Editor, node: ir.Node, stream: set[ir.Value]) -> bool:
-    """Do at a node that reads the stream what keeps the rest of the graph as it was; return whether it took a change.
+    """Change a node that reads the stream so that the rest of the graph stays as it was. Return whether it was changed.
 
     Raises:
-        UserError: the node is neither a norm nor a sum nor a product for the selection, and does not hand values on.
+        UserError: the node is not a norm, a sum or a product for the selection, and does not hand values on.
     """
     if (
         (node.op_type in CARRIERS or node.op_type == "Cast")
@@ -105,7 +106,7 @@ def follow(edit: Editor, node: ir.Node, stream: set[ir.Value]) -> bool:
 
 
 def for_selection(node: ir.Node) -> bool:
-    """Whether a node's results go to the selection alone, and to the output that shows what it looks at."""
+    """Whether a node's results go only to the selection, and to the output that shows the selection's input."""
     users = [user for value in node.outputs for user in value.consumers()]
     ways = [user.op_type in SELECTIONS or (user.op_type in HANDED and for_selection(user)) for user in users]
     ways += [value.name == SCORED_VALUES for value in node.outputs if value.is_graph_output()]
@@ -113,7 +114,7 @@ def for_selection(node: ir.Node) -> bool:
 
 
 def unscale_product(edit: Editor, node: ir.Node) -> None:
-    """Let a product with the stream give what it would without scale: by its `alpha`, or from rows at full size."""
+    """Let a product with the stream give its original size: by its `alpha`, or from rows at full size."""
     if node.op_type == "Gemm":
         given = node.attributes.get("alpha")
         node.attributes["alpha"] = ir.AttrFloat32("alpha", (given.as_float() if given else 1.0) / SCALE)
@@ -126,7 +127,7 @@ def unscale_product(edit: Editor, node: ir.Node) -> None:
 
 
 def scale_addend(edit: Editor, total: ir.Node, index: int, value: ir.Value) -> None:
-    """Scale what is added to the stream: in a product that nothing else reads, or behind it."""
+    """Scale a value that is added to the stream: in its product if nothing else reads this, or behind it."""
     node = value.producer() if len(value.uses()) == 1 and not value.is_graph_output() else None
     if made_by(value, "Gemm") is node is not None:
         for name in ("alpha", "beta"):  # of x W^T and of the bias
@@ -146,7 +147,7 @@ def scale_addend(edit: Editor, total: ir.Node, index: int, value: ir.Value) -> N
 
 
 def cannot_scale(node: ir.Node, what: str) -> NoReturn:
-    """Say what cannot be scaled.
+    """Raise the sentence about a node that cannot be scaled.
 
     Raises:
         UserError: always.

@@ -11,11 +11,11 @@ NARROW = ONNX_FLOATS - {FLOAT}
 
 
 class WidenFloatsPass(ir.passes.InPlacePass):
-    """Make a float16 or bfloat16 graph compute in float32; the weight files stay as they are.
+    """Make a float16 or bfloat16 graph compute in float32. The weight files stay unchanged.
 
-    1. Needs: a graph whose narrow values come from inputs, weights and Cast alone.
-    2. Leaves: inputs and outputs in float32; each narrow weight behind one Cast, which onnxruntime folds when it
-       opens the graph; no other narrow value.
+    1. Needs: a graph whose narrow values come only from inputs, weights and Cast.
+    2. Leaves: inputs and outputs in float32; each narrow weight behind one Cast, which onnxruntime folds when it opens
+       the graph; no other narrow value.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -37,7 +37,7 @@ class WidenFloatsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(casts or weights or ends))
 
     def ensures(self, model: ir.Model) -> None:
-        """Check that nothing but weights is narrow, and that casts alone read these."""
+        """Check that only weights are narrow, and that only casts read them."""
         left = [node.name for node in narrow_casts(model.graph)]
         left += [value.name for value in narrow_weights(model.graph)]
         left += [value.name for value in (*model.graph.inputs, *model.graph.outputs) if value.dtype in NARROW]
@@ -51,6 +51,6 @@ def narrow_casts(graph: ir.Graph) -> list[ir.Node]:
 
 
 def narrow_weights(graph: ir.Graph) -> list[ir.Value]:
-    """Narrow weights that not only casts to float32 read."""
+    """Narrow weights that have readers other than casts to float32."""
     weights = [v for v in graph.initializers.values() if v.const_value is not None and v.const_value.dtype in NARROW]
     return [v for v in weights if any(user.op_type != "Cast" for user in v.consumers())]

@@ -14,12 +14,13 @@ CARRIERS = frozenset(("CompactGather", "Gather", "Reshape", "Squeeze", "Transpos
 
 
 class WidenResidualsPass(ir.passes.InPlacePass):
-    """Keep the residual stream of a float16 graph in float32: some models' sums leave float16's range, 65504.
+    """Keep the residual stream of a float16 graph in float32: the sums of some models leave the range of float16,
+    65504.
 
-    1. Needs: a portable graph of pre-norm layers: a residual value is what both a norm (RMSNorm or LayerNormalization)
-       and an Add read. A graph in another dtype than `narrow` stays as it is.
-    2. Leaves: residual values, their sums and the norms on them in float32, and `hidden_states` between the graphs;
-       every other value as it was. Weights of LayerNormalization are cast where it reads them.
+    1. Needs: a portable graph of pre-norm layers. A residual value is one that both a norm (RMSNorm or
+       LayerNormalization) and an Add read. A graph in another dtype than `narrow` stays unchanged.
+    2. Leaves: residual values, their sums, the norms on them, and `hidden_states` between the graphs in float32. All
+       other values stay. Weights of LayerNormalization are cast where it reads them.
     """
 
     def __init__(self, narrow: ir.DataType = ir.DataType.FLOAT16) -> None:

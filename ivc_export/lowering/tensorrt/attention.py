@@ -14,17 +14,17 @@ from ivc_export.lowering.edit import Editor, called, numbers
 
 
 class AttendInPlacePass(ir.passes.InPlacePass):
-    """Call our kernels for Attention, and write caches in place.
+    """Replace Attention by our kernels, and write caches in place.
 
-    1. Needs: a portable graph whose decoder layers see what CausalMask lets them.
-    2. Leaves: where keys and values are of one size among ATTENDED_SIZES, no Attention but
-       AttendInPlace(q, k, v, past_key, past_value, past_length) {scale, append}. In prefix it reads caches and gives y
-       alone (append 0). In decoder it also writes this run's rows behind those that are valid (append 1), and gives
-       present_key and present_value; where TurnHeads gives q, k and v to nothing else, that is one operator,
-       AttendJoined(rows, cos, sin, query_norm, key_norm, past_key, past_value, past_length) with TurnHeads' attributes
-       and scale. CompactIntoCaches(keep_index, past_length, x_1 .. x_n, past_1 .. past_n) ->
-       present_1 .. present_n {caches n} stands for the CompactGather of keys and values. Inputs and outputs as
-       contract.graphs.owned_caches_info says. v is [S, kv_heads D] where nothing but SplitHeads made it.
+    1. Needs: a portable graph whose decoder layers attend to what CausalMask allows.
+    2. Leaves: no Attention whose keys and values have one size among ATTENDED_SIZES. Instead AttendInPlace(q, k, v,
+       past_key, past_value, past_length) {scale, append}. In prefix it reads caches and gives only y (append 0). In
+       decoder it also writes this run's rows behind the valid ones (append 1), and gives present_key and present_value.
+       If TurnHeads gives q, k and v to nothing else, both become one operator, AttendJoined(rows, cos, sin, query_norm,
+       key_norm, past_key, past_value, past_length) with TurnHeads' attributes and scale. CompactIntoCaches(keep_index,
+       past_length, x_1 .. x_n, past_1 .. past_n) -> present_1 .. present_n {caches n} replaces the CompactGather of
+       keys and values. Inputs and outputs are as contract.graphs.owned_caches_info says. v is [S, kv_heads D] if only
+       SplitHeads made it.
     """
 
     def requires(self, model: ir.Model) -> None:
@@ -54,12 +54,12 @@ class AttendInPlacePass(ir.passes.InPlacePass):
 
 
 class EncodeAttendPass(ir.passes.InPlacePass):
-    """Call our kernels for attention of encoders, in windows or not.
+    """Replace attention of encoders by our kernels, in windows or not.
 
     1. Needs: a portable graph.
-    2. Leaves: where heads are of ENCODED_SIZES, EncodeAttend(q, k, v) {scale, heads, block_size 0} for EncoderAttention
-       and EncodeAttend(q, k, v, window_of_place) {scale, heads, block_size} for WindowAttention. q, k or v are
-       [frames rows, heads head_dim] where nothing but SplitHeads made them. Inputs and outputs as before.
+    2. Leaves: for heads of ENCODED_SIZES, EncodeAttend(q, k, v) {scale, heads, block_size 0} for EncoderAttention and
+       EncodeAttend(q, k, v, window_of_place) {scale, heads, block_size} for WindowAttention. q, k or v are [frames
+       rows, heads head_dim] if only SplitHeads made them. Inputs and outputs stay.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -99,25 +99,25 @@ def encoded(graph: ir.Graph) -> list[ir.Node]:
 
 
 def size(cache: ir.Value | None) -> int | str | None:
-    """Of a cache's rows."""
+    """Size of a cache's rows."""
     axis = cache.shape[3] if cache is not None and cache.shape is not None else None
     return axis.value if isinstance(axis, ir.SymbolicDim) else axis
 
 
 def whole_rows(x: ir.Value | None) -> ir.Value | None:
-    """Heads [frames, heads, rows, D] as the rows that they were split from, where nothing else was done to them."""
+    """The rows from which heads [frames, heads, rows, D] were split, if nothing else was done to them."""
     split = called(x, "SplitHeads")
     return x if split is None else split.inputs[0]
 
 
 def take_over(edit: Editor, old: ir.Value, new: ir.Value) -> None:
-    """Let `new` be read where `old` is; it is of the same type and shape."""
+    """Let all readers of `old` read `new`, which has the same type and shape."""
     new.type, new.shape = ir.TensorType(edit.types[old]), old.shape
     edit.replace(old, new)
 
 
 def attend(edit: Editor, node: ir.Node, append: bool) -> None:
-    """One decoder layer."""
+    """Replace one decoder layer's attention."""
     q, k, v, past_key, past_value, visible = node.inputs
     causal = called(visible, "CausalMask")
     assert causal is not None and past_key is not None and past_value is not None
@@ -141,7 +141,7 @@ def attend(edit: Editor, node: ir.Node, append: bool) -> None:
 
 
 def turned_for(node: ir.Node) -> ir.Node | None:
-    """The TurnHeads that gives an attention, and nothing else, its query, key and value."""
+    """The TurnHeads that gives query, key and value to one attention and to nothing else."""
     turned = called(node.inputs[0], "TurnHeads")
     alone = turned is not None and list(turned.outputs) == list(node.inputs[:3])
     new = [] if turned is None else [use for value in turned.outputs for use in value.uses() if use.node is not node]
@@ -149,7 +149,7 @@ def turned_for(node: ir.Node) -> ir.Node | None:
 
 
 def attend_to_rows(edit: Editor, node: ir.Node, turned: ir.Node, length: ir.Value | None) -> None:
-    """One decoder layer, from a product's rows."""
+    """Replace one decoder layer's attention, from a product's rows."""
     attributes: dict[str, Any] = {name: value.value for name, value in turned.attributes.items()}
     attributes["scale"] = node.attributes["scale"].as_float()
     caches = node.inputs[3:5]
@@ -163,7 +163,7 @@ def attend_to_rows(edit: Editor, node: ir.Node, turned: ir.Node, length: ir.Valu
 
 
 def give(graph: ir.Graph, name: str, past: ir.Value, present: ir.Value) -> None:
-    """Give a cache in the place of the output `name`."""
+    """Make a cache the graph's output `name`."""
     place = [value.name for value in graph.outputs].index(name)
     present.name, present.type, present.shape = TensorName.of(past.name).to("present"), past.type, past.shape
     graph.outputs[place] = present

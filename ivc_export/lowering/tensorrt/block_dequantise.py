@@ -24,12 +24,12 @@ Arrays = list[npt.NDArray[Any]]
 
 
 class BlockDequantisePass(ir.passes.InPlacePass):
-    """Replace each LinearNBits of 4 bits by a product with a DequantizeLinear, whose weights stay in 4 bits.
+    """Replace each LinearNBits of 4 bits by a product with a DequantizeLinear. The weights stay in 4 bits.
 
-    The operator's weights are signed, and TensorRT takes no zero points: weights are the stored values less 8, and
-    where a block's zero point is another, a second product adds what is missing. The sum over a block of (q - z) s x is
-    that of (q - 8) s x and (8 - z) s times the block's sum of x: exact in real numbers, and nothing is
-    clamped. Block sums are in float32, the second product in x's type.
+    The operator's weights are signed, and TensorRT takes no zero points. So weights are the stored values less 8. If a
+    block's zero point is not 8, a second product adds the difference. The sum over a block of (q - z) s x is the sum of
+    (q - 8) s x, plus (8 - z) s times the block's sum of x. This is exact in real numbers, and nothing is clamped. Block
+    sums are in float32, the second product is in x's type.
 
     1. Needs: weights that are constants. Those of 8 bits, and rows that blocks do not fill, stay for
        DequantiseWeightsPass.
@@ -48,14 +48,14 @@ class BlockDequantisePass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(found))
 
     def ensures(self, model: ir.Model) -> None:
-        """Check that none is left that it takes."""
+        """Check that none of the products that it takes is left."""
         left = [node.name for node in packed_products(model) if is_taken(node)]
         if left:
             raise ir.passes.PostconditionError(f"{left[0]} is packed still")
 
 
 def is_taken(product: ir.Node) -> bool:
-    """Whether a packed product is of 4 bits and of full blocks."""
+    """Whether a packed product has 4 bits and full blocks."""
     bits, block, features = (product.attributes[name].as_int() for name in ("bits", "block_size", "K"))
     return bits == BITS and features % block == 0
 

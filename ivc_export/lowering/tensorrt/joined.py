@@ -14,14 +14,14 @@ from ivc_export.lowering.tensorrt.attention import attended, encoded, take_over
 
 
 class TurnHeadsPass(ir.passes.InPlacePass):
-    """Let one kernel split rows into heads, norm and turn them, for which TensorRT would have a kernel an operator.
+    """Split rows into heads, norm and rotate them in one kernel. TensorRT would run one kernel for each operator.
 
-    1. Needs: a portable graph, behind FuseLinearsPass.
-    2. Leaves: before attention of sizes that our kernels take, where query and key are turned, and heads are such as
-       fused.joined_heads takes, TurnHeads(rows [R, (heads + 2 kv_heads) head_dim], cos [A, head_dim / 2], sin,
-       query_norm [head_dim], key_norm) -> query [R / A, heads, A, head_dim], key and value [R / A, kv_heads, A,
-       head_dim] {heads, kv_heads, head_dim, grouped, normed, epsilon}. Both norms are left out where `normed` is 0.
-       Other layers stay as they were.
+    1. Needs: a portable graph after FuseLinearsPass.
+    2. Leaves: TurnHeads(rows [R, (heads + 2 kv_heads) head_dim], cos [A, head_dim / 2], sin, query_norm [head_dim],
+       key_norm) -> query [R / A, heads, A, head_dim], key and value [R / A, kv_heads, A, head_dim] {heads, kv_heads,
+       head_dim, grouped, normed, epsilon}. It is put before attention of sizes that our kernels take, if query and key
+       are rotated and fused.joined_heads takes the heads. Both norms are left out if `normed` is 0. Other layers stay
+       unchanged.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -34,7 +34,7 @@ class TurnHeadsPass(ir.passes.InPlacePass):
 
 
 def turn(edit: Editor, node: ir.Node, angles: dict[ir.Value, ir.Value]) -> bool:
-    """Before one attention; whether it could be done."""
+    """Replace the heads before one attention. Returns whether it was possible."""
     joined = join_heads(edit, node, angles)
     if joined is None or joined.cos is None or (joined.query_norm is None) != (joined.key_norm is None):
         return False

@@ -25,21 +25,21 @@ BYTES = {"FusedLinear": (), "FusedLinearInt4": (1, 3)}
 
 
 class FuseOwnLinearsPass(ir.passes.InPlacePass):
-    """FuseLinearsPass, where products stand beside kernels of ours.
+    """FuseLinearsPass for graphs in which products stand beside our kernels.
 
-    TensorRT compiles a graph that spells attention out as a whole; nodes of a plugin cut it into pieces, and what is
-    left between them it tunes operator by operator, which takes minutes.
+    TensorRT compiles a graph of standard operators as a whole. Plugin nodes cut it into pieces, and TensorRT tunes the
+    operators between them one by one, which takes minutes.
 
     1. Needs: a portable graph, or one whose attention is replaced.
-    2. Leaves: what FuseLinearsPass leaves, where our kernels attend or weights are in 4 bits; else the graph as it was.
-       Operators as parsers read them, which take no empty inputs: the attributes of OPTIONAL say which there are,
-       and `activation` is a number of ACTIVATIONS. Bytes are int32, four at a time, since TensorRT 8.6 has no constants
-       of bytes: packed values [N, blocks, block_size / 8], zero points flat, with zeros behind them where they fill
-       none.
+    2. Leaves: the result of FuseLinearsPass, if our kernels attend or weights are in 4 bits; else the graph is
+       unchanged. Operators are in the form that parsers read. Parsers take no empty inputs, so attributes of OPTIONAL
+       say which inputs there are, and `activation` is a number of ACTIVATIONS. Bytes are int32, four at a time, because
+       TensorRT 8.6 has no constants of bytes: packed values are [N, blocks, block_size / 8], zero points are flat and
+       filled up with zeros.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fuse, and write inputs down."""
+        """Fuse, then write the inputs in the parsers' form."""
         changed = is_ours(model.graph) and FuseLinearsPass()(model).modified
         for node in model.graph:
             if node.domain == IVC_DOMAIN and node.op_type in OPTIONAL and "normed" not in node.attributes:
@@ -47,13 +47,13 @@ class FuseOwnLinearsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, changed)
 
     def ensures(self, model: ir.Model) -> None:
-        """Check that none is left that is to be fused."""
+        """Check that no product is left that should be fused."""
         if is_ours(model.graph):
             FuseLinearsPass().ensures(model)
 
 
 def is_ours(graph: ir.Graph) -> bool:
-    """Whether a graph's products are our kernels'."""
+    """Whether our kernels compute a graph's products."""
     own = [node for node in graph if node.domain == IVC_DOMAIN]
     taken = {*attended(graph), *encoded(graph)}
     left = {node for node in own if node.op_type in ATTENTION} - taken
@@ -63,7 +63,7 @@ def is_ours(graph: ir.Graph) -> bool:
 
 
 def say_inputs(graph: ir.Graph, node: ir.Node) -> None:
-    """Leave out the inputs that a product lacks, and say in attributes which ones it has."""
+    """Leave out inputs that a product lacks, and set the attributes that say which it has."""
     given = [*node.inputs, None, None, None, None]
     for index in BYTES[node.op_type]:
         given[index] = None if given[index] is None else as_words(graph, given[index])  # type: ignore[arg-type]

@@ -13,12 +13,13 @@ NEWEST = 23
 
 
 class RaiseOpsetPass(ir.passes.InPlacePass):
-    """Write a graph of opset 17 in another, from 18 to 23.
+    """Write a graph of opset 17 in a later opset, from 18 to 23.
 
-    Of the contract's operators two are written otherwise there: ReduceMean takes its axes as an input, and Split into
-    equal parts says how many.
+    Two of the contract's operators change: ReduceMean takes its axes as an input, and Split into equal parts has a
+    number of parts.
 
-    1. Needs: a graph of the contract's operators, in opset 17 but for what bodies of the other opset have brought.
+    1. Needs: a graph of the contract's operators in opset 17, except operators that bodies of the later opset have
+       brought.
     2. Leaves: that opset, and the same values.
     """
 
@@ -47,7 +48,7 @@ class RaiseOpsetPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, True)
 
     def ensures(self, model: ir.Model) -> None:
-        """Check the opset, and that nothing is written as before."""
+        """Check the opset, and that no operator has its old form."""
         left = [n.name for n in model.graph if n.domain == "" and n.op_type == "ReduceMean" and "axes" in n.attributes]
         if left or model.opset_imports.get("") != self.opset:
             raise ir.passes.PostconditionError(f"opset {model.opset_imports.get('')}, and old operators: {left[:3]}")

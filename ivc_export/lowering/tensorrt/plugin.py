@@ -30,18 +30,17 @@ KEPT = ("SelectTokens", "CompactGather", *KERNELS)
 
 
 class UsePluginPass(ir.passes.InPlacePass):
-    """Call our TensorRT plugin (graphs/plugin) instead of the bodies of the `ivc` operators.
+    """Use our TensorRT plugin (graphs/plugin) instead of the bodies of the `ivc` operators.
 
     1. Needs: each `ivc` node has a body or is one of KERNELS, and a graph's CompactGather nodes share one keep_index.
-    2. Leaves: SelectTokens with keep_slots, a tensor of keep_count elements, in the place of keep_count, since
-       TensorRT 8.6 computes a plugin's output shapes from input shapes alone; one CompactGatherN(keep_index, x_1 ..
-       x_n) -> y_1 .. y_n with `axes`, and `kinds` by KINDS, in the place of all CompactGather. No bodies:
-       parsers up to 10.14 would prefer them. Operators that the plugin lacks are inlined. Each
-       operator says its floating-point type. Inputs and outputs as before.
+    2. Leaves: SelectTokens with keep_slots, a tensor of keep_count elements, instead of keep_count, because TensorRT
+       8.6 computes a plugin's output shapes from input shapes alone. One CompactGatherN(keep_index, x_1 .. x_n) -> y_1
+       .. y_n with `axes`, and `kinds` by KINDS, instead of all CompactGather. No bodies: parsers up to 10.14 would
+       prefer them. Operators that the plugin lacks are inlined. Inputs and outputs stay.
     """
 
     def requires(self, model: ir.Model) -> None:
-        """Check that what is inlined has a body, and that gathers can be fused."""
+        """Check that each node to inline has a body, and that gathers can be fused."""
         InlinePass(kept=KEPT).requires(model)
         one_index([node for node in model.graph if called(node.outputs[0], "CompactGather")])
 
@@ -92,12 +91,12 @@ def float_type(graph: ir.Graph) -> int:
 
 
 def axes(gathers: Sequence[ir.Node]) -> list[int]:
-    """The axis of each."""
+    """The axis of each node."""
     return [node.attributes["axis"].as_int() for node in gathers]
 
 
 def fuse_gathers(graph: ir.Graph, gathers: Sequence[ir.Node], attributes: Mapping[str, str | list[int]]) -> None:
-    """Replace CompactGather or Gather nodes of one index by one CompactGatherN in the place of the first."""
+    """Replace CompactGather or Gather nodes of one index by one CompactGatherN, at the place of the first."""
     index = one_index(gathers)
     fused = ir.node(
         "CompactGatherN",
@@ -123,10 +122,10 @@ def fuse_gathers(graph: ir.Graph, gathers: Sequence[ir.Node], attributes: Mappin
 
 
 def one_index(gathers: Sequence[ir.Node]) -> ir.Value | None:
-    """By what all of these gather.
+    """The index by which all of these gather.
 
     Raises:
-        PreconditionError: by more than one index.
+        PreconditionError: there is more than one index.
     """
     indices = {node.inputs[1] for node in gathers}
     if len(indices) > 1:
@@ -135,7 +134,7 @@ def one_index(gathers: Sequence[ir.Node]) -> ir.Value | None:
 
 
 def kind(value: ir.Value | None, among: Sequence[ir.Value | None]) -> int:
-    """The entry of KINDS for a tensor; float32 is `graph` too, unless narrower floats are among them."""
+    """The entry of KINDS for a tensor. float32 is `graph` too, unless there are narrower floats."""
     assert value is not None
     if value.dtype == ir.DataType.INT32:
         return KINDS["int32"]

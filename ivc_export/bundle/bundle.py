@@ -45,16 +45,18 @@ class Bundle:
                 changed, or another version wrote it.
         """
         if staging.is_unfinished(Path(folder)):
-            raise UserError(
-                f"{folder} is what an export left that was killed: export the model again, which removes it"
-            )
+            raise UserError(f"{folder} was left by an export that was killed: export the model again, which removes it")
         bundle = Bundle(Path(folder), read_manifest(Path(folder)))
         graphs = [bundle.graph(name) for name in bundle.manifest.graphs]  # before a runtime opens what they name
         problem = find_false_claim(bundle.manifest, graphs)
         if problem:
             raise UserError(f"{bundle.folder / MANIFEST} is damaged ({problem}): export the model again")
         for path in bundle.folder.iterdir():
-            confined(bundle.folder, path.name, "copy the bundle with what its links lead to, or export the model again")
+            confined(
+                bundle.folder,
+                path.name,
+                "copy the bundle with the files that its links lead to, or export the model again",
+            )
         return bundle
 
     def check_portable(self, purpose: str) -> None:
@@ -68,7 +70,7 @@ class Bundle:
         """
         if self.manifest.lowering != "portable":
             raise UserError(
-                f"{purpose} begins with portable graphs, and {self.folder} has {self.manifest.lowering} ones: export "
+                f"{purpose} needs portable graphs, and {self.folder} has {self.manifest.lowering} ones: export "
                 "the model again without --lowering"
             )
 

@@ -93,7 +93,7 @@ def find_problem(tensor: onnx.TensorProto, weights: Mapping[str, int]) -> str | 
     where = {entry.key: entry.value for entry in tensor.external_data}
     file = where.get("location", "")
     if file not in weights:
-        return f"{tensor.name} is in {file!r}, which is no weight file of the manifest"
+        return f"{tensor.name} is in {file!r}, which is not a weight file of the manifest"
     try:
         offset, length = int(where.get("offset", 0)), int(where.get("length", -1))
         needed = math.prod(tensor.dims) * ir.DataType(tensor.data_type).itemsize

@@ -61,7 +61,7 @@ def read_manifest(folder: Path) -> Manifest:
     if problem:
         raise UserError(f"{path} is damaged ({problem}): export the model again")
     if manifest.constants_sha256 != constants_sha256(content):
-        raise UserError(f"{path} was edited after the export, and what it says decides the answers: {again}")
+        raise UserError(f"{path} was edited after the export, and its fields decide the answers: {again}")
     return manifest
 
 
@@ -91,14 +91,14 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             )
         if header_sha256(folder / weights.file) != weights.header_sha256:
             raise UserError(
-                f"{folder / weights.file} changed after the export (its header is another): export the model again"
+                f"{folder / weights.file} changed after the export (its header differs): export the model again"
             )
         read_index(folder / weights.file, COPY)  # whose tensors end where the file does
     table = manifest.embedding
     if table.file not in {weights.file for weights in manifest.weights}:
         raise UserError(
-            f"{folder / MANIFEST} is damaged (the embedding table is in {table.file}, which is no weight file of it): "
-            "export the model again"
+            f"{folder / MANIFEST} is damaged (the embedding table is in {table.file}, which is not one of its weight "
+            "files): export the model again"
         )
     if any(start + length > (folder / table.file).stat().st_size for start, length in table.parts):
         raise UserError(

@@ -27,7 +27,7 @@ def find_false_claim(manifest: Manifest, graphs: Iterable[ir.Model]) -> str | No
     for layer in sorted({*found, *claimed}):
         if claimed.get(layer) != found.get(layer):
             said, is_so = (known.get(layer, "floats") for known in (claimed, found))
-            return f"it has the weights of {layer} for {said}, and the graphs for {is_so}"
+            return f"it says that the weights of {layer} are {said}, and the graphs that they are {is_so}"
     return None
 
 

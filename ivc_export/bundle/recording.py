@@ -84,7 +84,7 @@ class Recording:
                 raise UserError(f"{folder} is of another version of ivc-export: record it again")
             tensors = dict(read_tensor(folder, entry) for entry in facts.pop("tensors"))
         except (OSError, ValueError, KeyError, TypeError, ArithmeticError, MemoryError) as error:
-            raise UserError(f"{folder} holds no whole recording ({error}): record it again") from error
+            raise UserError(f"{folder} holds an incomplete recording ({error}): record it again") from error
         return Recording(facts, tensors)
 
 

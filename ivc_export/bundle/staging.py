@@ -105,7 +105,7 @@ def check_free(target: Path, force: bool) -> None:
         raise UserError(f"{target} exists: name another output folder, or replace it with --force")
     if foreign := foreign_file(target):
         raise UserError(
-            f"{target} holds {foreign}, which is no part of a bundle: move it, or name another output folder"
+            f"{target} holds {foreign}, which is not part of a bundle: move it, or name another output folder"
         )
     if any(is_locked(work) for work in target.glob(f"{WORK}*")):
         raise UserError(f"engines are being built in {target}: wait for them, or name another output folder")
@@ -134,7 +134,7 @@ def check_replaced(replaced: Path, target: Path, older: dict[str, Any]) -> None:
     if replaced.is_symlink() or read_own_manifest(replaced) != older:
         what = "changed"
     elif foreign := foreign_file(replaced):
-        what = f"came to hold {foreign}"
+        what = f"received {foreign}"
     else:
         return
     exchange(replaced, target)
@@ -292,7 +292,7 @@ def put_in_place(staging: Path, target: Path, force: bool) -> None:
         staging.rename(target)  # also onto an empty folder
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise UserError(f"{target} came to exist during the export: name another output folder") from error
+            raise UserError(f"{target} was created during the export: name another output folder") from error
         raise
 
 

@@ -44,7 +44,7 @@ def read_checked(bundle: Bundle) -> Checked | None:
         return None
     found: Checked = read_stored(path, Checked, "ivc-check --against")
     if found.model != identity(bundle.manifest):
-        raise UserError(f"{path} is of another model: check the bundle again with ivc-check --against, or remove it")
+        raise UserError(f"{path} is about another model: check the bundle again with ivc-check --against, or remove it")
     return found
 
 
@@ -66,7 +66,7 @@ def model_card(bundle: Bundle, origin: Origin, checked: Checked | None, repo: st
         *("---", data.to_yaml(), "---", ""),
         *(f"# {repo.partition('/')[2]}", ""),
         f"{'A' if origin.repo is None else linked(origin.repo) + ', a'} vision-language model as ONNX graphs that "
-        f"prune visual tokens themselves: from layer {m.selection_layer} on, {m.default_ratio:.0%} of them are kept. "
+        f"prune visual tokens: from layer {m.selection_layer} on, {m.default_ratio:.0%} of them are kept. "
         f"Made by ivc-export {m.versions['ivc-export']}.",
         *("", "| | |", "| --- | --- |"),
         *(f"| {name} | {value} |" for name, value in card_rows(m, origin)),
@@ -80,7 +80,7 @@ def card_rows(m: Manifest, origin: Origin) -> list[tuple[str, str]]:
     """Rows of the card's first table."""
     formats = Counter(layer.format for layer in m.weight_formats.values())
     packed = ", ".join(f"{count} layers in {name}" for name, count in sorted(formats.items()))
-    measured = "calibrated" if m.calibrated else "not calibrated: nobody has measured which layer suits this model best"
+    measured = "calibrated" if m.calibrated else "not calibrated: the best layer for this model was not measured"
     found = [
         ("base model", None if origin.repo is None else linked(origin.repo)),
         ("its commit", origin.commit),
@@ -88,9 +88,9 @@ def card_rows(m: Manifest, origin: Origin) -> list[tuple[str, str]]:
         ("family", m.family),
         ("method", m.selection.method),
         ("tokens are scored by", m.selection.scored if m.selection.method == "ivc-prune" else None),
-        ("layer k", f"{m.selection_layer} of {m.decoder.layers}; layers below it see every token ({measured})"),
-        ("ratio", f"{m.default_ratio:g} of the visual tokens are kept, unless a run asks for another"),
-        ("visual tokens of a picture", f"{m.max_visual} at most"),
+        ("layer k", f"{m.selection_layer} of {m.decoder.layers}; layers below it process every token ({measured})"),
+        ("ratio", f"{m.default_ratio:g} of the visual tokens are kept, unless a run sets another ratio"),
+        ("visual tokens of a picture", f"at most {m.max_visual}"),
         ("floats", m.dtype),
         ("packed weights", packed or None),
         ("graphs", m.lowering),

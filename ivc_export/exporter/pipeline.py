@@ -166,9 +166,7 @@ def scoring(model: Model, scored: Scored) -> Model:
         UserError: its layers do not give these values.
     """
     if scored not in model.block.scored:
-        raise UserError(
-            f"the layers of this model give no {scored} to score by: give {' or '.join(model.block.scored)}"
-        )
+        raise UserError(f"this model's layers have no {scored} to score by: give {' or '.join(model.block.scored)}")
     return replace(model, selection=model.selection.model_copy(update={"scored": scored}))
 
 
@@ -212,7 +210,7 @@ def calibrated_layer(path: Path, configuration: Description) -> int:
         )
     if found.layer not in sizes.cuts:
         raise UserError(
-            f"{path} proposes layer {found.layer}, and this model's {sizes.layers} layers can be cut at "
+            f"{path} proposes layer {found.layer}, but this model of {sizes.layers} layers takes "
             f"{sizes.cuts[0]} to {sizes.cuts[-1]}: calibrate it again with ivc-calibrate, or give --layer instead"
         )
     return found.layer
@@ -231,7 +229,7 @@ def check_all_used(weights: Weights, family: Family, graphs: Iterable[ir.Model])
     extra = [name for name in extra if not name.startswith(tuple(family.unused))]
     if extra:
         raise UserError(
-            f"config.json does not account for {len(extra)} tensors of the checkpoint ({extra[0]} is one): "
+            f"config.json does not describe {len(extra)} tensors of the checkpoint, such as {extra[0]}: "
             "check that both belong to the same checkpoint"
         )
 

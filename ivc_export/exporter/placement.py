@@ -145,7 +145,9 @@ def place_weights(
     target.mkdir()
     if placing == "link":
         if any(isinstance(source, DerivedTensor) for one in conversions.values() for source, _ in one.tensors):
-            raise UserError("weights in this checkpoint's format are converted, not linked: leave out --weights link")
+            raise UserError(
+                "weights in this checkpoint's format must be converted and cannot be linked: leave out --weights link"
+            )
         if conversions:
             raise UserError("weights in another dtype cannot be linked: leave out --dtype, or --weights link")
         return tuple(link(file, target / file.name) for file in files)
@@ -207,8 +209,8 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"the weights need {decimal(needed)} and {folder.parent} has {decimal(free)} free: make room, name another "
-            "output, or use --weights link beside the checkpoint"
+            f"the weights need {decimal(needed)} and {folder.parent} has {decimal(free)} free: free some space, name "
+            "another output, or use --weights link on the checkpoint's file system"
         )
 
 

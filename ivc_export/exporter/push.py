@@ -49,12 +49,12 @@ def check_push(repo: str, private: bool = False) -> None:
         UserError: the name is not valid, there is no token, or the hub refuses; or see check_takes_bundle.
     """
     if not is_hub_id(repo):
-        raise UserError(f"{repo} is no name of a repository: give --push-to-hub owner/name")
+        raise UserError(f"{repo} is not the name of a repository: give --push-to-hub owner/name")
     import huggingface_hub  # takes a while to load
 
     if huggingface_hub.get_token() is None:
         raise UserError(
-            f"--push-to-hub needs a token that may write: make one at {TOKENS}, and set HF_TOKEN or log in with "
+            f"--push-to-hub needs a token that may write: create one at {TOKENS}, and set HF_TOKEN or log in with "
             "`hf auth login`"
         )
     api = huggingface_hub.HfApi()
@@ -81,7 +81,7 @@ def push(bundle: Bundle, repo: str, private: bool = False) -> Pushed:
     files = shared_files(bundle)
     api = huggingface_hub.HfApi()
     options = ("--output", str(bundle.folder), "--push-to-hub", repo, *(("--private",) if private else ()))
-    again = f"it goes on with {shlex.join(('ivc-export', *options))}"
+    again = f"continue with {shlex.join(('ivc-export', *options))}"
     with upload_errors(repo, f"the bundle is whole in {bundle.folder}, and no part of it shows on the hub; {again}"):
         api.create_repo(repo, private=private or None, exist_ok=True)
         info = api.model_info(repo)
@@ -110,7 +110,7 @@ def shared_files(bundle: Bundle) -> list[str]:
     beside = {str(name) for name in names if any(fits(name, pattern) for pattern in shared_patterns())}
     found = sorted({*bundle.files, *beside})
     for name in found:
-        confined(bundle.folder, name, "replace the link by what may be uploaded, or remove it")
+        confined(bundle.folder, name, "replace the link with the file itself, or remove it")
     return found
 
 
@@ -130,11 +130,11 @@ def check_takes_bundle(info: ModelInfo, private: bool) -> list[str]:
     folder = snapshot_with(info.id, info.sha, MANIFEST) if MANIFEST in held else None
     if held and (folder is None or read_own_manifest(folder) is None):
         raise UserError(
-            f"{info.id} on the hub holds {min(held, key=is_of_bundle)} and no bundle: name another repository"
+            f"{info.id} on the hub is not a bundle (it holds {min(held, key=is_of_bundle)}): name another repository"
         )
     if private and info.private is False:
         raise UserError(
-            f"{info.id} on the hub is public already, and --private is for a new repository: leave --private out, or "
+            f"{info.id} on the hub is already public, and --private is for a new repository: leave --private out, or "
             "change it in the repository's settings"
         )
     return names
@@ -154,9 +154,9 @@ def upload_errors(repo: str, advice: str) -> Iterator[None]:
         if isinstance(error, errors.OfflineModeIsEnabled):
             reason = "HF_HUB_OFFLINE is set: unset it to upload"
         elif status in (401, 403, 404):
-            reason = f"the hub says no: check the name, and that your token may write there, at {TOKENS}"
+            reason = f"the hub refuses access: check the name, and your token's permissions at {TOKENS}"
         elif status in (409, 412):
-            reason = "somebody else changed it meanwhile"
+            reason = "somebody else changed it at the same time"
         else:
             reason = reason_of(error)
         raise UserError(f"the bundle cannot be uploaded to {repo} ({reason}); {advice}") from error

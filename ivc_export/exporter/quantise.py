@@ -83,16 +83,18 @@ def check_stored(q: Quantisation, stored: WeightFormat, model: Model, packed: bo
     if not q.rounds:
         return
     if not packed:
-        raise UserError("these graphs hold floats: leave out --lowering native, or what rounds weights to 4 or 8 bits")
+        raise UserError(
+            "these graphs hold only floats: leave out --lowering native, or the options that quantise weights"
+        )
     if q.weights and stored is not FLOAT:
         raise UserError(
-            f"the checkpoint's decoder layers are quantised already ({stored.name}): leave out --weight-format, or "
+            f"the checkpoint's decoder layers are already quantised ({stored.name}): leave out --weight-format, or "
             "give a checkpoint of floats"
         )
     if q.embeddings and model.decoder.tied_embeddings and not q.lm_head:
         raise UserError(
-            "lm_head multiplies by this model's embeddings, which would stay beside those in 8 bits: give --lm-head "
-            "int8 as well, and one copy in 8 bits serves both"
+            "lm_head uses this model's embeddings and would keep a copy of them in floats: give --lm-head int8 as "
+            "well, so that both use one copy in 8 bits"
         )
 
 
@@ -108,7 +110,10 @@ def planned_formats(q: Quantisation, stored: WeightFormat, model: Model) -> dict
         if one.role not in by_role:
             continue
         if stored is not FLOAT and stored.covers(one.name):
-            raise UserError(f"{one.name} of the checkpoint is quantised already ({stored.name}): leave it as it is")
+            raise UserError(
+                f"{one.name} of the checkpoint is already quantised ({stored.name}): leave out the option that "
+                "quantises it"
+            )
         found[one.name] = rounded_format(by_role[one.role])
     return found
 
@@ -152,7 +157,9 @@ def round_weights(weights: Weights, q: Quantisation, model: Model, dtype: FloatN
             continue
         if one.name in weights.formats:
             stored = weights.formats[one.name].name
-            raise UserError(f"{one.name} of the checkpoint is quantised already ({stored}): leave it as it is")
+            raise UserError(
+                f"{one.name} of the checkpoint is already quantised ({stored}): leave out the option that quantises it"
+            )
         weight = floats(f"{one.name}.weight", (one.out, one.features))
         add(f"{one.name}.weight", weight, by_role[one.role], weights.tensors.get(one.norm or ""))
         formats[one.name] = rounded_format(by_role[one.role])

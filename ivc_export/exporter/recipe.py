@@ -48,7 +48,7 @@ class Quantisation:
     def __post_init__(self) -> None:
         if self.group_size not in GROUPS:
             raise UserError(
-                f"weights cannot be rounded in groups of {self.group_size}: give one of {', '.join(map(str, GROUPS))}"
+                f"weights cannot be quantised in groups of {self.group_size}: give one of {', '.join(map(str, GROUPS))}"
             )
         for what, value, known in (
             ("weights", self.weights, get_args(Rounded)),
@@ -57,9 +57,9 @@ class Quantisation:
             ("vision", self.vision, ("int8",)),
         ):
             if value not in (None, *known):
-                raise UserError(f"{what} cannot be rounded to {value!r}: give one of {', '.join(known)}")
+                raise UserError(f"{what} cannot be quantised to {value!r}: give one of {', '.join(known)}")
         if self.asymmetric and self.weights is None:
-            raise UserError("zero points are of decoder layers that are rounded: name their format, int4 or int8, too")
+            raise UserError("zero points are for quantised decoder layers: name their format, int4 or int8, too")
 
     @property
     def rounds(self) -> bool:
@@ -76,7 +76,7 @@ class Quantisation:
         )
         for name, value in (("lm_head", self.lm_head), ("embeddings", self.embeddings), ("vision", self.vision)):
             parts += [f"{name} {value}"] if value else []
-        return f"weights are rounded without data, in groups of {self.group_size}: {', '.join(parts)}"
+        return f"weights are quantised without data, in groups of {self.group_size}: {', '.join(parts)}"
 
 
 @dataclass(frozen=True)
@@ -127,19 +127,19 @@ class ExportRecipe:
             check_ratio(self.ratio)
         if self.calibration is not None and self.layer is not None:
             raise UserError(
-                "both a layer and a calibration are given: leave out one, since the calibration names a layer"
+                "both a layer and a calibration are given: leave out one of them, since the calibration has a layer"
             )
         if self.calibration is not None and self.scored is not None:
             raise UserError(
-                "both a calibration and what is scored are given: leave out one, since the calibration names both"
+                "both a calibration and --scored are given: leave out one of them, since the calibration has its own"
             )
         if self.scored is not None and self.method != "ivc-prune":
-            raise UserError(f"{self.method} scores visual tokens by attention: leave out what is scored")
+            raise UserError(f"{self.method} scores visual tokens by attention: leave out --scored")
         if self.max_visual < 4:
-            raise UserError(f"max_visual {self.max_visual} is too small: give at least 4 visual tokens a picture")
+            raise UserError(f"max_visual {self.max_visual} is too small: give at least 4 visual tokens per picture")
         if self.max_visual > MOST_VISUAL:
             raise UserError(
-                f"max_visual {self.max_visual} is too large: give at most {MOST_VISUAL} visual tokens a picture"
+                f"max_visual {self.max_visual} is too large: give at most {MOST_VISUAL} visual tokens per picture"
             )
         for what, value, known in (
             ("dtype", self.dtype, get_args(Dtype)),
@@ -151,7 +151,7 @@ class ExportRecipe:
                 raise UserError(f"{what} {value!r} is unknown: give one of {', '.join(filter(None, known))}")
 
         if self.quantisation.rounds and self.weights == "link":
-            raise UserError("weights that are rounded to 4 or 8 bits cannot be linked: leave out --weights link")
+            raise UserError("weights that the export quantises cannot be linked: leave out --weights link")
 
     @property
     def float_name(self) -> FloatName | None:

@@ -105,9 +105,9 @@ def find_method(rule: Selection, given: str | Method | None) -> Method:
         return method
     if rule.method == IVC_PRUNE.name:
         raise UserError(
-            f"this bundle's graphs do not choose by {method.name}: export the model with ivc-export --method {wanted}"
+            f"this bundle's graphs cannot select by {method.name}: export the model with ivc-export --method {wanted}"
         )
     raise UserError(
-        f"this bundle was exported with --method {rule.method}, and its graphs choose by nothing else: leave out "
+        f"this bundle was exported with --method {rule.method}, and its graphs select by that only: leave out "
         f"{method.name}, or export the model with ivc-export --method {wanted}"
     )

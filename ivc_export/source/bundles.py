@@ -38,7 +38,7 @@ def open_bundle(name: Path | str, revision: str | None = None) -> Bundle:
     given = str(name)
     if Path(given).exists() or not is_hub_id(given):
         if revision is not None:
-            raise UserError(f"{given} is no id on the hub, and only these have revisions: leave out --revision")
+            raise UserError(f"{given} is not a hub id, and only hub repositories have revisions: leave out --revision")
         return Bundle.load(given)
     return Bundle.load(download_bundle(given, revision))
 
@@ -53,7 +53,7 @@ def download_bundle(repo: str, revision: str | None = None) -> Path:
     manifest = None if folder is None else read_own_manifest(folder)
     if folder is None or manifest is None:
         raise UserError(
-            f"{repo} on the hub is not a bundle (it has no {MANIFEST} of ivc-export's): give a repository that "
+            f"{repo} on the hub is not a bundle (it has no {MANIFEST} that ivc-export wrote): give a repository that "
             f"ivc-export --push-to-hub wrote, or export the model with ivc-export --model {repo}"
         )
     named = list(named_files(manifest))
@@ -82,7 +82,7 @@ def link_files(snapshot_folder: Path, folder: Path, patterns: list[str]) -> Path
         if path.is_dir() or target.exists() or not any(fits(name, pattern) for pattern in patterns):
             continue
         real = path.resolve()
-        check_regular(real, "remove the hub's cache of it, and download it again")
+        check_regular(real, "remove it from the hub's cache, and download it again")
         target.parent.mkdir(parents=True, exist_ok=True)
         place(real, target)
     return folder

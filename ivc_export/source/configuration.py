@@ -133,7 +133,7 @@ def video_processor(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The video processor's settings: of the file that transformers takes, in which older ones have the pictures'."""
     part = (checkpoint.json(PROCESSOR) or {}).get("video_processor")
     if part is not None and not isinstance(part, dict):
-        raise UserError(f"video_processor of {checkpoint.folder / PROCESSOR} is no JSON object: download it again")
+        raise UserError(f"video_processor of {checkpoint.folder / PROCESSOR} is not a JSON object: download it again")
     for found in (part, checkpoint.json(VIDEO_PROCESSOR), checkpoint.json(PREPROCESSOR)):
         if found is not None:
             return found
@@ -147,7 +147,7 @@ def image_processor(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """
     part = (checkpoint.json(PROCESSOR) or {}).get("image_processor")
     if part is not None and not isinstance(part, dict):
-        raise UserError(f"image_processor of {checkpoint.folder / PROCESSOR} is no JSON object: download it again")
+        raise UserError(f"image_processor of {checkpoint.folder / PROCESSOR} is not a JSON object: download it again")
     found = part if part is not None else checkpoint.json(PREPROCESSOR)
     whole = checkpoint.json(PROCESSOR) or {}
     return whole if found is None and "image_mean" in whole else found

@@ -46,8 +46,8 @@ def open_checkpoint(model: Path | str, revision: str | None = None) -> Checkpoin
         return HubCheckpoint.download(name, revision)
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5) or sorted(known)
     raise UserError(
-        f"{name} is not a folder, nor an alias: give a checkpoint folder, a hub id (owner/name), or an alias such as "
-        f"{', '.join(near)}"
+        f"{name} is neither a folder nor an alias: give a checkpoint folder, a hub id (owner/name), or an alias such "
+        f"as {', '.join(near)}"
     )
 
 
@@ -166,17 +166,17 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise UserError(f"{repo} has no revision {revision}: give a branch, tag or commit of it") from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise UserError(
-            f"{repo} is neither a folder nor a model on the hub that you may read: check the name, and if it is "
-            "private log in with `hf auth login`"
+            f"{repo} is neither a folder nor a model on the hub that you may read: check the name, or log in with "
+            "`hf auth login` if it is private"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise UserError(
-            f"{repo} is not a folder, and not all of it is in the hub's cache while the hub cannot be reached: "
-            "check the connection and HF_HUB_OFFLINE, or download it before"
+            f"{repo} is not a folder, the hub's cache does not hold all of it, and the hub cannot be reached: "
+            "check the connection and HF_HUB_OFFLINE, or download it first"
         ) from error
     except Exception as error:  # the hub's library and those below it share no base class
         raise UserError(
-            f"{repo} cannot be downloaded ({reason_of(error)}): try again, or download it before"
+            f"{repo} cannot be downloaded ({reason_of(error)}): try again, or download it first by other means"
         ) from error
 
 

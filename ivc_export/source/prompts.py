@@ -87,8 +87,7 @@ def segments_of(template: ChatTemplate, source: str) -> tuple[ChatSegments | Non
         return find_segments(template, source), None
     except UnfitError as error:
         return None, (
-            f"the chat template takes Jinja to fill ({error}): programs in C++ take conversations that are rendered "
-            "already"
+            f"the chat template needs Jinja ({error}): give C++ programs conversations that are already rendered"
         )
 
 
@@ -112,12 +111,12 @@ def check_texts(tokens: SpecialTokens, family: Family, tokenizer: Tokenizer, che
             continue
         found = tokenizer.token_to_id(text)
         if found is None:
-            raise UserError(f"the tokenizer of {checkpoint.folder} has no {text}, which shows a picture: {ADVICE}")
+            raise UserError(f"the tokenizer of {checkpoint.folder} has no {text}, which stands for a picture: {ADVICE}")
         if found != number:
-            raise UserError(f"config.json states that {text} is token {number}, and the tokenizer {found}: {ADVICE}")
+            raise UserError(f"{text} is token {number} in config.json and {found} in the tokenizer: {ADVICE}")
     for number in tokens.stop:
         if tokenizer.id_to_token(number) is None:
-            raise UserError(f"token {number} ends an answer, and the tokenizer has no such token: {ADVICE}")
+            raise UserError(f"token {number} should end an answer, but the tokenizer has no such token: {ADVICE}")
 
 
 def check_range(tokens: SpecialTokens, vocab_size: int) -> None:
@@ -137,7 +136,7 @@ def check_shows_pictures(template: ChatTemplate, image: int, tokenizer: Tokenize
     Raises:
         UserError: it does not, or takes none.
     """
-    advice = "give one that shows pictures, or remove it, and the family's own is taken"
+    advice = "give a template with pictures, or remove it to use the family's own"
     for pictures, what in ((1, "a picture"), (2, "two pictures")):
         content = [*[{"type": "image"}] * pictures, {"type": "text", "text": "What is it?"}]
         try:
@@ -145,7 +144,9 @@ def check_shows_pictures(template: ChatTemplate, image: int, tokenizer: Tokenize
         except UserError as error:
             if pictures > 1:  # some models take one
                 return
-            raise UserError(f"{checkpoint.folder} cannot ask about a picture, since {error}: {advice}") from error
+            raise UserError(
+                f"the chat template of {checkpoint.folder} cannot ask about a picture ({error}): {advice}"
+            ) from error
         found = tokenizer.encode(text, add_special_tokens=False).ids.count(image)
         if found != pictures:
             raise UserError(
@@ -178,8 +179,10 @@ def chat_template(checkpoint: Checkpoint, family: Family) -> tuple[str, tuple[st
         mark, image = family.picture_mark, family.token_texts.image
         written = found[0] if mark is None or image in found[0] else found[0].replace(mark, image)
         return written, ()
-    why = f"the chat template in {found[1]} shows no pictures" if found else "the checkpoint has no chat template"
-    return family.own_template(checkpoint.config), (f"{why}: the family's own is taken",)
+    why = (
+        f"the chat template in {found[1]} has no place for pictures" if found else "the checkpoint has no chat template"
+    )
+    return family.own_template(checkpoint.config), (f"{why}: the bundle gets the family's own",)
 
 
 def stored_template(checkpoint: Checkpoint) -> tuple[str, str] | None:
@@ -212,7 +215,9 @@ def default_template(stored: Any, path: Path) -> str | None:
         stored = {str(entry.get("name")): entry.get("template") for entry in named}
     found = stored.get("default") if isinstance(stored, dict) else stored
     if found is not None and not isinstance(found, str):
-        raise UserError(f"chat_template of {path} is damaged (it is neither text nor templates by name): mend it")
+        raise UserError(
+            f"chat_template of {path} is damaged (it is neither text nor a list of named templates): correct it"
+        )
     return found
 
 

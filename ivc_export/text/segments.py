@@ -32,7 +32,7 @@ def find_segments(template: ChatTemplate, source: str) -> ChatSegments:
         UnfitError: there are none that write what it writes.
     """
     if "strftime_now" in source:
-        raise UnfitError("it tells the date")
+        raise UnfitError("it contains the date")
     try:
         found = probed(template)
         prove(template, found)

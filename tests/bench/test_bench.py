@@ -440,4 +440,4 @@ def test_a_lowered_bundle_cannot_be_taken_apart(
 ) -> None:
     bundle = export(ExportRecipe(sample_checkpoint, tmp_path / "bundle", lowering="native"))
     assert ivc_bench([str(bundle.folder), *QUICK]) == 2
-    assert "ivc-bench begins with portable graphs" in capsys.readouterr().err
+    assert "ivc-bench needs portable graphs" in capsys.readouterr().err

@@ -91,11 +91,11 @@ def within_a_branch(model: onnx.ModelProto) -> None:
         (lambda b: (b / "testdata").symlink_to("testdata"), "leaves it"),
         (moved_out("weights"), "leaves it"),
         (moved_out("weights/model.safetensors"), "leaves it"),
-        (located("location", "../outside/x"), "which is no weight file of the manifest"),
-        (located("location", "/etc/passwd"), "which is no weight file of the manifest"),
-        (located("location", "weights/../weights/model.safetensors"), "which is no weight file of the manifest"),
-        (located("location", "config.json"), "which is no weight file of the manifest"),
-        (located("location", ""), "which is no weight file of the manifest"),
+        (located("location", "../outside/x"), "which is not a weight file of the manifest"),
+        (located("location", "/etc/passwd"), "which is not a weight file of the manifest"),
+        (located("location", "weights/../weights/model.safetensors"), "which is not a weight file of the manifest"),
+        (located("location", "config.json"), "which is not a weight file of the manifest"),
+        (located("location", ""), "which is not a weight file of the manifest"),
         (located("offset", str(1 << 40)), "is not within weights/model.safetensors"),
         (located("offset", "-4"), "is not within weights/model.safetensors"),
         (located("offset", "four"), "invalid literal"),
@@ -183,8 +183,8 @@ def test_a_stored_run_is_read_from_its_own_folder_alone(checked: Path, capsys: p
         (first(dtype="O"), "is of dtype 'O'"),
         (first(shape=[1 << 40]), "and the index says"),
         (first(shape=[-1, -1]), "and the index says"),
-        (first(shape=[float("inf")]), "holds no whole recording"),
-        (first(shape="x"), "holds no whole recording"),
+        (first(shape=[float("inf")]), "holds an incomplete recording"),
+        (first(shape="x"), "holds an incomplete recording"),
     ):
         index.write_text(json.dumps(whole | changes))
         capsys.readouterr()

@@ -47,7 +47,7 @@ def refusal(bundle: Path, capsys: pytest.CaptureFixture[str]) -> str:
         (
             "weight_formats",
             {"model.layers.0.mlp.down_proj": {"format": "int4"}},
-            "has the weights of model.layers.0.mlp.down_proj for int4, and the graphs for floats",
+            "the weights of model.layers.0.mlp.down_proj are int4, and the graphs that they are floats",
         ),
         ("family", "qwen9", "family 'qwen9' is not one of"),
         ("family", "../errors", "family '../errors' is not one of"),
@@ -82,7 +82,7 @@ def refusal(bundle: Path, capsys: pytest.CaptureFixture[str]) -> str:
         ("tokens.stop", [1 << 31], "is damaged (tokens.stop"),
         ("embedding.offset", 1 << 62, "the embedding table is not within its file"),
         ("embedding.shape", [1 << 30, 1 << 30], "the embedding table is not within its file"),
-        ("embedding.file", "config.json", "which is no weight file of it"),
+        ("embedding.file", "config.json", "which is not one of its weight files"),
         ("weights", [], "names no weight files"),
         ("graphs.vision.file", "prefix.onnx", "graphs.vision does not fit"),
         ("graphs.vision.outputs.0.shape.2", 65, "graphs.vision does not fit"),

@@ -144,7 +144,7 @@ def test_a_living_export_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_target_that_appears_meanwhile_is_not_harmed(tmp_path: Path) -> None:
     with (
-        pytest.raises(UserError, match="came to exist"),
+        pytest.raises(UserError, match="was created during the export"),
         staging.staged_folder(tmp_path / "bundle", force=False),
     ):
         (tmp_path / "bundle").mkdir()
@@ -296,7 +296,7 @@ def become_circle(output: Path) -> None:
     output.symlink_to(output.name)
 
 
-FOREIGN = "which is no part of a bundle: move it"
+FOREIGN = "which is not part of a bundle: move it"
 NO_BUNDLE = "exists and is not a bundle: name another output folder"
 REFUSED: list[tuple[str, Change, str]] = [
     ("another program's manifest", other_program, NO_BUNDLE),
@@ -371,7 +371,7 @@ MEANWHILE: list[tuple[str, Change, str]] = [
     ("a folder in its place", thesis, "bundle changed during the export, and stays as it is"),
     ("a link in its place", link, "bundle changed during the export, and stays as it is"),
     ("another bundle", other_bundle, "bundle changed during the export, and stays as it is"),
-    ("a file in it", lambda b: write(b / "notes.txt"), "bundle came to hold notes.txt during the export"),
+    ("a file in it", lambda b: write(b / "notes.txt"), "bundle received notes.txt during the export"),
 ]
 
 

@@ -241,9 +241,9 @@ def test_a_calibration_of_another_model_is_refused(found: Calibration, tmp_path:
 @pytest.mark.parametrize(
     ("layer", "sentence"),
     [
-        (8, "proposes layer 8, and this model's 8 layers can be cut at 1 to 7: calibrate it again with ivc-calibrate"),
-        (99, "proposes layer 99, and this model's 8 layers can be cut at 1 to 7"),
-        (10**30, "proposes layer 1000000000000000000000000000000, and this model's 8 layers"),
+        (8, "proposes layer 8, but this model of 8 layers takes 1 to 7: calibrate it again with ivc-calibrate"),
+        (99, "proposes layer 99, but this model of 8 layers takes 1 to 7"),
+        (10**30, "proposes layer 1000000000000000000000000000000, but this model of 8 layers takes"),
         (0, "calibration.json is not a calibration (layer"),
         (None, "calibration.json is not a regular file: write a calibration with ivc-calibrate"),
     ],

@@ -229,7 +229,7 @@ def test_biases_that_quantisation_adds_are_zero(value: float, refused: bool, tmp
     save_file(tensors | {"model.layers.1.self_attn.o_proj.bias": bias}, stored / "model.safetensors")
     recipe = ExportRecipe(stored, tmp_path / "bundle")
     if refused:
-        with pytest.raises(UserError, match=r"config.json does not account for 1 tensors of the checkpoint"):
+        with pytest.raises(UserError, match=r"config.json does not describe 1 tensors of the checkpoint"):
             export(recipe)
     else:
         export(recipe)
@@ -381,7 +381,7 @@ BAD: dict[str, tuple[str, Change, str]] = {
     "layers of another format": (
         "GPTQ",
         change("qweight", lambda a: None),
-        "has no tensor model.layers.1.mlp.down_proj.weight: download it again|does not account for",
+        "has no tensor model.layers.1.mlp.down_proj.weight: download it again|does not describe",
     ),
     "formats mixed": (
         "GPTQ",

@@ -106,7 +106,9 @@ def test_a_manifest_that_says_otherwise_than_graphs_is_refused(bundles: tuple[Bu
         (other, formats | {layer: StoredLayer(format=other)}),
     ):
         problem = find_false_claim(m.model_copy(update={"weight_formats": claims}), graphs)
-        assert problem == f"it has the weights of {layer} for {said}, and the graphs for {stored.format}"
+        assert (
+            problem == f"it says that the weights of {layer} are {said}, and the graphs that they are {stored.format}"
+        )
 
 
 def test_another_accuracy_level_is_chosen_when_a_bundle_opens(bundles: tuple[Bundle, Bundle], wanted: Turns) -> None:

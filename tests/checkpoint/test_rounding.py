@@ -143,10 +143,10 @@ def test_an_embedding_that_says_what_it_is_not_is_refused(checkpoints: dict[bool
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "group": ({"group_size": 48}, "weights cannot be rounded in groups of 48: give one of 32, 64, 128"),
-    "format": ({"weights": "int3"}, "weights cannot be rounded to 'int3': give one of int4, int8"),
-    "embeddings": ({"embeddings": "int4"}, "embeddings cannot be rounded to 'int4': give one of int8"),
-    "zero points": ({"asymmetric": True}, "zero points are of decoder layers that are rounded"),
+    "group": ({"group_size": 48}, "weights cannot be quantised in groups of 48: give one of 32, 64, 128"),
+    "format": ({"weights": "int3"}, "weights cannot be quantised to 'int3': give one of int4, int8"),
+    "embeddings": ({"embeddings": "int4"}, "embeddings cannot be quantised to 'int4': give one of int8"),
+    "zero points": ({"asymmetric": True}, "zero points are for quantised decoder layers"),
 }
 
 
@@ -158,10 +158,10 @@ def test_what_cannot_be_rounded_so_is_refused(name: str) -> None:
 
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "native": ("--weight-format int4 --lowering native", "these graphs hold floats: leave out --lowering native"),
+    "native": ("--weight-format int4 --lowering native", "these graphs hold only floats: leave out --lowering native"),
     "linked": ("--weight-format int4 --weights link", "cannot be linked: leave out --weights link"),
     "asym": ("--asym", "--asym works only with quantised decoder layers: give --weight-format int4 or int8 as well"),
-    "tied": ("--embeddings int8", "give --lm-head int8 as well, and one copy in 8 bits serves both"),
+    "tied": ("--embeddings int8", "give --lm-head int8 as well, so that both use one copy in 8 bits"),
 }
 
 
@@ -180,7 +180,7 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path, name: str, 
 def test_layers_that_are_quantised_already_are_not_rounded(tmp_path: Path, dry: bool) -> None:
     stored, _ = write(make_checkpoint(tmp_path / "plain"), tmp_path, LAYOUTS["AWQ"])
     recipe = ExportRecipe(stored, tmp_path / "b", quantisation=Quantisation("int4"))
-    with pytest.raises(UserError, match=r"decoder layers are quantised already \(awq\): leave out --weight-format"):
+    with pytest.raises(UserError, match=r"decoder layers are already quantised \(awq\): leave out --weight-format"):
         _ = estimate_recipe(recipe, [Size(56, 56)]) if dry else export(recipe)
 
 

@@ -210,7 +210,7 @@ def test_pytorch_takes_floats_alone(
 
 
 def test_it_cannot_be_linked(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="are converted, not linked: leave out --weights link"):
+    with pytest.raises(UserError, match="must be converted and cannot be linked: leave out --weights link"):
         export(ExportRecipe(checkpoints[0], tmp_path / "bundle", weights="link"))
     assert list(tmp_path.iterdir()) == []
 

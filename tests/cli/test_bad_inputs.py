@@ -159,8 +159,8 @@ CHECKPOINTS: list[tuple[str, Prepare, str]] = [
     ("unknown dtype", lambda p: header(p, {"a": entry(0, 64, dtype="F17")}), UNREADABLE),
     ("bytes without tensor", lambda p: header(p, {"a": entry(0, 32)}, data=99), UNREADABLE),
     ("missing tensor", lambda p: drop(p, NORM), "no tensor model.norm.weight"),
-    ("extra tensor", lambda p: replace(p, "model.layers.4.x", np.ones(3, np.float32)), "account for 1 tensors"),
-    ("extra layer", lambda p: rewrite(p, num_hidden_layers=3), "account for 12 tensors"),
+    ("extra tensor", lambda p: replace(p, "model.layers.4.x", np.ones(3, np.float32)), "describe 1 tensors"),
+    ("extra layer", lambda p: rewrite(p, num_hidden_layers=3), "describe 12 tensors"),
     ("misshapen tensor", lambda p: replace(p, NORM, np.ones(3, np.float32)), "has shape [3], and config.json asks"),
     ("mixed dtypes", lambda p: replace(p, NORM, np.ones(64, np.float16)), "convert them all with --dtype"),
     (
@@ -218,14 +218,14 @@ EXPORTS: list[tuple[str, Prepare, list[str], str]] = [
     ("output in /proc", nothing, ["--output", "/proc/nowhere/b"], "nothing can be written beside"),
     ("read-only output", lambda p: fail(p, os, "mkdir", OSError(errno.EROFS, "Read-only file system")), [],
      "(Read-only file system): name another output"),
-    ("full disk", full, [], "has 1.0 kB free: make room"),
+    ("full disk", full, [], "has 1.0 kB free: free some space"),
     ("disk fills up", lambda p: fail(p, shutil, "copyfile", OSError(errno.ENOSPC, "No space left on device")), [],
      "No space left on device: check the path, its permissions and the free space"),
-    ("no model", nothing, ["--model", "/nowhere"], "/nowhere is not a folder"),
+    ("no model", nothing, ["--model", "/nowhere"], "/nowhere is neither a folder nor an alias"),
     ("an empty name", nothing, ["--model", ""], "has no config.json"),
     ("a file", nothing, ["--model", "PICTURE"], "is not a folder"),
     ("name too long", nothing, ["--model", f"TMP/{'n' * 300}"], "File name too long"),
-    ("markup", nothing, ["--model", "TMP/x[/b]:smile:"], "x[/b]:smile: is not a folder"),
+    ("markup", nothing, ["--model", "TMP/x[/b]:smile:"], "x[/b]:smile: is neither a folder nor an alias"),
     ("unknown alias", nothing, ["--model", "qwen2-vl-3b"], "an alias such as qwen2"),
     ("hub without access", unreachable, ["--model", "owner/model"], "the hub cannot be reached: check the connection"),
     ("revision of a folder", nothing, ["--revision", "main"], "leave out --revision"),
@@ -437,7 +437,7 @@ def test_files_that_may_not_grow(place: Place) -> None:
     assert sorted(path.name for path in place.tmp.iterdir()) == ["bundle", "checkpoint"]
 
 
-@pytest.mark.parametrize(("size", "sentence"), [("100k", "free: make room"), ("30k", "No space left on device")])
+@pytest.mark.parametrize(("size", "sentence"), [("100k", "free: free some space"), ("30k", "No space left on device")])
 @pytest.mark.parametrize("option", ["rw", "ro"])
 def test_a_disk_that_is_really_full_or_read_only(place: Place, size: str, option: str, sentence: str) -> None:
     """A file system of its own, where the kernel lets us mount one: too small for the weights, or for the graphs."""

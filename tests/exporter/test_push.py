@@ -140,17 +140,21 @@ def test_the_card_has_what_ivc_check_found(
     content["model"]["selection_layer"] += 1
     (bundle / "report" / "parity.json").write_text(json.dumps(content))
     outcome = run("ivc_export", "--output", bundle, "--push-to-hub", "owner/new", "--quiet")
-    assert "parity.json is of another model: check the bundle again" in refusal(outcome)
+    assert "parity.json is about another model: check the bundle again" in refusal(outcome)
 
 
 @pytest.mark.parametrize(
     ("call", "status", "sentence"),
     [
         ("PUT 1", 400, "Error while uploading"),
-        ("commit", 403, "the hub says no: check the name, and that your token may write there"),
-        ("commit", 412, "somebody else changed it meanwhile"),
+        (
+            "commit",
+            403,
+            "the hub refuses access: check the name, and your token's permissions at",
+        ),
+        ("commit", 412, "somebody else changed it at the same time"),
         ("preupload", 400, "Bad request"),
-        ("repos/create", 403, "the hub says no"),
+        ("repos/create", 403, "the hub refuses access"),
     ],
 )
 def test_a_push_that_breaks_off_shows_nothing_and_goes_on(
@@ -164,7 +168,7 @@ def test_a_push_that_breaks_off_shows_nothing_and_goes_on(
     pushing = ("--output", bundle, "--push-to-hub", "owner/new", "--quiet")
     said = refusal(run("ivc_export", *pushing))
     assert f"cannot be uploaded to owner/new ({sentence}" in said
-    assert f"the bundle is whole in {bundle}, and no part of it shows on the hub; it goes on with ivc-export" in said
+    assert f"the bundle is whole in {bundle}, and no part of it shows on the hub; continue with ivc-export" in said
     assert server.repos == there and contents(bundle) == before
     sent, server.refused = len(server.stored), {}
     server.calls.clear()
@@ -177,13 +181,13 @@ def test_a_push_that_breaks_off_shows_nothing_and_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "variables", "sentence"),
     [
-        ("--push-to-hub name", {}, "name is no name of a repository: give --push-to-hub owner/name"),
-        ("--push-to-hub ../name", {}, "../name is no name of a repository"),
+        ("--push-to-hub name", {}, "name is not the name of a repository: give --push-to-hub owner/name"),
+        ("--push-to-hub ../name", {}, "../name is not the name of a repository"),
         ("--push-to-hub owner/new", {"HF_TOKEN": ""}, "--push-to-hub needs a token that may write"),
-        ("--push-to-hub owner/new", {"HF_TOKEN": "hf_old"}, "the hub says no: check the name, and that your token"),
+        ("--push-to-hub owner/new", {"HF_TOKEN": "hf_old"}, "the hub refuses access: check the name, and your token's"),
         ("--push-to-hub owner/new", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set: unset it to upload"),
         ("--push-to-hub owner/new", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "nothing has been exported or uploaded"),
-        ("--push-to-hub owner/model", {}, "holds model.safetensors and no bundle: name another repository"),
+        ("--push-to-hub owner/model", {}, "is not a bundle (it holds model.safetensors): name another repository"),
         ("--push-to-hub owner/a--b", {}, "cannot be uploaded to owner/a--b"),
     ],
 )
@@ -227,11 +231,11 @@ def test_what_should_be_private_is_never_public(server: Hub, run: Run, bundle: P
     server.refused = {"repos/create": 403}
     pushing = ("--output", bundle, "--push-to-hub", "owner/new", "--private", "--quiet")
     said = refusal(run("ivc_export", *pushing))
-    assert said.endswith(f"it goes on with ivc-export --output {bundle} --push-to-hub owner/new --private\n")
+    assert said.endswith(f"continue with ivc-export --output {bundle} --push-to-hub owner/new --private\n")
     server.refused = {}
     server.commit("owner/new", {"README.md": b"# soon"})
     there = dict(server.repos)
-    assert "owner/new on the hub is public already, and --private is for" in refusal(run("ivc_export", *pushing))
+    assert "owner/new on the hub is already public, and --private is for" in refusal(run("ivc_export", *pushing))
     assert server.repos == there and not server.stored
     server.private["owner/new"] = True
     assert run("ivc_export", *pushing) == (0, "", "")
@@ -242,7 +246,7 @@ def test_a_repository_of_another_kind_stays_as_it_is(held: str, server: Hub, run
     server.commit("owner/new", {held: b'{"name": "a page"}', "README.md": b"# another"})
     there = dict(server.repos)
     said = refusal(run("ivc_export", "--output", bundle, "--push-to-hub", "owner/new", "--quiet"))
-    assert f"owner/new on the hub holds {held} and no bundle: name another repository" in said
+    assert f"owner/new on the hub is not a bundle (it holds {held}): name another repository" in said
     assert server.repos == there and not server.stored
 
 
@@ -269,10 +273,18 @@ def test_a_folder_that_is_no_bundle_is_not_pushed(server: Hub, run: Run, tmp_pat
     [
         ("owner/none", {}, "owner/none is neither a folder nor a model on the hub that you may read"),
         ("owner/gated", {}, "owner/gated is gated"),
-        ("owner/model", {}, "owner/model on the hub is not a bundle (it has no manifest.json of ivc-export's)"),
+        ("owner/model", {}, "owner/model on the hub is not a bundle (it has no manifest.json that ivc-export wrote)"),
         ("owner/good --revision v9", {}, "owner/good has no revision v9"),
-        ("owner/good", {"HF_HUB_OFFLINE": "1"}, "not all of it is in the hub's cache"),
-        ("bundle --revision v1", {}, "bundle is no id on the hub, and only these have revisions: leave out --revision"),
+        (
+            "owner/good",
+            {"HF_HUB_OFFLINE": "1"},
+            "the hub's cache does not hold all of it, and the hub cannot be reached",
+        ),
+        (
+            "bundle --revision v1",
+            {},
+            "bundle is not a hub id, and only hub repositories have revisions: leave out --revision",
+        ),
         ("none", {}, "none is not a bundle"),
         ("owner/good/more", {}, "owner/good/more is not a bundle"),
         ("owner/lacking", {}, "owner/lacking on the hub has no weights/model.safetensors, which its manifest.json"),

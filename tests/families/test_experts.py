@@ -329,7 +329,7 @@ EXPERT = "language.model.layers.2.mlp.experts.4.up_proj.weight"
         (lambda t: t.pop(EXPERT), "has no tensor model.layers.2.mlp.experts.4.up_proj.weight"),
         (lambda t: t.update({EXPERT: t[EXPERT][:8]}), r"has shape \[8, 64\], and config.json asks for \[24, 64\]"),
         (lambda t: t.update({EXPERT: t[EXPERT].astype(np.float16)}), "is float16 and other tensors are float32"),
-        (lambda t: t.update({EXPERT.replace(".4.", ".6."): t[EXPERT]}), "config.json does not account for 1 tensors"),
+        (lambda t: t.update({EXPERT.replace(".4.", ".6."): t[EXPERT]}), "config.json does not describe 1 tensors"),
         (lambda t: t.pop("image_newline"), "has no tensor visual.row_separator"),
     ],
     ids=["missing", "misshapen", "of another dtype", "too many", "separator"],
@@ -348,7 +348,7 @@ def test_checkpoints_without_their_experts_are_refused(
 
 def test_experts_are_not_linked(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", TINY[NAME])
-    with pytest.raises(UserError, match="are converted, not linked: leave out --weights link"):
+    with pytest.raises(UserError, match="must be converted and cannot be linked: leave out --weights link"):
         export(ExportRecipe(checkpoint, tmp_path / "bundle", weights="link"))
 
 

@@ -88,12 +88,12 @@ def test_packed_weights_score_rows_at_their_own_size(name: str, ordered: bool) -
 def test_layers_that_do_not_give_it_are_refused() -> None:
     model = read_layered({"value_dim": 16}, None)
     assert scoring(model, "values").selection.scored == "values"
-    with pytest.raises(UserError, match="give no unnormed-values to score by: give values"):
+    with pytest.raises(UserError, match="layers have no unnormed-values to score by: give values"):
         scoring(model, "unnormed-values")
 
 
 def test_a_recipe_names_what_is_known() -> None:
     with pytest.raises(UserError, match="scored 'keys' is unknown: give one of values, unnormed-values"):
         ExportRecipe("x", Path("y"), scored="keys")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="both a calibration and what is scored are given"):
+    with pytest.raises(UserError, match="both a calibration and --scored are given"):
         ExportRecipe("x", Path("y"), scored="values", calibration=Path("z"))

@@ -707,8 +707,8 @@ BAD_BUNDLES: list[tuple[str, Any, str]] = [
     ("embedding.surprise", 1, "was made by a newer ivc-export (embedding.surprise is unknown)"),
     ("weights.0.surprise", 1, "was made by a newer ivc-export (weights.0.surprise is unknown)"),
     ("weight_formats", {"lm_head": {"format": "int3"}}, "weight_formats.lm_head.format is 'int3', which this version"),
-    ("embedding.file", "../outside", "is in ../outside, which is no weight file of it"),
-    ("embedding.file", "config.json", "which is no weight file of it"),
+    ("embedding.file", "../outside", "is in ../outside, which is not one of its weight files"),
+    ("embedding.file", "config.json", "which is not one of its weight files"),
     ("embedding.offset", -1, "embedding.offset is -1"),
     ("embedding.offset", 2**50, "the embedding table is not within its file"),
     ("weights.0.file", "../outside", "has '../outside', which is outside the bundle or a link that leaves it"),
@@ -718,7 +718,7 @@ BAD_BUNDLES: list[tuple[str, Any, str]] = [
     ("weights.0.file", "pipe", "is not a regular file"),
     ("weights.0.file", "absent", "is missing"),
     ("weights.0.size", 5, "and the manifest says 5"),
-    ("weights.0.header_sha256", "0" * 64, "changed after the export (its header is another)"),
+    ("weights.0.header_sha256", "0" * 64, "changed after the export (its header differs)"),
     ("graphs.prefix.sha256", "0" * 64, "is not the graph that was exported"),
     ("graphs.prefix.file", "../outside", "has '../outside'"),
     ("chat.begin", {"before": 3, "behind": ""}, "chat.begin.before is no text"),
@@ -754,7 +754,7 @@ def test_links_that_leave_a_bundle_are_refused(program: HostProgram, sample_bund
     (folder / "more.safetensors").symlink_to("/etc/hostname")
     assert "has 'more.safetensors', which is outside the bundle" in program.refusal("bundle", path=str(folder))
     killed = shutil.copytree(sample_bundle.folder, tmp_path / ".bundle.partial-1")
-    assert "is what an export left that was killed" in program.refusal("bundle", path=str(killed))
+    assert "was left by an export that was killed" in program.refusal("bundle", path=str(killed))
 
 
 HEADERS: list[tuple[Any, str]] = [

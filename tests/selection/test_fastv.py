@@ -239,7 +239,7 @@ def test_commands_export_run_and_check_it(qwen: Tiny, tmp_path: Path, capsys: py
     folder = tmp_path / "bundle"
     export_it = ["--model", str(qwen.checkpoint), "--output", str(folder), "--method", "fastv"]
     assert cli.ivc_export([*export_it, "--dry-run"]) == 0
-    assert "chosen by fastv" in " ".join(capsys.readouterr().out.split())
+    assert "selected by fastv" in " ".join(capsys.readouterr().out.split())
     assert cli.ivc_export([*export_it, "--testdata", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["method"], told["estimate"]["method"]) == ("fastv", "fastv")
@@ -259,7 +259,7 @@ def test_such_a_bundle_refuses_other_methods(
     qwen: Tiny, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sentence = (
-        "this bundle was exported with --method fastv, and its graphs choose by nothing else: leave out "
+        "this bundle was exported with --method fastv, and its graphs select by that only: leave out "
         f"{method}, or export the model with ivc-export --method ivc-prune"
     )
     folder = str(qwen.bundle.folder)
@@ -275,7 +275,7 @@ def test_such_a_bundle_refuses_other_methods(
 def test_other_bundles_say_to_export_with_it(
     sample_bundle: Bundle, sample_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sentence = "this bundle's graphs do not choose by fastv: export the model with ivc-export --method fastv"
+    sentence = "this bundle's graphs cannot select by fastv: export the model with ivc-export --method fastv"
     folder = str(sample_bundle.folder)
     assert cli.ivc_run([folder, "--prompt", "Where?", "--method", "fastv"]) == 2
     assert cli.ivc_check([folder, "--against", str(sample_checkpoint), "--method", "fastv"]) == 2

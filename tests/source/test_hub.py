@@ -83,8 +83,16 @@ def test_what_the_hubs_list_of_files_tells_is_told_before_weights_are_downloaded
         ("owner/none", {}, "owner/none is neither a folder nor a model on the hub that you may read"),
         ("owner/model@v9", {}, "owner/model has no revision v9"),
         ("owner/other", {}, "model type 'bert' of config.json is not supported"),
-        ("owner/model", {"HF_HUB_OFFLINE": "1"}, "not all of it is in the hub's cache"),
-        ("owner/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "not all of it is in the hub's cache"),
+        (
+            "owner/model",
+            {"HF_HUB_OFFLINE": "1"},
+            "the hub's cache does not hold all of it, and the hub cannot be reached",
+        ),
+        (
+            "owner/model",
+            {"HF_ENDPOINT": "http://127.0.0.1:9"},
+            "the hub's cache does not hold all of it, and the hub cannot be reached",
+        ),
         ("owner/a--b", {}, "owner/a--b is neither a folder nor a model on the hub"),
     ],
 )
@@ -107,7 +115,7 @@ def test_a_cache_without_the_weights_says_so_offline(server: Hub, tmp_path: Path
     assert export(tmp_path, "--model", "owner/model", "--dry-run", HF_ENDPOINT=server.address).returncode == 0
     done = export(tmp_path, "--model", "owner/model", "--quiet", HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "not all of it is in the hub's cache" in done.stderr
+    assert "the hub's cache does not hold all of it, and the hub cannot be reached" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
@@ -145,9 +153,9 @@ def test_aliases_are_ids_of_models_that_can_be_exported(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--model", "qwen2-vl-3b"], "qwen2-vl-3b is not a folder, nor an alias: .* such as qwen2"),
-        (["--model", "xyz"], "xyz is not a folder, nor an alias: .* qwen2-vl-2b, qwen2-vl-7b"),
-        (["--model", "./no/folder"], "./no/folder is not a folder"),
+        (["--model", "qwen2-vl-3b"], "qwen2-vl-3b is neither a folder nor an alias: .* such as qwen2"),
+        (["--model", "xyz"], "xyz is neither a folder nor an alias: .* qwen2-vl-2b, qwen2-vl-7b"),
+        (["--model", "./no/folder"], "./no/folder is neither a folder nor an alias"),
         (["--model", "SAMPLE", "--revision", "main"], "which has no revisions: leave out --revision"),
     ],
 )

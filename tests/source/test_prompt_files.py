@@ -93,10 +93,16 @@ def test_of_several_chat_templates_transformers_is_taken(folder: Path, first: in
 @pytest.mark.parametrize(
     ("place", "note"),
     [
-        (lambda f: None, "has no chat template: the family's own is taken"),
+        (lambda f: None, "has no chat template: the bundle gets the family's own"),
         (lambda f: edit(f / "tokenizer_config.json", chat_template=named("tool_use")), "has no chat template"),
-        (lambda f: write(f / "chat_template.jinja", "{{ messages[0].content }}"), r"in chat_template.jinja shows no"),
-        (lambda f: edit(f / "chat_template.json", chat_template="x"), r"in chat_template.json shows no pictures"),
+        (
+            lambda f: write(f / "chat_template.jinja", "{{ messages[0].content }}"),
+            r"in chat_template.jinja has no place for pictures",
+        ),
+        (
+            lambda f: edit(f / "chat_template.json", chat_template="x"),
+            r"in chat_template.json has no place for pictures",
+        ),
     ],
 )
 def test_the_familys_own_template_is_taken_with_a_note(folder: Path, place: Any, note: str) -> None:
@@ -301,13 +307,17 @@ BAD = [
     ("a decoder no object", lambda f: edit(f / "tokenizer_config.json", added_tokens_decoder=[]), "is no object"),
     ("a name of numbers", lambda f: edit(f / "tokenizer_config.json", eos_token=3), "(eos_token is no text)"),
     ("extra tokens", lambda f: edit(f / "tokenizer_config.json", extra_special_tokens=3), "a special token is no text"),
-    ("no image token", lambda f: stripped(f, 502), "has no <|image_pad|>, which shows a picture"),
+    ("no image token", lambda f: stripped(f, 502), "has no <|image_pad|>, which stands for a picture"),
     (
         "another image token",
         lambda f: edit(f / "config.json", image_token_id=504),
-        "<|image_pad|> is token 504, and th",
+        "<|image_pad|> is token 504 in config.json and 503 in the tokenizer",
     ),
-    ("another mark", lambda f: edit(f / "config.json", vision_end_token_id=9), "<|vision_end|> is token 9, and"),
+    (
+        "another mark",
+        lambda f: edit(f / "config.json", vision_end_token_id=9),
+        "<|vision_end|> is token 9 in config.json and",
+    ),
     ("an unknown stop token", lambda f: edit(f / "generation_config.json", eos_token_id=510), "has no such token"),
     ("a huge stop token", lambda f: edit(f / "generation_config.json", eos_token_id=1 << 20), "beyond the vocabulary"),
     ("ids behind the model's", lambda f: edit(f / "config.json", vocab_size=506), "is beyond the vocabulary of 506"),
@@ -322,9 +332,17 @@ BAD = [
     ("one token for two", lambda f: write(f / "chat_template.jinja", ONE), "writes 1 image tokens for two pictures"),
     ("a template that fails", lambda f: write(f / "chat_template.jinja", "image{{ 1 / 0 }}"), "division by zero"),
     ("a template in pieces", lambda f: write(f / "chat_template.jinja", "image{% if %}"), "is damaged"),
-    ("a template of numbers", lambda f: edit(f / "chat_template.json", chat_template=1), "neither text nor templates"),
-    ("a named one", lambda f: edit(f / "processor_config.json", chat_template={"default": []}), "neither text nor"),
-    ("an image processor", lambda f: edit(f / "processor_config.json", image_processor=[]), "is no JSON object"),
+    (
+        "a template of numbers",
+        lambda f: edit(f / "chat_template.json", chat_template=1),
+        "neither text nor a list of named templates",
+    ),
+    (
+        "a named one",
+        lambda f: edit(f / "processor_config.json", chat_template={"default": []}),
+        "neither text nor a list of",
+    ),
+    ("an image processor", lambda f: edit(f / "processor_config.json", image_processor=[]), "is not a JSON object"),
 ]
 
 

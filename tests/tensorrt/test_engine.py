@@ -217,7 +217,7 @@ def test_too_little_memory_is_told_first(bundle: Bundle, monkeypatch: pytest.Mon
 
 def test_lowered_bundles_are_refused(bundle: Bundle) -> None:
     native = Bundle(bundle.folder, bundle.manifest.model_copy(update={"lowering": "native"}))
-    with pytest.raises(UserError, match=r"an engine begins with portable graphs, .* export the model again"):
+    with pytest.raises(UserError, match=r"an engine needs portable graphs, .* export the model again"):
         build(native, RTX)
 
 

@@ -93,7 +93,7 @@ def test_pictures_in_front_are_told_from_those_in_place() -> None:
 
 
 UNFIT = [
-    ("tells the date", TURNS + "{{ strftime_now('%Y') }}"),
+    ("contains the date", TURNS + "{{ strftime_now('%Y') }}"),
     ("writes some conversations in another way", TURNS.replace("[{{", "[{{ loop.index0 // 5 if loop.index0 > 4 }}{{")),
     ("changes, repeats or drops what is said", TURNS.replace("p.text", "p.text | upper")),
     ("changes blanks at the ends of a text", TURNS.replace("p.text", "p.text | replace('\n', ' ')")),
@@ -107,7 +107,7 @@ def test_a_template_that_does_more_has_no_segments(why: str, source: str) -> Non
     with pytest.raises(UnfitError, match=why):
         find_segments(template(source), source)
     found, note = segments_of(template(source), source)
-    assert found is None and note is not None and why in note and "rendered already" in note
+    assert found is None and note is not None and why in note and "already rendered" in note
 
 
 def test_an_export_writes_segments_or_says_why_not(
@@ -119,5 +119,5 @@ def test_an_export_writes_segments_or_says_why_not(
     path = folder / "chat_template.jinja"
     path.write_text(path.read_text() + "{{ strftime_now('%Y') if false }}")
     assert cli.ivc_export(["--model", str(folder), "--output", str(tmp_path / "bundle"), "--json"]) == 0
-    assert "takes Jinja to fill (it tells the date)" in json.loads(capsys.readouterr().out)["warnings"][0]
+    assert "needs Jinja (it contains the date)" in json.loads(capsys.readouterr().out)["warnings"][0]
     assert Bundle.load(tmp_path / "bundle").manifest.chat is None

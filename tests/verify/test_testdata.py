@@ -255,7 +255,7 @@ def test_a_damaged_recording_is_one_sentence(files: Files, tmp_path: Path) -> No
     assert Recording.read(tmp_path).tensors.keys() == whole.tensors.keys()
     path = tmp_path / "prefill" / "prefix" / "outputs" / "hidden_states.bin"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(UserError, match="holds no whole recording"):
+    with pytest.raises(UserError, match="holds an incomplete recording"):
         Recording.read(tmp_path)
     index = tmp_path / "index.json"
     index.write_text(index.read_text().replace('"format": 1', '"format": 2'))

@@ -57,7 +57,7 @@ const std::string& finished(const std::string& folder) {
     std::error_code failed;
     const std::string name = fs::canonical(folder, failed).filename().string();
     if (failed || name.compare(0, 1, ".") != 0 || name.find(".partial-") == std::string::npos) return folder;
-    throw Error(folder + " is what an export left that was killed: export the model again, which removes it");
+    throw Error(folder + " was left by an export that was killed: export the model again, which removes it");
 }
 
 // Refuses links that leave the folder, of whatever name: a runtime opens what graphs name.

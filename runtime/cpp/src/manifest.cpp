@@ -467,7 +467,7 @@ Manifest parseManifest(const std::string& text, const std::string& what) {
     if (root.has("residual_scale")) m.residualScale = root["residual_scale"].number(DBL_MIN, 1);
     checkAgreement(m, root);
     if (sha(root["constants_sha256"]) != constantsSha256(content)) {
-        throw Error(what + " was edited after the export, and what it says decides the answers: " + kAgain);
+        throw Error(what + " was edited after the export, and its fields decide the answers: " + kAgain);
     }
     return m;
 }
@@ -490,7 +490,7 @@ Manifest readManifest(const std::string& folder) {
         }
         const bool whole = file.size() >= 8 && header <= std::min<uint64_t>(file.size() - 8, kMostHeader);
         if (!whole || sha256(file.data() + 8, static_cast<size_t>(header)) != weights.headerSha256) {
-            throw Error(name + " changed after the export (its header is another): " + kAgain);
+            throw Error(name + " changed after the export (its header differs): " + kAgain);
         }
         checkTensors(std::string(file.data() + 8, static_cast<size_t>(header)), name, file.size() - 8 - header);
         if (weights.file != m.embedding.file) continue;
@@ -499,7 +499,7 @@ Manifest readManifest(const std::string& folder) {
     }
     if (!held) {
         throw Error(path + " is damaged (the embedding table is in " + m.embedding.file +
-                    ", which is no weight file of it): " + kAgain);
+                    ", which is not one of its weight files): " + kAgain);
     }
     return m;
 }

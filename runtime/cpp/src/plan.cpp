@@ -268,7 +268,7 @@ void checkMethod(const Manifest& manifest, const Method& method) {
     }
     const std::string wanted = chosenNow ? "ivc-prune" : method.name.empty() ? own : method.name;
     if (wanted != own) {
-        throw Error("this bundle's graphs do not choose by " + method.name + ": export the model with ivc-export --method " +
+        throw Error("this bundle's graphs cannot select by " + method.name + ": export the model with ivc-export --method " +
                     wanted);
     }
     if (method.seed < 0 || method.seed > INT32_MAX) {

@@ -10,6 +10,8 @@
 #include <tuple>
 
 #include "ivc_linear.h"
+#include "linear_extents.h"
+#include "remembered.h"
 
 namespace ivc {
 
@@ -186,15 +188,11 @@ Way found(const Described& described, const std::array<uint32_t, 4>& aligned) {
     return {result.algo, result.workspaceSize};
 }
 
-// Ways that were found, by everything that they depend on.
+// Ways that were found, by everything that they depend on: a model has a dozen for each number of rows.
 Way wayOf(const MatMul& m, const Described& described) {
-    static std::mutex mutex;
-    static std::map<Key, Way> ways;
+    static Remembered<Key, Way, 1024> ways;
     const Key key = keyOf(m);
-    const std::lock_guard<std::mutex> lock(mutex);
-    const auto known = ways.find(key);
-    if (known != ways.end()) return known->second;
-    return ways.emplace(key, found(described, std::get<7>(key))).first->second;
+    return ways.get(key, [&] { return found(described, std::get<7>(key)); });
 }
 
 void multiply(const MatMul& m, void* workspace, cudaStream_t stream) {
@@ -211,6 +209,7 @@ void multiply(const MatMul& m, void* workspace, cudaStream_t stream) {
 
 cudaError_t ivcMatMul(const IvcLinear* product, const void* x, const void* weight, const void* bias,
     const void* residual, void* y, void* workspace, cudaStream_t stream) {
+    if (!ivc::possible(*product) || !ivc::inEpilogue(*product, residual)) return cudaErrorInvalidValue;
     try {
         ivc::multiply({*product, x, weight, bias, residual, y}, workspace, stream);
         return cudaSuccess;

@@ -31,8 +31,8 @@ IVC_API cudaError_t ivcLinearInt4(const IvcLinear* product, const IvcPacked* wei
 
 // y = f(scale x W^T + b) + r by cuBLASLt, f being GELU by tanh, or nothing; nothing where there is an r.
 //   workspace: IVC_MATMUL_WORKSPACE bytes
-// Returns cudaErrorSharedObjectInitFailed where there is no cuBLASLt, cudaErrorNotSupported where it has no way to such
-// a product.
+// Returns cudaErrorInvalidValue for extents that cannot be and for gates and other activations,
+// cudaErrorSharedObjectInitFailed where there is no cuBLASLt, cudaErrorNotSupported where it has no way to such a product.
 IVC_API cudaError_t ivcMatMul(const IvcLinear* product, const void* x, const void* weight, const void* bias,
     const void* residual, void* y, void* workspace, cudaStream_t stream);
 

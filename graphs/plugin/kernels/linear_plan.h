@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "linear.h"
+#include "linear_extents.h"
 
 namespace ivc {
 
@@ -31,11 +32,6 @@ constexpr LinearChoice kLinearChoices[] = {
 // are read again and again by FewLinear.
 constexpr int kFewOctets = 3, kMostOctets = 5;
 constexpr int32_t kManyColumns = 16384;  // of y, from which on a warp has four at a time
-
-inline bool possible(const IvcLinear& c) {
-    return c.rows > 0 && c.rows <= 8 * 65535 && c.features > 0 && c.features <= INT32_MAX / 2 && c.out > 0 &&
-           c.out <= INT32_MAX / 2 && c.activation >= IVC_NO_ACTIVATION && c.activation <= IVC_GELU_TANH;
-}
 
 inline LinearChoice choiceOf(const IvcLinear& c) {
     for (const LinearChoice& choice : kLinearChoices) {

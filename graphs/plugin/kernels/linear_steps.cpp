@@ -1,13 +1,9 @@
 #include "ivc_linear.h"
+#include "linear_extents.h"
 
 namespace {
 
 constexpr int32_t kFewRows = 2;  // of which kernels of ours are faster than cuBLASLt
-
-// Whether cuBLASLt does all that is behind a product.
-bool whole(const IvcLinear& c, const void* residual) {
-    return !c.gated && (c.activation == IVC_NO_ACTIVATION || (c.activation == IVC_GELU_TANH && !residual));
-}
 
 // Bytes of rows of a width, so that what follows lies well.
 size_t bytesOf(const IvcLinear& c, size_t width) {
@@ -33,7 +29,7 @@ cudaError_t ivcLinear(const IvcLinear* c, const void* x, const void* norm, const
         x = free;
         free += bytesOf(*c, static_cast<size_t>(c->features));
     }
-    if (whole(*c, residual)) return ivcMatMul(c, x, weight, bias, residual, y, workspace, stream);
+    if (ivc::inEpilogue(*c, residual)) return ivcMatMul(c, x, weight, bias, residual, y, workspace, stream);
     IvcLinear plain = *c;
     plain.activation = IVC_NO_ACTIVATION;
     plain.gated = 0;

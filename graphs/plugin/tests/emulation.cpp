@@ -253,6 +253,7 @@ int ivcFusedLinear(const IvcLinear* c, const void* x, const void* norm, const vo
 // In the place of cuBLASLt.
 int ivcMatMul(const IvcLinear* c, const void* x, const void* weight, const void* bias, const void* residual, void* y,
     void*, size_t) {
+    if (!possible(*c) || !inEpilogue(*c, residual)) return 1;
     const Linear a = planned(*c, x, nullptr, weight, bias, residual, y);
     withType<Float16, BFloat16>(c->type, [&](auto value) { product<decltype(value)>(a); });
     return 0;

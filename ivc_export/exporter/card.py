@@ -65,13 +65,14 @@ def model_card(bundle: Bundle, origin: Origin, checked: Checked | None, repo: st
     lines = [
         *("---", data.to_yaml(), "---", ""),
         *(f"# {repo.partition('/')[2]}", ""),
-        f"{'A' if origin.repo is None else linked(origin.repo) + ', a'} vision-language model as ONNX graphs that "
-        f"prune visual tokens: from layer {m.selection_layer} on, {m.default_ratio:.0%} of them are kept. "
-        f"Made by ivc-export {m.versions['ivc-export']}.",
+        f"{'A vision-language model' if origin.repo is None else linked(origin.repo)}, exported to ONNX with the "
+        f"pruning of visual tokens inside. Layers from {m.selection_layer} on keep {m.default_ratio:.0%} of the visual "
+        f"tokens. Made by ivc-export {m.versions['ivc-export']}.",
         *("", "| | |", "| --- | --- |"),
         *(f"| {name} | {value} |" for name, value in card_rows(m, origin)),
-        *("", "## Parity", "", *parity(checked)),
-        *("", "## Use", "", "```bash", f'ivc-run {repo} --image picture.jpg --prompt "What is this?"', "```", ""),
+        *("", "## Parity with PyTorch", "", *parity(checked)),
+        *("", "## Use", "", "```bash", 'pip install "ivc-export[cpu]"'),
+        *(f'ivc-run {repo} --image picture.jpg --prompt "What is this?"', "```", ""),
     ]
     return "\n".join(lines)
 
@@ -80,18 +81,23 @@ def card_rows(m: Manifest, origin: Origin) -> list[tuple[str, str]]:
     """Rows of the card's first table."""
     formats = Counter(layer.format for layer in m.weight_formats.values())
     packed = ", ".join(f"{count} layers in {name}" for name, count in sorted(formats.items()))
-    measured = "calibrated" if m.calibrated else "not calibrated: the best layer for this model was not measured"
+    measured = (
+        "It was calibrated" if m.calibrated else "It was not calibrated, so another layer may suit the model better"
+    )
     found = [
         ("base model", None if origin.repo is None else linked(origin.repo)),
-        ("its commit", origin.commit),
-        ("its licence", licence(origin)),
+        ("commit of the base model", origin.commit),
+        ("licence of the base model", licence(origin)),
         ("family", m.family),
-        ("method", m.selection.method),
-        ("tokens are scored by", m.selection.scored if m.selection.method == "ivc-prune" else None),
-        ("layer k", f"{m.selection_layer} of {m.decoder.layers}; layers below it process every token ({measured})"),
-        ("ratio", f"{m.default_ratio:g} of the visual tokens are kept, unless a run sets another ratio"),
+        ("pruning method", m.selection.method),
+        ("visual tokens are scored by", m.selection.scored if m.selection.method == "ivc-prune" else None),
+        (
+            "selection layer k",
+            f"{m.selection_layer} of {m.decoder.layers}. Layers below it process every token. {measured}",
+        ),
+        ("ratio", f"{m.default_ratio:g} of the visual tokens are kept by default. Each run can set another ratio"),
         ("visual tokens of a picture", f"at most {m.max_visual}"),
-        ("floats", m.dtype),
+        ("dtype", m.dtype),
         ("packed weights", packed or None),
         ("graphs", m.lowering),
     ]
@@ -112,12 +118,14 @@ def linked(repo: str) -> str:
 def parity(checked: Checked | None) -> list[str]:
     """Lines on how exact the bundle is."""
     if checked is None:
-        return ["Not checked: `ivc-check BUNDLE --against CHECKPOINT` compares it with the base model on PyTorch."]
+        return [
+            "Not checked. `ivc-check BUNDLE --against CHECKPOINT` compares the bundle with the base model on PyTorch."
+        ]
     seed = "" if checked.method_seed is None else f" (seed {checked.method_seed})"
     lines = [
-        f"`ivc-check` compared it with the base model on PyTorch in float32: {checked.backend}, {checked.dtype}, "
-        f"{checked.method}{seed} at ratio {checked.ratio:g}, {checked.kept_tokens} of {checked.visual_tokens} visual "
-        f"tokens kept. {'Passed' if checked.passed else '**Failed**'}.",
+        f"`ivc-check` compared the bundle with the base model on PyTorch in float32: {checked.backend}, "
+        f"{checked.dtype}, {checked.method}{seed} at ratio {checked.ratio:g}, {checked.kept_tokens} of "
+        f"{checked.visual_tokens} visual tokens kept. {'Passed' if checked.passed else '**Failed**'}.",
         *("", "| | largest error | tolerance | |", "| --- | --- | --- | --- |"),
     ]
     for one in checked.comparisons:

@@ -13,6 +13,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars  #
 
 from ivc_export import cli
 from ivc_export.bundle.bundle import Bundle
+from tests.repository.test_commands import check_line, lines
 from tests.source.local_hub import Hub, local_hub, run_command
 
 QUESTION = ("--prompt", "Where is the ring?", "--max-tokens", "2", "--json")
@@ -90,6 +91,10 @@ def test_an_export_is_pushed_with_a_card_and_runs_by_its_id(server: Hub, run: Ru
     for line in ("base_model: owner/model", "license: apache-2.0", "- ivc-prune", "- multimodal", "| ratio | 0.4 of"):
         assert line in card
     assert "pipeline_tag: image-text-to-text" in card and "Not checked" in card
+    found = lines(card)
+    assert [line.split()[0] for line in found] == ["pip", "ivc-run"]
+    for line in found:
+        check_line(line)
 
     by_id = run("ivc_run", "owner/pruned", *QUESTION)
     by_folder = run("ivc_run", "model-ivc", *QUESTION)

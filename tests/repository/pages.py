@@ -24,7 +24,8 @@ LANGUAGES = {
     "py": "Python that tests compile, and whose imports of ivc_export they resolve",
     "yaml": "tests load it, and parse the commands of a workflow",
     "json": "tests load it",
-    "cpp": "",
+    "c": "tests compile those of docs/cpp.md, where there is a compiler",
+    "cpp": "the same; in docs/cpp-api.md they are declarations of headers",
     "cmake": "",
     "text": "",
 }

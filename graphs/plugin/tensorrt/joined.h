@@ -36,6 +36,16 @@ class JoinedRows {
         return position ? type == tensors[0].type : takesFloats(type, a_);
     }
 
+    bool fits(const PluginTensorDesc* in) const {
+        const auto angles = [&](const PluginTensorDesc& t) {
+            return t.dims.nbDims == 2 && extent(t, 0) == extent(in[1], 0) && extent(t, 1) == headDim() / 2;
+        };
+        const bool norms = !normed() || (count(in[3]) == headDim() && count(in[4]) == headDim());
+        return in[0].dims.nbDims == 2 && extent(in[0], 1) == (heads() + 2 * kvHeads()) * headDim() &&
+               angles(in[1]) && angles(in[2]) && extent(in[1], 0) > 0 && extent(in[0], 0) % extent(in[1], 0) == 0 &&
+               norms;
+    }
+
     IvcJoined joined(const PluginTensorDesc* in, int32_t capacity, float scale, bool byHead) const {
         return {extent(in[0], 0), extent(in[1], 0), heads(), kvHeads(), headDim(),
             a_[3][0] ? IVC_HEADS_GROUPED : IVC_HEADS_APART, ivcType(in[0].type), real(a_[5]), capacity, scale, byHead};
@@ -90,6 +100,7 @@ class TurnHeads {
 
     cudaError_t enqueue(const PluginTensorDesc* in, const void* const* inputs, void* const* outputs, void*,
         cudaStream_t stream) const {
+        if (!given().fits(in)) return cudaErrorInvalidValue;
         const IvcJoined joined = given().joined(in, 0, 1, true);
         const IvcJoinedRows rows = given().rows(inputs);
         return ivcTurnHeads(&joined, &rows, outputs[0], outputs[1], outputs[2], stream);
@@ -175,6 +186,9 @@ class AttendJoined {
     cudaError_t enqueue(const PluginTensorDesc* in, const void* const* inputs, void* const* outputs, void* workspace,
         cudaStream_t stream) const {
         if (!counters_.get()) return cudaErrorMemoryAllocation;
+        const int32_t capacity = extent(in[past()], 2);
+        const bool caches = isCache(in[past()], capacity) && isCache(in[past() + 1], capacity);
+        if (!given().fits(in) || !caches || count(in[past() + 2]) != 1) return cudaErrorInvalidValue;
         for (int32_t i = 0; i < 2; ++i) {
             const auto status = bringPast(in[past() + i], inputs[past() + i], outputs[1 + i], stream);
             if (status != cudaSuccess) return status;
@@ -188,6 +202,11 @@ class AttendJoined {
    private:
     JoinedRows given() const { return JoinedRows(attributes_); }
     int32_t past() const { return given().inputs(); }
+
+    bool isCache(const PluginTensorDesc& t, int32_t capacity) const {
+        return t.dims.nbDims == 4 && extent(t, 0) == 1 && extent(t, 1) == given().kvHeads() &&
+               extent(t, 2) == capacity && extent(t, 3) == given().headDim();
+    }
 
     IvcJoined joined(const PluginTensorDesc* in) const {
         return given().joined(in, extent(in[past()], 2), real(attributes_[JoinedRows::kCount]), false);

@@ -63,6 +63,21 @@ inline int32_t extent(const PluginTensorDesc& tensor, int32_t axis) {
     return static_cast<int32_t>(tensor.dims.d[axis]);
 }
 
+inline int64_t count(const PluginTensorDesc& tensor) {
+    int64_t product = 1;
+    for (int32_t a = 0; a < tensor.dims.nbDims; ++a) product *= extent(tensor, a);
+    return product;
+}
+
+// Whether two tensors differ in no extent but the last.
+inline bool sameRows(const PluginTensorDesc& a, const PluginTensorDesc& b) {
+    bool same = a.dims.nbDims == b.dims.nbDims;
+    for (int32_t axis = 0; same && axis + 1 < a.dims.nbDims; ++axis) same = extent(a, axis) == extent(b, axis);
+    return same;
+}
+
+inline int32_t ceilDivided(int32_t a, int32_t b) { return a / b + (a % b != 0); }
+
 // SelectTokens(values [1, kv_heads, S, D], ivc_priority [L], visual_index [L], text_index [T], query_index [Q],
 //     keep_slots [keep_count]) -> keep_index [T + keep_count], token_score [L], seed_index [seeds]
 // keep_slots says keep_count by its length, its values are not read: TensorRT 8.6 computes a plugin's output shapes

@@ -46,6 +46,18 @@ class Surroundings {
         return c;
     }
 
+    // Whether what surrounds the product is of its extents, and an N of gates is even. first: as in `operands`.
+    bool fits(const PluginTensorDesc* in, int32_t first) const {
+        const IvcLinear c = linear(in);
+        const int32_t columns = extent(in[1], 0);
+        bool fit = columns == c.out * (flag(kGated) ? 2 : 1);
+        if (flag(kNormed)) fit = fit && count(in[first++]) == c.features;
+        if (flag(kNormed + 1)) fit = fit && count(in[first++]) == columns;
+        if (!flag(kNormed + 2)) return fit;
+        const PluginTensorDesc& residual = in[first];
+        return fit && sameRows(residual, in[0]) && extent(residual, residual.dims.nbDims - 1) == c.out;
+    }
+
     struct Operands {
         const void *norm = nullptr, *bias = nullptr, *residual = nullptr;
     };
@@ -116,6 +128,8 @@ class FusedLinear : public Product {
     cudaError_t enqueue(const PluginTensorDesc* in, const void* const* inputs, void* const* outputs, void* workspace,
         cudaStream_t stream) const {
         const IvcLinear c = around().linear(in);
+        const bool weight = in[1].dims.nbDims == 2 && extent(in[1], 1) == c.features;
+        if (!weight || !around().fits(in, 2)) return cudaErrorInvalidValue;
         const auto given = around().operands(inputs, 2);
         return ivcLinear(&c, inputs[0], given.norm, inputs[1], given.bias, given.residual, outputs[0], workspace, stream);
     }
@@ -150,9 +164,10 @@ class FusedLinearInt4 : public Product {
     cudaError_t enqueue(const PluginTensorDesc* in, const void* const* inputs, void* const* outputs, void* workspace,
         cudaStream_t stream) const {
         const IvcLinear c = around().linear(in);
+        if (!weightFits(in, c) || !around().fits(in, behind())) return cudaErrorInvalidValue;
         const IvcPacked weight{
             inputs[1], inputs[2], points() ? inputs[kPoints] : nullptr, attribute(Surroundings::kCount)};
-        const auto given = around().operands(inputs, points() ? kPoints + 1 : kPoints);
+        const auto given = around().operands(inputs, behind());
         return ivcLinearInt4(
             &c, &weight, inputs[0], given.norm, given.bias, given.residual, outputs[0], workspace, stream);
     }
@@ -161,6 +176,15 @@ class FusedLinearInt4 : public Product {
     static constexpr int32_t kPoints = 3;
 
     bool points() const { return attribute(Surroundings::kCount + 1) != 0; }
+    int32_t behind() const { return points() ? kPoints + 1 : kPoints; }
+
+    bool weightFits(const PluginTensorDesc* in, const IvcLinear& c) const {
+        const int32_t block = attribute(Surroundings::kCount), blocks = ceilDivided(c.features, block);
+        const int64_t rows = extent(in[1], 0);
+        return in[1].dims.nbDims == 3 && extent(in[1], 1) == blocks && extent(in[1], 2) == block / 8 &&
+               count(in[2]) == rows * blocks &&
+               (!points() || count(in[kPoints]) == (rows * ceilDivided(blocks, 2) + 3) / 4);
+    }
 };
 
 }  // namespace ivc

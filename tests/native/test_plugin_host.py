@@ -1,4 +1,4 @@
-"""Products by cuBLASLt, whose place a stand-in takes, and what is remembered of them."""
+"""The plugin's code for the host: kernels and cuBLASLt are stand-ins that programs under graphs/plugin/tests hold."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.native.kernels import PLUGIN
+from tests.native.test_cpp_tensorrt import CUDA, HEADERS
 
-CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
 CUBLAS = [Path(os.environ.get("CUBLAS_ROOT", "/usr/local/cuda")) / "include", CUDA]
 
 
@@ -36,3 +36,11 @@ def test_products_are_checked_and_their_ways_remembered(tmp_path: Path) -> None:
     if found is None:
         pytest.skip("cuBLAS's headers are not installed (CUBLAS_ROOT names their folder)")
     run(tmp_path, "tests/cublas_lt.cpp", "kernels/cublas_lt.cpp", includes=(found, CUDA))
+
+
+@pytest.mark.parametrize("headers", HEADERS or [Path("TensorRT's headers")], ids=str)
+def test_operators_refuse_tensors_that_do_not_fit(tmp_path: Path, headers: Path) -> None:
+    lacks = [str(path) for path in (headers, CUDA) if not path.exists()]
+    if lacks:
+        pytest.skip(f"there is no {', '.join(lacks)}")
+    run(tmp_path, "tests/operators.cpp", includes=(headers, CUDA))

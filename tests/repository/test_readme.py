@@ -89,9 +89,21 @@ def test_lines_that_are_printed_are_found() -> None:
     assert [*missing("answer\n\nkept ... of 64", "first\n answer\nmore\nkept 32 of 64")] == []
 
 
-def test_pictures_and_pages_that_readme_names_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.+)$", read(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.parent.name != "docs"], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_what_a_page_outside_of_the_site_links_to_exists(page: Path) -> None:
+    """Links of the site's own pages are checked when it is built."""
+    for target, anchor in re.findall(r"\]\(([^)#]+)#?([^)]*)\)", read(page)):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+            assert not anchor or anchor in anchors(page.parent / target), anchor
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

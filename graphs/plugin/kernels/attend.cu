@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(S::kThreads) attendRowKernel(const __grid_cons
 #endif
 }
 
-// Lets a kernel have more shared memory than any may have.
+// Allows a kernel to use more shared memory than the default limit.
 template <class Kernel>
 cudaError_t allowShared(Kernel kernel, int bytes) {
     if (bytes <= 48 * 1024) return cudaSuccess;

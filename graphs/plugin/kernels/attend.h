@@ -1,10 +1,10 @@
-// Attention over tiles of keys: scores, softmax and weighted values of a tile of queries stay in registers.
+// Attention by tiles of keys. Scores, softmax and weighted values of a tile of queries stay in registers.
 //
-// One algorithm serves a decoder layer (a cache and, causally, fresh rows), an encoder's frames and its windows. A
-// block takes a tile of queries and walks over tiles of keys; of every query it keeps the largest score, the sum of
-// weights and the weighted values, which are scaled down where a larger score turns up. Queries of all heads that share a
-// key-value head stand in one tile, row by row and in a row head by head. Where queries are few, a tile's keys are
-// split over its warps and over blocks, and what these find is combined.
+// One algorithm serves a decoder layer (a cache and, with a causal mask, fresh rows), the frames of an encoder and its
+// windows. A block takes one tile of queries and loops over tiles of keys. For each query it keeps the largest score,
+// the sum of weights and the sum of weighted values. When a larger score appears, it scales these sums down. A tile of
+// queries holds all heads that share a key-value head, row by row, and head by head within a row. If there are few
+// queries, the keys of a tile are split over warps, and all keys over blocks. Their partial results are then combined.
 // Sources: Dao 2023, "FlashAttention-2" (arXiv 2307.08691), algorithm 1; Dao et al. 2023, "Flash-Decoding".
 #pragma once
 
@@ -23,16 +23,16 @@ struct Attend {
     void* y;                      // [frames, rows, heads * headDim]
     const int32_t* pastLength;
     const int32_t* windowOfPlace;
-    float* partial;  // [splits, kvHeads, queries, headDim], then largest scores and sums of weights, without headDim
+    float* partial;  // [splits, kvHeads, queries, headDim], then the largest scores and the sums of weights
     IvcStrides qStride, kStride, vStride;
     int32_t frames, heads, kvHeads, headDim;
     int32_t group;     // heads / kvHeads
-    int32_t rows;      // of queries, in y
+    int32_t rows;      // rows of queries, in y
     int32_t keys;      // rows of k and v
-    int32_t firstRow;  // of q, that y's first row is of
+    int32_t firstRow;  // row of q that belongs to y's first row
     int32_t capacity, blockSize, splits;
     int32_t append;
-    float scale;  // to powers of 2: that of the products times log2(e)
+    float scale;  // of the products, times log2(e), since weights are powers of 2
 
     // Queries of one key-value head.
     IVC_HD int32_t queries() const { return rows * group; }
@@ -45,29 +45,29 @@ struct Attend {
     IVC_HD float* sums() const { return largest() + stats(); }
 };
 
-// What a query may see.
+// The keys that a query may attend to.
 enum class Sight { kCausal, kFrame, kWindow };
 
-// Keys that lie one behind the other in one tensor.
+// Keys that follow each other in one tensor.
 template <class Value>
 struct Tile {
     const Value *k, *v;  // the first key
-    int64_t kRow, vRow;  // from row to row
-    int32_t first, end;  // the first key's number, and the first that is none
+    int64_t kRow, vRow;  // strides from row to row
+    int32_t first, end;  // number of the first key, and one past the last
     bool cached;
 };
 
-// The tiles of keys that a tile of queries visits. `frame` and `head`, of keys, as the block's.
+// The tiles of keys that a tile of queries visits. `frame` and `head` are those of the block's keys.
 template <class Value, Sight kSight, int kKeysOfTile>
 struct Visit {
     const Attend& a;
-    const Value *k, *v, *keyCache, *valueCache;  // the head's rows
-    int32_t past = 0;        // rows of the cache
-    int32_t cacheTiles = 0;  // the first ones
-    int32_t first = 0, end;  // other keys
-    int32_t from, to;        // tiles of this split
+    const Value *k, *v, *keyCache, *valueCache;  // rows of the head
+    int32_t past = 0;        // valid rows of the cache
+    int32_t cacheTiles = 0;  // tiles of the cache, which come first
+    int32_t first = 0, end;  // range of the other keys
+    int32_t from, to;        // range of this split's tiles
 
-    // Queries are firstQuery to endQuery - 1.
+    // The queries are firstQuery to endQuery - 1.
     IVC_HD Visit(const Attend& attend, int32_t frame, int32_t head, int32_t firstQuery, int32_t endQuery, int32_t split)
         : a(attend) {
         k = static_cast<const Value*>(a.k) + frame * a.kStride.frame + head * a.kStride.head;
@@ -75,12 +75,12 @@ struct Visit {
         const int64_t inCache = static_cast<int64_t>(head) * a.capacity * a.headDim;
         keyCache = static_cast<const Value*>(a.keyCache) + inCache;
         valueCache = static_cast<const Value*>(a.valueCache) + inCache;
-        const int32_t low = firstQuery / a.group, high = (endQuery - 1) / a.group;  // rows
+        const int32_t low = firstQuery / a.group, high = (endQuery - 1) / a.group;  // rows of these queries
         if (kSight == Sight::kCausal) {
             past = a.past();
             cacheTiles = ceilDiv(past, kKeysOfTile);
             end = high + 1;
-        } else if (kSight == Sight::kWindow) {  // its own block and the neighbours
+        } else if (kSight == Sight::kWindow) {  // its own block and its two neighbours
             first = low / a.blockSize * a.blockSize;
             end = smaller(a.keys, (high / a.blockSize + 3) * a.blockSize);
         } else {
@@ -101,14 +101,14 @@ struct Visit {
         return {k + at * a.kStride.row, v + at * a.vStride.row, a.kStride.row, a.vStride.row, at, end, false};
     }
 
-    // Whether some query from row `lowest` on may not see some key of the tile.
+    // Whether the tile has a key that some query from row `lowest` on must not attend to.
     IVC_HD bool masked(const Tile<Value>& t, int32_t lowest) const {
         const int32_t last = t.first + kKeysOfTile;
         return kSight == Sight::kWindow || last > t.end || (kSight == Sight::kCausal && !t.cached && last > lowest + 1);
     }
 };
 
-// Over the lanes of a warp, in all of them.
+// Combines a value over the lanes of a warp. Every lane gets the result.
 template <class Operation>
 IVC_WARP void overWarp(Lane<float>& x, Operation operation) {
 #pragma unroll
@@ -119,7 +119,7 @@ IVC_WARP void overWarp(Lane<float>& x, Operation operation) {
     }
 }
 
-// Writes the fresh keys and values of a head behind those of the cache: this block's share, in vectors of type Vector.
+// Appends a head's fresh keys and values to the cache: this block's share, in vectors of type Vector.
 template <class Vector, class Value>
 IVC_WARP void appendRows(const Attend& a, int32_t head, int32_t share, int32_t shares, int threads, int thread) {
     constexpr int kEach = sizeof(Vector) / sizeof(Value);
@@ -138,20 +138,20 @@ IVC_WARP void appendRows(const Attend& a, int32_t head, int32_t share, int32_t s
     }
 }
 
-// Sizes of a block's tiles. kBands times kRowWarps tiles of 16 queries; kKeys keys, shared by kKeyWarps warps.
+// Sizes of a block's tiles: kBands times kRowWarps bands of 16 queries, and kKeys keys, which kKeyWarps warps share.
 template <int kDepth_, int kBands_, int kRowWarps_, int kKeyWarps_, int kKeys_, int kStages_>
 struct Shape {
-    static constexpr int kDepth = kDepth_;  // of a head, up to the next multiple of 16
-    static constexpr int kBands = kBands_;  // of 16 queries, that a warp has
+    static constexpr int kDepth = kDepth_;  // head size, rounded up to a multiple of 16
+    static constexpr int kBands = kBands_;  // bands of 16 queries of one warp
     static constexpr int kRowWarps = kRowWarps_, kKeyWarps = kKeyWarps_;
     static constexpr int kKeys = kKeys_;
-    static constexpr int kStages = kStages_;  // 1: keys arrive while values are used; 2: a tile while another is used
+    static constexpr int kStages = kStages_;  // 2: a tile is copied while another is used; 1: only its keys
     static constexpr int kWarps = kRowWarps * kKeyWarps, kThreads = kWarps * kWarp;
     static constexpr int kQueries = 16 * kBands * kRowWarps;
-    static constexpr int kColumns = kKeys / kKeyWarps;  // keys of a warp
-    static constexpr int kChunks = kDepth / 8;          // of 16 bytes, in a row
-    // Rows lie so that eight of them, at one chunk, are in different banks: chunks change places by row, or the number
-    // of chunks from row to row is odd.
+    static constexpr int kColumns = kKeys / kKeyWarps;  // keys of one warp
+    static constexpr int kChunks = kDepth / 8;          // 16-byte chunks of a row
+    // Rows are placed so that the same chunk of eight rows lies in different banks of shared memory. To this end chunks
+    // are permuted by row (swizzled), or the number of chunks from row to row is odd.
     static constexpr bool kSwizzled = kChunks % 8 == 0;
     static constexpr int kRowBytes = 16 * (kSwizzled ? kChunks : kChunks | 1);
     static constexpr int kTileBytes = kKeys * kRowBytes;
@@ -163,14 +163,14 @@ struct Shape {
     IVC_HD static int at(int row, int chunk) { return row * kRowBytes + 16 * (kSwizzled ? chunk ^ (row & 7) : chunk); }
 };
 
-// What a warp has found of its queries. Of each band, two rows are a lane's.
+// The partial results of a warp's queries. A lane has two rows of each band.
 template <class S>
 struct Found {
     Lane<Product> score[S::kBands][S::kColumns / 8];
     Lane<Product> value[S::kBands][S::kDepth / 8];  // sums of weighted values
-    Lane<float> largest[S::kBands][2];              // scores, before scaling
-    Lane<float> sum[S::kBands][2];                  // of the lane's weights
-    Lane<int32_t> limit[S::kBands][2];  // causal: the row's number; windows: the window's
+    Lane<float> largest[S::kBands][2];              // largest scores, before scaling
+    Lane<float> sum[S::kBands][2];                  // of this lane's weights
+    Lane<int32_t> limit[S::kBands][2];  // causal: number of the row; windows: number of the window
 };
 
 template <class Value, Sight kSight, class S>
@@ -184,12 +184,13 @@ struct Attention {
     IVC_WARP char* keys(int stage) const { return shared + S::kQueryBytes + 2 * stage * S::kTileBytes; }
     IVC_WARP char* values(int stage) const { return keys(stage) + S::kTileBytes; }
 
-    // Starts to fill `target` with rows of 16-byte chunks: `source(row, chunk)` says where a thread's first row begins
-    // at a chunk, and `next` where a row below; rows that are not `valid` become zeros, as does what is behind the
-    // head's last element. Eight lanes take a row's chunks, by eight; what is left of them fewer.
+    // Starts to copy rows of 16-byte chunks into `target`. `source(row, chunk)` gives a chunk's address in a thread's
+    // first row, and `next` its address in a row further down. Rows that are not `valid` become zeros, and so do chunks
+    // after the head's last element. Eight lanes copy the chunks of a row, eight at a time. Fewer lanes copy the
+    // remaining chunks.
     template <int kRows, int kLanes, int kFirstChunk, class Source, class Next, class Valid>
     IVC_WARP void load(char* target, Source source, Next next, Valid valid) const {
-        constexpr int kStep = S::kThreads / kLanes;  // rows
+        constexpr int kStep = S::kThreads / kLanes;  // rows between those of a thread
         constexpr int kPieces = kLanes == 8 ? S::kChunks / 8 : 1;
         block.each([&](int warp) {
             eachLane([&](int lane) {
@@ -231,7 +232,7 @@ struct Attention {
             [&](int at) { return firstQuery + at < endQuery; });
     }
 
-    // Rows from `start` on, `row` elements apart.
+    // Copies rows from `start` on. `row` is the stride between them.
     template <class Valid>
     IVC_WARP void loadRows(char* target, const Value* start, int64_t row, Valid valid) const {
         load<S::kKeys>(
@@ -248,7 +249,7 @@ struct Attention {
     }
 
     IVC_WARP void loadValues(const Tile<Value>& t, int stage) const {
-        if constexpr (kSight == Sight::kWindow) {  // where nothing is, zeros stand for it
+        if constexpr (kSight == Sight::kWindow) {  // empty places become zeros
             loadRows(values(stage), t.v, t.vRow,
                 [&](int at) { return t.first + at < t.end && a.windowOfPlace[t.first + at] >= 0; });
         } else if (t.first + S::kKeys <= t.end) {
@@ -276,12 +277,12 @@ struct Attention {
         }
     }
 
-    // The query, from the block's first on, that a lane's half of a band is of.
+    // The query, counted from the block's first, to which a lane's half of a band belongs.
     IVC_WARP static int queryAt(int warp, int band, int half, int lane) {
         return (warp / S::kKeyWarps * S::kBands + band) * 16 + 8 * half + lane / 4;
     }
 
-    // Products of the warp's queries and keys.
+    // Multiplies the warp's queries and keys.
     IVC_WARP void scores(Found<S>& f, int warp, int stage) const {
         const int firstBand = warp / S::kKeyWarps * S::kBands;
         const int firstColumn = warp % S::kKeyWarps * S::kColumns;
@@ -317,7 +318,7 @@ struct Attention {
         }
     }
 
-    // Scores of keys that a query may not see become minus infinity.
+    // Sets the scores of keys that a query must not attend to to minus infinity.
     IVC_WARP void mask(Found<S>& f, const Tile<Value>& t, int warp) const {
         const int32_t firstKey = t.first + warp % S::kKeyWarps * S::kColumns;
         eachLane([&](int lane) {
@@ -343,7 +344,7 @@ struct Attention {
         });
     }
 
-    // Turns scores into weights, and scales down what was found where a larger score turned up.
+    // Turns scores into weights. Scales the sums so far down if a larger score has appeared.
     IVC_WARP void weights(Found<S>& f) const {
 #pragma unroll
         for (int band = 0; band < S::kBands; ++band) {
@@ -384,7 +385,7 @@ struct Attention {
         }
     }
 
-    // Over the four lanes that share a row.
+    // Combines a value over the four lanes that share a row.
     template <class Operation>
     IVC_WARP static void ofQuad(Lane<float>& x, Operation operation) {
 #pragma unroll
@@ -395,7 +396,7 @@ struct Attention {
         }
     }
 
-    // Adds the values by their weights.
+    // Adds the values, multiplied by their weights.
     IVC_WARP void weighted(Found<S>& f, int warp, int stage) const {
         const int firstColumn = warp % S::kKeyWarps * S::kColumns;
         const char* tile = values(stage);
@@ -427,7 +428,7 @@ struct Attention {
         }
     }
 
-    // A tile of keys; where keys and values arrive apart, with its scores known.
+    // Processes one tile of keys. If keys and values are copied separately, its scores are computed already.
     template <bool kMasked>
     IVC_WARP void take(Found<S>& f, const Tile<Value>& t, int warp, int stage) const {
         if (S::kStages == 2) scores(f, warp, stage);
@@ -436,7 +437,7 @@ struct Attention {
         weighted(f, warp, stage);
     }
 
-    // Two neighbouring elements of a query's answer.
+    // Writes two neighbouring elements of a query's result.
     IVC_WARP void write(int at, int element, float x0, float x1, float sum) const {
         const int32_t query = firstQuery + at;
         if (query >= endQuery || element >= a.headDim) return;
@@ -464,7 +465,7 @@ struct Attention {
         return (static_cast<int64_t>(split) * a.kvHeads + head) * a.queries() + query;
     }
 
-    // Writes what the warps found, where each has queries of its own.
+    // Writes the results of the warps, if each has queries of its own.
     IVC_WARP void finish(Found<S>& f, int warp) const {
 #pragma unroll
         for (int band = 0; band < S::kBands; ++band) {
@@ -484,7 +485,7 @@ struct Attention {
         }
     }
 
-    // Where warps share queries, what they found goes through shared memory.
+    // Warps that share queries combine their results in shared memory.
     struct Merged {
         float value[S::kKeyWarps][S::kQueries][S::kDepth];
         float largest[S::kKeyWarps][S::kQueries];
@@ -592,8 +593,8 @@ struct Attention {
     }
 };
 
-// One block's part: `tile` of queries, of `head` of keys, and of a split (decoders) or a frame (encoders). The tiles
-// with the most keys to visit come first.
+// The work of one block: `tile` of queries, `head` of keys, and a split (decoders) or a frame (encoders). Tiles with
+// the most keys start first.
 template <class Value, Sight kSight, class S>
 IVC_WARP void attend(Block& block, char* shared, const Attend& a, int32_t tile, int32_t head, int32_t splitOrFrame) {
     constexpr bool kCausal = kSight == Sight::kCausal;
@@ -613,8 +614,8 @@ IVC_WARP void attend(Block& block, char* shared, const Attend& a, int32_t tile, 
         .run();
 }
 
-// One row of y from what the splits found of it, `line` of [kvHeads, queries], by one block. A warp takes splits in
-// turn, its lanes a row's elements by four.
+// Combines the results of the splits for one row of y, `line` of [kvHeads, queries], in one block. Warps take splits in
+// turn. Each lane has four elements of the row.
 template <class Value>
 struct Combining {
     static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
@@ -642,7 +643,7 @@ struct Combining {
                     const float part = sums[s * lines];
                     const float factor = part == 0 ? 0.0f : power2(largest[s * lines] - most[lane]);
                     sum += factor * part;
-                    if (4 * lane < a.headDim && part != 0) {  // what a split without keys wrote is nothing
+                    if (4 * lane < a.headDim && part != 0) {  // a split without keys wrote no values
                         const float* from = a.partial + (s * lines + line) * a.headDim + 4 * lane;
                         for (int i = 0; i < 4; ++i) x[i] += factor * from[i];
                     }

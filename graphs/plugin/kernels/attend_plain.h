@@ -1,11 +1,11 @@
-// Attention of one query by one block, with no tensor cores: for float32, and for GPUs older than SM 80.
+// Attention of one query in one block, without tensor cores: for float32, and for GPUs before SM 80.
 #pragma once
 
 #include "attend.h"
 
 namespace ivc {
 
-// Lanes take keys for the scores and elements for the values; warps take tiles of keys in turn.
+// Lanes share keys for the scores, and elements for the values. Warps take tiles of keys in turn.
 template <class Value, Sight kSight>
 struct PlainAttention {
     static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
@@ -24,7 +24,7 @@ struct PlainAttention {
         Lane<float> sum;
     };
 
-    // The lane's weight becomes that of its key in the tile; what was found is scaled down where needed.
+    // Computes the weight of each lane's key in the tile. Scales the sums so far down if a larger score has appeared.
     IVC_WARP static void weights(const Shared& shared, const Attend& a, const Tile<Value>& t, int32_t limit, Found& f,
         Lane<float>& weight) {
         Lane<float> most;
@@ -82,7 +82,7 @@ struct PlainAttention {
                 for (int key = 0; key < kWarp; ++key) {
                     spread(factor, weight, key);
                     eachLane([&](int lane) {
-                        if (factor[lane] == 0) return;  // not seen: what lies there may be anything
+                        if (factor[lane] == 0) return;  // a key that is not attended to: its memory may hold anything
                         const Value* v = t.v + key * t.vRow;
 #pragma unroll
                         for (int piece = 0; piece < kPieces; ++piece) {

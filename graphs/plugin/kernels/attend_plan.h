@@ -1,4 +1,4 @@
-// Which kernel an attention call runs, in which blocks, from extents alone.
+// Chooses the kernel of an attention call, and its blocks, from extents alone.
 #pragma once
 
 #include <initializer_list>
@@ -8,22 +8,23 @@
 
 namespace ivc {
 
-// A decoder's tiles, by how many queries a key-value head has. Few: a tile's keys are split over its warps, and all
-// keys over blocks. Some: tiles run all at once and the longest is waited for, so that two warps share its queries.
+// Tiles of a decoder, by the number of queries of a key-value head. Few queries: the keys of a tile are split over
+// warps, and all keys over blocks. Some queries: all tiles run at the same time and the longest decides, so two warps
+// share the queries of a tile.
 template <int kDepth>
 using FewQueries = Shape<kDepth, 1, 1, 4, 64, 2>;
 template <int kDepth>
 using SomeQueries = Shape<kDepth, 1, 4, 2, 128, 1>;
 template <int kDepth>
 using ManyQueries = Shape<kDepth, kDepth == 128 ? 1 : 2, 4, 1, 64, 1>;
-// An encoder's.
+// Tiles of an encoder.
 template <int kDepth>
 using Patches = Shape<kDepth, kDepth == 128 ? 1 : 2, 4, 1, 64, 1>;
 
 constexpr int kMostFewQueries = 64;
 constexpr int kMostSomeBlocks = 256;
-constexpr int kWantedBlocks = 128;  // that a decoder's keys are split for
-constexpr int kMostKeySplits = 16;  // more would take longer to combine than they save
+constexpr int kWantedBlocks = 128;  // blocks to which a decoder's keys are split
+constexpr int kMostKeySplits = 16;  // more splits take longer to combine than they save
 
 struct Blocks {
     int32_t x, y, z;
@@ -73,7 +74,7 @@ inline bool possible(const IvcEncoder& c) {
            (c.blockSize == 0 || (c.blockSize > 0 && c.rows % c.blockSize == 0 && c.rows / c.blockSize > 2));
 }
 
-// Parts into which the keys are cut, so that there are blocks enough.
+// The number of parts into which keys are split, so that there are enough blocks.
 template <class S>
 inline int32_t splitsFor(const IvcAttention& c) {
     const int64_t tiles = ceilDiv(c.capacity, S::kKeys) + ceilDiv(c.rows, S::kKeys);
@@ -129,8 +130,8 @@ inline Attend planned(const IvcEncoder& c) {
     return a;
 }
 
-// Hands the kernel of a planned call to `launch`: launch.tiles<Value, Sight, Shape>(attend), or
-// launch.plain<Value, Sight>(attend). `Half` and `Brain` are float16 and bfloat16.
+// Calls `launch` with the kernel of a planned call: launch.tiles<Value, Sight, Shape>(attend), or launch.plain<Value,
+// Sight>(attend). `Half` and `Brain` are float16 and bfloat16.
 template <class Value, int kDepth, class Launch>
 auto launchDecoderTiles(const IvcAttention& c, const Attend& a, Launch launch) {
     switch (tilingOf(c)) {
@@ -178,7 +179,7 @@ auto launchEncoder(const IvcEncoder& c, const Attend& a, bool tensorCores, Launc
                            : launchEncoder<Half, Brain, Sight::kFrame>(c, a, tensorCores, launch);
 }
 
-// The grid of a kernel over tiles.
+// The grid of a kernel that works by tiles.
 template <Sight kSight, class S>
 inline Blocks blocksOf(const Attend& a) {
     return {ceilDiv(a.queries(), S::kQueries), a.kvHeads, kSight == Sight::kCausal ? a.splits : a.frames};

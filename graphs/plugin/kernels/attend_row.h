@@ -1,9 +1,9 @@
-// A decode step's attention in one launch: one row's heads are split, normed, turned, and appended to the caches, and
-// attend to these.
+// Attention of a decode step in one launch. It splits the heads of one row, normalises and rotates them, appends key
+// and value to the caches, and attends to the caches.
 //
-// The cached keys are split over blocks. A block turns the queries of its key-value head itself; the one that has the
-// last keys turns and appends the row's own key, too. What a block finds it writes down, and the last one of a head
-// that is done adds it all up.
+// The cached keys are split over blocks. Every block rotates the queries of its key-value head itself. The block with
+// the last keys also rotates and appends the row's own key. Each block writes its partial result, and the last block of
+// a head adds them up.
 #pragma once
 
 #include "attend.h"
@@ -11,8 +11,8 @@
 
 namespace ivc {
 
-constexpr int kMostRowQueries = 16;  // of one key-value head
-constexpr int kMostRowSplits = 32;   // more would take longer to combine than they save
+constexpr int kMostRowQueries = 16;  // queries of one key-value head
+constexpr int kMostRowSplits = 32;   // more splits take longer to combine than they save
 constexpr int kWantedRowBlocks = 128;
 
 template <int kDepth>
@@ -30,14 +30,14 @@ struct RowAttention {
     static_assert(sizeof(Value) == 2, "of 16 bits");
     using Tiles = Attention<Value, Sight::kCausal, S>;
 
-    // Behind what Attention shares.
+    // In shared memory, after what Attention uses.
     struct Fresh {
         Value key[S::kDepth], value[S::kDepth];
         int32_t flag;
     };
     static constexpr int kSharedBytes = S::kSharedBytes + static_cast<int>((sizeof(Fresh) + 15) / 16 * 16);
 
-    // Splits the row: queries into shared memory, and where the block has the `last` keys, key and value too.
+    // Splits the row: queries into shared memory; in the block with the `last` keys, also key and value.
     IVC_WARP static void split(Block& block, char* shared, Fresh& fresh, const AttendRow& r, int32_t head, int32_t past,
         bool last) {
         const Turn& t = r.t;
@@ -91,7 +91,7 @@ struct RowAttention {
         });
     }
 
-    // Puts the row's own key and value where they would lie in the last tile.
+    // Puts the row's own key and value at their place in the last tile.
     IVC_WARP static void place(Block& block, const Tiles& tiles, const Fresh& fresh, int32_t row, int stage) {
         block.each([&](int warp) {
             eachLane([&](int lane) {
@@ -104,7 +104,7 @@ struct RowAttention {
         });
     }
 
-    // One block's part, of `head` of keys and of a split.
+    // The work of one block: `head` of keys, and a split.
     IVC_WARP static void run(Block& block, char* shared, const AttendRow& r, int32_t head, int32_t split) {
         Attend a = r.a;
         const int32_t past = a.past(), tileCount = ceilDiv(past + 1, S::kKeys);
@@ -122,7 +122,7 @@ struct RowAttention {
         };
         tiles.loadKeys(tile(from, past), 0);
         tiles.loadValues(tile(from, past), 0);
-        awaitKernelBefore();  // which gives the row, and neither caches nor their length
+        awaitKernelBefore();  // which gives the row, but neither the caches nor their length
         RowAttention::split(block, shared, fresh, r, head, past, to == tileCount);
         PerWarp<Found<S>, S::kWarps> found;
         block.each([&](int warp) { tiles.begin(found[warp], warp); });
@@ -167,7 +167,7 @@ struct RowAttention {
         if (a.splits > 1 && block.last(r.counters + head, a.splits, &fresh.flag)) combine(block, a, head);
     }
 
-    // Adds up what the blocks of a head found. A lane has four elements of a query, and some splits' in flight.
+    // Adds up the results of a head's blocks. A lane has four elements of a query, and reads several splits at once.
     IVC_WARP static void combine(Block& block, const Attend& a, int32_t head) {
         constexpr int kAtOnce = 8;
         const int32_t lines = a.kvHeads * a.group, line = head * a.group, fours = a.headDim / 4;

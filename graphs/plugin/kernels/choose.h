@@ -1,8 +1,8 @@
-// Which tokens are the best of a list, in time linear in its length; equal ones by index, the lower first.
+// Finds the best tokens of a list, in time linear in its length. Of equal ones, the lower index comes first.
 //
-// Floats become unsigned integers of the same order, whose largest `count` are found by radix selection: four passes
-// over 8 bits each, each with a histogram. What is kept is then written in ascending order by a prefix sum. One block
-// does it all.
+// Floats become unsigned integers of the same order. Radix selection finds the largest `count` of them: four passes
+// over 8 bits each, each with a histogram. A prefix sum then writes the chosen ones in ascending order. One block does
+// all of this.
 #pragma once
 
 #include <string.h>
@@ -13,9 +13,9 @@ namespace ivc {
 
 constexpr int kChooseThreads = 1024;
 constexpr int kBins = 256;
-constexpr int kCopies = 8;  // of each counter: most scores share their first bits, and so a counter
+constexpr int kCopies = 8;  // of each counter: most scores share their first bits, so threads would wait for one counter
 
-// An unsigned integer that is larger where the float is. Both zeros are equal.
+// An unsigned integer of the same order as the float. Both zeros are equal.
 IVC_HD inline uint32_t ordered(float x) {
     const float canonical = x + 0.0f;
     uint32_t bits;
@@ -32,9 +32,9 @@ struct Choice {
     int32_t wanted;
 };
 
-// Exclusive prefix sum of one number a thread: before[return value][thread].
+// Exclusive prefix sum of one number per thread. The result is before[return value][thread].
 IVC_BLOCK int prefixSum(const Team& team, Choice& c) {
-    int from = 0;  // holds the inclusive sums of 2^n threads
+    int from = 0;  // which half holds the inclusive sums so far
     for (int step = 1; step < team.threads(); step *= 2) {
         team.each([&](int thread) {
             c.before[1 - from][thread] = c.before[from][thread] + (thread >= step ? c.before[from][thread - step] : 0);
@@ -45,7 +45,8 @@ IVC_BLOCK int prefixSum(const Team& team, Choice& c) {
     return 1 - from;
 }
 
-// Finds c.threshold and c.ties such that `count` keys are chosen: those above it, and so many of those equal to it.
+// Finds c.threshold and c.ties so that `count` keys are chosen: all above the threshold, and c.ties of those equal to
+// it.
 IVC_BLOCK void findThreshold(const Team& team, Choice& c, const uint32_t* keys, int32_t length, int32_t count) {
     team.each([&](int thread) {
         if (thread == 0) {
@@ -98,7 +99,7 @@ IVC_BLOCK void findThreshold(const Team& team, Choice& c, const uint32_t* keys, 
     });
 }
 
-// Calls take(i, slot) for each chosen key i, ascending, slots from 0 on; leave(i) for each other.
+// Calls take(i, slot) for each chosen key i in ascending order, with slots from 0 on, and leave(i) for each other key.
 template <class Take, class Leave>
 IVC_BLOCK void takeChosen(
     const Team& team, Choice& c, const uint32_t* keys, int32_t length, Take take, Leave leave) {
@@ -144,7 +145,7 @@ IVC_BLOCK void chooseSeeds(const Team& team, Choice& c, const float* querySums, 
     team.each([&](int thread) {
         for (int32_t i = thread; i < count; i += team.threads()) {
             const uint32_t own = keys[found[i]];
-            int32_t rank = 0;  // found ascends, so an equal key ahead has the lower index
+            int32_t rank = 0;  // found is ascending, so an equal key before has the lower index
             for (int32_t j = 0; j < count; ++j) rank += keys[found[j]] > own || (keys[found[j]] == own && j < i);
             seedIndex[rank] = found[i];
         }

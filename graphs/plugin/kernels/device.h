@@ -1,11 +1,11 @@
-// What the current device has.
+// Properties of the current device.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 namespace ivc {
 
-// Whether it has what the kernels over tiles need.
+// Whether it has the tensor cores that kernels over tiles need.
 inline cudaError_t hasTensorCores(bool& has) {
     int device = 0, major = 0;
     cudaError_t status = cudaGetDevice(&device);
@@ -14,14 +14,14 @@ inline cudaError_t hasTensorCores(bool& has) {
     return status;
 }
 
-// Its streaming multiprocessors.
+// The number of its streaming multiprocessors.
 inline cudaError_t countProcessors(int& count) {
     int device = 0;
     const cudaError_t status = cudaGetDevice(&device);
     return status ? status : cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
 }
 
-// Whether a kernel may begin before the one before it has ended, also in a captured graph.
+// Whether a kernel can start before the previous one has ended, also in a captured graph.
 inline cudaError_t launchesEarly(bool& early) {
     int device = 0, major = 0;
     cudaError_t status = cudaGetDevice(&device);
@@ -32,8 +32,8 @@ inline cudaError_t launchesEarly(bool& early) {
 
 #ifdef __CUDACC__
 
-// Launches a kernel that calls awaitKernelBefore: what it does before that overlaps the kernel before, where that can be.
-// shared: bytes of shared memory beside the kernel's own.
+// Launches a kernel that calls awaitKernelBefore. What it does before this call overlaps the previous kernel, if the
+// device allows it. shared: bytes of dynamic shared memory.
 template <class Arguments>
 cudaError_t launchEarly(
     void (*kernel)(Arguments), dim3 grid, int threads, cudaStream_t stream, const Arguments& arguments, int shared = 0) {

@@ -1,5 +1,6 @@
-// y = f(n(x) W^T + b) + r over weights in 4 bits, for few rows of x: reads each weight once, multiplies by tensor cores,
-// and does what surrounds the product in the same launch. For many rows, weights become floats once.
+// y = f(n(x) W^T + b) + r with weights in 4 bits, for few rows of x. Reads each weight once, multiplies on tensor
+// cores, and computes norm, bias, activation and residual in the same launch. For many rows, the weights are first
+// unpacked to floats.
 //
 // W = (stored - zero point) scale.
 #pragma once
@@ -8,7 +9,7 @@
 
 namespace ivc {
 
-constexpr uint32_t kInt4Zero = 8;  // the zero point where none is given
+constexpr uint32_t kInt4Zero = 8;  // the zero point if none is given
 
 // Weights [columns, features]; see IvcPacked.
 struct Packed {
@@ -16,9 +17,9 @@ struct Packed {
     const void* scales;     // [columns, blocks]
     const uint8_t* points;  // [columns, ceil(blocks / 2)], or null
     int32_t columns, features, blocks, blockSize;
-    int32_t blockBits;  // blockSize is 2 to their power
+    int32_t blockBits;  // blockSize is 2 to the power of this
 
-    // What lies there of a row of W.
+    // Reads stored values of a row of W.
     template <class Words>
     IVC_HD Words stored(int32_t column, int32_t at) const {
         const int64_t first = static_cast<int64_t>(column) * blocks << blockBits;
@@ -36,21 +37,21 @@ struct Packed {
     }
 };
 
-// One product of few rows; `weight` of its `linear` is null.
+// One product of few rows. The `weight` of its `linear` is null.
 struct Int4 {
     Linear linear;
     Packed packed;
-    bool whole;  // 8 values of a row of x lie within it, and at a multiple of 16 bytes; of the norm's weight, too
+    bool whole;  // groups of 8 values lie within a row, at multiples of 16 bytes: in x and in the norm's weight
 };
 
-// 8 stored values, as they lie.
+// 8 stored values, packed.
 using Eighth = uint32_t;
 
-// Pairs of 8 stored values less their block's zero point, exactly: values i and i + 4 for each i below 4.
+// 8 stored values minus the zero point of their block, exactly, in pairs: value i with value i + 4, for i below 4.
 template <class Value>
 IVC_WARP void integers(uint32_t (&found)[4], Eighth stored, uint32_t zero) {
 #ifdef __CUDACC__
-    // As the last bits of 1024 in float16, or of 128 in bfloat16, a value of 4 bits is added to it.
+    // A number of 4 bits, put into the last bits of 1024 in float16 or of 128 in bfloat16, is added to it.
     constexpr uint32_t kOnes = 0x00010001, kBias = kOnes * (std::is_same<Value, __half>::value ? 0x6400 : 0x4300);
     using Pair = std::conditional_t<std::is_same<Value, __half>::value, __half2, __nv_bfloat162>;
     const uint32_t bias = kBias + kOnes * zero;
@@ -73,7 +74,7 @@ IVC_WARP void integers(uint32_t (&found)[4], Eighth stored, uint32_t zero) {
 #endif
 }
 
-// The same order of 8 values of x.
+// 8 values of x in the same order.
 template <class Value>
 IVC_WARP void interleave(Fragment& to, const Octet<Value>& from) {
     uint32_t x[4];
@@ -85,18 +86,18 @@ IVC_WARP void interleave(Fragment& to, const Octet<Value>& from) {
     }
 }
 
-// kRows rows of x times 16 columns of y, or where gated times 16 of each half of W, by tensor cores. A column's warps
-// take slices of 4 kChunk features in turn, kAhead of which are on their way at once. Each of a slice's four chunks lies
-// in a block of W, and is brought by the lanes that have a matrix's columns 2 (lane % 4), that + 1, that + 8 and that + 9;
-// for every row of x the right matrix has four columns, one for each chunk, with zeros outside it. So a chunk has a sum
-// of its own, of exact products, which is scaled in float32.
+// Computes kRows rows of x times 16 columns of y, or times 16 columns of each half of W if gated, on tensor cores. The
+// warps of a column take slices of 4 kChunk features in turn, and load kAhead slices at once. Each of the four chunks
+// of a slice lies in one block of W. The lanes that load it have columns 2 (lane % 4), that + 1, that + 8 and that + 9
+// of a matrix. For each row of x, the right matrix has four columns, one for each chunk, with zeros outside the chunk.
+// So each chunk has its own sum of exact products, which is then scaled in float32.
 template <class Value, int kChunk, bool kGated, int kRowsEach, int kParts, int kAheadEach>
 struct FewInt4 {
     static constexpr int kTiles = kGated ? 2 : 1, kWarps = kTiles * kParts, kThreads = kWarps * kWarp;
     static constexpr int kWords = kChunk / 8, kSlice = 4 * kChunk;
     static constexpr int kRows = kRowsEach, kPairs = (kRows + 1) / 2, kColumns = 16, kAhead = kAheadEach;
 
-    // Of a warp's slices: the rows of x of those that are multiplied and of as many behind them.
+    // The rows of x of a warp's slices: those that are multiplied, and as many that follow.
     using Batch = Value[kAhead][kRows][kSlice];
 
     struct alignas(16) Shared {
@@ -110,7 +111,7 @@ struct FewInt4 {
         Eighth x[kWords];
     };
 
-    // What a lane brings of a slice: a chunk of two rows of W, and the scales of the sums that it will hold.
+    // What a lane loads of a slice: a chunk of two rows of W, and the scales of the sums that it will have.
     struct Fetched {
         Words words[2];
         uint8_t zeros[2];
@@ -210,7 +211,7 @@ struct FewInt4 {
         return found;
     }
 
-    // A warp's part of the squares of each row.
+    // A warp's part of the sum of squares of each row.
     static IVC_WARP void sumSquares(float (&to)[kRows], const Linear& a, int32_t firstRow, int warp) {
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
@@ -237,7 +238,7 @@ struct FewInt4 {
         }
     }
 
-    // A slice's values of x, 8 at a time: what lies behind the last slice is left out.
+    // Calls `work` for a slice's values of x, 8 at a time. Values after the last slice are left out.
     template <class Work>
     static IVC_WARP void eachEight(const Int4& a, int32_t slice, Work work) {
         constexpr int kPieces = kSlice / 8, kEach = kAhead * kRows * kPieces;
@@ -254,7 +255,7 @@ struct FewInt4 {
         });
     }
 
-    // Of kAhead slices of a warp, from `slice` on; zeros behind the end of x.
+    // Loads the rows of kAhead slices of a warp, from `slice` on, with zeros after the end of x.
     static IVC_WARP void fetchRows(Block& block, Batch& to, const Int4& a, int32_t firstRow, int32_t slice) {
         const int32_t features = a.linear.features;
         eachEight(a, slice, [&](int i, int row, int place, int32_t at) {
@@ -269,7 +270,7 @@ struct FewInt4 {
         });
     }
 
-    // In place, rounded to Value as by a kernel of its own.
+    // Normalises in place, and rounds to Value as a separate kernel would.
     static IVC_WARP void norm(Batch& x, const float (&factors)[kRows], const Int4& a, int32_t slice) {
         const Value* weight = static_cast<const Value*>(a.linear.norm);
         eachEight(a, slice, [&](int i, int row, int place, int32_t at) {
@@ -335,7 +336,7 @@ struct FewInt4 {
         });
     }
 
-    // A warp's sums, by row of x and column.
+    // Writes a warp's sums by row of x and column.
     static IVC_WARP void share(float (&to)[kRows][kColumns], Lane<Sums>& sums) {
 #pragma unroll
         for (int pair = 0; pair < kPairs; ++pair) {
@@ -353,7 +354,7 @@ struct FewInt4 {
     }
 };
 
-// Weights as values, rounded to their type: a thread makes 8 of a row.
+// Unpacks weights, rounded to their type. A thread makes 8 values of a row.
 template <class Value>
 struct Unpack {
     static constexpr int kWarps = 8, kThreads = kWarps * kWarp;

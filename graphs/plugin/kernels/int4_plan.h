@@ -1,4 +1,4 @@
-// Which kernel a product over weights in 4 bits runs, in which blocks, from extents alone.
+// Chooses the kernel of a product with weights in 4 bits, and its blocks, from extents alone.
 #pragma once
 
 #include "int4.h"
@@ -7,16 +7,16 @@
 
 namespace ivc {
 
-// Rows of x, warps of a column, and slices of a warp that are on their way.
+// Rows of x, warps of a column, and slices that a warp loads at once.
 enum class Int4Kernel { kOne12x4, kOne6x2, kOne4x2, kTwo12x2, kTwo4x2, kFour4x2, kEight4x2, kEight2x2 };
 
-// For products of at most so many rows of x and of W.
+// The kernel for products of at most so many rows of x and of W.
 struct Int4Choice {
     int32_t rows, columns;
     Int4Kernel kernel, gated;
 };
 
-// The first that fits is taken: what was fastest on an H200 at Qwen2-VL-2B's sizes, of blocks of 32.
+// The first that fits is used. It was the fastest on an H200 at Qwen2-VL-2B's sizes, with blocks of 32.
 constexpr Int4Choice kInt4Choices[] = {
     {1, 4096, Int4Kernel::kOne12x4, Int4Kernel::kOne6x2},
     {1, INT32_MAX, Int4Kernel::kOne6x2, Int4Kernel::kOne4x2},
@@ -51,13 +51,13 @@ inline Int4 planned(const IvcLinear& c, const IvcPacked& w, const void* x, const
     return {planned(c, x, norm, nullptr, bias, residual, y), planned(c, w), inOctets(c.features, {x, norm})};
 }
 
-// Packed weights are read by 16 bytes, or by 8 in blocks of 16.
+// Packed weights are read in 16 bytes, or in 8 for blocks of 16.
 inline bool wellPlaced(const Packed& w) {
     return reinterpret_cast<uintptr_t>(w.values) % (w.blockSize == 16 ? 8 : 16) == 0 &&
            reinterpret_cast<uintptr_t>(w.scales) % 2 == 0;
 }
 
-// Hands the kernel of a planned product to launch.run<Kernel>(a).
+// Calls launch.run<Kernel>(a) with the kernel of a planned product.
 template <class Value, bool kGated, class Launch>
 auto launchInt4(Int4Kernel kernel, const Int4& a, Launch launch) {
     if constexpr (!kGated) {  // as many warps for each half would be too many
@@ -74,7 +74,7 @@ auto launchInt4(Int4Kernel kernel, const Int4& a, Launch launch) {
     }
 }
 
-// Blocks of 16 are rare, and have two kernels alone.
+// Blocks of 16 are rare, and have two kernels only.
 template <class Value, bool kGated, class Launch>
 auto launchInt4(const IvcLinear& c, const IvcPacked& w, const Int4& a, Launch launch) {
     if (w.blockSize > 16) return launchInt4<Value, kGated>(int4ChoiceOf(c), a, launch);
@@ -87,7 +87,7 @@ auto launchInt4(const IvcLinear& c, const IvcPacked& w, const Int4& a, Launch la
     return c.gated ? launchInt4<Value, true>(c, w, a, launch) : launchInt4<Value, false>(c, w, a, launch);
 }
 
-// Calls `of` with a value of the type that tensors have; `Half` and `Brain` are float16 and bfloat16.
+// Calls `of` with a value of the tensors' type. `Half` and `Brain` are float16 and bfloat16.
 template <class Half, class Brain, class Of>
 auto withHalf(IvcType type, Of of) {
     return type == IVC_FLOAT16 ? of(Half{}) : of(Brain{});

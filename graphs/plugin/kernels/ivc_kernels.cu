@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kChooseThreads) rowsKernel(Keeping k) {
     keepRows(Team{}, choice, k);
 }
 
-// A decode step: the only visual token is kept, with the score of a softmax over itself.
+// For a decode step: keeps the only visual token. Its score is 1, from a softmax over itself alone.
 __global__ void onlyTokenKernel(int32_t rows, int32_t* keepIndex, float* tokenScore, int32_t* seedIndex) {
     const int32_t i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
     if (i < rows) keepIndex[i] = i;

@@ -1,9 +1,9 @@
 // The kernels behind the ivc operators: plain C, CUDA only, no TensorRT.
 //
-// All pointers are device pointers. Nothing here synchronises with the host, allocates, or reads device memory on the
-// host, so every call can be captured into a CUDA graph. Extents are host values; what they hold stays on the device.
-// Indices outside their range are clamped, so that a builder which times kernels on arbitrary memory does no harm.
-// Calls return cudaErrorInvalidValue for extents that cannot be, and otherwise what the launch returned.
+// All pointers are device pointers, unless a comment says otherwise. The functions do not synchronise with the host,
+// allocate memory or read device memory on the host, so every call can be captured into a CUDA graph. Extents are host
+// values. Indices that lie in device memory are clamped to their range, so that a builder can time kernels on arbitrary
+// memory. The functions return cudaErrorInvalidValue for impossible extents, and else the result of the launch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,14 +17,15 @@ extern "C" {
 
 #define IVC_API __attribute__((visibility("default")))
 
-// Raised when a signature or a structure changes.
+// Increased when a signature or a structure changes.
 #define IVC_KERNELS_VERSION 2
 IVC_API int32_t ivcKernelsVersion(void);
 
-// The number of seeds, as graphs/ops/SelectTokens.onnxtxt counts them.
+// The number of seeds, as graphs/ops/SelectTokens.onnxtxt defines it.
 IVC_API int32_t ivcSeedCount(int32_t visual, int32_t seedDivisor);
 
-// Bytes of scratch memory that the calls below need, from extents alone. It need not be cleared.
+// Bytes of scratch memory that the functions below need. The size follows from the extents. The memory need not be
+// cleared.
 IVC_API size_t ivcSelectionWorkspace(const IvcSelection* selection);
 
 // SelectTokens: ivcTokenScores, then ivcKeptRows.
@@ -34,11 +35,12 @@ IVC_API cudaError_t ivcSelectTokens(const IvcSelection* selection, const void* v
     const int32_t* visualIndex, const int32_t* textIndex, const int32_t* queryIndex, int32_t* keepIndex,
     float* tokenScore, int32_t* seedIndex, void* workspace, cudaStream_t stream);
 
-// The scores and the seeds alone. Equal scores rank by index, the lower first.
+// Only the scores and the seeds. Of equal scores, the lower index comes first.
 IVC_API cudaError_t ivcTokenScores(const IvcSelection* selection, const void* values, const int32_t* visualIndex,
     const int32_t* queryIndex, float* tokenScore, int32_t* seedIndex, void* workspace, cudaStream_t stream);
 
-// The rows to keep, from scores and seeds: all text, then seeds, priorities and scores up to keepCount visual tokens.
+// Only the rows to keep: all text rows, and keepCount visual tokens: the seeds first, then those of the highest
+// priorities and scores.
 IVC_API cudaError_t ivcKeptRows(const IvcSelection* selection, const float* tokenScore, const int32_t* seedIndex,
     const float* priority, const int32_t* visualIndex, const int32_t* textIndex, int32_t* keepIndex, void* workspace,
     cudaStream_t stream);
@@ -48,7 +50,8 @@ IVC_API cudaError_t ivcKeptRows(const IvcSelection* selection, const float* toke
 IVC_API cudaError_t ivcCompactGather(const IvcRows* tensors, int32_t count, int32_t rows, const int32_t* keepIndex,
     int32_t kept, cudaStream_t stream);
 
-// The same into caches: target[:, pastLength + m] = source[:, keepIndex[m]] for m < kept, as far as they have room.
+// The same, into caches: target[:, pastLength + m] = source[:, keepIndex[m]] for m < kept. Rows that do not fit are
+// left out.
 //   target [outer, capacity, rowBytes]; pastLength int32 [1], read on the device, or null for 0
 IVC_API cudaError_t ivcCompactGatherInto(const IvcRows* tensors, int32_t count, int32_t rows, const int32_t* keepIndex,
     int32_t kept, const int32_t* pastLength, int32_t capacity, cudaStream_t stream);
@@ -58,79 +61,90 @@ IVC_API cudaError_t ivcCompactGatherInto(const IvcRows* tensors, int32_t count, 
 IVC_API cudaError_t ivcAppendRows(const IvcRows* tensors, int32_t count, int32_t rows, const int32_t* pastLength,
     int32_t capacity, cudaStream_t stream);
 
-// Bytes of scratch memory that ivcAttendInPlace needs, from extents alone. It need not be cleared.
+// Bytes of scratch memory that ivcAttendInPlace needs. The size follows from the extents. The memory need not be
+// cleared.
 IVC_API size_t ivcAttendWorkspace(const IvcAttention* attention);
 
-// A decoder layer's attention: fresh row r sees rows 0..pastLength-1 of the caches and the fresh rows 0..r.
-//   q [heads, S, headDim], k and v [kvHeads, S, headDim], by their strides; y [S, heads * headDim], without gaps
-//   keyCache, valueCache [kvHeads, P, headDim], without gaps: read, and with IVC_FRESH_APPENDED written at rows
-//     pastLength..pastLength+S-1; they may be null where P is 0. What their rows behind pastLength hold, NaN or
-//     infinity too, has no effect.
-//   pastLength int32 [1], read on the device; clamped to 0..P - S where fresh rows are appended, else to 0..P
-// Where past and present caches are two buffers, copy the past into the present first, and hand over the present.
+// Attention of a decoder layer. Fresh row r attends to rows 0..pastLength-1 of the caches and to the fresh rows 0..r.
+//   q [heads, S, headDim], k and v [kvHeads, S, headDim], by their strides; y [S, heads * headDim], contiguous
+//   keyCache, valueCache [kvHeads, P, headDim], contiguous: read, and with IVC_FRESH_APPENDED written at rows
+//     pastLength..pastLength+S-1; they may be null if P is 0. Rows after pastLength have no effect, even if they hold
+//     NaN or infinity.
+//   pastLength int32 [1], read on the device; clamped to 0..P - S if fresh rows are appended, else to 0..P
+// If past and present caches are two buffers, copy the past into the present first, and pass the present.
 IVC_API cudaError_t ivcAttendInPlace(const IvcAttention* attention, const void* q, const void* k, const void* v,
     void* keyCache, void* valueCache, const int32_t* pastLength, void* y, void* workspace, cudaStream_t stream);
 
-// An encoder layer's attention, within a frame or within a window.
+// Attention of an encoder layer, within a frame or within a window.
 //   q, k, v [frames, heads, rows, headDim], by their strides
-//   windowOfPlace int32 [rows], -1 where nothing is; null, and not read, where blockSize is 0
-//   y [frames, rows - 2 blockSize, heads * headDim], without gaps; zeros where a place is of no window. What k and v
-//     hold at such places has no effect.
+//   windowOfPlace int32 [rows], -1 at empty places; not read, and may be null, if blockSize is 0
+//   y [frames, rows - 2 blockSize, heads * headDim], contiguous; zeros at places that belong to no window. What k and
+//     v hold at such places has no effect.
 IVC_API cudaError_t ivcEncodeAttend(const IvcEncoder* encoder, const void* q, const void* k, const void* v,
     const int32_t* windowOfPlace, void* y, cudaStream_t stream);
 
-// Splits rows by head; queries and keys are normed, and then turned as graphs/ops/Rotate.onnxtxt says, in float32.
-//   q [rows, heads headDim]; k, v [rows, kvHeads headDim]; v may be null, and is then left out; with byHead
-//     [rows / angleRows, heads, angleRows, headDim]
+// Splits joined rows into heads, normalises queries and keys, and then rotates them as graphs/ops/Rotate.onnxtxt
+// defines, in float32.
+//   q [rows, heads headDim]; k, v [rows, kvHeads headDim]; if v is null, values are not written; with byHead [rows /
+//     angleRows, heads, angleRows, headDim]
 IVC_API cudaError_t ivcTurnHeads(
     const IvcJoined* joined, const IvcJoinedRows* rows, void* q, void* k, void* v, cudaStream_t stream);
 
-// Bytes of scratch memory that ivcAttendJoined needs, from extents alone. It need not be cleared.
+// Bytes of scratch memory that ivcAttendJoined needs. The size follows from the extents. The memory need not be
+// cleared.
 IVC_API size_t ivcAttendJoinedWorkspace(const IvcJoined* joined);
 
-// ivcTurnHeads, then ivcAttendInPlace with IVC_FRESH_APPENDED; for one row of a type with tensor cores in one launch.
-//   keyCache, valueCache, pastLength: not written by a kernel of ours that was launched just before, whose end one row's
-//     does not await to read them
-//   counters int32 [kvHeads]: zeros, which it leaves as such; no two calls may share them at one time
+// ivcTurnHeads, then ivcAttendInPlace with IVC_FRESH_APPENDED. For one row of a type with tensor cores, one launch does
+// both.
+//   keyCache, valueCache, pastLength: must not be written by a kernel of ours that was launched just before. With one
+//     row, this kernel reads them before that kernel has ended.
+//   counters int32 [kvHeads]: zeros before and after the call; two calls must not use them at the same time
 IVC_API cudaError_t ivcAttendJoined(const IvcJoined* joined, const IvcJoinedRows* rows, void* keyCache,
     void* valueCache, const int32_t* pastLength, void* y, void* workspace, int32_t* counters, cudaStream_t stream);
 
-// A decode step from what the host says, in memory that it shares with the device (pinned) and that is read when the
-// kernel runs: step int32 [1 + axes + 1 or 2], the token, its positions, and valid rows of caches.
-//   table [vocab, hidden], or null, and row [hidden], in such memory, in its place; frequencies float32 [axes, pairs]
+// The first kernel of a decode step. It reads what the host has written into memory that host and device share (pinned
+// memory), when it runs.
+//   step int32 [1 + axes + 1 or 2], in pinned memory: the token, its positions, and the numbers of valid rows in the
+//     caches
+//   table [vocab, hidden], the embeddings; or null, and row [hidden], in pinned memory, is the embedding; frequencies
+//     float32 [axes, pairs]
 //   embeds [hidden]; cos, sin float32 [pairs], of the sum of positions times frequencies; length int32 [1];
-//   wholeLength int32 [1], or null
+//     wholeLength int32 [1], or null
 IVC_API cudaError_t ivcTakeStep(const IvcStep* step, const int32_t* given, const void* table, const void* row,
     const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength,
     cudaStream_t stream);
 
-// What the host is told of logits x [vocab], in such memory: best int32 [2], the first of the best ids, and 1 if logits
-// are numbers, else 0; told float32 [vocab], all of them, where wanted int32 [1], in such memory too, is not 0.
-//   logits float32 [vocab]; scratch int32 [IVC_ANSWER_SCRATCH], zeros at first, one run's at a time
+// The last kernel of a decode step. It writes what the host needs of the logits x [vocab] into pinned memory.
+//   best int32 [2]: the lowest id of the largest logit; and 1 if no logit is NaN and the largest is finite, else 0
+//   told float32 [vocab]: all logits, if wanted int32 [1], in pinned memory too, is not 0
+//   logits float32 [vocab]; scratch int32 [IVC_ANSWER_SCRATCH]: zeros before the first call; two calls must not use
+//     it at the same time
 IVC_API cudaError_t ivcGiveAnswer(const IvcStep* step, const void* x, const int32_t* wanted, float* logits,
     int32_t* best, float* told, int32_t* scratch, cudaStream_t stream);
 
-// y = f(scale n(x) W^T + b) + r: n an RMS norm or nothing, f an activation; where gated f(g) * u, of W's halves. Reads
-// each weight once for 4 rows; begins with that before the kernel in front has ended, which must not write weights.
-//   x [rows, K]; norm [K], the norm's weight, or null; weight [N, K], or [2 N, K] where gated; bias, one a row of weight,
-//   or null; residual [rows, N], or null; y [rows, N]
+// y = f(scale n(x) W^T + b) + r. n is an RMS norm or nothing, f an activation. If gated, y = f(g) * u + r, where g and
+// u are the products with the two halves of W. Each weight is read once for 4 rows. The kernel starts to read weights
+// before the previous kernel has ended, so that kernel must not write weights.
+//   x [rows, K]; norm [K], the weight of the norm, or null; weight [N, K], or [2 N, K] if gated; bias, one value for
+//     each row of weight, or null; residual [rows, N], or null; y [rows, N]
 IVC_API cudaError_t ivcFusedLinear(const IvcLinear* product, const void* x, const void* norm, const void* weight,
     const void* bias, const void* residual, void* y, cudaStream_t stream);
 
-// The same over weights in 4 bits, by tensor cores: cudaErrorNotSupported before SM 80. Products are of exact weights;
-// normed rows are rounded to the tensors' type.
+// The same with weights in 4 bits, on tensor cores. Returns cudaErrorNotSupported before SM 80. Products use the exact
+// weights. Normalised rows are rounded to the tensors' type.
 IVC_API cudaError_t ivcFusedInt4(const IvcLinear* product, const IvcPacked* weight, const void* x, const void* norm,
     const void* bias, const void* residual, void* y, cudaStream_t stream);
 
-// Weights in 4 bits as values of the product's type, [N, K], or [2 N, K] where gated, at a multiple of 16 bytes.
+// Unpacks weights in 4 bits to the product's type, [N, K], or [2 N, K] if gated, at an address that is a multiple of 16
+// bytes.
 IVC_API cudaError_t ivcUnpack(
     const IvcLinear* product, const IvcPacked* packed, void* weight, cudaStream_t stream);
 
-// y = n(x) alone, [rows, K]: what a product of more rows is given.
+// Only y = n(x), [rows, K]: the input of a product of many rows.
 IVC_API cudaError_t ivcNormRows(
     const IvcLinear* product, const void* x, const void* norm, void* y, cudaStream_t stream);
 
-// y = f(x + b) + r alone: what is done with a product of more rows. x [rows, N], which may be y, or [rows, 2 N].
+// Only y = f(x + b) + r: the step after a product of many rows. x is [rows, N], and may be y; or [rows, 2 N] if gated.
 IVC_API cudaError_t ivcActivate(const IvcLinear* product, const void* x, const void* bias, const void* residual,
     void* y, cudaStream_t stream);
 

@@ -1,4 +1,4 @@
-// Which kernels a call over rows of joined heads runs, from extents alone.
+// Chooses the kernels of a call on joined rows, from extents alone.
 #pragma once
 
 #include "attend_plan.h"
@@ -22,7 +22,7 @@ inline Turn planned(const IvcJoined& c, const IvcJoinedRows& r, void* q, void* k
 
 inline int32_t turnBlocks(const Turn& t) { return ceilDiv(t.rowCount * t.parts() * t.lanes(), kTurnThreads); }
 
-// Query and key apart, turned, and the value in the joined rows.
+// The attention after ivcTurnHeads: query and key are in their own buffers, the value is still in the joined rows.
 inline IvcAttention apart(const IvcJoined& c) {
     const int64_t size = c.headDim, width = (c.heads + 2 * static_cast<int64_t>(c.kvHeads)) * size;
     const bool grouped = c.order == IVC_HEADS_GROUPED;
@@ -31,7 +31,7 @@ inline IvcAttention apart(const IvcJoined& c) {
         {0, size, c.heads * size}, {0, size, c.kvHeads * size}, value};
 }
 
-// Whether one launch does it all.
+// Whether one launch does everything.
 inline bool inOneLaunch(const IvcJoined& c, bool tensorCores) {
     return c.rows == 1 && c.type != IVC_FLOAT32 && tensorCores && c.heads / c.kvHeads <= kMostRowQueries;
 }
@@ -43,7 +43,7 @@ inline int32_t rowSplitsOf(const IvcJoined& c) {
 
 inline int64_t bytesOf(IvcType type) { return type == IVC_FLOAT32 ? 4 : 2; }
 
-// Of a turned query or key, up to the next multiple of 16.
+// Bytes of a rotated query or key, rounded up to a multiple of 16.
 inline size_t turnedBytes(const IvcJoined& c, int32_t heads) {
     return static_cast<size_t>((bytesOf(c.type) * c.rows * heads * c.headDim + 15) / 16 * 16);
 }
@@ -66,8 +66,8 @@ auto launchTurn(const IvcJoined& c, const Turn& t, Launch launch) {
                                    : launch.template turn<Brain>(t);
 }
 
-// The call, by what `launch` launches: launch.turn<Value>(turn), launch.row<Value, Shape>(row), and what launchDecoder
-// asks for. Status: what the first launch that fails returns, or `impossible`.
+// Runs the call through `launch`: launch.turn<Value>(turn), launch.row<Value, Shape>(row), and what launchDecoder
+// needs. Returns the status of the first launch that fails, or `impossible`.
 template <class Half, class Brain, class Status, class Launch>
 Status attendJoined(const IvcJoined& c, const IvcJoinedRows& r, void* keyCache, void* valueCache,
     const int32_t* pastLength, void* y, void* workspace, int32_t* counters, bool tensorCores, Status impossible,

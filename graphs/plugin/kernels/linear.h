@@ -1,5 +1,5 @@
-// y = f(n(x) W^T + b) + r for few rows of x: reads each weight once, multiplies in registers, and does what surrounds
-// the product in the same launch.
+// y = f(n(x) W^T + b) + r for few rows of x. Reads each weight once, multiplies in registers, and computes norm, bias,
+// activation and residual in the same launch.
 #pragma once
 
 #include "ivc_types.h"
@@ -11,24 +11,25 @@ namespace ivc {
 struct Linear {
     const void* x;         // [rows, features]
     const void* norm;      // [features], or null
-    const void* weight;    // [out, features], or [2 out, features], the rows of gates first
-    const void* bias;      // one a row of weight, or null
+    const void* weight;    // [out, features], or [2 out, features], the rows of the gate first
+    const void* bias;      // one value for each row of weight, or null
     const void* residual;  // [rows, out], or null
     void* y;               // [rows, out]
     int32_t rows, features, out;
     IvcActivation activation;
     float slope, scale, epsilon;
-    int32_t parts;   // warps that share a sum; few rows alone
-    int32_t blocks;  // at most; one row alone
+    int32_t parts;   // warps that share a sum; for few rows only
+    int32_t blocks;  // the most; for one row only
 };
 
-// Values that a lane reads at once.
+// Eight values, which a lane reads at once.
 template <class Value>
 struct alignas(16) Octet {
     Value x[8];
 };
 
-// x sigmoid(slope x). Of 16 bits, as exact as they need: a kernel of many rows would wait for the division otherwise.
+// x sigmoid(slope x). For types of 16 bits, the division is approximate: otherwise a kernel of many rows would wait for
+// it.
 template <class Value>
 IVC_HD inline float swish(float x, float slope) {
 #ifdef __CUDA_ARCH__
@@ -47,7 +48,7 @@ IVC_HD inline float activated(float x, IvcActivation activation, float slope) {
     }
 }
 
-// Values at..at+7 of a row of `width` values, zeros behind its end. kWhole: see FewLinear.
+// Values at..at+7 of a row of `width` values, with zeros after its end. kWhole: see FewLinear.
 template <bool kWhole, class Value>
 IVC_WARP Octet<Value> octetOf(const Value* row, int32_t at, int32_t width) {
     if (kWhole && at < width) return *reinterpret_cast<const Octet<Value>*>(row + at);
@@ -57,7 +58,7 @@ IVC_WARP Octet<Value> octetOf(const Value* row, int32_t at, int32_t width) {
     return found;
 }
 
-// The first values of an octet that lie within a row of `width` values.
+// Writes those values of an octet that lie within a row of `width` values.
 template <bool kWhole, class Value>
 IVC_WARP void put(Value* row, int32_t at, int32_t width, const Octet<Value>& octet) {
     if (kWhole) {
@@ -70,7 +71,7 @@ IVC_WARP void put(Value* row, int32_t at, int32_t width, const Octet<Value>& oct
     }
 }
 
-// The sum over a warp's lanes, to memory that the block shares.
+// Sums over the lanes of a warp, into shared memory.
 template <class Of>
 IVC_WARP void shareSum(float& to, Of of) {
     Lane<float> sum, other;
@@ -85,7 +86,7 @@ IVC_WARP void shareSum(float& to, Of of) {
     });
 }
 
-// Of weights, which nothing reads again: kept out of the first cache.
+// Reads weights. Nothing reads them again, so they are kept out of the L1 cache.
 template <class Value>
 IVC_WARP Octet<Value> streamed(const Value* from) {
     Octet<Value> found;
@@ -105,12 +106,12 @@ IVC_WARP Octet<Value> streamed(const Value* from) {
     return found;
 }
 
-// What a norm multiplies a row by whose squares have this sum.
+// The factor by which an RMS norm multiplies a row with this sum of squares.
 IVC_WARP float normFactor(const Linear& a, float squares) {
     return 1 / sqrtf(squares / static_cast<float>(a.features) + a.epsilon);
 }
 
-// One result, from a column's product and where gated that of the column that it gates.
+// Computes one result from a column's product; if gated, from the products of the gate's and the gated column.
 template <class Value, bool kGated>
 IVC_WARP void putResult(const Linear& a, float product, float up, int32_t row, int32_t column) {
     const Value* bias = static_cast<const Value*>(a.bias);
@@ -121,9 +122,9 @@ IVC_WARP void putResult(const Linear& a, float product, float up, int32_t row, i
     static_cast<Value*>(a.y)[at] = static_cast<Value>(y);
 }
 
-// kRows rows of x times kOut columns of y in `parts` warps, whose lanes take octets in turn. Gated columns have two rows
-// of weights. kWhole: octets lie within a row, and at a multiple of 16 bytes. A norm's factor of a row is found beside its
-// products, and multiplies their sums.
+// Computes kRows rows of x times kOut columns of y in `parts` warps, whose lanes take octets in turn. Gated columns
+// have two rows of weights. kWhole: octets lie within a row, and at a multiple of 16 bytes. The factor of a row's norm
+// is computed in the same loop as the products, and multiplies their sums.
 template <class Value_, int kRows, int kOut, bool kGated, bool kWhole>
 struct FewLinear {
     using Value = Value_;
@@ -175,7 +176,7 @@ struct FewLinear {
         });
     }
 
-    // One result, from the sums of a.parts warps.
+    // Computes one result, from the sums of a.parts warps.
     static IVC_WARP void finish(
         const Shared& shared, const Linear& a, int first, int row, int i, int32_t yRow, int32_t column) {
         float sum = 0, up = 0, squares = 0;
@@ -240,9 +241,10 @@ struct FewLinear {
     }
 };
 
-// One row of x, which lies in registers: blocks go on from columns to columns, the next ones' weights on their way while
-// sums are shared. `parts` warps share a sum, and each lane has kOctets octets of the row at most. Gated columns have two
-// rows of weights. Octets lie within a row, and at a multiple of 16 bytes. kEach: blocks of a processor at a time.
+// Computes one row of x, which stays in registers. Each block takes columns in turn, and reads the next columns'
+// weights while it adds up sums. `parts` warps share a sum, and each lane has at most kOctets octets of the row. Gated
+// columns have two rows of weights. Octets lie within a row, and at a multiple of 16 bytes. kEach: blocks that a
+// multiprocessor runs at a time.
 template <class Value_, int kOut, bool kGated, int kOctets, int kEach>
 struct OneRowLinear {
     using Value = Value_;
@@ -298,7 +300,7 @@ struct OneRowLinear {
                     shareSum(shared.sums[turn][warp][i], [&](int lane) { return sums[lane].x[i]; });
                 }
             });
-            block.barrier();  // the turn before the last has been read, for its readers have been here since
+            block.barrier();  // all have read the turn before the last: they passed this barrier since
             block.each([&](int warp) {
                 eachLane([&](int lane) {
                     const int32_t column = (step * teams + warp) * kOut + lane;
@@ -376,7 +378,7 @@ struct OneRowLinear {
             residual ? static_cast<float>(residual[column]) : 0};
     }
 
-    // One result, from the sums of a.parts warps.
+    // Computes one result, from the sums of a.parts warps.
     static IVC_WARP void finish(const Shared& shared, const Linear& a, int32_t turn, int first, int i, int32_t column,
         const Added& added) {
         float sum = 0, up = 0, squares = 0;
@@ -392,7 +394,7 @@ struct OneRowLinear {
     }
 };
 
-// y = n(x) for rows of x, a warp each: what a product of many rows is given.
+// y = n(x), one warp per row: the input of a product of many rows.
 template <class Value_, bool kWhole>
 struct NormRows {
     using Value = Value_;
@@ -446,7 +448,7 @@ struct NormRows {
     }
 };
 
-// y = f(x + b) + r for rows of x [rows, out], or [rows, 2 out] where gated: what is done with a product of many rows.
+// y = f(x + b) + r for rows of x [rows, out], or [rows, 2 out] if gated: the step after a product of many rows.
 template <class Value_, bool kGated, bool kWhole>
 struct Activate {
     using Value = Value_;

@@ -1,4 +1,4 @@
-// Which kernel a product with what surrounds it runs, in which blocks, from extents alone.
+// Chooses the kernel of a fused product, and its blocks, from extents alone.
 #pragma once
 
 #include <initializer_list>
@@ -8,17 +8,17 @@
 
 namespace ivc {
 
-// Rows by columns of y of a warp of FewLinear.
+// Rows by columns of y that a warp of FewLinear computes.
 enum class LinearKernel { kOneByTwo, kOneByFour, kFourByTwo };
 
-// For products of at most so many rows and columns of y: the kernel, and how many warps share a sum.
+// For products of at most so many rows and columns of y: the kernel, and the number of warps that share a sum.
 struct LinearChoice {
     int32_t rows, out;
     LinearKernel kernel;
     int32_t parts;
 };
 
-// The first that fits is taken. Measured on an H200 at Qwen2-VL-2B's sizes.
+// The first that fits is used. Measured on an H200 at Qwen2-VL-2B's sizes.
 constexpr LinearChoice kLinearChoices[] = {
     {1, 1536, LinearKernel::kOneByFour, 8},
     {1, 4096, LinearKernel::kOneByTwo, 4},
@@ -28,16 +28,16 @@ constexpr LinearChoice kLinearChoices[] = {
     {INT32_MAX, INT32_MAX, LinearKernel::kFourByTwo, 1},
 };
 
-// Octets of a row that a lane of OneRowLinear holds: few where a few warps hold the row, or the most; rows that are longer
-// are read again and again by FewLinear.
+// Octets of a row that a lane of OneRowLinear has: few if a few warps are enough for the row, else the most. FewLinear
+// takes longer rows, and reads them repeatedly.
 constexpr int kFewOctets = 3, kMostOctets = 5;
-constexpr int32_t kManyColumns = 16384;  // of y, from which on a warp has four at a time
+constexpr int32_t kManyColumns = 16384;  // of y; from this number on, a warp computes four at a time
 
 inline LinearChoice choiceOf(const IvcLinear& c) {
     for (const LinearChoice& choice : kLinearChoices) {
         if (c.rows <= choice.rows && c.out <= choice.out) return choice;
     }
-    return kLinearChoices[0];  // never: the last fits all
+    return kLinearChoices[0];  // not reached: the last choice fits everything
 }
 
 inline Linear planned(const IvcLinear& c, const void* x, const void* norm, const void* weight, const void* bias,
@@ -46,7 +46,7 @@ inline Linear planned(const IvcLinear& c, const void* x, const void* norm, const
         1};
 }
 
-// Warps that share a sum, so that a lane has so many octets at most; 0 where that is more than a block has.
+// The number of warps that share a sum so that a lane has at most `octets` octets; 0 if a block has fewer warps.
 inline int32_t partsFor(int32_t features, int octets, int32_t warps) {
     int32_t parts = 1;
     while (parts <= warps && ceilDiv(features, 8 * kWarp * parts) > octets) parts *= 2;
@@ -65,15 +65,16 @@ auto launchOneRow(Linear a, int32_t processors, Launch launch) {
     return launch.template run<Kernel>(a);
 }
 
-// Hands the kernel of a product to launch.run<Kernel>(a). What does not lie in octets is rare, and has one kernel alone.
+// Calls launch.run<Kernel>(a) with the kernel of a product. Rows that cannot be read in octets are rare, and have one
+// kernel.
 template <class Value, bool kGated, class Launch>
 auto launchLinear(const LinearChoice& choice, Linear a, int32_t processors, Launch launch) {
     a.parts = choice.parts;
-    while (a.parts > 1 && a.parts / 2 * 8 * kWarp >= a.features) a.parts /= 2;  // a warp reads 8 values a lane at once
+    while (a.parts > 1 && a.parts / 2 * 8 * kWarp >= a.features) a.parts /= 2;  // a warp reads 8 values per lane at once
     if (!inOctets(a.features, {a.x, a.norm, a.weight})) {
         return launch.template run<FewLinear<Value, 1, 1, kGated, false>>(a);
     }
-    if constexpr (sizeof(Value) == 2) {  // registers hold no row of wider values
+    if constexpr (sizeof(Value) == 2) {  // rows of wider values do not fit into registers
         Linear one = a;
         one.parts = a.rows == 1 ? partsFor(a.features, kFewOctets, 8) : 0;
         if (one.parts > 0 && !kGated && a.out >= kManyColumns) {
@@ -118,7 +119,7 @@ auto launchActivate(const IvcLinear& c, const Linear& a, Launch launch) {
                  : launch.template run<Activate<Value, false, false>>(a);
 }
 
-// Calls `of` with a value of the type that tensors have; `Half` and `Brain` are float16 and bfloat16.
+// Calls `of` with a value of the tensors' type. `Half` and `Brain` are float16 and bfloat16.
 template <class Half, class Brain, class Of>
 auto withType(IvcType type, Of of) {
     return type == IVC_FLOAT32 ? of(float{}) : type == IVC_FLOAT16 ? of(Half{}) : of(Brain{});

@@ -3,9 +3,9 @@
 
 namespace {
 
-constexpr int32_t kFewRows = 2;  // of which kernels of ours are faster than cuBLASLt
+constexpr int32_t kFewRows = 2;  // up to which our kernels are faster than cuBLASLt
 
-// Bytes of rows of a width, so that what follows lies well.
+// Bytes of rows of a width, rounded up so that what follows is aligned.
 size_t bytesOf(const IvcLinear& c, size_t width) {
     const size_t bytes = static_cast<size_t>(c.rows) * width * (c.type == IVC_FLOAT32 ? 4 : 2);
     return (bytes + 255) / 256 * 256;

@@ -1,4 +1,5 @@
-// Copying rows of many tensors in one launch, by 16-byte vectors where addresses and row sizes allow, else by less.
+// Copies rows of many tensors in one launch, in 16-byte vectors if addresses and row sizes allow it, else in smaller
+// ones.
 #pragma once
 
 #include "ivc_types.h"
@@ -7,7 +8,7 @@
 namespace ivc {
 
 constexpr int kRowThreads = 256;
-constexpr int kRowUnroll = 4;  // vectors that a thread has in flight
+constexpr int kRowUnroll = 4;  // vectors that a thread copies at once
 constexpr int kRowBlock = kRowThreads * kRowUnroll;
 
 #ifdef __CUDACC__
@@ -22,14 +23,14 @@ struct alignas(8) Vector8 {
 };
 #endif
 
-// One launch's arguments; within the 4 KiB that a kernel's parameters may take.
+// One launch's arguments. They must fit into the 4 KiB of a kernel's parameters.
 struct RowCopies {
     IvcRows tensors[IVC_ROWS_PER_LAUNCH];
-    int32_t firstBlock[IVC_ROWS_PER_LAUNCH + 1];  // block numbers of the tensors, in order
+    int32_t firstBlock[IVC_ROWS_PER_LAUNCH + 1];  // number of each tensor's first block
     int32_t count;
     int32_t sourceRows, targetRows, copied;
-    const int32_t* gather;  // source row of each copied one; null: they are 0..copied-1
-    const int32_t* offset;  // of the first target row; null: 0
+    const int32_t* gather;  // source row of each copied row; null: 0..copied-1
+    const int32_t* offset;  // the first target row; null: 0
 };
 
 // The widest power of two, up to 16 bytes, that divides both addresses and the row size.
@@ -39,7 +40,7 @@ IVC_HD inline int32_t vectorBytes(const IvcRows& t) {
     return static_cast<int32_t>(bits & (~bits + 1));
 }
 
-// The vectors that tensor `t` copies: outer * copied * (rowBytes / vectorBytes).
+// The number of vectors that are copied of tensor `t`: outer * copied * (rowBytes / vectorBytes).
 IVC_HD inline int64_t vectorCount(const IvcRows& t, int32_t copied) {
     return static_cast<int64_t>(t.outer) * copied * (t.rowBytes / vectorBytes(t));
 }
@@ -75,9 +76,9 @@ IVC_BLOCK void copyVectors(const Team& team, const RowCopies& c, const IvcRows& 
     });
 }
 
-// One block's part.
+// The work of one block.
 IVC_BLOCK void copyRows(const Team& team, const RowCopies& c, int32_t block) {
-    int32_t low = 0, high = c.count - 1;  // the last tensor whose first block is not behind this one
+    int32_t low = 0, high = c.count - 1;  // finds the last tensor whose first block is not after this one
     while (low < high) {
         const int32_t middle = (low + high + 1) / 2;
         if (c.firstBlock[middle] <= block) {
@@ -97,7 +98,7 @@ IVC_BLOCK void copyRows(const Team& team, const RowCopies& c, int32_t block) {
     }
 }
 
-// Fills `c` with tensors from `from` on and counts the blocks; -1 where a tensor cannot be.
+// Fills `c` with the tensors and returns the number of blocks, or -1 if a tensor is impossible.
 inline int32_t planRows(RowCopies& c, const IvcRows* tensors, int32_t count, int32_t copied) {
     int64_t blocks = 0;
     c.count = count;

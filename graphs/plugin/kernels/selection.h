@@ -1,4 +1,4 @@
-// SelectTokens out of votes and choices: what each launch gets, and where its scratch memory lies.
+// SelectTokens from votes and choices: the arguments of each launch, and the layout of scratch memory.
 #pragma once
 
 #include "choose.h"
@@ -7,7 +7,7 @@
 
 namespace ivc {
 
-constexpr float kSeedPriority = 1e30f;  // of the last seed; each before it has as much more
+constexpr float kSeedPriority = 1e30f;  // of the last seed; each seed before it has this much more
 
 // max(1, round(visual / divisor)), half to even, in integers.
 inline int32_t seedCount(int32_t visual, int32_t divisor) {
@@ -22,7 +22,7 @@ inline bool possible(const IvcSelection& s) {
            (s.softmax == IVC_SOFTMAX_VISUAL || s.softmax == IVC_SOFTMAX_ALL);
 }
 
-// Column sums become seeds, and then scores.
+// From column sums to seeds, and then to scores.
 struct Scoring {
     const float* textColumns;  // [textParts, visual]
     const float* seedColumns;  // [seedParts, visual]
@@ -60,7 +60,7 @@ IVC_BLOCK void scoreTokens(const Team& team, const Scoring& s, int block) {
     });
 }
 
-// Scores and priorities become kept rows.
+// From scores and priorities to kept rows.
 struct Keeping {
     const float* tokenScore;
     const int32_t* seedIndex;
@@ -108,7 +108,7 @@ IVC_BLOCK void keepRows(const Team& team, Choice& c, const Keeping& k) {
     });
 }
 
-// The scratch memory of one call, laid out from its extents alone.
+// The scratch memory of one call. Its layout follows from the extents.
 struct Scratch {
     const IvcSelection& s;
     int32_t seeds;

@@ -1,5 +1,6 @@
-// The beginning and the end of a decode step: from a few numbers in host memory to a row and its angles, and from logits
-// to the best of them in host memory. So a step copies nothing by itself, and is waited for once.
+// The first and the last kernel of a decode step. The first turns a few numbers in host memory into a row of embeddings
+// and its angles. The last writes the best of the logits to host memory. So a step needs no copies, and the host waits
+// once.
 #pragma once
 
 #include "ivc_types.h"
@@ -10,14 +11,15 @@ namespace ivc {
 constexpr int kStepThreads = 256;
 constexpr int kAnswerBlocks = 64;
 
-// Whether a step can begin with such extents; and end with them, as indices of logits are compared as floats.
+// Whether a step can start with such extents, and whether it can end with them. Ids are compared as floats, which
+// limits vocab.
 inline bool canBegin(const IvcStep& c) { return c.axes > 0 && c.pairs > 0 && c.hidden > 0 && c.vocab > 0; }
 inline bool canEnd(const IvcStep& c) { return c.vocab > 0 && c.vocab <= 1 << 24; }
 
 // One launch's arguments; see ivcTakeStep.
 struct TakeStep {
     const int32_t* step;
-    const void* row;  // of the table, or the caller's
+    const void* row;  // the table, or the caller's row
     bool ofTable;
     const float* frequencies;
     void* embeds;
@@ -53,11 +55,11 @@ struct GiveAnswer {
     float *logits, *told;
     int32_t* best;
     float* found;      // [kAnswerBlocks, 3]
-    int32_t* counter;  // 0 before and afterwards
+    int32_t* counter;  // 0 before and after
     int32_t vocab;
 };
 
-// The largest number so far, the first of equal ones, and whether there was one that is none.
+// The largest logit so far (the first of equal ones), and whether there was a NaN.
 struct Best {
     float value, index, none;
 };
@@ -73,7 +75,7 @@ struct AnswerShared {
     int32_t flag;
 };
 
-// Of a warp's lanes, in all of them.
+// Combines the lanes of a warp. Every lane gets the result.
 IVC_WARP void bestOfWarp(Lane<Best>& best) {
     for (int mask = 1; mask < kWarp; mask *= 2) {
         Lane<float> from[3], to[3];

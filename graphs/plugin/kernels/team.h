@@ -1,7 +1,7 @@
-// A block of threads that work phase by phase, with a barrier behind each phase.
+// A block of threads that works in phases, with a barrier after each phase.
 //
-// The algorithms in votes.h, choose.h and rows.h are written against this alone. On the GPU a thread of the block runs
-// each phase once; on a host a loop runs it for every thread, so that their logic is tested where there is no GPU.
+// The algorithms in votes.h, choose.h and rows.h use nothing else. On the GPU, each thread of the block runs a phase
+// once. On a host, a loop runs the phase for every thread. So the algorithms are tested without a GPU.
 #pragma once
 
 #include <stdint.h>
@@ -25,7 +25,7 @@ IVC_HD inline T larger(T a, T b) {
     return a < b ? b : a;
 }
 
-// `index`, or the nearest of 0..extent-1.
+// `index`, limited to 0..extent-1.
 IVC_HD inline int32_t clamped(int32_t index, int32_t extent) { return larger(0, smaller(index, extent - 1)); }
 
 IVC_HD inline int32_t ceilDiv(int32_t a, int32_t b) { return (a + b - 1) / b; }
@@ -33,7 +33,7 @@ IVC_HD inline int32_t ceilDiv(int32_t a, int32_t b) { return (a + b - 1) / b; }
 #ifdef __CUDACC__
 
 struct Team {
-    // What a thread keeps from one phase to the next.
+    // A value that a thread keeps from one phase to the next.
     template <class T>
     struct Local {
         T value{};
@@ -58,7 +58,7 @@ struct Team {
 
 struct Team {
     int count;
-    bool backwards = false;  // the last thread first: what comes out must not depend on it
+    bool backwards = false;  // the last thread runs first: no result may depend on this
 
     template <class T>
     struct Local {

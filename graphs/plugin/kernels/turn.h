@@ -1,7 +1,7 @@
-// Heads of query, key and value out of the rows of one product: split, normed and turned, in float32.
+// Splits the heads of query, key and value out of the rows of one product, normalises and rotates them, in float32.
 //
-// A lane takes four elements of a head's first half and the four of its second half that they are turned with.
-// Source of the rotation: Su et al. 2021, section 3.4.2; of the norm: Zhang and Sennrich 2019, eq. 4.
+// A lane has four elements of a head's first half, and the four elements of its second half with which they are
+// rotated. Source of the rotation: Su et al. 2021, section 3.4.2; of the norm: Zhang and Sennrich 2019, eq. 4.
 #pragma once
 
 #include "ivc_types.h"
@@ -22,10 +22,10 @@ struct Turn {
     float epsilon;
 
     IVC_HD int32_t half() const { return headDim / 2; }
-    IVC_HD int32_t lanes() const { return headDim / 8; }  // of a head
+    IVC_HD int32_t lanes() const { return headDim / 8; }  // of one head
     IVC_HD int32_t group() const { return heads / kvHeads; }
 
-    // Where head `head` of `of` heads, of a row, is written.
+    // Where head `head` of a row's `of` heads is written.
     IVC_HD int64_t target(int64_t row, int32_t head, int32_t of) const {
         if (!byHead) return (row * of + head) * headDim;
         return ((row / angleRows * of + head) * angleRows + row % angleRows) * headDim;
@@ -33,10 +33,10 @@ struct Turn {
 
     IVC_HD int32_t width() const { return (heads + 2 * kvHeads) * headDim; }
 
-    // Heads of a row that are split from it.
+    // The number of heads that are split from a row.
     IVC_HD int32_t parts() const { return heads + kvHeads + (v ? kvHeads : 0); }
 
-    // Where a head begins in a row; all queries are numbered before all keys, and these before all values.
+    // Where a head starts in a row. Heads are numbered: all queries, then all keys, then all values.
     IVC_HD int32_t place(int32_t head) const {
         if (!grouped) return head * headDim;
         if (head < heads) return (head / group() * (group() + 2) + head % group()) * headDim;
@@ -73,14 +73,14 @@ IVC_WARP void writeFour(void* to, const float* from) {
     *static_cast<typename FourOf<Value>::Vector*>(to) = bits;
 }
 
-// The angles that a lane's elements are turned by.
+// The angles by which a lane's elements are rotated.
 struct Angles {
     struct Both {
         float cos[4], sin[4];
     };
     Lane<Both> x;
 
-    // `from(lane)`: the number of a lane's first cosine, or below 0 where it needs none.
+    // `from(lane)`: the index of a lane's first cosine, or below 0 if it needs none.
     template <class From>
     IVC_WARP void read(const Turn& t, From from) {
         eachLane([&](int lane) {
@@ -92,14 +92,14 @@ struct Angles {
     }
 };
 
-// What the lanes of a warp have of their heads, lanes() of them beside each other of one head.
+// The elements that the lanes of a warp have. lanes() neighbouring lanes share one head.
 struct Pairs {
     struct Both {
         float low[4], high[4];
     };
     Lane<Both> x;
 
-    // `from(lane)`: a lane's first element, or null where it has none.
+    // `from(lane)`: the address of a lane's first element, or null if it has none.
     template <class Value, class From>
     IVC_WARP void read(const Turn& t, From from) {
         eachLane([&](int lane) {
@@ -111,7 +111,7 @@ struct Pairs {
         });
     }
 
-    // `weight(lane)`: that of a lane's first element, or null where its head is not normed. All lanes take part.
+    // `weight(lane)`: the weight of a lane's first element, or null if its head is not normalised. All lanes take part.
     template <class Value, class Weight>
     IVC_WARP void norm(const Turn& t, Weight weight) {
         Lane<float> sum;
@@ -139,7 +139,7 @@ struct Pairs {
         });
     }
 
-    // Turns where `turned(lane)`.
+    // Rotates the elements of each lane for which `turned(lane)` is true.
     template <class Turned>
     IVC_WARP void turn(const Angles& angles, Turned turned) {
         eachLane([&](int lane) {
@@ -155,8 +155,9 @@ struct Pairs {
     }
 };
 
-// One block's part: kTurnThreads lanes of rows' heads, queries first in each row, then keys, then values if wanted. More
-// heads a lane, which would read their angles once, are slower: an H200 then reads and writes rows in shorter pieces.
+// The work of one block: kTurnThreads lanes of the heads of rows. A row's queries come first, then its keys, then its
+// values, if they are wanted. With more heads per lane, angles would be read once, but an H200 is slower: it then reads
+// and writes rows in shorter pieces.
 template <class Value>
 IVC_WARP void turnHeads(Block& block, const Turn& t, int32_t number) {
     const int32_t lanes = t.lanes(), turned = t.heads + t.kvHeads, all = t.parts(), count = t.rowCount * all * lanes;

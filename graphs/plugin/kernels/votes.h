@@ -1,8 +1,8 @@
-// How much each visual token resembles the queries: softmax(V_q V^T / sqrt(D)), summed over heads and queries.
+// How similar each visual token is to the queries: softmax(V_q V^T / sqrt(D)), summed over heads and queries.
 //
-// Two launches over tiles of 16 queries by 64 keys, so that nothing of size queries x keys is ever stored: the first
-// finds each row's maximum and sum, the second sums the columns. Every sum has a fixed order, and the same for every
-// column, so that equal value vectors have equal scores. Source: arXiv 2602.03060, section 3.3.
+// Two launches work on tiles of 16 queries by 64 keys, so a matrix of queries x keys is never stored. The first finds
+// the maximum and the sum of each row, the second sums the columns. Every sum has a fixed order, the same for every
+// column, so that equal value vectors get equal scores. Source: arXiv 2602.03060, section 3.3.
 #pragma once
 
 #include <math.h>
@@ -14,14 +14,14 @@ namespace ivc {
 constexpr int kVoteThreads = 256;
 constexpr int kQueries = 16;  // of a tile
 constexpr int kKeys = 64;     // of a tile
-constexpr int kDepth = 32;    // of the head's values, loaded at a time
+constexpr int kDepth = 32;    // elements of a head that are loaded at a time
 constexpr int kLanes = kVoteThreads / kQueries;
-constexpr int kEach = kQueries * kKeys / kVoteThreads;  // scores of a thread
+constexpr int kEach = kQueries * kKeys / kVoteThreads;  // scores of one thread
 constexpr int kGroups = kVoteThreads / kKeys;
-constexpr int kMostSplits = 8;  // blocks that share the queries of a tile of keys
+constexpr int kMostSplits = 8;  // blocks that share the queries of one tile of keys
 
-// One launch's arguments. Queries are rows queryIndex[q], or, if seedIndex is not null, rows visualIndex[seedIndex[q]].
-// Keys are the visual tokens, or rows 0..rows-1 where the softmax runs over all of them.
+// One launch's arguments. Queries are the rows queryIndex[q]; if seedIndex is not null, the rows
+// visualIndex[seedIndex[q]]. Keys are the visual tokens; if the softmax runs over all rows, the rows 0..rows-1.
 template <class Value>
 struct Votes {
     const Value* values;  // [heads, rows, depth]
@@ -94,7 +94,7 @@ IVC_BLOCK void scoreTile(
     });
 }
 
-// Maximum and sum of exponentials of one tile's rows, to v.rowMax and v.rowSum.
+// Writes the maximum and the sum of exponentials of a tile's rows to v.rowMax and v.rowSum.
 template <class Value>
 IVC_BLOCK void voteRows(
     const Team& team, VoteTile& tile, const Votes<Value>& v, int head, int queryTile, int keyTile) {
@@ -130,7 +130,7 @@ IVC_BLOCK void voteRows(
     });
 }
 
-// Joins what voteRows left of each tile of keys: the row's maximum and sum, to tile.rowMax and tile.rowSum.
+// Combines what voteRows wrote for each tile of keys: the maximum and the sum of a row, in tile.rowMax and tile.rowSum.
 template <class Value>
 IVC_BLOCK void joinRows(const Team& team, VoteTile& tile, const Votes<Value>& v, int head, int firstQuery) {
     const int tiles = v.softmaxTiles();
@@ -165,7 +165,7 @@ IVC_BLOCK void joinRows(const Team& team, VoteTile& tile, const Votes<Value>& v,
     });
 }
 
-// Sums over the queries of one head that fall to this split, for one tile of visual tokens, to v.columnSums.
+// For one tile of visual tokens, sums the weights of this split's queries of one head into v.columnSums.
 template <class Value>
 IVC_BLOCK void voteColumns(const Team& team, VoteTile& tile, const Votes<Value>& v, int head, int split, int keyTile) {
     const int firstKey = keyTile * kKeys;

@@ -1,8 +1,9 @@
-// A block of warps for attend.h: matrix fragments, products of them, shared memory filled by copies in flight.
+// A block of warps for attend.h: matrix fragments, their products, and asynchronous copies into shared memory.
 //
-// A warp's instructions are written once. On the GPU what a lane holds lies in registers and an instruction is the
-// machine's: ldmatrix, mma.sync and cp.async of SM 80. On a host a warp is 32 slots and an instruction a loop over them
-// that moves data as PTX's manual lays fragments out, so that the index arithmetic above it is tested without a GPU.
+// The code of a warp is written once. On the GPU, the values of a lane are registers, and the operations are machine
+// instructions of SM 80: ldmatrix, mma.sync and cp.async. On a host, a warp is 32 slots, and an operation is a loop
+// over them that moves data as PTX's manual defines the layout of fragments. So the index arithmetic is tested without
+// a GPU.
 #pragma once
 
 #include <math.h>
@@ -22,12 +23,12 @@ namespace ivc {
 
 constexpr int kWarp = 32;
 
-// Four registers of two 16-bit values: one 16 x 16 left matrix, or two 16 x 8 right ones.
+// Four registers of two 16-bit values each: one 16 x 16 left matrix, or two 16 x 8 right matrices.
 struct Fragment {
     uint32_t x[4];
 };
 
-// A lane's part of a 16 x 8 product: rows lane / 4 and that + 8, columns 2 (lane % 4) and that + 1 of each.
+// A lane's part of a 16 x 8 product: columns 2 (lane % 4) and 2 (lane % 4) + 1 of rows lane / 4 and lane / 4 + 8.
 struct Product {
     float x[4];
 };
@@ -59,7 +60,7 @@ __device__ __forceinline__ void eachLane(Work work) {
 }
 
 struct Block {
-    // Work of each warp; no barrier behind it.
+    // Runs `work` in each warp, without a barrier after it.
     template <class Work>
     __device__ __forceinline__ void each(Work work) const {
         work(static_cast<int>(threadIdx.x) / kWarp);
@@ -67,11 +68,11 @@ struct Block {
 
     __device__ __forceinline__ void barrier() const { __syncthreads(); }
 
-    // Of the lanes of a warp, within `each`.
+    // A barrier for the lanes of a warp, within `each`.
     __device__ __forceinline__ void warpBarrier() const { __syncwarp(); }
 
-    // Whether this block is the last of `count` that get here, what all of them have written before being there to
-    // read; the counter is 0 before and afterwards. `flag` lies in shared memory.
+    // Whether this block is the last of `count` blocks to get here. It can then read what all of them wrote before. The
+    // counter is 0 before and after. `flag` is in shared memory.
     __device__ __forceinline__ bool last(int32_t* counter, int32_t count, int32_t* flag) const {
         __threadfence();
         __syncthreads();
@@ -85,7 +86,8 @@ struct Block {
         return true;
     }
 
-    // Starts a copy of 16 bytes into shared memory: of zeros where not `valid`, and `source` is then not read.
+    // Starts an asynchronous copy of 16 bytes into shared memory. If not `valid`, it writes zeros and does not read
+    // `source`.
     __device__ __forceinline__ void copy16(void* target, const void* source, bool valid) const {
 #ifdef IVC_TENSOR_CORES
         const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
@@ -102,7 +104,8 @@ struct Block {
     }
 };
 
-// Four 8 x 8 matrices of 16-bit values from shared memory; `address(lane)` is that of row lane % 8 of matrix lane / 8.
+// Loads four 8 x 8 matrices of 16-bit values from shared memory. `address(lane)` is that of row lane % 8 of matrix lane
+// / 8.
 template <bool kTransposed, class Address>
 __device__ __forceinline__ void loadMatrices(Lane<Fragment>& to, Address address) {
 #ifdef IVC_TENSOR_CORES
@@ -122,7 +125,7 @@ __device__ __forceinline__ void loadMatrices(Lane<Fragment>& to, Address address
 #endif
 }
 
-// sum += left * right: a 16 x 16 left matrix, and of two 16 x 8 right ones that numbered `part`.
+// sum += left * right, of a 16 x 16 left matrix and the 16 x 8 right matrix `part`, of two.
 template <class Value, int kPart>
 __device__ __forceinline__ void multiply(Lane<Product>& sum, const Lane<Fragment>& left, const Lane<Fragment>& right) {
 #ifdef IVC_TENSOR_CORES
@@ -144,17 +147,17 @@ __device__ __forceinline__ void multiply(Lane<Product>& sum, const Lane<Fragment
 #endif
 }
 
-// What `x` is at lane `lane ^ mask`.
+// Gives each lane the `x` of lane `lane ^ mask`.
 __device__ __forceinline__ void exchange(Lane<float>& to, const Lane<float>& x, int mask) {
     to.value = __shfl_xor_sync(0xffffffffu, x.value, mask);
 }
 
-// What `x` is at lane `lane`, in every lane.
+// Gives every lane the `x` of lane `lane`.
 __device__ __forceinline__ void spread(Lane<float>& to, const Lane<float>& x, int lane) {
     to.value = __shfl_sync(0xffffffffu, x.value, lane);
 }
 
-// What other blocks of the same launch have written.
+// Reads what other blocks of the same launch have written.
 __device__ __forceinline__ float fromOthers(const float* from) {
     float found;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(found) : "l"(from) : "memory");
@@ -225,7 +228,7 @@ struct Block {
     };
 
     int warps;
-    bool backwards = false;  // the last warp first, and copies as late as can be: no result may depend on it
+    bool backwards = false;  // the last warp runs first, and copies end as late as possible: no result may depend on this
     std::vector<Copy> copies{};
 
     template <class Work>
@@ -329,8 +332,8 @@ inline uint32_t packed(float low, float high) {
 
 #endif
 
-// Waits for the kernel before, where this one was launched to begin before its end, and then lets the next one begin. What
-// that one reads before it waits may be written two kernels before it, but not by this one.
+// Waits for the end of the previous kernel, if this one was launched to start before that, and then lets the next
+// kernel start. What the next kernel reads before it waits may be written two kernels before it, but not by this one.
 IVC_WARP void awaitKernelBefore() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -15,7 +15,7 @@ class SelectTokens {
     explicit SelectTokens(const Ort::ConstKernelInfo& node)
         : divisor_(static_cast<int32_t>(node.GetAttribute<int64_t>("seed_divisor"))),
           softmax_(node.GetAttribute<int64_t>("softmax_all") ? IVC_SOFTMAX_ALL : IVC_SOFTMAX_VISUAL) {
-        require(divisor_ > 0 && divisor_ % 2 == 0, "SelectTokens: seed_divisor is even and above 0");
+        require(divisor_ > 0 && divisor_ % 2 == 0, "SelectTokens: seed_divisor must be even and above 0");
     }
 
     OrtStatusPtr ComputeV2(OrtKernelContext* context) const {
@@ -28,12 +28,12 @@ class SelectTokens {
         const auto ints = [&](size_t i) { return input(i).GetTensorData<int32_t>(); };
         const auto values = input(0);
         const Shape shape = shapeOf(values);
-        require(shape.size() == 4 && shape[0] == 1, "SelectTokens: values are [1, kv_heads, S, head_dim]");
-        require(lengthOf(input(5)) == 1, "SelectTokens: keep_count has one element");
+        require(shape.size() == 4 && shape[0] == 1, "SelectTokens: values must have the shape [1, kv_heads, S, head_dim]");
+        require(lengthOf(input(5)) == 1, "SelectTokens: keep_count must have one element");
         const int32_t visual = lengthOf(input(2)), text = lengthOf(input(3)), keepCount = *ints(5);
-        require(lengthOf(input(1)) == visual, "SelectTokens: ivc_priority and visual_index differ in length");
-        require(visual + text == shape[2], "SelectTokens: visual_index and text_index are not the rows of values");
-        require(keepCount > 0 && keepCount <= visual, "SelectTokens: keep_count is not 1 to the visual tokens");
+        require(lengthOf(input(1)) == visual, "SelectTokens: ivc_priority and visual_index must have the same length");
+        require(visual + text == shape[2], "SelectTokens: visual_index and text_index must have as many entries as values has rows");
+        require(keepCount > 0 && keepCount <= visual, "SelectTokens: keep_count must be 1 to the number of visual tokens");
         const auto extent = [&](size_t axis) { return static_cast<int32_t>(shape[axis]); };
         const IvcSelection s{extent(1), extent(2), extent(3), visual, text, lengthOf(input(4)), keepCount, divisor_,
             ivcType(values.GetTensorTypeAndShapeInfo().GetElementType()), softmax_};
@@ -65,7 +65,7 @@ class CompactGatherN {
 
    private:
     void compute(const Ort::KernelContext& context) const {
-        require(context.GetInputCount() == axes_.size() + 1, "CompactGatherN: axes are not one a tensor");
+        require(context.GetInputCount() == axes_.size() + 1, "CompactGatherN: axes must have one entry for each tensor");
         const auto index = context.GetInput(0);
         const int32_t kept = lengthOf(index);
         std::vector<IvcRows> tensors;
@@ -75,7 +75,7 @@ class CompactGatherN {
             Shape shape = shapeOf(x);
             const auto axis = static_cast<size_t>(axes_[i]);
             require(axis < shape.size(), "CompactGatherN: an axis is out of range");
-            require(rows < 0 || shape[axis] == rows, "CompactGatherN: tensors differ in rows");
+            require(rows < 0 || shape[axis] == rows, "CompactGatherN: all tensors must have the same number of rows");
             rows = shape[axis];
             IvcRows one{x.GetTensorRawData(), nullptr, 1,
                 static_cast<int32_t>(bytesOf(x.GetTensorTypeAndShapeInfo().GetElementType()))};
@@ -115,12 +115,12 @@ class EncodeAttend {
         const int64_t width = heads_ * headDim_;
         require(query.size() == 3 && query[2] == width && shapeOf(context.GetInput(1)) == query &&
                     shapeOf(context.GetInput(2)) == query,
-            "EncodeAttend: query, key and value are [frames, rows, heads head_dim]");
+            "EncodeAttend: query, key and value must have the shape [frames, rows, heads head_dim]");
         const IvcStrides strides{query[1] * width, headDim_, width};
         const bool windows = context.GetInputCount() > 3;
-        require(windows == (block_ > 0), "EncodeAttend: windows go with a block_size");
+        require(windows == (block_ > 0), "EncodeAttend: window_of_place and block_size must be given together");
         require(!windows || (lengthOf(context.GetInput(3)) == query[1] && query[1] > 2 * block_),
-            "EncodeAttend: window_of_place is not one a row, with a block of padding at both ends");
+            "EncodeAttend: window_of_place must have one entry for each row, and a block of padding at both ends");
         const IvcEncoder e{static_cast<int32_t>(query[0]), static_cast<int32_t>(heads_),
             static_cast<int32_t>(query[1]), static_cast<int32_t>(headDim_), scale_,
             ivcType(q.GetTensorTypeAndShapeInfo().GetElementType()), static_cast<int32_t>(block_), strides, strides,
@@ -215,7 +215,7 @@ extern "C" IVC_API OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* 
     const OrtApi* api = base->GetApi(ORT_API_VERSION);
     if (!api) {
         const std::string built = "the library is built for onnxruntime 1." + std::to_string(ORT_API_VERSION) +
-                                  " or later, this is " + base->GetVersionString();
+                                  " or later, but this is " + base->GetVersionString();
         return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, built.c_str());
     }
     Ort::InitApi(api);

@@ -28,7 +28,7 @@ class JoinedHeads {
           headDim_(node.GetAttribute<int64_t>("head_dim")),
           grouped_(node.GetAttribute<int64_t>("grouped")),
           epsilon_(node.GetAttribute<float>("epsilon")) {
-        require(heads_ > 0 && kvHeads_ > 0 && headDim_ > 0, "ivc: joined rows have heads");
+        require(heads_ > 0 && kvHeads_ > 0 && headDim_ > 0, "ivc: heads, kv_heads and head_dim must be above 0");
     }
 
     int64_t kvHeads() const { return kvHeads_; }
@@ -40,7 +40,7 @@ class JoinedHeads {
         const auto rows = context.GetInput(0);
         const Shape shape = shapeOf(rows);
         require(shape.size() == 2 && shape[1] == width() + 2 * kvWidth(),
-            "ivc: joined rows are [rows, (heads + 2 kv_heads) head_dim]");
+            "ivc: joined rows must have the shape [rows, (heads + 2 kv_heads) head_dim]");
         const auto at = [&](size_t i) { return given(context, firstOptional + i); };
         const IvcJoinedRows r{rows.GetTensorRawData(), static_cast<const float*>(at(0)),
             static_cast<const float*>(at(1)), at(2), at(3)};
@@ -50,12 +50,12 @@ class JoinedHeads {
             const Shape angles = shapeOf(context.GetInput(firstOptional));
             require(angles.size() == 2 && angles[0] > 0 && shape[0] % angles[0] == 0 && angles[1] == headDim_ / 2 &&
                         angles == shapeOf(context.GetInput(firstOptional + 1)),
-                "ivc: cosines and sines are [rows of a frame, head_dim / 2]");
+                "ivc: cosines and sines must have the shape [rows of a frame, head_dim / 2]");
             c.angleRows = static_cast<int32_t>(angles[0]);
         }
         for (size_t i : {2, 3}) {
             require(!at(i) || lengthOf(context.GetInput(firstOptional + i)) == headDim_,
-                "ivc: a norm has one weight for each element of a head");
+                "ivc: a norm must have one weight for each element of a head");
         }
         c.heads = static_cast<int32_t>(heads_);
         c.kvHeads = static_cast<int32_t>(kvHeads_);
@@ -84,9 +84,9 @@ class TurnHeads {
    private:
     void compute(const Ort::KernelContext& context) const {
         const auto [c, rows] = joined_.of(context, 2);
-        require(lengthOf(context.GetInput(1)) == 1, "TurnHeads: frames has one element");
+        require(lengthOf(context.GetInput(1)) == 1, "TurnHeads: frames must have one element");
         const int64_t frames = *context.GetInput(1).GetTensorData<int64_t>();
-        require(frames > 0 && c.rows % frames == 0, "TurnHeads: rows are not as many in each frame");
+        require(frames > 0 && c.rows % frames == 0, "TurnHeads: all frames must have the same number of rows");
         void* outputs[3];
         for (size_t i = 0; i < 3; ++i) {
             const int64_t width = i == 0 ? joined_.width() : joined_.kvWidth();
@@ -161,8 +161,8 @@ class AttendJoined {
         const Shape cache = shapeOf(context.GetInput(kPast));
         require(cache.size() == 4 && cache[0] == 1 && cache[1] == c.kvHeads && cache[3] == c.headDim &&
                     cache == shapeOf(context.GetInput(kPast + 1)),
-            "AttendJoined: both caches are [1, kv_heads, P, head_dim]");
-        require(lengthOf(context.GetInput(kPastLength)) == 1, "AttendJoined: past_length has one element");
+            "AttendJoined: both caches must have the shape [1, kv_heads, P, head_dim]");
+        require(lengthOf(context.GetInput(kPastLength)) == 1, "AttendJoined: past_length must have one element");
         require(c.rows <= cache[2], "AttendJoined: the caches have no room for this run's rows");
         c.capacity = static_cast<int32_t>(cache[2]);
         c.scale = scale_;

@@ -37,10 +37,10 @@ class LinearAttributes {
         int64_t rows = 1;
         for (size_t axis = 0; axis + 1 < shape.size(); ++axis) rows *= shape[axis];
         shape.back() = out;
-        require(columns % each == 0, "FusedLinear: gates and what they gate differ in number");
-        require(!norm || shapeOf(norm) == Shape{features}, "FusedLinear: norm is not one a feature");
-        require(!bias || shapeOf(bias) == Shape{columns}, "FusedLinear: bias is not one a row of weight");
-        require(!residual || shapeOf(residual) == shape, "FusedLinear: residual is not of y's shape");
+        require(columns % each == 0, "FusedLinear: the weight of a gated product must have an even number of rows");
+        require(!norm || shapeOf(norm) == Shape{features}, "FusedLinear: norm must have one weight for each feature");
+        require(!bias || shapeOf(bias) == Shape{columns}, "FusedLinear: bias must have one value for each row of weight");
+        require(!residual || shapeOf(residual) == shape, "FusedLinear: residual must have the shape of y");
         return {{static_cast<int32_t>(rows), static_cast<int32_t>(features), static_cast<int32_t>(out),
                     ivcType(x.GetTensorTypeAndShapeInfo().GetElementType()), activation_, gated_, slope_, scale_,
                     epsilon_},
@@ -89,7 +89,7 @@ class FusedLinear : LinearAttributes {
             const Ort::KernelContext context(raw);
             const Shape x = shapeOf(context.GetInput(0)), weight = shapeOf(context.GetInput(1));
             require(x.size() > 1 && weight.size() == 2 && x.back() == weight[1],
-                "FusedLinear: rows of x and of weight differ in length");
+                "FusedLinear: rows of x and of weight must have the same length");
             const Around a = around(context, 2, weight[0]);
             run(raw, context, a, ivcLinearWorkspace(&a.product, a.norm != nullptr),
                 [&](void* workspace, cudaStream_t stream) {
@@ -114,11 +114,11 @@ class FusedLinearInt4 : LinearAttributes {
             const Shape x = shapeOf(context.GetInput(0)), packed = shapeOf(context.GetInput(1));
             require(block_ > 0 && x.size() > 1 && packed.size() == 3 && packed[2] == block_ / 2 &&
                         packed[1] == (x.back() + block_ - 1) / block_,
-                "FusedLinearInt4: packed is not [N, ceil(K / block_size), block_size / 2]");
+                "FusedLinearInt4: packed must have the shape [N, ceil(K / block_size), block_size / 2]");
             const auto scales = shapeOf(context.GetInput(2));
             int64_t count = 1;
             for (const int64_t extent : scales) count *= extent;
-            require(count == packed[0] * packed[1], "FusedLinearInt4: scales are not one a block");
+            require(count == packed[0] * packed[1], "FusedLinearInt4: scales must have one value for each block");
             const Around a = around(context, 4, packed[0]);
             const IvcPacked weight{data(context.GetInput(1)), data(context.GetInput(2)), data(input(context, 3)),
                 static_cast<int32_t>(block_)};

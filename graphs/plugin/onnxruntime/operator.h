@@ -55,7 +55,7 @@ inline Shape shapeOf(const Ort::ConstValue& tensor) { return tensor.GetTensorTyp
 // Elements of a tensor that has one axis.
 inline int32_t lengthOf(const Ort::ConstValue& tensor) {
     const Shape shape = shapeOf(tensor);
-    require(shape.size() == 1, "ivc: indices, priorities and counts have one axis");
+    require(shape.size() == 1, "ivc: indices, priorities and counts must have one axis");
     return static_cast<int32_t>(shape[0]);
 }
 

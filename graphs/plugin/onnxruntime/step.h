@@ -20,8 +20,8 @@ class TakeStep {
     static void compute(const Ort::KernelContext& context) {
         const Shape frequencies = shapeOf(context.GetInput(1));
         const void *table = given(context, 2), *row = given(context, 3);
-        require(frequencies.size() == 3 && frequencies[1] == 1, "TakeStep: frequencies are [axes, 1, pairs]");
-        require((table == nullptr) != (row == nullptr), "TakeStep: a table is given, or a row");
+        require(frequencies.size() == 3 && frequencies[1] == 1, "TakeStep: frequencies must have the shape [axes, 1, pairs]");
+        require((table == nullptr) != (row == nullptr), "TakeStep: either a table or a row must be given");
         const auto rows = context.GetInput(table ? 2 : 3);
         const Shape shape = shapeOf(rows);
         IvcStep c{};
@@ -31,7 +31,7 @@ class TakeStep {
         c.vocab = static_cast<int32_t>(shape[0]);
         c.type = ivcType(rows.GetTensorTypeAndShapeInfo().GetElementType());
         const int32_t lengths = lengthOf(context.GetInput(0)) - 1 - c.axes;
-        require(lengths == 1 || lengths == 2, "TakeStep: step is a token, its positions, and one length or two");
+        require(lengths == 1 || lengths == 2, "TakeStep: step must hold a token, its positions, and one or two lengths");
         auto embeds = context.GetOutput(0, Shape{1, 1, c.hidden});
         auto cos = context.GetOutput(1, Shape{1, c.pairs}), sin = context.GetOutput(2, Shape{1, c.pairs});
         auto length = context.GetOutput(3, Shape{1});
@@ -60,10 +60,10 @@ class GiveAnswer {
     void compute(const Ort::KernelContext& context) const {
         const auto x = context.GetInput(0);
         const Shape shape = shapeOf(x);
-        require(shape.size() == 2 && shape[0] == 1, "GiveAnswer: logits are [1, vocab]");
+        require(shape.size() == 2 && shape[0] == 1, "GiveAnswer: logits must have the shape [1, vocab]");
         require(lengthOf(context.GetInput(1)) == 1 && lengthOf(context.GetInput(2)) == 2 &&
                     lengthOf(context.GetInput(3)) == shape[1],
-            "GiveAnswer: there is one wanted, two of best, and as many told as logits");
+            "GiveAnswer: wanted must have one element, best two, and told as many as logits");
         IvcStep c{};
         c.vocab = static_cast<int32_t>(shape[1]);
         c.type = ivcType(x.GetTensorTypeAndShapeInfo().GetElementType());

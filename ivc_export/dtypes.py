@@ -78,5 +78,7 @@ def cast(values: npt.NDArray[Any], dtype: np.dtype[Any] | str, what: str, mend: 
         largest = np.abs(wide[np.isfinite(wide)]).max(initial=0)
         if largest >= end:
             most = float(ml_dtypes.finfo(target).max)
-            raise UserError(f"{what} has values up to {largest:.4g}, and {target.name} ends at {most:.5g}: {mend}")
+            raise UserError(
+                f"{what} has values up to {largest:.4g}, but the largest value of {target.name} is {most:.5g}: {mend}"
+            )
     return wide.astype(target)

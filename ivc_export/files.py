@@ -57,7 +57,9 @@ def confined(folder: Path, name: str, advice: str) -> Path:
     except (OSError, ValueError, RuntimeError):  # the same before, and zero bytes
         inside = False
     if not inside:
-        raise UserError(f"{folder} has {name!r}, which is outside the bundle or a link that leaves it: {advice}")
+        raise UserError(
+            f"{folder} names {name!r}, which is outside the bundle or a link to a place outside it: {advice}"
+        )
     return path
 
 
@@ -69,7 +71,7 @@ def read_bytes(path: Path, advice: str, most: int = MOST_BYTES) -> bytes:
     """
     size = check_regular(path, advice)
     if size > most:
-        raise UserError(f"{path} is {decimal(size)}, and at most {decimal(most)} are read of such a file: {advice}")
+        raise UserError(f"{path} has {decimal(size)}, but the limit for this file is {decimal(most)}: {advice}")
     try:
         with path.open("rb") as stream:
             return stream.read(most)

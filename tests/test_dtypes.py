@@ -27,11 +27,11 @@ def test_values_round_as_numpy_rounds_them(stored: Any, name: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "dtype", "sentence"),
     [
-        (END, "float16", "x has values up to 6.552e[+]04, and float16 ends at 65504: mend it"),
+        (END, "float16", "x has values up to 6.552e[+]04, but the largest value of float16 is 65504: mend it"),
         (-1e5, "float16", "x has values up to 1e[+]05"),
         (ml_dtypes.bfloat16(1e6), "float16", "x has values up to 9.994e[+]05"),
         (np.float64(1e300), "float16", "x has values up to 1e[+]300"),
-        (BFLOAT16_END, "bfloat16", "and bfloat16 ends at 3.3895e[+]38"),
+        (BFLOAT16_END, "bfloat16", "but the largest value of bfloat16 is 3.3895e[+]38"),
     ],
 )
 def test_values_that_would_become_infinite_are_refused(value: Any, dtype: str, sentence: str) -> None:

@@ -72,12 +72,12 @@ def report_facts(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def times(rows: Sequence[Row | StoredRow]) -> dict[str, float | None]:
-    """Milliseconds by side, size, ratio and stage: vision, prefill, first token, and a token."""
+    """Milliseconds by side, size, ratio and stage: vision, prefill, first token, and decode step."""
     found: dict[str, float | None] = {}
     for row in rows:
         who = f"{row.side} in {row.dtype}, {row.visual_tokens} visual and {row.text_tokens} text tokens"
         parts = {"vision": row.stages.get("vision"), "prefill": row.prefill}
-        parts |= {"first token": row.first_token, "a token": row.decode}
+        parts |= {"first token": row.first_token, "decode step": row.decode}
         found |= {f"{who}, ratio {row.ratio:g}: {part}": value for part, value in parts.items()}
     return found
 

@@ -49,8 +49,7 @@ def check_entrants(entrants: Entrants) -> None:
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if entrants.peers and missing:
         raise UserError(
-            f"ivc-bench --against needs {' and '.join(missing)}: install ivc-export[check], its extra with both, or "
-            "leave out --against"
+            f"ivc-bench --against needs {' and '.join(missing)}: install ivc-export[check], or leave out --against"
         )
 
 
@@ -78,7 +77,7 @@ def open_contestants(
                 side = BundleSide(open_session(bundle, name, **options))
             found.append(Contestant(side, memory))
     if entrants.peers and entrants.checkpoint is not None:
-        progress("opening the checkpoint on PyTorch")
+        progress("opening the checkpoint in PyTorch")
         with noted(failures, "PyTorch"):
             from ivc_export.bench import peers
             from ivc_export.verify.oracle import check_same_model

@@ -177,7 +177,7 @@ class Bench:
             measures = isinstance(side, BundleSide) and side.backend.ceilings is not None
             sessions[key] = side.session if isinstance(side, BundleSide) and measures else sessions.get(key)
         for key, session in sessions.items():
-            self.progress(f"the roofline of {key[0]} in {key[1]}")
+            self.progress(f"measuring the roofline: {key[0]}, {key[1]}")
             found = measure_ceilings(*key, session)
             self.ceilings[key] = found.best(self.ceilings.get(key, found))
 
@@ -193,7 +193,7 @@ class Bench:
     ) -> list[Row]:
         rows: list[Row] = []
         for one, ratio in turns:
-            self.progress(f"{prompt.visual} visual tokens: selection of {one.side.name}, ratio {ratio:g}")
+            self.progress(f"{prompt.visual} visual tokens: measuring the selection of {one.side.name}, ratio {ratio:g}")
             row = self._row(one, ratio, prompt, seen[one.side.name, ratio])
             if row.ratio == 1:
                 first = next((other for other in rows if other.ratio == 1), row)
@@ -274,6 +274,6 @@ def check_tokens(rows: Sequence[Row]) -> None:
     for row in exact[1:]:
         if row.tokens[:FIRST_TOKENS] != exact[0].tokens[:FIRST_TOKENS]:
             raise UserError(
-                f"{row.side} draws other tokens than {exact[0].side} with nothing pruned, both in float32: one of them "
-                "is wrong, so that times mean nothing; ivc-check finds out which"
+                f"{row.side} and {exact[0].side} give different tokens at ratio 1, both in float32. One of them "
+                "computes wrong results, so the times cannot be compared: run ivc-check to find out which"
             )

@@ -25,7 +25,7 @@ def posted(content: Mapping[str, Any], bundle: Bundle) -> dict[str, Any]:
         try:
             record = json.loads(read_record(path, "build them again").model_dump_json())
         except UserError:
-            engines[path.parent.name] = f"its {RECORD} cannot be read"
+            engines[path.parent.name] = f"{RECORD} cannot be read"
             continue
         recipe = {key: last_name(value) if key in PATHS and value else value for key, value in record["recipe"].items()}
         engines[path.parent.name] = record | {"recipe": recipe}

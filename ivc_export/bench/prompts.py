@@ -43,12 +43,13 @@ def noise_prompt(bundle: Bundle, visual: int, text: int) -> Prompt:
     """
     m, generator = bundle.manifest, np.random.default_rng(0)
     if text < LEAST_TEXT:
-        raise UserError(f"{text} text tokens are too few: give at least {LEAST_TEXT}")
+        raise UserError(f"{text} text tokens are too few: give {LEAST_TEXT} or more")
     most = most_visual(m)
     if not 1 <= visual <= most:
         raise UserError(
-            f"{visual} visual tokens are out of range: this bundle takes 1 to {most} a picture; "
-            "ivc-export --max-visual and the model's own preprocessor_config.json set the most"
+            f"{visual} visual tokens are out of range: give 1 to {most}, which is what one picture can have in "
+            "this bundle. For more, export with a larger --max-visual; preprocessor_config.json of the model may "
+            "limit it, too"
         )
     width, height = picture_size(m.preprocessing, visual)
     noise = PIL.Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8))

@@ -69,7 +69,7 @@ def read_examples(folder: Path) -> list[Example]:
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {advice}") from error
     if not pairs:
-        raise UserError(f"{path} holds no example: give at least one picture with a prompt")
+        raise UserError(f"{path} has no examples: add at least one picture with a prompt")
     return [Example(open_picture(picture), prompt) for picture, prompt in pairs]
 
 
@@ -138,11 +138,14 @@ def calibrate(
         tried = sorted(set(layers)) if layers else layers_to_try(cuts)
         if not cuts[0] <= tried[0] <= tried[-1] <= cuts[-1]:
             raise UserError(
-                f"layers {tried[0]} to {tried[-1]} are out of range: this model's are {cuts[0]} to {cuts[-1]}"
+                f"layers {tried[0]} to {tried[-1]} are out of range: give {cuts[0]} to {cuts[-1]} for this model"
             )
         cases = [Case(ratio, layer, method, m.selection.scored) for ratio in ratios for layer in tried]
         if missing := bundle.missing_processor_files():
-            raise UserError(f"the checkpoint has no {' and no '.join(missing)}: prompts cannot be read without")
+            raise UserError(
+                f"the checkpoint has no {' and no '.join(missing)}, so prompts cannot be read: put the model's own "
+                "files into the checkpoint folder"
+            )
         processor = Processor(bundle)
         reference = Reference(checkpoint.folder, 1, 1.0, m.selection, reference_layout(bundle, checkpoint.folder))
         rivals: list[tuple[Method, Scored]]

@@ -62,12 +62,18 @@ class BundleModel(lmms):  # type: ignore[misc]
         super().__init__()
         record = find_backend(backend)
         if str(batch_size or 1) != "1" or max_batch_size not in (None, 1):
-            raise UserError("ivc answers one question at a time: leave out --batch_size, and start more processes")
+            raise UserError(
+                "ivc answers one question at a time: leave out --batch_size, and start several processes instead"
+            )
         if device is not None:
-            raise UserError("ivc computes where its backend does: give backend=NAME in --model_args, and no --device")
+            raise UserError(
+                "--device does not apply to ivc, because the backend decides where it computes: leave out "
+                "--device and give backend=NAME in --model_args"
+            )
         if record.device == "cuda" and "," in gpus_in_sight(os.environ):
             raise UserError(
-                "each process needs a GPU of its own: start torchrun -m ivc_export.evaluate in the place of lmms-eval"
+                "several processes would share one GPU: start them with torchrun -m ivc_export.evaluate instead "
+                "of lmms-eval"
             )
         check_model_args(ratio=ratio, method_seed=method_seed, max_frames=max_frames)
         check_model_args(**{name: options[name] for name in ("threads", "accuracy_level") if name in options})
@@ -92,7 +98,7 @@ class BundleModel(lmms):  # type: ignore[misc]
             give_up(error)
         except TypeError as error:
             if "bundle" in str(error):
-                give_up(UserError("there is no bundle to ask: give bundle=FOLDER in --model_args"))
+                give_up(UserError("no bundle was given: add bundle=FOLDER to --model_args"))
             raise
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
@@ -102,7 +108,7 @@ class BundleModel(lmms):  # type: ignore[misc]
                 found = [self._answer(number, request) for number, request in enumerate(bar)]
         except UserError as error:
             give_up(error)
-        logger.info(f"{self.session.backend} kept {self.kept:,} of {self.visual:,} visual tokens so far")
+        logger.info(f"{self.session.backend}: kept {self.kept:,} of {self.visual:,} visual tokens so far")
         return found
 
     def _answer(self, number: int, request: Any) -> Any:
@@ -127,11 +133,11 @@ class BundleModel(lmms):  # type: ignore[misc]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> NoReturn:
         """Refuse."""
-        give_up(UserError("ivc takes no tasks of several rounds: leave them out of --tasks"))
+        give_up(UserError("ivc does not support tasks of several rounds: leave them out of --tasks"))
 
     def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
         """Refuse."""
-        give_up(UserError("ivc gives answers, and no likelihoods: choose tasks of output_type generate_until"))
+        give_up(UserError("ivc gives answers, not likelihoods: choose tasks of output_type generate_until"))
 
     def _read(self, told: Iterable[Mapping[str, Any]]) -> tuple[list[Message], list[Picture]]:
         """A conversation of a task, in the form that chat templates take, and its pictures."""
@@ -151,7 +157,7 @@ class BundleModel(lmms):  # type: ignore[misc]
     def _look(self, part: Mapping[str, Any], pictures: list[Picture]) -> Look:
         kind, medium = part["type"], part["url"]
         if kind not in ("image", "video"):
-            raise UserError(f"ivc takes pictures and videos, and no {kind}: leave this task out of --tasks")
+            raise UserError(f"ivc supports pictures and videos, not {kind}: leave this task out of --tasks")
         if isinstance(medium, str):
             medium = Path(medium)
         look, visuals = self.processor.look(Video(medium, max_frames=self.max_frames) if kind == "video" else medium)
@@ -168,7 +174,7 @@ def check_model_args(**given: object) -> None:
     for name, value in given.items():
         kind, words = (Real, "number") if name == "ratio" else (Integral, "whole number")
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            raise UserError(f"{name}={value} is no {words}: give one in --model_args")
+            raise UserError(f"{name}={value} is not a {words}: give a {words} in --model_args")
 
 
 def gpus_in_sight(environment: Mapping[str, str]) -> str:
@@ -189,7 +195,7 @@ def sampling(settings: Mapping[str, Any], seed: int) -> Sampling:
         UserError: by what is not supported, or is out of range.
     """
     if (settings.get("num_beams") or 1) != 1:
-        raise UserError("ivc has no beam search: give --gen_kwargs num_beams=1")
+        raise UserError("ivc has no beam search: use --gen_kwargs num_beams=1")
     longest = int(settings.get("max_new_tokens") or LONGEST)
     if not settings.get("do_sample"):
         return Sampling(max_tokens=longest)

@@ -43,7 +43,7 @@ def plot_stages(rows: Sequence[Row], path: Path) -> None:
             token.bar(number, row.decode, color=COLOURS["decode"])
             for axes, ideal in ((first, row.ideal["vision"] + row.ideal["prefill"]), (token, row.ideal["decode"])):
                 axes.hlines(ideal, number - 0.45, number + 0.45, color=LIMIT)
-        for axes, title in ((first, f"first token, {size} visual tokens"), (token, "a decoded token")):
+        for axes, title in ((first, f"first token, {size} visual tokens"), (token, "decode step")):
             decorate(axes, title, names)
     stages = [stage for stage in COLOURS if any(stage in row.stages for row in rows)]
     handles: list[Any] = [Patch(color=COLOURS[stage], label=stage) for stage in stages]

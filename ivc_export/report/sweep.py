@@ -17,8 +17,8 @@ def plot_calibration(found: Calibration, path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     divergence, agreement = figure.subplots(1, 2)
     panels: tuple[tuple[Any, str, str], ...] = (
-        (divergence, "divergence", "divergence from the unpruned, nats a token"),
-        (agreement, "agreement", "part of the answers that stay the same"),
+        (divergence, "divergence", "divergence from the unpruned model, nats per token"),
+        (agreement, "agreement", "fraction of identical answers"),
     )
     for axes, field, label in panels:
         for ratio in dict.fromkeys(trial.ratio for trial in found.trials):

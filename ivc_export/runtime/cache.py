@@ -82,7 +82,8 @@ class KVCache:
                 self._arrays[name] = np.concatenate([past, new], axis=2)
             elif start + rows[layer] > self.capacity:
                 raise TooLongError(
-                    f"the cache holds {self.capacity} rows, {start + rows[layer]} are needed: give it a larger capacity"
+                    f"the cache has {self.capacity} rows, but {start + rows[layer]} are needed: give it a larger "
+                    "capacity"
                 )
             else:
                 past[:, :, start : start + rows[layer]] = new

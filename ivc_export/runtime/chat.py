@@ -196,7 +196,7 @@ class Chat:
             step = self._prune_again(messages, pictures) if again else self._go_on(messages, pictures)
         except TooLongError as error:
             if again and len(messages) > 2:
-                raise TooLongError(f"{error}, or go on over the compacted cache (--follow-up compacted)") from error
+                raise TooLongError(f"{error}, or continue on the compacted cache (--follow-up compacted)") from error
             raise
         self.step, self.tokens = step, []
         self.sampler.read(step.run.tokens)
@@ -212,7 +212,7 @@ class Chat:
     def _check_length(self, tokens: Sequence[int]) -> None:
         if self.most_prompt is not None and len(tokens) > self.most_prompt:
             raise TooLongError(
-                f"the prompt has {len(tokens):,} tokens, and {self.most_prompt:,} are taken: shorten it, or use "
+                f"the prompt has {len(tokens):,} tokens, but the limit is {self.most_prompt:,}: shorten it, or use "
                 "smaller pictures"
             )
 
@@ -257,7 +257,8 @@ class Chat:
                 if answer in rest and not before.strip():
                     return added
         raise UserError(
-            "the chat template rewrites earlier turns, which a cache cannot: prune again, or start a new chat"
+            "the chat template rewrites earlier turns, which the cache already holds: use --follow-up again, or "
+            "start a new chat"
         )
 
     def _record(self, tokens: Iterator[int]) -> Iterator[int]:

@@ -84,7 +84,7 @@ class Seen:
         names, size = {"image_embeds", *deepstack_names(sizes)}, self.grid.visual * sizes.hidden_size
         whole = all(array.size == size and array.shape[-1] == sizes.hidden_size for array in self.outputs.values())
         if names != {*self.outputs} or not whole:
-            raise UserError("a picture was seen by another bundle's vision: prepare it with this bundle's own")
+            raise UserError("a picture was prepared by another bundle: prepare it with this bundle")
 
 
 Picture = Visual | Seen
@@ -214,12 +214,12 @@ def no_numbers(session: Session) -> str:
     """What to do where logits are no numbers: another dtype if there is a wider one, and never what is done already."""
     if session.dtype == "float32":
         return (
-            f"this model gives logits that are no numbers, in float32 on {session.backend}: its weights are damaged, "
-            "so verify them with ivc-check --weights, or download the checkpoint again and export it"
+            f"this model gives NaN logits in float32 on {session.backend}, so its weights are damaged: verify them "
+            "with ivc-check --weights, or download the checkpoint again and export it"
         )
-    leaves = f"this model's activations leave {session.dtype}'s range on {session.backend}"
+    leaves = f"this model's activations exceed the range of {session.dtype} on {session.backend}"
     if session.backend == "onnxruntime-cpu":
-        return f"{leaves}: compute in float32, which is the default there"
+        return f"{leaves}: compute in float32, which is the default on this backend"
     return f"{leaves}: use --backend onnxruntime-cpu, or build engines with --dtype float32"
 
 

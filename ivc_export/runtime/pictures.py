@@ -71,13 +71,13 @@ def check_picture(image: PIL.Image.Image, name: str, note: Note = no_note) -> No
         raise UserError(f"{name} is a single pixel, which shows nothing: give a larger picture")
     if width * height > PIXELS:
         raise UserError(
-            f"{name} has {width * height / 1e6:.0f} megapixels, and {PIXELS / 1e6:.0f} are read at most: scale it down"
+            f"{name} has {width * height / 1e6:.0f} megapixels, but the limit is {PIXELS / 1e6:.0f}: scale it down"
         )
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones put previews behind the picture
-        raise UserError(f"{name} has {image.n_frames} frames: give one of them as a picture")  # type: ignore[attr-defined]
+        raise UserError(f"{name} has {image.n_frames} frames: give one frame as a picture")  # type: ignore[attr-defined]
     if image.mode == "CMYK":
-        note(f"{name} is CMYK, and is converted to RGB without its colour profile: colours are approximate")
+        note(f"{name} is CMYK. It is converted to RGB without its colour profile, so its colours are approximate")
     elif image.mode in SIXTEEN_BITS:
-        note(f"{name} has 16 bits a pixel, and what is above 255 becomes white: scale it to 8 bits where that matters")
+        note(f"{name} has 16 bits per pixel. Values above 255 become white: convert it to 8 bits if that matters")
     elif image.mode not in CONVERTED:
         raise UserError(f"{name} has colours of mode {image.mode}: convert it to RGB with 8 bits a channel")

@@ -85,12 +85,12 @@ def plan_run(
         raise UserError("the prompt is empty: give some text")
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise UserError("the prompt's tokens are no row of whole numbers: give ids of the bundle's tokenizer")
+        raise UserError("the prompt's tokens are not a list of whole numbers: give token ids of the bundle's tokenizer")
     unknown = tokens[(tokens < 0) | (tokens >= manifest.decoder.vocab_size)]
     if len(unknown):
         raise UserError(
-            f"token id {unknown[0]} is beyond the vocabulary of {manifest.decoder.vocab_size}: "
-            "the tokenizer belongs to another model"
+            f"token id {unknown[0]} is beyond the vocabulary of {manifest.decoder.vocab_size} tokens: use the "
+            "tokenizer of this bundle"
         )
     tokens = tokens.astype(np.int32)
     # without a picture such a token is a row like any other: a model may draw one
@@ -98,14 +98,14 @@ def plan_run(
     visual = np.flatnonzero(shown).astype(np.int32)
     if len(visual) != sum(grid.visual for grid in grids):
         raise UserError(
-            f"the prompt holds {len(visual)} image tokens and its pictures give {sum(grid.visual for grid in grids)}: "
-            "write no image tokens into the text, and name each picture once"
+            f"the prompt has {len(visual)} image tokens, but its pictures give "
+            f"{sum(grid.visual for grid in grids)}: write no image tokens into the text, and name each picture once"
         )
     positions, next_position = families.of(manifest.family).positions(segments(len(tokens), visual, grids), start)
     if next_position > manifest.decoder.max_positions:
         raise UserError(
-            f"the conversation reaches position {next_position:,}, and this model knows "
-            f"{manifest.decoder.max_positions:,}: shorten it, or use smaller pictures"
+            f"the conversation reaches position {next_position:,}, but this model has "
+            f"{manifest.decoder.max_positions:,} positions: shorten it, or use smaller pictures"
         )
     rows = np.arange(len(tokens), dtype=np.int32)
     method = method or find_method(manifest.selection, None)
@@ -150,8 +150,8 @@ def check_inputs(manifest: Manifest, picture: Visual) -> None:
         if not fits:
             found = "missing" if shape is None else f"of shape {list(shape)}"
             raise UserError(
-                f"a picture's {tensor.name} is {found}, and this model takes {list(tensor.shape)}: prepare the picture "
-                "with this bundle's own settings"
+                f"a picture's {tensor.name} is {found}, but this model takes {list(tensor.shape)}: prepare the "
+                "picture with this bundle's own settings"
             )
     frames, tokens, _ = info.outputs[0].shape  # numbers, or axes of the inputs
     if isinstance(tokens, str):
@@ -160,7 +160,7 @@ def check_inputs(manifest: Manifest, picture: Visual) -> None:
     visual = tokens * (axes[frames] if isinstance(frames, str) else frames)
     if visual != picture.grid.visual:
         raise UserError(
-            f"a picture's pixels are those of {visual} visual tokens, and its grid has {picture.grid.visual}: prepare "
+            f"a picture has the pixels of {visual} visual tokens, but its grid has {picture.grid.visual}: prepare "
             "the picture with this bundle's own settings"
         )
 
@@ -174,7 +174,9 @@ def check_kept(keep_index: npt.NDArray[Any], rows: int) -> Ints:
     kept = np.asarray(keep_index)
     whole = kept.ndim == 1 and kept.size and kept.dtype.kind in "iu"
     if not whole or kept[0] < 0 or kept[-1] >= rows or (kept[1:] <= kept[:-1]).any():
-        raise UserError(f"the rows to keep are no ascending numbers of 0 to {rows - 1}: give those of this same run")
+        raise UserError(
+            f"the rows to keep are not ascending numbers from 0 to {rows - 1}: give the rows of this same run"
+        )
     return kept.astype(np.int32)
 
 
@@ -252,7 +254,7 @@ def segments(rows: int, visual: Ints, grids: Sequence[Grid]) -> list[int | Grid]
     for grid in grids:
         start = int(visual[seen])
         if visual[seen + grid.visual - 1] != start + grid.visual - 1:
-            raise UserError("a picture's image tokens do not stand together: write no image tokens into the text")
+            raise UserError("a picture's image tokens are not next to each other: write no image tokens into the text")
         found += [start - row, grid]
         row, seen = start + grid.visual, seen + grid.visual
     return [*found, rows - row]

@@ -119,8 +119,8 @@ class Processor:
         picture = self.pictures.picture(open_picture(image), manifest.tokens.image)
         if picture.grid.visual > manifest.max_visual:
             raise UserError(
-                f"the picture gives {picture.grid.visual} visual tokens, and this bundle takes {manifest.max_visual}: "
-                "crop it to a less elongated shape"
+                f"the picture gives {picture.grid.visual} visual tokens, but this bundle takes "
+                f"{manifest.max_visual} at most: crop it to a less elongated shape"
             )
         return picture
 
@@ -193,7 +193,7 @@ class Processor:
             place = rendered.find(wanted, place) + len(wanted)
             if place < len(wanted):
                 raise UserError(
-                    "the chat template of this bundle does not keep pictures within the text: give them in front of it"
+                    "the chat template of this bundle does not keep pictures within the text: put them before the text"
                 )
 
     def encode(self, text: str, pictures: Sequence[Shown] = (), begin: bool = True) -> list[int]:
@@ -225,14 +225,14 @@ class Processor:
         if found != [picture.token_id for picture in pictures]:
             videos = any(picture.token_id != special.image for picture in pictures)
             raise UserError(
-                f"the prompt holds {len(found)} image tokens and there are {len(pictures)} pictures: "
-                f"write no image tokens into the text{', and use a chat template that shows videos' * videos}"
+                f"the prompt has {len(found)} image tokens, but there are {len(pictures)} pictures: write no image "
+                f"tokens into the text{', and use a chat template that shows videos' * videos}"
             )
         behind = next((number for number, i in enumerate(reversed(ids)) if i in visual), len(ids))
         if pictures and behind <= self.bundle.manifest.selection.query_offset:
             raise UserError(
-                "no text follows the picture, and only that can choose its tokens: put the question behind it, in the "
-                "prompt or in the chat template"
+                "no text follows the picture, but the tokens to keep are chosen by that text: put the question "
+                "after the picture, in the prompt or in the chat template"
             )
         rest = iter(pictures)
         pieces = [shown(next(rest)) if i in visual else [i] for i in ids]
@@ -314,7 +314,9 @@ def video_settings(bundle: Bundle) -> VideoPreprocessing:
         UserError: it takes none.
     """
     if bundle.manifest.video is None:
-        raise UserError(f"{bundle.folder} takes no videos: give pictures, or export a model that takes them")
+        raise UserError(
+            f"{bundle.folder} does not support videos: give pictures, or export a model that supports videos"
+        )
     return bundle.manifest.video
 
 
@@ -367,8 +369,8 @@ def placed(text: str, pictures: Sequence[T]) -> list[str | T]:
     for mark, what in ((MARK, "pictures"), (VIDEO_MARK, "videos")):
         if mark in marks and pieces.count(mark) != len(by_mark[mark]):
             raise UserError(
-                f"the prompt has {pieces.count(mark)} {mark} marks and there are {len(by_mark[mark])} {what}: write a "
-                "mark for each, or none, and they come first"
+                f"the prompt has {pieces.count(mark)} {mark} marks, but there are {len(by_mark[mark])} {what}: "
+                "write one mark for each, or none to put them first"
             )
     return [by_mark[piece].pop(0) if piece in marks else piece for piece in pieces if piece != ""]
 

@@ -77,9 +77,9 @@ class Video:
 
     def __post_init__(self) -> None:
         if self.fps is not None and not (math.isfinite(self.fps) and 0 < self.fps <= 1000):
-            raise UserError(f"{self.fps:g} frames a second are out of range: give a number above 0, up to 1000")
+            raise UserError(f"{self.fps:g} frames per second are out of range: give a number above 0, up to 1000")
         if self.max_frames is not None and self.max_frames < 1:
-            raise UserError(f"{self.max_frames} frames at most are none: give 1 or more")
+            raise UserError(f"a limit of {self.max_frames} frames is out of range: give 1 or more")
 
     @property
     def is_folder(self) -> bool:
@@ -118,7 +118,7 @@ class FrameFolder:
         """
         found = [file for file in folder.iterdir() if file.suffix.lower() in PICTURES and not file.name.startswith(".")]
         if not found:
-            raise UserError(f"{folder} holds no frames of a video: give a folder of PNG or JPEG files, or a video file")
+            raise UserError(f"{folder} has no video frames: give a folder of PNG or JPEG files, or a video file")
         files = tuple(sorted(found, key=lambda file: file.name))
         return FrameFolder(files, open_picture(files[0]).size, fps)
 
@@ -137,7 +137,7 @@ class FrameFolder:
             frame = open_picture(self.files[index])
             if frame.size != self.size:
                 raise UserError(
-                    f"{self.files[index]} is of {frame.width} x {frame.height}, and the first frame of the video of "
+                    f"{self.files[index]} is {frame.width} x {frame.height}, but the first frame of the video is "
                     f"{self.size[0]} x {self.size[1]}: give frames of one size"
                 )
             yield frame
@@ -165,7 +165,7 @@ class VideoFile:
         with opened(path) as stream:
             total = sum(packet.size > 0 and not packet.is_discard for packet in stream.container.demux(stream))
         if first is None or not total:
-            raise UserError(f"{path} holds no frames: give another video, or a folder of frames")
+            raise UserError(f"{path} has no frames: give another video, or a folder of frames")
         return VideoFile(path, rgb_frame(first).size, total, native or UNSTATED_RATE)
 
     def frames(self, indices: Sequence[int]) -> Iterator[PIL.Image.Image]:
@@ -189,7 +189,7 @@ class VideoFile:
             yield rgb_frame(last)
             number = next(wanted, None)
         if number is not None:
-            raise UserError(f"{self.path} is damaged (frame {number} of {self.total} is not there): give a whole video")
+            raise UserError(f"{self.path} is damaged (frame {number} of {self.total} is missing): give a whole video")
 
 
 @contextmanager
@@ -203,17 +203,17 @@ def opened(path: Path) -> Iterator[Any]:
         av = importlib.import_module("av")
     except ImportError as error:
         raise UserError(
-            "a video file takes PyAV to read: install ivc-export[video], its extra, or give a folder of frames"
+            "reading a video file needs PyAV: install ivc-export[video], or give a folder of frames"
         ) from error
     try:
         with av.open(str(path.absolute()), options={"format_whitelist": FORMATS, "protocol_whitelist": "file"}) as file:
             if not file.streams.video:
-                raise UserError(f"{path} holds no video: give a file that does, or a folder of frames")
+                raise UserError(f"{path} has no video in it: give a video file, or a folder of frames")
             stream = file.streams.video[0]
             if stream.width * stream.height > PIXELS:
                 raise UserError(
-                    f"{path} has frames of {stream.width} x {stream.height}, and {PIXELS / 1e6:.0f} megapixels are "
-                    "read at most: scale it down"
+                    f"{path} has frames of {stream.width} x {stream.height}, but the limit is {PIXELS / 1e6:.0f} "
+                    "megapixels: scale it down"
                 )
             yield stream
     except (av.FFmpegError, ValueError) as error:  # a damaged file makes PyAV raise either

@@ -101,7 +101,7 @@ def method_fits(name: str, worker: Worker) -> bool:
 def http_error(request: Request, error: Exception) -> Response:
     """What Starlette refuses."""
     assert isinstance(error, HTTPException)
-    body = error_body(f"{error.detail}: {request.method} of this path is not served", error.status_code)
+    body = error_body(f"{error.detail}: this server does not answer {request.method} at this path", error.status_code)
     return JSONResponse(body, error.status_code, headers=error.headers)
 
 
@@ -113,7 +113,7 @@ def request_error(request: Request, error: Exception) -> Response:
 
 def unexpected_error(request: Request, error: Exception) -> Response:
     """A bug, which the log tells."""
-    return JSONResponse(error_body("the server failed: its log says why", 500), 500)
+    return JSONResponse(error_body("the server failed: see its log for the reason", 500), 500)
 
 
 class Guard:
@@ -134,11 +134,15 @@ class Guard:
 
     def _refused(self, request: Request) -> RequestError | None:
         if self._settings.loopback and not LOOPBACK.fullmatch(request.headers.get("host", "")):
-            return RequestError("the Host header names another machine: ask 127.0.0.1 or localhost", 403)
+            return RequestError("the Host header names another machine: use 127.0.0.1 or localhost", 403)
         open_to_all = request.url.path in ("/", "/health")
         if not self._settings.keys or open_to_all:
             return None
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
         if any([hmac.compare_digest(given, key.encode()) for key in self._settings.keys]):  # noqa: C419 (all of them)
             return None
-        return RequestError("the API key is missing or wrong: send it as a bearer token", 401, code="invalid_api_key")
+        return RequestError(
+            "the API key is missing or wrong: send it as a bearer token in the Authorization header",
+            401,
+            code="invalid_api_key",
+        )

@@ -83,9 +83,9 @@ class Completions:
         request, metrics = Request(scope, receive), self._worker.metrics
         try:
             if request.method != "POST":
-                raise RequestError("completions are asked for by POST", 405)
+                raise RequestError("this path takes POST requests only: send the request with POST", 405)
             if self._admitted > self._settings.queue:
-                raise RequestError("too many requests wait: ask again in a moment", 429, code="queue_full")
+                raise RequestError("too many requests are waiting: try again in a moment", 429, code="queue_full")
             self._admitted += 1
             metrics.queue.set(self._admitted)
             outcome = await self._admit(request, receive, send)
@@ -135,7 +135,9 @@ class Completions:
         tokens = asked.max_completion_tokens or asked.max_tokens or min(settings.tokens, settings.most_tokens)
         if tokens > settings.most_tokens:
             raise RequestError(
-                f"{tokens} tokens are asked for, and this server gives {settings.most_tokens}", param="max_tokens"
+                f"the request asks for {tokens} tokens, but this server's limit is {settings.most_tokens}: ask for "
+                "fewer",
+                param="max_tokens",
             )
         try:
             messages, pictures = self._messages(asked)
@@ -162,12 +164,14 @@ class Completions:
                 special = self._special.search(text)
                 if special:
                     raise RequestError(
-                        f"{where} holds {special[0]}, which steers the model: write it otherwise", param=where
+                        f"{where} contains the special token {special[0]}: remove it from the text", param=where
                     )
                 parts.append(text)
             texts = [part for part in parts if isinstance(part, str)]
             if not isinstance(message, AssistantMessage) and not "".join(texts).strip():
-                raise RequestError(f"messages[{number}] has no text: give some", param=f"messages[{number}].content")
+                raise RequestError(
+                    f"messages[{number}] has no text: add some text", param=f"messages[{number}].content"
+                )
             if isinstance(message, SystemMessage):
                 messages.append(self._worker.processor.system_message("".join(texts)))
             else:
@@ -180,7 +184,10 @@ class Completions:
         if url[:5].lower() == "data:":
             return read_data_url(url, where)
         if not self._settings.remote_images:
-            raise RequestError(f"{where} is no data URL, and this server fetches no pictures", param=where)
+            raise RequestError(
+                f"{where} is not a data URL, and this server does not fetch pictures: send the picture as a data URL",
+                param=where,
+            )
         return fetch(url, where)
 
     async def _reply(self, asked: Completion, events: asyncio.Queue[Event], send: Send) -> str:
@@ -249,9 +256,9 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # which a page of another site cannot send without asking
-        raise RequestError("the body is no application/json: say so in Content-Type", 415)
+        raise RequestError("the body is not JSON: send JSON with Content-Type application/json", 415)
     if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise RequestError("the body is compressed: send it as it is", 415)
+        raise RequestError("the body is compressed: send it uncompressed", 415)
     body, left = bytearray(), settings.most_body
     stream = request.stream()
     with anyio.move_on_after(settings.body_seconds) as scope:
@@ -268,7 +275,7 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
                 pass
         raise RequestError(f"the body has more than {settings.most_body:,} bytes: send smaller pictures", 413)
     assert scope.cancelled_caught
-    raise RequestError("the body comes too slowly", 408)
+    raise RequestError("the body arrives too slowly: send the request again", 408)
 
 
 async def send_start(send: Send, media_type: str) -> None:

@@ -33,11 +33,11 @@ def read_data_url(url: str, where: str) -> bytes:
     """
     head = DATA.match(url)
     if head is None:
-        raise RequestError(f"{where} is no data URL of a PNG, JPEG, WebP, GIF or BMP file in base64", param=where)
+        raise RequestError(f"{where} is not a data URL: send a PNG, JPEG, WebP, GIF or BMP file in base64", param=where)
     try:
         return base64.b64decode(url[head.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
-        raise RequestError(f"{where} is not valid base64 ({error})", param=where) from error
+        raise RequestError(f"{where} is not valid base64 ({error}): encode the picture again", param=where) from error
 
 
 def decode(data: bytes, most_pixels: int) -> PIL.Image.Image:
@@ -52,15 +52,15 @@ def decode(data: bytes, most_pixels: int) -> PIL.Image.Image:
             opened = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
     except PIL.Image.DecompressionBombError as error:
         raise UserError(
-            f"a picture has too many pixels, and this server takes {most_pixels:,}: scale it down"
+            f"a picture has too many pixels, and this server's limit is {most_pixels:,}: scale it down"
         ) from error
     except Exception as error:  # damaged files make Pillow's readers raise almost anything
         raise UserError("a picture cannot be read: send a PNG, JPEG, WebP, GIF or BMP file") from error
     with opened:
         if opened.width * opened.height > most_pixels:
             raise UserError(
-                f"a picture has {opened.width} x {opened.height} pixels, and this server takes {most_pixels:,}: scale "
-                "it down"
+                f"a picture has {opened.width} x {opened.height} pixels, but this server's limit is "
+                f"{most_pixels:,}: scale it down"
             )
         try:
             return open_picture(opened)
@@ -86,7 +86,9 @@ def fetch(url: str, where: str) -> bytes:
             url = urljoin(url, answer)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise RequestError(f"{where} cannot be fetched: send the picture as a data URL", param=where) from error
-    raise RequestError(f"{where} is redirected more than {REDIRECTS} times", param=where)
+    raise RequestError(
+        f"{where} is redirected more than {REDIRECTS} times: send the picture as a data URL", param=where
+    )
 
 
 def get(url: str, where: str, deadline: float) -> bytes | str:
@@ -97,7 +99,9 @@ def get(url: str, where: str, deadline: float) -> bytes | str:
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
-        raise RequestError(f"{where} is no http or https address", param=where)
+        raise RequestError(
+            f"{where} is not an http or https address: send one, or send the picture as a data URL", param=where
+        )
     port = parts.port or (443 if parts.scheme == "https" else 80)
     address = public_address(parts.hostname, port, where)
     raw = socket.create_connection((address, port), timeout=left(deadline))
@@ -114,7 +118,7 @@ def get(url: str, where: str, deadline: float) -> bytes | str:
             if answer.status in (301, 302, 303, 307, 308):
                 return answer.headers.get("Location", "")
             if answer.status != 200:
-                raise RequestError(f"{where} answers with status {answer.status}", param=where)
+                raise RequestError(f"{where} answers with HTTP status {answer.status}: check the address", param=where)
             pieces, size = list[bytes](), 0
             while True:
                 stream.settimeout(left(deadline))
@@ -124,7 +128,9 @@ def get(url: str, where: str, deadline: float) -> bytes | str:
                 pieces.append(piece)
                 size += len(piece)
                 if size > REMOTE_BYTES:
-                    raise RequestError(f"{where} has more than {REMOTE_BYTES >> 20} MiB", param=where)
+                    raise RequestError(
+                        f"{where} has more than {REMOTE_BYTES >> 20} MiB: send a smaller picture", param=where
+                    )
 
 
 def public_address(host: str, port: int, where: str) -> str:
@@ -138,7 +144,7 @@ def public_address(host: str, port: int, where: str) -> str:
         address = ipaddress.ip_address(text.partition("%")[0])
         mapped = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
         if not all(a.is_global and not a.is_multicast for a in (address, mapped) if a is not None):
-            raise RequestError(f"{where} is no public address", param=where)
+            raise RequestError(f"{where} is not a public address: send the picture as a data URL", param=where)
     return found[0]
 
 

@@ -15,14 +15,20 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter("ivc_requests", "Requests for completions, by outcome", ["outcome"], registry=registry)
-        self.queue = Gauge("ivc_queue_requests", "Requests that are read, wait or are answered", registry=registry)
-        self.stages = Histogram(
-            "ivc_stage_seconds", "Time of a stage of an answer", ["stage"], registry=registry, buckets=BUCKETS
+        self.queue = Gauge(
+            "ivc_queue_requests", "Requests that are being read, waiting or being answered", registry=registry
         )
-        self.tokens = Counter("ivc_tokens", "Tokens, by what they are", ["kind"], registry=registry)
-        self.cache = Gauge("ivc_kv_cache_bytes", "Keys and values of the last answer", registry=registry)
-        self.pictures = Gauge("ivc_picture_cache_bytes", "Embeddings of pictures that are kept", registry=registry)
-        self.lookups = Counter("ivc_pictures", "Pictures of requests, by whether kept", ["found"], registry=registry)
+        self.stages = Histogram(
+            "ivc_stage_seconds", "Time of each stage of an answer", ["stage"], registry=registry, buckets=BUCKETS
+        )
+        self.tokens = Counter("ivc_tokens", "Tokens, by kind", ["kind"], registry=registry)
+        self.cache = Gauge("ivc_kv_cache_bytes", "Size of the KV cache of the last answer", registry=registry)
+        self.pictures = Gauge(
+            "ivc_picture_cache_bytes", "Size of the picture embeddings that are kept", registry=registry
+        )
+        self.lookups = Counter(
+            "ivc_pictures", "Pictures in requests, by whether their embeddings were kept", ["found"], registry=registry
+        )
 
     def answered(self, seconds: Mapping[str, float], tokens: Mapping[str, int], cache_bytes: int) -> None:
         """Count an answer."""

@@ -128,19 +128,22 @@ def read_completion(body: bytes) -> Completion:
     except UserError as error:
         raise RequestError(str(error)) from error
     if not isinstance(content, dict):
-        raise RequestError("the body is no JSON object: send one with model and messages")
+        raise RequestError("the body is not a JSON object: send an object with model and messages")
     given = {key: value for key, value in without_nulls(content).items() if WITHOUT_EFFECT.get(key, ...) != value}
     try:
         found = Completion.model_validate(given)
     except ValidationError as error:
         raise refusal(error) from error
     if found.messages[-1].role != "user":
-        raise RequestError("the last message is not the user's: end with a question", param="messages")
+        raise RequestError("the last message is not from the user: end messages with a user message", param="messages")
     for number, message in enumerate(found.messages):
         if message.role == "system" and number:
-            raise RequestError("a system message comes first or not at all", param=f"messages[{number}].role")
+            raise RequestError(
+                "a system message is not the first message: put it first, or leave it out",
+                param=f"messages[{number}].role",
+            )
     if "" in found.stops:
-        raise RequestError("stop holds an empty text: leave it out", param="stop")
+        raise RequestError("stop contains an empty text: remove it", param="stop")
     return found
 
 
@@ -162,7 +165,7 @@ def refusal(error: ValidationError) -> RequestError:
         return RequestError(f"{shown} is not supported: leave it out", param=shown, code="unsupported_parameter")
     if first["type"].startswith("union_tag"):
         return RequestError(f"{shown} is not supported: give {SUPPORTED}", param=shown, code="unsupported_value")
-    return RequestError(f"{shown} is not as it should be: {first['msg'][0].lower()}{first['msg'][1:]}", param=shown)
+    return RequestError(f"{shown} is not valid: {first['msg'][0].lower()}{first['msg'][1:]}", param=shown)
 
 
 KINDS = {"system", "user", "assistant", "text", "image_url", "str"} | {

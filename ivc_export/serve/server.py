@@ -24,7 +24,7 @@ class Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP."""
-        body = json.dumps(error_body("this is no HTTP/1.1 request that is understood", 400)).encode()
+        body = json.dumps(error_body("the request is not valid HTTP/1.1", 400)).encode()
         headers = [("content-type", "application/json"), ("connection", "close"), ("content-length", str(len(body)))]
         for part in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(part) or b"")
@@ -41,7 +41,9 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=128)
     except (OSError, OverflowError) as error:
-        raise UserError(f"port {port} of {host} cannot be had ({error}): give another with --port or --host") from error
+        raise UserError(
+            f"the server cannot listen on port {port} of {host} ({error}): choose another with --port or --host"
+        ) from error
 
 
 def make_server(worker: Worker, settings: ServerSettings) -> uvicorn.Server:

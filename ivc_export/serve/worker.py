@@ -151,7 +151,7 @@ class Worker:
         while (job := self._jobs.get()) is not None:
             try:
                 if self._closing.is_set():
-                    job.emit(Failed(RequestError("the server ends: ask again later", 503)))
+                    job.emit(Failed(RequestError("the server is shutting down: try again later", 503)))
                 elif not job.cancelled.is_set():
                     job.emit(self._answered(job))
             finally:
@@ -169,7 +169,7 @@ class Worker:
             return Failed(RequestError(str(error)))
         except Exception:
             LOG.exception("an answer failed")
-            return Failed(RequestError("the server failed: its log says why", 500))
+            return Failed(RequestError("the server failed: see its log for the reason", 500))
 
     def _answer(self, job: Job) -> Event:
         keys = [hashlib.sha256(data).digest() for data in job.pictures]
@@ -192,7 +192,7 @@ class Worker:
         if self.follow_up == "compacted":
             self._last = chat, keys, (job.ratio, job.method)
         if self._closing.is_set():
-            return Failed(RequestError("the server ends: ask again later", 503))
+            return Failed(RequestError("the server is shutting down: try again later", 503))
         return self._done(job, chat, texts.hit, [size for _, size in shown[fresh:]])
 
     def _chat(self, job: Job, keys: list[bytes]) -> tuple[Chat, int]:

@@ -56,8 +56,8 @@ def build(
     capability = recipe.compute_capability or own_capability(trt)
     if recipe.plugin is not None and float(capability) < LEAST_FOR_PLUGIN:
         raise UserError(
-            f"the plugin's kernels need a GPU of compute capability {LEAST_FOR_PLUGIN}, and this is {capability}: "
-            "leave --plugin out"
+            f"the plugin's kernels need a GPU of compute capability {LEAST_FOR_PLUGIN}, but this GPU has "
+            f"{capability}: leave out --plugin"
         )
     choices, estimated, sentences = decide(bundle, recipe, choose_graphs(bundle, recipe, trt, capability))
     if not force:
@@ -97,8 +97,8 @@ def check_no_experts(bundle: Bundle) -> None:
     found = [name for name in GRAPH_NAMES if any(n.op_type == "MixtureOfExperts" for n in bundle.graph(name).graph)]
     if found:
         raise UserError(
-            f"{' and '.join(found)} of this model hold mixtures of experts, which no engine is built for yet: run the "
-            "bundle on onnxruntime, with ivc-run"
+            f"{' and '.join(found)} of this model have mixtures of experts, for which ivc-build cannot build "
+            "engines yet: run the bundle on onnxruntime with ivc-run"
         )
 
 
@@ -127,7 +127,7 @@ def check_timing_cache(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"timing caches cannot be written to {folder} ({error.strerror}): name another folder"
+            f"timing caches cannot be written to {folder} ({error.strerror}): name another folder with --timing-cache"
         ) from error
 
 

@@ -60,7 +60,7 @@ def compile_graph(
         builder, network = loaders.create_network(strongly_typed=not weak(trt, options))
         parser = trt.OnnxParser(network, logger)
         if not parser.parse_from_file(str(path)):
-            raise UserError(f"TensorRT {trt.__version__} does not read the {name} graph ({parser.get_error(0)})")
+            raise UserError(f"TensorRT {trt.__version__} cannot read the {name} graph ({parser.get_error(0)})")
         if weak(trt, options) and options.reduced:  # in float32 there is nothing to choose
             fix_precisions(trt, network, float_types(model))
         allow_decomposition(trt, network)

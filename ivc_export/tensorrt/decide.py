@@ -43,9 +43,9 @@ def decide(bundle: Bundle, recipe: EngineRecipe, choices: EngineChoices) -> Deci
         if lacking is None:
             why = "which fits"
         elif footprint(repeated).running < footprint(choices).running:
-            why, choices = f"since grouped {lacking.split(':')[0]}", repeated
+            why, choices = f"because with grouped attention {lacking.split(':')[0]}", repeated
         else:
-            why = "and repeated takes no less"
+            why = "and repeated needs no less memory"
     packed = packed_sentences(bundle, choices, footprint(choices))
     sentences = (softmax_sentence(choices, footprint), attention_sentence(choices, footprint, why), *packed)
     return Decision(choices, footprint(choices), sentences)
@@ -55,7 +55,7 @@ def packed_sentences(bundle: Bundle, choices: EngineChoices, found: Footprint) -
     """What layers in 4 or 8 bits are in engines; nothing where there are none."""
     size = decimal(found.weights)
     return tuple(
-        f"weights: layers in {kind} {'stay so' if kind == built else f'become {built}'}, about {size} of all weights"
+        f"weights: {kind} layers {'stay' if kind == built else 'become'} {built}, about {size} for all weights"
         for kind, built in packed_weights(bundle, choices.graphs, choices.dtype).items()
     )
 

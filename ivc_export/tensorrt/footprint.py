@@ -66,13 +66,14 @@ def shortage(found: Footprint, recipe: EngineRecipe) -> str | None:
     free = available_bytes()
     if free is not None and found.building > free:
         return (
-            f"the build needs about {decimal(found.building)} and {decimal(free)} are free: close programs or add swap"
+            f"the build needs about {decimal(found.building)} of memory, but only {decimal(free)} are free: close "
+            "other programs or add swap"
         )
     if recipe.memory is not None and found.running > recipe.memory:
-        return f"engines need about {decimal(found.running)} and --memory is {decimal(recipe.memory)}: give more"
+        return f"the engines need about {decimal(found.running)}, but --memory is {decimal(recipe.memory)}: give more"
     device = device_bytes() if recipe.memory is None and recipe.target == "tensorrt" else None
     if device is not None and found.running > device:
-        return f"engines need about {decimal(found.running)} and the GPU has {decimal(device)}: take a larger one"
+        return f"the engines need about {decimal(found.running)}, but the GPU has {decimal(device)}: use a larger one"
     return None
 
 
@@ -87,5 +88,5 @@ def check_memory(found: Footprint, recipe: EngineRecipe) -> None:
         largest = max(found.activations, key=lambda name: found.activations[name])
         raise UserError(
             f"{lacking}, use --dtype float16, or lower --max-visual {recipe.max_visual} (the {largest} graph takes "
-            f"{decimal(found.activations[largest])}); --force builds anyway"
+            f"{decimal(found.activations[largest])}). --force builds anyway"
         )

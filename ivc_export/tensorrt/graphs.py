@@ -85,8 +85,8 @@ def choose_graphs(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: st
     dtype = build_dtype(bundle, recipe, trt, capability)
     if recipe.softmax == "float16" and dtype != "float16":
         raise UserError(
-            f"--softmax float16 is for engines in float16, and these are in {dtype}: leave it out, or add "
-            "--dtype float16"
+            f"--softmax float16 needs engines in float16, but these are in {dtype}: leave it out, or add --dtype "
+            "float16"
         )
     graphs: EngineGraphs = "native" if recipe.plugin is None else "plugin"
     if recipe.plugin is None and dtype != "float32":  # in which no kernel does attention
@@ -96,8 +96,8 @@ def choose_graphs(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: st
     if (graphs == "plugin" or graphs not in SPELLED) and recipe.attention != "auto":
         other = "our plugin" if graphs == "plugin" else f"{recipe.target} {trt.__version__}"
         raise UserError(
-            f"--attention is for engines that spell attention out, and {other} has an operator for it in {dtype}: "
-            "leave --attention out"
+            f"--attention has no effect, because {other} has its own attention operator in {dtype}: leave out "
+            "--attention"
         )
     sizes = bundle.manifest.decoder
     if graphs not in SPELLED or (graphs == "plugin" and sizes.head_dim == sizes.value_dim in ATTENDED_SIZES):

@@ -48,10 +48,12 @@ def polygraphy(target: Target, logger: Any, what: str) -> Iterator[Any]:
         loaders: Any = importlib.import_module("polygraphy.backend.trt")
     except ImportError as error:
         raise UserError(
-            f"engines are built through Polygraphy, which does not load ({error}): install ivc-export[tensorrt]"
+            f"Polygraphy does not load ({error}), but building engines needs it: install ivc-export[tensorrt]"
         ) from error
     if (target == "tensorrt-rtx") != settings.USE_TENSORRT_RTX:
-        raise UserError(f"this process builds for another library than {target}: build for {target} in a new process")
+        raise UserError(
+            f"this process has already built for another library than {target}: build for {target} in a new process"
+        )
     log = importlib.import_module("polygraphy.logger").G_LOGGER
     refusal = importlib.import_module("polygraphy.exception").PolygraphyException
     loaders.util.TRT_LOGGER = logger  # what get_trt_logger gives
@@ -105,8 +107,8 @@ def own_capability(trt: Any) -> str:
         failed = 1
     if failed:
         raise UserError(
-            "TensorRT builds on the GPU that its engines are for, and there is none: build there, or use "
-            "--target tensorrt-rtx, which needs no GPU to build"
+            "this machine has no GPU, but TensorRT builds on the GPU that runs the engines: build on that "
+            "machine, or use --target tensorrt-rtx, which can build without a GPU"
         )
     return f"{parts[0].value}.{parts[1].value}"
 

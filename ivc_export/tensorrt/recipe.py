@@ -93,17 +93,17 @@ class EngineRecipe:
             if given not in known:
                 raise UserError(f"there is no {name} {given}: give {' or '.join(known)}")
         if self.plugin is not None and self.attention != "auto":
-            raise UserError("--attention is for engines without our plugin: leave --attention or --plugin out")
+            raise UserError("--attention does not apply to engines with our plugin: leave out --attention or --plugin")
         if self.target == "tensorrt-rtx":
             if self.plugin is not None:
-                raise UserError("TensorRT-RTX has no plugins: leave --plugin out")
+                raise UserError("TensorRT-RTX has no plugins: leave out --plugin")
             if self.compute_capability not in RTX_CAPABILITIES:
                 raise UserError(
-                    f"TensorRT-RTX builds for a compute capability: give one of {', '.join(RTX_CAPABILITIES)} "
-                    "with --compute-capability"
+                    "TensorRT-RTX builds for one compute capability: give --compute-capability with one of "
+                    f"{', '.join(RTX_CAPABILITIES)}"
                 )
         elif self.compute_capability is not None:
-            raise UserError("TensorRT builds for this machine's GPU alone: leave --compute-capability out")
+            raise UserError("TensorRT builds only for this machine's GPU: leave out --compute-capability")
 
     @property
     def capacity(self) -> int:

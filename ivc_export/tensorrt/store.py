@@ -81,11 +81,11 @@ class EngineRecord(Frozen):
         """What cannot be true of engines that ivc-build made: each field for itself may be right."""
         recipe, plugin = self.recipe, self.graphs == "plugin"
         if self.capacity != recipe.capacity:
-            yield f"capacity is {self.capacity}, and the recipe's maxima give {recipe.capacity}"
+            yield f"capacity is {self.capacity}, but the recipe's maxima give {recipe.capacity}"
         if self.target != recipe.target or recipe.compute_capability not in (None, self.compute_capability):
             yield "the recipe is for another target"
         if recipe.dtype not in (None, self.dtype):
-            yield f"dtype is {self.dtype}, and the recipe's {recipe.dtype}"
+            yield f"dtype is {self.dtype}, but the recipe has {recipe.dtype}"
         possible = ("float16", "float32") if self.dtype == "float16" else ("float32",)
         if self.softmax not in possible or recipe.softmax not in (None, self.softmax):
             yield f"softmax is {self.softmax}"
@@ -97,11 +97,11 @@ class EngineRecord(Frozen):
         if not power or (self.dtype != "float16" and self.residual_scale != 1):
             yield f"residual_scale is {self.residual_scale:g}"
         if (recipe.plugin is not None, self.plugin_sha256 is not None) != (plugin, plugin):
-            yield f"the graphs are {self.graphs}, and what it says of a plugin does not fit"
+            yield f"the graphs are {self.graphs}, but plugin and plugin_sha256 do not fit them"
         for name in GRAPH_NAMES:
             engine = self.engines.get(name)
             if engine is None or (engine.file, engine.profiles) != (f"{name}.plan", profile_names(name)):
-                yield f"engines.{name} is not as ivc-build makes it"
+                yield f"engines.{name} is not what ivc-build makes"
 
 
 def engine_folder(bundle: Bundle, trt: Any, target: Target, capability: str) -> Path:
@@ -139,7 +139,9 @@ def plugin_sha256(plugin: Path) -> str:
     Raises:
         UserError: it cannot be read.
     """
-    return hashlib.sha256(read_bytes(plugin, "name our plugin's library", MOST_PLUGIN_BYTES)).hexdigest()
+    return hashlib.sha256(
+        read_bytes(plugin, "give the path of the plugin, libivc_plugin.so", MOST_PLUGIN_BYTES)
+    ).hexdigest()
 
 
 def make_record(
@@ -192,15 +194,15 @@ class Engines:
         wanted = self.record.plugin_sha256
         if wanted is None:
             if plugin is not None:
-                raise UserError(f"the engines in {self.folder} call no plugin: leave --plugin out")
+                raise UserError(f"the engines in {self.folder} use no plugin: leave out --plugin")
         elif plugin is None:
             raise UserError(
-                f"the engines in {self.folder} call our plugin: name its library, libivc_plugin.so, with --plugin"
+                f"the engines in {self.folder} use our plugin: give its library, libivc_plugin.so, with --plugin"
             )
         elif plugin_sha256(plugin) != wanted:
             raise UserError(
-                f"{plugin} is not the plugin that the engines in {self.folder} were built with (its SHA-256 is "
-                f"another): name that one with --plugin, or {self.mend}"
+                f"{plugin} is not the plugin that the engines in {self.folder} were built with (its SHA-256 "
+                f"differs): give that one with --plugin, or {self.mend}"
             )
 
 
@@ -223,10 +225,10 @@ def find_engines(bundle: Bundle, target: Target, capability: str, trt: Any) -> E
     for engine in record.engines.values():
         path = confined(folder, engine.file, mend)
         if check_regular(path, mend) != engine.bytes:
-            raise UserError(f"{path} is damaged (it has not the size that {RECORD} says): {mend}")
+            raise UserError(f"{path} is damaged (its size differs from the size in {RECORD}): {mend}")
     if (record.target, record.tensorrt, record.compute_capability) != (target, trt.__version__, capability):
         raise UserError(
-            f"the engines in {folder} are of TensorRT {record.tensorrt} for sm{record.compute_capability}: {mend}"
+            f"the engines in {folder} are for TensorRT {record.tensorrt} and sm{record.compute_capability}: {mend}"
         )
     then, now = record.weights_sha256, weights_sha256(bundle)
     known = {file for file in {*then, *now} if then.get(file) and now.get(file)}

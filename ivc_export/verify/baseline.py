@@ -72,10 +72,10 @@ class Baseline:
         """
         for what, value in own.items():
             if self.facts[what] != value:
-                both = f": {self.facts[what]}, not {value}" if isinstance(value, str | float | int) else ""
+                both = f" ({self.facts[what]}, not {value})" if isinstance(value, str | float | int) else ""
                 raise UserError(
-                    f"{self.path} is of another {what}{both}; give the file of a run like this one, or write a new one "
-                    f"with {self.made_by}"
+                    f"{self.path} is from a run with another {what}{both}: give the file of a run like this one, "
+                    f"or write a new one with {self.made_by}"
                 )
 
     def compare(self, figures: Mapping[str, float | None], least: Mapping[str, float] | None = None) -> Changes:
@@ -88,8 +88,8 @@ class Baseline:
         """
         if not figures.keys() & self.figures.keys():
             raise UserError(
-                f"{self.path} has no figure of this run: give the file of a run like this one, or write a new one with "
-                f"{self.made_by}"
+                f"{self.path} has none of this run's figures: give the file of a run like this one, or write a new "
+                f"one with {self.made_by}"
             )
         grown = {}
         for name, now in figures.items():
@@ -116,13 +116,13 @@ class Changes:
     def sentences(self, baseline: Baseline, unit: str = "") -> dict[str, str]:
         """What is to be said, by name. unit: of the figures, as in " ms"."""
         shown = "{:.2f}" if unit else "{:.1e}"
-        limit = f"beyond {baseline.factor:g} times the one in {baseline.path}"
+        limit = f"more than {baseline.factor:g} times the value in {baseline.path}"
         found = {
             name: f"{name} grew from {shown.format(before)}{unit} to {shown.format(now)}{unit}, {limit}"
             for name, (before, now) in self.grown.items()
         }
-        found |= {name: f"{name} is new: {baseline.path} has no such figure" for name in self.new}
-        return found | {name: f"{name} is in {baseline.path} and not in this run" for name in self.missing}
+        found |= {name: f"{name} is new: {baseline.path} does not have it" for name in self.new}
+        return found | {name: f"{name} is in {baseline.path}, but not in this run" for name in self.missing}
 
 
 def read_stored(path: Path, kind: type[Any], made_by: str) -> Any:
@@ -131,11 +131,11 @@ def read_stored(path: Path, kind: type[Any], made_by: str) -> Any:
     Raises:
         UserError: it is missing, damaged, or no such file.
     """
-    advice = f"give a file that {made_by} wrote"
+    advice = f"give a file that was written by {made_by}"
     try:
         return kind.model_validate(read_object(path, advice))
     except ValidationError as error:
-        raise UserError(f"{path} is no such file, or damaged ({first_problem(error)}): {advice}") from error
+        raise UserError(f"{path} is damaged or another kind of file ({first_problem(error)}): {advice}") from error
 
 
 def check_factor(factor: float) -> None:

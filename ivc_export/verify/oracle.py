@@ -55,7 +55,7 @@ def record(
     """
     m = bundle.manifest
     if steps < 0:
-        raise UserError(f"{steps} decode steps cannot be compared: give 0 or more")
+        raise UserError(f"{steps} decode steps are out of range: give 0 or more")
     check_ratio(ratio)
     method = find_method(m.selection, method)
     check_same_model(bundle, checkpoint)
@@ -64,13 +64,13 @@ def record(
     weights, head = rounded_weights(bundle, checkpoint)
     reference = Reference(checkpoint, m.selection_layer, ratio, m.selection, layout, m.dtype, packed, weights, head)
     reference.restart(m.selection_layer, ratio, method.name, method.seed)
-    progress("prefill on PyTorch")
+    progress("running the prefill in PyTorch")
     pictures = prepared(bundle, images)
     turn = reference.run(tokens, [reference_picture(bundle, p) for p in pictures])
     found = {Key("prefill", graph, "outputs", name): array for (graph, name), array in outputs(turn, m).items()}
     teacher = []
     for number in range(1, steps + 1):
-        progress(f"decode step {number} of {steps} on PyTorch")
+        progress(f"running decode step {number} of {steps} in PyTorch")
         teacher.append(int(turn.logits.argmax()))
         turn = reference.run(teacher[-1:])
         found[Key(f"decode-{number}", "decoder", "outputs", "logits")] = turn.logits[None, None].numpy()
@@ -167,5 +167,6 @@ def check_same_model(bundle: Bundle, checkpoint: Path) -> None:
     ):
         if found != wanted:
             raise UserError(
-                f"{checkpoint} has another {what} than {bundle.folder}: name the checkpoint that was exported"
+                f"the {what} of {checkpoint} differs from that of {bundle.folder}: give the checkpoint that was "
+                "exported"
             )

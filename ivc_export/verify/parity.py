@@ -107,7 +107,8 @@ def compare(
     bundle, m, facts = session.bundle, session.bundle.manifest, reference.facts
     if facts["model"] != identity(m):
         raise UserError(
-            f"the recorded run is not of {bundle.folder}: check the bundle against its checkpoint where there is torch"
+            f"the stored run is not a run of {bundle.folder}: check the bundle against its checkpoint on a machine "
+            "with torch"
         )
     check_recording(reference, m, len(facts["drawn_tokens"]), bool(images))
     tolerance = find_tolerances(session)
@@ -119,7 +120,7 @@ def compare(
     comparisons = compare_prefill(prefill, reference, m, tolerance)
     tie = prompt_tie(reference, tolerance["routing"])
     for number, token in enumerate(facts["drawn_tokens"], 1):
-        progress(f"decode step {number} of {len(facts['drawn_tokens'])}")
+        progress(f"running decode step {number} of {len(facts['drawn_tokens'])}")
         step = conversation.run([token])
         recorded = reference.of(f"decode-{number}", "decoder")
         tie = tie or first_tie(margins_of(recorded), m.decoder.layers, tolerance["routing"])
@@ -161,10 +162,14 @@ def check_recording(reference: Recording, m: Manifest, steps: int, pictures: boo
     problem = next((f"{graph}'s {name} is missing" for graph, name in sorted(wanted - {*found})), None)
     for name in seen(m):
         if pictures != (("vision", name) in found):
-            problem = f"{name} and pictures do not fit each other"
+            problem = f"{name} and the number of pictures do not match"
     for (graph, name), array in found.items():
         if TensorName.of(name).stem == MARGIN:
-            problem = problem if array.ndim == 1 and np.issubdtype(array.dtype, np.floating) else f"{name} is misshapen"
+            problem = (
+                problem
+                if array.ndim == 1 and np.issubdtype(array.dtype, np.floating)
+                else f"{name} has the wrong shape"
+            )
             continue
         info = named.get((graph, name))
         shape = info.shape if info else ("rows", m.decoder.hidden_size)
@@ -172,9 +177,9 @@ def check_recording(reference: Recording, m: Manifest, steps: int, pictures: boo
         axes = zip(shape, array.shape, strict=False)
         integers = info is not None and info.dtype == "int32"
         if not known or len(shape) != array.ndim or any(a != b for a, b in axes if not isinstance(a, str)):
-            problem = f"{graph}'s {name} is misshapen"
+            problem = f"{graph}'s {name} has the wrong shape"
         elif integers != np.issubdtype(array.dtype, np.integer):
-            problem = f"{graph}'s {name} is of another type"
+            problem = f"{graph}'s {name} has the wrong dtype"
     for number in range(1, steps + 1):
         logits = reference.of(f"decode-{number}", "decoder").get("logits")
         if logits is None or logits.shape != (1, 1, m.decoder.vocab_size):
@@ -182,7 +187,7 @@ def check_recording(reference: Recording, m: Manifest, steps: int, pictures: boo
     if problem is None:
         rows, choice = found["prefix", "hidden_states"].shape[1], found["prefix", "keep_index"]
         if rows < 1 or len(choice) < 1 or choice[0] < 0 or choice[-1] >= rows or (np.diff(choice) <= 0).any():
-            problem = "keep_index names no ascending rows"
+            problem = "keep_index does not hold ascending rows"
     if problem:
         raise UserError(f"the stored run is damaged ({problem}): run ivc-check --against again")
 
@@ -202,7 +207,8 @@ def find_tolerances(session: Session) -> dict[str, float]:
     if session.dtype not in known:
         measured = ", ".join(f"{name} in {dtype}" for name, one in BACKENDS.items() for dtype in one.tolerances)
         raise UserError(
-            f"no tolerance has been measured for {session.backend} in {session.dtype}: check one of {measured}"
+            f"no tolerance has been measured for {session.backend} in {session.dtype}: check on one of these: "
+            f"{measured}"
         )
     return {kind: bound for kind, (bound, _) in known[session.dtype].errors.items()}
 
@@ -324,7 +330,15 @@ def compare_choice(
     run, seeds, score = step.run, step.prefix["seed_index"], step.prefix["token_score"]
     shapes = (seeds.shape, score.shape) == (wanted.seed_index.shape, wanted.token_score.shape)
     if not shapes or own.shape != values.shape or not np.isin(seeds, np.arange(len(score))).all():
-        return [Comparison(f"seed_index{suffix}", None, None, False, "another shape, or not of the visual tokens")]
+        return [
+            Comparison(
+                f"seed_index{suffix}",
+                None,
+                None,
+                False,
+                "the shape differs, or there is a seed outside the visual tokens",
+            )
+        ]
     replayed = choose(values, run, rule, seeds)
     rows = (run.visual_index, run.text_index, run.query_index)
     text = [text_votes(v, *rows, rule, run.tiles) for v in (own, values)]
@@ -376,7 +390,7 @@ def close(name: str, tolerance: float, pairs: Sequence[tuple[Array, Array]]) -> 
     """Compare pairs of tensors, found and wanted."""
     error = max(largest_error(found, wanted) for found, wanted in pairs)
     if not np.isfinite(error):
-        return Comparison(name, None, tolerance, False, "another shape, or not finite")
+        return Comparison(name, None, tolerance, False, "the shape differs, or there are NaN or infinite values")
     return Comparison(name, error, tolerance, error <= tolerance)
 
 

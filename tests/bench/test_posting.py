@@ -33,7 +33,7 @@ def test_a_report_holds_the_engines_record_and_no_folders(sample_bundle: Bundle,
     command = f"ivc-bench {bundle.folder} --plugin={plugin} --against owner/name --json {tmp_path}/a.json"
     found = posted({"command": command, "rows": []}, bundle)
     assert found["command"] == "ivc-bench bundle --plugin=libivc_plugin.so --against name --json a.json"
-    assert found["engines"]["8.6.2-sm87"] == "its build.json cannot be read"
+    assert found["engines"]["8.6.2-sm87"] == "build.json cannot be read"
     assert found["engines"]["10.3.0-sm87"]["recipe"]["plugin"] == "libivc_plugin.so"
     assert found["engines"]["10.3.0-sm87"]["plugin_sha256"] == record.plugin_sha256
     assert "private" not in json.dumps(found)

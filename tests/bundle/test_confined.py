@@ -81,16 +81,16 @@ def within_a_branch(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("prepare", "sentence"),
     [
-        (moved_out("manifest.json"), "leaves it: copy the whole bundle"),
-        (moved_out("tokenizer.json"), "leaves it"),
-        (moved_out("chat_template.jinja"), "leaves it"),
-        (moved_out("config.json"), "leaves it"),
-        (moved_out("preprocessor_config.json"), "leaves it"),
-        (moved_out("decoder.onnx"), "leaves it"),
-        (lambda b: (b / "engines").symlink_to(b.parent), "leaves it"),
-        (lambda b: (b / "testdata").symlink_to("testdata"), "leaves it"),
-        (moved_out("weights"), "leaves it"),
-        (moved_out("weights/model.safetensors"), "leaves it"),
+        (moved_out("manifest.json"), "outside it: copy the whole bundle"),
+        (moved_out("tokenizer.json"), "outside it"),
+        (moved_out("chat_template.jinja"), "outside it"),
+        (moved_out("config.json"), "outside it"),
+        (moved_out("preprocessor_config.json"), "outside it"),
+        (moved_out("decoder.onnx"), "outside it"),
+        (lambda b: (b / "engines").symlink_to(b.parent), "outside it"),
+        (lambda b: (b / "testdata").symlink_to("testdata"), "outside it"),
+        (moved_out("weights"), "outside it"),
+        (moved_out("weights/model.safetensors"), "outside it"),
         (located("location", "../outside/x"), "which is not a weight file of the manifest"),
         (located("location", "/etc/passwd"), "which is not a weight file of the manifest"),
         (located("location", "weights/../weights/model.safetensors"), "which is not a weight file of the manifest"),
@@ -130,7 +130,7 @@ def test_a_check_writes_and_deletes_nothing_behind_links(
     (bundle / folder).parent.mkdir(exist_ok=True)
     (bundle / folder).symlink_to(outside)
     assert cli.ivc_check([str(bundle), "--against", str(sample_checkpoint), "--steps", "0"]) == 2
-    assert ("leaves it" if folder == "report" else "which is a link or a file: remove it") in capsys.readouterr().err
+    assert ("outside it" if folder == "report" else "which is a link or a file: remove it") in capsys.readouterr().err
     assert [path.name for path in outside.rglob("*")] == ["reference", "thesis.txt"]
 
 
@@ -169,17 +169,17 @@ def test_a_stored_run_is_read_from_its_own_folder_alone(checked: Path, capsys: p
         return {"tensors": [whole["tensors"][0] | changes, *whole["tensors"][1:]]}
 
     for changes, sentence in (
-        ({"pictures": ["../../../outside/picture-0.png"]}, "leaves it"),
-        ({"pictures": [str(outside / "picture-0.png")]}, "leaves it"),
-        ({"pictures": ["a\0b"]}, "leaves it"),
+        ({"pictures": ["../../../outside/picture-0.png"]}, "outside it"),
+        ({"pictures": [str(outside / "picture-0.png")]}, "outside it"),
+        ({"pictures": ["a\0b"]}, "outside it"),
         ({"pictures": 5}, "index.json is damaged (pictures"),
-        ({"pictures": []}, "image_embeds and pictures do not fit"),
+        ({"pictures": []}, "image_embeds and the number of pictures do not match"),
         ({"prompt_tokens": [1 << 40]}, "index.json is damaged (prompt_tokens"),
         ({"ratio": 2}, "index.json is damaged (ratio"),
         ({"drawn_tokens": [1, 2, 3]}, "step 3 has no logits"),
         ({"tensors": whole["tensors"][:-4]}, "is damaged"),
-        (first(stage="../../../../outside"), "leaves it"),
-        (first(name="../" * 9 + "etc/passwd"), "leaves it"),
+        (first(stage="../../../../outside"), "outside it"),
+        (first(name="../" * 9 + "etc/passwd"), "outside it"),
         (first(dtype="O"), "is of dtype 'O'"),
         (first(shape=[1 << 40]), "and the index says"),
         (first(shape=[-1, -1]), "and the index says"),

@@ -191,7 +191,7 @@ def test_the_command_writes_a_file_that_an_export_takes(
     [
         (["--data", "nowhere"], "prompts.json is missing"),
         (["--data", "damaged"], "prompts.json is damaged"),
-        (["--data", "empty"], "holds no example"),
+        (["--data", "empty"], "has no examples"),
         (["--data", "gone"], "there is no picture at"),
         (["--ratio", "1.5"], "ratio 1.5 is out of range"),
         (["--layer", "8"], "layers 8 to 8 are out of range"),

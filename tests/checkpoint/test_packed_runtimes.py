@@ -320,5 +320,5 @@ def test_versions_of_tensorrt_choose_what_becomes_of_packed_layers(
     choices = choose_graphs(bundle, EngineRecipe(), SimpleNamespace(__version__=version), "8.6")
     assert (choices.graphs, packed_weights(bundle, choices.graphs, "float16")) == (graphs, packed)
     ((kind, built),) = packed.items()
-    said = f"weights: layers in {kind} {'stay so' if kind == built else f'become {built}'}, about"
+    said = f"weights: {kind} layers {'stay' if kind == built else 'become'} {built}, about"
     assert said in decide(bundle, EngineRecipe(), choices).sentences[-1]

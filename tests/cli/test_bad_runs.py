@@ -36,14 +36,14 @@ def altered(**inputs: npt.NDArray[Any] | None) -> Visual:
 PIXELS, PLACES = WHOLE.inputs["pixel_values"], WHOLE.inputs["patch_position"]
 TOKENS: Mapping[str, tuple[Any, str]] = {
     "beyond int32": ([1, 2**40], "token id 1099511627776 is beyond the vocabulary of 512"),
-    "beyond int64": ([1, 2**70], "no row of whole numbers: give ids of the bundle's tokenizer"),
-    "fractions": ([1.5, 2.0], "no row of whole numbers"),
-    "rows of rows": ([[1, 2]], "no row of whole numbers"),
-    "truth": ([True, False], "no row of whole numbers"),
-    "words": (["a", "b"], "no row of whole numbers"),
+    "beyond int64": ([1, 2**70], "not a list of whole numbers: give token ids of the bundle's tokenizer"),
+    "fractions": ([1.5, 2.0], "not a list of whole numbers"),
+    "rows of rows": ([[1, 2]], "not a list of whole numbers"),
+    "truth": ([True, False], "not a list of whole numbers"),
+    "words": (["a", "b"], "not a list of whole numbers"),
 }
 PICTURES: Mapping[str, tuple[Visual, str]] = {
-    "no pixels": (altered(pixel_values=None), r"a picture's pixel_values is missing, and this model takes \['B',"),
+    "no pixels": (altered(pixel_values=None), r"a picture's pixel_values is missing, but this model takes \['B',"),
     "no places": (altered(patch_position=None), "a picture's patch_position is missing"),
     "no frames": (altered(pixel_values=PIXELS[0]), r"pixel_values is of shape \[16, 1176\]"),
     "other patches": (altered(pixel_values=PIXELS[:, :, :-1]), r"pixel_values is of shape \[1, 16, 1175\]"),
@@ -51,11 +51,11 @@ PICTURES: Mapping[str, tuple[Visual, str]] = {
     "places of fewer": (altered(patch_position=PLACES[:8]), r"a picture's patch_position is of shape \[8, 2\]"),
     "fewer": (
         altered(pixel_values=PIXELS[:, :8], patch_position=PLACES[:8]),
-        "a picture's pixels are those of 2 visual tokens, and its grid has 4: prepare the picture with this bundle's",
+        "a picture has the pixels of 2 visual tokens, but its grid has 4: prepare the picture with this bundle's",
     ),
     "more": (
         altered(pixel_values=np.tile(PIXELS, (1, 2, 1)), patch_position=np.tile(PLACES, (2, 1))),
-        "those of 8 visual tokens, and its grid has 4",
+        "the pixels of 8 visual tokens, but its grid has 4",
     ),
 }
 CHOICES: Mapping[str, Any] = {
@@ -102,7 +102,7 @@ def test_pictures_that_do_not_fit(name: str, session: Session) -> None:
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices_that_cannot_be(name: str, session: Session) -> None:
-    sentence = "the rows to keep are no ascending numbers of 0 to 5: give those of this same run"
+    sentence = "the rows to keep are not ascending numbers from 0 to 5: give the rows of this same run"
     check(session.converse(), sentence, PROMPT, [WHOLE], np.array(CHOICES[name]))
     conversation: Any = session.converse()
     step = conversation.run(PROMPT, [WHOLE], KEPT)

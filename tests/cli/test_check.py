@@ -102,7 +102,7 @@ def test_a_stored_run_of_another_export_is_refused(
     assert cli.ivc_export(["--model", str(sample_checkpoint), "--layer", "1", "--output", str(other)]) == 0
     shutil.copytree(bundle / "report", other / "report")
     assert cli.ivc_check([str(other), "--onnx-only"]) == 2
-    assert "the recorded run is not of" in capsys.readouterr().err
+    assert "the stored run is not a run of" in capsys.readouterr().err
 
 
 def test_weight_files_are_verified(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

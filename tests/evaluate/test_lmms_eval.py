@@ -137,17 +137,17 @@ def test_stops_draws_and_earlier_turns_of_a_task_are_minded(sample_bundle: Bundl
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("", "there is no bundle to ask: give bundle=FOLDER in --model_args"),
+        ("", "no bundle was given: add bundle=FOLDER to --model_args"),
         ("bundle=nowhere", "is not a bundle"),
         ("bundle=B,ratio=2", "2 is out of range"),
-        ("bundle=B,ratio=half", "ratio=half is no number: give one in --model_args"),
-        ("bundle=B,max_frames=2.5", "max_frames=2.5 is no whole number"),
-        ("bundle=B,threads=all", "threads=all is no whole number"),
+        ("bundle=B,ratio=half", "ratio=half is not a number: give a number in --model_args"),
+        ("bundle=B,max_frames=2.5", "max_frames=2.5 is not a whole number"),
+        ("bundle=B,threads=all", "threads=all is not a whole number"),
         ("bundle=B,method=luck", "luck"),
         ("bundle=B,backend=magic", "there is no backend magic: give one of"),
         ("bundle=B,speed=3", "onnxruntime-cpu takes no speed: leave it out"),
         ("bundle=B,batch_size=4", "ivc answers one question at a time: leave out --batch_size"),
-        ("bundle=B,device=cuda:1", "and no --device"),
+        ("bundle=B,device=cuda:1", "leave out --device and give backend=NAME"),
     ],
 )
 def test_what_the_model_cannot_take_is_one_sentence(
@@ -168,13 +168,13 @@ def test_processes_that_share_gpus_are_told_how_to_start(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(SystemExit):
         make_model(sample_bundle, ",backend=onnxruntime-cuda")
-    assert "start torchrun -m ivc_export.evaluate in the place of lmms-eval" in capsys.readouterr().err
+    assert "start them with torchrun -m ivc_export.evaluate instead of lmms-eval" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("messages", "settings", "said"),
     [
-        ([("user", [{"type": "audio", "url": "x.wav"}])], {}, "ivc takes pictures and videos, and no audio"),
+        ([("user", [{"type": "audio", "url": "x.wav"}])], {}, "ivc supports pictures and videos, not audio"),
         ([("user", [{"type": "image", "url": "no.png"}])], {}, "no.png"),
         ([("user", "Why?")], {"num_beams": 4}, "ivc has no beam search"),
         ([("user", "Why?")], {"do_sample": True, "temperature": -1}, "temperature -1.0 is out of range"),
@@ -199,4 +199,4 @@ def test_likelihoods_and_rounds_are_refused(sample_bundle: Bundle, capsys: pytes
     for ask in (model.loglikelihood, model.generate_until_multi_round):
         with pytest.raises(SystemExit):
             ask([])
-    assert "no likelihoods" in (said := capsys.readouterr().err) and "several rounds" in said
+    assert "not likelihoods" in (said := capsys.readouterr().err) and "several rounds" in said

@@ -261,7 +261,8 @@ def test_what_a_link_leads_to_elsewhere_is_not_pushed(server: Hub, run: Run, bun
     (bundle / "testdata" / "picture-9.png").symlink_to(tmp_path / "secret")
     said = refusal(run("ivc_export", "--output", bundle, "--push-to-hub", "owner/new", "--quiet"))
     assert (
-        "has 'testdata/picture-9.png', which is outside the bundle or a link that leaves it: replace the link" in said
+        "names 'testdata/picture-9.png', which is outside the bundle or a link to a place outside it: replace the link"
+        in said
     )
     assert not server.repos and not server.stored
 

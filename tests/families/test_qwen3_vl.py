@@ -161,7 +161,7 @@ def test_features_that_are_added_are_compared(bundle: Bundle, checkpoint: Path) 
     report, _ = compare(OnnxSession(bundle), Recording(reference.facts, changed), [image])
     assert [one.name for one in report.comparisons if not one.passed] == ["deepstack.1"]
     missing = {name: array for name, array in reference.tensors.items() if name != key}
-    with pytest.raises(UserError, match=r"damaged \(deepstack.1 and pictures do not fit each other\)"):
+    with pytest.raises(UserError, match=r"damaged \(deepstack.1 and the number of pictures do not match\)"):
         compare(OnnxSession(bundle), Recording(reference.facts, missing), [image])
 
 
@@ -182,5 +182,5 @@ def test_calibration_tries_the_cuts_that_there_are(checkpoint: Path) -> None:
     found = calibrate(checkpoint, examples, [1.0], tokens=2, compare="none")
     assert [trial.layer for trial in found.trials] == [3, 4]
     assert all(trial.divergence < 1e-6 and trial.agreement == 1 for trial in found.trials)
-    with pytest.raises(UserError, match="layers 2 to 3 are out of range: this model's are 3 to 4"):
+    with pytest.raises(UserError, match="layers 2 to 3 are out of range: give 3 to 4 for this model"):
         calibrate(checkpoint, examples, [1.0], [2, 3])

@@ -272,7 +272,10 @@ def test_embeddings_beyond_float16_are_refused(program: EnginesProgram, tmp_path
     bundle = export(ExportRecipe(make_large_embeddings(tmp_path / "checkpoint"), tmp_path / "bundle"))
     put_engines(bundle, dtype="float16", **MAXIMA)
     found = program.converse(bundle, tmp_path / "memory", ratio=1, runs=[{"tokens": [1, 2, 5], "pictures": []}])
-    assert found["error"] == "inputs_embeds has values beyond float16: build engines with ivc-build --dtype float32"
+    assert (
+        found["error"]
+        == "inputs_embeds has values beyond the range of float16: build engines with ivc-build --dtype float32"
+    )
 
 
 def test_nothing_but_logits_and_kept_rows_leaves_the_device(
@@ -313,7 +316,7 @@ def test_caches_of_more_rows_than_the_engines_are_refused(
     bundle = Bundle.load(shutil.copytree(sample_bundle.folder, tmp_path / "bundle"))
     put_engines(bundle, **MAXIMA)
     found = program.converse(bundle, tmp_path / "memory", ratio=1, runs=[], rows=10**6)
-    assert found["error"].startswith("the engines' caches have 656 rows, and 1000000 are wanted: ")
+    assert found["error"].startswith("the engines' caches have 656 rows, but 1000000 are needed: ")
 
 
 def another(place: str, **fields: Any) -> Callable[[dict[str, Any]], None]:
@@ -334,12 +337,12 @@ def another(place: str, **fields: Any) -> Callable[[dict[str, Any]], None]:
     [
         (
             another("decoder/logits"),
-            "the decoder engine is not of this bundle's decoder graph (its logits is another): ",
+            "the decoder engine is not an engine of this bundle's decoder graph (its logits differs): ",
         ),
-        (another("prefix/keep_index", type="FLOAT"), "(its keep_index is another): build the engines again"),
-        (another("prefix/hidden_states", shape=[1, -1, 7]), "(its hidden_states is another): "),
-        (another("prefix/hidden_states", shape=[-1, 64]), "(its hidden_states is another): "),
-        (another("vision/secret", input=True, type="FLOAT", shape=[1]), "(its secret is another): "),
+        (another("prefix/keep_index", type="FLOAT"), "(its keep_index differs): build the engines again"),
+        (another("prefix/hidden_states", shape=[1, -1, 7]), "(its hidden_states differs): "),
+        (another("prefix/hidden_states", shape=[-1, 64]), "(its hidden_states differs): "),
+        (another("vision/secret", input=True, type="FLOAT", shape=[1]), "(its secret differs): "),
         (
             another("prefix/hidden_states", type="HALF"),
             "hidden_states is float16 in one engine and hidden_states float32",
@@ -397,8 +400,12 @@ def test_outputs_of_another_size_are_refused(
         ("logits", lambda s: (*s[:2], s[2] + 1), "gives logits of [1, 1, "),
         ("hidden_states", lambda s: (1, s[1] * 2, s[2]), "gives hidden_states of [1, "),
         ("compact_key.0", lambda s: (*s[:2], 2**40, s[3]), "gives compact_key.0 of [1, "),
-        ("seed_index", lambda s: (2**60,), "a tensor's shape fits no memory: build the engines again with ivc-build"),
-        ("token_score", lambda s: (-1,), "the prefix engine does not say how large token_score becomes: "),
+        (
+            "seed_index",
+            lambda s: (2**60,),
+            "a tensor would not fit into memory: build the engines again with ivc-build",
+        ),
+        ("token_score", lambda s: (-1,), "the prefix engine does not give the size of token_score: "),
         ("image_embeds", lambda s: (s[0], s[1], s[2] + 1), "gives image_embeds of [1, "),
     ):
         monkeypatch.setattr(
@@ -561,13 +568,13 @@ def test_other_engines_than_those_here_are_refused(program: EnginesProgram, bund
     refusal = program.refusal("find", **where, tensorrt="10.3.0", capability="8.7")
     assert "has no engines for 10.3.0-sm87; there are 8.6.0-sm90: build them here with ivc-build" in refusal
     refusal = program.refusal("find", **where, engines=str(folder_of(bundle)), tensorrt="8.6.0", capability="8.7")
-    assert "are of TensorRT 8.6.0 for compute capability 9.0, and here are 8.6.0 and 8.7: " in refusal
+    assert "are for TensorRT 8.6.0 and compute capability 9.0, but this machine has 8.6.0 and 8.7: " in refusal
     assert program.refusal("find", **where | {"plugin": ""}, **HERE).endswith("libivc_plugin.so, with --plugin")
     other = tmp_path / "other.so"
     other.write_bytes(b"another library")
-    assert "(its SHA-256 is another)" in program.refusal("find", **where | {"plugin": str(other)}, **HERE)
+    assert "(its SHA-256 differs)" in program.refusal("find", **where | {"plugin": str(other)}, **HERE)
     put_engines(bundle, **MAXIMA)
-    assert program.refusal("find", **where, **HERE).endswith(" call no plugin: leave --plugin out")
+    assert program.refusal("find", **where, **HERE).endswith(" use no plugin: leave out --plugin")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

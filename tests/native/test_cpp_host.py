@@ -206,7 +206,7 @@ BAD_PICTURES: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "animated": (
         lambda: stored(noise(5, 5, 3, 0), format="PNG", save_all=True, append_images=[noise(5, 5, 3, 1)]),
-        "has several frames: give one of them as a picture",
+        "has several frames: give one frame as a picture",
     ),
 }
 
@@ -419,7 +419,7 @@ def test_packed_embeddings_are_read_as_in_python(
     assert bundle.manifest.embedding.packed is not None and bundle.manifest.embedding.packed.block == group
     check_embeddings(program, bundle)
     for place, value, message in (
-        ("block", 8, "embedding.packed.block is 8, which is none of 16 to 128"),
+        ("block", 8, "embedding.packed.block is 8, but must be 16 to 128"),
         ("scales", 2**50, "the embedding table is not within its file"),
         ("dtype", "uint8", "embedding.packed.dtype is 'uint8', which this version does not know"),
         ("surprise", 1, "was made by a newer ivc-export (embedding.packed.surprise is unknown)"),
@@ -470,7 +470,7 @@ def test_tokens_are_drawn_as_in_python(program: HostProgram) -> None:
     for bad in ([math.inf, 1.0], [-math.inf, -math.inf]):
         options = {"temperature": 0, "top_p": 1, "top_k": 0, "seed": 0, "repetition_penalty": 1}
         numbers = [[1e39 if x > 0 else -1e39 for x in bad]]  # beyond float32: infinite there
-        assert "logits that are no numbers" in program.refusal("draw", logits=numbers, **options)
+        assert "the model gives NaN logits" in program.refusal("draw", logits=numbers, **options)
 
 
 # --- text
@@ -575,17 +575,21 @@ def test_what_is_no_text_is_refused(program: HostProgram) -> None:
 
 STRANGE: list[tuple[str, Any, str]] = [
     ("model.type", "Unigram", "model.type is 'Unigram', which this version does not know"),
-    ("model.vocab", [], "model.vocab is no object"),
-    ("model.vocab", {"a": -1}, "model.vocab holds an id that is none"),
-    ("model.merges", ["ab"], "model.merges has an entry that is no pair"),
-    ("model.merges", [["h", "nowhere"]], "model.merges names a token that the vocabulary lacks"),
+    ("model.vocab", [], "model.vocab is not an object"),
+    ("model.vocab", {"a": -1}, "model.vocab holds an invalid id"),
+    ("model.merges", ["ab"], "model.merges has an entry that is not a pair"),
+    ("model.merges", [["h", "nowhere"]], "model.merges names a token that is not in the vocabulary"),
     ("model.dropout", 0.5, "model.dropout is out of range"),
     ("normalizer", {"type": "Lowercase"}, "normalizer.type is 'Lowercase', which this version does not know"),
     ("pre_tokenizer", {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": "("}}, "cannot be read"),
     ("pre_tokenizer", {"type": "Whitespace"}, "pre_tokenizer.type is 'Whitespace'"),
     ("decoder", {"type": "CTC"}, "decoder.type is 'CTC'"),
-    ("decoder", {"type": "Metaspace", "replacement": ""}, "decoder.replacement is no single character"),
-    ("pre_tokenizer", {"type": "Metaspace", "replacement": "ab"}, "pre_tokenizer.replacement is no single character"),
+    ("decoder", {"type": "Metaspace", "replacement": ""}, "decoder.replacement is not a single character"),
+    (
+        "pre_tokenizer",
+        {"type": "Metaspace", "replacement": "ab"},
+        "pre_tokenizer.replacement is not a single character",
+    ),
     ("post_processor", {"type": "BertProcessing"}, "post_processor.type is 'BertProcessing'"),
     ("added_tokens", [{"id": 2**40, "content": "x"}], "added_tokens.0.id is 1099511627776"),
 ]
@@ -607,7 +611,7 @@ def test_tokenizers_of_other_kinds_are_refused(
 
 
 def test_the_c_api_takes_null_for_a_mistake(program: HostProgram) -> None:
-    place = "place for what is made"
+    place = "pointer for the result"
     missing = ("folder", place, "path", "pixels", "", place, "bundle", "chat")
     for said, what in zip(program.ask("c_api"), missing, strict=True):
         wanted = f"there is no {what} (NULL was given): give one" if what else "the picture's rows overlap"
@@ -662,7 +666,7 @@ def test_a_conversation_that_outgrows_what_runs_it_says_what_to_do(program: Host
     program.ask("bundle", path=str(sample_bundle.folder))
     turns = [{"question": question, "images": [], "draws": [1]} for question in ("Where?", "And now?" * 90, "And?")]
     for follow_up, more in (
-        ("again", ", or go on over the compacted cache (--follow-up compacted)"),
+        ("again", ", or continue on the compacted cache (--follow-up compacted)"),
         ("compacted", ""),
     ):
         found = program.ask("chat", follow_up=follow_up, max_tokens=1, turns=turns, most=150)
@@ -670,7 +674,7 @@ def test_a_conversation_that_outgrows_what_runs_it_says_what_to_do(program: Host
         assert "error" not in found[2]
     (alone,) = program.ask("chat", follow_up="again", max_tokens=1, turns=turns[1:2], most=150)
     assert alone == {"error": "these caches hold 150 rows: build larger ones"}
-    assert "goes on again or compacted, not 'never'" in program.refusal(
+    assert "there is no follow-up 'never': choose again or compacted" in program.refusal(
         "chat", follow_up="never", max_tokens=1, turns=[]
     )
 
@@ -685,10 +689,10 @@ def test_every_familys_bundle_opens(program: HostProgram, bundles: dict[str, Bun
 
 BAD_BUNDLES: list[tuple[str, Any, str]] = [
     ("schema_version", 1, "has schema version 1, and this library reads "),
-    ("decoder.head_dim", None, "decoder.head_dim is no whole number"),
-    ("decoder.head_dim", 0.5, "decoder.head_dim is no whole number"),
-    ("decoder.head_dim", 7, "decoder.head_dim is 7, which is none of 1 to 4096 in steps of 2"),
-    ("decoder.layers", 10**6, "decoder.layers is 1000000, which is none of 2 to 1000"),
+    ("decoder.head_dim", None, "decoder.head_dim is not a whole number"),
+    ("decoder.head_dim", 0.5, "decoder.head_dim is not a whole number"),
+    ("decoder.head_dim", 7, "decoder.head_dim is 7, but must be 1 to 4096 in steps of 2"),
+    ("decoder.layers", 10**6, "decoder.layers is 1000000, but must be 2 to 1000"),
     ("decoder.heads", 3, "decoder does not fit the other fields"),
     ("rotary.sections", [1, 1, 4096], "rotary does not fit the other fields"),
     ("rotary.theta", 0, "rotary.theta is out of range"),
@@ -697,7 +701,7 @@ BAD_BUNDLES: list[tuple[str, Any, str]] = [
     ("selection.whole_layers", [3, 3], "selection does not fit the other fields"),
     ("preprocessing.kind", "frames", "preprocessing.kind is 'frames'"),
     ("preprocessing.resample", "cubic", "preprocessing.resample is 'cubic'"),
-    ("preprocessing.std", [1, 1], "preprocessing.std has no three entries"),
+    ("preprocessing.std", [1, 1], "preprocessing.std does not have three entries"),
     ("preprocessing.max_pixels", 2**30, "preprocessing does not fit the other fields"),
     ("tokens.image", 2**31 - 1, "tokens.image is 2147483647"),
     ("video.token", 503, "video.token does not fit the other fields"),
@@ -711,7 +715,7 @@ BAD_BUNDLES: list[tuple[str, Any, str]] = [
     ("embedding.file", "config.json", "which is not one of its weight files"),
     ("embedding.offset", -1, "embedding.offset is -1"),
     ("embedding.offset", 2**50, "the embedding table is not within its file"),
-    ("weights.0.file", "../outside", "has '../outside', which is outside the bundle or a link that leaves it"),
+    ("weights.0.file", "../outside", "names '../outside', which is outside the bundle or a link to a place outside it"),
     ("weights.0.file", "/etc/hostname", "which is outside the bundle"),
     ("weights.0.file", "link", "which is outside the bundle"),
     ("weights.0.file", "circle", "which is outside the bundle"),
@@ -720,8 +724,8 @@ BAD_BUNDLES: list[tuple[str, Any, str]] = [
     ("weights.0.size", 5, "and the manifest says 5"),
     ("weights.0.header_sha256", "0" * 64, "changed after the export (its header differs)"),
     ("graphs.prefix.sha256", "0" * 64, "is not the graph that was exported"),
-    ("graphs.prefix.file", "../outside", "has '../outside'"),
-    ("chat.begin", {"before": 3, "behind": ""}, "chat.begin.before is no text"),
+    ("graphs.prefix.file", "../outside", "names '../outside'"),
+    ("chat.begin", {"before": 3, "behind": ""}, "chat.begin.before is not a text"),
     ("news", 1, "was made by a newer ivc-export (news is unknown)"),
 ]
 
@@ -752,23 +756,23 @@ def test_links_that_leave_a_bundle_are_refused(program: HostProgram, sample_bund
     """Of whatever name: a runtime opens what graphs name."""
     folder = shutil.copytree(sample_bundle.folder, tmp_path / "bundle")
     (folder / "more.safetensors").symlink_to("/etc/hostname")
-    assert "has 'more.safetensors', which is outside the bundle" in program.refusal("bundle", path=str(folder))
+    assert "names 'more.safetensors', which is outside the bundle" in program.refusal("bundle", path=str(folder))
     killed = shutil.copytree(sample_bundle.folder, tmp_path / ".bundle.partial-1")
     assert "was left by an export that was killed" in program.refusal("bundle", path=str(killed))
 
 
 HEADERS: list[tuple[Any, str]] = [
     (b"{", "is damaged (it is not valid JSON"),
-    ([], "is damaged (it is no object)"),
-    ({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}, "has tensors that end elsewhere than the file"),
-    ({"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 4]}}, "a.shape takes other bytes than there are"),
+    ([], "is damaged (it is not an object)"),
+    ({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}, "has tensors that do not end where the file ends"),
+    ({"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 4]}}, "a.shape does not fit the number of bytes"),
     ({"a": {"dtype": "U8", "shape": [2**62, 4, 0], "data_offsets": [0, 0]}}, "a.shape.0 is 4611686018427387904"),
-    ({"a": {"dtype": "F32", "shape": [64, 64], "data_offsets": [0, 8]}}, "a.shape takes other bytes than there are"),
-    ({"a": {"dtype": "X8", "shape": [8], "data_offsets": [0, 8]}}, "a.dtype is of no type that is known"),
-    ({"a": {"dtype": "U8", "shape": [4], "data_offsets": [8, 4]}}, "a.data_offsets.1 is 4, which is none of 8 to"),
+    ({"a": {"dtype": "F32", "shape": [64, 64], "data_offsets": [0, 8]}}, "a.shape does not fit the number of bytes"),
+    ({"a": {"dtype": "X8", "shape": [8], "data_offsets": [0, 8]}}, "a.dtype is a type that is not known"),
+    ({"a": {"dtype": "U8", "shape": [4], "data_offsets": [8, 4]}}, "a.data_offsets.1 is 4, but must be 8 to"),
     (
         {name: {"dtype": "U8", "shape": [6], "data_offsets": [i, i + 6]} for i, name in ((0, "a"), (2, "b"))},
-        "has tensors that do not lie one behind the other",
+        "has tensors with gaps or overlaps between them",
     ),
 ]
 
@@ -797,7 +801,7 @@ def test_texts_are_hashed_as_python_writes_them(program: HostProgram, sample_bun
 BAD_VIEWS: list[tuple[str, Any, str]] = [
     ("preprocessing.shapes", [], "preprocessing.shapes is empty"),
     ("preprocessing.shapes", [[1, 1, 1]], "preprocessing.shapes.0 has more than 2 entries"),
-    ("preprocessing.shapes", [[0, 1]], "preprocessing.shapes.0.0 is 0, which is none of 1 to 256"),
+    ("preprocessing.shapes", [[0, 1]], "preprocessing.shapes.0.0 is 0, but must be 1 to 256"),
     ("preprocessing.shapes", [[200, 200]], "preprocessing does not fit the other fields"),
     ("preprocessing.fill", 256, "preprocessing.fill is 256"),
     ("preprocessing.token_side", 0, "preprocessing.token_side is 0"),

@@ -72,7 +72,7 @@ def test_what_needs_onnxruntime_names_both_extras(
     assert getattr(cli, name.replace("-", "_"))(arguments) == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: onnxruntime cannot be imported (")
-    assert line.endswith("install ivc-export[cpu], or in its place ivc-export[cuda] where there is an NVIDIA GPU")
+    assert line.endswith("install ivc-export[cpu], or ivc-export[cuda] instead if there is an NVIDIA GPU")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -158,9 +158,9 @@ def test_budgets_of_pictures_add_up(golden_session: OnnxSession) -> None:
         ([], [], "the prompt is empty"),
         ([1, 512], [], "beyond the vocabulary of 512"),
         ([1, -2], [], "token id -2"),
-        ([1, IMAGE, 2], [Grid(2, 2)], "holds 1 image tokens and its pictures give 4"),
-        ([IMAGE, IMAGE, 1, IMAGE, IMAGE], [Grid(2, 2)], "do not stand together"),
-        ([1] * 5000, [], "knows 4,096"),
+        ([1, IMAGE, 2], [Grid(2, 2)], "has 1 image tokens, but its pictures give 4"),
+        ([IMAGE, IMAGE, 1, IMAGE, IMAGE], [Grid(2, 2)], "are not next to each other"),
+        ([1] * 5000, [], "this model has 4,096 positions"),
     ],
 )
 def test_runs_that_cannot_be(golden_session: OnnxSession, tokens: list[int], grids: list[Grid], sentence: str) -> None:
@@ -169,7 +169,7 @@ def test_runs_that_cannot_be(golden_session: OnnxSession, tokens: list[int], gri
 
 
 def test_a_full_cache_says_so(golden_session: OnnxSession) -> None:
-    with pytest.raises(UserError, match="holds 4 rows, 5 are needed"):
+    with pytest.raises(UserError, match="has 4 rows, but 5 are needed"):
         HostConversation(golden_session, capacity=4).run([1, 2, 3, 4, 5])
 
 
@@ -187,7 +187,9 @@ def test_what_float16_graphs_do_not_take_is_one_sentence(tmp_path: Path) -> None
     picture = random_picture(Grid(1, 1), 0)
     picture.inputs["pixel_values"][0, 0, 0] = -7e4
     OnnxSession(bundle).run("vision", picture.inputs)
-    with pytest.raises(UserError, match=r"pixel_values has values up to 7e\+04, and float16 ends at 65504: compute in"):
+    with pytest.raises(
+        UserError, match=r"pixel_values has values up to 7e\+04, but the largest value of float16 is 65504: compute in"
+    ):
         OnnxSession(bundle, dtype="float16").run("vision", picture.inputs)
 
 

@@ -103,7 +103,7 @@ def test_a_conversation_that_outgrows_its_cache_says_what_to_do(session: Session
     assert "".join(chat.ask("Where?", [SHAPES]))
     told = [*chat.messages]
     with pytest.raises(
-        UserError, match=r"larger capacity, or go on over the compacted cache \(--follow-up compacted\)$"
+        UserError, match=r"larger capacity, or continue on the compacted cache \(--follow-up compacted\)$"
     ):
         list(chat.ask("And now?" * 90))
     assert chat.messages == told
@@ -119,7 +119,7 @@ def test_pictures_that_another_bundle_saw_are_refused(golden_session: OnnxSessio
     narrow = type(seen)({"image_embeds": seen.outputs["image_embeds"][..., :-1]}, seen.grid, seen.token_id)
     other = type(seen)(seen.outputs, Grid(2, 2), seen.token_id)
     for wrong in (narrow, other):
-        with pytest.raises(UserError, match="seen by another bundle's vision"):
+        with pytest.raises(UserError, match="a picture was prepared by another bundle"):
             golden_session.converse().run(tokens, [wrong])
 
 

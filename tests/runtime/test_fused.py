@@ -277,7 +277,9 @@ def test_activations_beyond_float16_are_one_sentence(tmp_path: Path, monkeypatch
     monkeypatch.setitem(cast("dict[str, str]", graphs_module.DTYPES), "cpu", "float16")
     session = FusedSession(bundle, "cpu")
     for _ in range(2):
-        wanted = "leave float16's range on onnxruntime-cpu: compute in float32, which is the default there"
+        wanted = (
+            "exceed the range of float16 on onnxruntime-cpu: compute in float32, which is the default on this backend"
+        )
         with pytest.raises(UserError, match=wanted):
             FusedConversation(session, capacity=10).run(PROMPT[-4:])
     gc.collect()
@@ -296,7 +298,8 @@ def test_embeddings_beyond_float16_are_one_sentence(tmp_path: Path, monkeypatch:
             continue
         with pytest.raises(
             UserError,
-            match=r"an embedding of this model has values up to 1e\+05, and float16 ends at 65504: use --backend",
+            match=r"an embedding of this model has values up to 1e\+05, but the largest value of float16 is "
+            r"65504: use --backend",
         ):
             conversation.run(tokens)
     assert conversation.cache.length == 3
@@ -311,7 +314,8 @@ def test_pixels_beyond_float16_are_one_sentence(golden_bundle: Bundle, monkeypat
     FusedSession(bundle, "cpu")
     monkeypatch.setitem(cast("dict[str, str]", graphs_module.DTYPES), "cpu", "float16")
     with pytest.raises(
-        UserError, match=r"normalised picture of this model has values up to 9e\+04, and float16 ends at 65504"
+        UserError,
+        match=r"normalised picture of this model has values up to 9e\+04, but the largest value of float16 is 65504",
     ):
         FusedSession(bundle, "cpu")
 
@@ -339,7 +343,7 @@ def test_pixels_are_narrowed_by_the_graph(golden_bundle: Bundle) -> None:
 
 
 def test_a_full_cache_is_one_sentence(fused: FusedSession) -> None:
-    with pytest.raises(UserError, match="holds 20 rows, 28 are needed: give it a larger capacity"):
+    with pytest.raises(UserError, match="has 20 rows, but 28 are needed: give it a larger capacity"):
         FusedConversation(fused, capacity=20).run(PROMPT, [random_picture(Grid(4, 5), 0)])
 
 
@@ -429,7 +433,7 @@ def test_caches_without_memory_are_one_sentence(fused: FusedSession, monkeypatch
 
     with monkeypatch.context() as full:
         full.setattr(FusedSession, "value", fail)
-        with pytest.raises(UserError, match=r"caches of 16 rows cannot be had for lack of memory \(full\)"):
+        with pytest.raises(UserError, match=r"caches of 16 rows cannot be allocated for lack of memory \(full\)"):
             conversation.run([4] * 10)
         with pytest.raises(UserError, match=r"caches of 2,000 rows .* \(full\): use smaller pictures, or close other"):
             fused.converse(capacity=2000)

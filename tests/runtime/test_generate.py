@@ -104,7 +104,7 @@ def test_an_answer_ends_at_the_models_last_position(sample_session: OnnxSession)
     conversation = HostConversation(sample_session)
     conversation.run([5] * 4093)
     assert len(list(generate(conversation, [6], sampling=Sampling(max_tokens=50), stop=()))) == 3
-    with pytest.raises(UserError, match="knows 4,096"):
+    with pytest.raises(UserError, match="this model has 4,096 positions"):
         conversation.run([7])
 
 
@@ -120,22 +120,28 @@ def test_logits_that_are_no_numbers_end_an_answer(tmp_path: Path) -> None:
     bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="float16"))
     assert len(list(generate(OnnxSession(bundle).converse(), [7, 8, 9, 10], sampling=SHORT, stop=()))) == 6
     narrow = OnnxSession(bundle, dtype="float16").converse()
-    with pytest.raises(UserError, match=r"leave float16's range on onnxruntime-cpu: compute in float32, which is the"):
+    with pytest.raises(
+        UserError, match=r"exceed the range of float16 on onnxruntime-cpu: compute in float32, which is the"
+    ):
         next(generate(narrow, [7, 8, 9, 10]))
 
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "advice"),
     [
-        ("onnxruntime-cpu", "float32", r"no numbers, in float32 on onnxruntime-cpu: its weights are damaged"),
-        ("onnxruntime-cpu", "float16", r"range on onnxruntime-cpu: compute in float32, which is the default there$"),
-        ("onnxruntime-cuda", "float16", r"range on onnxruntime-cuda: use --backend onnxruntime-cpu"),
+        ("onnxruntime-cpu", "float32", r"NaN logits in float32 on onnxruntime-cpu, so its weights are damaged"),
+        (
+            "onnxruntime-cpu",
+            "float16",
+            r"range of float16 on onnxruntime-cpu: compute in float32, which is the default on this backend$",
+        ),
+        ("onnxruntime-cuda", "float16", r"range of float16 on onnxruntime-cuda: use --backend onnxruntime-cpu"),
         (
             "tensorrt",
             "float16",
-            r"range on tensorrt: use --backend onnxruntime-cpu, or build engines with --dtype float32",
+            r"range of float16 on tensorrt: use --backend onnxruntime-cpu, or build engines with --dtype float32",
         ),
-        ("tensorrt", "float32", r"no numbers, in float32 on tensorrt: its weights are damaged"),
+        ("tensorrt", "float32", r"NaN logits in float32 on tensorrt, so its weights are damaged"),
     ],
 )
 def test_advice_on_such_logits_is_never_what_is_done_already(

@@ -94,8 +94,8 @@ COLOURS: list[tuple[str, PIL.Image.Image, str]] = [
     ("png", noise((40, 30), 4), ""),
     ("png", TRANSPARENT, ""),
     ("png", noise((40, 30)).convert("1"), ""),
-    ("png", PIL.Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40)), "above 255 becomes white"),
-    ("jpg", noise((40, 30)).convert("CMYK"), "is CMYK, and is converted to RGB without its colour profile"),
+    ("png", PIL.Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40)), "Values above 255 become white"),
+    ("jpg", noise((40, 30)).convert("CMYK"), "is CMYK. It is converted to RGB without its colour profile"),
     ("tif", noise((40, 30)).convert("CMYK"), "is CMYK"),
 ]
 

@@ -46,7 +46,7 @@ def test_marks_place_pictures(text: str, pictures: int, kinds: list[str | None])
 
 @pytest.mark.parametrize(("text", "pictures"), [("<image> Which?", 0), ("<image> Which?", 2), ("<image> <image>?", 1)])
 def test_marks_that_are_no_pictures_are_refused(text: str, pictures: int) -> None:
-    with pytest.raises(UserError, match=rf"marks and there are {pictures} pictures: write a mark for each, or none"):
+    with pytest.raises(UserError, match=rf"marks, but there are {pictures} pictures: write one mark for each, or none"):
         user_message(text, pictures)
 
 
@@ -105,7 +105,7 @@ def test_a_template_that_moves_pictures_is_told(sample_bundle: Bundle, tmp_path:
     processor = templated(sample_bundle, tmp_path, PICTURES_FIRST)
     pictures = [processor.picture(OTHER)]
     assert processor.question("<image> Which?", pictures) == processor.question(" Which?", pictures)
-    with pytest.raises(UserError, match="does not keep pictures within the text: give them in front of it"):
+    with pytest.raises(UserError, match="does not keep pictures within the text: put them before the text"):
         processor.question("Which is <image> of these?", pictures)
 
 
@@ -234,4 +234,4 @@ def test_a_bad_picture_costs_a_chat_nothing_and_a_bad_question_its_pictures(
     out, err = capsys.readouterr()
     assert [json.loads(line)["visual_tokens"]["total"] for line in out.splitlines()] == [0, 0, 192]
     assert err.count("error: ") == 2 and err.count("too elongated") == 1
-    assert "or none, and they come first; its pictures were dropped, and /image adds them again" in err
+    assert "or none to put them first; its pictures were dropped, and /image adds them again" in err

@@ -74,7 +74,7 @@ def test_pictures_that_cannot_be(sample_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="too elongated"):
         processor.picture(noise((2100, 10)))
     long = Bundle(sample_bundle.folder, sample_bundle.manifest.model_copy(update={"max_visual": 40}))
-    with pytest.raises(UserError, match="60 visual tokens, and this bundle takes 40"):
+    with pytest.raises(UserError, match="60 visual tokens, but this bundle takes 40 at most"):
         Processor(long).picture(noise((28 * 60, 28)))
 
 

@@ -124,8 +124,8 @@ def test_a_conversation_that_outgrows_engines_names_larger_ones(
     with pytest.raises(UserError) as found:
         list(chats["again"].ask("And here?", [SHAPES]))
     assert str(found.value) == (
-        "the prompt has 384 visual tokens, and these engines take 256: build them with --max-visual 384, or use a "
-        "smaller picture, or go on over the compacted cache (--follow-up compacted)"
+        "the prompt has 384 visual tokens, but these engines take 256 at most: build them with --max-visual 384, or "
+        "use a smaller picture, or continue on the compacted cache (--follow-up compacted)"
     )
     list(chats["compacted"].ask("And here?", [SHAPES]))
     list(chats["again"].ask("And now?"))
@@ -197,7 +197,7 @@ def test_what_float16_engines_do_not_take_is_one_sentence(tmp_path: Path, monkey
     bundle = export(ExportRecipe(make_large_embeddings(tmp_path / "checkpoint"), tmp_path / "bundle"))
     session, device = opened(bundle, monkeypatch, dtype="float16")
     conversation = session.converse()
-    wanted = r"and float16 ends at 65504: build engines with ivc-build --dtype float32"
+    wanted = r"but the largest value of float16 is 65504: build engines with ivc-build --dtype float32"
     with pytest.raises(UserError, match=rf"inputs_embeds has values up to 1e\+05, {wanted}"):
         conversation.run([1, 5])
     picture = random_picture(Grid(1, 1), 0)
@@ -211,13 +211,15 @@ def test_what_float16_engines_do_not_take_is_one_sentence(tmp_path: Path, monkey
 def test_runs_beyond_the_engines(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     session, _ = opened(bundle, monkeypatch, max_visual=16, max_text=8, max_new=3)
     conversation = session.converse()
-    with pytest.raises(UserError, match=r"20 visual tokens, and these engines take 16.*--max-visual 20.*smaller"):
+    with pytest.raises(
+        UserError, match=r"20 visual tokens, but these engines take 16 at most.*--max-visual 20.*smaller"
+    ):
         conversation.run(IMAGE_PROMPT, [random_picture(Grid(4, 5), 0)])
-    with pytest.raises(UserError, match=r"9 other tokens, and these engines take 8.*--max-text 9"):
+    with pytest.raises(UserError, match=r"9 other tokens, but these engines take 8 at most.*--max-text 9"):
         conversation.run(range(10))
     for _ in range(3):
         conversation.run(range(8))
-    with pytest.raises(UserError, match=r"hold 27 rows, 32 are needed.*--max-new"):
+    with pytest.raises(UserError, match=r"have 27 rows, but 32 are needed.*--max-new"):
         conversation.run(range(8))
     with pytest.raises(UserError, match="27 rows, not 64"):
         session.converse(capacity=64)
@@ -264,28 +266,28 @@ SPOILT: list[tuple[str, Callable[[tuple[int, ...]], Any], str]] = [
     (
         "hidden_states",
         lambda shape: (1, -1, shape[2]),
-        "the prefix engine does not say how large hidden_states becomes",
+        "the prefix engine does not give the size of hidden_states",
     ),
-    ("logits", lambda shape: NoDims(), "the decoder engine does not say how large logits becomes"),
+    ("logits", lambda shape: NoDims(), "the decoder engine does not give the size of logits"),
     (
         "image_embeds",
         lambda shape: (1, 21, shape[2]),
         "the vision engine gives image_embeds of [1, 21, ",
     ),
-    ("keep_index", lambda shape: (99,), "the prefix engine gives keep_index of [99] in place of [18]"),
-    ("token_score", lambda shape: (20, 1), "the prefix engine gives token_score of [20, 1] in place of [20]"),
+    ("keep_index", lambda shape: (99,), "the prefix engine gives keep_index of [99] instead of [18]"),
+    ("token_score", lambda shape: (20, 1), "the prefix engine gives token_score of [20, 1] instead of [20]"),
     (
         "new_key.5",
         lambda shape: (1, 2, 9, 16),
-        "the decoder engine gives new_key.5 of [1, 2, 9, 16] in place of [1, 2, 18, 32]",
+        "the decoder engine gives new_key.5 of [1, 2, 9, 16] instead of [1, 2, 18, 32]",
     ),
     (
         "compact_value.0",
         lambda shape: (1, 2, 4096, 16),
-        "the decoder engine gives compact_value.0 of [1, 2, 4096, 16] in",
+        "the decoder engine gives compact_value.0 of [1, 2, 4096, 16] instead of",
     ),
     ("new_value.0", lambda shape: (4, *shape[1:]), "the prefix engine gives new_value.0 of [4, "),
-    ("seed_index", lambda shape: (-1,), "the prefix engine does not say how large seed_index becomes"),
+    ("seed_index", lambda shape: (-1,), "the prefix engine does not give the size of seed_index"),
 ]
 
 
@@ -308,8 +310,8 @@ def test_outputs_of_unknown_or_other_size_are_refused(
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("logits", "TensorRT takes no memory for logits of the decoder engine: build the engines again"),
-        ("image_embeds", "TensorRT takes no memory for image_embeds of the vision engine: build the engines again"),
+        ("logits", "TensorRT refuses the memory for logits of the decoder engine: build the engines again"),
+        ("image_embeds", "TensorRT refuses the memory for image_embeds of the vision engine: build the engines again"),
         ("past_key.0", r"past_key.0 of .* does not fit the prefix engine: build engines with larger maxima"),
     ],
 )
@@ -361,7 +363,7 @@ def reshape(name: str, *shape: int | str) -> Callable[[FakeEngine], None]:
             retype("position_ids", "FLOAT"),
             "prefix.plan is not an engine of this bundle's prefix graph (its position_ids",
         ),
-        (retype("keep_index", "INT64"), "prefix.plan has keep_index in INT64, as no graph of ours has it"),
+        (retype("keep_index", "INT64"), "prefix.plan has keep_index in INT64, a type that no graph of ivc-export has"),
         (retype("past_value.0", "HALF"), "past_value.0 is float16 in one engine and past_key.0 float32 in another"),
         (retype("image_embeds", "HALF"), "inputs_embeds is float32 in one engine and image_embeds float16 in another"),
         (retype("compact_key.1", "HALF"), "compact_key.1 is float16 in one engine and past_key.0 float32 in another"),
@@ -488,4 +490,4 @@ def test_check_says_what_engines_lack_before_the_checkpoint_runs(
     monkeypatch.setitem(BACKENDS, "tensorrt", record)
     session.backend = "tensorrt-rtx"
     assert cli.ivc_check(command) == 2
-    assert "no tolerance has been measured for tensorrt-rtx in float32: check one of" in capsys.readouterr().err
+    assert "no tolerance has been measured for tensorrt-rtx in float32: check on one of" in capsys.readouterr().err

@@ -78,17 +78,17 @@ def test_videos_that_cannot_be(processor: Processor, tmp_path: Path) -> None:
     long = frame_folder(tmp_path / "strip", 2, 2100, 10)
     for path, sentence in (
         (tmp_path / "none.mp4", "there is no video at"),
-        (tmp_path / "empty", "holds no frames of a video: give a folder of PNG or JPEG files, or a video file"),
-        (mixed, "is of 50 x 40, and the first frame of the video of 40 x 40: give frames of one size"),
+        (tmp_path / "empty", "has no video frames: give a folder of PNG or JPEG files, or a video file"),
+        (mixed, "is 50 x 40, but the first frame of the video is 40 x 40: give frames of one size"),
         (torn, "cannot be read as a picture"),
         (long, "too elongated"),
     ):
         with pytest.raises(UserError, match=sentence):
             processor.video(Video(path))
     for numbers, sentence in (
-        ({"fps": 0}, "0 frames a second are out of range"),
-        ({"fps": float("nan")}, "nan frames a second are out of range"),
-        ({"max_frames": 0}, "0 frames at most are none"),
+        ({"fps": 0}, "0 frames per second are out of range"),
+        ({"fps": float("nan")}, "nan frames per second are out of range"),
+        ({"max_frames": 0}, "a limit of 0 frames is out of range"),
     ):
         with pytest.raises(UserError, match=sentence):
             Video(tmp_path, **numbers)
@@ -112,7 +112,7 @@ def test_files_that_are_no_videos(processor: Processor, tmp_path: Path) -> None:
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.int16), format="s16", layout="mono")
         silence.sample_rate = 8000
         file.mux(file.add_stream("pcm_s16le", rate=8000, layout="mono").encode(silence))
-    with pytest.raises(UserError, match=r"sound.mkv holds no video: give a file that does"):
+    with pytest.raises(UserError, match=r"sound.mkv has no video in it: give a video file"):
         processor.video(Video(tmp_path / "sound.mkv"))
 
 
@@ -139,24 +139,26 @@ def test_a_file_may_end_a_second_early_and_no_more(tmp_path: Path) -> None:
     longer = replace(footage, total=29)
     *_, before, last = longer.frames([0, 19, 28])
     np.testing.assert_array_equal(np.asarray(before), np.asarray(last))
-    with pytest.raises(UserError, match=r"is damaged \(frame 40 of 29 is not there\): give a whole video"):
+    with pytest.raises(UserError, match=r"is damaged \(frame 40 of 29 is missing\): give a whole video"):
         [*longer.frames([0, 40])]
 
 
 def test_without_pyav_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "clip.mp4").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"takes PyAV to read: install ivc-export\[video\]"):
+    with pytest.raises(UserError, match=r"reading a video file needs PyAV: install ivc-export\[video\]"):
         Video(tmp_path / "clip.mp4").open()
 
 
 def test_other_families_take_no_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", TINY["llava"])
     bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle"))
-    with pytest.raises(UserError, match="takes no videos: give pictures, or export a model that takes them"):
+    with pytest.raises(
+        UserError, match="does not support videos: give pictures, or export a model that supports videos"
+    ):
         Processor(bundle).video(Video(frame_folder(tmp_path / "clip", 2, 40, 40)))
     assert run(bundle, "--video", str(tmp_path / "clip")) == 2
-    assert "takes no videos: give pictures" in capsys.readouterr().err
+    assert "does not support videos: give pictures" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", [1, 4, 5])
@@ -202,10 +204,10 @@ def test_the_command_answers_about_videos_and_pictures(
     [
         (("--fps", "2"), "--fps and --max-frames are for a video: give one with --video"),
         (("--video", "nowhere.mp4"), "there is no video at nowhere.mp4: check the path"),
-        (("--video", "nowhere", "--fps", "-1"), "-1 frames a second are out of range"),
-        (("--video", "nowhere", "--max-frames", "0"), "0 frames at most are none"),
+        (("--video", "nowhere", "--fps", "-1"), "-1 frames per second are out of range"),
+        (("--video", "nowhere", "--max-frames", "0"), "a limit of 0 frames is out of range"),
         (("--video", str(Path(__file__).parent / "__init__.py")), "cannot be read as a video"),
-        (("--video", str(Path(__file__).parent)), "holds no frames of a video"),
+        (("--video", str(Path(__file__).parent)), "has no video frames"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(

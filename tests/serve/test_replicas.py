@@ -272,4 +272,4 @@ def test_a_port_that_is_taken_is_one_sentence(cluster: str, sample_bundle: Bundl
         [*command, str(sample_bundle.folder), "--replicas", "1", "--port", port], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"error: port {port} of 127.0.0.1 cannot be had (")
+    assert done.stderr.splitlines()[-1].startswith(f"error: the server cannot listen on port {port} of 127.0.0.1 (")

@@ -82,7 +82,7 @@ def test_what_is_chosen_otherwise(sample_bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("version", "options", "sentence"),
     [
-        ("8.6.2", {"dtype": "float32", "softmax": "float16"}, "--softmax float16 is for engines in float16, and these"),
+        ("8.6.2", {"dtype": "float32", "softmax": "float16"}, "--softmax float16 needs engines in float16, but these"),
         (
             "10.3.0",
             {"dtype": "bfloat16", "softmax": "float16"},
@@ -91,7 +91,7 @@ def test_what_is_chosen_otherwise(sample_bundle: Bundle) -> None:
         (
             "10.14.0",
             {"dtype": "float16", "attention": "grouped"},
-            r"tensorrt 10\.14\.0 has an operator for it",
+            r"tensorrt 10\.14\.0 has its own attention operator",
         ),
     ],
 )
@@ -192,7 +192,7 @@ def test_memory_decides_on_attention_and_says_so(sample_bundle: Bundle, monkeypa
     small = replace(recipe, memory=fits.footprint.running - 1)
     found = decide(sample_bundle, small, NATIVE)
     assert found.choices == replace(NATIVE, attention="repeated") and found.footprint.running <= small.memory  # type: ignore[operator]
-    assert "attention repeated, since grouped engines need about" in found.sentences[1]
+    assert "attention repeated, because with grouped attention the engines need about" in found.sentences[1]
     assert "(--attention grouped: " in found.sentences[1]
     asked = decide(sample_bundle, replace(small, attention="grouped"), NATIVE)
     assert asked.choices == NATIVE and "as asked" in asked.sentences[1]

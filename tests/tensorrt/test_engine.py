@@ -130,7 +130,9 @@ def test_a_gpu_without_the_plugins_instructions_is_refused(bundle: Bundle, monke
     monkeypatch.setattr(engine, "load_plugin", lambda path: None)
     monkeypatch.setattr(engine, "own_capability", lambda trt: "7.5")
     monkeypatch.setattr(engine, "load_tensorrt", lambda target: trt)
-    with pytest.raises(UserError, match=r"need a GPU of compute capability 8\.0, and this is 7\.5: leave --plugin out"):
+    with pytest.raises(
+        UserError, match=r"need a GPU of compute capability 8\.0, but this GPU has 7\.5: leave out --plugin"
+    ):
         build(bundle, EngineRecipe(plugin=Path("lib.so"), **SMALL))
 
 
@@ -147,13 +149,13 @@ def built(sample_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bu
         ({"max_visual": 0}, "max-visual 0 is out of range: give 1 to 16384"),
         ({"opt_visual": 99, "max_visual": 64}, "opt-visual 99 is out of range: give 1 to 64"),
         ({"optimization_level": 6}, "optimization-level 6"),
-        ({"compute_capability": "8.6"}, "TensorRT builds for this machine's GPU alone"),
-        ({"target": "tensorrt-rtx"}, r"give one of 7\.5, .* with --compute-capability"),
-        ({"target": "tensorrt-rtx", "compute_capability": "9.0"}, "give one of"),
+        ({"compute_capability": "8.6"}, "TensorRT builds only for this machine's GPU"),
+        ({"target": "tensorrt-rtx"}, r"give --compute-capability with one of 7\.5, "),
+        ({"target": "tensorrt-rtx", "compute_capability": "9.0"}, "give --compute-capability with one of"),
         ({"target": "tensorrt-rtx", "compute_capability": "8.6", "plugin": Path("x")}, "has no plugins"),
         ({"softmax": "bfloat16"}, "there is no softmax bfloat16: give float16 or float32"),
         ({"attention": "flash"}, "there is no attention flash: give auto or grouped or repeated"),
-        ({"attention": "grouped", "plugin": Path("x")}, "--attention is for engines without our plugin: leave"),
+        ({"attention": "grouped", "plugin": Path("x")}, "--attention does not apply to engines with our plugin: leave"),
         ({"memory": 0}, "memory 0 is out of range"),
     ],
 )
@@ -210,7 +212,9 @@ def test_memory_grows_with_the_square_of_the_picture(sample_bundle: Bundle) -> N
 def test_too_little_memory_is_told_first(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (available_bytes() or 1) > 0
     monkeypatch.setattr(footprint, "available_bytes", lambda: 1000)
-    with pytest.raises(UserError, match=r"are free: close programs .* lower --max-visual 64 .*--force builds anyway"):
+    with pytest.raises(
+        UserError, match=r"are free: close other programs .* lower --max-visual 64 .*--force builds anyway"
+    ):
         build(bundle, RTX)
     assert not (bundle.folder / "engines").exists()
 
@@ -256,7 +260,7 @@ def test_stale_and_foreign_engines_are_refused(built: Bundle, tmp_path: Path) ->
     with pytest.raises(UserError, match=rf"no engines for rtx-.*-sm89; there are rtx-.*-sm86: .*{command}8\.9"):
         find_engines(bundle, "tensorrt-rtx", "8.9", trt)
     folder.rename(folder.with_name(folder.name.replace("sm86", "sm89")))
-    with pytest.raises(UserError, match=rf"are of TensorRT .* for sm8\.6: build them with {command}8\.9"):
+    with pytest.raises(UserError, match=rf"are for TensorRT .* and sm8\.6: build them with {command}8\.9"):
         find_engines(bundle, "tensorrt-rtx", "8.9", trt)
     folder.with_name(folder.name.replace("sm86", "sm89")).rename(folder)
     graph = bundle.folder / "prefix.onnx"
@@ -264,7 +268,7 @@ def test_stale_and_foreign_engines_are_refused(built: Bundle, tmp_path: Path) ->
     with pytest.raises(UserError, match=rf"built from other graphs or weights: .*{command}8\.6"):
         find_engines(bundle, "tensorrt-rtx", "8.6", trt)
     (folder / "prefix.plan").write_bytes(b"short")
-    with pytest.raises(UserError, match=r"prefix\.plan is damaged \(it has not the size"):
+    with pytest.raises(UserError, match=r"prefix\.plan is damaged \(its size differs"):
         find_engines(bundle, "tensorrt-rtx", "8.6", trt)
     record = json.loads((folder / "build.json").read_text())
     (folder / "build.json").write_text(json.dumps(record | {"engines": {}}))
@@ -359,7 +363,7 @@ def test_the_command_builds_and_says_what_it_takes(bundle: Bundle, capsys: pytes
         (["--opt-text", "0"], "opt-text 0 is out of range"),
         (["--workspace", "nan"], "workspace nan is out of range: give GiB above 0"),
         (["--workspace", "-1"], "workspace -1 is out of range"),
-        (["--compute-capability", "8.6"], "leave --compute-capability out"),
+        (["--compute-capability", "8.6"], "leave out --compute-capability"),
         ([], "tensorrt does not load"),
     ],
 )
@@ -376,12 +380,12 @@ def test_what_tensorrt_cannot_read_is_one_sentence(bundle: Bundle, monkeypatch: 
     graph = bundle.graph("vision")
     next(node for node in graph.graph if node.op_type == "Cos").op_type = "Bernoulli"  # of one input, too
     monkeypatch.setattr(Bundle, "graph", lambda *_: graph)
-    with pytest.raises(UserError, match=r"TensorRT .* does not read the vision graph"):
+    with pytest.raises(UserError, match=r"TensorRT .* cannot read the vision graph"):
         build(bundle, EngineRecipe(target="tensorrt-rtx", compute_capability="8.6", **SMALL))
 
 
 def test_experts_are_refused_before_tensorrt_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = export(ExportRecipe(make_checkpoint(tmp_path / "c", TINY["deepseek_vl_v2"]), tmp_path / "b"))
     monkeypatch.setattr("ivc_export.tensorrt.build.load_tensorrt", pytest.fail)
-    with pytest.raises(UserError, match="prefix and decoder of this model hold mixtures of experts"):
+    with pytest.raises(UserError, match="prefix and decoder of this model have mixtures of experts"):
         build(bundle, RTX)

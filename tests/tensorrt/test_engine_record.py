@@ -64,8 +64,8 @@ def put(name: str, value: Any) -> Callable[[dict[str, Any]], object]:
 
 
 BAD: list[tuple[str, Any, str]] = [
-    ("capacity", 10**12, "capacity is 1000000000000, and the recipe's maxima give 384"),
-    ("capacity", 385, "capacity is 385, and the recipe's maxima give 384"),
+    ("capacity", 10**12, "capacity is 1000000000000, but the recipe's maxima give 384"),
+    ("capacity", 385, "capacity is 385, but the recipe's maxima give 384"),
     ("capacity", "384", "capacity: Input should be a valid integer"),
     ("capacity", True, "capacity: Input should be a valid integer"),
     ("capacity", 384.5, "capacity: Input should be a valid integer"),
@@ -77,7 +77,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("recipe.optimization_level", 7, "optimization-level 7 is out of range"),
     ("recipe.tactic_sources", "CUBLAS", "recipe.tactic_sources: Input should be a valid"),
     ("recipe.dtype", "float8", "recipe.dtype: Input should be 'float32', 'float16' or 'bfloat16'"),
-    ("recipe.dtype", "bfloat16", "dtype is float32, and the recipe's bfloat16"),
+    ("recipe.dtype", "bfloat16", "dtype is float32, but the recipe has bfloat16"),
     ("recipe.extra", 1, "recipe.extra: "),
     ("recipe", [], "recipe: Input should be"),
     ("extra", 1, "extra: Extra inputs are not permitted"),
@@ -93,17 +93,17 @@ BAD: list[tuple[str, Any, str]] = [
     ("residual_scale", float("nan"), "residual_scale: Input should be a finite number"),
     ("inputs_sha256", "0", "inputs_sha256: String should match"),
     ("weights_sha256", [], "weights_sha256: Input should be"),
-    ("plugin_sha256", "0" * 64, "the graphs are native, and what it says of a plugin does not fit"),
-    ("graphs", "plugin", "the graphs are plugin, and what it says of a plugin does not fit"),
+    ("plugin_sha256", "0" * 64, "the graphs are native, but plugin and plugin_sha256 do not fit them"),
+    ("graphs", "plugin", "the graphs are plugin, but plugin and plugin_sha256 do not fit them"),
     ("softmax", "float16", "softmax is float16"),  # of float32 engines
     ("attention", "operator", "attention is operator"),  # of native graphs
     ("recipe.attention", "repeated", "attention is grouped"),
-    ("recipe.plugin", "/lib.so", "the graphs are native, and what it says of a plugin does not fit"),
-    ("engines.prefix.file", "../../../x.plan", "engines.prefix is not as ivc-build makes it"),
-    ("engines.decoder.profiles", ["prefill"], "engines.decoder is not as ivc-build makes it"),
+    ("recipe.plugin", "/lib.so", "the graphs are native, but plugin and plugin_sha256 do not fit them"),
+    ("engines.prefix.file", "../../../x.plan", "engines.prefix is not what ivc-build makes"),
+    ("engines.decoder.profiles", ["prefill"], "engines.decoder is not what ivc-build makes"),
     ("engines.decoder.profiles", "prefill", "engines.decoder.profiles: Input should be a valid"),
     ("engines.vision.bytes", -1, "engines.vision.bytes: Input should be greater than 0"),
-    ("engines", {}, "engines.vision is not as ivc-build makes it"),
+    ("engines", {}, "engines.vision is not what ivc-build makes"),
     ("engines.other", {"file": "x", "bytes": 1, "profiles": []}, "engines.other."),
 ]
 
@@ -131,10 +131,10 @@ def test_links_out_of_the_bundle_are_not_followed(bundle: Bundle, name: str, tmp
     put_engines(bundle, **MAXIMA)
     path = bundle.folder / name if name == "engines" else folder_of(bundle) / name
     path.symlink_to(path.rename(tmp_path / name))
-    with pytest.raises(UserError, match=r"which is outside the bundle or a link that leaves it: .*ivc-build"):
+    with pytest.raises(UserError, match=r"which is outside the bundle or a link to a place outside it: .*ivc-build"):
         TensorrtSession(bundle)
     if name == "engines":
-        with pytest.raises(UserError, match=r"a link that leaves it: remove the link"):
+        with pytest.raises(UserError, match=r"a link to a place outside it: remove the link"):
             build(bundle, EngineRecipe(target="tensorrt-rtx", compute_capability="8.6", opt_visual=1, max_visual=16))
 
 
@@ -195,15 +195,15 @@ def test_a_library_that_a_record_names_is_not_loaded(
     command = ["--prompt", "x", "--backend", "tensorrt"]
     assert cli.ivc_run([str(bundle.folder), *command]) == 2
     said = capsys.readouterr().err
-    assert said.endswith("call our plugin: name its library, libivc_plugin.so, with --plugin\n") and not loaded
+    assert said.endswith("use our plugin: give its library, libivc_plugin.so, with --plugin\n") and not loaded
     other = tmp_path / "other.so"
     other.write_bytes(b"another library")
     assert cli.ivc_run([str(bundle.folder), *command, "--plugin", str(other)]) == 2
     said = capsys.readouterr().err
-    assert f"{other} is not the plugin that the engines in" in said and "(its SHA-256 is another)" in said
+    assert f"{other} is not the plugin that the engines in" in said and "(its SHA-256 differs)" in said
     assert not loaded
     assert cli.ivc_run([str(bundle.folder), *command, "--plugin", str(tmp_path / "none.so")]) == 2
-    assert "none.so is missing: name our plugin's library" in capsys.readouterr().err
+    assert "none.so is missing: give the path of the plugin, libivc_plugin.so" in capsys.readouterr().err
     copy = (tmp_path / "libivc_plugin.so").rename(tmp_path / "moved.so")
     TensorrtSession(bundle, plugin=copy)
     assert loaded == [copy]
@@ -212,9 +212,9 @@ def test_a_library_that_a_record_names_is_not_loaded(
 @pytest.mark.parametrize(
     ("command", "arguments", "sentence"),
     [
-        (cli.ivc_run, ["--prompt", "x", "--backend", "tensorrt"], "call no plugin: leave --plugin out"),
-        (cli.ivc_check, ["--onnx-only", "--backend", "tensorrt"], "call no plugin: leave --plugin out"),
-        (cli.ivc_bench, ["--backend", "tensorrt"], "call no plugin: leave --plugin out"),
+        (cli.ivc_run, ["--prompt", "x", "--backend", "tensorrt"], "use no plugin: leave out --plugin"),
+        (cli.ivc_check, ["--onnx-only", "--backend", "tensorrt"], "use no plugin: leave out --plugin"),
+        (cli.ivc_bench, ["--backend", "tensorrt"], "use no plugin: leave out --plugin"),
         (cli.ivc_run, ["--prompt", "x"], "--plugin is for tensorrt: use it with --backend tensorrt"),
         (cli.ivc_check, ["--onnx-only"], "--plugin is for tensorrt: use it with --backend tensorrt"),
         (cli.ivc_bench, [], "--plugin is for tensorrt: use it with --backend tensorrt"),

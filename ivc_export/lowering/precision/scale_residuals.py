@@ -153,6 +153,6 @@ def cannot_scale(node: ir.Node, what: str) -> NoReturn:
         UserError: always.
     """
     raise UserError(
-        f"{node.name or node.op_type} ({node.op_type}) {what}, which cannot be kept within float16's range here: build "
-        "engines with ivc-build --dtype float32, or use onnxruntime's CPU provider"
+        f"{node.name or node.op_type} ({node.op_type}) {what}, so its values cannot be kept within the range of "
+        "float16: build engines with ivc-build --dtype float32, or use onnxruntime's CPU provider"
     )

@@ -161,7 +161,7 @@ def mapped(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
                 os.posix_fallocate(file.fileno(), 0, array.nbytes)
             place = np.memmap(file, np.uint8, "w+", shape=array.shape)
     except OSError as error:
-        advice = "make room in the folder for temporary files, or let TMPDIR name another one"
+        advice = "make room in the folder for temporary files, or set TMPDIR to another folder"
         what = f"a temporary file of {decimal(array.nbytes)} cannot be written ({error.strerror})"
         raise UserError(f"{what}: {advice}") from error
     place[...] = array
@@ -185,7 +185,7 @@ def check_dtype(bundle: Bundle, dtype: FloatName, accuracy_level: int = 0) -> No
     load_onnxruntime()
     if dtype != "float32" and (dtype, dtype) != ("float16", bundle.manifest.dtype):
         raise UserError(
-            f"onnxruntime's CPU provider cannot compute a {bundle.manifest.dtype} bundle in {dtype}: take float32, "
+            f"onnxruntime's CPU provider cannot compute a {bundle.manifest.dtype} bundle in {dtype}: use float32, "
             "or float16 with a float16 bundle"
         )
     if accuracy_level not in LEVELS:
@@ -213,6 +213,6 @@ def widening_note(bundle: Bundle) -> str | None:
         return None
     size = decimal(2 * float_bytes(bundle))
     return (
-        f"onnxruntime's CPU provider computes in float32: {bundle.manifest.dtype} weights widen to about {size} "
-        "whenever a session opens; a bundle exported with --dtype float32 opens faster, its weights stay on the disk"
+        f"onnxruntime's CPU provider computes in float32. Each session converts the {bundle.manifest.dtype} "
+        f"weights, which takes about {size} of memory: to avoid this, export the model with --dtype float32"
     )

@@ -89,7 +89,7 @@ class FusedSession(FusedGraphs):
             self._idle[:] = [workspace for workspace in self._idle if workspace.cache.capacity > capacity]
 
         def attempt(rows: int) -> Workspace:
-            with told(f"caches of {rows:,} rows cannot be had", SMALLER, CHECK_GPU):
+            with told(f"caches of {rows:,} rows cannot be allocated", SMALLER, CHECK_GPU):
                 m, host = self.bundle.manifest, None
                 if self.host_steps:
                     host = HostStep.make(m, self.dtype, self._gathers, self.shared)
@@ -175,7 +175,7 @@ class FusedConversation(Conversation):
             self._grow(needed, min(self.headroom, positions - plan.next_position))
         if needed > self.cache.capacity:
             raise TooLongError(
-                f"the cache holds {self.cache.capacity} rows, {needed} are needed: give it a larger capacity"
+                f"the cache has {self.cache.capacity} rows, but {needed} are needed: give it a larger capacity"
             )
         step = self._decode(plan) if turn.stage == "decode" else self._prefill(turn)
         self.cache.length += len(step.keep_index)

@@ -42,7 +42,7 @@ WIDER = "use --backend onnxruntime-cpu, or TensorRT engines built with ivc-build
 """What to do where float16 does not reach."""
 
 NO_ROOM = "close other programs that use the GPU, or use --backend onnxruntime-cpu"
-CHECK_GPU = "see that the GPU and its driver work, or use --backend onnxruntime-cpu"
+CHECK_GPU = "check that the GPU and its driver work, or use --backend onnxruntime-cpu"
 STAGED, MOST_STAGED = 1 << 20, 1 << 26
 """Bytes of arrays that go up from pinned memory, where our library gives it."""
 
@@ -72,7 +72,7 @@ class FusedGraphs:
         onnxruntime = load_onnxruntime()
         if PROVIDERS[provider] not in onnxruntime.get_available_providers():
             raise UserError(
-                "this onnxruntime has no CUDA provider: install onnxruntime-gpu in the place of onnxruntime, or use "
+                "this onnxruntime has no CUDA provider: install onnxruntime-gpu instead of onnxruntime, or use "
                 "--backend onnxruntime-cpu"
             )
         if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
@@ -164,8 +164,8 @@ class FusedGraphs:
             session = onnxruntime.InferenceSession(content, options, providers=[provider])
         if PROVIDERS[self.device] not in session.get_providers():  # onnxruntime falls back to the CPU without a word
             raise UserError(
-                "onnxruntime's CUDA provider does not load: install the CUDA and cuDNN that this onnxruntime-gpu is "
-                "for, or use --backend onnxruntime-cpu"
+                "onnxruntime's CUDA provider does not load: install the versions of CUDA and cuDNN that this "
+                "onnxruntime-gpu needs, or use --backend onnxruntime-cpu"
             )
         return session
 
@@ -198,7 +198,7 @@ class FusedGraphs:
         Raises:
             UserError: the device has none.
         """
-        with told("the device's memory is too small", SMALLER, CHECK_GPU):
+        with told("GPU memory cannot be allocated", SMALLER, CHECK_GPU):
             kind = np.dtype(self.dtype).type
             return load_onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, kind, self.device, 0)
 
@@ -226,7 +226,7 @@ class FusedGraphs:
         Raises:
             UserError: the device has no memory for it.
         """
-        with told(f"{decimal(array.nbytes)} cannot be put into the device's memory", SMALLER, CHECK_GPU):
+        with told(f"{decimal(array.nbytes)} cannot be copied into GPU memory", SMALLER, CHECK_GPU):
             given = self._staged(np.ascontiguousarray(array))
             return load_onnxruntime().OrtValue.ortvalue_from_numpy(given, self.device, 0)
 
@@ -348,8 +348,8 @@ def register(library: Path, options: SessionOptions) -> None:
         UserError: there is no such file, or onnxruntime cannot load it.
     """
     if not library.is_file():
-        raise UserError(f"there is no {library}: build it as docs/tensorrt.md says, or leave --op-library out")
+        raise UserError(f"there is no {library}: build it (docs/tensorrt.md says how), or leave out --op-library")
     version = load_onnxruntime().__version__
-    build = f"build it on this machine, against headers of onnxruntime {version} or older"
+    build = f"build it on this machine, with headers of onnxruntime {version} or older"
     with told(f"{library} does not load as custom operators", NO_ROOM, build):
         options.register_custom_ops_library(str(library.resolve()))

@@ -23,8 +23,8 @@ def load_onnxruntime() -> Any:
         from onnxruntime import InferenceSession as InferenceSession  # one that was half removed has none
     except ImportError as error:
         raise UserError(
-            f"onnxruntime cannot be imported ({error}): install ivc-export[cpu], or in its place ivc-export[cuda] "
-            "where there is an NVIDIA GPU"
+            f"onnxruntime cannot be imported ({error}): install ivc-export[cpu], or ivc-export[cuda] instead if "
+            "there is an NVIDIA GPU"
         ) from error
     onnxruntime.set_default_logger_severity(SILENT)
     return onnxruntime

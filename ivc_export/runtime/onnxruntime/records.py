@@ -13,7 +13,7 @@ from ivc_export.runtime.tolerances import CUDA_FLOAT16, FLOAT16, FLOAT32
 
 FAST = 4
 """Accuracy level of packed weights on the CPU: it costs Spatial-VL 0.05 points (benchmarks/results)."""
-NO_CUDA_GRAPH = "decode steps run without a CUDA graph, and take longer so: a newer onnxruntime may capture one"
+NO_CUDA_GRAPH = "decode steps run without a CUDA graph, which is slower: a newer onnxruntime may be able to capture one"
 
 
 def open_cpu(bundle: Bundle, **options: Any) -> Session:

@@ -84,7 +84,9 @@ class CudaDevice:
     def _check(self, status: Any) -> None:
         if int(status):
             _, text = self._runtime.cudaGetErrorString(status)
-            raise UserError(f"CUDA says: {text.decode()}; see that the GPU and its driver work, and are free")
+            raise UserError(
+                f"CUDA says: {text.decode()}; check that the GPU and its driver work, and that the GPU is free"
+            )
 
     def allocate(self, size: int) -> int:
         """As Device.allocate.
@@ -95,7 +97,8 @@ class CudaDevice:
         status, address = self._runtime.cudaMalloc(size)
         if int(status) == OUT_OF_MEMORY:
             raise UserError(
-                f"the GPU has no {decimal(size)} of memory left: close programs, or build engines with smaller maxima"
+                f"the GPU has no {decimal(size)} of memory left: close other programs, or build engines with "
+                "smaller maxima"
             )
         self._check(status)
         self._call(self._runtime.cudaMemsetAsync, address, 0, size, self.stream)
@@ -173,7 +176,7 @@ class CudaGraph:
         """
         (status,) = self._runtime.cudaGraphLaunch(self._runnable, self._stream)
         if int(status):
-            raise UserError(f"CUDA cannot launch a decode step ({status}): see that the GPU and its driver work")
+            raise UserError(f"CUDA cannot launch a decode step ({status}): check that the GPU and its driver work")
 
     def __del__(self) -> None:
         self._runtime.cudaGraphExecDestroy(self._runnable)

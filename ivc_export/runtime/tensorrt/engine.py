@@ -70,7 +70,9 @@ class Engine:
         types = {name: self._engine.get_tensor_dtype(name).name for name in names}
         for name, kind in types.items():
             if kind not in TYPES:
-                raise UserError(f"{path} has {name} in {kind}, as no graph of ours has it: build it with ivc-build")
+                raise UserError(
+                    f"{path} has {name} in {kind}, a type that no graph of ivc-export has: build it with ivc-build"
+                )
         self.dtypes = {name: TYPES[kind] for name, kind in types.items()}
         self._inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self._outputs = [name for name in names if name not in self._inputs]
@@ -87,7 +89,7 @@ class Engine:
             self.scratch = int(self._engine.device_memory_size)
         for number, context in enumerate(contexts):
             if context is None or not context.set_optimization_profile_async(number, device.stream):
-                raise UserError(f"TensorRT cannot prepare {path}: see that the GPU has memory left")
+                raise UserError(f"TensorRT cannot prepare {path}: check that the GPU has memory left")
         self.contexts = dict(zip(profiles, contexts, strict=True))
 
     def _check(self, info: GraphInfo, path: Path) -> None:
@@ -104,8 +106,8 @@ class Engine:
                     strange = {name}
         if strange:
             raise UserError(
-                f"{path} is not an engine of this bundle's {path.stem} graph (its {min(strange)} is another): build it "
-                "with ivc-build"
+                f"{path} is not an engine of this bundle's {path.stem} graph (its {min(strange)} differs): build "
+                "it with ivc-build"
             )
 
     @property
@@ -159,9 +161,9 @@ class Engine:
             given = (bound or {}).get(name)
             outputs[name] = given or Tensor(buffers.get(f"{place}/{name}", size), shape, self.dtypes[name])
             if not context.set_tensor_address(name, outputs[name].address):
-                raise UserError(f"TensorRT takes no memory for {name} of the {self._name} engine: {REBUILD}")
+                raise UserError(f"TensorRT refuses the memory for {name} of the {self._name} engine: {REBUILD}")
         if not context.execute_async_v3(self.device.stream):
-            raise UserError(f"TensorRT cannot run the {self._name} engine: see that the GPU has memory left")
+            raise UserError(f"TensorRT cannot run the {self._name} engine: check that the GPU has memory left")
         return outputs
 
     def _shape(self, context: Any, name: str, extents: Mapping[str, int]) -> tuple[int, ...]:
@@ -171,12 +173,12 @@ class Engine:
         except ValueError:  # TensorRT's Dims of no known rank have a length of -1
             shape = (-1,)
         if any(extent < 0 for extent in shape):
-            raise UserError(f"the {self._name} engine does not say how large {name} becomes: {REBUILD}")
+            raise UserError(f"the {self._name} engine does not give the size of {name}: {REBUILD}")
         graph = self._shapes.get(name, shape)
         wanted = [extents.get(axis) if isinstance(axis, str) else axis for axis in graph]
         if len(shape) != len(wanted) or any(w not in (None, s) for w, s in zip(wanted, shape, strict=True)):
             due = ", ".join(str(axis if extent is None else extent) for axis, extent in zip(graph, wanted, strict=True))
-            raise UserError(f"the {self._name} engine gives {name} of {list(shape)} in place of [{due}]: {REBUILD}")
+            raise UserError(f"the {self._name} engine gives {name} of {list(shape)} instead of [{due}]: {REBUILD}")
         return shape
 
 

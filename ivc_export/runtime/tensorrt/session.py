@@ -91,7 +91,7 @@ class TensorrtSession:
         """
         if capacity not in (None, self.capacity):
             raise UserError(
-                f"the engines' caches have {self.capacity} rows, not {capacity}: leave the capacity out, or build "
+                f"the engines' caches have {self.capacity} rows, not {capacity}: leave out the capacity, or build "
                 "engines with other maxima"
             )
         return TensorrtConversation(self, ratio, method)
@@ -125,7 +125,7 @@ class TensorrtSession:
             array = np.empty(tensor.shape, tensor.dtype)
             with self.lock:
                 if self._runs[place] != number:
-                    raise RuntimeError(f"another {place} has taken the place of the one whose tensors are looked at")
+                    raise RuntimeError(f"another {place} has replaced the one whose tensors are read")
                 if tensor.head_step is None:
                     self.device.download(tensor.address, array)
                 else:
@@ -385,12 +385,12 @@ class TensorrtConversation(Conversation):
             most = getattr(recipe, option)
             if count > most:
                 raise TooLongError(
-                    f"the prompt has {count} {what}, and these engines take {most}: build them with "
+                    f"the prompt has {count} {what}, but these engines take {most} at most: build them with "
                     f"--{option.replace('_', '-')} {count}"
                     + (", or use a smaller picture" if option == "max_visual" else "")
                 )
         if rows > self.session.capacity:
             raise TooLongError(
-                f"the engines' caches hold {self.session.capacity} rows, {rows} are needed: build engines with a "
-                "larger --max-new"
+                f"the engines' caches have {self.session.capacity} rows, but {rows} are needed: build engines with "
+                "a larger --max-new"
             )

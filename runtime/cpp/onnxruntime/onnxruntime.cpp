@@ -54,27 +54,27 @@ int64_t valuesIn(const Shape& shape) {
 template <class T>
 const T* valuesOf(const Values& values, const std::string& name, const Shape& wanted, Shape* found = nullptr) {
     const auto refuse = [&](const char* why) -> void {
-        throw Error("the graphs give " + name + " " + why + ": export the model again");
+        throw Error("the graphs' output " + name + " " + why + ": export the model again");
     };
     const auto entry = values.find(name);
-    if (entry == values.end()) refuse("to no one");
+    if (entry == values.end()) refuse("is missing");
     OrtTensorTypeAndShapeInfo* raw = nullptr;
-    check(api().GetTensorTypeAndShape(entry->second.get(), &raw), "a tensor has no shape");
+    check(api().GetTensorTypeAndShape(entry->second.get(), &raw), "the shape of a tensor cannot be read");
     const Owned<OrtTensorTypeAndShapeInfo> info(raw);
     ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
     size_t rank = 0;
-    check(api().GetTensorElementType(info.get(), &type), "a tensor has no type");
-    check(api().GetDimensionsCount(info.get(), &rank), "a tensor has no shape");
+    check(api().GetTensorElementType(info.get(), &type), "the type of a tensor cannot be read");
+    check(api().GetDimensionsCount(info.get(), &rank), "the shape of a tensor cannot be read");
     Shape shape(rank);
-    check(api().GetDimensions(info.get(), shape.data(), rank), "a tensor has no shape");
+    check(api().GetDimensions(info.get(), shape.data(), rank), "the shape of a tensor cannot be read");
     const auto expected =
         std::is_same_v<T, float> ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
-    if (type != expected) refuse("in another type");
+    if (type != expected) refuse("has the wrong type");
     bool fits = rank == wanted.size();
     for (size_t i = 0; i < rank && fits; ++i) fits = wanted[i] < 0 || wanted[i] == shape[i];
-    if (!fits) refuse("in another shape");
+    if (!fits) refuse("has the wrong shape");
     void* data = nullptr;
-    check(api().GetTensorMutableData(entry->second.get(), &data), "a tensor has no values");
+    check(api().GetTensorMutableData(entry->second.get(), &data), "the values of a tensor cannot be read");
     if (found != nullptr) *found = shape;
     return static_cast<const T*>(data);
 }
@@ -112,20 +112,20 @@ class OnnxRuntimeDevice : public Device {
    public:
     OnnxRuntimeDevice(const Bundle& bundle, const OnnxRuntimeOptions& options) : bundle_(bundle), m_(bundle.manifest()) {
         if (m_.dtype != "float32" || m_.residualScale != 1) {
-            throw Error("onnxruntime's CPU provider computes in float32, and this bundle is in " + m_.dtype +
+            throw Error("onnxruntime's CPU provider computes in float32, but this bundle is in " + m_.dtype +
                         ": export the model with --dtype float32");
         }
         OrtEnv* environment = nullptr;
         check(api().CreateEnv(ORT_LOGGING_LEVEL_FATAL, "ivc", &environment), "onnxruntime does not start");
         environment_.reset(environment);
         OrtMemoryInfo* memory = nullptr;
-        check(api().CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &memory), "onnxruntime has no memory");
+        check(api().CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &memory), "the CPU's memory cannot be described");
         memory_.reset(memory);
         OrtSessionOptions* raw = nullptr;
-        check(api().CreateSessionOptions(&raw), "onnxruntime takes no options");
+        check(api().CreateSessionOptions(&raw), "session options cannot be created");
         const Owned<OrtSessionOptions> settings(raw);
-        check(api().SetIntraOpNumThreads(settings.get(), options.threads), "onnxruntime takes no threads");
-        check(api().AddSessionConfigEntry(settings.get(), "session.intra_op.allow_spinning", "0"), "onnxruntime waits");
+        check(api().SetIntraOpNumThreads(settings.get(), options.threads), "the number of threads cannot be set");
+        check(api().AddSessionConfigEntry(settings.get(), "session.intra_op.allow_spinning", "0"), "spinning cannot be turned off");
         for (const char* name : {"vision", "prefix", "decoder"}) {
             const std::string path = bundle.graphFile(name);
             OrtSession* session = nullptr;
@@ -156,7 +156,7 @@ class OnnxRuntimeDevice : public Device {
         for (const Visual* picture : pictures) {
             const int64_t tokens = picture->grid.visual();
             if (seen + tokens > visual) {
-                throw Error("the pictures give other visual tokens than the prompt holds: prepare them with this bundle");
+                throw Error("the pictures do not have the visual tokens of the prompt: prepare them with this bundle");
             }
             const SeenRows& found = look(*picture);
             const float* image = found.rows.at(kImageEmbeds).data();
@@ -177,10 +177,10 @@ class OnnxRuntimeDevice : public Device {
         Values prefix = call(stage + ".prefix", "prefix", feeds);
         Shape kept;
         const int32_t* index = valuesOf<int32_t>(prefix, kKeepIndex, {-1}, &kept);
-        if (kept[0] != run.kept()) throw Error("the prefix graph keeps another number of rows: export the model again");
+        if (kept[0] != run.kept()) throw Error("the prefix graph keeps the wrong number of rows: export the model again");
         for (int64_t i = 0, least = 0; i < kept[0]; least = index[i++] + int64_t{1}) {
             if (index[i] < least || index[i] >= rows) {
-                throw Error("the prefix graph keeps rows that are none: export the model again");
+                throw Error("the prefix graph keeps rows that do not exist: export the model again");
             }
         }
         keepIndex_.assign(index, index + kept[0]);
@@ -188,7 +188,7 @@ class OnnxRuntimeDevice : public Device {
         const Values decoder = call(stage + ".decoder", "decoder", feeds);
         for (const auto& [name, value] : decoder) {
             if (feeds.count(name) != 0 && name.compare(0, 4, "new_") == 0) {
-                throw Error("two graphs give " + name + ": export the model again");
+                throw Error("two graphs have the output " + name + ": export the model again");
             }
         }
         append(feeds, decoder);
@@ -228,7 +228,7 @@ class OnnxRuntimeDevice : public Device {
             Shape shape;
             const float* values = valuesOf<float>(outputs, name, {-1, -1, hidden}, &shape);
             if (valuesIn(shape) != size) {
-                throw Error("the vision graph gives another number of visual tokens: export the model again");
+                throw Error("the vision graph gives the wrong number of visual tokens: export the model again");
             }
             found->rows[name].assign(values, values + size);
         };
@@ -244,7 +244,7 @@ class OnnxRuntimeDevice : public Device {
         void* place = size > 0 ? const_cast<void*>(data) : &none;
         check(api().CreateTensorWithDataAsOrtValue(memory_.get(), place, size, shape.data(),
                   shape.size(), type, &value),
-            "a tensor cannot be made");
+            "a tensor cannot be created");
         return Owned<OrtValue>(value);
     }
     Owned<OrtValue> floats(const std::vector<float>& values, const Shape& shape) const {
@@ -308,7 +308,8 @@ class OnnxRuntimeDevice : public Device {
         for (const Tensor& input : graph.inputs) {
             const auto found = feeds.find(input.name);
             if (found == feeds.end()) {
-                throw Error("the graph " + name + " takes " + input.name + ", which this version does not know: upgrade it");
+                throw Error("the graph " + name + " has the input " + input.name +
+                            ", which this version does not know: upgrade this library");
             }
             inputs.push_back(input.name.c_str());
             given.push_back(found->second.get());

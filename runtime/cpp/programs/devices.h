@@ -21,7 +21,7 @@ const char kDeviceUsage[] =
     "  --backend NAME     what runs the graphs: onnxruntime-cpu, or tensorrt (default: the first that was built in)\n"
     "  --engines DIR      the engines that ivc-build made (default: the bundle's, for this TensorRT and GPU)\n"
     "  --plugin LIB       libivc_plugin.so that engines were built with\n"
-    "  --threads N        within an operator, on onnxruntime\n";
+    "  --threads N        threads of an operator, on onnxruntime\n";
 
 struct DeviceChoice {
     std::string backend, engines, plugin;
@@ -32,7 +32,7 @@ struct DeviceChoice {
 inline void addDeviceOptions(Options& options, DeviceChoice& choice) {
     const auto text = [&](const char* name, std::string& to) {
         options.valued[name] = [&to](const std::string& option, const std::string& value) {
-            if (value.empty()) throw Error("there is nothing behind " + option + ": name a file or a folder");
+            if (value.empty()) throw Error("the value of " + option + " is empty: give a file or a folder");
             to = value;
         };
     };
@@ -59,7 +59,8 @@ inline std::unique_ptr<Device> openDevice(const Bundle& bundle, const DeviceChoi
     if (backend.empty()) backend = "tensorrt";
 #endif
     if (backend.empty()) {
-        throw Error("this program was built without anything that runs graphs: build it where onnxruntime or TensorRT is found");
+        throw Error("this program was built without onnxruntime and without TensorRT: build it where one of them is "
+                    "installed");
     }
     if (backend != "tensorrt" && !(choice.engines + choice.plugin).empty()) {
         throw Error("--engines and --plugin are for tensorrt: use them with --backend tensorrt, or leave them out");
@@ -83,7 +84,7 @@ inline std::unique_ptr<Device> openDevice(const Bundle& bundle, const DeviceChoi
     }
 #endif
     (void)bundle;
-    throw Error("this program was built without " + backend + ": build it where that is found");
+    throw Error("this program was built without " + backend + ": build it where that is installed");
 }
 
 }  // namespace ivc

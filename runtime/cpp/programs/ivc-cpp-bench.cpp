@@ -15,7 +15,7 @@ namespace {
 const char kUsage[] =
     "usage: ivc-cpp-bench BUNDLE --image FILE --prompt TEXT [options]\n"
     "  --ratio R          fraction of visual tokens kept; may be given several times (default: 1 and the bundle's)\n"
-    "  --tokens N         of an answer (default: 16)\n"
+    "  --tokens N         tokens of an answer (default: 16)\n"
     "  --rounds N, --warmups N (default: 5 and 2)\n"
     "  --json FILE        write the figures as ivc-bench does\n";
 
@@ -127,7 +127,7 @@ Settings readOptions(const std::vector<std::string>& words) {
     options.word = [&](const std::string& word) { s.bundle = word; };
     options.read(words);
     if (!s.help && (s.bundle.empty() || s.image.empty() || s.prompt.empty())) {
-        throw ivc::Error("a bundle, --image and --prompt are wanted: --help lists the options");
+        throw ivc::Error("a bundle, --image or --prompt is missing: give all three; --help lists the options");
     }
     return s;
 }
@@ -154,7 +154,7 @@ int run(const std::vector<std::string>& words) {
     for (size_t i = 0; i < s.ratios.size(); ++i) {
         const ivc::Json row = rowOf(answers[i], *device, s.ratios[i]);
         std::cout << "ratio " << s.ratios[i] << ": first token " << row["first_token"].get<double>() << " ms, then "
-                  << row["decode"].get<double>() << " ms a token\n";
+                  << row["decode"].get<double>() << " ms per token\n";
         rows.push_back(row);
     }
     if (s.json.empty()) return 0;

@@ -11,19 +11,19 @@ namespace {
 
 const char kUsage[] =
     "usage: ivc-cpp BUNDLE --prompt TEXT [--image FILE]... [options]\n"
-    "  --image FILE       a JPEG or PNG; several stand at the prompt's <image> marks, or in front\n"
+    "  --image FILE       a JPEG or PNG; several go to the <image> marks of the prompt, or come first\n"
     "  --ratio R          fraction of visual tokens kept\n"
     "  --method NAME      ivc-prune, foreground or random, with --method-seed N\n"
-    "  --system TEXT      system message, in the place of the chat template's own\n"
-    "  --chat             go on with questions from standard input; /image FILE adds a picture, /quit ends\n"
-    "  --follow-up HOW    a later question of --chat: again prunes the whole conversation for it (default); compacted\n"
-    "                     sees what earlier questions kept, and comes sooner\n"
-    "  --rendered FILE    a conversation that the chat template has written already\n"
-    "  --requests         answer one JSON object a line of standard input: image (a list), prompt, ratio, and then, a\n"
-    "                     list of later questions\n"
+    "  --system TEXT      system message, instead of the chat template's own\n"
+    "  --chat             read questions from standard input; /image FILE adds a picture, /quit ends the chat\n"
+    "  --follow-up HOW    for later questions of --chat: again prunes the whole conversation again (default);\n"
+    "                     compacted continues on what earlier questions kept, which is faster\n"
+    "  --rendered FILE    a conversation to which the chat template has been applied already\n"
+    "  --requests         answer one JSON object per line of standard input: image (a list), prompt, ratio, and\n"
+    "                     then (a list of later questions)\n"
     "  --sampling checkpoint, --temperature T, --top-p P, --top-k K, --repetition-penalty P, --seed N, --max-tokens N\n"
-    "  --show FILE        draw the kept tokens over the picture, as PNG\n"
-    "  --json             an object an answer, with tokens, counts and timings\n";
+    "  --show FILE        draw the kept tokens over the picture, as a PNG file\n"
+    "  --json             print one JSON object per answer, with tokens, counts and timings\n";
 
 struct Request {
     std::string bundle, prompt, rendered, show;
@@ -68,14 +68,14 @@ Request readOptions(const std::vector<std::string>& words) {
     options.flags = {{"--chat", [&] { r.talks = true; }}, {"--json", [&] { r.json = true; }},
         {"--requests", [&] { r.requests = true; }}, {"--help", [&] { r.help = true; }}};
     options.word = [&](const std::string& word) {
-        if (!r.bundle.empty()) throw ivc::Error("there is one bundle too many, " + word + ": --help lists the options");
+        if (!r.bundle.empty()) throw ivc::Error("a second bundle was given, " + word + ": give one; --help lists the options");
         r.bundle = word;
     };
     options.read(words);
     if (r.help) return r;
-    if (r.bundle.empty()) throw ivc::Error("there is no bundle: name its folder");
-    if (!r.asked && !r.talks && !r.requests && r.rendered.empty()) throw ivc::Error("there is no prompt: give --prompt");
-    if (!r.show.empty() && r.images.empty()) throw ivc::Error("--show takes a picture: give --image");
+    if (r.bundle.empty()) throw ivc::Error("no bundle was given: give its folder");
+    if (!r.asked && !r.talks && !r.requests && r.rendered.empty()) throw ivc::Error("no prompt was given: give one with --prompt");
+    if (!r.show.empty() && r.images.empty()) throw ivc::Error("--show needs a picture: give one with --image");
     return r;
 }
 
@@ -124,7 +124,7 @@ std::vector<ivc::Image> readImages(const std::vector<std::string>& paths) {
 
 void answerRequests(const ivc::Bundle& bundle, ivc::Device& device, const Request& request) {
     for (std::string line; std::getline(std::cin, line);) {
-        const ivc::Json content = ivc::parseJson(line, "the request", "write one JSON object a line");
+        const ivc::Json content = ivc::parseJson(line, "the request", "write one JSON object per line");
         const ivc::Field root(content, "the request", "write image, prompt and ratio");
         ivc::ChatOptions options = request.chat;
         if (root.has("ratio")) options.ratio = root["ratio"].number(0, 1);

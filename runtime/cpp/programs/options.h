@@ -43,7 +43,7 @@ struct Options {
             if (flag != flags.end()) {
                 flag->second();
             } else if (value != valued.end()) {
-                if (i + 1 == words.size()) throw Error("a value is missing behind " + name);
+                if (i + 1 == words.size()) throw Error(name + " needs a value: give one after it");
                 value->second(name, words[++i]);
             } else if (name.size() > 1 && name[0] == '-') {
                 throw Error("there is no option " + name + ": --help lists them");

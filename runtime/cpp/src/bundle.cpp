@@ -82,7 +82,7 @@ Bundle::Bundle(const std::string& folder) : folder_(folder.empty() ? "." : folde
     weights_ = std::make_unique<MappedFile>(confined(folder_, manifest_.embedding.file), kCopy);
     for (const WeightFile& file : manifest_.weights) {  // of whose size the table lies within it
         if (file.file != manifest_.embedding.file || file.size == weights_->size()) continue;
-        throw Error(folder_ + "/" + file.file + " changes while it is read: " + kCopy);
+        throw Error(folder_ + "/" + file.file + " changed while it was read: " + kCopy);
     }
     bos_ = beginning(folder_);
 }
@@ -154,13 +154,13 @@ Prompt Bundle::encodeFrom(const std::string& text, const std::vector<Grid>& pict
     const auto images = static_cast<size_t>(std::count_if(ids.begin(), ids.end(), visual));
     const bool video = special.video && std::find(ids.begin(), ids.end(), *special.video) != ids.end();
     if (images != pictures.size() || video) {
-        throw Error("the prompt holds " + std::to_string(images) + " image tokens and there are " +
+        throw Error("the prompt has " + std::to_string(images) + " image tokens, but there are " +
                     std::to_string(pictures.size()) + " pictures: write no image tokens into the text");
     }
     const auto last = std::find(ids.rbegin(), ids.rend(), special.image);
     if (!pictures.empty() && last - ids.rbegin() <= manifest_.selection.queryOffset) {
-        throw Error("no text follows the picture, and only that can choose its tokens: put the question behind it, in " +
-                    std::string("the prompt or in the chat template"));
+        throw Error("no text follows the picture, but the tokens to keep are chosen by that text: put the question " +
+                    std::string("after the picture, in the prompt or in the chat template"));
     }
     const bool marks = !special.templateMarks && special.visionStart && special.visionEnd;
     Prompt prompt;
@@ -182,8 +182,8 @@ Prompt Bundle::encodeFrom(const std::string& text, const std::vector<Grid>& pict
 
 std::string Bundle::render(const std::vector<Message>& messages) const {
     if (!manifest_.chat) {
-        throw Error("only Jinja can fill this bundle's chat template: render the conversation, and give its text with " +
-                    std::string("--rendered"));
+        throw Error("the chat template of this bundle needs Jinja, which this library does not have: render the " +
+                    std::string("conversation in Python, and give its text with --rendered"));
     }
     return ivc::render(*manifest_.chat, messages);
 }

@@ -62,7 +62,7 @@ ivc_error* guarded(const Call& call) noexcept {
     } catch (const std::exception& error) {
         return failure(error.what());
     } catch (...) {
-        return failure("something failed that has no name: this is a fault of the library");
+        return failure("an unknown error occurred: please report this as a bug of the library");
     }
 }
 
@@ -70,7 +70,7 @@ ivc_error* guarded(const Call& call) noexcept {
 template <class T, class Make>
 ivc_error* made(T** place, const Make& make) noexcept {
     return guarded([&] {
-        T*& object = *given(place, "place for what is made");
+        T*& object = *given(place, "pointer for the result");
         object = new T{make()};
     });
 }

@@ -15,7 +15,7 @@ constexpr char kThinkingEnd[] = "</think>";
 FollowUp followUpOf(const std::string& name) {
     if (name == "again") return FollowUp::kAgain;
     if (name == "compacted") return FollowUp::kCompacted;
-    throw Error("a conversation goes on again or compacted, not '" + name.substr(0, 40) + "': choose one of them");
+    throw Error("there is no follow-up '" + name.substr(0, 40) + "': choose again or compacted");
 }
 
 Chat::Chat(const Bundle& bundle, Device& device, ChatOptions options)
@@ -55,7 +55,7 @@ std::string Chat::addition(const std::string& rendered) const {
             }
         }
     }
-    throw Error("the chat template rewrites earlier turns, which a cache cannot: prune again, or start a new chat");
+    throw Error("the chat template rewrites earlier turns, which the cache already holds: use --follow-up again, or start a new chat");
 }
 
 const std::vector<float>& Chat::step(const Run& run, const std::vector<const Visual*>& pictures) {
@@ -78,7 +78,7 @@ std::vector<Grid> Chat::prepareAll(const std::vector<Image>& pictures) {
 }
 
 std::string Chat::ask(const std::string& question, const std::vector<Image>& pictures, const Listener& listener) {
-    if (closed_) throw Error("a conversation that was rendered already takes one question: start a new chat");
+    if (closed_) throw Error("a rendered conversation takes one question only: start a new chat");
     if (!isUtf8(question)) throw Error("the prompt is not UTF-8 text: write it in UTF-8");
     std::vector<Part> parts = placed(question, pictures.size());
     const auto blank = [](const Part& part) { return part.picture || stripLeft(part.text, Strip::kBlanks).empty(); };
@@ -86,7 +86,7 @@ std::string Chat::ask(const std::string& question, const std::vector<Image>& pic
     const auto pictureBehind = [](const Part& before, const Part& part) { return !before.picture && part.picture; };
     const bool within = std::adjacent_find(parts.begin(), parts.end(), pictureBehind) != parts.end();
     if (within && bundle_.manifest().chat && bundle_.manifest().chat->picturesFirst) {
-        throw Error("the chat template of this bundle does not keep pictures within the text: give them in front of it");
+        throw Error("the chat template of this bundle does not keep pictures within the text: put them before the text");
     }
     std::vector<Message> messages = messages_;
     messages.push_back({Message::Role::kUser, parts});
@@ -105,7 +105,7 @@ std::string Chat::ask(const std::string& question, const std::vector<Image>& pic
     } catch (const TooLongError& error) {
         if (again) visuals_.resize(seen);
         if (!again || messages.size() <= 2) throw;
-        throw TooLongError(std::string(error.what()) + ", or go on over the compacted cache (--follow-up compacted)");
+        throw TooLongError(std::string(error.what()) + ", or continue on the compacted cache (--follow-up compacted)");
     } catch (...) {
         if (again) visuals_.resize(seen);
         throw;
@@ -118,7 +118,7 @@ std::string Chat::ask(const std::string& question, const std::vector<Image>& pic
 }
 
 std::string Chat::askRendered(const std::string& text, const std::vector<Image>& pictures, const Listener& listener) {
-    if (closed_ || !told_.empty()) throw Error("a conversation that was rendered already begins a chat: start a new one");
+    if (closed_ || !told_.empty()) throw Error("a rendered conversation can only be the first of a chat: start a new chat");
     const std::vector<Grid> grids = prepareAll(pictures);
     closed_ = true;
     return answer({bundle_.encode(text, grids, true), 0}, listener);

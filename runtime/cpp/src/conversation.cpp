@@ -63,7 +63,7 @@ std::string render(const ChatSegments& chat, const std::vector<Message>& message
         } else if (message.role == Message::Role::kAssistant) {
             found += pastAnswer(chat, message.parts.at(0).text);
         } else if (i > 0) {
-            throw Error("a system message stands within the conversation: put it in front");
+            throw Error("a system message is not the first message: put it first, or leave it out");
         } else if (!chat.begin) {
             throw Error("the chat template of this bundle takes no system message: leave it out");
         } else {
@@ -89,8 +89,8 @@ std::vector<Part> placed(const std::string& text, size_t pictures) {
         return parts;
     }
     if (pieces.size() - 1 != pictures) {
-        throw Error("the prompt has " + std::to_string(pieces.size() - 1) + " " + kMark + " marks and there are " +
-                    std::to_string(pictures) + " pictures: write a mark for each, or none, and they come first");
+        throw Error("the prompt has " + std::to_string(pieces.size() - 1) + " " + kMark + " marks, but there are " +
+                    std::to_string(pictures) + " pictures: write one mark for each, or none to put them first");
     }
     for (size_t i = 0; i < pieces.size(); ++i) {
         if (i > 0) parts.push_back({true, ""});

@@ -44,8 +44,8 @@ struct OpenFile {
 std::string readFile(const std::string& path, const std::string& advice, uint64_t most) {
     const OpenFile file(path, advice);
     if (file.size > most) {
-        throw Error(path + " has " + std::to_string(file.size) + " bytes, and at most " + std::to_string(most) +
-                    " are read of such a file: " + advice);
+        throw Error(path + " has " + std::to_string(file.size) + " bytes, but the limit for this file is " +
+                    std::to_string(most) + ": " + advice);
     }
     std::string content(static_cast<size_t>(file.size), '\0');
     size_t at = 0;
@@ -70,7 +70,7 @@ std::string confined(const std::string& bundle, const std::string& file) {
     std::error_code absent;
     const bool link = !failed && fs::is_symlink(fs::symlink_status(path, absent));  // in circles
     if (failed || link || file.find('\0') != std::string::npos || inside.empty() || *inside.begin() == "..") {
-        throw Error(bundle + " has '" + file + "', which is outside the bundle or a link that leaves it: " +
+        throw Error(bundle + " names '" + file + "', which is outside the bundle or a link to a place outside it: " +
                     "copy the whole bundle, or export the model again");
     }
     return path.string();

@@ -14,7 +14,7 @@ Json parseJson(const std::string& text, const std::string& what, const std::stri
     } catch (const Json::parse_error& error) {
         throw Error(what + " is damaged (it is not valid JSON at byte " + std::to_string(error.byte) + "): " + advice);
     } catch (const Json::exception&) {
-        throw Error(what + " is damaged (it holds a number that is none): " + advice);
+        throw Error(what + " is damaged (it holds a number that is too large): " + advice);
     }
 }
 
@@ -23,7 +23,7 @@ Field Field::at(const Json& value, const std::string& name) const {
 }
 
 Field Field::operator[](const std::string& name) const {
-    if (!value_->is_object()) refuse("is no object");
+    if (!value_->is_object()) refuse("is not an object");
     const auto found = value_->find(name);
     if (found == value_->end()) {
         throw Error(what_ + " is damaged (it lacks " + (place_.empty() ? name : place_ + "." + name) + "): " + advice_);
@@ -32,7 +32,7 @@ Field Field::operator[](const std::string& name) const {
 }
 
 std::vector<Field> Field::items(size_t most) const {
-    if (!value_->is_array()) refuse("is no list");
+    if (!value_->is_array()) refuse("is not a list");
     if (value_->size() > most) refuse("has more than " + std::to_string(most) + " entries");
     std::vector<Field> found;
     found.reserve(value_->size());
@@ -41,7 +41,7 @@ std::vector<Field> Field::items(size_t most) const {
 }
 
 void Field::onlyHas(std::initializer_list<const char*> names) const {
-    if (!value_->is_object()) refuse("is no object");
+    if (!value_->is_object()) refuse("is not an object");
     for (const auto& entry : value_->items()) {
         bool known = false;
         for (const char* name : names) known = known || entry.key() == name;
@@ -53,7 +53,7 @@ void Field::onlyHas(std::initializer_list<const char*> names) const {
 }
 
 std::string Field::text() const {
-    if (!value_->is_string()) refuse("is no text");
+    if (!value_->is_string()) refuse("is not a text");
     return value_->get<std::string>();
 }
 
@@ -72,17 +72,17 @@ bool Field::boolean() const {
 
 int64_t Field::integer(int64_t least, int64_t most, int64_t multipleOf) const {
     const bool unsignedBeyond = value_->is_number_unsigned() && value_->get<uint64_t>() > INT64_MAX;
-    if (!value_->is_number_integer() || unsignedBeyond) refuse("is no whole number");
+    if (!value_->is_number_integer() || unsignedBeyond) refuse("is not a whole number");
     const int64_t found = value_->get<int64_t>();
     if (found < least || found > most || found % multipleOf != 0) {
-        refuse("is " + std::to_string(found) + ", which is none of " + std::to_string(least) + " to " +
+        refuse("is " + std::to_string(found) + ", but must be " + std::to_string(least) + " to " +
                std::to_string(most) + (multipleOf > 1 ? " in steps of " + std::to_string(multipleOf) : ""));
     }
     return found;
 }
 
 double Field::number(double least, double most) const {
-    if (!value_->is_number()) refuse("is no number");
+    if (!value_->is_number()) refuse("is not a number");
     const double found = value_->get<double>();
     if (!(found >= least && found <= most)) refuse("is out of range");
     return found;

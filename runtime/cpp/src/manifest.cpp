@@ -38,13 +38,13 @@ int32_t limited(const Field& root, const char* record, const char* field) {
         if (std::string(record) != limit.record || std::string(field) != limit.field) continue;
         return static_cast<int32_t>(pathOf(root, limit).integer(limit.least, limit.most, limit.multipleOf));
     }
-    throw Error(std::string("no limit is known of ") + field + ": this is a fault of the library");
+    throw Error(std::string("no limit is known for ") + field + ": please report this as a bug of the library");
 }
 
 std::string sha(const Field& field) {
     const std::string found = field.text();
     const bool hexadecimal = found.find_first_not_of("0123456789abcdef") == std::string::npos;
-    if (found.size() != 64 || !hexadecimal) field.refuse("is no SHA-256");
+    if (found.size() != 64 || !hexadecimal) field.refuse("is not a SHA-256");
     return found;
 }
 
@@ -125,7 +125,7 @@ Preprocessing readPreprocessing(const Field& root) {
         p.tokenSide = limited(root, "preprocessing", "token_side");
         for (const Field& shape : f["shapes"].items(256)) {
             const auto sides = shape.items(2);
-            if (sides.size() != 2) shape.refuse("has no two entries");
+            if (sides.size() != 2) shape.refuse("does not have two entries");
             p.shapes.emplace_back(sides[0].integer(1, 256), sides[1].integer(1, 256));
         }
         if (p.shapes.empty()) f["shapes"].refuse("is empty");
@@ -138,8 +138,8 @@ Preprocessing readPreprocessing(const Field& root) {
     }
     p.rescaleFactor = asFloat(f["rescale_factor"], 1e-9, 1e9);
     const auto means = f["mean"].items(3), deviations = f["std"].items(3);
-    if (means.size() != 3) f["mean"].refuse("has no three entries");
-    if (deviations.size() != 3) f["std"].refuse("has no three entries");
+    if (means.size() != 3) f["mean"].refuse("does not have three entries");
+    if (deviations.size() != 3) f["std"].refuse("does not have three entries");
     for (size_t i = 0; i < 3; ++i) {
         p.mean[i] = asFloat(means[i], -1e9, 1e9);
         p.std[i] = asFloat(deviations[i], 1e-9, 1e9);
@@ -236,7 +236,7 @@ EmbeddingTable readEmbedding(const Field& root, const Decoder& decoder) {
     table.dtype = f["dtype"].choice({"float32", "float16", "bfloat16", "uint8"});
     table.offset = static_cast<uint64_t>(f["offset"].integer(0, INT64_MAX / 2));
     const auto shape = f["shape"].items(2);
-    if (shape.size() != 2) f["shape"].refuse("has no two entries");
+    if (shape.size() != 2) f["shape"].refuse("does not have two entries");
     shape[0].integer(decoder.vocabSize, decoder.vocabSize);
     shape[1].integer(decoder.hiddenSize, decoder.hiddenSize);
     const bool packed = f.has("packed") && !f["packed"].isNull();
@@ -267,7 +267,7 @@ void checkWithin(const Manifest& m, const std::string& path, uint64_t fileSize) 
 void checkFormats(const Field& root) {
     if (!root.has("weight_formats")) return;
     const Field formats = root["weight_formats"];
-    if (!formats.json().is_object()) formats.refuse("is no object");
+    if (!formats.json().is_object()) formats.refuse("is not an object");
     for (const auto& entry : formats.json().items()) {
         const Field layer = formats[entry.key()];
         layer.onlyHas({"format"});
@@ -329,7 +329,7 @@ void checkTensors(const std::string& header, const std::string& name, uint64_t b
     const std::string what = "the header of " + name;
     const Json content = parseJson(header, what, kCopy);
     const Field root(content, what, kCopy);
-    if (!content.is_object()) root.refuse("is no object");
+    if (!content.is_object()) root.refuse("is not an object");
     std::vector<std::pair<int64_t, int64_t>> parts;
     for (const auto& entry : content.items()) {
         if (entry.key() == "__metadata__") continue;
@@ -337,7 +337,7 @@ void checkTensors(const std::string& header, const std::string& name, uint64_t b
         const std::string dtype = tensor["dtype"].text();
         const auto bits = std::find_if(std::begin(kStoredBits), std::end(kStoredBits),
             [&](const StoredBits& known) { return dtype == known.dtype; });
-        if (bits == std::end(kStoredBits)) tensor["dtype"].refuse("is of no type that is known");
+        if (bits == std::end(kStoredBits)) tensor["dtype"].refuse("is a type that is not known");
         const auto most = static_cast<int64_t>(bytes) * 8;
         int64_t size = bits->bits;
         bool empty = false;
@@ -348,18 +348,18 @@ void checkTensors(const std::string& header, const std::string& name, uint64_t b
             size = along > 0 && size <= most ? size * along : size;
         }
         const auto offsets = tensor["data_offsets"].items(2);
-        if (offsets.size() != 2) tensor["data_offsets"].refuse("has no two entries");
+        if (offsets.size() != 2) tensor["data_offsets"].refuse("does not have two entries");
         const int64_t begin = offsets[0].integer(0, most), end = offsets[1].integer(begin, most);
-        if ((empty ? 0 : size) != (end - begin) * 8) tensor["shape"].refuse("takes other bytes than there are");
+        if ((empty ? 0 : size) != (end - begin) * 8) tensor["shape"].refuse("does not fit the number of bytes");
         parts.emplace_back(begin, end);
     }
     std::sort(parts.begin(), parts.end());
     int64_t at = 0;
     for (const auto& [begin, end] : parts) {
-        if (begin != at) root.refuse("has tensors that do not lie one behind the other");
+        if (begin != at) root.refuse("has tensors with gaps or overlaps between them");
         at = end;
     }
-    if (static_cast<uint64_t>(at) != bytes) root.refuse("has tensors that end elsewhere than the file");
+    if (static_cast<uint64_t>(at) != bytes) root.refuse("has tensors that do not end where the file ends");
 }
 
 std::string pythonNumber(double value) {
@@ -426,7 +426,7 @@ std::string constantsSha256(const Json& manifest) {
 Manifest parseManifest(const std::string& text, const std::string& what) {
     const Json content = parseJson(text, what, kAgain);
     const Field root(content, what, kAgain);
-    if (!content.is_object()) root.refuse("is no object");
+    if (!content.is_object()) root.refuse("is not an object");
     const int64_t version = root["schema_version"].integer(0, INT32_MAX);
     if (version != kSchemaVersion) {
         throw Error(what + " has schema version " + std::to_string(version) + ", and this library reads " +

@@ -76,7 +76,7 @@ void ivcPriority(const Manifest& m, const Positions& positions, size_t first, si
         means[i] = {pairwiseSum(cosines.data(), half) / static_cast<double>(half),
             pairwiseSum(sines.data(), half) / static_cast<double>(half)};
         if (!std::isfinite(means[i].cosine + means[i].sine)) {  // which has no order
-            throw Error("the manifest's rotary.theta gives no angles: export the model again");
+            throw Error("rotary.theta of the manifest gives invalid angles: export the model again");
         }
     }
     std::vector<double> cosine(tokens), sine(tokens);
@@ -232,7 +232,7 @@ Positions positionsOf(const Manifest& m, Run& run, int64_t& next) {
     for (int32_t row = 0; row < run.rows(); ++row) {
         const auto at = static_cast<size_t>(row);
         if (run.grids.empty() || !m.tokens.isVisual(run.tokens[at])) {
-            if (seen > 0) throw Error("a picture's image tokens do not stand together: write no image tokens into the text");
+            if (seen > 0) throw Error("a picture's image tokens are not next to each other: write no image tokens into the text");
             for (auto& axis : positions) axis[at] = static_cast<int32_t>(next);  // checked below
             run.textIndex.push_back(row);
             ++next;
@@ -287,19 +287,19 @@ Run planRun(const Manifest& m, const std::vector<int32_t>& tokens, const std::ve
     for (const int32_t token : tokens) {
         if (token < 0 || token >= m.decoder.vocabSize) {
             throw Error("token id " + std::to_string(token) + " is beyond the vocabulary of " +
-                        std::to_string(m.decoder.vocabSize) + ": the tokenizer belongs to another model");
+                        std::to_string(m.decoder.vocabSize) + " tokens: use the tokenizer of this bundle");
         }
         images += m.tokens.isVisual(token) ? 1 : 0;
     }
     for (const Grid& grid : grids) {
         if (!fits(grid, m.preprocessing)) {
-            throw Error("a picture has no " + std::to_string(grid.rows) + " rows of " + std::to_string(grid.columns) +
+            throw Error("a picture cannot have " + std::to_string(grid.rows) + " rows of " + std::to_string(grid.columns) +
                         " visual tokens: prepare it with this bundle's own settings");
         }
         wanted += grid.visual();
     }
     if (!grids.empty() && images != wanted) {
-        throw Error("the prompt holds " + std::to_string(images) + " image tokens and its pictures give " +
+        throw Error("the prompt has " + std::to_string(images) + " image tokens, but its pictures give " +
                     std::to_string(wanted) + ": write no image tokens into the text, and name each picture once");
     }
     Run run;
@@ -308,8 +308,8 @@ Run planRun(const Manifest& m, const std::vector<int32_t>& tokens, const std::ve
     int64_t next = start;
     const Positions positions = positionsOf(m, run, next);
     if (start < 0 || next > m.decoder.maxPositions) {
-        throw Error("the conversation reaches position " + std::to_string(next) + ", and this model knows " +
-                    std::to_string(m.decoder.maxPositions) + ": shorten it, or use smaller pictures");
+        throw Error("the conversation reaches position " + std::to_string(next) + ", but this model has " +
+                    std::to_string(m.decoder.maxPositions) + " positions: shorten it, or use smaller pictures");
     }
     run.nextPosition = static_cast<int32_t>(next);
     for (const auto& axis : positions) run.positionIds.insert(run.positionIds.end(), axis.begin(), axis.end());

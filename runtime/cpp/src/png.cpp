@@ -128,7 +128,7 @@ Image decodePng(const std::string& bytes, const std::string& name, int64_t most)
     d.state = png_create_read_struct(PNG_LIBPNG_VER_STRING, &d, fail, ignore);
     if (d.state != nullptr) d.info = png_create_info_struct(d.state);
     if (d.info != nullptr) d.end = png_create_info_struct(d.state);
-    if (d.end == nullptr) throw Error("there is no memory for " + name + ": close programs");
+    if (d.end == nullptr) throw Error("there is no memory for " + name + ": close other programs");
     const auto step = [&](const auto& call) {
         if (succeeds(d, call)) return;
         throw Error(name + " cannot be read as a picture (" + d.message + "): give a PNG or JPEG file");
@@ -143,7 +143,7 @@ Image decodePng(const std::string& bytes, const std::string& name, int64_t most)
     int depth = 0, colour = 0, interlace = 0;
     png_get_IHDR(d.state, d.info, &width, &height, &depth, &colour, &interlace, nullptr, nullptr);
     checkImage(width, height, name, most);
-    if (d.animated) throw Error(name + " has several frames: give one of them as a picture");
+    if (d.animated) throw Error(name + " has several frames: give one frame as a picture");
     size_t size = 0;
     step([&] {
         png_set_packing(d.state);

@@ -68,7 +68,7 @@ Regex::Regex(const std::string& pattern) : code_(std::make_unique<Code>()) {
     }
     pcre2_jit_compile(code_->code, PCRE2_JIT_COMPLETE);  // where there is none it is interpreted
     code_->context = pcre2_match_context_create(nullptr);
-    if (code_->context == nullptr) throw Error("there is no memory for a regular expression: close programs");
+    if (code_->context == nullptr) throw Error("there is no memory for a regular expression: close other programs");
     pcre2_set_match_limit(code_->context, kMostSteps);
     pcre2_set_heap_limit(code_->context, kMostHeapKiB);
 }
@@ -79,7 +79,7 @@ Regex::Regex(Regex&&) noexcept = default;
 void Regex::parts(std::string_view text, const std::function<void(std::string_view, bool)>& part) const {
     const std::unique_ptr<pcre2_match_data, void (*)(pcre2_match_data*)> match(
         pcre2_match_data_create_from_pattern(code_->code, nullptr), pcre2_match_data_free);
-    if (!match) throw Error("there is no memory for a regular expression: close programs");
+    if (!match) throw Error("there is no memory for a regular expression: close other programs");
     size_t told = 0, at = 0;
     while (at <= text.size()) {
         const int count = pcre2_match(code_->code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at,

@@ -152,7 +152,7 @@ Resample resampleOf(const std::string& name) {
 
 void resize(const Image& image, int32_t width, int32_t height, Resample filter, int32_t left, int32_t top, Image& part) {
     if (left < 0 || top < 0 || left > width - part.width || top > height - part.height) {
-        throw Error("a part of a picture lies outside it: this is a fault of the library");
+        throw Error("a part of a picture lies outside it: please report this as a bug of the library");
     }
     if (filter == Resample::kNearest) {
         const std::vector<int32_t> columns = nearest(image.width, width), rows = nearest(image.height, height);

@@ -165,7 +165,7 @@ int32_t Sampler::draw(const std::vector<float>& logits) {
         any = any || logit > -INFINITY;
     }
     if (!sound || !any) {
-        throw Error("the model gives logits that are no numbers: compute in float32, or verify the bundle with ivc-check");
+        throw Error("the model gives NaN logits: compute in float32, or verify the bundle with ivc-check");
     }
     const std::vector<double> found = scores(logits);
     size_t token = 0;

@@ -155,7 +155,7 @@ std::string markOf(const Field& field) {
     const std::string mark = field["replacement"].text();
     size_t size = 0;
     if (!mark.empty()) codePoint(mark, 0, size);
-    if (mark.empty() || size != mark.size()) field["replacement"].refuse("is no single character");
+    if (mark.empty() || size != mark.size()) field["replacement"].refuse("is not a single character");
     return mark;
 }
 
@@ -208,24 +208,24 @@ void Tokenizer::readModel(const Field& model) {
     fuseUnknown_ = flag("fuse_unk");
     ignoreMerges_ = flag("ignore_merges");
     const Field stored = model["vocab"];
-    if (!stored.json().is_object()) stored.refuse("is no object");
+    if (!stored.json().is_object()) stored.refuse("is not an object");
     vocabulary_.reserve(stored.json().size());
     for (const auto& entry : stored.json().items()) {
         const auto& id = entry.value();
-        if (!id.is_number_unsigned() || id.get<uint64_t>() > INT32_MAX) stored.refuse("holds an id that is none");
+        if (!id.is_number_unsigned() || id.get<uint64_t>() > INT32_MAX) stored.refuse("holds an invalid id");
         vocabulary_[entry.key()] = id.get<int32_t>();
         texts_[id.get<int32_t>()] = entry.key();
     }
     const auto known = [&](const std::string& token, const Field& field) {
         const auto entry = vocabulary_.find(token);
-        if (entry == vocabulary_.end()) field.refuse("names a token that the vocabulary lacks");
+        if (entry == vocabulary_.end()) field.refuse("names a token that is not in the vocabulary");
         return entry->second;
     };
     if (model.has("unk_token") && !model["unk_token"].isNull()) {
         unknown_ = known(model["unk_token"].text(), model["unk_token"]);
     }
     const Field merges = model["merges"];
-    if (!merges.json().is_array()) merges.refuse("is no list");
+    if (!merges.json().is_array()) merges.refuse("is not a list");
     merges_.reserve(merges.json().size());
     int32_t rank = 0;
     for (const Json& merge : merges.json()) {
@@ -233,14 +233,14 @@ void Tokenizer::readModel(const Field& model) {
         if (merge.is_string()) {
             const std::string both = merge.get<std::string>();
             const size_t space = both.find(' ');
-            if (space == std::string::npos) merges.refuse("has an entry that is no pair");
+            if (space == std::string::npos) merges.refuse("has an entry that is not a pair");
             left = both.substr(0, space);
             right = both.substr(space + 1);
         } else if (merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string()) {
             left = merge[0].get<std::string>();
             right = merge[1].get<std::string>();
         } else {
-            merges.refuse("has an entry that is no pair");
+            merges.refuse("has an entry that is not a pair");
         }
         const auto pair = static_cast<uint64_t>(known(left, merges)) << 32 | static_cast<uint64_t>(known(right, merges));
         merges_[pair] = {rank++, known(left + right, merges)};
@@ -288,7 +288,7 @@ void Tokenizer::readNormalizer(const Field& field) {
     } else {
         bool regex = false;
         const std::string pattern = patternOf(field["pattern"], regex), content = field["content"].text();
-        if (regex) field["pattern"].refuse("is a regular expression, which this version does not know there");
+        if (regex) field["pattern"].refuse("is a regular expression, which this version does not support here");
         if (pattern.empty()) field["pattern"].refuse("is empty");
         normalizers_.push_back([=](const std::string& given) { return replaced(given, pattern, content); });
     }
@@ -296,7 +296,7 @@ void Tokenizer::readNormalizer(const Field& field) {
 
 void Tokenizer::readSplit(const Field& field) {
     field["behavior"].choice({"Isolated"});
-    if (field.has("invert") && field["invert"].boolean()) field["invert"].refuse("is true, which is not known here");
+    if (field.has("invert") && field["invert"].boolean()) field["invert"].refuse("is true, which this version does not support");
     bool isRegex = false;
     std::string pattern = patternOf(field["pattern"], isRegex);
     if (!isRegex) pattern = literal(pattern);
@@ -333,7 +333,7 @@ void Tokenizer::readPreTokenizer(const Field& field) {
         const std::string scheme = field.has("prepend_scheme")
                                        ? field["prepend_scheme"].choice({"always", "first", "never"})
                                        : flag("add_prefix_space", true) ? "always" : "never";
-        if (flag("split", true)) field.refuse("splits words, which is not known here");
+        if (flag("split", true)) field.refuse("splits words, which this version does not support");
         preTokenizers_.push_back([=](std::vector<Piece> pieces) {
             for (Piece& piece : pieces) {
                 std::vector<size_t> ends;
@@ -415,7 +415,7 @@ void Tokenizer::readDecoder(const Field& field) {
     } else if (type == "Replace") {
         bool regex = false;
         const std::string pattern = patternOf(field["pattern"], regex), content = field["content"].text();
-        if (regex || pattern.empty()) field["pattern"].refuse("is no text");
+        if (regex || pattern.empty()) field["pattern"].refuse("is not a text");
         decoders_.push_back([=](std::vector<std::string> tokens) {
             for (std::string& token : tokens) token = replaced(token, pattern, content);
             return tokens;
@@ -432,7 +432,7 @@ void Tokenizer::readDecoder(const Field& field) {
         });
     } else {
         const std::string content = field["content"].text();
-        if (content.size() != 1) field["content"].refuse("is no single character");
+        if (content.size() != 1) field["content"].refuse("is not a single character");
         const auto start = field["start"].integer(0, 1000), stop = field["stop"].integer(0, 1000);
         decoders_.push_back([=](std::vector<std::string> tokens) {
             for (std::string& token : tokens) {

@@ -25,7 +25,7 @@ void scale(const Image& image, int64_t width, int64_t height, const Preprocessin
     Image& part) {
     const int64_t most = std::max(width, int64_t{part.width}) * std::max(height, int64_t{image.height});
     if (width > INT32_MAX || height > INT32_MAX || most > 8 * kMostPrepared) {
-        throw Error("a picture would be scaled beyond any memory: crop it to a less elongated shape");
+        throw Error("the scaled picture would not fit into memory: crop it to a less elongated shape");
     }
     resize(image, static_cast<int32_t>(width), static_cast<int32_t>(height), resampleOf(p.resample), left, top, part);
 }
@@ -65,8 +65,8 @@ std::pair<int64_t, int64_t> tokensOf(const Image& image, const Preprocessing& p)
 
 void checkTokens(int64_t visual, const Manifest& manifest) {
     if (visual <= manifest.maxVisual) return;
-    throw Error("the picture gives " + std::to_string(visual) + " visual tokens, and this bundle takes " +
-                std::to_string(manifest.maxVisual) + ": crop it to a less elongated shape");
+    throw Error("the picture gives " + std::to_string(visual) + " visual tokens, but this bundle takes " +
+                std::to_string(manifest.maxVisual) + " at most: crop it to a less elongated shape");
 }
 
 Visual patches(const Image& image, const Manifest& manifest) {
@@ -75,7 +75,7 @@ Visual patches(const Image& image, const Manifest& manifest) {
     const auto [rows, columns] = tokensOf(image, p);
     checkTokens(rows * columns, manifest);
     const int64_t side = tokenSide(p), merge = p.mergeSize, patch = p.patchSize;
-    if (rows * columns * side * side * p.temporalPatchSize > 8 * kMostPrepared) throw Error("the picture is scaled beyond any memory: crop it");
+    if (rows * columns * side * side * p.temporalPatchSize > 8 * kMostPrepared) throw Error("the scaled picture would not fit into memory: crop it");
     Image scaled(static_cast<int32_t>(columns * side), static_cast<int32_t>(rows * side));
     scale(image, scaled.width, scaled.height, p, 0, 0, scaled);
     Visual found;
@@ -165,7 +165,7 @@ Visual tiles(const Image& image, const Manifest& manifest) {
     const auto [columns, rows] = tiling(image, p);
     const int64_t side = p.tilePixels, count = int64_t{columns} * rows, all = count + (count > 1 ? 1 : 0);
     checkTokens(all * p.tileSide * p.tileSide, manifest);
-    if (count * side * side > kMostPrepared) throw Error("the picture is scaled beyond any memory: crop it");
+    if (count * side * side > kMostPrepared) throw Error("the scaled picture would not fit into memory: crop it");
     Image canvas(static_cast<int32_t>(columns * side), static_cast<int32_t>(rows * side));
     scale(image, canvas.width, canvas.height, p, 0, 0, canvas);
     Visual found;
@@ -283,7 +283,7 @@ Visual views(const Image& image, const Manifest& manifest) {
     const auto [columns, rows] = viewTiling(size, p);
     const int64_t pixels = p.tilePixels, all = 1 + int64_t{columns} * rows, side = p.tileSide;
     checkTokens(side * (side + 1) + 1 + side * rows * (side * columns + 1), manifest);
-    if (all * pixels * pixels > kMostPrepared) throw Error("the picture is scaled beyond any memory: crop it");
+    if (all * pixels * pixels > kMostPrepared) throw Error("the scaled picture would not fit into memory: crop it");
     Visual found;
     found.grid = {rows * p.tileSide, columns * p.tileSide, p.tileSide, contentOf(size, p)};
     found.shape = {all, 3, pixels, pixels};

@@ -14,9 +14,9 @@ void checkCuda(cudaError_t status) {
     if (status == cudaSuccess) return;
     cudaGetLastError();  // else the next call would report it, too
     if (status == cudaErrorMemoryAllocation) {
-        throw Error("the GPU has no memory left: close programs, or build engines with smaller maxima");
+        throw Error("the GPU has no memory left: close other programs, or build engines with smaller maxima");
     }
-    throw Error(std::string("CUDA says: ") + cudaGetErrorString(status) + "; see that the GPU and its driver work, and are free");
+    throw Error(std::string("CUDA says: ") + cudaGetErrorString(status) + "; check that the GPU and its driver work, and that the GPU is free");
 }
 
 std::string computeCapability() {

@@ -26,7 +26,7 @@ int64_t count(const Shape& shape) {
     int64_t product = 1;
     for (const int64_t extent : shape) {
         if (extent < 0 || (extent > 0 && product > kMost / extent)) {
-            throw Error("a tensor's shape fits no memory: build the engines again with ivc-build");
+            throw Error("a tensor would not fit into memory: build the engines again with ivc-build");
         }
         product *= extent;
     }
@@ -148,7 +148,7 @@ std::vector<char> converted(const std::vector<float>& values, Type type, const s
         beyond |= static_cast<int32_t>(size >= end) & static_cast<int32_t>(size < HUGE_VALF);
     }
     if (beyond != 0) {
-        throw Error(name + " has values beyond " + nameOf(type) + ": build engines with ivc-build --dtype float32");
+        throw Error(name + " has values beyond the range of " + nameOf(type) + ": build engines with ivc-build --dtype float32");
     }
     auto* halves = reinterpret_cast<uint16_t*>(out.data());
     if (type == Type::kFloat16) {
@@ -222,8 +222,8 @@ const Tensor* find(const std::vector<Tensor>& tensors, const std::string& name) 
 // Compares an engine's tensors with its graph's: what it reads, all that it gives, their kinds and known extents.
 void checkEngine(const std::string& name, const Engine& engine, const Graph& graph) {
     const auto refuse = [&](const std::string& tensor) {
-        throw Error("the " + name + " engine is not of this bundle's " + name + " graph (its " + tensor +
-                    " is another): " + kBuild);
+        throw Error("the " + name + " engine is not an engine of this bundle's " + name + " graph (its " + tensor +
+                    " differs): " + kBuild);
     };
     for (const auto& [tensor, found] : engine.tensors()) {
         const Tensor* wanted = find(found.input ? graph.inputs : graph.outputs, tensor);
@@ -316,8 +316,8 @@ class EnginesDevice : public Device {
 
     void begin(int32_t rows) override {
         if (rows > record_.capacity) {
-            throw Error("the engines' caches have " + std::to_string(record_.capacity) + " rows, and " +
-                        std::to_string(rows) + " are wanted: build engines with larger maxima");
+            throw Error("the engines' caches have " + std::to_string(record_.capacity) + " rows, but " +
+                        std::to_string(rows) + " are needed: build engines with larger maxima");
         }
         length_ = wholeLength_ = 0;
     }
@@ -345,7 +345,7 @@ class EnginesDevice : public Device {
             gpu_->download(keepIndex_.data(), stage.given.at(kKeepIndex).address, keepIndex_.size() * sizeof(int32_t));
             int32_t least = 0;
             for (const int32_t row : keepIndex_) {
-                if (row < least || row >= run.rows()) throw Error(std::string("the prefix engine keeps rows that are none: ") + kBuild);
+                if (row < least || row >= run.rows()) throw Error(std::string("the prefix engine keeps rows that do not exist: ") + kBuild);
                 least = row + 1;
             }
         }
@@ -396,7 +396,7 @@ class EnginesDevice : public Device {
         const auto& below = engines_.at("prefix")->tensors();
         const std::string last = std::to_string(m_.decoder.layers - 1);
         const EngineTensor* sample = tensor("past_key." + last);
-        if (sample == nullptr) throw Error("the engines read no past_key." + last + ": " + kBuild);
+        if (sample == nullptr) throw Error("the engines have no input past_key." + last + ": " + kBuild);
         cacheType_ = sample->type;
         for (int32_t layer = 0; layer < m_.decoder.layers; ++layer) {
             for (const std::string kind : {"key", "value"}) {
@@ -406,7 +406,7 @@ class EnginesDevice : public Device {
                 const bool decoders = given.count(compact) != 0;
                 const bool above = given.count(fresh) != 0 && !given.at(fresh).input;
                 if (!written && !decoders && !above && below.count(fresh) == 0) {
-                    throw Error("the engines give no rows of " + cache.name + ": " + kBuild);
+                    throw Error("the engines give no rows for " + cache.name + ": " + kBuild);
                 }
                 cache.group = groupOf(static_cast<size_t>(cache.size) * bytes(cacheType_), isWhole(layer), written);
                 cache.place = groups_[cache.group].caches++;
@@ -478,22 +478,22 @@ class EnginesDevice : public Device {
     void check(const Run& run) const {
         const auto most = [](const char* what, size_t count, int32_t limit, const char* option, const char* more) {
             if (count <= static_cast<size_t>(limit)) return;
-            throw TooLongError("the prompt has " + std::to_string(count) + " " + what + ", and these engines take " +
-                        std::to_string(limit) + ": build them with --" + option + " " + std::to_string(count) + more);
+            throw TooLongError("the prompt has " + std::to_string(count) + " " + what + ", but these engines take " +
+                        std::to_string(limit) + " at most: build them with --" + option + " " + std::to_string(count) + more);
         };
         most("visual tokens", run.visualIndex.size(), record_.maxVisual, "max-visual", ", or use a smaller picture");
         most("other tokens", run.textIndex.size(), record_.maxText, "max-text", "");
         int64_t rows = int64_t{length_} + run.kept();
         if (!m_.selection.wholeLayers.empty()) rows = std::max(rows, int64_t{wholeLength_} + run.rows());
         if (rows > record_.capacity) {
-            throw TooLongError("the engines' caches hold " + std::to_string(record_.capacity) + " rows, " +
+            throw TooLongError("the engines' caches have " + std::to_string(record_.capacity) + " rows, but " +
                                std::to_string(rows) + " are needed: build engines with a larger --max-new");
         }
     }
 
     static void checkSize(const std::string& name, size_t values, const Shape& shape) {
         if (count(shape) == static_cast<int64_t>(values)) return;
-        throw Error(name + " holds " + std::to_string(values) + " values, which are not those of " + said(shape) +
+        throw Error(name + " has " + std::to_string(values) + " values, but its shape is " + said(shape) +
                     ": prepare the picture with this bundle");
     }
 
@@ -565,7 +565,7 @@ class EnginesDevice : public Device {
         for (const Visual* picture : pictures) {
             const auto visual = static_cast<int64_t>(picture->grid.visual());
             if (first + visual > static_cast<int64_t>(run.visualIndex.size())) {
-                throw Error("the pictures give other visual tokens than the prompt holds: prepare them with this bundle");
+                throw Error("the pictures do not have the visual tokens of the prompt: prepare them with this bundle");
             }
             const SeenRows& seen = look(*picture);
             for (const auto& [name, rows] : seen.rows) {
@@ -573,7 +573,7 @@ class EnginesDevice : public Device {
                 const Placed& target = stage.feeds.at(embeds ? kInputsEmbeds : name);
                 const int64_t row = embeds ? run.visualIndex[static_cast<size_t>(first)] : first;
                 if (row < 0 || row + visual > target.shape[1]) {
-                    throw Error("the pictures' rows are none of the prompt's: prepare them with this bundle");
+                    throw Error("the rows of the pictures are not in the prompt: prepare them with this bundle");
                 }
                 const size_t size = static_cast<size_t>(m_.decoder.hiddenSize) * bytes(target.type);
                 gpu_->copy(static_cast<char*>(target.address) + static_cast<size_t>(row) * size, rows.address,
@@ -625,7 +625,7 @@ class EnginesDevice : public Device {
             if (!entry.second.input) continue;
             const auto fed = stage.feeds.find(entry.first), handed = stage.given.find(entry.first);
             if (fed == stage.feeds.end() && handed == stage.given.end()) {
-                throw Error("the " + name + " engine takes " + entry.first +
+                throw Error("the " + name + " engine has the input " + entry.first +
                             ", which this version does not know: upgrade this library");
             }
             const Placed& input = fed != stage.feeds.end() ? fed->second : handed->second;
@@ -646,13 +646,13 @@ class EnginesDevice : public Device {
                 const size_t size = static_cast<size_t>(count(shape)) * bytes(output.type);
                 output.address = stage.buffers.get(name + "/" + entry.first, size);
             } else if (place->second.shape != shape || place->second.type != output.type) {
-                throw Error("the " + name + " engine gives " + entry.first + " of " + said(shape) + " in place of " +
+                throw Error("the " + name + " engine gives " + entry.first + " of " + said(shape) + " instead of " +
                             said(place->second.shape) + ": " + kBuild);
             } else {
                 output.address = place->second.address;
             }
             if (!engine.setOutput(stage.profile, entry.first, output.address)) {
-                throw Error("TensorRT takes no memory for " + entry.first + " of the " + name + " engine: " + kBuild);
+                throw Error("TensorRT refuses the memory for " + entry.first + " of the " + name + " engine: " + kBuild);
             }
             stage.given[entry.first] = std::move(output);
         }
@@ -667,13 +667,13 @@ class EnginesDevice : public Device {
 
     void start(const Stage& stage, const std::string& name) {
         if (engines_.at(name)->start(stage.profile)) return;
-        throw Error("TensorRT cannot run the " + name + " engine: see that the GPU has memory left");
+        throw Error("TensorRT cannot run the " + name + " engine: check that the GPU has memory left");
     }
 
     // An output's shape, once all inputs are set: known, and the graph's.
     void checkShape(const std::string& engine, const std::string& name, const Shape& shape, const Axes& axes) const {
         if (std::any_of(shape.begin(), shape.end(), [](int64_t extent) { return extent < 0; })) {
-            throw Error("the " + engine + " engine does not say how large " + name + " becomes: " + kBuild);
+            throw Error("the " + engine + " engine does not give the size of " + name + ": " + kBuild);
         }
         const Tensor& wanted = *find(graphs_.at(engine).outputs, name);
         bool fits = shape.size() == wanted.shape.size();
@@ -687,7 +687,7 @@ class EnginesDevice : public Device {
             }
         }
         if (fits) return;
-        throw Error("the " + engine + " engine gives " + name + " of " + said(shape) + ", which is not the graph's: " + kBuild);
+        throw Error("the " + engine + " engine gives " + name + " of " + said(shape) + ", which differs from the graph: " + kBuild);
     }
 
     Places appended(Stage& stage, const std::map<std::string, size_t>& outputs, const Run& run) {

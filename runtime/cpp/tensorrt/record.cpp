@@ -26,7 +26,7 @@ std::optional<std::string> optional(const Field& field) {
 std::string sha(const Field& field) {
     const std::string found = field.text();
     if (found.size() != 64 || found.find_first_not_of("0123456789abcdef") != std::string::npos) {
-        field.refuse("is no SHA-256");
+        field.refuse("is not a SHA-256");
     }
     return found;
 }
@@ -39,7 +39,7 @@ std::string plain(const Field& field, const char* more, size_t longest) {
                std::string(more).find(c) != std::string::npos;
     };
     if (found.empty() || found.size() > longest || !std::all_of(found.begin(), found.end(), known)) {
-        field.refuse("is no version");
+        field.refuse("is not a version");
     }
     return found;
 }
@@ -125,7 +125,7 @@ EngineRecord parseRecord(const std::string& text, const std::string& what) {
     record.maxVisual = static_cast<int32_t>(recipe.maxVisual);
     record.maxText = static_cast<int32_t>(recipe.maxText);
     const Field weights = root["weights_sha256"];
-    if (!weights.json().is_object() || !root["packed_weights"].json().is_object()) weights.refuse("is no object");
+    if (!weights.json().is_object() || !root["packed_weights"].json().is_object()) weights.refuse("is not an object");
     for (const auto& entry : weights.json().items()) {
         record.weightsSha256[entry.key()] = optional(weights[entry.key()]);
     }
@@ -143,7 +143,7 @@ EngineRecord parseRecord(const std::string& text, const std::string& what) {
         for (const Field& profile : engine["profiles"].items(2)) profiles.push_back(profile.text());
         const std::vector<std::string> wanted =
             name == "vision" ? std::vector<std::string>{"prefill"} : std::vector<std::string>{"prefill", "decode"};
-        if (built.file != name + ".plan" || profiles != wanted) engine.refuse("is not as ivc-build makes it");
+        if (built.file != name + ".plan" || profiles != wanted) engine.refuse("is not what ivc-build makes");
         record.engines[name] = built;
     }
     return record;
@@ -208,8 +208,8 @@ EngineFolder findEngines(const Bundle& bundle, const std::string& folder, const 
     found.record = parseRecord(readFile(confined(found.folder, "build.json"), kBuild), found.folder + "/build.json");
     const EngineRecord& record = found.record;
     if (!sameVersion(record.tensorrt, tensorrt) || record.computeCapability != capability) {
-        throw Error("the engines in " + found.folder + " are of TensorRT " + record.tensorrt + " for compute capability " +
-                    record.computeCapability + ", and here are " + tensorrt + " and " + capability +
+        throw Error("the engines in " + found.folder + " are for TensorRT " + record.tensorrt + " and compute capability " +
+                    record.computeCapability + ", but this machine has " + tensorrt + " and " + capability +
                     ": build them here with ivc-build");
     }
     bool same = record.inputsSha256 == fingerprint(bundle, record.version);
@@ -229,22 +229,22 @@ std::string EngineFolder::path(const std::string& name) const {
     const BuiltEngine& engine = record.engines.at(name);
     const std::string path = confined(folder, engine.file);
     if (MappedFile(path, kBuild).size() == engine.bytes) return path;
-    throw Error(path + " is damaged (it has not the size that build.json says): " + kBuild);
+    throw Error(path + " is damaged (its size differs from the size in build.json): " + kBuild);
 }
 
 void EngineFolder::checkPlugin(const std::string& plugin) const {
     if (!record.pluginSha256) {
         if (plugin.empty()) return;
-        throw Error("the engines in " + folder + " call no plugin: leave --plugin out");
+        throw Error("the engines in " + folder + " use no plugin: leave out --plugin");
     }
     if (plugin.empty()) {
         throw Error("the engines in " + folder +
-                    " call our plugin: name its library, libivc_plugin.so, with --plugin");
+                    " use our plugin: give its library, libivc_plugin.so, with --plugin");
     }
-    const MappedFile file(plugin, "name our plugin's library");
+    const MappedFile file(plugin, "give the path of the plugin, libivc_plugin.so");
     if (file.size() <= kMostPlugin && sha256(file.data(), file.size()) == *record.pluginSha256) return;
     throw Error(plugin + " is not the plugin that the engines in " + folder +
-                " were built with (its SHA-256 is another): name that one with --plugin, or " + kBuild);
+                " were built with (its SHA-256 differs): give that one with --plugin, or " + kBuild);
 }
 
 }  // namespace ivc

@@ -76,7 +76,7 @@ class TensorrtEngine : public Engine {
         for (int32_t i = 0; i < engine_->getNbIOTensors(); ++i) {
             const char* name = engine_->getIOTensorName(i);
             const std::optional<Type> type = typeOf(engine_->getTensorDataType(name));
-            if (!type) throw Error(path + " has " + name + " in a type of no graph of ours: build it with ivc-build");
+            if (!type) throw Error(path + " has " + name + " in a type that no graph of ivc-export has: build it with ivc-build");
             const bool input = engine_->getTensorIOMode(name) == nvinfer1::TensorIOMode::kINPUT;
             const bool host = engine_->getTensorLocation(name) == nvinfer1::TensorLocation::kHOST;
             tensors_[name] = {input, *type, shapeOf(engine_->getTensorShape(name)), host};
@@ -91,7 +91,7 @@ class TensorrtEngine : public Engine {
             const auto profile = static_cast<int32_t>(i);
             const bool known = profile < engine_->getNbOptimizationProfiles() && contexts_.back();
             if (!known || !contexts_.back()->setOptimizationProfileAsync(profile, stream_)) {
-                throw Error("TensorRT cannot prepare " + path + logger().last() + ": see that the GPU has memory left");
+                throw Error("TensorRT cannot prepare " + path + logger().last() + ": check that the GPU has memory left");
             }
             checkCuda(cudaStreamSynchronize(stream_));  // who destroys the context need not wait for that
         }
@@ -151,7 +151,7 @@ void loadPlugin(const std::string& path) {
     const std::string whole = path.find('/') == std::string::npos ? "./" + path : path;  // not from the system's folders
     if (dlopen(whole.c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr) return;
     const char* reason = dlerror();
-    throw Error(std::string("the plugin does not load (") + (reason == nullptr ? "for no known reason" : reason) +
+    throw Error(std::string("the plugin does not load (") + (reason == nullptr ? "for an unknown reason" : reason) +
                 "): build it with cmake from graphs/plugin");
 }
 
@@ -164,7 +164,7 @@ std::unique_ptr<Device> openTensorrt(const Bundle& bundle, const TensorrtOptions
     if (!options.plugin.empty()) loadPlugin(options.plugin);
     auto gpu = std::make_unique<CudaGpu>();
     const std::shared_ptr<nvinfer1::IRuntime> runtime(nvinfer1::createInferRuntime(logger()));
-    if (!runtime) throw Error("TensorRT does not start" + logger().last() + ": build this program with the one here");
+    if (!runtime) throw Error("TensorRT does not start" + logger().last() + ": build this program with the TensorRT of this machine");
     Engines engines;
     for (const char* name : {"vision", "prefix", "decoder"}) {
         const size_t profiles = std::string(name) == "vision" ? 1 : 2;
@@ -176,7 +176,7 @@ std::unique_ptr<Device> openTensorrt(const Bundle& bundle, const TensorrtOptions
 Image copyDeviceImage(const void* pixels, int32_t width, int32_t height, size_t stride, bool bgr) {
     checkImage(width, height, "the picture");
     const size_t row = static_cast<size_t>(width) * 3;
-    if (pixels == nullptr || stride < row) throw Error("the picture's rows overlap, or it is nowhere: check its address and stride");
+    if (pixels == nullptr || stride < row) throw Error("the address of the picture is null, or its rows overlap: check its address and stride");
     std::vector<uint8_t> copied(row * static_cast<size_t>(height));
     checkCuda(cudaMemcpy2D(copied.data(), row, pixels, stride, row, static_cast<size_t>(height), cudaMemcpyDefault));
     return copyImage(copied.data(), width, height, row, bgr);

@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ivc_export.bench.baseline import TIMES_FACTOR
 from ivc_export.checkpoint.formats.nbits import Packing
+from ivc_export.checkpoint.formats.rounding import RANGES, SIDES
+from ivc_export.files import MOST_DEPTH
+from ivc_export.serve.completions import ServerSettings
+from ivc_export.serve.images import REMOTE_BYTES, REMOTE_SECONDS
+from ivc_export.serve.server import GRACE
+from ivc_export.verify.baseline import ERRORS_FACTOR, LEAST_SHARE
 from tests.checkpoint.test_rounding import rounded
 from tests.repository.pages import ROOT, read
 from tools.benchmark_tables import gpu_rows
@@ -251,3 +258,16 @@ def test_the_samples_card_has_its_sizes() -> None:
     heads, shared = text["num_attention_heads"], text["num_key_value_heads"]
     size = text["hidden_size"] // heads
     assert f"| {heads}, and {shared} of keys and values, of size {size} | {vision['num_heads']} |" in card
+
+
+def test_limits_that_guides_tell_are_those_of_the_code() -> None:
+    serving, checks, weights = (page(f"docs/{name}.md") for name in ("serving", "ci", "weights"))
+    assert f"| {ServerSettings.tokens} by default, at most `--max-tokens`" in serving
+    assert f"running answers have {GRACE} seconds to end" in serving
+    assert f"A body must arrive within {ServerSettings.body_seconds:g} seconds" in serving
+    assert f"JSON is at most {MOST_DEPTH} levels deep" in serving
+    assert f"at most {REMOTE_BYTES >> 20} MiB and {REMOTE_SECONDS:g} seconds" in serving
+    assert ERRORS_FACTOR == 2 and "grew to more than twice the error in an earlier `parity.json`" in checks
+    assert LEAST_SHARE == 0.01 and "Errors below a hundredth of their tolerance count as that hundredth" in checks
+    assert f"takes more than {TIMES_FACTOR:g} times as long" in checks
+    assert f"tries {len(RANGES)} smaller and larger ranges ({len(SIDES) ** 2} with zero points)" in weights

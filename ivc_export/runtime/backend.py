@@ -17,12 +17,12 @@ from ivc_export.runtime.tolerances import Tolerances
 
 @dataclass(frozen=True)
 class Backend:
-    """A runtime, under the one name that every command and Python have for it.
+    """A runtime, under the name that commands and Python use.
 
-    open: a bundle in it, `(bundle, **options)`; it imports what it needs itself. device: where that computes.
-    tolerances: of its errors against the reference, by the dtype that it computes in.
-    libraries: options of `open` that name a library, and what that is; commands have `--name LIB` for each.
-    options: those that only Python has. exact: those of a session that is held against the reference.
+    open: opens a bundle, `(bundle, **options)`; it imports what it needs itself. device: where the runtime computes.
+    tolerances: of its errors against the reference, by the dtype in which it computes. libraries: options of `open`
+    that name a library, with a description; commands have `--name LIB` for each. options: options of `open` that only
+    Python has. exact: options of a session that is compared with the reference.
     """
 
     name: str
@@ -33,19 +33,19 @@ class Backend:
     options: frozenset[str] = frozenset()
     exact: Mapping[str, Any] = field(default_factory=dict)
     open_shown: Callable[..., Session] | None = None
-    """As `open`, with every tensor that passes between the graphs in a prefill's Step; None where `open` does that."""
+    """Like `open`, for sessions whose prefill Steps have every tensor between the graphs. None if `open` does that."""
     check: Callable[..., None] = lambda bundle, **options: None
-    """Raises UserError of what can be told without opening, `(bundle, **options)`."""
+    """Raises UserError for problems that can be found without opening, `(bundle, **options)`."""
     before: Callable[[Bundle], str | None] = lambda bundle: None
-    """What a user should know before a bundle opens."""
+    """A remark for the user before a bundle is opened."""
     after: Callable[[Session], str | None] = lambda session: None
-    """What a user should know of an open session."""
+    """A remark for the user on an open session."""
     needs_capacity: bool = False
-    """Whether it is fastest in caches of just the rows that an answer takes."""
+    """Whether it is fastest with caches of exactly the rows that an answer takes."""
     time_selection: Callable[[Session, Run, int], SelectionTimes] | None = None
-    """Selection and compaction by themselves: of a session, a prefill's plan and the rows of the caches."""
+    """Times selection and compaction alone: takes a session, a prefill's plan and the rows of the caches."""
     ceilings: Callable[[Session], Ceilings] | None = None
-    """What its device does at best, measured by the runtime itself; None leaves that to onnxruntime."""
+    """Measures the limits of its device. None leaves this to onnxruntime."""
 
     def takes(self, option: str) -> bool:
         """Whether `open` has such an option."""
@@ -55,7 +55,7 @@ class Backend:
         """Check that `open` has these options.
 
         Raises:
-            UserError: it has not.
+            UserError: it does not have one of them.
         """
         for option in options:
             if not self.takes(option):

@@ -15,7 +15,7 @@ DEFAULT = "onnxruntime-cpu"
 BACKENDS: dict[str, Backend] = {
     record.name: record for record in (ONNXRUNTIME_CPU, ONNXRUNTIME_CUDA, TENSORRT, TENSORRT_RTX)
 }
-"""Every runtime, by the name that commands and Python have for it."""
+"""Every runtime, by its name in commands and Python."""
 
 
 def find_backend(name: str) -> Backend:

@@ -16,16 +16,16 @@ MOST = 2**31 - 1
 
 
 def input_names(layers: range) -> list[str]:
-    """Names of the graph inputs that caches of `layers` feed."""
+    """Names of the graph inputs that take the caches of `layers`."""
     return [f"past_{kind}.{i}" for i in layers for kind in ("key", "value")]
 
 
 class KVCache:
     """Keys and values of all layers, float32 [1, kv_heads, P, head_dim or value_dim] each.
 
-    capacity: None keeps arrays of the exact length; a number keeps zeroed buffers of so many rows, whose rows at or
-    beyond their length the graphs mask: static shapes, at the price of computing over the whole buffer.
-    whole: layers that keep every row, also of pruned tokens.
+    capacity: None keeps arrays of the exact length. A number keeps zeroed buffers of so many rows; graphs mask rows at
+    or beyond the valid length. Shapes are then static, but graphs compute over the whole buffer. whole: layers that
+    keep every row, also of pruned tokens.
 
     Raises:
         UserError: the capacity is out of range.
@@ -39,7 +39,7 @@ class KVCache:
         self._arrays = {name: np.zeros(cache_shape(sizes, name, capacity or 0), np.float32) for name in names}
 
     def clear(self) -> None:
-        """Begin anew. Rows of a buffer stay, masked."""
+        """Start again. Rows of a buffer stay, but are masked."""
         self._lengths = dict.fromkeys(self._lengths, 0)
         if self.capacity is None:
             self._arrays = {name: array[:, :, :0] for name, array in self._arrays.items()}
@@ -51,7 +51,7 @@ class KVCache:
 
     @property
     def room(self) -> int | None:
-        """Rows that every layer still takes; None without a capacity."""
+        """How many rows every layer still takes. None without a capacity."""
         return None if self.capacity is None else self.capacity - max(self._lengths.values())
 
     def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
@@ -67,7 +67,7 @@ class KVCache:
         return found | {name: self[name] for name in input_names(layers)}
 
     def append(self, outputs: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Append what prefix and decoder give: `compact_*` of the layers that have it, `new_*` of the others.
+        """Append the outputs of prefix and decoder: `compact_*` for layers that have it, `new_*` for the others.
 
         Raises:
             UserError: the buffers are full.
@@ -98,10 +98,10 @@ class KVCache:
 
 
 def check_capacity(capacity: int) -> int:
-    """The rows of a cache.
+    """Check the number of rows of a cache, and return it.
 
     Raises:
-        UserError: there is none, or they cannot be counted in int32.
+        UserError: it is below 1, or beyond int32.
     """
     if not 1 <= capacity <= MOST:
         raise UserError(f"capacity {capacity} is out of range: give 1 to {MOST:,} rows")

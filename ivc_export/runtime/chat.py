@@ -33,10 +33,10 @@ def generate(
     sampling: Sampling | Sampler = GREEDY,
     stop: Sequence[int] | None = None,
 ) -> Iterator[int]:
-    """Run `tokens` and yield the ids that follow, the stop token included, as each is drawn.
+    """Run `tokens` and yield the ids that follow, as each is drawn, with the stop token.
 
-    sampling: a Sampler goes on with the draws of the conversation's earlier turns; a Sampling begins them.
-    stop: ids that end the answer; None takes the bundle's. The last id yielded is not in the cache yet.
+    sampling: a Sampler continues the draws of the conversation's earlier turns; a Sampling starts new ones. stop: ids
+    that end the answer; None takes the bundle's. The last id yielded is not in the cache yet.
     """
     sampler = sampling if isinstance(sampling, Sampler) else Sampler(sampling)
     conversation.headroom = sampler.sampling.max_tokens
@@ -51,12 +51,13 @@ def continue_from(
     sampler: Sampler,
     stop: Sequence[int] | None = None,
 ) -> Iterator[int]:
-    """Yield the ids that follow `step`, the conversation's last run, whose tokens `sampler` has read; as `generate`.
+    """Yield the ids that follow `step`, the conversation's last run, as `generate` does. `sampler` has read the step's
+    tokens.
 
-    The answer ends at the model's last position and at the cache's last row, too.
+    The answer also ends at the model's last position and at the cache's last row.
 
     Raises:
-        UserError: the logits are no numbers.
+        UserError: a logit is infinite or NaN.
     """
     manifest = conversation.session.bundle.manifest
     stop = manifest.tokens.stop if stop is None else stop
@@ -83,7 +84,7 @@ PROCESSORS: WeakKeyDictionary[Session, Processor] = WeakKeyDictionary()
 def processor_of(session: Session) -> Processor:
     """The processor that all chats of a session share.
 
-    Reading a tokenizer takes longer than many an answer, and tokenizers 0.23 never frees what each of them has cached.
+    Reading a tokenizer takes longer than many answers, and tokenizers 0.23 never frees the caches of tokenizers.
 
     Raises:
         UserError: see Processor.
@@ -217,7 +218,7 @@ class Chat:
             )
 
     def _prune_again(self, messages: Sequence[Message], pictures: Sequence[Picture]) -> Step:
-        """The prefill of a whole conversation, in which what is behind the last answer votes."""
+        """Run the prefill of a whole conversation, in which only rows behind the last answer vote."""
         with self.conversation.timings.stage("tokens"):
             tokens, question = self.processor.conversation(messages, pictures)
             self._check_length(tokens)
@@ -228,7 +229,7 @@ class Chat:
         return step
 
     def _go_on(self, messages: Sequence[Message], pictures: Sequence[Picture]) -> Step:
-        """The prefill of what the last message adds to the cache."""
+        """Run the prefill of the text that the last message adds to the cache."""
         with self.conversation.timings.stage("tokens"):
             rendered = self.processor.render(messages)
             added = self._added(rendered)
@@ -244,7 +245,7 @@ class Chat:
         return step
 
     def _added(self, rendered: str) -> str:
-        """What the template adds behind the last answer, around which it may set or strip blanks.
+        """The text that the template adds behind the last answer. Around the answer it may add or strip blanks.
 
         Raises:
             UserError: it changed more than that.

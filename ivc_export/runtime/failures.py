@@ -25,36 +25,37 @@ SMALLER = "use smaller pictures, or close other programs"
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, on one line, or its name where it says nothing."""
+    """An exception's message on one line, or its name if it has no message."""
     return textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
 
 
 def is_short_of_memory(error: BaseException) -> bool:
-    """Whether an exception tells of a lack of memory, which the bindings raise as different classes."""
+    """Whether an exception reports a lack of memory. Bindings raise different classes for it."""
     return isinstance(error, MemoryError) or any(words in reason(error).lower() for words in _SHORT)
 
 
 @cache
 def own() -> tuple[type[Exception], ...]:
-    """onnxruntime's exceptions, one for each of its status codes, which share no base class."""
+    """onnxruntime's exceptions, one for each of its status codes. They share no base class."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
 
 
 def known() -> tuple[type[Exception], ...]:
-    """What its bindings raise; RuntimeError is told only where it tells of a lack of memory."""
+    """The exceptions that its bindings raise. RuntimeError counts only if it reports a lack of memory."""
     return (MemoryError, RuntimeError, *own())
 
 
 @contextmanager
 def told(what: str, short: str, otherwise: str) -> Iterator[None]:
-    """Tell in one sentence, with onnxruntime's reason, what it raises inside; anything else passes through.
+    """Turn exceptions that onnxruntime raises in the block into one sentence with its reason. Other exceptions pass
+    through.
 
-    what: that failed, such as "prefix cannot run". short, otherwise: what to do where memory is short, and where not.
+    what: what failed, such as "prefix cannot run". short, otherwise: what to do if memory is short, and if it is not.
 
     Raises:
-        UserError: onnxruntime raised something, or memory is short.
+        UserError: onnxruntime raised an exception, or memory is short.
     """
     try:
         yield

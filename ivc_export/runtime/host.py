@@ -16,10 +16,10 @@ from ivc_export.selection.method import Method
 
 
 class HostSession(Session, Protocol):
-    """The three graphs of a bundle, each to be run on arrays in host memory."""
+    """The three graphs of a bundle, which run on arrays in host memory."""
 
     def run(self, name: GraphName, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Run graph `name`; inputs and outputs by the contract's names, floats in float32."""
+        """Run graph `name`. Inputs and outputs have the contract's names; floats are in float32."""
         ...
 
 

@@ -28,11 +28,11 @@ from ivc_export.selection.method import Method, find_method
 T = TypeVar("T")
 
 HEADROOM = 128
-"""Tokens of an answer, where nobody says how many are wanted."""
+"""Tokens of an answer, if nobody says how many are wanted."""
 
 
 class Fetched(Mapping[str, npt.NDArray[Any]], Generic[T]):
-    """Arrays by name, each made of a tensor by `fetch` when it is first looked at."""
+    """Arrays by name. Each is made from a tensor by `fetch` when it is first read."""
 
     def __init__(self, tensors: Mapping[str, T], fetch: Callable[[T], npt.NDArray[Any]]) -> None:
         self._tensors, self._fetch = tensors, fetch
@@ -52,11 +52,12 @@ class Fetched(Mapping[str, npt.NDArray[Any]], Generic[T]):
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture that vision has run on, which is taken in the place of its Visual and costs vision no other run.
+    """A picture with the outputs of vision. A run takes it instead of the picture's Visual, and vision does not run
+    again.
 
-    Host memory holds it, whatever computes: the rows of every prompt are uploaded from there in any case.
+    Its arrays are in host memory for every runtime, because the rows of a prompt are uploaded from there anyway.
 
-    outputs: the vision graph's by name, float32 [frames, visual, hidden]. grid, token_id, before, more: as Visual's.
+    outputs: vision's outputs by name, float32 [frames, visual, hidden]. grid, token_id, before, more: as Visual's.
     """
 
     outputs: Mapping[str, npt.NDArray[np.float32]]
@@ -67,16 +68,16 @@ class Seen:
 
     @property
     def tokens(self) -> list[int]:
-        """What stands for it in the prompt; as Visual's."""
+        """What stands for it in the prompt; see Visual."""
         return [self.token_id] * self.grid.visual
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds."""
+        """Size of its arrays in bytes."""
         return sum(array.nbytes for array in self.outputs.values())
 
     def check(self, sizes: DecoderSizes) -> None:
-        """Check that a decoder of these sizes takes it.
+        """Check that it fits a decoder of these sizes.
 
         Raises:
             UserError: another bundle's vision made it.
@@ -93,12 +94,11 @@ Picture = Visual | Seen
 
 @dataclass(frozen=True)
 class Step:
-    """What one run gave.
+    """The result of one run.
 
-    vision: the graph's outputs by name, for each picture. prefix, decoder: the graphs' outputs by name. Floats in
-    float32.
-    replayed: int32 [M], the rows that went on, if the caller chose them. best: the best next token, the first of
-    equal ones, where the runtime has found it; logits are then there only if the conversation wanted them.
+    vision: the graph's outputs by name, for each picture. prefix, decoder: the graphs' outputs by name. Floats are in
+    float32. replayed: int32 [M], the kept rows, if the caller chose them. best: the best next token (of equal ones the
+    first), if the runtime found it; logits are then available only if the conversation wanted them.
     """
 
     run: Run
@@ -115,19 +115,20 @@ class Step:
 
     @property
     def seen(self) -> tuple[Seen, ...]:
-        """The run's pictures, to be given to another run in their Visuals' place."""
+        """The run's pictures, for another run, instead of their Visuals."""
         firsts = np.cumsum([0, *(grid.visual for grid in self.run.grids)])[:-1]
         ids = self.run.tokens[self.run.visual_index[firsts]].tolist() if self.run.grids else []
         return tuple(Seen({**o}, grid, i) for o, grid, i in zip(self.vision, self.run.grids, ids, strict=True))
 
     @property
     def image_embeds(self) -> tuple[npt.NDArray[np.float32], ...]:
-        """float32 [visual, hidden], one for each of `vision`, the tokens of tiles or frames one behind the other."""
+        """float32 [visual, hidden], one array for each of `vision`, with the tokens of tiles or frames one after
+        another."""
         return image_rows(self.vision)
 
     @property
     def keep_index(self) -> npt.NDArray[np.int32]:
-        """int32 [M], the rows that went on."""
+        """int32 [M], the kept rows."""
         return self.prefix["keep_index"] if self.replayed is None else self.replayed
 
     @property
@@ -140,25 +141,25 @@ class Step:
 def image_rows(
     vision: Iterable[Mapping[str, npt.NDArray[Any]]], name: str = "image_embeds"
 ) -> tuple[npt.NDArray[np.float32], ...]:
-    """The visual tokens of each run of the vision graph, [visual, hidden], its frames one behind the other.
+    """The visual tokens of each run of the vision graph, [visual, hidden], with its frames one after another.
 
-    name: of the output, all of which have a row for each token.
+    name: an output with a row for each visual token.
     """
     frames = (outputs[name] for outputs in vision)
     return tuple(embeds.reshape(-1, embeds.shape[-1]) for embeds in frames)
 
 
 class Cache(Protocol):
-    """What a conversation's runs share, as far as it speaks of itself."""
+    """The cache that a conversation's runs share, as far as others may look at it."""
 
     @property
     def length(self) -> int:
-        """Valid rows of every layer but those kept whole."""
+        """Valid rows of every layer, except layers kept whole."""
         ...
 
     @property
     def room(self) -> int | None:
-        """Rows that every layer still takes; None where caches grow."""
+        """How many rows every layer still takes. None if caches grow."""
         ...
 
     @property
@@ -168,33 +169,33 @@ class Cache(Protocol):
 
 
 class Session(Protocol):
-    """A bundle opened in some runtime.
+    """A bundle opened in a runtime.
 
-    One run at a time: a run holds the session's lock, so that runs of conversations in other threads wait for it. A
-    conversation is one thread's: two would mix their turns.
+    It does one run at a time. A run holds the session's lock, so runs of conversations in other threads wait. A
+    conversation belongs to one thread: two threads would mix their turns.
     """
 
     bundle: Bundle
     lock: AbstractContextManager[Any]
-    """Held by whatever uses what conversations share; the thread that holds it may take it again."""
+    """Held while something that conversations share is used. The thread that holds it may take it again."""
     backend: str
-    """What runs the graphs, by its name in runtime.backends."""
+    """The runtime's name in runtime.backends."""
     dtype: FloatName
-    """What they compute in."""
+    """The dtype in which the graphs compute."""
     versions: Mapping[str, str]
-    """Of the libraries that run them, by name."""
+    """Versions of the libraries that run the graphs, by name."""
 
     def converse(
         self, ratio: float | None = None, capacity: int | None = None, method: str | Method | None = None
     ) -> Conversation:
-        """Begin a conversation with a cache of its own.
+        """Begin a conversation with its own cache.
 
-        ratio: fraction of visual tokens kept; None takes the bundle's default. capacity: rows of the cache; None
-        leaves them to the runtime. method: how visual tokens are chosen, by its name or with a seed; None takes the
-        bundle's own.
+        ratio: fraction of visual tokens kept; None takes the bundle's default. capacity: rows of the cache; None leaves
+        this to the runtime. method: how visual tokens are chosen, a name or a Method with a seed; None takes the
+        bundle's.
 
         Raises:
-            UserError: one of them is out of range, or there is no such method, or the bundle's graphs choose otherwise,
+            UserError: one of them is out of range, there is no such method, the bundle's graphs choose in another way,
                 or there is no memory for the cache.
         """
         ...
@@ -227,8 +228,8 @@ def no_numbers(session: Session) -> str:
 class Turn:
     """One run, planned and checked, before any graph has run.
 
-    keep_index: int32 [M], the rows that the caller wants kept, if there is such a choice. stage: what it is over the
-    caches as they are.
+    keep_index: int32 [M], the rows to keep if the caller chooses them. stage: prefill or decode, for the caches as they
+    are.
     """
 
     plan: Run
@@ -238,12 +239,12 @@ class Turn:
 
     @property
     def kept(self) -> int:
-        """M, the rows that go on."""
+        """M, the number of kept rows."""
         return len(self.plan.text_index) + self.plan.keep_count if self.keep_index is None else len(self.keep_index)
 
     @property
     def inputs(self) -> dict[str, npt.NDArray[Any]]:
-        """What the plan alone says of the graphs' inputs, int32 but for ivc_priority; names as in the contract."""
+        """Inputs of the graphs that follow from the plan, int32 except ivc_priority; names as in the contract."""
         return {
             "position_ids": self.plan.position_ids,
             "keep_count": np.array([self.plan.keep_count], np.int32),
@@ -253,7 +254,7 @@ class Turn:
 
     @property
     def firsts(self) -> list[int]:
-        """The first of each picture's visual tokens among the run's."""
+        """For each picture, the index of its first visual token among the run's visual tokens."""
         return [int(first) for first in np.cumsum([0, *(picture.grid.visual for picture in self.pictures)])[:-1]]
 
     @property
@@ -262,12 +263,13 @@ class Turn:
         return [int(self.plan.visual_index[first]) for first in self.firsts]
 
     def added(self, sizes: DecoderSizes) -> dict[str, npt.NDArray[np.float32]]:
-        """What is added to the pictures' rows, by the inputs' names: zeros [1, L, hidden], for vision to write to."""
+        """What is added to the pictures' rows, by the inputs' names: zeros [1, L, hidden], to which vision writes."""
         shape = (1, len(self.plan.visual_index), sizes.hidden_size)
         return {name: np.zeros(shape, np.float32) for name in deepstack_names(sizes)}
 
     def write_seen(self, targets: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Write what was seen before to its rows of `targets`, [1, S or L, hidden], by the outputs' names."""
+        """Write pictures that were seen before to their rows of `targets`, [1, S or L, hidden], by the outputs'
+        names."""
         for picture, place, first in zip(self.pictures, self.places, self.firsts, strict=True):
             if isinstance(picture, Seen):
                 for name, rows in picture.outputs.items():
@@ -278,14 +280,14 @@ class Turn:
 class Conversation(ABC):
     """Runs of one session that share a cache, for one thread; see Session.
 
-    What an earlier turn pruned is gone: a later question about the same picture sees the tokens that the first
-    question kept.
+    Tokens that an earlier turn pruned are lost: a later question about the same picture uses only the tokens that the
+    first question kept.
 
     ratio: fraction of visual tokens kept; None takes the bundle's default. method: how they are chosen; None takes the
     bundle's.
 
     Raises:
-        UserError: the ratio is out of range, or there is no such method, or the bundle's graphs choose otherwise.
+        UserError: the ratio is out of range, there is no such method, or the bundle's graphs choose in another way.
     """
 
     session: Session
@@ -309,13 +311,13 @@ class Conversation(ABC):
         keep_index: npt.NDArray[np.int32] | None = None,
         question: int = 0,
     ) -> Step:
-        """Run `tokens`, image tokens included, over the cache, and append the kept rows to it.
+        """Run `tokens`, with image tokens, over the cache, and append the kept rows to it.
 
-        question: the first row that may vote for visual tokens; see plan_run.
-        keep_index: rows to keep instead of those that the prefix graph chooses, to replay another run.
+        question: the first row that may vote for visual tokens; see plan_run. keep_index: rows to keep instead of those
+        that the prefix graph chooses, to replay another run.
 
         Raises:
-            UserError: see check_inputs, plan_run and check_kept; or the cache is full, or the runtime cannot.
+            UserError: see check_inputs, plan_run and check_kept; or the cache is full, or the runtime fails.
         """
         with self.session.lock:
             manifest = self.session.bundle.manifest
@@ -332,30 +334,30 @@ class Conversation(ABC):
             return step
 
     def restart(self) -> None:
-        """Forget all runs, in the same memory."""
+        """Forget all runs, and reuse the memory."""
         with self.session.lock:
             self._clear()
             self.next_position = 0
 
     @abstractmethod
     def _clear(self) -> None:
-        """Empty the cache; the session's lock is held."""
+        """Empty the cache. The caller holds the session's lock."""
 
     @abstractmethod
     def _go(self, turn: Turn) -> Step:
-        """Run the graphs, and append to the cache; the session's lock is held."""
+        """Run the graphs, and append to the cache. The caller holds the session's lock."""
 
 
 @dataclass
 class Timings:
-    """Seconds by stage, summed over its runs, and how many these were."""
+    """Seconds by stage, summed over its runs, and the number of these runs."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to `name`."""
+        """Add the time of the block to `name`."""
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

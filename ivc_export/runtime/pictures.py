@@ -31,10 +31,10 @@ def no_note(sentence: str) -> None:
 
 
 def open_picture(image: Path | PIL.Image.Image, note: Note = no_note) -> PIL.Image.Image:
-    """An RGB picture, turned as its EXIF orientation says.
+    """Read an RGB picture, and apply its EXIF orientation.
 
     Raises:
-        UserError: the file is missing, is no picture, or one whose meaning would be guessed; see check_picture.
+        UserError: the file is missing, is not a picture, or its colours are not clear; see check_picture.
     """
     if isinstance(image, Path) and not image.is_file():
         raise UserError(f"there is no picture at {image}: check the path")
@@ -51,7 +51,7 @@ def open_picture(image: Path | PIL.Image.Image, note: Note = no_note) -> PIL.Ima
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The picture in RGB, turned as its EXIF orientation says; itself, where neither changes anything."""
+    """The picture in RGB with its EXIF orientation applied. It is the same object if nothing changes."""
     image.load()
     if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
         image = PIL.ImageOps.exif_transpose(image)
@@ -59,9 +59,9 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def check_picture(image: PIL.Image.Image, name: str, note: Note = no_note) -> None:
-    """Refuse, before pixels are decoded, what would be answered about wrongly, or take the machine's memory.
+    """Check, before pixels are decoded, that the picture is not ambiguous and does not take too much memory.
 
-    note: called where other programs may show the picture in other colours.
+    note: called if other programs may show the picture in other colours.
 
     Raises:
         UserError: it is one pixel, too large, animated, or in colours that Pillow does not turn into RGB.

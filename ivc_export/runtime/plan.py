@@ -22,7 +22,7 @@ Ints = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Run:
-    """The prefix graph's inputs that come from the prompt alone; names as in the contract."""
+    """The prefix graph's inputs that follow from the prompt alone; names as in the contract."""
 
     tokens: Ints
     grids: tuple[Grid, ...]
@@ -45,12 +45,13 @@ class Run:
         return len(self.tokens)
 
     def stage(self, cached: int) -> Literal["prefill", "decode"]:
-        """What this run is over caches of `cached` rows: a decode step is one row of text behind others."""
+        """Whether this run is a prefill or a decode step over caches of `cached` rows. A decode step is one row of text
+        behind others."""
         return "decode" if self.rows == 1 and cached and not self.grids else "prefill"
 
     @property
     def selection_inputs(self) -> dict[str, npt.NDArray[Any]]:
-        """What selection takes beside the layer's tensors and keep_count; names as in the contract."""
+        """Inputs of the selection other than the layer's tensors and keep_count; names as in the contract."""
         found = {
             "visual_index": self.visual_index,
             "text_index": self.text_index,
@@ -70,16 +71,16 @@ def plan_run(
     method: Method | None = None,
     question: int = 0,
 ) -> Run:
-    """Plan a run of `tokens` from position `start` on, each picture's visual tokens being `grids[i].visual` of them.
+    """Plan a run of `tokens` from position `start` on. `grids[i].visual` of them are picture i's visual tokens.
 
-    question: the first row that may vote. Of those from there on, rows from query_offset behind the last picture on do.
-    tokens: whole numbers, [S]. Without a picture the first row stands in for a visual token that is kept, so that the
-    graphs see the same inputs; a decode step is such a run of one row, over caches that hold some. Without a method the
-    bundle's is taken.
+    question: the first row that may vote. Rows vote from there on, but only from query_offset rows behind the last
+    picture on. tokens: whole numbers, [S]. Without a picture, the first row counts as a visual token that is kept, so
+    that the graphs have the same inputs. A decode step is such a run of one row, over caches that have rows. Without a
+    method the bundle's is taken.
 
     Raises:
-        UserError: nothing to run, what are no ids, an id beyond the vocabulary, image tokens that do not match the
-            pictures, or a position that the model does not know.
+        UserError: there is nothing to run, tokens are not ids, an id is beyond the vocabulary, image tokens do not
+            match the pictures, or a position is beyond the model's last.
     """
     if len(tokens) == 0:
         raise UserError("the prompt is empty: give some text")
@@ -136,10 +137,11 @@ def plan_run(
 
 
 def check_inputs(manifest: Manifest, picture: Visual) -> None:
-    """Check that the vision graph takes a picture, and gives as many visual tokens of it as its grid has.
+    """Check that a picture fits the vision graph, and that the graph gives as many visual tokens as the picture's grid
+    has.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not fit.
     """
     info, axes = manifest.graphs["vision"], dict[str, int]()
     for tensor in info.inputs:
@@ -166,10 +168,10 @@ def check_inputs(manifest: Manifest, picture: Visual) -> None:
 
 
 def check_kept(keep_index: npt.NDArray[Any], rows: int) -> Ints:
-    """The rows that a caller wants kept of a run's, int32 [M].
+    """Check the rows of a run that a caller wants to keep, and return them, int32 [M].
 
     Raises:
-        UserError: they are none, not ascending, or not among the run's.
+        UserError: there are none, they are not ascending, or are not among the run's.
     """
     kept = np.asarray(keep_index)
     whole = kept.ndim == 1 and kept.size and kept.dtype.kind in "iu"
@@ -191,7 +193,7 @@ def ivc_blocks(grid: Grid, rule: Selection) -> Blocks:
 
 
 def thumbnail_inputs(grids: Sequence[Grid], rule: Selection) -> dict[str, Ints]:
-    """What the rule's operator takes of thumbnails, by the contract's names."""
+    """The thumbnail inputs of the rule's operator, by the contract's names."""
     if not rule.tiles and not rule.views:
         return {}
     make, names = (view_inputs, VIEW_INPUTS) if rule.views else (tile_inputs, TILE_INPUTS)
@@ -203,7 +205,7 @@ VIEW_INPUTS = (*TILE_INPUTS, "candidate_index")
 
 
 def tile_inputs(grids: Sequence[Grid]) -> dict[str, Ints]:
-    """The thumbnails' tokens, and for every visual token which of them shows the same place; names as in the contract.
+    """The thumbnails' tokens, and for every visual token the one that shows the same place; names as in the contract.
 
     A thumbnail token (r, c) covers r h .. r h + h - 1 and c w .. c w + w - 1 of the tokens of h x w tiles.
     """
@@ -223,10 +225,10 @@ def tile_inputs(grids: Sequence[Grid]) -> dict[str, Ints]:
 
 
 def view_inputs(grids: Sequence[Grid]) -> dict[str, Ints]:
-    """The same of pictures in two views, whose separators belong to their rows, and the candidates for seeds.
+    """The same for pictures in two views, whose separators belong to their rows, and the candidates for seeds.
 
-    A separator of the second view stands for that of the thumbnail's row that shows the same; the one between the
-    views for the thumbnail's first token.
+    A separator of the second view stands for the separator of the thumbnail's row that shows the same. The separator
+    between the views stands for the thumbnail's first token.
     """
     thumbnails, maps, candidates, start, before = [], [], [], 0, 0
     for grid in [frame for visual in grids for frame in visual.frames]:

@@ -36,7 +36,7 @@ class SelectionTimes:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Bytes a second, read and written, of a large copy, and FLOPs a second of a large matmul.
+    """Bytes a second, read and written, of a large copy, and FLOPs a second of a large matrix product.
 
     source: what ran them.
     """
@@ -59,7 +59,7 @@ class Ceilings:
 
 
 def best(call: Callable[[], object]) -> float:
-    """Seconds of the fastest of some runs: a ceiling is what can be reached."""
+    """Seconds of the fastest of some runs: a limit is the best that can be reached."""
     found = []
     for number in range(WARMUPS + CEILING_RUNS):
         start = time.perf_counter()
@@ -80,7 +80,8 @@ def one_node(op_type: str, shape: tuple[int, ...], inputs: int, dtype: FloatName
 
 
 def selection_part(prefix: ir.Model) -> ir.Model:
-    """The selection's node of a prefix graph, and what makes cache_index of its choice. Uses the graph up."""
+    """The selection's node of a prefix graph, and the nodes that compute cache_index from its choice. Uses the graph
+    up."""
     graph = prefix.graph
     (select,) = [node for node in graph if node.domain == IVC_DOMAIN and node.op_type in SELECTIONS]
     given = []
@@ -103,7 +104,7 @@ LOOKED_AT: Mapping[str, tuple[int | str, ...]] = {
 
 
 def fix_sizes(part: ir.Model, m: Manifest) -> None:
-    """Write out the extents of what the selection takes of a layer, as TensorRT's profiles want them."""
+    """Write constant sizes for the layer's tensors that the selection takes, which TensorRT's profiles need."""
     sizes = layer_sizes(m)
     for value in part.graph.inputs:
         if shape := LOOKED_AT.get(str(value.name)):
@@ -111,13 +112,13 @@ def fix_sizes(part: ir.Model, m: Manifest) -> None:
 
 
 def layer_sizes(m: Manifest) -> dict[str, int]:
-    """Of the axes of one layer's tensors."""
+    """Sizes of the axes of one layer's tensors."""
     d = m.decoder
     return {"heads": d.heads, "kv_heads": d.kv_heads, "head_dim": d.head_dim, "value_dim": d.value_dim}
 
 
 def graph_dtype(prefix: ir.Model) -> ir.DataType:
-    """The dtype that a prefix graph computes in."""
+    """The dtype in which a prefix graph computes."""
     (embeds,) = [value for value in prefix.graph.inputs if value.name == "inputs_embeds"]
     assert embeds.dtype is not None
     return embeds.dtype
@@ -136,7 +137,7 @@ def compaction_part(decoder: ir.Model) -> ir.Model:
 
 
 def only(model: ir.Model, outputs: Sequence[ir.Value], inputs: Sequence[ir.Value]) -> ir.Model:
-    """What of a graph its `outputs` need. inputs: that are new."""
+    """The part of a graph that its `outputs` need. inputs: the new inputs."""
     graph = model.graph
     graph.outputs[:] = outputs
     RemoveUnusedNodesPass()(model)
@@ -145,18 +146,18 @@ def only(model: ir.Model, outputs: Sequence[ir.Value], inputs: Sequence[ir.Value
 
 
 def extents(m: Manifest, plan: Run, rows: int) -> dict[str, int]:
-    """Of symbolic axes, in a prefill over caches of `rows` rows."""
+    """Sizes of symbolic axes, in a prefill over caches of `rows` rows."""
     return {"S": plan.rows, "P": rows, "W": rows} | layer_sizes(m)
 
 
 def selection_feeds(plan: Run) -> dict[str, npt.NDArray[Any]]:
-    """The selection's inputs that a plan gives."""
+    """The selection's inputs that follow from a plan."""
     counted = {"position_ids": plan.position_ids, "keep_count": np.array([plan.keep_count], np.int32)}
     return plan.selection_inputs | counted | {"past_length": np.zeros(1, np.int32)}
 
 
 def compaction_feeds(plan: Run, rows: int) -> dict[str, npt.NDArray[Any]]:
-    """The compaction's inputs but the tensors to gather from: every so many-th visual token is kept."""
+    """The compaction's inputs, without the tensors to gather from: every n-th visual token is kept."""
     every = np.linspace(0, len(plan.visual_index) - 1, plan.keep_count).astype(np.int32)
     keep = np.sort(np.concatenate([plan.text_index, plan.visual_index[every]])).astype(np.int32)
     cache = np.arange(rows, dtype=np.int32)

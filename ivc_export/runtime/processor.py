@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 
 class Shown(Protocol):
-    """A picture, as far as a prompt holds it; see Visual."""
+    """A picture as a prompt needs it; see Visual."""
 
     @property
     def token_id(self) -> int:
-        """Stands for each of its visual tokens."""
+        """The token that stands for each of its visual tokens."""
         ...
 
     @property
@@ -43,7 +43,7 @@ class Shown(Protocol):
 
     @property
     def more(self) -> int:
-        """How many of the same video come behind it."""
+        """How many temporal patches of the same video follow it."""
         ...
 
     @property
@@ -58,10 +58,10 @@ MARK, VIDEO_MARK = "<image>", "<video>"
 
 @dataclass(frozen=True)
 class Look:
-    """A picture or a video of a prompt, and what the model is shown of it.
+    """A picture or a video of a prompt, and what the model gets of it.
 
-    size: width and height. grids: of its visual tokens, one, or one for each temporal patch of a video whose times are
-    written. frames: numbers of the frames that were taken of a video. rate: how many of them are a second's.
+    size: width and height. grids: of its visual tokens; one, or one for each temporal patch of a video whose times are
+    written. frames: numbers of the frames that were taken of a video. rate: how many were taken for each second.
     """
 
     part: Path | PIL.Image.Image | Video
@@ -72,12 +72,12 @@ class Look:
 
     @property
     def kind(self) -> str:
-        """What it is, as chat templates call it."""
+        """Its kind, as chat templates call it."""
         return "video" if isinstance(self.part, Video) else "image"
 
     @property
     def grid(self) -> Grid:
-        """Of all its visual tokens."""
+        """The grid of all its visual tokens."""
         return self.grids[0]._replace(time=sum(grid.time for grid in self.grids))
 
 
@@ -110,10 +110,10 @@ class Processor:
         self.bos = self.template.tokens.get("bos_token", "")
 
     def picture(self, image: Path | PIL.Image.Image) -> Visual:
-        """A picture file, or an opened picture, ready for the vision graph; larger ones are scaled to `max_visual`.
+        """Prepare a picture file, or an opened picture, for the vision graph. Larger ones are scaled to `max_visual`.
 
         Raises:
-            UserError: it is no picture, or too elongated.
+            UserError: it is not a picture, or too elongated.
         """
         manifest = self.bundle.manifest
         picture = self.pictures.picture(open_picture(image), manifest.tokens.image)
@@ -125,15 +125,15 @@ class Processor:
         return picture
 
     def video(self, video: Video) -> tuple[Look, list[Visual]]:
-        """A video, frames of which are taken and scaled to `max_visual`.
+        """Prepare a video: take frames, and scale them to `max_visual`.
 
         Raises:
-            UserError: the model takes none, it cannot be read, or it does not fit.
+            UserError: the model takes no videos, it cannot be read, or it does not fit.
         """
         return look_at_video(self.bundle, video)
 
     def look(self, part: Path | PIL.Image.Image | Video) -> tuple[Look, list[Visual]]:
-        """A picture or a video; see `picture` and `video`."""
+        """Prepare a picture or a video; see `picture` and `video`."""
         if isinstance(part, Video):
             return self.video(part)
         image = open_picture(part)
@@ -145,7 +145,7 @@ class Processor:
         return self.pictures.shown(image)
 
     def panels(self, look: Look) -> list[PIL.Image.Image]:
-        """The part of a picture that its visual tokens cover, or a video's frames, of each temporal patch the first."""
+        """The part of a picture that its visual tokens cover, or a video's frames, the first of each temporal patch."""
         if not isinstance(look.part, Video):
             return [self.shown(open_picture(look.part))]
         deep = getattr(self.bundle.manifest.preprocessing, "temporal_patch_size", 1)
@@ -154,9 +154,9 @@ class Processor:
     def extents(self, size: tuple[int, int], grid: Grid) -> dict[str, Any]:
         """Sizes of a picture or a video that gave `grid`, for JSON.
 
-        size: width and height. original: these. covered: left, top, right and bottom of the part that the model is
-        shown. scaled: the size that this part was scaled to, in whose pixels some models answer. grid: visual tokens
-        along both sides, and tiles, a thumbnail among them.
+        size: width and height. original: these. covered: left, top, right and bottom of the part that the model gets.
+        scaled: the size to which this part was scaled; some models answer in its pixels. grid: visual tokens along both
+        sides, and tiles with the thumbnail.
         """
         return {
             "original": {"width": size[0], "height": size[1]},
@@ -166,22 +166,22 @@ class Processor:
         }
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation up to where the assistant speaks."""
+        """The text of a conversation up to the assistant's answer."""
         return self.template.render(messages)
 
     def system_message(self, text: str) -> Message:
         """A system message, in the form that the chat template takes.
 
         Raises:
-            UserError: it takes none.
+            UserError: the template takes no system message.
         """
         return self.template.system_message(text)
 
     def check_places(self, message: Message, rendered: str) -> None:
-        """Check that a template left a message's pictures where they are in its text.
+        """Check that a template left a message's pictures at their places in its text.
 
         Raises:
-            UserError: it did not.
+            UserError: it moved them.
         """
         kinds = [part["type"] for part in message["content"]]
         if len({*kinds}) <= 2 and kinds == sorted(kinds, key="text".__eq__):  # there is no other order to keep
@@ -197,16 +197,16 @@ class Processor:
                 )
 
     def encode(self, text: str, pictures: Sequence[Shown] = (), begin: bool = True) -> list[int]:
-        """Token ids of `text`, its i-th image or video token repeated once for each visual token of picture i.
+        """Token ids of `text`. Its i-th image or video token is repeated once for each visual token of picture i.
 
-        begin: whether a conversation begins here, so that the tokenizer adds what that takes, unless it is written.
+        begin: whether a conversation begins here. Then the tokenizer adds its first token, unless the text has it.
         """
         return self.encode_from(text, pictures, begin)[0]
 
     def encode_from(
         self, text: str, pictures: Sequence[Shown] = (), begin: bool = True, place: int = 0
     ) -> tuple[list[int], int]:
-        """As `encode`, and the number of ids that stand for text before its character `place` alone."""
+        """Like `encode`, with the number of ids that stand only for text before character `place`."""
         special = self.bundle.manifest.tokens
         start, end, visual = special.vision_start, special.vision_end, {*self.bundle.manifest.visual_tokens}
 
@@ -240,9 +240,9 @@ class Processor:
         return [*chain(*pieces)], sum(map(len, pieces[:before]))
 
     def conversation(self, messages: Sequence[Message], pictures: Sequence[Shown]) -> tuple[list[int], int]:
-        """Token ids of a whole conversation, and the number of those before what its last message says.
+        """Token ids of a whole conversation, and how many of them are before the content of its last message.
 
-        messages: the user's last.
+        messages: the last is the user's.
 
         Raises:
             UserError: see render and encode; or the template moves the last message's pictures within its text.
@@ -259,10 +259,10 @@ class Processor:
         return self.encode_from(self.timed(rendered, pictures), pictures, place=len(earlier))
 
     def timed(self, text: str, pictures: Sequence[Shown]) -> str:
-        """`text` with the times of videos' temporal patches written where each video stands, if this model takes them.
+        """`text` with the times of videos' temporal patches at each video's place, if this model takes times.
 
-        Each patch is then a picture of its own, within the tokens that enclose one.
-        pictures: those of the text, and perhaps more.
+        Each patch then counts as a picture, within the tokens that enclose one. pictures: those of the text, and
+        perhaps more.
         """
         m = self.bundle.manifest
         if m.video is None or not m.video.timestamps:
@@ -286,7 +286,7 @@ class Processor:
     def question(self, text: str, pictures: Sequence[Visual]) -> list[int]:
         """Token ids of a conversation that begins with this question about pictures and videos; see `placed`.
 
-        pictures: in the order in which the prompt shows them, a video's temporal patches one behind the other.
+        pictures: in the order of the prompt, with a video's temporal patches one after another.
         """
         message = parts_message(placed(text, [picture for picture in pictures if not picture.more]))
         rendered = self.render([message])
@@ -294,7 +294,7 @@ class Processor:
         return self.encode(self.timed(rendered, pictures), pictures)
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Pieces of text as soon as the tokens so far make whole characters; special tokens are left out."""
+        """Pieces of text, as soon as the tokens so far make whole characters. Special tokens are left out."""
         decoder = DecodeStream(skip_special_tokens=True)
         for token in tokens:
             piece = decoder.step(self.tokenizer, token)
@@ -302,7 +302,7 @@ class Processor:
                 yield piece
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`, special tokens left out."""
+        """The text of `tokens`, without special tokens."""
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
@@ -321,10 +321,10 @@ def video_settings(bundle: Bundle) -> VideoPreprocessing:
 
 
 def look_at_video(bundle: Bundle, video: Video) -> tuple[Look, list[Visual]]:
-    """A video, frames of which are taken and scaled to `max_visual`.
+    """Prepare a video: take frames, and scale them to `max_visual`.
 
     Raises:
-        UserError: the model takes none, it cannot be read, or it does not fit.
+        UserError: the model takes no videos, it cannot be read, or it does not fit.
     """
     m, settings, footage = bundle.manifest, video_settings(bundle), video.open()
     deep = getattr(m.preprocessing, "temporal_patch_size", 1)
@@ -341,7 +341,7 @@ def look_at_video(bundle: Bundle, video: Video) -> tuple[Look, list[Visual]]:
 
 
 def prepared(bundle: Bundle, parts: Sequence[PIL.Image.Image | Video]) -> list[Visual]:
-    """Pictures and videos ready for the vision graph of a bundle, one behind the other; it may have no tokenizer.
+    """Prepare pictures and videos for the vision graph of a bundle, one after another. The bundle needs no tokenizer.
 
     Raises:
         UserError: one does not fit.
@@ -354,10 +354,10 @@ def prepared(bundle: Bundle, parts: Sequence[PIL.Image.Image | Video]) -> list[V
 
 
 def placed(text: str, pictures: Sequence[T]) -> list[str | T]:
-    """Text, pictures and videos in order: at the text's `<image>` and `<video>` marks, or in front where it has none.
+    """Text, pictures and videos in order: at the text's `<image>` and `<video>` marks, or in front if it has none.
 
     Raises:
-        UserError: there are marks, and another number of pictures or videos.
+        UserError: the number of marks differs from the number of pictures or videos.
     """
     by_mark: dict[str, list[T]] = {MARK: [], VIDEO_MARK: []}
     for picture in pictures:
@@ -376,5 +376,5 @@ def placed(text: str, pictures: Sequence[T]) -> list[str | T]:
 
 
 def user_message(text: str, pictures: int) -> Message:
-    """A user's message about so many pictures, which stand at the text's `<image>` marks, or first; see placed."""
+    """A user's message about so many pictures, at the text's `<image>` marks, or first; see placed."""
     return parts_message(placed(text, [None] * pictures))

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tolerances:
-    """The largest error of a right bundle, and why, by kind of tensor.
+    """The largest error of a correct bundle, and the reason, by kind of tensor.
 
     The reference computes in float32 on the same weights, rounded to the bundle's dtype. Errors are relative to the
-    reference's largest magnitude where that exceeds 1.
+    reference's largest magnitude if that exceeds 1.
 
-    measured: false of bounds, multiples of what rounding costs elsewhere: a report that passes says less then.
+    measured: False for bounds that are multiples of rounding errors measured elsewhere. A report that passes then
+    proves less.
     """
 
     errors: Mapping[str, tuple[float, str]]

@@ -16,20 +16,21 @@ from ivc_export.errors import UserError
 from ivc_export.runtime.pictures import PIXELS, open_picture
 
 FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,ivf,m4v,gif,apng,h264,hevc,obu"
-"""Of video files, by FFmpeg's names: others are no videos to it, such as text, or name further files to read."""
+"""Names of video formats in FFmpeg. Others are refused: they are not videos, such as text, or name further files to
+read."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-"""Endings of a folder's frames."""
+"""Name endings of a folder's frames."""
 MOST_FRAMES = 1_000_000
 """That anything takes of a video: as many as there are."""
 UNSTATED_RATE = 24.0
-"""Frames a second of a file that does not say, as transformers takes it."""
+"""Frames a second of a file that does not say, as in transformers."""
 
 
 class Footage(Protocol):
     """A video that has been opened.
 
-    size: width and height of its frames. total: how many there are. native: how many there are a second; None where
-    nothing says so.
+    size: width and height of its frames. total: how many there are. native: how many there are for each second; None if
+    that is not known.
     """
 
     @property
@@ -131,7 +132,7 @@ class FrameFolder:
         """These frames, RGB, all of one size.
 
         Raises:
-            UserError: one is no picture, or of another size.
+            UserError: one is not a picture, or has another size.
         """
         for index in indices:
             frame = open_picture(self.files[index])
@@ -154,7 +155,7 @@ class VideoFile:
 
     @staticmethod
     def of(path: Path) -> VideoFile:
-        """A file's first video stream, with the frames that it shows: what was cut off in place does not count.
+        """A file's first video stream, with the frames that it shows. Packets marked as discarded do not count.
 
         Raises:
             UserError: see Video.open.
@@ -169,10 +170,10 @@ class VideoFile:
         return VideoFile(path, rgb_frame(first).size, total, native or UNSTATED_RATE)
 
     def frames(self, indices: Sequence[int]) -> Iterator[PIL.Image.Image]:
-        """These frames, ascending numbers, RGB; where decoding ends up to a second early, the last one again.
+        """These frames, by ascending numbers, RGB. If decoding ends up to a second early, the last frame is repeated.
 
         Raises:
-            UserError: the file is damaged, or ends before.
+            UserError: the file is damaged, or ends earlier.
         """
         wanted = iter(indices)
         number: int | None = next(wanted, None)
@@ -197,7 +198,7 @@ def opened(path: Path) -> Iterator[Any]:
     """A file's first video stream.
 
     Raises:
-        UserError: it is no video, or damaged, or has frames too large; or PyAV is missing.
+        UserError: it is not a video, is damaged, or has too large frames; or PyAV is missing.
     """
     try:
         av = importlib.import_module("av")
@@ -227,6 +228,6 @@ def decoded(stream: Any) -> Iterator[Any]:
 
 
 def rgb_frame(frame: Any) -> PIL.Image.Image:
-    """A frame of PyAV in RGB, turned as the file says."""
+    """A frame of PyAV in RGB, rotated as the file says."""
     image = PIL.Image.fromarray(frame.to_ndarray(format="rgb24"))
     return image.rotate(frame.rotation, expand=True) if frame.rotation % 360 else image

@@ -10,14 +10,14 @@ from ivc_export.selection.ivc_prune import Blocks, Floats, Ints
 
 
 def foreground_priorities(m: Manifest, positions: Ints, blocks: Blocks, seed: int) -> Floats:
-    """No priority for any token, float32 [L]: seeds come first, and all others by score."""
+    """No priority for any token, float32 [L]: seeds come first, then all others by score."""
     return np.zeros(positions.shape[1], np.float32)
 
 
 def random_priorities(m: Manifest, positions: Ints, blocks: Blocks, seed: int) -> Floats:
-    """A priority for every token, drawn, float32 [L]: seeds come first, and all others in the drawn order.
+    """A drawn priority for every token, float32 [L]: seeds come first, then all others in the drawn order.
 
-    Of L tokens the one with the largest of `draws` gets L + 1, the next L, the last 2.
+    Of L tokens, the one with the largest of `draws` gets L + 1, the next L, the last 2.
     """
     length = positions.shape[1]
     priority = np.empty(length, np.float32)

@@ -15,15 +15,15 @@ NO_SEEDS: Ints = np.zeros(0, np.int32)
 
 
 def fastv_rule(rule: Selection) -> FastVRule:
-    """What a manifest says of FastV for a model whose family has this rule."""
+    """The manifest's FastV rule for a model whose family has this rule."""
     return FastVRule(whole_layers=rule.whole_layers)
 
 
 def attention_of_row(query: Floats, keys: Floats, scale: float) -> Floats:
-    """What one row attends to, on the average of its heads: float32 [rows].
+    """What one row attends to, as the mean over its heads: float32 [rows].
 
-    query: float32 [heads, D], heads of one head of keys side by side; keys: float32 [kv_heads, rows, D], of all rows
-    that it sees.
+    query: float32 [heads, D], heads of one head of keys side by side; keys: float32 [kv_heads, rows, D], of all rows to
+    which it may attend.
     """
     grouped = query.reshape(len(keys), -1, query.shape[-1]) * np.float32(scale)
     scores = grouped @ keys.transpose(0, 2, 1)

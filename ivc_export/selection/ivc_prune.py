@@ -19,7 +19,8 @@ Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 IVC_PRIORITY = 2.0**15
-"""Of a picture's best IVC token; the next has 1 less. The best of several pictures are equal."""
+"""Priority of a picture's best IVC token; the next has 1 less. The best tokens of several pictures have equal
+priorities."""
 
 SEED_PRIORITY = 1e30
 """Of the last seed; each before it has as much more."""
@@ -46,13 +47,13 @@ def descending(score: npt.NDArray[Any]) -> Ints:
 
 
 def ivc_priority(positions: Ints, rotary: RotarySizes, head_dim: int, rule: SelectionRule) -> Floats:
-    """Priorities of one picture's implicit-visual-coordinate tokens; they depend on positions alone.
+    """Priorities of one picture's implicit-visual-coordinate tokens. They depend only on positions.
 
-    positions: int32 [axes, L]. Returns float32 [L]: 0, or for IVC tokens IVC_PRIORITY and less. These are the
+    positions: int32 [axes, L]. Returns float32 [L]: 0, or for IVC tokens IVC_PRIORITY and less. IVC tokens are the
     `round(ivc_fraction L)` tokens with the largest mean cosine (rotation near identity) and as many with the largest
     mean sine (near 90 degrees), taken alternately, cosine first. Means are over axes and frequencies, before M-RoPE
-    mixes its sections, in float64 and rounded to 9 decimals: tokens (r, c) and (c, r) tie mathematically, and rounding
-    makes them tie exactly.
+    mixes its sections. They are computed in float64 and rounded to 9 decimals: tokens (r, c) and (c, r) tie
+    mathematically, and rounding makes them tie exactly.
 
     Source: arXiv 2602.03060, section 3.2.
     """
@@ -72,7 +73,7 @@ def ivc_priority(positions: Ints, rotary: RotarySizes, head_dim: int, rule: Sele
 
 
 def ivc_priorities(m: Manifest, positions: Ints, blocks: Blocks, seed: int) -> Floats:
-    """Priorities of all of a run's visual tokens, float32 [L]: `ivc_priority` of each block; no seed matters."""
+    """Priorities of all of a run's visual tokens, float32 [L]: `ivc_priority` of each block. The seed is not used."""
     rule = m.selection
     assert isinstance(rule, SelectionRule)
     parts = np.split(positions, np.cumsum([tokens for tokens, _ in blocks])[:-1], axis=1)
@@ -94,7 +95,7 @@ def text_votes(
     rule: SelectionRule,
     tiles: Mapping[str, Ints] | None = None,
 ) -> Floats:
-    """What the text's votes give each visual token, float32 [L]; where there are views, that of its thumbnail token.
+    """The text's votes for each visual token, float32 [L]. With views, a token has the votes of its thumbnail token.
 
     The arguments are those of `select`.
     """
@@ -120,7 +121,7 @@ def votes(values: Floats, visual_index: Ints, rows: Ints, others: Ints) -> Float
 
 
 def seed_count(tokens: int, divisor: int) -> int:
-    """Seeds among so many visual tokens: one of every `divisor`, half to even, at least 1."""
+    """Number of seeds among so many visual tokens: one in `divisor`, rounded half to even, at least 1."""
     return max(1, round(tokens / divisor))
 
 
@@ -136,8 +137,8 @@ def token_scores(
     """Score of each visual token by the value vectors of layer k-1, and the seeds, best first.
 
     values: float32 [kv_heads, S, value_dim]. others: rows that share a vote with the visual tokens. candidates:
-    positions within `visual_index` that may be seeds. seed_index: seeds to take instead of those that the text votes
-    for. Returns float32 [L] and int32 [seeds], positions likewise.
+    positions within `visual_index` that may be seeds. seed_index: seeds to take instead of those for which the text
+    votes. Returns float32 [L] and int32 [seeds]; seeds are positions within `visual_index` too.
     """
     by_text = votes(values, visual_index, query_index, others)
     if seed_index is None:
@@ -152,9 +153,9 @@ def tile_scores(
 ) -> Floats:
     """Numbers below 1 that order visual tokens behind the IVC tokens, float32 [L].
 
-    First the foreground: the thumbnails' tokens that are best by score, as many as make up the thumbnails' share of
-    the budget together with their IVC tokens, and the tiles' tokens that these show. Then the thumbnails' others, then
-    the tiles' others; each by score. The official code ends with the thumbnail and may keep fewer than the budget.
+    First comes the foreground: the best thumbnail tokens by score, as many as fill the thumbnails' share of the budget
+    together with their IVC tokens, and the tiles' tokens in the same places. Then come the thumbnails' others, then the
+    tiles' others; each by score. The official code ends with the thumbnail and may keep fewer tokens than the budget.
     """
     length = len(token_score)
     share = keep_count * len(thumbnail_index) // length
@@ -180,10 +181,10 @@ def view_scores(
     candidate_index: Ints,
     seed_index: Ints | None = None,
 ) -> tuple[Floats, Ints]:
-    """Score of each visual token of pictures in two views, and the seeds, one of `seed_divisor` candidates or none.
+    """Score of each visual token of pictures in two views, and the seeds: one in `seed_divisor` candidates, or none.
 
-    Only thumbnails' tokens share votes; a token of the second view has the score of the thumbnail's token that shows
-    its place. The other arguments, and what is returned, are those of `token_scores`.
+    Only thumbnails' tokens share votes. A token of the second view has the score of the thumbnail's token that shows
+    its place. The other arguments and the results are those of `token_scores`.
     """
     none, places = thumbnail_index[:0], visual_index[thumbnail_index]
     by_text = votes(values, places, query_index, none)
@@ -204,9 +205,9 @@ def view_order(
 ) -> Floats:
     """Numbers below 1 that order visual tokens of pictures in two views behind the IVC tokens, float32 [L].
 
-    A thumbnail's token and those of the second view that show its place stand together: first those of seeds, then of
-    candidates that are no IVC tokens, then of all others; each by score. So the foreground that the official code keeps
-    is a beginning of the order.
+    A thumbnail's token and the tokens of the second view that show its place stay together. Those of seeds come first,
+    then those of candidates that are not IVC tokens, then all others; each by score. So the foreground that the
+    official code keeps is a beginning of the order.
     """
     count = len(thumbnail_index)
     tier = np.zeros(count, np.int32)
@@ -221,7 +222,8 @@ def view_order(
 def kept_rows(
     token_score: Floats, seed_index: Ints, priority: Floats, visual_index: Ints, text_index: Ints, keep_count: int
 ) -> Ints:
-    """Rows to keep, ascending: all text, then seeds, IVC tokens and the rest by score, `keep_count` visual tokens."""
+    """Rows to keep, ascending: all text, and `keep_count` visual tokens: seeds, then IVC tokens, then the rest by
+    score."""
     final = np.maximum(token_score, priority)
     final[seed_index] = SEED_PRIORITY * np.arange(len(seed_index), 0, -1, dtype=np.float32)
     return np.sort(np.concatenate([text_index, visual_index[descending(final)[:keep_count]]])).astype(np.int32)
@@ -241,7 +243,7 @@ def select(
     """The rule's operator in NumPy. values: float32 [kv_heads, S, value_dim]; the others as in the contract.
 
     tiles: thumbnail_index and tile_map, for a rule with tiles or views, and candidate_index for one with views.
-    seed_index: seeds to take instead of those that the text votes for.
+    seed_index: seeds to take instead of those for which the text votes.
     """
     if rule.views:
         assert tiles is not None

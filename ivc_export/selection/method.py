@@ -17,13 +17,14 @@ from ivc_export.selection.operators import ATTENDED_OPERATOR, IVC_OPERATOR, Oper
 class SelectionMethod:
     """A way to choose visual tokens.
 
-    host_plan: `ivc_priority` of a run with pictures, float32 [L], of the manifest, the visual tokens' positions int32
-    [axes, L], the blocks that IVC tokens are chosen within, and a seed. A priority is 0, or at least 2;
-    larger ones come first. kinds: what kept tokens are, beside seeds: first those with a priority, last those without.
-    drawn: whether the seed matters. operator: what chooses in the prefix graph. exported_as: the method that a bundle
-    has to be exported with. rule: of a family's constants, those that a manifest holds.
+    host_plan: computes `ivc_priority` of a run with pictures, float32 [L], from the manifest, the visual tokens'
+        positions int32 [axes, L], the blocks within which IVC tokens are chosen, and a seed. A priority is 0, or at
+        least 2; larger ones come first.
+    kinds: the kinds of kept tokens besides seeds: first those with a priority, last those without.
+    drawn: whether the seed matters. operator: the operator in the prefix graph. exported_as: the method with which a
+        bundle has to be exported. rule: gives the manifest's rule from a family's.
 
-    Methods of one operator differ in priorities alone, so that one bundle serves them all.
+    Methods of one operator differ only in priorities, so one bundle serves them all.
     """
 
     host_plan: Callable[[Manifest, Ints, Blocks, int], Floats]
@@ -35,7 +36,7 @@ class SelectionMethod:
 
     @property
     def all_kinds(self) -> tuple[str, ...]:
-        """What visual tokens are."""
+        """All kinds of visual tokens."""
         seeds = ("seed",) if "seed_index" in self.operator.outputs else ()
         return (*seeds, *self.kinds, "pruned")
 
@@ -51,7 +52,7 @@ METHODS = {
 
 
 def exported_methods() -> tuple[str, ...]:
-    """Methods that a bundle can be exported with; the others are chosen at run time."""
+    """Methods with which a bundle can be exported. The others are chosen at run time."""
     return tuple(name for name, method in METHODS.items() if method.exported_as == name)
 
 
@@ -94,10 +95,10 @@ IVC_PRUNE = Method()
 
 
 def find_method(rule: Selection, given: str | Method | None) -> Method:
-    """The method of a run on a bundle of this rule, by its name or with a seed; None is the bundle's own.
+    """The method of a run on a bundle of this rule, by its name, or with a seed. None takes the bundle's own.
 
     Raises:
-        UserError: there is none, or the bundle's graphs choose otherwise.
+        UserError: there is no such method, or the bundle's graphs choose in another way.
     """
     method = given if isinstance(given, Method) else Method(rule.method if given is None else given)
     wanted = method.record.exported_as

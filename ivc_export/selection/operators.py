@@ -20,7 +20,7 @@ past_key [1, kv_heads, P, head_dim], past_length int32 [1]; and what IVC-Prune's
 
 
 class Call(NamedTuple):
-    """An `ivc` operator, by name, and the attributes that it is called with."""
+    """An `ivc` operator, by name, and its attributes."""
 
     name: str
     attributes: Mapping[str, Any]
@@ -28,10 +28,11 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Operator:
-    """What chooses visual tokens in a prefix graph.
+    """The operator that chooses visual tokens in a prefix graph.
 
-    call: of a bundle's rule, and the factor by which the layer's attention scales its queries. looks_at: what of layer
-    k-1 it takes first. inputs: of a rule, the graph's inputs that it takes then. outputs: the graph's that it gives.
+    call: for a bundle's rule, and the factor by which the layer's attention scales its queries. looks_at: tensors of
+    layer k-1 that it takes first. inputs: for a rule, the graph's inputs that it takes then. outputs: the graph's
+    outputs that it gives.
     """
 
     call: Callable[[Any, float], Call]
@@ -42,7 +43,7 @@ class Operator:
     def add(
         self, g: Graph, rule: SelectionRule | FastVRule, layer: Mapping[LayerTensor, ir.Value], scale: float
     ) -> None:
-        """Add it to the prefix graph, and its outputs to the graph's. layer: its tensors, by name."""
+        """Add it to the prefix graph, and its outputs to the graph's outputs. layer: its tensors, by name."""
         name, attributes = self.call(rule, scale)
         inputs = [layer[tensor] for tensor in self.looks_at] + [g.inputs[one] for one in self.inputs(rule)]
         found = g.call_with_outputs(len(self.outputs), name, *inputs, **attributes)
@@ -62,7 +63,7 @@ def ivc_call(rule: SelectionRule, scale: float) -> Call:
 
 
 def ivc_inputs(rule: SelectionRule) -> Sequence[str]:
-    """What the rule's operator takes of a plan."""
+    """The inputs of the rule's operator that come from a plan."""
     tiles = ("thumbnail_index", "tile_map") if rule.tiles or rule.views else ()
     views = ("candidate_index",) if rule.views else ()
     return ("ivc_priority", "visual_index", "text_index", "query_index", "keep_count", *tiles, *views)
@@ -80,7 +81,7 @@ ATTENDED_OPERATOR = Operator(
 
 
 def attention_inputs(call: ir.Node) -> dict[LayerTensor, ir.Value]:
-    """What a call of the `ivc` function Attention takes, whose mask is CausalMask's."""
+    """The inputs of a call of the `ivc` function Attention whose mask is CausalMask's."""
     query, key, _, past_key, _, visible = call.inputs
     mask = visible.producer() if visible is not None else None
     assert mask is not None and mask.op_type == "CausalMask"

@@ -36,14 +36,15 @@ def build(
     verbose: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[Path, Footprint]:
-    """Build the three engines, and return their folder and the estimate. Nothing is visible until all are there.
+    """Build the three engines, and return their folder and the memory estimate. The folder appears only when all are
+    complete.
 
-    force: build also where memory seems too small. verbose: TensorRT's own messages go to standard error.
-    tell: called before the build with sentences that say which softmax and attention are built, and what they cost.
+    force: build even if memory seems too small. verbose: TensorRT's own messages go to standard error. tell: called
+    before the build with sentences that say which softmax and attention are built, and what they cost.
 
     Raises:
-        UserError: TensorRT is missing or refuses a graph, the plugin does not load or the GPU is too old for it, timing
-            caches cannot be written, memory or max_visual is too small, or the model has experts.
+        UserError: TensorRT is missing or refuses a graph, the plugin cannot be loaded or the GPU is too old for it,
+            timing caches cannot be written, memory or max_visual is too small, or the model has experts.
     """
     bundle.check_portable("an engine")
     check_no_experts(bundle)
@@ -89,7 +90,8 @@ def build(
 
 
 def check_no_experts(bundle: Bundle) -> None:
-    """Refuse mixtures of experts: without a kernel for them every expert of every layer would run for every token.
+    """Refuse mixtures of experts. There is no kernel for them yet, so every expert of every layer would run for every
+    token.
 
     Raises:
         UserError: a graph has one.
@@ -103,7 +105,7 @@ def check_no_experts(bundle: Bundle) -> None:
 
 
 def check_takes_a_picture(bundle: Bundle, recipe: EngineRecipe) -> None:
-    """Refuse, before anything is built, engines that could take no picture of the bundle's.
+    """Check, before anything is built, that the engines can take at least the bundle's smallest picture.
 
     Raises:
         UserError: every picture has more visual tokens.
@@ -116,7 +118,7 @@ def check_takes_a_picture(bundle: Bundle, recipe: EngineRecipe) -> None:
 
 
 def check_timing_cache(folder: Path) -> None:
-    """Make the folder of timing caches, and refuse it before the build, whose end writes there.
+    """Make the folder of timing caches before the build, because the build writes to it only at its end.
 
     Raises:
         UserError: nothing can be written there.
@@ -133,9 +135,10 @@ def check_timing_cache(folder: Path) -> None:
 
 @contextmanager
 def working_folder(bundle: Bundle) -> Iterator[Path]:
-    """A folder within the bundle that vanishes, from where a graph's weights are found as from the bundle.
+    """A temporary folder within the bundle. A graph's weights have the same relative paths from there as from the
+    bundle.
 
-    Those of builds that were killed, most often for lack of memory, vanish here, too.
+    Folders of builds that were killed, most often for lack of memory, are removed too.
     """
     staging.remove_abandoned(bundle.folder.glob(f"{staging.WORK}*"))
     with staging.fresh_folder(bundle.folder, staging.WORK) as work:
@@ -144,6 +147,7 @@ def working_folder(bundle: Bundle) -> Iterator[Path]:
 
 
 def link_weights(bundle: Bundle, work: Path) -> None:
-    """Let a graph's weights be found from `work`, a folder within the bundle, as from the bundle."""
+    """Link a graph's weights so that `work`, a folder within the bundle, has them at the same relative paths as the
+    bundle."""
     for weights in {Path(file.file).parts[0] for file in bundle.manifest.weights}:
         (work / weights).symlink_to(f"../{weights}", target_is_directory=True)

@@ -43,7 +43,7 @@ def compile_graph(
 ) -> bytes:
     """Build one engine, and return it serialised.
 
-    model: as TensorRT is to read it; its weights are found from `work`, where files are written.
+    model: in the form for TensorRT. Its weights have paths relative to `work`, where files are written.
 
     Raises:
         UserError: TensorRT refuses the graph.
@@ -89,7 +89,7 @@ ALIASES = "ALIASED_PLUGIN_IO_10_03"
 
 
 def read_by_us(model: ir.Model) -> None:
-    """Let weights of a bundle be read by `read_values`, also out of hard links, which onnx_ir refuses."""
+    """Let `read_values` read a bundle's weights, because onnx_ir refuses hard links."""
     for value in model.graph.initializers.values():
         if isinstance(stored := value.const_value, ir.ExternalTensor):
 
@@ -100,12 +100,12 @@ def read_by_us(model: ir.Model) -> None:
 
 
 def weak(trt: Any, options: Options) -> bool:
-    """Whether networks are weakly typed: TensorRT before 10 does not take the graph's types for the engine's."""
+    """Whether networks are weakly typed: TensorRT before 10 does not use the graph's types for the engine."""
     return options.target == "tensorrt" and major(trt) < 10
 
 
 def choices(trt: Any, options: Options) -> dict[str, Any]:
-    """What Polygraphy's CreateConfig is told. It leaves TF32 off: what is float32 in a graph is so for a reason.
+    """Options for Polygraphy's CreateConfig. TF32 stays off: values that are float32 in a graph are so for a reason.
 
     Raises:
         UserError: this TensorRT has no such tactic source.
@@ -128,15 +128,16 @@ def choices(trt: Any, options: Options) -> dict[str, Any]:
 
 
 def begin_timings(config: Any) -> None:
-    """Begin a timing cache where none was taken, since the saved one is of another TensorRT or GPU."""
+    """Start a timing cache if none was taken, because the saved one is of another TensorRT or GPU."""
     if config.get_timing_cache() is None:
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
 def in_thread(trt: Any, config: Any, progress: Callable[[str, int, int], None], build: Callable[[], Any]) -> Any:
-    """What `build` returns, called on another thread: TensorRT swallows what signals raise in its callbacks.
+    """The result of `build`, called in another thread: TensorRT swallows exceptions of signals in its callbacks.
 
-    Ctrl-C ends a build at its next step, and where TensorRT has no progress monitor (before 10) when it is done.
+    Ctrl-C ends a build at its next step. TensorRT before 10 has no progress monitor; there the build ends when it is
+    done.
     """
     stopped = Event()
     if hasattr(trt, "IProgressMonitor"):
@@ -164,14 +165,14 @@ ARITHMETIC = ("ACTIVATION", "ELEMENTWISE", "MATRIX_MULTIPLY", "NORMALIZATION", "
 
 
 def fix_precisions(trt: Any, network: Any, types: Mapping[str, ir.DataType]) -> None:
-    """Tell TensorRT 8.6's weakly typed builder what must be float32, and that inputs and outputs are linear.
+    """Tell TensorRT 8.6's weakly typed builder which layers must be float32, and that inputs and outputs are linear.
 
     Otherwise it tries every mix of formats of inputs and outputs, and compiles the whole graph for each. Constraints on
-    more layers, on those that compute in float16 or that reshape, contradict its own, and leave it nothing to choose
-    from.
+    more layers, such as those that compute in float16 or reshape, contradict its own constraints and leave it no
+    choice.
 
-    types: of values by name, which are names of the network's tensors. What the parser adds between them is of the
-    widest type that it reads.
+    types: of values by name, which are names of the network's tensors. Tensors that the parser adds between them have
+    the widest type that it reads.
     """
     linear = 1 << int(trt.TensorFormat.LINEAR)
     for tensor in (
@@ -199,7 +200,7 @@ def fix_precisions(trt: Any, network: Any, types: Mapping[str, ir.DataType]) -> 
 
 
 def allow_decomposition(trt: Any, network: Any) -> None:
-    """Let attention of sizes that no kernel has be built of others, in the place of no engine at all."""
+    """Allow attention to be built of other operators if no kernel has its sizes. Otherwise there would be no engine."""
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     for layer in (network.get_layer(i) for i in range(network.num_layers) if kind is not None):
         if layer.type == kind:
@@ -208,7 +209,7 @@ def allow_decomposition(trt: Any, network: Any) -> None:
 
 
 def make_monitor(trt: Any, progress: Callable[[str, int, int], None], stopped: Event) -> Any:
-    """A progress monitor that hands on each phase's steps, and ends the build once `stopped` is set."""
+    """A progress monitor that passes on each phase's steps, and ends the build once `stopped` is set."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """TensorRT calls it from its own threads."""

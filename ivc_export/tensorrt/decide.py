@@ -27,7 +27,7 @@ class Decision(NamedTuple):
 
 
 def decide(bundle: Bundle, recipe: EngineRecipe, choices: EngineChoices) -> Decision:
-    """Let memory decide on the decoder's attention, where the recipe leaves it open.
+    """Choose the decoder's attention by memory, if the recipe leaves it open.
 
     choices: as `graphs.choose_graphs` makes them.
     """
@@ -52,7 +52,7 @@ def decide(bundle: Bundle, recipe: EngineRecipe, choices: EngineChoices) -> Deci
 
 
 def packed_sentences(bundle: Bundle, choices: EngineChoices, found: Footprint) -> tuple[str, ...]:
-    """What layers in 4 or 8 bits are in engines; nothing where there are none."""
+    """Sentences on layers in 4 or 8 bits in engines. Empty if there are none."""
     size = decimal(found.weights)
     return tuple(
         f"weights: {kind} layers {'stay' if kind == built else 'become'} {built}, about {size} for all weights"
@@ -61,7 +61,7 @@ def packed_sentences(bundle: Bundle, choices: EngineChoices, found: Footprint) -
 
 
 def softmax_sentence(choices: EngineChoices, footprint: Callable[[EngineChoices], Footprint]) -> str:
-    """What the vision encoder's softmax is in, and what the other would take."""
+    """The dtype of the vision encoder's softmax, and what the other dtype would cost."""
     text = f"vision: softmax in {choices.softmax}, about {decimal(footprint(choices).activations['vision'])}"
     if choices.dtype != "float16":
         return text
@@ -70,7 +70,7 @@ def softmax_sentence(choices: EngineChoices, footprint: Callable[[EngineChoices]
 
 
 def attention_sentence(choices: EngineChoices, footprint: Callable[[EngineChoices], Footprint], why: str) -> str:
-    """How decoder layers spell attention, why, and what the other spelling would take."""
+    """How decoder layers compute attention, why, and what the other way would cost."""
     if choices.graphs not in CHOOSABLE:
         fused = "by our plugin" if choices.graphs == "plugin" else "by one operator, which TensorRT fuses"
         how = fused if choices.attention == "operator" else choices.attention

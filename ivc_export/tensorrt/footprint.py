@@ -22,7 +22,7 @@ from ivc_export.tensorrt.recipe import EngineRecipe
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that engines take when they run, and that their build takes."""
+    """Bytes that engines take when they run, and bytes that their build takes."""
 
     weights: int
     caches: int
@@ -35,7 +35,7 @@ class Footprint:
 
     @property
     def building(self) -> int:
-        """TensorRT holds the weights as the graph's and as the engine's while it builds."""
+        """While it builds, TensorRT has the weights twice: those of the graph and those of the engine."""
         return 2 * self.weights + max(self.activations.values())
 
 
@@ -44,7 +44,7 @@ def estimate(
 ) -> Footprint:
     """Estimate memory from the graphs themselves, at the profiles' maxima.
 
-    models: as `graphs.graph_to_count` makes them, which are the same for every softmax and attention of `choices`.
+    models: as `graphs.graph_to_count` makes them. They are the same for every softmax and attention of `choices`.
     """
     m = bundle.manifest
     activations = {}
@@ -62,7 +62,7 @@ def estimate(
 
 
 def shortage(found: Footprint, recipe: EngineRecipe) -> str | None:
-    """What memory is lacking, to build here or to run where the engines are for; None where it is enough."""
+    """A sentence on missing memory, to build here or to run on the target device. None if there is enough."""
     free = available_bytes()
     if free is not None and found.building > free:
         return (
@@ -78,10 +78,10 @@ def shortage(found: Footprint, recipe: EngineRecipe) -> str | None:
 
 
 def check_memory(found: Footprint, recipe: EngineRecipe) -> None:
-    """Refuse before it starts a build that this machine, or the device that its engines are for, has no memory for.
+    """Check before a build that this machine, and the target device, have enough memory.
 
     Raises:
-        UserError: it has not.
+        UserError: one of them has not.
     """
     lacking = shortage(found, recipe)
     if lacking is not None:

@@ -34,9 +34,9 @@ every head of queries, or one operator."""
 
 @dataclass(frozen=True)
 class EngineChoices:
-    """What is built: all that decides what the graphs of engines are.
+    """All choices that decide the graphs of engines.
 
-    softmax: what the vision encoder's softmax is in; float32 in engines of other dtypes than float16.
+    softmax: dtype of the vision encoder's softmax; float32 in engines of dtypes other than float16.
     """
 
     target: Target
@@ -46,26 +46,26 @@ class EngineChoices:
     attention: DecoderAttention
 
     def lowering(self, name: GraphName) -> EngineGraphs:
-        """Of one graph: where the softmax is wider than what it reads, no operator does it."""
+        """The lowering of one graph. If the softmax is wider than its input, no operator replaces attention."""
         spelled = name == "vision" and self.softmax != self.dtype and self.graphs not in SPELLED
         return "native" if spelled else self.graphs
 
     def spellings(self, name: GraphName) -> Spellings:
-        """Bodies for functions that the lowering inlines."""
+        """The bodies for functions that the lowering inlines."""
         if name != "vision":
             return {"Attention": "repeated"} if self.attention == "repeated" else {}
         narrow = self.softmax == "float16" and self.lowering(name) in SPELLED
         return dict.fromkeys(("EncoderAttention", "WindowAttention"), "narrow") if narrow else {}
 
     def own_products(self, name: GraphName) -> bool:
-        """Whether our plugin's products add to a decoder's residual stream: where its kernels attend."""
+        """Whether our plugin's products add to a decoder's residual stream. They do if its kernels attend."""
         return self.lowering(name) == "plugin" and name != "vision" and self.attention == "operator"
 
     def score_bytes(self, name: GraphName) -> int:
-        """What attention takes while it runs for each of its scores; 0 where a fused kernel stores none.
+        """Memory that attention takes while it runs for each of its scores. 0 for a fused kernel, which stores none.
 
         Source: the scratch memory of TensorRT 8.6's engines in float16 at Qwen2-VL-2B's sizes (docs/tensorrt.md): 26.1
-        GB for 16,384 patches of 16 heads where the softmax is in float32, 0.5 GB where it is in float16; 3.3 GB for
+        GB for 16,384 patches of 16 heads with the softmax in float32, 0.5 GB with the softmax in float16; 3.3 GB for
         4,160 rows of 12 heads over twice as many, grouped, and 1.8 GB repeated. In float32 nothing is fused.
         """
         if name == "vision":
@@ -77,10 +77,10 @@ class EngineChoices:
 
 
 def choose_graphs(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str) -> EngineChoices:
-    """What to build; attention is grouped where the recipe leaves it open, which memory may decide otherwise.
+    """Choose what to build. Attention is grouped if the recipe leaves it open; memory may change this later.
 
     Raises:
-        UserError: this TensorRT, this GPU or the dtype lacks what the recipe names.
+        UserError: this TensorRT, this GPU or the dtype lacks something that the recipe names.
     """
     dtype = build_dtype(bundle, recipe, trt, capability)
     if recipe.softmax == "float16" and dtype != "float16":
@@ -107,14 +107,15 @@ def choose_graphs(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: st
 
 
 def attentions(graphs: EngineGraphs) -> tuple[DecoderAttention, ...]:
-    """What decoder layers may have in engines of a lowering; the plugin has no kernel for some sizes of heads."""
+    """Kinds of attention that decoder layers may have in engines of a lowering. The plugin has no kernel for some sizes
+    of heads."""
     if graphs == "plugin":
         return ("grouped", "operator")
     return ("grouped", "repeated") if graphs in SPELLED else ("operator",)
 
 
 def packed_weights(bundle: Bundle, graphs: EngineGraphs, dtype: FloatName) -> dict[str, str]:
-    """What packed layers are in engines, by what they are in the bundle: int4, or floats."""
+    """What packed layers become in engines, by their form in the bundle: int4, or floats."""
     kinds = sorted({stored.format for stored in bundle.manifest.weight_formats.values()})
     kept = graphs in IN_BLOCKS or (graphs == "plugin" and dtype != "float32")
     return {kind: kind if kind == "int4" and kept else dtype for kind in kinds}
@@ -125,7 +126,7 @@ def best_opset(target: Target, found: tuple[int, int], packed: bool = False) -> 
 
     packed: whether there are weights in 4 bits.
 
-    Of TensorRT-RTX, 1.7 is the first version that was tried.
+    For TensorRT-RTX, 1.7 is the first version that was tried.
     """
     if target == "tensorrt-rtx":
         return "opset-23" if found >= (1, 7) else "native"
@@ -134,7 +135,7 @@ def best_opset(target: Target, found: tuple[int, int], packed: bool = False) -> 
 
 
 def build_dtype(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str) -> FloatName:
-    """The dtype to build in.
+    """The dtype of the engines.
 
     Raises:
         UserError: this TensorRT or this GPU has no bfloat16.
@@ -149,13 +150,13 @@ def build_dtype(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str)
 
 
 def lowered(bundle: Bundle, name: GraphName, choices: EngineChoices) -> ir.Model:
-    """A graph as TensorRT gets it."""
+    """A graph in the form for TensorRT."""
     spelled = SpellPass(choices.spellings(name))(typed(bundle, name, choices.dtype, choices.own_products(name))).model
     return lower(spelled, choices.lowering(name))
 
 
 def graph_to_count(bundle: Bundle, name: GraphName, choices: EngineChoices) -> ir.Model:
-    """The same graph to count on, with one operator for each attention, whatever TensorRT gets."""
+    """The same graph for counting, with one operator for each attention, whatever TensorRT gets."""
     spelled = SpellPass(dict.fromkeys(ATTENTION, "standard"))(
         typed(bundle, name, choices.dtype, choices.own_products(name))
     ).model
@@ -163,10 +164,10 @@ def graph_to_count(bundle: Bundle, name: GraphName, choices: EngineChoices) -> i
 
 
 def typed(bundle: Bundle, name: GraphName, dtype: FloatName, own_products: bool = False) -> ir.Model:
-    """A graph in `dtype` before it is lowered; in float16, residual sums are in scale and in float32.
+    """A graph in `dtype` before it is lowered. In float16, residual sums are scaled, and in float32.
 
-    In scale, since TensorRT 8.6 holds them in float16 whatever it is told. Where our plugin's products add to them, in
-    float32, and round what they give, they are in float16.
+    They are scaled because TensorRT 8.6 stores them in float16 whatever it is told. If our plugin's products add to
+    them, in float32, and round their results, they are in float16.
     """
     model = bundle.graph(name)
     if dtype != bundle.manifest.dtype:
@@ -179,5 +180,5 @@ def typed(bundle: Bundle, name: GraphName, dtype: FloatName, own_products: bool 
 
 
 def residual_scale(dtype: FloatName) -> float:
-    """Of the residual stream of graphs in `dtype`, as `typed` makes them."""
+    """The scale of the residual stream of graphs in `dtype`, as `typed` makes them."""
     return SCALE if dtype == "float16" else 1.0

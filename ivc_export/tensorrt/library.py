@@ -19,10 +19,10 @@ PACKAGES: Mapping[Target, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tenso
 
 
 def load_tensorrt(target: Target) -> Any:
-    """The Python package of `target`.
+    """Import the Python package of `target`.
 
     Raises:
-        UserError: it is not installed, or does not load.
+        UserError: it is not installed, or cannot be loaded.
     """
     try:
         module: ModuleType = importlib.import_module(MODULES[target])
@@ -34,9 +34,9 @@ def load_tensorrt(target: Target) -> Any:
 
 @contextmanager
 def polygraphy(target: Target, logger: Any, what: str) -> Iterator[Any]:
-    """Polygraphy's loaders for `target`, which speak through `logger` alone. what: begins the sentence of an error.
+    """Polygraphy's loaders for `target`, whose messages all go to `logger`. what: the beginning of an error's sentence.
 
-    A process has them for TensorRT or for TensorRT-RTX, as Polygraphy chooses when it is imported.
+    A process has them for TensorRT or for TensorRT-RTX, because Polygraphy chooses when it is imported.
 
     Raises:
         UserError: Polygraphy is not installed, or loaded for the other library, or it or TensorRT refuses something.
@@ -80,7 +80,7 @@ def load_plugin(path: Path) -> None:
     """Load our plugin's library, which registers its operators.
 
     Raises:
-        UserError: it is missing, or does not load.
+        UserError: it is missing, or cannot be loaded.
     """
     try:
         ctypes.CDLL(str(path.resolve()), mode=ctypes.RTLD_GLOBAL)
@@ -114,7 +114,7 @@ def own_capability(trt: Any) -> str:
 
 
 def device_bytes() -> int | None:
-    """Memory of this machine's GPU, which a Jetson shares with programs, from the CUDA driver; None without a GPU."""
+    """Memory of this machine's GPU, from the CUDA driver. A Jetson shares it with programs. None without a GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

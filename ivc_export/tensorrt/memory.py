@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def available_bytes() -> int | None:
-    """Memory that programs can still have, from Linux; None elsewhere."""
+    """Memory that programs can still allocate, from Linux. None on other systems."""
     path = Path("/proc/meminfo")
     if not path.is_file():
         return None

@@ -23,10 +23,10 @@ def profile_names(name: GraphName) -> tuple[str, ...]:
 
 
 def profiles(bundle: Bundle, name: GraphName, recipe: EngineRecipe) -> dict[str, Extents]:
-    """A graph's optimization profiles: `prefill`, over caches of any length, and `decode`, over full buffers.
+    """A graph's optimisation profiles: `prefill`, over caches of any length, and `decode`, over full buffers.
 
-    Vision has `prefill` alone. Minima, optima and maxima each fit together, so that S = L + T. Caches that our plugin
-    writes to are full buffers in both.
+    Vision has only `prefill`. All minima fit together, and so do optima and maxima, so that S = L + T. Caches that our
+    plugin writes to are full buffers in both.
     """
     m = bundle.manifest
     written = recipe.plugin is not None and owned_caches_info(m.graphs["decoder"]) != m.graphs["decoder"]
@@ -65,7 +65,7 @@ def frames_of(m: Manifest, visual: int) -> int:
 
 
 def make_profile(found: Any, model: ir.Model, extents: Extents) -> Any:
-    """Polygraphy's empty profile, filled for a graph; it asks the network which inputs are shapes."""
+    """Polygraphy's empty profile, filled for a graph. It reads from the network which inputs are shapes."""
     for value in model.graph.inputs:
         if value.name == "keep_count":
             found.add(value.name, *[(extent,) for extent in extents["keep_count"]])

@@ -19,7 +19,7 @@ RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 @dataclass(frozen=True)
 class Options:
-    """How a graph is compiled; fields as EngineRecipe's.
+    """How a graph is compiled. Fields as in EngineRecipe.
 
     reduced: whether the graph is in another dtype than float32. verbose: TensorRT's own messages go to standard error.
     """
@@ -38,19 +38,19 @@ class Options:
 class EngineRecipe:
     """How engines are built.
 
-    compute_capability: of the GPU that they are for, as "8.6"; None takes this machine's, which TensorRT requires.
+    compute_capability: of the target GPU, such as "8.6"; None takes this machine's, which TensorRT requires.
     dtype: None takes the bundle's, but float16 instead of bfloat16 for TensorRT before 10 and GPUs before 8.0.
-    max_visual, max_text, max_new: visual tokens, other tokens of a prompt, and tokens of all answers, at most.
-    opt_visual, opt_text: those that a prefill is tuned for.
+    max_visual, max_text, max_new: the most visual tokens, other tokens of a prompt, and tokens of all answers.
+    opt_visual, opt_text: the numbers for which a prefill is tuned.
     plugin: our plugin's library; None builds graphs of standard operators.
-    softmax: what the vision encoder's softmax is in; None takes float16 in engines in float16, which TensorRT fuses,
-        and else float32.
-    attention: of decoder layers, where it is spelled out: `grouped` by key-value head, or with keys and values
-        `repeated`, which takes less memory; `auto` groups where it fits.
-    memory: bytes that the device has for engines; None asks this machine.
+    softmax: dtype of the vision encoder's softmax; None takes float16 in engines in float16, which TensorRT fuses, and
+        else float32.
+    attention: of decoder layers made of standard operators: `grouped` by key-value head, or with keys and values
+        `repeated`, which takes less memory; `auto` groups if that fits.
+    memory: bytes that the device has for engines; None takes this machine's.
     workspace: bytes that a layer may use; None leaves it to TensorRT.
-    timing_cache: a folder of a file for each graph, read and written, so that a second build is short.
-    tactic_sources: names of trt.TacticSource that may serve; None leaves it to TensorRT.
+    timing_cache: a folder with a file for each graph, read and written, so that a second build is short.
+    tactic_sources: names of trt.TacticSource that may be used; None leaves it to TensorRT.
 
     Raises:
         UserError: a number is out of range.

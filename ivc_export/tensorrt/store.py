@@ -50,12 +50,12 @@ class BuiltEngine(Frozen):
 
 
 class EngineRecord(Frozen):
-    """build.json: what engines were built from, and how.
+    """build.json: from what engines were built, and how.
 
     residual_scale: of the residual stream and of hidden_states between the engines. weights_sha256: of each weight
-    file, where the manifest had it by then. plugin_sha256: of the library whose operators the engines call. graphs: the
-    lowering. softmax: what the vision encoder's is in. attention: how decoder layers spell it. packed_weights: what
-    layers that are packed in the bundle are, by how they are packed.
+    file, if the manifest had it at the time. plugin_sha256: of the library whose operators the engines call. graphs:
+    the lowering. softmax: dtype of the vision encoder's. attention: the kind of attention of decoder layers.
+    packed_weights: what packed layers of the bundle became, by how they are packed.
     """
 
     model_config = ConfigDict(strict=True)
@@ -78,7 +78,7 @@ class EngineRecord(Frozen):
     engines: dict[GraphName, BuiltEngine]
 
     def contradictions(self) -> Iterator[str]:
-        """What cannot be true of engines that ivc-build made: each field for itself may be right."""
+        """Contradictions between fields, each of which may be correct alone."""
         recipe, plugin = self.recipe, self.graphs == "plugin"
         if self.capacity != recipe.capacity:
             yield f"capacity is {self.capacity}, but the recipe's maxima give {recipe.capacity}"
@@ -105,7 +105,7 @@ class EngineRecord(Frozen):
 
 
 def engine_folder(bundle: Bundle, trt: Any, target: Target, capability: str) -> Path:
-    """Where engines of this TensorRT for this GPU lie.
+    """The folder for engines of this TensorRT and this GPU.
 
     Raises:
         UserError: a link leads out of the bundle.
@@ -116,9 +116,11 @@ def engine_folder(bundle: Bundle, trt: Any, target: Target, capability: str) -> 
 
 
 def fingerprint(bundle: Bundle) -> str:
-    """SHA-256 of what engines are built from: graphs, weights by their sizes and headers, and this program's version.
+    """SHA-256 of everything that engines are built from: graphs, weights by their sizes and headers, and this program's
+    version.
 
-    Not of what `ivc-check --weights` may add to a manifest, which changes no engine; see weights_sha256.
+    It does not cover hashes that `ivc-check --weights` may add to a manifest, which change no engine; see
+    weights_sha256.
     """
     digest = hashlib.sha256(__version__.encode())
     for name in GRAPH_NAMES:
@@ -129,7 +131,7 @@ def fingerprint(bundle: Bundle) -> str:
 
 
 def weights_sha256(bundle: Bundle) -> dict[str, str | None]:
-    """SHA-256 of each weight file, None where the manifest does not have it."""
+    """SHA-256 of each weight file. None if the manifest does not have it."""
     return {weights.file: weights.sha256 for weights in bundle.manifest.weights}
 
 
@@ -147,7 +149,7 @@ def plugin_sha256(plugin: Path) -> str:
 def make_record(
     bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str, choices: EngineChoices
 ) -> EngineRecord:
-    """What build.json is to say of engines that are still to be built.
+    """The content of build.json for engines that will be built.
 
     Raises:
         UserError: the plugin's library cannot be read.
@@ -175,7 +177,7 @@ def make_record(
 
 @dataclass(frozen=True)
 class Engines:
-    """Engines for this TensorRT and GPU. mend: the command that builds them anew."""
+    """Engines for this TensorRT and GPU. mend: the command that builds them again."""
 
     folder: Path
     record: EngineRecord
@@ -186,10 +188,10 @@ class Engines:
         return self.folder / self.record.engines[name].file
 
     def check_plugin(self, plugin: Path | None) -> None:
-        """Check that `plugin` is the library that these engines call, which nothing but the caller may name.
+        """Check that `plugin` is the library that these engines call. Only the caller may name a library.
 
         Raises:
-            UserError: it is not, or there is none, or they call none.
+            UserError: it is another library, it is missing, or they call none.
         """
         wanted = self.record.plugin_sha256
         if wanted is None:
@@ -207,10 +209,11 @@ class Engines:
 
 
 def find_engines(bundle: Bundle, target: Target, capability: str, trt: Any) -> Engines:
-    """The engines for this TensorRT and GPU.
+    """Find the engines for this TensorRT and GPU.
 
     Raises:
-        UserError: there are none, or they are others' or older than the bundle; with the command that builds them.
+        UserError: there are none, or they are for another TensorRT or GPU, or older than the bundle; with the command
+            that builds them.
     """
     folder = engine_folder(bundle, trt, target, capability)
     command = ["ivc-build", str(bundle.folder), "--target", target]
@@ -238,10 +241,10 @@ def find_engines(bundle: Bundle, target: Target, capability: str, trt: Any) -> E
 
 
 def read_record(path: Path, mend: str) -> EngineRecord:
-    """What build.json says, if it says what ivc-build does.
+    """Read build.json, and check that ivc-build can have written it.
 
     Raises:
-        UserError: it is damaged, or another version's; with `mend`.
+        UserError: it is damaged, or of another version; with `mend`.
     """
     content = read_object(path, mend)
     try:

@@ -33,12 +33,12 @@ class TemplateLimitError(Exception):
 
 
 class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """A sandbox whose templates end.
+    """A sandbox whose templates always end.
 
-    Bounded are the length of the source, the time of a rendering, which every turn of a loop and every call looks at,
-    the length of its output, and of each text or list that an operator, a filter, a call or a block gives, with all
-    that is in it; and the numbers that filters and methods are given. Not bounded, since it is looked at afterwards, is
-    what one filter or method makes at once of texts within these limits: `replace` can take gigabytes.
+    These are limited: the length of the source; the time of a rendering, which every turn of a loop and every call
+    checks; the length of its output; the length of each text or list that an operator, a filter, a call or a block
+    gives, with its contents; and the numbers that filters and methods get. Not limited is the result of one filter or
+    method on texts within these limits, because it is checked afterwards: `replace` can take gigabytes.
     """
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
@@ -63,7 +63,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return template
 
     def _check_literals(self, node: jinja2.nodes.Node) -> None:
-        """Let every `a ~ b` go through `joined`, and every list, tuple and dict through `checked`."""
+        """Send every `a ~ b` through `joined`, and every list, tuple and dict through `checked`."""
         for child in node.iter_child_nodes():
             self._check_literals(child)
         for field, value in node.iter_fields():
@@ -86,7 +86,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return jinja2.nodes.Call(attribute, arguments, [], None, None, lineno=line)
 
     def tick(self) -> None:
-        """Look at the clock.
+        """Check the time.
 
         Raises:
             TemplateLimitError: the time is over.
@@ -95,7 +95,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise TemplateLimitError(f"it takes longer than {MOST_SECONDS:.0f} seconds")
 
     def joined(self, *parts: Any) -> str:
-        """The texts of `parts`, one behind the other."""
+        """The texts of `parts`, one after another."""
         texts = [str(part) for part in parts]
         self.check_length(sum(map(len, texts)))
         return "".join(texts)
@@ -108,10 +108,10 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     @staticmethod
     def check_numbers(arguments: Iterable[Any]) -> None:
-        """Refuse numbers that say how much is to be made, where that is too much.
+        """Check numbers that decide how much is made.
 
         Raises:
-            TemplateLimitError: there is one.
+            TemplateLimitError: one is too large.
         """
         for number in arguments:
             if isinstance(number, int) and abs(number) > MOST_NUMBER:
@@ -119,10 +119,10 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     @staticmethod
     def check_length(length: int) -> None:
-        """Refuse what is too long.
+        """Check the length of a value.
 
         Raises:
-            TemplateLimitError: it is.
+            TemplateLimitError: it is too long.
         """
         if length > MOST_TEXT:
             raise TemplateLimitError(f"it makes {length:,} characters, and {MOST_TEXT:,} are taken at most")
@@ -140,7 +140,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters[name] = self._limited(function)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """An operator whose result can be much larger than what it takes."""
+        """Apply an operator whose result can be much larger than its inputs."""
         self.tick()
         sized = [len(part) for part in (left, right) if isinstance(part, str | bytes | list | tuple)]
         if operator == "+" and len(sized) == 2:
@@ -158,17 +158,17 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return self.checked(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, function: Any, *arguments: Any, **options: Any) -> Any:
-        """A call of a function, a method or a macro."""
+        """Call a function, a method or a macro."""
         self.tick()
         if isinstance(getattr(function, "__self__", None), str | bytes):
             self.check_numbers((*arguments, *options.values()))
         return self.checked(super().call(context, function, *arguments, **options))
 
     def render(self, template: jinja2.Template, names: Mapping[str, Any]) -> str:
-        """The text of a template of this environment.
+        """Render a template of this environment.
 
         Raises:
-            TemplateLimitError: it goes beyond a limit. Whatever else a program raises.
+            TemplateLimitError: it goes beyond a limit. Its program may raise any other exception.
         """
         pieces, length = [], 0
         with deadline():
@@ -181,9 +181,9 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 def total_length(value: Any, known: dict[int, int]) -> int:
-    """Characters and entries of a value with all that is in it, what stands in it twice counted twice.
+    """Characters and entries of a value with its contents. Contents that are there twice count twice.
 
-    known: what was found of other values, by id.
+    known: results for other values, by id.
     """
     if isinstance(value, str | bytes):
         return len(value)
@@ -197,7 +197,7 @@ def total_length(value: Any, known: dict[int, int]) -> int:
 
 @contextmanager
 def deadline() -> Iterator[None]:
-    """The time that one rendering has."""
+    """The time at which a rendering must end."""
     token = _deadline.set(time.thread_time() + MOST_SECONDS)
     try:
         yield

@@ -29,14 +29,14 @@ LLAMA_NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 @dataclass(frozen=True)
 class ConvertedTokenizer:
-    """A tokenizer, and the special tokens that its class names where tokenizer_config.json names none."""
+    """A tokenizer, and the special tokens of its class for keys that tokenizer_config.json does not have."""
 
     tokenizer: Tokenizer
     names: Mapping[str, str]
 
 
 def converted_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> ConvertedTokenizer | None:
-    """The tokenizer of vocab.json and merges.txt, or of tokenizer.model; None if there are no such files.
+    """The tokenizer of vocab.json and merges.txt, or of tokenizer.model. None if there are no such files.
 
     config: tokenizer_config.json, which names the class.
 
@@ -105,7 +105,7 @@ def llama(folder: Path, config: Mapping[str, Any]) -> ConvertedTokenizer:
 
 
 def internlm(folder: Path, config: Mapping[str, Any]) -> ConvertedTokenizer:
-    """A SentencePiece model in InternLM2's way: the same, but for its own settings of spaces.
+    """A SentencePiece model in InternLM2's way: as Llama's, with its own settings of spaces.
 
     Source: the code that comes with InternLM2's checkpoints.
     """
@@ -121,9 +121,9 @@ def internlm(folder: Path, config: Mapping[str, Any]) -> ConvertedTokenizer:
 def finished(
     tokenizer: Tokenizer, model: Pieces, config: Mapping[str, Any], prefix: bool, begins: bool
 ) -> ConvertedTokenizer:
-    """With decoder, special tokens, and what begins and ends a text.
+    """Add decoder, special tokens, and the tokens that begin and end a text.
 
-    prefix: whether a space is written before a text. begins: whether BOS begins one where `config` does not say.
+    prefix: whether a space is written before a text. begins: whether BOS begins a text if `config` does not say.
     """
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
@@ -141,10 +141,10 @@ def finished(
 
 @dataclass(frozen=True)
 class Pieces:
-    """What is taken of a SentencePiece model.
+    """The parts of a SentencePiece model that are used.
 
     ids: by text. added: texts of control and user-defined pieces, and whether they are special. unknown: the text of
-    the piece that stands for what is not known. prefix: whether a space is written before a text.
+    the piece for unknown text. prefix: whether a space is written before a text.
     """
 
     ids: dict[str, int]
@@ -154,7 +154,7 @@ class Pieces:
 
 
 def read_pieces(path: Path, config: Mapping[str, Any]) -> Pieces:
-    """A SentencePiece model of byte pairs, in which added tokens take the places that tokenizer_config.json gives them.
+    """Read a SentencePiece model of byte pairs. Added tokens take the places that tokenizer_config.json gives them.
 
     Raises:
         UserError: it is damaged, or of another kind.
@@ -191,7 +191,8 @@ BYTE_PAIRS = 2
 
 
 def merges_of(ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Pairs of pieces that make a piece, in the order of these; of one piece's the shortest beginning first.
+    """Pairs of pieces that make a piece, in the order of the pieces; for one piece, the shortest first part comes
+    first.
 
     Source: generate_merges in transformers.
     """
@@ -205,10 +206,10 @@ def merges_of(ids: Mapping[str, int]) -> list[tuple[str, str]]:
 
 
 def message(data: bytes) -> dict[int, list[Any]]:
-    """A message of Protocol Buffers: values by field number, in their order; bytes, ints or floats as they are stored.
+    """Decode a Protocol Buffers message: values by field number, in their order; bytes, ints or floats as stored.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a message.
     """
     found: dict[int, list[Any]] = {}
     for number, value in fields(memoryview(data)):

@@ -105,16 +105,16 @@ class Sampler:
         self._seen: set[int] = set()
 
     def read(self, tokens: Iterable[int]) -> None:
-        """Take note of ids that the model has been given."""
+        """Remember ids that the model has read."""
         self._seen.update(int(token) for token in tokens)
 
     def take(self, token: int) -> int:
-        """A token that was found elsewhere."""
+        """Remember a token that was chosen elsewhere, and return it."""
         self._seen.add(token)
         return token
 
     def draw(self, logits: npt.NDArray[np.float32]) -> int:
-        """The next token id. logits: [vocab]."""
+        """Draw the next token id. logits: [vocab]."""
         scores = self.sampling.scores(logits, self._seen)
         if self.sampling.temperature == 0:
             token = int(scores.argmax())
@@ -132,8 +132,7 @@ def softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
-"""Keys of generation_config.json that count where do_sample is true, and what transformers takes where they are left
-out."""
+"""Keys of generation_config.json that matter if do_sample is true, with transformers' values for missing keys."""
 
 UNKNOWN: dict[str, tuple[Any, ...]] = {  # keys that change answers and are not obeyed, with the values that change none
     **dict.fromkeys(("num_beams", "num_beam_groups", "typical_p", "encoder_repetition_penalty"), (1,)),
@@ -147,7 +146,7 @@ UNKNOWN: dict[str, tuple[Any, ...]] = {  # keys that change answers and are not 
 
 
 def stored_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What generation_config.json asks for beyond the most likely token, by Sampling's names, or by its own."""
+    """Settings of generation_config.json that change greedy answers, by Sampling's names, or by their own."""
     found: dict[str, Any] = {}
     if config.get("do_sample"):
         found |= {key: default if config.get(key) is None else config[key] for key, default in DRAWN.items()}
@@ -157,10 +156,10 @@ def stored_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stored_sampling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What generation_config.json asks for, by Sampling's names.
+    """Settings of generation_config.json, by Sampling's names.
 
     Raises:
-        UserError: it asks for what Sampling does not know, or a value is of another kind.
+        UserError: a setting is not supported, or a value has another type.
     """
     found = stored_settings(config)
     for key, value in found.items():
@@ -175,10 +174,11 @@ def stored_sampling(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checkpoint_sampling(folder: Path, **chosen: Any) -> Sampling:
-    """What generation_config.json of a checkpoint or bundle asks for, but for what is chosen, by Sampling's names.
+    """The sampling of a checkpoint's or bundle's generation_config.json. Values in `chosen`, by Sampling's names,
+    replace it.
 
     Raises:
-        UserError: the file is missing or damaged, or asks for what Sampling does not know.
+        UserError: the file is missing or damaged, or a setting is not supported.
     """
     path = folder / GENERATION_CONFIG
     if not path.is_file():
@@ -187,7 +187,7 @@ def checkpoint_sampling(folder: Path, **chosen: Any) -> Sampling:
 
 
 def greedy_note(config: Mapping[str, Any], chosen: Container[str] = ()) -> str | None:
-    """A sentence about settings of generation_config.json that greedy answers do not obey, if there are any.
+    """A sentence about settings of generation_config.json that greedy answers ignore. None if there are none.
 
     chosen: names of settings that the user gave.
     """

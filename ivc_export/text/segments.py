@@ -20,7 +20,7 @@ ENDS = "\n \n"
 
 
 class UnfitError(Exception):
-    """The template does more than segments can say."""
+    """Segments cannot express the template."""
 
 
 def find_segments(template: ChatTemplate, source: str) -> ChatSegments:
@@ -29,7 +29,7 @@ def find_segments(template: ChatTemplate, source: str) -> ChatSegments:
     source: its text.
 
     Raises:
-        UnfitError: there are none that write what it writes.
+        UnfitError: no segments write the same text as the template.
     """
     if "strftime_now" in source:
         raise UnfitError("it contains the date")
@@ -42,9 +42,9 @@ def find_segments(template: ChatTemplate, source: str) -> ChatSegments:
 
 
 def segments_text(segments: ChatSegments, messages: Sequence[Message]) -> str:
-    """The text of a conversation up to where the assistant speaks, as the segments say.
+    """The text of a conversation up to the assistant's answer, written by segments.
 
-    messages: one of the system or none, then the user's and the assistant's in turn, the user's last.
+    messages: one system message or none, then the user's and the assistant's in turn, the user's last.
     """
     begin, rest = segments.begin, messages
     if messages[0]["role"] == "system" and begin is not None:
@@ -92,12 +92,12 @@ def past_answer(segment: PastAnswer, text: str) -> str:
 
 
 def spoken(segment: Spoken, text: str) -> str:
-    """A text, its ends stripped, within its segment."""
+    """A text, stripped at its ends, within its segment."""
     return segment.before + stripped(text, segment.left, segment.right) + segment.behind
 
 
 def stripped(text: str, left: Blanks, right: Blanks) -> str:
-    """A text without what is stripped from its ends."""
+    """A text without the characters that are stripped from its ends."""
     if left != "none":
         text = text.lstrip("\n" if left == "newlines" else None)
     if right != "none":
@@ -106,10 +106,10 @@ def stripped(text: str, left: Blanks, right: Blanks) -> str:
 
 
 def probed(template: ChatTemplate) -> ChatSegments:
-    """Segments that fit what the template makes of a few conversations.
+    """Segments that fit the template's text of a few conversations.
 
     Raises:
-        UnfitError: none do. UserError: the template takes no such conversation.
+        UnfitError: none fit. UserError: the template refuses such a conversation.
     """
     (one, two, three), (answer, second) = QUESTIONS, ANSWERS
     before, behind = around(closed(template, parts_message([one])), one)
@@ -146,10 +146,10 @@ def closed(template: ChatTemplate, *messages: Message) -> str:
 
 
 def around(text: str, *marks: str) -> list[str]:
-    """What stands around the marks, which a text holds once each, in their order.
+    """The texts around the marks. The text must have each mark once, in their order.
 
     Raises:
-        UnfitError: it does not.
+        UnfitError: it has not.
     """
     pieces = re.split("|".join(marks), text)
     if re.findall("|".join(marks), text) != list(marks):
@@ -169,9 +169,9 @@ def without(text: str, beginning: str) -> str:
 
 
 def system_segment(template: ChatTemplate, before: str) -> tuple[Spoken | None, str]:
-    """What stands around a system message, if it takes one, and before the user's first message.
+    """The text around a system message, if the template takes one, and the text before the user's first message.
 
-    before: what the template writes before that without a system message.
+    before: the template's text before that without a system message.
     """
     one = QUESTIONS[0]
     try:
@@ -189,12 +189,12 @@ def system_segment(template: ChatTemplate, before: str) -> tuple[Spoken | None, 
 
 
 def ends(segment: Spoken, text: str, mark: str, head: str) -> Spoken:
-    """The segment with what is stripped from a text of `mark` between ENDS.
+    """The segment, with the characters that are stripped from a text of `mark` between ENDS.
 
-    text: what the template makes of it. head: what stands before it.
+    text: the template's text. head: the text before the segment.
 
     Raises:
-        UnfitError: anything else than what Blanks names.
+        UnfitError: it strips other characters than Blanks names.
     """
     left, right = around(text, mark)
     kinds: list[tuple[Blanks, str, str]] = [
@@ -210,7 +210,7 @@ def ends(segment: Spoken, text: str, mark: str, head: str) -> Spoken:
 
 
 def picture_text(template: ChatTemplate, before: str, between: str) -> PictureText:
-    """What stands for a picture."""
+    """The text that stands for a picture."""
     one, two, _ = QUESTIONS
     leading = without(around(closed(template, parts_message([None, one])), one)[0], before)
     head, within, _ = around(closed(template, parts_message([one, None, two])), one, two)
@@ -221,9 +221,9 @@ def picture_text(template: ChatTemplate, before: str, between: str) -> PictureTe
 
 
 def past_segment(template: ChatTemplate, past: Spoken, head: str) -> PastAnswer:
-    """What stands around an earlier answer, with what is stripped from it.
+    """The text around an earlier answer, and the characters that are stripped from it.
 
-    head: what stands before it.
+    head: the text before it.
     """
     one, two, _ = QUESTIONS
     answer, thought = ANSWERS
@@ -240,7 +240,7 @@ def past_segment(template: ChatTemplate, past: Spoken, head: str) -> PastAnswer:
 
 
 def prove(template: ChatTemplate, segments: ChatSegments) -> None:
-    """Check that segments write what the template writes, on generated conversations.
+    """Check on generated conversations that segments write the same text as the template.
 
     Raises:
         UnfitError: they do not. UserError: the template refuses one of them.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 
 class StopTexts:
-    """Pieces of an answer up to the first of some texts; what may be the beginning of one is held back."""
+    """Passes on an answer up to the first of some texts. Pieces that may begin such a text are held back."""
 
     def __init__(self, pieces: Iterator[str], stops: Sequence[str]) -> None:
         self._pieces, self._stops = pieces, stops

@@ -22,7 +22,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` around what an assistant says, which marks it for training; here it shows what is inside."""
+    """`{% generation %}` around the assistant's text. In training it marks this text; here it only shows it."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -33,12 +33,12 @@ class GenerationTag(jinja2.ext.Extension):
 
 
 class ChatTemplate:
-    """A template in an environment like transformers', which knows the names of the tokenizer's special tokens.
+    """A template in an environment like transformers', with the names of the tokenizer's special tokens.
 
-    source: the template. config: tokenizer_config.json. where: names both in errors. advice: ends that sentence.
+    source: the template. config: tokenizer_config.json. where: names both in errors. advice: ends an error's sentence.
 
     Raises:
-        UserError: it cannot be parsed, or a special token is no text.
+        UserError: it cannot be parsed, or a special token is not text.
     """
 
     def __init__(self, source: str, config: Mapping[str, Any], where: str, advice: str) -> None:
@@ -56,7 +56,7 @@ class ChatTemplate:
             raise UserError(f"{where} is damaged ({error}): {advice}") from error
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation, up to where the assistant speaks if `add_generation_prompt`.
+        """The text of a conversation; with `add_generation_prompt` up to the assistant's answer.
 
         Raises:
             UserError: the template fails, or refuses the conversation.
@@ -88,7 +88,8 @@ class ChatTemplate:
 
 
 def parts_message(parts: Iterable[object]) -> Message:
-    """A user's message in the form that chat templates take: texts, videos, which say so, and pictures for all else."""
+    """A user's message in the form of chat templates: texts, videos, which name their kind, and pictures for everything
+    else."""
     content = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": getattr(part, "kind", "image")}
         for part in parts
@@ -97,15 +98,15 @@ def parts_message(parts: Iterable[object]) -> Message:
 
 
 def answer_message(text: str) -> Message:
-    """What the assistant said, in the form that chat templates take."""
+    """An assistant's message in the form of chat templates."""
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Texts of the special tokens that tokenizer_config.json names, by their keys: `bos_token` and others.
+    """Texts of the special tokens in tokenizer_config.json, by their keys: `bos_token` and others.
 
     Raises:
-        ValueError: one is no text.
+        ValueError: one is not text.
     """
     found = {}
     for key, token in config.items():
@@ -118,12 +119,12 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def refuse_conversation(message: str) -> None:
-    """What templates call where they do not take a conversation."""
+    """Templates call this if they refuse a conversation."""
     raise UserError(f"the chat template refuses the conversation: {message}")
 
 
 def strftime_now(form: str) -> str:
-    """The time, as templates that tell the date write it."""
+    """The time, for templates that write the date."""
     return datetime.now().strftime(form)
 
 
@@ -134,5 +135,5 @@ def to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """The filter `tojson` with transformers' options; jinja2's own writes for HTML."""
+    """The filter `tojson` with transformers' options. jinja2's own writes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

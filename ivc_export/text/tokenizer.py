@@ -27,7 +27,7 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(frozen=True)
 class CheckpointTokenizer:
-    """A tokenizer, the text of the tokenizer.json that makes it, and tokenizer_config.json with what its class adds."""
+    """A tokenizer, the text of its tokenizer.json, and tokenizer_config.json with the additions of its class."""
 
     tokenizer: Tokenizer
     text: str
@@ -35,21 +35,21 @@ class CheckpointTokenizer:
 
 
 def read_tokenizer(path: Path, advice: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json.
+    """Read the tokenizer of a tokenizer.json.
 
     Raises:
-        UserError: see read_text; or it is no tokenizer.
+        UserError: see read_text; or it is not a tokenizer.
     """
     return parse_tokenizer(read_text(path, advice, MOST_BYTES), str(path), advice)
 
 
 def parse_tokenizer(text: str, what: str, advice: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json's text.
+    """Parse a tokenizer.json's text.
 
     what: names it in errors.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a tokenizer.
     """
     try:
         return Tokenizer.from_str(text)
@@ -61,7 +61,7 @@ def parse_tokenizer(text: str, what: str, advice: str) -> Tokenizer:
 
 
 def tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """tokenizer_config.json, and over it special_tokens_map.json where the first is of the time before it held both.
+    """tokenizer_config.json. If it is from the time before it had everything, special_tokens_map.json comes on top.
 
     Source: PreTrainedTokenizerBase._from_pretrained in transformers.
     """
@@ -112,7 +112,7 @@ Token = dict[str, Any]
 
 
 def added_tokens(content: Mapping[str, Any], path: Path) -> dict[int, Token]:
-    """What a tokenizer.json adds to the vocabulary, by ids."""
+    """The tokens that a tokenizer.json adds to the vocabulary, by ids."""
     stored = content.get("added_tokens") or []
     if not isinstance(stored, list):
         raise UserError(f"{path} is damaged (added_tokens is no list): download it again")
@@ -121,7 +121,7 @@ def added_tokens(content: Mapping[str, Any], path: Path) -> dict[int, Token]:
 
 
 def vocabulary(content: Mapping[str, Any], path: Path) -> dict[str, int]:
-    """What a tokenizer.json holds beside the added tokens: ids by texts."""
+    """The vocabulary of a tokenizer.json without added tokens: ids by texts."""
     model = content.get("model")
     stored = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(stored, list):
@@ -132,10 +132,10 @@ def vocabulary(content: Mapping[str, Any], path: Path) -> dict[str, int]:
 
 
 def token(number: Any, entry: Any, path: Path) -> Token:
-    """A token as some file states it, its flags written out.
+    """A token from some file, with all flags.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a token.
     """
     if isinstance(entry, str):
         entry = {"content": entry, "special": True}
@@ -148,7 +148,7 @@ def token(number: Any, entry: Any, path: Path) -> Token:
 
 
 def stated_tokens(checkpoint: Checkpoint, config: Mapping[str, Any], known: Mapping[int, Token]) -> Iterator[Token]:
-    """The tokens that tokenizer_config.json states with their ids, or else added_tokens.json."""
+    """The tokens with ids in tokenizer_config.json, or else in added_tokens.json."""
     names, path = {*special_texts(config, checkpoint)}, checkpoint.folder / TOKENIZER_CONFIG
     if "added_tokens_decoder" in config:
         stored = config["added_tokens_decoder"]
@@ -182,7 +182,7 @@ def special_texts(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[str
 
 
 def with_stated(found: Mapping[int, Token], stated: Iterable[Token], checkpoint: Checkpoint) -> dict[int, Token]:
-    """Added tokens with those that other files state.
+    """Added tokens, together with those of other files.
 
     Raises:
         UserError: two files give one id to two texts, or two ids to one.
@@ -205,7 +205,7 @@ def with_stated(found: Mapping[int, Token], stated: Iterable[Token], checkpoint:
 def unnumbered(texts: Iterable[str], known: Mapping[int, Token], vocabulary: Mapping[str, int]) -> dict[int, Token]:
     """Special tokens that are named without an id, and are not among the added ones yet.
 
-    One that the vocabulary holds has its id; one that is nowhere comes behind all others, as transformers adds it.
+    A token in the vocabulary has its id there. Others come after all tokens, as transformers adds them.
     """
     held, found = {entry["content"] for entry in known.values()}, dict[int, Token]()
     for text in texts:

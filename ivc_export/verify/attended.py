@@ -10,9 +10,9 @@ import torch
 
 @contextmanager
 def attention_of_last_row(attention: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Append, for each run of a layer's eager attention, what its last row attends to: [P + S], averaged over heads.
+    """Append, for each run of a layer's eager attention, to what its last row attends: [P + S], the mean over heads.
 
-    transformers gives the weights [1, heads, S, P + S], softmax over what each row sees.
+    transformers gives the weights [1, heads, S, P + S], a softmax over the rows to which each row may attend.
 
     Source: arXiv 2403.06764, section 4.1.
     """

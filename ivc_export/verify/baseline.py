@@ -25,7 +25,7 @@ LEAST_SHARE = 0.01
 
 
 class Stored(BaseModel):
-    """A part of a file that a command wrote: what a comparison needs of it is checked, the rest is left alone."""
+    """A part of a file that a command wrote. Fields that a comparison needs are checked; others are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -54,8 +54,8 @@ class StoredErrors(Stored):
 class Baseline:
     """An earlier run.
 
-    path: its file. factor: how many times a figure may be what it was. made_by: a command that writes such a file.
-    facts: what a run must share with it. figures: by name; None where a comparison has no figure.
+    path: its file. factor: by which a figure may grow. made_by: a command that writes such a file. facts: which a run
+    must share with it. figures: by name; None for a comparison without a figure.
     """
 
     path: Path
@@ -65,10 +65,11 @@ class Baseline:
     figures: Mapping[str, float | None]
 
     def check_same(self, own: Mapping[str, Any]) -> None:
-        """Refuse a baseline of another run. own: facts of this run, all of them or those that are known already.
+        """Check that a baseline is of the same kind of run. own: facts of this run, all of them or those that are known
+        already.
 
         Raises:
-            UserError: one of them is another there.
+            UserError: a fact differs.
         """
         for what, value in own.items():
             if self.facts[what] != value:
@@ -79,9 +80,9 @@ class Baseline:
                 )
 
     def compare(self, figures: Mapping[str, float | None], least: Mapping[str, float] | None = None) -> Changes:
-        """What has grown, appeared and gone.
+        """Find figures that grew, appeared or disappeared.
 
-        figures: this run's, by name. least: what a figure counts as at least, by name.
+        figures: this run's, by name. least: the smallest value with which a figure counts, by name.
 
         Raises:
             UserError: this run and the baseline have no name in common.
@@ -107,14 +108,14 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Changes:
-    """Names of figures. grown: with what each was and is."""
+    """Names of figures that changed. grown: with both values of each."""
 
     grown: Mapping[str, tuple[float, float]]
     new: tuple[str, ...]
     missing: tuple[str, ...]
 
     def sentences(self, baseline: Baseline, unit: str = "") -> dict[str, str]:
-        """What is to be said, by name. unit: of the figures, as in " ms"."""
+        """Sentences for users, by name. unit: of the figures, such as " ms"."""
         shown = "{:.2f}" if unit else "{:.1e}"
         limit = f"more than {baseline.factor:g} times the value in {baseline.path}"
         found = {
@@ -126,10 +127,10 @@ class Changes:
 
 
 def read_stored(path: Path, kind: type[Any], made_by: str) -> Any:
-    """A baseline's file as `kind`, which is a Stored.
+    """Read a baseline's file as `kind`, which is a Stored.
 
     Raises:
-        UserError: it is missing, damaged, or no such file.
+        UserError: it is missing, damaged, or not such a file.
     """
     advice = f"give a file that was written by {made_by}"
     try:
@@ -139,20 +140,20 @@ def read_stored(path: Path, kind: type[Any], made_by: str) -> Any:
 
 
 def check_factor(factor: float) -> None:
-    """Refuse a factor that a figure exceeds which stayed as it was, or that none can exceed.
+    """Check that a factor is at least 1, so that unchanged figures pass, and finite, so that a figure can exceed it.
 
     Raises:
-        UserError: it is one.
+        UserError: it is not.
     """
     if not (math.isfinite(factor) and factor >= 1):
         raise UserError(f"--baseline-factor {factor:g} is out of range: give 1 or more, such as 1.5")
 
 
 def read_errors(path: Path, factor: float | None = None) -> Baseline:
-    """The errors in a parity.json. factor: see Baseline; None takes ERRORS_FACTOR.
+    """Read the errors of a parity.json. factor: see Baseline; None takes ERRORS_FACTOR.
 
     Raises:
-        UserError: it is missing, damaged, or no such file; or the factor is out of range.
+        UserError: it is missing, damaged, or not such a file; or the factor is out of range.
     """
     made_by = "ivc-check --against"
     factor = ERRORS_FACTOR if factor is None else factor
@@ -163,7 +164,7 @@ def read_errors(path: Path, factor: float | None = None) -> Baseline:
 
 
 def errors_facts(report: StoredErrors | ParityReport) -> dict[str, Any]:
-    """What two reports must share, so that their errors can be compared."""
+    """Facts that two reports must share so that their errors can be compared."""
     return {
         "model": report.model,
         "backend": report.backend,
@@ -176,7 +177,7 @@ def errors_facts(report: StoredErrors | ParityReport) -> dict[str, Any]:
 
 
 def compare_errors(baseline: Baseline, report: ParityReport) -> Changes:
-    """What has grown, appeared and gone since the baseline.
+    """Find errors that grew, appeared or disappeared since the baseline.
 
     Raises:
         UserError: the baseline is of another model, backend, dtype, ratio or picture.

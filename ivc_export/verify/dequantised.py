@@ -17,7 +17,7 @@ AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def quantisation(folder: Path) -> Mapping[str, Any] | None:
-    """What a checkpoint's JSON files say of its quantisation; None where they say nothing."""
+    """The quantisation in a checkpoint's JSON files. None if there is none."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for part in (config, *(part for part in config.values() if isinstance(part, dict))):
         if part.get("quantization_config"):
@@ -30,7 +30,7 @@ def quantisation(folder: Path) -> Mapping[str, Any] | None:
 def dequantised(tensors: Tensors, settings: Mapping[str, Any], scale_dtype: torch.dtype) -> tuple[Tensors, set[str]]:
     """A checkpoint's tensors, with a float32 weight for each quantised layer, and the names of these weights.
 
-    scale_dtype: what scales are rounded to before they multiply, as where a bundle holds packed layers in it.
+    scale_dtype: scales are rounded to it before they multiply, as in a bundle that has packed layers in it.
     """
     rules: dict[str, Rule] = {
         "qweight": awq if settings.get("quant_method") == "awq" else gptq,
@@ -51,9 +51,9 @@ def dequantised(tensors: Tensors, settings: Mapping[str, Any], scale_dtype: torc
 
 
 def bundled(folder: Path, bits: Mapping[str, int]) -> Tensors:
-    """Float32 weights of what a bundle holds packed, those there are, by their stems, which `bits` has.
+    """Float32 weights of a bundle's packed layers, by their stems, which `bits` has.
 
-    A row's values are in blocks that share a scale, and a zero point where there are any.
+    A row's values are in blocks that share a scale, and possibly a zero point.
     """
     tensors: Tensors = {}
     for file in sorted((folder / "weights").glob("*.safetensors")):

@@ -45,10 +45,11 @@ def record(
 ) -> Recording:
     """Run the checkpoint in float32, on weights rounded to the bundle's dtype: a prefill and `steps` greedy tokens.
 
-    Weights that the export rounded to 4 or 8 bits are the bundle's: what that costs answers is another question.
+    Weights that the export rounded to 4 or 8 bits are taken from the bundle. What rounding costs answers is another
+    question.
 
-    tokens: image tokens included. method: None for the bundle's. The tensors have the names that the graphs' outputs
-    have in the contract.
+    tokens: with image tokens. method: None for the bundle's. The tensors have the names of the graphs' outputs in the
+    contract.
 
     Raises:
         UserError: the checkpoint cannot be loaded, or is not the bundle's; ratio or steps are out of range.
@@ -89,7 +90,7 @@ def record(
 
 
 def outputs(turn: ReferenceTurn, m: Manifest) -> Mapping[tuple[str, str], npt.NDArray[Any]]:
-    """What the graphs should give in this prefill, by graph and name."""
+    """The expected outputs of the graphs in this prefill, by graph and name."""
     found: dict[tuple[str, str], torch.Tensor] = {
         ("prefix", "hidden_states"): turn.hidden_states,
         ("prefix", "keep_index"): turn.keep_index.int(),
@@ -124,7 +125,8 @@ def reference_picture(bundle: Bundle, picture: Visual) -> ReferencePicture:
 
 
 def rounded_weights(bundle: Bundle, checkpoint: Path) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """What an export rounded to 4 or 8 bits, as float32 of the same values; see Reference's rounded and head."""
+    """Weights that an export rounded to 4 or 8 bits, as float32 of the same values; see Reference's rounded and
+    head."""
     m, opened = bundle.manifest, Checkpoint.open(checkpoint)
     stored = read_configuration(opened).weights.formats
     own = {layer: one.format for layer, one in m.weight_formats.items() if layer not in stored}
@@ -142,7 +144,7 @@ def rounded_weights(bundle: Bundle, checkpoint: Path) -> tuple[dict[str, torch.T
 
 
 def reference_layout(bundle: Bundle, checkpoint: Path) -> ReferenceLayout | None:
-    """The checkpoint's layout for transformers, where it cannot load the folder."""
+    """The checkpoint's layout for transformers, if transformers cannot load the folder."""
     stock, config = families.of(bundle.manifest.family).stock_layout, Checkpoint.open(checkpoint).config
     return (
         ReferenceLayout(stock.config(config, bundle.manifest.tokens.image), partial(stock.tensors, config))
@@ -152,7 +154,7 @@ def reference_layout(bundle: Bundle, checkpoint: Path) -> ReferenceLayout | None
 
 
 def check_same_model(bundle: Bundle, checkpoint: Path) -> None:
-    """Compare what the checkpoint's JSON files say with the manifest, before anything is loaded.
+    """Compare the checkpoint's JSON files with the manifest, before anything is loaded.
 
     Raises:
         UserError: the checkpoint is damaged, or is another model, or its layers are no plain floats.

@@ -36,7 +36,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One line of the report; `error` and `tolerance` are None for what is compared by equality."""
+    """One line of the report. `error` and `tolerance` are None if equality is compared."""
 
     name: str
     error: float | None
@@ -73,7 +73,7 @@ class ParityReport:
 
 
 def check(bundle: Bundle, checkpoint: Path, ratio: float | None = None, steps: int = 8) -> ParityReport:
-    """Compare a bundle on onnxruntime with its checkpoint on PyTorch, both in float32, by a prompt of its own.
+    """Compare a bundle on onnxruntime with its checkpoint on PyTorch, both in float32, with a built-in prompt.
 
     ratio: None takes the bundle's default.
 
@@ -94,15 +94,15 @@ def compare(
     images: Sequence[PIL.Image.Image | Video] = (),
     progress: Callable[[str], None] = lambda stage: None,
 ) -> tuple[ParityReport, Step]:
-    """Compare a bundle with a recorded run of the same prompt and pictures; returns the bundle's prefill as well.
+    """Compare a bundle with a recorded run of the same prompt and pictures. Returns the bundle's prefill too.
 
-    The prefix graph's choice is compared first; the decoder then runs on the reference's choice, and decode steps on
-    the reference's tokens, so that one difference does not hide the others.
+    The prefix graph's choice is compared first. Then the decoder runs on the reference's choice, and decode steps run
+    on the reference's tokens. So one difference does not hide the others.
 
     reference: see oracle.record.
 
     Raises:
-        UserError: the recorded run is of another model, or damaged, or nothing is known about this backend's precision.
+        UserError: the recorded run is of another model, or damaged, or this backend's precision is not known.
     """
     bundle, m, facts = session.bundle, session.bundle.manifest, reference.facts
     if facts["model"] != identity(m):
@@ -144,15 +144,15 @@ def compare(
 
 
 def recorded_method(facts: Mapping[str, Any]) -> Method:
-    """The method of a recorded run; those of earlier versions do not name it."""
+    """The method of a recorded run. Recordings of earlier versions do not name it."""
     return Method(facts.get("method", "ivc-prune"), facts.get("method_seed") or 0)
 
 
 def check_recording(reference: Recording, m: Manifest, steps: int, pictures: bool) -> None:
-    """Check that a recorded run holds what `compare` compares, in shapes that can be.
+    """Check that a recorded run has everything that `compare` compares, in possible shapes.
 
     Raises:
-        UserError: it does not.
+        UserError: it has not.
     """
     named = {(graph, t.name): t for graph in ("prefix", "decoder") for t in m.graphs[graph].outputs}
     wanted = {key for key in named if TensorName.of(key[1]).role == "new"} | {("decoder", "logits")}
@@ -193,15 +193,15 @@ def check_recording(reference: Recording, m: Manifest, steps: int, pictures: boo
 
 
 def seen(m: Manifest) -> list[str]:
-    """Outputs of vision, which have a row for each visual token."""
+    """Outputs of vision with a row for each visual token."""
     return ["image_embeds", *deepstack_names(m.decoder)]
 
 
 def find_tolerances(session: Session) -> dict[str, float]:
-    """The largest errors, by kind of tensor, of what a session runs on.
+    """The largest allowed errors for a session, by kind of tensor.
 
     Raises:
-        UserError: nothing is known about this backend's precision.
+        UserError: this backend's precision is not known.
     """
     known = find_backend(session.backend).tolerances
     if session.dtype not in known:
@@ -214,7 +214,7 @@ def find_tolerances(session: Session) -> dict[str, float]:
 
 
 def compare_prefill(step: Step, reference: Recording, m: Manifest, tolerance: Mapping[str, float]) -> list[Comparison]:
-    """Everything that passes between the graphs in one prefill."""
+    """Compare everything that passes between the graphs in one prefill."""
     cut, found = m.selection_layer, []
     vision, wanted = reference.of("prefill", "vision"), reference.of("prefill", "prefix")
     if vision:
@@ -262,7 +262,7 @@ def compare_prefill(step: Step, reference: Recording, m: Manifest, tolerance: Ma
 
 
 def behind(found: Comparison, tie: RoutingTie | None) -> Comparison:
-    """What may differ, since it comes behind a tie of experts, and is a number."""
+    """Let a comparison pass that fails after a tie of experts, if its values are finite."""
     if found.passed or tie is None or (found.error is None and found.tolerance is not None):
         return found
     note = f"{found.note}; {tie}" if found.note else str(tie)
@@ -272,10 +272,10 @@ def behind(found: Comparison, tie: RoutingTie | None) -> Comparison:
 def compare_selection(
     step: Step, wanted: Mapping[str, Array], m: Manifest, tolerance: Mapping[str, float], tie: RoutingTie | None
 ) -> list[Comparison]:
-    """The choice, twice: against NumPy on the graph's own values, and against the reference.
+    """Compare the choice twice: with NumPy on the graph's own values, and with the reference.
 
-    In reduced precision near-ties may fall otherwise than in the reference. The first comparison, which no precision
-    blurs, keeps a wrong index from passing for one.
+    In reduced precision, near-ties may be decided differently than in the reference. The first comparison does not
+    depend on precision, so a wrong index cannot pass as a tie.
 
     tie: of experts, in the layers before the scores.
     """
@@ -292,7 +292,8 @@ def compare_selection(
 
 
 def compare_ranking(step: Step, wanted: Mapping[str, Array], tolerance: float) -> list[Comparison]:
-    """The choice of a method that ranks tokens by their scores alone: the graph's own, exactly, and the reference's."""
+    """Compare the choice of a method that ranks tokens by their scores alone: the graph's own exactly, and the
+    reference's."""
     run, score, name = step.run, step.prefix["token_score"], "keep_index, of the graph's own scores"
     scores = close("token_score", tolerance, [(score, wanted["token_score"])])
     if score.shape != run.visual_index.shape or score.shape != wanted["token_score"].shape:
@@ -308,7 +309,7 @@ def compare_ranking(step: Step, wanted: Mapping[str, Array], tolerance: float) -
 
 
 def choose(values: Floats, run: Run, rule: SelectionRule, seed_index: Ints | None = None) -> Selected:
-    """The choice in NumPy by `values` [kv_heads, S, value_dim], with the seeds given or its own."""
+    """The choice in NumPy by `values` [kv_heads, S, value_dim], with the given seeds or its own."""
     rows = (run.visual_index, run.text_index, run.query_index)
     return select(values, run.ivc_priority, *rows, run.keep_count, rule, run.tiles, seed_index)
 
@@ -322,10 +323,10 @@ def compare_choice(
     tolerance: float,
     suffix: str,
 ) -> list[Comparison]:
-    """Seeds, scores and kept rows against those `wanted`.
+    """Compare seeds, scores and kept rows with those `wanted`.
 
-    own: what the graph scores; values: what `wanted` was chosen by; both [kv_heads, S, value_dim].
-    Where seeds tie, those of the graph are replayed on `values`, since their votes are in every score.
+    own: the values that the graph scores; values: those by which `wanted` was chosen; both [kv_heads, S, value_dim]. If
+    seeds tie, those of the graph are replayed on `values`, because their votes are in every score.
     """
     run, seeds, score = step.run, step.prefix["seed_index"], step.prefix["token_score"]
     shapes = (seeds.shape, score.shape) == (wanted.seed_index.shape, wanted.token_score.shape)
@@ -352,10 +353,10 @@ def compare_choice(
 
 
 def same_seeds(name: str, found: Ints, wanted: Ints, score: Floats, error: float) -> Comparison:
-    """Compare seeds in their order; another seed in a place is a tie where both scores differ within the error.
+    """Compare seeds in their order. Another seed in a place is a tie if both scores differ by no more than the error.
 
-    score: the text's votes, which rank the seeds, by the reference; error: measured between them and the graph's.
-    If no score is off by more, the i-th best of one side is within twice that of the i-th best of the other.
+    score: the text's votes, which rank the seeds, by the reference; error: measured between them and the graph's. If no
+    score is off by more, the i-th best of one side is within twice that of the i-th best of the other.
     """
     if np.array_equal(found, wanted):
         return Comparison(name, None, None, True, f"{counted(len(found), 'seed')}, equal")
@@ -368,10 +369,10 @@ def same_seeds(name: str, found: Ints, wanted: Ints, score: Floats, error: float
 def same_rows(
     name: str, found: Ints, wanted: Ints, visual: Ints, score: Floats, free: Ints, error: float
 ) -> Comparison:
-    """Compare keep_index exactly; visual rows exchanged for others whose scores differ within the error are a tie.
+    """Compare keep_index exactly. Visual rows that are exchanged for others with scores within the error are a tie.
 
-    visual: rows that hold visual tokens; score: the reference's, of each; free: the tokens that scores decide about,
-    as positions within visual_index, neither seeds nor IVC tokens; error: measured between the two scores.
+    visual: rows of visual tokens; score: the reference's, of each; free: the tokens about which scores decide, neither
+    seeds nor IVC tokens, as positions within visual_index; error: measured between the two scores.
     """
     if np.array_equal(found, wanted):
         return Comparison(name, None, None, True, f"{len(found)} rows, equal")
@@ -387,7 +388,7 @@ def same_rows(
 
 
 def close(name: str, tolerance: float, pairs: Sequence[tuple[Array, Array]]) -> Comparison:
-    """Compare pairs of tensors, found and wanted."""
+    """Compare pairs of tensors: found and wanted."""
     error = max(largest_error(found, wanted) for found, wanted in pairs)
     if not np.isfinite(error):
         return Comparison(name, None, tolerance, False, "the shape differs, or there are NaN or infinite values")
@@ -395,7 +396,7 @@ def close(name: str, tolerance: float, pairs: Sequence[tuple[Array, Array]]) -> 
 
 
 def largest_error(found: Array, wanted: Array) -> float:
-    """Largest absolute error, relative to the reference's largest magnitude where that exceeds 1."""
+    """The largest absolute error, relative to the reference's largest magnitude if that exceeds 1."""
     if found.shape != wanted.shape:
         return float("inf")
     error = largest(found - wanted) / max(1.0, largest(wanted))
@@ -403,7 +404,7 @@ def largest_error(found: Array, wanted: Array) -> float:
 
 
 def largest(array: Array) -> float:
-    """The largest magnitude, 0 of nothing."""
+    """The largest magnitude; 0 if there are no values."""
     return float(np.abs(array).max(initial=0))
 
 

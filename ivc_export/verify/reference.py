@@ -27,9 +27,9 @@ from ivc_export.verify.two_views import TwoViewsOfExperts
 
 @dataclass(frozen=True)
 class ReferenceLayout:
-    """How transformers would have a checkpoint that it cannot load.
+    """How transformers can load a checkpoint that it does not support.
 
-    config: config.json. tensors: a stored name and tensor to names and tensors.
+    config: config.json. tensors: turns a stored name and tensor into names and tensors.
     """
 
     config: Mapping[str, Any]
@@ -38,12 +38,13 @@ class ReferenceLayout:
 
 @dataclass(frozen=True)
 class ReferenceTurn:
-    """What one run gave; keys and values by layer, of the kept rows, [1, kv_heads, M, head_dim].
+    """The result of one run. Keys and values are by layer, of the kept rows, [1, kv_heads, M, head_dim].
 
-    image_embeds: [visual, hidden] of all pictures; deepstack: the same of what is added behind each of the first
+    image_embeds: [visual, hidden] of all pictures; deepstack: the same for what is added after each of the first
     layers, if anything is; hidden_states: [1, S, hidden] at the cut; full_keys, full_values: of the layers below the
-    cut, before compaction; scored: what visual tokens are scored by, [1, kv_heads, S, D]; logits: [vocab] of the last
-    row; margins: [rows], of layers with experts, by how much each row's last chosen one was ahead of the next.
+    cut, before compaction; scored: the values by which visual tokens are scored, [1, kv_heads, S, D]; logits: [vocab]
+    of the last row; margins: [rows], for layers with experts, how far each row's last chosen expert was ahead of the
+    next.
     """
 
     image_embeds: torch.Tensor | None
@@ -82,13 +83,13 @@ OWN_MODELS: Mapping[str, Any] = {"TwoViewsOfExperts": TwoViewsOfExperts}
 
 
 class Reference:
-    """A stock model that prunes visual tokens at layer `selection_layer`, keeping `ratio` of each picture's.
+    """A stock model that prunes visual tokens at layer `selection_layer`, and keeps `ratio` of each picture's.
 
     It computes in float32 on the CPU with eager attention, whatever the checkpoint's dtype.
 
-    dtype: what weights are rounded to before, as an export to it does. packed: whether quantised layers stay packed, so
-    that their scales are rounded and not their weights. rounded: weights in the place of stored ones, by stored names.
-    head: the weight of lm_head [vocab, hidden] where embeddings are tied and it is no longer theirs.
+    dtype: weights are first rounded to it, as an export rounds them. packed: whether quantised layers stay packed, so
+    that their scales are rounded and not their weights. rounded: weights that replace stored ones, by stored names.
+    head: the weight of lm_head [vocab, hidden] if embeddings are tied and lm_head's weight is no longer theirs.
 
     Raises:
         UserError: transformers cannot load `folder`.
@@ -157,7 +158,7 @@ class Reference:
     ) -> None:
         """Forget the conversation, and prune at another layer and ratio, by the rule's method or another.
 
-        scored: what visual tokens are scored by, None for what the rule says.
+        scored: how visual tokens are scored; None takes the rule's way.
         """
         self.method, self.seed = self.rule.method if method is None else method, seed
         self.scored = scored or self.rule.scored
@@ -167,7 +168,7 @@ class Reference:
 
     @torch.no_grad()
     def run(self, tokens: Sequence[int], pictures: Sequence[ReferencePicture] = (), question: int = 0) -> ReferenceTurn:
-        """Run `tokens`, those of pictures and videos included, over the cache; rows from `question` on may vote."""
+        """Run `tokens`, with those of pictures and videos, over the cache. Rows from `question` on may vote."""
         ids = torch.tensor([list(tokens)])
         kinds = torch.zeros_like(ids)  # 1 at a picture's tokens, 2 at a video's
         for kind, token in enumerate(("image_token_id", "video_token_id"), 1):
@@ -226,7 +227,7 @@ class Reference:
         )
 
     def _positions(self, ids: torch.Tensor, kinds: torch.Tensor, pictures: Sequence[ReferencePicture]) -> torch.Tensor:
-        """Rotary positions [axes, 1, S] from 0 on: transformers' own where a model has some, else the rows counted.
+        """Rotary positions [axes, 1, S] from 0 on: transformers' own if a model has some, else the number of the row.
 
         kinds: 1 at a picture's tokens, 2 at a video's, as transformers numbers them.
         """
@@ -242,7 +243,7 @@ class Reference:
         return positions
 
     def _budget(self, pictures: Sequence[ReferencePicture]) -> int:
-        """Visual tokens to keep."""
+        """Number of visual tokens to keep."""
         return sum(max(1, round(self.ratio * sum(picture.blocks))) for picture in pictures)
 
     def _layers(
@@ -252,9 +253,9 @@ class Reference:
         numbers: range,
         added: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """Run the layers `numbers` over hidden [1, rows, hidden], every row seeing the cache and earlier rows.
+        """Run the layers `numbers` over hidden [1, rows, hidden]. Every row attends to the cache and to earlier rows.
 
-        added: [rows, hidden], what is added behind each of the model's first layers.
+        added: [rows, hidden], what is added after each of the model's first layers.
         """
         rows = hidden.shape[1]
         rotary = self.decoder.rotary_emb(hidden, positions if len(positions) > 1 else positions[0])
@@ -269,7 +270,7 @@ class Reference:
         return hidden
 
     def _unnormed_values(self, entering: torch.Tensor) -> torch.Tensor:
-        """What the last full layer's value weights make of the rows [1, S, hidden] that enter it, without its norm.
+        """The product of the last full layer's value weights with its input rows [1, S, hidden], without its norm.
 
         Returns [1, kv_heads, S, D].
         """
@@ -343,7 +344,7 @@ def token_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores [L] and seeds of visual tokens. values: [kv_heads, S, value_dim]. Source: arXiv 2602.03060, section 3.3.
 
-    others: rows that share votes with the visual tokens. shown: see `fill`; only thumbnails are seeds.
+    others: rows that share votes with the visual tokens. shown: see `fill`; only tokens of thumbnails are seeds.
     """
     rows = visual if others is None else torch.cat([visual, others])
 
@@ -378,9 +379,9 @@ def fill(
 ) -> torch.Tensor:
     """The first `budget` visual tokens of: seeds, IVC tokens, all others by score.
 
-    shown: where pictures are tiles, the token of its thumbnail that shows the same place as each token (a thumbnail's
-    shows itself). The thumbnails' tokens then have their share of the budget; those of it that are no IVC tokens, and
-    what they show in the tiles, come before the thumbnails' others, and these before the tiles' others.
+    shown: for pictures in tiles, the token of the thumbnail that shows the same place as each token (a thumbnail's
+    token shows itself). The thumbnails' tokens then have their share of the budget. Those of the share that are not IVC
+    tokens, and the tiles' tokens in their places, come first. Then come the thumbnails' others, then the tiles' others.
     """
     rest = torch.argsort(score, descending=True, stable=True).tolist()
     if shown:

@@ -15,11 +15,11 @@ from ivc_export.contract.manifest import SelectionRule
 class ReferencePicture:
     """A picture or a video as transformers takes it, and its visual tokens.
 
-    inputs: what get_image_features or get_video_features takes, by name, pictures along the first axis.
-    rows, columns: of visual tokens. tile: 0, or the tokens along a side of a tile: they come tile by tile, and behind
-    several tiles a thumbnail of one. content: None, or of a picture in two views, each row of which ends with a
+    inputs: for get_image_features or get_video_features, by name, with pictures along the first axis. rows, columns: of
+    visual tokens. tile: 0, or the tokens along a side of a tile: tokens come tile by tile, and behind several tiles
+    comes a thumbnail of one tile. content: None, or for a picture in two views, each row of which ends with a
     separator, the rows and columns of the first view that show it: the first row and column, and those behind the last.
-    time: frames of so many tokens, one behind the other.
+    time: frames of so many tokens, one after another.
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -56,7 +56,7 @@ class ReferencePicture:
         return [*ends, self.first_view, *(self.first_view + (row + 1) * (self.columns + 1) for row in range(self.rows))]
 
     def blocks_of(self, rule: SelectionRule) -> list[tuple[int, float]]:
-        """Numbers of tokens within which IVC tokens are chosen, and which part of them."""
+        """Numbers of tokens within which IVC tokens are chosen, with the fraction of each."""
         if self.content is None:
             return [(tokens, rule.ivc_fraction) for tokens in self.blocks]
         return [(tokens, rule.ivc_fraction if i == 0 else rule.row_fraction) for i, tokens in enumerate(self.blocks)]
@@ -73,7 +73,8 @@ class ReferencePicture:
 
     @property
     def shown(self) -> list[int]:
-        """For each token of a picture with a thumbnail, the token of it that shows the same place, or ends the row."""
+        """For each token of a picture with a thumbnail, the thumbnail's token that shows the same place, or ends the
+        row."""
         if self.content is not None:
             across, down = self.columns // self.tile, self.rows // self.tile
             second = [
@@ -97,14 +98,14 @@ class ReferencePicture:
 
 
 def joined(pictures: Sequence[ReferencePicture]) -> dict[str, torch.Tensor]:
-    """The inputs of several pictures, or of several videos, one behind the other."""
+    """The inputs of several pictures, or of several videos, one after another."""
     return {name: torch.cat([p.inputs[name] for p in pictures]) for p in pictures[:1] for name in p.inputs}
 
 
 def features(model: Any, pictures: Sequence[ReferencePicture], hidden: int) -> list[torch.Tensor]:
-    """Rows [visual, hidden] of all pictures and videos in order, and those added behind each of the first layers.
+    """Rows [visual, hidden] of all pictures and videos in order, and those added after each of the first layers.
 
-    model: transformers', which sees them.
+    model: transformers' model for them.
     """
     found: dict[bool, Any] = {}
     for video, see in ((False, "get_image_features"), (True, "get_video_features")):
@@ -130,8 +131,8 @@ def scores_of_views(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores [L] and seeds of the visual tokens of pictures in two views. values: [kv_heads, S, value_dim].
 
-    shown: see `fill_views`; only the first views' tokens share votes. candidates: tokens that may be seeds, of which
-    there may be none.
+    shown: see `fill_views`; only the first views' tokens share votes. candidates: tokens that may be seeds; there may
+    be none.
     """
     thumbnails = [token for token in range(len(shown)) if shown[token] == token]
     place = {token: number for number, token in enumerate(thumbnails)}
@@ -159,8 +160,9 @@ def fill_views(
 ) -> torch.Tensor:
     """The first `budget` visual tokens of: separators, seeds, IVC tokens, then places by score.
 
-    shown: for each token, the first view's token that shows the same place; that one's is itself. A place is such a
-    token and all that show the same. Seeds' places come first, then those of candidates that are no IVC tokens.
+    shown: for each token, the first view's token that shows the same place; a first view's token shows itself. A place
+    is such a token and all tokens that show the same. Seeds' places come first, then those of candidates that are not
+    IVC tokens.
     """
     ranked = [token for token in torch.argsort(score, descending=True, stable=True).tolist() if shown[token] == token]
     free = {*candidates} - {*coordinates}

@@ -20,7 +20,7 @@ Margins = Mapping[int, npt.NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class RoutingTie:
-    """The first row, of those that a comparison sees, whose choice of experts rounding may turn."""
+    """The first row, of those that a comparison includes, whose choice of experts may change by rounding."""
 
     row: int
     layer: int
@@ -35,13 +35,14 @@ class RoutingTie:
 
 
 def margins_of(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[int, npt.NDArray[np.float32]]:
-    """Those of a graph's recorded tensors that are margins, by layer."""
+    """The margins among a graph's recorded tensors, by layer."""
     names = {name: TensorName.of(name) for name in tensors}
     return {of.layer: tensors[name] for name, of in names.items() if of.stem == MARGIN and of.layer is not None}
 
 
 def first_tie(margins: Margins, below: int, error: float) -> RoutingTie | None:
-    """The first row with a tie in a layer below this one. error: of scores, between both sides; twice that is a tie."""
+    """The first row with a tie in a layer below this one. error: of scores, between both sides; a margin within twice
+    that is a tie."""
     found = []
     for layer, margin in margins.items():
         rows = np.flatnonzero(margin <= 2 * error)
@@ -51,7 +52,7 @@ def first_tie(margins: Margins, below: int, error: float) -> RoutingTie | None:
 
 
 def earliest(ties: Iterable[RoutingTie | None]) -> RoutingTie | None:
-    """The one of the first row."""
+    """The tie of the earliest row."""
     return min((tie for tie in ties if tie is not None), key=lambda tie: tie.row, default=None)
 
 

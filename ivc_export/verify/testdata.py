@@ -27,7 +27,7 @@ STEPS = 2
 
 
 class RecordingSession:
-    """A session that remembers the inputs and outputs of every run under the stage that is set."""
+    """A session that records the inputs and outputs of every run under the stage that is set."""
 
     def __init__(self, session: HostSession) -> None:
         self.session, self.bundle, self.backend, self.dtype = session, session.bundle, session.backend, session.dtype
@@ -42,7 +42,7 @@ class RecordingSession:
         return HostConversation(self, ratio, capacity, method)
 
     def run(self, name: GraphName, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Run graph `name` and remember."""
+        """Run graph `name`, and record it."""
         outputs = self.session.run(name, feeds)
         self.tensors |= {Key(self.stage, name, "inputs", key): array for key, array in feeds.items()}
         self.tensors |= {Key(self.stage, name, "outputs", key): array for key, array in outputs.items()}
@@ -52,7 +52,7 @@ class RecordingSession:
 def write_testdata(bundle: Bundle) -> None:
     """Run the bundle on onnxruntime, in float32, and write testdata/ into its folder.
 
-    Recorded are a prefill with one picture, and two decode steps on greedily drawn tokens: every input and output of
+    It records a prefill with one picture, and two decode steps on greedily drawn tokens: every input and output of
     every graph. docs/runtime.md describes the files.
     """
     image = draw_picture()
@@ -80,9 +80,9 @@ def write_testdata(bundle: Bundle) -> None:
 
 
 def make_prompt(bundle: Bundle, image: PIL.Image.Image) -> tuple[str | None, list[int], Visual]:
-    """A question about `image`: its text as the chat template renders it, its token ids, and the picture.
+    """A question about `image`: its rendered text, its token ids, and the picture.
 
-    The text is None for a bundle without tokenizer or chat template; the ids around the picture are then random.
+    The text is None for a bundle without tokenizer or chat template. Then the ids around the picture are random.
     """
     m = bundle.manifest
     if not bundle.missing_processor_files():
@@ -99,7 +99,8 @@ def make_prompt(bundle: Bundle, image: PIL.Image.Image) -> tuple[str | None, lis
 
 
 def draw_picture() -> PIL.Image.Image:
-    """A ring, a square and a triangle on seeded noise, 337 x 293: no two patches are alike, and both sides scale."""
+    """A ring, a square and a triangle on seeded noise, 337 x 293. No two patches are equal, and both sides are
+    scaled."""
     ground = np.linspace(90, 200, 337)[None, :, None] * np.array([0.9, 1.0, 1.1])
     noise = np.random.default_rng(0).normal(0, 12, (293, 337, 3))
     image = PIL.Image.fromarray(np.clip(ground + noise, 0, 255).astype(np.uint8))

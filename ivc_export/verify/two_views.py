@@ -71,9 +71,9 @@ class Mlp(nn.Module):
 
 
 class Experts(nn.Module):
-    """Each row's chosen experts, and those that all rows share (DeepSeekMoE, arXiv 2401.06066, section 3).
+    """Each row's chosen experts, and the experts that all rows share (DeepSeekMoE, arXiv 2401.06066, section 3).
 
-    margins: of the last rows, [rows], by how much the last chosen expert's score exceeded the first other's.
+    margins: of the last rows, [rows], how far the last chosen expert's score exceeded the first other's.
     """
 
     def __init__(self, size: int, settings: Mapping[str, Any]) -> None:
@@ -122,7 +122,7 @@ def turned(x: torch.Tensor, angles: Angles) -> torch.Tensor:
 
 
 class Attention(nn.Module):
-    """Attention over a cache. Subclasses say what queries, keys and values are."""
+    """Attention over a cache. Subclasses compute queries, keys and values."""
 
     def __init__(self, number: int, sizes: Mapping[str, Any]) -> None:
         super().__init__()
@@ -130,15 +130,15 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(sizes["heads"] * sizes["value_dim"], sizes["hidden_size"], bias=False)
 
     def parts(self, x: torch.Tensor, angles: Angles) -> Sequence[torch.Tensor]:
-        """Query, key and value of rows x [1, rows, hidden]: [1, heads, rows, size] each, turned."""
+        """Query, key and value of rows x [1, rows, hidden]: [1, heads, rows, size] each, rotated."""
         raise NotImplementedError
 
     def forward(
         self, x: torch.Tensor, angles: Angles, mask: torch.Tensor, cache: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is added to rows x [1, rows, hidden], and what they attend to, [1, heads, rows, past + rows].
+        """What is added to rows x [1, rows, hidden], and to what they attend, [1, heads, rows, past + rows].
 
-        mask: [1, 1, rows, past + rows], what is added to scores.
+        mask: [1, 1, rows, past + rows], which is added to scores.
         """
         q, k, v = self.parts(x, angles)
         keys, values = cache.update(k, v, self.number)
@@ -149,7 +149,7 @@ class Attention(nn.Module):
 
 
 class PlainAttention(Attention):
-    """A weight each for queries, keys and values."""
+    """One weight each for queries, keys and values."""
 
     def __init__(self, number: int, sizes: Mapping[str, Any]) -> None:
         super().__init__(number, sizes)
@@ -159,14 +159,14 @@ class PlainAttention(Attention):
         self.v_proj = nn.Linear(hidden, kv_heads * sizes["value_dim"], bias=False)
 
     def parts(self, x: torch.Tensor, angles: Angles) -> Sequence[torch.Tensor]:
-        """As Attention.parts."""
+        """See Attention.parts."""
         q = self.q_proj(x).unflatten(-1, (self.sizes["heads"], -1)).transpose(1, 2)
         k, v = (f(x).unflatten(-1, (self.sizes["kv_heads"], -1)).transpose(1, 2) for f in (self.k_proj, self.v_proj))
         return turned(q, angles), turned(k, angles), v
 
 
 class AttentionByLatents(Attention):
-    """Keys and values made of one latent vector a row (DeepSeek-V2, arXiv 2405.04434, section 2.1), expanded."""
+    """Keys and values from one latent vector for each row (DeepSeek-V2, arXiv 2405.04434, section 2.1), expanded."""
 
     def __init__(self, number: int, sizes: Mapping[str, Any], latent: Mapping[str, Any]) -> None:
         super().__init__(number, sizes)
@@ -183,7 +183,7 @@ class AttentionByLatents(Attention):
         self.kv_b_proj = nn.Linear(self.keys, heads * (head - self.rotary + sizes["value_dim"]), bias=False)
 
     def parts(self, x: torch.Tensor, angles: Angles) -> Sequence[torch.Tensor]:
-        """As Attention.parts. Neighbours are turned, and put half the part's size apart."""
+        """See Attention.parts. Neighbouring values are rotated, and put half the part's size apart."""
         heads, plain = self.sizes["heads"], self.sizes["head_dim"] - self.rotary
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, "q_a_proj") else self.q_proj(x)
         q = q.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -216,7 +216,7 @@ class DecoderLayer(nn.Module):
         past_key_values: Any,
         use_cache: bool = True,
     ) -> torch.Tensor:
-        """As transformers' layers are called. x: [1, rows, hidden]."""
+        """Called as transformers' layers are. x: [1, rows, hidden]."""
         x = x + self.self_attn(self.input_layernorm(x), position_embeddings, attention_mask, past_key_values)[0]
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
@@ -249,9 +249,9 @@ class Decoder(nn.Module):
 
 
 class TwoViewsOfExperts(nn.Module):
-    """The whole model, called as transformers' models of pictures and text are.
+    """The whole model, with the interface of transformers' models of pictures and text.
 
-    config: its sizes, as a family's stock_layout says them.
+    config: its sizes, as a family's stock_layout gives them.
     """
 
     unused = ("vision.attn_pool.",)
@@ -273,10 +273,10 @@ class TwoViewsOfExperts(nn.Module):
     def from_pretrained(
         source: None, config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor], **options: Any
     ) -> TwoViewsOfExperts:
-        """A model with these weights, in float32; called as transformers' models are.
+        """A model with these weights, in float32, with the interface of transformers.
 
         Raises:
-            RuntimeError: they are another model's.
+            RuntimeError: the weights are another model's.
         """
         model = TwoViewsOfExperts(config)
         taken = {name: tensor.float() for name, tensor in state_dict.items() if not name.startswith(model.unused)}
@@ -287,7 +287,7 @@ class TwoViewsOfExperts(nn.Module):
 
     @property
     def model(self) -> TwoViewsOfExperts:
-        """What has language_model and get_image_features."""
+        """The object with language_model and get_image_features."""
         return self
 
     @property
@@ -307,9 +307,9 @@ class TwoViewsOfExperts(nn.Module):
         use_cache: bool = False,
         **pictures: torch.Tensor,
     ) -> SimpleNamespace:
-        """Logits [1, rows, vocab] of tokens [1, rows], in one call, and by layer what the rows attend to.
+        """Logits [1, rows, vocab] of tokens [1, rows], in one call, and by layer to what the rows attend.
 
-        pictures: what get_image_features takes.
+        pictures: the inputs of get_image_features.
         """
         decoder: Any = self.language_model
         x, rows = decoder.embed_tokens(input_ids), input_ids.shape[1]
@@ -344,6 +344,6 @@ class TwoViewsOfExperts(nn.Module):
         return SimpleNamespace(pooler_output=found)
 
     def _with_row_ends(self, view: torch.Tensor) -> torch.Tensor:
-        """A view [rows, columns, hidden] row by row, each with a separator behind."""
+        """A view [rows, columns, hidden] row by row, with a separator behind each row."""
         ends = self.image_newline.expand(len(view), 1, -1)
         return torch.cat([view, ends], 1).flatten(0, 1)

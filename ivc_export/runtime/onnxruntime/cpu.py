@@ -43,16 +43,17 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 class OnnxSession:
-    """A bundle in onnxruntime's CPU provider, which computes in float32: other dtypes are widened when it opens.
+    """A bundle on onnxruntime's CPU provider. It computes in float32: other dtypes are widened when the bundle is
+    opened.
 
-    threads: intra-op threads; None takes onnxruntime's default, one a core.
-    prepacking: whether onnxruntime may copy weights into the layout that its kernels like best; without, they stay in
-        the memory map, where the system can share and drop them, and runs are slower.
-    dtype: "float16" leaves a float16 bundle's graphs as they are, to see what float16 does to a model: the provider
-        then rounds to float16 after each operator, slowly.
-    accuracy_level: in what packed weights are multiplied: 0 in float32; 4 rounds activations to int8, which is faster.
+    threads: threads of one operator; None takes onnxruntime's default, one for each core.
+    prepacking: True lets onnxruntime copy weights into the layout that its kernels prefer. False leaves them in the
+        memory map, where the system can share and drop them; runs are then slower.
+    dtype: "float16" leaves a float16 bundle's graphs as they are, to see the errors of float16. The provider then
+        rounds to float16 after each operator, slowly.
+    accuracy_level: how packed weights are multiplied: 0 in float32; 4 rounds activations to int8, which is faster.
 
-    Conversations of several threads take turns, a run at a time; see Session.
+    Conversations of several threads take turns, one run at a time; see Session.
 
     Raises:
         UserError: the graphs cannot be opened, or not in this dtype.
@@ -115,7 +116,7 @@ class OnnxSession:
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
     def _give(self, model: ir.Model, options: SessionOptions) -> None:
-        """Give in memory what passes have made of weights and no file of the bundle has; floats among it are small."""
+        """Pass weights that passes computed, and that no file has, in memory. Floats among them are small."""
         onnxruntime = load_onnxruntime()
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
@@ -150,7 +151,8 @@ class OnnxSession:
 
 
 def mapped(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """A copy in a file without a name, whose pages the system may drop: onnxruntime reads it once, to rearrange it.
+    """A copy in a file without a name, so that the system may drop its pages. onnxruntime reads it once, to rearrange
+    it.
 
     Raises:
         UserError: the folder for temporary files has no room.
@@ -169,7 +171,7 @@ def mapped(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def return_freed() -> None:
-    """Give the system what opening has freed: glibc keeps it, since what lies behind it is in use."""
+    """Return memory to the system that was freed after opening. glibc keeps it, because memory behind it is in use."""
     if sys.platform == "linux":
         with suppress(AttributeError):  # of another C library
             gc.collect()  # graphs, whose nodes and values refer to each other
@@ -177,10 +179,10 @@ def return_freed() -> None:
 
 
 def check_dtype(bundle: Bundle, dtype: FloatName, accuracy_level: int = 0) -> None:
-    """Check that onnxruntime's CPU provider is here, and can compute this bundle in `dtype`, at this level.
+    """Check that onnxruntime has its CPU provider, and can compute this bundle in `dtype` at this level.
 
     Raises:
-        UserError: it is not, or cannot.
+        UserError: it cannot.
     """
     load_onnxruntime()
     if dtype != "float32" and (dtype, dtype) != ("float16", bundle.manifest.dtype):
@@ -193,13 +195,13 @@ def check_dtype(bundle: Bundle, dtype: FloatName, accuracy_level: int = 0) -> No
 
 
 def float_bytes(bundle: Bundle) -> int:
-    """Of a bundle's weights, but packed ones."""
+    """Bytes of a bundle's weights, without packed ones."""
     files = (read_index(bundle.folder / file.file, "export the model again") for file in bundle.manifest.weights)
     return sum(tensor.length for file in files for tensor in file.values() if tensor.dtype in FLOATS)
 
 
 def level_note(session: Session) -> str | None:
-    """In what packed weights are multiplied, or None where there are none."""
+    """A remark on how packed weights are multiplied. None if there are none."""
     if not session.bundle.manifest.weight_formats:
         return None
     level = getattr(session, "accuracy_level", 0)
@@ -208,7 +210,7 @@ def level_note(session: Session) -> str | None:
 
 
 def widening_note(bundle: Bundle) -> str | None:
-    """What opening an OnnxSession will cost beyond the weights' own size, or None if nothing."""
+    """A remark on the memory that an OnnxSession takes beyond the weights' own size. None if it takes none."""
     if bundle.manifest.dtype == "float32":
         return None
     size = decimal(2 * float_bytes(bundle))

@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 Arrays = dict[str, npt.NDArray[Any]]
 
 BLOCK = 512
-"""Rows that a cache which grows has a multiple of."""
+"""The rows of a growing cache are a multiple of it."""
 
 
 class FusedSession(FusedGraphs):
     """The graphs of a bundle, and the memory of its conversations.
 
-    Conversations of several threads take turns, a run at a time; see Session.
+    Conversations of several threads take turns, one run at a time; see Session.
 
     Raises:
         UserError: see FusedGraphs.
@@ -67,11 +67,11 @@ class FusedSession(FusedGraphs):
         return FusedConversation(self, ratio, capacity, method)
 
     def lend(self, capacity: int, least: int | None = None) -> Workspace:
-        """A workspace for one conversation, which gives it back: the next one replays its CUDA graph, and onnxruntime
-        forgets none.
+        """Lend a workspace to one conversation, which returns it. The next conversation replays its CUDA graph:
+        onnxruntime never frees one.
 
-        capacity: rows of its caches. least: None for just so many; else they may be more, or fewer where memory is
-            short, down to this.
+        capacity: rows of its caches. least: None for exactly so many. Otherwise there may be more, or fewer if memory
+            is short, but not fewer than this.
 
         Raises:
             UserError: the device has no memory for it.
@@ -101,7 +101,7 @@ class FusedSession(FusedGraphs):
         return attempt(least or capacity)
 
     def rows_that_fit(self) -> int | None:
-        """Rows of a cache that the device has memory for, as far as is known; of a GPU it is not."""
+        """How many rows of a cache the device has memory for, if that is known. For a GPU it is not."""
         free = available_bytes() if self.device == "cpu" else None
         return None if free is None else free // DeviceCache.row_bytes(self.bundle.manifest, self.dtype)
 
@@ -110,7 +110,7 @@ class FusedSession(FusedGraphs):
         self._idle.append(workspace)
 
     def fetch(self, rows: PictureRows) -> npt.NDArray[np.float32]:
-        """A copy in host memory, made while nothing runs: onnxruntime may be capturing a CUDA graph."""
+        """Copy to host memory, while nothing runs: onnxruntime may be capturing a CUDA graph."""
         with self.lock:
             return rows.fetch()
 
@@ -121,11 +121,11 @@ def blocks(rows: int) -> int:
 
 
 class FusedConversation(Conversation):
-    """Runs of one FusedSession that share a cache; see Conversation, with everything but logits, kept rows and scores
-    left on the device.
+    """Runs of one FusedSession that share a cache; see Conversation. All tensors except logits, kept rows and scores
+    stay on the device.
 
-    capacity: rows of the cache; None for one that begins with room for the first run and `headroom`, and grows by half
-        or more when it is full, while memory lasts. A finished conversation's memory goes to the next one that it fits.
+    capacity: rows of the cache. None takes a cache with room for the first run and `headroom`. It grows by half or more
+        when it is full, while memory lasts. A finished conversation's memory goes to the next one that fits into it.
 
     Raises:
         UserError: the ratio or the capacity is out of range, or the device has no memory for the cache.
@@ -154,7 +154,7 @@ class FusedConversation(Conversation):
         self._give_back.atexit = False
 
     def _grow(self, needed: int, more: int) -> None:
-        """Go on in caches of `needed` rows, with room for `more` behind them where the device has it."""
+        """Continue in caches of `needed` rows, with room for `more` behind them if the device has it."""
         old, give_back, most = self.cache, self._give_back, self.session.rows_that_fit()
         wanted, least = blocks(max(needed + more, old.capacity * 3 // 2)), blocks(needed)
         workspace = self.session.lend(least if most is not None and most < wanted else wanted, least)
@@ -206,7 +206,7 @@ class FusedConversation(Conversation):
         return Step(plan, vision, below, above | {"logits": logits}, turn.keep_index)
 
     def _rows(self, turn: Turn) -> tuple[OrtValue, Values]:
-        """`inputs_embeds` of a prefill, and what is added to pictures' rows, which vision is yet to write."""
+        """`inputs_embeds` of a prefill, and features for pictures' rows. Vision has not written its rows yet."""
         session, plan, sizes = self.session, turn.plan, self.session.bundle.manifest.decoder
         if turn.pictures and not any(isinstance(picture, Seen) for picture in turn.pictures):
             shape = (1, len(plan.visual_index), sizes.hidden_size)
@@ -222,13 +222,14 @@ class FusedConversation(Conversation):
         return put.pop("image_embeds"), put
 
     def _shown(self, plan: Run, kept: int, prefix: Values) -> tuple[Arrays, Arrays]:
-        """What a prefill shows of prefix and decoder beside logits; caches have its rows, and not yet their lengths."""
+        """The tensors of prefix and decoder that a prefill's Step has besides logits. Caches have their rows, but not
+        yet their lengths."""
         return {name: prefix[name].numpy() for name in plan.method.record.operator.outputs}, {}
 
     def _see(self, turn: Turn, embeds: OrtValue, added: Values) -> tuple[Mapping[str, npt.NDArray[Any]], ...]:
-        """Run the pictures, whose tokens vision writes to their rows of `embeds`, [1, S, hidden], and of `added`.
+        """Run vision on the pictures. It writes tokens to their rows of `embeds`, [1, S, hidden], and of `added`.
 
-        Returns vision's outputs for each, also of those that were seen before, whose rows are there.
+        Returns vision's outputs for each picture, also for those that were seen before, whose rows are there already.
         """
         session, found = self.session, list[Mapping[str, npt.NDArray[Any]]]()
         for picture, place, first in zip(turn.pictures, turn.places, turn.firsts, strict=True):
@@ -262,7 +263,7 @@ class FusedConversation(Conversation):
         return Step(plan, (), {"keep_index": np.zeros(1, np.int32)}, {"logits": found})
 
     def _decode_from_host(self, plan: Run, host: HostStep) -> Step:
-        """A step that reads and writes memory of the host: nothing is copied, and it is waited for once."""
+        """A decode step that reads and writes host memory. Nothing is copied, and the host waits once."""
         assert self._workspace is not None
         session, cache = self.session, self.cache
         with self.timings.stage("decode.decoder"):
@@ -279,7 +280,8 @@ class FusedConversation(Conversation):
         return Step(plan, (), {"keep_index": np.zeros(1, np.int32)}, found, best=best)
 
     def _run_step(self, workspace: Workspace) -> None:
-        """Run a decode step over a workspace, which is bound once, and captured once, for each set of its buffers."""
+        """Run a decode step in a workspace. It is bound once, and captured once, for each set of the workspace's
+        buffers."""
         session, cache, bindings = self.session, workspace.cache, workspace.bindings
         if cache.swapped not in bindings:
             outputs = cache.outputs() | {"logits": workspace.logits}
@@ -288,7 +290,7 @@ class FusedConversation(Conversation):
         session.run_bound("decode", *bindings[cache.swapped])
 
     def _forget(self) -> None:
-        """Give caches to no other conversation: they are to be finite; see DeviceCache.clear."""
+        """Do not give these caches to another conversation: their rows may not be finite; see DeviceCache.clear."""
         if self._give_back is not None:
             self._give_back.detach()
 

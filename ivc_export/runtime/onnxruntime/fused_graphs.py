@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 Provider = Literal["cuda", "cpu"]
 PROVIDERS: Mapping[Provider, str] = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 DTYPES: Mapping[Provider, FloatName] = {"cuda": "float16", "cpu": "float32"}
-"""GroupQueryAttention's CUDA kernels know float16 and bfloat16, and NumPy no bfloat16; its CPU kernel float32."""
+"""The dtype of each provider. GroupQueryAttention's CUDA kernels take float16 and bfloat16, but NumPy has no bfloat16.
+Its CPU kernel takes float32."""
 
 WIDER = "use --backend onnxruntime-cpu, or TensorRT engines built with ivc-build --dtype float32"
 """What to do where float16 does not reach."""
@@ -53,10 +54,10 @@ NOT_CAPTURED = "cannot use the graph capture feature"
 class FusedGraphs:
     """The vision graph, prefix and decoder, and one graph of both for decode steps, with one copy of the weights.
 
-    provider: "cuda", or "cpu" to check the same graphs and the same hand-over without a GPU.
-    cuda_graph: capture the decode step, and replay it, unless onnxruntime refuses; the attribute says whether it does.
-    op_library: our library of custom operators (graphs/plugin/onnxruntime), which then selects, compacts, multiplies
-        with what surrounds products, splits and turns heads, and attends where it is faster.
+    provider: "cuda", or "cpu" to check the same graphs and hand-over without a GPU.
+    cuda_graph: whether to capture and replay the decode step. The attribute is false if onnxruntime refuses.
+    op_library: our library of custom operators (graphs/plugin/onnxruntime). It then selects, compacts, multiplies with
+        the operators around products, splits and rotates heads, and attends if that is faster.
 
     Raises:
         UserError: onnxruntime has no such provider, or cannot open a graph or the library.
@@ -112,7 +113,7 @@ class FusedGraphs:
         """Sessions that normalise pixels, by how."""
 
     def lowered(self, name: GraphName, lowering: str) -> ir.Model:
-        """A graph of the bundle, in the dtype that is computed in."""
+        """A graph of the bundle, lowered, in the computing dtype."""
         return self._lower(self.bundle.graph(name), lowering)
 
     def _lower(self, model: ir.Model, lowering: str) -> ir.Model:
@@ -132,7 +133,7 @@ class FusedGraphs:
         return model
 
     def shared(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-        """Zeros in host memory that the device reads and writes as well."""
+        """Zeros in host memory that the device also reads and writes."""
         assert self.op_library is not None
         return shared_array(self.op_library, shape, dtype)
 
@@ -170,17 +171,17 @@ class FusedGraphs:
         return session
 
     def embed(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
-        """Rows of the embedding table for `tokens`, in the dtype that is computed in: [1, len(tokens), hidden].
+        """Rows of the embedding table for `tokens`, in the computing dtype: [1, len(tokens), hidden].
 
         Raises:
-            UserError: they leave its range.
+            UserError: they are beyond its range.
         """
         return cast(self.bundle.embed(tokens), self.dtype, "an embedding of this model", WIDER)[None]
 
     def embedded(self, tokens: npt.NDArray[np.int32], text: npt.NDArray[np.int32]) -> OrtValue:
-        """The same on the device, of the rows `text`, ascending; what the others hold is anything.
+        """The same on the device, for the rows `text`, ascending. Other rows have any content.
 
-        Where lm_head's weight is the table, rows are gathered from it; else those of `text` alone are uploaded.
+        If lm_head's weight is the table, rows are gathered from it. Otherwise only the rows of `text` are uploaded.
         """
         embeds = self.memory((1, len(tokens), self.bundle.manifest.decoder.hidden_size))
         if self._gathers:
@@ -193,17 +194,17 @@ class FusedGraphs:
         return embeds
 
     def memory(self, shape: tuple[int, ...]) -> OrtValue:
-        """Memory on the device for values in the dtype that is computed in; it holds anything.
+        """Memory on the device for values in the computing dtype, with any content.
 
         Raises:
-            UserError: the device has none.
+            UserError: the device has no memory left.
         """
         with told("GPU memory cannot be allocated", SMALLER, CHECK_GPU):
             kind = np.dtype(self.dtype).type
             return load_onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, kind, self.device, 0)
 
     def picture_inputs(self, picture: Visual) -> Values:
-        """The vision graph's inputs of a picture; its pixels go up as levels, where these are known."""
+        """The vision graph's inputs for a picture. Its pixels are uploaded as 8-bit levels if these are known."""
         levels = picture.levels
         names = [name for name in picture.inputs if name != PIXELS or levels is None]
         feeds = {name: self.value(picture.inputs[name]) for name in names}
@@ -221,7 +222,7 @@ class FusedGraphs:
         return feeds | self.run(name, self.bind(name, given, {}))
 
     def value(self, array: npt.NDArray[Any]) -> OrtValue:
-        """An array in the device's memory; on the CPU it is the array's own.
+        """An array in the device's memory. On the CPU this is the array itself.
 
         Raises:
             UserError: the device has no memory for it.
@@ -261,7 +262,7 @@ class FusedGraphs:
         """Run a graph, and return its outputs by name.
 
         Raises:
-            UserError: onnxruntime cannot, for lack of memory or another reason.
+            UserError: onnxruntime fails, for lack of memory or another reason.
         """
         self.run_bound(name, binding)
         return dict(zip([o.name for o in self._sessions[name].get_outputs()], binding.get_outputs(), strict=True))
@@ -269,10 +270,10 @@ class FusedGraphs:
     def run_bound(self, name: str, binding: Any, captured: int | None = None) -> None:
         """Run a graph whose outputs the caller has bound.
 
-        captured: number of the CUDA graph to capture or to replay; one number belongs to one set of addresses.
+        captured: number of the CUDA graph to capture or to replay. One number belongs to one set of addresses.
 
         Raises:
-            UserError: as run.
+            UserError: see run.
         """
         session, options = self._sessions[name], load_onnxruntime().RunOptions()
         if captured is not None:
@@ -282,11 +283,11 @@ class FusedGraphs:
 
 
 def cuda_options(version: str, cuda_graph: bool) -> dict[str, str]:
-    """Options of onnxruntime's CUDA provider, by onnxruntime's version.
+    """Options of onnxruntime's CUDA provider, for a version of onnxruntime.
 
-    Before 1.27 it squared float16 in float16 in norms of sums, which then gave zeros for rows beyond 10,000 or so, as
-    some models have: its strict mode does not (github.com/microsoft/onnxruntime/issues/29034). Memory grows by what is
-    asked for: by powers of two, up to half of it would lie idle in each of the sessions.
+    Before 1.27, norms of sums squared float16 in float16. They then gave zeros for rows with values beyond about
+    10,000, which some models have. The strict mode does not (github.com/microsoft/onnxruntime/issues/29034). Memory
+    grows by the requested amount: by powers of two, up to half of it would be unused in each session.
     """
     chosen = {"arena_extend_strategy": "kSameAsRequested"}
     if cuda_graph:
@@ -314,7 +315,8 @@ def tied_table(bundle: Bundle, decoder: ir.Model) -> Table | None:
 
 
 def view(owner: OrtValue) -> OrtValue:
-    """The same memory, as long as `owner` lives. onnxruntime 1.23 has OrtValue.from_dlpack only inside."""
+    """Another view of the same memory, valid as long as `owner` lives. onnxruntime 1.23 has OrtValue.from_dlpack only
+    internally."""
     inner: Any = owner._ortvalue
     return load_onnxruntime().OrtValue(type(inner).from_dlpack(inner.to_dlpack()))
 
@@ -327,7 +329,8 @@ def pixel_bounds(scaling: Scaling) -> npt.NDArray[np.float64]:
 
 
 def take_float32(vision: ir.Model) -> None:
-    """Let a vision graph take pixels in float32, and cast them itself: a host takes tens of milliseconds for that."""
+    """Let a vision graph take pixels in float32 and cast them itself. On the host, the cast takes tens of
+    milliseconds."""
     graph = vision.graph
     (pixels,) = [value for value in graph.inputs if value.name == "pixel_values"]
     if pixels.dtype == ir.DataType.FLOAT:
@@ -342,7 +345,7 @@ def take_float32(vision: ir.Model) -> None:
 
 
 def register(library: Path, options: SessionOptions) -> None:
-    """Add a library of custom operators to a session to be opened.
+    """Add a library of custom operators to a session before it is opened.
 
     Raises:
         UserError: there is no such file, or onnxruntime cannot load it.

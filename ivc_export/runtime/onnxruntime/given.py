@@ -10,7 +10,7 @@ from ivc_export.bundle.bundle import Bundle
 
 
 def stand_in(bundle: Bundle, name: str, tensor: ir.LazyTensor) -> ir.ExternalTensor:
-    """What stands in a graph for a weight that is given in memory: what cannot be read from its file."""
+    """A placeholder in a graph for a weight that is passed in memory. It cannot be read from a file."""
     shape, file = [int(extent) for extent in tensor.shape.numpy()], bundle.manifest.embedding.file
     length = int(math.prod(shape) * tensor.dtype.itemsize)
     end = (bundle.folder / file).stat().st_size

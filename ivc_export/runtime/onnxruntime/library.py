@@ -13,7 +13,7 @@ SILENT = 4
 
 @cache
 def load_onnxruntime() -> Any:
-    """The module, which writes nothing by itself.
+    """Import onnxruntime, and stop it from writing to standard error.
 
     Raises:
         UserError: it is not installed, or cannot be imported.
@@ -31,10 +31,10 @@ def load_onnxruntime() -> Any:
 
 
 def grow_exactly() -> None:
-    """Let the memory of values that no session owns, as weights, grow on a GPU by what is asked for.
+    """Let GPU memory for values that no session owns, such as weights, grow by the requested amount.
 
-    By powers of two, as by default, up to 1 GB of it would lie idle. onnxruntime says this inside alone, and not at all
-    where it is built without CUDA: then memory stays as it was.
+    By default it grows by powers of two, and up to 1 GB would be unused. onnxruntime offers this option only
+    internally, and not if it is built without CUDA. Then nothing changes.
     """
     load_onnxruntime()
     from onnxruntime.capi import _pybind_state

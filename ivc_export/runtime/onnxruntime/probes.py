@@ -38,7 +38,8 @@ from ivc_export.selection.operators import SELECTIONS
 
 
 def portable_times(session: Session, plan: Run) -> SelectionTimes:
-    """On onnxruntime's CPU provider, as OnnxSession lowers graphs; a decode step runs both nodes on one row."""
+    """Times on onnxruntime's CPU provider, with graphs lowered as in OnnxSession. A decode step runs both nodes on one
+    row."""
     m = session.bundle.manifest
     models = {}
     for name in ("prefix", "decoder"):
@@ -56,7 +57,7 @@ def portable_times(session: Session, plan: Run) -> SelectionTimes:
 
 
 def fused_times(session: Session, plan: Run, rows: int) -> SelectionTimes:
-    """On the provider of a FusedSession, over caches of `rows` rows; its decode steps choose nothing."""
+    """Times on the provider of a FusedSession, over caches of `rows` rows. Its decode steps select nothing."""
     assert isinstance(session, FusedSession)
     library, lowering, provider = session.op_library, session.lowering, session.device
     chooses = {node.op_type for node in session.bundle.graph("prefix").graph} & {*SELECTIONS}
@@ -70,7 +71,7 @@ def fused_times(session: Session, plan: Run, rows: int) -> SelectionTimes:
 
 
 def onnxruntime_ceilings(device: Provider, dtype: FloatName) -> Ceilings:
-    """By onnxruntime's operators Neg and MatMul."""
+    """The limits by onnxruntime's operators Neg and MatMul."""
     onnxruntime, (side, size), element = load_onnxruntime(), SIZES[device], FLOATS[dtype].numpy
 
     def timed(op_type: str, shape: tuple[int, ...], inputs: int) -> float:
@@ -102,7 +103,7 @@ class Timed:
         self.session: Any = onnxruntime.InferenceSession(content, options, providers=[PROVIDERS[provider]])
 
     def seconds(self, feeds: Mapping[str, npt.NDArray[Any]], sizes: Mapping[str, int]) -> float:
-        """Median of some runs on `feeds`, and on random values for inputs that these lack."""
+        """Median of some runs on `feeds`, with random values for missing inputs."""
         generator = np.random.default_rng(0)
         binding, held = self.session.io_binding(), []  # a binding does not keep arrays alive
         for tensor in self.session.get_inputs():

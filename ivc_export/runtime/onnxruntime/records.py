@@ -17,61 +17,61 @@ NO_CUDA_GRAPH = "decode steps run without a CUDA graph, which is slower: a newer
 
 
 def open_cpu(bundle: Bundle, **options: Any) -> Session:
-    """As OnnxSession, but at the level of packed weights that is faster, unless told otherwise."""
+    """Open an OnnxSession. Unless the caller names a level, packed weights are multiplied at the faster level."""
     from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 
     return OnnxSession(bundle, **({"accuracy_level": FAST} | options))
 
 
 def check_cpu(bundle: Bundle, **options: Any) -> None:
-    """As cpu.check_dtype."""
+    """See cpu.check_dtype."""
     from ivc_export.runtime.onnxruntime.cpu import check_dtype
 
     check_dtype(bundle, options.get("dtype", "float32"), options.get("accuracy_level", 0))
 
 
 def before_cpu(bundle: Bundle) -> str | None:
-    """As cpu.widening_note."""
+    """See cpu.widening_note."""
     from ivc_export.runtime.onnxruntime.cpu import widening_note
 
     return widening_note(bundle)
 
 
 def after_cpu(session: Session) -> str | None:
-    """As cpu.level_note."""
+    """See cpu.level_note."""
     from ivc_export.runtime.onnxruntime.cpu import level_note
 
     return level_note(session)
 
 
 def open_cuda(bundle: Bundle, **options: Any) -> Session:
-    """As FusedSession."""
+    """See FusedSession."""
     from ivc_export.runtime.onnxruntime.cuda import FusedSession
 
     return FusedSession(bundle, **options)
 
 
 def open_cuda_shown(bundle: Bundle, **options: Any) -> Session:
-    """As ShownSession."""
+    """See ShownSession."""
     from ivc_export.runtime.onnxruntime.shown import ShownSession
 
     return ShownSession(bundle, **options)
 
 
 def after_cuda(session: Session) -> str | None:
-    """Whether decode steps are captured."""
+    """A remark on whether decode steps are captured."""
     return None if getattr(session, "cuda_graph", True) else NO_CUDA_GRAPH
 
 
 def time_portable(session: Session, plan: Run, rows: int) -> SelectionTimes:
-    """As probes.portable_times."""
+    """See probes.portable_times."""
     from ivc_export.runtime.onnxruntime.probes import portable_times
 
     return portable_times(session, plan)
 
 
 def time_fused(session: Session, plan: Run, rows: int) -> SelectionTimes:
-    """As probes.fused_times."""
+    """See probes.fused_times."""
     from ivc_export.runtime.onnxruntime.probes import fused_times
 
     return fused_times(session, plan, rows)

@@ -16,7 +16,7 @@ from ivc_export.errors import UserError
 
 @cache
 def functions(library: Path) -> ctypes.CDLL:
-    """The library's own, which onnxruntime has loaded already."""
+    """The library's own functions. onnxruntime has loaded the library already."""
     found = ctypes.CDLL(str(library.resolve()))
     found.ivcSharedMemory.restype = ctypes.c_void_p
     found.ivcSharedMemory.argtypes = [ctypes.c_size_t]
@@ -25,10 +25,10 @@ def functions(library: Path) -> ctypes.CDLL:
 
 
 def shared_array(library: Path, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """Zeros in such memory, which is given back with the last view of them.
+    """Zeros in such memory. It is freed with the last view of them.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such memory left.
     """
     size = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
     address = functions(library).ivcSharedMemory(size)

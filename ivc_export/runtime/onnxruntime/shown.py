@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class ShownSession(FusedSession):
-    """A FusedSession whose prefills show every tensor that passes between the graphs, copied from the device.
+    """A FusedSession whose prefill Steps have every tensor between the graphs, copied from the device.
 
-    Keys and values are the rows of this run in the caches, before and after compaction; those of decode steps stay on
-    the device, whose logits are shown alone.
+    Keys and values are this run's rows in the caches, before and after compaction. Those of decode steps stay on the
+    device; only their logits are copied.
     """
 
     def converse(
@@ -33,7 +33,7 @@ class ShownSession(FusedSession):
 
 
 class ShownConversation(FusedConversation):
-    """As FusedConversation, with the contract's tensors in Step.prefix and Step.decoder of a prefill."""
+    """A FusedConversation with the contract's tensors in Step.prefix and Step.decoder of a prefill."""
 
     def _shown(self, plan: Run, kept: int, prefix: Values) -> tuple[Arrays, Arrays]:
         below, above = super()._shown(plan, kept, prefix)

@@ -52,7 +52,7 @@ def rows_graph(dtype: ir.DataType) -> ir.Model:
 
 
 class Made:
-    """Nodes and initializers of a graph to be."""
+    """Nodes and initializers of a graph that is being made."""
 
     def __init__(self) -> None:
         self.nodes: list[ir.Node] = []
@@ -76,7 +76,7 @@ class Made:
         return self.initializers[-1]
 
     def model(self, name: str, inputs: list[ir.Value], output: ir.Value) -> ir.Model:
-        """The whole."""
+        """The finished model."""
         graph = ir.Graph(
             inputs,
             [output],

@@ -24,9 +24,10 @@ Place = Callable[[npt.NDArray[Any]], "OrtValue"]
 
 @dataclass(frozen=True)
 class PictureRows:
-    """A picture's rows of `inputs_embeds`, where vision writes `image_embeds`, or of another input of prefix.
+    """A picture's rows of `inputs_embeds`, to which vision writes `image_embeds`, or of another input of prefix.
 
-    embeds: [1, rows, hidden], of `dtype`. start: the first of `count` rows. frames: that vision takes the picture in.
+    embeds: [1, rows, hidden], of `dtype`. start: the first of `count` rows. frames: in how many frames vision takes the
+    picture.
     """
 
     embeds: OrtValue
@@ -37,12 +38,12 @@ class PictureRows:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of vision's output, [frames, visual, hidden]."""
+        """Shape of vision's output, [frames, visual, hidden]."""
         return (self.frames, self.count // self.frames, self.embeds.shape()[2])
 
     @property
     def address(self) -> int:
-        """Of the first row."""
+        """Address of the first row."""
         row: int = self.embeds.shape()[2] * np.dtype(self.dtype).itemsize
         return int(self.embeds.data_ptr()) + self.start * row
 
@@ -54,10 +55,10 @@ class PictureRows:
 
 @dataclass
 class DeviceCache:
-    """Keys and values of all layers in buffers of `capacity` rows; the layers that are compacted have a second set.
+    """Keys and values of all layers in buffers of `capacity` rows. Layers that are compacted have a second set.
 
-    length: valid rows. whole: layers that keep every row, which have `whole_length` of them. grows: whether its
-    conversation takes a larger one when this is full.
+    length: valid rows. whole: layers that keep every row; they have `whole_length` valid rows. grows: whether its
+    conversation takes a larger cache when this one is full.
     """
 
     capacity: int
@@ -81,12 +82,12 @@ class DeviceCache:
 
     @staticmethod
     def empty(m: Manifest) -> DeviceCache:
-        """No rows, and no memory, of a cache that grows."""
+        """A cache that grows, without rows and without memory."""
         return DeviceCache(0, {}, {}, whole_layers(m), grows=True)
 
     @staticmethod
     def row_bytes(m: Manifest, dtype: FloatName) -> int:
-        """What a row takes in all buffers."""
+        """Bytes of one row in all buffers."""
         layers = m.decoder.layers + len(compacted(m)) // 2  # keys and values each
         return layers * m.decoder.row_values * np.dtype(dtype).itemsize
 
@@ -95,34 +96,34 @@ class DeviceCache:
         return {TensorName.of(name).to("past"): value for name, value in self.current.items()}
 
     def outputs(self) -> Values:
-        """present_key.i and present_value.i in place, and compact_key.i and compact_value.i to the second set."""
+        """present_key.i and present_value.i in place, and compact_key.i and compact_value.i in the second set."""
         compact = {TensorName.of(name).to("compact"): value for name, value in self.spare.items()}
         return compact | {TensorName.of(name).to("present"): value for name, value in self.current.items()}
 
     def swap(self) -> None:
-        """Take the compacted buffers for the current ones."""
+        """Make the compacted buffers the current ones."""
         self.swapped = not self.swapped
         for name, value in self.spare.items():
             self.spare[name], self.current[name] = self.current[name], value
 
     def index(self, keep_index: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """cache_index int32 [capacity] for rows of a run to keep: see contract.graphs.in_place_info."""
+        """cache_index int32 [capacity] for the kept rows of a run: see contract.graphs.in_place_info."""
         found = np.arange(self.capacity, dtype=np.int32)
         found[self.length : self.length + len(keep_index)] = self.length + keep_index
         return found
 
     def clear(self) -> None:
-        """Begin anew, in the buffers that were current at first, whose decode step may have been captured.
+        """Start again, in the buffers that were current at first: their decode step may have been captured.
 
-        Old rows stay: attention gives rows that are not valid a weight of 0, and 0 times a finite number is 0; they are
-        finite since buffers begin with zeros and get keys and values alone.
+        Old rows stay. Attention gives invalid rows a weight of 0, and 0 times a finite number is 0. All rows are
+        finite, because buffers start with zeros and get only keys and values.
         """
         self.length = self.whole_length = 0
         if self.swapped:
             self.swap()
 
     def take_over(self, smaller: DeviceCache) -> None:
-        """Begin with another cache's rows, which pass through the host."""
+        """Start with another cache's rows, which pass through the host."""
         for name, value in smaller.current.items():
             old = value.numpy()
             rows = np.zeros(self.current[name].shape(), old.dtype)
@@ -132,7 +133,7 @@ class DeviceCache:
 
     @property
     def room(self) -> int | None:
-        """Rows that every layer still takes; None where the cache grows."""
+        """How many rows every layer still takes. None if the cache grows."""
         return None if self.grows else self.capacity - max(self.lengths(0).values())
 
     @property
@@ -146,7 +147,7 @@ class DeviceCache:
         return int(rows * values * (2 if "float16" in layer[0].data_type() else 4))
 
     def lengths(self, rows: int) -> dict[str, int]:
-        """Valid rows with `rows` more, by the suffix of a length's name: "", or ".0" for layer 0 kept whole."""
+        """Valid rows plus `rows`, by the suffix of a length's name: "", or ".0" for layer 0 kept whole."""
         return {"": self.length + rows} | dict.fromkeys(self.whole, self.whole_length + rows)
 
 
@@ -164,9 +165,9 @@ def whole_layers(m: Manifest) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class HostStep:
-    """What a decode step begins and ends with, in host memory that the device reads and writes as well.
+    """The inputs and results of a decode step, in host memory that the device also reads and writes.
 
-    row is there only where the embedding table is not on the device. See lowering.onnxruntime.host_steps.
+    row exists only if the embedding table is not on the device. See lowering.onnxruntime.host_steps.
     """
 
     step: npt.NDArray[np.int32]
@@ -177,13 +178,13 @@ class HostStep:
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """By the inputs' names."""
+        """The arrays by the inputs' names."""
         found = {"step": self.step, "wanted": self.wanted, "best": self.best, "told": self.told}
         return found | ({} if self.row is None else {"row": self.row})
 
     @staticmethod
     def make(m: Manifest, dtype: FloatName, gathered: bool, shared: Callable[..., npt.NDArray[Any]]) -> HostStep:
-        """Zeros. shared: makes them, of a shape and a type. gathered: whether rows come from a table."""
+        """Make it of zeros. shared: makes memory of a shape and a type. gathered: whether rows come from a table."""
         lengths = 1 + bool(whole_layers(m))
         return HostStep(
             shared((1 + len(m.rotary.sections) + lengths,), np.int32),
@@ -196,10 +197,10 @@ class HostStep:
 
 @dataclass
 class Workspace:
-    """Memory of one conversation: caches, and a decode step's other inputs and its logits, at addresses that stay.
+    """Memory of one conversation at fixed addresses: caches, a decode step's other inputs, and its logits.
 
-    host: the other inputs where they are the host's. bindings: of decode steps over both, and numbers of their captured
-    CUDA graphs, by DeviceCache.swapped: each set of buffers has its own.
+    host: the other inputs if they are in host memory. bindings: of decode steps over both, and numbers of their
+    captured CUDA graphs, by DeviceCache.swapped: each set of buffers has its own.
     """
 
     cache: DeviceCache
@@ -210,7 +211,7 @@ class Workspace:
 
     @staticmethod
     def make(m: Manifest, capacity: int, dtype: FloatName, place: Place, host: HostStep | None = None) -> Workspace:
-        """Zeroed memory."""
+        """Make it with zeroed memory."""
         cache = DeviceCache.make(m, capacity, dtype, place)
         logits = place(np.zeros((1, 1, m.decoder.vocab_size), np.float32))
         if host is not None:

@@ -18,7 +18,8 @@ OUT_OF_MEMORY = 2
 
 
 class Device(Protocol):
-    """What a session needs of a device. Copies and clearing are ordered on `stream`; addresses are plain integers."""
+    """The operations that a session needs of a device. Copies and clearing are ordered on `stream`; addresses are
+    integers."""
 
     stream: int
 
@@ -27,11 +28,11 @@ class Device(Protocol):
         ...
 
     def free(self, address: int) -> None:
-        """Give back what `allocate` gave, once the stream no longer uses it."""
+        """Free memory of `allocate`, once the stream no longer uses it."""
         ...
 
     def upload(self, address: int, array: npt.NDArray[Any]) -> None:
-        """Copy a contiguous array to the device; it may be changed afterwards."""
+        """Copy a contiguous array to the device. The array may be changed afterwards."""
         ...
 
     def download(self, address: int, array: npt.NDArray[Any]) -> None:
@@ -43,7 +44,7 @@ class Device(Protocol):
         ...
 
     def copy_blocks(self, target: int, target_step: int, source: int, source_step: int, size: int, count: int) -> None:
-        """Copy `count` blocks of `size` bytes, which begin `target_step` and `source_step` bytes apart."""
+        """Copy `count` blocks of `size` bytes. They begin `target_step` and `source_step` bytes apart."""
         ...
 
     def synchronize(self) -> None:
@@ -51,11 +52,11 @@ class Device(Protocol):
         ...
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """What the device takes for what `work` puts on the stream, from rest to rest."""
+        """Device time of the work that `work` puts on the stream, from idle to idle."""
         ...
 
     def capture(self, work: Callable[[], object]) -> Callable[[], object] | None:
-        """What puts on the stream, in one launch, all that `work` would; None where that cannot be captured."""
+        """A function that puts all the work of `work` on the stream in one launch. None if it cannot be captured."""
         ...
 
 
@@ -89,10 +90,10 @@ class CudaDevice:
             )
 
     def allocate(self, size: int) -> int:
-        """As Device.allocate.
+        """See Device.allocate.
 
         Raises:
-            UserError: the device has not so much memory left, or does not work.
+            UserError: the device does not have so much memory left, or does not work.
         """
         status, address = self._runtime.cudaMalloc(size)
         if int(status) == OUT_OF_MEMORY:
@@ -163,7 +164,7 @@ class CudaDevice:
 
 
 class CudaGraph:
-    """A captured graph, given back with this object."""
+    """A captured graph. It is freed with this object."""
 
     def __init__(self, runtime: Any, runnable: Any, stream: int) -> None:
         self._runtime, self._runnable, self._stream = runtime, runnable, stream
@@ -183,7 +184,7 @@ class CudaGraph:
 
 
 def median_seconds(device: Device, start: Callable[[], object], rounds: int, runs: int) -> float:
-    """Seconds of the device for one run that `start` puts on its stream: the median of rounds of `runs` in a row."""
+    """Device seconds of one run that `start` puts on its stream: the median of rounds of `runs` runs."""
 
     def row() -> None:
         for _ in range(runs):
@@ -193,14 +194,14 @@ def median_seconds(device: Device, start: Callable[[], object], rounds: int, run
 
 
 class Buffers:
-    """Named memory on a device that grows as needed, and is given back with this object."""
+    """Named memory on a device. It grows as needed, and is freed with this object."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._held: dict[str, tuple[int, int]] = {}
 
     def get(self, name: str, size: int) -> int:
-        """The address of at least `size` bytes; those of a grown buffer are zero, and at another address."""
+        """The address of at least `size` bytes. A buffer that grew is zero, and at another address."""
         address, held = self._held.get(name, (0, 0))
         if address == 0 or held < size:
             if address:
@@ -213,7 +214,7 @@ class Buffers:
 
     @property
     def nbytes(self) -> int:
-        """All memory held."""
+        """Size of all memory held, in bytes."""
         return sum(held for _, held in self._held.values())
 
     def __del__(self) -> None:

@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in device memory, or in the host's where TensorRT reads a shape from it."""
+    """A tensor in device memory, or in host memory if TensorRT reads a shape from it."""
 
     address: int
     shape: tuple[int, ...]
@@ -47,10 +47,10 @@ class Tensor:
 class Engine:
     """One engine and an execution context for each of its profiles.
 
-    info: the graph that it was built from, whose tensors it must have; None for one that belongs to no bundle.
+    info: the graph from which it was built, whose tensors it must have; None for an engine that belongs to no bundle.
 
     Raises:
-        UserError: TensorRT does not load it, or it is another graph's.
+        UserError: TensorRT cannot load it, or it is of another graph.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Engine:
         self.contexts = dict(zip(profiles, contexts, strict=True))
 
     def _check(self, info: GraphInfo, path: Path) -> None:
-        """Compare its tensors with the graph's: what it reads, all that it gives, their kinds and known extents."""
+        """Compare its tensors with the graph's: inputs that it reads, all outputs, their types and known sizes."""
         wanted = {tensor.name: tensor for tensor in (*info.inputs, *info.outputs)}
         strange = {*self._inputs} - {t.name for t in info.inputs} or {*self._outputs} ^ {t.name for t in info.outputs}
         for name in self.dtypes:
@@ -112,15 +112,15 @@ class Engine:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Their names."""
+        """Names of its outputs."""
         return tuple(self._outputs)
 
     def inputs(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of its inputs, -1 where the extent is a run's."""
+        """Shapes of its inputs, with -1 for sizes that a run decides."""
         return {name: tuple(self._engine.get_tensor_shape(name)) for name in self._inputs}
 
     def use_scratch(self, address: int) -> None:
-        """Let all contexts work in the same memory, `scratch` bytes of it: they run one after the other."""
+        """Let all contexts share `scratch` bytes of memory: they run one after the other."""
         for context in self.contexts.values():
             if hasattr(context, "set_device_memory"):
                 context.set_device_memory(address, self.scratch)
@@ -136,14 +136,14 @@ class Engine:
         extents: Mapping[str, int] | None = None,
         bound: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Start a run, and return its outputs, which lie in `buffers` under `place`. Does not wait for it.
+        """Start a run, and return its outputs, which are in `buffers` under `place`. It does not wait for the run.
 
-        inputs: by name; those that the engine does not read are left out. extents: of the graph's symbolic axes, which
-        outputs must have; those of other axes are the engine's to say. bound: outputs that lie where the caller says.
+        inputs: by name; those that the engine does not read are left out. extents: sizes of the graph's symbolic axes,
+        which outputs must have; the engine decides the others. bound: outputs at addresses that the caller chose.
 
         Raises:
-            UserError: an input does not fit the engine's profile, or an output not the graph, or TensorRT cannot run
-                it.
+            UserError: an input does not fit the engine's profile, an output does not fit the graph, or TensorRT cannot
+                run it.
         """
         context = self.contexts[profile]
         for name in self._inputs:
@@ -167,7 +167,7 @@ class Engine:
         return outputs
 
     def _shape(self, context: Any, name: str, extents: Mapping[str, int]) -> tuple[int, ...]:
-        """An output's shape, once all inputs are set: known, and the graph's."""
+        """An output's shape, once all inputs are set. It must be known and equal the graph's."""
         try:
             shape = tuple(context.get_tensor_shape(name))
         except ValueError:  # TensorRT's Dims of no known rank have a length of -1
@@ -183,10 +183,10 @@ class Engine:
 
 
 def check_hand_over(engines: Mapping[GraphName, Engine]) -> None:
-    """Check that what goes from engine to engine as bytes is of one dtype on both sides.
+    """Check that tensors that go from engine to engine as bytes have one dtype on both sides.
 
     Raises:
-        UserError: it is not: the engines were not built together.
+        UserError: they have not, so the engines were not built together.
     """
     found: dict[str, tuple[str, np.dtype[Any]]] = {}
     for engine in engines.values():

@@ -43,7 +43,7 @@ RUNS = 20
 
 
 def open_engine(session: TensorrtSession, model: ir.Model, profiles: Mapping[str, Extents]) -> Engine:
-    """Build a graph as the session's own engines were built, and open it; nothing is written to the bundle.
+    """Build a graph in the same way as the session's engines, and open it. Nothing is written to the bundle.
 
     Raises:
         UserError: TensorRT refuses it.
@@ -57,7 +57,7 @@ def open_engine(session: TensorrtSession, model: ir.Model, profiles: Mapping[str
 
 
 class EngineParts:
-    """Selection and compaction as engines, built as a session's own were.
+    """Selection and compaction as engines, built in the same way as a session's.
 
     Raises:
         UserError: TensorRT refuses one of them.
@@ -82,7 +82,7 @@ class EngineParts:
             engine.use_scratch(scratch)
 
     def seconds(self, name: str, stage: str, feeds: Mapping[str, npt.NDArray[Any]], sizes: Mapping[str, int]) -> float:
-        """Of one run on `feeds`, and on random values for inputs that these lack, in the profile `stage`."""
+        """Seconds of one run on `feeds`, with random values for missing inputs, in the profile `stage`."""
         engine, generator = self.engines[name], np.random.default_rng(0)
         inputs = {}
         for tensor, shape in engine.inputs().items():
@@ -106,7 +106,7 @@ PARTS: WeakKeyDictionary[Session, EngineParts] = WeakKeyDictionary()
 
 
 def engine_times(session: Session, plan: Run) -> SelectionTimes:
-    """On TensorRT, by events; a decode step runs both engines' nodes on one row. Caches take no part in that."""
+    """Times on TensorRT, by events. A decode step runs both engines' nodes on one row, without caches."""
     assert isinstance(session, TensorrtSession)
     if session not in PARTS:
         PARTS[session] = EngineParts(session)
@@ -126,7 +126,7 @@ PRODUCTS: WeakKeyDictionary[TensorrtSession, Engine] = WeakKeyDictionary()
 
 
 def tensorrt_ceilings(session: Session) -> Ceilings:
-    """By a copy within the device, and by an engine of one MatMul in the dtype of the session's engines."""
+    """The limits by a copy within the device, and by an engine of one MatMul in the dtype of the session's engines."""
     assert isinstance(session, TensorrtSession)
     (side, size), device = SIZES["cuda"], session.device
 

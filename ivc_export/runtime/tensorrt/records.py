@@ -13,28 +13,28 @@ from ivc_export.runtime.tolerances import FLOAT32, TENSORRT_BFLOAT16, TENSORRT_F
 
 
 def open_tensorrt(bundle: Bundle, **options: Any) -> Session:
-    """As TensorrtSession."""
+    """See TensorrtSession."""
     from ivc_export.runtime.tensorrt.session import TensorrtSession
 
     return TensorrtSession(bundle, "tensorrt", **options)
 
 
 def open_rtx(bundle: Bundle, **options: Any) -> Session:
-    """As TensorrtSession, for TensorRT-RTX."""
+    """See TensorrtSession; for TensorRT-RTX."""
     from ivc_export.runtime.tensorrt.session import TensorrtSession
 
     return TensorrtSession(bundle, "tensorrt-rtx", **options)
 
 
 def time_engines(session: Session, plan: Run, rows: int) -> SelectionTimes:
-    """As probes.engine_times."""
+    """See probes.engine_times."""
     from ivc_export.runtime.tensorrt.probes import engine_times
 
     return engine_times(session, plan)
 
 
 def ceilings(session: Session) -> Ceilings:
-    """As probes.tensorrt_ceilings."""
+    """See probes.tensorrt_ceilings."""
     from ivc_export.runtime.tensorrt.probes import tensorrt_ceilings
 
     return tensorrt_ceilings(session)

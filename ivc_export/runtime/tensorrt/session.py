@@ -28,15 +28,15 @@ from ivc_export.tensorrt.store import find_engines
 class TensorrtSession:
     """A bundle's engines for this TensorRT and GPU, as ivc-build made them.
 
-    target: "tensorrt" or "tensorrt-rtx". plugin: the library of the operators that the engines call, which must be the
-    one that they were built with; it is loaded because the caller names it, never because a bundle does.
-    device: None takes the current CUDA device.
+    target: "tensorrt" or "tensorrt-rtx". plugin: the library whose operators the engines call. It must be the one with
+    which they were built. It is loaded because the caller names it, never because a bundle does. device: None takes the
+    current CUDA device.
 
-    Conversations of several threads take turns, a run at a time; see Session.
+    Conversations of several threads take turns, one run at a time; see Session.
 
     Raises:
-        UserError: TensorRT is missing, or there are no engines for it and this GPU, or they are stale, or call another
-            plugin.
+        UserError: TensorRT is missing, or there are no engines for it and this GPU, or they are outdated, or call
+            another plugin.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class TensorrtSession:
         return TensorrtConversation(self, ratio, method)
 
     def put(self, place: str, name: str, array: Array, dtype: np.dtype[Any]) -> Tensor:
-        """Copy an array to the device, where it stays until another takes its place.
+        """Copy an array to the device. It stays there until another one replaces it.
 
         Raises:
             UserError: values do not fit `dtype`.
@@ -115,9 +115,10 @@ class TensorrtSession:
         return tensor
 
     def fetched(self, place: str, tensors: Mapping[str, Tensor]) -> Fetched[Tensor]:
-        """Outputs of the newest run in `place`, to be looked at before the next one there; hidden_states at full scale.
+        """Outputs of the newest run in `place`. They must be read before the next run there. hidden_states are at full
+        scale.
 
-        The mapping raises RuntimeError where that has begun.
+        After the next run has begun, the mapping raises RuntimeError.
         """
         number = self._runs[place]
 
@@ -139,7 +140,7 @@ class TensorrtSession:
         return Fetched(tensors, fetch)
 
     def begin(self, place: str) -> None:
-        """Begin a run in `place`: the tensors of the one before are no longer to be had."""
+        """Begin a run in `place`. The tensors of the run before can no longer be read."""
         self._runs[place] = self._runs.get(place, 0) + 1
 
 
@@ -168,9 +169,9 @@ class EngineCache:
         """Outputs of the decoder engine that are caches."""
 
     def inputs(self) -> dict[str, Tensor]:
-        """past_key.i and past_value.i of all layers: the buffers, or, before a first run, nothing of them.
+        """past_key.i and past_value.i of all layers: the buffers, or 0 rows of them before the first run.
 
-        Those that an engine writes to are whole from the beginning.
+        Buffers that an engine writes to are always given whole.
         """
         rows = self.capacity if self.length or self.written else 0
         places = {TensorName.of(name).to("past"): address for name, address in self._addresses.items()}
@@ -184,9 +185,9 @@ class EngineCache:
         return {"past_length": self.length} | {f"past_length.{layer}": self.whole_length for layer in self.whole}
 
     def append(self, outputs: Mapping[str, Tensor], kept: int, rows: int) -> None:
-        """Append what prefix and decoder gave: `compact_*` of the layers that have it, `new_*` of the others.
+        """Append the outputs of prefix and decoder: `compact_*` for layers that have it, `new_*` for the others.
 
-        What the engines have written themselves is there.
+        Rows that the engines wrote themselves are there already.
         """
         for name, address in self._addresses.items():
             cache = TensorName.of(name)
@@ -201,9 +202,9 @@ class EngineCache:
         self.whole_length += rows
 
     def shown(self, decoder: Mapping[str, Tensor], cut: int, kept: int) -> dict[str, Tensor]:
-        """The decoder's outputs by the contract's names: this run's rows of caches in the place of the caches.
+        """The decoder's outputs by the contract's names, with this run's rows of caches instead of the caches.
 
-        cut: the first layer that sees kept rows alone. To be asked for before the rows are counted.
+        cut: the first layer that has only kept rows. Call it before the rows are counted.
         """
         found = {}
         for name, tensor in decoder.items():
@@ -217,12 +218,12 @@ class EngineCache:
         return found
 
     def clear(self) -> None:
-        """Begin anew. Rows stay, masked."""
+        """Start again. Rows stay, but are masked."""
         self.length = self.whole_length = 0
 
     @property
     def room(self) -> int:
-        """Rows that every layer still takes."""
+        """How many rows every layer still takes."""
         return self.capacity - (self.whole_length if self.whole else self.length)
 
     @property
@@ -234,7 +235,7 @@ class EngineCache:
 
 @dataclass
 class DecodeStep:
-    """A decode step over one cache. places: where its inputs lie; prefix, decoder: what it gives.
+    """A decode step over one cache. places: where its inputs are; prefix, decoder: its outputs.
 
     graph: the CUDA graph that replays it, once that was tried.
     """
@@ -247,10 +248,10 @@ class DecodeStep:
 
 
 class TensorrtConversation(Conversation):
-    """Runs of one session that share a cache; see Conversation, from engine to engine on the device.
+    """Runs of one session that share a cache; see Conversation. Tensors go from engine to engine on the device.
 
-    A step's tensors are copied to the host when they are looked at: those of a prefill until the next prefill of the
-    session, those of a decode step until its next one.
+    A step's tensors are copied to the host when they are read: those of a prefill until the next prefill of the
+    session, those of a decode step until its next decode step.
 
     Raises:
         UserError: the ratio is out of range, or the GPU has no memory for the cache.
@@ -308,7 +309,7 @@ class TensorrtConversation(Conversation):
             return prefix, self._run_decoder(turn, inputs, prefix)
 
     def _decode(self, turn: Turn, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """A decode step: as it is, then captured, and from then on replayed, as long as it lies where it did."""
+        """A decode step: first run directly, then captured, then replayed as long as its addresses stay."""
 
         def run() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             prefix = self._run_prefix(turn, inputs)
@@ -346,10 +347,10 @@ class TensorrtConversation(Conversation):
         return self.session.put(place, name, array, dtype)
 
     def _see(self, turn: Turn, targets: Mapping[str, Tensor]) -> tuple[Mapping[str, Array], ...]:
-        """Run the pictures, and copy what vision gives to their rows of `targets`, which are those of its outputs.
+        """Run vision on the pictures, and copy its outputs to their rows of `targets`, by the outputs' names.
 
-        A video's frames run one by one: an engine for frames of any size has room for one. Returns these for each, also
-        of those that were seen before, whose rows are there.
+        A video's frames run one by one, because an engine for frames of any size takes one. Returns the outputs for
+        each picture, also for those that were seen before.
         """
         session, found = self.session, list[Mapping[str, Array]]()
         for number, picture in enumerate(turn.pictures):

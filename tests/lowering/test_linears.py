@@ -11,16 +11,16 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from ivc_export.checkpoint.weights import Weights
+from ivc_export.checkpoint.weights import Weights, read_values
 from ivc_export.contract.manifest import GraphInfo, TensorInfo
 from ivc_export.graph import activations
 from ivc_export.graph.builder import Graph
 from ivc_export.lowering.fused.activation import activation
-from ivc_export.lowering.fused.linears import FuseLinearsPass
+from ivc_export.lowering.fused.linears import FuseLinearsPass, scaled_row
 
 ROWS = '<ir_version: 8, opset_import: ["" : 17, "ivc" : 1]> g '
 ROWS += "(float[S, 8] x, float[S, 8] r, float16[S, 8] hx) => (float[S, 8] y) {"
-WEIGHTS = {"w": (8, 8), "u": (8, 8), "b": (8,), "n": (8,), "k": (1, 8)}
+WEIGHTS = {"w": (8, 8), "u": (8, 8), "v": (8, 8), "b": (8,), "n": (8,), "k": (1, 8)}
 PACKED: dict[str, npt.NDArray[Any]] = {
     "p": np.zeros((8, 1, 8), np.uint8),
     "hs": np.ones((8, 1), np.float16),
@@ -32,10 +32,10 @@ PACKED: dict[str, npt.NDArray[Any]] = {
 
 
 def fused(body: str) -> list[ir.Node]:
-    """The nodes of a graph of x and r, weights w and u, a bias b and a norm n, after the pass."""
+    """The nodes of a graph of x and r, weights w, u and v, a bias b and a norm n, after the pass."""
     proto = onnx.parser.parse_model(ROWS + body + "}")
-    for name, shape in WEIGHTS.items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
+    for number, (name, shape) in enumerate(WEIGHTS.items()):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.full(shape, number, np.float32), name))
     for name, array in PACKED.items():
         proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     model = ir.serde.deserialize_model(proto)
@@ -57,7 +57,7 @@ def test_a_whole_layer_is_two_nodes() -> None:
         c = Mul (a, h)
         d = Gemm <transB = 1, alpha = 0.25, beta = 0.25> (c, w, b)
         y = Add (r, d)""")
-    assert read(one) == ["x", "w/packed", "n"] and read(two) == [one.outputs[0].name, "w", None, "b/0.25", "r"]
+    assert read(one) == ["x", "w+u/packed", "n"] and read(two) == [one.outputs[0].name, "w", None, "b/0.25", "r"]
     values = {name: attribute.value for name, attribute in one.attributes.items()}
     assert values == {"activation": "swish", "gated": 1, "slope": 1.0, "scale": 1.0, "epsilon": 0.5}
     assert two.attributes["scale"].as_float() == 0.25 and two.outputs[0].name == "y"
@@ -82,6 +82,24 @@ def test_what_something_else_reads_stays(body: str, left: list[str]) -> None:
     assert [node.op_type for node in fused(body) if node.op_type != "FusedLinear"] == left
 
 
+def test_joins_that_begin_alike_are_apart() -> None:
+    nodes = fused("""
+        g = Gemm <transB = 1> (x, w) h = Gemm <transB = 1> (x, u) s = Sigmoid (g) a = Mul (g, s) o = Mul (a, h)
+        i = Gemm <transB = 1> (x, w) j = Gemm <transB = 1> (x, v) t = Sigmoid (i) c = Mul (i, t) d = Mul (c, j)
+        y = Add (o, d)
+    """)
+    weights = [node.inputs[1] for node in nodes]
+    found = {w.name: read_values(w.const_value)[:, 0].tolist() for w in weights if w is not None and w.const_value}
+    assert found == {"w+u/packed": [0] * 8 + [1] * 8, "w+v/packed": [0] * 8 + [2] * 8}
+
+
+def test_rows_times_factors_that_look_alike_are_apart() -> None:
+    model = ir.Model(ir.Graph([], [], nodes=[]), ir_version=8)
+    row = ir.val("b", const_value=ir.tensor(np.ones(2, np.float32), name="b"))
+    one, two = (scaled_row(model.graph, row, factor) for factor in (0.12345678, 0.12345679))
+    assert one.name != two.name
+
+
 def test_a_constant_row_is_a_bias() -> None:
     (node,) = fused("g = Gemm <transB = 1> (x, w) h = Add (g, b) y = Add (h, r)")
     assert read(node) == ["x", "w", None, "b", "r"]
@@ -104,7 +122,7 @@ def test_packed_products_are_one_node_too() -> None:
         f = Mul (hb, hf) d = Add (q, f) t = Add (hx, d) y = Cast <to = 1> (t)""",
     )
     one, two = [node for node in nodes if node.op_type == "FusedLinearInt4"]
-    assert read(one) == ["hx", "p/packed", "hs/packed", None, "hn"]
+    assert read(one) == ["hx", "p+p/packed", "hs+hs/packed", None, "hn"]
     assert read(two) == [one.outputs[0].name, "p", "hs", "z", None, "hb/0.25", "hx"]
     assert (two.attributes["scale"].as_float(), two.attributes["block_size"].as_int()) == (0.25, 16)
     assert one.attributes["gated"].as_int() and [node.op_type for node in nodes][2:] == ["Cast"]

@@ -230,7 +230,11 @@ def test_weights_go_to_the_device_once(stored: FloatName, tmp_path: Path, monkey
         n: v for m in models for n, v in m.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)
     }
     own = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")
-    packed = {f"{name}/packed" for name in weights if name.endswith(own[:2])}
+    packed = {
+        "+".join(name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")) + "/packed"
+        for name in weights
+        if name.endswith(own[:2])
+    }
     assert set(session._weights) == {name for name in weights if not name.endswith(own)} | packed
     assert len(placed) == len(session._weights)
     one = session._weights["model.layers.0.mlp.up_proj.weight"].data_ptr()

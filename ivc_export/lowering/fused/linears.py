@@ -318,12 +318,12 @@ def scaled_row(graph: ir.Graph, row: ir.Value, factor: float) -> ir.Value:
     """A constant times a number, added to the graph."""
     if factor == 1.0:
         return row
-    return derived(graph, [row], f"{row.name}/{factor:g}", lambda parts: parts[0] * parts[0].dtype.type(factor))
+    return derived(graph, [row], f"{row.name}/{factor!r}", lambda parts: parts[0] * parts[0].dtype.type(factor))
 
 
 def stacked(graph: ir.Graph, values: list[ir.Value]) -> ir.Value:
-    """A weight with the rows of several, added to the graph."""
-    return derived(graph, values, f"{values[0].name}/packed", np.concatenate)
+    """A weight with the rows of several, added to the graph. All of them are in its name: others may begin alike."""
+    return derived(graph, values, "+".join(str(value.name) for value in values) + "/packed", np.concatenate)
 
 
 def derived(

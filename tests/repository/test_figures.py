@@ -271,3 +271,10 @@ def test_limits_that_guides_tell_are_those_of_the_code() -> None:
     assert LEAST_SHARE == 0.01 and "Errors below a hundredth of their tolerance count as that hundredth" in checks
     assert f"takes more than {TIMES_FACTOR:g} times as long" in checks
     assert f"tries {len(RANGES)} smaller and larger ranges ({len(SIDES) ** 2} with zero points)" in weights
+
+
+def test_groups_of_32_are_faster_at_level_0() -> None:
+    assert "At level 0 take groups of 32" in page("docs/weights.md")
+    for rows in result("cpu_packed")["rows"].values():
+        small, large = (rows[f"int4, groups of {group}, level 0"]["ms_a_token"] for group in (32, 128))
+        assert small < large

@@ -18,9 +18,9 @@ DtypeName = Literal["float32", "float16", "bfloat16", "int32"]
 
 @dataclass(frozen=True)
 class Dtype:
-    """One dtype, as others call it. stored: safetensors' name; tensorrt: of the member of TensorRT's DataType.
+    """One dtype, with its names elsewhere. stored: in safetensors; tensorrt: the member of TensorRT's DataType.
 
-    short: another name, which options accept. end: the least value that rounds to infinity; 0 where float32 has none.
+    short: another name, for options. end: the least value that rounds to infinity; 0 if float32 has none.
     """
 
     numpy: np.dtype[Any]
@@ -32,7 +32,7 @@ class Dtype:
 
     @property
     def bytes(self) -> int:
-        """Of one value."""
+        """Size of one value in bytes."""
         return self.numpy.itemsize
 
 
@@ -57,14 +57,14 @@ ONNX_FLOATS = frozenset(one.onnx for one in FLOATS.values())
 
 
 def long_name(text: str) -> str:
-    """The name of the float that `text` names: float16 for fp16. What names none stays as it is."""
+    """The full name of the float `text`: float16 for fp16. Other texts stay unchanged."""
     return next((name for name, one in FLOATS.items() if one.short == text), text)
 
 
 def cast(values: npt.NDArray[Any], dtype: np.dtype[Any] | str, what: str, mend: str) -> npt.NDArray[Any]:
-    """`values` in `dtype`, of the same shape; themselves where they are in it. Infinities stay.
+    """`values` in `dtype`, of the same shape. They are returned unchanged if they have that dtype. Infinities stay.
 
-    what, mend: for the sentence: whose values these are, and what to do where they do not fit.
+    what, mend: for the sentence: whose values these are, and what to do if they do not fit.
 
     Raises:
         UserError: finite values would become infinite.

@@ -26,10 +26,10 @@ HALVES = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def check_regular(path: Path, advice: str) -> int:
-    """Check that `path` is a regular file, which reading ends of, and return its size in bytes.
+    """Check that `path` is a regular file, so that reading ends, and return its size in bytes.
 
     Raises:
-        UserError: nothing is there, or a folder, a pipe or a device is, or it cannot be looked at.
+        UserError: there is nothing, or a folder, a pipe or a device, or it cannot be read.
     """
     try:
         status = path.stat()
@@ -43,10 +43,10 @@ def check_regular(path: Path, advice: str) -> int:
 
 
 def confined(folder: Path, name: str, advice: str) -> Path:
-    """The path of what a bundle in `folder` calls `name`, whether or not it is there.
+    """The path of the file `name` of a bundle in `folder`, whether or not it exists.
 
     Raises:
-        UserError: the name, or a link on its way, leaves the folder.
+        UserError: the name, or a link on the way, leaves the folder.
     """
     path = folder / name
     try:
@@ -64,10 +64,10 @@ def confined(folder: Path, name: str, advice: str) -> Path:
 
 
 def read_bytes(path: Path, advice: str, most: int = MOST_BYTES) -> bytes:
-    """The content of a regular file of at most `most` bytes.
+    """Read a regular file of at most `most` bytes.
 
     Raises:
-        UserError: it is none, is larger, or cannot be read.
+        UserError: it is not such a file, is larger, or cannot be read.
     """
     size = check_regular(path, advice)
     if size > most:
@@ -80,7 +80,7 @@ def read_bytes(path: Path, advice: str, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(path: Path, advice: str, most: int = MOST_BYTES) -> str:
-    """The content of a regular file of UTF-8 text.
+    """Read a regular file of UTF-8 text.
 
     Raises:
         UserError: see read_bytes; or it is not UTF-8.
@@ -92,7 +92,7 @@ def read_text(path: Path, advice: str, most: int = MOST_BYTES) -> str:
 
 
 def read_json(path: Path, advice: str, most: int = MOST_BYTES) -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Raises:
         UserError: see read_text and parse_json.
@@ -101,10 +101,10 @@ def read_json(path: Path, advice: str, most: int = MOST_BYTES) -> Any:
 
 
 def read_object(path: Path, advice: str, most: int = MOST_BYTES) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read a JSON file with an object.
 
     Raises:
-        UserError: see read_json; or it holds something else.
+        UserError: see read_json; or it has another value.
     """
     content = read_json(path, advice, most)
     if not isinstance(content, dict):
@@ -118,7 +118,7 @@ def parse_json(text: str | bytes, what: str, advice: str) -> Any:
     what: names the text in errors.
 
     Raises:
-        UserError: it is no JSON, is nested deeper, holds halves of characters, or does not fit into memory.
+        UserError: it is not JSON, is nested deeper, has halves of characters, or does not fit into memory.
     """
     try:
         content = json.loads(text)
@@ -139,13 +139,13 @@ def parse_json(text: str | bytes, what: str, advice: str) -> Any:
 
 
 def parts(value: Any) -> list[Any]:
-    """What of a list's or an object's values is itself a list or an object."""
+    """The values of a list or an object that are lists or objects themselves."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [part for part in inner if isinstance(part, dict | list)]
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file in one step, in the place of what is called `path`, which is never followed or half-written.
+    """Write a file in one step. It replaces `path` itself, never the target of a link, and is never half-written.
 
     Raises:
         OSError: nothing can be written there.

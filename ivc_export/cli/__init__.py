@@ -34,10 +34,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class PlainConsole(Console):
-    """A console that tells run_command of a reader that left, where rich would exit with 1, which ivc-check means."""
+    """A console that tells run_command if its reader has left. rich would exit with 1, which has another meaning for
+    ivc-check."""
 
     def on_broken_pipe(self) -> None:
-        """Go on with the exception that rich handles.
+        """Raise the exception that rich handles.
 
         Raises:
             BrokenPipeError: always.
@@ -46,15 +47,15 @@ class PlainConsole(Console):
 
 
 def make_console(stderr: bool = True, quiet: bool = False) -> Console:
-    """A console that prints text as it is: no wrapping, no colours of its own, no emoji out of a path."""
+    """A console that prints text unchanged: no wrapping, no colours of its own, no emoji from a path."""
     return PlainConsole(stderr=stderr, soft_wrap=True, highlight=False, emoji=False, quiet=quiet)
 
 
 def check_output(path: Path) -> None:
-    """Refuse, before any work, a file that cannot be written.
+    """Check, before any work, that a file can be written.
 
     Raises:
-        UserError: its folder is missing, or a folder stands in its place, or permissions forbid it.
+        UserError: its folder is missing, a folder is in its place, or permissions forbid it.
     """
     folder = path.absolute().parent
     if not folder.is_dir():
@@ -66,12 +67,12 @@ def check_output(path: Path) -> None:
 
 
 def run_command(name: str, arguments: Sequence[str] | None, **more: str) -> int:
-    """Run `command` of ivc_export.cli.`name` on `arguments`, or the process's own, and return its exit code.
+    """Run `command` of ivc_export.cli.`name` on `arguments`, or on the process's own, and return its exit code.
 
     more: other arguments of that function.
 
-    What the user can mend becomes one sentence on standard error and exit code 2, Ctrl-C exit code 130; the signals
-    that ask a process to end are met as Ctrl-C is, with exit codes 143 (SIGTERM) and 129 (SIGHUP).
+    A problem that the user can fix becomes one sentence on standard error and exit code 2. Ctrl-C gives exit code 130.
+    Signals that end a process are handled as Ctrl-C is, with exit codes 143 (SIGTERM) and 129 (SIGHUP).
     """
     handlers = {number: signal.signal(number, end) for number in ENDING if signal.getsignal(number) == signal.SIG_DFL}
     for stream in (sys.stdout, sys.stderr):
@@ -110,7 +111,7 @@ def run_command(name: str, arguments: Sequence[str] | None, **more: str) -> int:
 
 
 def tell(sentence: str) -> None:
-    """Print an error on one line, of reasonable length, without what a file could make a terminal do."""
+    """Print an error on one line, of limited length, without control sequences for terminals."""
     plain = "".join(character if character.isprintable() else " " for character in sentence)
     if len(plain) > LONGEST:
         plain = f"{plain[: LONGEST // 2]} ... {plain[-LONGEST // 2 :]}"  # what to do stands at the end
@@ -118,7 +119,7 @@ def tell(sentence: str) -> None:
 
 
 def end(number: int, frame: object) -> None:
-    """Unwind, so that nothing is left half-written, and exit as a shell says of a process that the signal ended."""
+    """Unwind, so that nothing is left half-written, and exit with the code that shells use for the signal."""
     sys.exit(128 + number)
 
 

@@ -12,10 +12,10 @@ from ivc_export.runtime.backends import BACKENDS, DEFAULT, find_backend
 
 
 class Gone(argparse.Action):
-    """An option that there was once."""
+    """An option that existed in an earlier version."""
 
     def __call__(self, *arguments: object, **more: object) -> NoReturn:
-        """Say what to give instead.
+        """Say which option replaces it.
 
         Raises:
             UserError: always.
@@ -48,7 +48,7 @@ def add_backend_options(p: argparse.ArgumentParser, several: bool = False, level
 
 
 def libraries() -> dict[str, str]:
-    """What each option that names a library is, by its name in Python."""
+    """Descriptions of the options that name a library, by their names in Python."""
     return {option: what for backend in BACKENDS.values() for option, what in backend.libraries.items()}
 
 
@@ -63,7 +63,7 @@ def takers(option: str) -> list[str]:
 
 
 def given_libraries(options: argparse.Namespace, backends: Sequence[str]) -> dict[str, Any]:
-    """The libraries that are named, and the accuracy level, as options of open_session.
+    """The libraries and the accuracy level of the command line, as options of open_session.
 
     Raises:
         UserError: none of `backends` takes one of them.
@@ -76,10 +76,10 @@ def given_libraries(options: argparse.Namespace, backends: Sequence[str]) -> dic
 
 
 def check_taken(shown: str, option: str, backends: Sequence[str]) -> None:
-    """Check that one of `backends` takes an option, which commands show as `shown`.
+    """Check that one of `backends` takes an option. shown: the option's name in commands.
 
     Raises:
-        UserError: none does.
+        UserError: none takes it.
     """
     if not any(find_backend(name).takes(option) for name in backends):
         names = takers(option)

@@ -86,7 +86,7 @@ def parser() -> Parser:
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Measure, print a table for each picture, and write what is asked for; 1 if a time grew beyond the baseline's."""
+    """Measure, print a table for each picture, and write the files. Returns 1 if a time grew beyond the baseline's."""
     options = parser().parse_args(arguments)
     check_outputs(options)
     backends = tuple(dict.fromkeys(options.backend or [DEFAULT]))
@@ -140,10 +140,10 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Refuse, before any work, what cannot be written, and options without meaning.
+    """Check, before any work, that files can be written and that options go together.
 
     Raises:
-        UserError: there is such an option.
+        UserError: they do not.
     """
     names: dict[Path, str] = {}
     for option in ("json", "report", "plot"):
@@ -164,13 +164,13 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 
 def make_prompts(bundle: Bundle, sizes: Sequence[int], text: int) -> list[Prompt]:
-    """A prompt for each size, smallest first, once where two sizes give the same picture."""
+    """A prompt for each size, smallest first. Two sizes that give the same picture make one."""
     prompts = [noise_prompt(bundle, visual, text) for visual in sizes]
     return list({prompt.visual: prompt for prompt in sorted(prompts, key=lambda prompt: prompt.visual)}.values())
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """One picture's rows, a column each; times in milliseconds, with how much of the roofline they reach."""
+    """One picture's rows, a column each: times in milliseconds, and how much of the roofline they reach."""
     first = rows[0]
     found = Table(title=f"{first.visual_tokens} visual and {first.text_tokens} text tokens, milliseconds")
     found.add_column("", no_wrap=True)

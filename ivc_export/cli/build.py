@@ -81,7 +81,7 @@ def parser() -> Parser:
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Build, with progress, and say what came of it."""
+    """Build, show progress, and print the result."""
     options = parser().parse_args(arguments)
     bundle = given_bundle(options)
     most = bundle.manifest.max_visual if options.max_visual is None else options.max_visual
@@ -126,10 +126,10 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def gib_to_bytes(name: str, gib: float | None) -> int | None:
-    """Bytes; None of None.
+    """GiB in bytes. None stays None.
 
     Raises:
-        UserError: nothing has so much, or so little.
+        UserError: it is too large, or too small.
     """
     if gib is None:
         return None

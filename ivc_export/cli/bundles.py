@@ -15,7 +15,7 @@ def add_bundle_argument(p: argparse.ArgumentParser) -> None:
 
 
 def given_bundle(options: argparse.Namespace) -> Bundle:
-    """The bundle, downloaded where it is on the hub.
+    """The bundle, downloaded if it is on the hub.
 
     Raises:
         UserError: see open_bundle.

@@ -120,7 +120,7 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def table(found: Calibration) -> Table:
-    """What was found, a line a layer and ratio."""
+    """The results, one line for each layer and ratio."""
     shown = Table(title=f"{found.answers} answers, pruned against unpruned")
     for heading in (
         "layer",
@@ -146,7 +146,7 @@ def table(found: Calibration) -> Table:
 
 
 def rivals_table(found: Calibration) -> Table:
-    """The method beside others, a line a layer and method."""
+    """The method beside others, one line for each layer and method."""
     shown = Table(title=f"selection methods, {found.ratio:.0%} kept, ± the standard deviation over draws")
     for heading in ("layer", "method", "divergence, nats", "same answers"):
         shown.add_column(heading, justify="right")

@@ -56,7 +56,7 @@ Images = list[PIL.Image.Image | Video]
 
 
 class StoredFacts(Frozen):
-    """What the index of a run in a bundle says beside its tensors."""
+    """The facts in the index of a bundle's recorded run, besides its tensors."""
 
     format: int
     model: dict[str, Any]
@@ -116,7 +116,8 @@ def parser() -> Parser:
 
 
 def command(arguments: Sequence[str]) -> int:
-    """Check, print a table, write report/parity.json and parity.html; 1 if anything is out of tolerance, or grew."""
+    """Check, print a table, write report/parity.json and parity.html. Returns 1 if anything is out of tolerance, or
+    grew."""
     options = parser().parse_args(arguments)
     check_options(options)
     bundle, console = given_bundle(options), make_console(stderr=False)
@@ -157,10 +158,10 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def opening(options: argparse.Namespace) -> dict[str, Any]:
-    """What the session is opened with, beside the bundle.
+    """Options with which the session is opened.
 
     Raises:
-        UserError: an option is another backend's.
+        UserError: an option belongs to another backend.
     """
     found = given_libraries(options, [options.backend])
     if options.precision:
@@ -170,10 +171,10 @@ def opening(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_for_check(bundle: Bundle, backend: Backend, more: Mapping[str, Any]) -> Session:
-    """A session whose steps show what passes between the graphs.
+    """A session whose steps have every tensor between the graphs.
 
     Raises:
-        UserError: it cannot be opened, or nothing is known about its precision.
+        UserError: it cannot be opened, or its precision is not known.
     """
     session = (backend.open_shown or backend.open)(bundle, **backend.exact, **more)
     find_tolerances(session)
@@ -181,10 +182,10 @@ def open_for_check(bundle: Bundle, backend: Backend, more: Mapping[str, Any]) ->
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuse what cannot go together, before any work.
+    """Check, before any work, that options go together.
 
     Raises:
-        UserError: there is nothing to do, or an option has no meaning beside another, or torch is missing.
+        UserError: there is nothing to do, an option has no meaning beside another, or torch is missing.
     """
     opening(options)
     given_method(options)
@@ -217,10 +218,10 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def check_report(bundle: Bundle) -> None:
-    """Refuse, before any work, a bundle in which no report can be written, or where that would be elsewhere.
+    """Check, before any work, that a report can be written within the bundle.
 
     Raises:
-        UserError: it is one.
+        UserError: it cannot.
     """
     for folder in (bundle.folder / REPORT, bundle.folder / REFERENCE):
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -233,7 +234,7 @@ def check_report(bundle: Bundle) -> None:
 
 
 def verify(bundle: Bundle, console: Console) -> Bundle:
-    """Verify the graphs and weight files, with progress, and say what came of it."""
+    """Verify the graphs and weight files, show progress, and print the result."""
     m = bundle.manifest
     lacking = [graph.file for graph in m.graphs.values() if graph.sha256 is None]
     lacking += [file.file for file in m.weights if file.sha256 is None]
@@ -254,7 +255,7 @@ def verify(bundle: Bundle, console: Console) -> Bundle:
 def record_reference(
     bundle: Bundle, options: argparse.Namespace, progress: Callable[[str], None]
 ) -> tuple[Recording, Images]:
-    """Run the checkpoint on PyTorch, and leave the run in the bundle for machines without torch."""
+    """Run the checkpoint on PyTorch, and record the run in the bundle, for machines without torch."""
     from ivc_export.verify.oracle import record
 
     with TemporaryDirectory() as scratch:
@@ -281,7 +282,7 @@ def record_reference(
 
 
 def reopened(folder: Path, names: Sequence[str], rates: Mapping[str, float]) -> Images:
-    """Pictures and videos of a run that was left in a bundle; all frames of a video count."""
+    """Pictures and videos of a run recorded in a bundle. All frames of a video are used."""
     advice = "run ivc-check --against again"
     paths = {name: confined(folder, name, advice) for name in names}
     return [
@@ -314,12 +315,12 @@ def stored(bundle: Bundle) -> tuple[Recording, Images]:
 def question(
     bundle: Bundle, text: str | None, images: Sequence[Path], videos: Sequence[Video], scratch: Path
 ) -> tuple[list[int], Images]:
-    """The user's prompt, or one about a drawn picture, as token ids, and pictures and videos in its order.
+    """The user's prompt, or one about a drawn picture, as token ids, and pictures and videos in their order.
 
-    scratch: a folder for the frames that are taken of videos, which the check goes on with.
+    scratch: a folder for the frames that are taken from videos. The check uses them from there.
 
     Raises:
-        UserError: pictures without a question, or a bundle without tokenizer.
+        UserError: there are pictures without a question, or the bundle has no tokenizer.
     """
     if text is None:
         if images or videos:
@@ -334,7 +335,7 @@ def question(
 
 
 def frozen(processor: Processor, video: Video, folder: Path) -> Video:
-    """The frames that are taken of a video, in a folder of their own."""
+    """The frames that are taken from a video, in a folder of their own."""
     look, _ = processor.video(video)
     folder.mkdir()
     for number, frame in enumerate(video.open().frames(look.frames)):
@@ -355,7 +356,8 @@ def panels(bundle: Bundle, images: Images) -> list[PIL.Image.Image]:
 
 
 def write_report(bundle: Bundle, report: ParityReport, step: Step, images: Images) -> Path:
-    """Write parity.json, and parity.html where there is matplotlib; returns the better of both."""
+    """Write parity.json, and parity.html if matplotlib is installed. Returns the page if there is one, else
+    parity.json."""
     path = bundle.folder / REPORT / "parity.json"
     path.parent.mkdir(exist_ok=True)
     replace_text(path, json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")

@@ -14,7 +14,7 @@ UNCALIBRATED = "the selection layer is not calibrated for this model: ivc-calibr
 
 
 def show_estimate(found: Estimate, console: Console) -> None:
-    """The dry run's tables."""
+    """Print the dry run's tables."""
     console.print(
         f"{found.family}, {found.dtype}: layers below {found.selection_layer} of {found.layers} process every "
         f"token, the others {found.ratio:.0%} of the visual tokens, selected by {found.method}; "
@@ -35,7 +35,7 @@ def show_estimate(found: Estimate, console: Console) -> None:
 
 
 def picture_table(found: Estimate) -> Table:
-    """Tokens, FLOPs, cache and activations by picture, each against no pruning where that differs."""
+    """Tokens, FLOPs, cache and activations by picture, each beside no pruning if that differs."""
     table = Table(title="one prefill: pruned of unpruned")
     table.add_column("")
     for p in found.pictures:
@@ -58,7 +58,7 @@ def picture_table(found: Estimate) -> Table:
 
 
 def against(show: Callable[[int], str], pruned: int, unpruned: int) -> str:
-    """One value, or two and their difference."""
+    """One value, or two values and their difference."""
     if pruned == unpruned:
         return show(pruned)
     return f"{show(pruned)} of {show(unpruned)}\n{pruned / unpruned - 1:.0%}"
@@ -70,7 +70,7 @@ def tera(flops: int) -> str:
 
 
 def device_table(found: Estimate) -> Table:
-    """Which memories hold the model."""
+    """Which devices have enough memory for the model."""
     table = Table(title=f"needs {decimal(found.memory_bytes)}: weights, largest cache and activations")
     for heading in ("memory", "fits", "does not fit"):
         table.add_column(heading)

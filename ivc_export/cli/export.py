@@ -130,10 +130,10 @@ def parser(prog: str = "ivc-export") -> Parser:
 
 
 def given_quantisation(options: argparse.Namespace) -> Quantisation:
-    """What is rounded.
+    """Which weights are rounded.
 
     Raises:
-        UserError: zero points are asked for, and no format that has them.
+        UserError: there are zero points without a format that has them.
     """
     if options.asym and not options.weight_format:
         raise UserError("--asym works only with quantised decoder layers: give --weight-format int4 or int8 as well")
@@ -160,7 +160,7 @@ PUSHING = ("output", "push_to_hub", "private", "json", "quiet")
 
 
 def command(arguments: Sequence[str], prog: str = "ivc-export") -> int:
-    """Export, with progress, and say what came of it; or only say what would. Upload the bundle where asked to."""
+    """Export, show progress, and print the result; or only estimate it. Upload the bundle if that is wanted."""
     p = parser(prog)
     options = p.parse_args(arguments)
     check_options(p, options)
@@ -198,7 +198,7 @@ def command(arguments: Sequence[str], prog: str = "ivc-export") -> int:
 
 
 def check_options(p: Parser, options: argparse.Namespace) -> None:
-    """Refuse what cannot go together.
+    """Check that options go together.
 
     Raises:
         UserError: an option is missing, or has no meaning beside another.
@@ -220,7 +220,7 @@ def check_options(p: Parser, options: argparse.Namespace) -> None:
 
 
 def given_recipe(options: argparse.Namespace) -> ExportRecipe:
-    """What is to be exported.
+    """The recipe of the export.
 
     Raises:
         UserError: see ExportRecipe.
@@ -246,7 +246,7 @@ def given_recipe(options: argparse.Namespace) -> ExportRecipe:
 
 @contextmanager
 def progress_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar a stage, from the first report on: the hub's own bars come before."""
+    """One bar for each stage, from its first report on, because the hub's own bars come before."""
     columns = (
         TextColumn("{task.description:8}"),
         BarColumn(),
@@ -269,7 +269,7 @@ def progress_bars(console: Console) -> Iterator[Callable[[str, int, int], None]]
 
 
 def export_record(bundle: Bundle, seconds: float) -> dict[str, Any]:
-    """What --json prints after an export."""
+    """The object that --json prints after an export."""
     m = bundle.manifest
     return {
         "bundle": str(bundle.folder),
@@ -289,7 +289,7 @@ def export_record(bundle: Bundle, seconds: float) -> dict[str, Any]:
 
 
 def describe(bundle: Bundle, console: Console) -> None:
-    """What was written, and what the user should know about it."""
+    """Print what was written, and remarks for the user."""
     m = bundle.manifest
     size = decimal(sum(file.size for file in m.weights))
     console.print(f"[bold]{escape(str(bundle.folder))}[/]: {m.family}, {m.dtype}, {size} of weights")
@@ -316,7 +316,7 @@ def saving(p: PictureEstimate) -> str:
 
 
 def warnings(bundle: Bundle) -> list[str]:
-    """What is missing or unsure, a sentence each."""
+    """What is missing or uncertain, one sentence each."""
     m = bundle.manifest
     found = [*bundle.notes]
     if not m.calibrated:

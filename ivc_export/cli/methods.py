@@ -14,7 +14,7 @@ SCORED_HELP = (
 
 
 def add_method_options(p: argparse.ArgumentParser, default: str) -> None:
-    """Add --method and --method-seed, which are None where they are not given. default: what is then, in words."""
+    """Add --method and --method-seed. They are None if they are not given. default: the method then, in words."""
     p.add_argument(
         "--method",
         choices=tuple(METHODS),
@@ -25,10 +25,10 @@ def add_method_options(p: argparse.ArgumentParser, default: str) -> None:
 
 
 def given_method(options: argparse.Namespace) -> Method | None:
-    """The method of the options; None where they name none.
+    """The method of the options. None if they name none.
 
     Raises:
-        UserError: the seed is out of range, or of a method that draws nothing.
+        UserError: the seed is out of range, or the method draws nothing.
     """
     method = Method(options.method or "ivc-prune", options.method_seed or 0)
     if options.method_seed is not None and not method.record.drawn:

@@ -14,13 +14,13 @@ from optimum.commands.export.base import ExportCommand
 
 
 class IvcExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # mypy runs where there is no optimum
-    """Passes its arguments on as they are: options, help and errors are ivc-export's."""
+    """Passes its arguments on unchanged: options, help and errors are those of ivc-export."""
 
     COMMAND = CommandInfo("ivc", "Export a vision-language model with IVC-Prune inside, as ivc-export does.")
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
-        """Take all arguments, whatever they begin with, and parse none of them."""
+        """Take all arguments, and parse none of them."""
         parser.prefix_chars = "\0"  # which no argument of a command line can hold, so that nothing is an option here
         parser.add_argument("arguments", nargs=argparse.REMAINDER)
 

@@ -28,17 +28,17 @@ SPARE = 8
 def app(arguments: Mapping[str, Any]) -> Any:
     """The application, for Ray's own commands and files: `serve run ivc_export.cli.replicas:app bundle=FOLDER`.
 
-    arguments: ivc-serve's options by their names, without the dashes in front; true switches one on. `host` is Ray's to
-        listen at: here it says whether this machine alone may ask.
+    arguments: ivc-serve's options by their names, without the dashes in front; true switches one on. Ray chooses the
+        address; `host` says only whether this machine alone may send requests.
 
     Raises:
-        UserError: they are not as they should be, or packages are missing.
+        UserError: they are not valid, or packages are missing.
     """
     return application(parse(command_line(arguments)))
 
 
 def command_line(arguments: Mapping[str, Any]) -> list[str]:
-    """Arguments of an application as ivc-serve's options."""
+    """Arguments of an application as options of ivc-serve."""
     line = []
     for name, value in arguments.items():
         option, said = f"--{name.replace('_', '-')}", str(value).lower()
@@ -48,7 +48,7 @@ def command_line(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def load_ray(module: str) -> Any:
-    """Ray, or a module of it.
+    """Import Ray, or a module of it.
 
     Raises:
         UserError: it is missing.
@@ -60,7 +60,7 @@ def load_ray(module: str) -> Any:
 
 
 def application(options: argparse.Namespace) -> Any:
-    """A deployment of replicas, each of which opens the bundle and answers as ivc-serve does.
+    """A deployment of replicas. Each opens the bundle and answers as ivc-serve does.
 
     Raises:
         UserError: packages are missing, or the bundle or the file of keys cannot be read, here or on another machine.
@@ -113,11 +113,11 @@ def reserved(options: argparse.Namespace) -> tuple[int, float]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Serve until a signal ends it: in the cluster that RAY_ADDRESS names, or else in one of this machine, begun here.
+    """Serve until a signal ends it: in the cluster of RAY_ADDRESS, or else in one that is started on this machine.
 
     Raises:
         UserError: see `application`; or the cluster serves something already, the replicas do not fit the machine, the
-            port cannot be had, or a replica cannot open the bundle.
+            port cannot be used, or a replica cannot open the bundle.
     """
     if not options.port:
         raise UserError("--port 0 is out of range: replicas share one port, so give its number")
@@ -163,10 +163,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def join(ray: Any, where: str) -> None:
-    """Go into a cluster.
+    """Join a cluster.
 
     Raises:
-        UserError: there is none, or it is of another version of Ray or Python.
+        UserError: there is none, or it has another version of Ray or Python.
     """
     try:
         ray.init(where, logging_level="error")
@@ -178,10 +178,10 @@ def join(ray: Any, where: str) -> None:
 
 
 def check_room(options: argparse.Namespace, resources: Mapping[str, float]) -> None:
-    """Check that a machine has what its replicas reserve.
+    """Check that a machine has what its replicas reserve. Otherwise Ray would wait for other machines.
 
     Raises:
-        UserError: it has not, and Ray would wait for other machines.
+        UserError: it has not.
     """
     least, _ = options.replicas
     for what, each, name in zip(("core", "GPU"), reserved(options), ("CPU", "GPU"), strict=True):

@@ -136,10 +136,10 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def choose_sampling(bundle: Bundle, options: argparse.Namespace, console: Console) -> Sampling:
-    """The options' sampling; where nobody chose, a note says what the checkpoint asks for.
+    """The sampling of the options. If the user chose none, a note says what the checkpoint's settings are.
 
     Raises:
-        UserError: a value is out of range, or the checkpoint's settings are missing, damaged or not obeyed.
+        UserError: a value is out of range, or the checkpoint's settings are missing, damaged or not supported.
     """
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "max_tokens")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
@@ -154,10 +154,10 @@ def choose_sampling(bundle: Bundle, options: argparse.Namespace, console: Consol
 
 
 def check_show(path: Path, pictures: bool) -> None:
-    """Refuse, before any work, a --show that cannot be written.
+    """Check, before any work, that --show can be written.
 
     Raises:
-        UserError: there will be no picture to draw on, or no such format; see check_output.
+        UserError: there is no picture to draw on, or no such format; see check_output.
     """
     if not pictures:
         raise UserError("there is no picture for --show to draw on: give one with --image")
@@ -167,7 +167,7 @@ def check_show(path: Path, pictures: bool) -> None:
 
 
 def go_on(chat: Chat, images: list[PIL.Image.Image | Video], options: argparse.Namespace, console: Console) -> None:
-    """Questions from standard input until it ends; a mistake costs one question, not the chat."""
+    """Answer questions from standard input until it ends. A mistake ends only its question, not the chat."""
     if sys.stdin.isatty():
         console.print(CHAT_HELP, style="dim")
     while True:
@@ -200,7 +200,7 @@ def go_on(chat: Chat, images: list[PIL.Image.Image | Video], options: argparse.N
 
 
 def answer(chat: Chat, prompt: str, images: Sequence[PIL.Image.Image | Video], options: argparse.Namespace) -> None:
-    """Ask, print the answer as it comes, and draw the picture if asked to."""
+    """Ask, print the answer as it comes, and draw the picture if that is wanted."""
     chat.conversation.timings = Timings()
     pieces = []
     for piece in chat.ask(prompt, images):
@@ -214,7 +214,7 @@ def answer(chat: Chat, prompt: str, images: Sequence[PIL.Image.Image | Video], o
 
 
 def answer_record(chat: Chat, text: str) -> dict[str, Any]:
-    """What --json prints."""
+    """The object that --json prints."""
     assert chat.step is not None
     seconds, runs = chat.conversation.timings.seconds, chat.conversation.timings.runs
     decode = sum(seconds.get(f"decode.{part}", 0.0) for part in ("prefix", "decoder")) / runs.get("decode.decoder", 1)

@@ -69,7 +69,7 @@ def parser() -> Parser:
 
 
 def replicas(text: str) -> tuple[int, int]:
-    """How many sessions at least and at most, of COUNT or FROM-TO."""
+    """The least and the largest number of sessions, from COUNT or FROM-TO."""
     found = re.fullmatch(r"([1-9]\d{0,4})(?:-([1-9]\d{0,4}))?", text)
     least, most = (0, 0) if found is None else (int(found[1]), int(found[2] or found[1]))
     if not 0 < least <= most:
@@ -80,10 +80,10 @@ def replicas(text: str) -> tuple[int, int]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line.
+    """Parse a command line.
 
     Raises:
-        UserError: one of them is out of range, or does not fit another.
+        UserError: an option is out of range, or does not fit another.
     """
     options = parser().parse_args(arguments)
     for name in ("queue", "max_tokens", "max_prompt", "max_body", "max_pixels", "keep_pictures"):
@@ -99,10 +99,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def part(module: str) -> Any:
-    """A module of ivc_export.serve.
+    """Import a module of ivc_export.serve.
 
     Raises:
-        UserError: what it needs is missing.
+        UserError: a package that it needs is missing.
     """
     try:
         return importlib.import_module(f"ivc_export.serve.{module}")
@@ -128,7 +128,7 @@ def make_settings(options: argparse.Namespace) -> Any:
 
 
 def open_worker(options: argparse.Namespace, bundle: Bundle, **more: Any) -> Any:
-    """A Worker over the bundle, of a command line. more: options of the session.
+    """A Worker over the bundle of a command line. more: options of the session.
 
     Raises:
         UserError: the bundle cannot be opened, or packages are missing.
@@ -145,7 +145,7 @@ def open_worker(options: argparse.Namespace, bundle: Bundle, **more: Any) -> Any
 
 
 def address(host: str, port: int) -> str:
-    """Where a server is reached."""
+    """The address of a server."""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
@@ -195,7 +195,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is of this machine alone."""
+    """Whether an address is only for this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -12,7 +12,7 @@ from collections.abc import MutableMapping
 
 
 def take_gpu(environment: MutableMapping[str, str]) -> None:
-    """Leave this process one GPU of those that are visible: its own by its number on this machine.
+    """Leave this process only one of the visible GPUs: the one with the process's number on this machine.
 
     environment: torchrun's, or accelerate's.
     """

@@ -37,11 +37,11 @@ LONGEST = 1024
 class BundleModel(lmms):  # type: ignore[misc]
     """Answers questions about pictures and videos, one at a time.
 
-    bundle: its folder. ratio, method, method_seed: as Session.converse's. max_frames: of a video; None leaves them to
-    the model's settings. options: the backend's, as open_session's.
+    bundle: its folder. ratio, method, method_seed: see Session.converse. max_frames: of a video; None leaves this to
+    the model's settings. options: the backend's; see open_session.
 
     Raises:
-        UserError: the bundle cannot be opened so, or lmms-eval asks for what there is not.
+        UserError: the bundle cannot be opened in this way, or lmms-eval wants something that is not supported.
     """
 
     is_simple = False  # it takes messages, in which pictures and texts have their order
@@ -102,7 +102,7 @@ class BundleModel(lmms):  # type: ignore[misc]
             raise
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
-        """An answer to each request."""
+        """Answer each request."""
         try:
             with tqdm(requests, desc="ivc", disable=self.rank != 0) as bar:
                 found = [self._answer(number, request) for number, request in enumerate(bar)]
@@ -112,7 +112,7 @@ class BundleModel(lmms):  # type: ignore[misc]
         return found
 
     def _answer(self, number: int, request: Any) -> Any:
-        """The answer to a request, the `number`-th.
+        """The answer to the `number`-th request.
 
         Raises:
             UserError: it cannot be answered.
@@ -140,7 +140,7 @@ class BundleModel(lmms):  # type: ignore[misc]
         give_up(UserError("ivc gives answers, not likelihoods: choose tasks of output_type generate_until"))
 
     def _read(self, told: Iterable[Mapping[str, Any]]) -> tuple[list[Message], list[Picture]]:
-        """A conversation of a task, in the form that chat templates take, and its pictures."""
+        """A conversation of a task, in the form of chat templates, and its pictures."""
         messages, pictures = list[Message](), list[Picture]()
         for message in told:
             content = message["content"]
@@ -166,10 +166,10 @@ class BundleModel(lmms):  # type: ignore[misc]
 
 
 def check_model_args(**given: object) -> None:
-    """Check values of --model_args: `ratio` is a number, others are whole ones, and None is not given.
+    """Check values of --model_args: `ratio` must be a number, others whole numbers. None means not given.
 
     Raises:
-        UserError: one of them is not.
+        UserError: a value has another type.
     """
     for name, value in given.items():
         kind, words = (Real, "number") if name == "ratio" else (Integral, "whole number")
@@ -178,21 +178,21 @@ def check_model_args(**given: object) -> None:
 
 
 def gpus_in_sight(environment: Mapping[str, str]) -> str:
-    """The GPUs that this process sees, where there are processes beside it: all, unless it says otherwise."""
+    """The GPUs that this process sees beside other processes: all, unless the environment says otherwise."""
     return environment.get("CUDA_VISIBLE_DEVICES", "0,...") if int(environment.get("LOCAL_WORLD_SIZE", 1)) > 1 else "0"
 
 
 def stops(settings: Mapping[str, Any]) -> list[str]:
-    """Texts that end an answer, of a task's settings."""
+    """Texts that end an answer, from a task's settings."""
     until = settings.get("until") or []
     return [text for text in ([until] if isinstance(until, str) else until) if text]
 
 
 def sampling(settings: Mapping[str, Any], seed: int) -> Sampling:
-    """How a task wants tokens to be drawn: the best, unless `do_sample` says otherwise.
+    """How a task draws tokens: the best, unless `do_sample` says otherwise.
 
     Raises:
-        UserError: by what is not supported, or is out of range.
+        UserError: a setting is not supported, or is out of range.
     """
     if (settings.get("num_beams") or 1) != 1:
         raise UserError("ivc has no beam search: use --gen_kwargs num_beams=1")
@@ -206,7 +206,8 @@ def sampling(settings: Mapping[str, Any], seed: int) -> Sampling:
 
 
 def give_up(error: UserError) -> NoReturn:
-    """End with a sentence, as commands do: lmms-eval would go on, and its other processes would wait for this one."""
+    """End with a sentence, as commands do. Otherwise lmms-eval would continue, and its other processes would wait for
+    this one."""
     tell(str(error))
     sys.stdout.flush()
     sys.exit(2)

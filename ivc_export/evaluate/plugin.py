@@ -7,6 +7,6 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """The model `ivc`, as lmms-eval's registry takes it; lmms-eval is being imported while it asks."""
+    """The model `ivc` for lmms-eval's registry. It is called while lmms-eval is being imported."""
     registry = importlib.import_module("lmms_eval.models.registry_v2")
     return registry.ModelManifest(model_id="ivc", chat_class_path="ivc_export.evaluate.model.BundleModel")

@@ -11,7 +11,7 @@ from ivc_export.verify.parity import Comparison, ParityReport
 def junit(report: ParityReport, grown: Mapping[str, str] | None = None) -> str:
     """One test suite with a test case for each comparison.
 
-    grown: sentences by the names of comparisons that fail for what they were before.
+    grown: sentences by the names of comparisons that fail because they grew since a baseline.
     """
     title = f"{report.backend}, {report.dtype}, ratio {report.ratio:g}"
     suites = ElementTree.Element("testsuites")
@@ -37,17 +37,17 @@ def junit(report: ParityReport, grown: Mapping[str, str] | None = None) -> str:
 
 
 def failure(comparison: Comparison) -> str | None:
-    """What is wrong with a comparison, with error and tolerance; None where it passed."""
+    """A failed comparison in words, with error and tolerance. None if it passed."""
     return None if comparison.passed else f"out of tolerance: {said(comparison)}"
 
 
 def said(comparison: Comparison) -> str:
-    """Error, tolerance and note of a comparison, those that it has."""
+    """Error, tolerance and note of a comparison, as far as it has them."""
     parts = {"error": comparison.error, "tolerance": comparison.tolerance}
     words = [f"{name} {value:.3e}" for name, value in parts.items() if value is not None]
     return ", ".join([*words, *([comparison.note] if comparison.note else [])])
 
 
 def plain(text: str) -> str:
-    """Text as XML can hold it: no control characters, and no bytes that were no text."""
+    """Text without characters that XML does not allow: control characters, and bytes that were not text."""
     return "".join(character if character.isprintable() else "?" for character in text)

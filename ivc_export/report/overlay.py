@@ -43,7 +43,7 @@ LEGEND = 34
 
 
 def kinds(step: Step) -> list[str]:
-    """What each visual token of a run is: one of its method's kinds, or "separator"."""
+    """The kind of each visual token of a run: one of its method's kinds, or "separator"."""
     kept, own = np.isin(step.run.visual_index, step.keep_index), step.run.method.record.kinds
     found: list[str] = np.where(kept, np.where(step.run.ivc_priority > 0, own[0], own[-1]), "pruned").tolist()
     for seed in step.prefix.get("seed_index", ()):
@@ -56,23 +56,23 @@ def kinds(step: Step) -> list[str]:
 
 
 def separators(step: Step) -> list[int]:
-    """The visual tokens of a run that end rows and views, where the method keeps them before all others."""
+    """The visual tokens of a run that end rows and views, if the method keeps them before all others."""
     found: list[int] = np.flatnonzero(step.run.ivc_priority >= SEPARATOR_PRIORITY).tolist()
     return found
 
 
 def count_kinds(step: Step) -> dict[str, int]:
-    """How many visual tokens a run had of each kind that its method has; all zero without a picture."""
+    """How many visual tokens of each kind a run had. All are zero without a picture."""
     found = kinds(step) if step.run.grids else []
     ends = ("separator",) if separators(step) else ()
     return {kind: found.count(kind) for kind in (*step.run.method.record.all_kinds, *ends)}
 
 
 def overlay(images: Sequence[PIL.Image.Image], step: Step) -> PIL.Image.Image:
-    """Draw the pictures of a run side by side, each with its tokens, thumbnails beside them, and a legend below.
+    """Draw the pictures of a run side by side, each with its tokens, with thumbnails beside them and a legend below.
 
-    A video is a strip of its frames, of each temporal patch one.
-    images: RGB, of each picture the part that its tokens cover, of a video its frames.
+    A video is a strip of frames, one for each temporal patch. images: RGB; of each picture the part that its tokens
+    cover, of a video its frames.
     """
     found = kinds(step)
     panels, start = list[PIL.Image.Image](), 0
@@ -101,7 +101,7 @@ def overlay(images: Sequence[PIL.Image.Image], step: Step) -> PIL.Image.Image:
 
 
 def strips(panels: Sequence[PIL.Image.Image], count: int) -> list[Sequence[PIL.Image.Image]]:
-    """Lines of so many panels at most."""
+    """Lines of at most so many panels."""
     return [panels[i : i + count] for i in range(0, len(panels), count)]
 
 
@@ -113,7 +113,7 @@ def row_ends(grid: Grid) -> npt.NDArray[np.int32]:
 def panel(
     image: PIL.Image.Image, grid: Grid, found: Sequence[str], ends: Sequence[str] = (), side: int = SHORT_SIDE
 ) -> PIL.Image.Image:
-    """One picture at a whole number of pixels a token.
+    """One picture, with a whole number of pixels for each token.
 
     ends: of the separators behind its rows, if there are any. side: pixels of its shorter side, if a token has 4.
     """

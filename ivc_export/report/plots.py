@@ -72,7 +72,7 @@ def plot_errors(comparisons: Sequence[Comparison]) -> str:
 
 
 def plot_scores(step: Step) -> str:
-    """Histogram of the visual tokens' scores by what became of them, with the boundary of the selection."""
+    """Histogram of the visual tokens' scores by their kind, with the boundary of the selection."""
     score, found = step.prefix["token_score"], np.array(kinds(step))
     order = [kind for kind in reversed(COLOURS) if (found == kind).any()]
     edges = np.histogram_bin_edges(score, bins=min(60, max(12, len(score) // 6)))

@@ -20,7 +20,8 @@ LIMIT = "#dc2626"
 
 
 def plot_stages(rows: Sequence[Row], path: Path) -> None:
-    """Stages to the first token, stacked, and beside them a decoded token: a row of panels a picture, as a PNG file.
+    """Plot stages to the first token, stacked, and beside them a decoded token, as a PNG file. Each picture is a row of
+    panels.
 
     The roofline is a red line across each bar.
     """

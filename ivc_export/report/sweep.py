@@ -11,7 +11,8 @@ RIVALS_STYLE: dict[str, Any] = {"marker": "s", "markersize": 4, "linestyle": "--
 
 
 def plot_calibration(found: Calibration, path: Path) -> None:
-    """Divergence and agreement by layer, a line a ratio, and other methods with their spreads, as a PNG file."""
+    """Plot divergence and agreement by layer, with a line for each ratio, and other methods with their spreads, as a
+    PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

@@ -34,7 +34,7 @@ PAGE_POLICY = (
 
 
 def make_app(worker: Worker, settings: ServerSettings) -> Starlette:
-    """The application, which starts and ends the worker."""
+    """The application. It starts and ends the worker."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -90,7 +90,7 @@ def make_app(worker: Worker, settings: ServerSettings) -> Starlette:
 
 
 def method_fits(name: str, worker: Worker) -> bool:
-    """Whether the bundle's graphs choose by a method."""
+    """Whether a method can run on the bundle's graphs."""
     try:
         worker.session.converse(method=name)
     except UserError:
@@ -99,25 +99,25 @@ def method_fits(name: str, worker: Worker) -> bool:
 
 
 def http_error(request: Request, error: Exception) -> Response:
-    """What Starlette refuses."""
+    """Answer a request that Starlette refuses."""
     assert isinstance(error, HTTPException)
     body = error_body(f"{error.detail}: this server does not answer {request.method} at this path", error.status_code)
     return JSONResponse(body, error.status_code, headers=error.headers)
 
 
 def request_error(request: Request, error: Exception) -> Response:
-    """What we refuse."""
+    """Answer a request that we refuse."""
     assert isinstance(error, RequestError)
     return JSONResponse(error.body, error.status)
 
 
 def unexpected_error(request: Request, error: Exception) -> Response:
-    """A bug, which the log tells."""
+    """Answer after a bug, which is in the log."""
     return JSONResponse(error_body("the server failed: see its log for the reason", 500), 500)
 
 
 class Guard:
-    """Lets in who may ask."""
+    """Lets only permitted clients pass."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app, self._settings = app, settings

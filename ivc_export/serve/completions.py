@@ -43,9 +43,9 @@ LINGER = 1.0
 class ServerSettings:
     """What a server allows.
 
-    name: of the model. queue: requests that may wait. keys: of the API; none leaves it open. loopback: whether this
-    machine alone is to ask, so that pages of other sites cannot. most_body: bytes. body_seconds: in which a body must
-    come. most_tokens: of an answer, and `tokens` where a request names none.
+    name: of the model. queue: how many requests may wait. keys: of the API; none leaves it open. loopback: whether only
+    this machine may send requests, so that pages of other sites cannot. most_body: bytes. body_seconds: within which a
+    body must arrive. most_tokens: of an answer; `tokens` if a request names none.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Completions:
         self._special = steering_texts(worker.processor)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or refuse."""
+        """Answer or refuse a request."""
         request, metrics = Request(scope, receive), self._worker.metrics
         try:
             if request.method != "POST":
@@ -129,7 +129,7 @@ class Completions:
         return outcome
 
     def _prepare(self, body: bytes) -> tuple[Completion, Callable[[Callable[[Event], None], Callable[[], None]], Job]]:
-        """A request, read and checked, in a thread of its own; and what makes a job of `emit` and `finished`."""
+        """A request, read and checked in its own thread, and a function that makes a job from `emit` and `finished`."""
         settings, asked = self._settings, read_completion(body)
         check_model(asked.model, settings)
         tokens = asked.max_completion_tokens or asked.max_tokens or min(settings.tokens, settings.most_tokens)
@@ -149,7 +149,7 @@ class Completions:
         return asked, made
 
     def _messages(self, asked: Completion) -> tuple[list[Message], list[bytes]]:
-        """The conversation in the form that chat templates take, and its pictures' files."""
+        """The conversation in the form of chat templates, and its pictures' files."""
         messages, pictures = list[Message](), list[bytes]()
         for number, message in enumerate(asked.messages):
             parts: list[object] = []
@@ -191,7 +191,7 @@ class Completions:
         return fetch(url, where)
 
     async def _reply(self, asked: Completion, events: asyncio.Queue[Event], send: Send) -> str:
-        """Send what comes of a job."""
+        """Send the results of a job."""
         reply, found = Reply(self._settings.name), await events.get()
         if isinstance(found, Failed):
             raise found.error
@@ -227,7 +227,7 @@ class Completions:
 
 
 def steering_texts(processor: Processor) -> re.Pattern[str]:
-    """Matches a special token of the tokenizer, by which a text would pass for another's turn, or for a picture."""
+    """A pattern of the tokenizer's special tokens. Such a text would pass for another's turn, or for a picture."""
     tokens = processor.tokenizer.get_added_tokens_decoder().values()
     image = processor.tokenizer.id_to_token(processor.bundle.manifest.tokens.image) or ""
     names = {str(token.content) for token in tokens if token.special} | {*processor.template.tokens.values(), image}
@@ -249,10 +249,10 @@ async def watch(receive: Receive, scope: anyio.CancelScope) -> None:
 
 
 async def read_body(request: Request, settings: ServerSettings) -> bytes:
-    """The body of a request.
+    """Read the body of a request.
 
     Raises:
-        RequestError: it is no JSON, too large, or comes too slowly. ClientDisconnect: the client leaves.
+        RequestError: it is not JSON, is too large, or arrives too slowly. ClientDisconnect: the client leaves.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # which a page of another site cannot send without asking
@@ -285,5 +285,5 @@ async def send_start(send: Send, media_type: str) -> None:
 
 
 async def send_body(send: Send, body: bytes, more: bool = True) -> None:
-    """A part of an answer, the last one if there is no more."""
+    """A part of an answer. It is the last part if there is no more."""
     await send({"type": "http.response.body", "body": body, "more_body": more})

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class RequestError(Exception):
-    """A sentence for whoever sent the request, and HTTP's status."""
+    """A sentence for the client, and an HTTP status."""
 
     def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)

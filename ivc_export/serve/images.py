@@ -26,10 +26,10 @@ REMOTE_SECONDS, REMOTE_BYTES, REDIRECTS = 10.0, 20 << 20, 3
 
 
 def read_data_url(url: str, where: str) -> bytes:
-    """The file that a data URL holds.
+    """Read the file in a data URL.
 
     Raises:
-        RequestError: it is none of a picture in base64.
+        RequestError: it is not a picture in base64.
     """
     head = DATA.match(url)
     if head is None:
@@ -41,10 +41,10 @@ def read_data_url(url: str, where: str) -> bytes:
 
 
 def decode(data: bytes, most_pixels: int) -> PIL.Image.Image:
-    """The picture in a file, in RGB.
+    """Decode the picture in a file, in RGB.
 
     Raises:
-        UserError: it is none, or a larger one; see open_picture.
+        UserError: it is not a picture, or too large; see open_picture.
     """
     try:
         with warnings.catch_warnings():
@@ -70,12 +70,12 @@ def decode(data: bytes, most_pixels: int) -> PIL.Image.Image:
 
 
 def fetch(url: str, where: str) -> bytes:
-    """A file of the public internet.
+    """Fetch a file from the public internet.
 
-    Each address, redirections included, is looked up once, and the connection goes to what was looked up.
+    Each address, also of redirections, is looked up once, and the connection goes to the result.
 
     Raises:
-        RequestError: it is no public address, gives no file, or one that is too large or comes too slowly.
+        RequestError: the address is not public, or the file is missing, too large or arrives too slowly.
     """
     deadline = time.monotonic() + REMOTE_SECONDS
     try:
@@ -92,7 +92,7 @@ def fetch(url: str, where: str) -> bytes:
 
 
 def get(url: str, where: str, deadline: float) -> bytes | str:
-    """A file, or where it is said to be.
+    """Fetch a file, or the address to which the server redirects.
 
     Raises:
         RequestError: see fetch. OSError, HTTPException: the connection fails.
@@ -134,7 +134,7 @@ def get(url: str, where: str, deadline: float) -> bytes | str:
 
 
 def public_address(host: str, port: int, where: str) -> str:
-    """An address of a host, all of whose addresses are public.
+    """An address of a host whose addresses are all public.
 
     Raises:
         RequestError: one is not. OSError: there is no such host.
@@ -152,7 +152,7 @@ def left(deadline: float) -> float:
     """Seconds until then.
 
     Raises:
-        OSError: there are none.
+        OSError: the time is over.
     """
     seconds = deadline - time.monotonic()
     if seconds <= 0:

@@ -39,5 +39,5 @@ class Metrics:
         self.cache.set(cache_bytes)
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """All metrics in Prometheus's format."""
         return generate_latest(self._registry)

@@ -27,7 +27,7 @@ SUPPORTED = "text and image_url parts, of the roles system, user and assistant"
 
 
 class Strict(BaseModel):
-    """Values as JSON writes them, and no others."""
+    """Accepts only values of the JSON type, without conversion."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -40,7 +40,7 @@ class TextPart(Strict):
 
 
 class ImageUrl(Strict):
-    """Where a picture is: a data URL, or an address where the server allows it."""
+    """The place of a picture: a data URL, or an address if the server allows it."""
 
     url: str
     detail: Literal["auto"] = "auto"
@@ -57,7 +57,7 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class SystemMessage(Strict):
-    """What the model is told before all questions."""
+    """The system message."""
 
     role: Literal["system"]
     content: str | list[TextPart]
@@ -81,13 +81,14 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discri
 
 
 class StreamOptions(Strict):
-    """Of a stream."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
 class Completion(Strict):
-    """A request for a completion. ratio, method, method_seed, explain: our own, which clients send as extra_body."""
+    """A request for a completion. ratio, method, method_seed, explain: our own fields, which clients send as
+    extra_body."""
 
     model: str
     messages: list[Message] = Field(min_length=1)
@@ -113,15 +114,15 @@ class Completion(Strict):
 
     @property
     def drawn_seed(self) -> int:
-        """Of the random draws: another for each request that names none."""
+        """The seed of the random draws. A request without a seed gets a new one."""
         return secrets.randbits(31) if self.seed is None and self.temperature else self.seed or 0
 
 
 def read_completion(body: bytes) -> Completion:
-    """A request's body.
+    """Read a request's body.
 
     Raises:
-        RequestError: it is no JSON, or asks for what is not supported.
+        RequestError: it is not JSON, or has a parameter that is not supported.
     """
     try:
         content = parse_json(body, "the body", "send a JSON object")
@@ -148,14 +149,15 @@ def read_completion(body: bytes) -> Completion:
 
 
 def without_nulls(value: Any) -> Any:
-    """JSON without what is null in objects, which clients send for what is not given."""
+    """JSON without nulls in objects. Clients send null for missing values."""
     if isinstance(value, dict):
         return {key: without_nulls(part) for key, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def refusal(error: ValidationError) -> RequestError:
-    """The first mistake of a request, by the name of its parameter: of alternatives, the one that went furthest."""
+    """The first mistake of a request, with the name of its parameter. Of alternatives, the one that matched furthest
+    counts."""
     found = error.errors(include_url=False, include_input=False, include_context=False)
     first = max(found, key=lambda mistake: len(mistake["loc"]))
     names = [name for name in first["loc"] if not (isinstance(name, str) and name in KINDS)]
@@ -175,13 +177,13 @@ KINDS = {"system", "user", "assistant", "text", "image_url", "str"} | {
 
 
 class Reply:
-    """What a completion is answered, whole or as chunks of a stream."""
+    """The answer to a completion, whole or as chunks of a stream."""
 
     def __init__(self, model: str) -> None:
         self._frame = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     def whole(self, text: str, finish: str, usage: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-        """All at once."""
+        """The whole answer."""
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
         choice |= {"logprobs": None}
         return {**self._frame, "object": "chat.completion", "choices": [choice], "usage": usage, **more}
@@ -192,7 +194,7 @@ class Reply:
         return event({**self._frame, "object": "chat.completion.chunk", "choices": [choice], **more})
 
     def usage(self, usage: Mapping[str, Any]) -> bytes:
-        """The event behind the last chunk, for those who ask for it."""
+        """The event after the last chunk, for clients that want it."""
         return event({**self._frame, "object": "chat.completion.chunk", "choices": [], "usage": usage})
 
 

@@ -20,10 +20,10 @@ GRACE = 10
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1, whose own refusals are in our form."""
+    """HTTP/1.1, with refusals in our form."""
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP."""
+        """Refuse a request that is not HTTP."""
         body = json.dumps(error_body("the request is not valid HTTP/1.1", 400)).encode()
         headers = [("content-type", "application/json"), ("connection", "close"), ("content-length", str(len(body)))]
         for part in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
@@ -32,10 +32,10 @@ class Protocol(H11Protocol):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """A listening socket.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: the address cannot be used.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -36,7 +36,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of an answer. details: of its pictures, cache and times, for those who ask."""
+    """The end of an answer. details: of its pictures, cache and times, for clients that want them."""
 
     finish: str
     usage: dict[str, int]
@@ -45,7 +45,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """There is no answer, or no more of it."""
+    """There is no answer, or it broke off."""
 
     error: RequestError
 
@@ -55,10 +55,10 @@ Event = Piece | Done | Failed
 
 @dataclass
 class Job:
-    """A request, on its way through the worker.
+    """A request on its way through the worker.
 
-    pictures: their files, in the order of the messages. emit: is given what comes of it, in the worker's thread.
-    finished: is called once, when the worker holds nothing of it any more.
+    pictures: their files, in the order of the messages. emit: gets the results, in the worker's thread. finished: is
+    called once, when the worker no longer holds anything of the job.
     """
 
     messages: Sequence[Message]
@@ -74,9 +74,9 @@ class Job:
 
 
 class KeptPictures:
-    """Pictures that vision has run on, by the hash of their files, the longest unused forgotten first.
+    """Pictures with vision's outputs, by the hash of their files. The least recently used are dropped first.
 
-    most: bytes of embeddings at most.
+    most: the most bytes of embeddings.
     """
 
     def __init__(self, most: int) -> None:
@@ -90,7 +90,7 @@ class KeptPictures:
         return self._held.get(key)
 
     def put(self, key: bytes, seen: Seen, size: tuple[int, int]) -> None:
-        """Keep one, if it fits at all."""
+        """Keep a picture, if it fits."""
         if key in self._held or seen.nbytes > self._most:
             return
         self._held[key] = seen, size
@@ -100,10 +100,10 @@ class KeptPictures:
 
 
 class Worker:
-    """Answers jobs in the order in which they come.
+    """Answers jobs in the order of their arrival.
 
-    follow_up: "compacted" goes on over the last answer's cache where a request continues that conversation.
-    most_pixels: of a picture. most_prompt: tokens of a conversation. kept_bytes: of pictures' embeddings.
+    follow_up: "compacted" continues over the last answer's cache if a request continues that conversation. most_pixels:
+    of a picture. most_prompt: tokens of a conversation. kept_bytes: of pictures' embeddings.
 
     Raises:
         UserError: the session's bundle has no tokenizer or chat template.
@@ -129,7 +129,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether it answers."""
+        """Whether its thread is running."""
         return self._thread.is_alive()
 
     def start(self) -> None:
@@ -137,11 +137,11 @@ class Worker:
         self._thread.start()
 
     def put(self, job: Job) -> None:
-        """Take a job."""
+        """Add a job to the queue."""
         self._jobs.put(job)
 
     def close(self) -> None:
-        """End what is being answered, refuse what waits, and wait for the thread."""
+        """Stop the current answer, refuse waiting jobs, and wait for the thread."""
         self._closing.set()
         self._jobs.put(None)
         if self._thread.ident is not None:
@@ -196,7 +196,7 @@ class Worker:
         return self._done(job, chat, texts.hit, [size for _, size in shown[fresh:]])
 
     def _chat(self, job: Job, keys: list[bytes]) -> tuple[Chat, int]:
-        """A chat for the job, and how many of its pictures the chat's cache holds."""
+        """A chat for the job, and how many of its pictures are in the chat's cache."""
         if self._last is not None and self.follow_up == "compacted":
             chat, seen, choices = self._last
             if choices == (job.ratio, job.method) and chat.messages == [*job.messages[:-1]]:
@@ -243,7 +243,7 @@ class Worker:
         return Done(finish, usage, self._details(chat, sizes) if job.explain else {})
 
     def _details(self, chat: Chat, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """What the page shows. cells: the kind of each visual token, row by row."""
+        """Details for the page. cells: the kind of each visual token, row by row."""
         step, conversation = chat.step, chat.conversation
         assert step is not None
         found, pictures, start = kinds(step) if step.run.grids else [], [], 0

@@ -44,10 +44,10 @@ def open_bundle(name: Path | str, revision: str | None = None) -> Bundle:
 
 
 def download_bundle(repo: str, revision: str | None = None) -> Path:
-    """Download a bundle into the hub's cache, and return its folder there. Nothing in it has been checked yet.
+    """Download a bundle into the hub's cache, and return its folder there. Its contents are not checked yet.
 
     Raises:
-        UserError: the hub does not give it, or the repository holds no bundle.
+        UserError: the hub refuses it, or the repository has no bundle.
     """
     folder = snapshot_with(repo, revision, MANIFEST)
     manifest = None if folder is None else read_own_manifest(folder)
@@ -69,13 +69,14 @@ def download_bundle(repo: str, revision: str | None = None) -> Path:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name that a manifest has for a file can be one within its folder."""
+    """Whether a file name in a manifest can be that of a file within its folder."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def link_files(snapshot_folder: Path, folder: Path, patterns: list[str]) -> Path:
-    """Give `folder` the files of a snapshot that fit `patterns`; what it has stays. Each comes to be whole or not."""
+    """Give `folder` the files of a snapshot that match `patterns`. Existing files stay. Each file appears only when it
+    is complete."""
     for path in snapshot_folder.rglob("*"):
         name = path.relative_to(snapshot_folder)
         target = folder / name
@@ -89,7 +90,7 @@ def link_files(snapshot_folder: Path, folder: Path, patterns: list[str]) -> Path
 
 
 def place(source: Path, target: Path) -> None:
-    """Link a file, or copy it where the file system has no links; another process may do the same meanwhile."""
+    """Link a file, or copy it if the file system has no links. Another process may do the same at the same time."""
     try:
         os.link(source, target)
     except FileExistsError:

@@ -28,9 +28,9 @@ VIDEO_PROCESSOR = "video_preprocessor_config.json"
 
 @dataclass(frozen=True)
 class Description:
-    """What the JSON files say: family, sizes, the image processor's settings if there are any, and prompts.
+    """The content of the JSON files: family, sizes, the image processor's settings if there are any, and prompts.
 
-    video: how videos are made ready; None where the model takes none.
+    video: how videos are prepared; None if the model takes none.
     """
 
     family: Family
@@ -42,14 +42,15 @@ class Description:
 
 @dataclass(frozen=True)
 class Configuration(Description):
-    """One checkpoint: what its JSON files say, as far as its tensors agree, the tensors, and how layers are stored."""
+    """One checkpoint: the content of its JSON files, checked against its tensors, the tensors, and how layers are
+    stored."""
 
     weights: Weights
     stored: WeightFormat
 
 
 def read_description(checkpoint: Checkpoint) -> Description:
-    """Digest config.json, generation_config.json, and the files of processor and tokenizer; no tensor is looked at.
+    """Read config.json, generation_config.json, and the files of processor and tokenizer, but no tensor.
 
     Raises:
         UserError: a file or a value is missing, damaged or out of range.
@@ -65,7 +66,7 @@ def read_description(checkpoint: Checkpoint) -> Description:
 
 
 def read_model(checkpoint: Checkpoint) -> tuple[Family, Model, dict[str, Any] | None]:
-    """Family, sizes and the image processor's settings; no file of the tokenizer is looked at.
+    """Read family, sizes and the image processor's settings, but no file of the tokenizer.
 
     Raises:
         UserError: a file or a value is missing, damaged or out of range.
@@ -77,7 +78,7 @@ def read_model(checkpoint: Checkpoint) -> tuple[Family, Model, dict[str, Any] | 
 
 @contextmanager
 def in_one_sentence(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn what values of a wrong kind raise into one sentence."""
+    """Turn exceptions about values of a wrong type into one sentence."""
     try:
         yield
     except (ValidationError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -90,9 +91,9 @@ def in_one_sentence(checkpoint: Checkpoint) -> Iterator[None]:
 def read_configuration(
     checkpoint: Checkpoint, description: Description | None = None, packed: bool = True
 ) -> Configuration:
-    """Digest the JSON files, and the names, dtypes and shapes of the tensors.
+    """Read the JSON files, and the names, dtypes and shapes of the tensors.
 
-    description: of the checkpoint, where it has been read. packed: whether packed layers stay so, or become floats.
+    description: of the checkpoint, if it was read before. packed: whether packed layers stay packed, or become floats.
 
     Raises:
         UserError: a file or a value is missing, damaged or out of range.
@@ -114,10 +115,10 @@ def read_configuration(
 
 
 def read_video(checkpoint: Checkpoint, family: Family, model: Model, prompts: Prompts) -> VideoPreprocessing | None:
-    """How videos are made ready; None where the family takes none, or where no token stands for them.
+    """How videos are prepared. None if the family takes none, or if no token stands for them.
 
     Raises:
-        UserError: the video processor's settings are not known.
+        UserError: the video processor's settings are not supported.
     """
     tokenizer = prompts.tokenizer.tokenizer if prompts.tokenizer else None
     stated = checkpoint.config.get("video_token_id")
@@ -130,7 +131,8 @@ def read_video(checkpoint: Checkpoint, family: Family, model: Model, prompts: Pr
 
 
 def video_processor(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The video processor's settings: of the file that transformers takes, in which older ones have the pictures'."""
+    """The video processor's settings. Its own part or file comes first; older checkpoints have them in the image
+    processor's file."""
     part = (checkpoint.json(PROCESSOR) or {}).get("video_processor")
     if part is not None and not isinstance(part, dict):
         raise UserError(f"video_processor of {checkpoint.folder / PROCESSOR} is not a JSON object: download it again")
@@ -143,7 +145,7 @@ def video_processor(checkpoint: Checkpoint) -> dict[str, Any] | None:
 def image_processor(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The image processor's settings: its part of transformers 5's processor_config.json, or else its own file.
 
-    Where there is neither, processor_config.json itself, of a processor that is one with its image processor.
+    If there is neither, they are processor_config.json itself, for a processor that is its own image processor.
     """
     part = (checkpoint.json(PROCESSOR) or {}).get("image_processor")
     if part is not None and not isinstance(part, dict):

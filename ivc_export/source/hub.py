@@ -21,17 +21,18 @@ TOKENIZER_FILES = ("merges.txt", "tokenizer.model")
 
 
 def aliases() -> dict[str, str]:
-    """Short names of models that can be exported, to their hub ids."""
+    """Short names of models that can be exported, with their hub ids."""
     return {alias: repo for name in families.names() for alias, repo in families.of(name).hub.items()}
 
 
 def open_checkpoint(model: Path | str, revision: str | None = None) -> Checkpoint:
-    """Open a checkpoint folder, or a hub model's, of which only the JSON files and templates are downloaded yet.
+    """Open a checkpoint folder, or a model on the hub. Of the latter only JSON files and templates are downloaded at
+    first.
 
     model: a folder, an alias or a hub id. revision: branch, tag or commit on the hub; None takes its main branch.
 
     Raises:
-        UserError: there is none, or the hub does not give it, or it is something else; see kinds.KINDS.
+        UserError: there is no such model, the hub refuses it, or it is something else; see kinds.KINDS.
     """
     name = str(model)
     if Path(name).exists():
@@ -58,7 +59,7 @@ def is_hub_id(name: str) -> bool:
 
 @dataclass(frozen=True)
 class HubCheckpoint(Checkpoint):
-    """A snapshot in the hub's cache; its weight files are downloaded when they are first asked for."""
+    """A snapshot in the hub's cache. Its weight files are downloaded when they are first needed."""
 
     repo: str
 
@@ -67,7 +68,7 @@ class HubCheckpoint(Checkpoint):
         """Download everything but the weights.
 
         Raises:
-            UserError: the hub does not give it, or it is no checkpoint.
+            UserError: the hub refuses it, or it is not a checkpoint.
         """
         checkpoint = HubCheckpoint(snapshot(repo, revision, ["*.json", "*.jinja", *TOKENIZER_FILES]), repo)
         check_folder(checkpoint)
@@ -77,12 +78,13 @@ class HubCheckpoint(Checkpoint):
 
     @property
     def place(self) -> str:
-        """The repository."""
+        """The repository's name."""
         return self.repo
 
     @cached_property
     def listing(self) -> frozenset[str] | None:
-        """Names of the repository's top-level files and folders; None where the hub does not tell, as offline."""
+        """Names of the repository's top-level files and folders. None if the hub does not tell them, for example
+        offline."""
         import huggingface_hub
 
         commit = self.folder.name  # of a snapshot
@@ -102,7 +104,7 @@ class HubCheckpoint(Checkpoint):
         """The safetensors files, downloaded.
 
         Raises:
-            UserError: the repository lacks one, or the hub does not give it.
+            UserError: the repository lacks one, or the hub refuses it.
         """
         files = super().weight_files
         lacking = [file.name for file in files if self.listing is not None and file.name not in self.listing]
@@ -117,12 +119,12 @@ class HubCheckpoint(Checkpoint):
 def snapshot(repo: str, revision: str | None, patterns: list[str], nested: bool = False) -> Path:
     """Download the files of a repository that match `patterns`, and return the snapshot's folder.
 
-    nested: whether files in folders are taken, too, or those at the top alone.
+    nested: whether files in folders are included, or only those at the top.
 
     Token, cache, offline switch and endpoint are huggingface_hub's own (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, ...).
 
     Raises:
-        UserError: the hub does not give them.
+        UserError: the hub refuses them.
     """
     import huggingface_hub  # takes a while to load
 
@@ -134,10 +136,10 @@ def snapshot(repo: str, revision: str | None, patterns: list[str], nested: bool 
 
 
 def snapshot_with(repo: str, revision: str | None, name: str) -> Path | None:
-    """Download one file of a repository, and return the snapshot's folder; None where the repository has no such file.
+    """Download one file of a repository, and return the snapshot's folder. None if the repository has no such file.
 
     Raises:
-        UserError: the hub does not give it.
+        UserError: the hub refuses it.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -153,7 +155,7 @@ def snapshot_with(repo: str, revision: str | None, name: str) -> Path | None:
 
 @contextmanager
 def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """Turn what downloads raise into one sentence."""
+    """Turn exceptions of downloads into one sentence."""
     from huggingface_hub import errors
 
     try:
@@ -181,7 +183,7 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """What an error says first, without its request's id and what signs an address."""
+    """The beginning of an error's message, without its request's id and without signatures of addresses."""
     lines = [re.sub(r" \(Request ID: .*", "", line).strip() for line in str(error).splitlines()]
     first = next((line for line in lines if line), type(error).__name__)
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", first)

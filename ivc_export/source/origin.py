@@ -18,14 +18,15 @@ SAID = ("license", "license_name", "license_link")
 
 
 def find_origin(checkpoint: Checkpoint) -> Origin:
-    """Which model a checkpoint is: one of the hub, which is asked for the rest later, or what a folder's card says."""
+    """The model on the hub that a checkpoint is (the hub is asked for details later), or the details in a folder's
+    card."""
     if isinstance(checkpoint, HubCheckpoint):
         return Origin(repo=checkpoint.repo, **valid({"commit": checkpoint.folder.name}))
     return Origin(**card_facts(folder_card(checkpoint)))
 
 
 def completed(origin: Origin) -> Origin:
-    """An origin with what the card of its model on the hub says; as it was where the hub does not tell."""
+    """An origin with the details of its model's card on the hub. It stays unchanged if the hub does not tell them."""
     if origin.repo is None or origin.license is not None:
         return origin
     import huggingface_hub
@@ -38,7 +39,7 @@ def completed(origin: Origin) -> Origin:
 
 
 def folder_card(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The metadata of a checkpoint folder's card; nothing where there is none, or none that can be read."""
+    """The metadata of a checkpoint folder's card. Empty if there is none, or if it cannot be read."""
     path = checkpoint.folder / CARD
     if not path.is_file() or path.stat().st_size > MOST_CARD:
         return {}
@@ -51,7 +52,7 @@ def folder_card(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def card_facts(card: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a card's metadata an Origin holds, as far as it is as it should be."""
+    """The metadata of a card that an Origin has, as far as they are valid."""
     found = valid({name: card.get(name) for name in SAID})
     tags = card.get("tags")
     if isinstance(tags, list):
@@ -60,7 +61,7 @@ def card_facts(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def valid(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of an Origin's fields whose values it takes, None left out."""
+    """The fields of an Origin whose values are valid, without None."""
     found = {}
     for name, value in fields.items():
         try:

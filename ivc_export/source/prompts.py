@@ -27,10 +27,10 @@ ANSWER = "An answer"
 
 @dataclass(frozen=True)
 class Prompts:
-    """What makes prompts of conversations.
+    """Everything that makes prompts of conversations.
 
-    tokenizer: None of a checkpoint that has none. tokenizer_config: empty if there is none. segments: what the template
-    writes, for programs without Jinja, if segments can say it. notes: what the user should know, a sentence each.
+    tokenizer: None for a checkpoint without one. tokenizer_config: empty if there is none. segments: the template
+    without Jinja, if segments can express it. notes: remarks for the user, one sentence each.
     """
 
     tokenizer: CheckpointTokenizer | None
@@ -42,11 +42,11 @@ class Prompts:
 
 
 def read_prompts(checkpoint: Checkpoint, family: Family, model: Model) -> Prompts:
-    """Read and check the files of tokenizer and processor, as far as they make prompts.
+    """Read and check the files of tokenizer and processor that make prompts.
 
     Raises:
         UserError: one is damaged, or they do not fit each other.
-        ValidationError: an id is none.
+        ValidationError: an id is not valid.
     """
     texts = family.token_texts
     config: Mapping[str, Any] = tokenizer_config(checkpoint)
@@ -92,7 +92,7 @@ def segments_of(template: ChatTemplate, source: str) -> tuple[ChatSegments | Non
 
 
 def either(stated: int | None, text: str | None, tokenizer: Tokenizer | None) -> int | None:
-    """The id that config.json states, or else the one that the tokenizer gives `text`, if either does."""
+    """The id in config.json, or else the tokenizer's id of `text`. None if there is neither."""
     if stated is not None or text is None or tokenizer is None:
         return stated
     found: int | None = tokenizer.token_to_id(text)
@@ -120,10 +120,10 @@ def check_texts(tokens: SpecialTokens, family: Family, tokenizer: Tokenizer, che
 
 
 def check_range(tokens: SpecialTokens, vocab_size: int) -> None:
-    """Check that the model knows each id.
+    """Check that each id is in the model's vocabulary.
 
     Raises:
-        UserError: one is beyond its vocabulary.
+        UserError: one is beyond it.
     """
     for number in (tokens.image, tokens.vision_start, tokens.vision_end, *tokens.stop):
         if number is not None and not 0 <= number < vocab_size:
@@ -131,10 +131,10 @@ def check_range(tokens: SpecialTokens, vocab_size: int) -> None:
 
 
 def check_shows_pictures(template: ChatTemplate, image: int, tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
-    """Check that the template writes one image token for each picture, where it takes as many.
+    """Check that the template writes one image token for each picture.
 
     Raises:
-        UserError: it does not, or takes none.
+        UserError: it does not, or takes no pictures.
     """
     advice = "give a template with pictures, or remove it to use the family's own"
     for pictures, what in ((1, "a picture"), (2, "two pictures")):
@@ -155,7 +155,7 @@ def check_shows_pictures(template: ChatTemplate, image: int, tokenizer: Tokenize
 
 
 def turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> int | None:
-    """The token that the template writes behind what an assistant says, if it writes one there."""
+    """The token that the template writes behind an assistant's message, if it writes one."""
     question: Message = {"role": "user", "content": [{"type": "text", "text": "What is it?"}]}
     for content in (ANSWER, [{"type": "text", "text": ANSWER}]):
         try:
@@ -170,9 +170,10 @@ def turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> int | None:
 
 
 def chat_template(checkpoint: Checkpoint, family: Family) -> tuple[str, tuple[str, ...]]:
-    """The checkpoint's chat template, or the family's if there is none or it cannot show pictures, and what to say.
+    """The checkpoint's chat template, or the family's if there is none or it cannot show pictures, and a remark for the
+    user.
 
-    Where it writes the family's mark for a picture, and no image token, it is made to write that.
+    If it writes the family's mark for a picture and no image token, it is changed to write the image token.
     """
     found = stored_template(checkpoint)
     if found is not None and "image" in found[0]:
@@ -186,7 +187,8 @@ def chat_template(checkpoint: Checkpoint, family: Family) -> tuple[str, tuple[st
 
 
 def stored_template(checkpoint: Checkpoint) -> tuple[str, str] | None:
-    """The checkpoint's chat template and its file: of several the one that transformers takes, a processor's first.
+    """The checkpoint's chat template and its file. Of several templates, the one that transformers takes; a processor's
+    comes first.
 
     Source: ProcessorMixin.get_processor_dict and PreTrainedTokenizerBase._from_pretrained in transformers.
 
@@ -205,7 +207,7 @@ def stored_template(checkpoint: Checkpoint) -> tuple[str, str] | None:
 
 
 def default_template(stored: Any, path: Path) -> str | None:
-    """A chat template as JSON files hold it: text, or several by name, of which "default" counts.
+    """A chat template from a JSON file: text, or several by name, of which "default" is taken.
 
     Raises:
         UserError: it is neither.
@@ -222,7 +224,7 @@ def default_template(stored: Any, path: Path) -> str | None:
 
 
 def stated_stops(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """End-of-sequence ids: generation_config.json's, or else config.json's."""
+    """End-of-sequence ids of generation_config.json, or else of config.json."""
     config = checkpoint.config
     texts = [config.get(key) or {} for key in ("text_config", "llm_config", "language_config")]
     for source in (checkpoint.json(GENERATION_CONFIG) or {}, config, *texts):

@@ -61,7 +61,8 @@ def parse_tokenizer(text: str, what: str, advice: str) -> Tokenizer:
 
 
 def tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """tokenizer_config.json. If it is from the time before it had everything, special_tokens_map.json comes on top.
+    """tokenizer_config.json. If it lists no added tokens, it is of an older kind, and special_tokens_map.json is put on
+    top.
 
     Source: PreTrainedTokenizerBase._from_pretrained in transformers.
     """

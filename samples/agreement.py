@@ -1,9 +1,9 @@
-"""Answers of Spatial-VL's bundle in any runtime against those of stock transformers, question by question.
+"""Compare the answers of Spatial-VL's bundle on a backend with those of stock transformers, question by question.
 
-    python -m samples.agreement record FOLDER --bundle BUNDLE                  PyTorch's answers; needs torch
+    python -m samples.agreement record FOLDER --bundle BUNDLE                  record PyTorch's answers; needs torch
     python -m samples.agreement compare FOLDER --bundle BUNDLE --backend tensorrt --output FILE
 
-What `record` leaves in FOLDER, pictures and answers, is all that `compare` needs, on a machine without torch.
+`record` writes pictures and answers to FOLDER. `compare` needs nothing else, and runs on a machine without torch.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def compare_answers(options: argparse.Namespace) -> None:
     bundle = Bundle.load(options.bundle)
     recorded = json.loads((options.folder / INDEX).read_text(encoding="utf-8"))
     if recorded["layer"] != bundle.manifest.selection_layer:
-        sys.exit(f"recorded with the cut at layer {recorded['layer']}: record again")
+        sys.exit(f"the answers were recorded with the cut at layer {recorded['layer']}: record them again")
     libraries = {name: getattr(options, name) for name in ("plugin", "op_library") if getattr(options, name)}
     session, exact = open_session(bundle, options.backend, **libraries), open_session(bundle)
     found: dict[str, Any] = {}
@@ -105,14 +105,14 @@ def parting(session: Session, ratio: float, question: str, picture: Path, tokens
 def main() -> None:
     """Record or compare."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("record", "compare"))
-    p.add_argument("folder", type=Path)
-    p.add_argument("--bundle", type=Path, required=True)
-    p.add_argument("--count", type=int, default=200)
-    p.add_argument("--backend", choices=tuple(BACKENDS), default=DEFAULT)
-    p.add_argument("--plugin", type=Path, help="for engines that were built with it")
+    p.add_argument("what", choices=("record", "compare"), help="record answers, or compare with them")
+    p.add_argument("folder", type=Path, help="folder of recorded pictures and answers")
+    p.add_argument("--bundle", type=Path, required=True, help="bundle of Spatial-VL")
+    p.add_argument("--count", type=int, default=200, help="questions to record (default: 200)")
+    p.add_argument("--backend", choices=tuple(BACKENDS), default=DEFAULT, help="runtime to compare")
+    p.add_argument("--plugin", type=Path, help="libivc_plugin.so, if the engines were built with it")
     p.add_argument("--op-library", type=Path, help="our custom operators, for onnxruntime-cuda")
-    p.add_argument("--output", type=Path, default=Path("agreement.json"))
+    p.add_argument("--output", type=Path, default=Path("agreement.json"), help="file of the results")
     options = p.parse_args()
     {"record": record_answers, "compare": compare_answers}[options.what](options)
 

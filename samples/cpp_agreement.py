@@ -1,11 +1,11 @@
-"""Answers of the C++ runtime on Spatial-VL's bundle against Python's, token by token and row by row, and their times.
+"""Compare the answers of the C++ runtime on Spatial-VL's bundle with Python's, token by token, and time both.
 
     python -m samples.cpp_agreement --bundle BUNDLE --program BUILD/ivc-cpp --output FILE
     python -m samples.cpp_agreement --bundle BUNDLE --program BUILD/ivc-cpp --backend tensorrt --questions FOLDER ...
 
-On onnxruntime-cpu the bundle is exported with --dtype float32, which both compute in; on tensorrt both run the same
-engines. FOLDER is what samples.agreement left there; without it the questions are drawn, which takes torch. Both are
-asked in turns within one run; the seconds are of whole answers, from a picture's file on.
+On onnxruntime-cpu, both compute in float32: export the bundle with --dtype float32. On tensorrt, both run the same
+engines. FOLDER is one that samples.agreement has recorded; without it questions are drawn, which needs torch. Both are
+asked in turns in one run. Kept rows are compared, too. The seconds are of whole answers, from the picture's file on.
 """
 
 from __future__ import annotations
@@ -100,13 +100,13 @@ def count_equal(counts: dict[str, int], wanted: str, chat: Chat, found: dict[str
 def main() -> None:
     """Ask both the same questions, and write how many answers are the same."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--bundle", type=Path, required=True)
-    p.add_argument("--program", type=Path, required=True)
-    p.add_argument("--backend", choices=("onnxruntime-cpu", "tensorrt"), default=DEFAULT)
-    p.add_argument("--plugin", type=Path, help="for engines that were built with it")
-    p.add_argument("--questions", type=Path, metavar="FOLDER")
-    p.add_argument("--count", type=int, default=200)
-    p.add_argument("--output", type=Path, default=Path("cpp-agreement.json"))
+    p.add_argument("--bundle", type=Path, required=True, help="bundle of Spatial-VL")
+    p.add_argument("--program", type=Path, required=True, help="path of ivc-cpp")
+    p.add_argument("--backend", choices=("onnxruntime-cpu", "tensorrt"), default=DEFAULT, help="runtime of both")
+    p.add_argument("--plugin", type=Path, help="libivc_plugin.so, if the engines were built with it")
+    p.add_argument("--questions", type=Path, metavar="FOLDER", help="questions that samples.agreement recorded")
+    p.add_argument("--count", type=int, default=200, help="number of questions (default: 200)")
+    p.add_argument("--output", type=Path, default=Path("cpp-agreement.json"), help="file of the results")
     options = p.parse_args()
     libraries = {} if options.plugin is None else {"plugin": options.plugin}
     command = [str(options.program.resolve()), str(options.bundle), "--requests", "--backend", options.backend]
@@ -145,7 +145,10 @@ def main() -> None:
                 "differing": differing,
                 "seconds_an_answer": medians,
             }
-            print(f"ratio {ratio}: {same} of {len(asked)}, then {later}, {medians} seconds an answer", flush=True)
+            print(
+                f"ratio {ratio}: {same} of {len(asked)} identical, then {later}, {medians} seconds per answer",
+                flush=True,
+            )
         held["python"] = device_bytes(options.backend) - empty - held["cpp"]
         host = {"cpp": program.most_bytes(), "python": resident("self")}
         program.close()

@@ -1,10 +1,11 @@
-"""Measure what pruning does to Spatial-VL's answers on questions it was not trained on.
+"""Measure the accuracy of Spatial-VL's answers with pruning, on questions that it was not trained on.
 
-    python -m samples.evaluate methods   the layers, then every method at every ratio, in PyTorch (a GPU helps)
-    python -m samples.evaluate bundle    a bundle on onnxruntime against stock transformers, answer by answer,
-                                         at ratios 1 and 0.5, or by each --method at 0.5
-    python -m samples.evaluate follow-ups  second questions about a picture, as conversations go on
-    python -m samples.evaluate plot      docs/accuracy.png from the results
+    python -m samples.evaluate methods     find the layer, then try every method at every ratio, in PyTorch (a GPU
+                                           helps)
+    python -m samples.evaluate bundle      compare a bundle on onnxruntime with stock transformers, answer by answer,
+                                           at ratios 1 and 0.5, or with each --method at 0.5
+    python -m samples.evaluate follow-ups  ask second questions about a picture, in both ways that conversations go on
+    python -m samples.evaluate plot        draw docs/accuracy.png from the results
 
 Results are written to benchmarks/results/.
 """
@@ -283,17 +284,19 @@ def main() -> None:
     ):
         command = commands.add_parser(name)
         command.set_defaults(run=run)
-        command.add_argument("--output", type=Path, default=RESULTS)
-        command.add_argument("--model", type=Path, default=MODEL)
+        command.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+        command.add_argument("--model", type=Path, default=MODEL, help="checkpoint of Spatial-VL")
         if name == "methods":
-            command.add_argument("--calibration", type=int, default=50, help="questions of each task")
-            command.add_argument("--test", type=int, default=334, help="questions of each task")
+            command.add_argument(
+                "--calibration", type=int, default=50, help="questions of each task to find the layer (default: 50)"
+            )
+            command.add_argument("--test", type=int, default=334, help="questions of each task to test (default: 334)")
         elif name in ("bundle", "follow-ups"):
-            command.add_argument("--bundle", type=Path, required=True)
-            command.add_argument("--count", type=int, default=200)
+            command.add_argument("--bundle", type=Path, required=True, help="bundle of Spatial-VL")
+            command.add_argument("--count", type=int, default=200, help="number of questions (default: 200)")
         if name == "bundle":
             command.add_argument(
-                "--method", action="append", help="of the bundle's run time, at ratio 0.5; may be repeated"
+                "--method", action="append", help="method to select tokens by, at ratio 0.5; may be repeated"
             )
     arguments = parser.parse_args()
     arguments.run(arguments)

@@ -1,4 +1,4 @@
-"""Draw the pictures that come along: samples/pictures/scene-*.png, and the default set of ivc-calibrate.
+"""Draw the pictures of this repository: samples/pictures/scene-*.png, and the default set of ivc-calibrate.
 
 python -m samples.make_pictures
 """

@@ -1,11 +1,11 @@
-"""What weights in 4 and 8 bits do to Spatial-VL's answers, and to the rows that it keeps.
+"""Measure how weights in 4 and 8 bits change Spatial-VL's answers, and the rows that it keeps.
 
     python -m samples.quantised [--count N] [--others N] [--calibrated CHECKPOINT] [NAME ...]
 
 Each variant is exported, cut at the layer of the other results, and answers held-out questions at ratios 1 and 0.5 on
 onnxruntime's CPU provider, as the 16-bit bundle does. Figures are added to benchmarks/results/spatial-vl-quantised.json
-as they come; variants that are in it with as many questions are left out. Kept rows are compared as the part of the
-visual rows of either that both keep, prefill by prefill.
+one by one; variants that it already has, with as many questions, are skipped. Kept rows are compared for each prefill:
+the part that both keep, of the visual rows that either keeps.
 """
 
 from __future__ import annotations
@@ -156,11 +156,13 @@ def bundle_of(name: str, folder: Path, calibrated: Path | None) -> Bundle:
 def main() -> None:
     """Measure what is missing, and write."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("names", nargs="*", metavar="NAME", help=f"of {'; '.join(VARIANTS)}")
-    p.add_argument("--count", type=int, default=2004)
-    p.add_argument("--others", type=int, default=2004, help="questions of all but the first variants")
-    p.add_argument("--calibrated", type=Path, metavar="CHECKPOINT")
-    p.add_argument("--output", type=Path, default=RESULT)
+    p.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"variants to measure (default: all): {'; '.join(VARIANTS)}"
+    )
+    p.add_argument("--count", type=int, default=2004, help="questions of the first variants (default: 2004)")
+    p.add_argument("--others", type=int, default=2004, help="questions of the other variants (default: 2004)")
+    p.add_argument("--calibrated", type=Path, metavar="CHECKPOINT", help="a calibrated checkpoint to measure, too")
+    p.add_argument("--output", type=Path, default=RESULT, help="file of the results")
     options = p.parse_args()
     content = json.loads(options.output.read_text(encoding="utf-8")) if options.output.is_file() else {"variants": {}}
     examples = held_out("test", math.ceil(options.count / len(TASKS)))[: options.count]

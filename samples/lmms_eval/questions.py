@@ -32,7 +32,7 @@ def write_questions(path: Path, each: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--each", type=int, default=50, help="questions of each kind")
+    parser.add_argument("path", type=Path, help="Parquet file to write")
+    parser.add_argument("--each", type=int, default=50, help="questions of each kind (default: 50)")
     arguments = parser.parse_args()
     write_questions(arguments.path, arguments.each)

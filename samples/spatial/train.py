@@ -3,10 +3,10 @@
     python -m samples.spatial.train --steps 6600 --output FIRST [--stop-after SECONDS]
     python -m samples.spatial.train --start FIRST --steps 1600 --rate 6e-4 --output SECOND
 
-A run saves its state in FOLDER as it goes and when it is stopped; the same command goes on from there. Pictures and
-questions are drawn on the fly, seeded by the number of the step, so that a resumed run sees what an uninterrupted one
-would. In the first phase, besides the answers, each visual token learns to name what it shows; those extra
-heads are thrown away. In the second, a random part of the visual tokens is hidden, as pruning hides them.
+A run saves its state in the output folder from time to time, and when it is stopped; the same command resumes it.
+Pictures and questions are drawn during training, seeded by the number of the step, so a resumed run sees the same ones.
+The first phase trains answers, and extra heads by which each visual token names what it shows; these heads are then
+dropped. The second phase hides a random part of the visual tokens, as pruning does.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class TrainingRun:
             probe.load_state_dict(state["probe"])
             for optimizer, kept in zip(run.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(kept)
-            print(f"going on from step {run.step}", flush=True)
+            print(f"resuming at step {run.step}", flush=True)
         return run
 
     def save(self, folder: Path) -> None:
@@ -154,26 +154,34 @@ def train(arguments: argparse.Namespace) -> None:
             if pausing or run.step % SAVED_EVERY == 0:
                 run.save(arguments.output)
             if stopping:
-                print(f"stopped after {run.step} of {arguments.steps} steps: the same command goes on", flush=True)
+                print(
+                    f"stopped after {run.step} of {arguments.steps} steps: the same command resumes the run", flush=True
+                )
                 return
     write_checkpoint(arguments.output, run.network.state_dict())
-    print(f"trained: {arguments.output}", flush=True)
+    print(f"the trained checkpoint is in {arguments.output}", flush=True)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="weights to begin from: the second phase, which hides tokens")
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--batch", type=int, default=128, help="pictures a step")
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--workers", type=int, default=15)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=100, help="steps between lines of the log")
-    parser.add_argument("--exam", type=int, default=30, help="held-out questions of each task")
-    parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint and the run's state")
+    parser.add_argument("--start", type=Path, help="checkpoint to start from, for the second phase")
+    parser.add_argument("--steps", type=int, default=12000, help="steps of the run (default: 12000)")
+    parser.add_argument("--batch", type=int, default=128, help="pictures per step (default: 128)")
+    parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate (default: 0.002)")
+    parser.add_argument("--workers", type=int, default=15, help="processes that draw pictures (default: 15)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and pictures (default: 0)")
+    parser.add_argument("--every", type=int, default=100, help="steps between lines of the log (default: 100)")
+    parser.add_argument(
+        "--exam", type=int, default=30, help="held-out questions of each task to test with (default: 30)"
+    )
+    parser.add_argument(
+        "--stop-after", type=float, default=math.inf, help="seconds after which the run stops and can be resumed"
+    )
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the network with torch.compile"
+    )
     train(parser.parse_args())
 
 

@@ -21,7 +21,8 @@ from ivc_export import cli, families
 from ivc_export.checkpoint.formats import BUNDLED, FORMATS
 from ivc_export.checkpoint.weights import PlannedWeights
 from ivc_export.contract.axes import AXES
-from ivc_export.contract.graphs import GRAPHS, Layers, TensorSpec, in_place_info
+from ivc_export.contract.caches import in_place_info
+from ivc_export.contract.graphs import GRAPHS, Layers, TensorSpec
 from ivc_export.contract.manifest import CONSTANTS, DecoderSizes, Manifest, SelectionRule
 from ivc_export.contract.names import (
     GRAPH_NAMES,

@@ -1,7 +1,4 @@
-"""The inputs and outputs of the graphs, and their shapes for the sizes of a model.
-
-Most of its lines are one table of every tensor that passes between graphs and runtimes.
-"""
+"""The inputs and outputs of the graphs, and their shapes for the sizes of a model."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from typing import Literal, NamedTuple
 
 from ivc_export.contract.manifest import DecoderSizes, GraphInfo, RotarySizes, Selection, SelectionRule, TensorInfo
 from ivc_export.contract.names import AnyGraphName, graph_file
-from ivc_export.contract.operators import ATTENDED_SIZES
 from ivc_export.contract.preprocessing import FixedPreprocessing, PatchPreprocessing, Preprocessing
 from ivc_export.dtypes import FloatName
 
@@ -373,76 +369,3 @@ def cache_shape(sizes: DecoderSizes, name: str, rows: int) -> tuple[int, int, in
     """The shape of `rows` rows of one layer's keys or values, in a tensor of this name."""
     size = sizes.value_dim if TensorName.of(name).kind == "value" else sizes.head_dim
     return (1, sizes.kv_heads, rows, size)
-
-
-def in_place_lengths(past_length: str) -> dict[str, tuple[int, ...]]:
-    """Inputs that replace `past_length`, or `past_length.i`, if caches are written in place, and their shapes."""
-    _, dot, layer = past_length.partition(".")
-    return {f"seqlens_k{dot}{layer}": (1,), f"total_sequence_length{dot}{layer}": ()}
-
-
-def in_place_info(info: GraphInfo) -> GraphInfo:
-    """Inputs and outputs of a graph that writes its caches in place, in buffers of one capacity P.
-
-    - past_length becomes seqlens_k int32 [1], which is past_length + S - 1 (in decoder with M for S), and
-      total_sequence_length int32 [], in host memory: past_length + S, or P in a decode step that a CUDA graph replays.
-    - present_key.i and present_value.i replace new_key.i and new_value.i. They must be bound to the buffers of
-      past_key.i and past_value.i.
-    - new_key.i and new_value.i of the layers below the cut are rows of the caches already. The caches go from prefix to
-      decoder instead. cache_index int32 [P] gives for each row of a compacted cache the row that it comes from.
-      compact_key.i and compact_value.i are such caches, and must be bound to other buffers.
-    - position_ids of `decode` contains the row's position P times, once for each row of a cache, because attention
-      rotates.
-    - hidden_states are a sixteenth of their size: see lowering.precision.scale_residuals.
-
-    The vision graph's stay unchanged.
-    """
-
-    def changed(tensor: TensorInfo) -> list[TensorInfo]:
-        name = TensorName.of(tensor.name)
-        if name.stem == "past_length":
-            return [TensorInfo(name=n, dtype="int32", shape=s) for n, s in in_place_lengths(tensor.name).items()]
-        if name.stem == "keep_index":
-            return [tensor, TensorInfo(name="cache_index", dtype="int32", shape=("P",))]
-        if name.role in ("new", "compact"):
-            renamed = name.to("past") if name.role == "new" else tensor.name
-            return [TensorInfo(name=renamed, dtype=tensor.dtype, shape=(*tensor.shape[:2], "P", *tensor.shape[3:]))]
-        if name.stem == "position_ids" and info.file == graph_file("decode"):
-            return [tensor.model_copy(update={"shape": (*tensor.shape[:-1], "P")})]
-        return [tensor]
-
-    caches = [t for t in info.inputs if TensorName.of(t.name).role == "past"]
-    present = [t.model_copy(update={"name": TensorName.of(t.name).to("present")}) for t in caches]
-    outputs = [t for t in info.outputs if TensorName.of(t.name).role != "new"]
-    return info.model_copy(
-        update={
-            "inputs": tuple(new for t in info.inputs for new in changed(t)),
-            "outputs": (*(new for t in outputs for new in changed(t)), *present),
-        }
-    )
-
-
-def owned_caches_info(info: GraphInfo) -> GraphInfo:
-    """Inputs and outputs of a graph whose decoder layers write to the caller's caches, by our plugin's operators.
-
-    This applies only if keys and values are of one size that AttendInPlace takes. Other graphs stay unchanged.
-
-    - prefix reads the caches and gives new_key.i and new_value.i as before. Rows of pruned tokens never get into a
-      cache.
-    - In decoder, caches of layers below the cut are inputs too. present_key.i and present_value.i replace compact_key.i
-      and compact_value.i, and above the cut new_key.i and new_value.i. They are bound to the buffers of past_key.i and
-      past_value.i, and are written in place, from row past_length on.
-    - Layers that keep every row have no such output. The caller must append their new_key.i and new_value.i of prefix.
-    """
-    sizes = {t.shape[3] for t in info.inputs if TensorName.of(t.name).role == "past"}
-    if all(t.name != "keep_index" for t in info.inputs) or len(sizes) != 1 or not sizes <= {*ATTENDED_SIZES}:
-        return info
-    compacted = {TensorName.of(t.name).to("new") for t in info.outputs if TensorName.of(t.name).role == "compact"}
-
-    def cache(tensor: TensorInfo, role: CacheRole) -> TensorInfo:
-        shape = (*tensor.shape[:2], "P", *tensor.shape[3:])
-        return tensor.model_copy(update={"name": TensorName.of(tensor.name).to(role), "shape": shape})
-
-    inputs = [(t, cache(t, "past")) if t.name in compacted else (t,) for t in info.inputs]
-    outputs = [cache(t, "present") if TensorName.of(t.name).role in ("new", "compact") else t for t in info.outputs]
-    return info.model_copy(update={"inputs": tuple(t for some in inputs for t in some), "outputs": tuple(outputs)})

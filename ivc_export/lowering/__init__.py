@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ivc_export.contract.graphs import in_place_info, owned_caches_info
+from ivc_export.contract.caches import in_place_info, owned_caches_info
 from ivc_export.contract.manifest import GraphInfo
 from ivc_export.contract.names import IVC_DOMAIN, OPSET, AnyGraphName
 from ivc_export.contract.operators import verify_graph

@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ivc_export.contract.graphs import TensorName, in_place_lengths
+from ivc_export.contract.caches import in_place_lengths
+from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering.edit import Editor, called
 
@@ -16,7 +17,7 @@ class CompactCachesPass(ir.passes.InPlacePass):
     """Compact the caches of the layers below the cut, to which prefix has written this run's rows.
 
     1. Needs: graphs whose attention writes its caches in place (UseFusedAttentionPass, WriteCachesPass).
-    2. Leaves: inputs and outputs as contract.graphs.in_place_info says. A graph that chooses rows gives cache_index:
+    2. Leaves: inputs and outputs as contract.caches.in_place_info says. A graph that chooses rows gives cache_index:
        for each row of a cache the row that it has after compaction. A graph that drops rows takes cache_index and the
        caches below the cut, and gives compact_key.i and compact_value.i as whole caches. No new_key.i and new_value.i.
     """

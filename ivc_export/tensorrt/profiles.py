@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.contract.graphs import owned_caches_info
+from ivc_export.contract.caches import owned_caches_info
 from ivc_export.contract.manifest import Manifest
 from ivc_export.contract.names import GraphName
 from ivc_export.contract.preprocessing import ViewPreprocessing

@@ -8,7 +8,8 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ivc_export.contract.graphs import TensorName, in_place_lengths
+from ivc_export.contract.caches import in_place_lengths
+from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering.edit import CONTRIB, Editor, called, numbers
 
@@ -23,7 +24,7 @@ class UseFusedAttentionPass(ir.passes.InPlacePass):
 
     1. Needs: a portable graph whose decoder layers attend to what CausalMask allows.
     2. Leaves: no EncoderAttention; Attention only if values have another size than keys, which GroupQueryAttention does
-       not take; lengths as contract.graphs.in_place_info says. present_key.i and present_value.i are the caches with
+       not take; lengths as contract.caches.in_place_info says. present_key.i and present_value.i are the caches with
        this run's rows behind the valid ones. Bound to the buffers of past_key.i and past_value.i, they are written in
        place. Keys are rotated before: GroupQueryAttention rotates by row, and rows of a picture share M-RoPE positions.
        Attention in windows stays unchanged.

@@ -20,7 +20,7 @@ class WriteCachesPass(ir.passes.InPlacePass):
 
     1. Needs: calls of Attention that attend to what CausalMask allows, over caches that are inputs.
     2. Leaves: Attention over present_key.i and present_value.i, and over no other rows. These are outputs: the caches
-       with this run's rows behind the valid ones. Lengths are as contract.graphs.in_place_info says. The outputs are
+       with this run's rows behind the valid ones. Lengths are as contract.caches.in_place_info says. The outputs are
        bound to the buffers of past_key.i and past_value.i and written in place: nothing else reads these.
     """
 

@@ -23,7 +23,7 @@ class AttendInPlacePass(ir.passes.InPlacePass):
        If TurnHeads gives q, k and v to nothing else, both become one operator, AttendJoined(rows, cos, sin, query_norm,
        key_norm, past_key, past_value, past_length) with TurnHeads' attributes and scale. CompactIntoCaches(keep_index,
        past_length, x_1 .. x_n, past_1 .. past_n) -> present_1 .. present_n {caches n} replaces the CompactGather of
-       keys and values. Inputs and outputs are as contract.graphs.owned_caches_info says. v is [S, kv_heads D] if only
+       keys and values. Inputs and outputs are as contract.caches.owned_caches_info says. v is [S, kv_heads D] if only
        SplitHeads made it.
     """
 

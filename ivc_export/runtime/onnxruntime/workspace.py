@@ -107,7 +107,7 @@ class DeviceCache:
             self.spare[name], self.current[name] = self.current[name], value
 
     def index(self, keep_index: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """cache_index int32 [capacity] for the kept rows of a run: see contract.graphs.in_place_info."""
+        """cache_index int32 [capacity] for the kept rows of a run: see contract.caches.in_place_info."""
         found = np.arange(self.capacity, dtype=np.int32)
         found[self.length : self.length + len(keep_index)] = self.length + keep_index
         return found

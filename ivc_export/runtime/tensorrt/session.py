@@ -151,7 +151,7 @@ MOST_REMEMBERED = 64
 class EngineCache:
     """Keys and values of all layers on the device, in buffers of the engines' capacity.
 
-    Engines with our plugin's attention write to most of them themselves; see contract.graphs.owned_caches_info.
+    Engines with our plugin's attention write to most of them themselves; see contract.caches.owned_caches_info.
     """
 
     def __init__(self, session: TensorrtSession) -> None:

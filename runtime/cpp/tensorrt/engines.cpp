@@ -180,7 +180,7 @@ std::string cacheOf(const std::string& name) {
 }
 
 // A graph's inputs and outputs where decoder layers write to the caller's caches by our plugin's operators; see
-// ivc_export.contract.graphs.owned_caches_info.
+// ivc_export.contract.caches.owned_caches_info.
 Graph ownedCaches(const Graph& graph) {
     std::set<int64_t> sizes;
     std::set<std::string> compacted;

@@ -165,11 +165,8 @@ def check_recording(reference: Recording, m: Manifest, steps: int, pictures: boo
             problem = f"{name} and the number of pictures do not match"
     for (graph, name), array in found.items():
         if TensorName.of(name).stem == MARGIN:
-            problem = (
-                problem
-                if array.ndim == 1 and np.issubdtype(array.dtype, np.floating)
-                else f"{name} has the wrong shape"
-            )
+            row = array.ndim == 1 and np.issubdtype(array.dtype, np.floating)
+            problem = problem if row else f"{name} has the wrong shape"
             continue
         info = named.get((graph, name))
         shape = info.shape if info else ("rows", m.decoder.hidden_size)
@@ -206,10 +203,8 @@ def find_tolerances(session: Session) -> dict[str, float]:
     known = find_backend(session.backend).tolerances
     if session.dtype not in known:
         measured = ", ".join(f"{name} in {dtype}" for name, one in BACKENDS.items() for dtype in one.tolerances)
-        raise UserError(
-            f"no tolerance has been measured for {session.backend} in {session.dtype}: check on one of these: "
-            f"{measured}"
-        )
+        what = f"no tolerance has been measured for {session.backend} in {session.dtype}"
+        raise UserError(f"{what}: check on one of these: {measured}")
     return {kind: bound for kind, (bound, _) in known[session.dtype].errors.items()}
 
 
@@ -292,8 +287,7 @@ def compare_selection(
 
 
 def compare_ranking(step: Step, wanted: Mapping[str, Array], tolerance: float) -> list[Comparison]:
-    """Compare the choice of a method that ranks tokens by their scores alone: the graph's own exactly, and the
-    reference's."""
+    """Compare the choice of a method that ranks tokens by scores alone: the graph's exactly, and the reference's."""
     run, score, name = step.run, step.prefix["token_score"], "keep_index, of the graph's own scores"
     scores = close("token_score", tolerance, [(score, wanted["token_score"])])
     if score.shape != run.visual_index.shape or score.shape != wanted["token_score"].shape:
@@ -331,15 +325,8 @@ def compare_choice(
     run, seeds, score = step.run, step.prefix["seed_index"], step.prefix["token_score"]
     shapes = (seeds.shape, score.shape) == (wanted.seed_index.shape, wanted.token_score.shape)
     if not shapes or own.shape != values.shape or not np.isin(seeds, np.arange(len(score))).all():
-        return [
-            Comparison(
-                f"seed_index{suffix}",
-                None,
-                None,
-                False,
-                "the shape differs, or there is a seed outside the visual tokens",
-            )
-        ]
+        note = "the shape differs, or there is a seed outside the visual tokens"
+        return [Comparison(f"seed_index{suffix}", None, None, False, note)]
     replayed = choose(values, run, rule, seeds)
     rows = (run.visual_index, run.text_index, run.query_index)
     text = [text_votes(v, *rows, rule, run.tiles) for v in (own, values)]

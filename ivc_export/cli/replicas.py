@@ -129,13 +129,14 @@ def run(options: argparse.Namespace) -> int:
     note = find_backend(options.backend).before(given_bundle(options))
     if note:
         console.print(note, markup=False)
-    deployed = False
+    started = False
     try:
         with console.status("starting the replicas"):
             where = os.environ.get("RAY_ADDRESS")
             if where:
                 join(ray, where)
-                if serve.status().proxies:
+                there = serve.status()
+                if there.proxies or there.applications:
                     raise UserError(
                         f"the cluster at {where} already runs Ray Serve: add an application to its file "
                         f"(import_path: {__name__}:app), or stop it with `serve shutdown`"
@@ -145,8 +146,8 @@ def run(options: argparse.Namespace) -> int:
                 ray.init("local", logging_level="error", include_dashboard=False)
                 check_room(options, ray.cluster_resources())
             logs = {"log_level": "WARNING", "enable_access_log": False}
+            started = True
             serve.start(http_options={"host": options.host, "port": options.port}, logging_config=logs)
-            deployed = True
             try:
                 serve.run(built, name=NAME, route_prefix="/", logging_config=logs)
             except RuntimeError as error:
@@ -156,10 +157,18 @@ def run(options: argparse.Namespace) -> int:
     except (KeyboardInterrupt, SystemExit):
         return 0
     finally:
-        if deployed:
-            serve.delete(NAME)
+        if started:
+            stop(serve)
         ray.shutdown()
     return 0
+
+
+def stop(serve: Any) -> None:
+    """Delete our application, and stop the Ray Serve that we started. It stays if others use it by now."""
+    if NAME in serve.status().applications:
+        serve.delete(NAME)
+    if not serve.status().applications:
+        serve.shutdown()
 
 
 def join(ray: Any, where: str) -> None:

@@ -56,6 +56,43 @@ class FakeServe(types.ModuleType):
         return self
 
 
+class FakeCluster(FakeServe):
+    """ray.serve on a cluster. applications, proxies: what it serves, and on which machines.
+
+    events: what was asked of it and of Ray, in order. refusal: what becomes of a deployment.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.applications: list[str] = []
+        self.proxies: list[str] = []
+        self.events: list[str] = []
+        self.refusal: Exception | None = None
+        self.ray = types.ModuleType("ray")
+        self.ray.init = lambda where, **_: self.events.append("join")  # type: ignore[attr-defined]
+        self.ray.shutdown = lambda: self.events.append("leave")  # type: ignore[attr-defined]
+
+    def status(self) -> FakeCluster:
+        return self
+
+    def start(self, **options: object) -> None:
+        self.events.append("start")
+        self.proxies.append("one")
+
+    def run(self, built: object, name: str, **options: object) -> None:
+        self.events.append("run")
+        self.applications.append(name)
+        if self.refusal is not None:
+            raise self.refusal
+
+    def delete(self, name: str) -> None:
+        self.events.append("delete")
+        self.applications.remove(name)
+
+    def shutdown(self) -> None:
+        self.events.append("shutdown")
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     serve = FakeServe()
@@ -160,6 +197,58 @@ def test_a_cluster_that_is_not_there_is_one_sentence(
     assert cli.ivc_serve([str(sample_bundle.folder), "--replicas", "2"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: the cluster at 127.0.0.1:9 cannot be reached (no Ray at 127.0.0.1:9): start it with")
+
+
+@pytest.fixture
+def joined(sample_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
+    """A cluster that serves nothing yet."""
+    found = FakeCluster()
+    monkeypatch.setattr(replicas, "load_ray", lambda module: found if module == "ray.serve" else found.ray)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    return found
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_ray_serve_ends_with_the_process_that_started_it(
+    joined: FakeCluster, sample_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "pause", interrupt)
+    assert cli.ivc_serve([str(sample_bundle.folder), "--replicas", "2"]) == 0
+    assert joined.events == ["join", "start", "run", "delete", "shutdown", "leave"]
+
+
+def test_ray_serve_stays_for_others_who_use_it_by_now(
+    joined: FakeCluster, sample_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pause() -> None:
+        joined.applications.append("another")
+        interrupt()
+
+    monkeypatch.setattr(signal, "pause", pause)
+    assert cli.ivc_serve([str(sample_bundle.folder), "--replicas", "2"]) == 0
+    assert joined.events == ["join", "start", "run", "delete", "leave"] and joined.applications == ["another"]
+
+
+def test_ray_serve_ends_where_replicas_do_not_start(
+    joined: FakeCluster, sample_bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    joined.refusal = RuntimeError("no bundle there")
+    assert cli.ivc_serve([str(sample_bundle.folder), "--replicas", "2"]) == 2
+    assert "error: the replicas did not start: no bundle there" in capsys.readouterr().err
+    assert joined.events == ["join", "start", "run", "delete", "shutdown", "leave"]
+
+
+@pytest.mark.parametrize("there", ["applications", "proxies"])
+def test_a_cluster_that_serves_already_is_left_as_it_is(
+    joined: FakeCluster, sample_bundle: Bundle, capsys: pytest.CaptureFixture[str], there: str
+) -> None:
+    getattr(joined, there).append("another")
+    assert cli.ivc_serve([str(sample_bundle.folder), "--replicas", "2"]) == 2
+    assert "error: the cluster at auto already runs Ray Serve: " in capsys.readouterr().err
+    assert joined.events == ["join", "leave"]
 
 
 def test_replicas_need_a_port_that_is_known(sample_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

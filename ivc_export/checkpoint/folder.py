@@ -89,7 +89,7 @@ def read_index(file: Path, advice: str = "download it again, or check the disk")
     check_regular(file, "download the whole checkpoint")
     with file.open("rb") as stream:
         if stream.read(len(_LFS)) == _LFS:
-            raise UserError(f"{file} is a pointer of Git LFS, and not the file itself: run git lfs pull in its folder")
+            raise UserError(f"{file} is a Git LFS pointer, not the file itself: run git lfs pull in its folder")
     try:
         with safe_open(file, framework="numpy"):  # checks lengths, overlaps and the end of the file
             stored = header_bytes(file)
@@ -132,7 +132,9 @@ class Checkpoint:
                 path.parent for pattern in ("*", "snapshots/*") for path in folder.glob(f"{pattern}/{CONFIG}")
             )
             there = (
-                f", and {inner[0]} has: give that" if inner else ": give a checkpoint folder in Hugging Face's layout"
+                f", but {inner[0]} has one: give that folder"
+                if inner
+                else ": give a checkpoint folder in Hugging Face's layout"
             )
             raise UserError(f"{folder} has no {CONFIG}{there}")
         return Checkpoint(folder)
@@ -188,7 +190,8 @@ class Checkpoint:
         for name in named:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise UserError(
-                    f"{self.place}: {INDEX} names {name[:80]!r}, and no safetensors file beside it: download it again"
+                    f"{self.place}: {INDEX} names {name[:80]!r}, which is not a safetensors file beside it: "
+                    "download it again"
                 )
         return weight_map
 
@@ -205,7 +208,7 @@ class Checkpoint:
         stray = [name for name, count in numbered.items() if name not in named and (count in counts or not named)]
         if stray and SINGLE not in self.names:
             raise UserError(
-                f"{self.place} holds {min(stray)}, which no {INDEX} names: download both again, into one folder"
+                f"{self.place} holds {min(stray)}, and no {INDEX} names it: download both again, into one folder"
             )
         return [self.folder / name for name in sorted(named or {SINGLE})]
 

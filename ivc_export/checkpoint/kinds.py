@@ -117,13 +117,13 @@ KINDS = (
     ),
     CheckpointKind(
         adapter,
-        "is an adapter ({found}), and no whole model: merge both with PEFT's merge_and_unload, and give what "
-        "save_pretrained writes then",
+        "is an adapter ({found}), not a whole model: merge it into its model with PEFT's merge_and_unload, and give "
+        "what save_pretrained then writes",
     ),
     CheckpointKind(
         adapted,
         "holds an adapter beside a model ({found}): merge both with PEFT's merge_and_unload and save them to a new "
-        "folder, or take {found} away where they are merged already",
+        "folder, or remove {found} if they are already merged",
     ),
     CheckpointKind(quantised, f"is quantised ({{found}}), and {TAKEN}: give the checkpoint that it was made from"),
     CheckpointKind(
@@ -140,15 +140,15 @@ KINDS = (
     ),
     CheckpointKind(
         files("model_index.json", without=()),
-        "is a pipeline of diffusers ({found}), and no vision-language model: give one in transformers' layout",
+        "is a pipeline of diffusers ({found}), not a vision-language model: give one in transformers' layout",
     ),
     CheckpointKind(
         files("tf_model*.h5", "flax_model*.msgpack"),
-        "holds no weights of PyTorch ({found}): load it with transformers, and give what save_pretrained writes",
+        "holds no PyTorch weights ({found}): load it with transformers, and give what save_pretrained writes",
     ),
     CheckpointKind(
         files("pytorch_model*.bin", "model*.bin", "*.pth", "*.pt", "*.ckpt"),
-        "holds pickled weights alone ({found}), which can run code when they are opened: give safetensors files, as "
+        "holds only pickled weights ({found}), which can run code when they are opened: give safetensors files, as "
         "transformers' save_pretrained writes them",
     ),
 )
@@ -167,9 +167,7 @@ def check_folder(checkpoint: Checkpoint) -> None:
     check_names(checkpoint.place, checkpoint.shards or (), plain=detect_format(checkpoint) is FLOAT)
 
 
-PEFT = (
-    "PEFT, and its adapter is not merged: merge both with merge_and_unload, and give what save_pretrained writes then"
-)
+PEFT = "PEFT, and its adapter is not merged: call merge_and_unload, and give what save_pretrained then writes"
 WRITERS: Mapping[str, str] = {
     "*.lora_A.*": PEFT,
     "*.lora_embedding_A*": PEFT,
@@ -216,7 +214,7 @@ def check_names(place: str, names: Iterable[str], plain: bool = True) -> None:
     names = list(names)
     for pattern, writer in WRITERS.items():
         if found := first(names, [pattern]):
-            raise UserError(f"{place} holds tensors such as {shown(found)}, as named by {writer}")
+            raise UserError(f"{place} holds tensors such as {shown(found)}, which are named by {writer}")
     for pattern, format_name in QUANTISED.items() if plain else ():
         if found := first(names, [pattern]):
             found = f"{format_name}, by the tensor {shown(found)}"
@@ -231,11 +229,11 @@ def check_whole(place: str, names: Collection[str], tied: bool) -> None:
         UserError: there is no vision encoder, no language model, or no head.
     """
     if not any(name.startswith("visual.") for name in names):
-        raise UserError(f"{place} holds a language model alone, without a vision encoder: give the whole model")
+        raise UserError(f"{place} holds a language model without a vision encoder: give the whole model")
     if not any(name.startswith("model.layers.") for name in names):
-        raise UserError(f"{place} holds a vision encoder alone, without a language model: give the whole model")
+        raise UserError(f"{place} holds a vision encoder without a language model: give the whole model")
     if not tied and not any(name.startswith("lm_head.") for name in names):
         raise UserError(
             f"{place} has no lm_head.weight, and tie_word_embeddings of its config.json is not set: set it to true if "
-            "the model's embeddings are its head, or else download the checkpoint again"
+            "the model's embeddings are also its lm_head, or download the checkpoint again"
         )

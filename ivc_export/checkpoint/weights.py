@@ -100,7 +100,7 @@ class Weights:
         tensor = find_tensor(self.tensors, name, dtype)
         if tensor.shape != tuple(shape):
             raise UserError(
-                f"{tensor.name} in {tensor.file.name} has shape {list(tensor.shape)}, and config.json asks for "
+                f"{tensor.name} in {tensor.file.name} has shape {list(tensor.shape)}, but config.json says "
                 f"{list(shape)}: check that both belong to the same checkpoint"
             )
         if dtype is None and tensor.dtype != self.dtype:
@@ -108,7 +108,7 @@ class Weights:
             convert = "convert them all with --dtype float32, float16 or bfloat16"
             mend = convert if known else f"give one in {self.dtype}"
             raise UserError(
-                f"{tensor.name} in {tensor.file.name} is {tensor.dtype} and other tensors are {self.dtype}: {mend}"
+                f"{tensor.name} in {tensor.file.name} is {tensor.dtype}, but other tensors are {self.dtype}: {mend}"
             )
         return tensor
 

@@ -81,7 +81,7 @@ def parser() -> Parser:
     p.add_argument(
         "--onnx-only",
         action="store_true",
-        help="compare with the run that --against recorded in the bundle, without PyTorch",
+        help="compare with the run that --against stored in the bundle, without PyTorch",
     )
     p.add_argument(
         "--weights", action="store_true", help="verify the SHA-256 of graphs and weight files, and add missing ones"
@@ -205,7 +205,7 @@ def check_options(options: argparse.Namespace) -> None:
             f"--{name.replace('_', '-')}" for name in ("against", *PROMPT_OPTIONS) if getattr(options, name) is not None
         ]
         if given:
-            raise UserError(f"--onnx-only repeats the recorded run unchanged: leave out {' and '.join(given)}")
+            raise UserError(f"--onnx-only repeats the stored run unchanged: leave out {' and '.join(given)}")
     elif options.against:
         missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
         if missing:
@@ -300,7 +300,7 @@ def stored(bundle: Bundle) -> tuple[Recording, Images]:
     folder = bundle.folder / REFERENCE
     if not (folder / INDEX).is_file():
         raise UserError(
-            f"{folder} holds no recorded run: run ivc-check --against on a machine with PyTorch, then copy the bundle "
+            f"{folder} holds no stored run: run ivc-check --against on a machine with PyTorch, then copy the bundle "
             "here"
         )
     advice = "run ivc-check --against again"

@@ -115,9 +115,9 @@ def verdict(found: Calibration) -> str | None:
     layers = same or [rival.layer for rival in random]
     named = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
     return (
-        f"the choice makes {'no' if same else 'a'} difference on this data at {named}, ratio {random[0].ratio:g}: "
-        f"{found.method} leaves as they were a part of the answers that is {'' if same else 'not '}within "
-        f"{SPREADS} spreads of random's"
+        f"on this data the selection method makes {'no' if same else 'a'} difference at {named}, ratio "
+        f"{random[0].ratio:g}: the fraction of unchanged answers of {found.method} is {'' if same else 'not '}within "
+        f"{SPREADS} standard deviations of random's"
     )
 
 

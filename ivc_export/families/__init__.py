@@ -58,7 +58,7 @@ def described(config: Mapping[str, Any]) -> Family:
     sees = any(mark in key for key in config for mark in SENSES)
     if model_type not in names() and not sees and isinstance(config.get("hidden_size"), int):
         raise UserError(
-            f"config.json describes a model of text alone, of type {model_type!r}, and pruning is for pictures: give a "
-            f"vision-language model, of type {', '.join(names())}"
+            f"config.json describes a text-only model of type {model_type!r}, which has no visual tokens to prune: "
+            f"give a vision-language model of type {', '.join(names())}"
         )
     return of(model_type)

@@ -37,10 +37,19 @@ from pydantic import Field, Strict
 from ivc_export.contract.manifest import DecoderSizes, RotarySizes, SelectionRule
 from ivc_export.contract.preprocessing import ViewPreprocessing
 from ivc_export.contract.records import Count, Depth, Epsilon, Factor, Heads, SideLength, Width
-from ivc_export.errors import UserError
 from ivc_export.families.family import DefaultLayer, Family, Model, StockLayout, TokenTexts, renamed, scaled_layer
 from ivc_export.families.positions import counted_positions
-from ivc_export.families.settings import CONFIG, PROCESSOR, Deviations, Means, Settings, check_divides, refuse, required
+from ivc_export.families.settings import (
+    CONFIG,
+    PROCESSOR,
+    Deviations,
+    Means,
+    Settings,
+    check_divides,
+    inconsistent,
+    refuse,
+    required,
+)
 from ivc_export.families.text_models import DecoderLayers, DecoderSettings, Vocabulary, read_decoder
 from ivc_export.families.views import MERGE, TwoViews, ViewEncoder, ViewSizes
 from ivc_export.graph.decoder_block import DecoderBlock, SelfAttention, SeparateProjections
@@ -149,7 +158,7 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
         ("n_embed", projector.n_embed, decoder.hidden_size),
     ):
         if found is not None and found != wanted:
-            refuse(f"projector_config.{key}", found, CONFIG, f"the other sizes ask for {wanted}")
+            refuse(f"projector_config.{key}", found, CONFIG, f"the other sizes need {wanted}")
     experts = block.feed_forward
     return Model(
         decoder=decoder,
@@ -179,7 +188,7 @@ def read_language(text: Text) -> tuple[DecoderSizes, DecoderBlock, RotarySizes]:
         UserError: sizes do not fit each other, or a setting is not supported.
     """
     if text.rope_scaling is not None:
-        known = "this version knows null, as all published checkpoints of this family have it"
+        known = "this version supports null, which all published checkpoints of this family have"
         refuse("language_config.rope_scaling", text.rope_scaling, CONFIG, known)
     decoder = read_decoder(text, text.tie_word_embeddings)
     feed_forward = read_experts(text)
@@ -188,9 +197,9 @@ def read_language(text: Text) -> tuple[DecoderSizes, DecoderBlock, RotarySizes]:
         return decoder, block, RotarySizes(theta=text.theta, sections=(decoder.head_dim // 2,))
     plain, turned, value, latent = text.qk_nope_head_dim, text.qk_rope_head_dim, text.v_head_dim, text.kv_lora_rank
     if not (plain and turned and value and latent) or turned % 2 or plain % 2:
-        raise UserError(
-            "config.json is inconsistent: where language_config.use_mla is true, its kv_lora_rank and v_head_dim are "
-            "above 0, and qk_nope_head_dim and qk_rope_head_dim even and above 0"
+        raise inconsistent(
+            "if language_config.use_mla is true, kv_lora_rank and v_head_dim must be above 0, and qk_nope_head_dim and "
+            "qk_rope_head_dim even and above 0"
         )
     heads = {"kv_heads": decoder.heads, "head_dim": plain + turned, "value_dim": value}
     attention = LatentAttention(latent, turned, text.q_lora_rank)
@@ -208,11 +217,9 @@ def read_experts(text: Text) -> ExpertFeedForward:
     if groups > 1 and experts:
         check_divides(("language_config.n_routed_experts", experts, groups))
     if groups != 1 or (text.topk_group or 1) != 1:
-        refuse("language_config.n_group", text.n_group, CONFIG, "this version knows 1, experts chosen among all")
+        refuse("language_config.n_group", text.n_group, CONFIG, "this version supports 1, experts chosen among all")
     if experts and not 0 < chosen <= experts:
-        raise UserError(
-            f"config.json is inconsistent: num_experts_per_tok is {chosen}, and there are {experts} n_routed_experts"
-        )
+        raise inconsistent(f"num_experts_per_tok is {chosen}, but there are {experts} n_routed_experts")
     return ExpertFeedForward(
         dense=text.first_k_dense_replace if experts else text.num_hidden_layers,
         experts=experts,

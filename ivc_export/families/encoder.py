@@ -52,7 +52,7 @@ class Preparation(ABC):
         Raises:
             UserError: it does not fit, or is too elongated; or the family takes no videos.
         """
-        raise UserError("this model takes pictures and no videos: give pictures")
+        raise UserError("this model takes no videos: give pictures")
 
     def covered(self, width: int, height: int) -> tuple[int, int, int, int]:
         """The part of a picture of this size that its visual tokens cover: left, top, right and bottom in its pixels.
@@ -94,7 +94,7 @@ def of_kind(kind: type[P], preprocessing: Preprocessing) -> P:
     if not isinstance(preprocessing, kind):
         wanted = kind.model_fields["kind"].default
         raise UserError(
-            f"the model's pictures are cut into {wanted}, and its preprocessing.kind is {preprocessing.kind!r}: "
-            "export it again"
+            f"the model's pictures are cut into {wanted}, but its preprocessing.kind is {preprocessing.kind!r}: "
+            "export the model again"
         )
     return preprocessing

@@ -135,7 +135,7 @@ def decoder_settings(content: Any, part: str, kinds: Mapping[str, type[DecoderSe
     if isinstance(content, Mapping):
         kind = content.get("model_type") or kind
     if not isinstance(kind, str) or kind not in kinds:
-        refuse(f"{part}.model_type", kind, CONFIG, f"this version knows {', '.join(map(repr, kinds))}")
+        refuse(f"{part}.model_type", kind, CONFIG, f"this version supports {', '.join(map(repr, kinds))}")
     return kinds[kind].read(content, part=part)
 
 
@@ -155,7 +155,12 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
         qkv_bias=vision.attention_bias,
         fused_qkv=False,
     )
-    check_edges("size", pictures.size, {"height": sizes.image, "width": sizes.image}, "a tile is the encoder's input")
+    check_edges(
+        "size",
+        pictures.size,
+        {"height": sizes.image, "width": sizes.image},
+        "a tile has the size of the encoder's input",
+    )
     decoder = read_decoder(text, whole.tie_word_embeddings)
     tiles = (pictures.min_patches, pictures.max_patches)
     return make_model(decoder, text, sizes, pictures, tiles, whole.image_token_id)
@@ -176,7 +181,8 @@ def make_model(
     )
     if tiles[0] > tiles[1]:
         raise UserError(
-            f"its settings are inconsistent: a picture has at least {tiles[0]} tiles, and at most {tiles[1]}"
+            f"the settings of tiles are inconsistent (a picture has at least {tiles[0]}, and at most {tiles[1]}): give "
+            "the checkpoint's own files"
         )
     preprocessing = FixedPreprocessing(
         tile_pixels=sizes.image,

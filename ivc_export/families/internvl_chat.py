@@ -126,9 +126,11 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
     decoder = read_decoder(text, whole.tie_word_embeddings or text.tie_word_embeddings)
     pictures = Pictures.read(processor, PROCESSOR)
     for key, size in (("size", pictures.size), ("crop_size", pictures.crop_size)):
-        check_edges(key, size, {"height": sizes.image, "width": sizes.image}, "a tile is the encoder's input")
+        check_edges(
+            key, size, {"height": sizes.image, "width": sizes.image}, "a tile has the size of the encoder's input"
+        )
     if whole.dynamic_image_size and not whole.use_thumbnail:
-        refuse("use_thumbnail", False, CONFIG, "where dynamic_image_size is true there must be a thumbnail")
+        refuse("use_thumbnail", False, CONFIG, "it must be true if dynamic_image_size is")
     tiles = (whole.min_dynamic_patch, whole.max_dynamic_patch) if whole.dynamic_image_size else (1, 1)
     return make_model(decoder, text, sizes, pictures, tiles, whole.img_context_token_id)
 
@@ -198,7 +200,7 @@ def template_of(config: Mapping[str, Any]) -> str:
             "shows pictures beside it"
         )
     if system is not None and not isinstance(system, str):
-        raise UserError(f"system_message of config.json is {system!r}, which is no text: write a text, or remove it")
+        raise UserError(f"system_message of config.json is {system!r}, which is not text: write a text, or remove it")
     template = without_thoughts(CHAT_TEMPLATE, config.get("llm_config"))
     return template.replace("DEFAULT_SYSTEM", json.dumps(SYSTEM if system is None else system, ensure_ascii=False))
 

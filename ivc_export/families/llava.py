@@ -150,7 +150,9 @@ def read_vision(whole: Whole, content: object) -> VisionSizes:
     depth, feature = vision.num_hidden_layers, whole.vision_feature_layer
     layers = depth + 1 + feature if feature < 0 else feature
     if not 0 < layers <= depth:
-        refuse("vision_feature_layer", feature, CONFIG, f"there are {depth} layers, 1 to {depth} or -1 to -{depth}")
+        refuse(
+            "vision_feature_layer", feature, CONFIG, f"give one of the {depth} layers, 1 to {depth} or -1 to -{depth}"
+        )
     sizes = VisionSizes(
         layers=layers,
         width=vision.hidden_size,
@@ -178,8 +180,10 @@ def read_pictures(vision: VisionSizes, processor: Mapping[str, Any] | None) -> M
     side, size = vision.image, pictures.size
     if pictures.default_to_square and type(size) is int:
         size = {"height": size, "width": size}
-    check_edges("size", size, {"shortest_edge": side}, "the shorter side is scaled to the encoder's input")
-    check_edges("crop_size", pictures.crop_size, {"height": side, "width": side}, "the encoder's input is cut out")
+    check_edges("size", size, {"shortest_edge": side}, "the shorter side is scaled to the size of the encoder's input")
+    check_edges(
+        "crop_size", pictures.crop_size, {"height": side, "width": side}, "the crop has the size of the encoder's input"
+    )
     return MiddleSquare(
         FixedPreprocessing(
             tile_pixels=side,

@@ -104,15 +104,15 @@ def read_cut(vision: Patches, found: Pictures | Videos, file: str) -> tuple[int,
         ("temporal_patch_size", "temporal_patch_size", found.temporal_patch_size, vision.temporal_patch_size),
     ):
         if other not in (None, stored):
-            refuse(key, other, file, f"vision_config.{own} of config.json is {stored}, and both must agree")
+            refuse(key, other, file, f"vision_config.{own} of config.json is {stored}, and both must be equal")
     size = edges(found.size, one_is_square=False)
     fewest = found.min_pixels or size.get("shortest_edge", size.get("min_pixels"))
     most = found.max_pixels or size.get("longest_edge", size.get("max_pixels"))
     if fewest is None or most is None:
-        known = "give shortest_edge and longest_edge, the fewest and the most pixels of the resized picture"
+        known = "give shortest_edge and longest_edge, the minimum and maximum pixels of the resized picture"
         refuse("size", found.size, file, known)
     if fewest > most:
-        refuse("min_pixels", fewest, file, f"max_pixels is {most}, and there is no size between them")
+        refuse("min_pixels", fewest, file, f"it must not be above max_pixels, which is {most}")
     return fewest, most
 
 

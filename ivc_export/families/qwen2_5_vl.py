@@ -12,7 +12,6 @@ from pydantic import Field
 from ivc_export.contract.manifest import DecoderSizes
 from ivc_export.contract.preprocessing import PatchPreprocessing, VideoPreprocessing
 from ivc_export.contract.records import Depth, Frozen, Heads, SideLength, Width
-from ivc_export.errors import UserError
 from ivc_export.families.encoder import Encoder
 from ivc_export.families.family import DefaultLayer, Family, Model, scaled_layer
 from ivc_export.families.patch_settings import Patches, Videos, read_pictures, read_videos
@@ -27,7 +26,7 @@ from ivc_export.families.qwen2_vl import (
     patch_rows,
     read_around,
 )
-from ivc_export.families.settings import VIDEO_PROCESSOR, IntList, check_divides
+from ivc_export.families.settings import VIDEO_PROCESSOR, IntList, check_divides, inconsistent
 from ivc_export.graph.activations import gelu
 from ivc_export.graph.attention import encoder_attention, rotated_heads, window_attention
 from ivc_export.graph.builder import INT32, Graph
@@ -76,9 +75,9 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
     vision = Vision.read(config.get("vision_config"), part="vision_config")
     merge = vision.spatial_merge_size
     if vision.window_size < vision.patch_size * merge:
-        raise UserError(
-            f"config.json is inconsistent: vision_config.window_size is {vision.window_size}, and a visual token has "
-            f"{vision.patch_size * merge} pixels along a side"
+        raise inconsistent(
+            f"vision_config.window_size is {vision.window_size}, but a visual token has {vision.patch_size * merge} "
+            "pixels along a side"
         )
     sizes = VisionSizes(
         depth=vision.depth,

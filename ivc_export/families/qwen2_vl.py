@@ -14,7 +14,6 @@ from pydantic import Field
 from ivc_export.contract.manifest import DecoderSizes, RotarySizes, SelectionRule
 from ivc_export.contract.preprocessing import PatchPreprocessing, VideoPreprocessing
 from ivc_export.contract.records import Count, Depth, Epsilon, Frozen, Heads, TokenId, Width
-from ivc_export.errors import UserError
 from ivc_export.families.encoder import Encoder
 from ivc_export.families.family import DefaultLayer, Family, Model, TokenTexts, renamed, scaled_layer
 from ivc_export.families.patch_settings import VISION_THETA, Patches, Videos, read_pictures, read_videos
@@ -25,6 +24,7 @@ from ivc_export.families.settings import (
     IntList,
     Settings,
     check_divides,
+    inconsistent,
 )
 from ivc_export.families.text_models import (
     DecoderLayers,
@@ -129,9 +129,8 @@ def read_around(encoder: Encoder, merged: tuple[str, int], config: Mapping[str, 
     sections = text.rope.mrope_section if isinstance(text.rope, MRope) else MRope().mrope_section
     check_sections(sections, decoder)
     if decoder.head_dim * decoder.heads != decoder.hidden_size:
-        raise UserError(
-            f"config.json is inconsistent: head_dim is {decoder.head_dim}, and {decoder.heads} heads share a "
-            f"hidden_size of {decoder.hidden_size}"
+        raise inconsistent(
+            f"head_dim is {decoder.head_dim}, but {decoder.heads} heads share a hidden_size of {decoder.hidden_size}"
         )
     check_merged(merged, decoder)
     return Model(
@@ -153,8 +152,8 @@ def check_sections(sections: tuple[int, ...], decoder: DecoderSizes) -> None:
         UserError: the sections do not say so.
     """
     if len(sections) != 3 or min(sections) < 1 or 2 * sum(sections) != decoder.head_dim:
-        raise UserError(
-            f"config.json is inconsistent: mrope_section {list(sections)} does not fill {decoder.head_dim // 2}"
+        raise inconsistent(
+            f"mrope_section {list(sections)} must have three numbers whose sum is {decoder.head_dim // 2}"
         )
 
 
@@ -165,10 +164,7 @@ def check_merged(merged: tuple[str, int], decoder: DecoderSizes) -> None:
         UserError: they are not.
     """
     if merged[1] != decoder.hidden_size:
-        raise UserError(
-            f"config.json is inconsistent: {merged[0]} is {merged[1]}, and the decoder's hidden_size is "
-            f"{decoder.hidden_size}"
-        )
+        raise inconsistent(f"{merged[0]} is {merged[1]}, but the decoder's hidden_size is {decoder.hidden_size}")
 
 
 def video(config: Mapping[str, Any], processor: Mapping[str, Any] | None, token: int) -> VideoPreprocessing:

@@ -22,7 +22,6 @@ from pydantic import Field
 from ivc_export.contract.manifest import DecoderSizes, RotarySizes
 from ivc_export.contract.preprocessing import PatchPreprocessing, VideoPreprocessing
 from ivc_export.contract.records import Count, Depth, Epsilon, Heads, Width
-from ivc_export.errors import UserError
 from ivc_export.families import patch_settings, qwen2_5_vl, qwen2_vl
 from ivc_export.families.encoder import Encoder
 from ivc_export.families.family import DefaultLayer, Family, Model, renamed
@@ -52,6 +51,7 @@ from ivc_export.families.settings import (
     Means,
     Square,
     check_divides,
+    inconsistent,
     refuse,
 )
 from ivc_export.families.text_models import (
@@ -163,7 +163,7 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
     sections = text.rope.mrope_section if isinstance(text.rope, MRope) else MRope().mrope_section
     check_sections(sections, decoder)
     if sections[0] < max(sections[1:]):
-        refuse("mrope_section", list(sections), CONFIG, "axes take frequencies in turn, and time has as many as others")
+        refuse("mrope_section", list(sections), CONFIG, "time must have as many frequencies as the other axes")
     check_merged(("vision_config.out_hidden_size", vision.out_hidden_size), decoder)
     return Model(
         decoder=decoder,
@@ -186,16 +186,16 @@ def read_encoder(vision: Vision, decoder: DecoderSizes, processor: Mapping[str, 
     """
     taken, positions = vision.deepstack_visual_indexes, vision.num_position_embeddings
     if not all(0 <= layer < vision.depth for layer in taken) or sorted({*taken}) != [*taken]:
-        known = f"give layers of the {vision.depth} that there are, from 0 on, in ascending order"
+        known = f"give layers from 0 to {vision.depth - 1}, in ascending order"
         refuse("vision_config.deepstack_visual_indexes", list(taken), CONFIG, known)
     if len(taken) >= decoder.layers:
-        raise UserError(
-            f"config.json is inconsistent: vision_config.deepstack_visual_indexes are {len(taken)}, and features are "
-            f"added below the cut of a decoder of {decoder.layers} layers"
+        raise inconsistent(
+            f"there are {len(taken)} vision_config.deepstack_visual_indexes, but the decoder has only {decoder.layers} "
+            "layers, and the selection comes after those that take them"
         )
     side = math.isqrt(positions)
     if side**2 != positions:
-        refuse("vision_config.num_position_embeddings", positions, CONFIG, "learnt positions make a square")
+        refuse("vision_config.num_position_embeddings", positions, CONFIG, "give a square number")
     sizes = Sizes(
         depth=vision.depth,
         embed_dim=vision.hidden_size,

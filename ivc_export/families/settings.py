@@ -90,7 +90,7 @@ class Settings(BaseModel):
             key = ".".join(map(str, (*([part] if part else []), *first["loc"]))) or "the content"
             if first["type"] == "missing":
                 raise UserError(f"{file} has no {key}: give the checkpoint's own {file}") from error
-            known = f"this version knows {first['ctx']['expected']}" if first["type"] == "literal_error" else None
+            known = f"this version supports {first['ctx']['expected']}" if first["type"] == "literal_error" else None
             refuse(key, first["input"], file, known or first["msg"].replace("Input", "it"), error)
 
 
@@ -133,11 +133,16 @@ One = Annotated[float, Field(ge=1, le=1)]
 def refuse(key: str, value: object, file: str, known: str, cause: Exception | None = None) -> NoReturn:
     """Raise the sentence about a value that is not supported.
 
-    known: what is supported, such as "this version knows 'silu'".
+    known: what is supported, such as "this version supports 'silu'".
     """
     text = repr(value)
     text = text if len(text) <= 60 else f"{text[:57]}..."
     raise UserError(f"{key} {text} of {file} is not supported: {known}") from cause
+
+
+def inconsistent(problem: str) -> UserError:
+    """The sentence on values of config.json that do not fit each other."""
+    return UserError(f"config.json is inconsistent ({problem}): give the checkpoint's own config.json")
 
 
 def required(config: Mapping[str, Any], key: str) -> Any:
@@ -190,4 +195,4 @@ def check_divides(*facts: tuple[str, int, int]) -> None:
     """
     for what, whole, part in facts:
         if whole % part:
-            raise UserError(f"config.json is inconsistent: {what} is {whole}, which {part} does not divide")
+            raise inconsistent(f"{what} is {whole}, which is not divisible by {part}")

@@ -8,8 +8,7 @@ from pydantic import Field, Strict
 
 from ivc_export.contract.manifest import DecoderSizes, Scored
 from ivc_export.contract.records import INT32_MOST, Count, Epsilon, Heads, Width
-from ivc_export.errors import UserError
-from ivc_export.families.settings import CONFIG, One, Settings, check_divides, refuse
+from ivc_export.families.settings import CONFIG, One, Settings, check_divides, inconsistent, refuse
 from ivc_export.graph.decoder_block import DecoderBlock, SeparateProjections, self_attention_block
 
 Theta = Annotated[float, Field(gt=0, le=1e12)]
@@ -115,16 +114,17 @@ class WindowedText(DecoderSettings):
         if self.layer_types is not None:
             if {*self.layer_types} != {"full_attention"}:
                 other = next((kind for kind in self.layer_types if kind != "full_attention"), None)
-                refuse("layer_types", other, CONFIG, "this version knows 'full_attention', no sliding-window attention")
+                refuse(
+                    "layer_types", other, CONFIG, "this version supports 'full_attention', not sliding-window attention"
+                )
             if len(self.layer_types) != self.num_hidden_layers:
-                raise UserError(
-                    f"config.json is inconsistent: layer_types are {len(self.layer_types)}, and num_hidden_layers is "
-                    f"{self.num_hidden_layers}"
+                raise inconsistent(
+                    f"there are {len(self.layer_types)} layer_types, but num_hidden_layers is {self.num_hidden_layers}"
                 )
             return
         first, windowed = self.max_window_layers, self.use_sliding_window and self.sliding_window is not None
         if windowed and first < self.num_hidden_layers:
-            known = f"layers from max_window_layers, {first}, on would have sliding-window attention"
+            known = f"this version supports only full attention, and layers from {first} on would have windows"
             refuse("use_sliding_window", True, CONFIG, known)
 
 

@@ -51,7 +51,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         if len(source) > MOST_SOURCE:
-            raise TemplateLimitError(f"it has {len(source):,} characters, and {MOST_SOURCE:,} are taken at most")
+            raise TemplateLimitError(f"it has {len(source):,} characters, and the limit is {MOST_SOURCE:,}")
         template = super()._parse(source, name, filename)
         bodies = [loop.body for loop in template.find_all(jinja2.nodes.For)]
         for body in (*bodies, *(macro.body for macro in template.find_all(jinja2.nodes.Macro))):
@@ -115,7 +115,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """
         for number in arguments:
             if isinstance(number, int) and abs(number) > MOST_NUMBER:
-                raise TemplateLimitError(f"it gives {number} where {MOST_NUMBER:,} is the most")
+                raise TemplateLimitError(f"it uses the number {number}, and the limit is {MOST_NUMBER:,}")
 
     @staticmethod
     def check_length(length: int) -> None:
@@ -125,7 +125,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             TemplateLimitError: it is too long.
         """
         if length > MOST_TEXT:
-            raise TemplateLimitError(f"it makes {length:,} characters, and {MOST_TEXT:,} are taken at most")
+            raise TemplateLimitError(f"it writes {length:,} characters, and the limit is {MOST_TEXT:,}")
 
     def _limited(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)  # with the marks of what jinja2 passes to it
@@ -149,7 +149,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             count = next((part for part in (left, right) if isinstance(part, int)), 0)
             self.check_length(sized[0] * max(0, count))
         elif operator == "**" and isinstance(right, int | float) and abs(right) > MOST_POWER:
-            raise TemplateLimitError(f"it takes a power of {right}")
+            raise TemplateLimitError(f"it uses the exponent {right}, and the limit is {MOST_POWER}")
         elif operator == "%" and isinstance(left, str):
             self.check_numbers(map(int, re.findall(r"\d{6,}", left)))
             self.check_numbers(right if isinstance(right, tuple) and "*" in left else ())

@@ -53,7 +53,7 @@ def converted_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Co
         return None
     if kind not in known:
         raise UserError(
-            f"{files} of a {kind} in {folder} are not converted here: load the folder with transformers' "
+            f"{files} of a {kind} in {folder} cannot be converted here: load the folder with transformers' "
             "AutoTokenizer, and write tokenizer.json with its save_pretrained"
         )
     convert: Callable[[Path, Mapping[str, Any]], ConvertedTokenizer] = known[kind]
@@ -167,11 +167,11 @@ def read_pieces(path: Path, config: Mapping[str, Any]) -> Pieces:
         kinds = [piece.get(3, [NORMAL])[-1] for piece in pieces]
         unknown = bytes(trainer.get(45, [b"<unk>"])[-1]).decode("utf-8")
     except (ValueError, KeyError, IndexError, TypeError, struct.error) as error:
-        raise UserError(f"{path} is damaged (it is no SentencePiece model): {AGAIN}") from error
+        raise UserError(f"{path} is damaged (it is not a SentencePiece model): {AGAIN}") from error
     if trainer.get(3, [1])[-1] != BYTE_PAIRS or spaces.get(2, [b""])[-1] or spaces.get(4, [1])[-1]:
         raise UserError(
-            f"{path} is no SentencePiece model of Llama's kind: load the folder with transformers' AutoTokenizer, and "
-            "write tokenizer.json with its save_pretrained"
+            f"{path} is not a SentencePiece model of Llama's kind: load the folder with transformers' AutoTokenizer, "
+            "and write tokenizer.json with its save_pretrained"
         )
     ids = {text: number for number, text in enumerate(texts)}
     stated = config.get("added_tokens_decoder")

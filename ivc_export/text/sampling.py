@@ -57,8 +57,8 @@ class Sampling:
             raise UserError(f"top-k {self.top_k} is out of range: give 0 (all tokens) or more")
         if not 1e-3 <= self.repetition_penalty <= 1e3:  # beyond, logits leave float64's range
             raise UserError(
-                f"repetition penalty {self.repetition_penalty} is out of range: give 0.001 to 1000, such as 1.05; 1 is "
-                "none"
+                f"repetition penalty {self.repetition_penalty} is out of range: give 0.001 to 1000, such as 1.05; 1 "
+                "means none"
             )
 
     @property
@@ -165,11 +165,14 @@ def stored_sampling(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in found.items():
         if key in UNKNOWN:
             raise UserError(
-                f"{GENERATION_CONFIG} sets {key} to {value!r}, which this version does not obey: give --sampling greedy"
+                f"{GENERATION_CONFIG} sets {key} to {value!r}, which this version does not support: give "
+                "--sampling greedy"
             )
         kinds = (int,) if key == "top_k" else (int, float)
         if not isinstance(value, kinds) or isinstance(value, bool):
-            raise UserError(f"{GENERATION_CONFIG} sets {key} to {value!r}, which is no number: give --sampling greedy")
+            raise UserError(
+                f"{GENERATION_CONFIG} sets {key} to {value!r}, which is not a number: give --sampling greedy"
+            )
     return found
 
 
@@ -182,7 +185,7 @@ def checkpoint_sampling(folder: Path, **chosen: Any) -> Sampling:
     """
     path = folder / GENERATION_CONFIG
     if not path.is_file():
-        raise UserError(f"{path} is missing, so nothing is known of the checkpoint's sampling: give --sampling greedy")
+        raise UserError(f"{path} is missing, so the checkpoint's sampling is not known: give --sampling greedy")
     return Sampling(**stored_sampling(read_object(path, "export the model again")) | chosen)
 
 
@@ -198,5 +201,5 @@ def greedy_note(config: Mapping[str, Any], chosen: Container[str] = ()) -> str |
         return None
     asked = ", ".join(f"{key} {value}" for key, value in left.items())
     return (
-        f"{GENERATION_CONFIG} asks for {asked}; answers are greedy without it: --sampling checkpoint of ivc-run obeys"
+        f"{GENERATION_CONFIG} sets {asked}, but answers are greedy: ivc-run --sampling checkpoint uses these settings"
     )

@@ -153,7 +153,7 @@ def around(text: str, *marks: str) -> list[str]:
     """
     pieces = re.split("|".join(marks), text)
     if re.findall("|".join(marks), text) != list(marks):
-        raise UnfitError("it changes, repeats or drops what is said")
+        raise UnfitError("it changes, repeats or drops the text of messages")
     return pieces
 
 
@@ -164,7 +164,7 @@ def without(text: str, beginning: str) -> str:
         UnfitError: it begins with something else.
     """
     if not text.startswith(beginning):
-        raise UnfitError("what it writes around a message depends on what comes next")
+        raise UnfitError("its text around a message depends on the next message")
     return text.removeprefix(beginning)
 
 
@@ -205,7 +205,7 @@ def ends(segment: Spoken, text: str, mark: str, head: str) -> Spoken:
     lefts = [kind for kind, at_left, _ in kinds if left == head + at_left]
     rights = [kind for kind, _, at_right in kinds if right.startswith(at_right + segment.behind)]
     if not lefts or not rights:
-        raise UnfitError("it changes blanks at the ends of a text")
+        raise UnfitError("it changes whitespace at the ends of a text")
     return segment.model_copy(update={"left": lefts[0], "right": rights[0]})
 
 
@@ -249,7 +249,7 @@ def prove(template: ChatTemplate, segments: ChatSegments) -> None:
     for number in range(CONVERSATIONS):
         messages = conversation(template, segments, number % 4, source)
         if segments_text(segments, messages) != template.render(messages):
-            raise UnfitError("it writes some conversations in another way")
+            raise UnfitError("it renders some conversations differently")
 
 
 def conversation(template: ChatTemplate, segments: ChatSegments, turns: int, source: random.Random) -> list[Message]:

@@ -68,7 +68,9 @@ class ChatTemplate:
         except UserError:
             raise
         except Exception as error:  # a template is a program
-            raise UserError(f"the chat template cannot render the conversation ({error})") from error
+            raise UserError(
+                f"the chat template cannot render the conversation ({error}): change the messages or the template"
+            ) from error
 
     def system_message(self, text: str) -> Message:
         """A system message, in the form that the template takes.
@@ -112,7 +114,7 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     for key, token in config.items():
         text = token.get("content") if isinstance(token, dict) else token
         if key in NAMED_TOKENS and token is not None and not isinstance(text, str):
-            raise ValueError(f"{key} is no text")
+            raise ValueError(f"{key} is not text")
         if key.endswith("_token") and isinstance(text, str):
             found[key] = text
     return found

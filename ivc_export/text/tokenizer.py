@@ -102,7 +102,7 @@ def checkpoint_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> C
         given = tokenizer.token_to_id(token["content"])
         if given != number:
             raise UserError(
-                f"{checkpoint.folder} states that {token['content']} is token {number}, and its tokenizer makes it "
+                f"{checkpoint.folder} says that {token['content']} is token {number}, but its tokenizer says "
                 f"{given}: {ADVICE}"
             )
     return CheckpointTokenizer(tokenizer, text, config)
@@ -116,7 +116,7 @@ def added_tokens(content: Mapping[str, Any], path: Path) -> dict[int, Token]:
     """The tokens that a tokenizer.json adds to the vocabulary, by ids."""
     stored = content.get("added_tokens") or []
     if not isinstance(stored, list):
-        raise UserError(f"{path} is damaged (added_tokens is no list): download it again")
+        raise UserError(f"{path} is damaged (added_tokens is not a list): download it again")
     tokens = [token(entry.get("id") if isinstance(entry, dict) else None, entry, path) for entry in stored]
     return {entry["id"]: entry for entry in tokens}
 
@@ -142,7 +142,7 @@ def token(number: Any, entry: Any, path: Path) -> Token:
         entry = {"content": entry, "special": True}
     text = entry.get("content") if isinstance(entry, dict) else None
     if not isinstance(text, str) or not text or not isinstance(number, int) or not 0 <= number <= INT32_MOST:
-        raise UserError(f"{path} is damaged ({entry!r:.80} of id {number!r:.20} is no token): download it again")
+        raise UserError(f"{path} is damaged ({entry!r:.80} of id {number!r:.20} is not a token): download it again")
     special = bool(entry.get("special"))
     defaults = dict.fromkeys(FLAGS, False) | {"normalized": not special}
     return {"id": number, "content": text} | {flag: bool(entry.get(flag, defaults[flag])) for flag in FLAGS}
@@ -154,7 +154,7 @@ def stated_tokens(checkpoint: Checkpoint, config: Mapping[str, Any], known: Mapp
     if "added_tokens_decoder" in config:
         stored = config["added_tokens_decoder"]
         if not isinstance(stored, dict):
-            raise UserError(f"{path} is damaged (added_tokens_decoder is no object): download it again")
+            raise UserError(f"{path} is damaged (added_tokens_decoder is not an object): download it again")
         for number, entry in stored.items():
             found = token(int(number) if number.isdecimal() else number, entry, path)
             yield found | {"special": found["special"] or found["content"] in names}
@@ -176,7 +176,7 @@ def special_texts(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[str
     entries = list(extra.values()) if isinstance(extra, dict) else extra if isinstance(extra, list) else [extra]
     texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
     if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{path} is damaged (a special token is no text): download it again")
+        raise UserError(f"{path} is damaged (a special token is not text): download it again")
     own = [key for key in names if key not in NAMED_TOKENS]
     ordered = [names[key] for key in (*NAMED_TOKENS, *own) if key in names]
     return [text for text in dict.fromkeys([*ordered, *texts]) if text]

@@ -126,13 +126,16 @@ def compared(agreement: float, mean: float, spread: float, layer: int = 2) -> tu
 @pytest.mark.parametrize(
     ("cases", "words"),
     [
-        ([compared(0.9, 0.9, 0.0)], "makes no difference on this data at layer 2, ratio 0.5: ivc-prune leaves"),
-        ([compared(0.9, 0.8, 0.06)], "makes no difference on this data at layer 2,"),
-        ([compared(0.9, 0.8, 0.04)], "makes a difference on this data at layer 2,"),
-        ([compared(0.7, 0.8, 0.04)], "the answers that is not within 2 spreads of random's"),
+        (
+            [compared(0.9, 0.9, 0.0)],
+            "makes no difference at layer 2, ratio 0.5: the fraction of unchanged answers of ivc-prune is within 2",
+        ),
+        ([compared(0.9, 0.8, 0.06)], "makes no difference at layer 2,"),
+        ([compared(0.9, 0.8, 0.04)], "makes a difference at layer 2,"),
+        ([compared(0.7, 0.8, 0.04)], "answers of ivc-prune is not within 2 standard deviations of random's"),
         (
             [compared(0.9, 0.5, 0.1), compared(0.9, 0.9, 0.1, 3), compared(1, 1, 0, 4)],
-            "no difference on this data at layers 3, 4,",
+            "no difference at layers 3, 4,",
         ),
         ([], None),
     ],
@@ -175,7 +178,7 @@ def test_the_command_writes_a_file_that_an_export_takes(
     assert cli.ivc_calibrate(options) == 0
     printed = capsys.readouterr()
     assert "layer 3 is proposed" in printed.err and "prefill saved" in printed.out
-    assert "difference on this data at layer 3, ratio 0.5: ivc-prune leaves" in printed.err
+    assert "difference at layer 3, ratio 0.5: the fraction of unchanged answers of ivc-prune is" in printed.err
     assert "foreground" in printed.out and "random, 5 draws" in printed.out
     assert (tmp_path / "calibration.png").stat().st_size > 10_000
     assert read_calibration(tmp_path / "calibration.json").layer == 3

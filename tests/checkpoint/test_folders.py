@@ -117,22 +117,22 @@ TOLD: list[tuple[str, Prepare, str]] = [  # by names of files and by JSON files
     (
         "AWQ without a group",
         quantisation(quant_method="awq", bits=4),
-        "is quantised (AWQ, with group_size missing), and this version reads AWQ with a group_size of 16 and more",
+        "is quantised (AWQ, with group_size missing), but this version reads AWQ with a group_size of 16 and more",
     ),
     (
         "AWQ of another layout",
         quantisation(quant_method="awq", bits=4, group_size=128, version="gemv"),
-        "(AWQ, with version 'gemv'), and this version reads AWQ with version 'gemm' or 'GEMM': give another",
+        "(AWQ, with version 'gemv'), but this version reads AWQ with version 'gemm' or 'GEMM': give another",
     ),
     (
         "GPTQ in 3 bits",
         quantisation(quant_method="gptq", bits=3, group_size=128),
-        "is quantised (GPTQ, with bits 3), and this version reads GPTQ with bits 4 or 8: give another checkpoint",
+        "is quantised (GPTQ, with bits 3), but this version reads GPTQ with bits 4 or 8: give another checkpoint",
     ),
     (
         "GPTQ of another layout",
         quantisation(quant_method="gptq", bits=4, group_size=128, checkpoint_format="marlin"),
-        "with checkpoint_format 'marlin'), and this version reads GPTQ with checkpoint_format 'gptq' or 'gptq_v2'",
+        "with checkpoint_format 'marlin'), but this version reads GPTQ with checkpoint_format 'gptq' or 'gptq_v2'",
     ),
     (
         "GPTQ of layers of their own",
@@ -147,7 +147,7 @@ TOLD: list[tuple[str, Prepare, str]] = [  # by names of files and by JSON files
     (
         "compressed-tensors without groups",
         quantisation(quant_method="compressed-tensors", format="pack-quantized"),
-        "(compressed-tensors, with config_groups missing), and this version reads compressed-tensors with an object as",
+        "(compressed-tensors, with config_groups missing), but this version reads compressed-tensors with an object as",
     ),
     (
         "older compressed-tensors",
@@ -158,7 +158,7 @@ TOLD: list[tuple[str, Prepare, str]] = [  # by names of files and by JSON files
     (
         "FP8 without blocks",
         quantisation(quant_method="fp8"),
-        "(FP8, with weight_block_size missing), and this version reads FP8 with two sizes as weight_block_size",
+        "(FP8, with weight_block_size missing), but this version reads FP8 with two sizes as weight_block_size",
     ),
     (
         "bitsandbytes, 4 bits",
@@ -196,15 +196,15 @@ TOLD: list[tuple[str, Prepare, str]] = [  # by names of files and by JSON files
     ("an unknown method", quantisation(quant_method="new\nest" * 99), "is quantised (new?estnew?est"),
     ("a method without a name", quantisation(group_size=[]), "is quantised (by a method without a name, by"),
     ("a method that is no object", config(quantization_config="awq"), "is quantised (awq, by"),
-    ("LoRA", lora, "is an adapter (LORA of Qwen/Qwen2-VL-2B-Instruct), and no whole model: merge both"),
+    ("LoRA", lora, "is an adapter (LORA of Qwen/Qwen2-VL-2B-Instruct), not a whole model: merge it into its model"),
     ("LoRA of nothing", lambda f: lora(f, None), "is an adapter (LORA of nothing known)"),
     ("LoRA beside a model", beside("adapter_config.json", {}), "holds an adapter beside a model (adapter_config.json)"),
-    ("pickles", instead("pytorch_model.bin", "training_args.bin"), "holds pickled weights alone (pytorch_model.bin)"),
-    ("pickled shards", instead("pytorch_model-00001-of-00002.bin"), "holds pickled weights alone"),
+    ("pickles", instead("pytorch_model.bin", "training_args.bin"), "holds only pickled weights (pytorch_model.bin)"),
+    ("pickled shards", instead("pytorch_model-00001-of-00002.bin"), "holds only pickled weights"),
     (
         "the publisher's pickles",
         instead("consolidated.00.pth", keep=["tokenizer.json"]),
-        "pickled weights alone (consolidated",
+        "only pickled weights (consolidated",
     ),
     ("GGUF", instead("model-Q4_K_M.gguf", "mmproj.gguf", keep=["README.md"]), "(mmproj.gguf is a GGUF file)"),
     ("ONNX", instead("onnx/model.onnx"), f"is an ONNX export of another program (onnx): {MADE}"),
@@ -214,7 +214,7 @@ TOLD: list[tuple[str, Prepare, str]] = [  # by names of files and by JSON files
         "is an ONNX export of another program (decoder.onnx)",
     ),
     ("OpenVINO", instead("openvino_language_model.xml", "openvino_language_model.bin"), "is an export for OpenVINO"),
-    ("TensorFlow", instead("tf_model.h5"), "holds no weights of PyTorch (tf_model.h5)"),
+    ("TensorFlow", instead("tf_model.h5"), "holds no PyTorch weights (tf_model.h5)"),
     ("diffusers", beside("model_index.json", {}), "is a pipeline of diffusers"),
     ("original LLaVA", original("llava"), "in the layout of the original LLaVA code (it names mm_vision_tower)"),
     ("original LLaVA, renamed", original("llava_llama"), "give a checkpoint such as llava-hf/llava-1.5-7b-hf"),
@@ -222,20 +222,20 @@ TOLD: list[tuple[str, Prepare, str]] = [  # by names of files and by JSON files
     (
         "text alone",
         text_alone,
-        "a model of text alone, of type 'qwen2', and pruning is for pictures: give a vision-language",
+        "a text-only model of type 'qwen2', which has no visual tokens to prune: give a vision-language",
     ),
-    ("the folder above", nested, f"has no config.json, and TMP/folder/snapshots/{COMMIT} has: give that"),
+    ("the folder above", nested, f"has no config.json, but TMP/folder/snapshots/{COMMIT} has one: give that folder"),
     (
         "an index that leads away",
         index(a="../checkpoint/model.safetensors"),
-        "names '../checkpoint/model.safetensors', and no safetensors file beside it",
+        "names '../checkpoint/model.safetensors', which is not a safetensors file beside it",
     ),
-    ("an index to the root", index(a="/etc/passwd"), "names '/etc/passwd', and no safetensors file"),
-    ("an index of pickles", index(a="pytorch_model.bin"), "names 'pytorch_model.bin', and no safetensors file"),
+    ("an index to the root", index(a="/etc/passwd"), "names '/etc/passwd', which is not a safetensors file"),
+    ("an index of pickles", index(a="pytorch_model.bin"), "names 'pytorch_model.bin', which is not a safetensors file"),
     (
         "an index of PEFT's names",
         index(**{"base_model.model.x": "model-1.safetensors"}),
-        "holds tensors such as base_model.model.x, as named by PEFT",
+        "holds tensors such as base_model.model.x, which are named by PEFT",
     ),
     (
         "an index of packed weights",
@@ -247,8 +247,8 @@ TOLD: list[tuple[str, Prepare, str]] = [  # by names of files and by JSON files
         index(**WHOLE),
         "has no lm_head.weight, and tie_word_embeddings of its config.json is not set",
     ),
-    ("an index of text", index(**{"model.layers.0.x": "model-1.safetensors"}), "holds a language model alone"),
-    ("an index of vision", index(**{"visual.x": "model-1.safetensors"}), "holds a vision encoder alone"),
+    ("an index of text", index(**{"model.layers.0.x": "model-1.safetensors"}), "holds a language model without"),
+    ("an index of vision", index(**{"visual.x": "model-1.safetensors"}), "holds a vision encoder without"),
 ]
 
 
@@ -314,15 +314,15 @@ SEEN: list[tuple[str, Prepare, str]] = [  # by the headers of weights
     (
         "PEFT's names",
         tensors(lambda name: f"base_model.model.{name}"),
-        "such as base_model.model.lm_head.weight, as named by PEFT",
+        "such as base_model.model.lm_head.weight, which are named by PEFT",
     ),
     (
         "an unmerged adapter",
         tensors(added={f"{LAYER}.lora_A.default.weight": np.ones((4, 64), np.float32)}),
         "and its adapter is not merged",
     ),
-    ("a wrapper's names", tensors(lambda name: f"module.{name}"), "as named by a wrapper of PyTorch's"),
-    ("a compiler's names", tensors(lambda name: f"_orig_mod.{name}"), "as named by torch.compile"),
+    ("a wrapper's names", tensors(lambda name: f"module.{name}"), "which are named by a wrapper of PyTorch's"),
+    ("a compiler's names", tensors(lambda name: f"_orig_mod.{name}"), "which are named by torch.compile"),
     (
         "packed without a word",
         tensors(added={f"{LAYER}.qweight": np.ones((64, 8), np.int32)}),
@@ -347,19 +347,27 @@ SEEN: list[tuple[str, Prepare, str]] = [  # by the headers of weights
     (
         "64 bits",
         tensors(added={"model.norm.weight": np.ones(64, np.float64)}),
-        "model.norm.weight in model.safetensors is F64 and other tensors are float32: give one in float32",
+        "model.norm.weight in model.safetensors is F64, but other tensors are float32: give one in float32",
     ),
     (
         "no head",
         tensors(without="lm_head."),
         "has no lm_head.weight, and tie_word_embeddings of its config.json is not set: set it to true",
     ),
-    ("no vision encoder", tensors(without="visual."), "holds a language model alone, without a vision encoder"),
-    ("no language model", tensors(without="model.layers."), "holds a vision encoder alone"),
+    ("no vision encoder", tensors(without="visual."), "holds a language model without a vision encoder"),
+    ("no language model", tensors(without="model.layers."), "holds a vision encoder without"),
     ("a tensor in two shards", twice, "model-00001-of-00002.safetensors and model-00002-of-00002.safetensors of"),
-    ("a shard that no index names", unnamed, f"holds model-00002-of-00002.safetensors, which no {INDEX} names"),
-    ("shards without an index", no_index, f"holds model-00001-of-00002.safetensors, which no {INDEX} names"),
-    ("Git LFS", lfs, "is a pointer of Git LFS, and not the file itself: run git lfs pull"),
+    (
+        "a shard that no index names",
+        unnamed,
+        f"holds model-00002-of-00002.safetensors, and no {INDEX} names it: download both again",
+    ),
+    (
+        "shards without an index",
+        no_index,
+        f"holds model-00001-of-00002.safetensors, and no {INDEX} names it: download both again",
+    ),
+    ("Git LFS", lfs, "is a Git LFS pointer, not the file itself: run git lfs pull"),
     ("a pipe", pipe, "model.safetensors is not a regular file"),
 ]
 
@@ -398,7 +406,7 @@ def test_tensors_tell(folder: Path, prepare: Prepare, sentence: str, capsys: pyt
     ("name", "sentence"),
     [
         ("model.gguf", "model.gguf is for llama.cpp (model.gguf is a GGUF file)"),
-        ("pytorch_model.bin", "holds pickled weights alone (pytorch_model.bin)"),
+        ("pytorch_model.bin", "holds only pickled weights (pytorch_model.bin)"),
         ("model.safetensors", "model.safetensors is not a folder: give a checkpoint folder"),
     ],
 )

@@ -120,7 +120,7 @@ def test_native_graphs_hold_the_same_as_floats(
     found, meant = tensors_of(bundle), tensors_of(bundles[1])
     assert found.keys() == meant.keys() and all(np.array_equal(found[name], meant[name]) for name in found)
     assert not bundle.manifest.weight_formats
-    assert any("they become floats, which these graphs take alone" in note for note in bundle.notes)
+    assert any("they become floats, because these graphs hold only floats" in note for note in bundle.notes)
     before = estimate_recipe(recipe, [Size(140, 196)])
     assert before.weight_bytes == sum(array.nbytes for array in found.values())
 
@@ -290,30 +290,34 @@ BAD: dict[str, tuple[str, Change, str]] = {
     "truncated qweight": (
         "GPTQ",
         change("qweight", lambda a: a[:-4]),
-        "scales .* has shape .*, and its layer asks for",
+        "scales .* has shape .*, but its layer needs",
     ),
-    "qweight one word short": ("AWQ", change("qweight", lambda a: a[:, :-1]), "has shape .*, and its layer asks for"),
+    "qweight one word short": ("AWQ", change("qweight", lambda a: a[:, :-1]), "has shape .*, but its layer needs"),
     "qweight of another model": (
         "AWQ",
         lambda t, s: t.update({k: np.concatenate([v, v], 1) for k, v in t.items() if "1.mlp.down_proj." in k}),
-        r"down_proj.weight.packed in model.safetensors has shape \[128, 3, 16\], and config.json asks for",
+        r"down_proj.weight.packed in model.safetensors has shape \[128, 3, 16\], but config.json says",
     ),
-    "wrong group size": ("GPTQ", state(group_size=64), "scales in model.safetensors has shape .* its layer asks for"),
+    "wrong group size": ("GPTQ", state(group_size=64), "scales in model.safetensors has shape .* its layer needs"),
     "a group of no blocks": ("GPTQ", state(group_size=24), "weights in groups of 24 cannot be packed: this version"),
     "a group of zero": ("GPTQ", state(group_size=0), "with group_size 0.*reads GPTQ with a group_size of 16 and more"),
     "3 bits": (
         "GPTQ",
         state(bits=3),
-        r"is quantised \(GPTQ, with bits 3\), and this version reads GPTQ with bits 4",
+        r"is quantised \(GPTQ, with bits 3\), but this version reads GPTQ with bits 4",
     ),
     "2 bits": ("compressed-tensors", weights_of(num_bits=2), "with num_bits 2.*with num_bits 4 or 8"),
     "bits as a text": ("AWQ", state(bits="4"), "with bits '4'.*reads AWQ with bits 4"),
-    "qweight of another dtype": ("GPTQ", change("qweight", lambda a: a.astype(np.int64)), "is I64, .*asks for I32"),
-    "scales of integers": ("AWQ", change("scales", lambda a: a.astype(np.int16)), "is I16, and scales are floats"),
+    "qweight of another dtype": (
+        "GPTQ",
+        change("qweight", lambda a: a.astype(np.int64)),
+        "is I64, but its format needs I32",
+    ),
+    "scales of integers": ("AWQ", change("scales", lambda a: a.astype(np.int16)), "is I16, but scales are floats"),
     "scales of another dtype": (
         "GPTQ",
         change("scales", lambda a: a.astype(np.float32)),
-        "is float32 and other tensors are float16: convert them all with --dtype",
+        "is float32, but other tensors are float16: convert them all with --dtype",
     ),
     "no scales": (
         "GPTQ",
@@ -333,38 +337,38 @@ BAD: dict[str, tuple[str, Change, str]] = {
     "qzeros of a layer said to be symmetric": (
         "GPTQ",
         change("qzeros", lambda a: set_first(a, 0)),
-        "qzeros .* has other zero points than 8, and config.json says sym",
+        "qzeros .* has zero points other than 8, but config.json says sym",
     ),
     "a zero point of 16": (
         ORDERED,
         change("qzeros", lambda a: set_first(a, -1)),
-        "has a zero point of 15, which stands for 16 and fits no 4 bits: give a checkpoint of the model in GPTQ's",
+        "has a zero point of 15, which means 16 and does not fit into 4 bits: give a checkpoint of the model in GPTQ's",
     ),
     "g_idx beyond the groups": (ORDERED, change("g_idx", lambda a: set_first(a, 3)), "names group 3, .* groups 0 to 2"),
-    "g_idx below zero": (ORDERED, change("g_idx", lambda a: set_first(a, -1)), "names group -1, and the layer has"),
+    "g_idx below zero": (ORDERED, change("g_idx", lambda a: set_first(a, -1)), "names group -1, but the layer has"),
     "groups of several sizes": (
         ORDERED,
         change("g_idx", lambda a: np.minimum(a, 1)),
-        "has groups of other sizes than 32: give another checkpoint",
+        "has groups of sizes other than 32: give another checkpoint",
     ),
     "no g_idx": (
         ORDERED,
         change("g_idx", lambda a: None),
         "has no tensor model.layers.1.mlp.down_proj.g_idx:",
     ),
-    "an order without desc_act": (ORDERED, state(desc_act=False), "orders values by activations, and config.json says"),
+    "an order without desc_act": (ORDERED, state(desc_act=False), "orders values by activations, but config.json says"),
     "a scale of zero": ("AWQ", change("scales", lambda a: set_first(a, 0)), "has scales that are zero: download the"),
     "a scale that is no number": (
         "compressed-tensors",
         change("weight_scale", lambda a: set_first(a, np.nan)),
-        "has scales that are no finite numbers: download",
+        "has scales that are infinite or NaN: download",
     ),
-    "an infinite scale": ("GPTQ", change("scales", lambda a: set_first(a, np.inf)), "that are no finite numbers"),
+    "an infinite scale": ("GPTQ", change("scales", lambda a: set_first(a, np.inf)), "that are infinite or NaN"),
     "no weight_shape": ("compressed-tensors", change("weight_shape", lambda a: None), "has no tensor .*weight_shape"),
     "another weight_shape": (
         "compressed-tensors",
         change("weight_shape", lambda a: a + 8),
-        r"has shape \[64, 12\], and .*weight_shape says \[72, 104\]",
+        r"has shape \[64, 12\], but .*weight_shape says \[72, 104\]",
     ),
     "no weight_zero_point": (
         "compressed-tensors, zero points, activations ordered",
@@ -388,7 +392,7 @@ BAD: dict[str, tuple[str, Change, str]] = {
         lambda t, s: t.update({"model.layers.2.mlp.down_proj.weight_packed": np.zeros((8, 8), np.int32)}),
         r"is quantised \(compressed-tensors, by the tensor|account for 1 tensors",
     ),
-    "no packed layer at all": ("GPTQ", everywhere(".qweight"), r"holds no tensor \*.qweight, and its config.json says"),
+    "no packed layer at all": ("GPTQ", everywhere(".qweight"), r"holds no tensor \*.qweight, but its config.json says"),
     "another method than the tensors'": (
         "AWQ",
         lambda t, s: s.update({"quant_method": "bitsandbytes"}),

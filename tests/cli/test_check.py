@@ -142,7 +142,7 @@ def test_a_missing_hash_is_added(bundle: Path, capsys: pytest.CaptureFixture[str
         ([], "there is nothing to check: give --against CHECKPOINT, --onnx-only or --weights"),
         (["--onnx-only", "--against", "x"], "leave out --against"),
         (["--onnx-only", "--ratio", "0.5", "--steps", "2"], "leave out --ratio and --steps"),
-        (["--onnx-only"], "holds no recorded run: run ivc-check --against"),
+        (["--onnx-only"], "holds no stored run: run ivc-check --against"),
         (["--against", "nowhere"], "nowhere is not a folder"),
         (["--against", "{checkpoint}", "--steps", "-1"], "-1 decode steps"),
         (["--against", "{checkpoint}", "--ratio", "2"], "ratio 2.0 is out of range"),

@@ -270,20 +270,20 @@ LANGUAGE = TINY[NAME]["language_config"]
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"scoring_func": "tanh"}, "language_config.scoring_func 'tanh' of config.json is not supported"),
     ({"topk_method": "group_limited_greedy"}, "topk_method 'group_limited_greedy'"),
-    ({"n_group": 4}, "n_routed_experts is 6, which 4 does not divide"),
-    ({"n_group": 3}, "n_group 3 of config.json is not supported: this version knows 1"),
+    ({"n_group": 4}, "n_routed_experts is 6, which is not divisible by 4"),
+    ({"n_group": 3}, "n_group 3 of config.json is not supported: this version supports 1"),
     ({"topk_group": 2}, "n_group 1 of config.json is not supported"),
-    ({"num_experts_per_tok": 7}, "num_experts_per_tok is 7, and there are 6 n_routed_experts"),
+    ({"num_experts_per_tok": 7}, "num_experts_per_tok is 7, but there are 6 n_routed_experts"),
     ({"num_experts_per_tok": None}, "num_experts_per_tok is 0"),
     ({"moe_layer_freq": 2}, "moe_layer_freq 2"),
     (
         {"rope_scaling": {"type": "yarn", "factor": 40}},
-        "rope_scaling .*yarn.* is not supported: this version knows null",
+        "rope_scaling .*yarn.* is not supported: this version supports null",
     ),
-    ({"kv_lora_rank": None}, "where language_config.use_mla is true"),
+    ({"kv_lora_rank": None}, "if language_config.use_mla is true"),
     ({"qk_rope_head_dim": 7}, "even and above 0"),
     ({"attention_bias": True}, "attention_bias True"),
-    ({"hidden_size": 128}, "projector_config.n_embed 64 of config.json is not supported: the other sizes ask for 128"),
+    ({"hidden_size": 128}, "projector_config.n_embed 64 of config.json is not supported: the other sizes need 128"),
 ]
 
 
@@ -303,7 +303,7 @@ def test_settings_that_are_not_known_are_refused(changes: dict[str, Any], senten
         ({"language_config": None}, "has no language_config"),
         ({"projector_config": {"projector_type": "identity"}}, "projector_config.projector_type 'identity'"),
         ({"vision_config": {"class_token": True}}, "vision_config.class_token True"),
-        ({"vision_config": {"width": 33}}, "vision_config.width is 33, which 2 does not divide"),
+        ({"vision_config": {"width": 33}}, "vision_config.width is 33, which is not divisible by 2"),
     ],
 )
 def test_pictures_that_are_not_known_are_refused(changes: dict[str, Any], sentence: str) -> None:
@@ -327,8 +327,8 @@ EXPERT = "language.model.layers.2.mlp.experts.4.up_proj.weight"
     ("change", "sentence"),
     [
         (lambda t: t.pop(EXPERT), "has no tensor model.layers.2.mlp.experts.4.up_proj.weight"),
-        (lambda t: t.update({EXPERT: t[EXPERT][:8]}), r"has shape \[8, 64\], and config.json asks for \[24, 64\]"),
-        (lambda t: t.update({EXPERT: t[EXPERT].astype(np.float16)}), "is float16 and other tensors are float32"),
+        (lambda t: t.update({EXPERT: t[EXPERT][:8]}), r"has shape \[8, 64\], but config.json says \[24, 64\]"),
+        (lambda t: t.update({EXPERT: t[EXPERT].astype(np.float16)}), "is float16, but other tensors are float32"),
         (lambda t: t.update({EXPERT.replace(".4.", ".6."): t[EXPERT]}), "config.json does not describe 1 tensors"),
         (lambda t: t.pop("image_newline"), "has no tensor visual.row_separator"),
     ],

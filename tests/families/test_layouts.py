@@ -121,7 +121,7 @@ def test_fused_weights_are_split_by_key_value_head() -> None:
             "llm_config.rope_scaling.type 'yarn'",
         ),
         ({"vision_config": {**CONFIG["vision_config"], "norm_type": "rms_norm"}}, "vision_config.norm_type 'rms_norm'"),
-        ({"force_image_size": 100}, "does not divide"),
+        ({"force_image_size": 100}, "is not divisible by"),
     ],
 )
 def test_what_is_not_supported_says_so(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:

@@ -15,22 +15,26 @@ from tests.families.family_cases import changed
 QWEN, QWEN3, LLAVA, INTERNVL, CHAT = "qwen2_vl", "qwen3_vl", "llava", "internvl", "internvl_chat"
 ROPE = {"type": "mrope", "mrope_section": [2, 3, 3]}
 CONFIGURED: list[tuple[str, dict[str, Any], str]] = [
-    (QWEN, {"hidden_act": "gelu"}, "hidden_act 'gelu' of config.json is not supported: this version knows 'silu' or"),
+    (
+        QWEN,
+        {"hidden_act": "gelu"},
+        "hidden_act 'gelu' of config.json is not supported: this version supports 'silu' or",
+    ),
     (QWEN, {"rms_norm_eps": 0}, "rms_norm_eps 0 of config.json is not supported: it should be greater than 0"),
     (QWEN, {"num_attention_heads": 10**9}, "num_attention_heads 1000000000 of config.json"),
     (QWEN, {"vocab_size": 2**40}, "vocab_size 1099511627776 of config.json"),
     (QWEN, {"hidden_size": 10**300}, "hidden_size 1000"),
     (QWEN, {"hidden_size": "64"}, "hidden_size '64' of config.json is not supported: it should be a valid integer"),
     (QWEN, {"hidden_size": True}, "hidden_size True of config.json"),
-    (QWEN, {"head_dim": 8}, "inconsistent: mrope_section [2, 3, 3] does not fill 4"),
-    (QWEN, {"head_dim": 15}, "inconsistent: head_dim is 15"),
-    (QWEN, {"num_attention_heads": 2, "head_dim": 16}, "inconsistent: head_dim is 16, and 2 heads share a hidden_size"),
+    (QWEN, {"head_dim": 8}, "inconsistent (mrope_section [2, 3, 3] must have three numbers whose sum is 4"),
+    (QWEN, {"head_dim": 15}, "inconsistent (head_dim is 15"),
+    (QWEN, {"num_attention_heads": 2, "head_dim": 16}, "inconsistent (head_dim is 16, but 2 heads share a hidden_size"),
     (
         QWEN,
         {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
         "layer_types 'sliding_attention' of config",
     ),
-    (QWEN, {"layer_types": ["full_attention"]}, "inconsistent: layer_types are 1, and num_hidden_layers is 4"),
+    (QWEN, {"layer_types": ["full_attention"]}, "inconsistent (there are 1 layer_types, but num_hidden_layers is 4"),
     (QWEN, {"use_sliding_window": True, "max_window_layers": 3}, "use_sliding_window True of config.json is not supp"),
     (QWEN, {"use_sliding_window": "no"}, "use_sliding_window 'no' of config.json"),
     (QWEN, {"rope_theta": 0}, "rope_theta 0 of config.json"),
@@ -41,7 +45,7 @@ CONFIGURED: list[tuple[str, dict[str, Any], str]] = [
     (QWEN, {"vision_config": 7}, "vision_config 7 of config.json is not supported: it should be an object"),
     (QWEN, {"vision_config": {"hidden_act": "gelu"}}, "vision_config.hidden_act 'gelu' of config.json"),
     (QWEN, {"vision_config": {"in_channels": 4}}, "vision_config.in_channels 4 of config.json"),
-    (QWEN, {"vision_config": {"hidden_size": 96}}, "inconsistent: vision_config.hidden_size is 96, and the decoder's"),
+    (QWEN, {"vision_config": {"hidden_size": 96}}, "inconsistent (vision_config.hidden_size is 96, but the decoder's"),
     (QWEN, {"vision_config": {"rope_theta": 1e6}}, "vision_config.rope_theta 1000000.0 of config.json"),
     (QWEN, {"vision_config": {"rope_parameters": {"rope_theta": 5.0}}}, "rope_parameters.rope_theta 5.0 of"),
     (
@@ -49,8 +53,8 @@ CONFIGURED: list[tuple[str, dict[str, Any], str]] = [
         {"vision_config": {"patch_size": [14, 16]}},
         "patch_size [14, 16] of config.json is not supported: only squ",
     ),
-    ("qwen2_5_vl", {"vision_config": {"window_size": 14}}, "inconsistent: vision_config.window_size is 14"),
-    ("qwen2_5_vl", {"vision_config": {"out_hidden_size": 32}}, "inconsistent: vision_config.out_hidden_size is 32"),
+    ("qwen2_5_vl", {"vision_config": {"window_size": 14}}, "inconsistent (vision_config.window_size is 14"),
+    ("qwen2_5_vl", {"vision_config": {"out_hidden_size": 32}}, "inconsistent (vision_config.out_hidden_size is 32"),
     *(
         (QWEN3, changes, sentence)
         for changes, sentence in (
@@ -62,7 +66,7 @@ CONFIGURED: list[tuple[str, dict[str, Any], str]] = [
             ({"text_config": {"rope_scaling": {"mrope_section": [2, 3, 3]}}}, "mrope_section [2, 3, 3] of config.json"),
             (
                 {"text_config": {"rope_scaling": {"mrope_section": [4, 3, 2]}}},
-                "mrope_section [4, 3, 2] does not fill 8",
+                "mrope_section [4, 3, 2] must have three numbers whose sum is 8",
             ),
             (
                 {"text_config": {"rope_scaling": {"mrope_interleaved": False}}},
@@ -70,11 +74,11 @@ CONFIGURED: list[tuple[str, dict[str, Any], str]] = [
             ),
             (
                 {"text_config": {"num_hidden_layers": 3}},
-                "inconsistent: vision_config.deepstack_visual_indexes are 3, and",
+                "inconsistent (there are 3 vision_config.deepstack_visual_indexes, but",
             ),
             (
                 {"text_config": {"hidden_size": 48}},
-                "inconsistent: vision_config.out_hidden_size is 64, and the decoder's",
+                "inconsistent (vision_config.out_hidden_size is 64, but the decoder's",
             ),
             ({"vision_config": {"hidden_act": "gelu"}}, "vision_config.hidden_act 'gelu' of config.json"),
             (
@@ -101,7 +105,11 @@ CONFIGURED: list[tuple[str, dict[str, Any], str]] = [
     (LLAVA, {"projector_hidden_act": "relu"}, "projector_hidden_act 'relu' of config.json"),
     (LLAVA, {"vision_config": {"model_type": "siglip_vision_model"}}, "vision_config.model_type 'siglip_vision_model'"),
     (LLAVA, {"vision_config": {"layer_norm_eps": float("nan")}}, "vision_config.layer_norm_eps nan of config.json"),
-    (LLAVA, {"vision_feature_layer": 9}, "vision_feature_layer 9 of config.json is not supported: there are 3 layers"),
+    (
+        LLAVA,
+        {"vision_feature_layer": 9},
+        "vision_feature_layer 9 of config.json is not supported: give one of the 3 layers",
+    ),
     (INTERNVL, {"vision_config": {"use_mean_pooling": False}}, "vision_config.use_mean_pooling False of config.json"),
     (INTERNVL, {"vision_config": {"use_absolute_position_embeddings": False}}, "use_absolute_position_embeddings Fal"),
     (INTERNVL, {"text_config": {"model_type": ["qwen2"]}}, "text_config.model_type ['qwen2'] of config.json"),
@@ -110,23 +118,27 @@ CONFIGURED: list[tuple[str, dict[str, Any], str]] = [
     (
         CHAT,
         {"llm_config": {"bias": True}},
-        "llm_config.bias True of config.json is not supported: this version knows F",
+        "llm_config.bias True of config.json is not supported: this version supports F",
     ),
     (CHAT, {"llm_config": {"hidden_act": "gelu"}}, "llm_config.hidden_act 'gelu' of config.json"),
     (CHAT, {"pad2square": True}, "pad2square True of config.json"),
     (CHAT, {"use_thumbnail": False}, "use_thumbnail False of config.json"),
     (CHAT, {"ps_version": None}, "config.json has no ps_version"),
     (CHAT, {"max_dynamic_patch": 10**9}, "max_dynamic_patch 1000000000 of config.json"),
-    (CHAT, {"min_dynamic_patch": 13}, "inconsistent: a picture has at least 13 tiles, and at most 12"),
+    (CHAT, {"min_dynamic_patch": 13}, "inconsistent (a picture has at least 13, and at most 12"),
 ]
 PROCESSED: list[tuple[str, dict[str, Any], str]] = [
-    (QWEN, {"do_resize": False}, "do_resize False of the image processor's settings is not supported: this version kn"),
+    (
+        QWEN,
+        {"do_resize": False},
+        "do_resize False of the image processor's settings is not supported: this version supports True",
+    ),
     (QWEN, {"do_convert_rgb": False}, "do_convert_rgb False of the image processor's settings"),
     (QWEN, {"do_normalize": "no"}, "do_normalize 'no' of the image processor's settings"),
     (
         QWEN,
         {"resample": 6},
-        "resample 6 of the image processor's settings is not supported: this version knows 0, 1, 2",
+        "resample 6 of the image processor's settings is not supported: this version supports 0, 1, 2",
     ),
     (QWEN, {"rescale_factor": 0}, "rescale_factor 0 of the image processor's settings"),
     (QWEN, {"rescale_factor": float("inf")}, "rescale_factor inf of the image processor's settings"),
@@ -165,7 +177,7 @@ PROCESSED: list[tuple[str, dict[str, Any], str]] = [
     (INTERNVL, {"size": {"shortest_edge": 112}}, "size {'shortest_edge': 112} of the image processor's settings"),
     (INTERNVL, {"size": 448}, "size 448 of the image processor's settings"),
     (INTERNVL, {"max_patches": 0}, "max_patches 0 of the image processor's settings"),
-    (INTERNVL, {"min_patches": 13}, "inconsistent: a picture has at least 13 tiles, and at most 12"),
+    (INTERNVL, {"min_patches": 13}, "inconsistent (a picture has at least 13, and at most 12"),
     (CHAT, {"size": 224}, "size 224 of the image processor's settings"),
     (CHAT, {"do_resize": False}, "do_resize False of the image processor's settings"),
 ]

@@ -61,7 +61,7 @@ def test_a_bundle_checked_elsewhere_is_checked_without_torch(
     bundle = tmp_path / "bundle"
     export(ExportRecipe(sample_checkpoint, bundle))
     checked = shell(environment, "ivc-check", bundle, "--onnx-only")
-    assert checked.returncode == 2 and "holds no recorded run: run ivc-check --against" in checked.stderr
+    assert checked.returncode == 2 and "holds no stored run: run ivc-check --against" in checked.stderr
     assert cli.ivc_check([str(bundle), "--against", str(sample_checkpoint), "--steps", "2"]) == 0
     checked = shell(environment, "ivc-check", bundle, "--onnx-only", "--weights")
     assert checked.returncode == 0, checked.stderr

@@ -74,7 +74,7 @@ def test_what_only_shows_a_line_is_refused(tiled: tuple[str, Preprocessing], siz
 @pytest.mark.parametrize(("name", "other"), [("qwen2_vl", "llava"), ("llava", "qwen2_vl"), ("internvl", "qwen2_5_vl")])
 def test_settings_of_another_kind_are_refused(name: str, other: str) -> None:
     settings = families.of(other).read(TINY[other], None).preprocessing
-    with pytest.raises(UserError, match=rf"its preprocessing\.kind is '{settings.kind}': export it again"):
+    with pytest.raises(UserError, match=rf"its preprocessing\.kind is '{settings.kind}': export the model again"):
         families.of(name).pictures(settings)
 
 

@@ -172,7 +172,7 @@ def test_the_original_internvl_code_writes_such_a_conversation() -> None:
         ({"template": "internvl2_5", "system_message": None}, SYSTEM),
         ({"system_message": 'Say "{{ yes }}"\nonce.'}, '<|im_start|>system\nSay "{{ yes }}"\nonce.<|im_end|>\n'),
         ({"template": "internlm2-chat"}, "template 'internlm2-chat' of config.json is not supported"),
-        ({"system_message": 3}, "system_message of config.json is 3, which is no text"),
+        ({"system_message": 3}, "system_message of config.json is 3, which is not text"),
     ],
 )
 def test_config_json_chooses_the_system_message(changes: dict[str, Any], begins: str, tmp_path: Path) -> None:

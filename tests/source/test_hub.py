@@ -60,7 +60,7 @@ SHARDS = dict.fromkeys(("visual.x", "model.layers.0.x", "lm_head.weight"), "mode
 @pytest.mark.parametrize(
     ("name", "content", "option", "sentence"),
     [
-        ("pytorch_model.bin", b"", "--dry-run", "owner/model holds pickled weights alone (pytorch_model.bin), which"),
+        ("pytorch_model.bin", b"", "--dry-run", "owner/model holds only pickled weights (pytorch_model.bin), which"),
         ("model.safetensors.index.json", json.dumps({"weight_map": SHARDS}).encode(), "--quiet",
          "owner/model on the hub has no model-00001-of-00002.safetensors"),
     ],

@@ -111,11 +111,11 @@ def test_what_a_checkpoint_leaves_out_is_as_in_transformers() -> None:
     [
         ({}, (), None),
         ({"do_sample": False, "temperature": 0.2, "num_beams": 1}, (), None),
-        ({"repetition_penalty": 1.05}, (), "asks for repetition_penalty 1.05; answers are greedy"),
+        ({"repetition_penalty": 1.05}, (), "sets repetition_penalty 1.05, but answers are greedy"),
         ({"repetition_penalty": 1.05}, ("repetition_penalty",), None),
         ({"do_sample": True, "top_k": 1, "temperature": 0.1}, (), None),  # the best is all that can be drawn
-        ({"do_sample": True}, ("top_p",), "asks for temperature 1.0, top_k 50; answers"),
-        ({"num_beams": 4}, (), "asks for num_beams 4; answers"),
+        ({"do_sample": True}, ("top_p",), "sets temperature 1.0, top_k 50, but answers"),
+        ({"num_beams": 4}, (), "sets num_beams 4, but answers"),
     ],
 )
 def test_what_greedy_answers_leave_out_is_said(
@@ -167,7 +167,7 @@ def test_the_command_answers_as_transformers_does(
 def test_a_program_can_take_the_checkpoints_sampling(penalised: Bundle, tmp_path: Path) -> None:
     assert checkpoint_sampling(penalised.folder, max_tokens=5) == Sampling(max_tokens=5, repetition_penalty=1.3)
     assert checkpoint_sampling(penalised.folder, repetition_penalty=1.0) == Sampling()
-    with pytest.raises(UserError, match="is missing, so nothing is known"):
+    with pytest.raises(UserError, match="is missing, so the checkpoint's sampling is not known"):
         checkpoint_sampling(tmp_path)
 
 
@@ -180,4 +180,4 @@ def test_the_export_says_what_greedy_answers_leave_out(
     arguments = ["--model", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "bundle")]
     assert cli.ivc_export([*arguments, *options]) == 0
     out, err = capsys.readouterr()
-    assert (out if options == ["--json"] else err).count("asks for repetition_penalty 1.05") == 1
+    assert (out if options == ["--json"] else err).count("sets repetition_penalty 1.05") == 1

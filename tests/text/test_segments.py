@@ -94,11 +94,11 @@ def test_pictures_in_front_are_told_from_those_in_place() -> None:
 
 UNFIT = [
     ("contains the date", TURNS + "{{ strftime_now('%Y') }}"),
-    ("writes some conversations in another way", TURNS.replace("[{{", "[{{ loop.index0 // 5 if loop.index0 > 4 }}{{")),
-    ("changes, repeats or drops what is said", TURNS.replace("p.text", "p.text | upper")),
-    ("changes blanks at the ends of a text", TURNS.replace("p.text", "p.text | replace('\n', ' ')")),
+    ("renders some conversations differently", TURNS.replace("[{{", "[{{ loop.index0 // 5 if loop.index0 > 4 }}{{")),
+    ("changes, repeats or drops the text of messages", TURNS.replace("p.text", "p.text | upper")),
+    ("changes whitespace at the ends of a text", TURNS.replace("p.text", "p.text | replace('\n', ' ')")),
     ("refuses the conversation: no", TURNS + "{{ raise_exception('no') if messages | length > 5 }}"),
-    ("depends on what comes next", TURNS + "{{ 'x' if not add_generation_prompt }}"),
+    ("depends on the next message", TURNS + "{{ 'x' if not add_generation_prompt }}"),
 ]
 
 

@@ -203,10 +203,14 @@ BAD = [
     ("a vocabulary of words", lambda f: (f / "vocab.json").write_text('{"a": "b"}'), "no tokenizer in vocab.json"),
     ("a vocabulary no object", lambda f: (f / "vocab.json").write_text("[]"), "should hold a JSON object"),
     ("an empty vocabulary", lambda f: (f / "vocab.json").write_text("{}"), "no tokenizer in vocab.json"),
-    ("pieces cut short", cut, "is no SentencePiece model"),
-    ("pieces of text", lambda f: model(f).write_text("x" * 99), "is no SentencePiece model"),
-    ("pieces of no pairs", unigram, "no SentencePiece model of Llama's kind: .* save_pretrained"),
-    ("pieces with characters", lambda f: model(f, precompiled_charsmap=b"x"), "no SentencePiece model of Llama's kind"),
+    ("pieces cut short", cut, "is not a SentencePiece model"),
+    ("pieces of text", lambda f: model(f).write_text("x" * 99), "is not a SentencePiece model"),
+    ("pieces of no pairs", unigram, "not a SentencePiece model of Llama's kind: .* save_pretrained"),
+    (
+        "pieces with characters",
+        lambda f: model(f, precompiled_charsmap=b"x"),
+        "not a SentencePiece model of Llama's kind",
+    ),
     ("pieces without an image", model, "the tokenizer of .* has no <|image_pad|>"),
 ]
 

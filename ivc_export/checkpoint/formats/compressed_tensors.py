@@ -98,7 +98,7 @@ def read_packed(tensors: Mapping[str, StoredTensor], name: str, packing: Packing
     out, features = (int(extent) for extent in whole(size))
     if (out, -(-features // fill)) != packed.shape or features * bits % 8:
         raise UserError(
-            f"{packed.name} in {packed.file.name} has shape {list(packed.shape)}, and {size.name} says "
+            f"{packed.name} in {packed.file.name} has shape {list(packed.shape)}, but {size.name} says "
             f"{[out, features]}: download the checkpoint again"
         )
     groups = packing.groups(features)
@@ -118,7 +118,7 @@ def read_packed(tensors: Mapping[str, StoredTensor], name: str, packing: Packing
     def values() -> Iterator[Bytes]:
         if points is not None and not packing.zero_points and (zero_points() != packing.middle).any():
             raise UserError(
-                f"{points.name} in {points.file.name} has zero points, and config.json says symmetric: download both "
+                f"{points.name} in {points.file.name} has zero points, but config.json says symmetric: download both "
                 "again"
             )
         words = whole(packed)

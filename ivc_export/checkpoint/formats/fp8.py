@@ -72,12 +72,12 @@ def fp8_format(block: tuple[int, int] | None) -> WeightFormat:
         names = [name.removesuffix(marker) for name in tensors if name.endswith(marker)]
         if not names:
             raise UserError(
-                f"the checkpoint holds no tensor *{marker}, and its JSON files say that it is quantised (FP8): "
+                f"the checkpoint holds no tensor *{marker}, but its JSON files say that it is quantised (FP8): "
                 "download it again, or check that they are its own"
             )
         return {name: read_fp8(tensors, name, marker, block) for name in names}
 
-    said = "weights are FP8 and become float16, or what --dtype says; activations stay floats"
+    said = "weights are FP8 and become float16, or the precision of --dtype; activations stay floats"
     return WeightFormat("fp8", in_decoder, read, float_linear, marker, "float", "float16", said=said)
 
 
@@ -95,7 +95,7 @@ def read_fp8(
     shapes = [(-(-out // high), -(-features // wide))] if block else [(), (1,), (out,), (out, 1)]
     if not out or scale.dtype not in FLOATS or scale.shape not in shapes:
         raise UserError(
-            f"{scale.name} in {scale.file.name} is {scale.dtype} of shape {list(scale.shape)}, which is no scale of "
+            f"{scale.name} in {scale.file.name} is {scale.dtype} of shape {list(scale.shape)}, which does not fit "
             f"{weight.name} of shape {list(weight.shape)}: download the checkpoint again"
         )
 
@@ -104,7 +104,7 @@ def read_fp8(
         scales = scales if block else np.broadcast_to(scales.reshape(-1, 1), (out, 1))
         if not np.isfinite(scales).all() or not scales.all():
             raise UserError(
-                f"{scale.name} in {scale.file.name} has scales that are zero or no finite numbers: download the "
+                f"{scale.name} in {scale.file.name} has scales that are zero, infinite or NaN: download the "
                 "checkpoint again, or give another"
             )
         stored = np.frombuffer(b"".join(weight.bytes_of(1 << 24)), FP8).reshape(out, features)
@@ -113,7 +113,9 @@ def read_fp8(
             of_row = np.repeat(scales[number], wide, axis=1)[:, :features]
             values = stored[rows].astype(np.float32) * of_row
             if not np.isfinite(values).all():
-                raise UserError(f"{weight.name} in {weight.file.name} holds no finite numbers: download it again")
+                raise UserError(
+                    f"{weight.name} in {weight.file.name} holds values that are infinite or NaN: download it again"
+                )
             yield values
 
     beside = [tensors[key] for key in (f"{name}.input_scale",) if key in tensors]

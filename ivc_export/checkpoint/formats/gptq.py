@@ -105,17 +105,17 @@ def read_gptq(
         found = unpack_words(whole(qzeros), bits)[:, :out]
         if less and (found == (1 << bits) - 1).any():  # readers disagree on whether this is 0 or one more than it holds
             raise UserError(
-                f"{qzeros.name} in {qzeros.file.name} has a zero point of {(1 << bits) - 1}, which stands for "
-                f"{1 << bits} and fits no {bits} bits: give a checkpoint of the model in GPTQ's second version, or a "
-                "symmetric one"
+                f"{qzeros.name} in {qzeros.file.name} has a zero point of {(1 << bits) - 1}, which means "
+                f"{1 << bits} and does not fit into {bits} bits: give a checkpoint of the model in GPTQ's second "
+                "version, or a symmetric one"
             )
         return np.ascontiguousarray(found.T) + np.uint8(less)
 
     def values() -> Iterator[Bytes]:
         if qzeros is not None and not packing.zero_points and (zero_points() != packing.middle).any():
             raise UserError(
-                f"{qzeros.name} in {qzeros.file.name} has other zero points than {packing.middle}, and config.json "
-                "says sym, that there are none: download both again"
+                f"{qzeros.name} in {qzeros.file.name} has zero points other than {packing.middle}, but config.json "
+                "says sym, which has none: download both again"
             )
         words = whole(qweight)
         for rows in row_pieces(out, features):

@@ -52,7 +52,7 @@ class Packing:
         if self.group is not None and (self.group < LEAST_BLOCK or self.group & -self.group < LEAST_BLOCK):
             raise UserError(
                 f"weights in groups of {self.group} cannot be packed: this version takes multiples of {LEAST_BLOCK}, "
-                "and -1 for one group a row"
+                "and -1 for one group per row"
             )
 
     @property

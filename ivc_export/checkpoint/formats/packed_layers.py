@@ -110,7 +110,7 @@ class PackedLayer:
         """
         scales, wide = self.scales(), self.scales().astype(np.float32)
         if not np.isfinite(wide).all() or not wide.all():
-            found = "zero" if np.isfinite(wide).all() else "no finite numbers"
+            found = "zero" if np.isfinite(wide).all() else "infinite or NaN"
             raise UserError(
                 f"{self.scales_of.name} in {self.scales_of.file.name} has scales that are {found}: download the "
                 "checkpoint again, or give another"
@@ -134,7 +134,7 @@ def packed_format(
         names = [found.removesuffix(marker) for found in tensors if found.endswith(marker)]
         if not names:
             raise UserError(
-                f"the checkpoint holds no tensor *{marker}, and its config.json says that it is quantised ({title}): "
+                f"the checkpoint holds no tensor *{marker}, but its config.json says that it is quantised ({title}): "
                 "download it again, or check that config.json is its own"
             )
         return [read_layer(tensors, one) for one in names]
@@ -145,10 +145,10 @@ def packed_format(
     def read_floats(tensors: Mapping[str, StoredTensor]) -> Layers:
         return {layer.name: layer.floats() for layer in layers(tensors)}
 
-    group = "a group a row" if packing.group is None else f"groups of {packing.group}"
+    group = "one group per row" if packing.group is None else f"groups of {packing.group}"
     what = f"{title}, {packing.bits} bits, {group}{', zero points' if packing.zero_points else ''}"
     if packing.ordered:
-        what += ", in the order of activations"
+        what += ", reordered by activations"
     before = " before 10" if packing.bits == 4 else ""
     return WeightFormat(
         name,
@@ -164,9 +164,9 @@ def packed_format(
             float_linear,
             marker,
             "float",
-            said=f"weights are quantised ({what}); they become floats, which these graphs take alone",
+            said=f"weights are quantised ({what}); they become floats, because these graphs hold only floats",
         ),
-        said=f"weights are quantised ({what}), and stay so; TensorRT{before} makes floats of them",
+        said=f"weights are quantised ({what}), and stay so; TensorRT{before} dequantises them",
     )
 
 
@@ -194,7 +194,7 @@ def find_shaped(
     if not fits or 0 in tensor.shape:
         wanted = ", ".join("any" if extent is None else str(extent) for extent in shape)
         raise UserError(
-            f"{tensor.name} in {tensor.file.name} has shape {list(tensor.shape)}, and its layer asks for [{wanted}]: "
+            f"{tensor.name} in {tensor.file.name} has shape {list(tensor.shape)}, but its layer needs [{wanted}]: "
             "download the checkpoint again, or check that config.json is its own"
         )
     return tensor
@@ -209,7 +209,7 @@ def find_scales(tensors: Mapping[str, StoredTensor], name: str, shape: tuple[int
     tensor = find_shaped(tensors, name, None, shape)
     if tensor.dtype not in FLOATS:
         raise UserError(
-            f"{tensor.name} in {tensor.file.name} is {tensor.dtype}, and scales are floats: download the checkpoint "
+            f"{tensor.name} in {tensor.file.name} is {tensor.dtype}, but scales are floats: download the checkpoint "
             "again"
         )
     return tensor
@@ -228,7 +228,7 @@ def read_order(tensor: StoredTensor | None, features: int, packing: Packing) -> 
     if groups.min() < 0 or groups.max() >= packing.groups(features):
         found = groups.min() if groups.min() < 0 else groups.max()
         raise UserError(
-            f"{tensor.name} in {tensor.file.name} names group {found}, and "
+            f"{tensor.name} in {tensor.file.name} names group {found}, but "
             f"the layer has groups 0 to {packing.groups(features) - 1}: download the checkpoint again"
         )
     if np.array_equal(groups, wanted):
@@ -236,13 +236,13 @@ def read_order(tensor: StoredTensor | None, features: int, packing: Packing) -> 
     order = np.argsort(groups, kind="stable").astype(np.int32)
     if not np.array_equal(groups[order], wanted):
         raise UserError(
-            f"{tensor.name} in {tensor.file.name} has groups of other sizes than {packing.group}: give another "
+            f"{tensor.name} in {tensor.file.name} has groups of sizes other than {packing.group}: give another "
             "checkpoint of the model"
         )
     if not packing.ordered:
         raise UserError(
-            f"{tensor.name} in {tensor.file.name} orders values by activations, and config.json says that none does: "
-            "download both again"
+            f"{tensor.name} in {tensor.file.name} orders values by activations, but config.json says that no layer "
+            "does: download both again"
         )
     return order
 

@@ -71,7 +71,7 @@ class Stated:
     def unknown(self, key: str, found: Any, known: str) -> UserError:
         """The sentence on a setting that this version does not support."""
         return UserError(
-            f"{self.place} is quantised ({self.title}, with {key} {text(found)}), and this version reads {self.title} "
+            f"{self.place} is quantised ({self.title}, with {key} {text(found)}), but this version reads {self.title} "
             f"with {known}: {OTHER}"
         )
 
@@ -96,8 +96,8 @@ def stated(checkpoint: Checkpoint, method: str, title: str) -> Stated | None:
         return None
     if any(part != named[0] for part in found):
         raise UserError(
-            f"{checkpoint.place} is quantised in two ways, by {KEY} of {CONFIG} and of a part of it, and this version "
-            f"reads one: {OTHER}"
+            f"{checkpoint.place} is quantised in two ways, by {KEY} of {CONFIG} and of a part of it, but this version "
+            f"reads only one: {OTHER}"
         )
     return Stated(checkpoint.place, title, named[0])
 

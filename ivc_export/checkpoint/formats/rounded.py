@@ -74,7 +74,7 @@ class RoundedLayer:
             def find(values: Wide) -> Rounding:
                 if not np.isfinite(values).all():
                     raise UserError(
-                        f"{self.weight.name} in {self.weight.file.name} has values that are no finite numbers: "
+                        f"{self.weight.name} in {self.weight.file.name} has values that are infinite or NaN: "
                         "download the checkpoint again, or give another"
                     )
                 scales, points = find_grid(values, self.packing, importance, numpy, self.search)

@@ -125,7 +125,7 @@ def find_tensor(tensors: Mapping[str, StoredTensor], name: str, dtype: str | Non
         raise UserError(f"the checkpoint has no tensor {name}: download it again, or check that config.json is its own")
     if dtype is not None and tensor.dtype != dtype:
         raise UserError(
-            f"{tensor.name} in {tensor.file.name} is {tensor.dtype}, and its format asks for {dtype}: download the "
+            f"{tensor.name} in {tensor.file.name} is {tensor.dtype}, but its format needs {dtype}: download the "
             "checkpoint again"
         )
     return tensor

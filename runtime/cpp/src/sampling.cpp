@@ -69,7 +69,7 @@ void Sampling::check() const {
     if (topK < 0) throw Error("top-k " + std::to_string(topK) + " is out of range: give 0 (all tokens) or more");
     if (!(repetitionPenalty >= 1e-3 && repetitionPenalty <= 1e3)) {
         throw Error("repetition penalty " + std::to_string(repetitionPenalty) +
-                    " is out of range: give 0.001 to 1000, such as 1.05; 1 is none");
+                    " is out of range: give 0.001 to 1000, such as 1.05; 1 means none");
     }
 }
 
@@ -88,7 +88,7 @@ Sampling storedSampling(const std::string& folder, Sampling chosen) {
         const bool one = key == "num_beams" || key == "num_beam_groups" || key == "typical_p" ||
                          key == "encoder_repetition_penalty" || key == "guidance_scale";
         const bool none = value.empty() || (value.is_number() && value.get<double>() == (one ? 1 : 0));
-        if (!none) root[name].refuse("is set, which this version does not obey");
+        if (!none) root[name].refuse("is set, which this version does not support");
     }
     const auto number = [&](const char* name, double fallback) {
         return root.has(name) && !root[name].isNull() ? root[name].number(-1e18, 1e18) : fallback;

@@ -48,35 +48,41 @@ TENSORRT_FLOAT16 = Tolerances(
     {
         "image_embeds": (
             5e-3,
-            "TensorRT fuses layers, rounds elsewhere; 5.6e-4 measured on small models, 8.6, H100",
+            "TensorRT fuses layers, so it rounds at other places; 5.6e-4 measured on small models, 8.6, H100",
         ),
-        "hidden_states": (1e-2, "as above, twice onnxruntime's error on the same graphs; 3.6e-3 measured"),
-        "keys and values": (1.5e-2, "as above; 6.6e-3 measured, 4.0e-3 in onnxruntime, of float32 weights rounded"),
+        "hidden_states": (1e-2, "as image_embeds; 3.6e-3 measured, twice onnxruntime's error on the same graphs"),
+        "keys and values": (
+            1.5e-2,
+            "as image_embeds; 6.6e-3 measured, 4.0e-3 in onnxruntime, with rounded float32 weights",
+        ),
         "token_score": (
             1e-3,
-            "absolute probabilities of such values; 1.7e-4 measured, 8.6e-4 with sums beyond 65504",
+            "probabilities, absolute, of such values; 1.7e-4 measured, 8.6e-4 with sums beyond 65504",
         ),
         "logits": (1e-2, "as image_embeds; 4.5e-3 measured, 2.8e-3 in onnxruntime"),
-        "routing": (5e-3, "as in onnxruntime; no engine is built of experts"),
-        "selection": (1e-4, "8.6 may hand values on before it rounds them: 1.9e-5 measured; plugin 1.4e-7"),
+        "routing": (5e-3, "as in onnxruntime; engines cannot be built with experts yet"),
+        "selection": (
+            1e-4,
+            "TensorRT 8.6 may pass values on before it rounds them; 1.9e-5 measured, 1.4e-7 in the plugin",
+        ),
     },
 )
 TENSORRT_BFLOAT16 = Tolerances(
     {
         # eight times float16's: 8 bits against 11; each error was 8 times float16's, with every value rounded
-        "image_embeds": (4e-2, "rounding to 8 bits; 1.1e-2 in onnxruntime on small models; on TensorRT not measured"),
-        "hidden_states": (8e-2, "rounding to 8 bits; 1.6e-2 in onnxruntime on small models; on TensorRT not measured"),
+        "image_embeds": (4e-2, "rounding to 8 bits; 1.1e-2 in onnxruntime on small models; not measured on TensorRT"),
+        "hidden_states": (8e-2, "rounding to 8 bits; 1.6e-2 in onnxruntime on small models; not measured on TensorRT"),
         "keys and values": (
             1.2e-1,
-            "rounding to 8 bits; 2.9e-2 in onnxruntime on small models; on TensorRT not measured",
+            "rounding to 8 bits; 2.9e-2 in onnxruntime on small models; not measured on TensorRT",
         ),
         "token_score": (
             8e-3,
-            "probabilities, absolute; 8.5e-4 in onnxruntime on small models; on TensorRT not measured",
+            "probabilities, absolute; 8.5e-4 in onnxruntime on small models; not measured on TensorRT",
         ),
-        "logits": (8e-2, "rounding to 8 bits; 1.4e-2 in onnxruntime on small models; on TensorRT not measured"),
-        "routing": (4e-2, "as above; no engine is built of experts"),
-        "selection": (8e-4, "values may be handed on before they are rounded, as in float16; not measured"),
+        "logits": (8e-2, "rounding to 8 bits; 1.4e-2 in onnxruntime on small models; not measured on TensorRT"),
+        "routing": (4e-2, "eight times float16; engines cannot be built with experts yet"),
+        "selection": (8e-4, "values may be passed on before they are rounded, as in float16; not measured"),
     },
     measured=False,
 )
@@ -84,16 +90,16 @@ CUDA_FLOAT16 = Tolerances(
     {
         "image_embeds": (
             5e-3,
-            "CUDA's kernels fuse and sum elsewhere; 1.1e-3 on the CPU provider, on CUDA not measured",
+            "CUDA's kernels fuse operators and sum in another order; 1.1e-3 on the CPU provider, not measured on CUDA",
         ),
-        "hidden_states": (1e-2, "as above; 1.2e-3 on the CPU provider, on CUDA not measured"),
-        "keys and values": (1.5e-2, "as above; 1.7e-3 on the CPU provider, on CUDA not measured"),
+        "hidden_states": (1e-2, "as image_embeds; 1.2e-3 on the CPU provider, not measured on CUDA"),
+        "keys and values": (1.5e-2, "as image_embeds; 1.7e-3 on the CPU provider, not measured on CUDA"),
         "token_score": (
             1e-3,
-            "probabilities, absolute, of such values; 2.6e-5 on the CPU provider, on CUDA not measured",
+            "probabilities, absolute, of such values; 2.6e-5 on the CPU provider, not measured on CUDA",
         ),
-        "logits": (2e-2, "as above; 1.1e-3 on the CPU provider; the bound that tests/gpu hold CUDA to"),
-        "routing": (5e-3, "as above; 1.9e-3 on the CPU provider, on CUDA not measured"),
+        "logits": (2e-2, "as image_embeds; 1.1e-3 on the CPU provider; tests/gpu hold CUDA to this bound"),
+        "routing": (5e-3, "as image_embeds; 1.9e-3 on the CPU provider, not measured on CUDA"),
         "selection": SELECTION,
     },
     measured=False,

@@ -1,7 +1,8 @@
 """Tables of README and of docs/benchmarks.md: answers, times, memory and errors, each with what measured it.
 
-Every file `generate-GPU.json` that benchmarks.gpu_generate wrote is in the tables of onnxruntime on a GPU, so that
-figures of another GPU need no change here.
+Tables of GPUs take every file of their kind, so that figures of another GPU need no change here: `generate-*.json` of
+benchmarks.gpu_generate; `tensorrt_layers-*.json`, `tensorrt_whole-*.json` and `attention-*.json` of these benchmarks;
+and `bench-*.json` of `ivc-bench --json`.
 """
 
 from __future__ import annotations
@@ -55,14 +56,21 @@ def gpu_rows(name: str) -> dict[tuple[int, str, float], dict[str, Any]]:
     return {(row["visual_tokens"], row["side"], row["ratio"]): row for row in result(name)["rows"]}
 
 
-def generate_files() -> list[str]:
-    """Names of the results of benchmarks.gpu_generate."""
-    return sorted(path.stem for path in RESULTS.glob("generate-*.json"))
+def files(kind: str) -> list[str]:
+    """Names of the results of one kind, of any GPU: `kind-*.json`."""
+    return sorted(path.stem for path in RESULTS.glob(f"{kind}-*.json"))
+
+
+def sources(kind: str) -> list[str]:
+    """Where the figures of one kind come from."""
+    return [line for name in files(kind) for line in source(name)]
 
 
 def gpu_name(name: str) -> str:
     """The GPU of a file, in short: H100 of NVIDIA H100 80GB HBM3."""
-    return str(result(name)["gpu"]["name"]).split()[1]
+    gpu = result(name).get("gpu") or ""
+    words = str(gpu["name"] if isinstance(gpu, dict) else gpu).split()
+    return words[1] if words[:1] == ["NVIDIA"] else " ".join(words)
 
 
 def overview() -> list[str]:
@@ -167,7 +175,7 @@ def cpu_answers() -> list[str]:
 def gpu_answers() -> list[str]:
     """Times on a GPU beside stock transformers, of every GPU measured."""
     rows = []
-    for name in generate_files():
+    for name in files("generate"):
         found = gpu_rows(name)
         for visual in sorted({key[0] for key in found}):
             ours, half, eager, compiled = (found.get((visual, *side)) for side in SIDES)
@@ -175,16 +183,13 @@ def gpu_answers() -> list[str]:
             step = [milliseconds(one["decode"]) if one else "" for one in (ours, half, eager, compiled)]
             rows.append([gpu_name(name), f"{visual:,}", *first, *step])
     head = "GPU | visual tokens | first token, all kept | half kept | eager | a token, all kept | half kept | eager | "
-    lines = table(f"{head}compiled", rows)
-    for name in generate_files():
-        lines += source(name)
-    return lines
+    return table(f"{head}compiled", rows) + sources("generate")
 
 
 def gpu_stages() -> list[str]:
     """Where the time to the first token goes, and memory."""
     rows = []
-    for name in generate_files():
+    for name in files("generate"):
         for (visual, side, ratio), row in sorted(gpu_rows(name).items(), key=lambda item: (item[0][0], -item[0][2])):
             if side == "onnxruntime-cuda":
                 stages = [milliseconds(row["stages"][stage]) for stage in ("vision", "prefix", "decoder", "host")]
@@ -237,66 +242,74 @@ def tensorrt_errors() -> list[str]:
     return table(head, rows) + source("tensorrt-8.6-h100")
 
 
+def number(row: Mapping[str, Any] | None, key: str, digits: int = 2) -> str:
+    """A figure of a row; nothing where it was not measured."""
+    return "" if row is None or row.get(key) is None else f"{row[key]:.{digits}f}"
+
+
 def tensorrt_layers() -> list[str]:
-    """Milliseconds a layer in TensorRT engines."""
-    found = {
-        (row["graphs"], row["stage"], row["visual_tokens"], row["ratio"]): row
-        for row in result("tensorrt_layers-h100")["rows"]
-    }
+    """Milliseconds a layer in TensorRT engines, of every GPU and kind of engine."""
     rows = []
-    for visual in sorted({key[2] for key in found}):
-        whole, half = (found["plugin", "prefill", visual, ratio] for ratio in (1.0, 0.5))
-        native, step = found["native", "prefill", visual, 1.0], found["plugin", "decode", visual, 1.0]
-        layers = [
-            whole["prefix_ms_a_layer"],
-            native["prefix_ms_a_layer"],
-            whole["decoder_ms_a_layer"],
-            half["decoder_ms_a_layer"],
-        ]
-        ideal = whole["prefix_roofline_ms"] / result("tensorrt_layers-h100")["layers"]["prefix"]
-        selecting = [native["select_ms"], whole["select_ms"], whole["compact_ms"], step["compact_ms"]]
-        decode = step["prefix_ms_a_layer"]
-        rows.append([f"{visual:,}", *(f"{ms:.2f}" for ms in (*layers, ideal, decode, *selecting))])
+    for name in files("tensorrt_layers"):
+        content = result(name)
+        found = {
+            (row.get("kind") or row["graphs"], row["visual_tokens"], row["stage"], row.get("ratio")): row
+            for row in content["rows"]
+        }
+        for kind, visual in dict.fromkeys(key[:2] for key in found):
+            whole, half, step, encoder = (
+                found.get((kind, visual, *key))
+                for key in (("prefill", 1.0), ("prefill", 0.5), ("decode", 1.0), ("vision", None))
+            )
+            cut = content["layers"]["prefix"]
+            ideal = None if whole is None or not content["ceilings"] else whole["prefix_roofline_ms"] / cut
+            cells = [number(encoder, "vision_ms_a_layer"), number(whole, "prefix_ms_a_layer")]
+            cells += [number(row, "decoder_ms_a_layer") for row in (whole, half)]
+            cells += ["" if ideal is None else f"{ideal:.2f}"]
+            cells += [number(step, key) for key in ("prefix_ms_a_layer", "decoder_ms_a_layer")]
+            cells += [number(whole, "select_ms"), number(whole, "compact_ms"), number(step, "compact_ms")]
+            rows.append([gpu_name(name), kind, f"{visual:,}", *cells])
     head = (
-        "visual tokens | prefix | prefix, native | decoder, all kept | decoder, half kept | roofline | "
-        "decode step, prefix | select, native | select, plugin | compact 16 layers, prefill | compact, decode step"
+        "GPU | engines | visual tokens | encoder block | prefix | decoder, all kept | decoder, half kept | roofline | "
+        "decode step: prefix | decoder | select | compact, prefill | compact, decode step"
     )
-    return table(head, rows) + source("tensorrt_layers-h100")
+    return table(head, rows) + sources("tensorrt_layers")
 
 
-def tensorrt_small() -> list[str]:
-    """Spatial-VL's answers on TensorRT engines."""
-    rows = []
-    for kind in ("native", "plugin"):
-        for row in result("bench-tensorrt-8.6-h100")[kind]["rows"]:
-            times = [milliseconds(ms) for ms in (row["first_token"], row["stages"]["vision"], row["decode"])]
-            rows.append([kind, row["visual_tokens"], row["ratio"], *times])
-    lines = table("engines | visual tokens | kept | first token, ms | vision of it, ms | a token, ms", rows)
-    told = result("bench-tensorrt-8.6-h100")["plugin"]["command"]
-    return [
-        *lines,
-        "",
-        f"From `benchmarks/results/bench-tensorrt-8.6-h100.json`: NVIDIA H100 80GB HBM3; tensorrt 8.6.0; `{told}`",
-    ]
+def benched() -> list[str]:
+    """Answers of bundles as `ivc-bench --json` measured them."""
+    rows, told = [], []
+    for name in files("bench"):
+        content = result(name)
+        parts = {"": content} if "rows" in content else {key: one for key, one in content.items() if "rows" in one}
+        for kind, part in parts.items():
+            size = sum(part["bundle"]["parameters"].values()) / 1e6
+            for row in part["rows"]:
+                what = [part["gpu"]["name"].split()[1], f"{size:,.0f} M", " ".join([row["side"], kind]).strip()]
+                times = [milliseconds(ms) for ms in (row["first_token"], row["stages"]["vision"], row["decode"])]
+                rows.append([*what, f"{row['visual_tokens']:,}", row["ratio"], *times, megabytes(row["cache_bytes"])])
+            versions = ", ".join(f"{key} {value}" for key, value in part["versions"].items())
+            where = f"`benchmarks/results/{name}.json`: {kind or part['gpu']['name']}"
+            told += ["", f"From {where}; {versions}; `{part['command']}`"]
+    head = (
+        "GPU | parameters | side | visual tokens | kept | first token, ms | vision of it | a token, ms | KV cache, MB"
+    )
+    return table(head, rows) + told
 
 
 def tensorrt_builds() -> list[str]:
     """How long the engines of a whole Qwen2-VL-2B take to build."""
-    rows = [
-        [
-            one["graph"],
-            f"{one['seconds']:.0f}",
-            *(f"{one[key] / 1e9:.1f}" for key in ("engine_bytes", "host_peak_bytes", "device_peak_bytes")),
-        ]
-        for one in result("tensorrt_whole-h200")["builds"]
-    ]
-    head = "engine | seconds to build | engine, GB | host memory at most, GB | GPU memory at most, GB"
-    return table(head, rows) + source("tensorrt_whole-h200", command=False)
+    rows = []
+    for name in files("tensorrt_whole"):
+        for one in result(name)["builds"]:
+            sizes = [f"{one[key] / 1e9:.1f}" for key in ("engine_bytes", "host_peak_bytes", "device_peak_bytes")]
+            rows.append([gpu_name(name), one["graph"], f"{one['seconds']:.0f}", *sizes])
+    head = "GPU | engine | seconds to build | engine, GB | host memory at most, GB | GPU memory at most, GB"
+    return table(head, rows) + [line for name in files("tensorrt_whole") for line in source(name, command=False)]
 
 
 def attention() -> list[str]:
     """Our attention kernels beside PyTorch's."""
-    found = result("attention-h200")
     names = {
         "prefill, rows": "prefill of {} rows",
         "appended rows over a cache": "{} cached rows, appended",
@@ -304,12 +317,13 @@ def attention() -> list[str]:
         "encoder, patches": "encoder, {} patches",
     }
     rows = []
-    for key, name in names.items():
-        for size, one in sorted(found[key].items(), key=lambda item: int(item[0].split()[0])):
-            fresh, _, cached = size.partition(" + ")
-            told = f"{fresh} rows over {int(cached):,}" if cached else f"{int(size):,}"
-            rows.append([name.format(told), f"{one['ours']:.1f}", f"{one['sdpa']:.1f}"])
-    return table("attention | ours, μs | PyTorch, μs", rows) + source("attention-h200")
+    for file in files("attention"):
+        for key, name in names.items():
+            for size, one in sorted(result(file)[key].items(), key=lambda item: int(item[0].split()[0])):
+                fresh, _, cached = size.partition(" + ")
+                told = f"{fresh} rows over {int(cached):,}" if cached else f"{int(size):,}"
+                rows.append([gpu_name(file), name.format(told), f"{one['ours']:.1f}", f"{one['sdpa']:.1f}"])
+    return table("GPU | attention | ours, μs | PyTorch, μs", rows) + sources("attention")
 
 
 def joined() -> list[str]:
@@ -397,7 +411,7 @@ MAKERS = (
     gpu_kernels,
     tensorrt_errors,
     tensorrt_layers,
-    tensorrt_small,
+    benched,
     tensorrt_builds,
     attention,
     joined,

@@ -166,7 +166,7 @@ def test_what_is_said_of_tensorrt_was_measured() -> None:
         "at most 0.35% of the largest logit apart",
         f"takes {ceilings['flops_per_second'] / 1e12:.0f} TFLOP/s for matrix products and "
         f"{ceilings['bytes_per_second'] / 1e12:.1f} TB/s for copies",
-        "a compaction takes 0.4 to 0.8 ms",
+        "without a CUDA graph takes 0.4 to 0.8 ms",
         f"took {min(seconds):.0f} to {max(seconds):.0f} s to build",
         "the roofline would take 0.02 ms",
     ):
@@ -181,7 +181,7 @@ def test_what_is_said_of_kernels_was_measured() -> None:
     moved = 16384 * 3 * 16 * 80 * 2 / 1e6
     text = page("docs/benchmarks.md")
     assert len(kernels) == 5 and f"which took {together:.0f} μs together on an H100" in text
-    assert f"the time to read {moved:.0f} MB and to write as much" in text
+    assert f"{2 * moved / 4.8:.0f} μs are the time to read {moved:.0f} MB and to write as much, at the 4.8 TB/s" in text
     assert f"unpacked first, which takes {result('int4-h200')['many rows']['unpacked alone']:.0f} μs" in text
 
 
@@ -200,6 +200,8 @@ def test_what_is_said_of_the_server_was_measured() -> None:
 
 def test_what_is_said_of_decisions_was_measured() -> None:
     functions = result("functions-h200")["after_by_before"]["1024 visual tokens, ratio 1"]
+    wide, narrow = result("tensorrt_attention-h200")["vision block"].values()
+    grouped, repeated = list(result("tensorrt_attention-h200")["decoder attention alone"].values())[:2]
     selecting = {row["visual_tokens"]: row for row in result("select_tokens-cpu")["rows"]}
     again, compacted = (result("spatial-vl-follow-ups")["ways"][way]["second"] for way in ("again", "compacted"))
     first = [f"{1000 * way['median_seconds_to_first_text']:.0f} ms" for way in (again, compacted)]
@@ -212,6 +214,13 @@ def test_what_is_said_of_decisions_was_measured() -> None:
     for sentence in (
         f"took {functions['first_token']:.3f} times as long as with graphs of plain operators, and a decode step "
         f"{functions['decode']:.3f} times as long",
+        f"takes {narrow['scratch MB, 16384 patches']:,} MB of workspace for 16,384 patches instead of "
+        f"{wide['scratch MB, 16384 patches']:,} MB, and {narrow['ms, 16384 patches']} ms for a block instead of "
+        f"{wide['ms, 16384 patches']} ms",
+        f"takes {repeated['ms, 1088 rows']} ms a layer for a prefill of 1,088 rows instead of "
+        f"{grouped['ms, 1088 rows']} ms, but {repeated['ms, a step over 4224']} ms for a decode step "
+        "over 4,224 rows instead of "
+        f"{grouped['ms, a step over 4224']} ms",
         f"takes {selecting[1280]['ivc_priority_ms']:.1f} ms for 1,280 visual tokens",
         f"takes {selecting[1024]['onnxruntime_ms']:.0f} ms for 1,024 visual tokens and "
         f"{selecting[4096]['onnxruntime_ms']:.0f} ms for 4,096 on two CPU cores, and "

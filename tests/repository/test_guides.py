@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 from dataclasses import fields
 
 from ivc_export import Sampling
 from ivc_export.cli.replicas import command_line
+from ivc_export.families.patch_settings import Videos
 from ivc_export.runtime.backends import BACKENDS
 from tests.repository.pages import ROOT, blocks, read
 from tests.repository.test_commands import COMMANDS
+from tools.results import result
 
 
 def rows(page: str, heading: str) -> dict[str, str]:
@@ -65,3 +68,23 @@ def test_the_page_on_video_has_options_of_ivc_run() -> None:
     options = COMMANDS["ivc-run"]._option_string_actions
     found = rows("video.md", "# Video")
     assert {*found} == {"--video", "--fps", "--max-frames", "--show", "--json"} <= {*options}
+
+
+def test_the_page_on_video_has_the_defaults_of_checkpoints_that_name_none() -> None:
+    text = " ".join(read(ROOT / "docs" / "video.md").split())
+    settings = Videos()
+    assert f"They are {settings.fps:g} frames a second and at most {settings.max_frames} frames, unless it says" in text
+
+
+def test_the_longest_answer_of_lmms_eval_is_the_models() -> None:
+    (longest,) = re.findall(r"^LONGEST = (\d+)$", read(ROOT / "ivc_export" / "evaluate" / "model.py"), re.MULTILINE)
+    assert f"`max_new_tokens` (default {int(longest):,})" in read(ROOT / "docs" / "scaling.md")
+
+
+def test_the_page_on_weights_has_the_samples_columns_and_the_exported_parameters() -> None:
+    text = " ".join(read(ROOT / "docs" / "weights.md").split())
+    config = json.loads(read(ROOT / "samples" / "spatial-vl" / "config.json"))
+    columns = config.get("text_config", config)["intermediate_size"]
+    assert f"Spatial-VL has layers of {columns} columns, so it takes 16" in text
+    assert columns % 16 == 0 and columns % 32
+    assert f"{result('rounding_speed-cpu')['parameters'] / 1e9:.1f} B parameters" in text

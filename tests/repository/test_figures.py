@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from ivc_export.bench.baseline import TIMES_FACTOR
 from ivc_export.checkpoint.formats.nbits import Packing
 from ivc_export.checkpoint.formats.rounding import RANGES, SIDES
+from ivc_export.families.qwen2_vl import SELECTION
 from ivc_export.files import MOST_DEPTH
 from ivc_export.serve.completions import ServerSettings
 from ivc_export.serve.images import REMOTE_BYTES, REMOTE_SECONDS
@@ -131,7 +133,7 @@ def test_what_is_said_of_onnxruntime_on_a_gpu_was_measured() -> None:
         "and {:.0f} and {:.0f} ms a token".format(*(peer["decode"] for peer in peers)),
         "Ours took {:.1f} and {:.1f} ms a token there".format(*own),
         f"except by {slower:.1f} ms at 256 visual tokens",
-        f"a decode step slower ({trial:.1f} ms instead of {plain:.1f} ms)",
+        f"a decode step was slower ({trial:.1f} ms instead of {plain:.1f} ms)",
         f"which the roofline allows in {ours['ideal']['decode']:.1f} ms",
         f"took {again['first_token']:.3f} times as long to the first token and {again['decode']:.3f} times as long",
     ):
@@ -218,7 +220,7 @@ def test_what_is_said_of_decisions_was_measured() -> None:
         f"{wide['scratch MB, 16384 patches']:,} MB, and {narrow['ms, 16384 patches']} ms for a block instead of "
         f"{wide['ms, 16384 patches']} ms",
         f"takes {repeated['ms, 1088 rows']} ms a layer for a prefill of 1,088 rows instead of "
-        f"{grouped['ms, 1088 rows']} ms, but {repeated['ms, a step over 4224']} ms for a decode step "
+        f"{grouped['ms, 1088 rows']} ms. It takes {repeated['ms, a step over 4224']} ms for a decode step "
         "over 4,224 rows instead of "
         f"{grouped['ms, a step over 4224']} ms",
         f"takes {selecting[1280]['ivc_priority_ms']:.1f} ms for 1,280 visual tokens",
@@ -287,3 +289,18 @@ def test_groups_of_32_are_faster_at_level_0() -> None:
     for rows in result("cpu_packed")["rows"].values():
         small, large = (rows[f"int4, groups of {group}, level 0"]["ms_a_token"] for group in (32, 128))
         assert small < large
+
+
+def test_the_samples_size_is_what_pages_say() -> None:
+    with (ROOT / "samples" / "spatial-vl" / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    parameters = sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    for name in ("README.md", "docs/getting-started.md", "docs/glossary.md", "samples/spatial-vl/README.md"):
+        assert f"of {parameters / 1e6:.1f} million parameters" in page(name)
+
+
+def test_the_fractions_of_the_selection_are_what_pages_say() -> None:
+    part = round(100 * SELECTION.ivc_fraction)
+    text = page("docs/how-it-works.md")
+    assert f"up to {2 * part}% of a picture's tokens are such: {part}% near the identity and {part}% near 90" in text
+    assert f"The {100 // SELECTION.seed_divisor}% of visual tokens with the most votes are the *seeds*" in text

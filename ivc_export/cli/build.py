@@ -69,7 +69,7 @@ def parser() -> Parser:
         "--optimization-level", type=int, default=3, help="0 to 5: how long the builder searches (default: 3)"
     )
     p.add_argument(
-        "--timing-cache", type=Path, metavar="FOLDER", help="where timings are kept, so that later builds are faster"
+        "--timing-cache", type=Path, metavar="FOLDER", help="folder that keeps timings, so that later builds are faster"
     )
     p.add_argument(
         "--tactic-sources", metavar="A,B", help="tactics to try, such as CUBLAS,JIT_CONVOLUTIONS (default: TensorRT's)"

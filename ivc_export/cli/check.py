@@ -77,7 +77,12 @@ def parser() -> Parser:
     """The command's options."""
     p = Parser(prog="ivc-check", description="Compare a bundle with its checkpoint on PyTorch, and verify its files.")
     add_bundle_argument(p)
-    p.add_argument("--against", type=Path, metavar="CHECKPOINT", help="the checkpoint folder that was exported")
+    p.add_argument(
+        "--against",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="compare with this checkpoint, from which the bundle was exported",
+    )
     p.add_argument(
         "--onnx-only",
         action="store_true",
@@ -90,7 +95,9 @@ def parser() -> Parser:
     p.add_argument(
         "--video", type=Path, action="append", metavar="FILE|FOLDER", help="a video, or a folder of its frames"
     )
-    p.add_argument("--fps", type=float, help="frames to take per second, or those of a folder (default: the model's)")
+    p.add_argument(
+        "--fps", type=float, help="frames to take per second, or the rate of a folder's frames (default: the model's)"
+    )
     p.add_argument("--max-frames", type=int, help="maximum frames to take of a video (default: the model's)")
     p.add_argument("--prompt", help="the question (default: one about the generated picture)")
     p.add_argument("--ratio", type=float, help="fraction of visual tokens kept (default: the bundle's)")

@@ -69,7 +69,9 @@ def parser(prog: str = "ivc-export") -> Parser:
         help="precision of weights and graphs (default: the checkpoint's; runtimes cast it if they need to)",
     )
     p.add_argument(
-        "--weight-format", choices=get_args(Rounded), help="quantise the decoder layers' weights, without data"
+        "--weight-format",
+        choices=get_args(Rounded),
+        help="quantise the decoder layers' weights, without calibration data",
     )
     p.add_argument(
         "--group-size",

@@ -18,8 +18,8 @@ def add_method_options(p: argparse.ArgumentParser, default: str) -> None:
     p.add_argument(
         "--method",
         choices=tuple(METHODS),
-        help="how visual tokens are selected; foreground and random are for comparison, fastv needs a bundle exported "
-        f"with it ({default})",
+        help="how visual tokens are selected; foreground and random are for comparison, and a bundle has fastv only if "
+        f"it was exported with it ({default})",
     )
     p.add_argument("--method-seed", type=int, metavar="N", help="seed of --method random (default: 0)")
 

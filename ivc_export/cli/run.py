@@ -47,7 +47,9 @@ def parser() -> Parser:
         metavar="FILE|FOLDER",
         help="a video, or a folder of its frames, in the order of their names; may be repeated",
     )
-    p.add_argument("--fps", type=float, help="frames to take per second, or those of a folder (default: the model's)")
+    p.add_argument(
+        "--fps", type=float, help="frames to take per second, or the rate of a folder's frames (default: the model's)"
+    )
     p.add_argument("--max-frames", type=int, help="maximum frames to take of a video (default: the model's)")
     p.add_argument(
         "--prompt",

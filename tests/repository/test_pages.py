@@ -105,3 +105,9 @@ def test_the_glossary_is_sorted_and_has_each_term_once() -> None:
     terms = [term.lower() for term, _ in rows]
     assert len(terms) > 50 and terms == sorted(set(terms))
     assert all(meaning.endswith(".") for _, meaning in rows)
+
+
+def test_readme_and_changelog_name_this_version() -> None:
+    (version,) = re.findall(r'^version = "(.+)"$', read(ROOT / "pyproject.toml"), re.MULTILINE)
+    assert f"version = {{{version}}}" in read(ROOT / "README.md")
+    assert f"\n## {version}" in read(ROOT / "CHANGELOG.md")

@@ -1,9 +1,12 @@
 """Write the generated files.
 
-The graphs' tensors from the contract (graphs/README.md, for the site docs/graphs.md, and for C++
-runtime/cpp/include/ivc/contract.h), graphs/listings/ from every tiny family,
-docs/commands.md from the commands' parsers, docs/families.md from the published checkpoints' sizes,
-docs/cpp-api.md from the C++ runtime's headers, and tables of figures on all pages from benchmarks/results.
+- graphs/README.md, docs/graphs.md, and for C++ runtime/cpp/include/ivc/contract.h: the graphs' tensors
+- docs/manifest.md: the manifest's fields, from the contract
+- graphs/listings/: nodes of every tiny family's graphs
+- docs/commands.md: options, from the commands' parsers
+- docs/families.md: families, from their files and the published checkpoints' sizes
+- docs/cpp-api.md: from the C++ runtime's headers
+- tables of figures on all pages: from benchmarks/results
 
 python -m tools.generate
 """
@@ -49,6 +52,7 @@ from samples.tiny import TINY, wide
 from tools.cpp_doc import cpp_doc
 from tools.families_doc import families_doc
 from tools.figures import pages_with_figures
+from tools.manifest_doc import manifest_doc
 
 ROOT = Path(__file__).parent.parent
 LOWERED = "qwen2_5_vl"
@@ -268,6 +272,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "graphs.md": graphs_readme("runtime.md"),
         ROOT / "docs" / "commands.md": commands(),
         ROOT / "docs" / "families.md": families_doc(),
+        ROOT / "docs" / "manifest.md": manifest_doc(),
         ROOT / "docs" / "cpp-api.md": cpp_doc(),
         ROOT / "runtime" / "cpp" / "include" / "ivc" / "contract.h": contract_header(),
     }

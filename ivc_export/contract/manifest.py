@@ -1,4 +1,7 @@
-"""The manifest: everything that a runtime needs to know about a bundle."""
+"""The manifest: everything that a runtime needs to know about a bundle.
+
+Most of its lines are fields and their meaning, from which docs/manifest.md is generated.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +34,27 @@ class DecoderSizes(Frozen):
     """Sizes of the language decoder."""
 
     layers: int = Field(gt=1, le=1000)
+    """N, the number of layers."""
     hidden_size: Width
+    """Width of a row between layers."""
     intermediate_size: Width
+    """Width of a row within the feed-forward layer."""
     heads: Heads
+    """Number of heads of queries."""
     kv_heads: Heads
+    """Number of heads of keys and values."""
     head_dim: int = Field(gt=0, le=4096, multiple_of=2)
     """Size of a head of queries and keys."""
     value_dim: int = Field(gt=0, le=4096)
     """Size of a head of values."""
     vocab_size: int = Field(gt=0, le=1 << 24)
+    """Number of token ids."""
     rms_norm_epsilon: Epsilon
+    """Epsilon of the RMS norms."""
     tied_embeddings: bool
+    """Whether `lm_head` and the table of token embeddings are one weight."""
     max_positions: Count
+    """Positions must stay below it."""
     deepstack: int = Field(default=0, ge=0, le=1000)
     """Number of layers, from the first on, after which features of pictures are added to their rows. All of them are in
     `prefix`."""
@@ -62,7 +74,9 @@ class RotarySizes(Frozen):
     """Rotary embedding. Frequency j is `theta ** (-2 j / size)`. `sections[a]` of the frequencies belong to axis a."""
 
     theta: float = Field(gt=0, le=1e12)
+    """Base of the frequencies."""
     sections: tuple[Heads, ...] = Field(min_length=1, max_length=3)
+    """Number of frequencies of each position axis. The length of the list is the number of axes."""
     interleaved: bool = False
     """True: axes take frequencies in turn. Of n axes, axis a takes a, a + n, a + 2n, ...; axis 0 takes the rest.
     False: each axis takes one run of frequencies."""
@@ -77,10 +91,12 @@ class SelectionRule(Frozen):
     """IVC-Prune's constants for a family. `round` rounds halves to even."""
 
     method: Literal["ivc-prune"] = "ivc-prune"
+    """IVC-Prune. Its bundles also run `foreground` and `random`."""
     ivc_fraction: float = Field(ge=0, le=1)
     """Fraction of the tokens of each picture, or of each tile. So many are chosen by mean cosine, and as many by mean
     sine."""
     seed_divisor: int = Field(gt=0, le=1 << 20, multiple_of=2)
+    """One visual token in so many is a seed: max(1, round(L / seed_divisor))."""
     query_offset: int = Field(ge=0, le=1 << 20)
     """Text rows vote from row `end + query_offset` on. `end` is the row behind the last picture."""
     softmax: Literal["visual", "all", "thumbnail"] = "visual"
@@ -92,6 +108,7 @@ class SelectionRule(Frozen):
     row_fraction: float = Field(default=0, ge=0, le=1)
     """With views: the fraction for each row of the second view. `ivc_fraction` is then for the first view."""
     scored: Scored = "values"
+    """How visual tokens are scored."""
     whole_layers: tuple[int, ...] = ()
     """Layers whose cache keeps every row, also those of pruned tokens. Such a cache has its own length."""
 
@@ -100,6 +117,7 @@ class FastVRule(Frozen):
     """FastV keeps the tokens to which the last row attends most in layer k-1. It has no constants."""
 
     method: Literal["fastv"] = "fastv"
+    """FastV."""
     whole_layers: tuple[int, ...] = ()
     """See SelectionRule."""
     scored: ClassVar[Scored] = "values"
@@ -120,72 +138,86 @@ class SpecialTokens(Frozen):
     """Token ids that a runtime must know."""
 
     image: TokenId
+    """Stands for one visual token."""
     vision_start: TokenId | None
+    """Stands before a picture's image tokens. None if the family has no such token."""
     vision_end: TokenId | None
-    """Ids before and behind a picture's image tokens. None if the family has no such tokens."""
+    """Stands behind a picture's image tokens. None if the family has no such token."""
     template_marks: bool
     """True: the chat template writes vision_start and vision_end. False: the runtime writes them around the image
     tokens."""
     stop: tuple[TokenId, ...]
+    """Tokens that end an answer."""
 
 
 class TensorInfo(Frozen):
-    """One input or output of a graph. In `shape`, a string is a symbolic axis."""
+    """One input or output of a graph."""
 
     name: str
+    """Its name in the graph."""
     dtype: DtypeName
+    """Its dtype."""
     shape: tuple[int | str, ...]
+    """Its sizes. A text names an axis that varies."""
 
 
 class GraphInfo(Frozen):
     """One graph: its file within the bundle, its inputs and its outputs."""
 
     file: str
+    """The file, relative to the bundle."""
     inputs: tuple[TensorInfo, ...]
+    """Its inputs, in order."""
     outputs: tuple[TensorInfo, ...]
+    """Its outputs, in order."""
 
 
 class StoredGraph(GraphInfo):
-    """One graph of the bundle. `sha256` is the hash of its file, which contains no weights."""
+    """One graph of the bundle."""
 
     sha256: Sha256
+    """Hash of the file, which contains no weights."""
 
 
 class WeightFile(Frozen):
-    """A safetensors file of the bundle.
-
-    header_sha256: the hash of the file's header. sha256: the hash of the whole file; None until `ivc-check --weights`
-    has read the file.
-    """
+    """A safetensors file of the bundle."""
 
     file: str
+    """The file, relative to the bundle."""
     size: int = Field(ge=0)
+    """Its size in bytes."""
     header_sha256: Sha256
+    """Hash of its header."""
     sha256: Sha256 | None = None
+    """Hash of the whole file. None until `ivc-check --weights` has read the file."""
 
 
 class PackedRows(Frozen):
     """A table in 8 bits: uint8 [vocab, ceil(hidden / block), block]. The last block of a row is filled up.
 
-    A value is (stored - 128) times the scale of its block, in float32. scales: the byte of the same file at which the
-    scales begin, [vocab, ceil(hidden / block)] of `dtype`.
+    A value is (stored - 128) times the scale of its block, in float32.
     """
 
     block: int = Field(ge=16, le=128)
+    """How many values of a row share a scale."""
     scales: int = Field(ge=0)
+    """The byte of the same file at which the scales begin: [vocab, ceil(hidden / block)]."""
     dtype: FloatName
+    """Dtype of the scales."""
 
 
 class EmbeddingTable(Frozen):
-    """Where the token embeddings are: row-major [vocab, hidden] at byte `offset` of `file`, as floats or packed.
-
-    dtype: of the floats. It is "uint8" for a packed table, so that programs that cannot read packed tables refuse it.
-    """
+    """Where the token embeddings are: row-major [vocab, hidden] at byte `offset` of `file`, as floats or packed."""
 
     file: str
+    """The weight file."""
     offset: int = Field(ge=0)
+    """The byte of the file at which the table begins."""
     dtype: FloatName | Literal["uint8"]
+    """Dtype of the floats. It is "uint8" for a packed table, so that programs that cannot read packed tables refuse
+    it."""
     shape: tuple[Count, Count]
+    """[vocab, hidden]."""
     packed: PackedRows | None = None
     """None for a table of floats."""
 
@@ -213,12 +245,10 @@ class EmbeddingTable(Frozen):
 
 
 class StoredLayer(Frozen):
-    """How a layer's weights are stored. "float" means numbers of the bundle's dtype; checkpoint.formats has the others.
-
-    The graphs contain the operators that multiply by them.
-    """
+    """How a layer's weights are stored. The graphs contain the operators that multiply by them."""
 
     format: str = Field(default="float", pattern="^[a-z0-9-]{1,40}$")
+    """One of "float" (numbers of the bundle's dtype), "int4" or "int8"."""
 
 
 Blanks = Literal["none", "newlines", "blanks"]
@@ -229,20 +259,25 @@ class Segment(Frozen):
     """The texts that the chat template writes before and behind something."""
 
     before: str
+    """Written before it."""
     behind: str
+    """Written behind it."""
 
 
 class Spoken(Segment):
     """A text in a conversation. First its ends are stripped (`left`, `right`), then `before` and `behind` are added."""
 
     left: Blanks = "none"
+    """What it loses at its left end."""
     right: Blanks = "none"
+    """What it loses at its right end."""
 
 
 class PastAnswer(Spoken):
     """An earlier answer. If it contains `thinking_end`, everything up to the last one is dropped first."""
 
     thinking_end: str | None = None
+    """The text that ends the thinking part. None if answers have none."""
     thinking_left: Blanks = "none"
     """What the rest then loses at its left end."""
 
@@ -251,6 +286,7 @@ class PictureText(Frozen):
     """The text that stands for a picture."""
 
     text: str
+    """The text itself."""
     line: str
     """Written behind a picture if no text of the message precedes it, unless the next part is a text that begins with
     `line`."""
@@ -271,12 +307,19 @@ class ChatSegments(Frozen):
     begin: Spoken | None
     """None if the template takes no system message."""
     begin_without_system: str
+    """The beginning of a conversation without a system message."""
     first_user: Segment
+    """Around the parts of the user's first message."""
     user: Segment
+    """Around the parts of the user's later messages."""
     text: Spoken
+    """Around each text of a user's message."""
     picture: PictureText
+    """Stands for each picture of a user's message."""
     assistant_open: str
+    """Written at the end, before the answer."""
     assistant_past: PastAnswer
+    """Around each earlier answer."""
 
 
 class Manifest(Frozen):
@@ -288,22 +331,37 @@ class Manifest(Frozen):
     """
 
     schema_version: int
+    """2. A runtime refuses any other version."""
     family: str
+    """The model family: config.json's `model_type`."""
     dtype: FloatName
+    """Dtype of the weights, and of every graph tensor that is not int32 or always float32."""
     lowering: str
     """The lowering of the graphs. "portable" graphs are not lowered; every other lowering starts from them."""
     selection_layer: int = Field(gt=0)
+    """k: layers below it see every token and are in `prefix`; the others are in `decoder`."""
     calibrated: bool
+    """Whether k was measured for this model."""
     default_ratio: float = Field(gt=0, le=1)
+    """Fraction of visual tokens that is kept, if the user names none."""
     max_visual: int = Field(gt=0, le=MOST_VISUAL)
+    """The most visual tokens of one picture."""
     decoder: DecoderSizes
+    """Sizes of the language decoder."""
     rotary: RotarySizes
+    """The rotary embedding of the decoder."""
     selection: Selection
+    """How visual tokens are chosen."""
     preprocessing: Preprocessing
+    """How pictures are prepared for `vision`."""
     tokens: SpecialTokens
+    """Token ids that a runtime must know."""
     graphs: dict[GraphName, StoredGraph]
+    """The three graphs."""
     embedding: EmbeddingTable
+    """The table of token embeddings."""
     weights: tuple[WeightFile, ...]
+    """All weight files of the bundle."""
     weight_formats: dict[str, StoredLayer] = Field(default_factory=dict)
     """How each layer's weights are stored, by the layer's canonical name. Layers without an entry are floats."""
     video: VideoPreprocessing | None = None
@@ -313,8 +371,10 @@ class Manifest(Frozen):
     residual_scale: float = Field(default=1, gt=0, le=1)
     """Factor of hidden_states between the graphs."""
     versions: dict[str, str]
+    """Versions of the software that made the bundle, by name."""
     constants_sha256: Sha256
-    """The hash of the function constants_sha256."""
+    """SHA-256 over the fields from `family` to `residual_scale`, without `calibrated` and `weights`. An edited manifest
+    has another."""
 
     @property
     def visual_tokens(self) -> list[int]:

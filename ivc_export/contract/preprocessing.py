@@ -19,8 +19,11 @@ class Scaling(Frozen):
     """
 
     rescale_factor: Factor
+    """Factor of the 8-bit values."""
     mean: tuple[Level, Level, Level]
+    """Subtracted, for each RGB channel."""
     std: tuple[Factor, Factor, Factor]
+    """Divided by, for each RGB channel."""
     resample: Resample = "bicubic"
     """Pillow's filter."""
 
@@ -29,11 +32,17 @@ class PatchPreprocessing(Scaling):
     """How a picture of any size becomes patches. Pixel counts are those of the resized picture."""
 
     kind: Literal["patches"] = "patches"
+    """Patches of a picture of any size."""
     patch_size: int = Field(gt=0, le=256)
+    """Pixels along one side of a patch."""
     merge_size: int = Field(gt=0, le=64)
+    """Patches along one side of a visual token."""
     temporal_patch_size: int = Field(gt=0, le=64)
+    """Frames of a patch. A still picture is repeated."""
     min_pixels: Count
+    """The fewest pixels of the resized picture."""
     max_pixels: Count
+    """The most pixels of the resized picture."""
 
     @property
     def patch_dim(self) -> int:
@@ -69,12 +78,16 @@ class VideoPreprocessing(Scaling):
     fps: float = Field(gt=0, le=1000)
     """Frames taken for each second, if the user names no number."""
     min_frames: Count
+    """The fewest frames to take."""
     max_frames: Count
+    """The most frames to take."""
     choice: Literal["steps", "ends"]
     """With "steps", frames are taken at equal steps from the first one on, as many as fill whole temporal patches. With
     "ends", they are spread evenly from the first to the last."""
     min_pixels: Count
+    """The fewest pixels after resizing; see `pixels_of`."""
     max_pixels: Count
+    """The most pixels after resizing; see `pixels_of`."""
     pixels_of: Literal["frame", "video"]
     """What min_pixels and max_pixels count: the pixels of each resized frame, or of all frames together."""
     positions_per_second: float | None = Field(gt=0, le=1e6)
@@ -92,11 +105,13 @@ class FixedPreprocessing(Scaling):
     """
 
     kind: Literal["tiles"] = "tiles"
+    """Tiles of a fixed size."""
     tile_pixels: SideLength
     """Pixels along one side of a tile."""
     tile_side: int = Field(gt=0, le=1024)
     """Visual tokens along one side of a tile."""
     min_tiles: Tiles
+    """The fewest tiles, without the thumbnail."""
     max_tiles: Tiles
     """Does not count the thumbnail, which follows the tiles if there are several."""
     fit: Literal["crop", "stretch"]
@@ -141,6 +156,7 @@ class ViewPreprocessing(Scaling):
     """
 
     kind: Literal["views"] = "views"
+    """Two views of a picture."""
     tile_pixels: SideLength
     """Pixels along one side of a tile."""
     tile_side: int = Field(gt=0, le=1024)

@@ -7,6 +7,7 @@ import pytest
 from tools.cpp_doc import undocumented
 from tools.figures import REGION, TABLES, filled, opening, pages_with_figures
 from tools.generate import ROOT, generated
+from tools.manifest_doc import undocumented as undocumented_fields
 from tools.results import table
 
 FILES = generated()
@@ -41,3 +42,7 @@ def test_a_table_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_table_that_nothing_makes_is_seen() -> None:
     with pytest.raises(KeyError):
         filled(f"{opening('nothing')}\n<!-- end -->")
+
+
+def test_every_field_of_the_manifest_says_what_it_means() -> None:
+    assert undocumented_fields() == []

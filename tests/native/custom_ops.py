@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from ivc_export.contract.names import IR_VERSION, IVC_DOMAIN, IVC_VERSION, OPSET
 from ivc_export.lowering import LOWERINGS
 from ivc_export.lowering.onnxruntime.own_attention import OwnAttention, UseOwnAttentionPass
+from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
 from ivc_export.runtime.onnxruntime.fused_graphs import PROVIDERS, Provider, register
 from tests.conftest import SCORE_TOLERANCE
@@ -32,6 +33,8 @@ class OwnAttentionSession(FusedSession):
     """Attention of all sizes by our kernels, where they take them."""
 
     def _lower(self, model: ir.Model, lowering: str) -> ir.Model:
+        if self.dtype != self.bundle.manifest.dtype:
+            model = RetypeFloatsPass(self.dtype)(model).model
         passes = [
             UseOwnAttentionPass(OwnAttention(rows=True, frames=True)) if isinstance(one, UseOwnAttentionPass) else one
             for one in LOWERINGS[lowering].passes()

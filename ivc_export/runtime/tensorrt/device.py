@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import statistics
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from ivc_export.errors import UserError
 MODULE = "cuda.bindings.runtime"
 OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation, of CUDA's runtime API."""
+STAGED_BYTES, PIECE_BYTES = 4 << 20, 512 << 10
+"""Pinned memory that uploads pass through, and how much of it one copy takes."""
 
 
 class Device(Protocol):
@@ -76,6 +79,7 @@ class CudaDevice:
         kinds = self._runtime.cudaMemcpyKind
         self._up, self._down = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
         self._within = kinds.cudaMemcpyDeviceToDevice
+        self._staged = self._used = 0
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         status, *found = function(*arguments)
@@ -112,8 +116,20 @@ class CudaDevice:
 
     def upload(self, address: int, array: npt.NDArray[Any]) -> None:
         """As Device.upload."""
-        # from pageable memory: the call returns when the array has been read
-        self._call(self._runtime.cudaMemcpyAsync, address, array.ctypes.data, array.nbytes, self._up, self.stream)
+        for start in range(0, array.nbytes, PIECE_BYTES):
+            size = min(PIECE_BYTES, array.nbytes - start)
+            staged = self._stage(size)
+            ctypes.memmove(staged, array.ctypes.data + start, size)
+            self._call(self._runtime.cudaMemcpyAsync, address + start, staged, size, self._up, self.stream)
+
+    def _stage(self, size: int) -> int:
+        """Pinned memory for one copy on the stream. A copy from other memory may read it after the call returned."""
+        if not self._staged:
+            self._staged = int(self._call(self._runtime.cudaMallocHost, STAGED_BYTES))
+        if self._used + size > STAGED_BYTES:
+            self.synchronize()
+        self._used += size
+        return self._staged + self._used - size
 
     def download(self, address: int, array: npt.NDArray[Any]) -> None:
         """As Device.download."""
@@ -132,6 +148,7 @@ class CudaDevice:
     def synchronize(self) -> None:
         """As Device.synchronize."""
         self._call(self._runtime.cudaStreamSynchronize, self.stream)
+        self._used = 0
 
     def seconds(self, work: Callable[[], object]) -> float:
         """As Device.seconds, by events."""

@@ -4,10 +4,14 @@
                                                                                  a bundle of Qwen2-VL-2B's sizes
     python -m benchmarks.tensorrt_whole build FOLDER GRAPH [--plugin LIB]        one of its engines
     python -m benchmarks.tensorrt_whole join FOLDER [--plugin LIB]               engines that the runtimes find
+    python -m benchmarks.tensorrt_whole time FOLDER [--backend NAME] [--plugin LIB | --op-library LIB] --output FILE
+                                                                                 answers, nothing pruned and half
 
 `build` writes GRAPH.json beside the engine: seconds, the process's peak of host memory, and the peak of the device's
 memory above what was used before, which other builds at the same time raise. With `join`, `ivc-bench` and `ivc-run`
-take the engines as ivc-build's, and FILE of --output gets what the builds took.
+take the engines as ivc-build's, and FILE of --output gets what the builds took. `time` answers one prompt of
+--max-visual visual tokens in rounds, by turns with nothing pruned and with half of them kept: medians in ms, the KV
+cache, and the tokens, by which runtimes are compared.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import os
 import resource
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -27,11 +32,14 @@ from typing import Any
 
 from benchmarks.models import make_large_checkpoint, qwen2_vl_2b
 from ivc_export.bench.facts import machine
+from ivc_export.bench.prompts import noise_prompt
+from ivc_export.bench.sides import Answer, BundleSide
 from ivc_export.bundle import staging
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.runtime.backends import BACKENDS, open_session
 from ivc_export.tensorrt.build import link_weights, working_folder
 from ivc_export.tensorrt.compile import compile_graph
 from ivc_export.tensorrt.graphs import choose_graphs, lowered
@@ -42,6 +50,8 @@ from ivc_export.tensorrt.store import RECORD, BuiltEngine, engine_folder, make_r
 
 RESULTS = Path(__file__).parent / "results"
 POLL_SECONDS = 0.2
+TEXT, STEPS, RATIOS = 48, 32, (1.0, 0.5)
+ROUNDS, WARMUPS = 7, 2
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
@@ -157,24 +167,64 @@ def join(options: argparse.Namespace) -> None:
         options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def measure(options: argparse.Namespace) -> None:
+    """Medians over rounds of the times of an answer."""
+    libraries = {name: getattr(options, name) for name in ("plugin", "op_library") if getattr(options, name)}
+    side = BundleSide(open_session(Bundle.load(options.folder / "bundle"), options.backend, **libraries))
+    prompt = noise_prompt(side.session.bundle, options.max_visual, TEXT)
+    answers: dict[float, list[Answer]] = {ratio: [] for ratio in RATIOS}
+    for number in range(WARMUPS + ROUNDS):
+        for ratio in RATIOS[:: 1 if number % 2 else -1]:
+            answer = side.answer(prompt, ratio, STEPS)
+            if number >= WARMUPS:
+                answers[ratio].append(answer)
+    rows = []
+    for ratio, given in answers.items():
+        stages = {name: 1000 * statistics.median(a.stages[name] for a in given) for name in given[0].stages}
+        times = {
+            "first_token": 1000 * statistics.median(a.first for a in given),
+            "decode": 1000 * statistics.median(step for a in given for step in a.steps),
+        }
+        row = {"ratio": ratio, **times, "stages": stages, "cache_bytes": given[0].cache_bytes}
+        rows.append(row | {"tokens": given[0].tokens})
+        print(json.dumps(row), flush=True)
+    content = {
+        "command": shlex.join(["python", "-m", "benchmarks.tensorrt_whole", *sys.argv[1:]]),
+        **machine(True),
+        "backend": side.name,
+        "dtype": side.dtype,
+        "visual_tokens": options.max_visual,
+        "text_tokens": TEXT,
+        "rounds": ROUNDS,
+        "rows": rows,
+    }
+    options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
-    """Make, build or join."""
+    """Make, build, join or time."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("make", "build", "join"))
+    p.add_argument("what", choices=("make", "build", "join", "time"))
     p.add_argument("folder", type=Path)
     p.add_argument("graph", nargs="?", choices=GRAPH_NAMES)
     p.add_argument("--plugin", type=Path)
+    p.add_argument("--op-library", type=Path, help="our custom operators, to time onnxruntime-cuda")
+    p.add_argument(
+        "--backend", choices=tuple(BACKENDS), default="tensorrt", help="that `time` runs (default: tensorrt)"
+    )
     p.add_argument("--layers", type=int, default=28, help="of the decoder (default: 28)")
     p.add_argument("--depth", type=int, default=32, help="of the vision encoder (default: 32)")
     p.add_argument(
         "--tokenizer", type=Path, help="a Qwen2-VL checkpoint whose tokenizer and special tokens `make` takes"
     )
     p.add_argument("--max-visual", type=int, default=1024, help="visual tokens a prompt at most (default: 1024)")
-    p.add_argument("--output", type=Path, help="where `join` writes what the builds took")
+    p.add_argument("--output", type=Path, help="where `join` and `time` write")
     options = p.parse_args()
     if options.what == "build" and options.graph is None:
         p.error("name the graph to build")
-    {"make": make, "build": build, "join": join}[options.what](options)
+    if options.what == "time" and options.output is None:
+        p.error("name the file of --output")
+    {"make": make, "build": build, "join": join, "time": measure}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -44,15 +44,15 @@ DTYPES: dict[DtypeName, Dtype] = {
     ),
     "int32": Dtype(np.dtype(np.int32), ir.DataType.INT32, "I32", "INT32"),
 }
-"""Of inputs and outputs of graphs."""
+"""Dtypes of inputs and outputs of graphs."""
 FLOATS: dict[FloatName, Dtype] = {name: DTYPES[name] for name in get_args(FloatName)}
-"""In which graphs compute."""
+"""Dtypes in which graphs compute."""
 STORED: dict[str, ir.DataType] = {name: one.onnx for name, one in FLOATS.items()} | {
     "I8": ir.DataType.INT8,
     "U8": ir.DataType.UINT8,
     "I32": ir.DataType.INT32,
 }
-"""What weights may be stored in: floats by our names, and integers, of some weight formats, by safetensors'."""
+"""Dtypes of stored weights: floats by our names, and integers of some weight formats by safetensors' names."""
 ONNX_FLOATS = frozenset(one.onnx for one in FLOATS.values())
 
 

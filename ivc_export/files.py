@@ -18,11 +18,12 @@ from rich.filesize import decimal
 from ivc_export.errors import UserError
 
 MOST_BYTES = 16 << 20
-"""Of a file that is read whole: many times the largest config.json or index, and little enough to parse anywhere."""
+"""The most bytes of a file that is read whole: many times the largest config.json or index, but few enough to parse
+anywhere."""
 MOST_DEPTH = 64
-"""Of objects and lists within each other."""
+"""The deepest nesting of objects and lists."""
 HALVES = re.compile(r"\\u[dD][89a-fA-F]")
-"""Escapes of which two make one character."""
+"""Escapes that are halves of a character."""
 
 
 def check_regular(path: Path, advice: str) -> int:

@@ -30,7 +30,7 @@ class Entrants:
     compile_prefill: bool = False
     """Whether torch-compiled compiles its prefill too."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """For open_session; each backend gets those that it takes."""
+    """Options of open_session. Each backend gets those that it takes."""
 
 
 def check_entrants(entrants: Entrants) -> None:

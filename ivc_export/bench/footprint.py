@@ -12,7 +12,7 @@ from pathlib import Path
 
 CUDA_RUNTIMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "libcudart.so")
 EVERY = 0.003
-"""Seconds between two looks."""
+"""Seconds between two measurements."""
 
 
 def host_bytes() -> int:

@@ -24,7 +24,7 @@ from ivc_export.runtime.plan import plan_run
 from ivc_export.runtime.probes import Ceilings
 
 FIRST_TOKENS = 8
-"""Tokens at the beginning that float32 sides must agree on."""
+"""How many tokens at the beginning must be equal in all float32 sides."""
 
 
 @dataclass(frozen=True)

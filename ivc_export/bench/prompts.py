@@ -16,7 +16,7 @@ from ivc_export.errors import UserError
 from ivc_export.families.pictures import Visual
 
 LEAST_TEXT = 8
-"""Text tokens at least: the picture's marks, and behind it some that vote."""
+"""The fewest text tokens: the picture's marks, and some behind it that vote."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ivc_export.files import confined, read_bytes
 from ivc_export.lowering import LOWERINGS
 
 MOST_BYTES = 64 << 20
-"""Of a graph without its weights: a hundred times those of the deepest models."""
+"""The most bytes of a graph without its weights: a hundred times those of the deepest models."""
 ADVICE = "export the model again"
 
 

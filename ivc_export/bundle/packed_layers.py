@@ -10,7 +10,7 @@ from ivc_export.contract.manifest import Manifest
 from ivc_export.lowering.packed import packed_products
 
 NAMES = {4: "int4", 8: "int8"}
-"""Of formats, by bits."""
+"""Names of formats, by bits."""
 
 
 def find_false_claim(manifest: Manifest, graphs: Iterable[ir.Model]) -> str | None:

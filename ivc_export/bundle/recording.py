@@ -19,7 +19,7 @@ from ivc_export.files import check_regular, confined, read_object
 INDEX = "index.json"
 FORMAT = 1
 DTYPES = ("float32", "int32")
-"""Of recorded tensors."""
+"""Dtypes of recorded tensors."""
 
 
 class Key(NamedTuple):

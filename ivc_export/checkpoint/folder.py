@@ -64,7 +64,7 @@ class StoredTensor:
 
 
 HEADER_BYTES = 100_000_000
-"""Of a safetensors header at most, as the format's own library has it."""
+"""The most bytes of a safetensors header, as in the format's own library."""
 
 
 def header_bytes(file: Path) -> bytes:

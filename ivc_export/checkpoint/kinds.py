@@ -35,7 +35,7 @@ METHODS = {
     "modelopt": "ModelOpt",
     "nvfp4": "NVFP4",
 }
-"""Values of `quant_method`, which is shown as it is where it is none of these."""
+"""Values of `quant_method`, with their names for users. Other values are shown unchanged."""
 
 
 class CheckpointKind(NamedTuple):
@@ -177,7 +177,7 @@ WRITERS: Mapping[str, str] = {
     "_orig_mod.*": "torch.compile: save the model within it (model._orig_mod) with save_pretrained",
     "_forward_module.*": "DeepSpeed: convert it with its zero_to_fp32.py, and save the model with save_pretrained",
 }
-"""Names of tensors that transformers does not give, and who gives them."""
+"""Names of tensors that transformers does not write, and who writes them."""
 
 QUANTISED: Mapping[str, str] = {
     "*.qweight": "GPTQ or AWQ",

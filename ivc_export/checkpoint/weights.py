@@ -27,7 +27,7 @@ from ivc_export.errors import UserError
 FOLDER = "weights"
 EMBEDDING = "model.embed_tokens.weight"
 TABLE = "model.embed_tokens.table"
-"""Where token embeddings in 8 bits lie that are no product's weight as well: `<this>.packed` and `<this>.scales`."""
+"""The name of token embeddings in 8 bits that are not also a product's weight: `<this>.packed` and `<this>.scales`."""
 
 
 def read_values(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:

@@ -17,7 +17,7 @@ from rich.console import Console
 from ivc_export.errors import UserError
 
 LONGEST = 1000
-"""Characters of an error at most."""
+"""The most characters of an error."""
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 

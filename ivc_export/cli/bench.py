@@ -27,7 +27,7 @@ from ivc_export.runtime.backends import DEFAULT
 
 VISUAL = (256,)
 WIDTH = 200
-"""Of tables in files and pipes."""
+"""Width of tables in files and pipes."""
 LEGEND = (
     "in brackets: the roofline's time in percent of the measured one; memory: the peak so far, without mapped files"
 )

@@ -68,9 +68,9 @@ class StoredFacts(Frozen):
     drawn_tokens: tuple[TokenId, ...]
     versions: dict[str, str]
     pictures: tuple[str, ...]
-    """Files, and of videos folders of their frames."""
+    """Files; for videos, folders of their frames."""
     rates: dict[str, float] = Field(default_factory=dict)
-    """Frames a second of each video."""
+    """Frames for each second, of each video."""
 
 
 def parser() -> Parser:

@@ -158,7 +158,7 @@ def parse_size(text: str) -> Size:
 
 
 PUSHING = ("output", "push_to_hub", "private", "json", "quiet")
-"""Options that a bundle is uploaded by which is there already."""
+"""Options that are allowed when an existing bundle is uploaded."""
 
 
 def command(arguments: Sequence[str], prog: str = "ivc-export") -> int:

@@ -18,11 +18,12 @@ from ivc_export.errors import UserError
 from ivc_export.runtime.backends import find_backend
 
 NAME = "ivc"
-"""Of the application and of its deployment, by which Ray's own files set more options."""
+"""Name of the application and of its deployment. Ray's own files set more options by it."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
-"""Of Ray's environment: it posts nothing, and prints no stack where a signal ends us."""
+"""Environment of Ray: it sends no statistics, and prints no stack trace if a signal ends us."""
 SPARE = 8
-"""Requests that a replica takes beyond its queue, to refuse them itself and in our form, and to say that it lives."""
+"""How many requests a replica takes beyond its queue, to refuse them itself in our form, and to report that it is
+alive."""
 
 
 def app(arguments: Mapping[str, Any]) -> Any:

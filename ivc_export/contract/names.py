@@ -15,8 +15,8 @@ IVC_DOMAIN = "ivc"
 IVC_VERSION = 1
 IR_VERSION = 8  # the lowest that knows functions: TensorRT 8.6's parser is of its time
 MOST_VISUAL = 16384
-"""Visual tokens of a picture, and of an engine's prompt, at most: those of the largest picture that a published
-processor lets through (12,845,056 pixels, 28 x 28 a token). Attention in the vision encoder is quadratic in them."""
+"""The most visual tokens of a picture, and of an engine's prompt: those of the largest picture that a published
+processor allows (12,845,056 pixels, 28 x 28 for each token). Attention in the vision encoder is quadratic in them."""
 GraphName = Literal["vision", "prefix", "decoder"]
 AnyGraphName = Literal["vision", "prefix", "decoder", "decode"]
 GRAPH_NAMES: tuple[GraphName, ...] = ("vision", "prefix", "decoder")

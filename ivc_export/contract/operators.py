@@ -34,27 +34,27 @@ BODY_OPERATORS = OPERATORS | {"CastLike"}
 """Operators of the default domain that the bodies of the `ivc` functions may use; inlining leaves no CastLike."""
 
 BODY_CONTRIB = frozenset((("com.microsoft", "MatMulNBits"),))
-"""Operators of onnxruntime's own that bodies may use, by domain and name; other lowerings replace the calls."""
+"""onnxruntime's own operators that bodies may use, by domain and name. Other lowerings replace the calls."""
 
 PLUGIN_OPERATORS = frozenset(("SelectTokens", "CompactGatherN"))
-"""Operators of domain `ivc` without a body that `plugin` leaves to our TensorRT plugin, and `ort-cuda-ops` to our
+"""Operators of domain `ivc` without a body. `plugin` leaves them to our TensorRT plugin, and `ort-cuda-ops` to our
 library of custom operators for onnxruntime."""
 
 ATTENDING = frozenset(("AttendInPlace", "EncodeAttend"))
-"""Such operators for attention; query, key and value are their first inputs. The library for onnxruntime has the
-second alone, which takes them another way than the plugin's."""
+"""Such operators for attention. Query, key and value are their first inputs. The library for onnxruntime has only
+EncodeAttend, in another form than the plugin's."""
 
 HOST_STEPS = frozenset(("GiveAnswer", "TakeStep"))
-"""Such operators of our library for onnxruntime, between the host and a decode step."""
+"""Such operators of our library for onnxruntime between the host and a decode step."""
 
 JOINED = frozenset(("AttendJoined", "TurnHeads"))
-"""Such operators of our library for onnxruntime, over rows in which query, key and value stand side by side."""
+"""Such operators of our library for onnxruntime over rows with query, key and value side by side."""
 
 ATTENTION_OPERATORS = ATTENDING | {"AttendJoined", "CompactIntoCaches", "TurnHeads"}
-"""The plugin's for attention, what is before it, and caches that it writes in place."""
+"""The plugin's operators for attention, for the steps before it, and for caches that it writes in place."""
 
 LINEAR_OPERATORS = frozenset(("FusedLinear", "FusedLinearInt4"))
-"""Such operators for products with what surrounds them."""
+"""Such operators for products with the operators around them."""
 
 ATTENDED_SIZES = (64, 128)
 """Sizes of a decoder layer's keys and values that AttendInPlace takes."""

@@ -8,24 +8,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 INT32_MOST = 2**31 - 1
 Depth = Annotated[int, Field(gt=0, le=1000)]
-"""Layers."""
+"""A number of layers."""
 Width = Annotated[int, Field(gt=0, le=1 << 20)]
-"""Channels of a layer: any real model's many times over, and little enough that products of two fit 64 bits."""
+"""Channels of a layer. The bound is many times that of any real model, and products of two fit into 64 bits."""
 Heads = Annotated[int, Field(gt=0, le=4096)]
 Count = Annotated[int, Field(gt=0, le=INT32_MOST)]
-"""Of tokens, positions or pixels, which graphs and runtimes hold in int32."""
+"""A number of tokens, positions or pixels, which graphs and runtimes store in int32."""
 SideLength = Annotated[int, Field(gt=0, le=16384)]
 """Pixels along a side."""
 Tiles = Annotated[int, Field(gt=0, le=256)]
-"""Tiles of a picture; all shapes of so many are tried for each picture."""
+"""Tiles of a picture. All shapes of so many tiles are tried for each picture."""
 Seed = Annotated[int, Field(ge=0, le=INT32_MOST)]
 TokenId = Annotated[int, Field(ge=0, le=INT32_MOST)]
 Epsilon = Annotated[float, Field(gt=0, le=1)]
 Factor = Annotated[float, Field(ge=1e-9, le=1e9)]
-"""What pixels are multiplied or divided by: neither zero nor infinite in float32."""
+"""A factor or divisor of pixels, neither zero nor infinite in float32."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Level = Annotated[float, Field(ge=-1e9, le=1e9)]
-"""What is taken from pixels."""
+"""A number that is subtracted from pixels."""
 
 
 class Frozen(BaseModel):
@@ -35,7 +35,7 @@ class Frozen(BaseModel):
 
 
 UNIONS = ("selection", "preprocessing")
-"""Fields that hold one of several records: pydantic puts the record's kind behind such a field's name."""
+"""Fields with one of several records. pydantic writes the record's kind behind the names of such fields."""
 
 
 def first_problem(error: Exception) -> str:

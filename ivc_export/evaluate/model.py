@@ -31,7 +31,7 @@ from ivc_export.text.stops import StopTexts
 from ivc_export.text.template import Message, answer_message, parts_message
 
 LONGEST = 1024
-"""Tokens of an answer, where a task names none."""
+"""Tokens of an answer, if a task names no number."""
 
 
 class BundleModel(lmms):  # type: ignore[misc]

@@ -63,11 +63,11 @@ GIB = 2**30
 COUNTED = ir.passes.Sequential(
     SpellPass(dict.fromkeys(ATTENTION, "standard")), InlinePass(kept=SELECTIONS), RaiseOpsetPass()
 )
-"""What graphs are counted after: all but the selection, which is one part in 100,000, in standard operators, one
-for each attention."""
+"""The passes before a graph is counted: standard operators, with one operator for each attention. The selection, one
+part in 100,000, is left out."""
 
 SCORE_BYTES: Mapping[FloatName, int] = {"float32": 8, "float16": 0, "bfloat16": 0}
-"""What a score of attention takes: it is stored before and after the softmax, or, by a fused kernel, not at all."""
+"""Bytes for a score of attention. It is stored before and after the softmax, or not at all by a fused kernel."""
 
 
 class Size(NamedTuple):
@@ -139,7 +139,7 @@ class Estimate:
     weight_bytes: int
     parameters: int
     quantisation: str
-    """How weights are quantised, in a sentence; empty where they are not."""
+    """A sentence on how weights are quantised. Empty if they are not."""
     pictures: tuple[PictureEstimate, ...]
 
     @property

@@ -59,7 +59,7 @@ from ivc_export.source.hub import open_checkpoint
 from ivc_export.source.origin import find_origin
 
 BUFFERS = ("rotary_emb.inv_freq", "position_ids")
-"""Ends of names of tensors that old checkpoints hold and every graph computes."""
+"""Name endings of tensors that old checkpoints contain and every graph computes."""
 
 StageProgress = Callable[[str, int, int], None]
 """Called with a stage's name, how much of it is done, and how much there is."""

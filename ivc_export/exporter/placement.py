@@ -38,9 +38,10 @@ ByteProgress = Callable[[int, int], None]
 
 _CHUNK = 1 << 22
 _WRITE = 1 << 14
-"""Bytes written at once: for large writes Linux looks for large pieces of free memory, at 5 times the cost."""
+"""How many bytes are written at once. For large writes Linux looks for large pieces of free memory, which takes 5 times
+as long."""
 _LAG = 64
-"""Pieces by which hashing may lag behind a copy: neither waits for the other, and the pieces are still in memory."""
+"""How many pieces hashing may be behind a copy. Neither waits for the other, and the pieces are still in memory."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelInfo  # takes a while to load
 
 KEPT = (CARD, ".gitattributes", "LICENSE*", "LICENCE*", "NOTICE*")
-"""What a repository may hold beside a bundle's files."""
+"""Files that a repository may have besides a bundle's."""
 WEIGHTS = "weights/*"
 TOKENS = "huggingface.co/settings/tokens"
 

@@ -13,7 +13,7 @@ from ivc_export.families.encoder import Preparation
 from ivc_export.families.family import Family
 
 SENSES = ("vision", "visual", "image", "img", "mm_", "audio", "video")
-"""What keys of a config.json name where a model takes more than text."""
+"""Parts of the keys of a config.json whose model takes more than text."""
 
 
 def names() -> tuple[str, ...]:

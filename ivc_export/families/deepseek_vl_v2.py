@@ -315,8 +315,8 @@ CHAT_TEMPLATE = """\
 <|Assistant|>:
 {%- endif -%}
 """
-"""As the model's own code writes a conversation named "deepseek": pictures in front on lines of their own, those within
-the text as they stand."""
+"""The conversation "deepseek" of the model's own code: pictures in front on lines of their own, pictures within the
+text at their places."""
 
 
 def stock_config(config: Mapping[str, Any], image_token: int) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Whole(Settings):
     vision_feature_layer: Literal[-1] = -1
     vision_feature_select_strategy: Literal["default"] = "default"
     tie_word_embeddings: bool = True
-    """A stored head counts before it."""
+    """A stored head takes precedence."""
 
 
 class Vision(Settings):
@@ -93,7 +93,7 @@ class Vision(Settings):
     num_channels: Literal[3] = 3
     use_absolute_position_embeddings: Literal[True] = True
     use_mean_pooling: Literal[True] = True
-    """Without it there is a norm behind the last layer."""
+    """If it is false, there is a norm after the last layer."""
 
 
 class Pictures(PictureSettings):

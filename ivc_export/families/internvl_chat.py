@@ -152,7 +152,7 @@ def read_sizes(whole: Whole, config: Mapping[str, Any]) -> VisionSizes:
 
 
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
-"""What the original code's conversations named internvl2_5, as those of InternVL 2.5 and 3, begin with."""
+"""The beginning of conversations that the original code names internvl2_5, such as those of InternVL 2.5 and 3."""
 
 CHAT_TEMPLATE = """\
 {%- if not messages or messages[0].role != 'system' -%}
@@ -183,8 +183,8 @@ CHAT_TEMPLATE = """\
 <|im_start|>assistant
 {% endif -%}
 """
-"""As the original code writes a conversation: pictures in front on lines of their own, those within the text as they
-stand."""
+"""A conversation of the original code: pictures in front on lines of their own, pictures within the text at their
+places."""
 
 
 def template_of(config: Mapping[str, Any]) -> str:

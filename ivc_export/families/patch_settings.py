@@ -48,7 +48,7 @@ class Pictures(PictureSettings):
 
     image_processor_type: Annotated[Literal["Qwen2VLImageProcessor"], Backendless] = "Qwen2VLImageProcessor"
     size: Any = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}  # noqa: RUF012
-    """Pixels of the resized picture, fewest and most; min_pixels and max_pixels count before it."""
+    """Fewest and most pixels of the resized picture. min_pixels and max_pixels take precedence."""
     min_pixels: Count | None = None
     max_pixels: Count | None = None
     patch_size: int | None = None

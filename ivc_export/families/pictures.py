@@ -18,10 +18,11 @@ PIXELS = "pixel_values"
 """The vision graphs' input with pixels."""
 
 STRIP = 32_000_000
-"""Pixels that are resized at a time: 128 MB in Pillow."""
+"""How many pixels are resized at a time: 128 MB in Pillow."""
 
 TILES_ASPECT_LIMIT = 3000
-"""Of pictures that are cut into tiles. Beyond it they show nothing, and take memory without bounds to scale."""
+"""The largest aspect ratio of pictures that are cut into tiles. Beyond it they show nothing, and scaling them takes
+unlimited memory."""
 
 
 class Grid(NamedTuple):

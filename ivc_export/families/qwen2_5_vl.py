@@ -48,10 +48,10 @@ class Vision(Patches):
     num_heads: Heads = 16
     window_size: SideLength = 112
     out_hidden_size: Width = 3584
-    """Of what the merger gives, which is the decoder's."""
+    """Width of the merger's output, which is the decoder's."""
     fullatt_block_indexes: IntList = (7, 15, 23, 31)
     tokens_per_second: Annotated[float, Field(gt=0, le=1e6)] = 4
-    """Positions of time a second of a video."""
+    """Positions of time for each second of a video."""
 
 
 class VisionSizes(Frozen):

@@ -86,7 +86,7 @@ class Vision(Patches):
     depth: Depth = 32
     embed_dim: Width = 1280
     hidden_size: Width = 3584
-    """Of what the merger gives, which is the decoder's."""
+    """Width of the merger's output, which is the decoder's."""
     hidden_act: Literal["quick_gelu"] = "quick_gelu"
     mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4
     num_heads: Heads = 16
@@ -273,7 +273,7 @@ OWN_SYSTEM = """\
 You are a helpful assistant.<|im_end|>
 {% endif -%}
 """
-"""What the template writes where no system message begins a conversation."""
+"""What the template writes if a conversation begins without a system message."""
 
 CHAT_TEMPLATE = (
     f"{{%- for message in messages -%}}\n{OWN_SYSTEM}"

@@ -110,7 +110,7 @@ class Vision(Patches):
     num_heads: Heads = 16
     patch_size: Annotated[int, Field(gt=0, le=256), Square] = 16
     out_hidden_size: Width = 3584
-    """Of what the mergers give, which is the decoder's."""
+    """Width of the mergers' output, which is the decoder's."""
     num_position_embeddings: Annotated[int, Field(gt=0, le=1 << 20)] = 2304
     deepstack_visual_indexes: IntList = (8, 16, 24)
 
@@ -130,7 +130,7 @@ PICTURES = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
-"""The image processor's settings of the published checkpoints, for those that come without."""
+"""The image processor's settings of the published checkpoints, for checkpoints without them."""
 
 
 class Videos(patch_settings.Videos):
@@ -143,7 +143,7 @@ class Videos(patch_settings.Videos):
 
 
 VIDEOS = {"size": {"shortest_edge": 4096, "longest_edge": 25165824}}
-"""The video processor's settings of the published checkpoints, for those that come without."""
+"""The video processor's settings of the published checkpoints, for checkpoints without them."""
 
 
 def video(config: Mapping[str, Any], processor: Mapping[str, Any] | None, token: int) -> VideoPreprocessing:

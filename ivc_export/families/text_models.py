@@ -39,9 +39,9 @@ class DecoderSettings(Settings):
 
     default_theta: ClassVar[float] = 10000.0
     block: ClassVar[DecoderBlock]
-    """What its layers are made of."""
+    """The parts of its layers."""
     scored: ClassVar[Scored] = "values"
-    """What the official code scores visual tokens by; where that does not cover the decoder, its values."""
+    """How the official code scores visual tokens; by the layer's values if it does not cover the decoder."""
 
     vocab_size: Vocabulary
     hidden_size: Width
@@ -102,7 +102,7 @@ class WindowedText(DecoderSettings):
     use_sliding_window: bool = False
     sliding_window: WindowRows | None = 4096
     max_window_layers: WindowRows
-    """Layers from here on have windows, if use_sliding_window and sliding_window say so."""
+    """Layers from this one on have windows, if use_sliding_window and sliding_window say so."""
     layer_types: Annotated[tuple[str, ...], Strict(False)] | None = None
 
     def check_windows(self) -> None:

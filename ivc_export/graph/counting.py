@@ -20,7 +20,7 @@ ALIASES = frozenset(("Reshape", "Squeeze", "Unsqueeze"))
 """Operators whose output is their input's memory."""
 
 MATMUL_SCRATCH, FEW_ROWS = 32 << 20, {"FusedLinear": 2, "FusedLinearInt4": 8}
-"""What our kernels' products of many rows take for cuBLASLt, and how many rows are few, which take nothing."""
+"""Scratch memory of our kernels' products of many rows for cuBLASLt, and up to how many rows a product needs none."""
 
 Value = npt.NDArray[Any]
 

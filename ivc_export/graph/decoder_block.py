@@ -53,8 +53,8 @@ class Attended(NamedTuple):
 
 
 Scoring = Callable[[Layer, ir.Value, Attended], ir.Value]
-"""Layer k-1, the rows [rows, hidden] that enter it, and what its attention gave, to what visual tokens are scored by:
-[1, kv_heads, rows, D]."""
+"""Takes layer k-1, its input rows [rows, hidden], and the result of its attention. Returns the values by which visual
+tokens are scored: [1, kv_heads, rows, D]."""
 
 
 def cached_values(layer: Layer, x: ir.Value, attended: Attended) -> ir.Value:

@@ -14,7 +14,7 @@ from ivc_export.graph.decoder_block import Layer, gated_feed_forward
 from ivc_export.graph.linear import gated_mlp
 
 PROJECTIONS = (("gate_proj", False), ("up_proj", False), ("down_proj", True))
-"""Of an expert, and whether it is transposed in a stack."""
+"""Projections of an expert, and whether each is transposed in a stack."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ivc_export.graph.norms import rms_norm
 from ivc_export.graph.rotary import rotate
 
 NORM_EPSILON = 1e-6
-"""Of the latents' norms, whatever the decoder's other norms have."""
+"""Epsilon of the latents' norms. The decoder's other norms may have another."""
 
 
 @dataclass(frozen=True)

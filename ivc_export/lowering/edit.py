@@ -53,7 +53,7 @@ class Editor:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.types = types_of(graph)
-        """Of the values that the graph had; not of those that are added."""
+        """Types of the values that the graph had at first, without added values."""
         self._numbers = count()
 
     def op(

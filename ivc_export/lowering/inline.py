@@ -30,8 +30,8 @@ FOLDED: Mapping[str, Callable[..., npt.NDArray[Any]]] = {
     "Sub": np.subtract,
     "Unsqueeze": lambda x, axes: np.expand_dims(x, tuple(axes.tolist())),
 }
-"""Operators by which bodies make shapes and indices of their attributes, in NumPy; what is joined has one axis, and
-what is divided is not negative."""
+"""Operators by which bodies compute shapes and indices from their attributes, in NumPy. Joined arrays have one axis,
+and dividends are not negative."""
 
 
 class InlinePass(ir.passes.InPlacePass):

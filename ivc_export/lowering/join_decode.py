@@ -10,7 +10,7 @@ from ivc_export.contract.names import IVC_DOMAIN, IVC_VERSION
 from ivc_export.lowering.edit import called
 
 ABOVE = "above"
-"""What names of the decoder begin with that the prefix has, too."""
+"""Prefix for names of the decoder that the prefix graph has too."""
 
 
 def join_decode(prefix: ir.Model, decoder: ir.Model) -> ir.Model:

@@ -10,14 +10,14 @@ from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.graph.functions import RESULTS
 
 BOOLEANS = frozenset(("And", "Equal", "Greater", "GreaterOrEqual", "Less", "Not", "Or"))
-"""Operators of the contract whose results are truth values."""
+"""Operators of the contract whose results are booleans."""
 
 ALIKE = {
     **dict.fromkeys(("AttendInPlace", "AttendJoined", "EncodeAttend", "TurnHeads"), 0),
     **dict.fromkeys(("FusedLinear", "FusedLinearInt4"), 0),
     "CompactIntoCaches": 2,
 }
-"""Operators of ours without a body whose outputs are all of one input's type: that of this number."""
+"""Our operators without a body whose outputs all have one input's type, with the number of this input."""
 
 Types = MutableMapping[ir.Value, ir.DataType]
 

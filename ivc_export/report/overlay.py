@@ -35,9 +35,9 @@ LABELS = {
 }
 SHORT_SIDE, LONG_SIDE = 560, 1680
 LEAST_SIDE = 112
-"""Of a frame, of many."""
+"""The smallest side of a frame, if there are many."""
 FEW = 4
-"""Pictures side by side; more of them, as a video's frames, are smaller, and make several lines."""
+"""How many pictures are side by side. More pictures, such as a video's frames, are smaller and make several lines."""
 GAP = 8
 LEGEND = 34
 

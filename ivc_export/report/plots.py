@@ -15,7 +15,7 @@ from ivc_export.verify.parity import Comparison
 INK, GRID, OK, BAD = "#1f2937", "#e5e7eb", "#2563eb", "#dc2626"
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "ivc-export", "font.family": "sans-serif", "font.size": 9}
 FLOOR = 1e-10
-"""Errors of exactly zero stand here on a logarithmic axis."""
+"""Where errors of exactly zero are drawn on a logarithmic axis."""
 
 
 def draw(width: float, height: float, paint: Callable[[Any], None]) -> str:

@@ -23,7 +23,7 @@ from ivc_export.text.template import Message, answer_message, parts_message
 Medium = Path | PIL.Image.Image | Video
 """A picture, or a video."""
 Part = str | Medium
-"""Of a question: text, a picture, or a video."""
+"""A part of a question: text, a picture, or a video."""
 
 
 def generate(

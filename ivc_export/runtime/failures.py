@@ -17,11 +17,11 @@ _SHORT = (
     "bad allocation",
     "cannot allocate memory",  # the system, asked for a memory map
 )
-"""What messages about a lack of memory say, in small letters."""
+"""Parts of messages about a lack of memory, in small letters."""
 
 
 SMALLER = "use smaller pictures, or close other programs"
-"""What to do where a run finds no memory."""
+"""What to do if a run finds no memory."""
 
 
 def reason(error: BaseException) -> str:

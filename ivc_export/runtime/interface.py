@@ -89,7 +89,7 @@ class Seen:
 
 
 Picture = Visual | Seen
-"""What a run takes for a picture."""
+"""A picture that a run takes."""
 
 
 @dataclass(frozen=True)
@@ -298,9 +298,9 @@ class Conversation(ABC):
         self.ratio = check_ratio(session.bundle.manifest.default_ratio if ratio is None else ratio)
         self.method = find_method(session.bundle.manifest.selection, method)
         self.headroom = HEADROOM
-        """Rows that are likely to follow the next run's, an answer's, for which a cache that grows leaves room."""
+        """How many rows will probably follow the next run, as an answer. A cache that grows leaves room for them."""
         self.logits_wanted = True
-        """Whether steps are to have logits, also where the runtime finds the best token by itself."""
+        """Whether steps must have logits even if the runtime finds the best token itself."""
         self.next_position = 0
         self.timings = Timings()
 

@@ -14,11 +14,12 @@ import PIL.ImageOps
 from ivc_export.errors import UserError
 
 PIXELS = 80_000_000
-"""Pixels of a picture file at most. Pillow holds 320 MB of them, and twice that while a picture is converted to RGB,
-turned or scaled, three times for a strip; a model sees a million."""
+"""The most pixels of a picture file. Pillow takes 320 MB for them, twice as much while it converts a picture to RGB,
+rotates or scales it, and three times as much for a strip. A model gets a million."""
 
 CONVERTED = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"))
-"""Pillow's modes that become RGB; others hold more than 8 bits a channel, or a colour space that needs a profile."""
+"""Pillow's modes that become RGB. Others have more than 8 bits for each channel, or a colour space that needs a
+profile."""
 
 SIXTEEN_BITS = frozenset(("I;16", "I;16B", "I;16L", "I;16N"))
 

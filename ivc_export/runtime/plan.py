@@ -33,11 +33,11 @@ class Run:
     ivc_priority: npt.NDArray[np.float32]
     keep_count: int
     tiles: Mapping[str, Ints]
-    """thumbnail_index and tile_map, and candidate_index, where the graph takes them."""
+    """thumbnail_index, tile_map and candidate_index, if the graph takes them."""
     next_position: int
     method: Method = IVC_PRUNE
     taken: Sequence[str] = ()
-    """Those of them that the bundle's selection takes."""
+    """Names of the inputs that the bundle's selection takes."""
 
     @property
     def rows(self) -> int:

@@ -20,7 +20,7 @@ from ivc_export.runtime.plan import Run
 from ivc_export.selection.operators import SELECTIONS
 
 SIZES: Mapping[str, tuple[int, int]] = {"cuda": (8192, 2**30), "cpu": (1024, 2**27)}
-"""Side of the matmul's matrices, and bytes of the copy, by device."""
+"""Side of the product's matrices, and bytes of the copy, by device."""
 CEILING_RUNS, WARMUPS = 10, 3
 SELECTION_RUNS = 9
 
@@ -100,7 +100,7 @@ LOOKED_AT: Mapping[str, tuple[int | str, ...]] = {
     "query": (1, "heads", "S", "head_dim"),
     "key": (1, "kv_heads", "S", "head_dim"),
 }
-"""Shapes of what selections take of a layer, by the names that their bodies have for it."""
+"""Shapes of a layer's tensors that selections take, by their names in the bodies."""
 
 
 def fix_sizes(part: ir.Model, m: Manifest) -> None:

@@ -53,7 +53,7 @@ class Shown(Protocol):
 
 
 MARK, VIDEO_MARK = "<image>", "<video>"
-"""Where a picture, or a video, stands in the text of a prompt."""
+"""The marks for pictures and videos in the text of a prompt."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ read."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Name endings of a folder's frames."""
 MOST_FRAMES = 1_000_000
-"""That anything takes of a video: as many as there are."""
+"""The most frames that are ever taken from a video. It stands for all of them."""
 UNSTATED_RATE = 24.0
 """Frames a second of a file that does not say, as in transformers."""
 

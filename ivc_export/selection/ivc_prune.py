@@ -23,10 +23,10 @@ IVC_PRIORITY = 2.0**15
 priorities."""
 
 SEED_PRIORITY = 1e30
-"""Of the last seed; each before it has as much more."""
+"""Priority of the last seed. Each seed before it has so much more."""
 
 SEPARATOR_PRIORITY = 1e36
-"""Of separators between the rows of views, which come even before seeds."""
+"""Priority of separators between the rows of views. They come before seeds."""
 
 Blocks = Sequence[tuple[int, float]]
 """Numbers of visual tokens within which IVC tokens are chosen, and the fraction of each."""

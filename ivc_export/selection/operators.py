@@ -15,8 +15,8 @@ SELECTIONS = ("SelectAttended", "SelectTileTokens", "SelectTokens", "SelectViewT
 """The `ivc` operators that choose visual tokens."""
 
 LayerTensor = Literal["query", "key", "past_key", "past_length", "scored"]
-"""What attention of layer k-1 takes: query [1, heads, S, head_dim] and key [1, kv_heads, S, head_dim], rotated,
-past_key [1, kv_heads, P, head_dim], past_length int32 [1]; and what IVC-Prune's rule scores, [1, kv_heads, S, D]."""
+"""Tensors of layer k-1's attention: query [1, heads, S, head_dim] and key [1, kv_heads, S, head_dim], rotated, past_key
+[1, kv_heads, P, head_dim], past_length int32 [1]; and the values that IVC-Prune's rule scores, [1, kv_heads, S, D]."""
 
 
 class Call(NamedTuple):

@@ -36,7 +36,7 @@ from ivc_export.text.sampling import Sampling
 from ivc_export.text.template import Message, answer_message, parts_message
 
 LINGER = 1.0
-"""Seconds in which the rest of a body that is too large is read and forgotten."""
+"""For how many seconds the rest of a too large body is read and dropped."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ WITHOUT_EFFECT: Mapping[str, Any] = {
     "tools": [],
     "tool_choice": "none",
 }
-"""Parameters that are not supported, with the value that asks for nothing."""
+"""Parameters that are not supported, with the values that have no effect."""
 SUPPORTED = "text and image_url parts, of the roles system, user and assistant"
 
 
@@ -173,7 +173,7 @@ def refusal(error: ValidationError) -> RequestError:
 KINDS = {"system", "user", "assistant", "text", "image_url", "str"} | {
     f"list[{name}]" for name in ("TextPart", "str", "tagged-union[TextPart,ImagePart]")
 }
-"""What pydantic names in a place beside the parameters' own names."""
+"""Names that pydantic puts into a place besides the parameters' own names."""
 
 
 class Reply:

@@ -16,7 +16,7 @@ from ivc_export.serve.errors import error_body
 from ivc_export.serve.worker import Worker
 
 GRACE = 10
-"""Seconds in which answers may end when the server does."""
+"""How many seconds answers have to end when the server ends."""
 
 
 class Protocol(H11Protocol):

@@ -17,10 +17,10 @@ from ivc_export.files import check_regular
 from ivc_export.source.hub import is_hub_id, snapshot, snapshot_with
 
 OPENED = "ivc-export"
-"""Within a repository's folder of the hub's cache: a folder for each commit, with the bundle's files themselves.
+"""A folder within a repository's folder of the hub's cache. It has a folder for each commit, with the bundle's files.
 
-Files of a snapshot are links out of it, which neither we nor onnxruntime follow. These are hard links to the same
-bytes, and go with the repository's folder; engines and reports of the bundle are written here.
+Files of a snapshot are links out of it, which neither we nor onnxruntime follow. These files are hard links to the same
+bytes, and are removed with the repository's folder. Engines and reports of the bundle are written here.
 """
 ADVICE = "export the model again, and push it with ivc-export --push-to-hub"
 

@@ -17,7 +17,7 @@ from ivc_export.checkpoint.kinds import check_folder
 from ivc_export.errors import UserError
 
 TOKENIZER_FILES = ("merges.txt", "tokenizer.model")
-"""What tokenizers are made of where there is no tokenizer.json."""
+"""Files of tokenizers without a tokenizer.json."""
 
 
 def aliases() -> dict[str, str]:

@@ -13,7 +13,7 @@ from ivc_export.source.hub import HubCheckpoint
 
 CARD = "README.md"
 MOST_CARD = 1 << 20
-"""Bytes of a card that is read."""
+"""The most bytes of a card."""
 SAID = ("license", "license_name", "license_link")
 
 

@@ -22,10 +22,10 @@ from ivc_export.tensorrt.recipe import EngineRecipe
 from ivc_export.tensorrt.store import RECORD, BuiltEngine, engine_folder, make_record
 
 LEAST_FOR_PLUGIN = 8.0
-"""Compute capability that the plugin's attention needs."""
+"""The least compute capability for the plugin's attention."""
 
 BuildProgress = Callable[[str, str, int, int], None]
-"""Called with the graph's name, a phase of its build, and how many of how many steps are done."""
+"""Called with the graph's name, a phase of its build, how many steps are done, and how many there are."""
 
 
 def build(

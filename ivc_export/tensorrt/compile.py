@@ -85,7 +85,7 @@ def compile_graph(
 
 
 ALIASES = "ALIASED_PLUGIN_IO_10_03"
-"""TensorRT's name for plugins whose outputs lie in their inputs' memory, from 10.3 on."""
+"""TensorRT's name for plugins whose outputs are in their inputs' memory, from 10.3 on."""
 
 
 def read_by_us(model: ir.Model) -> None:
@@ -159,9 +159,9 @@ def float_types(model: ir.Model) -> dict[str, ir.DataType]:
 
 
 MIXED: tuple[FloatName, ...] = ("float32", "float16")
-"""What a weakly typed builder mixes."""
+"""The types that a weakly typed builder mixes."""
 ARITHMETIC = ("ACTIVATION", "ELEMENTWISE", "MATRIX_MULTIPLY", "NORMALIZATION", "REDUCE", "SOFTMAX", "UNARY")
-"""TensorRT's layers that compute."""
+"""Types of TensorRT's layers that compute."""
 
 
 def fix_precisions(trt: Any, network: Any, types: Mapping[str, ir.DataType]) -> None:

@@ -15,7 +15,7 @@ from ivc_export.tensorrt.graphs import EngineChoices, EngineGraphs, graph_to_cou
 from ivc_export.tensorrt.recipe import EngineRecipe
 
 CHOOSABLE: tuple[EngineGraphs, ...] = ("native", "opset-21")
-"""Lowerings in which decoder layers may spell attention in either way."""
+"""Lowerings in which decoder layers may have either kind of attention."""
 
 
 class Decision(NamedTuple):

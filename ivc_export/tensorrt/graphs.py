@@ -22,13 +22,13 @@ from ivc_export.tensorrt.library import Target, major, version
 from ivc_export.tensorrt.recipe import EngineRecipe
 
 EngineGraphs = Literal["native", "plugin", "opset-21", "opset-23-attention", "opset-23"]
-"""Lowerings that engines are built from."""
+"""Lowerings from which engines are built."""
 SPELLED: tuple[EngineGraphs, ...] = ("native", "plugin", "opset-21")
-"""Those that spell attention out."""
+"""Those in which attention consists of standard operators."""
 IN_BLOCKS: tuple[EngineGraphs, ...] = ("opset-21", "opset-23-attention", "opset-23")
-"""Those in which weights in 4 bits stay so whatever the dtype; with the plugin they do but in float32."""
+"""Those in which weights in 4 bits stay in 4 bits for every dtype. With the plugin they do, except in float32."""
 DecoderAttention = Literal["grouped", "repeated", "operator"]
-"""How decoder layers spell attention: heads of queries grouped by their key-value head, keys and values repeated for
+"""Kinds of attention of decoder layers: heads of queries grouped by their key-value head, keys and values repeated for
 every head of queries, or one operator."""
 
 

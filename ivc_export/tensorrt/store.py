@@ -36,7 +36,7 @@ FOLDER = "engines"
 RECORD = "build.json"
 MOST_PLUGIN_BYTES = 1 << 30
 SMALLEST_SCALE = 2.0**-16
-"""Of a residual stream: below it embeddings would no longer be normal numbers of float16."""
+"""The smallest scale of a residual stream. Below it, embeddings would no longer be normal numbers of float16."""
 
 
 class BuiltEngine(Frozen):

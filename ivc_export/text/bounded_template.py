@@ -15,15 +15,16 @@ import jinja2.nodes
 import jinja2.sandbox
 
 MOST_SOURCE = 1 << 20
-"""Characters of a template: several times the longest published."""
+"""The most characters of a template: several times the longest published."""
 MOST_TEXT = 8 << 20
-"""Characters of a rendered conversation, and of each text that a template makes on the way."""
+"""The most characters of a rendered conversation, and of each text that a template makes on the way."""
 MOST_SECONDS = 2.0
-"""Of the processor's time for one rendering; templates take milliseconds."""
+"""The most processor time of one rendering. Templates take milliseconds."""
 MOST_POWER = 64
-"""Of an exponent."""
+"""The largest exponent."""
 MOST_NUMBER = 100_000
-"""That a template gives a filter, a method or a format: widths and counts, which say how much is made."""
+"""The largest number that a template gives to a filter, a method or a format: widths and counts decide how much is
+made."""
 
 _deadline: ContextVar[float] = ContextVar("deadline", default=float("inf"))
 

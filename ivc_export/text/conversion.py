@@ -21,7 +21,7 @@ SPACE = "▁"
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""What byte pairs are merged within: English endings, words, single digits, signs, and space."""
+"""Pieces within which byte pairs are merged: English endings, words, single digits, signs, and space."""
 
 QWEN_NAMES = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
 LLAMA_NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -187,7 +187,7 @@ def read_pieces(path: Path, config: Mapping[str, Any]) -> Pieces:
 NORMAL, CONTROL, DEFINED = 1, 3, 4
 """Kinds of pieces in SentencePiece's protocol."""
 BYTE_PAIRS = 2
-"""A kind of model there."""
+"""The kind of model there that is supported."""
 
 
 def merges_of(ids: Mapping[str, int]) -> list[tuple[str, str]]:

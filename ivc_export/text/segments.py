@@ -12,11 +12,11 @@ from ivc_export.errors import UserError
 from ivc_export.text.template import ChatTemplate, Message, answer_message, parts_message
 
 CONVERSATIONS = 40
-"""Generated, on which segments must write what the template writes."""
+"""How many conversations are generated, for which segments must write the same text as the template."""
 THINKING_END = "</think>"
 QUESTIONS, ANSWERS, SYSTEM = ("Q1q", "Q2q", "Q3q"), ("A1a", "A2a"), "S1s"
 ENDS = "\n \n"
-"""At both ends of a text, so that it shows what is stripped."""
+"""Added to both ends of a text, to show which characters are stripped."""
 
 
 class UnfitError(Exception):

@@ -19,7 +19,7 @@ from ivc_export.text.conversion import converted_tokenizer
 from ivc_export.text.template import NAMED_TOKENS, named_tokens
 
 MOST_BYTES = 128 << 20
-"""Of a tokenizer.json: three times the largest published."""
+"""The most bytes of a tokenizer.json: three times the largest published."""
 
 ADVICE = "take all files of the tokenizer from one checkpoint"
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")

@@ -19,9 +19,9 @@ from ivc_export.files import read_object
 from ivc_export.verify.parity import ParityReport
 
 ERRORS_FACTOR = 2.0
-"""What ivc-check lets an error grow by: other kernels sum in another order."""
+"""By which factor ivc-check lets an error grow: other kernels sum in another order."""
 LEAST_SHARE = 0.01
-"""Of its tolerance: an error below counts as that much, since the order of summation decides about it."""
+"""A fraction of the tolerance. Errors below it count as this much, because they depend on the order of summation."""
 
 
 class Stored(BaseModel):

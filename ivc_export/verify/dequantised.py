@@ -13,7 +13,7 @@ import torch
 Tensors = dict[str, torch.Tensor]
 Rule = Callable[[Tensors, str, Mapping[str, Any], torch.dtype], torch.Tensor]
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of a word's columns each of its nibbles holds, lowest first."""
+"""The column of a word for each of its nibbles, lowest first."""
 
 
 def quantisation(folder: Path) -> Mapping[str, Any] | None:

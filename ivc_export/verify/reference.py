@@ -79,7 +79,7 @@ def unquantised(folder: Path) -> tuple[Any, Any]:
 
 
 OWN_MODELS: Mapping[str, Any] = {"TwoViewsOfExperts": TwoViewsOfExperts}
-"""Models that transformers lacks, by the name that a layout's config.json has for them."""
+"""Models that transformers lacks, by their names in a layout's config.json."""
 
 
 class Reference:

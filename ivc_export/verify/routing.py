@@ -13,7 +13,7 @@ from ivc_export.bundle.recording import Recording
 from ivc_export.contract.graphs import TensorName
 
 MARGIN = "routing_margin"
-"""In recorded runs, by layer, [rows]: by how much the last expert that a row takes is ahead of the next."""
+"""In recorded runs, by layer, [rows]: how far the last expert that a row takes is ahead of the next."""
 
 Margins = Mapping[int, npt.NDArray[np.float32]]
 

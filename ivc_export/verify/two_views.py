@@ -255,7 +255,7 @@ class TwoViewsOfExperts(nn.Module):
     """
 
     unused = ("vision.attn_pool.",)
-    """Beginnings of names of tensors that it does not take."""
+    """Name beginnings of tensors that it does not take."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()

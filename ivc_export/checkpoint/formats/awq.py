@@ -27,7 +27,7 @@ from ivc_export.checkpoint.formats.weight_format import WeightFormat
 BITS = 4
 FILL = 32 // BITS
 COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of a word's columns each of its nibbles holds, lowest first."""
+"""The column of a word for each of its nibbles, lowest first."""
 
 
 def detect_awq(checkpoint: Checkpoint) -> WeightFormat | None:

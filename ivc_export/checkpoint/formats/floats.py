@@ -16,4 +16,4 @@ def float_linear(g: Builder, x: ir.Value, name: str, out: int, features: int, bi
 
 
 FLOAT = WeightFormat("float", covers=lambda layer: True, read=lambda tensors: {}, linear=float_linear)
-"""What a layer is that no format takes."""
+"""The format of layers that no other format takes."""

@@ -27,7 +27,8 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.floating]
 
 LEAST_BLOCK, MOST_BLOCK = 16, 128
-"""Values of a block: powers of two; onnxruntime's CUDA kernels know none larger."""
+"""The smallest and the largest number of values in a block, a power of two. onnxruntime's CUDA kernels support no
+larger one."""
 BITS = (4, 8)
 
 

@@ -119,7 +119,7 @@ class PackedLayer:
 
 
 ReadLayer = Callable[[Mapping[str, StoredTensor], str], PackedLayer]
-"""A layer of this canonical name among a checkpoint's tensors."""
+"""Reads the layer of this canonical name from a checkpoint's tensors."""
 
 
 def packed_format(

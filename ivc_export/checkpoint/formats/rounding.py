@@ -24,14 +24,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 RANGES = tuple(np.linspace(0.55, 1.05, 11).tolist())
-"""What is tried, as parts of what the largest value asks for."""
+"""The ranges that are tried, as fractions of the range that reaches the largest value."""
 SIDES = (0.75, 0.875, 1.0)
 """The same for each end of a range with a zero point."""
 LEAST_IMPORTANCE = 1e-3
-"""Of a column, as a part of the mean: no column is free."""
+"""The least importance of a column, as a fraction of the mean, so that no column is ignored."""
 THREADS = 2
 PIECE = 1 << 16
-"""Values that a thread works on at once: they and their like stay in its cache."""
+"""How many values a thread works on at once, so that they and their intermediate results stay in its cache."""
 
 
 class Rounding(NamedTuple):

@@ -43,7 +43,7 @@ class DerivedTensor:
 
 Source = StoredTensor | DerivedTensor
 Layers = Mapping[str, Mapping[str, Source]]
-"""By a layer's canonical name, the tensors that it is multiplied by: by their canonical names, stored or derived."""
+"""For each layer, by its canonical name, the tensors by which it multiplies: by canonical names, stored or derived."""
 
 
 class Builder(Protocol):

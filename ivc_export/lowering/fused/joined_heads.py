@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ivc_export.lowering.edit import Editor, called, made_by, numbers
 
 MOST_SIZE = 128
-"""Of a head."""
+"""The largest size of a head."""
 
 
 @dataclass(frozen=True)

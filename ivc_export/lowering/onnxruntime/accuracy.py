@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 LEVELS = (0, 4)
-"""Of `accuracy_level`: 0 is float32, 4 rounds activations to int8, by block. Source: MatMulNBits in onnxruntime's
-ContribOperators.md."""
+"""Values of `accuracy_level`: 0 is float32, 4 rounds activations to int8, by block. Source: MatMulNBits in
+onnxruntime's ContribOperators.md."""
 
 
 class SetAccuracyPass(ir.passes.InPlacePass):

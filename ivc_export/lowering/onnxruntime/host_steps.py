@@ -14,7 +14,7 @@ from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering.edit import Editor, made_by
 
 STEP, ROW, WANTED, BEST, TOLD = "step", "row", "wanted", "best", "told"
-"""Inputs that take the place of the others but caches; all are in host memory."""
+"""Inputs that replace all others except caches. All are in host memory."""
 
 STEP_FREQUENCIES = "step/frequencies"
 

@@ -11,7 +11,7 @@ from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering.edit import CONTRIB, Editor, made_by
 
 NORMS = {"LayerNormalization": "LayerNormalization", "RMSNorm": "SimplifiedLayerNormalization"}
-"""Norms of the portable graphs, and what computes them."""
+"""Norms of the portable graphs, and onnxruntime's operators for them."""
 
 
 class FuseNormsPass(ir.passes.InPlacePass):

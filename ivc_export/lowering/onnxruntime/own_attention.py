@@ -38,7 +38,7 @@ class OwnAttention:
 
 
 FASTEST = OwnAttention()
-"""What was measured to be fastest on an H200 (benchmarks/results/attention-h200.json): of many rows and of frames
+"""The choice that was fastest on an H200 (benchmarks/results/attention-h200.json). For many rows and for frames,
 onnxruntime calls cuDNN's attention, which computes on wgmma."""
 
 

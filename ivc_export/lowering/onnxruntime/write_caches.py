@@ -12,7 +12,7 @@ from ivc_export.lowering.in_place_caches import reading_caches
 from ivc_export.lowering.onnxruntime.attention import mask_of, start_of
 
 Run = tuple[ir.Value, ir.Value]
-"""This run's rows in a cache, int32 [S], and what each of them sees of it, bool [S, P]."""
+"""This run's rows in a cache, int32 [S], and to what each of them attends, bool [S, P]."""
 
 
 class WriteCachesPass(ir.passes.InPlacePass):

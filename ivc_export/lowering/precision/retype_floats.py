@@ -13,7 +13,7 @@ from ivc_export.lowering.types import BOOLEANS
 
 FLOAT = ir.DataType.FLOAT
 NOT_FLOAT = BOOLEANS | {"Shape"}
-"""Operators of the contract whose results are no floats, whatever they are given."""
+"""Operators of the contract whose results are never floats."""
 
 
 class RetypeFloatsPass(ir.passes.InPlacePass):

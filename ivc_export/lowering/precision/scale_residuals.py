@@ -15,16 +15,17 @@ from ivc_export.lowering.precision.widen_residuals import CARRIERS
 from ivc_export.selection.operators import SELECTIONS
 
 SCALE = 2.0**-4
-"""Of the residual stream; sums may then reach 16 * 65504. Embeddings, 0.01 to 0.1 in size, stay normal numbers."""
+"""Scale of the residual stream. Sums may then reach 16 * 65504. Embeddings, 0.01 to 0.1 in size, stay normal
+numbers."""
 
 LINEAR = frozenset((("", "Add"), *((IVC_DOMAIN, name) for name in PACKED_LINEARS)))
-"""What is scaled by scaling what it is given: a packed product has no alpha, and its scales would lose bits."""
+"""Operators that are scaled by scaling their input. A packed product has no alpha, and its scales would lose bits."""
 
 NORMS = frozenset(("LayerNormalization", "RMSNorm"))
 
 PRODUCTS = PACKED_LINEARS | {"Gemm"}
 HANDED = CARRIERS | {"Add", "SplitHeads"}
-"""What may stand between a product and the selection: a bias, and what hands values on."""
+"""Operators that may be between a product and the selection: a bias, and operators that hand values on."""
 
 
 class ScaleResidualsPass(ir.passes.InPlacePass):

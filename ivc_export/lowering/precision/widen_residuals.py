@@ -10,7 +10,7 @@ from ivc_export.lowering.types import types_of
 
 FLOAT = ir.DataType.FLOAT
 CARRIERS = frozenset(("CompactGather", "Gather", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
-"""Operators that hand values on as they are."""
+"""Operators that hand values on unchanged."""
 
 
 class WidenResidualsPass(ir.passes.InPlacePass):

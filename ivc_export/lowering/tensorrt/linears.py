@@ -12,16 +12,16 @@ from ivc_export.lowering.fused.linears import ATTENTION, FuseLinearsPass, is_pro
 from ivc_export.lowering.tensorrt.attention import attended, encoded
 
 KERNELS = ATTENTION_OPERATORS | LINEAR_OPERATORS
-"""Operators beside which products are to be ours."""
+"""If one of these is in a graph, our kernels compute its products."""
 ACTIVATIONS = ("none", "swish", "gelu", "gelu_tanh")
-"""Of a product, by number."""
+"""Activations of a product, by number."""
 OPTIONAL = {
     "FusedLinear": {2: "normed", 3: "biased", 4: "summed"},
     "FusedLinearInt4": {3: "zero_points", 4: "normed", 5: "biased", 6: "summed"},
 }
-"""Attributes that say whether there is an input, by its number, of each operator."""
+"""For each operator, attributes that say whether it has an input, by the input's number."""
 BYTES = {"FusedLinear": (), "FusedLinearInt4": (1, 3)}
-"""Inputs of bytes."""
+"""Numbers of the inputs that are bytes."""
 
 
 class FuseOwnLinearsPass(ir.passes.InPlacePass):

@@ -14,13 +14,13 @@ from ivc_export.lowering.inline import InlinePass
 
 INT64 = ir.DataType.INT64
 PLUGIN = {"plugin_namespace": IVC_DOMAIN, "plugin_version": "1"}
-"""Attributes by which TensorRT's parsers look for a plugin."""
+"""Attributes by which TensorRT's parsers find a plugin."""
 
 KINDS = {"graph": 0, "int32": 1, "float32": 2}
 """Element types of CompactGatherN's tensors: `graph` is the floating-point type that all such tensors share."""
 
 FLOAT_TYPE = "float_type"
-"""The attribute by which an operator's floating-point tensors stay in the graph's type, whatever a builder prefers."""
+"""The attribute that keeps an operator's floating-point tensors in the graph's type, whatever the builder prefers."""
 
 KERNELS = PLUGIN_OPERATORS | ATTENTION_OPERATORS | LINEAR_OPERATORS
 """Operators that the plugin has."""

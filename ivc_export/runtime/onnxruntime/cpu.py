@@ -75,7 +75,7 @@ class OnnxSession:
         self.versions: Mapping[str, str] = {"onnxruntime": load_onnxruntime().__version__}
         self._threads, self._prepacking = threads, prepacking
         self._given: list[OrtValue] = []
-        """Weights that sessions read in memory that is not theirs."""
+        """Weights that sessions read but do not own."""
         # side by side, unless weights are widened or rearranged: several graphs' copies would be there at once
         as_stored = bundle.manifest.dtype == dtype and not bundle.manifest.weight_formats
         with ThreadPoolExecutor(len(GRAPH_NAMES) if as_stored else 1) as pool:

@@ -58,7 +58,7 @@ class FusedSession(FusedGraphs):
         self.captures = count(1)
         """Numbers for captured CUDA graphs."""
         self._idle: list[Workspace] = []
-        """Workspaces that no conversation has. Conversations that end add to them, in any thread and at any time."""
+        """Workspaces that no conversation uses. Conversations that end add to them, in any thread and at any time."""
 
     def converse(
         self, ratio: float | None = None, capacity: int | None = None, method: str | Method | None = None

@@ -40,15 +40,15 @@ DTYPES: Mapping[Provider, FloatName] = {"cuda": "float16", "cpu": "float32"}
 Its CPU kernel takes float32."""
 
 WIDER = "use --backend onnxruntime-cpu, or TensorRT engines built with ivc-build --dtype float32"
-"""What to do where float16 does not reach."""
+"""What to do about values beyond float16."""
 
 NO_ROOM = "close other programs that use the GPU, or use --backend onnxruntime-cpu"
 CHECK_GPU = "check that the GPU and its driver work, or use --backend onnxruntime-cpu"
 STAGED, MOST_STAGED = 1 << 20, 1 << 26
-"""Bytes of arrays that go up from pinned memory, where our library gives it."""
+"""Sizes in bytes of arrays that are uploaded from pinned memory, if our library provides it."""
 
 NOT_CAPTURED = "cannot use the graph capture feature"
-"""What onnxruntime says of a graph of which it computes a part on the host."""
+"""onnxruntime's message if it computes a part of a graph on the host."""
 
 
 class FusedGraphs:
@@ -92,9 +92,9 @@ class FusedGraphs:
         self._staging = np.empty(0, np.uint8)
         self._owners: Values = {}
         self._weights: Values = {}
-        """Views of these: onnxruntime shares memory between sessions that it does not own itself."""
+        """Views of the weights: onnxruntime shares memory between sessions only if it does not own it."""
         self._converted: Values = {}
-        """What onnxruntime's optimizers read, while sessions open, of weights that no file has in this dtype."""
+        """Values that onnxruntime's optimisers read while sessions open, for weights that no file has in this dtype."""
         self._sessions: dict[str, InferenceSession] = {name: self._open(model) for name, model in models.items()}
         self.cuda_graph = cuda_graph and provider == "cuda"
         self.host_steps = False
@@ -110,7 +110,7 @@ class FusedGraphs:
         self._sessions["rows"], self._gathers = self._open(rows), tied is not None
         self._converted.clear()
         self._pixels: dict[Scaling, str] = {}
-        """Sessions that normalise pixels, by how."""
+        """Sessions that normalise pixels, by the way they do it."""
 
     def lowered(self, name: GraphName, lowering: str) -> ir.Model:
         """A graph of the bundle, lowered, in the computing dtype."""

@@ -8,7 +8,7 @@ from typing import Any
 from ivc_export.errors import UserError
 
 SILENT = 4
-"""Severity of what onnxruntime writes to standard error by itself: what it says of errors is in its exceptions."""
+"""The severity from which onnxruntime writes to standard error. Its exceptions have its errors anyway."""
 
 
 @cache

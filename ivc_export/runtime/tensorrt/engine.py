@@ -19,10 +19,10 @@ from ivc_export.errors import UserError
 from ivc_export.runtime.tensorrt.device import Buffers, Device
 
 TYPES = {one.tensorrt: one.numpy for one in DTYPES.values()}
-"""By TensorRT's names."""
+"""NumPy's types, by TensorRT's names."""
 """NumPy's types by the names of TensorRT's."""
 HANDED_OVER = {"image_embeds": "inputs_embeds"}
-"""Tensors that are copied into others, by their names."""
+"""Outputs that are copied into an input of another name."""
 REBUILD = "build the engines again with ivc-build"
 
 Array = npt.NDArray[Any]
@@ -36,7 +36,8 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     head_step: int | None = None
-    """Of rows [1, heads, rows, size] within a cache: bytes from head to head; None where nothing lies in between."""
+    """Bytes from head to head, for rows [1, heads, rows, size] within a cache. None if heads follow each other
+    directly."""
 
     @property
     def nbytes(self) -> int:

@@ -39,7 +39,7 @@ from ivc_export.tensorrt.graphs import typed
 from ivc_export.tensorrt.profiles import Extents, profiles
 
 RUNS = 20
-"""Of an engine, one behind the other, for a single time."""
+"""How many runs of an engine, one after another, give a single time."""
 
 
 def open_engine(session: TensorrtSession, model: ir.Model, profiles: Mapping[str, Extents]) -> Engine:
@@ -102,7 +102,7 @@ class EngineParts:
 
 
 PARTS: WeakKeyDictionary[Session, EngineParts] = WeakKeyDictionary()
-"""Built once for a session."""
+"""Built once for each session."""
 
 
 def engine_times(session: Session, plan: Run) -> SelectionTimes:
@@ -122,7 +122,7 @@ def engine_times(session: Session, plan: Run) -> SelectionTimes:
 
 
 PRODUCTS: WeakKeyDictionary[TensorrtSession, Engine] = WeakKeyDictionary()
-"""Engines of one MatMul, built once for a session."""
+"""Engines of one MatMul, built once for each session."""
 
 
 def tensorrt_ceilings(session: Session) -> Ceilings:

@@ -145,7 +145,7 @@ class TensorrtSession:
 
 
 MOST_REMEMBERED = 64
-"""Integers of an input, at most, that are not uploaded again where they are those of the run before."""
+"""The most integers of an input that is not uploaded again if it equals that of the run before."""
 
 
 class EngineCache:
@@ -267,7 +267,7 @@ class TensorrtConversation(Conversation):
         self.cache = EngineCache(session)
         self._step: DecodeStep | None = None
         self._count = np.zeros(1, np.int32)
-        """keep_count, which shapes depend on: TensorRT reads it from host memory."""
+        """keep_count, on which shapes depend. TensorRT reads it from host memory."""
 
     def _clear(self) -> None:
         self.cache.clear()

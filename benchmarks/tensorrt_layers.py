@@ -24,7 +24,6 @@ below for small engines.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import shlex
@@ -54,7 +53,7 @@ from ivc_export.lowering import lower
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.probes import compaction_part, fix_sizes, selection_feeds, selection_part
-from ivc_export.runtime.tensorrt.device import MODULE, Buffers, CudaDevice, Device, median_seconds
+from ivc_export.runtime.tensorrt.device import Buffers, CudaDevice, Device, median_seconds
 from ivc_export.runtime.tensorrt.engine import Engine, Tensor
 from ivc_export.tensorrt.build import working_folder
 from ivc_export.tensorrt.compile import compile_graph
@@ -211,7 +210,6 @@ class Timer:
     """Engines of one kind on the device. paths: by their names."""
 
     def __init__(self, paths: Mapping[str, Path], trt: Any, runtime: Any, device: Device) -> None:
-        self.cuda: Any = importlib.import_module(MODULE)
         self.device, self.buffers = device, Buffers(device)
         self.engines = {
             name: Engine(
@@ -242,17 +240,11 @@ class Timer:
         context = engine.contexts[profile]
         enqueued = self.median(lambda: context.execute_async_v3(stream))
         self.device.synchronize()
-        self.cuda.cudaStreamBeginCapture(stream, self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
-        context.execute_async_v3(stream)
-        status, graph = self.cuda.cudaStreamEndCapture(stream)
-        if int(status):
-            print(f"{name} of profile {profile} cannot be captured: {status}", flush=True)
+        graph = self.device.capture(lambda: context.execute_async_v3(stream))
+        if graph is None:
+            print(f"{name} of profile {profile} cannot be captured", flush=True)
             return Times(None, enqueued), outputs
-        _, runnable = self.cuda.cudaGraphInstantiate(graph, 0)
-        replayed = self.median(lambda: self.cuda.cudaGraphLaunch(runnable, stream))
-        self.cuda.cudaGraphExecDestroy(runnable)
-        self.cuda.cudaGraphDestroy(graph)
-        return Times(replayed, enqueued), outputs
+        return Times(self.median(graph), enqueued), outputs
 
     def median(self, start: Callable[[], object]) -> float:
         """Milliseconds of one run, of many one behind the other."""
@@ -351,6 +343,12 @@ def row(labels: Mapping[str, Any], found: Mapping[str, Times], bound: Mapping[st
     )
 
 
+def residual_sums(kind: str) -> str:
+    """The dtype in which a kind's decoder layers add to the residual stream."""
+    choices = KINDS[kind][0]
+    return choices.dtype if choices.own_products("decoder") else "float32"
+
+
 def rows(
     options: argparse.Namespace, kind: str, timer: Timer, ceilings: Mapping[str, float]
 ) -> Iterator[dict[str, Any]]:
@@ -370,7 +368,8 @@ def rows(
             for stage, run, past in (("prefill", plan, 0), ("decode", one, kept)):
                 found = timer.prompt(bundle, run, past, stage == "decode")
                 bound = least(bundle, run, past, RECIPE.capacity if past else 0, ceilings) if ceilings else {}
-                yield row({"kind": kind, "stage": stage, "visual_tokens": visual, "ratio": ratio}, found, bound)
+                labels = {"kind": kind, "stage": stage, "visual_tokens": visual, "ratio": ratio}
+                yield row(labels | {"residual_sums": residual_sums(kind)}, found, bound)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -385,7 +384,7 @@ def measure(options: argparse.Namespace) -> None:
         "command": shlex.join(["python", "-m", "benchmarks.tensorrt_layers", *sys.argv[1:]]),
         "versions": {"tensorrt": trt.__version__, "numpy": np.__version__},
         "gpu": ceilings.get("gpu"),
-        "dtype": "float16, residual sums in float32; with the plugin in float16",
+        "dtype": "float16",
         "tactic_sources": list(TACTICS),
         "note": "cuBLAS and cuDNN tactics were off: TensorRT had its own kernels alone",
         "layers": {"prefix": CUT, "decoder": LAYERS - CUT, "compacted": BELOW, "vision": DEPTHS[1] - DEPTHS[0]},

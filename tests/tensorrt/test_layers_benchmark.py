@@ -33,11 +33,6 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         tiny = TINY["qwen2_vl"]
         return {**tiny, "num_hidden_layers": count, "vision_config": {**tiny["vision_config"], "depth": depth}}
 
-    capture = SimpleNamespace(
-        cudaStreamCaptureMode=SimpleNamespace(cudaStreamCaptureModeThreadLocal=0),
-        cudaStreamBeginCapture=lambda *_: None,
-        cudaStreamEndCapture=lambda _: (1, None),
-    )
     for name, value in {
         "qwen2_vl_2b": config,
         "compile_graph": plan,
@@ -45,7 +40,6 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "own_capability": lambda _: CAPABILITY,
         "make_logger": lambda _: None,
         "CudaDevice": HostDevice,
-        "importlib": SimpleNamespace(import_module=lambda _: capture),
         "ROUNDS": 1,
         "RUNS": 1,
     }.items():
@@ -65,6 +59,8 @@ def test_it_builds_and_times_what_is_named(tmp_path: Path, monkeypatch: pytest.M
     assert found["rows"][0]["patches"] == 4096 and "vision_ms_a_layer" in found["rows"][0]
     for row in found["rows"][1:]:
         assert {"prefix_ms_a_layer", "decoder_ms_a_layer", "select_ms"} <= row.keys()
+        assert row["prefix_captured"] and row["residual_sums"] == "float32"
+    assert [layers.residual_sums(kind) for kind in ("plugin", "plugin-int4")] == ["float16", "float16"]
     assert found["scratch_bytes"]["repeated"] == {"prefix": 1024, "decoder": 1024}
 
 

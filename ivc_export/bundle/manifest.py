@@ -40,7 +40,7 @@ def read_manifest(folder: Path) -> Manifest:
         version = content["schema_version"]
         if version != SCHEMA_VERSION:
             raise UserError(
-                f"{path} has schema version {version}, and this ivc-export reads {SCHEMA_VERSION}: "
+                f"{path} has schema version {version}, but this ivc-export reads {SCHEMA_VERSION}: "
                 f"{'upgrade ivc-export' if version > SCHEMA_VERSION else again}"
             )
         manifest = Manifest.model_validate(content)
@@ -86,7 +86,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         size = (folder / weights.file).stat().st_size
         if size != weights.size:
             raise UserError(
-                f"{folder / weights.file} has {size:,} bytes and the manifest says {weights.size:,}: "
+                f"{folder / weights.file} has {size:,} bytes, but the manifest says {weights.size:,}: "
                 "copy the bundle again, or export the model again"
             )
         if header_sha256(folder / weights.file) != weights.header_sha256:

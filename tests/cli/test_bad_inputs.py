@@ -318,7 +318,7 @@ RUNS: list[tuple[str, Prepare, list[str], str]] = [
     ("embeddings before the file", lambda p: embedding(p, offset=-8), ASK, "is damaged (embedding.offset"),
     ("missing graph", lambda p: (p.bundle / "prefix.onnx").unlink(), ASK, "prefix.onnx is missing"),
     ("damaged graph", lambda p: (p.bundle / "prefix.onnx").write_bytes(b"x"), ASK, "is not the graph that was"),
-    ("weights shrank", lambda p: truncate(p.bundle / "weights" / "model.safetensors"), ASK, "and the manifest says"),
+    ("weights shrank", lambda p: truncate(p.bundle / "weights" / "model.safetensors"), ASK, "but the manifest says"),
     ("weights changed", other_header, ASK, "changed after the export"),
     ("no tokenizer", lambda p: (p.bundle / "tokenizer.json").unlink(), ASK, "has no tokenizer.json"),
     ("ids beyond the vocabulary", foreign_tokenizer, ["--prompt", "a <word19>"], "beyond the vocabulary of 512"),

@@ -265,7 +265,7 @@ def test_engines_are_not_destroyed_at_work(
     monkeypatch.setattr(Context, "execute_async_v3", start)
     steps = [one.said for one in runs(bundle, pictures)[:3]]
     found = program.converse(bundle, tmp_path / "memory", ratio=1, runs=steps)
-    assert found["error"] == "TensorRT cannot run the decoder engine: see that the GPU has memory left"
+    assert found["error"] == "TensorRT cannot run the decoder engine: check that the GPU has memory left"
 
 
 def test_embeddings_beyond_float16_are_refused(program: EnginesProgram, tmp_path: Path) -> None:
@@ -370,9 +370,15 @@ def test_engines_of_other_graphs_are_refused(
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("prefix/inputs_embeds", "the prefix engine wants inputs_embeds in the host's memory, where this library does"),
-        ("decoder/hidden_states", "the decoder engine wants hidden_states in the host's memory, where this library "),
-        ("prefix/keep_index", "the prefix engine wants keep_index in the host's memory, where this library does not "),
+        (
+            "prefix/inputs_embeds",
+            "the prefix engine needs inputs_embeds in host memory, but this library puts it elsewhere",
+        ),
+        (
+            "decoder/hidden_states",
+            "the decoder engine needs hidden_states in host memory, but this library puts it elsewhere",
+        ),
+        ("prefix/keep_index", "the prefix engine needs keep_index in host memory, but this library puts it"),
     ],
 )
 def test_engines_that_want_other_tensors_on_the_host_are_refused(

@@ -688,7 +688,7 @@ def test_every_familys_bundle_opens(program: HostProgram, bundles: dict[str, Bun
 
 
 BAD_BUNDLES: list[tuple[str, Any, str]] = [
-    ("schema_version", 1, "has schema version 1, and this library reads "),
+    ("schema_version", 1, "has schema version 1, but this library reads "),
     ("decoder.head_dim", None, "decoder.head_dim is not a whole number"),
     ("decoder.head_dim", 0.5, "decoder.head_dim is not a whole number"),
     ("decoder.head_dim", 7, "decoder.head_dim is 7, but must be 1 to 4096 in steps of 2"),
@@ -721,7 +721,7 @@ BAD_BUNDLES: list[tuple[str, Any, str]] = [
     ("weights.0.file", "circle", "which is outside the bundle"),
     ("weights.0.file", "pipe", "is not a regular file"),
     ("weights.0.file", "absent", "is missing"),
-    ("weights.0.size", 5, "and the manifest says 5"),
+    ("weights.0.size", 5, "but the manifest says 5"),
     ("weights.0.header_sha256", "0" * 64, "changed after the export (its header differs)"),
     ("graphs.prefix.sha256", "0" * 64, "is not the graph that was exported"),
     ("graphs.prefix.file", "../outside", "names '../outside'"),

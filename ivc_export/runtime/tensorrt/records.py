@@ -45,7 +45,7 @@ TENSORRT = Backend(
     open=open_tensorrt,
     device="cuda",
     tolerances={"float32": FLOAT32, "float16": TENSORRT_FLOAT16, "bfloat16": TENSORRT_BFLOAT16},
-    libraries={"plugin": "libivc_plugin.so that engines were built with"},
+    libraries={"plugin": "libivc_plugin.so, if the engines were built with it"},
     time_selection=time_engines,
     ceilings=ceilings,
 )

@@ -18,9 +18,9 @@
 namespace ivc {
 
 const char kDeviceUsage[] =
-    "  --backend NAME     what runs the graphs: onnxruntime-cpu, or tensorrt (default: the first that was built in)\n"
-    "  --engines DIR      the engines that ivc-build made (default: the bundle's, for this TensorRT and GPU)\n"
-    "  --plugin LIB       libivc_plugin.so that engines were built with\n"
+    "  --backend NAME     runtime: onnxruntime-cpu or tensorrt (default: the first that this program was built with)\n"
+    "  --engines DIR      folder of the engines (default: those in the bundle for this TensorRT and GPU)\n"
+    "  --plugin LIB       libivc_plugin.so, if the engines were built with it\n"
     "  --threads N        threads of an operator, on onnxruntime\n";
 
 struct DeviceChoice {

@@ -429,7 +429,7 @@ Manifest parseManifest(const std::string& text, const std::string& what) {
     if (!content.is_object()) root.refuse("is not an object");
     const int64_t version = root["schema_version"].integer(0, INT32_MAX);
     if (version != kSchemaVersion) {
-        throw Error(what + " has schema version " + std::to_string(version) + ", and this library reads " +
+        throw Error(what + " has schema version " + std::to_string(version) + ", but this library reads " +
                     std::to_string(kSchemaVersion) + ": " + (version > kSchemaVersion ? "upgrade this library" : kAgain));
     }
     root.onlyHas({"schema_version", "family", "dtype", "lowering", "selection_layer", "calibrated", "default_ratio",
@@ -481,7 +481,7 @@ Manifest readManifest(const std::string& folder) {
         const MappedFile file(confined(folder, weights.file), kCopy);
         const std::string name = folder + "/" + weights.file;
         if (file.size() != weights.size) {
-            throw Error(name + " has " + std::to_string(file.size()) + " bytes and the manifest says " +
+            throw Error(name + " has " + std::to_string(file.size()) + " bytes, but the manifest says " +
                         std::to_string(weights.size) + ": " + kCopy);
         }
         uint64_t header = 0;

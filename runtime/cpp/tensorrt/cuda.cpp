@@ -23,7 +23,7 @@ std::string computeCapability() {
     int devices = 0, device = 0, major = 0, minor = 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
         cudaGetLastError();
-        throw Error("there is no GPU that CUDA can use: see that its driver works, or run the graphs on onnxruntime");
+        throw Error("there is no GPU that CUDA can use: check that its driver works, or run the graphs on onnxruntime");
     }
     checkCuda(cudaGetDevice(&device));
     checkCuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));

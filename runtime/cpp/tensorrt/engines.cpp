@@ -661,8 +661,8 @@ class EnginesDevice : public Device {
 
     static void checkPlace(const std::string& engine, const std::string& name, const EngineTensor& tensor, bool host) {
         if (tensor.host == host) return;
-        throw Error("the " + engine + " engine wants " + name + " in the " + (tensor.host ? "host" : "GPU") +
-                    "'s memory, where this library does not put it: " + kBuild);
+        throw Error("the " + engine + " engine needs " + name + " in " + (tensor.host ? "host" : "GPU") +
+                    " memory, but this library puts it elsewhere: " + kBuild);
     }
 
     void start(const Stage& stage, const std::string& name) {
@@ -738,7 +738,8 @@ class EnginesDevice : public Device {
         append(stage, run);
         const Placed& logits = stage.given.at(kLogits);
         if (logits.type != Type::kFloat32 || count(logits.shape) != m_.decoder.vocabSize) {
-            throw Error("the decoder engine gives logits of " + said(logits.shape) + ": " + kBuild);
+            throw Error("the decoder engine gives logits of " + said(logits.shape) + ", which are not one float32 row of the vocabulary: " +
+                        kBuild);
         }
         logits_.resize(static_cast<size_t>(m_.decoder.vocabSize));
         gpu_->download(logits_.data(), logits.address, logits_.size() * sizeof(float));

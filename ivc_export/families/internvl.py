@@ -155,12 +155,8 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Mode
         qkv_bias=vision.attention_bias,
         fused_qkv=False,
     )
-    check_edges(
-        "size",
-        pictures.size,
-        {"height": sizes.image, "width": sizes.image},
-        "a tile has the size of the encoder's input",
-    )
+    edges = {"height": sizes.image, "width": sizes.image}
+    check_edges("size", pictures.size, edges, "a tile has the size of the encoder's input")
     decoder = read_decoder(text, whole.tie_word_embeddings)
     tiles = (pictures.min_patches, pictures.max_patches)
     return make_model(decoder, text, sizes, pictures, tiles, whole.image_token_id)
@@ -285,8 +281,7 @@ def default_layer(sizes: DecoderSizes) -> DefaultLayer:
 
 
 def tiling(width: int, height: int, p: FixedPreprocessing) -> tuple[int, int]:
-    """Columns and rows of tiles: the closest aspect ratio. Of equal ones, the most tiles that are not twice the
-    picture.
+    """Columns and rows of tiles: the closest aspect ratio. Of equal ones, the most tiles below twice the picture.
 
     Source: get_optimal_tiled_canvas of GotOcr2ImageProcessor in transformers; dynamic_preprocess in the original code.
     """

@@ -53,3 +53,18 @@ def test_what_is_said_of_tensorrt_was_measured() -> None:
         one["gap"] for engine in ENGINES for asked in engine.get("questions", {}).values() for one in asked["differing"]
     ]
     assert f"{0.35}% of the largest" in " ".join(TEXT.split()) and 0.0030 < max(gaps) <= 0.0035
+
+
+def test_only_families_with_results_are_called_run() -> None:
+    models = {engine["model"] for engine in ENGINES}
+    configs = {json.loads((ROOT / model / "config.json").read_text(encoding="utf-8"))["model_type"] for model in models}
+    head = TEXT.split("| family | ")[1].splitlines()[0].strip("| ").split(" | ")
+    column = 1 + head.index("TensorRT 8.6, float32 and float16")
+    told = {row[0].strip("`") for row in rows("Families and runtimes") if "run" in row[column].split("; ")}
+    assert told == configs
+
+
+def test_the_versions_that_are_named_are_those_of_pyproject() -> None:
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    least, older = re.findall(r"onnxruntime from ([\d.]+) \(Python 3\.10: ([\d.]+)\)", TEXT)[0]
+    assert f"onnxruntime>={least};" in declared and f"onnxruntime>={older}," in declared

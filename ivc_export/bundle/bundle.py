@@ -70,7 +70,7 @@ class Bundle:
         """
         if self.manifest.lowering != "portable":
             raise UserError(
-                f"{purpose} needs portable graphs, and {self.folder} has {self.manifest.lowering} ones: export "
+                f"{purpose} needs portable graphs, but {self.folder} has {self.manifest.lowering} ones: export "
                 "the model again without --lowering"
             )
 

@@ -102,5 +102,5 @@ def read_tensor(folder: Path, entry: Mapping[str, Any]) -> tuple[Key, npt.NDArra
     path = confined(folder, key.file, "record it again")
     size, wanted = check_regular(path, "record it again"), math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or size != wanted:
-        raise ValueError(f"{key.file} has {size} bytes, and the index says {wanted}")
+        raise ValueError(f"{key.file} has {size} bytes, but the index says {wanted}")
     return key, np.fromfile(path, dtype).reshape(shape)

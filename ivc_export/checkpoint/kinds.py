@@ -20,7 +20,7 @@ from ivc_export.errors import UserError
 ADAPTER = "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "pytorch_model*.bin")
 TAKEN = (
-    "this version exports weights in float32, float16 or bfloat16, and those of GPTQ, AWQ, compressed-tensors' "
+    "this version exports only weights in float32, float16 or bfloat16, and those of GPTQ, AWQ, compressed-tensors' "
     "pack-quantized and FP8"
 )
 
@@ -125,7 +125,7 @@ KINDS = (
         "holds an adapter beside a model ({found}): merge both with PEFT's merge_and_unload and save them to a new "
         "folder, or remove {found} if they are already merged",
     ),
-    CheckpointKind(quantised, f"is quantised ({{found}}), and {TAKEN}: give the checkpoint that it was made from"),
+    CheckpointKind(quantised, f"is quantised ({{found}}), but {TAKEN}: give the checkpoint that it was made from"),
     CheckpointKind(
         files("*.gguf"),
         "is for llama.cpp ({found} is a GGUF file): give the checkpoint in transformers' layout that it was made from",
@@ -202,7 +202,7 @@ def check_tensors(place: str, tensors: Mapping[str, StoredTensor]) -> None:
     for tensor in tensors.values():
         if tensor.name.endswith(".weight") and re.fullmatch(r"[IU]\d+|F[468](_\w+)?", tensor.dtype):
             found = f"{shown(tensor.name)} is {tensor.dtype}"
-            raise UserError(f"{place} is quantised ({found}), and {TAKEN}: give the checkpoint that it was made from")
+            raise UserError(f"{place} is quantised ({found}), but {TAKEN}: give the checkpoint that it was made from")
 
 
 def check_names(place: str, names: Iterable[str], plain: bool = True) -> None:
@@ -218,7 +218,7 @@ def check_names(place: str, names: Iterable[str], plain: bool = True) -> None:
     for pattern, format_name in QUANTISED.items() if plain else ():
         if found := first(names, [pattern]):
             found = f"{format_name}, by the tensor {shown(found)}"
-            raise UserError(f"{place} is quantised ({found}), and {TAKEN}: give the checkpoint that it was made from")
+            raise UserError(f"{place} is quantised ({found}), but {TAKEN}: give the checkpoint that it was made from")
 
 
 def check_whole(place: str, names: Collection[str], tied: bool) -> None:

@@ -64,7 +64,7 @@ def with_stacks(weights: Weights, stacks: Iterable[Stack]) -> Weights:
     for part in (part.removesuffix(".weight") for stack in stacks for part in stack.parts):
         if part in weights.formats:
             raise UserError(
-                f"the checkpoint stores experts as {weights.formats[part].name} ({part} is one), which this "
+                f"the checkpoint stores experts as {weights.formats[part].name} (such as {part}), which this "
                 "version does not read: give the same model with experts in floats"
             )
     derived: Mapping[str, DerivedTensor] = {stack.name: stack.derived(weights) for stack in stacks}

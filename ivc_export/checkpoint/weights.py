@@ -87,7 +87,7 @@ class Weights:
         }
         for layer, stored in unknown.items():
             raise UserError(
-                f"{place} stores {len(unknown)} layers as {stored.name} ({layer} is one), which this command does "
+                f"{place} stores {len(unknown)} layers as {stored.name} (such as {layer}), which this command does "
                 "not read on PyTorch: give a checkpoint that holds the same values as floats"
             )
 

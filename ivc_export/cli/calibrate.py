@@ -127,7 +127,7 @@ def table(found: Calibration) -> Table:
         "kept",
         "divergence, nats",
         "same answers",
-        "tokens as one row up",
+        "overlap with the row above",
         "prefill saved",
     ):
         shown.add_column(heading, justify="right")

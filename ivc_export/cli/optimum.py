@@ -16,7 +16,9 @@ from optimum.commands.export.base import ExportCommand
 class IvcExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # mypy runs where there is no optimum
     """Passes its arguments on unchanged: options, help and errors are those of ivc-export."""
 
-    COMMAND = CommandInfo("ivc", "Export a vision-language model with IVC-Prune inside, as ivc-export does.")
+    COMMAND = CommandInfo(
+        "ivc", "Export a vision-language model to ONNX graphs that prune visual tokens, as ivc-export does."
+    )
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:

@@ -199,6 +199,6 @@ def check_room(options: argparse.Namespace, resources: Mapping[str, float]) -> N
         if wanted > there:
             needs = f"{wanted:g} {what}{'s' * (wanted != 1)}"
             raise UserError(
-                f"--replicas {least} needs {needs}, and this machine has {there:g}: give a smaller number, or start "
+                f"--replicas {least} needs {needs}, but this machine has {there:g}: give a smaller number, or start "
                 "Ray on more machines first (ray start)"
             )

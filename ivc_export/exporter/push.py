@@ -82,7 +82,7 @@ def push(bundle: Bundle, repo: str, private: bool = False) -> Pushed:
     api = huggingface_hub.HfApi()
     options = ("--output", str(bundle.folder), "--push-to-hub", repo, *(("--private",) if private else ()))
     again = f"continue with {shlex.join(('ivc-export', *options))}"
-    with upload_errors(repo, f"the bundle is whole in {bundle.folder}, and no part of it shows on the hub; {again}"):
+    with upload_errors(repo, f"the bundle is complete in {bundle.folder}, and nothing of it shows on the hub; {again}"):
         api.create_repo(repo, private=private or None, exist_ok=True)
         info = api.model_info(repo)
         there = check_takes_bundle(info, private)

@@ -138,7 +138,7 @@ def foreign(config: Mapping[str, Any]) -> str | None:
     if not config.get("mm_vision_tower"):
         return None
     return (
-        "config.json is in the layout of the original LLaVA code (it names mm_vision_tower), and this version exports "
+        "config.json is in the layout of the original LLaVA code (it names mm_vision_tower), but this version reads "
         f"transformers' layout: give a checkpoint such as {next(iter(FAMILY.hub.values()))}, or one that "
         "transformers' LlavaForConditionalGeneration has saved"
     )

@@ -168,7 +168,7 @@ def frame_size(clip: Clip, settings: VideoPreprocessing, p: PatchPreprocessing, 
     visual = patches * (size[0] // unit) * (size[1] // unit)
     if visual > most:
         raise UserError(
-            f"{clip.name} gives at least {visual:,} visual tokens in {count} frames of {width} x {height}, and this "
+            f"{clip.name} gives at least {visual:,} visual tokens in {count} frames of {width} x {height}, but this "
             f"bundle takes {most:,}: take fewer frames (--max-frames, --fps), or export with a larger --max-visual"
         )
     return size

@@ -303,8 +303,8 @@ def foreign(config: Mapping[str, Any]) -> str | None:
     """The sentence on a mixture of experts."""
     if config.get("model_type") == "qwen3_vl_moe":
         return (
-            "config.json describes a Qwen3-VL with a mixture of experts (qwen3_vl_moe), and this version exports dense "
-            f"ones: give one of {', '.join(HUB)}"
+            "config.json describes a Qwen3-VL with a mixture of experts (qwen3_vl_moe), but this version exports only "
+            f"dense ones: give one of {', '.join(HUB)}"
         )
     return None
 

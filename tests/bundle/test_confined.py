@@ -181,8 +181,8 @@ def test_a_stored_run_is_read_from_its_own_folder_alone(checked: Path, capsys: p
         (first(stage="../../../../outside"), "outside it"),
         (first(name="../" * 9 + "etc/passwd"), "outside it"),
         (first(dtype="O"), "is of dtype 'O'"),
-        (first(shape=[1 << 40]), "and the index says"),
-        (first(shape=[-1, -1]), "and the index says"),
+        (first(shape=[1 << 40]), "but the index says"),
+        (first(shape=[-1, -1]), "but the index says"),
         (first(shape=[float("inf")]), "holds an incomplete recording"),
         (first(shape="x"), "holds an incomplete recording"),
     ):

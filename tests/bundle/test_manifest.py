@@ -98,7 +98,7 @@ def refusal(bundle: Path, capsys: pytest.CaptureFixture[str]) -> str:
         (
             "schema_version",
             1,
-            "version 1, and this ivc-export reads 2: export the model again with ivc-export --model",
+            "version 1, but this ivc-export reads 2: export the model again with ivc-export --model",
         ),
         ("graphs.vision.sha256", None, "is damaged (graphs.vision.sha256"),
         ("weights.0.header_sha256", "abc", "is damaged (weights.0.header_sha256"),

@@ -112,7 +112,7 @@ TOLD: list[tuple[str, Prepare, str]] = [  # by names of files and by JSON files
     (
         "AutoRound",
         quantisation(quant_method="auto-round", bits=4),
-        f"is quantised (AutoRound, 4 bits, by quantization_config of config.json), and {TAKEN}: {MADE}",
+        f"is quantised (AutoRound, 4 bits, by quantization_config of config.json), but {TAKEN}: {MADE}",
     ),
     (
         "AWQ without a group",

@@ -173,7 +173,7 @@ def test_a_push_that_breaks_off_shows_nothing_and_goes_on(
     pushing = ("--output", bundle, "--push-to-hub", "owner/new", "--quiet")
     said = refusal(run("ivc_export", *pushing))
     assert f"cannot be uploaded to owner/new ({sentence}" in said
-    assert f"the bundle is whole in {bundle}, and no part of it shows on the hub; continue with ivc-export" in said
+    assert f"the bundle is complete in {bundle}, and nothing of it shows on the hub; continue with ivc-export" in said
     assert server.repos == there and contents(bundle) == before
     sent, server.refused = len(server.stored), {}
     server.calls.clear()

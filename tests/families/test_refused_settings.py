@@ -92,7 +92,7 @@ CONFIGURED: list[tuple[str, dict[str, Any], str]] = [
             ),
             (
                 {"model_type": "qwen3_vl_moe"},
-                "a Qwen3-VL with a mixture of experts (qwen3_vl_moe), and this version exp",
+                "a Qwen3-VL with a mixture of experts (qwen3_vl_moe), but this version exp",
             ),
         )
     ),

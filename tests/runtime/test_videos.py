@@ -64,7 +64,7 @@ def test_a_folder_of_10_000_frames_is_sampled(processor: Processor, tmp_path: Pa
     seen, _ = processor.video(Video(folder, max_frames=64))
     assert len(seen.frames) == 64 and seen.frames[-1] > 9_000
     with pytest.raises(
-        UserError, match=r"gives at least 384 visual tokens in 768 frames of 32 x 32, and this bundle takes 300"
+        UserError, match=r"gives at least 384 visual tokens in 768 frames of 32 x 32, but this bundle takes 300"
     ):
         processor.video(Video(folder))
 

@@ -168,11 +168,11 @@ def test_replicas_that_no_machine_here_has_room_for_are_refused() -> None:
     options = parse(["bundle", "--replicas", "4-8", "--replica-cpus", "2"])
     replicas.check_room(options, {"CPU": 8})
     with pytest.raises(
-        UserError, match=r"^--replicas 4 needs 8 cores, and this machine has 2: give a smaller number, or start Ray"
+        UserError, match=r"^--replicas 4 needs 8 cores, but this machine has 2: give a smaller number, or start Ray"
     ):
         replicas.check_room(options, {"CPU": 2})
     options = parse(["bundle", "--replicas", "1", "--backend", "tensorrt"])
-    with pytest.raises(UserError, match=r"^--replicas 1 needs 1 GPU, and this machine has 0: "):
+    with pytest.raises(UserError, match=r"^--replicas 1 needs 1 GPU, but this machine has 0: "):
         replicas.check_room(options, {"CPU": 2})
 
 

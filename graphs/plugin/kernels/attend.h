@@ -145,7 +145,8 @@ struct Shape {
     static constexpr int kBands = kBands_;  // bands of 16 queries of one warp
     static constexpr int kRowWarps = kRowWarps_, kKeyWarps = kKeyWarps_;
     static constexpr int kKeys = kKeys_;
-    static constexpr int kStages = kStages_;  // 2: a tile is copied while another is used; 1: only its keys
+    // 1: the next keys are copied while values are used; 2: the next tile is copied while this one is used.
+    static constexpr int kStages = kStages_;
     static constexpr int kWarps = kRowWarps * kKeyWarps, kThreads = kWarps * kWarp;
     static constexpr int kQueries = 16 * kBands * kRowWarps;
     static constexpr int kColumns = kKeys / kKeyWarps;  // keys of one warp

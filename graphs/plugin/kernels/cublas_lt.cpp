@@ -19,7 +19,7 @@ namespace {
 
 constexpr uint32_t kMostAlignment = 256;
 
-// What is thrown as a status, to be returned.
+// Throws a status, which the caller returns.
 void require(cublasStatus_t status) {
     if (status == CUBLAS_STATUS_SUCCESS) return;
     throw status == CUBLAS_STATUS_NOT_SUPPORTED ? cudaErrorNotSupported : cudaErrorUnknown;
@@ -32,8 +32,8 @@ struct MatMul {
     void* y;
 };
 
-// The cuBLASLt that onnxruntime's CUDA provider has loaded, whatever its version, or else one that is installed. Linking
-// to one would load a second where that provider is built for another CUDA.
+// The cuBLASLt that onnxruntime's CUDA provider has loaded, of any version, or else an installed one. If this library
+// were linked to one, a second would be loaded where the provider was built for another CUDA.
 void* library() {
     static void* const handle = [] {
         for (const int loaded : {RTLD_NOLOAD, 0}) {
@@ -80,7 +80,7 @@ int device() {
     return number;
 }
 
-// One for each device, for as long as the process lives.
+// One for each device, for the life of the process.
 cublasLtHandle_t handle() {
     static std::mutex mutex;
     static std::map<int, cublasLtHandle_t> handles;
@@ -104,7 +104,7 @@ uint32_t alignment(const void* data) {
     return static_cast<uint32_t>(address & (~address + 1));
 }
 
-// What cuBLASLt is told, in columns: y^T = W x^T, as what lies in rows is read.
+// Describes a product to cuBLASLt, which reads matrices by columns: y^T = W x^T for tensors in rows.
 class Described {
    public:
     explicit Described(const MatMul& m) {
@@ -170,7 +170,7 @@ Key keyOf(const MatMul& m) {
     return {device(), p.rows, p.features, p.out, p.type, epilogueOf(m), m.residual != nullptr, aligned};
 }
 
-// The first way that cuBLASLt proposes. Sums that several blocks share stay in float32.
+// The first algorithm that cuBLASLt proposes. Sums that several blocks share stay in float32.
 Way found(const Described& described, const std::array<uint32_t, 4>& aligned) {
     Preference preference;
     preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, IVC_MATMUL_WORKSPACE);
@@ -188,7 +188,7 @@ Way found(const Described& described, const std::array<uint32_t, 4>& aligned) {
     return {result.algo, result.workspaceSize};
 }
 
-// Ways that were found, by everything that they depend on: a model has a dozen for each number of rows.
+// Algorithms that were found, by everything that they depend on: a model has a dozen for each number of rows.
 Way wayOf(const MatMul& m, const Described& described) {
     static Remembered<Key, Way, 1024> ways;
     const Key key = keyOf(m);

@@ -1,8 +1,8 @@
 // The ivc operators for onnxruntime's CUDA provider, as a library of custom operators.
 //
-// SelectTokens is that of graphs/ops/SelectTokens.onnxtxt; the others are what the `ort-cuda-ops` lowering
-// (ivc_export/lowering/onnxruntime) puts in the place of a graph's many Gather, of products and around attention. All
-// launch on onnxruntime's stream and wait for nothing.
+// SelectTokens is that of graphs/ops/SelectTokens.onnxtxt. The others are what the lowering `ort-cuda-ops`
+// (ivc_export/lowering/onnxruntime) puts instead of many Gather nodes, instead of products, and around attention. All
+// launch on onnxruntime's stream, and do not wait.
 #include "joined.h"
 #include "linear.h"
 #include "operator.h"
@@ -53,8 +53,8 @@ class SelectTokens {
     IvcSoftmax softmax_;
 };
 
-// CompactGatherN(index int32 [M], x_1 .. x_n) -> y_1 .. y_n: the rows `index` of each x along its axis, which is as
-// long in all of them. Attribute: axes, one a tensor.
+// CompactGatherN(index int32 [M], x_1 .. x_n) -> y_1 .. y_n: the rows `index` of each x along its axis. All x have the
+// same length along it. Attribute: axes, one for each tensor.
 class CompactGatherN {
    public:
     explicit CompactGatherN(const Ort::ConstKernelInfo& node) : axes_(node.GetAttributes<int64_t>("axes")) {}
@@ -146,7 +146,7 @@ struct SelectTokensOperator : Description<SelectTokensOperator, SelectTokens> {
     size_t GetOutputTypeCount() const { return 3; }
     Type GetInputType(size_t i) const { return i == 0 ? values : i == 1 ? kFloat32 : kInt32; }
     Type GetOutputType(size_t i) const { return i == 1 ? kFloat32 : kInt32; }
-    // keep_count: an output's extent, which the host must know
+    // keep_count: outputs depend on it, so the host must know it
     OrtMemType GetInputMemoryType(size_t i) const { return i == 5 ? OrtMemTypeCPUInput : OrtMemTypeDefault; }
 };
 
@@ -203,7 +203,7 @@ OrtCustomOpDomain* domain() {
 
 }  // namespace ivc
 
-// Host memory that the device reads and writes as well, or null; and its end.
+// Memory that host and device both read and write, or null; and the function that frees it.
 extern "C" IVC_API void* ivcSharedMemory(size_t bytes) {
     void* memory = nullptr;
     return cudaHostAlloc(&memory, bytes, cudaHostAllocPortable | cudaHostAllocMapped) ? nullptr : memory;

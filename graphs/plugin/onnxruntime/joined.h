@@ -1,4 +1,4 @@
-// Operators over rows in which one product has put the heads of query, key and value side by side.
+// Operators on joined rows, in which one product has put the heads of query, key and value side by side.
 #pragma once
 
 #include <memory>
@@ -18,8 +18,9 @@ const void* given(const Ort::KernelContext& context, size_t i) {
     return value ? value.GetTensorRawData() : nullptr;
 }
 
-// Rows of joined heads of a call: attributes heads, kv_heads, head_dim, grouped (whether heads stand by key-value head)
-// and epsilon (of norms); optional inputs cos, sin [angle rows, D / 2], query_norm, key_norm [D] from one on.
+// Joined rows of a call. Attributes: heads, kv_heads, head_dim, grouped (whether heads are ordered by key-value head)
+// and epsilon (of norms). Optional inputs, from a given number on: cos, sin [angle rows, D / 2], query_norm, key_norm
+// [D].
 class JoinedHeads {
    public:
     explicit JoinedHeads(const Ort::ConstKernelInfo& node)
@@ -100,7 +101,7 @@ class TurnHeads {
     JoinedHeads joined_;
 };
 
-// Memory of a node's own, zeros at first.
+// Device memory of one node. It holds zeros at first.
 class Counters {
    public:
     Counters(const Ort::ConstKernelInfo& node, int64_t count) {
@@ -129,7 +130,7 @@ class Counters {
     std::unique_ptr<int32_t, Free> data_{nullptr, Free{}};
 };
 
-// The cache that is output `output`: input `input`'s own memory where the caller has bound it so, else a copy.
+// The cache of output `output`: the memory of input `input` if the caller has bound both to it, else a copy.
 void* presentOf(const Ort::KernelContext& context, size_t input, size_t output, const Shape& shape, size_t bytes,
     void* stream) {
     const void* const past = context.GetInput(input).GetTensorRawData();
@@ -143,7 +144,8 @@ void* presentOf(const Ort::KernelContext& context, size_t input, size_t output, 
 
 // AttendJoined(rows [S, width], past_key, past_value [1, kv_heads, P, D], past_length int32 [1], cos?, sin?,
 //     query_norm?, key_norm?) -> y [S, heads D], present_key, present_value as AttendInPlace gives them.
-// Attributes: scale, and as JoinedHeads. Runs of one session take turns: a node's counters are one run's.
+// Attributes: scale, and those of JoinedHeads. Runs of one session take turns, since only one run can use a node's
+// counters.
 class AttendJoined {
    public:
     explicit AttendJoined(const Ort::ConstKernelInfo& node)
@@ -198,7 +200,7 @@ struct TurnHeadsOperator : Description<TurnHeadsOperator, TurnHeads> {
     OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
         return i > 1 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
     }
-    // frames: of the outputs' extents, which the host must know
+    // frames: outputs depend on it, so the host must know it
     OrtMemType GetInputMemoryType(size_t i) const { return i == 1 ? OrtMemTypeCPUInput : OrtMemTypeDefault; }
 };
 

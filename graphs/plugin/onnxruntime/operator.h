@@ -1,4 +1,4 @@
-// What every custom operator for onnxruntime is made of.
+// What all custom operators for onnxruntime share.
 #pragma once
 
 #define ORT_API_MANUAL_INIT  // no onnxruntime is linked: the one that loads this library hands itself over
@@ -17,7 +17,7 @@
 #error "onnxruntime 1.18 or later is needed"
 #endif
 
-#ifndef IVC_PROVIDER  // tests put kernels that are emulated on the host behind the CPU provider
+#ifndef IVC_PROVIDER  // tests put kernels that are emulated on the host into the CPU provider
 #define IVC_PROVIDER "CUDAExecutionProvider"
 #endif
 
@@ -39,7 +39,7 @@ inline void check(cudaError_t status, const char* what) {
     if (status) throw std::runtime_error(std::string(what) + ": CUDA error " + std::to_string(status));
 }
 
-// Calls `body`, and makes a status of what it throws: no exception leaves the library.
+// Calls `body`, and turns what it throws into a status: no exception leaves the library.
 template <class Body>
 OrtStatus* guarded(Body body) noexcept {
     try {
@@ -59,15 +59,15 @@ inline int32_t lengthOf(const Ort::ConstValue& tensor) {
     return static_cast<int32_t>(shape[0]);
 }
 
-// Memory of the session's own arena, beside `tensor`. Given back when the kernels are launched: the arena hands it to
-// nobody on another stream before they are done.
+// Scratch memory from the session's arena. It is given back as soon as the kernels are launched: the arena gives it to
+// no other stream before they are done.
 class Scratch {
    public:
     Scratch(OrtKernelContext* context, const Ort::ConstValue& tensor, size_t bytes, bool onStream) {
         const auto memory = tensor.GetTensorMemoryInfo();
         const OrtApi& api = Ort::GetApi();
         Ort::ThrowOnError(api.KernelContext_GetAllocator(context, memory, &allocator_));
-        if (onStream) {  // where there is none, on a host, this call would look for it all the same
+        if (onStream) {  // on a host there is no stream, and this call would still look for one
             const Ort::Status status(api.KernelContext_GetScratchBuffer(context, memory, bytes, &data_));
             if (status.IsOK()) return;
             api.ReleaseAllocator(allocator_);
@@ -95,7 +95,7 @@ inline IvcType ivcType(Type type) {
 
 inline int64_t bytesOf(Type type) { return type == kFloat32 ? 4 : 2; }
 
-// What the operators say of themselves, for one type of values: onnxruntime joins those of one name.
+// What onnxruntime asks an operator about itself, for one type of values. It joins operators of one name.
 template <class Operator, class Kernel>
 struct Description : Ort::CustomOpBase<Operator, Kernel, true> {
     explicit Description(Type values) : values(values) {}

@@ -1,4 +1,4 @@
-// The beginning and the end of a decode step, over host memory that the caller keeps: see ivcTakeStep.
+// The first and the last operator of a decode step. They use host memory that the caller keeps; see ivcTakeStep.
 #pragma once
 
 #include "joined.h"
@@ -7,7 +7,7 @@ namespace ivc {
 
 // TakeStep(step int32 [1 + axes + 1 or 2], frequencies float32 [axes, 1, pairs], table? [vocab, hidden], row? [1, 1,
 //     hidden]) -> embeds [1, 1, hidden], cos, sin float32 [1, pairs], length int32 [1], whole_length? int32 [1]: see
-// ivcTakeStep. One of table and row is given; step and row are in host memory, pinned where the device is another.
+// ivcTakeStep. Either table or row is given. step and row are in host memory, which is pinned if the device is a GPU.
 class TakeStep {
    public:
     explicit TakeStep(const Ort::ConstKernelInfo&) {}
@@ -46,8 +46,8 @@ class TakeStep {
 };
 
 // GiveAnswer(x [1, vocab], wanted int32 [1], best int32 [2], told float32 [vocab]) -> logits float32 [1, 1, vocab]: see
-// ivcGiveAnswer. All but x and logits are in host memory, as TakeStep's; best and told are written, inputs though they
-// are, since no output of a custom operator can be in host memory.
+// ivcGiveAnswer. All but x and logits are in host memory, as for TakeStep. best and told are inputs, although they are
+// written: an output of a custom operator cannot be in host memory.
 class GiveAnswer {
    public:
     explicit GiveAnswer(const Ort::ConstKernelInfo& node) : scratch_(node, IVC_ANSWER_SCRATCH) {}

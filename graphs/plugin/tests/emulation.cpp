@@ -1,5 +1,6 @@
-// The kernels' algorithms on the host, block after block and thread after thread: their logic is tested without
-// a GPU. The calls have the kernels' signatures but for the stream, which is their order instead: 0, or 1 for backwards.
+// Runs the algorithms of the kernels on the host, block after block and thread after thread, so that they are tested
+// without a GPU. The functions have the signatures of the kernels' functions, except that the stream gives the order:
+// 0, or 1 for backwards.
 #include <stddef.h>
 #include <stdlib.h>
 
@@ -250,7 +251,7 @@ int ivcFusedLinear(const IvcLinear* c, const void* x, const void* norm, const vo
         c->type, [&](auto value) { return launchLinear<decltype(value)>(*c, a, 1, Multiplying{backwards != 0}); });
 }
 
-// In the place of cuBLASLt.
+// Replaces cuBLASLt.
 int ivcMatMul(const IvcLinear* c, const void* x, const void* weight, const void* bias, const void* residual, void* y,
     void*, size_t) {
     if (!possible(*c) || !inEpilogue(*c, residual)) return 1;
@@ -274,7 +275,7 @@ int ivcActivate(
         c->type, [&](auto value) { return launchActivate<decltype(value)>(*c, a, Multiplying{backwards != 0}); });
 }
 
-// Of CUDA's own calls, those that custom operators make.
+// The CUDA functions that custom operators call.
 int cudaHostAlloc(void** to, size_t bytes, unsigned) {
     *to = malloc(bytes);
     return *to ? 0 : 2;

@@ -1,5 +1,5 @@
-// Calls of many extents, of attention and of products, for compute-sanitizer: every buffer is an allocation of its own
-// and exactly as long as it has to be, and cache rows that no call may read are left uninitialised.
+// Calls with many extents, of attention and of products, for compute-sanitizer. Every buffer has its own allocation of
+// exactly the needed size, and cache rows that no call may read are not initialised.
 //
 //   nvcc -std=c++17 -arch=native sanitize.cu ../kernels/*.cu -o sanitize
 //   compute-sanitizer --tool memcheck|racecheck|initcheck ./sanitize [cases]
@@ -56,7 +56,7 @@ void decoder(int number) {
     c.kvHeads = between(1, 2);
     c.heads = c.kvHeads * between(1, 8);
     c.rows = number % 4 ? between(1, 90) : 1;
-    if (number == 1 || number == 4) {  // more tiles of queries than a GPU takes at a time
+    if (number == 1 || number == 4) {  // more tiles of queries than a GPU runs at a time
         c.heads = c.kvHeads = 129;
         c.rows = 70;
     }
@@ -171,7 +171,7 @@ void product(int number) {
     require(ivcUnpack(&c, &packed, weight.data, nullptr));
     Buffer again(2 * results), normed(2 * rows * features), sums(2 * rows * columns), activated(2 * results);
     sums.fill(c.type);
-    require(cudaDeviceSynchronize());  // weights are read before the kernel in front has ended
+    require(cudaDeviceSynchronize());  // weights are read before the previous kernel has ended
     require(ivcFusedLinear(
         &c, x.data, norm.data, weight.data, bias.data, residual.data, again.data, nullptr));
     if (norm.bytes > 0) require(ivcNormRows(&c, x.data, norm.data, normed.data, nullptr));

@@ -1,4 +1,5 @@
-// A question about a picture, answered by a bundle's TensorRT engines: runtime/cpp's library in thirty lines.
+// Asks a question about a picture, and prints the answer as it comes. A bundle's TensorRT engines run the model, through
+// the library of runtime/cpp.
 //
 //   ivc_sample BUNDLE PICTURE QUESTION [PLUGIN]
 #include <iostream>
@@ -19,7 +20,7 @@ int main(int count, char** words) {
         ivc::Chat chat(bundle, *device, {});
         chat.ask(words[3], {ivc::readImage(words[2])}, [](const std::string& piece) {
             std::cout << piece << std::flush;
-            return true;  // false would end the answer
+            return true;  // false ends the answer
         });
         std::cout << std::endl;
         return 0;

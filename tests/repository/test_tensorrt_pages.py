@@ -129,6 +129,17 @@ def test_the_guide_shows_what_the_build_says(printed: dict[str, tuple[str, ...]]
     assert (EngineRecipe.max_text, EngineRecipe.max_new) == (512, 512) and "(both 512 unless given)" in GUIDE
 
 
+def test_the_guide_and_the_support_matrix_agree_on_jetpack() -> None:
+    def versions(page: str, head: str) -> set[tuple[str, str]]:
+        rows = page.split(head)[1].split("\n\n")[0].splitlines()[2:]
+        return {
+            (cells[0], cells[1]) for cells in (row.strip("| ").split(" | ") for row in rows) if cells[0][0].isdigit()
+        }
+
+    told = versions(GUIDE, "| JetPack | TensorRT |") - {("5 and older", "older than 8.6")}
+    assert told == versions(read(ROOT / "docs" / "support.md"), "| JetPack | TensorRT |") and len(told) == 4
+
+
 def test_answers_in_cpp_are_those_that_were_compared() -> None:
     content = results("cpp-onnxruntime-cpu")
     asked = content["questions"]

@@ -35,9 +35,9 @@ __all__ = [
     "open_session",
 ]
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before onnxruntime is imported, which keeps what it finds here
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before onnxruntime is imported, which reads this once
 
-if not TYPE_CHECKING:  # to mypy a module with __getattr__ has every name
+if not TYPE_CHECKING:  # for mypy, a module with __getattr__ has every name
     _HOMES = {
         "Bundle": "bundle.bundle",
         "Chat": "runtime.chat",

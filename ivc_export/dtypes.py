@@ -72,7 +72,7 @@ def cast(values: npt.NDArray[Any], dtype: np.dtype[Any] | str, what: str, mend: 
     target = np.dtype(dtype)
     if values.dtype == target:
         return values
-    wide = values if values.dtype.itemsize >= 4 else values.astype(np.float32)  # which NumPy compares faster
+    wide = values if values.dtype.itemsize >= 4 else values.astype(np.float32)  # NumPy compares integers faster
     end = next((one.end for one in FLOATS.values() if one.numpy == target), 0)
     if end and wide.size and not (-end < wide.min() and wide.max() < end):  # or there are NaN
         largest = np.abs(wide[np.isfinite(wide)]).max(initial=0)

@@ -124,7 +124,7 @@ def parse_json(text: str | bytes, what: str, advice: str) -> Any:
     try:
         content = json.loads(text)
         if HALVES.search(text if isinstance(text, str) else text.decode(json.detect_encoding(text))):
-            json.dumps(content, ensure_ascii=False).encode()  # halves that make no whole are no text: a ValueError
+            json.dumps(content, ensure_ascii=False).encode()  # unpaired halves are not text: a ValueError
     except ValueError as error:
         raise UserError(f"{what} is damaged (it is not valid JSON: {error}): {advice}") from error
     except RecursionError as error:

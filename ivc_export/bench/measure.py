@@ -182,7 +182,7 @@ class Bench:
             self.ceilings[key] = found.best(self.ceilings.get(key, found))
 
     def _answer(self, one: Contestant, prompt: Prompt, ratio: float, watched: bool) -> Answer:
-        with one.memory.grow() if watched else nullcontext():  # while timing, watching would be in the way
+        with one.memory.grow() if watched else nullcontext():  # while times are taken, measuring memory would disturb
             return one.side.answer(prompt, ratio, self.settings.count)
 
     def _rows(

@@ -183,7 +183,7 @@ def load(checkpoint: Path) -> Any:
             checkpoint, dtype=dtype, attn_implementation="sdpa", local_files_only=True
         )
         return model.eval().to(device)
-    except Exception as error:  # transformers and what it calls raise almost anything
+    except Exception as error:  # transformers and its libraries raise almost anything
         reason = str(error).splitlines()[0]
         raise UserError(
             f"transformers cannot load {checkpoint} ({reason}): give the checkpoint that was exported, in "

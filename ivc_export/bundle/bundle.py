@@ -47,7 +47,7 @@ class Bundle:
         if staging.is_unfinished(Path(folder)):
             raise UserError(f"{folder} was left by an export that was killed: export the model again, which removes it")
         bundle = Bundle(Path(folder), read_manifest(Path(folder)))
-        graphs = [bundle.graph(name) for name in bundle.manifest.graphs]  # before a runtime opens what they name
+        graphs = [bundle.graph(name) for name in bundle.manifest.graphs]  # before a runtime opens files that they name
         problem = find_false_claim(bundle.manifest, graphs)
         if problem:
             raise UserError(f"{bundle.folder / MANIFEST} is damaged ({problem}): export the model again")

@@ -93,7 +93,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise UserError(
                 f"{folder / weights.file} changed after the export (its header differs): export the model again"
             )
-        read_index(folder / weights.file, COPY)  # whose tensors end where the file does
+        read_index(folder / weights.file, COPY)  # checks that the tensors end at the file's end
     table = manifest.embedding
     if table.file not in {weights.file for weights in manifest.weights}:
         raise UserError(

@@ -216,7 +216,7 @@ def make_locked(parent: Path, prefix: str) -> tuple[Path, int | None]:
             descriptor = lock(folder)
         except (BlockingIOError, FileNotFoundError):
             continue
-        except OSError:  # a file system without locks, where nobody removes folders
+        except OSError:  # a file system without locks, on which nobody removes folders
             return folder, None
         if folder.exists():
             return folder, descriptor
@@ -264,7 +264,7 @@ def remove_abandoned(folders: Iterable[Path], removable: Callable[[Path], bool] 
     """Remove the `folders` that are `removable` and whose writers are no longer alive."""
     for folder in folders:
         with suppress(OSError):
-            descriptor = lock(folder)  # fails while the writer lives
+            descriptor = lock(folder)  # fails while the writer is alive
             try:
                 if removable(folder):
                     shutil.rmtree(folder, ignore_errors=True)

@@ -150,7 +150,7 @@ def calibrate(
         reference = Reference(checkpoint.folder, 1, 1.0, m.selection, reference_layout(bundle, checkpoint.folder))
         rivals: list[tuple[Method, Scored]]
         rivals = [(rival, m.selection.scored) for rival in RIVALS if rival.name != method.name]
-        if method.record.exported_as == m.selection.method:  # else nothing of a layer's values is scored
+        if method.record.exported_as == m.selection.method:  # otherwise a layer's values are not scored
             rivals += [(method, other) for other in other_scored(checkpoint, m)]
         beside = {"none": 0, "proposed": 1, "all": len(tried)}[compare] * len(rivals)
         runs = len(examples) * (1 + len(cases) + (1 + beside if beside else 0))

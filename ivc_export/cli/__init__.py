@@ -77,13 +77,13 @@ def run_command(name: str, arguments: Sequence[str] | None, **more: str) -> int:
     handlers = {number: signal.signal(number, end) for number in ENDING if signal.getsignal(number) == signal.SIG_DFL}
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+            stream.reconfigure(errors="replace")  # characters that a terminal cannot show become question marks
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is told where it is used, as of arguments
+        sys.stdin.reconfigure(errors="surrogateescape")  # invalid text is reported where it is used, as for arguments
     given = sys.argv[1:] if arguments is None else arguments
     try:
         code: int = importlib.import_module(f"ivc_export.cli.{name}").command(given, **more)
-        if sys.stdout is not None:  # as it is where it was closed
+        if sys.stdout is not None:  # it is None if it was closed
             sys.stdout.flush()
         return code
     except UserError as error:
@@ -96,7 +96,7 @@ def run_command(name: str, arguments: Sequence[str] | None, **more: str) -> int:
         tell("a file is nested too deeply to be read: download or create it again")
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush into
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # there is nothing left to flush to
         return 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -114,7 +114,7 @@ def tell(sentence: str) -> None:
     """Print an error on one line, of limited length, without control sequences for terminals."""
     plain = "".join(character if character.isprintable() else " " for character in sentence)
     if len(plain) > LONGEST:
-        plain = f"{plain[: LONGEST // 2]} ... {plain[-LONGEST // 2 :]}"  # what to do stands at the end
+        plain = f"{plain[: LONGEST // 2]} ... {plain[-LONGEST // 2 :]}"  # the advice is at the end
     make_console().print(f"error: {plain}", markup=False, style="red")
 
 

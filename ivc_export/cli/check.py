@@ -128,7 +128,7 @@ def command(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     check_options(options)
     bundle, console = given_bundle(options), make_console(stderr=False)
-    find_method(bundle.manifest.selection, given_method(options))  # or a sentence, before any work
+    find_method(bundle.manifest.selection, given_method(options))  # raises UserError before any work
     baseline = None
     if options.baseline:
         baseline = read_errors(options.baseline, options.baseline_factor)
@@ -141,7 +141,7 @@ def command(arguments: Sequence[str]) -> int:
     backend, more = find_backend(options.backend), opening(options)
     backend.check(bundle, **more)
     with make_console().status("checking") as status:
-        # what a GPU lacks is told before the checkpoint runs; on a CPU both would want the same memory at once
+        # GPU errors come before the checkpoint runs; on a CPU both would need memory at once
         early = open_for_check(bundle, backend, more) if backend.device == "cuda" else None
         reference, images = stored(bundle) if options.onnx_only else record_reference(bundle, options, status.update)
         session = early or open_for_check(bundle, backend, more)

@@ -194,7 +194,7 @@ def command(arguments: Sequence[str], prog: str = "ivc-export") -> int:
         return 0
     if pushed:
         console.print(f"uploaded to {pushed.url}", markup=False)
-    for note in bundle.notes if options.quiet else notes:  # describe has said the bundle's own
+    for note in bundle.notes if options.quiet else notes:  # describe has printed the bundle's own
         make_console().print(note, style="yellow", markup=False)
     return 0
 

@@ -23,7 +23,7 @@ class IvcExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # mypy run
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         """Take all arguments, and parse none of them."""
-        parser.prefix_chars = "\0"  # which no argument of a command line can hold, so that nothing is an option here
+        parser.prefix_chars = "\0"  # no argument contains it, so nothing is parsed as an option here
         parser.add_argument("arguments", nargs=argparse.REMAINDER)
 
     def run(self) -> None:

@@ -68,7 +68,7 @@ def application(options: argparse.Namespace) -> Any:
     """
     serve, server = load_ray("ray.serve"), part("app")
     for name, value in vars(options).items():
-        if isinstance(value, Path):  # replicas work in folders of Ray's
+        if isinstance(value, Path):  # replicas run in Ray's folders
             setattr(options, name, value.resolve())
     if Path(options.bundle).exists():  # and is no id on the hub
         options.bundle = str(Path(options.bundle).resolve())

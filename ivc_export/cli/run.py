@@ -110,7 +110,7 @@ def command(arguments: Sequence[str]) -> int:
         open_picture(image, partial(console.print, markup=False)) for image in options.image
     ]
     images += videos
-    for video in videos:  # a mistake is told before graphs are opened
+    for video in videos:  # report mistakes before graphs are opened
         video_settings(bundle)
         video.open()
     backend = find_backend(options.backend)
@@ -183,7 +183,7 @@ def go_on(chat: Chat, images: list[PIL.Image.Image | Video], options: argparse.N
             command, _, rest = line.strip().partition(" ")
             if command == "/image":
                 image = open_picture(Path(rest.strip()), partial(console.print, markup=False))
-                chat.processor.picture(image)  # what the model cannot take is told now
+                chat.processor.picture(image)  # report now what the model cannot take
                 images = [*images, image]
             elif command == "/video":
                 video = Video(Path(rest.strip()), options.fps, options.max_frames)
@@ -192,7 +192,7 @@ def go_on(chat: Chat, images: list[PIL.Image.Image | Video], options: argparse.N
             elif command.startswith("/"):
                 raise UserError(f"there is no {command}: {CHAT_HELP}")
             elif line.strip():
-                asked, images = images, []  # whatever comes of it: a question that fails takes its pictures along
+                asked, images = images, []  # in any case: a question that fails loses its pictures
                 answer(chat, line.strip(), asked, options)
         except UserError as error:
             if not sys.stdin.isatty():

@@ -22,10 +22,10 @@ class Layers(enum.Enum):
     """The layers for which a tensor exists, once each. `{i}` in its name is the layer's number."""
 
     NONE = enum.auto()
-    BELOW = enum.auto()  # layers 0..k-1, which see every token
+    BELOW = enum.auto()  # layers 0..k-1, which run over every token
     COMPACTED = enum.auto()  # those of them whose cache is compacted: all, for most families
     WHOLE = enum.auto()  # those of them whose cache keeps every row
-    ABOVE = enum.auto()  # layers k..N-1, which see kept tokens
+    ABOVE = enum.auto()  # layers k..N-1, which run over kept tokens
     ALL = enum.auto()
     DEEPSTACK = enum.auto()  # the first `deepstack` layers, all below the cut: none, for most families
 

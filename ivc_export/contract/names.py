@@ -13,7 +13,7 @@ SCHEMA_VERSION = 2
 OPSET = 17
 IVC_DOMAIN = "ivc"
 IVC_VERSION = 1
-IR_VERSION = 8  # the lowest that knows functions: TensorRT 8.6's parser is of its time
+IR_VERSION = 8  # the lowest with functions, for TensorRT 8.6's parser
 MOST_VISUAL = 16384
 """The most visual tokens of a picture, and of an engine's prompt: those of the largest picture that a published
 processor allows (12,845,056 pixels, 28 x 28 for each token). Attention in the vision encoder is quadratic in them."""

@@ -44,7 +44,7 @@ class BundleModel(lmms):  # type: ignore[misc]
         UserError: the bundle cannot be opened in this way, or lmms-eval wants something that is not supported.
     """
 
-    is_simple = False  # it takes messages, in which pictures and texts have their order
+    is_simple = False  # messages keep the order of pictures and texts
 
     def __init__(
         self,

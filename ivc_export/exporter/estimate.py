@@ -220,7 +220,7 @@ class Export:
             if isinstance(value.const_value, ir.ExternalTensor)
         }
         file = str(bundle.folder / m.embedding.file)
-        weights |= {(file, start): size for start, size in m.embedding.parts}  # which lm_head's weight may be
+        weights |= {(file, start): size for start, size in m.embedding.parts}  # lm_head's weight may be the same
         length = sum(weights.values())
         family, layers = families.of(m.family), m.decoder.layers
         return Export(

@@ -85,7 +85,7 @@ def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundl
     """
     lowering = check_lowering(recipe.lowering)
     if recipe.testdata:
-        load_onnxruntime()  # which nothing else here needs, or a sentence before all the work
+        load_onnxruntime()  # only testdata needs it; raises UserError before all the work
     check_free(recipe.output, recipe.force)
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     check_apart(recipe.output, [checkpoint.folder, *checkpoint.folder.iterdir()])
@@ -94,7 +94,7 @@ def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundl
     description = chosen_as_asked(recipe, description)
     packed = LOWERINGS[lowering].packed_weights
     check_stored(recipe.quantisation, detect_format(checkpoint), description.model, packed)
-    description.model.preprocessing.capped(recipe.max_visual)  # or a sentence, where no picture is so small
+    description.model.preprocessing.capped(recipe.max_visual)  # raises UserError if no picture is so small
     configuration = read_configuration(checkpoint, description, packed)
     dtype, model = float_dtype(recipe, configuration), configuration.model
     weights = configuration.weights
@@ -118,7 +118,7 @@ def export(recipe: ExportRecipe, progress: StageProgress = no_progress) -> Bundl
         copy_processor_files(checkpoint, configuration, folder)
         manifest = make_manifest(recipe, configuration, weights, layer, calibrated, files, hashes)
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        manifest = read_manifest(folder)  # as it will be read
+        manifest = read_manifest(folder)  # in the form in which it will be read
         if recipe.testdata:
             from ivc_export.verify.testdata import write_testdata
 

@@ -253,7 +253,7 @@ def stored_name(name: str) -> str:
     return renamed(name, PREFIXES)
 
 
-TEXT_KEYS = (  # that mean the same in both layouts; the original files hold many others, of older transformers
+TEXT_KEYS = (  # these mean the same in both layouts; the original files have many others, of older transformers
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("vocab_size", "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings", "hidden_act"),
     "head_dim",

@@ -49,7 +49,7 @@ from ivc_export.graph.builder import Graph
 from ivc_export.graph.norms import layer_norm
 from ivc_export.graph.vit import EncoderBlock, pixel_patches, with_class_token, without_class_token
 
-VISION = {  # where config.json says nothing of the encoder
+VISION = {  # if config.json says nothing about the encoder
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -346,7 +346,7 @@ FAMILY = Family(
     stored_name=stored_name,
     default_layer=default_layer,
     default_ratio=0.3,
-    unused=("visual.encoder.layers.", "visual.post_layernorm."),  # behind the feature layer
+    unused=("visual.encoder.layers.", "visual.post_layernorm."),  # after the feature layer
     foreign=foreign,
     positions=counted_positions,
     chat_template=CHAT_TEMPLATE,

@@ -144,7 +144,7 @@ def windows(g: Graph, sizes: VisionSizes, cos: ir.Value, sin: ir.Value) -> Windo
     left = g.op("Mul", column(origin, 1), column(spans, 0))
     inside = g.op("Add", g.op("Mul", column(within, 0), column(spans, 1)), column(within, 1))
     slot = g.op("Add", g.op("Add", above, left), inside)
-    # a number for each window: windows in a row are fewer than patches
+    # a number for each window: a row has fewer windows than patches
     patches = g.cast(g.extent(position, 0), INT32)
     number = g.op("Add", g.op("Mul", column(window, 0), patches), column(window, 1))
 

@@ -97,7 +97,7 @@ def tiling(width: int, height: int, p: ViewPreprocessing) -> tuple[int, int]:
         shown = min(int(width * scale) * int(height * scale), width * height)
         return shown, shown - across * down
 
-    return max(p.shapes, key=goodness)  # of equals the first
+    return max(p.shapes, key=goodness)  # of equal ones the first
 
 
 def filled(image: PIL.Image.Image, width: int, height: int, p: ViewPreprocessing) -> npt.NDArray[np.uint8]:
@@ -127,7 +127,7 @@ def content(width: int, height: int, p: ViewPreprocessing) -> tuple[int, int, in
     left, top = ((p.tile_pixels - int(extent * scale)) // 2 for extent in (width, height))
     right, bottom = left + int(width * scale), top + int(height * scale)
     firsts = (top // p.token_side, left // p.token_side)
-    down, across = (min(p.tile_side, -(-end // p.token_side)) for end in (bottom, right))  # beyond which are no patches
+    down, across = (min(p.tile_side, -(-end // p.token_side)) for end in (bottom, right))  # there are no patches beyond
     return *firsts, down, across
 
 

@@ -198,7 +198,7 @@ def peak(graph: onnx.GraphProto, tensors: Tensors, score_bytes: int) -> int:
     score_bytes: see count.
     """
     ends = {name: number for number, node in enumerate(graph.node) for name in node.input}
-    owner: dict[str, str] = {}  # the tensor whose memory another one is
+    owner: dict[str, str] = {}  # the tensor whose memory another tensor shares
     for number, node in enumerate(graph.node):
         if node.op_type in ALIASES:
             first = owner.get(node.input[0], node.input[0])
@@ -210,7 +210,8 @@ def peak(graph: onnx.GraphProto, tensors: Tensors, score_bytes: int) -> int:
     dying: dict[int, list[str]] = {}
     for number, node in enumerate(graph.node):
         for name in node.output:
-            if name and name not in owner and node.op_type != "DequantizeLinear":  # a product reads it as it is stored
+            # a product reads what DequantizeLinear takes in its stored form
+            if name and name not in owner and node.op_type != "DequantizeLinear":
                 alive += tensors.size(name)
                 if name not in kept:
                     dying.setdefault(ends.get(name, number), []).append(name)

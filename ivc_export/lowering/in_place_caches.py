@@ -67,7 +67,7 @@ def add_cache_index(graph: ir.Graph) -> None:
     values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
     select = values["keep_index"].producer()
     assert select is not None
-    end = ir.node("Identity", [values["keep_index"]], name="cache_index")  # new nodes stand where this one does
+    end = ir.node("Identity", [values["keep_index"]], name="cache_index")  # new nodes are put at this one's place
     graph.insert_after(select, end)
     edit = Editor(graph)
 

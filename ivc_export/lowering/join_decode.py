@@ -22,7 +22,7 @@ def join_decode(prefix: ir.Model, decoder: ir.Model) -> ir.Model:
     for node in list(graph):
         if called(node.outputs[0], "SpreadRows"):
             for total in node.outputs[0].consumers():
-                hand_through(total)  # the row is no picture's
+                hand_through(total)  # the row is not visual
     kept = [value for value in above.outputs if TensorName.of(value.name).role in ("", "new")]
     above.outputs[:] = kept
     for node in list(above):

@@ -121,7 +121,7 @@ def panel(
     size = (grid.columns * cell, grid.rows * cell)
     if grid.content is None:
         drawn = image.resize(size, PIL.Image.Resampling.BICUBIC)
-    else:  # a view keeps the aspect ratio; separators have a strip of their own
+    else:  # a view keeps the aspect ratio; separators have their own strip
         view = PIL.ImageOps.pad(image, size, PIL.Image.Resampling.BICUBIC, (127, 127, 127))
         drawn = PIL.Image.new("RGB", (size[0] + cell // 2, size[1]), "white")
         drawn.paste(view)

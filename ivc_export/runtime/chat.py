@@ -146,7 +146,7 @@ class Chat:
         """Pictures of all turns so far, with their embeddings, if each turn prunes again."""
         self.looks: list[Look] = []
         """Pictures and videos of the last turn's prefill."""
-        self._prompt = self._answer = ""  # what the last turn's prefill had been told so far, and what came of it
+        self._prompt = self._answer = ""  # the text up to the last turn's prefill, and its answer
 
     def ask(self, question: str | Sequence[Part], images: Sequence[Medium] = ()) -> Iterator[str]:
         """Ask a question, and yield the answer piece by piece.
@@ -205,9 +205,9 @@ class Chat:
         try:
             drawn = continue_from(self.conversation, step, self.sampler)
             for piece in self.processor.stream(self._record(drawn)):
-                self._answer += piece  # not all tokens' text: bytes that make no whole character have none
+                self._answer += piece  # not every token has text: bytes of an incomplete character have none
                 yield piece
-        finally:  # also where the caller stops listening
+        finally:  # also if the caller stops reading
             self.messages = [*messages, answer_message(self._answer)]
 
     def _check_length(self, tokens: Sequence[int]) -> None:

@@ -10,12 +10,12 @@ from functools import cache
 from ivc_export.errors import UserError
 
 _SHORT = (
-    "failed to allocate",  # its arenas, of any device
+    "failed to allocate",  # onnxruntime's arenas, on any device
     "out of memory",  # CUDA
     "alloc_failed",  # cuBLAS and cuDNN
     "bad_alloc",
     "bad allocation",
-    "cannot allocate memory",  # the system, asked for a memory map
+    "cannot allocate memory",  # the system, for a memory map
 )
 """Parts of messages about a lack of memory, in small letters."""
 

@@ -41,7 +41,8 @@ def open_picture(image: Path | PIL.Image.Image, note: Note = no_note) -> PIL.Ima
         raise UserError(f"there is no picture at {image}: check the path")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # beyond twice the limit it refuses
+            # Pillow itself refuses more than twice the limit
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
             with PIL.Image.open(image) if isinstance(image, Path) else nullcontext(image) as opened:
                 check_picture(opened, str(image) if isinstance(image, Path) else "the picture", note)
                 return upright(opened)
@@ -74,7 +75,7 @@ def check_picture(image: PIL.Image.Image, name: str, note: Note = no_note) -> No
         raise UserError(
             f"{name} has {width * height / 1e6:.0f} megapixels, but the limit is {PIXELS / 1e6:.0f}: scale it down"
         )
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones put previews behind the picture
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones store previews behind the picture
         raise UserError(f"{name} has {image.n_frames} frames: give one frame as a picture")  # type: ignore[attr-defined]
     if image.mode == "CMYK":
         note(f"{name} is CMYK. It is converted to RGB without its colour profile, so its colours are approximate")

@@ -94,7 +94,7 @@ def plan_run(
             "tokenizer of this bundle"
         )
     tokens = tokens.astype(np.int32)
-    # without a picture such a token is a row like any other: a model may draw one
+    # without a picture such a token is an ordinary row: a model may draw one
     shown = np.isin(tokens, manifest.visual_tokens) if grids else np.zeros(0, bool)
     visual = np.flatnonzero(shown).astype(np.int32)
     if len(visual) != sum(grid.visual for grid in grids):
@@ -197,7 +197,8 @@ def thumbnail_inputs(grids: Sequence[Grid], rule: Selection) -> dict[str, Ints]:
     if not rule.tiles and not rule.views:
         return {}
     make, names = (view_inputs, VIEW_INPUTS) if rule.views else (tile_inputs, TILE_INPUTS)
-    return make(grids) if grids else {name: np.zeros(1, np.int32) for name in names}  # a row stands in for a token
+    # without a picture, a row of text counts as a visual token
+    return make(grids) if grids else {name: np.zeros(1, np.int32) for name in names}
 
 
 TILE_INPUTS = ("thumbnail_index", "tile_map")

@@ -98,7 +98,7 @@ class Processor:
                 "checkpoint folder and export again"
             )
         self.tokenizer = read_tokenizer(bundle.folder / TOKENIZER, "export the model again")
-        self.tokenizer.no_truncation()  # settings of some training run
+        self.tokenizer.no_truncation()  # these are settings of a training run
         self.tokenizer.no_padding()
         advice, path = "export the model again", bundle.folder / TOKENIZER_CONFIG
         self.template = ChatTemplate(
@@ -218,7 +218,7 @@ class Processor:
         begin = begin and not (self.bos and text.startswith(self.bos))
         try:
             encoding = self.tokenizer.encode(text, add_special_tokens=begin)
-        except TypeError as error:  # lone surrogates, from bytes that were no text
+        except TypeError as error:  # lone surrogates, from bytes that are not text
             raise UserError("the prompt is not UTF-8 text: write it in UTF-8") from error
         ids: list[int] = encoding.ids
         found = [i for i in ids if i in visual]
@@ -362,7 +362,7 @@ def placed(text: str, pictures: Sequence[T]) -> list[str | T]:
     by_mark: dict[str, list[T]] = {MARK: [], VIDEO_MARK: []}
     for picture in pictures:
         by_mark[VIDEO_MARK if getattr(picture, "kind", "image") == "video" else MARK].append(picture)
-    marks = [mark for mark in by_mark if mark != VIDEO_MARK or by_mark[mark]]  # without a video it is text like other
+    marks = [mark for mark in by_mark if mark != VIDEO_MARK or by_mark[mark]]  # without a video it is ordinary text
     pieces = re.split(f"({'|'.join(marks)})", text)
     if len(pieces) == 1:
         return [*pictures, text]

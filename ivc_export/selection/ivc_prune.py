@@ -59,14 +59,14 @@ def ivc_priority(positions: Ints, rotary: RotarySizes, head_dim: int, rule: Sele
     """
     frequencies = rotary.theta ** (-2.0 * np.arange(head_dim // 2) / head_dim)
     least = positions.min()
-    angles = np.arange(least, positions.max() + 1)[:, None] * frequencies  # few: a picture's rows and columns
+    angles = np.arange(least, positions.max() + 1)[:, None] * frequencies  # these are few: a picture's rows and columns
     count = round(rule.ivc_fraction * positions.shape[1])
     best = []
     for part in (np.cos(angles), np.sin(angles)):
         mean = part.mean(axis=1)[positions - least].mean(axis=0)
         best.append(descending(np.round(mean, 9))[:count])
     taken = np.stack(best, axis=1).ravel()
-    order = taken[np.sort(np.unique(taken, return_index=True)[1])]  # each token once, where it comes first
+    order = taken[np.sort(np.unique(taken, return_index=True)[1])]  # each token once, at its first place
     priority = np.zeros(positions.shape[1], np.float32)
     priority[order] = IVC_PRIORITY - np.arange(len(order))
     return priority

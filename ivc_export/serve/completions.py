@@ -119,7 +119,7 @@ class Completions:
                 group.start_soon(watch, receive, group.cancel_scope)
                 try:
                     outcome = await self._reply(asked, events, send)
-                except RequestError as error:  # here, since a task group would wrap it
+                except RequestError as error:  # here, because a task group would wrap it
                     refused = error
                 group.cancel_scope.cancel()
         finally:
@@ -255,7 +255,7 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
         RequestError: it is not JSON, is too large, or arrives too slowly. ClientDisconnect: the client leaves.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # which a page of another site cannot send without asking
+    if kind != "application/json":  # a page of another site cannot send this without a preflight request
         raise RequestError("the body is not JSON: send JSON with Content-Type application/json", 415)
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise RequestError("the body is compressed: send it uncompressed", 415)
@@ -270,7 +270,7 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
                 body += piece
             else:
                 return bytes(body)
-        with anyio.move_on_after(LINGER):  # a client that is cut off while it sends does not read why
+        with anyio.move_on_after(LINGER):  # a client that is cut off while it sends does not read the answer
             async for _ in stream:
                 pass
         raise RequestError(f"the body has more than {settings.most_body:,} bytes: send smaller pictures", 413)

@@ -201,7 +201,7 @@ class Worker:
             chat, seen, choices = self._last
             if choices == (job.ratio, job.method) and chat.messages == [*job.messages[:-1]]:
                 pictures = sum(part["type"] == "image" for part in job.messages[-1]["content"])
-                self._last = None  # until this answer is whole
+                self._last = None  # until this answer is complete
                 if seen == keys[: len(keys) - pictures]:
                     chat.sampler = Sampler(job.sampling)
                     return chat, len(seen)

@@ -107,7 +107,7 @@ def read_configuration(
     model = d.model
     if any(
         name.startswith("lm_head.") for name in tensors
-    ):  # as transformers 5: a stored head counts, whatever config.json says
+    ):  # as in transformers 5: a stored head takes precedence over config.json
         model = replace(model, decoder=model.decoder.model_copy(update={"tied_embeddings": False}))
     weights = with_stacks(Weights.of(tensors, layers, stored), model.stacks)
     check_whole(checkpoint.place, tensors, model.decoder.tied_embeddings)

@@ -47,7 +47,7 @@ def folder_card(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
     try:
         return metadata_load(path) or {}
-    except Exception:  # YAML can be wrong in many ways, and a card is no part of a model
+    except Exception:  # YAML can be wrong in many ways, and no model depends on its card
         return {}
 
 

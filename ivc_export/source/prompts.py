@@ -160,7 +160,7 @@ def turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> int | None:
     for content in (ANSWER, [{"type": "text", "text": ANSWER}]):
         try:
             text = template.render([question, {"role": "assistant", "content": content}], add_generation_prompt=False)
-        except UserError:  # it takes the other form, or no answer at all
+        except UserError:  # it may take the other form, or no answer
             continue
         if ANSWER in text:
             behind = text.rpartition(ANSWER)[2].lstrip()

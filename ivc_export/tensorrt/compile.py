@@ -192,7 +192,7 @@ def fix_precisions(trt: Any, network: Any, types: Mapping[str, ir.DataType]) -> 
                 if kind is not None:
                     known[output.name] = kind
         constrained = layer.type in [getattr(trt.LayerType, name) for name in ARITHMETIC]
-        if constrained and known.get(outputs[0].name, widest) == trt.DataType.FLOAT:  # comparisons give no floats
+        if constrained and known.get(outputs[0].name, widest) == trt.DataType.FLOAT:  # comparisons do not give floats
             layer.precision = trt.DataType.FLOAT
             for i, output in enumerate(outputs):
                 if output.name in known:
@@ -204,7 +204,7 @@ def allow_decomposition(trt: Any, network: Any) -> None:
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     for layer in (network.get_layer(i) for i in range(network.num_layers) if kind is not None):
         if layer.type == kind:
-            layer.__class__ = trt.IAttentionInputLayer  # networks give layers as of no kind
+            layer.__class__ = trt.IAttentionInputLayer  # networks give layers without their kind
             layer.attention.decomposable = True
 
 

@@ -89,7 +89,7 @@ def choose_graphs(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: st
             "float16"
         )
     graphs: EngineGraphs = "native" if recipe.plugin is None else "plugin"
-    if recipe.plugin is None and dtype != "float32":  # in which no kernel does attention
+    if recipe.plugin is None and dtype != "float32":  # in these no kernel computes attention
         packed = "int4" in packed_weights(bundle, "native", dtype)
         graphs = best_opset(recipe.target, version(trt), packed)
     attention: DecoderAttention = "grouped" if recipe.attention == "auto" else recipe.attention

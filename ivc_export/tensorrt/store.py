@@ -248,7 +248,7 @@ def read_record(path: Path, mend: str) -> EngineRecord:
     """
     content = read_object(path, mend)
     try:
-        record = EngineRecord.model_validate_json(json.dumps(content))  # as JSON, where lists stand for tuples
+        record = EngineRecord.model_validate_json(json.dumps(content))  # as JSON, in which tuples are lists
     except (ValidationError, UserError) as error:
         raise UserError(f"{path} cannot be used ({first_problem(error)}): {mend}") from error
     for contradiction in record.contradictions():

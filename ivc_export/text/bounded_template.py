@@ -45,7 +45,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(optimized=False, **options)  # no constant is computed before there is a deadline
+        super().__init__(optimized=False, **options)  # so that no constant is computed without a deadline
         self.globals.pop("lipsum")
         self.filters = {name: self._limited(function) for name, function in self.filters.items()}
         self.filters["_checked"] = self.checked
@@ -76,7 +76,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def _literal_checked(self, value: Any) -> Any:
         if isinstance(value, jinja2.nodes.Concat):
             return self._call("joined", value.nodes, value.lineno)
-        loaded = getattr(value, "ctx", "load") == "load"  # a tuple can also be what is assigned to
+        loaded = getattr(value, "ctx", "load") == "load"  # a tuple can also be the target of an assignment
         if isinstance(value, jinja2.nodes.List | jinja2.nodes.Tuple | jinja2.nodes.Dict) and loaded:
             return self._call("checked", [value], value.lineno)
         return value

@@ -61,7 +61,7 @@ def converted_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Co
         return convert(folder, config)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # tokenizers raises plain Exception, and where it panics only a BaseException
+    except BaseException as error:  # tokenizers raises plain Exception, and a BaseException if it panics
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"there is no tokenizer in {files} of {folder} ({reason}): {AGAIN}") from error
 

@@ -55,7 +55,7 @@ class Sampling:
             raise UserError(f"seed {self.seed} is out of range: give 0 or more")
         if self.top_k < 0:
             raise UserError(f"top-k {self.top_k} is out of range: give 0 (all tokens) or more")
-        if not 1e-3 <= self.repetition_penalty <= 1e3:  # beyond, logits leave float64's range
+        if not 1e-3 <= self.repetition_penalty <= 1e3:  # otherwise logits leave float64's range
             raise UserError(
                 f"repetition penalty {self.repetition_penalty} is out of range: give 0.001 to 1000, such as 1.05; 1 "
                 "means none"
@@ -134,7 +134,7 @@ def softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
 """Keys of generation_config.json that matter if do_sample is true, with transformers' values for missing keys."""
 
-UNKNOWN: dict[str, tuple[Any, ...]] = {  # keys that change answers and are not obeyed, with the values that change none
+UNKNOWN: dict[str, tuple[Any, ...]] = {  # unsupported keys that change answers, with values that do not
     **dict.fromkeys(("num_beams", "num_beam_groups", "typical_p", "encoder_repetition_penalty"), (1,)),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "min_p", "penalty_alpha"), (0,)),
@@ -195,7 +195,7 @@ def greedy_note(config: Mapping[str, Any], chosen: Container[str] = ()) -> str |
     chosen: names of settings that the user gave.
     """
     left = {key: value for key, value in stored_settings(config).items() if key not in chosen}
-    if left.get("top_k") == 1:  # which leaves nothing to chance
+    if left.get("top_k") == 1:  # with which nothing is random
         left = {key: value for key, value in left.items() if key not in DRAWN}
     if not left:
         return None

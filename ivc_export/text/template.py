@@ -82,7 +82,7 @@ class ChatTemplate:
             message: Message = {"role": "system", "content": content}
             try:
                 rendered = self.render([message, parts_message(["?"])])
-            except UserError:  # it takes the other form, or none
+            except UserError:  # it may take the other form, or none
                 continue
             if text.strip() in rendered and "{'type'" not in rendered:
                 return message

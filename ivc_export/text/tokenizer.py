@@ -55,7 +55,7 @@ def parse_tokenizer(text: str, what: str, advice: str) -> Tokenizer:
         return Tokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # tokenizers raises plain Exception, and where it panics only a BaseException
+    except BaseException as error:  # tokenizers raises plain Exception, and a BaseException if it panics
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{what} cannot be read ({reason}): {advice}") from error
 

@@ -39,7 +39,7 @@ def dequantised(tensors: Tensors, settings: Mapping[str, Any], scale_dtype: torc
         "weight_scale": fp8,
     }
     weights: Tensors = {}
-    for end, rule in rules.items():  # a scale of what is packed is no FP8 layer's
+    for end, rule in rules.items():  # a packed layer's scale is not an FP8 layer's
         marker = f".{end}"
         for layer in [name.removesuffix(marker) for name in tensors if name.endswith(marker)]:
             if layer not in weights:

@@ -80,7 +80,7 @@ def check(bundle: Bundle, checkpoint: Path, ratio: float | None = None, steps: i
     Raises:
         UserError: see oracle.record and compare.
     """
-    from ivc_export.verify.oracle import record  # with torch, which comparing alone does not need
+    from ivc_export.verify.oracle import record  # this needs torch; comparing alone does not
 
     image = draw_picture()
     _, tokens, _ = make_prompt(bundle, image)
@@ -229,7 +229,7 @@ def compare_prefill(step: Step, reference: Recording, m: Manifest, tolerance: Ma
     ) -> Comparison:
         pairs = [(graph[name], oracle[name]) for name in names]
         found = close(title, tolerance[kind], pairs)
-        if tie is not None:  # rows before it have to be right
+        if tie is not None:  # rows before it must be correct
             rows = close(title, tolerance[kind], [(a[..., : tie.row, :], b[..., : tie.row, :]) for a, b in pairs])
             found = behind(found, tie if rows.passed else None)
         return found

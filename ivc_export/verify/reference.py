@@ -137,7 +137,7 @@ class Reference:
             if source is not None and narrow != torch.float32:
                 for parameter in self.model.parameters():
                     parameter.data = parameter.data.to(narrow).float()
-        except Exception as error:  # transformers and what it calls raise almost anything
+        except Exception as error:  # transformers and its libraries raise almost anything
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"transformers cannot load {folder} ({reason}): give the checkpoint that was exported"
@@ -172,7 +172,7 @@ class Reference:
         ids = torch.tensor([list(tokens)])
         kinds = torch.zeros_like(ids)  # 1 at a picture's tokens, 2 at a video's
         for kind, token in enumerate(("image_token_id", "video_token_id"), 1):
-            if pictures:  # else they are ids like any other
+            if pictures:  # otherwise they are ordinary ids
                 kinds[ids == getattr(self.model.config, token, -1)] = kind
         visual = torch.nonzero(kinds[0])[:, 0]
         embeds, images, deepstack = self.decoder.embed_tokens(ids), None, list[torch.Tensor]()
@@ -319,7 +319,7 @@ class Reference:
     def _coordinates(self, positions: torch.Tensor, blocks: Sequence[tuple[int, float]]) -> list[int]:
         """IVC tokens, the best of each block first. positions: [axes, L], of the visual tokens."""
         theta = self.decoder.config.rope_parameters["rope_theta"]
-        size = 2 * len(self.decoder.rotary_emb.inv_freq)  # what of a head is turned
+        size = 2 * len(self.decoder.rotary_emb.inv_freq)  # how many values of a head are rotated
         parts = torch.split(torch.arange(positions.shape[1]), [tokens for tokens, _ in blocks])
         ranked = []  # (rank within its block, token)
         for part, (_, fraction) in zip(parts, blocks, strict=True):

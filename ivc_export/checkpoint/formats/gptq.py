@@ -103,7 +103,8 @@ def read_gptq(
     def zero_points() -> Bytes:
         assert qzeros is not None
         found = unpack_words(whole(qzeros), bits)[:, :out]
-        if less and (found == (1 << bits) - 1).any():  # readers disagree on whether this is 0 or one more than it holds
+        # readers disagree on whether this is 0, or one more than the largest value
+        if less and (found == (1 << bits) - 1).any():
             raise UserError(
                 f"{qzeros.name} in {qzeros.file.name} has a zero point of {(1 << bits) - 1}, which means "
                 f"{1 << bits} and does not fit into {bits} bits: give a checkpoint of the model in GPTQ's second "

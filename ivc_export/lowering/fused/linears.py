@@ -43,7 +43,7 @@ class FuseLinearsPass(ir.passes.InPlacePass):
         for node in [node for node in model.graph if node.domain == IVC_DOMAIN and node.op_type in ATTENTION]:
             join_projections(edit, node)
         for node in [node for node in model.graph if is_product(node)]:
-            if node.graph is not None:  # else it was the second half of a gated one
+            if node.graph is not None:  # otherwise it was the second half of a gated product
                 fuse_product(edit, node)
         if found:
             RemoveUnusedNodesPass()(model)

@@ -199,7 +199,7 @@ def joined_heads(edit: Editor, before: ir.Node, x: ir.Value | None, tables: Tabl
     if rotation is None:
         return y
     cos, sin = (like(edit, before, table, edit.types[split.inputs[0]], tables) for table in rotation.inputs[1:])  # type: ignore[index]
-    offset = edit.ints(0)  # row r of this run turns by row r of cos and sin
+    offset = edit.ints(0)  # row r of this run rotates by row r of cos and sin
     return edit.op(before, "RotaryEmbedding", y, offset, cos, sin, domain=CONTRIB, interleaved=0)[0]
 
 

@@ -63,7 +63,8 @@ def packed_rows(node: ir.Node) -> tuple[ir.Value, Sequence[ir.Value | None]] | N
     if split is None or split.inputs[0] is None or list(split.outputs) != parts:
         return None
     rows = split.inputs[0].producer()
-    if rows is None or rows.op_type not in ("Gemm", "MatMulNBits", "Add", *LINEAR_OPERATORS):  # parts lie otherwise
+    # otherwise parts are in another order
+    if rows is None or rows.op_type not in ("Gemm", "MatMulNBits", "Add", *LINEAR_OPERATORS):
         return None
     return split.inputs[0], rotations[0].inputs[2:]
 

@@ -90,7 +90,7 @@ class RetypeFloatsPass(ir.passes.InPlacePass):
         if node.domain == IVC_DOMAIN:
             kinds = self._kinds(node, wide)
         elif node.op_type == "Cast" and node.attributes["to"].as_int() in ONNX_FLOATS:
-            kinds = {kinds != {True}}  # a cast of floats that are no float32 stretch, or of integers, begins one
+            kinds = {kinds != {True}}  # a cast of floats outside a float32 stretch, or of integers, begins one
         elif node.op_type == "Cast" or node.op_type in NOT_FLOAT:
             kinds = set()
         if len(kinds) > 1:

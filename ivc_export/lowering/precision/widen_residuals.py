@@ -55,7 +55,7 @@ class WidenResidualsPass(ir.passes.InPlacePass):
 
     def _follow(self, node: ir.Node, wide: set[ir.Value]) -> None:
         if node.op_type == "RMSNorm":
-            return  # it computes in float32, and gives its weight's type
+            return  # it computes in float32, and its result has its weight's type
         if node.op_type == "Add":
             self._widen_inputs(node, wide)
             wide.add(node.outputs[0])

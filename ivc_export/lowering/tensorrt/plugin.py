@@ -113,7 +113,7 @@ def fuse_gathers(graph: ir.Graph, gathers: Sequence[ir.Node], attributes: Mappin
         new.type, new.shape = old.type, old.shape
         source, axis = node.inputs[0], node.attributes["axis"].as_int()
         if new.shape is None and source is not None and source.shape is not None and index is not None:
-            kept = index.shape  # written down, since nobody can infer it without the operator's body
+            kept = index.shape  # written out, because nothing can infer it without the operator's body
             new.type = source.type
             new.shape = ir.Shape([*source.shape[:axis], *(kept or ()), *source.shape[axis + 1 :]])
         old.replace_all_uses_with(new, replace_graph_outputs=True)

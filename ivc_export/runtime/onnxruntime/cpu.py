@@ -76,7 +76,7 @@ class OnnxSession:
         self._threads, self._prepacking = threads, prepacking
         self._given: list[OrtValue] = []
         """Weights that sessions read but do not own."""
-        # side by side, unless weights are widened or rearranged: several graphs' copies would be there at once
+        # in parallel, unless weights are widened or rearranged: all graphs' copies would exist at once
         as_stored = bundle.manifest.dtype == dtype and not bundle.manifest.weight_formats
         with ThreadPoolExecutor(len(GRAPH_NAMES) if as_stored else 1) as pool:
             self._sessions = dict(zip(GRAPH_NAMES, pool.map(self._open, GRAPH_NAMES), strict=True))
@@ -90,7 +90,8 @@ class OnnxSession:
         options.intra_op_num_threads = self._threads or 0
         if not self._prepacking:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # three pools would spin on each other
+        # otherwise the idle threads of two pools would spin against those of the working one
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry(
             "session.use_device_allocator_for_initializers", "1"
         )  # just as large as they are
@@ -103,7 +104,7 @@ class OnnxSession:
             passes.append(SetAccuracyPass(self.accuracy_level))
         elif "int8" in formats:
             passes.insert(0, SplitBytesPass())
-        if formats:  # beside such products, hundreds of small operators would take a third of a decode step
+        if formats:  # with packed products, hundreds of small operators would take a third of a decode step
             passes += [UseRotaryEmbeddingPass(), FuseNormsPass(), FuseActivationsPass()]
         if passes:
             model = self.bundle.graph(name)
@@ -159,7 +160,7 @@ def mapped(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """
     try:
         with tempfile.TemporaryFile() as file:
-            if hasattr(os, "posix_fallocate"):  # else a full disk would end the process when pages are written
+            if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill the process when pages are written
                 os.posix_fallocate(file.fileno(), 0, array.nbytes)
             place = np.memmap(file, np.uint8, "w+", shape=array.shape)
     except OSError as error:
@@ -173,7 +174,7 @@ def mapped(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 def return_freed() -> None:
     """Return memory to the system that was freed after opening. glibc keeps it, because memory behind it is in use."""
     if sys.platform == "linux":
-        with suppress(AttributeError):  # of another C library
+        with suppress(AttributeError):  # another C library has no malloc_trim
             gc.collect()  # graphs, whose nodes and values refer to each other
             ctypes.CDLL(None).malloc_trim(0)
 

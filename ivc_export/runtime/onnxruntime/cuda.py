@@ -95,7 +95,7 @@ class FusedSession(FusedGraphs):
                     host = HostStep.make(m, self.dtype, self._gathers, self.shared)
                 return Workspace.make(m, rows, self.dtype, self.value, host)
 
-        with suppress(UserError):  # outside of which what was made before memory ran short is gone
+        with suppress(UserError):  # outside this block, everything allocated before memory ran short is freed
             return attempt(capacity)
         self._idle.clear()
         return attempt(least or capacity)

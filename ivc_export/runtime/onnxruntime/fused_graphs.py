@@ -77,7 +77,7 @@ class FusedGraphs:
                 "--backend onnxruntime-cpu"
             )
         if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()  # CUDA's libraries, where pip has put them
+            onnxruntime.preload_dlls()  # CUDA's libraries, if pip installed them
         grow_exactly()
         bundle.check_portable("the CUDA provider")
         self.bundle = bundle
@@ -104,7 +104,7 @@ class FusedGraphs:
         except UserError as error:
             if not (self.cuda_graph and NOT_CAPTURED in str(error)):
                 raise
-            self.cuda_graph = False  # onnxruntime captures no graph of which it computes a part on the host
+            self.cuda_graph = False  # onnxruntime cannot capture a graph with a part on the host
             self._sessions["decode"] = self._open(self._decode(tied))
         rows = rows_graph(DTYPE_OF_NAMES[self.dtype].onnx) if tied is None else table_graph(tied.name, tied.tensor)
         self._sessions["rows"], self._gathers = self._open(rows), tied is not None
@@ -147,8 +147,9 @@ class FusedGraphs:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
-            if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor):  # to be converted, or as the bundle has it
-                if name not in self._weights:  # weights that several graphs read, such as tied embeddings, are one
+            if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor):  # converted, or as in the bundle
+                # weights that several graphs read, such as tied embeddings, are loaded once
+                if name not in self._weights:
                     array = np.ascontiguousarray(read_values(tensor))
                     self._owners[name] = self.value(array)
                     self._weights[name] = view(self._owners[name])
@@ -163,7 +164,7 @@ class FusedGraphs:
         content = ir.to_proto(model).SerializeToString()
         with told(f"{model.graph.name} does not open in onnxruntime", NO_ROOM, "use --backend onnxruntime-cpu"):
             session = onnxruntime.InferenceSession(content, options, providers=[provider])
-        if PROVIDERS[self.device] not in session.get_providers():  # onnxruntime falls back to the CPU without a word
+        if PROVIDERS[self.device] not in session.get_providers():  # onnxruntime falls back to the CPU silently
             raise UserError(
                 "onnxruntime's CUDA provider does not load: install the versions of CUDA and cuDNN that this "
                 "onnxruntime-gpu needs, or use --backend onnxruntime-cpu"

@@ -20,7 +20,7 @@ def load_onnxruntime() -> Any:
     """
     try:
         import onnxruntime
-        from onnxruntime import InferenceSession as InferenceSession  # one that was half removed has none
+        from onnxruntime import InferenceSession as InferenceSession  # a partly removed package has none
     except ImportError as error:
         raise UserError(
             f"onnxruntime cannot be imported ({error}): install ivc-export[cpu], or ivc-export[cuda] instead if "

@@ -61,7 +61,7 @@ def fused_times(session: Session, plan: Run, rows: int) -> SelectionTimes:
     assert isinstance(session, FusedSession)
     library, lowering, provider = session.op_library, session.lowering, session.device
     chooses = {node.op_type for node in session.bundle.graph("prefix").graph} & {*SELECTIONS}
-    whole = chooses <= LOWERINGS[lowering].functions  # else its nodes are among the others
+    whole = chooses <= LOWERINGS[lowering].functions  # otherwise its nodes are among the others
     prefix, decoder = session.lowered("prefix", lowering if whole else "ort-cuda"), session.lowered("decoder", lowering)
     sizes = extents(session.bundle.manifest, plan, rows)
     feeds = selection_feeds(plan) | {"seqlens_k": np.array([plan.rows - 1], np.int32)}

@@ -45,7 +45,7 @@ class ShownConversation(FusedConversation):
             for name in (f"key.{i}", f"value.{i}"):
                 if i in m.selection.whole_layers:
                     below[f"new_{name}"] = cache_rows(cache.current[name], cache.whole_length, plan.rows)
-                elif i < m.selection_layer:  # compaction has changed the two sets of buffers
+                elif i < m.selection_layer:  # compaction has swapped the two sets of buffers
                     below[f"new_{name}"] = cache_rows(cache.spare[name], cache.length, plan.rows)
                     above[f"compact_{name}"] = cache_rows(cache.current[name], cache.length, kept)
                 else:

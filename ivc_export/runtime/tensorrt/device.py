@@ -169,7 +169,7 @@ class CudaDevice:
         self._call(self._runtime.cudaStreamBeginCapture, self.stream, mode)
         try:
             work()
-        except UserError:  # what cannot be captured; the capture has to be ended all the same
+        except UserError:  # it cannot be captured, but the capture must still be ended
             self._runtime.cudaStreamEndCapture(self.stream)
             return None
         status, graph = self._runtime.cudaStreamEndCapture(self.stream)
@@ -224,7 +224,7 @@ class Buffers:
             if address:
                 del self._held[name]
                 self._device.free(address)
-            held = max(size, 1)  # an empty tensor wants an address, too
+            held = max(size, 1)  # an empty tensor needs an address too
             address = self._device.allocate(held)
             self._held[name] = (address, held)
         return address

@@ -171,7 +171,7 @@ class Engine:
         """An output's shape, once all inputs are set. It must be known and equal the graph's."""
         try:
             shape = tuple(context.get_tensor_shape(name))
-        except ValueError:  # TensorRT's Dims of no known rank have a length of -1
+        except ValueError:  # TensorRT's Dims of unknown rank have a length of -1
             shape = (-1,)
         if any(extent < 0 for extent in shape):
             raise UserError(f"the {self._name} engine does not give the size of {name}: {REBUILD}")

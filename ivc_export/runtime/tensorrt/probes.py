@@ -48,7 +48,8 @@ def open_engine(session: TensorrtSession, model: ir.Model, profiles: Mapping[str
     Raises:
         UserError: TensorRT refuses it.
     """
-    options = replace(session.recipe.options(session.capability, session.dtype), timing_cache=None)  # the builds' own
+    # the options of the engines' own build, except its timing cache
+    options = replace(session.recipe.options(session.capability, session.dtype), timing_cache=None)
     with TemporaryDirectory() as work:  # the bundle may be read-only
         plan = compile_graph(session.trt, model, profiles.values(), options, Path(work))
         path = Path(work) / f"{model.graph.name}.plan"
@@ -90,7 +91,7 @@ class EngineParts:
             if array is None:
                 array = generator.standard_normal([sizes["S"] if axis < 0 else axis for axis in shape], np.float32)
             array = np.ascontiguousarray(array, engine.dtypes[tensor])
-            if tensor == "keep_count":  # a shape input: in host memory, which `feeds` hold
+            if tensor == "keep_count":  # a shape input is in host memory, in `feeds`
                 inputs[tensor] = Tensor(array.ctypes.data, array.shape, array.dtype)
                 continue
             address = self.buffers.get(f"{name}/{tensor}", array.nbytes)

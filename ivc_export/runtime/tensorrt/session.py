@@ -298,13 +298,13 @@ class TensorrtConversation(Conversation):
             cache.append(prefix | decoder, turn.kept, plan.rows)
             session.device.synchronize()
         step = Step(plan, vision, session.fetched(stage, prefix), session.fetched(stage, shown), turn.keep_index)
-        step.decoder["logits"]  # while no other thread's run takes their place
+        step.decoder["logits"]  # before another thread's run replaces them
         return step
 
     def _prefill(self, turn: Turn, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         with self.timings.stage("prefill.prefix"):
             prefix = self._run_prefix(turn, inputs)
-            self.session.device.synchronize()  # for the timings alone
+            self.session.device.synchronize()  # only for the timings
         with self.timings.stage("prefill.decoder"):
             return prefix, self._run_decoder(turn, inputs, prefix)
 

@@ -44,7 +44,7 @@ struct RowAttention {
         const int32_t group = r.a.group, lanes = t.lanes(), count = (group + (last ? 2 : 0)) * lanes;
         block.each([&](int warp) {
             for (int32_t first = warp * kWarp; first - warp * kWarp < count; first += S::kThreads) {
-                Pairs pairs;
+                Pairs<> pairs;
                 const auto item = [&](int lane) { return (first + lane) / lanes; };
                 const auto element = [&](int lane) { return 4 * ((first + lane) % lanes); };
                 const auto real = [&](int lane) { return first + lane < count; };
@@ -65,17 +65,17 @@ struct RowAttention {
                 }
                 if (t.cos) {
                     const auto turned = [&](int lane) { return real(lane) && item(lane) <= group; };
-                    Angles angles;
+                    Angles<> angles;
                     angles.read(t, [&](int lane) -> int64_t { return turned(lane) ? element(lane) : -1; });
                     pairs.turn(angles, turned);
                 }
                 eachLane([&](int lane) {
                     if (!real(lane)) return;
                     const int32_t i = item(lane), at = element(lane), other = at + t.half();
-                    const Pairs::Both& x = pairs.x[lane];
+                    const Pairs<>::Both& x = pairs.x[lane];
                     if (i < group) {
-                        writeFour<Value>(shared + S::at(i, at / 8) + at % 8 * sizeof(Value), x.low);
-                        writeFour<Value>(shared + S::at(i, other / 8) + other % 8 * sizeof(Value), x.high);
+                        writeEach<Value>(shared + S::at(i, at / 8) + at % 8 * sizeof(Value), x.low);
+                        writeEach<Value>(shared + S::at(i, other / 8) + other % 8 * sizeof(Value), x.high);
                         return;
                     }
                     Value* near = i == group ? fresh.key : fresh.value;
@@ -83,8 +83,8 @@ struct RowAttention {
                     Value* far = static_cast<Value*>(cache) +
                                  (static_cast<int64_t>(head) * r.a.capacity + past) * r.a.headDim;
                     for (Value* to : {near, far}) {
-                        writeFour<Value>(to + at, x.low);
-                        writeFour<Value>(to + other, x.high);
+                        writeEach<Value>(to + at, x.low);
+                        writeEach<Value>(to + other, x.high);
                     }
                 });
             }
@@ -204,7 +204,7 @@ struct RowAttention {
                     }
 #pragma unroll
                     for (int k = 0; k < 4; ++k) x[k] /= sum;
-                    writeFour<Value>(static_cast<Value*>(a.y) + at, x);
+                    writeEach<Value>(static_cast<Value*>(a.y) + at, x);
                 }
             });
         });

@@ -20,7 +20,9 @@ inline Turn planned(const IvcJoined& c, const IvcJoinedRows& r, void* q, void* k
         c.order == IVC_HEADS_GROUPED, c.byHead, c.epsilon};
 }
 
-inline int32_t turnBlocks(const Turn& t) { return ceilDiv(t.rowCount * t.parts() * t.lanes(), kTurnThreads); }
+inline int32_t turnBlocks(const Turn& t) {
+    return ceilDiv(t.rowCount * t.parts() * (t.half() / (t.wide() ? 8 : 4)), kTurnThreads);
+}
 
 // The attention after ivcTurnHeads: query and key are in their own buffers, the value is still in the joined rows.
 inline IvcAttention apart(const IvcJoined& c) {

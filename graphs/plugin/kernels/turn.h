@@ -1,8 +1,9 @@
 // Splits the heads of query, key and value out of the rows of one product, normalises and rotates them, in float32.
 //
-// A lane has four elements of a head's first half, and the four elements of its second half with which they are
-// rotated. Source of the rotation: Su et al. 2021, section 3.4.2; of the norm: Zhang and Sennrich 2019, eq. 4.
+// A lane has a few elements of a head's first half, and as many of its second half, with which they are rotated. Source of the rotation: Su et al. 2021, section 3.4.2; of the norm: Zhang and Sennrich 2019, eq. 4.
 #pragma once
+
+#include <type_traits>
 
 #include "ivc_types.h"
 #include "rows.h"
@@ -22,13 +23,15 @@ struct Turn {
     float epsilon;
 
     IVC_HD int32_t half() const { return headDim / 2; }
-    IVC_HD int32_t lanes() const { return headDim / 8; }  // of one head
+    IVC_HD int32_t lanes() const { return headDim / 8; }  // of one head, with four elements of each half
+    IVC_HD bool wide() const { return half() % 8 == 0; }  // a lane of turnHeads has eight elements of each half, else four
     IVC_HD int32_t group() const { return heads / kvHeads; }
 
     // Where head `head` of a row's `of` heads is written.
-    IVC_HD int64_t target(int64_t row, int32_t head, int32_t of) const {
-        if (!byHead) return (row * of + head) * headDim;
-        return ((row / angleRows * of + head) * angleRows + row % angleRows) * headDim;
+    IVC_HD int64_t target(int32_t row, int32_t head, int32_t of) const {
+        if (!byHead) return (static_cast<int64_t>(row) * of + head) * headDim;
+        const int32_t frame = row / angleRows;  // in 32 bits: 64-bit divisions would take longer than the memory
+        return (static_cast<int64_t>(frame * of + head) * angleRows + (row - frame * angleRows)) * headDim;
     }
 
     IVC_HD int32_t width() const { return (heads + 2 * kvHeads) * headDim; }
@@ -45,38 +48,43 @@ struct Turn {
     }
 };
 
-template <class Value, bool kWide = sizeof(Value) == 4>
-struct FourOf {
-    using Vector = Vector8;
-};
-template <class Value>
-struct FourOf<Value, true> {
-    using Vector = Vector16;
+// kEach neighbouring elements, which are read and written 16 bytes at a time if possible, else 8.
+template <class Value, int kEach>
+struct Neighbours {
+    static constexpr size_t kBytes = kEach * sizeof(Value);
+    using Vector = std::conditional_t<kBytes % 16 == 0, Vector16, Vector8>;
+    static constexpr int kVectors = static_cast<int>(kBytes / sizeof(Vector));
 };
 
-template <class Value>
-IVC_WARP void readFour(float* to, const Value* from) {
-    const auto bits = *reinterpret_cast<const typename FourOf<Value>::Vector*>(from);
-    Value values[4];
-    memcpy(static_cast<void*>(values), &bits, sizeof values);
+template <int kEach, class Value>
+IVC_WARP void readEach(float* to, const Value* from) {
+    using N = Neighbours<Value, kEach>;
+    typename N::Vector bits[N::kVectors];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = static_cast<float>(values[i]);
+    for (int i = 0; i < N::kVectors; ++i) bits[i] = reinterpret_cast<const typename N::Vector*>(from)[i];
+    Value values[kEach];
+    memcpy(static_cast<void*>(values), bits, sizeof values);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) to[i] = static_cast<float>(values[i]);
 }
 
-template <class Value>
-IVC_WARP void writeFour(void* to, const float* from) {
-    Value values[4];
+template <class Value, int kEach = 4>
+IVC_WARP void writeEach(void* to, const float* from) {
+    using N = Neighbours<Value, kEach>;
+    Value values[kEach];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = static_cast<Value>(from[i]);
-    typename FourOf<Value>::Vector bits;
-    memcpy(&bits, static_cast<const void*>(values), sizeof bits);
-    *static_cast<typename FourOf<Value>::Vector*>(to) = bits;
+    for (int i = 0; i < kEach; ++i) values[i] = static_cast<Value>(from[i]);
+    typename N::Vector bits[N::kVectors];
+    memcpy(bits, static_cast<const void*>(values), sizeof bits);
+#pragma unroll
+    for (int i = 0; i < N::kVectors; ++i) static_cast<typename N::Vector*>(to)[i] = bits[i];
 }
 
 // The angles by which a lane's elements are rotated.
+template <int kEach = 4>
 struct Angles {
     struct Both {
-        float cos[4], sin[4];
+        float cos[kEach], sin[kEach];
     };
     Lane<Both> x;
 
@@ -86,16 +94,17 @@ struct Angles {
         eachLane([&](int lane) {
             const int64_t at = from(lane);
             if (at < 0) return;
-            readFour(x[lane].cos, t.cos + at);
-            readFour(x[lane].sin, t.sin + at);
+            readEach<kEach>(x[lane].cos, t.cos + at);
+            readEach<kEach>(x[lane].sin, t.sin + at);
         });
     }
 };
 
-// The elements that the lanes of a warp have. lanes() neighbouring lanes share one head.
+// The elements that the lanes of a warp have. half() / kEach neighbouring lanes share one head.
+template <int kEach = 4>
 struct Pairs {
     struct Both {
-        float low[4], high[4];
+        float low[kEach], high[kEach];
     };
     Lane<Both> x;
 
@@ -106,8 +115,8 @@ struct Pairs {
             const Value* source = from(lane);
             x[lane] = Both{};
             if (!source) return;
-            readFour(x[lane].low, source);
-            readFour(x[lane].high, source + t.half());
+            readEach<kEach>(x[lane].low, source);
+            readEach<kEach>(x[lane].high, source + t.half());
         });
     }
 
@@ -118,11 +127,11 @@ struct Pairs {
         eachLane([&](int lane) {
             sum[lane] = 0;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < kEach; ++i) {
                 sum[lane] += x[lane].low[i] * x[lane].low[i] + x[lane].high[i] * x[lane].high[i];
             }
         });
-        for (int mask = 1; mask < t.lanes(); mask *= 2) {
+        for (int mask = 1; mask < t.half() / kEach; mask *= 2) {
             Lane<float> other;
             exchange(other, sum, mask);
             eachLane([&](int lane) { sum[lane] += other[lane]; });
@@ -132,7 +141,7 @@ struct Pairs {
             if (!of) return;
             const float factor = 1 / sqrtf(sum[lane] / static_cast<float>(t.headDim) + t.epsilon);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {  // one by one: weights may lie at any address
+            for (int i = 0; i < kEach; ++i) {  // one by one: weights may lie at any address
                 x[lane].low[i] *= factor * static_cast<float>(of[i]);
                 x[lane].high[i] *= factor * static_cast<float>(of[t.half() + i]);
             }
@@ -141,12 +150,12 @@ struct Pairs {
 
     // Rotates the elements of each lane for which `turned(lane)` is true.
     template <class Turned>
-    IVC_WARP void turn(const Angles& angles, Turned turned) {
+    IVC_WARP void turn(const Angles<kEach>& angles, Turned turned) {
         eachLane([&](int lane) {
             if (!turned(lane)) return;
-            const Angles::Both& a = angles.x[lane];
+            const typename Angles<kEach>::Both& a = angles.x[lane];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < kEach; ++i) {
                 const float low = x[lane].low[i], high = x[lane].high[i];
                 x[lane].low[i] = low * a.cos[i] - high * a.sin[i];
                 x[lane].high[i] = high * a.cos[i] + low * a.sin[i];
@@ -158,48 +167,63 @@ struct Pairs {
 // The work of one block: kTurnThreads lanes of the heads of rows. A row's queries come first, then its keys, then its
 // values, if they are wanted. With more heads per lane, angles would be read once, but an H200 is slower: it then reads
 // and writes rows in shorter pieces.
-template <class Value>
-IVC_WARP void turnHeads(Block& block, const Turn& t, int32_t number) {
-    const int32_t lanes = t.lanes(), turned = t.heads + t.kvHeads, all = t.parts(), count = t.rowCount * all * lanes;
+template <class Value, int kEach>
+IVC_WARP void turnSome(Block& block, const Turn& t, int32_t number) {
+    const int32_t lanes = t.half() / kEach, turned = t.heads + t.kvHeads, all = t.parts();
+    const int32_t count = t.rowCount * all * lanes;
+    struct Place {
+        int32_t row, head, element;
+    };
     block.each([&](int warp) {
         const int32_t first = number * kTurnThreads + warp * kWarp;
-        const auto headOf = [&](int lane) { return (first + lane) / lanes % all; };
-        const auto rowOf = [&](int lane) { return (first + lane) / lanes / all; };
-        const auto element = [&](int lane) { return 4 * ((first + lane) % lanes); };
         const auto real = [&](int lane) { return first + lane < count; };
-        Pairs pairs;
-        pairs.read<Value>(t, [&](int lane) -> const Value* {
+        Lane<Place> places;
+        eachLane([&](int lane) {
+            const int32_t head = (first + lane) / lanes, row = head / all;
+            places[lane] = {row, head - row * all, kEach * (first + lane - head * lanes)};
+        });
+        Pairs<kEach> pairs;
+        pairs.template read<Value>(t, [&](int lane) -> const Value* {
             if (!real(lane)) return nullptr;
-            const int64_t row = static_cast<int64_t>(rowOf(lane)) * t.width();
-            return static_cast<const Value*>(t.rows) + row + t.place(headOf(lane)) + element(lane);
+            const Place& p = places[lane];
+            return static_cast<const Value*>(t.rows) + static_cast<int64_t>(p.row) * t.width() + t.place(p.head) +
+                   p.element;
         });
         if (t.queryNorm || t.keyNorm) {
-            pairs.norm<Value>(t, [&](int lane) -> const Value* {
-                const int32_t head = headOf(lane);
-                const void* weights = head < t.heads ? t.queryNorm : head < turned ? t.keyNorm : nullptr;
-                return weights && real(lane) ? static_cast<const Value*>(weights) + element(lane) : nullptr;
+            pairs.template norm<Value>(t, [&](int lane) -> const Value* {
+                const Place& p = places[lane];
+                const void* weights = p.head < t.heads ? t.queryNorm : p.head < turned ? t.keyNorm : nullptr;
+                return weights && real(lane) ? static_cast<const Value*>(weights) + p.element : nullptr;
             });
         }
         if (t.cos) {
-            const auto turns = [&](int lane) { return real(lane) && headOf(lane) < turned; };
-            Angles angles;
+            const auto turns = [&](int lane) { return real(lane) && places[lane].head < turned; };
+            Angles<kEach> angles;
             angles.read(t, [&](int lane) -> int64_t {
                 if (!turns(lane)) return -1;
-                return static_cast<int64_t>(rowOf(lane) % t.angleRows) * t.half() + element(lane);
+                return static_cast<int64_t>(places[lane].row % t.angleRows) * t.half() + places[lane].element;
             });
             pairs.turn(angles, turns);
         }
         eachLane([&](int lane) {
             if (!real(lane)) return;
-            const int32_t head = headOf(lane);
-            const int64_t row = rowOf(lane);
-            Value* to = head < t.heads  ? static_cast<Value*>(t.q) + t.target(row, head, t.heads)
-                        : head < turned ? static_cast<Value*>(t.k) + t.target(row, head - t.heads, t.kvHeads)
-                                        : static_cast<Value*>(t.v) + t.target(row, head - turned, t.kvHeads);
-            writeFour<Value>(to + element(lane), pairs.x[lane].low);
-            writeFour<Value>(to + element(lane) + t.half(), pairs.x[lane].high);
+            const Place& p = places[lane];
+            Value* to = p.head < t.heads  ? static_cast<Value*>(t.q) + t.target(p.row, p.head, t.heads)
+                        : p.head < turned ? static_cast<Value*>(t.k) + t.target(p.row, p.head - t.heads, t.kvHeads)
+                                          : static_cast<Value*>(t.v) + t.target(p.row, p.head - turned, t.kvHeads);
+            writeEach<Value, kEach>(to + p.element, pairs.x[lane].low);
+            writeEach<Value, kEach>(to + p.element + t.half(), pairs.x[lane].high);
         });
     });
+}
+
+template <class Value>
+IVC_WARP void turnHeads(Block& block, const Turn& t, int32_t number) {
+    if (t.wide()) {
+        turnSome<Value, 8>(block, t, number);
+    } else {
+        turnSome<Value, 4>(block, t, number);
+    }
 }
 
 }  // namespace ivc

@@ -124,7 +124,7 @@ class WindowedText(DecoderSettings):
             return
         first, windowed = self.max_window_layers, self.use_sliding_window and self.sliding_window is not None
         if windowed and first < self.num_hidden_layers:
-            known = f"this version supports only full attention, and layers from {first} on would have windows"
+            known = f"this version supports no sliding-window attention, which layers from {first} on would have"
             refuse("use_sliding_window", True, CONFIG, known)
 
 

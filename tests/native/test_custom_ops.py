@@ -125,11 +125,11 @@ def test_impossible_attention_is_refused(library: Path) -> None:
     with pytest.raises(Exception, match="the caches have no room for this run's rows"):
         caches = case.key_cache[:, : rows - 1], case.value_cache[:, : rows - 1]
         attend_joined(library, "cpu", replace(case, key_cache=caches[0], value_cache=caches[1]))
-    with pytest.raises(Exception, match="both caches are"):
+    with pytest.raises(Exception, match="both caches must have the shape"):
         attend_joined(library, "cpu", replace(case, key_cache=case.key_cache[:, 1:]))
-    with pytest.raises(Exception, match=r"joined rows are \[rows, \(heads \+ 2 kv_heads\) head_dim\]"):
+    with pytest.raises(Exception, match=r"joined rows must have the shape \[rows, \(heads \+ 2 kv_heads\) head_dim\]"):
         attend_joined(library, "cpu", replace(case, rows=case.rows[:, 1:]))
-    with pytest.raises(Exception, match="cosines and sines are"):
+    with pytest.raises(Exception, match="cosines and sines must have the shape"):
         attend_joined(library, "cpu", replace(case, cos=case.cos[:, 1:]))
     with pytest.raises(Exception, match="one weight for each element"):
         attend_joined(library, "cpu", replace(case, query_norm=case.query_norm[1:]))
@@ -186,6 +186,10 @@ def test_impossible_products_are_refused(library: Path) -> None:
         run_int4(library, "cpu", packed, packed=packed.packed[:, :, 1:])
     with pytest.raises(Exception, match="scales must have one value for each block"):
         run_int4(library, "cpu", packed, scales=packed.scales[1:])
+    pointed, points = next((p, p.points) for seed in range(99) if (p := int4_case(seed)).points is not None)
+    assert points is not None
+    with pytest.raises(Exception, match="zero_points must have one byte for two blocks of a row"):
+        run_int4(library, "cpu", pointed, points=points[1:])
 
 
 def test_impossible_inputs_are_refused(library: Path) -> None:

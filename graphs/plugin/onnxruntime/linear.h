@@ -115,12 +115,13 @@ class FusedLinearInt4 : LinearAttributes {
             require(block_ > 0 && x.size() > 1 && packed.size() == 3 && packed[2] == block_ / 2 &&
                         packed[1] == (x.back() + block_ - 1) / block_,
                 "FusedLinearInt4: packed must have the shape [N, ceil(K / block_size), block_size / 2]");
-            const auto scales = shapeOf(context.GetInput(2));
-            int64_t count = 1;
-            for (const int64_t extent : scales) count *= extent;
-            require(count == packed[0] * packed[1], "FusedLinearInt4: scales must have one value for each block");
+            const auto points = input(context, 3);
+            require(count(context.GetInput(2)) == packed[0] * packed[1],
+                "FusedLinearInt4: scales must have one value for each block");
+            require(!points || count(points) == packed[0] * ((packed[1] + 1) / 2),
+                "FusedLinearInt4: zero_points must have one byte for two blocks of a row");
             const Around a = around(context, 4, packed[0]);
-            const IvcPacked weight{data(context.GetInput(1)), data(context.GetInput(2)), data(input(context, 3)),
+            const IvcPacked weight{data(context.GetInput(1)), data(context.GetInput(2)), data(points),
                 static_cast<int32_t>(block_)};
             run(raw, context, a, ivcLinearInt4Workspace(&a.product, a.norm != nullptr),
                 [&](void* workspace, cudaStream_t stream) {
@@ -131,6 +132,10 @@ class FusedLinearInt4 : LinearAttributes {
     }
 
    private:
+    static int64_t count(const Ort::ConstValue& tensor) {
+        return static_cast<int64_t>(tensor.GetTensorTypeAndShapeInfo().GetElementCount());
+    }
+
     int64_t block_;
 };
 

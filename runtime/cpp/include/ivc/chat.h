@@ -78,7 +78,7 @@ class Chat {
     double ratio_;
     Sampler sampler_;
     std::vector<Message> messages_;
-    std::string told_, answer_;  // what the last turn's prefill had been told so far, and what came of it
+    std::string told_, answer_;  // the text of the last turn's prefill so far, and the answer to it
     bool closed_ = false;
     std::vector<int32_t> tokens_, prompt_, keepIndex_;
     Run run_;

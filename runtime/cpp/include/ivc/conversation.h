@@ -16,7 +16,7 @@ struct Part {
 
 // One message.
 struct Message {
-    // Who speaks.
+    // Who wrote the message.
     enum class Role { kSystem, kUser, kAssistant };
     Role role = Role::kUser;
     std::vector<Part> parts;  // the system's and the assistant's messages have one text

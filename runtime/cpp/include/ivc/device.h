@@ -29,7 +29,7 @@ class Device {
     virtual int32_t room() const = 0;    // rows that still fit into every cache; INT32_MAX if caches grow
     virtual int64_t cacheBytes() const = 0;  // bytes of the valid rows of all caches
     virtual std::string name() const = 0;  // for example "onnxruntime-cpu"
-    virtual std::string dtype() const = 0;  // what the graphs compute in
+    virtual std::string dtype() const = 0;  // the dtype in which the graphs compute
 
     // Seconds of a stage, summed over its runs, and the number of runs. Stages are "vision", "prefill.prefix",
     // "decode.decoder" and so on.

@@ -6,7 +6,7 @@
 
 namespace ivc {
 
-// What all of the library throws. The C API returns it as a value.
+// The exception of the whole library. The C API returns it as a value.
 class Error : public std::runtime_error {
    public:
     using std::runtime_error::runtime_error;

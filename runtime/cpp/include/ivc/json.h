@@ -30,12 +30,12 @@ class Field {
     bool has(const std::string& name) const { return value_->is_object() && value_->contains(name); }
 
     Field operator[](const std::string& name) const;         // an object's entry
-    std::vector<Field> items(size_t most = 1u << 20) const;  // of a list of at most `most` items
+    std::vector<Field> items(size_t most = 1u << 20) const;  // the items of a list, at most `most`
     void onlyHas(std::initializer_list<const char*> names) const;  // throws if it has others: a newer version wrote them
 
     std::string text() const;                                            // the value of a string
     std::string choice(std::initializer_list<const char*> names) const;  // the value of a string that is one of these
-    bool boolean() const;                                                // true or false
+    bool boolean() const;                                                // the value of true or false
     // The value of a whole number within these bounds, a multiple of `multipleOf`.
     int64_t integer(int64_t least, int64_t most, int64_t multipleOf = 1) const;
     // The value of a number within these bounds.

@@ -107,7 +107,7 @@ struct Graph {
 // A safetensors file of the bundle. size is in bytes.
 struct WeightFile {
     std::string file, headerSha256;
-    std::optional<std::string> sha256;  // of the whole file, if ivc-check --weights has read it
+    std::optional<std::string> sha256;  // that of the whole file, if ivc-check --weights has read it
     uint64_t size = 0;
 };
 

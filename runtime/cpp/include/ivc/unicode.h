@@ -22,9 +22,9 @@ std::string lossy(std::string_view bytes);
 // A UTF-8 text in normal form C, by the tables of Unicode 9, which `tokenizers` uses.
 std::string nfc(const std::string& text);
 
-bool isSpace(uint32_t point);   // White_Space
-bool isWord(uint32_t point);    // a letter, mark, decimal number or connector, as in \w
-bool isBlank(uint32_t point);   // what Python's str.strip removes
+bool isSpace(uint32_t point);   // whether it has Unicode's property White_Space
+bool isWord(uint32_t point);    // whether it is a letter, mark, decimal number or connector, as \w
+bool isBlank(uint32_t point);   // whether Python's str.strip removes it
 
 // What to strip: newlines, or all characters of isBlank.
 enum class Strip { kNewlines, kBlanks };

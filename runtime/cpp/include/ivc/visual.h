@@ -45,11 +45,11 @@ struct Seen {
 // A picture as the vision graph takes it. Names are those of the graph's inputs.
 struct Visual {
     Grid grid;
-    std::vector<int64_t> shape;          // of `pixels`: [1, patches, values] or [tiles, 3, side, side]
+    std::vector<int64_t> shape;          // the shape of `pixels`: [1, patches, values] or [tiles, 3, side, side]
     std::vector<float> pixels;           // pixel_values
     std::vector<int32_t> patchPosition;  // [patches, 2]; empty for tiles and views
     std::vector<int32_t> tokenSource;    // [visual]; for views only
-    int32_t width = 0, height = 0;       // of the original picture
+    int32_t width = 0, height = 0;       // those of the original picture
     Box covered;                         // the part of the picture that the tokens show
     Box spread;                          // what rows by columns tokens lie over: `covered`, and for views the padding, too
 

@@ -101,7 +101,7 @@ def propose(trials: Sequence[Trial], ratio: float, enough: float = ENOUGH) -> in
 
 
 def verdict(found: Calibration) -> str | None:
-    """A sentence if the choice of tokens makes no difference. None if there is no random choice to compare with.
+    """A sentence on whether the choice of tokens makes a difference. None if there is no random choice to compare with.
 
     It makes no difference if the fraction of unchanged answers is within SPREADS standard deviations of random's mean.
     """

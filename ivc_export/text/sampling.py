@@ -146,7 +146,7 @@ UNKNOWN: dict[str, tuple[Any, ...]] = {  # unsupported keys that change answers,
 
 
 def stored_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of generation_config.json that change greedy answers, by Sampling's names, or by their own."""
+    """Settings of generation_config.json beyond taking the best token, by Sampling's names, or by their own."""
     found: dict[str, Any] = {}
     if config.get("do_sample"):
         found |= {key: default if config.get(key) is None else config[key] for key, default in DRAWN.items()}

@@ -306,7 +306,7 @@ def take_norm(edit: Editor, fused: FusedProduct, readers: list[ir.Node]) -> None
 
 
 def remove_unread(node: ir.Node) -> None:
-    """Remove a node that a fused node replaced, and the nodes that only it reads."""
+    """Remove a node that a fused node replaced, and all nodes that read its outputs."""
     for value in node.outputs:
         for user in tuple(value.consumers()):
             remove_unread(user)

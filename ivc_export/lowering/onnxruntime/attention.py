@@ -214,7 +214,7 @@ def like(edit: Editor, before: ir.Node, table: ir.Value | None, dtype: ir.DataTy
 
 
 def length_inputs(edit: Editor, past_length: ir.Value) -> list[ir.Value]:
-    """Replace `past_length` by its inputs. Readers other than masks compute it from them."""
+    """Replace `past_length` by the inputs that stand for it. Readers other than masks compute it from them."""
     graph = edit.graph
     known = {value.name: value for value in graph.inputs}
     wanted = in_place_lengths(str(past_length.name))

@@ -91,8 +91,8 @@ def projection(value: ir.Value | None) -> Projection | None:
 
 
 def pack(edit: Editor, before: ir.Node, parts: list[Projection], reader: ir.Node) -> None:
-    """Put one product before the first of several. Its parts replace the others' results, or the whole replaces those
-    of `reader`."""
+    """Put one product before the first of several. Its parts replace their results. If `reader` joins these, the whole
+    replaces it."""
     columns = zip(*(part.product.inputs[1:] for part in parts), strict=True)
     weights = [stacked(edit.graph, [value for value in column if value is not None]) for column in columns]
     sizes = [part.features for part in parts]

@@ -1,5 +1,4 @@
-// Asks a question about a picture, and prints the answer as it comes. A bundle's TensorRT engines run the model, through
-// the library of runtime/cpp.
+// Asks a question about a picture, and prints the answer as it comes. A bundle's TensorRT engines run the model.
 //
 //   ivc_sample BUNDLE PICTURE QUESTION [PLUGIN]
 #include <iostream>

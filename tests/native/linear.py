@@ -27,12 +27,14 @@ class IvcLinear(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("rows", "features", "out", "type", "activation", "gated")),
         *((name, ctypes.c_float) for name in ("slope", "scale", "epsilon")),
+        ("layer_norm", ctypes.c_int32),
     ]
 
 
 @dataclass(frozen=True)
 class LinearCase:
-    """x [rows, K]; norm [K]; weight [N, K], or [2 N, K] where gated; bias, one a row of weight; residual [rows, N]."""
+    """x [rows, K]; norm [K], or [2 K] of a layer norm; weight [N, K], or [2 N, K] where gated; bias, one a row of
+    weight; residual [rows, N]."""
 
     x: npt.NDArray[Any]
     norm: npt.NDArray[Any] | None
@@ -50,9 +52,14 @@ class LinearCase:
     def out(self) -> int:
         return len(self.weight) // (1 + self.gated)
 
+    @property
+    def layer_norm(self) -> bool:
+        return self.norm is not None and len(self.norm) == 2 * self.x.shape[1]
+
     def struct(self, **changed: int) -> IvcLinear:
         found = IvcLinear(*self.x.shape, self.out, TYPES[self.dtype], ACTIVATIONS.index(self.activation), self.gated)
         found.slope, found.scale, found.epsilon = self.slope, self.scale, self.epsilon
+        found.layer_norm = self.layer_norm
         for name, value in changed.items():
             setattr(found, name, value)
         return found
@@ -81,8 +88,8 @@ class LinearCase:
         return found
 
     def check(self, kernels: Kernels) -> float:
-        """Against float64; returns the largest error, in units of what rounding may cost."""
-        return self.compare(self.run(kernels), 0.0)
+        """Against float64; returns the largest error, in units of what rounding may cost. Layer norms are apart."""
+        return self.check_apart(kernels) if self.layer_norm else self.compare(self.run(kernels), 0.0)
 
     def check_apart(self, kernels: Kernels) -> float:
         """The same of separate steps, whose results are rounded in between: of normed rows, and of products."""
@@ -90,11 +97,17 @@ class LinearCase:
 
     def compare(self, found: npt.NDArray[Any], between: float) -> float:
         x, weight, unit = self.x.astype(np.float64), self.weight.astype(np.float64), ROUNDING[self.dtype]
+        lost = np.zeros_like(x)  # by the mean, in units of what sums cost
         if self.norm is not None:
-            x = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + self.epsilon) * self.norm.astype(np.float64)
+            norm, *added = np.split(self.norm.astype(np.float64), 1 + self.layer_norm)
+            mean = x.mean(axis=1, keepdims=True) if self.layer_norm else np.zeros((len(x), 1))
+            norm = norm / np.sqrt(((x - mean) ** 2).mean(axis=1, keepdims=True) + self.epsilon)
+            lost = np.abs(mean * norm) / 8 + sum(map(np.abs, added))
+            x = (x - mean) * norm + sum(added)
         bias = np.zeros(len(weight)) if self.bias is None else self.bias.astype(np.float64)
         product = self.scale * x @ weight.T
-        lost = (SUMMED + between) * abs(self.scale) * np.abs(x) @ np.abs(weight).T + between * np.abs(product)
+        lost = SUMMED * lost + (SUMMED + between) * np.abs(x)
+        lost = abs(self.scale) * lost @ np.abs(weight).T + between * np.abs(product)
         lost = lost + SUMMED * np.abs(product + bias)
         gate, up = np.split(product + bias, 2, axis=1) if self.gated else (product + bias, 1.0)
         lost_gate, lost_up = np.split(lost, 2, axis=1) if self.gated else (lost, 0.0)
@@ -122,7 +135,8 @@ def activated(x: Doubles, activation: str, slope: float) -> Doubles:
 
 
 def linear_case(seed: int) -> LinearCase:
-    """Every activation, gated or not, with and without norm, bias and residual; K not always in octets."""
+    """Every activation, gated or not, with a norm of each kind or none, with and without bias and residual; K not
+    always in octets, and rows of layer norms not always around 0."""
     generator = np.random.default_rng(seed)
     dtype, activation, gated = DTYPES[seed % 3], ACTIVATIONS[seed // 3 % 4], bool(seed // 12 % 2)
     rows = (1, int(generator.integers(2, 5)), int(generator.integers(5, 9)), int(generator.integers(9, 40)))[
@@ -149,8 +163,12 @@ def linear_case(seed: int) -> LinearCase:
 
     norm = perhaps(features)
     size = 1 if norm is None else float(generator.choice([0.01, 1, 1000]))  # squares beyond float16's range
+    x = tensor(rows, features, size=size)
+    if norm is not None and (seed // 24 % 2 or seed % 100 == 4):
+        norm = np.concatenate([norm, tensor(features)])
+        x = (x + size * generator.choice([0, 3, -50])).astype(x.dtype)
     return LinearCase(
-        tensor(rows, features, size=size),
+        x,
         norm,
         tensor(out * (1 + gated), features, size=features**-0.5),
         perhaps(out * (1 + gated)),

@@ -28,9 +28,16 @@ def test_random_cases_hold_what_they_are_for() -> None:
         for gated in (False, True)
         for one in (False, True)
     }
-    assert {(c.norm is None, c.bias is None, c.residual is None) for c in cases} == {
-        (norm, bias, residual) for norm in (False, True) for bias in (False, True) for residual in (False, True)
+    norms = {(c.norm is None, c.layer_norm) for c in cases}
+    assert {(c.norm is None, c.layer_norm, c.bias is None, c.residual is None) for c in cases} == {
+        (*norm, bias, residual) for norm in norms for bias in (False, True) for residual in (False, True)
     }
+    assert norms == {(True, False), (False, False), (False, True)}
+    assert {(c.dtype, c.x.shape[1] % 8 != 0) for c in cases if c.layer_norm} == {
+        (dtype, odd) for dtype in DTYPES for odd in (False, True)
+    }
+    widths = [c.x.shape[1] for c in cases if c.layer_norm and c.x.shape[1] % 8 == 0]
+    assert min(widths) < 1280 < 2048 < max(widths) and any(1280 < width < 2048 for width in widths)
     assert sum(c.x.shape[1] % 8 != 0 for c in cases) > 100
     assert {len(c.x) <= most for c in cases for most in (1, 4, 8)} == {False, True}
 
@@ -42,6 +49,12 @@ def test_rows_far_beyond_float16_are_normed(kernels: Kernels) -> None:
     x = np.full_like(case.x, 60000)
     replace(case, x=x).check(kernels)
     replace(case, x=x, norm=case.norm, epsilon=case.epsilon * 2.0**-8).check_apart(kernels)
+
+
+def test_layer_norms_need_a_launch_of_their_own(kernels: Kernels) -> None:
+    case = next(c for seed in range(500) if (c := linear_case(seed)).layer_norm)
+    with pytest.raises(AssertionError, match="returned 1"):
+        case.run(kernels)
 
 
 @pytest.mark.parametrize("changed", [{"features": 0}, {"rows": 0}, {"out": -1}, {"activation": 4}])

@@ -39,7 +39,7 @@ using namespace ivc;
 
 cudaError_t ivcFusedInt4(const IvcLinear* c, const IvcPacked* w, const void* x, const void* norm, const void* bias,
     const void* residual, void* y, cudaStream_t stream) {
-    if (!possible(*c, *w)) return cudaErrorInvalidValue;
+    if (!possible(*c, *w) || !possible(*c, norm)) return cudaErrorInvalidValue;
     bool tensorCores = false;
     const cudaError_t known = hasTensorCores(tensorCores);
     if (known != cudaSuccess) return known;

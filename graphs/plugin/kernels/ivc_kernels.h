@@ -122,7 +122,7 @@ IVC_API cudaError_t ivcTakeStep(const IvcStep* step, const int32_t* given, const
 IVC_API cudaError_t ivcGiveAnswer(const IvcStep* step, const void* x, const int32_t* wanted, float* logits,
     int32_t* best, float* told, int32_t* scratch, cudaStream_t stream);
 
-// y = f(scale n(x) W^T + b) + r. n is an RMS norm or nothing, f an activation. If gated, y = f(g) * u + r, where g and
+// y = f(scale n(x) W^T + b) + r. n is an RMS norm or nothing, and no layer norm; f is an activation. If gated, y = f(g) * u + r, where g and
 // u are the products with the two halves of W. Each weight is read once for 4 rows. The kernel starts to read weights
 // before the previous kernel has ended, so that kernel must not write weights.
 //   x [rows, K]; norm [K], the weight of the norm, or null; weight [N, K], or [2 N, K] if gated; bias, one value for
@@ -140,7 +140,7 @@ IVC_API cudaError_t ivcFusedInt4(const IvcLinear* product, const IvcPacked* weig
 IVC_API cudaError_t ivcUnpack(
     const IvcLinear* product, const IvcPacked* packed, void* weight, cudaStream_t stream);
 
-// Only y = n(x), [rows, K]: the input of a product of many rows.
+// Only y = n(x), [rows, K], with a norm of either kind: the input of a product of many rows.
 IVC_API cudaError_t ivcNormRows(
     const IvcLinear* product, const void* x, const void* norm, void* y, cudaStream_t stream);
 

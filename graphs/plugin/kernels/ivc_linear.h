@@ -11,13 +11,14 @@
 extern "C" {
 #endif
 
-// Bytes of scratch memory that ivcLinear needs. The size follows from the extents. The memory need not be cleared.
+// Bytes of scratch memory that ivcLinear needs. The size follows from the extents and the kind of norm. The memory need
+// not be cleared.
 // normed: whether the product has a norm.
 IVC_API size_t ivcLinearWorkspace(const IvcLinear* product, int32_t normed);
 
 // Like ivcFusedLinear, which it calls for few rows. For more rows, cuBLASLt multiplies, and our kernels do what
-// cuBLASLt has no epilogue for. Normalised rows, and products before activations that cuBLASLt does not have, are
-// rounded to the tensors' type.
+// cuBLASLt has no epilogue for. Rows of any number may have a layer norm. Rows that are normalised before they are
+// multiplied, and products before activations that cuBLASLt does not have, are rounded to the tensors' type.
 IVC_API cudaError_t ivcLinear(const IvcLinear* product, const void* x, const void* norm, const void* weight,
     const void* bias, const void* residual, void* y, void* workspace, cudaStream_t stream);
 

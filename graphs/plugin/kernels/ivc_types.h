@@ -127,6 +127,7 @@ typedef struct {
     float slope;    // of IVC_SWISH
     float scale;    // factor of the product, before the bias is added
     float epsilon;  // of the norm
+    int32_t layerNorm;  // what `norm` has; 0: the weight [K] of an RMS norm; 1: weight and then bias of a layer norm, [2 K]
 } IvcLinear;
 
 // Weights in 4 bits of such a product: W = (stored - zero point) scale, stored as in

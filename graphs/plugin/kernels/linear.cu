@@ -31,7 +31,7 @@ using namespace ivc;
 
 cudaError_t ivcFusedLinear(const IvcLinear* c, const void* x, const void* norm, const void* weight, const void* bias,
     const void* residual, void* y, cudaStream_t stream) {
-    if (!possible(*c)) return cudaErrorInvalidValue;
+    if (!possible(*c, norm)) return cudaErrorInvalidValue;
     int processors = 0;
     const cudaError_t known = countProcessors(processors);
     if (known != cudaSuccess) return known;

@@ -10,7 +10,7 @@ namespace ivc {
 // One product; see IvcLinear.
 struct Linear {
     const void* x;         // [rows, features]
-    const void* norm;      // [features], or null
+    const void* norm;      // [features], or [2 features] of a layer norm, or null
     const void* weight;    // [out, features], or [2 out, features], the rows of the gate first
     const void* bias;      // one value for each row of weight, or null
     const void* residual;  // [rows, out], or null
@@ -18,6 +18,7 @@ struct Linear {
     int32_t rows, features, out;
     IvcActivation activation;
     float slope, scale, epsilon;
+    int32_t layerNorm;
     int32_t parts;   // warps that share a sum; for few rows only
     int32_t blocks;  // the most; for one row only
 };
@@ -71,16 +72,23 @@ IVC_WARP void put(Value* row, int32_t at, int32_t width, const Octet<Value>& oct
     }
 }
 
-// Sums over the lanes of a warp, into shared memory.
+// Adds up over the lanes of a warp. Each lane gets the sum.
 template <class Of>
-IVC_WARP void shareSum(float& to, Of of) {
-    Lane<float> sum, other;
+IVC_WARP void addUp(Lane<float>& sum, Of of) {
+    Lane<float> other;
     eachLane([&](int lane) { sum[lane] = of(lane); });
 #pragma unroll
     for (int mask = kWarp / 2; mask > 0; mask /= 2) {
         exchange(other, sum, mask);
         eachLane([&](int lane) { sum[lane] += other[lane]; });
     }
+}
+
+// Sums over the lanes of a warp, into shared memory.
+template <class Of>
+IVC_WARP void shareSum(float& to, Of of) {
+    Lane<float> sum;
+    addUp(sum, of);
     eachLane([&](int lane) {
         if (lane == 0) to = sum[lane];
     });
@@ -106,7 +114,7 @@ IVC_WARP Octet<Value> streamed(const Value* from) {
     return found;
 }
 
-// The factor by which an RMS norm multiplies a row with this sum of squares.
+// The factor by which a norm multiplies a row with this sum of squares.
 IVC_WARP float normFactor(const Linear& a, float squares) {
     return 1 / sqrtf(squares / static_cast<float>(a.features) + a.epsilon);
 }
@@ -394,57 +402,92 @@ struct OneRowLinear {
     }
 };
 
-// y = n(x), one warp per row: the input of a product of many rows.
-template <class Value_, bool kWhole>
+// y = n(x), one warp per row: the input of a product of many rows. Of each lane, kOctets octets stay in registers.
+template <class Value_, int kOctets, bool kWhole>
 struct NormRows {
     using Value = Value_;
-    static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kStep = 8 * kWarp, kBlocksEach = 1;
+    static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kBlocksEach = 1;
 
-    struct Shared {
-        float squares[kWarps];
+    struct Shared {};
+
+    struct Held {
+        Octet<Value> x[kOctets];
     };
 
     static int32_t columnBlocks(const Linear& a) { return ceilDiv(a.rows, kWarps); }
     static int32_t rowBlocks(const Linear&) { return 1; }
 
-    static IVC_WARP void run(Block& block, Shared& shared, const Linear& a, int32_t number, int32_t) {
+    static IVC_WARP void run(Block& block, Shared&, const Linear& a, int32_t number, int32_t) {
         awaitKernelBefore();
         block.each([&](int warp) {
-            const int32_t row = smaller(number * kWarps + warp, a.rows - 1);
-            const Value* x = static_cast<const Value*>(a.x) + static_cast<int64_t>(row) * a.features;
-            shareSum(shared.squares[warp], [&](int lane) {
-                float squares = 0;
-                for (int32_t at = 8 * lane; at < a.features; at += kStep) {
-                    const Octet<Value> octet = octetOf<kWhole>(x, at, a.features);
-#pragma unroll
-                    for (int i = 0; i < 8; ++i) {
-                        const float value = static_cast<float>(octet.x[i]);
-                        squares += value * value;
-                    }
-                }
-                return squares;
-            });
-        });
-        block.barrier();
-        block.each([&](int warp) {
             const int32_t row = number * kWarps + warp;
-            const float factor = normFactor(a, shared.squares[warp]);
-            const Value *x = static_cast<const Value*>(a.x), *norm = static_cast<const Value*>(a.norm);
-            Value* y = static_cast<Value*>(a.y);
-            const int64_t first = static_cast<int64_t>(row) * a.features;
-            eachLane([&](int lane) {
-                for (int32_t at = 8 * lane; row < a.rows && at < a.features; at += kStep) {
-                    Octet<Value> octet = octetOf<kWhole>(x + first, at, a.features);
-                    const Octet<Value> weights = octetOf<kWhole>(norm, at, a.features);
+            if (row < a.rows) norm(a, row);
+        });
+    }
+
+    static IVC_WARP void norm(const Linear& a, int32_t row) {
+        const int64_t first = static_cast<int64_t>(row) * a.features;
+        const Value *x = static_cast<const Value*>(a.x) + first, *weight = static_cast<const Value*>(a.norm);
+        const Value* bias = a.layerNorm ? weight + a.features : nullptr;
+        Value* y = static_cast<Value*>(a.y) + first;
+        Lane<Held> held;
+        Lane<float> mean, squares;
+        eachLane([&](int lane) {
+            mean[lane] = 0;
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) {
-                        octet.x[i] = static_cast<Value>(
-                            static_cast<float>(octet.x[i]) * factor * static_cast<float>(weights.x[i]));
-                    }
-                    put<kWhole>(y + first, at, a.features, octet);
+            for (int i = 0; i < kOctets; ++i) held[lane].x[i] = octetOf<kWhole>(x, placeOf(lane, i), a.features);
+        });
+        if (a.layerNorm) {
+            addUp(mean, [&](int lane) {
+                float sum = 0;
+                eachOctet(a, x, held[lane], lane, [&](const Octet<Value>& octet, int32_t) {
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) sum += static_cast<float>(octet.x[i]);
+                });
+                return sum / static_cast<float>(a.features);
+            });
+        }
+        addUp(squares, [&](int lane) {
+            float sum = 0;
+            eachOctet(a, x, held[lane], lane, [&](const Octet<Value>& octet, int32_t at) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const float value = static_cast<float>(octet.x[i]) - mean[lane];
+                    if (kWhole || at + i < a.features) sum += value * value;
                 }
             });
+            return sum;
         });
+        eachLane([&](int lane) {
+            const float factor = normFactor(a, squares[lane]);
+            eachOctet(a, x, held[lane], lane, [&](const Octet<Value>& octet, int32_t at) {
+                const Octet<Value> weights = octetOf<kWhole>(weight, at, a.features);
+                const Octet<Value> biases = bias ? octetOf<kWhole>(bias, at, a.features) : Octet<Value>{};
+                Octet<Value> found;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const float value = (static_cast<float>(octet.x[i]) - mean[lane]) * factor;
+                    const float added = bias ? static_cast<float>(biases.x[i]) : 0;
+                    found.x[i] = static_cast<Value>(value * static_cast<float>(weights.x[i]) + added);
+                }
+                put<kWhole>(y, at, a.features, found);
+            });
+        });
+    }
+
+    static IVC_HD int32_t placeOf(int lane, int octet) { return 8 * (lane + kWarp * octet); }
+
+    // Calls of(octet, its place) for each octet of a lane. Those that are not held are read again.
+    template <class Of>
+    static IVC_WARP void eachOctet(const Linear& a, const Value* x, const Held& held, int lane, Of of) {
+#pragma unroll
+        for (int i = 0; i < kOctets; ++i) {
+            const int32_t at = placeOf(lane, i);
+            if (at < a.features) of(held.x[i], at);
+        }
+        for (int32_t at = placeOf(lane, kOctets); at < a.features; at += 8 * kWarp) {
+            of(octetOf<kWhole>(x, at, a.features), at);
+        }
     }
 };
 

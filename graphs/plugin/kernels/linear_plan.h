@@ -31,6 +31,7 @@ constexpr LinearChoice kLinearChoices[] = {
 // Octets of a row that a lane of OneRowLinear has: few if a few warps are enough for the row, else the most. FewLinear
 // takes longer rows, and reads them repeatedly.
 constexpr int kFewOctets = 3, kMostOctets = 5;
+constexpr int kFewNormed = 5, kMostNormed = 8;  // those of NormRows, which reads the rest of longer rows repeatedly
 constexpr int32_t kManyColumns = 16384;  // of y; from this number on, a warp computes four at a time
 
 inline LinearChoice choiceOf(const IvcLinear& c) {
@@ -42,8 +43,8 @@ inline LinearChoice choiceOf(const IvcLinear& c) {
 
 inline Linear planned(const IvcLinear& c, const void* x, const void* norm, const void* weight, const void* bias,
     const void* residual, void* y) {
-    return {x, norm, weight, bias, residual, y, c.rows, c.features, c.out, c.activation, c.slope, c.scale, c.epsilon, 1,
-        1};
+    return {x, norm, weight, bias, residual, y, c.rows, c.features, c.out, c.activation, c.slope, c.scale, c.epsilon,
+        c.layerNorm, 1, 1};
 }
 
 // The number of warps that share a sum so that a lane has at most `octets` octets; 0 if a block has fewer warps.
@@ -104,8 +105,9 @@ auto launchLinear(const IvcLinear& c, const Linear& a, int32_t processors, Launc
 
 template <class Value, class Launch>
 auto launchNorm(const IvcLinear&, const Linear& a, Launch launch) {
-    return inOctets(a.features, {a.x, a.norm, a.y}) ? launch.template run<NormRows<Value, true>>(a)
-                                                    : launch.template run<NormRows<Value, false>>(a);
+    if (!inOctets(a.features, {a.x, a.norm, a.y})) return launch.template run<NormRows<Value, 1, false>>(a);
+    return a.features <= 8 * kWarp * kFewNormed ? launch.template run<NormRows<Value, kFewNormed, true>>(a)
+                                                : launch.template run<NormRows<Value, kMostNormed, true>>(a);
 }
 
 template <class Value, class Launch>

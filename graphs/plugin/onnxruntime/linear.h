@@ -20,7 +20,8 @@ class LinearAttributes {
           epsilon_(node.GetAttribute<float>("epsilon")) {}
 
    protected:
-    // What surrounds a product, inputs from number `first` on: norm? [K], bias? [N], residual? [.., N].
+    // What surrounds a product, inputs from number `first` on: norm? [K] of an RMS norm, or
+    // [2 K] of a layer norm, the weight and then the bias; bias? [N], residual? [.., N].
     struct Around {
         IvcLinear product;
         const void *norm, *bias, *residual;
@@ -38,12 +39,14 @@ class LinearAttributes {
         for (size_t axis = 0; axis + 1 < shape.size(); ++axis) rows *= shape[axis];
         shape.back() = out;
         require(columns % each == 0, "FusedLinear: the weight of a gated product must have an even number of rows");
-        require(!norm || shapeOf(norm) == Shape{features}, "FusedLinear: norm must have one weight for each feature");
+        const bool layerNorm = norm && shapeOf(norm) == Shape{2 * features};
+        require(!norm || layerNorm || shapeOf(norm) == Shape{features},
+            "FusedLinear: norm must have one weight for each feature, or a weight and a bias");
         require(!bias || shapeOf(bias) == Shape{columns}, "FusedLinear: bias must have one value for each row of weight");
         require(!residual || shapeOf(residual) == shape, "FusedLinear: residual must have the shape of y");
         return {{static_cast<int32_t>(rows), static_cast<int32_t>(features), static_cast<int32_t>(out),
                     ivcType(x.GetTensorTypeAndShapeInfo().GetElementType()), activation_, gated_, slope_, scale_,
-                    epsilon_},
+                    epsilon_, layerNorm},
             data(norm), data(bias), data(residual), context.GetOutput(0, shape).GetTensorMutableRawData()};
     }
 

@@ -10,8 +10,8 @@
 namespace ivc {
 
 // What both have: {activation, gated, normed, biased, summed, slope, scale, epsilon}, `activation` being one of
-// IvcActivation, and behind the weights the inputs norm [K], bias [N] and residual [.., N], those left out whose
-// `normed`, `biased` or `summed` is 0.
+// IvcActivation, and behind the weights the inputs norm, bias [N] and residual [.., N], those left out whose `normed`,
+// `biased` or `summed` is 0. `norm` is [K] of an RMS norm, or [2 K] of a layer norm, the weight and then the bias.
 class Surroundings {
    public:
     static constexpr size_t kCount = 8;
@@ -38,20 +38,22 @@ class Surroundings {
         return shape;
     }
 
-    IvcLinear linear(const PluginTensorDesc* in) const {
+    // first: the number of the first input behind the weights.
+    IvcLinear linear(const PluginTensorDesc* in, int32_t first) const {
         const int32_t last = in[0].dims.nbDims - 1;
+        const bool layerNorm = flag(kNormed) && count(in[first]) == 2 * static_cast<int64_t>(extent(in[0], last));
         IvcLinear c{1, extent(in[0], last), extent(in[1], 0) / (flag(kGated) ? 2 : 1), ivcType(in[0].type),
-            static_cast<IvcActivation>(a_[0][0]), flag(kGated), real(a_[5]), real(a_[6]), real(a_[7])};
+            static_cast<IvcActivation>(a_[0][0]), flag(kGated), real(a_[5]), real(a_[6]), real(a_[7]), layerNorm};
         for (int32_t a = 0; a < last; ++a) c.rows *= extent(in[0], a);
         return c;
     }
 
-    // Whether what surrounds the product is of its extents, and an N of gates is even. first: as in `operands`.
+    // Whether what surrounds the product is of its extents, and an N of gates is even. first: as in `linear`.
     bool fits(const PluginTensorDesc* in, int32_t first) const {
-        const IvcLinear c = linear(in);
+        const IvcLinear c = linear(in, first);
         const int32_t columns = extent(in[1], 0);
         bool fit = columns == c.out * (flag(kGated) ? 2 : 1);
-        if (flag(kNormed)) fit = fit && count(in[first++]) == c.features;
+        if (flag(kNormed)) fit = fit && count(in[first++]) == (c.layerNorm ? 2 : 1) * static_cast<int64_t>(c.features);
         if (flag(kNormed + 1)) fit = fit && count(in[first++]) == columns;
         if (!flag(kNormed + 2)) return fit;
         const PluginTensorDesc& residual = in[first];
@@ -62,7 +64,7 @@ class Surroundings {
         const void *norm = nullptr, *bias = nullptr, *residual = nullptr;
     };
 
-    // first: the number of the first input behind the weights.
+    // first: as in `linear`.
     Operands operands(const void* const* inputs, int32_t first) const {
         Operands found;
         if (flag(kNormed)) found.norm = inputs[first++];
@@ -121,13 +123,13 @@ class FusedLinear : public Product {
     }
 
     size_t workspace(const PluginTensorDesc* in) const {
-        const IvcLinear c = around().linear(in);
+        const IvcLinear c = around().linear(in, 2);
         return ivcLinearWorkspace(&c, around().normed());
     }
 
     cudaError_t enqueue(const PluginTensorDesc* in, const void* const* inputs, void* const* outputs, void* workspace,
         cudaStream_t stream) const {
-        const IvcLinear c = around().linear(in);
+        const IvcLinear c = around().linear(in, 2);
         const bool weight = in[1].dims.nbDims == 2 && extent(in[1], 1) == c.features;
         if (!weight || !around().fits(in, 2)) return cudaErrorInvalidValue;
         const auto given = around().operands(inputs, 2);
@@ -157,13 +159,13 @@ class FusedLinearInt4 : public Product {
     }
 
     size_t workspace(const PluginTensorDesc* in) const {
-        const IvcLinear c = around().linear(in);
+        const IvcLinear c = around().linear(in, behind());
         return ivcLinearInt4Workspace(&c, around().normed());
     }
 
     cudaError_t enqueue(const PluginTensorDesc* in, const void* const* inputs, void* const* outputs, void* workspace,
         cudaStream_t stream) const {
-        const IvcLinear c = around().linear(in);
+        const IvcLinear c = around().linear(in, behind());
         if (!weightFits(in, c) || !around().fits(in, behind())) return cudaErrorInvalidValue;
         const IvcPacked weight{
             inputs[1], inputs[2], points() ? inputs[kPoints] : nullptr, attribute(Surroundings::kCount)};

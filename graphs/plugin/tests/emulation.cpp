@@ -221,7 +221,7 @@ extern "C" {
 
 int ivcFusedInt4(const IvcLinear* c, const IvcPacked* w, const void* x, const void* norm, const void* bias,
     const void* residual, void* y, size_t backwards) {
-    if (!possible(*c, *w)) return 1;
+    if (!possible(*c, *w) || !possible(*c, norm)) return 1;
     const Int4 a = planned(*c, *w, x, norm, bias, residual, y);
     if (!wellPlaced(a.packed)) return 1;
     return withHalf<Float16, BFloat16>(
@@ -245,7 +245,7 @@ int ivcUnpack(const IvcLinear* c, const IvcPacked* w, void* weight, size_t backw
 
 int ivcFusedLinear(const IvcLinear* c, const void* x, const void* norm, const void* weight, const void* bias,
     const void* residual, void* y, size_t backwards) {
-    if (!possible(*c)) return 1;
+    if (!possible(*c, norm)) return 1;
     const Linear a = planned(*c, x, norm, weight, bias, residual, y);
     return withType<Float16, BFloat16>(
         c->type, [&](auto value) { return launchLinear<decltype(value)>(*c, a, 1, Multiplying{backwards != 0}); });

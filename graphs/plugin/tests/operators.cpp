@@ -96,6 +96,12 @@ void testLinear() {
     const auto x = tensor({1, 3, 16}), weight = tensor({8, 16}), norm = tensor({16}), bias = tensor({8});
     refuseOthers<FusedLinear>(attributes(false, true, true, true), {x, weight, norm, bias, tensor({1, 3, 8})},
         "FusedLinear takes tensors that fit each other alone");
+    for (const int32_t features : {16, 32, 48}) {  // of RMS norms, of layer norms, and of neither
+        const std::vector<PluginTensorDesc> in{x, weight, tensor({features}), bias};
+        const Attributes given = attributes(false, true, true, false);
+        require(runs<FusedLinear>(given, in) == (features < 48), "a norm has a weight for each feature, or a bias too");
+        require(Surroundings(given).linear(in.data(), 2).layerNorm == (features == 32), "a layer norm has both");
+    }
     require(!runs<FusedLinear>(attributes(false, false, false, true), {x, weight, tensor({3, 8})}), "ranks are compared");
     require(!runs<FusedLinear>(attributes(false, false, false, true), {x, weight, tensor({1, 1, 8})}),
         "a residual is not repeated over rows");

@@ -175,8 +175,13 @@ void product(int number) {
     require(ivcFusedLinear(
         &c, x.data, norm.data, weight.data, bias.data, residual.data, again.data, nullptr));
     if (norm.bytes > 0) require(ivcNormRows(&c, x.data, norm.data, normed.data, nullptr));
+    IvcLinear layer = c;
+    layer.layerNorm = 1;
+    Buffer both(4 * features), centred(2 * rows * features);
+    both.fill(c.type);
+    require(ivcNormRows(&layer, x.data, both.data, centred.data, nullptr));
     require(ivcActivate(&c, sums.data, bias.data, residual.data, activated.data, nullptr));
-    for (const Buffer* buffer : {&y, &weight, &again, norm.bytes > 0 ? &normed : &y, &activated}) {
+    for (const Buffer* buffer : {&y, &weight, &again, norm.bytes > 0 ? &normed : &y, &centred, &activated}) {
         std::vector<char> answer(buffer->bytes);
         require(cudaMemcpy(answer.data(), buffer->data, buffer->bytes, cudaMemcpyDeviceToHost));
     }

@@ -179,8 +179,12 @@ def fused_linear(edit: Editor, node: ir.Node) -> None:
     def op(name: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         return edit.op(node, name, *inputs, **attributes)[0]
 
-    if given["normed"] is not None:
-        (x,) = edit.op(node, "RMSNorm", x, given["normed"], domain=IVC_DOMAIN, epsilon=real["epsilon"])
+    norm = given["normed"]
+    if norm is not None and node.op_type == "FusedLinear" and extent(norm, 0) == 2 * extent(weights[0], 1):
+        halves = edit.op(node, "Split", norm, outputs=2, axis=0)
+        x = op("LayerNormalization", x, *halves, axis=-1, epsilon=real["epsilon"])
+    elif norm is not None:
+        (x,) = edit.op(node, "RMSNorm", x, norm, domain=IVC_DOMAIN, epsilon=real["epsilon"])
     y = op("Mul", product(edit, node, x, weights), edit.scalar(real["scale"], dtype))
     if given["biased"] is not None:
         y = op("Add", y, given["biased"])
@@ -204,6 +208,13 @@ def fused_linear(edit: Editor, node: ir.Node) -> None:
     edit.types[y] = dtype
     edit.replace(node.outputs[0], y)
     edit.graph.remove(node, safe=True)
+
+
+def extent(weight: ir.Value, axis: int) -> int:
+    assert weight.shape is not None
+    size = weight.shape[axis]
+    assert isinstance(size, int)
+    return size
 
 
 def product(edit: Editor, node: ir.Node, x: ir.Value, weights: list[ir.Value]) -> ir.Value:

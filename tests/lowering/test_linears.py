@@ -21,6 +21,8 @@ from ivc_export.lowering.fused.linears import FuseLinearsPass, scaled_row
 ROWS = '<ir_version: 8, opset_import: ["" : 17, "ivc" : 1]> g '
 ROWS += "(float[S, 8] x, float[S, 8] r, float16[S, 8] hx) => (float[S, 8] y) {"
 WEIGHTS = {"w": (8, 8), "u": (8, 8), "v": (8, 8), "b": (8,), "n": (8,), "k": (1, 8)}
+WEIGHTS_OF = {name: number for number, name in enumerate(WEIGHTS)}
+"""Each value of a weight."""
 PACKED: dict[str, npt.NDArray[Any]] = {
     "p": np.zeros((8, 1, 8), np.uint8),
     "hs": np.ones((8, 1), np.float16),
@@ -34,8 +36,9 @@ PACKED: dict[str, npt.NDArray[Any]] = {
 def fused(body: str) -> list[ir.Node]:
     """The nodes of a graph of x and r, weights w, u and v, a bias b and a norm n, after the pass."""
     proto = onnx.parser.parse_model(ROWS + body + "}")
-    for number, (name, shape) in enumerate(WEIGHTS.items()):
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.full(shape, number, np.float32), name))
+    for name, shape in WEIGHTS.items():
+        array = np.full(shape, WEIGHTS_OF[name], np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     for name, array in PACKED.items():
         proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     model = ir.serde.deserialize_model(proto)
@@ -63,10 +66,24 @@ def test_a_whole_layer_is_two_nodes() -> None:
     assert two.attributes["scale"].as_float() == 0.25 and two.outputs[0].name == "y"
 
 
+def test_a_layer_norm_is_its_weight_and_then_its_bias() -> None:
+    (one,) = fused("m = LayerNormalization <epsilon = 0.5> (x, n, b) y = Gemm <transB = 1> (m, w)")
+    assert read(one) == ["x", "w", "n+b/packed"] and one.attributes["epsilon"].as_float() == 0.5
+    norm = one.inputs[2]
+    assert norm is not None and norm.const_value is not None
+    assert norm.const_value.numpy().tolist() == [WEIGHTS_OF["n"]] * 8 + [WEIGHTS_OF["b"]] * 8
+    (plain,) = fused("m = LayerNormalization <axis = -1> (x, n, b) y = Gemm <transB = 1> (m, w)")
+    assert plain.attributes["epsilon"].as_float() == np.float32(1e-5)  # what ONNX says where it is left out
+
+
 @pytest.mark.parametrize(
     ("body", "left"),
     [
         ("m = ivc.RMSNorm <epsilon = 1.0> (x, n) g = Gemm <transB = 1> (m, w) y = Add (g, m)", ["RMSNorm"]),
+        ("m = LayerNormalization (x, n, b) g = Gemm <transB = 1> (m, w) y = Add (g, m)", ["LayerNormalization"]),
+        ("m = LayerNormalization (x, n) y = Gemm <transB = 1> (m, w)", ["LayerNormalization"]),
+        ("m = LayerNormalization <axis = 0> (x, n, b) y = Gemm <transB = 1> (m, w)", ["LayerNormalization"]),
+        ("m = LayerNormalization (x, n, r) y = Gemm <transB = 1> (m, w)", ["LayerNormalization"]),
         ("g = Gemm <transB = 1> (x, w) s = Sigmoid (g) a = Mul (g, s) y = Add (a, g)", ["Sigmoid", "Mul", "Add"]),
         ("g = Gemm <transB = 1> (x, w) y = Add (g, k)", ["Add"]),
         ("g = Gemm <transB = 1> (x, w) y = Add (g, g)", ["Add"]),
@@ -76,7 +93,18 @@ def test_a_whole_layer_is_two_nodes() -> None:
             ["Mul"],
         ),
     ],
-    ids=["norm read twice", "product read twice", "constant", "itself", "sum and more", "gate of other rows"],
+    ids=[
+        "norm read twice",
+        "layer norm read twice",
+        "layer norm without bias",
+        "layer norm over rows too",
+        "layer norm with a bias of rows",
+        "product read twice",
+        "constant",
+        "itself",
+        "sum and more",
+        "gate of other rows",
+    ],
 )
 def test_what_something_else_reads_stays(body: str, left: list[str]) -> None:
     assert [node.op_type for node in fused(body) if node.op_type != "FusedLinear"] == left

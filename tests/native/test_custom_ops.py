@@ -260,6 +260,10 @@ def test_a_decoder_layer_has_four_products(wide_bundle: Bundle) -> None:
         assert len(gated) == m.decoder.layers
     vision = Counter(node.op_type for node in lower(wide_bundle.graph("vision"), "ort-cuda-ops").graph)
     assert vision["FusedLinear"] and not {"Gemm", "Erf", "Sigmoid"} & vision.keys()
+    for lowering in ("ort-cuda-ops", "plugin"):
+        vision = Counter(node.op_type for node in lower(wide_bundle.graph("vision"), lowering).graph)
+        assert vision["LayerNormalization"] <= 1  # one before a Reshape, or one that a sum reads too
+        assert not vision["SkipLayerNormalization"]
 
 
 def test_every_family_attends_with_our_operators(wide_bundle: Bundle, library: Path) -> None:

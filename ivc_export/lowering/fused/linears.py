@@ -25,13 +25,14 @@ class FuseLinearsPass(ir.passes.InPlacePass):
     """Compute a product, the norm before it and the operators after it in one node.
 
     1. Needs: a portable graph, or one in scale (ScaleResidualsPass).
-    2. Leaves: no Gemm over a weight of floats, but FusedLinear(x [rows, K], weight [N, K], norm? [K], bias? [N],
-       residual? [rows, N]) -> y [rows, N] {activation, gated, slope, scale, epsilon}, which computes y = f(scale n(x)
-       W^T + bias) + residual in float32. n is RMSNorm with `norm` and `epsilon`, where nothing else reads what it
-       gives; f is "none", "swish" (x sigmoid(slope x)), "gelu" or "gelu_tanh". Where gated, weight and bias have 2 N
-       rows, and f of the first half multiplies the second: gate and up of a feed-forward. One such node gives the rows
-       of query, key and value, which a Split along the last axis takes apart, where one attention reads products of the
-       same rows. No LinearNBits of 4 bits in float16 or bfloat16, but FusedLinearInt4(x, packed, scales, zero_points?,
+    2. Leaves: no Gemm over a weight of floats, but FusedLinear(x [rows, K], weight [N, K], norm? [K] or [2 K],
+       bias? [N], residual? [rows, N]) -> y [rows, N] {activation, gated, slope, scale, epsilon}, which computes y =
+       f(scale n(x) W^T + bias) + residual in float32. n is a norm with `epsilon`, where nothing else reads what it
+       gives: RMSNorm with `norm` [K], or LayerNormalization with its weight and then its bias as `norm` [2 K]; f is
+       "none", "swish" (x sigmoid(slope x)), "gelu" or "gelu_tanh". Where gated, weight and bias have 2 N rows, and f of
+       the first half multiplies the second: gate and up of a feed-forward. One such node gives the rows of query, key
+       and value, which a Split along the last axis takes apart, where one attention reads products of the same rows. No
+       LinearNBits of 4 bits in float16 or bfloat16, but FusedLinearInt4(x, packed, scales, zero_points?,
        norm?, bias?, residual?) {block_size and the same}. Weights that are joined, and biases that are scaled, are made
        when they are read.
     """
@@ -296,13 +297,26 @@ def take_residual(edit: Editor, fused: FusedProduct) -> None:
 
 def take_norm(edit: Editor, fused: FusedProduct, readers: list[ir.Node]) -> None:
     """Fuse the norm of the rows, if only these products read its output."""
-    norm = called(fused.x, "RMSNorm")
+    norm = called(fused.x, "RMSNorm") or made_by(fused.x, "LayerNormalization")
     if norm is None or fused.x.is_graph_output() or not {*readers} >= set(fused.x.consumers()):
         return
-    x, weight = norm.inputs
-    if x is not None and edit.types[x] == edit.types[fused.x]:
-        fused.x, fused.norm = x, weight
-        fused.attributes["epsilon"] = norm.attributes["epsilon"].as_float()
+    x, *weights = [value for value in norm.inputs if value is not None]
+    if edit.types[x] != edit.types[fused.x]:
+        return
+    if norm.op_type == "LayerNormalization":
+        if not layer_norm_taken(edit, norm, weights):
+            return
+        weights = [stacked(edit.graph, weights)]
+    fused.x, fused.norm = x, weights[0]
+    fused.attributes["epsilon"] = norm.attributes["epsilon"].as_float() if "epsilon" in norm.attributes else 1e-5
+
+
+def layer_norm_taken(edit: Editor, norm: ir.Node, weights: list[ir.Value]) -> bool:
+    """Whether our kernels compute a layer norm: over the last axis alone, with a constant weight and a bias."""
+    axis = norm.attributes.get("axis")
+    constant = len(weights) == 2 and all(value.const_value is not None for value in weights)
+    alike = {edit.types[value] for value in (norm.inputs[0], *weights) if value is not None}
+    return constant and len(alike) == 1 and (axis is None or axis.as_int() == -1)
 
 
 def remove_unread(node: ir.Node) -> None:

@@ -200,7 +200,7 @@ def test_pytorch_takes_floats_alone(
     bundles: tuple[Bundle, Bundle], checkpoints: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """transformers would draw the layers that it does not find at random."""
-    sentence = "stores 14 layers as toy8 (model.layers.0."
+    sentence = "stores 14 layers as toy8 (such as model.layers.0."
     for command, arguments in (
         (ivc_check, [str(bundles[0].folder), "--against", str(checkpoints[0])]),
         (ivc_calibrate, ["--model", str(checkpoints[0])]),

@@ -88,7 +88,7 @@ def test_force_replaces_what_a_link_points_to(sample_checkpoint: Path, tmp_path:
         ({"layer": 0}, "this model has 6 layers, so --layer takes 1 to 5 .its default is 3"),
         ({"layer": 6}, "layer 6 is out of range"),
         ({"max_visual": 1}, "at least 4"),
-        ({"model": Path("/nowhere")}, "/nowhere is not a folder"),
+        ({"model": Path("/nowhere")}, "/nowhere is neither a folder nor an alias"),
         ({"output": Path("/proc/nowhere")}, "nothing can be written beside /proc/nowhere"),
     ],
 )

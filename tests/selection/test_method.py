@@ -141,7 +141,7 @@ def test_commands_choose_a_method_and_tell_it(
     shutil.copy(folder / "report" / "parity.json", tmp_path / "older.json")
     capsys.readouterr()
     assert cli.ivc_check([*check, "--baseline", str(tmp_path / "older.json")]) == 2
-    assert "older.json is of another method seed: 3, not 0;" in capsys.readouterr().err
+    assert "older.json is from a run with another method seed (3, not 0): give" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -394,7 +394,7 @@ ERRORS = [
     (["--tokens", "0"], "tokens 0 is out of range"),
     (["--peer", "torch-eager"], "--peer needs the checkpoint"),
     (["--against", "TMP/nowhere"], "nowhere is not a folder"),
-    (["--against", "samples/spatial-vl"], "another decoder than"),
+    (["--against", "samples/spatial-vl"], "the decoder of samples/spatial-vl differs from that of"),
     (["--json", "TMP/no/file.json"], "does not exist: create it"),
     (["--json", "TMP"], "is a folder: name a file in it"),
     (["--plot", "TMP/plot.gif"], "does not end in .png"),

@@ -290,3 +290,28 @@ def readers(node: ir.Node) -> list[ir.Node]:
     """Nodes that read a node's result, also through a square."""
     direct = list(node.outputs[0].consumers())
     return direct + [u for n in direct if n.op_type == "Mul" for u in n.outputs[0].consumers()]
+
+
+@pytest.mark.parametrize("family", ["internvl", "llava"])  # with layer norms
+def test_vision_graphs_of_our_kernels_mean_the_same(family: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", wide(family, heads=4))
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle"))
+    fused = lower(load(bundle, "vision"), "plugin")
+    linears = [node for node in fused.graph if node.op_type == "FusedLinear"]
+    assert sum(node.attributes["normed"].as_int() for node in linears) >= 4
+    found = []
+    for number, model in enumerate((load(bundle, "vision"), spell_out(fused))):
+        path = bundle.folder / f"vision.{number}.onnx"
+        for value in model.graph.initializers.values():
+            if isinstance(value.const_value, ir.LazyTensor):  # it has no file
+                value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
+        ir.save(model, path)
+        session = onnxruntime.InferenceSession(path)
+        given = {
+            one.name: np.random.default_rng(0).standard_normal(
+                [size if isinstance(size, int) else 1 for size in one.shape], np.float32
+            )
+            for one in session.get_inputs()
+        }
+        found.append(session.run(None, given)[0])
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-5 * np.abs(found[0]).max())

@@ -314,4 +314,5 @@ def test_vision_graphs_of_our_kernels_mean_the_same(family: str, tmp_path: Path)
             for one in session.get_inputs()
         }
         found.append(session.run(None, given)[0])
-    np.testing.assert_allclose(*found, rtol=0, atol=1e-5 * np.abs(found[0]).max())
+    wanted, ours = found
+    np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())

@@ -360,5 +360,9 @@ class Timings:
         """Add the time of the block to `name`."""
         start = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add a run of so many seconds to `name`."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self.runs[name] = self.runs.get(name, 0) + 1

@@ -210,6 +210,30 @@ extern "C" IVC_API void* ivcSharedMemory(size_t bytes) {
 }
 extern "C" IVC_API void ivcFreeSharedMemory(void* memory) { cudaFreeHost(memory); }
 
+// A stream on which all sessions of a model run, so that the host need not wait between them, or null.
+extern "C" IVC_API void* ivcStream() {
+    cudaStream_t stream = nullptr;
+    return cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) ? nullptr : stream;
+}
+extern "C" IVC_API void ivcFreeStream(void* stream) { cudaStreamDestroy(static_cast<cudaStream_t>(stream)); }
+
+// A mark behind what the stream was given so far, or null; and the seconds between two marks, once the stream has reached
+// both, or a negative number.
+extern "C" IVC_API void* ivcMark(void* stream) {
+    cudaEvent_t mark = nullptr;
+    if (cudaEventCreateWithFlags(&mark, cudaEventDefault)) return nullptr;
+    if (!cudaEventRecord(mark, static_cast<cudaStream_t>(stream))) return mark;
+    cudaEventDestroy(mark);
+    return nullptr;
+}
+extern "C" IVC_API double ivcSeconds(void* from, void* to) {
+    float milliseconds = 0;
+    const auto status =
+        cudaEventElapsedTime(&milliseconds, static_cast<cudaEvent_t>(from), static_cast<cudaEvent_t>(to));
+    return status ? -1 : 1e-3 * static_cast<double>(milliseconds);
+}
+extern "C" IVC_API void ivcFreeMark(void* mark) { cudaEventDestroy(static_cast<cudaEvent_t>(mark)); }
+
 // What SessionOptions.register_custom_ops_library looks for.
 extern "C" IVC_API OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
     const OrtApi* api = base->GetApi(ORT_API_VERSION);

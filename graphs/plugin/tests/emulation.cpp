@@ -4,6 +4,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 
+#include <chrono>
 #include <memory>
 
 #include "../kernels/attend_plan.h"
@@ -18,6 +19,9 @@
 using namespace ivc;
 
 namespace {
+
+using Clock = std::chrono::steady_clock;
+using Now = Clock::time_point;
 
 uint32_t bitsOf(float value) {
     uint32_t bits;
@@ -287,6 +291,36 @@ int cudaFreeHost(void* memory) {
 }
 
 int cudaStreamSynchronize(size_t) { return 0; }
+
+int cudaStreamCreateWithFlags(void** stream, unsigned) {
+    *stream = malloc(1);
+    return 0;
+}
+
+int cudaStreamDestroy(void* stream) {
+    free(stream);
+    return 0;
+}
+
+int cudaEventCreateWithFlags(void** event, unsigned) {
+    *event = malloc(sizeof(Now));
+    return 0;
+}
+
+int cudaEventRecord(void* event, size_t) {
+    *static_cast<Now*>(event) = Clock::now();
+    return 0;
+}
+
+int cudaEventElapsedTime(float* milliseconds, void* from, void* to) {
+    *milliseconds = std::chrono::duration<float, std::milli>(*static_cast<Now*>(to) - *static_cast<Now*>(from)).count();
+    return 0;
+}
+
+int cudaEventDestroy(void* event) {
+    free(event);
+    return 0;
+}
 
 int cudaMemset(void* target, int value, size_t bytes) {
     memset(target, value, bytes);

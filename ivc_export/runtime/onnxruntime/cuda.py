@@ -21,6 +21,7 @@ from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn, check_numbers, no_numbers
 from ivc_export.runtime.onnxruntime.fused_graphs import CHECK_GPU, FusedGraphs, Provider
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
+from ivc_export.runtime.onnxruntime.stream import StageTimes
 from ivc_export.runtime.onnxruntime.workspace import DeviceCache, HostStep, PictureRows, Values, Workspace
 from ivc_export.runtime.plan import Run
 from ivc_export.selection.method import Method
@@ -185,21 +186,23 @@ class FusedConversation(Conversation):
     def _prefill(self, turn: Turn) -> Step:
         plan, kept = turn.plan, turn.kept
         session, cache, put = self.session, self.cache, self.session.value
+        times = StageTimes(session.stream, self.timings)
         embeds, added = self._rows(turn)
-        vision = self._see(turn, embeds, added)
+        vision = self._see(turn, embeds, added, times)
         arrays = turn.inputs
         count = load_onnxruntime().OrtValue.ortvalue_from_numpy(arrays.pop("keep_count"))  # on the host
-        with self.timings.stage("prefill.prefix"):
+        with times.stage("prefill.prefix"):
             given = {name: put(array) for name, array in arrays.items()}
             feeds = cache.inputs() | self._lengths(plan.rows) | given
             feeds |= {"inputs_embeds": embeds, "keep_count": count} | added
-            prefix = session.run("prefix", session.bind("prefix", feeds, cache.outputs()))
-        with self.timings.stage("prefill.decoder"):
+            prefix = session.run("prefix", session.bind("prefix", feeds, cache.outputs()), wait=False)
+        with times.stage("prefill.decoder"):
             feeds = cache.inputs() | self._lengths(kept) | given | prefix
             if turn.keep_index is not None:
                 feeds |= {"keep_index": put(turn.keep_index), "cache_index": put(cache.index(turn.keep_index))}
             binding = session.bind("decoder", feeds, cache.outputs() | {"logits": "cpu"})
             decoder = session.run("decoder", binding)
+        times.finish()
         cache.swap()
         logits = self._checked(decoder["logits"].numpy())
         below, above = self._shown(plan, kept, prefix)
@@ -226,7 +229,9 @@ class FusedConversation(Conversation):
         yet their lengths."""
         return {name: prefix[name].numpy() for name in plan.method.record.operator.outputs}, {}
 
-    def _see(self, turn: Turn, embeds: OrtValue, added: Values) -> tuple[Mapping[str, npt.NDArray[Any]], ...]:
+    def _see(
+        self, turn: Turn, embeds: OrtValue, added: Values, times: StageTimes
+    ) -> tuple[Mapping[str, npt.NDArray[Any]], ...]:
         """Run vision on the pictures. It writes tokens to their rows of `embeds`, [1, S, hidden], and of `added`.
 
         Returns vision's outputs for each picture, also for those that were seen before, whose rows are there already.
@@ -236,7 +241,7 @@ class FusedConversation(Conversation):
             if isinstance(picture, Seen):
                 found.append(picture.outputs)
                 continue
-            with self.timings.stage("vision"):
+            with times.stage("vision"):
                 feeds = session.picture_inputs(picture)
                 grid = picture.grid
                 targets = {"image_embeds": (embeds, place)} | {name: (rows, first) for name, rows in added.items()}
@@ -244,7 +249,7 @@ class FusedConversation(Conversation):
                     name: PictureRows(target, session.dtype, start, grid.visual, grid.batch)
                     for name, (target, start) in targets.items()
                 }
-                session.run_bound("vision", session.bind("vision", feeds, rows))
+                session.run_bound("vision", session.bind("vision", feeds, rows), wait=False)
             found.append(Fetched(rows, session.fetch))
         return tuple(found)
 

@@ -28,6 +28,7 @@ from ivc_export.runtime.onnxruntime.given import stand_in
 from ivc_export.runtime.onnxruntime.library import SILENT, grow_exactly, load_onnxruntime
 from ivc_export.runtime.onnxruntime.shared_memory import shared_array
 from ivc_export.runtime.onnxruntime.small_graphs import pixels_graph, rows_graph, table_graph
+from ivc_export.runtime.onnxruntime.stream import Stream
 from ivc_export.runtime.onnxruntime.workspace import PictureRows, Values
 
 if TYPE_CHECKING:
@@ -89,6 +90,12 @@ class FusedGraphs:
         models = {name: self.lowered(name, self.lowering) for name in GRAPH_NAMES}
         take_float32(models["vision"])
         tied = tied_table(bundle, models["decoder"])
+        if op_library:
+            register(op_library, onnxruntime.SessionOptions())  # which says why it does not load
+        self.stream = Stream(op_library) if op_library else None
+        """On which all sessions run, so that the host need not wait between them."""
+        self._pending: list[Any] = []
+        """Bindings of runs for which the host has not waited yet."""
         self._staging = np.empty(0, np.uint8)
         self._owners: Values = {}
         self._weights: Values = {}
@@ -160,6 +167,8 @@ class FusedGraphs:
                     value.const_value = stand_in(self.bundle, name, tensor)
                     options.add_external_initializers([name], [self._converted[name]])
         chosen = cuda_options(onnxruntime.__version__, cuda_graph) if self.device == "cuda" else {}
+        if chosen and self.stream:
+            chosen["user_compute_stream"] = str(self.stream.address)
         provider = (PROVIDERS[self.device], chosen)
         content = ir.to_proto(model).SerializeToString()
         with told(f"{model.graph.name} does not open in onnxruntime", NO_ROOM, "use --backend onnxruntime-cpu"):
@@ -186,12 +195,13 @@ class FusedGraphs:
         """
         embeds = self.memory((1, len(tokens), self.bundle.manifest.decoder.hidden_size))
         if self._gathers:
-            self.run_bound("rows", self.bind("rows", {"tokens": self.value(tokens)}, {"inputs_embeds": embeds}))
+            given = {"tokens": self.value(tokens)}
+            self.run_bound("rows", self.bind("rows", given, {"inputs_embeds": embeds}), wait=False)
             return embeds
         for rows in np.split(text, np.flatnonzero(np.diff(text) > 1) + 1) if len(text) else ():
             place = PictureRows(embeds, self.dtype, int(rows[0]), len(rows), 1)
             given = {"rows": self.value(self.embed(tokens[rows]))}
-            self.run_bound("rows", self.bind("rows", given, {"inputs_embeds": place}))
+            self.run_bound("rows", self.bind("rows", given, {"inputs_embeds": place}), wait=False)
         return embeds
 
     def memory(self, shape: tuple[int, ...]) -> OrtValue:
@@ -220,7 +230,7 @@ class FusedGraphs:
         given = {"levels": self.value(levels.values)}
         given |= {name: on_host(np.array(extent, np.int64)) for name, extent in extents.items()}
         name = self._pixels[scaling]
-        return feeds | self.run(name, self.bind(name, given, {}))
+        return feeds | self.run(name, self.bind(name, given, {}), wait=False)
 
     def value(self, array: npt.NDArray[Any]) -> OrtValue:
         """An array in the device's memory. On the CPU this is the array itself.
@@ -246,6 +256,7 @@ class FusedGraphs:
         """Bind a graph's inputs, and its outputs to memory of the caller's, or to new memory on "cpu" or "cuda"."""
         session = self._sessions[name]
         binding = session.io_binding()
+        binding.targets = outputs  # a run may outlast the caller's own references to them
         for tensor in session.get_inputs():
             binding.bind_ortvalue_input(tensor.name, inputs[tensor.name])
         for tensor in session.get_outputs():
@@ -259,19 +270,21 @@ class FusedGraphs:
                 binding.bind_ortvalue_output(tensor.name, place)
         return binding
 
-    def run(self, name: str, binding: Any) -> Values:
+    def run(self, name: str, binding: Any, wait: bool = True) -> Values:
         """Run a graph, and return its outputs by name.
 
         Raises:
             UserError: onnxruntime fails, for lack of memory or another reason.
         """
-        self.run_bound(name, binding)
+        self.run_bound(name, binding, wait=wait)
         return dict(zip([o.name for o in self._sessions[name].get_outputs()], binding.get_outputs(), strict=True))
 
-    def run_bound(self, name: str, binding: Any, captured: int | None = None) -> None:
+    def run_bound(self, name: str, binding: Any, captured: int | None = None, wait: bool = True) -> None:
         """Run a graph whose outputs the caller has bound.
 
-        captured: number of the CUDA graph to capture or to replay. One number belongs to one set of addresses.
+        captured: number of the CUDA graph to capture or to replay. One number belongs to one set of addresses. wait:
+            whether the outputs must be there when this returns. Otherwise the next runs may read them on the device,
+            and they are there after the next run that is waited for.
 
         Raises:
             UserError: see run.
@@ -279,8 +292,13 @@ class FusedGraphs:
         session, options = self._sessions[name], load_onnxruntime().RunOptions()
         if captured is not None:
             options.add_run_config_entry("gpu_graph_id", str(captured))
+        if self.stream and not wait:
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            self._pending.append(binding)
         with told(f"{name} cannot run", SMALLER, CHECK_GPU):
             session.run_with_iobinding(binding, options)
+        if wait:
+            self._pending.clear()
 
 
 def cuda_options(version: str, cuda_graph: bool) -> dict[str, str]:

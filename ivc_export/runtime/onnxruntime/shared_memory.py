@@ -20,7 +20,11 @@ def functions(library: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(library.resolve()))
     found.ivcSharedMemory.restype = ctypes.c_void_p
     found.ivcSharedMemory.argtypes = [ctypes.c_size_t]
-    found.ivcFreeSharedMemory.argtypes = [ctypes.c_void_p]
+    found.ivcStream.restype = found.ivcMark.restype = ctypes.c_void_p
+    found.ivcSeconds.restype = ctypes.c_double
+    for name in ("ivcFreeSharedMemory", "ivcFreeStream", "ivcMark", "ivcFreeMark"):
+        getattr(found, name).argtypes = [ctypes.c_void_p]
+    found.ivcSeconds.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     return found
 
 

@@ -1,8 +1,8 @@
 """Tables of README and of docs/benchmarks.md: answers, times, memory and errors, each with what measured it.
 
 Tables of GPUs take every file of their kind, so that figures of another GPU need no change here: `generate-*.json` of
-benchmarks.gpu_generate; `tensorrt_layers-*.json`, `tensorrt_whole-*.json` and `attention-*.json` of these benchmarks;
-and `bench-*.json` of `ivc-bench --json`.
+benchmarks.gpu_generate; `tensorrt_layers-*.json`, `tensorrt_whole-*.json`, `whole-*.json` and `attention-*.json` of
+these benchmarks; and `bench-*.json` of `ivc-bench --json`.
 """
 
 from __future__ import annotations
@@ -308,6 +308,36 @@ def tensorrt_builds() -> list[str]:
     return table(head, rows) + [line for name in files("tensorrt_whole") for line in source(name, command=False)]
 
 
+def whole() -> list[str]:
+    """Answers of a whole Qwen2-VL-2B in each runtime."""
+    rows = []
+    for name in files("whole"):
+        for side in result(name)["sides"]:
+            for row in side["rows"]:
+                stages = row["stages"]
+                parts = [stages["vision"], sum(ms for stage, ms in stages.items() if stage not in ("vision", "host"))]
+                cells = [milliseconds(ms) for ms in (row["first_token"], *parts, row["first_token"] - sum(parts))]
+                what = [gpu_name(name), side["side"], side["first_token_from"], row["ratio"]]
+                rows.append([*what, *cells, f"{row['decode']:.2f}", megabytes(row["cache_bytes"])])
+    head = (
+        "GPU | side | first token from | kept | first token, ms | vision of it | prefix and decoder | the rest | "
+        "a token, ms | KV cache, MB"
+    )
+    return table(head, rows) + sources("whole")
+
+
+def cpp_answers() -> list[str]:
+    """Answers of C++ beside Python's over TensorRT engines."""
+    rows = []
+    for run in result("cpp-tensorrt-h200")["runs"]:
+        for ratio, one in run["ratios"].items():
+            same = [f"{one[kind]} of {run['questions']}" for kind in ("answers", "tokens", "kept_rows")]
+            seconds = [f"{1000 * one['seconds_an_answer'][side]:.0f}" for side in ("cpp", "python")]
+            rows.append([run["graphs"], ratio, *same, *seconds])
+    head = "engines | kept | same answers | same tokens | same kept rows | C++, ms an answer | Python, ms an answer"
+    return table(head, rows) + source("cpp-tensorrt-h200")
+
+
 def attention() -> list[str]:
     """Our attention kernels beside PyTorch's."""
     names = {
@@ -413,6 +443,8 @@ MAKERS = (
     tensorrt_layers,
     benched,
     tensorrt_builds,
+    whole,
+    cpp_answers,
     attention,
     joined,
     turned,

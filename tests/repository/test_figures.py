@@ -175,6 +175,65 @@ def test_what_is_said_of_tensorrt_was_measured() -> None:
         assert sentence in text, sentence
 
 
+def test_what_is_said_of_layers_on_an_h200_was_measured() -> None:
+    content = result("tensorrt_layers-h200")
+    blocks = {row["patches"]: row["vision_ms_a_layer"] for row in content["rows"] if row["stage"] == "vision"}
+    scratch = [
+        taken / 1e9
+        for kind in content["scratch_bytes"].values()
+        for stage, taken in kind.items()
+        if stage not in ("select", "compact")
+    ]
+    kinds = [content["build_seconds"][kind] for kind in ("plugin", "plugin-int4")]
+    seconds = [kind[part] for kind in kinds for part in ("prefix", "decoder")]
+    text = page("docs/benchmarks.md")
+    for sentence in (
+        f"takes {blocks[4096]:.2f} ms for 4,096 patches and {blocks[16384]:.2f} ms for 16,384",
+        f"take {min(scratch):.2f} to {max(scratch):.2f} GB of scratch memory",
+        f"Those of three layers took {min(seconds):.0f} to {max(seconds):.0f} s to build",
+    ):
+        assert sentence in text, sentence
+
+
+def test_what_is_said_of_a_whole_model_was_measured() -> None:
+    sides = {side["side"]: side for side in result("whole-h200")["sides"]}
+    python, cpp, onnxruntime = list(sides.values())[:3]
+    assert [row["tokens"] for row in python["rows"]] == [row["tokens"] for row in onnxruntime["rows"]]
+    tokens = [row["tokens"] for side in (python, cpp, onnxruntime) for row in side["rows"]]
+    assert all(len({*given}) == 1 for given in tokens)
+    vision = [row["stages"]["vision"] for side in (cpp, python) for row in side["rows"]]
+    (other,) = {round(row["stages"]["vision"]) for row in onnxruntime["rows"]}
+    steps = [side["rows"][0]["decode"] for side in (python, cpp)]
+    (eager,) = sides["torch-eager"]["rows"]
+    token_bytes = python["rows"][0]["cache_bytes"] / (1024 + python["text_tokens"])
+    further = (cpp["rows"][0]["cache_bytes"] - python["rows"][0]["cache_bytes"]) / token_bytes
+    text = page("docs/benchmarks.md")
+    for sentence in (
+        f"gave the same {len(python['rows'][0]['tokens'])} tokens at both ratios",
+        f"vision takes {min(vision):.0f} to {max(vision):.0f} ms instead of {other} ms",
+        f"Python takes {steps[0]:.1f} ms a token on TensorRT where C++ takes {steps[1]:.1f} ms",
+        f"The other {steps[0] - steps[1]:.0f} ms are work of Python",
+        f"it also holds {further:.0f} further tokens",
+        f"with {python['text_tokens']} tokens of text",
+        f"with {eager['text_tokens']} tokens of text",
+        f"{eager['dtype']} (`torch-eager`)",
+        f"converting {4 * 1024 * 3 * 2 * 14 * 14 * 2 / 1e6:.1f} MB of pixels",
+    ):
+        assert sentence in text, sentence
+
+
+def test_what_is_said_of_cpp_on_tensorrt_was_measured() -> None:
+    run = next(run for run in result("cpp-tensorrt-h200")["runs"] if run["graphs"] == "plugin")
+    host = [run["host_bytes"][side] / 1e6 for side in ("cpp", "python")]
+    (device,) = {f"{taken / 1e9:.2f}" for taken in (run["device_bytes"]["python"], run["device_test"]["device_bytes"])}
+    text = page("docs/benchmarks.md")
+    for sentence in (
+        f"C++ held {host[0]:.0f} MB of host memory and Python {host[1]:.0f} MB",
+        f"both took {device} GB without the CUDA context",
+    ):
+        assert sentence in text, sentence
+
+
 def test_what_is_said_of_kernels_was_measured() -> None:
     (profile,) = (one for one in result("generate-h100")["profiles"] if one["visual_tokens"] == 1024)
     launched = ("UnpackRoPEAppend", "sdpa", "lean_reduction", "GetSequenceLengths", "_Fill")

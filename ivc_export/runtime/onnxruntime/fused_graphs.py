@@ -178,6 +178,7 @@ class FusedGraphs:
                 "onnxruntime's CUDA provider does not load: install the versions of CUDA and cuDNN that this "
                 "onnxruntime-gpu needs, or use --backend onnxruntime-cpu"
             )
+        session.stream = self.stream  # which must outlive it
         return session
 
     def embed(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[Any]:

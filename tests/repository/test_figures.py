@@ -363,3 +363,9 @@ def test_the_fractions_of_the_selection_are_what_pages_say() -> None:
     text = page("docs/how-it-works.md")
     assert f"up to {2 * part}% of a picture's tokens are such: {part}% near the identity and {part}% near 90" in text
     assert f"The {100 // SELECTION.seed_divisor}% of visual tokens with the most votes are the *seeds*" in text
+
+
+def test_figures_that_were_measured_once_are_those_of_their_file() -> None:
+    for figure in result("measured_once")["figures"]:
+        said = re.sub(r"e-0(\d)", r"e-\1", figure["said"].format(*figure["values"]))
+        assert said in page(figure["page"]), said

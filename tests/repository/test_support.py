@@ -14,6 +14,7 @@ TEXT = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
 ENGINES = json.loads((ROOT / "benchmarks" / "results" / "tensorrt-8.6-h100.json").read_text(encoding="utf-8"))[
     "engines"
 ]
+CHECKS = json.loads((ROOT / "benchmarks" / "results" / "checks-h200.json").read_text(encoding="utf-8"))
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -56,12 +57,32 @@ def test_what_is_said_of_tensorrt_was_measured() -> None:
 
 
 def test_only_families_with_results_are_called_run() -> None:
-    models = {engine["model"] for engine in ENGINES}
-    configs = {json.loads((ROOT / model / "config.json").read_text(encoding="utf-8"))["model_type"] for model in models}
     head = TEXT.split("| family | ")[1].splitlines()[0].strip("| ").split(" | ")
-    column = 1 + head.index("TensorRT 8.6, float32 and float16")
-    told = {row[0].strip("`") for row in rows("Families and runtimes") if "run" in row[column].split("; ")}
-    assert told == configs
+    for dtype in ("float32", "float16"):
+        models = {engine["model"] for engine in ENGINES if engine["dtype"] == dtype}
+        configs = (ROOT / model / "config.json" for model in models)
+        ran = {json.loads(config.read_text(encoding="utf-8"))["model_type"] for config in configs}
+        ran |= {check["family"] for check in CHECKS["checks"] if check["dtype"] == dtype and check["passed"]}
+        column = 1 + head.index(f"TensorRT 8.6, {dtype}")
+        told = {row[0].strip("`") for row in rows("Families and runtimes") if "run" in row[column].split("; ")}
+        assert told == ran
+
+
+def test_what_is_said_of_checks_on_an_h200_was_measured() -> None:
+    passed = {
+        graphs: [c["family"] for c in CHECKS["checks"] if c["graphs"] == graphs] for graphs in ("plugin", "native")
+    }
+    assert (
+        passed["plugin"] == ["qwen2_vl", "qwen2_5_vl", "llava", "internvl"] and passed["native"] == passed["plugin"][:3]
+    )
+    assert all(check["passed"] and check["kept_rows"].endswith("equal") for check in CHECKS["checks"])
+    largest = max(check["largest_errors"]["logits"] for check in CHECKS["checks"])
+    assert f"logits are within {largest:.1e} of the largest".replace("e-0", "e-") in " ".join(TEXT.split())
+    (failed,) = CHECKS["not_built"]
+    assert (failed["family"], failed["graphs"]) == ("internvl", "native")
+    reference = " ".join((ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8").split())
+    said, node = re.findall(r'"(Could not find any implementation for node) \{(.*?)\.\.\.\]\}"', reference)[0]
+    assert said in failed["error"] and node in failed["error"]
 
 
 def test_the_versions_that_are_named_are_those_of_pyproject() -> None:

@@ -46,6 +46,28 @@ def test_the_builders_seconds_are_the_measured_ones() -> None:
     assert sentence(r"builds in (\d+) to (\d+) s on an H200") == (str(min(seconds)), str(max(seconds)))
 
 
+def test_decode_steps_with_and_without_float_type_are_the_measured_ones() -> None:
+    def ends(rows: Any, kind: str, *engines: str) -> tuple[str, str]:
+        steps = [row for row in rows if (row["kind"], row["stage"]) == (kind, "decode")]
+        found = [row[f"{engine}_ms_a_layer"] for row in steps for engine in engines]
+        return f"{min(found):.3f}", f"{max(found):.3f}"
+
+    content = results("tensorrt_layers-h200")
+    before = content["before"]["the plugin's operators without the attribute float_type"]["rows"]
+    said = sentence(
+        r"took ([\d.]+) to ([\d.]+) ms a layer in the prefix engine and ([\d.]+) to ([\d.]+) ms in the decoder engine"
+        r" before\. With the attribute it takes ([\d.]+) to ([\d.]+) ms in both\."
+        r" Weights in 4 bits take ([\d.]+) to ([\d.]+) ms"
+    )
+    both = ("prefix", "decoder")
+    assert said == (
+        *ends(before, "plugin", "prefix"),
+        *ends(before, "plugin", "decoder"),
+        *ends(content["rows"], "plugin", *both),
+        *ends(content["rows"], "plugin-int4", *both),
+    )
+
+
 def numbers(cell: str) -> list[float] | float | None:
     """A cell's figures: one, a range, or none."""
     found = [float(one) for one in re.findall(r"\d[\d.]*", cell.replace(",", ""))]
@@ -150,3 +172,21 @@ def test_answers_in_cpp_are_those_that_were_compared() -> None:
     for found in content["ratios"].values():
         for turn in (found, found["second_questions"]):
             assert {turn[kind] for kind in ("answers", "tokens", "kept_rows")} == {asked}
+
+
+def test_answers_in_cpp_on_a_gpu_are_those_that_were_compared() -> None:
+    content = results("cpp-tensorrt-h200")
+    seconds: dict[str, list[float]] = {"cpp": [], "python": []}
+    for number, run in enumerate(content["runs"]):
+        assert {*run["ratios"]} == {"1.0", "0.5"} and run["device_test"]["failed"] == 0
+        for found in run["ratios"].values():
+            assert {found[kind] for kind in ("answers", "tokens", "kept_rows")} == {run["questions"]}
+            for side in seconds:
+                seconds[side] += [found["seconds_an_answer"][side]] if number < 2 else []
+    ends = [f"{min(seconds[side]):.3f} to {max(seconds[side]):.3f} s in {name}" for side, name in SIDES]
+    (asked,) = {run["questions"] for run in content["runs"]}
+    assert f"equal Python's on {asked} of {asked} questions of the sample. An answer took {' and '.join(ends)}" in CPP
+    assert f"answered {asked} of {asked} questions of Spatial-VL" in read(ROOT / "docs" / "support.md")
+
+
+SIDES = (("cpp", "C++"), ("python", "Python"))

@@ -80,7 +80,7 @@ def test_what_is_said_of_qwen2_vl_2b_is_on_the_page_of_families() -> None:
     _, _, _, _, layers, k, _, tokens, prefill, _, _ = (cell.strip(" *") for cell in row.split("|"))
     (part,) = re.findall(r"\((\d+%)\)", prefill)
     for name in ("README.md", "docs/how-it-works.md"):
-        assert f"at most {part} of the decoder's prefill" in page(name)
+        assert f"at most {part} of the language model's prefill" in page(name)
     assert f"prunes after {k} of {layers} layers" in page("README.md")
     assert f"k = {k} of {layers} layers" in page("docs/how-it-works.md")
     assert f"Qwen2-VL makes {tokens} of them" in page("docs/how-it-works.md")
@@ -361,7 +361,9 @@ def test_the_samples_size_is_what_pages_say() -> None:
 def test_the_fractions_of_the_selection_are_what_pages_say() -> None:
     part = round(100 * SELECTION.ivc_fraction)
     text = page("docs/how-it-works.md")
-    assert f"up to {2 * part}% of a picture's tokens are such: {part}% near the identity and {part}% near 90" in text
+    assert (
+        f"up to {2 * part}% of a picture's tokens are IVC tokens: {part}% near the identity and {part}% near 90" in text
+    )
     assert f"The {100 // SELECTION.seed_divisor}% of visual tokens with the most votes are the *seeds*" in text
 
 

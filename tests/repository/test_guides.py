@@ -35,9 +35,7 @@ def test_the_page_on_python_has_every_backend_and_its_options() -> None:
 
 
 def test_the_page_on_python_has_every_field_of_sampling_and_its_default() -> None:
-    found = {
-        name: float(rest.partition(" | ")[0]) for name, rest in rows("python.md", "## Draw tokens by chance").items()
-    }
+    found = {name: float(rest.partition(" | ")[0]) for name, rest in rows("python.md", "## Sample tokens").items()}
     assert found == {field.name: field.default for field in fields(Sampling)}
 
 

@@ -22,14 +22,6 @@ def test_the_page_lists_every_lowering() -> None:
     assert re.findall(r"\| `([\w-]+)` \| ", table) == [*LOWERINGS]
 
 
-def test_the_cost_of_selection_was_measured() -> None:
-    rows = {row["visual_tokens"]: row for row in results("select_tokens-cpu.json")["rows"]}
-    times = {visual: row["onnxruntime_ms"] for visual, row in rows.items()}
-    assert f"{times[1024]:.0f} ms for 1,024 and {times[4096]:.0f} ms for 4,096 on two CPU cores" in TEXT
-    assert f"{times[1]:.1f} ms in a decode step" in TEXT
-    assert f"That takes {rows[1280]['ivc_priority_ms']:.0f} ms for 1,280 tokens" in TEXT
-
-
 def test_the_growth_of_memory_was_measured() -> None:
     soak = results("soak-cpu.json")
     repeated, varied, words = (soak[kind]["growth"]["rss_bytes"] for kind in ("repeated", "varied", "words_alone"))

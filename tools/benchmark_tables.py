@@ -2,7 +2,7 @@
 
 Tables of GPUs take every file of their kind, so that figures of another GPU need no change here: `generate-*.json` of
 benchmarks.gpu_generate; `tensorrt_layers-*.json`, `tensorrt_whole-*.json`, `whole-*.json` and `attention-*.json` of
-these benchmarks; and `bench-*.json` of `ivc-bench --json`.
+these benchmarks; and `bench-*.json` of `ivc-bench --json`. Tables of profiles are in profile_tables.py.
 """
 
 from __future__ import annotations
@@ -11,18 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tools.results import RESULTS, percent, result, table, with_interval
-
-KERNELS = {
-    "matrix products": ("nvjet", "splitKreduce"),
-    "attention": ("sdpa", "lean_reduction"),
-    "copies to the device": ("Memcpy HtoD",),
-    "rotations": ("RotaryEmbedding", "UnpackRoPEAppend"),
-    "activations": ("QuickGelu",),
-    "biases behind products": ("RhsPerChannel",),
-    "splits of heads": ("SplitSmallInner",),
-    "norms, with the sums before them": ("LayerNorm",),
-}
-"""What a kernel does, by parts of its name; the first that fits."""
 
 
 def source(name: str, *, versions: bool = True, command: bool = True) -> list[str]:
@@ -205,25 +193,6 @@ def gpu_stages() -> list[str]:
         "roofline: vision | prefill | a token | KV cache, MB | memory of the GPU, GB"
     )
     return table(head, rows)
-
-
-def kind_of(kernel: str) -> str:
-    """What a kernel does."""
-    return next((kind for kind, parts in KERNELS.items() if any(part in kernel for part in parts)), "others")
-
-
-def gpu_kernels() -> list[str]:
-    """Kernel time by what kernels do, with 1,024 visual tokens."""
-    (profile,) = (one for one in result("generate-h100")["profiles"] if one["visual_tokens"] == 1024)
-    parts = (("first_token", 1), ("decode", profile["decoded_tokens"]))
-    sums: dict[str, list[float]] = {kind: [0.0, 0.0] for kind in (*KERNELS, "others")}
-    for column, (part, runs) in enumerate(parts):
-        for kernel in profile[part]["kernels"]:
-            sums[kind_of(kernel["name"])][column] += kernel["ms"] / runs
-    rows: list[list[object]] = [[kind, *(f"{ms:.2f}" for ms in both)] for kind, both in sums.items()]
-    rows.append(["all kernels", *(f"{profile[part]['kernel_ms'] / runs:.2f}" for part, runs in parts)])
-    rows.append(["launches", *(f"{profile[part]['launches'] // runs:,}" for part, runs in parts)])
-    return table("kernels | to the first token, ms | a token, ms", rows)
 
 
 def tensorrt_errors() -> list[str]:
@@ -438,7 +407,6 @@ MAKERS = (
     cpu_answers,
     gpu_answers,
     gpu_stages,
-    gpu_kernels,
     tensorrt_errors,
     tensorrt_layers,
     benched,

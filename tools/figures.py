@@ -1,8 +1,8 @@
 """Tables of measured figures on pages, written from the files of benchmarks/results.
 
 A page holds a table between two comments, `<!-- figures: NAME -->` and `<!-- end -->`. `make generate` writes anew what
-stands between them, so that a new results file needs no other change. To add a table, add a function to TABLES, here
-or in benchmark_tables.py.
+stands between them, so that a new results file needs no other change. To add a table, add a function to TABLES, here,
+in benchmark_tables.py or in profile_tables.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tools import benchmark_tables
+from tools import benchmark_tables, profile_tables
 from tools.results import percent, result, table, with_interval
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +95,7 @@ def rounding_speed() -> list[str]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     **benchmark_tables.TABLES,
+    **profile_tables.TABLES,
     "packed-on-cpu": packed_on_cpu,
     "quantised-answers": quantised_answers,
     "rounding-errors": rounding_errors,

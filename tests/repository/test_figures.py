@@ -22,6 +22,7 @@ from ivc_export.verify.baseline import ERRORS_FACTOR, LEAST_SHARE
 from tests.checkpoint.test_rounding import rounded
 from tests.repository.pages import ROOT, read
 from tools.benchmark_tables import gpu_rows
+from tools.profile_tables import by_kind, profiled_row, profiles
 from tools.results import percent, result
 
 
@@ -143,6 +144,142 @@ def test_what_is_said_of_onnxruntime_on_a_gpu_was_measured() -> None:
     assert (
         f"in {result('functions-h200')['cpu']['rounds']} rounds, the 95% intervals of all nine ratios contain 1" in text
     )
+
+
+def test_what_is_said_of_our_operators_was_measured() -> None:
+    content, ours = result("generate-h200"), gpu_rows("generate-h200")
+    ways = {
+        name: {(row["visual_tokens"], row["ratio"]): row for row in rows}
+        for name, rows in result("operators-h200")["ways"].items()
+    }
+    before, without = ways["before, no library"], ways["now, no library"]
+    now = {(visual, ratio): row for (visual, _, ratio), row in ours.items()}
+    sizes = (256, 1024, 4096)
+    for visual in sizes:
+        assert now[visual, 0.5]["first_token"] < now[visual, 1.0]["first_token"]
+    steps = [sorted(row["decode"] for row in way.values()) for way in (now, before)]
+    earlier = [run for run in result("functions-h200")["runs"] if (run["visual_tokens"], run["ratio"]) == (1024, 1.0)]
+    hosts = sorted(run["stages"]["host"] for run in earlier)
+    firsts = sorted(run["first_token"] for run in earlier)
+    beside = {row["side"]: row for row in content["beside"]["rows"] if row["ratio"] == 1.0}
+    own, eager = beside["onnxruntime-cuda"], beside["torch-eager"]
+    text = page("docs/benchmarks.md")
+    for sentence in (
+        "after {:.1f}, {:.1f} and {:.1f} ms. Before".format(*(now[size, 1.0]["first_token"] for size in sizes)),
+        "it came after {:.1f}, {:.1f} and {:.1f} ms".format(*(before[size, 1.0]["first_token"] for size in sizes)),
+        f"{steps[0][0]:.2f} to {steps[0][-1]:.2f} ms instead of {steps[1][0]:.2f} to {steps[1][-1]:.2f} ms",
+        "{:.1f} of the {:.1f} ms, and {:.1f} of the {:.1f} ms".format(
+            *(
+                ms
+                for size in (1024, 4096)
+                for ms in (before[size, 1.0]["stages"]["host"], before[size, 1.0]["first_token"])
+            )
+        ),
+        f"needed {hosts[0]:.1f} to {hosts[-1]:.1f} ms of the host at 1,024 visual tokens",
+        f"and {firsts[0]:.1f} to {firsts[-1]:.1f} ms to the first token",
+        "are faster than before: {:.1f} and {:.1f} ms".format(
+            *(without[size, 1.0]["first_token"] for size in (1024, 4096))
+        ),
+        "slower than before: {:.1f} ms against {:.1f} ms".format(
+            *(way[256, 1.0]["first_token"] for way in (without, before))
+        ),
+        "with {:.1f} ms against {:.1f} ms in the prefix".format(
+            *(way[256, 1.0]["stages"]["prefix"] for way in (without, before))
+        ),
+        "and {:.2f} ms against {:.2f} ms a token".format(*(way[256, 1.0]["decode"] for way in (without, before))),
+        f"ours took {own['first_token']:.1f} ms to the first token and {own['decode']:.2f} ms a token, and eager took "
+        f"{eager['first_token']:.1f} and {eager['decode']:.1f} ms",
+    ):
+        assert sentence in text, sentence
+    row = now[1024, 1.0]
+    said = f"On an H200 the first token takes {row['first_token']:.1f} ms and a token {row['decode']:.1f} ms"
+    assert said in page("README.md")
+
+
+def test_what_is_said_of_the_profile_was_measured() -> None:
+    now, before = profiles("generate-h200"), profiles("profile_before-h200")
+    small, middle = (by_kind(now[visual]["first_token"]) for visual in (256, 1024))
+    large = by_kind(before[4096]["first_token"])
+    steps = {visual: by_kind(one["decode"], one["decoded_tokens"]) for visual, one in (before | now).items()}
+    rows = {visual: profiled_row("generate-h200", visual) for visual in (256, 1024)}
+    ideal = {visual: row["ideal"]["vision"] + row["ideal"]["prefill"] for visual, row in rows.items()}
+
+    def taken(content: dict[int, dict[str, Any]], *names: str) -> float:
+        kernels = content[1024]["first_token"]["kernels"]
+        return float(sum(one["ms"] for one in kernels if any(name in one["name"] for name in names)))
+
+    norms = [taken(content, "cuApplyLayerNorm", "NormRows<__half, 5") for content in (before, now)]
+    turns = [taken(content, "turnKernel") for content in (before, now)]
+    text = page("docs/profile.md")
+    for sentence in (
+        f"went from {norms[0]:.2f} to {norms[1]:.2f} ms at 1,024 visual tokens",
+        f"`TurnHeads` from {turns[0]:.2f} to {turns[1]:.2f} ms",
+        f"Kernels take {now[256]['first_token']['kernel_ms']:.1f} of {rows[256]['first_token']:.1f} ms",
+        f"enqueues {now[256]['first_token']['launches']} launches",
+        f"The roofline is {ideal[256]:.1f} ms",
+        f"Kernels take {now[1024]['first_token']['kernel_ms']:.1f} of {rows[1024]['first_token']:.1f} ms, where the "
+        f"roofline is {ideal[1024]:.1f} ms",
+        f"Products take {middle['matrix products']:.1f} ms, and attention {middle['attention']:.1f} ms",
+        f"The host's part is {rows[1024]['stages']['host']:.1f} ms",
+        f"Attention takes {large['attention']:.1f} of {before[4096]['first_token']['kernel_ms']:.1f} ms of kernels",
+        f"Products take {large['matrix products']:.1f} ms",
+        "take {:.1f} ms at 1,024 visual tokens. The roofline does not".format(
+            sum(middle[kind] for kind in ("rotations", "activations", "norms, with the sums before them"))
+        ),
+        f"The roofline allows {rows[256]['ideal']['decode']:.2f} ms for it, at "
+        f"{result('generate-h200')['ceilings'][0]['copy_gb_per_second'] / 1000:.1f} TB/s",
+        f"take {steps[256]['matrix products']:.2f} to {steps[4096]['matrix products']:.2f} ms in sum",
+        f"from {steps[256]['attention']:.2f} ms at 256 to {steps[4096]['attention']:.2f} ms at 4,096",
+    ):
+        assert sentence in text, sentence
+    assert sum(small.values()) < rows[256]["first_token"]
+
+
+def test_what_is_said_of_weights_in_4_bits_on_a_gpu_was_measured() -> None:
+    content = result("cuda_packed-h200")
+    floats, packed = content["rows"].values()
+    plain = content["without_library"]["rows"]["int4, groups of 32, lm_head int8"]
+    first, step = content["profile"]["first_token"], content["profile"]["decode"]
+    count = content["profile"]["decoded_tokens"]
+    kinds = by_kind(step, count)
+    head = sum(one["ms"] for one in step["kernels"] if "MatMulFloat8b" in one["name"]) / count
+    less = 1 - packed["device_bytes"]["opened"] / floats["device_bytes"]["opened"]
+    text = page("docs/weights.md")
+    for sentence in (
+        f"take {percent(less, 0)}% less memory when the bundle is open, and "
+        f"{percent(1 - packed['decode_of_float16s'], 0)}% less time a token",
+        f"The first token takes {percent(packed['first_token_of_float16s'] - 1, 0)}% longer",
+        f"the unpacking takes {by_kind(first)['weights unpacked']:.2f} ms",
+        f"a token takes {percent(1 - plain['decode_of_float16s'], 0)}% less time than in float16",
+        f"{kinds['matrix products']:.2f} of {step['kernel_ms'] / count:.2f} ms, and lm_head's are {head:.2f} ms",
+        f"Attention ({kinds['attention']:.2f} ms)",
+        f"there are {content['rounds']} rounds, and without them {content['without_library']['rounds']}",
+    ):
+        assert sentence in text, sentence
+    assert (
+        f"A token takes {packed['decode_of_float16s']:.2f} of float16's time, and the first token "
+        f"{packed['first_token_of_float16s']:.2f}" in page("docs/benchmarks.md")
+    )
+
+
+def test_what_is_said_of_answers_and_errors_on_cuda_was_measured() -> None:
+    content = result("agreement-h200")
+    runs = [content["runs"][f"onnxruntime-cuda{name}"]["ratios"] for name in ("", ", our operators")]
+    differing = [len(run[ratio]["differing"]) for ratio in ("1.0", "0.5") for run in runs]
+    words = ("none", "one", "two", "three", "four", "five")
+    digits = re.compile(r"[(),0-9]+")
+    parts = [one for run in content["runs"].values() for kept in run["ratios"].values() for one in kept["differing"]]
+    logits = max(errors["logits"] for errors in content["parity"]["models"].values())
+    text = page("docs/benchmarks.md")
+    for sentence in (
+        f"{words[differing[1]]} answers differ at ratio 1, and without them {words[differing[0]]}",
+        f"At ratio 0.5, {words[differing[3]]} differ with them, and {words[differing[2]]} without",
+        f"logits are within {logits:.1e} of the largest",
+        f"within {max(content['library']['models'].values()):.1e} of the largest of those without",
+    ):
+        assert sentence in text, sentence
+    assert len(content["library"]["models"]) == 7 and content["questions"] == 200
+    assert all(digits.fullmatch(one[side]) for one in parts for side in ("bundle", "transformers"))
 
 
 def test_what_is_said_of_tensorrt_was_measured() -> None:

@@ -10,6 +10,7 @@ import enum
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import onnxruntime
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import GRAPH_NAMES
 from ivc_export.dtypes import FloatName
+from ivc_export.errors import UserError
 from ivc_export.tensorrt.graphs import choose_graphs, lowered
 from ivc_export.tensorrt.profiles import profile_names
 from ivc_export.tensorrt.recipe import EngineRecipe
@@ -48,6 +50,7 @@ class HostDevice:
     def __init__(self) -> None:
         self.memory: dict[int, tuple[Array, int]] = {}
         self.downloads: list[int] = []
+        self.replays = 0
 
     def allocate(self, size: int) -> int:
         block = np.full(size + self.GUARD, 0xA5, np.uint8)
@@ -86,15 +89,33 @@ class HostDevice:
         work()
         return time.perf_counter() - start
 
-    def capture(self, work: Callable[[], object]) -> Callable[[], object]:
-        return work
+    def capture(self, work: Callable[[], object]) -> Callable[[], object] | None:
+        """Runs that begin meanwhile are not done, but kept with their shapes and addresses."""
+        runs: list[Callable[[], object]] = []
+        Context.captured = runs
+        try:
+            work()
+        except UserError:
+            return None
+        finally:
+            Context.captured = None
+
+        def replay() -> None:
+            self.replays += 1
+            for run in runs:
+                run()
+
+        return replay
 
 
 class Context:
-    """An execution context for one profile."""
+    """An execution context for one profile. It cannot be captured until it has run with the newest shapes."""
+
+    captured: list[Callable[[], object]] | None = None
+    """Runs of the capture that is under way."""
 
     def __init__(self, engine: FakeEngine) -> None:
-        self.engine = engine
+        self.engine, self.started, self.fresh = engine, 0, True
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.device_memory = 0
@@ -104,7 +125,7 @@ class Context:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         wanted = self.engine.shapes[name]
-        self.shapes[name] = shape
+        self.shapes[name], self.fresh = shape, True
         return len(wanted) == len(shape) and all(
             isinstance(w, str) or w == s for w, s in zip(wanted, shape, strict=True)
         )
@@ -137,13 +158,24 @@ class Context:
         assert self.device_memory and stream == HostDevice.stream
         if self.shapes.keys() != {*self.engine.inputs} or self.addresses.keys() != {*self.engine.names}:
             return False
+        self.started += 1
+        if self.captured is not None:
+            self.captured.append(partial(self.compute, {**self.shapes}, {**self.addresses}))
+            return not self.fresh
+        self.fresh = False
+        self.compute(self.shapes, self.addresses)
+        return True
+
+    def compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        """Run with these shapes of inputs, and these addresses of all tensors."""
+        bound, (self.shapes, self.addresses) = (self.shapes, self.addresses), (shapes, addresses)
         feeds = {name: self.array(name, shape).copy() for name, shape in self.shapes.items()}
         outputs = self.engine.session.run(None, feeds)
         for tensor, value in zip(self.engine.session.get_outputs(), outputs, strict=True):
             assert value.shape == self.get_tensor_shape(tensor.name), tensor.name
             memory = np.ascontiguousarray(value)
             ctypes.memmove(self.addresses[tensor.name], memory.ctypes.data, memory.nbytes)
-        return True
+        self.shapes, self.addresses = bound
 
 
 class FakeEngine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -93,20 +92,26 @@ def test_conversations_equal_those_on_the_host(bundle: Bundle, plugin: Path, mon
     device.check()
 
 
-def test_decode_steps_are_replayed(bundle: Bundle, plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One step as it is, one captured, and every further one a launch: nothing is put in an engine's context."""
-    session, device = opened(bundle, monkeypatch, max_visual=400, plugin=plugin)
-    captured: list[object] = []
-
-    def capture(work: Callable[[], object]) -> Callable[[], object]:
-        captured.append(work)
-        return work
-
-    monkeypatch.setattr(device, "capture", capture)
-    conversation = session.converse()
-    for tokens, pictures in turns(bundle)[:4]:
-        conversation.run(tokens, pictures)
-    assert len(captured) == 1
+@pytest.mark.parametrize("owned", [True, False])
+def test_decode_steps_are_replayed(bundle: Bundle, plugin: Path, owned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step as it is, one captured too, and every further one a launch that begins no engine: so in each of two
+    conversations by turns, whose caches lie apart."""
+    maxima = {"max_visual": 400, "max_new": 1024}
+    session, device = opened(bundle, monkeypatch, **maxima, plugin=plugin if owned else None)
+    contexts = [session.engines[name].contexts["decode"] for name in ("prefix", "decoder")]
+    pairs = [(session.converse(r), HostConversation(OnnxSession(bundle), r)) for r in (0.4, 0.7)]
+    assert all(bool(found.cache.written) == owned for found, _ in pairs)
+    decoded = 0
+    for tokens, pictures in turns(bundle):
+        decoded += len(tokens) == 1
+        for found, wanted in pairs:
+            before = [context.started for context in contexts], device.replays
+            step, reference = found.run(tokens, pictures), wanted.run(tokens, pictures)
+            assert np.abs(step.logits - reference.logits).max() < LOGIT_TOLERANCE
+            if len(tokens) == 1 and decoded > 2:
+                assert ([context.started for context in contexts], device.replays) == (before[0], before[1] + 1)
+    assert decoded == 5 and device.replays == len(pairs) * (decoded - 2)
+    device.check()
 
 
 def test_a_step_that_cannot_be_captured_runs_all_the_same(

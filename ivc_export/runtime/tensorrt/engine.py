@@ -163,9 +163,17 @@ class Engine:
             outputs[name] = given or Tensor(buffers.get(f"{place}/{name}", size), shape, self.dtypes[name])
             if not context.set_tensor_address(name, outputs[name].address):
                 raise UserError(f"TensorRT refuses the memory for {name} of the {self._name} engine: {REBUILD}")
-        if not context.execute_async_v3(self.device.stream):
-            raise UserError(f"TensorRT cannot run the {self._name} engine: check that the GPU has memory left")
+        self.start(profile)
         return outputs
+
+    def start(self, profile: str) -> None:
+        """Start a run with the tensors of the profile's newest `run`. It does not wait for the run.
+
+        Raises:
+            UserError: TensorRT cannot run it.
+        """
+        if not self.contexts[profile].execute_async_v3(self.device.stream):
+            raise UserError(f"TensorRT cannot run the {self._name} engine: check that the GPU has memory left")
 
     def _shape(self, context: Any, name: str, extents: Mapping[str, int]) -> tuple[int, ...]:
         """An output's shape, once all inputs are set. It must be known and equal the graph's."""

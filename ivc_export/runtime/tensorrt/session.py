@@ -309,11 +309,18 @@ class TensorrtConversation(Conversation):
             return prefix, self._run_decoder(turn, inputs, prefix)
 
     def _decode(self, turn: Turn, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """A decode step: first run directly, then captured, then replayed as long as its addresses stay."""
+        """A decode step: first run directly, then captured too, and then replayed as long as its addresses stay.
+
+        Once shapes are set, TensorRT wants a run before one that is captured; so the captured one sets none.
+        """
 
         def run() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             prefix = self._run_prefix(turn, inputs)
             return prefix, self._run_decoder(turn, inputs, prefix)
+
+        def start() -> None:
+            for name in ("prefix", "decoder"):
+                self.session.engines[name].start("decode")
 
         with self.timings.stage("decode.decoder"):
             places = {name: tensor.address for name, tensor in inputs.items()}
@@ -321,12 +328,14 @@ class TensorrtConversation(Conversation):
                 self._step = DecodeStep(places, *run())
                 return self._step.prefix, self._step.decoder
             step = self._step
+            if step.graph is not None:
+                step.graph()
+                return step.prefix, step.decoder
+            found = run()
             if not step.tried:
-                step.graph, step.tried = self.session.device.capture(run), True
-            if step.graph is None:
-                return run()
-            step.graph()
-            return step.prefix, step.decoder
+                self.session.device.synchronize()
+                step.graph, step.tried = self.session.device.capture(start), True
+            return found
 
     def _run_prefix(self, turn: Turn, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         session, plan = self.session, turn.plan

@@ -175,9 +175,9 @@ class CudaDevice:
         status, graph = self._runtime.cudaStreamEndCapture(self.stream)
         if int(status):
             return None
-        runnable = self._call(self._runtime.cudaGraphInstantiate, graph, 0)
+        status, runnable = self._runtime.cudaGraphInstantiate(graph, 0)
         self._call(self._runtime.cudaGraphDestroy, graph)
-        return CudaGraph(self._runtime, runnable, self.stream)
+        return None if int(status) else CudaGraph(self._runtime, runnable, self.stream)
 
 
 class CudaGraph:

@@ -85,6 +85,18 @@ def test_what_is_said_of_checks_on_an_h200_was_measured() -> None:
     assert said in failed["error"] and node in failed["error"]
 
 
+def test_answers_on_an_h200_are_the_measured_ones() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "agreement-h200.json").read_text(encoding="utf-8"))
+    native, plugin = (found["runs"][f"tensorrt, {graphs}"]["ratios"] for graphs in ("native", "plugin"))
+    assert (
+        f"cut at layer {found['layer']}, equal PyTorch's for {native['1.0']['identical']} (nothing pruned) and "
+        f"{native['0.5']['identical']} (at 50%) of {found['questions']} questions with `native` graphs, and for "
+        f"{plugin['1.0']['identical']} and {plugin['0.5']['identical']} with the plugin."
+    ) in " ".join(TEXT.split())
+    gaps = [one["gap"] for ratios in (native, plugin) for ratio in ratios.values() for one in ratio["differing"]]
+    assert 0.0030 < max(gaps) <= 0.0035
+
+
 def test_the_versions_that_are_named_are_those_of_pyproject() -> None:
     declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     least, older = re.findall(r"onnxruntime from ([\d.]+) \(Python 3\.10: ([\d.]+)\)", TEXT)[0]

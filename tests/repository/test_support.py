@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ivc_export import families
+from ivc_export.runtime.tolerances import CUDA_FLOAT16
 from samples.tiny import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +96,24 @@ def test_answers_on_an_h200_are_the_measured_ones() -> None:
     ) in " ".join(TEXT.split())
     gaps = [one["gap"] for ratios in (native, plugin) for ratio in ratios.values() for one in ratio["differing"]]
     assert 0.0030 < max(gaps) <= 0.0035
+
+
+def test_what_is_said_of_cuda_was_measured() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "agreement-h200.json").read_text(encoding="utf-8"))
+    checked, compared = (found[key]["models"] for key in ("parity", "library"))
+    head = TEXT.split("| family | ")[1].splitlines()[0].strip("| ").split(" | ")
+    column = 1 + head.index("CUDA, float16")
+    told = {row[0].strip("`") for row in rows("Families and runtimes") if "run" in row[column].split("; ")}
+    assert told == set(compared) and set(checked) == {"spatial-vl", "qwen2_5_vl", "llava", "internvl"}
+    logits = max(errors["logits"] for errors in checked.values())
+    cells = {row[0]: row[-1] for row in rows("CUDA provider")}
+    with_library, all_families, *_ = cells.values()
+    assert f"within {logits:.1e} of the largest".replace("e-0", "e-") in with_library
+    assert f"within {max(compared.values()):.1e} of the largest".replace("e-0", "e-") in all_families
+    for errors in checked.values():
+        for kind, (bound, reason) in CUDA_FLOAT16.errors.items():
+            measured = re.findall(r"([\d.e-]+) measured", reason)
+            assert kind not in errors or errors[kind] <= float(measured[0]) < bound
 
 
 def test_the_versions_that_are_named_are_those_of_pyproject() -> None:

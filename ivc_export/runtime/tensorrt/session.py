@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -167,15 +167,18 @@ class EngineCache:
         names = [f"{name.kind}.{name.layer}" for name in given if name.role == "present"]
         self.written = {f"present_{name}": self._tensor(name, self._addresses[name], self.capacity) for name in names}
         """Outputs of the decoder engine that are caches."""
+        self._names = {name: TensorName.of(name) for name in (*self._addresses, *self.written)}
+        self._past = {
+            rows: {self._names[name].to("past"): self._tensor(name, at, rows) for name, at in self._addresses.items()}
+            for rows in (0, self.capacity)
+        }
 
     def inputs(self) -> dict[str, Tensor]:
         """past_key.i and past_value.i of all layers: the buffers, or 0 rows of them before the first run.
 
         Buffers that an engine writes to are always given whole.
         """
-        rows = self.capacity if self.length or self.written else 0
-        places = {TensorName.of(name).to("past"): address for name, address in self._addresses.items()}
-        return {name: self._tensor(name, address, rows) for name, address in places.items()}
+        return {**self._past[self.capacity if self.length or self.written else 0]}
 
     def _tensor(self, name: str, address: int, rows: int) -> Tensor:
         return Tensor(address, cache_shape(self._sizes, name, rows), self.dtype)
@@ -190,7 +193,7 @@ class EngineCache:
         Rows that the engines wrote themselves are there already.
         """
         for name, address in self._addresses.items():
-            cache = TensorName.of(name)
+            cache = self._names[name]
             if cache.to("present") in self.written:
                 continue
             new = outputs.get(cache.to("compact")) or outputs[cache.to("new")]
@@ -208,12 +211,12 @@ class EngineCache:
         """
         found = {}
         for name, tensor in decoder.items():
-            cache = TensorName.of(name)
-            if name in self.written and cache.layer is not None:
-                row = tensor.shape[3] * self.dtype.itemsize
-                rows = self._tensor(name, tensor.address + self.length * row, kept)
-                tensor = replace(rows, head_step=self.capacity * row)
-                name = cache.to("compact" if cache.layer < cut else "new")
+            if name in self.written:
+                cache, (one, heads, _, size) = self._names[name], tensor.shape
+                row = size * self.dtype.itemsize
+                start, step = tensor.address + self.length * row, self.capacity * row
+                tensor = Tensor(start, (one, heads, kept, size), self.dtype, head_step=step)
+                name = cache.to("compact" if cache.layer is not None and cache.layer < cut else "new")
             found[name] = tensor
         return found
 

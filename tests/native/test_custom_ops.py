@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
+import gc
 import itertools
+import time
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +34,8 @@ from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
 from ivc_export.runtime.onnxruntime.fused_graphs import register
+from ivc_export.runtime.onnxruntime.shared_memory import functions
+from ivc_export.runtime.onnxruntime.stream import Stream
 from ivc_export.verify.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY, wide
@@ -342,6 +348,66 @@ def test_a_library_that_does_not_load_is_one_sentence(golden_bundle: Bundle, tmp
     (tmp_path / "operators.so").write_text("nothing")
     with pytest.raises(UserError, match=r"operators\.so does not load as custom operators \(.*\): build it on"):
         FusedSession(golden_bundle, "cpu", op_library=tmp_path / "operators.so")
+
+
+def test_a_library_of_another_version_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"is of another version of ivc-export: build it again"):
+        functions(Path(_ctypes.__file__))
+
+
+def test_a_failed_prefill_leaves_nothing_on_the_device(
+    golden_bundle: Bundle, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its first graphs used is given up, once the stream no longer uses it. The next run is as ever."""
+    session = FusedSession(golden_bundle, "cpu", op_library=library)
+    assert session.stream is not None
+    conversation, other = FusedConversation(session, capacity=60), FusedConversation(session, capacity=60)
+    wait, order = session.stream.wait, list[int]()
+
+    def fail(name: str, *_: object, **__: object) -> None:
+        raise MemoryError(name)
+
+    def waited() -> None:
+        order.append(len(session._pending))
+        wait()
+
+    with monkeypatch.context() as full:
+        full.setattr(session, "run", fail)
+        full.setattr(session.stream, "wait", waited)
+        with pytest.raises(MemoryError, match="prefix"):
+            conversation.run([1, 2, 3])
+    assert order == [1] and not session._pending  # rows of embeddings were written
+    np.testing.assert_array_equal(conversation.run([1, 2, 3]).logits, other.run([1, 2, 3]).logits)
+    assert not session._pending
+
+
+def test_a_stream_outlives_its_sessions(golden_bundle: Bundle, library: Path) -> None:
+    """Also a session that a binding keeps."""
+    session = FusedSession(golden_bundle, "cpu", op_library=library)
+    conversation = FusedConversation(session, capacity=60)
+    conversation.run([1, 2, 3])
+    conversation.run([4])
+    workspace, stream = conversation._workspace, weakref.ref(session.stream)
+    assert workspace is not None and workspace.bindings
+    opened = session._sessions["vision"]
+    del conversation, session
+    gc.collect()
+    assert stream() is not None
+    del opened
+    gc.collect()
+    assert stream() is not None
+    del workspace
+    gc.collect()
+    assert stream() is None
+
+
+def test_marks_tell_the_time_between_them(library: Path) -> None:
+    stream = Stream(library)
+    first = stream.mark()
+    time.sleep(0.02)
+    second = stream.mark()
+    assert 0.02 <= second.seconds_since(first) < 10
+    assert first.seconds_since(second) == 0
 
 
 def test_a_library_without_the_cuda_provider_is_one_sentence(

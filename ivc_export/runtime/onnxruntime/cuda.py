@@ -178,7 +178,11 @@ class FusedConversation(Conversation):
             raise TooLongError(
                 f"the cache has {self.cache.capacity} rows, but {needed} are needed: give it a larger capacity"
             )
-        step = self._decode(plan) if turn.stage == "decode" else self._prefill(turn)
+        try:
+            step = self._decode(plan) if turn.stage == "decode" else self._prefill(turn)
+        except BaseException:
+            self.session.settle()  # else what the failed run used would stay on the device
+            raise
         self.cache.length += len(step.keep_index)
         self.cache.whole_length += plan.rows
         return step

@@ -257,6 +257,7 @@ class FusedGraphs:
         """Bind a graph's inputs, and its outputs to memory of the caller's, or to new memory on "cpu" or "cuda"."""
         session = self._sessions[name]
         binding = session.io_binding()
+        binding.stream = self.stream  # a binding keeps its session, which must not outlive the stream
         binding.targets = outputs  # a run may outlast the caller's own references to them
         for tensor in session.get_inputs():
             binding.bind_ortvalue_input(tensor.name, inputs[tensor.name])
@@ -272,7 +273,7 @@ class FusedGraphs:
         return binding
 
     def run(self, name: str, binding: Any, wait: bool = True) -> Values:
-        """Run a graph, and return its outputs by name.
+        """Run a graph, and return its outputs by name. wait: see run_bound.
 
         Raises:
             UserError: onnxruntime fails, for lack of memory or another reason.
@@ -285,7 +286,7 @@ class FusedGraphs:
 
         captured: number of the CUDA graph to capture or to replay. One number belongs to one set of addresses. wait:
             whether the outputs must be there when this returns. Otherwise the next runs may read them on the device,
-            and they are there after the next run that is waited for.
+            and they are there after the next run that is waited for, or `settle`.
 
         Raises:
             UserError: see run.
@@ -300,6 +301,12 @@ class FusedGraphs:
             session.run_with_iobinding(binding, options)
         if wait:
             self._pending.clear()
+
+    def settle(self) -> None:
+        """Wait for the runs after which a failure left no run that is waited for, and give up what they use."""
+        if self.stream:
+            self.stream.wait()
+        self._pending.clear()
 
 
 def cuda_options(version: str, cuda_graph: bool) -> dict[str, str]:

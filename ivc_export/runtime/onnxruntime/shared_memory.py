@@ -16,15 +16,30 @@ from ivc_export.errors import UserError
 
 @cache
 def functions(library: Path) -> ctypes.CDLL:
-    """The library's own functions. onnxruntime has loaded the library already."""
+    """The library's own functions. onnxruntime has loaded the library already.
+
+    Raises:
+        UserError: it lacks one.
+    """
     found = ctypes.CDLL(str(library.resolve()))
-    found.ivcSharedMemory.restype = ctypes.c_void_p
-    found.ivcSharedMemory.argtypes = [ctypes.c_size_t]
-    found.ivcStream.restype = found.ivcMark.restype = ctypes.c_void_p
-    found.ivcSeconds.restype = ctypes.c_double
-    for name in ("ivcFreeSharedMemory", "ivcFreeStream", "ivcMark", "ivcFreeMark"):
-        getattr(found, name).argtypes = [ctypes.c_void_p]
-    found.ivcSeconds.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    address = ctypes.c_void_p
+    try:
+        for name, gives, takes in (
+            ("ivcSharedMemory", address, [ctypes.c_size_t]),
+            ("ivcFreeSharedMemory", None, [address]),
+            ("ivcStream", address, []),
+            ("ivcAwaitStream", None, [address]),
+            ("ivcFreeStream", None, [address]),
+            ("ivcMark", address, [address]),
+            ("ivcSeconds", ctypes.c_double, [address, address]),
+            ("ivcFreeMark", None, [address]),
+        ):
+            function = getattr(found, name)
+            function.restype, function.argtypes = gives, takes
+    except AttributeError as error:
+        raise UserError(
+            f"{library} is of another version of ivc-export: build it again (docs/tensorrt.md says how)"
+        ) from error
     return found
 
 

@@ -27,6 +27,10 @@ class Stream:
             raise UserError("CUDA gives no stream: check that the GPU and its driver work")
         weakref.finalize(self, self._functions.ivcFreeStream, self.address).atexit = False
 
+    def wait(self) -> None:
+        """Wait until the device has done all that the stream was given."""
+        self._functions.ivcAwaitStream(self.address)
+
     def mark(self) -> Mark:
         """A mark behind all that the stream was given so far."""
         return Mark(self._functions, self.address)
@@ -41,7 +45,7 @@ class Mark:
             weakref.finalize(self, found.ivcFreeMark, self._address).atexit = False
 
     def seconds_since(self, other: Mark) -> float:
-        """Seconds that the device took from another mark to this one, which it has reached; 0 if CUDA failed."""
+        """Seconds that the device took from another mark to this one, for which this waits; 0 if CUDA failed."""
         known = self._address and other._address
         return max(0.0, self._functions.ivcSeconds(other._address, self._address)) if known else 0.0
 
@@ -67,7 +71,7 @@ class StageTimes:
         self._last = mark
 
     def finish(self) -> None:
-        """Tell the times, once the device has done all stages."""
+        """Tell the times, after waiting until the device has done all stages."""
         for name, start, end in self._stages:
             self._timings.add(name, end.seconds_since(start))
         self._stages.clear()

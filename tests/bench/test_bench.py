@@ -333,10 +333,10 @@ def test_a_side_that_fails_at_first_is_tried_without_a_cuda_graph(
         session = FusedSession(bundle, "cpu")
         session.backend = "onnxruntime-cuda"
 
-        def run_bound(name: str, binding: Any, captured: int | None = None) -> None:
+        def run_bound(name: str, binding: Any, captured: int | None = None, wait: bool = True) -> None:
             if captured is not None and (cuda_graph or broken == "everything"):
                 raise UserError("decode cannot run (no capture)")
-            FusedSession.run_bound(session, name, binding, captured)
+            FusedSession.run_bound(session, name, binding, captured, wait)
 
         monkeypatch.setattr(session, "run_bound", run_bound)
         return session

@@ -52,7 +52,13 @@ RESULTS = Path(__file__).parent / "results"
 POLL_SECONDS = 0.2
 TEXT, STEPS, RATIOS = 48, 32, (1.0, 0.5)
 ROUNDS, WARMUPS = 7, 2
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 
 
 def recipe(options: argparse.Namespace) -> EngineRecipe:
@@ -78,7 +84,8 @@ def make(options: argparse.Namespace) -> None:
         config |= {name: given[name] for name in config if name.endswith("_token_id") and name in given}
     checkpoint = make_large_checkpoint(options.folder / "checkpoint", config, "float16")
     for name in TOKENIZER if options.tokenizer else ():
-        shutil.copy2(options.tokenizer / name, checkpoint / name)
+        if (options.tokenizer / name).is_file():  # a template may lie in any of them
+            shutil.copy2(options.tokenizer / name, checkpoint / name)
     layer = min(16, options.layers // 2)
     export(ExportRecipe(checkpoint, options.folder / "bundle", layer=layer, weights="link"))
 

@@ -65,8 +65,8 @@ def overview() -> list[str]:
     """README's table."""
     methods = result("spatial-vl-pruning")
     answers = [methods["methods"][name][ratio]["first"]["all"]["accuracy"] for name, ratio in BEST]
-    gpu = gpu_rows("generate-h100")
-    ours, half, eager, compiled = (gpu[1024, side, ratio] for side, ratio in SIDES)
+    gpu = {(row["side"], row["ratio"]): row for row in result("generate-h200")["beside"]["rows"]}
+    ours, half, eager = (gpu[side] for side in SIDES[:3])
     cpu = {row["ratio"]: row for row in result("cpu_generate")["rows"] if (row["model"], row["threads"]) == ("0.2B", 1)}
 
     def times(key: str) -> list[str]:
@@ -82,12 +82,11 @@ def overview() -> list[str]:
             "",
         ],
         ["Qwen2-VL-2B, KV cache with 1,024 visual tokens", *each("cache_bytes", "MB", megabytes)],
-        ["the same on an H100, time to first token", *each("first_token", "ms", milliseconds)],
+        ["the same on an H200, time to first token", *each("first_token", "ms", milliseconds)],
         ["the same, each further token", *each("decode", "ms", milliseconds)],
         ["0.2 B parameters on one CPU thread, time to first token", *times("time_to_first_token")],
         ["the same, each further token", *times("per_token")],
     ]
-    rows[3][-1] += f", compiled {milliseconds(compiled['decode'])} ms"
     return table("| nothing pruned | half kept | stock transformers", rows)
 
 

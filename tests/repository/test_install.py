@@ -70,8 +70,8 @@ def test_a_bundle_checked_elsewhere_is_checked_without_torch(
 
 
 def test_a_program_is_checked_against_the_installed_types(environment: Path, tmp_path: Path) -> None:
-    """README's example, with a mistake behind it that mypy sees only where it sees our types."""
-    (program,) = EXAMPLE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    """The example of getting started, with a mistake behind it that mypy sees only where it sees our types."""
+    (program,) = EXAMPLE.findall((ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8"))
     (tmp_path / "program.py").write_text(f"{program}reveal_type(bundle)\nwrong: int = chat\n", encoding="utf-8")
     options = ["--strict", "--python-executable", str(environment / "bin" / "python"), "--cache-dir", str(tmp_path)]
     command = [sys.executable, "-m", "mypy", *options, "program.py"]

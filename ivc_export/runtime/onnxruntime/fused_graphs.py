@@ -193,6 +193,7 @@ class FusedGraphs:
         """The same on the device, for the rows `text`, ascending. Other rows have any content.
 
         If lm_head's weight is the table, rows are gathered from it. Otherwise only the rows of `text` are uploaded.
+        On a stream they are there after the next run that is waited for.
         """
         embeds = self.memory((1, len(tokens), self.bundle.manifest.decoder.hidden_size))
         if self._gathers:
@@ -216,7 +217,9 @@ class FusedGraphs:
             return load_onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, kind, self.device, 0)
 
     def picture_inputs(self, picture: Visual) -> Values:
-        """The vision graph's inputs for a picture. Its pixels are uploaded as 8-bit levels if these are known."""
+        """The vision graph's inputs for a picture. Its pixels are uploaded as 8-bit levels if these are known. On a
+        stream they are there after the next run that is waited for.
+        """
         levels = picture.levels
         names = [name for name in picture.inputs if name != PIXELS or levels is None]
         feeds = {name: self.value(picture.inputs[name]) for name in names}
@@ -258,7 +261,7 @@ class FusedGraphs:
         session = self._sessions[name]
         binding = session.io_binding()
         binding.stream = self.stream  # a binding keeps its session, which must not outlive the stream
-        binding.targets = outputs  # a run may outlast the caller's own references to them
+        binding.held = inputs, outputs  # a run may outlast the caller's own references to them
         for tensor in session.get_inputs():
             binding.bind_ortvalue_input(tensor.name, inputs[tensor.name])
         for tensor in session.get_outputs():

@@ -143,7 +143,11 @@ def cuda(status: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("status", "sentence"), [(2, "the GPU has no 3.0 kB of memory left"), (4, "CUDA says: the driver is gone; see")]
+    ("status", "sentence"),
+    [
+        (2, "the GPU has no 3.0 kB of memory left"),
+        (4, "CUDA says: the driver is gone; check that the GPU and its driver work"),
+    ],
 )
 def test_a_gpu_that_fails_is_not_called_full(status: int, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, device.MODULE, cuda(status))

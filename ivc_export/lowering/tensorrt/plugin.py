@@ -36,7 +36,7 @@ class UsePluginPass(ir.passes.InPlacePass):
     2. Leaves: SelectTokens with keep_slots, a tensor of keep_count elements, instead of keep_count, because TensorRT
        8.6 computes a plugin's output shapes from input shapes alone. One CompactGatherN(keep_index, x_1 .. x_n) -> y_1
        .. y_n with `axes`, and `kinds` by KINDS, instead of all CompactGather. No bodies: parsers up to 10.14 would
-       prefer them. Operators that the plugin lacks are inlined. Inputs and outputs stay.
+       prefer them. Operators that the plugin lacks are inlined. Each node has FLOAT_TYPE. Inputs and outputs stay.
     """
 
     def requires(self, model: ir.Model) -> None:
@@ -58,9 +58,10 @@ class UsePluginPass(ir.passes.InPlacePass):
                 node.replace_input_with(5, keep_slots(model.graph, node))
             for name, value in PLUGIN.items():
                 node.attributes[name] = ir.AttrString(name, value)
-        own = [node for node in model.graph if node.domain == IVC_DOMAIN]
-        for node in own:
-            node.attributes[FLOAT_TYPE] = ir.AttrInt64(FLOAT_TYPE, float_type(model.graph))
+        told = float_type(model.graph)
+        for node in model.graph:
+            if node.domain == IVC_DOMAIN:
+                node.attributes[FLOAT_TYPE] = ir.AttrInt64(FLOAT_TYPE, told)
         changed = inlined or bool(gathers or named or model.functions)
         model.functions.clear()
         return ir.passes.PassResult(model, changed)

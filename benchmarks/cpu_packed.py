@@ -140,7 +140,7 @@ def main() -> None:
         sizes = {one: sum(file.size for file in bundle.manifest.weights) for one, bundle in bundles.items()}
     content = {
         "command": "python -m benchmarks.cpu_packed",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "load_average": {"before": round(before, 2), "after": round(os.getloadavg()[0], 2)},
         "versions": {name: version(name) for name in ("onnxruntime", "numpy")},
         "rounds": options.rounds,

@@ -19,7 +19,7 @@ from ivc_export.errors import TooLongError, UserError
 from ivc_export.runtime.cache import check_capacity
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn, check_numbers, no_numbers
-from ivc_export.runtime.onnxruntime.fused_graphs import CHECK_GPU, FusedGraphs, Provider
+from ivc_export.runtime.onnxruntime.fused_graphs import CHECK_GPU, TURNS, FusedGraphs, Provider
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
 from ivc_export.runtime.onnxruntime.stream import StageTimes
 from ivc_export.runtime.onnxruntime.workspace import DeviceCache, HostStep, PictureRows, Values, Workspace
@@ -39,7 +39,7 @@ BLOCK = 512
 class FusedSession(FusedGraphs):
     """The graphs of a bundle, and the memory of its conversations.
 
-    Conversations of several threads take turns, one run at a time; see Session.
+    Conversations of several threads take turns, one run at a time; see Session. On a GPU so do those of several models.
 
     Raises:
         UserError: see FusedGraphs.
@@ -53,7 +53,7 @@ class FusedSession(FusedGraphs):
         op_library: Path | None = None,
     ) -> None:
         super().__init__(bundle, provider, cuda_graph, op_library)
-        self.lock: AbstractContextManager[Any] = threading.RLock()
+        self.lock: AbstractContextManager[Any] = TURNS if provider == "cuda" else threading.RLock()
         self.backend = f"onnxruntime-{provider}"
         self.versions: Mapping[str, str] = {"onnxruntime": load_onnxruntime().__version__}
         self.captures = count(1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,10 +27,17 @@ from ivc_export.lowering.onnxruntime.host_steps import Table, take_host_steps
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.onnxruntime.given import stand_in
-from ivc_export.runtime.onnxruntime.library import SILENT, grow_exactly, load_onnxruntime
+from ivc_export.runtime.onnxruntime.library import (
+    SILENT,
+    grow_exactly,
+    load_onnxruntime,
+    share_arena,
+    small_workspaces,
+)
 from ivc_export.runtime.onnxruntime.shared_memory import shared_array
 from ivc_export.runtime.onnxruntime.small_graphs import pixels_graph, rows_graph, table_graph
 from ivc_export.runtime.onnxruntime.stream import Stream
+from ivc_export.runtime.onnxruntime.weights_memory import WeightsMemory, room, view
 from ivc_export.runtime.onnxruntime.workspace import PictureRows, Values
 
 if TYPE_CHECKING:
@@ -47,6 +56,11 @@ NO_ROOM = "close other programs that use the GPU, or use --backend onnxruntime-c
 CHECK_GPU = "check that the GPU and its driver work, or use --backend onnxruntime-cpu"
 STAGED, MOST_STAGED = 1 << 20, 1 << 26
 """Sizes in bytes of arrays that are uploaded from pinned memory, if our library provides it."""
+
+TURNS = threading.RLock()
+"""Held by whoever uses the GPU. Sessions of all models in the process share memory, so their runs take turns. Each turn
+ends with a run that is waited for: then nothing on the device uses shared memory. A captured CUDA graph keeps the
+addresses of its memory, so decode steps do not share theirs."""
 
 NOT_CAPTURED = "cannot use the graph capture feature"
 """onnxruntime's message if it computes a part of a graph on the host."""
@@ -86,10 +100,13 @@ class FusedGraphs:
         self.dtype: FloatName = DTYPES[provider]
         self.op_library = op_library
         self.lowering = "ort-cuda-ops" if op_library else "ort-cuda"
+        self.host_steps = False
+        """Whether decode steps begin and end in host memory: see lowering.onnxruntime.host_steps."""
         cast(pixel_bounds(bundle.manifest.preprocessing), self.dtype, "a normalised picture of this model", WIDER)
         models = {name: self.lowered(name, self.lowering) for name in GRAPH_NAMES}
         take_float32(models["vision"])
         tied = tied_table(bundle, models["decoder"])
+        decode = self._decode(tied)
         if op_library:
             register(op_library, onnxruntime.SessionOptions())  # which says why it does not load
         self.stream = Stream(op_library) if op_library else None
@@ -97,17 +114,17 @@ class FusedGraphs:
         self._pending: list[Any] = []
         """Bindings of runs for which the host has not waited yet."""
         self._staging = np.empty(0, np.uint8)
-        self._owners: Values = {}
+        self._owners: list[OrtValue] = []
+        """Weights that are not in one memory. On the CPU they are the arrays themselves."""
         self._weights: Values = {}
         """Views of the weights: onnxruntime shares memory between sessions only if it does not own it."""
+        self._weights_memory = self._memory_for([*models.values(), decode])
         self._converted: Values = {}
         """Values that onnxruntime's optimisers read while sessions open, for weights that no file has in this dtype."""
         self._sessions: dict[str, InferenceSession] = {name: self._open(model) for name, model in models.items()}
         self.cuda_graph = cuda_graph and provider == "cuda"
-        self.host_steps = False
-        """Whether decode steps begin and end in host memory: see lowering.onnxruntime.host_steps."""
         try:
-            self._sessions["decode"] = self._open(self._decode(tied), self.cuda_graph)
+            self._sessions["decode"] = self._open(decode, self.cuda_graph)
         except UserError as error:
             if not (self.cuda_graph and NOT_CAPTURED in str(error)):
                 raise
@@ -144,34 +161,63 @@ class FusedGraphs:
         assert self.op_library is not None
         return shared_array(self.op_library, shape, dtype)
 
+    def _memory_for(self, models: Sequence[ir.Model]) -> WeightsMemory | None:
+        """Memory for the weights of these models on the device. None if each is to have its own."""
+        if self.device != "cuda" or not WeightsMemory.works(self.device):
+            return None
+        weights = {name: tensor for model in models for name, tensor in large_weights(model)}
+        size = sum(room(tensor.nbytes) for tensor in weights.values())
+        with told(f"{decimal(size)} of weights do not fit into GPU memory", NO_ROOM, CHECK_GPU):
+            return WeightsMemory(size, self.device) if size else None
+
+    def _weight(self, tensor: ir.LazyTensor | ir.ExternalTensor, array: npt.NDArray[Any]) -> OrtValue:
+        """A weight on the device."""
+        if self._weights_memory is None:
+            self._owners.append(self.value(array))
+            return view(self._owners[-1])
+        with told(f"{tensor.name} cannot be copied into GPU memory", NO_ROOM, CHECK_GPU):
+            return self._weights_memory.place(array)
+
     def _open(self, model: ir.Model, cuda_graph: bool = False) -> InferenceSession:
+        """Open a graph. It takes memory that runs before may still use, so the host waits for them."""
+        with TURNS if self.device == "cuda" else nullcontext():
+            if self.stream:
+                self.stream.wait()
+            return self._opened(model, cuda_graph)
+
+    def _opened(self, model: ir.Model, cuda_graph: bool) -> InferenceSession:
         onnxruntime = load_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = SILENT
+        shares = False
         if self.op_library:
             register(self.op_library, options)
+            options.enable_mem_pattern = False  # else a second prompt of one length takes all of its memory once more
+            shares = self.device == "cuda" and not cuda_graph and share_arena()
+        if shares:
+            options.add_session_config_entry("session.use_env_allocators", "1")
         folder = str(self.bundle.folder)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        for name, value in model.graph.initializers.items():
-            tensor = value.const_value
-            if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor):  # converted, or as in the bundle
-                # weights that several graphs read, such as tied embeddings, are loaded once
-                if name not in self._weights:
-                    array = np.ascontiguousarray(read_values(tensor))
-                    self._owners[name] = self.value(array)
-                    self._weights[name] = view(self._owners[name])
-                    if isinstance(tensor, ir.LazyTensor):
-                        self._converted[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-                options.add_initializer(name, self._weights[name])
+        for name, tensor in large_weights(model):
+            # weights that several graphs read, such as tied embeddings, are loaded once
+            if name not in self._weights:
+                array = np.ascontiguousarray(read_values(tensor))
+                self._weights[name] = self._weight(tensor, array)
                 if isinstance(tensor, ir.LazyTensor):
-                    value.const_value = stand_in(self.bundle, name, tensor)
-                    options.add_external_initializers([name], [self._converted[name]])
-        chosen = cuda_options(onnxruntime.__version__, cuda_graph) if self.device == "cuda" else {}
-        if chosen and self.stream:
+                    self._converted[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+            options.add_initializer(name, self._weights[name])
+            if isinstance(tensor, ir.LazyTensor):
+                model.graph.initializers[name].const_value = stand_in(self.bundle, name, tensor)
+                options.add_external_initializers([name], [self._converted[name]])
+        chosen = cuda_options(onnxruntime.__version__, cuda_graph, exact=self.op_library is not None)
+        if self.stream:
             chosen["user_compute_stream"] = str(self.stream.address)
-        provider = (PROVIDERS[self.device], chosen)
+        provider = (PROVIDERS[self.device], chosen if self.device == "cuda" else {})
         content = ir.to_proto(model).SerializeToString()
-        with told(f"{model.graph.name} does not open in onnxruntime", NO_ROOM, "use --backend onnxruntime-cpu"):
+        with (
+            told(f"{model.graph.name} does not open in onnxruntime", NO_ROOM, "use --backend onnxruntime-cpu"),
+            small_workspaces() if self.op_library else nullcontext(),
+        ):
             session = onnxruntime.InferenceSession(content, options, providers=[provider])
         if PROVIDERS[self.device] not in session.get_providers():  # onnxruntime falls back to the CPU silently
             raise UserError(
@@ -312,14 +358,22 @@ class FusedGraphs:
         self._pending.clear()
 
 
-def cuda_options(version: str, cuda_graph: bool) -> dict[str, str]:
+def large_weights(model: ir.Model) -> list[tuple[str, ir.LazyTensor | ir.ExternalTensor]]:
+    """A graph's weights that are converted, or as in the bundle, by name. Other initializers are small."""
+    found = [(name, value.const_value) for name, value in model.graph.initializers.items()]
+    return [(name, tensor) for name, tensor in found if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor)]
+
+
+def cuda_options(version: str, cuda_graph: bool, exact: bool = False) -> dict[str, str]:
     """Options of onnxruntime's CUDA provider, for a version of onnxruntime.
 
     Before 1.27, norms of sums squared float16 in float16. They then gave zeros for rows with values beyond about
-    10,000, which some models have. The strict mode does not (github.com/microsoft/onnxruntime/issues/29034). Memory
-    grows by the requested amount: by powers of two, up to half of it would be unused in each session.
+    10,000, which some models have. The strict mode does not (github.com/microsoft/onnxruntime/issues/29034).
+
+    exact: whether a session's own arena grows by the requested amount. By powers of two, up to half of it would be
+        unused. Without our operators, runs with many small allocations would then take a tenth longer.
     """
-    chosen = {"arena_extend_strategy": "kSameAsRequested"}
+    chosen = {"arena_extend_strategy": "kSameAsRequested"} if exact else {}
     if cuda_graph:
         chosen["enable_cuda_graph"] = "1"
     if tuple(int(part) for part in version.split(".")[:2]) < (1, 27):
@@ -342,13 +396,6 @@ def tied_table(bundle: Bundle, decoder: ir.Model) -> Table | None:
             if stored.offset == table.offset and lowered is not None and lowered.const_value is not None:
                 return Table(name, lowered.const_value)
     return None
-
-
-def view(owner: OrtValue) -> OrtValue:
-    """Another view of the same memory, valid as long as `owner` lives. onnxruntime 1.23 has OrtValue.from_dlpack only
-    internally."""
-    inner: Any = owner._ortvalue
-    return load_onnxruntime().OrtValue(type(inner).from_dlpack(inner.to_dlpack()))
 
 
 def pixel_bounds(scaling: Scaling) -> npt.NDArray[np.float64]:

@@ -19,7 +19,7 @@ from ivc_export.contract.operators import LINEAR_OPERATORS
 ALIASES = frozenset(("Reshape", "Squeeze", "Unsqueeze"))
 """Operators whose output is their input's memory."""
 
-MATMUL_SCRATCH, FEW_ROWS = 32 << 20, {"FusedLinear": 2, "FusedLinearInt4": 8}
+MATMUL_SCRATCH, FEW_ROWS = 32 << 20, {"FusedLinear": 2, "FusedLinearInt4": 8, "FusedLinearInt8": 8}
 """Scratch memory of our kernels' products of many rows for cuBLASLt, and up to how many rows a product needs none."""
 
 Value = npt.NDArray[Any]
@@ -169,14 +169,14 @@ def halves_of(node: onnx.NodeProto) -> int:
 def linear_scratch(node: onnx.NodeProto, tensors: Tensors) -> int:
     """Scratch memory of a product of our kernels, as ivcLinearWorkspace computes it. It is nothing for few rows.
 
-    For more rows it is cuBLASLt's memory, normed rows, both halves of a gate, and weights of 4 bits as floats.
+    For more rows it is cuBLASLt's memory, normed rows, both halves of a gate, and packed weights as floats.
     """
     rows, features = math.prod(tensors.shape(node.input[0])[:-1]), tensors.shape(node.input[0])[-1]
     if rows <= FEW_ROWS[node.op_type]:
         return 0
     columns, width = tensors.shape(node.input[1])[0], tensors.size(node.input[0]) // (rows * features)
     gate = rows * columns * width if halves_of(node) > 1 else 0
-    unpacked = columns * features * width if node.op_type == "FusedLinearInt4" else 0
+    unpacked = columns * features * width if node.op_type != "FusedLinear" else 0
     return MATMUL_SCRATCH + tensors.size(node.input[0]) + gate + unpacked
 
 

@@ -125,15 +125,16 @@ def test_graphs_for_the_cuda_provider_compute_with_them(bundles: tuple[Bundle, B
     assert largest(answers(FusedSession(bundles[0], "cpu")), wanted) < LOGIT_TOLERANCE
 
 
-def test_our_operators_take_four_bits(bundles: tuple[Bundle, Bundle]) -> None:
-    """With what surrounds a product; what has 8 bits stays with onnxruntime."""
+def test_our_operators_take_packed_weights(bundles: tuple[Bundle, Bundle]) -> None:
+    """With what surrounds a product, unless it gathers the columns of x in an order of its own."""
     layers = bundles[0].manifest.decoder.layers - bundles[0].manifest.selection_layer
     found = Counter(node.op_type for node in lower(bundles[0].graph("decoder"), "ort-cuda-ops").graph)
     if {one.format for one in bundles[0].manifest.weight_formats.values()} == {"int4"}:
-        assert found["FusedLinearInt4"] == 4 * layers and not {"MatMulNBits", "QuickGelu"} & found.keys()
+        assert found["FusedLinearInt4"] == 4 * layers
         assert not {"SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"} & found.keys()
     else:
-        assert found["MatMulNBits"] and not found["FusedLinearInt4"]
+        assert found["FusedLinearInt8"] == 7 * layers and not found["FusedLinearInt4"]
+    assert not {"MatMulNBits", "QuickGelu"} & found.keys()
 
 
 def test_attention_of_decode_steps_turns_rows_of_packed_products(bundles: tuple[Bundle, Bundle]) -> None:

@@ -25,9 +25,9 @@ from samples.make_sample import make_checkpoint
 from samples.tiny import wide
 from tests.conftest import random_picture
 from tests.native.custom_ops import DTYPES, OwnAttentionSession, check_attention, check_gather, check_selection
-from tests.native.int4 import int4_case
 from tests.native.linear import linear_case
-from tests.native.linear_ops import check_int4, check_linear
+from tests.native.linear_ops import check_linear, check_packed
+from tests.native.packed import packed_case
 from tests.native.test_plugin_builds import build
 
 pytestmark = [
@@ -60,7 +60,7 @@ def test_random_selections_agree_with_numpy(
 def test_products_agree_with_float64(library: Path) -> None:
     for seed in range(100):
         check_linear(library, "cuda", linear_case(seed))
-        check_int4(library, "cuda", int4_case(seed))
+        check_packed(library, "cuda", packed_case(seed, 4 + 4 * (seed % 3 == 0)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

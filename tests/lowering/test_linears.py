@@ -33,8 +33,9 @@ PACKED: dict[str, npt.NDArray[Any]] = {
 }
 
 
-def fused(body: str) -> list[ir.Node]:
-    """The nodes of a graph of x and r, weights w, u and v, a bias b and a norm n, after the pass."""
+def fused(body: str, bits: tuple[int, ...] = (4, 8)) -> list[ir.Node]:
+    """The nodes of a graph of x and r, weights w, u and v, a bias b and a norm n, after the pass,
+    which changes it unless it must leave the only product, of 8 bits, as it is."""
     proto = onnx.parser.parse_model(ROWS + body + "}")
     for name, shape in WEIGHTS.items():
         array = np.full(shape, WEIGHTS_OF[name], np.float32)
@@ -42,7 +43,7 @@ def fused(body: str) -> list[ir.Node]:
     for name, array in PACKED.items():
         proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     model = ir.serde.deserialize_model(proto)
-    assert FuseLinearsPass()(model).modified
+    assert FuseLinearsPass(bits)(model).modified == (8 in bits)
     return list(model.graph)
 
 
@@ -167,3 +168,13 @@ def test_every_activation_of_portable_graphs_is_known(name: str) -> None:
     known = {"silu": ("swish", 1.0), "quick_gelu": ("swish", 1.702)}
     wanted, slope = known.get(name, (name, 1.0))
     assert found.name == wanted and found.slope == pytest.approx(slope)
+
+
+@pytest.mark.parametrize("bits", [(4, 8), (4,)])
+def test_packed_products_are_fused_in_the_bits_that_a_kernel_takes(bits: tuple[int, ...]) -> None:
+    sizes = "bits = 8, block_size = 16, K = 8, N = 8"
+    body = f"m = ivc.RMSNorm <epsilon = 0.5> (hx, hn) g = ivc.LinearNBits <{sizes}> (m, p, hs) y = Cast <to = 1> (g)"
+    nodes = fused(body, bits)
+    assert ("FusedLinearInt8" in [node.op_type for node in nodes]) == (8 in bits)
+    if 8 in bits:
+        assert read(nodes[0]) == ["hx", "p", "hs", None, "hn"]

@@ -1,4 +1,4 @@
-"""FusedLinear and FusedLinearInt4 in onnxruntime sessions of one node, against NumPy."""
+"""FusedLinear, FusedLinearInt4 and FusedLinearInt8 in onnxruntime sessions of one node, against NumPy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from onnx import TensorProto, helper
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.runtime.onnxruntime.fused_graphs import Provider
 from tests.native.custom_ops import DTYPES, session, tensors
-from tests.native.int4 import Int4Case
 from tests.native.linear import ROUNDING, LinearCase
+from tests.native.packed import PackedCase
 
-FEW, FEW_INT4 = 2, 8  # rows that one launch multiplies
+FEW, FEW_PACKED = 2, 8  # rows that one launch multiplies
 
 Operands = dict[str, npt.NDArray[Any] | None]
 
@@ -56,17 +56,17 @@ def check_linear(library: Path, provider: Provider, case: LinearCase) -> None:
     case.compare(run_linear(library, provider, case), ROUNDING[case.dtype] if apart else 0.0)
 
 
-def run_int4(library: Path, provider: Provider, case: Int4Case, **changed: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """y of FusedLinearInt4 in the same way."""
+def run_packed(library: Path, provider: Provider, case: PackedCase, **changed: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """y of FusedLinearInt4 or FusedLinearInt8 in the same way."""
     linear = case.linear
     operands: Operands = {"x": linear.x, "packed": case.packed, "scales": case.scales, "points": case.points}
     operands |= {"norm": linear.norm, "bias": linear.bias, "residual": linear.residual} | changed
-    return run_node(library, provider, "FusedLinearInt4", linear, operands, block_size=case.block_size)
+    return run_node(library, provider, f"FusedLinearInt{case.bits}", linear, operands, block_size=case.block_size)
 
 
-def check_int4(library: Path, provider: Provider, case: Int4Case) -> None:
+def check_packed(library: Path, provider: Provider, case: PackedCase) -> None:
     """Against float64, with what is rounded between steps; of many rows weights are rounded, too."""
-    linear, found = case.linear, run_int4(library, provider, case)
-    if len(linear.x) > FEW_INT4:
+    linear, found = case.linear, run_packed(library, provider, case)
+    if len(linear.x) > FEW_PACKED:
         linear = replace(linear, weight=linear.weight.astype(linear.x.dtype))
     linear.compare(found, ROUNDING[linear.dtype])

@@ -52,11 +52,11 @@ from tests.native.custom_ops import (
     select,
     turn_heads,
 )
-from tests.native.int4 import int4_case
 from tests.native.joined import JoinedCase, joined_case
 from tests.native.kernels import TYPES, random_case
 from tests.native.linear import IvcLinear, linear_case
-from tests.native.linear_ops import check_int4, check_linear, run_int4, run_linear
+from tests.native.linear_ops import check_linear, check_packed, run_linear, run_packed
+from tests.native.packed import packed_case
 from tests.native.test_plugin_builds import build
 
 
@@ -154,15 +154,18 @@ def test_products_in_onnxruntime_agree_with_float64(library: Path) -> None:
     for seed in range(60):
         check_linear(library, "cpu", linear_case(seed))
     for seed in range(40):
-        packed = int4_case(seed)
-        check_int4(library, "cpu", packed)
+        packed = packed_case(seed, 4 + 4 * (seed % 3 == 0))
+        check_packed(library, "cpu", packed)
         if packed.linear.norm is not None:
             bias = packed.linear.norm[::-1] / 2
             with_bias = replace(packed.linear, norm=np.concatenate([packed.linear.norm, bias]).astype(bias.dtype))
-            check_int4(library, "cpu", replace(packed, linear=with_bias))
+            check_packed(library, "cpu", replace(packed, linear=with_bias))
 
 
-@pytest.mark.parametrize(("name", "stem"), [("FusedLinear", "ivcLinear"), ("FusedLinearInt4", "ivcLinearInt4")])
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [("FusedLinear", "ivcLinear"), ("FusedLinearInt4", "ivcLinearPacked"), ("FusedLinearInt8", "ivcLinearPacked")],
+)
 def test_what_products_are_counted_to_take_is_what_they_ask_for(library: Path, name: str, stem: str) -> None:
     ask = ctypes.CDLL(str(library))[f"{stem}Workspace"]
     ask.restype = ctypes.c_size_t
@@ -194,15 +197,15 @@ def test_impossible_products_are_refused(library: Path) -> None:
         run_linear(library, "cpu", case, residual=case.x[1:, :1])
     with pytest.raises(Exception, match="there is no activation tanh"):
         run_linear(library, "cpu", replace(case, activation="tanh"))
-    packed = int4_case(0)
+    packed = packed_case(0)
     with pytest.raises(Exception, match="packed must have the shape"):
-        run_int4(library, "cpu", packed, packed=packed.packed[:, :, 1:])
+        run_packed(library, "cpu", packed, packed=packed.packed[:, :, 1:])
     with pytest.raises(Exception, match="scales must have one value for each block"):
-        run_int4(library, "cpu", packed, scales=packed.scales[1:])
-    pointed, points = next((p, p.points) for seed in range(99) if (p := int4_case(seed)).points is not None)
+        run_packed(library, "cpu", packed, scales=packed.scales[1:])
+    pointed, points = next((p, p.points) for seed in range(99) if (p := packed_case(seed)).points is not None)
     assert points is not None
-    with pytest.raises(Exception, match="zero_points must have one byte for two blocks of a row"):
-        run_int4(library, "cpu", pointed, points=points[1:])
+    with pytest.raises(Exception, match="zero_points must have the bits of an entry for each block"):
+        run_packed(library, "cpu", pointed, points=points[1:])
 
 
 def test_impossible_inputs_are_refused(library: Path) -> None:

@@ -49,7 +49,7 @@ def test_kernels_compile_and_link(tmp_path: Path) -> None:
         "ivcEncodeAttend",
         "ivcTurnHeads",
         "ivcAttendJoined",
-        "ivcFusedInt4",
+        "ivcFusedPacked",
         "ivcUnpack",
         "ivcFusedLinear",
         "ivcNormRows",

@@ -130,12 +130,12 @@ IVC_API cudaError_t ivcGiveAnswer(const IvcStep* step, const void* x, const int3
 IVC_API cudaError_t ivcFusedLinear(const IvcLinear* product, const void* x, const void* norm, const void* weight,
     const void* bias, const void* residual, void* y, cudaStream_t stream);
 
-// The same with weights in 4 bits, on tensor cores. Returns cudaErrorNotSupported before SM 80. Products use the exact
+// The same with weights in 4 or 8 bits, on tensor cores. Returns cudaErrorNotSupported before SM 80. Products use the exact
 // weights. Normalised rows are rounded to the tensors' type.
-IVC_API cudaError_t ivcFusedInt4(const IvcLinear* product, const IvcPacked* weight, const void* x, const void* norm,
+IVC_API cudaError_t ivcFusedPacked(const IvcLinear* product, const IvcPacked* weight, const void* x, const void* norm,
     const void* bias, const void* residual, void* y, cudaStream_t stream);
 
-// Unpacks weights in 4 bits to the product's type, [N, K], or [2 N, K] if gated, at an address that is a multiple of 16
+// Unpacks such weights to the product's type, [N, K], or [2 N, K] if gated, at an address that is a multiple of 16
 // bytes.
 IVC_API cudaError_t ivcUnpack(
     const IvcLinear* product, const IvcPacked* packed, void* weight, cudaStream_t stream);

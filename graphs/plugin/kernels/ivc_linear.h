@@ -22,12 +22,12 @@ IVC_API size_t ivcLinearWorkspace(const IvcLinear* product, int32_t normed);
 IVC_API cudaError_t ivcLinear(const IvcLinear* product, const void* x, const void* norm, const void* weight,
     const void* bias, const void* residual, void* y, void* workspace, cudaStream_t stream);
 
-// As ivcLinearWorkspace, for ivcLinearInt4.
-IVC_API size_t ivcLinearInt4Workspace(const IvcLinear* product, int32_t normed);
+// As ivcLinearWorkspace, for ivcLinearPacked.
+IVC_API size_t ivcLinearPackedWorkspace(const IvcLinear* product, int32_t normed);
 
-// Like ivcFusedInt4, which it calls for few rows. For more rows, it unpacks the weights into the workspace, and
+// Like ivcFusedPacked, which it calls for few rows. For more rows, it unpacks the weights into the workspace, and
 // continues as ivcLinear does.
-IVC_API cudaError_t ivcLinearInt4(const IvcLinear* product, const IvcPacked* weight, const void* x, const void* norm,
+IVC_API cudaError_t ivcLinearPacked(const IvcLinear* product, const IvcPacked* weight, const void* x, const void* norm,
     const void* bias, const void* residual, void* y, void* workspace, cudaStream_t stream);
 
 // Bytes of workspace that ivcMatMul needs.

@@ -130,18 +130,20 @@ typedef struct {
     int32_t layerNorm;  // what `norm` has; 0: the weight [K] of an RMS norm; 1: weight and then bias of a layer norm, [2 K]
 } IvcLinear;
 
-// Weights in 4 bits of such a product: W = (stored - zero point) scale, stored as in
+// Weights in 4 or 8 bits of such a product: W = (stored - zero point) scale, stored as in
 // graphs/ops/LinearNBitsZeroPoints.onnxtxt. A row has ceil(K / blockSize) blocks. What is stored after the K values of
 // a row has no effect. The type of the product is float16 or bfloat16.
 typedef struct {
-    const void* values;      // uint8 [N, blocks, blockSize / 2], or [2 N, ..] if gated, the low half of a byte first,
-                             // at an address that is a multiple of 16 bytes, or of 8 for blocks of 16
+    const void* values;      // uint8 [N, blocks, blockSize bits / 8], or [2 N, ..] if gated, the low half of a byte
+                             // first, at an address that is a multiple of 16 bytes, or of 8 for blocks of 8 bytes
     const void* scales;      // of the product's type, one for each block
-    const void* zeroPoints;  // uint8 [N, ceil(blocks / 2)], or [2 N, ..], in the same order; null: all are 8
+    const void* zeroPoints;  // uint8 [N, ceil(blocks bits / 8)], or [2 N, ..], in the same order; null: all are 8, or
+                             // 128 in 8 bits
     int32_t blockSize;       // weights that share a scale: 16, 32, 64, 128 or 256
+    int32_t bits;            // of a weight: 4 or 8
 } IvcPacked;
 
-// The most rows for which ivcFusedInt4 reads each weight once.
+// The most rows for which ivcFusedPacked reads each weight once.
 #define IVC_FEW_ROWS 8
 
 // The most tensors of one launch. More tensors need more launches.

@@ -54,14 +54,14 @@ cudaError_t ivcLinear(const IvcLinear* c, const void* x, const void* norm, const
     return multiply(*c, x, weight, bias, residual, y, free, stream);
 }
 
-size_t ivcLinearInt4Workspace(const IvcLinear* c, int32_t normed) {
+size_t ivcLinearPackedWorkspace(const IvcLinear* c, int32_t normed) {
     if (empty(*c)) return 0;
     if (c->rows <= IVC_FEW_ROWS) return normedBytes(*c, normed, IVC_FEW_ROWS);
     const size_t weights = static_cast<size_t>(c->gated ? 2 : 1) * static_cast<size_t>(c->out);
     return ivcLinearWorkspace(c, normed) + 2 * weights * static_cast<size_t>(c->features);
 }
 
-cudaError_t ivcLinearInt4(const IvcLinear* c, const IvcPacked* w, const void* x, const void* norm, const void* bias,
+cudaError_t ivcLinearPacked(const IvcLinear* c, const IvcPacked* w, const void* x, const void* norm, const void* bias,
     const void* residual, void* y, void* workspace, cudaStream_t stream) {
     if (c->rows > IVC_FEW_ROWS) {
         void* const weight = static_cast<char*>(workspace) + ivcLinearWorkspace(c, norm != nullptr);
@@ -74,5 +74,5 @@ cudaError_t ivcLinearInt4(const IvcLinear* c, const IvcPacked* w, const void* x,
         x = workspace;
         norm = nullptr;
     }
-    return ivcFusedInt4(c, w, x, norm, bias, residual, y, stream);
+    return ivcFusedPacked(c, w, x, norm, bias, residual, y, stream);
 }

@@ -191,7 +191,8 @@ OrtCustomOpDomain* domain() {
         add<CompactGatherNOperator>(d);
         add<EncodeAttendOperator>(d);
         add<FusedLinearOperator>(d);
-        add<FusedLinearInt4Operator>(d);
+        add<FusedLinearPackedOperator<4>>(d);
+        add<FusedLinearPackedOperator<8>>(d);
         add<TurnHeadsOperator>(d);
         add<AttendJoinedOperator>(d);
         add<TakeStepOperator>(d);

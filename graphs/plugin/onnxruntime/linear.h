@@ -1,4 +1,4 @@
-// FusedLinear and FusedLinearInt4: products with the norm before them and the bias, the activation and the sum behind.
+// FusedLinear, FusedLinearInt4 and FusedLinearInt8: products with the norm before them and the bias, the activation and the sum behind.
 #pragma once
 
 #include <optional>
@@ -8,7 +8,7 @@
 
 namespace ivc {
 
-// What both operators say of a product. Attributes: activation ("none", "swish", "gelu" or "gelu_tanh"), gated, slope,
+// What these operators say of a product. Attributes: activation ("none", "swish", "gelu" or "gelu_tanh"), gated, slope,
 // scale, epsilon.
 class LinearAttributes {
    public:
@@ -104,31 +104,32 @@ class FusedLinear : LinearAttributes {
 };
 
 // FusedLinearInt4(x [.., K], packed uint8 [N, blocks, block_size / 2], scales [N, blocks], zero_points? uint8
-// [N, ceil(blocks / 2)], norm?, bias?, residual?) -> y [.., N] in the same way, as ivcLinearInt4 computes it. Attribute
-// beside the others: block_size.
-class FusedLinearInt4 : LinearAttributes {
+// [N, ceil(blocks / 2)], norm?, bias?, residual?) -> y [.., N] in the same way, as ivcLinearPacked computes it. Attribute
+// beside the others: block_size. FusedLinearInt8 has a byte for each value and for each zero point.
+template <int kBits>
+class FusedLinearPacked : LinearAttributes {
    public:
-    explicit FusedLinearInt4(const Ort::ConstKernelInfo& node)
+    explicit FusedLinearPacked(const Ort::ConstKernelInfo& node)
         : LinearAttributes(node), block_(node.GetAttribute<int64_t>("block_size")) {}
 
     OrtStatusPtr ComputeV2(OrtKernelContext* raw) const {
         return guarded([&] {
             const Ort::KernelContext context(raw);
             const Shape x = shapeOf(context.GetInput(0)), packed = shapeOf(context.GetInput(1));
-            require(block_ > 0 && x.size() > 1 && packed.size() == 3 && packed[2] == block_ / 2 &&
+            require(block_ > 0 && x.size() > 1 && packed.size() == 3 && packed[2] == block_ * kBits / 8 &&
                         packed[1] == (x.back() + block_ - 1) / block_,
-                "FusedLinearInt4: packed must have the shape [N, ceil(K / block_size), block_size / 2]");
+                "FusedLinear: packed must have the shape [N, ceil(K / block_size), block_size bits / 8]");
             const auto points = input(context, 3);
             require(count(context.GetInput(2)) == packed[0] * packed[1],
-                "FusedLinearInt4: scales must have one value for each block");
-            require(!points || count(points) == packed[0] * ((packed[1] + 1) / 2),
-                "FusedLinearInt4: zero_points must have one byte for two blocks of a row");
+                "FusedLinear: scales must have one value for each block");
+            require(!points || count(points) == packed[0] * ((packed[1] * kBits + 7) / 8),
+                "FusedLinear: zero_points must have the bits of an entry for each block of a row");
             const Around a = around(context, 4, packed[0]);
             const IvcPacked weight{data(context.GetInput(1)), data(context.GetInput(2)), data(points),
-                static_cast<int32_t>(block_)};
-            run(raw, context, a, ivcLinearInt4Workspace(&a.product, a.norm != nullptr),
+                static_cast<int32_t>(block_), kBits};
+            run(raw, context, a, ivcLinearPackedWorkspace(&a.product, a.norm != nullptr),
                 [&](void* workspace, cudaStream_t stream) {
-                    return ivcLinearInt4(&a.product, &weight, data(context.GetInput(0)), a.norm, a.bias, a.residual,
+                    return ivcLinearPacked(&a.product, &weight, data(context.GetInput(0)), a.norm, a.bias, a.residual,
                         a.y, workspace, stream);
                 });
         });
@@ -155,10 +156,13 @@ struct FusedLinearOperator : Description<FusedLinearOperator, FusedLinear> {
     }
 };
 
-struct FusedLinearInt4Operator : Description<FusedLinearInt4Operator, FusedLinearInt4> {
-    using Description::Description;
+template <int kBits>
+struct FusedLinearPackedOperator : Description<FusedLinearPackedOperator<kBits>, FusedLinearPacked<kBits>> {
+    using Base = Description<FusedLinearPackedOperator<kBits>, FusedLinearPacked<kBits>>;
+    using Base::Base;
+    using Base::values;
 
-    const char* GetName() const { return "FusedLinearInt4"; }
+    const char* GetName() const { return kBits == 4 ? "FusedLinearInt4" : "FusedLinearInt8"; }
     size_t GetInputTypeCount() const { return 7; }
     size_t GetOutputTypeCount() const { return 1; }
     Type GetInputType(size_t i) const { return i == 1 || i == 3 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : values; }

@@ -160,7 +160,7 @@ class FusedLinearInt4 : public Product {
 
     size_t workspace(const PluginTensorDesc* in) const {
         const IvcLinear c = around().linear(in, behind());
-        return ivcLinearInt4Workspace(&c, around().normed());
+        return ivcLinearPackedWorkspace(&c, around().normed());
     }
 
     cudaError_t enqueue(const PluginTensorDesc* in, const void* const* inputs, void* const* outputs, void* workspace,
@@ -168,9 +168,9 @@ class FusedLinearInt4 : public Product {
         const IvcLinear c = around().linear(in, behind());
         if (!weightFits(in, c) || !around().fits(in, behind())) return cudaErrorInvalidValue;
         const IvcPacked weight{
-            inputs[1], inputs[2], points() ? inputs[kPoints] : nullptr, attribute(Surroundings::kCount)};
+            inputs[1], inputs[2], points() ? inputs[kPoints] : nullptr, attribute(Surroundings::kCount), 4};
         const auto given = around().operands(inputs, behind());
-        return ivcLinearInt4(
+        return ivcLinearPacked(
             &c, &weight, inputs[0], given.norm, given.bias, given.residual, outputs[0], workspace, stream);
     }
 

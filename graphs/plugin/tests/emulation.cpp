@@ -8,7 +8,7 @@
 #include <memory>
 
 #include "../kernels/attend_plan.h"
-#include "../kernels/int4_plan.h"
+#include "../kernels/packed_plan.h"
 #include "../kernels/joined_plan.h"
 #include "../kernels/linear_plan.h"
 #include "../kernels/rows.h"
@@ -223,28 +223,27 @@ void product(const Linear& a) {
 
 extern "C" {
 
-int ivcFusedInt4(const IvcLinear* c, const IvcPacked* w, const void* x, const void* norm, const void* bias,
+int ivcFusedPacked(const IvcLinear* c, const IvcPacked* w, const void* x, const void* norm, const void* bias,
     const void* residual, void* y, size_t backwards) {
     if (!possible(*c, *w) || !possible(*c, norm)) return 1;
-    const Int4 a = planned(*c, *w, x, norm, bias, residual, y);
-    if (!wellPlaced(a.packed)) return 1;
+    const PackedProduct a = planned(*c, *w, x, norm, bias, residual, y);
+    if (!wellPlaced(a.packed, *w)) return 1;
     return withHalf<Float16, BFloat16>(
-        c->type, [&](auto value) { return launchInt4<decltype(value)>(*c, *w, a, Multiplying{backwards != 0}); });
+        c->type, [&](auto value) { return launchPacked<decltype(value)>(*c, *w, a, Multiplying{backwards != 0}); });
 }
 
 int ivcUnpack(const IvcLinear* c, const IvcPacked* w, void* weight, size_t backwards) {
     if (!possible(*c, *w)) return 1;
     const Packed packed = planned(*c, *w);
-    if (!wellPlaced(packed)) return 1;
-    withHalf<Float16, BFloat16>(c->type, [&](auto value) {
-        using Kernel = Unpack<decltype(value)>;
+    if (!wellPlaced(packed, *w)) return 1;
+    return withUnpack<Float16, BFloat16>(*c, *w, [&](auto kernel) {
+        using Kernel = decltype(kernel);
         launch(Kernel::columnBlocks(packed), 1, 1, backwards != 0, [&](int number, int, int) {
             Block block{Kernel::kWarps, backwards != 0};
             Kernel::run(block, packed, weight, number);
         });
         return 0;
     });
-    return 0;
 }
 
 int ivcFusedLinear(const IvcLinear* c, const void* x, const void* norm, const void* weight, const void* bias,

@@ -25,13 +25,13 @@ void require(bool fact, const char* what) {
 extern "C" {
 
 size_t ivcLinearWorkspace(const IvcLinear*, int32_t) { return 0; }
-size_t ivcLinearInt4Workspace(const IvcLinear*, int32_t) { return 0; }
+size_t ivcLinearPackedWorkspace(const IvcLinear*, int32_t) { return 0; }
 size_t ivcAttendJoinedWorkspace(const IvcJoined*) { return 0; }
 cudaError_t ivcLinear(const IvcLinear*, const void*, const void*, const void*, const void*, const void*, void*, void*,
     cudaStream_t) {
     return ++launched, cudaSuccess;
 }
-cudaError_t ivcLinearInt4(const IvcLinear*, const IvcPacked*, const void*, const void*, const void*, const void*, void*,
+cudaError_t ivcLinearPacked(const IvcLinear*, const IvcPacked*, const void*, const void*, const void*, const void*, void*,
     void*, cudaStream_t) {
     return ++launched, cudaSuccess;
 }

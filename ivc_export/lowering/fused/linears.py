@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from ivc_export.lowering.fused.activation import Activation, activation
 
 ATTENTION = ("Attention", "EncoderAttention", "WindowAttention")
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+BITS = (4, 8)
+"""Of packed weights that our kernels take."""
 
 
 class FuseLinearsPass(ir.passes.InPlacePass):
@@ -32,18 +34,24 @@ class FuseLinearsPass(ir.passes.InPlacePass):
        "none", "swish" (x sigmoid(slope x)), "gelu" or "gelu_tanh". Where gated, weight and bias have 2 N rows, and f of
        the first half multiplies the second: gate and up of a feed-forward. One such node gives the rows of query, key
        and value, which a Split along the last axis takes apart, where one attention reads products of the same rows. No
-       LinearNBits of 4 bits in float16 or bfloat16, but FusedLinearInt4(x, packed, scales, zero_points?,
-       norm?, bias?, residual?) {block_size and the same}. Weights that are joined, and biases that are scaled, are made
-       when they are read.
+       LinearNBits of `bits` in float16 or bfloat16, but FusedLinearInt4 or FusedLinearInt8(x, packed, scales,
+       zero_points?, norm?, bias?, residual?) {block_size and the same}. Weights that are joined, and biases that are
+       scaled, are made when they are read.
+
+    bits: of the packed weights that the runtime's kernels take.
     """
+
+    def __init__(self, bits: Collection[int] = BITS) -> None:
+        super().__init__()
+        self.bits = bits
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Join products that are read as one, then fuse each product."""
         edit = Editor(model.graph)
-        found = [node for node in model.graph if is_product(node)]
+        found = [node for node in model.graph if is_product(node, self.bits)]
         for node in [node for node in model.graph if node.domain == IVC_DOMAIN and node.op_type in ATTENTION]:
-            join_projections(edit, node)
-        for node in [node for node in model.graph if is_product(node)]:
+            join_projections(edit, node, self.bits)
+        for node in [node for node in model.graph if is_product(node, self.bits)]:
             if node.graph is not None:  # otherwise it was the second half of a gated product
                 fuse_product(edit, node)
         if found:
@@ -56,7 +64,7 @@ class FuseLinearsPass(ir.passes.InPlacePass):
 
     def ensures(self, model: ir.Model) -> None:
         """Check that no such product is left."""
-        left = [node.name for node in model.graph if is_product(node)]
+        left = [node.name for node in model.graph if is_product(node, self.bits)]
         if left:
             raise ir.passes.PostconditionError(f"{left[0]} is not replaced")
 
@@ -110,14 +118,14 @@ def only_reader(value: ir.Value) -> ir.Node | None:
     return users[0] if len(users) == 1 and not value.is_graph_output() else None
 
 
-def is_product(node: ir.Node) -> bool:
-    """Whether a node is a linear layer over a weight of floats [N, K], or over a weight in 4 bits that a kernel
+def is_product(node: ir.Node, bits: Collection[int] = BITS) -> bool:
+    """Whether a node is a linear layer over a weight of floats [N, K], or over a packed weight of `bits` that a kernel
     takes."""
     constants = [value.const_value if value is not None else None for value in node.inputs[1:]]
     if node.domain == IVC_DOMAIN and node.op_type in PACKED_LINEARS:
         scales = node.inputs[2]
         narrow = scales is not None and scales.dtype in FLOATS[1:]
-        return narrow and node.attributes["bits"].as_int() == 4 and None not in constants
+        return narrow and node.attributes["bits"].as_int() in bits and None not in constants
     if node.domain != "" or node.op_type != "Gemm" or "transA" in node.attributes:
         return False
     transposed = node.attributes.get("transB")
@@ -171,10 +179,11 @@ def product_of(graph: ir.Graph, value: ir.Value | None) -> BiasedProduct | None:
     return found if found.result is value else None
 
 
-def join_projections(edit: Editor, attention: ir.Node) -> None:
+def join_projections(edit: Editor, attention: ir.Node, bits: Collection[int]) -> None:
     """Let one product give the rows of query, key and value, if three products of the same rows give them."""
     rows = [rows_of(value) for value in attention.inputs[:3]]
     products = [found for value in rows if (found := product_of(edit.graph, value)) is not None]
+    products = [one for one in products if is_product(one.node, bits)]
     if len({one.node for one in products}) != 3 or len({one.kind for one in products}) != 1:
         return
     place = list(edit.graph).index
@@ -227,7 +236,7 @@ def fuse_product(edit: Editor, node: ir.Node) -> None:
     operands = [fused.x, *fused.weights]
     op_type = "FusedLinear"
     if node.op_type != "Gemm":
-        op_type = "FusedLinearInt4"
+        op_type = f"FusedLinearInt{node.attributes['bits'].as_int()}"
         operands += [None] * (4 - len(operands))
         attributes["block_size"] = node.attributes["block_size"].as_int()
     operands += [fused.norm, fused.bias, fused.residual]

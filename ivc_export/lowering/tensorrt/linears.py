@@ -22,6 +22,8 @@ OPTIONAL = {
 """For each operator, attributes that say whether it has an input, by the input's number."""
 BYTES = {"FusedLinear": (), "FusedLinearInt4": (1, 3)}
 """Numbers of the inputs that are bytes."""
+BITS = (4,)
+"""Of packed weights that the plugin's kernels take."""
 
 
 class FuseOwnLinearsPass(ir.passes.InPlacePass):
@@ -40,7 +42,7 @@ class FuseOwnLinearsPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fuse, then write the inputs in the parsers' form."""
-        changed = is_ours(model.graph) and FuseLinearsPass()(model).modified
+        changed = is_ours(model.graph) and FuseLinearsPass(BITS)(model).modified
         for node in model.graph:
             if node.domain == IVC_DOMAIN and node.op_type in OPTIONAL and "normed" not in node.attributes:
                 say_inputs(model.graph, node)
@@ -49,7 +51,7 @@ class FuseOwnLinearsPass(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         """Check that no product is left that should be fused."""
         if is_ours(model.graph):
-            FuseLinearsPass().ensures(model)
+            FuseLinearsPass(BITS).ensures(model)
 
 
 def is_ours(graph: ir.Graph) -> bool:
@@ -57,7 +59,7 @@ def is_ours(graph: ir.Graph) -> bool:
     own = [node for node in graph if node.domain == IVC_DOMAIN]
     taken = {*attended(graph), *encoded(graph)}
     left = {node for node in own if node.op_type in ATTENTION} - taken
-    return any(is_product(node) for node in own) or (
+    return any(is_product(node, BITS) for node in own) or (
         not left and bool(taken or KERNELS & {node.op_type for node in own})
     )
 

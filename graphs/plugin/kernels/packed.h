@@ -1,29 +1,29 @@
-// y = f(n(x) W^T + b) + r with weights in 4 bits, for few rows of x. Reads each weight once, multiplies on tensor
+// y = f(n(x) W^T + b) + r with weights in 4 or 8 bits, for few rows of x. Reads each weight once, multiplies on tensor
 // cores, and computes norm, bias, activation and residual in the same launch. For many rows, the weights are first
 // unpacked to floats.
 //
 // W = (stored - zero point) scale.
 #pragma once
 
+#include <type_traits>
+
 #include "linear.h"
 
 namespace ivc {
 
-constexpr uint32_t kInt4Zero = 8;  // the zero point if none is given
-
 // Weights [columns, features]; see IvcPacked.
 struct Packed {
-    const uint8_t* values;  // [columns, blocks, blockSize / 2], the low half of a byte first
+    const uint8_t* values;  // [columns, blocks, blockSize bits / 8], the low half of a byte first
     const void* scales;     // [columns, blocks]
-    const uint8_t* points;  // [columns, ceil(blocks / 2)], or null
+    const uint8_t* points;  // [columns, ceil(blocks bits / 8)], or null
     int32_t columns, features, blocks, blockSize;
     int32_t blockBits;  // blockSize is 2 to the power of this
 
     // Reads stored values of a row of W.
-    template <class Words>
+    template <int kBits, class Words>
     IVC_HD Words stored(int32_t column, int32_t at) const {
         const int64_t first = static_cast<int64_t>(column) * blocks << blockBits;
-        return *reinterpret_cast<const Words*>(values + (first + at) / 2);
+        return *reinterpret_cast<const Words*>(values + (first + at) * kBits / 8);
     }
 
     template <class Value>
@@ -31,54 +31,78 @@ struct Packed {
         return static_cast<const Value*>(scales)[static_cast<int64_t>(column) * blocks + block];
     }
 
+    template <int kBits>
     IVC_HD uint8_t zero(int32_t column, int32_t block) const {
-        if (!points) return kInt4Zero;
+        if (!points) return 1 << (kBits - 1);
+        if (kBits == 8) return points[static_cast<int64_t>(column) * blocks + block];
         return points[static_cast<int64_t>(column) * ((blocks + 1) / 2) + block / 2] >> 4 * (block % 2) & 15;
     }
 };
 
 // One product of few rows. The `weight` of its `linear` is null.
-struct Int4 {
+struct PackedProduct {
     Linear linear;
     Packed packed;
     bool whole;  // groups of 8 values lie within a row, at multiples of 16 bytes: in x and in the norm's weight
 };
 
-// 8 stored values, packed.
-using Eighth = uint32_t;
+// 8 stored values of kBits each, packed.
+template <int kBits>
+using Eighth = std::conditional_t<kBits == 4, uint32_t, uint64_t>;
 
-// 8 stored values minus the zero point of their block, exactly, in pairs: value i with value i + 4, for i below 4.
-template <class Value>
-IVC_WARP void integers(uint32_t (&found)[4], Eighth stored, uint32_t zero) {
+template <int kBits>
+IVC_HD int32_t valueAt(Eighth<kBits> stored, int i) {
+    return static_cast<int32_t>(stored >> kBits * i & ((1 << kBits) - 1));
+}
+
+// 8 stored values minus the zero point of their block, exactly, in pairs. For i below 4, a pair is value i with value
+// i + 4 of 4 bits, or values 2 i and 2 i + 1 of 8 bits.
+template <class Value, int kBits>
+IVC_WARP void integers(uint32_t (&found)[4], Eighth<kBits> stored, uint32_t zero) {
+    constexpr int kStep = kBits == 4 ? 1 : 2, kOther = kBits == 4 ? 4 : 1;
 #ifdef __CUDACC__
-    // A number of 4 bits, put into the last bits of 1024 in float16 or of 128 in bfloat16, is added to it.
-    constexpr uint32_t kOnes = 0x00010001, kBias = kOnes * (std::is_same<Value, __half>::value ? 0x6400 : 0x4300);
-    using Pair = std::conditional_t<std::is_same<Value, __half>::value, __half2, __nv_bfloat162>;
-    const uint32_t bias = kBias + kOnes * zero;
+    // A number, put into the last bits of 1024 in float16 or of 128 in bfloat16, is added to it. bfloat16 has room for
+    // 4 bits there.
+    constexpr bool kHalf = std::is_same<Value, __half>::value;
+    if constexpr (kHalf || kBits == 4) {
+        constexpr uint32_t kOnes = 0x00010001, kBias = kOnes * (kHalf ? 0x6400 : 0x4300);
+        using Pair = std::conditional_t<kHalf, __half2, __nv_bfloat162>;
+        const uint32_t bias = kBias + kOnes * zero;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const uint32_t biased = (stored >> 4 * i & 15 * kOnes) | kBias;
-        Pair left, right;
-        memcpy(&left, &biased, sizeof left);
-        memcpy(&right, &bias, sizeof right);
-        left = __hsub2(left, right);
-        memcpy(&found[i], &left, sizeof left);
-    }
-#else
-    for (int i = 0; i < 4; ++i) {
-        const auto value = [&](int at) {
-            return static_cast<float>(static_cast<int32_t>(stored >> 4 * at & 15) - static_cast<int32_t>(zero));
-        };
-        found[i] = packed<Value>(value(i), value(i + 4));
+        for (int i = 0; i < 4; ++i) {
+            uint32_t biased;
+            if constexpr (kBits == 4) {
+                biased = (stored >> 4 * i & 15 * kOnes) | kBias;
+            } else {
+                biased = __byte_perm(static_cast<uint32_t>(stored >> 32 * (i / 2)), kBias, i % 2 ? 0x7372 : 0x7170);
+            }
+            Pair left, right;
+            memcpy(&left, &biased, sizeof left);
+            memcpy(&right, &bias, sizeof right);
+            left = __hsub2(left, right);
+            memcpy(&found[i], &left, sizeof left);
+        }
+        return;
     }
 #endif
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const auto value = [&](int at) {
+            return static_cast<float>(valueAt<kBits>(stored, at) - static_cast<int32_t>(zero));
+        };
+        found[i] = packed<Value>(value(kStep * i), value(kStep * i + kOther));
+    }
 }
 
 // 8 values of x in the same order.
-template <class Value>
+template <class Value, int kBits>
 IVC_WARP void interleave(Fragment& to, const Octet<Value>& from) {
     uint32_t x[4];
     memcpy(x, &from, sizeof x);
+    if constexpr (kBits == 8) {
+        memcpy(to.x, x, sizeof x);
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         to.x[2 * i] = (x[i] & 0xffff) | x[i + 2] << 16;
@@ -91,8 +115,8 @@ IVC_WARP void interleave(Fragment& to, const Octet<Value>& from) {
 // of a slice lies in one block of W. The lanes that load it have columns 2 (lane % 4), that + 1, that + 8 and that + 9
 // of a matrix. For each row of x, the right matrix has four columns, one for each chunk, with zeros outside the chunk.
 // So each chunk has its own sum of exact products, which is then scaled in float32.
-template <class Value, int kChunk, bool kGated, int kRowsEach, int kParts, int kAheadEach>
-struct FewInt4 {
+template <class Value, int kBits, int kChunk, bool kGated, int kRowsEach, int kParts, int kAheadEach>
+struct FewPacked {
     static constexpr int kTiles = kGated ? 2 : 1, kWarps = kTiles * kParts, kThreads = kWarps * kWarp;
     static constexpr int kWords = kChunk / 8, kSlice = 4 * kChunk;
     static constexpr int kRows = kRowsEach, kPairs = (kRows + 1) / 2, kColumns = 16, kAhead = kAheadEach;
@@ -107,8 +131,8 @@ struct FewInt4 {
     };
     static_assert(sizeof(Shared) <= 48 * 1024, "more than static shared memory may be");
 
-    struct alignas(4 * kWords) Words {
-        Eighth x[kWords];
+    struct alignas(kChunk * kBits / 8 < 16 ? kChunk * kBits / 8 : 16) Words {
+        Eighth<kBits> x[kWords];
     };
 
     // What a lane loads of a slice: a chunk of two rows of W, and the scales of the sums that it will have.
@@ -122,10 +146,10 @@ struct FewInt4 {
         float x[kPairs][2];
     };
 
-    static int32_t columnBlocks(const Int4& a) { return ceilDiv(a.linear.out, kColumns); }
-    static int32_t rowBlocks(const Int4& a) { return ceilDiv(a.linear.rows, kRows); }
+    static int32_t columnBlocks(const PackedProduct& a) { return ceilDiv(a.linear.out, kColumns); }
+    static int32_t rowBlocks(const PackedProduct& a) { return ceilDiv(a.linear.rows, kRows); }
 
-    static IVC_WARP void run(Block& block, Shared& shared, const Int4& a, int32_t columnBlock, int32_t rowBlock) {
+    static IVC_WARP void run(Block& block, Shared& shared, const PackedProduct& a, int32_t columnBlock, int32_t rowBlock) {
         const int32_t firstRow = rowBlock * kRows, firstColumn = columnBlock * kColumns;
         const int32_t slices = ceilDiv(a.linear.features, kSlice);
         PerWarp<Lane<Fetched>, kWarps> fetched[kAhead];
@@ -189,7 +213,7 @@ struct FewInt4 {
         });
     }
 
-    static IVC_WARP Fetched fetchedOf(const Int4& a, int32_t firstColumn, int32_t slice, int warp, int lane) {
+    static IVC_WARP Fetched fetchedOf(const PackedProduct& a, int32_t firstColumn, int32_t slice, int warp, int lane) {
         Fetched found;
         const Packed& w = a.packed;
         const int32_t at = slice * kSlice + lane % 4 * kChunk;
@@ -201,8 +225,8 @@ struct FewInt4 {
         for (int half = 0; half < 2; ++half) {
             const int32_t column = smaller(firstColumn + lane / 4 + 8 * half, a.linear.out - 1) +
                                    (warp < kParts ? 0 : a.linear.out);
-            found.words[half] = there ? w.stored<Words>(column, at) : Words{};
-            found.zeros[half] = w.zero(column, blockOf(lane % 4));
+            found.words[half] = there ? w.stored<kBits, Words>(column, at) : Words{};
+            found.zeros[half] = w.zero<kBits>(column, blockOf(lane % 4));
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 found.scales[half][i] = w.scale<Value>(column, blockOf(2 * (lane % 2) + i));
@@ -240,7 +264,7 @@ struct FewInt4 {
 
     // Calls `work` for a slice's values of x, 8 at a time. Values after the last slice are left out.
     template <class Work>
-    static IVC_WARP void eachEight(const Int4& a, int32_t slice, Work work) {
+    static IVC_WARP void eachEight(const PackedProduct& a, int32_t slice, Work work) {
         constexpr int kPieces = kSlice / 8, kEach = kAhead * kRows * kPieces;
         eachLane([&](int lane) {
 #pragma unroll
@@ -256,7 +280,7 @@ struct FewInt4 {
     }
 
     // Loads the rows of kAhead slices of a warp, from `slice` on, with zeros after the end of x.
-    static IVC_WARP void fetchRows(Block& block, Batch& to, const Int4& a, int32_t firstRow, int32_t slice) {
+    static IVC_WARP void fetchRows(Block& block, Batch& to, const PackedProduct& a, int32_t firstRow, int32_t slice) {
         const int32_t features = a.linear.features;
         eachEight(a, slice, [&](int i, int row, int place, int32_t at) {
             const Value* x = static_cast<const Value*>(a.linear.x) +
@@ -271,7 +295,7 @@ struct FewInt4 {
     }
 
     // Normalises in place, and rounds to Value as a separate kernel would.
-    static IVC_WARP void norm(Batch& x, const float (&factors)[kRows], const Int4& a, int32_t slice) {
+    static IVC_WARP void norm(Batch& x, const float (&factors)[kRows], const PackedProduct& a, int32_t slice) {
         const Value* weight = static_cast<const Value*>(a.linear.norm);
         eachEight(a, slice, [&](int i, int row, int place, int32_t at) {
             const Octet<Value> by = a.whole ? octetOf<true>(weight, at, a.linear.features)
@@ -304,7 +328,7 @@ struct FewInt4 {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     uint32_t pairs[4];
-                    integers<Value>(pairs, fetched[lane].words[half].x[word], fetched[lane].zeros[half]);
+                    integers<Value, kBits>(pairs, fetched[lane].words[half].x[word], fetched[lane].zeros[half]);
 #pragma unroll
                     for (int i = 0; i < 4; ++i) left[i / 2][lane].x[i % 2 * 2 + half] = pairs[i];
                 }
@@ -318,7 +342,7 @@ struct FewInt4 {
                     if (lane / 4 % 4 == chunk && row < kRows) {
                         octet = *reinterpret_cast<const Octet<Value>*>(&rows[row][chunk * kChunk + 8 * word]);
                     }
-                    interleave(right[lane], octet);
+                    interleave<Value, kBits>(right[lane], octet);
                 });
                 multiply<Value, 0>(products[pair][0], left[0], right);
                 multiply<Value, 1>(products[pair][1], left[1], right);
@@ -355,7 +379,7 @@ struct FewInt4 {
 };
 
 // Unpacks weights, rounded to their type. A thread makes 8 values of a row.
-template <class Value>
+template <class Value, int kBits>
 struct Unpack {
     static constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 
@@ -375,12 +399,12 @@ struct Unpack {
                 if (column >= w.columns) return;
                 const int32_t block = at >> w.blockBits;
                 const float scale = static_cast<float>(w.scale<Value>(column, block));
-                const Eighth stored = w.stored<Eighth>(column, at);
-                const float zero = w.zero(column, block);
+                const auto stored = w.stored<kBits, Eighth<kBits>>(column, at);
+                const int32_t zero = w.zero<kBits>(column, block);
                 Octet<Value> octet;
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
-                    octet.x[i] = static_cast<Value>((static_cast<float>(stored >> 4 * i & 15) - zero) * scale);
+                    octet.x[i] = static_cast<Value>(static_cast<float>(valueAt<kBits>(stored, i) - zero) * scale);
                 }
                 Value* row = static_cast<Value*>(to) + static_cast<int64_t>(column) * w.features;
                 if (w.features % 8 == 0) {

@@ -2,13 +2,13 @@
 #include <cuda_fp16.h>
 
 #include "device.h"
-#include "int4_plan.h"
+#include "packed_plan.h"
 #include "ivc_kernels.h"
 
 namespace ivc {
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) int4Kernel(const __grid_constant__ Int4 a) {
+__global__ void __launch_bounds__(Kernel::kThreads) packedKernel(const __grid_constant__ PackedProduct a) {
 #ifdef IVC_TENSOR_CORES
     __shared__ typename Kernel::Shared shared;
     Block block;
@@ -16,20 +16,20 @@ __global__ void __launch_bounds__(Kernel::kThreads) int4Kernel(const __grid_cons
 #endif
 }
 
-template <class Value>
-__global__ void __launch_bounds__(Unpack<Value>::kThreads) unpackKernel(const __grid_constant__ Packed w, void* to) {
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads) unpackKernel(const __grid_constant__ Packed w, void* to) {
     Block block;
-    Unpack<Value>::run(block, w, to, static_cast<int32_t>(blockIdx.x));
+    Kernel::run(block, w, to, static_cast<int32_t>(blockIdx.x));
 }
 
-struct Int4Launch {
+struct PackedLaunch {
     cudaStream_t stream;
 
     template <class Kernel>
-    cudaError_t run(const Int4& a) const {
+    cudaError_t run(const PackedProduct& a) const {
         const dim3 grid(
             static_cast<unsigned>(Kernel::columnBlocks(a)), static_cast<unsigned>(Kernel::rowBlocks(a)));
-        return launchEarly(int4Kernel<Kernel>, grid, Kernel::kThreads, stream, a);
+        return launchEarly(packedKernel<Kernel>, grid, Kernel::kThreads, stream, a);
     }
 };
 
@@ -37,28 +37,28 @@ struct Int4Launch {
 
 using namespace ivc;
 
-cudaError_t ivcFusedInt4(const IvcLinear* c, const IvcPacked* w, const void* x, const void* norm, const void* bias,
+cudaError_t ivcFusedPacked(const IvcLinear* c, const IvcPacked* w, const void* x, const void* norm, const void* bias,
     const void* residual, void* y, cudaStream_t stream) {
     if (!possible(*c, *w) || !possible(*c, norm)) return cudaErrorInvalidValue;
     bool tensorCores = false;
     const cudaError_t known = hasTensorCores(tensorCores);
     if (known != cudaSuccess) return known;
     if (!tensorCores) return cudaErrorNotSupported;
-    const Int4 a = planned(*c, *w, x, norm, bias, residual, y);
-    if (!wellPlaced(a.packed)) return cudaErrorInvalidValue;
+    const PackedProduct a = planned(*c, *w, x, norm, bias, residual, y);
+    if (!wellPlaced(a.packed, *w)) return cudaErrorInvalidValue;
     return withHalf<__half, __nv_bfloat16>(
-        c->type, [&](auto value) { return launchInt4<decltype(value)>(*c, *w, a, Int4Launch{stream}); });
+        c->type, [&](auto value) { return launchPacked<decltype(value)>(*c, *w, a, PackedLaunch{stream}); });
 }
 
 cudaError_t ivcUnpack(const IvcLinear* c, const IvcPacked* w, void* weight, cudaStream_t stream) {
     if (!possible(*c, *w)) return cudaErrorInvalidValue;
     const Packed packed = planned(*c, *w);
-    if (!wellPlaced(packed)) return cudaErrorInvalidValue;
-    withHalf<__half, __nv_bfloat16>(c->type, [&](auto value) {
-        using Kernel = Unpack<decltype(value)>;
-        unpackKernel<decltype(value)>
+    if (!wellPlaced(packed, *w)) return cudaErrorInvalidValue;
+    const auto launch = [&](auto kernel) {
+        using Kernel = decltype(kernel);
+        unpackKernel<Kernel>
             <<<static_cast<unsigned>(Kernel::columnBlocks(packed)), Kernel::kThreads, 0, stream>>>(packed, weight);
-        return 0;
-    });
-    return cudaGetLastError();
+        return cudaGetLastError();
+    };
+    return withUnpack<__half, __nv_bfloat16>(*c, *w, launch);
 }

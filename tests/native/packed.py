@@ -1,4 +1,4 @@
-"""Products over weights in 4 bits by the kernels' C interface from Python, and NumPy's answers in float64."""
+"""Products over weights in 4 or 8 bits by the kernels' C interface from Python, and NumPy's answers in float64."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ class IvcPacked(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("values", "scales", "zero_points")),
-        ("block_size", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("block_size", "bits")),
     ]
 
 
 @dataclass(frozen=True)
-class Int4Case:
+class PackedCase:
     """A product whose weights lie packed, too, and mean what `linear.weight` has in float64.
 
-    packed uint8 [N, blocks, block / 2], or [2 N, ..] where gated; scales [N, blocks]; points uint8
-    [N, ceil(blocks / 2)].
+    packed uint8 [N, blocks, block bits / 8], or [2 N, ..] where gated; scales [N, blocks]; points uint8
+    [N, ceil(blocks bits / 8)].
     """
+
+    bits: int
 
     linear: LinearCase
     packed: npt.NDArray[np.uint8]
@@ -42,14 +44,14 @@ class Int4Case:
 
     @property
     def block_size(self) -> int:
-        return 2 * int(self.packed.shape[2])
+        return int(self.packed.shape[2]) * 8 // self.bits
 
     def run(self, kernels: Kernels, **changed: int) -> npt.NDArray[Any]:
         """y [rows, N] in one call; changed: extents that the kernels are told instead."""
         case = self.linear
         tensors = (case.x, case.norm, case.bias, case.residual)
         found = np.full((len(case.x), case.out), np.nan, case.x.dtype)
-        return self._call(kernels, "ivcFusedInt4", tensors, found, changed)
+        return self._call(kernels, "ivcFusedPacked", tensors, found, changed)
 
     def unpack(self, kernels: Kernels) -> npt.NDArray[Any]:
         """The weights, [N, K], or [2 N, K] where gated."""
@@ -72,6 +74,7 @@ class Int4Case:
             kernels.address(scales),
             None if points is None else kernels.address(points),
             changed.pop("block_size", self.block_size),
+            changed.pop("bits", self.bits),
         )
         product = self.linear.struct(**changed)
         pointers = [0 if one is None else kernels.address(one) for one in (*placed, y)]
@@ -89,7 +92,7 @@ class Int4Case:
         np.testing.assert_array_equal(self.unpack(kernels), self.linear.weight.astype(self.linear.x.dtype))
 
 
-def int4_case(seed: int) -> Int4Case:
+def packed_case(seed: int, bits: int = 4) -> PackedCase:
     """Every block size, with and without zero points, one row or more, K not always a multiple of a block or of 8; with
     and without what surrounds a product.
     """
@@ -115,10 +118,11 @@ def int4_case(seed: int) -> Int4Case:
     def perhaps(*shape: int) -> npt.NDArray[Any] | None:
         return tensor(*shape) if generator.integers(2) else None
 
-    stored = generator.integers(0, 16, (columns, blocks * block), dtype=np.uint8)
-    scales = tensor(columns, blocks, size=0.1 * features**-0.5)
-    zeros = generator.integers(0, 16, (columns, blocks), dtype=np.uint8) if generator.integers(2) else None
-    less = np.full((columns, blocks), 8) if zeros is None else zeros
+    most = 1 << bits
+    stored = generator.integers(0, most, (columns, blocks * block), dtype=np.uint8)
+    scales = tensor(columns, blocks, size=1.6 / most * features**-0.5)
+    zeros = generator.integers(0, most, (columns, blocks), dtype=np.uint8) if generator.integers(2) else None
+    less = np.full((columns, blocks), most // 2) if zeros is None else zeros
     dense = stored.reshape(columns, blocks, block) - less[..., None].astype(np.float64)
     dense = (dense * scales[..., None].astype(np.float64)).reshape(columns, -1)[:, :features]
     norm = perhaps(features)
@@ -135,5 +139,5 @@ def int4_case(seed: int) -> Int4Case:
         float(generator.choice([1e-6, 1e-5])),
         dtype,
     )
-    packed = pack_values(stored, 4).reshape(columns, blocks, block // 2)
-    return Int4Case(linear, packed, scales, None if zeros is None else pack_values(zeros, 4))
+    packed = pack_values(stored, bits).reshape(columns, blocks, block * bits // 8)
+    return PackedCase(bits, linear, packed, scales, None if zeros is None else pack_values(zeros, bits))

@@ -15,7 +15,7 @@ from ivc_export.families.pictures import Grid
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
-from ivc_export.runtime.onnxruntime.fused_graphs import cuda_options
+from ivc_export.runtime.onnxruntime.session_options import cuda_options
 from ivc_export.runtime.onnxruntime.shown import ShownSession
 from ivc_export.verify.oracle import record
 from ivc_export.verify.parity import compare

@@ -33,7 +33,7 @@ from ivc_export.runtime.chat import Sampling, generate
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
-from ivc_export.runtime.onnxruntime.fused_graphs import register
+from ivc_export.runtime.onnxruntime.session_options import register
 from ivc_export.runtime.onnxruntime.shared_memory import functions
 from ivc_export.runtime.onnxruntime.stream import Stream
 from ivc_export.verify.testdata import draw_picture, make_prompt

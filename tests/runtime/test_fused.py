@@ -39,6 +39,7 @@ from ivc_export.runtime.onnxruntime import fused_graphs as graphs_module
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
 from ivc_export.runtime.onnxruntime.fused_graphs import take_float32
+from ivc_export.runtime.onnxruntime.session_options import cuda_options
 from ivc_export.runtime.onnxruntime.workspace import DeviceCache
 from ivc_export.verify.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
@@ -497,10 +498,10 @@ def test_rotations_need_no_casts(golden_bundle: Bundle) -> None:
     ("version", "strict"), [("1.26.0", True), ("1.27.0", False), ("1.31.1", False), ("2.0", False)]
 )
 def test_old_norms_are_told_to_square_in_float32(version: str, strict: bool) -> None:
-    assert ("enable_skip_layer_norm_strict_mode" in graphs_module.cuda_options(version, True)) == strict
-    assert "enable_cuda_graph" not in graphs_module.cuda_options(version, False)
-    assert graphs_module.cuda_options(version, False, exact=True)["arena_extend_strategy"] == "kSameAsRequested"
-    assert "arena_extend_strategy" not in graphs_module.cuda_options(version, False)
+    assert ("enable_skip_layer_norm_strict_mode" in cuda_options(version, True)) == strict
+    assert "enable_cuda_graph" not in cuda_options(version, False)
+    assert cuda_options(version, False, exact=True)["arena_extend_strategy"] == "kSameAsRequested"
+    assert "arena_extend_strategy" not in cuda_options(version, False)
 
 
 def test_small_heads_are_turned_outside_attention(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import pytest
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.families.pictures import Grid
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
-from ivc_export.runtime.onnxruntime.fused_graphs import FusedGraphs, large_weights
+from ivc_export.runtime.onnxruntime.fused_graphs import FusedGraphs
 from ivc_export.runtime.onnxruntime.library import share_arena, small_workspaces
-from ivc_export.runtime.onnxruntime.weights_memory import ALIGNMENT, WeightsMemory, room, view
+from ivc_export.runtime.onnxruntime.weights_memory import ALIGNMENT, WeightsMemory, large_weights, room, view
 from tests.conftest import random_picture
 
 PROMPT = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]

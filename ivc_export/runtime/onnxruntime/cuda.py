@@ -19,8 +19,9 @@ from ivc_export.errors import TooLongError, UserError
 from ivc_export.runtime.cache import check_capacity
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn, check_numbers, no_numbers
-from ivc_export.runtime.onnxruntime.fused_graphs import CHECK_GPU, TURNS, FusedGraphs, Provider
+from ivc_export.runtime.onnxruntime.fused_graphs import TURNS, FusedGraphs, Provider
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
+from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU
 from ivc_export.runtime.onnxruntime.stream import StageTimes
 from ivc_export.runtime.onnxruntime.workspace import DeviceCache, HostStep, PictureRows, Values, Workspace
 from ivc_export.runtime.plan import Run

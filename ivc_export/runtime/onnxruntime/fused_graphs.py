@@ -34,14 +34,15 @@ from ivc_export.runtime.onnxruntime.library import (
     share_arena,
     small_workspaces,
 )
+from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU, NO_ROOM, cuda_options, register
 from ivc_export.runtime.onnxruntime.shared_memory import shared_array
 from ivc_export.runtime.onnxruntime.small_graphs import pixels_graph, rows_graph, table_graph
 from ivc_export.runtime.onnxruntime.stream import Stream
-from ivc_export.runtime.onnxruntime.weights_memory import WeightsMemory, room, view
+from ivc_export.runtime.onnxruntime.weights_memory import WeightsMemory, large_weights, room, view
 from ivc_export.runtime.onnxruntime.workspace import PictureRows, Values
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, OrtValue, SessionOptions
+    from onnxruntime import InferenceSession, OrtValue
 
 Provider = Literal["cuda", "cpu"]
 PROVIDERS: Mapping[Provider, str] = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -52,8 +53,6 @@ Its CPU kernel takes float32."""
 WIDER = "use --backend onnxruntime-cpu, or TensorRT engines built with ivc-build --dtype float32"
 """What to do about values beyond float16."""
 
-NO_ROOM = "close other programs that use the GPU, or use --backend onnxruntime-cpu"
-CHECK_GPU = "check that the GPU and its driver work, or use --backend onnxruntime-cpu"
 STAGED, MOST_STAGED = 1 << 20, 1 << 26
 """Sizes in bytes of arrays that are uploaded from pinned memory, if our library provides it."""
 
@@ -358,29 +357,6 @@ class FusedGraphs:
         self._pending.clear()
 
 
-def large_weights(model: ir.Model) -> list[tuple[str, ir.LazyTensor | ir.ExternalTensor]]:
-    """A graph's weights that are converted, or as in the bundle, by name. Other initializers are small."""
-    found = [(name, value.const_value) for name, value in model.graph.initializers.items()]
-    return [(name, tensor) for name, tensor in found if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor)]
-
-
-def cuda_options(version: str, cuda_graph: bool, exact: bool = False) -> dict[str, str]:
-    """Options of onnxruntime's CUDA provider, for a version of onnxruntime.
-
-    Before 1.27, norms of sums squared float16 in float16. They then gave zeros for rows with values beyond about
-    10,000, which some models have. The strict mode does not (github.com/microsoft/onnxruntime/issues/29034).
-
-    exact: whether a session's own arena grows by the requested amount. By powers of two, up to half of it would be
-        unused. Without our operators, runs with many small allocations would then take a tenth longer.
-    """
-    chosen = {"arena_extend_strategy": "kSameAsRequested"} if exact else {}
-    if cuda_graph:
-        chosen["enable_cuda_graph"] = "1"
-    if tuple(int(part) for part in version.split(".")[:2]) < (1, 27):
-        chosen["enable_skip_layer_norm_strict_mode"] = "1"
-    return chosen
-
-
 def on_host(array: npt.NDArray[Any]) -> OrtValue:
     """An array in host memory."""
     return load_onnxruntime().OrtValue.ortvalue_from_numpy(array)
@@ -419,17 +395,3 @@ def take_float32(vision: ir.Model) -> None:
     pixels.replace_all_uses_with(cast.outputs[0])
     cast.outputs[0].name = pixels.name
     graph.insert_before(graph[0], cast)
-
-
-def register(library: Path, options: SessionOptions) -> None:
-    """Add a library of custom operators to a session before it is opened.
-
-    Raises:
-        UserError: there is no such file, or onnxruntime cannot load it.
-    """
-    if not library.is_file():
-        raise UserError(f"there is no {library}: build it (docs/tensorrt.md says how), or leave out --op-library")
-    version = load_onnxruntime().__version__
-    build = f"build it on this machine, with headers of onnxruntime {version} or older"
-    with told(f"{library} does not load as custom operators", NO_ROOM, build):
-        options.register_custom_ops_library(str(library.resolve()))

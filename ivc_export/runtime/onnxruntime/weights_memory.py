@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from ivc_export.runtime.failures import known
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
@@ -52,6 +53,12 @@ class WeightsMemory:
         placed = view(self._owner, start, array.shape, array.dtype)
         placed.update_inplace(array)
         return placed
+
+
+def large_weights(model: ir.Model) -> list[tuple[str, ir.LazyTensor | ir.ExternalTensor]]:
+    """A graph's weights that are converted, or as in the bundle, by name. Other initializers are small."""
+    found = [(name, value.const_value) for name, value in model.graph.initializers.items()]
+    return [(name, tensor) for name, tensor in found if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor)]
 
 
 def room(size: int) -> int:

@@ -1,0 +1,47 @@
+"""Options of onnxruntime's sessions on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ivc_export.errors import UserError
+from ivc_export.runtime.failures import told
+from ivc_export.runtime.onnxruntime.library import load_onnxruntime
+
+if TYPE_CHECKING:
+    from onnxruntime import SessionOptions
+
+NO_ROOM = "close other programs that use the GPU, or use --backend onnxruntime-cpu"
+CHECK_GPU = "check that the GPU and its driver work, or use --backend onnxruntime-cpu"
+
+
+def cuda_options(version: str, cuda_graph: bool, exact: bool = False) -> dict[str, str]:
+    """Options of onnxruntime's CUDA provider, for a version of onnxruntime.
+
+    Before 1.27, norms of sums squared float16 in float16. They then gave zeros for rows with values beyond about
+    10,000, which some models have. The strict mode does not (github.com/microsoft/onnxruntime/issues/29034).
+
+    exact: whether a session's own arena grows by the requested amount. By powers of two, up to half of it would be
+        unused. Without our operators, runs with many small allocations would then take a tenth longer.
+    """
+    chosen = {"arena_extend_strategy": "kSameAsRequested"} if exact else {}
+    if cuda_graph:
+        chosen["enable_cuda_graph"] = "1"
+    if tuple(int(part) for part in version.split(".")[:2]) < (1, 27):
+        chosen["enable_skip_layer_norm_strict_mode"] = "1"
+    return chosen
+
+
+def register(library: Path, options: SessionOptions) -> None:
+    """Add a library of custom operators to a session before it is opened.
+
+    Raises:
+        UserError: there is no such file, or onnxruntime cannot load it.
+    """
+    if not library.is_file():
+        raise UserError(f"there is no {library}: build it (docs/tensorrt.md says how), or leave out --op-library")
+    version = load_onnxruntime().__version__
+    build = f"build it on this machine, with headers of onnxruntime {version} or older"
+    with told(f"{library} does not load as custom operators", NO_ROOM, build):
+        options.register_custom_ops_library(str(library.resolve()))

@@ -11,14 +11,19 @@ import pytest
 
 from tests.native.attention import STORED
 from tests.native.kernels import TYPES, Kernels
+from tests.native.linear import ROUNDING
 
-SCRATCH = 193
+SCRATCH = 385
 
 
 class IvcStep(ctypes.Structure):
     """As in ivc_types.h."""
 
-    _fields_ = [(name, ctypes.c_int32) for name in ("axes", "pairs", "hidden", "vocab", "type")]
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("axes", "pairs", "hidden", "vocab", "type")),
+        ("scale", ctypes.c_float),
+        ("rounded", ctypes.c_int32),
+    ]
 
 
 def pointer(x: npt.NDArray[Any] | None) -> ctypes.c_void_p:
@@ -30,7 +35,7 @@ def pointer(x: npt.NDArray[Any] | None) -> ctypes.c_void_p:
 @pytest.mark.parametrize("given", [False, True], ids=["of a table", "of the host"])
 def test_a_step_is_taken(kernels: Kernels, dtype: str, whole: bool, given: bool) -> None:
     generator = np.random.default_rng(0)
-    axes, pairs, hidden, vocab = 3, 37, 45, 101
+    axes, pairs, hidden, vocab = 3, 37, 45 if whole else 2056, 101
     table = generator.standard_normal((vocab, hidden)).astype(STORED[dtype])
     frequencies = np.where(np.arange(pairs) % 3 == np.arange(3)[:, None], 0.9 ** np.arange(pairs), 0)
     frequencies = frequencies.astype(np.float32)
@@ -39,14 +44,18 @@ def test_a_step_is_taken(kernels: Kernels, dtype: str, whole: bool, given: bool)
         step = np.array([token, *positions, 55, 77][: 5 + whole], np.int32)
         embeds, lengths = np.zeros(hidden, table.dtype), np.zeros((2, 1), np.int32)
         turns = np.full((2, pairs), np.nan, np.float32)
-        struct = IvcStep(axes, pairs, hidden, vocab, TYPES[dtype])
+        scale, rounded = (0.0625, 1) if token else (1, 0)
+        struct = IvcStep(axes, pairs, hidden, vocab, TYPES[dtype], scale, rounded)
         source = (None, table[token].copy()) if given else (table, None)
         arrays = (step, *source, frequencies, embeds, *turns, lengths[0], lengths[1] if whole else None)
         kernels.call("ivcTakeStep", ctypes.pointer(struct), *map(pointer, arrays))
-        np.testing.assert_array_equal(embeds, table[token])
+        np.testing.assert_array_equal(embeds, (table[token].astype(np.float32) * scale).astype(table.dtype))
         np.testing.assert_array_equal(lengths[:, 0], [55, 77 * whole])
         angles = (positions[:, None] * frequencies.astype(np.float64)).sum(axis=0)
-        np.testing.assert_allclose(turns, [np.cos(angles), np.sin(angles)], atol=3e-4)
+        atol = 3e-4 + rounded * ROUNDING[dtype]
+        np.testing.assert_allclose(turns, [np.cos(angles), np.sin(angles)], atol=atol)
+        if rounded:
+            np.testing.assert_array_equal(turns, turns.astype(table.dtype).astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", STORED)
@@ -55,7 +64,7 @@ def test_the_best_token_is_told(kernels: Kernels, dtype: str) -> None:
     generator = np.random.default_rng(1)
     scratch = np.zeros(SCRATCH, np.int32)
     for case in range(40):
-        vocab = int(generator.choice([1, 31, 257, 16384, 33000]))
+        vocab = int(generator.choice([1, 31, 257, 16384, 33000, 270000]))
         logits = generator.integers(-9, 9, vocab).astype(STORED[dtype])  # many equal ones
         wanted, numbers = np.array([case % 2], np.int32), True
         if case % 4 == 3:
@@ -77,9 +86,9 @@ def test_the_best_token_is_told(kernels: Kernels, dtype: str) -> None:
 
 def test_impossible_steps_are_refused(kernels: Kernels) -> None:
     none = ctypes.c_void_p(0)
-    for extents in ((0, 1, 1, 1), (1, 0, 1, 1), (1, 1, -1, 1), (1, 1, 1, 0)):
+    for extents in ((0, 1, 1, 1), (254, 1, 1, 1), (1, 0, 1, 1), (1, 1, -1, 1), (1, 1, 1, 0)):
         with pytest.raises(AssertionError, match="returned 1"):
-            kernels.call("ivcTakeStep", ctypes.pointer(IvcStep(*extents, 0)), *[none] * 9)
+            kernels.call("ivcTakeStep", ctypes.pointer(IvcStep(*extents, 0, 1, 0)), *[none] * 9)
     for vocab in (0, -1, 2**24 + 1):
         with pytest.raises(AssertionError, match="returned 1"):
             kernels.call("ivcGiveAnswer", ctypes.pointer(IvcStep(1, 1, 1, vocab, 0)), *[none] * 6)

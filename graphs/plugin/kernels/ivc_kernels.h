@@ -103,18 +103,19 @@ IVC_API cudaError_t ivcAttendJoined(const IvcJoined* joined, const IvcJoinedRows
     void* valueCache, const int32_t* pastLength, void* y, void* workspace, int32_t* counters, cudaStream_t stream);
 
 // The first kernel of a decode step. It reads what the host has written into memory that host and device share (pinned
-// memory), when it runs.
+// memory), when it runs. The next kernel starts to read weights meanwhile, if it can.
 //   step int32 [1 + axes + 1 or 2], in pinned memory: the token, its positions, and the numbers of valid rows in the
 //     caches
 //   table [vocab, hidden], the embeddings; or null, and row [hidden], in pinned memory, is the embedding; frequencies
 //     float32 [axes, pairs]
-//   embeds [hidden]; cos, sin float32 [pairs], of the sum of positions times frequencies; length int32 [1];
+//   embeds [hidden], the row times `scale`; cos, sin float32 [pairs], of the sum of positions times frequencies; length int32 [1];
 //     wholeLength int32 [1], or null
 IVC_API cudaError_t ivcTakeStep(const IvcStep* step, const int32_t* given, const void* table, const void* row,
     const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength,
     cudaStream_t stream);
 
-// The last kernel of a decode step. It writes what the host needs of the logits x [vocab] into pinned memory.
+// The last kernel of a decode step. It writes what the host needs of the logits x [vocab] into pinned memory. It reads
+// `wanted` before the previous kernel has ended.
 //   best int32 [2]: the lowest id of the largest logit; and 1 if no logit is NaN and the largest is finite, else 0
 //   told float32 [vocab]: all logits, if wanted int32 [1], in pinned memory too, is not 0
 //   logits float32 [vocab]; scratch int32 [IVC_ANSWER_SCRATCH]: zeros before the first call; two calls must not use

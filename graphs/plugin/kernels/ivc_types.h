@@ -108,10 +108,12 @@ typedef struct {
     int32_t hidden;  // > 0, elements of a row of embeddings
     int32_t vocab;   // > 0, up to 2^24
     IvcType type;    // of embeddings, and of the logits that the model gives
+    float scale;      // factor of a row of embeddings
+    int32_t rounded;  // 1: cosines and sines are rounded to the type
 } IvcStep;
 
 // Size of the scratch memory of ivcGiveAnswer, in int32 numbers.
-#define IVC_ANSWER_SCRATCH 193
+#define IVC_ANSWER_SCRATCH 385
 
 // The activation after a product: none, x sigmoid(slope x), GELU by the error function, or its approximation by tanh.
 typedef enum { IVC_NO_ACTIVATION = 0, IVC_SWISH = 1, IVC_GELU = 2, IVC_GELU_TANH = 3 } IvcActivation;

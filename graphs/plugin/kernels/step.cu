@@ -1,14 +1,17 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "device.h"
 #include "ivc_kernels.h"
 #include "step.h"
 
 namespace ivc {
 
+template <class Value>
 __global__ void __launch_bounds__(kStepThreads) takeStepKernel(const __grid_constant__ TakeStep t) {
+    __shared__ StepShared shared;
     Block block;
-    takeStep(block, t);
+    takeStep<Value>(block, shared, t);
 }
 
 template <class Value>
@@ -22,27 +25,23 @@ __global__ void __launch_bounds__(kStepThreads) giveAnswerKernel(const __grid_co
 
 using namespace ivc;
 
+// It is not launched early itself: what the step before reads and writes is its own until it ends.
 cudaError_t ivcTakeStep(const IvcStep* c, const int32_t* step, const void* table, const void* row,
     const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength,
     cudaStream_t stream) {
     if (!canBegin(*c)) return cudaErrorInvalidValue;
-    const TakeStep t{step, table ? table : row, table != nullptr, frequencies, embeds, cos, sin, {length, wholeLength},
-        c->axes, c->pairs, c->hidden * (c->type == IVC_FLOAT32 ? 2 : 1), c->vocab, wholeLength ? 2 : 1};
-    takeStepKernel<<<1, kStepThreads, 0, stream>>>(t);
-    return cudaGetLastError();
+    const TakeStep t = planned(*c, step, table, row, frequencies, embeds, cos, sin, length, wholeLength);
+    return withType<__half, __nv_bfloat16>(c->type, [&](auto value) {
+        takeStepKernel<decltype(value)><<<1, kStepThreads, 0, stream>>>(t);
+        return cudaGetLastError();
+    });
 }
 
 cudaError_t ivcGiveAnswer(const IvcStep* c, const void* x, const int32_t* wanted, float* logits, int32_t* best,
     float* told, int32_t* scratch, cudaStream_t stream) {
     if (!canEnd(*c)) return cudaErrorInvalidValue;
-    const GiveAnswer g{
-        x, wanted, logits, told, best, reinterpret_cast<float*>(scratch + 1), scratch, c->vocab};
-    if (c->type == IVC_FLOAT32) {
-        giveAnswerKernel<float><<<kAnswerBlocks, kStepThreads, 0, stream>>>(g);
-    } else if (c->type == IVC_FLOAT16) {
-        giveAnswerKernel<__half><<<kAnswerBlocks, kStepThreads, 0, stream>>>(g);
-    } else {
-        giveAnswerKernel<__nv_bfloat16><<<kAnswerBlocks, kStepThreads, 0, stream>>>(g);
-    }
-    return cudaGetLastError();
+    const GiveAnswer g = planned(*c, x, wanted, logits, best, told, scratch);
+    return withType<__half, __nv_bfloat16>(c->type, [&](auto value) {
+        return launchEarly(giveAnswerKernel<decltype(value)>, dim3(kAnswerBlocks), kStepThreads, stream, g);
+    });
 }

@@ -4,16 +4,19 @@
 #pragma once
 
 #include "ivc_types.h"
+#include "linear_plan.h"
 #include "warp.h"
 
 namespace ivc {
 
 constexpr int kStepThreads = 256;
-constexpr int kAnswerBlocks = 64;
+constexpr int kAnswerBlocks = 128;
 
-// Whether a step can start with such extents, and whether it can end with them. Ids are compared as floats, which
-// limits vocab.
-inline bool canBegin(const IvcStep& c) { return c.axes > 0 && c.pairs > 0 && c.hidden > 0 && c.vocab > 0; }
+// Whether a step can start with such extents, and whether it can end with them. A thread reads one number of the step.
+// Ids are compared as floats, which limits vocab.
+inline bool canBegin(const IvcStep& c) {
+    return c.axes > 0 && c.axes <= kStepThreads - 3 && c.pairs > 0 && c.hidden > 0 && c.vocab > 0;
+}
 inline bool canEnd(const IvcStep& c) { return c.vocab > 0 && c.vocab <= 1 << 24; }
 
 // One launch's arguments; see ivcTakeStep.
@@ -25,25 +28,81 @@ struct TakeStep {
     void* embeds;
     float *cos, *sin;
     int32_t* lengths[2];
-    int32_t axes, pairs, rowHalves, vocab, lengthCount;
+    int32_t axes, pairs, hidden, vocab, lengthCount;
+    float scale;
+    bool rounded;
+    bool whole;  // rows can be read and written in octets
 };
 
-IVC_WARP void takeStep(Block& block, const TakeStep& t) {
+inline TakeStep planned(const IvcStep& c, const int32_t* step, const void* table, const void* row,
+    const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength) {
+    const void* rows = table ? table : row;
+    return {step, rows, table != nullptr, frequencies, embeds, cos, sin, {length, wholeLength}, c.axes, c.pairs,
+        c.hidden, c.vocab, wholeLength ? 2 : 1, c.scale, c.rounded != 0, inOctets(c.hidden, {rows, embeds})};
+}
+
+struct StepShared {
+    int32_t step[kStepThreads];
+};
+
+// Scales a row of embeddings.
+template <class Value>
+IVC_WARP void takeRow(const TakeStep& t, int64_t number, int thread) {
+    const Value* from = static_cast<const Value*>(t.row) + number * t.hidden;
+    for (int32_t at = 8 * thread; at < t.hidden; at += 8 * kStepThreads) {
+        Octet<Value> octet = t.whole ? octetOf<true>(from, at, t.hidden) : octetOf<false>(from, at, t.hidden);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) octet.x[i] = static_cast<Value>(static_cast<float>(octet.x[i]) * t.scale);
+        Value* to = static_cast<Value*>(t.embeds);
+        if (t.whole) {
+            put<true>(to, at, t.hidden, octet);
+        } else {
+            put<false>(to, at, t.hidden, octet);
+        }
+    }
+}
+
+// The sum of positions times frequencies.
+IVC_WARP float angleOf(const TakeStep& t, const StepShared& shared, int32_t pair) {
+    constexpr int kAtOnce = 4;
+    float angle = 0;
+    for (int32_t first = 0; first < t.axes; first += kAtOnce) {
+        float frequencies[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            frequencies[i] = first + i < t.axes ? t.frequencies[(first + i) * t.pairs + pair] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            if (first + i < t.axes) angle += static_cast<float>(shared.step[1 + first + i]) * frequencies[i];
+        }
+    }
+    return angle;
+}
+
+// Host memory is far: each thread reads all that it needs of it at once.
+template <class Value>
+IVC_WARP void takeStep(Block& block, StepShared& shared, const TakeStep& t) {
+    awaitKernelBefore();
     block.each([&](int warp) {
         eachLane([&](int lane) {
             const int thread = warp * kWarp + lane;
-            const int64_t number = t.ofTable ? clamped(t.step[0], t.vocab) : 0;
-            const auto* from = static_cast<const uint16_t*>(t.row) + number * t.rowHalves;
-            for (int i = thread; i < t.rowHalves; i += kStepThreads) static_cast<uint16_t*>(t.embeds)[i] = from[i];
-            for (int i = thread; i < t.pairs; i += kStepThreads) {
-                float angle = 0;
-                for (int axis = 0; axis < t.axes; ++axis) {
-                    angle += static_cast<float>(t.step[1 + axis]) * t.frequencies[axis * t.pairs + i];
-                }
-                t.cos[i] = cosf(angle);
-                t.sin[i] = sinf(angle);
+            const int32_t number = thread < 1 + t.axes + t.lengthCount ? t.step[thread] : 0;
+            if (!t.ofTable) takeRow<Value>(t, 0, thread);
+            shared.step[thread] = number;
+        });
+    });
+    block.barrier();
+    block.each([&](int warp) {
+        eachLane([&](int lane) {
+            const int thread = warp * kWarp + lane;
+            if (t.ofTable) takeRow<Value>(t, clamped(shared.step[0], t.vocab), thread);
+            for (int32_t i = thread; i < t.pairs; i += kStepThreads) {
+                const float angle = angleOf(t, shared, i), cos = cosf(angle), sin = sinf(angle);
+                t.cos[i] = t.rounded ? static_cast<float>(static_cast<Value>(cos)) : cos;
+                t.sin[i] = t.rounded ? static_cast<float>(static_cast<Value>(sin)) : sin;
             }
-            if (thread < t.lengthCount) *t.lengths[thread] = t.step[1 + t.axes + thread];
+            if (thread < t.lengthCount) *t.lengths[thread] = shared.step[1 + t.axes + thread];
         });
     });
 }
@@ -57,7 +116,14 @@ struct GiveAnswer {
     float* found;      // [kAnswerBlocks, 3]
     int32_t* counter;  // 0 before and after
     int32_t vocab;
+    bool whole;  // x and logits can be read and written in octets
 };
+
+inline GiveAnswer planned(const IvcStep& c, const void* x, const int32_t* wanted, float* logits, int32_t* best,
+    float* told, int32_t* scratch) {
+    return {x, wanted, logits, told, best, reinterpret_cast<float*>(scratch + 1), scratch, c.vocab,
+        inOctets(c.vocab, {x, logits})};
+}
 
 // The largest logit so far (the first of equal ones), and whether there was a NaN.
 struct Best {
@@ -92,17 +158,30 @@ IVC_WARP void bestOfWarp(Lane<Best>& best) {
 template <class Value>
 IVC_WARP void giveAnswer(Block& block, AnswerShared& shared, const GiveAnswer& g, int32_t number) {
     const Best nothing{-INFINITY, 1e9f, 0};
+    const bool wanted = *g.wanted != 0;  // from the host, which is far; no kernel writes it
+    awaitKernelBefore();
     block.each([&](int warp) {
         Lane<Best> best;
         eachLane([&](int lane) {
             best[lane] = nothing;
-            const bool wanted = *g.wanted != 0;
-            const int thread = warp * kWarp + lane;
-            for (int32_t i = number * kStepThreads + thread; i < g.vocab; i += kAnswerBlocks * kStepThreads) {
-                const float x = static_cast<float>(static_cast<const Value*>(g.x)[i]);
-                g.logits[i] = x;
-                if (wanted) g.told[i] = x;
-                best[lane] = better(best[lane], {x, static_cast<float>(i), x == x ? 0.0f : 1.0f});
+            const int32_t first = 8 * (number * kStepThreads + warp * kWarp + lane);
+            for (int32_t at = first; at < g.vocab; at += 8 * kAnswerBlocks * kStepThreads) {
+                const Value* from = static_cast<const Value*>(g.x);
+                const Octet<Value> octet =
+                    g.whole ? octetOf<true>(from, at, g.vocab) : octetOf<false>(from, at, g.vocab);
+                Octet<float> wide;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const float x = wide.x[i] = static_cast<float>(octet.x[i]);
+                    const Best one{x, static_cast<float>(at + i), x == x ? 0.0f : 1.0f};
+                    if (at + i < g.vocab) best[lane] = better(best[lane], one);
+                }
+                if (g.whole) {
+                    put<true>(g.logits, at, g.vocab, wide);
+                } else {
+                    put<false>(g.logits, at, g.vocab, wide);
+                }
+                if (wanted) put<false>(g.told, at, g.vocab, wide);
             }
         });
         bestOfWarp(best);

@@ -6,18 +6,19 @@
 namespace ivc {
 
 // TakeStep(step int32 [1 + axes + 1 or 2], frequencies float32 [axes, 1, pairs], table? [vocab, hidden], row? [1, 1,
-//     hidden]) -> embeds [1, 1, hidden], cos, sin float32 [1, pairs], length int32 [1], whole_length? int32 [1]: see
+//     hidden]) -> embeds [1, 1, hidden], times the attribute `scale`; cos, sin float32 [1, pairs], length int32 [1], whole_length? int32 [1]: see
 // ivcTakeStep. Either table or row is given. step and row are in host memory, which is pinned if the device is a GPU.
 class TakeStep {
    public:
-    explicit TakeStep(const Ort::ConstKernelInfo&) {}
+    explicit TakeStep(const Ort::ConstKernelInfo& node)
+        : scale_(node.GetAttribute<float>("scale")), rounded_(node.GetAttribute<int64_t>("rounded") != 0) {}
 
     OrtStatusPtr ComputeV2(OrtKernelContext* context) const {
         return guarded([&] { compute(Ort::KernelContext(context)); });
     }
 
    private:
-    static void compute(const Ort::KernelContext& context) {
+    void compute(const Ort::KernelContext& context) const {
         const Shape frequencies = shapeOf(context.GetInput(1));
         const void *table = given(context, 2), *row = given(context, 3);
         require(frequencies.size() == 3 && frequencies[1] == 1, "TakeStep: frequencies must have the shape [axes, 1, pairs]");
@@ -30,6 +31,8 @@ class TakeStep {
         c.hidden = static_cast<int32_t>(shape.back());
         c.vocab = static_cast<int32_t>(shape[0]);
         c.type = ivcType(rows.GetTensorTypeAndShapeInfo().GetElementType());
+        c.scale = scale_;
+        c.rounded = rounded_;
         const int32_t lengths = lengthOf(context.GetInput(0)) - 1 - c.axes;
         require(lengths == 1 || lengths == 2, "TakeStep: step must hold a token, its positions, and one or two lengths");
         auto embeds = context.GetOutput(0, Shape{1, 1, c.hidden});
@@ -43,6 +46,9 @@ class TakeStep {
                   static_cast<cudaStream_t>(context.GetGPUComputeStream())),
             "TakeStep");
     }
+
+    float scale_;
+    bool rounded_;
 };
 
 // GiveAnswer(x [1, vocab], wanted int32 [1], best int32 [2], told float32 [vocab]) -> logits float32 [1, 1, vocab]: see

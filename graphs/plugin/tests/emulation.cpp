@@ -384,17 +384,19 @@ int ivcAttendJoined(const IvcJoined* c, const IvcJoinedRows* rows, void* keyCach
 int ivcTakeStep(const IvcStep* c, const int32_t* step, const void* table, const void* row, const float* frequencies,
     void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength, size_t backwards) {
     if (!canBegin(*c)) return 1;
-    const TakeStep t{step, table ? table : row, table != nullptr, frequencies, embeds, cos, sin, {length, wholeLength},
-        c->axes, c->pairs, c->hidden * (c->type == IVC_FLOAT32 ? 2 : 1), c->vocab, wholeLength ? 2 : 1};
-    Block block{kStepThreads / kWarp, backwards != 0};
-    takeStep(block, t);
-    return 0;
+    const TakeStep t = planned(*c, step, table, row, frequencies, embeds, cos, sin, length, wholeLength);
+    return withType<Float16, BFloat16>(c->type, [&](auto value) {
+        Block block{kStepThreads / kWarp, backwards != 0};
+        StepShared shared;
+        takeStep<decltype(value)>(block, shared, t);
+        return 0;
+    });
 }
 
 int ivcGiveAnswer(const IvcStep* c, const void* x, const int32_t* wanted, float* logits, int32_t* best, float* told,
     int32_t* scratch, size_t backwards) {
     if (!canEnd(*c)) return 1;
-    const GiveAnswer g{x, wanted, logits, told, best, reinterpret_cast<float*>(scratch + 1), scratch, c->vocab};
+    const GiveAnswer g = planned(*c, x, wanted, logits, best, told, scratch);
     launch(kAnswerBlocks, 1, 1, backwards != 0, [&](int number, int, int) {
         Block block{kStepThreads / kWarp, backwards != 0};
         AnswerShared shared;

@@ -13,6 +13,7 @@ namespace ivc {
 
 constexpr int kChooseThreads = 1024;
 constexpr int kBins = 256;
+constexpr int kNear = 4096;  // so many keys are kept in shared memory
 constexpr int kCopies = 8;  // of each counter: most scores share their first bits, so threads would wait for one counter
 
 // An unsigned integer of the same order as the float. Both zeros are equal.
@@ -25,39 +26,27 @@ IVC_HD inline uint32_t ordered(float x) {
 
 struct Choice {
     uint32_t bins[kBins * kCopies];
-    uint32_t above[kBins + 1];
-    int32_t before[2][kChooseThreads];
+    uint64_t warps[kChooseThreads / 32];
+    uint32_t nearKeys[kNear];
+    int32_t nearFound[kChooseThreads];
     uint32_t threshold;  // the smallest chosen key
     int32_t ties;        // how many of the keys equal to it are chosen
-    int32_t wanted;
 };
-
-// Exclusive prefix sum of one number per thread. The result is before[return value][thread].
-IVC_BLOCK int prefixSum(const Team& team, Choice& c) {
-    int from = 0;  // which half holds the inclusive sums so far
-    for (int step = 1; step < team.threads(); step *= 2) {
-        team.each([&](int thread) {
-            c.before[1 - from][thread] = c.before[from][thread] + (thread >= step ? c.before[from][thread - step] : 0);
-        });
-        from = 1 - from;
-    }
-    team.each([&](int thread) { c.before[1 - from][thread] = thread ? c.before[from][thread - 1] : 0; });
-    return 1 - from;
-}
 
 // Finds c.threshold and c.ties so that `count` keys are chosen: all above the threshold, and c.ties of those equal to
 // it.
 IVC_BLOCK void findThreshold(const Team& team, Choice& c, const uint32_t* keys, int32_t length, int32_t count) {
+    const auto clear = [&](int thread) {
+        for (int i = thread; i < kBins * kCopies; i += team.threads()) c.bins[i] = 0;
+    };
     team.each([&](int thread) {
         if (thread == 0) {
             c.threshold = 0;
-            c.wanted = count;
+            c.ties = count;
         }
+        clear(thread);
     });
     for (int shift = 24; shift >= 0; shift -= 8) {
-        team.each([&](int thread) {
-            for (int i = thread; i < kBins * kCopies; i += team.threads()) c.bins[i] = 0;
-        });
         team.each([&](int thread) {
             const uint64_t chosen = static_cast<uint64_t>(c.threshold) >> (shift + 8);
             for (int32_t i = thread; i < length; i += team.threads()) {
@@ -67,36 +56,27 @@ IVC_BLOCK void findThreshold(const Team& team, Choice& c, const uint32_t* keys, 
                 }
             }
         });
+        // thread t looks at bin kBins - 1 - t, so that the bins above it are those of the threads before it
+        Team::Local<uint64_t> above(team);
+        Team::Local<uint64_t> here(team);
+        Team::Local<uint64_t> wanted(team);
         team.each([&](int thread) {
-            if (thread > kBins) return;
             uint32_t sum = 0;
-            for (int copy = 0; thread < kBins && copy < kCopies; ++copy) sum += c.bins[thread * kCopies + copy];
-            c.above[thread] = sum;
+            for (int copy = 0; thread < kBins && copy < kCopies; ++copy) {
+                sum += c.bins[(kBins - 1 - thread) * kCopies + copy];
+            }
+            above[thread] = here[thread] = sum;
+            wanted[thread] = static_cast<uint64_t>(c.ties);
         });
-        Team::Local<uint32_t> next(team);
-        for (int step = 1; step < kBins; step *= 2) {  // above[b] becomes the number of keys in bins >= b
-            team.each([&](int thread) {
-                if (thread < kBins) next[thread] = c.above[thread] + (thread + step < kBins ? c.above[thread + step] : 0);
-            });
-            team.each([&](int thread) {
-                if (thread < kBins) c.above[thread] = next[thread];
-            });
-        }
-        Team::Local<int32_t> wanted(team);
-        team.each([&](int thread) { wanted[thread] = c.wanted; });
+        team.sumsBefore(above, c.warps);
         team.each([&](int thread) {
-            if (thread >= kBins) return;
-            const int32_t here = static_cast<int32_t>(c.above[thread]);
-            const int32_t over = static_cast<int32_t>(c.above[thread + 1]);
-            if (over < wanted[thread] && wanted[thread] <= here) {
-                c.threshold |= static_cast<uint32_t>(thread) << shift;
-                c.wanted = wanted[thread] - over;
+            clear(thread);
+            if (above[thread] < wanted[thread] && wanted[thread] <= above[thread] + here[thread]) {
+                c.threshold |= static_cast<uint32_t>(kBins - 1 - thread) << shift;
+                c.ties = static_cast<int32_t>(wanted[thread] - above[thread]);
             }
         });
     }
-    team.each([&](int thread) {
-        if (thread == 0) c.ties = c.wanted;
-    });
 }
 
 // Calls take(i, slot) for each chosen key i in ascending order, with slots from 0 on, and leave(i) for each other key.
@@ -105,24 +85,18 @@ IVC_BLOCK void takeChosen(
     const Team& team, Choice& c, const uint32_t* keys, int32_t length, Take take, Leave leave) {
     const int32_t share = ceilDiv(length, team.threads());
     const auto begin = [&](int thread) { return smaller(thread * share, length); };
-    Team::Local<int32_t> tied(team);
+    Team::Local<uint64_t> before(team);  // keys above the threshold, and in the lower 32 bits those equal to it
     team.each([&](int thread) {
-        int32_t equal = 0;
-        for (int32_t i = begin(thread); i < begin(thread + 1); ++i) equal += keys[i] == c.threshold;
-        c.before[0][thread] = equal;
-    });
-    const int ties = prefixSum(team, c);
-    team.each([&](int thread) { tied[thread] = c.before[ties][thread]; });
-    team.each([&](int thread) {
-        int32_t above = 0, equal = tied[thread];
+        uint64_t sum = 0;
         for (int32_t i = begin(thread); i < begin(thread + 1); ++i) {
-            above += keys[i] > c.threshold || (keys[i] == c.threshold && equal++ < c.ties);
+            sum += static_cast<uint64_t>(keys[i] > c.threshold) << 32 | static_cast<uint64_t>(keys[i] == c.threshold);
         }
-        c.before[0][thread] = above;
+        before[thread] = sum;
     });
-    const int slots = prefixSum(team, c);
+    team.sumsBefore(before, c.warps);
     team.each([&](int thread) {
-        int32_t slot = c.before[slots][thread], equal = tied[thread];
+        int32_t equal = static_cast<int32_t>(before[thread] & 0xffffffffu);
+        int32_t slot = static_cast<int32_t>(before[thread] >> 32) + smaller(equal, c.ties);
         for (int32_t i = begin(thread); i < begin(thread + 1); ++i) {
             if (keys[i] > c.threshold || (keys[i] == c.threshold && equal++ < c.ties)) {
                 take(i, slot++);
@@ -133,9 +107,14 @@ IVC_BLOCK void takeChosen(
     });
 }
 
-// The seeds: the `count` best of querySums, best first. keys, found: scratch [visual] and [count].
+// Scratch memory for `length` keys: in shared memory if they fit.
+IVC_BLOCK uint32_t* keysNear(Choice& c, uint32_t* scratch, int32_t length) { return length <= kNear ? c.nearKeys : scratch; }
+
+// The seeds: the `count` best of querySums, best first. scratchKeys, scratchFound: [visual] and [count].
 IVC_BLOCK void chooseSeeds(const Team& team, Choice& c, const float* querySums, int32_t visual, int32_t count,
-    uint32_t* keys, int32_t* found, int32_t* seedIndex) {
+    uint32_t* scratchKeys, int32_t* scratchFound, int32_t* seedIndex) {
+    uint32_t* const keys = keysNear(c, scratchKeys, visual);
+    int32_t* const found = count <= kChooseThreads ? c.nearFound : scratchFound;
     team.each([&](int thread) {
         for (int32_t i = thread; i < visual; i += team.threads()) keys[i] = ordered(querySums[i]);
     });

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include "choose.h"
+#include "device.h"
 #include "rows.h"
 #include "selection.h"
 #include "votes.h"
@@ -24,15 +25,18 @@ __global__ void __launch_bounds__(kVoteThreads) voteColumnsKernel(Votes<Value> v
 
 __global__ void __launch_bounds__(kChooseThreads) seedsKernel(Scoring s) {
     __shared__ Choice choice;
+    awaitKernelBefore();
     scoreSeeds(Team{}, choice, s);
 }
 
 __global__ void __launch_bounds__(kChooseThreads) scoresKernel(Scoring s) {
+    awaitKernelBefore();
     scoreTokens(Team{}, s, static_cast<int>(blockIdx.x));
 }
 
 __global__ void __launch_bounds__(kChooseThreads) rowsKernel(Keeping k) {
     __shared__ Choice choice;
+    awaitKernelBefore();
     keepRows(Team{}, choice, k);
 }
 
@@ -51,22 +55,26 @@ __global__ void __launch_bounds__(kRowThreads) copyRowsKernel(const __grid_const
 }
 
 template <class Value>
-void launchVotes(const Votes<Value>& votes, cudaStream_t stream) {
+cudaError_t launchVotes(const Votes<Value>& votes, cudaStream_t stream) {
     const dim3 rows(votes.softmaxTiles(), ceilDiv(votes.queries, kQueries), votes.heads);
-    voteRowsKernel<<<rows, kVoteThreads, 0, stream>>>(votes);
+    if (const cudaError_t status = launchEarly(voteRowsKernel<Value>, rows, kVoteThreads, stream, votes)) return status;
     const dim3 columns(ceilDiv(votes.visual, kKeys), votes.splits, votes.heads);
-    voteColumnsKernel<<<columns, kVoteThreads, 0, stream>>>(votes);
+    return launchEarly(voteColumnsKernel<Value>, columns, kVoteThreads, stream, votes);
 }
 
 template <class Value>
-void launchScores(const IvcSelection& s, const void* values, const int32_t* visualIndex, const int32_t* queryIndex,
+cudaError_t launchScores(const IvcSelection& s, const void* values, const int32_t* visualIndex, const int32_t* queryIndex,
     float* tokenScore, int32_t* seedIndex, void* workspace, cudaStream_t stream) {
     const Scratch scratch(s, workspace);
     const Scoring scoring = scratch.scoring(tokenScore, seedIndex);
-    launchVotes(scratch.textVotes(static_cast<const Value*>(values), visualIndex, queryIndex), stream);
-    seedsKernel<<<1, kChooseThreads, 0, stream>>>(scoring);
-    launchVotes(scratch.seedVotes(static_cast<const Value*>(values), visualIndex, seedIndex), stream);
-    scoresKernel<<<ceilDiv(s.visual, kChooseThreads), kChooseThreads, 0, stream>>>(scoring);
+    cudaError_t status =
+        launchVotes(scratch.textVotes(static_cast<const Value*>(values), visualIndex, queryIndex), stream);
+    if (!status) status = launchEarly(seedsKernel, 1, kChooseThreads, stream, scoring);
+    if (!status) {
+        status = launchVotes(scratch.seedVotes(static_cast<const Value*>(values), visualIndex, seedIndex), stream);
+    }
+    const dim3 blocks(ceilDiv(s.visual, kChooseThreads));
+    return status ? status : launchEarly(scoresKernel, blocks, kChooseThreads, stream, scoring);
 }
 
 cudaError_t launchRows(RowCopies& c, const IvcRows* tensors, int32_t count, int32_t copied, cudaStream_t stream) {
@@ -95,8 +103,7 @@ cudaError_t ivcTokenScores(const IvcSelection* s, const void* values, const int3
     const auto launch = s->type == IVC_FLOAT32   ? launchScores<float>
                         : s->type == IVC_FLOAT16 ? launchScores<__half>
                                                  : launchScores<__nv_bfloat16>;
-    launch(*s, values, visualIndex, queryIndex, tokenScore, seedIndex, workspace, stream);
-    return cudaGetLastError();
+    return launch(*s, values, visualIndex, queryIndex, tokenScore, seedIndex, workspace, stream);
 }
 
 cudaError_t ivcKeptRows(const IvcSelection* s, const float* tokenScore, const int32_t* seedIndex,
@@ -104,9 +111,8 @@ cudaError_t ivcKeptRows(const IvcSelection* s, const float* tokenScore, const in
     cudaStream_t stream) {
     if (!possible(*s)) return cudaErrorInvalidValue;
     const Scratch scratch(*s, workspace);
-    rowsKernel<<<1, kChooseThreads, 0, stream>>>(
+    return launchEarly(rowsKernel, 1, kChooseThreads, stream,
         scratch.keeping(tokenScore, seedIndex, priority, visualIndex, textIndex, keepIndex));
-    return cudaGetLastError();
 }
 
 cudaError_t ivcSelectTokens(const IvcSelection* s, const void* values, const float* priority,

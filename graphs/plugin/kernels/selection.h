@@ -7,6 +7,7 @@
 
 namespace ivc {
 
+constexpr int kNearRows = kBins * kCopies * sizeof(uint32_t);  // so many rows are marked in shared memory
 constexpr float kSeedPriority = 1e30f;  // of the last seed; each seed before it has this much more
 
 // max(1, round(visual / divisor)), half to even, in integers.
@@ -39,6 +40,7 @@ IVC_BLOCK void scoreSeeds(const Team& team, Choice& choice, const Scoring& s) {
     team.each([&](int thread) {
         for (int32_t i = thread; i < s.visual; i += team.threads()) {
             float sum = 0.0f;
+#pragma unroll 8
             for (int32_t part = 0; part < s.textParts; ++part) {
                 sum += s.textColumns[static_cast<int64_t>(part) * s.visual + i];
             }
@@ -53,6 +55,7 @@ IVC_BLOCK void scoreTokens(const Team& team, const Scoring& s, int block) {
         const int32_t i = block * team.threads() + thread;
         if (i >= s.visual) return;
         float sum = s.textSums[i];
+#pragma unroll 8
         for (int32_t part = 0; part < s.seedParts; ++part) {
             sum += s.seedColumns[static_cast<int64_t>(part) * s.visual + i];
         }
@@ -76,34 +79,39 @@ struct Keeping {
 // keepIndex: all text rows and the keepCount best visual ones, ascending.
 IVC_BLOCK void keepRows(const Team& team, Choice& c, const Keeping& k) {
     const int32_t rows = k.rows;
+    uint32_t* const keys = keysNear(c, k.keys, k.visual);
+    auto* const kept = rows <= kNearRows ? reinterpret_cast<uint8_t*>(c.bins) : k.kept;
     team.each([&](int thread) {
         for (int32_t i = thread; i < k.visual; i += team.threads()) {
             const float score = k.tokenScore[i], priority = k.priority[i];
-            k.keys[i] = ordered(score < priority ? priority : score);
+            keys[i] = ordered(score < priority ? priority : score);
         }
     });
     team.each([&](int thread) {
         for (int32_t i = thread; i < k.seeds; i += team.threads()) {
-            k.keys[clamped(k.seedIndex[i], k.visual)] = ordered(kSeedPriority * static_cast<float>(k.seeds - i));
+            keys[clamped(k.seedIndex[i], k.visual)] = ordered(kSeedPriority * static_cast<float>(k.seeds - i));
         }
-        for (int32_t i = thread; i < k.text; i += team.threads()) k.kept[clamped(k.textIndex[i], rows)] = 1;
     });
-    findThreshold(team, c, k.keys, k.visual, k.keepCount);
+    findThreshold(team, c, keys, k.visual, k.keepCount);
+    team.each([&](int thread) {
+        for (int32_t i = thread; i < k.text; i += team.threads()) kept[clamped(k.textIndex[i], rows)] = 1;
+    });
     takeChosen(
-        team, c, k.keys, k.visual, [&](int32_t i, int32_t) { k.kept[clamped(k.visualIndex[i], rows)] = 1; },
-        [&](int32_t i) { k.kept[clamped(k.visualIndex[i], rows)] = 0; });
+        team, c, keys, k.visual, [&](int32_t i, int32_t) { kept[clamped(k.visualIndex[i], rows)] = 1; },
+        [&](int32_t i) { kept[clamped(k.visualIndex[i], rows)] = 0; });
     const int32_t share = ceilDiv(rows, team.threads()), total = k.text + k.keepCount;
     const auto begin = [&](int thread) { return smaller(thread * share, rows); };
+    Team::Local<uint64_t> before(team);
     team.each([&](int thread) {
-        int32_t sum = 0;
-        for (int32_t row = begin(thread); row < begin(thread + 1); ++row) sum += k.kept[row] == 1;
-        c.before[0][thread] = sum;
+        uint64_t sum = 0;
+        for (int32_t row = begin(thread); row < begin(thread + 1); ++row) sum += kept[row] == 1;
+        before[thread] = sum;
     });
-    const int slots = prefixSum(team, c);
+    team.sumsBefore(before, c.warps);
     team.each([&](int thread) {
-        int32_t slot = c.before[slots][thread];
+        auto slot = static_cast<int32_t>(before[thread]);
         for (int32_t row = begin(thread); row < begin(thread + 1); ++row) {
-            if (k.kept[row] == 1 && slot < total) k.keepIndex[slot++] = row;
+            if (kept[row] == 1 && slot < total) k.keepIndex[slot++] = row;
         }
     });
 }
@@ -138,13 +146,13 @@ struct Scratch {
     template <class Value>
     Votes<Value> textVotes(const Value* values, const int32_t* visualIndex, const int32_t* queryIndex) const {
         return {values, visualIndex, queryIndex, nullptr, rowMax, rowSum, textColumns, s.kvHeads, s.rows, s.headDim,
-            s.visual, s.queries, textSplits, s.softmax == IVC_SOFTMAX_ALL};
+            s.visual, s.queries, textSplits, s.softmax == IVC_SOFTMAX_ALL, aligned(values)};
     }
 
     template <class Value>
     Votes<Value> seedVotes(const Value* values, const int32_t* visualIndex, const int32_t* seedIndex) const {
         return {values, visualIndex, nullptr, seedIndex, rowMax, rowSum, seedColumns, s.kvHeads, s.rows, s.headDim,
-            s.visual, seeds, seedSplits, s.softmax == IVC_SOFTMAX_ALL};
+            s.visual, seeds, seedSplits, s.softmax == IVC_SOFTMAX_ALL, aligned(values)};
     }
 
     Scoring scoring(float* tokenScore, int32_t* seedIndex) const {
@@ -160,6 +168,11 @@ struct Scratch {
     }
 
    private:
+    template <class Value>
+    bool aligned(const Value* values) const {
+        return (reinterpret_cast<uintptr_t>(values) | s.headDim * sizeof(Value)) % sizeof(Vector16) == 0;
+    }
+
     static int32_t splits(int32_t queries) { return smaller(ceilDiv(queries, kQueries), kMostSplits); }
 
     template <class T>

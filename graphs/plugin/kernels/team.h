@@ -50,6 +50,29 @@ struct Team {
     }
 
     __device__ static void add(uint32_t* counter) { atomicAdd(counter, 1u); }
+
+    // Replaces each thread's number by the sum of the numbers of the threads before it, and returns the sum of all. There
+    // are at most 32 warps. shared: one number for each warp.
+    template <class T>
+    __device__ T sumsBefore(Local<T>& numbers, T* shared) const {
+        const unsigned all = 0xffffffffu;
+        const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+        const auto upTo = [&](T sum) {  // the sums of a warp's lanes, each with its own
+            for (int step = 1; step < 32; step *= 2) {
+                const T before = __shfl_up_sync(all, sum, step);
+                if (lane >= step) sum += before;
+            }
+            return sum;
+        };
+        const T own = numbers.value, sum = upTo(own);
+        if (lane == 31) shared[warp] = sum;
+        __syncthreads();
+        const T warps = upTo(lane < threads() / 32 ? shared[lane] : T{});
+        const T before = __shfl_sync(all, warps, (warp + 31) % 32), total = __shfl_sync(all, warps, 31);
+        numbers.value = sum - own + (warp ? before : T{});
+        __syncthreads();
+        return total;
+    }
 };
 
 #define IVC_BLOCK __device__ inline
@@ -75,6 +98,17 @@ struct Team {
     }
 
     static void add(uint32_t* counter) { ++*counter; }
+
+    template <class T>
+    T sumsBefore(Local<T>& numbers, T*) const {
+        T sum{};
+        for (T& number : numbers.values) {
+            const T own = number;
+            number = sum;
+            sum += own;
+        }
+        return sum;
+    }
 };
 
 #define IVC_BLOCK inline

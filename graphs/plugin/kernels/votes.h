@@ -6,15 +6,20 @@
 #pragma once
 
 #include <math.h>
+#include <string.h>
 
+#include <type_traits>
+
+#include "rows.h"
 #include "team.h"
+#include "warp.h"
 
 namespace ivc {
 
 constexpr int kVoteThreads = 256;
 constexpr int kQueries = 16;  // of a tile
 constexpr int kKeys = 64;     // of a tile
-constexpr int kDepth = 32;    // elements of a head that are loaded at a time
+constexpr int kDepth = 128;   // elements of a head that are loaded at a time
 constexpr int kLanes = kVoteThreads / kQueries;
 constexpr int kEach = kQueries * kKeys / kVoteThreads;  // scores of one thread
 constexpr int kGroups = kVoteThreads / kKeys;
@@ -33,6 +38,7 @@ struct Votes {
     float* columnSums;  // [heads * splits, visual]
     int32_t heads, rows, depth, visual, queries, splits;
     bool softmaxOverAll;
+    bool aligned;  // whether each row of values begins at a multiple of 16 bytes
 
     IVC_HD int32_t softmaxKeys() const { return softmaxOverAll ? rows : visual; }
     IVC_HD int32_t softmaxTiles() const { return ceilDiv(softmaxKeys(), kKeys); }
@@ -42,9 +48,20 @@ struct Votes {
     }
 };
 
+#ifdef __CUDACC__
+using Four = float4;
+#else
+struct alignas(16) Four {
+    float x, y, z, w;
+};
+#endif
+
+constexpr int kDepthFours = kDepth / 4;
+
+// Rows are a multiple of 16 bytes, but not of the 128 bytes of all banks of shared memory.
 struct VoteTile {
-    float query[kQueries][kDepth + 1];
-    float key[kKeys][kDepth + 1];
+    Four query[kQueries][kDepthFours + 1];
+    Four key[kKeys][kDepthFours + 1];
     float score[kQueries][kKeys + 1];
     float lane[kQueries][kLanes];
     float rowMax[kQueries];
@@ -52,6 +69,40 @@ struct VoteTile {
     int32_t queryRow[kQueries];
     int32_t keyRow[kKeys];
 };
+
+IVC_BLOCK Four* fours(VoteTile& tile, int line) {
+    return line < kQueries ? tile.query[line] : tile.key[line - kQueries];
+}
+
+// One thread's part of the elements start..start+kDepth-1 of a tile's rows, in float32; zeros behind the last one.
+template <class Row>
+IVC_BLOCK void loadElements(VoteTile& tile, int thread, Row row, int start, int depth) {
+    for (int i = thread; i < (kQueries + kKeys) * kDepth; i += kVoteThreads) {
+        const int line = i / kDepth, column = i % kDepth;
+        reinterpret_cast<float*>(fours(tile, line))[column] =
+            start + column < depth ? static_cast<float>(row(line)[start + column]) : 0.0f;
+    }
+}
+
+// The same by vectors of 16 bytes.
+template <class Row>
+IVC_BLOCK void loadVectors(VoteTile& tile, int thread, Row row, int start, int depth) {
+    using Value = std::decay_t<decltype(*row(0))>;
+    constexpr int kEach = sizeof(Vector16) / sizeof(Value), kAcross = kDepth / kEach;
+#pragma unroll
+    for (int i = 0; i < (kQueries + kKeys) * kAcross / kVoteThreads; ++i) {
+        const int line = (i * kVoteThreads + thread) / kAcross, column = (i * kVoteThreads + thread) % kAcross * kEach;
+        Value x[kEach] = {};
+        if (start + column < depth) {
+            const Vector16 vector = *reinterpret_cast<const Vector16*>(row(line) + start + column);
+            memcpy(x, &vector, sizeof vector);
+        }
+        for (int j = 0; j < kEach; j += 4) {
+            const auto at = [&](int k) { return static_cast<float>(x[j + k]); };
+            fours(tile, line)[(column + j) / 4] = Four{at(0), at(1), at(2), at(3)};
+        }
+    }
+}
 
 // Fills tile.score with V_q V_k^T / sqrt(D) for the queries from firstQuery and the keys from firstKey on.
 template <class Value>
@@ -70,20 +121,31 @@ IVC_BLOCK void scoreTile(
     };
     Team::Local<Sums> sums(team);
     for (int start = 0; start < v.depth; start += kDepth) {
+        const int fours = ceilDiv(smaller(kDepth, v.depth - start), 4);
         team.each([&](int thread) {
-            for (int i = thread; i < (kQueries + kKeys) * kDepth; i += kVoteThreads) {
-                const int line = i / kDepth, column = i % kDepth;
-                const int32_t row = line < kQueries ? tile.queryRow[line] : tile.keyRow[line - kQueries];
-                const bool inside = start + column < v.depth;
-                const float x = inside ? static_cast<float>(values[static_cast<int64_t>(row) * v.depth + start + column]) : 0.0f;
-                (line < kQueries ? tile.query[line] : tile.key[line - kQueries])[column] = x;
+            const auto row = [&](int line) {
+                const int32_t at = line < kQueries ? tile.queryRow[line] : tile.keyRow[line - kQueries];
+                return values + static_cast<int64_t>(at) * v.depth;
+            };
+            if (v.aligned) {
+                loadVectors(tile, thread, row, start, v.depth);
+            } else {
+                loadElements(tile, thread, row, start, v.depth);
             }
         });
         team.each([&](int thread) {
             const int key = thread % kKeys, group = thread / kKeys;
-            for (int d = 0; d < kDepth; ++d) {
-                const float x = tile.key[key][d];
-                for (int i = 0; i < kEach; ++i) sums[thread].each[i] += tile.query[group * kEach + i][d] * x;
+#pragma unroll 4
+            for (int four = 0; four < fours; ++four) {
+                const Four x = tile.key[key][four];
+                for (int i = 0; i < kEach; ++i) {
+                    const Four q = tile.query[group * kEach + i][four];
+                    float& sum = sums[thread].each[i];  // in the order of the elements
+                    sum += q.x * x.x;
+                    sum += q.y * x.y;
+                    sum += q.z * x.z;
+                    sum += q.w * x.w;
+                }
             }
         });
     }
@@ -100,6 +162,7 @@ IVC_BLOCK void voteRows(
     const Team& team, VoteTile& tile, const Votes<Value>& v, int head, int queryTile, int keyTile) {
     const int firstQuery = queryTile * kQueries, firstKey = keyTile * kKeys;
     const int keys = smaller(kKeys, v.softmaxKeys() - firstKey);
+    awaitKernelBefore();
     scoreTile(team, tile, v, head, firstQuery, firstKey, v.softmaxOverAll);
     team.each([&](int thread) {
         const int query = thread / kLanes, lane = thread % kLanes;
@@ -171,8 +234,9 @@ IVC_BLOCK void voteColumns(const Team& team, VoteTile& tile, const Votes<Value>&
     const int firstKey = keyTile * kKeys;
     Team::Local<float> sums(team);
     for (int firstQuery = split * kQueries; firstQuery < v.queries; firstQuery += v.splits * kQueries) {
-        joinRows(team, tile, v, head, firstQuery);
         scoreTile(team, tile, v, head, firstQuery, firstKey, false);
+        if (firstQuery == split * kQueries) awaitKernelBefore();  // voteRows
+        joinRows(team, tile, v, head, firstQuery);
         team.each([&](int thread) {
             const int key = thread % kKeys, group = thread / kKeys;
             for (int i = 0; i < kEach; ++i) {

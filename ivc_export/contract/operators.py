@@ -40,6 +40,9 @@ PLUGIN_OPERATORS = frozenset(("SelectTokens", "CompactGatherN"))
 """Operators of domain `ivc` without a body. `plugin` leaves them to our TensorRT plugin, and `ort-cuda-ops` to our
 library of custom operators for onnxruntime."""
 
+CACHES = frozenset(("CacheIndex",))
+"""Such operators of our library for onnxruntime for whole caches."""
+
 ATTENDING = frozenset(("AttendInPlace", "EncodeAttend"))
 """Such operators for attention. Query, key and value are their first inputs. The library for onnxruntime has only
 EncodeAttend, in another form than the plugin's."""

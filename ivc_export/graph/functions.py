@@ -42,8 +42,8 @@ def function(name: str, spelling: str | None = None) -> ir.Function:
     """The `ivc` operator `name` as a function of standard operators, from graphs/ops/`name`.onnxtxt.
 
     spelling: names another body with the same meaning, from graphs/ops/`name`.`spelling`.onnxtxt. `narrow` has its
-    softmax in the type of its inputs; `repeated` repeats keys and values for every head of queries; `standard` is the
-    operator of opset 23.
+    softmax in the type of its inputs; `repeated` repeats keys and values for every head of queries; `sorted` sorts
+    where the other counts; `standard` is the operator of opset 23.
     """
     package = Path(__file__).parents[1]
     folders = (package / "ops", package.parent / "graphs" / "ops")  # installed, or in the repository

@@ -24,6 +24,7 @@ from ivc_export.lowering.onnxruntime.norms import FuseNormsPass
 from ivc_export.lowering.onnxruntime.own_attention import UseOwnAttentionPass
 from ivc_export.lowering.onnxruntime.projections import PackProjectionsPass
 from ivc_export.lowering.onnxruntime.rotate_in_attention import RotateInAttentionPass
+from ivc_export.lowering.onnxruntime.sorted_selection import SortSelectionPass
 from ivc_export.lowering.onnxruntime.write_caches import WriteCachesPass
 from ivc_export.lowering.precision.scale_residuals import SCALE, ScaleResidualsPass
 from ivc_export.lowering.spell import SpellPass
@@ -106,9 +107,10 @@ def fused(own: bool = False) -> Passes:
         *([UseOwnAttentionPass()] if own else ()),
         UseFusedAttentionPass(),
         WriteCachesPass(),
-        CompactCachesPass(),
+        CompactCachesPass(own),
         UseRotaryEmbeddingPass(),
         FuseNormsPass(),
+        *(() if own else (SortSelectionPass(),)),
         InlinePass(kept=SELECTION | LIBRARY),  # onnxruntime inlines bodies, or has operators of ours
         *([FuseLinearsPass()] if own else ()),  # in bodies
         PackProjectionsPass(),
@@ -133,7 +135,7 @@ def standard(*functions: str) -> Passes:
 
 SELECTION = frozenset(("SelectAttended", "SelectTileTokens", "SelectTokens", "SelectViewTokens", "CompactGather"))
 FUSED_OPERATORS: Operators = frozenset(
-    [("", "SimplifiedLayerNormalization")]
+    [("", op) for op in ("Mod", "SimplifiedLayerNormalization", "TopK")]
     + [("com.microsoft", op) for op in ("GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "RotaryEmbedding")]
     + [("com.microsoft", op) for op in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "QuickGelu")]
 )

@@ -95,6 +95,12 @@ class Editor:
         (length,) = self.op(before, "Gather", shape, self.ints(axis), axis=0)
         return self.op(before, "Cast", length, to=int(ir.DataType.INT32))[0]
 
+    def size(self, before: ir.Node, value: ir.Value, axis: int) -> ir.Value:
+        """The same without axes, int32 []."""
+        (shape,) = self.op(before, "Shape", value, start=axis, end=axis + 1)
+        (length,) = self.op(before, "Squeeze", shape, self.ints(0))
+        return self.op(before, "Cast", length, to=int(ir.DataType.INT32))[0]
+
     def counting(self, before: ir.Node, length: ir.Value) -> ir.Value:
         """0 to length - 1, int32 [length]. length: int32 [1]."""
         (scalar,) = self.op(before, "Squeeze", length, self.ints(0))

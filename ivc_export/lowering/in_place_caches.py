@@ -20,7 +20,13 @@ class CompactCachesPass(ir.passes.InPlacePass):
     2. Leaves: inputs and outputs as contract.caches.in_place_info says. A graph that chooses rows gives cache_index:
        for each row of a cache the row that it has after compaction. A graph that drops rows takes cache_index and the
        caches below the cut, and gives compact_key.i and compact_value.i as whole caches. No new_key.i and new_value.i.
+
+    own: whether a library of ours computes cache_index, by its operator CacheIndex.
     """
+
+    def __init__(self, own: bool = False) -> None:
+        super().__init__()
+        self.own = own
 
     def requires(self, model: ir.Model) -> None:
         """Check that no attention is left that takes caches and gives rows."""
@@ -35,7 +41,7 @@ class CompactCachesPass(ir.passes.InPlacePass):
         chooses = not done and any(value.name == "keep_index" for value in graph.outputs)
         drops = not done and any(value.name == "keep_index" for value in graph.inputs)
         if chooses:
-            add_cache_index(graph)
+            add_cache_index(graph, self.own)
         if drops:
             gather_caches(graph)
         kept = [value for value in graph.outputs if TensorName.of(value.name).role != "new"]
@@ -62,8 +68,12 @@ def reading_caches(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in found if any(value in graph.inputs for value in node.inputs)]
 
 
-def add_cache_index(graph: ir.Graph) -> None:
-    """cache_index int32 [P]: row p comes from itself, but row past + m comes from keep_index[m] of this run's rows."""
+def add_cache_index(graph: ir.Graph, own: bool) -> None:
+    """cache_index int32 [P]: row p comes from itself, but row past + m comes from keep_index[m] of this run's rows.
+
+    Sizes, and past as a difference of the total length, are computed on the host: from the length on the device,
+    onnxruntime would fetch it, and wait for all that runs.
+    """
     values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
     select = values["keep_index"].producer()
     assert select is not None
@@ -71,18 +81,23 @@ def add_cache_index(graph: ir.Graph) -> None:
     graph.insert_after(select, end)
     edit = Editor(graph)
 
-    length, _ = in_place_lengths("past_length")
+    length, total = in_place_lengths("past_length")
     whole = {TensorName.of(name).layer for name in values if TensorName.of(name).stem == length}  # and None
     cache = next(
         value
         for name, value in values.items()
         if TensorName.of(name).role == "past" and TensorName.of(name).layer not in whole
     )
-    (last,) = edit.op(end, "Sub", values[length], edit.extent(end, values["position_ids"], 2))
-    (past,) = edit.op(end, "Add", last, edit.scalar(1))
-    (target,) = edit.op(end, "Add", edit.counting(end, edit.extent(end, values["keep_index"], 0)), past)
-    (source,) = edit.op(end, "Add", values["keep_index"], past)
-    (index,) = edit.op(end, "ScatterElements", edit.counting(end, edit.extent(end, cache, 2)), target, source, axis=0)
+    if own:
+        given = (values["keep_index"], values[total], values["position_ids"], cache)
+        (index,) = edit.op(end, "CacheIndex", *given, domain=IVC_DOMAIN)
+    else:
+        (past,) = edit.op(end, "Sub", values[total], edit.size(end, values["position_ids"], 2))
+        (stop,) = edit.op(end, "Add", past, edit.size(end, values["keep_index"], 0))
+        (target,) = edit.op(end, "Range", past, stop, edit.scalar(1))
+        (rows,) = edit.op(end, "Range", edit.scalar(0), edit.size(end, cache, 2), edit.scalar(1))
+        (source,) = edit.op(end, "Add", values["keep_index"], past)
+        (index,) = edit.op(end, "ScatterElements", rows, target, source, axis=0)
     graph.remove(end, safe=True)
     index.name, index.type, index.shape = "cache_index", ir.TensorType(INT32), ir.Shape(["P"])
     graph.outputs.insert(list(graph.outputs).index(values["keep_index"]) + 1, index)

@@ -14,7 +14,7 @@ BOOLEANS = frozenset(("And", "Equal", "Greater", "GreaterOrEqual", "Less", "Not"
 
 ALIKE = {
     **dict.fromkeys(("AttendInPlace", "AttendJoined", "EncodeAttend", "TurnHeads"), 0),
-    **dict.fromkeys(("FusedLinear", "FusedLinearInt4", "FusedLinearInt8"), 0),
+    **dict.fromkeys(("CacheIndex", "FusedLinear", "FusedLinearInt4", "FusedLinearInt8"), 0),
     "CompactIntoCaches": 2,
 }
 """Our operators without a body whose outputs all have one input's type, with the number of this input."""

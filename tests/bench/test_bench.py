@@ -81,7 +81,7 @@ def test_the_part_that_selects_is_the_selection(golden_bundle: Bundle, lowering:
     feeds = {
         "values": values,
         "keep_count": np.array([plan.keep_count], np.int32),
-        "seqlens_k": np.array([plan.rows - 1], np.int32),
+        "total_sequence_length": np.array(plan.rows, np.int32),
         "past_key.0": np.zeros((1, m.decoder.kv_heads, capacity, m.decoder.head_dim), np.float32),
     }
     names = [value.name for value in session.get_inputs()]

@@ -23,6 +23,7 @@ from tests.native.kernels import (
     Kernels,
     check_append,
     check_arbitrary_memory,
+    check_cache_index,
     check_gather,
     check_gather_into,
     check_ties,
@@ -129,6 +130,11 @@ def test_gathering_many_tensors(kernels: Kernels) -> None:
 def test_gathering_into_caches(kernels: Kernels) -> None:
     for seed in range(5):
         check_gather_into(kernels, seed)
+
+
+def test_rows_of_caches_are_indexed(kernels: Kernels) -> None:
+    for seed in range(100):
+        check_cache_index(kernels, seed)
 
 
 def test_appending_to_caches(kernels: Kernels) -> None:

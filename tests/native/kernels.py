@@ -192,6 +192,12 @@ class Kernels:
         self.call("ivcCompactGather", array, len(rows), extent, keep, len(keep_index))
         return [self.to_host(target) for target in targets]
 
+    def cache_index(self, keep_index: Ints, past: int, capacity: int) -> Ints:
+        """CacheIndex: from which row each row of a cache comes."""
+        keep, index = self.to_device(keep_index), self.to_device(np.full(capacity, -1, np.int32))
+        self.call("ivcCacheIndex", keep, len(keep_index), past, capacity, index)
+        return self.to_host(index)
+
     def append(
         self, caches: Sequence[npt.NDArray[Any]], new: Sequence[npt.NDArray[Any]], past_length: int
     ) -> list[npt.NDArray[Any]]:
@@ -218,6 +224,17 @@ class Kernels:
         """A tensor, as [outer, rows, row bytes]."""
         outer, inner = int(np.prod(x.shape[:axis])), int(np.prod(x.shape[axis + 1 :]))
         return IvcRows(self.address(source), self.address(target), outer, inner * x.itemsize)
+
+
+def check_cache_index(kernels: Kernels, seed: int) -> None:
+    """Kept rows behind the past, and all others where they are; also where the cache ends before the kept rows do."""
+    generator = np.random.default_rng(seed)
+    past, rows, kept = (int(generator.integers(0, n)) for n in (600, 600, 600))
+    keep = np.sort(generator.permutation(rows + kept)[:kept]).astype(np.int32)
+    capacity = past + kept + (int(generator.integers(0, 400)) if seed % 3 else -min(kept, 5))
+    wanted = np.arange(capacity, dtype=np.int32)
+    wanted[past : past + kept] = past + keep[: capacity - past]
+    np.testing.assert_array_equal(kernels.cache_index(keep, past, capacity), wanted)
 
 
 def check_ties(kernels: Kernels, case: Case) -> None:

@@ -78,7 +78,7 @@ def test_graphs_with_custom_operators_keep_the_contract(bundle: Bundle, name: Gr
     LOWERINGS["ort-cuda-ops"].verify(name, model, bundle.manifest.graphs[name])
     assert not model.functions
     rule = bundle.manifest.selection
-    select = [] if rule.tiles or rule.views else ["SelectTokens"]
+    select = ["CacheIndex"] if rule.tiles or rule.views else ["SelectTokens", "CacheIndex"]
     operators = [node for node in model.graph if node.domain == IVC_DOMAIN and node.op_type != "TurnHeads"]
     wanted = {"vision": [], "prefix": select, "decoder": ["CompactGatherN"]}[name]
     assert [node.op_type for node in operators if node.op_type != "FusedLinear"] == wanted

@@ -15,6 +15,7 @@ from tests.native.kernels import (
     Kernels,
     check_append,
     check_arbitrary_memory,
+    check_cache_index,
     check_gather,
     check_gather_into,
     check_ties,
@@ -75,6 +76,11 @@ def test_impossible_extents_are_refused(kernels: Kernels) -> None:
 
 def test_indices_out_of_range_do_no_harm(kernels: Kernels) -> None:
     check_arbitrary_memory(kernels)
+
+
+def test_rows_of_caches_are_indexed(kernels: Kernels) -> None:
+    for seed in range(20):
+        check_cache_index(kernels, seed)
 
 
 def test_gathering_many_tensors(kernels: Kernels) -> None:

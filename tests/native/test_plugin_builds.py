@@ -42,6 +42,7 @@ def test_kernels_compile_and_link(tmp_path: Path) -> None:
         "ivcSelectTokens",
         "ivcTokenScores",
         "ivcKeptRows",
+        "ivcCacheIndex",
         "ivcCompactGather",
         "ivcCompactGatherInto",
         "ivcAppendRows",

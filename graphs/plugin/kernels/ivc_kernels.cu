@@ -54,6 +54,11 @@ __global__ void __launch_bounds__(kRowThreads) copyRowsKernel(const __grid_const
     copyRows(Team{}, copies, static_cast<int32_t>(blockIdx.x));
 }
 
+__global__ void __launch_bounds__(kRowThreads) cacheIndexKernel(CacheRows c) {
+    awaitKernelBefore();
+    indexCaches(Team{}, c, static_cast<int32_t>(blockIdx.x));
+}
+
 template <class Value>
 cudaError_t launchVotes(const Votes<Value>& votes, cudaStream_t stream) {
     const dim3 rows(votes.softmaxTiles(), ceilDiv(votes.queries, kQueries), votes.heads);
@@ -129,6 +134,13 @@ cudaError_t ivcSelectTokens(const IvcSelection* s, const void* values, const flo
         ivcTokenScores(s, values, visualIndex, queryIndex, tokenScore, seedIndex, workspace, stream);
     if (scored != cudaSuccess) return scored;
     return ivcKeptRows(s, tokenScore, seedIndex, priority, visualIndex, textIndex, keepIndex, workspace, stream);
+}
+
+cudaError_t ivcCacheIndex(const int32_t* keepIndex, int32_t kept, int32_t past, int32_t capacity, int32_t* cacheIndex,
+    cudaStream_t stream) {
+    if (kept < 0 || past < 0 || capacity <= 0) return cudaErrorInvalidValue;
+    const CacheRows c{keepIndex, cacheIndex, kept, past, capacity};
+    return launchEarly(cacheIndexKernel, ceilDiv(capacity, kRowThreads), kRowThreads, stream, c);
 }
 
 cudaError_t ivcCompactGather(const IvcRows* tensors, int32_t count, int32_t rows, const int32_t* keepIndex,

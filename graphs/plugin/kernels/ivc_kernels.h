@@ -45,6 +45,11 @@ IVC_API cudaError_t ivcKeptRows(const IvcSelection* selection, const float* toke
     const float* priority, const int32_t* visualIndex, const int32_t* textIndex, int32_t* keepIndex, void* workspace,
     cudaStream_t stream);
 
+// The row from which each row of a cache comes by compaction, int32 [capacity]: row past + m comes from row past +
+// keepIndex[m] for m < kept, every other row from itself. keepIndex int32 [kept]
+IVC_API cudaError_t ivcCacheIndex(const int32_t* keepIndex, int32_t kept, int32_t past, int32_t capacity,
+    int32_t* cacheIndex, cudaStream_t stream);
+
 // CompactGather on many tensors: target[:, m] = source[:, keepIndex[m]] for m < kept.
 //   source [outer, rows, rowBytes]; target [outer, kept, rowBytes]; keepIndex int32 [kept]
 IVC_API cudaError_t ivcCompactGather(const IvcRows* tensors, int32_t count, int32_t rows, const int32_t* keepIndex,

@@ -98,6 +98,22 @@ IVC_BLOCK void copyRows(const Team& team, const RowCopies& c, int32_t block) {
     }
 }
 
+// One launch's arguments: see ivcCacheIndex.
+struct CacheRows {
+    const int32_t* keepIndex;
+    int32_t* cacheIndex;
+    int32_t kept, past, capacity;
+};
+
+IVC_BLOCK void indexCaches(const Team& team, const CacheRows& c, int32_t block) {
+    team.each([&](int thread) {
+        const int32_t row = block * team.threads() + thread;
+        if (row >= c.capacity) return;
+        const bool fresh = row >= c.past && row - c.past < c.kept;
+        c.cacheIndex[row] = fresh ? c.past + c.keepIndex[row - c.past] : row;
+    });
+}
+
 // Fills `c` with the tensors and returns the number of blocks, or -1 if a tensor is impossible.
 inline int32_t planRows(RowCopies& c, const IvcRows* tensors, int32_t count, int32_t copied) {
     int64_t blocks = 0;

@@ -53,6 +53,31 @@ class SelectTokens {
     IvcSoftmax softmax_;
 };
 
+// CacheIndex(keep_index int32 [M], total_length int32 [], position_ids int32 [axes, 1, S], cache [1, heads, P, D]) ->
+// cache_index int32 [P]: see ivcCacheIndex. total_length is in host memory: the rows of the cache with this run's S.
+class CacheIndex {
+   public:
+    explicit CacheIndex(const Ort::ConstKernelInfo&) {}
+
+    OrtStatusPtr ComputeV2(OrtKernelContext* context) const {
+        return guarded([&] { compute(Ort::KernelContext(context)); });
+    }
+
+   private:
+    static void compute(const Ort::KernelContext& context) {
+        const auto keep = context.GetInput(0), total = context.GetInput(1);
+        const Shape positions = shapeOf(context.GetInput(2)), cache = shapeOf(context.GetInput(3));
+        require(positions.size() == 3 && cache.size() == 4, "CacheIndex: position_ids must have 3 axes, and a cache 4");
+        require(total.GetTensorTypeAndShapeInfo().GetElementCount() == 1, "CacheIndex: total_length must be one number");
+        const auto capacity = static_cast<int32_t>(cache[2]);
+        const auto past = *total.GetTensorData<int32_t>() - static_cast<int32_t>(positions[2]);
+        auto index = context.GetOutput(0, Shape{capacity});
+        check(ivcCacheIndex(keep.GetTensorData<int32_t>(), lengthOf(keep), past, capacity,
+                  index.GetTensorMutableData<int32_t>(), static_cast<cudaStream_t>(context.GetGPUComputeStream())),
+            "CacheIndex");
+    }
+};
+
 // CompactGatherN(index int32 [M], x_1 .. x_n) -> y_1 .. y_n: the rows `index` of each x along its axis. All x have the
 // same length along it. Attribute: axes, one for each tensor.
 class CompactGatherN {
@@ -150,6 +175,17 @@ struct SelectTokensOperator : Description<SelectTokensOperator, SelectTokens> {
     OrtMemType GetInputMemoryType(size_t i) const { return i == 5 ? OrtMemTypeCPUInput : OrtMemTypeDefault; }
 };
 
+struct CacheIndexOperator : Description<CacheIndexOperator, CacheIndex> {
+    using Description::Description;
+
+    const char* GetName() const { return "CacheIndex"; }
+    size_t GetInputTypeCount() const { return 4; }
+    size_t GetOutputTypeCount() const { return 1; }
+    Type GetInputType(size_t i) const { return i == 3 ? values : kInt32; }
+    Type GetOutputType(size_t) const { return kInt32; }
+    OrtMemType GetInputMemoryType(size_t i) const { return i == 1 ? OrtMemTypeCPUInput : OrtMemTypeDefault; }
+};
+
 struct CompactGatherNOperator : Description<CompactGatherNOperator, CompactGatherN> {
     using Description::Description;
 
@@ -188,6 +224,7 @@ OrtCustomOpDomain* domain() {
     static const Ort::CustomOpDomain made = [] {
         Ort::CustomOpDomain d("ivc");
         add<SelectTokensOperator>(d);
+        add<CacheIndexOperator>(d);
         add<CompactGatherNOperator>(d);
         add<EncodeAttendOperator>(d);
         add<FusedLinearOperator>(d);

@@ -439,6 +439,16 @@ int ivcSelectTokens(const IvcSelection* s, const void* values, const float* prio
            ivcKeptRows(s, tokenScore, seedIndex, priority, visualIndex, textIndex, keepIndex, workspace, backwards);
 }
 
+int ivcCacheIndex(const int32_t* keepIndex, int32_t kept, int32_t past, int32_t capacity, int32_t* cacheIndex,
+    size_t backwards) {
+    if (kept < 0 || past < 0 || capacity <= 0) return 1;
+    const CacheRows c{keepIndex, cacheIndex, kept, past, capacity};
+    const Team team{kRowThreads, backwards != 0};
+    launch(ceilDiv(capacity, kRowThreads), 1, 1, backwards != 0,
+        [&](int block, int, int) { indexCaches(team, c, block); });
+    return 0;
+}
+
 int ivcCompactGather(const IvcRows* tensors, int32_t count, int32_t rows, const int32_t* keepIndex, int32_t kept,
     size_t backwards) {
     RowCopies c{};

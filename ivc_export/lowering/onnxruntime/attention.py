@@ -160,8 +160,8 @@ def start_of(edit: Editor, before: ir.Node, position_ids: ir.Value, past_length:
     last, _ = length_inputs(edit, past_length)  # past_length + S - 1
     if position_ids.shape is not None and position_ids.shape[2] == 1:
         return last
-    (earlier,) = edit.op(before, "Sub", last, edit.extent(before, position_ids, 2))
-    return edit.op(before, "Add", earlier, edit.scalar(1))[0]
+    (total,) = edit.op(before, "Add", last, edit.scalar(1))  # first: onnxruntime would fetch an input to subtract from
+    return edit.op(before, "Sub", total, edit.extent(before, position_ids, 2))[0]
 
 
 def flattened(edit: Editor, node: ir.Node, y: ir.Value) -> ir.Value:
@@ -225,6 +225,7 @@ def length_inputs(edit: Editor, past_length: ir.Value) -> list[ir.Value]:
         known |= {value.name: value for value in added}
         for reader, index in tuple(past_length.uses()):
             if called(reader.outputs[0], "CausalMask") is None:
-                (before,) = edit.op(reader, "Sub", added[0], edit.extent(reader, known["position_ids"], 2))
-                reader.replace_input_with(index, edit.op(reader, "Add", before, edit.scalar(1))[0])
+                (total,) = edit.op(reader, "Add", added[0], edit.scalar(1))
+                rows = edit.extent(reader, known["position_ids"], 2)
+                reader.replace_input_with(index, edit.op(reader, "Sub", total, rows)[0])
     return [known[name] for name in wanted]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.contract.operators import HOST_STEPS, JOINED, LINEAR_OPERATORS, PLUGIN_OPERATORS
+from ivc_export.contract.operators import CACHES, HOST_STEPS, JOINED, LINEAR_OPERATORS, PLUGIN_OPERATORS
 from ivc_export.lowering.inline import InlinePass
 from ivc_export.lowering.tensorrt.plugin import axes, fuse_gathers
 
-LIBRARY = PLUGIN_OPERATORS | HOST_STEPS | JOINED | LINEAR_OPERATORS | {"EncodeAttend"}
+LIBRARY = PLUGIN_OPERATORS | CACHES | HOST_STEPS | JOINED | LINEAR_OPERATORS | {"EncodeAttend"}
 """Operators that the library has."""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ivc_export.contract.graphs import TensorName
 from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.lowering import LOWERINGS
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
@@ -37,38 +38,57 @@ from ivc_export.runtime.probes import (
 )
 from ivc_export.selection.operators import SELECTIONS
 
+ON_HOST = ("keep_count", "total_sequence_length")
+"""Inputs that FusedConversation has in host memory."""
+
 
 def portable_times(session: Session, plan: Run) -> SelectionTimes:
-    """Times on onnxruntime's CPU provider, with graphs lowered as in OnnxSession. A decode step runs both nodes on one
-    row."""
+    """Times on onnxruntime's CPU provider beyond those of an empty run, with graphs lowered as in OnnxSession. A decode
+    step runs both nodes on one row."""
     m = session.bundle.manifest
     models = {}
     for name in ("prefix", "decoder"):
         model = session.bundle.graph(name)
         models[name] = WidenFloatsPass()(model).model if m.dtype != session.dtype else model
     select, compact = Timed(selection_part(models["prefix"])), Timed(compaction_part(models["decoder"]))
-    one = plan_run(m, np.zeros(1, np.int32), (), 0, 1.0)
+    one, empty = plan_run(m, np.zeros(1, np.int32), (), 0, 1.0), empty_run()
 
     def both(run: Run) -> tuple[float, float]:
         sizes = extents(m, run, 0)
-        return select.seconds(selection_feeds(run), sizes), compact.seconds(compaction_feeds(run, 0), sizes)
+        times = select.seconds(selection_feeds(run), sizes), compact.seconds(compaction_feeds(run, 0), sizes)
+        return beyond(times[0], empty), beyond(times[1], empty)
 
     seconds = both(plan)
     return SelectionTimes(*seconds, decode=sum(both(one)))
 
 
 def fused_times(session: Session, plan: Run, rows: int) -> SelectionTimes:
-    """Times on the provider of a FusedSession, over caches of `rows` rows. Its decode steps select nothing."""
+    """Times on the provider of a FusedSession beyond those of an empty run, over caches of `rows` rows.
+
+    Its decode steps select nothing.
+    """
     assert isinstance(session, FusedSession)
     library, lowering, provider = session.op_library, session.lowering, session.device
     chooses = {node.op_type for node in session.bundle.graph("prefix").graph} & {*SELECTIONS}
     whole = chooses <= LOWERINGS[lowering].functions  # otherwise its nodes are among the others
     prefix, decoder = session.lowered("prefix", lowering if whole else "ort-cuda"), session.lowered("decoder", lowering)
     sizes = extents(session.bundle.manifest, plan, rows)
-    feeds = selection_feeds(plan) | {"seqlens_k": np.array([plan.rows - 1], np.int32)}
+    feeds = selection_feeds(plan) | {"total_sequence_length": np.array(plan.rows, np.int32)}
     select = Timed(selection_part(prefix), provider, library).seconds(feeds, sizes)
-    compact = Timed(compaction_part(decoder), provider, library).seconds(compaction_feeds(plan, rows), sizes)
-    return SelectionTimes(select, compact, 0.0)
+    compact = Timed(compaction_part(decoder), provider, library).seconds(compaction_feeds(plan, rows), sizes, True)
+    empty = empty_run(provider)
+    return SelectionTimes(beyond(select, empty), beyond(compact, empty), 0.0)
+
+
+def empty_run(provider: Provider = "cpu") -> float:
+    """Seconds that a run takes besides its nodes, which selection and compaction do not add to a prefill: those of a
+    run that copies one number."""
+    return Timed(one_node("Identity", (1,), 1, "float32"), provider).seconds({}, {})
+
+
+def beyond(seconds: float, empty: float) -> float:
+    """What a run takes beyond an empty one."""
+    return max(0.0, seconds - empty)
 
 
 def onnxruntime_ceilings(device: Provider, dtype: FloatName) -> Ceilings:
@@ -103,8 +123,13 @@ class Timed:
         self.device = provider
         self.session: Any = onnxruntime.InferenceSession(content, options, providers=[PROVIDERS[provider]])
 
-    def seconds(self, feeds: Mapping[str, npt.NDArray[Any]], sizes: Mapping[str, int]) -> float:
-        """Median of some runs on `feeds`, with random values for missing inputs."""
+    def seconds(
+        self, feeds: Mapping[str, npt.NDArray[Any]], sizes: Mapping[str, int], into_caches: bool = False
+    ) -> float:
+        """Median of some runs on `feeds`, with random values for missing inputs.
+
+        into_caches: whether compacted caches are written to memory that is there, as FusedConversation has it.
+        """
         generator = np.random.default_rng(0)
         binding, held = self.session.io_binding(), []  # a binding does not keep arrays alive
         for tensor in self.session.get_inputs():
@@ -113,7 +138,7 @@ class Timed:
                 shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
                 array = generator.standard_normal(shape, np.float32)
                 array = array.astype(np.float16 if "float16" in tensor.type else np.float32)
-            place = "cpu" if tensor.name == "keep_count" else self.device  # as FusedConversation has it
+            place = "cpu" if tensor.name in ON_HOST else self.device
             value = load_onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), place, 0)
             held.append(value)
             binding.bind_ortvalue_input(tensor.name, value)
@@ -125,4 +150,8 @@ class Timed:
             self.session.run_with_iobinding(binding)
             if number >= WARMUPS:
                 found.append(time.perf_counter() - start)
+            elif into_caches and not number:
+                for tensor, value in zip(self.session.get_outputs(), binding.get_outputs(), strict=True):
+                    if TensorName.of(tensor.name).role == "compact":
+                        binding.bind_ortvalue_output(tensor.name, value)
         return statistics.median(found)

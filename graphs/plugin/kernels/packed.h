@@ -82,15 +82,16 @@ IVC_WARP void integers(uint32_t (&found)[4], Eighth<kBits> stored, uint32_t zero
             left = __hsub2(left, right);
             memcpy(&found[i], &left, sizeof left);
         }
-        return;
-    }
+    } else
 #endif
+    {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const auto value = [&](int at) {
-            return static_cast<float>(valueAt<kBits>(stored, at) - static_cast<int32_t>(zero));
-        };
-        found[i] = packed<Value>(value(kStep * i), value(kStep * i + kOther));
+        for (int i = 0; i < 4; ++i) {
+            const auto value = [&](int at) {
+                return static_cast<float>(valueAt<kBits>(stored, at) - static_cast<int32_t>(zero));
+            };
+            found[i] = packed<Value>(value(kStep * i), value(kStep * i + kOther));
+        }
     }
 }
 
@@ -101,12 +102,12 @@ IVC_WARP void interleave(Fragment& to, const Octet<Value>& from) {
     memcpy(x, &from, sizeof x);
     if constexpr (kBits == 8) {
         memcpy(to.x, x, sizeof x);
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        to.x[2 * i] = (x[i] & 0xffff) | x[i + 2] << 16;
-        to.x[2 * i + 1] = x[i] >> 16 | (x[i + 2] & 0xffff0000);
+        for (int i = 0; i < 2; ++i) {
+            to.x[2 * i] = (x[i] & 0xffff) | x[i + 2] << 16;
+            to.x[2 * i + 1] = x[i] >> 16 | (x[i + 2] & 0xffff0000);
+        }
     }
 }
 

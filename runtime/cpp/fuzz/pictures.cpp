@@ -28,7 +28,7 @@ ivc::Manifest settings(ivc::Preprocessing::Kind kind) {
     p.maxTiles = 6;
     p.tokenSide = 8;
     p.shapes = {{1, 1}, {2, 1}, {1, 3}};
-    p.filling = 0.5f;
+    p.filling = 127;
     return m;
 }
 

@@ -218,7 +218,8 @@ class OnnxRuntimeDevice : public Device {
         if (before != nullptr && before->by == owner_) return *before;
         Values feeds;
         const auto count = [](const std::vector<int32_t>& values) { return static_cast<int64_t>(values.size()); };
-        feeds[kPixelValues] = floats(picture.pixels, picture.shape);
+        const std::vector<float> pixels = picture.pixels.normalised();
+        feeds[kPixelValues] = floats(pixels, picture.shape);
         feeds[kPatchPosition] = integers(picture.patchPosition, {count(picture.patchPosition) / 2, 2});
         feeds[kTokenSource] = integers(picture.tokenSource, {count(picture.tokenSource)});
         const Values outputs = call("vision", "vision", feeds);

@@ -97,16 +97,26 @@ std::string Bundle::graphFile(const std::string& name) const {
     return path;
 }
 
+// An id's row of the embedding table.
+size_t Bundle::rowOf(int32_t token) const {
+    if (token >= 0 && token < manifest_.decoder.vocabSize) return static_cast<size_t>(token);
+    throw Error("token id " + std::to_string(token) + " has no embedding: export the model again");
+}
+
+const char* Bundle::storedEmbedding(int32_t token, const std::string& dtype) const {
+    const EmbeddingTable& table = manifest_.embedding;
+    if (table.block != 0 || table.dtype != dtype) return nullptr;
+    const size_t size = static_cast<size_t>(manifest_.decoder.hiddenSize) * (dtype == "float32" ? 4 : 2);
+    return weights_->data() + table.offset + rowOf(token) * size;
+}
+
 std::vector<float> Bundle::embed(const std::vector<int32_t>& tokens) const {
     const EmbeddingTable& table = manifest_.embedding;
     const auto hidden = static_cast<size_t>(manifest_.decoder.hiddenSize), block = static_cast<size_t>(table.block);
     std::vector<float> found(tokens.size() * hidden);
     float* to = found.data();
     for (const int32_t token : tokens) {
-        if (token < 0 || token >= manifest_.decoder.vocabSize) {
-            throw Error("token id " + std::to_string(token) + " has no embedding: export the model again");
-        }
-        const auto row = static_cast<size_t>(token);
+        const size_t row = rowOf(token);
         if (block == 0) {
             widen(weights_->data() + table.offset, row * hidden, hidden, table.dtype, to);
             to += hidden;

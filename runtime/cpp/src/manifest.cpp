@@ -129,8 +129,7 @@ Preprocessing readPreprocessing(const Field& root) {
             p.shapes.emplace_back(sides[0].integer(1, 256), sides[1].integer(1, 256));
         }
         if (p.shapes.empty()) f["shapes"].refuse("is empty");
-        const int32_t fill = limited(root, "preprocessing", "fill");
-        p.filling = static_cast<float>(fill) * asFloat(f["rescale_factor"], 1e-9, 1e9);
+        p.filling = static_cast<uint8_t>(limited(root, "preprocessing", "fill"));
     }
     if (kind != "patches") {
         p.tilePixels = limited(root, "preprocessing", "tile_pixels");

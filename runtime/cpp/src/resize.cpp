@@ -166,6 +166,10 @@ void resize(const Image& image, int32_t width, int32_t height, Resample filter, 
         }
         return;
     }
+    if (width == image.width && part.width == width) {
+        resizeColumns(image, height, top, filter, part);
+        return;
+    }
     Image across(part.width, image.height);
     resizeRows(image, width, left, filter, across);
     resizeColumns(across, height, top, filter, part);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
 
@@ -45,6 +46,39 @@ std::vector<uint32_t> seedWords(uint64_t seed) {
         words.push_back(value ^ value >> 16);
     }
     return words;
+}
+
+// An integer of the same order as a float's value. Beyond those of the infinities are NaN.
+int32_t ordered(float value) {
+    value += 0.0f;  // of both zeros one
+    int32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits ^ (bits >> 31 & 0x7fffffff);
+}
+
+// The first of the largest logits. Throws if there is none, or if one of them is NaN or infinity.
+size_t mostLikely(const std::vector<float>& logits) {
+    constexpr size_t kBlock = 1024;  // whose largest and smallest are found without a branch
+    int32_t most = INT32_MIN, least = INT32_MAX;
+    size_t place = 0;
+    for (size_t start = 0; start < logits.size(); start += kBlock) {
+        int32_t high = INT32_MIN, low = INT32_MAX;
+        for (size_t i = start; i < std::min(start + kBlock, logits.size()); ++i) {
+            const int32_t one = ordered(logits[i]);
+            high = std::max(high, one);
+            low = std::min(low, one);
+        }
+        least = std::min(least, low);
+        if (high <= most) continue;
+        most = high;
+        place = start;
+    }
+    const int32_t infinity = ordered(INFINITY), never = ordered(-INFINITY);
+    if (least < never || most >= infinity || most <= never) {
+        throw Error("the model gives NaN logits: compute in float32, or verify the bundle with ivc-check");
+    }
+    while (ordered(logits[place]) != most) ++place;
+    return place;
 }
 
 std::vector<double> softmax(const std::vector<double>& scores) {
@@ -159,20 +193,14 @@ std::vector<double> Sampler::scores(const std::vector<float>& logits) const {
 }
 
 int32_t Sampler::draw(const std::vector<float>& logits) {
-    bool sound = !logits.empty(), any = false;
-    for (const float logit : logits) {
-        sound = sound && logit < INFINITY;  // false of NaN as well
-        any = any || logit > -INFINITY;
-    }
-    if (!sound || !any) {
-        throw Error("the model gives NaN logits: compute in float32, or verify the bundle with ivc-check");
-    }
-    const std::vector<double> found = scores(logits);
-    size_t token = 0;
-    if (sampling_.temperature == 0) {
+    size_t token = mostLikely(logits);
+    const bool greedy = sampling_.temperature == 0;
+    if (greedy && sampling_.repetitionPenalty != 1) {
+        const std::vector<double> found = scores(logits);
         token = static_cast<size_t>(std::max_element(found.begin(), found.end()) - found.begin());
-    } else {
-        std::vector<double> sums = softmax(found);
+    } else if (!greedy) {
+        token = 0;
+        std::vector<double> sums = softmax(scores(logits));
         std::partial_sum(sums.begin(), sums.end(), sums.begin());
         const double chance = static_cast<double>(next() >> 11) / 9007199254740992.0, all = sums.back();
         while (token + 1 < sums.size() && sums[token] / all <= chance) ++token;

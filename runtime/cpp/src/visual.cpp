@@ -30,22 +30,28 @@ void scale(const Image& image, int64_t width, int64_t height, const Preprocessin
     resize(image, static_cast<int32_t>(width), static_cast<int32_t>(height), resampleOf(p.resample), left, top, part);
 }
 
-float level(uint8_t value, size_t channel, const Preprocessing& p) {
-    return (static_cast<float>(value) * p.rescaleFactor - p.mean[channel]) / p.std[channel];
-}
-
-// Every level that a channel can have.
-struct Levels {
-    float values[3][256];
-
-    explicit Levels(const Preprocessing& p) {
-        for (size_t channel = 0; channel < 3; ++channel) {
-            for (int value = 0; value < 256; ++value) {
-                values[channel][value] = level(static_cast<uint8_t>(value), channel, p);
-            }
+// Pixels of `count` patches or tiles of `inner` pixels, still without levels.
+Pixels pixelsOf(int64_t count, int64_t inner, const Preprocessing& p) {
+    Pixels found;
+    found.inner = static_cast<size_t>(inner);
+    found.levels.resize(static_cast<size_t>(count * 3 * inner));
+    for (size_t channel = 0; channel < 3; ++channel) {
+        for (size_t level = 0; level < 256; ++level) {
+            const float value = static_cast<float>(level) * p.rescaleFactor;
+            found.values[channel][level] = (value - p.mean[channel]) / p.std[channel];
         }
     }
-};
+    return found;
+}
+
+// Takes `count` pixels of a row apart: their channels lie `inner` levels behind each other.
+void split(const uint8_t* from, int64_t count, size_t inner, uint8_t* to) {
+    for (int64_t i = 0; i < count; ++i, from += 3) {
+        to[i] = from[0];
+        to[i + static_cast<int64_t>(inner)] = from[1];
+        to[i + 2 * static_cast<int64_t>(inner)] = from[2];
+    }
+}
 
 // The size that a picture is scaled to, in visual tokens: within min_pixels and max_pixels.
 std::pair<int64_t, int64_t> tokensOf(const Image& image, const Preprocessing& p) {
@@ -76,43 +82,39 @@ Visual patches(const Image& image, const Manifest& manifest) {
     checkTokens(rows * columns, manifest);
     const int64_t side = tokenSide(p), merge = p.mergeSize, patch = p.patchSize;
     if (rows * columns * side * side * p.temporalPatchSize > 8 * kMostPrepared) throw Error("the scaled picture would not fit into memory: crop it");
-    Image scaled(static_cast<int32_t>(columns * side), static_cast<int32_t>(rows * side));
-    scale(image, scaled.width, scaled.height, p, 0, 0, scaled);
+    Image own;
+    const bool fits = image.width == columns * side && image.height == rows * side;
+    if (!fits) {
+        own = Image(static_cast<int32_t>(columns * side), static_cast<int32_t>(rows * side));
+        scale(image, own.width, own.height, p, 0, 0, own);
+    }
+    const Image& scaled = fits ? image : own;
     Visual found;
     found.grid = {static_cast<int32_t>(rows), static_cast<int32_t>(columns), 0};
     const int64_t count = rows * columns * merge * merge;
     found.shape = {1, count, 3 * p.temporalPatchSize * patch * patch};
-    found.pixels.reserve(static_cast<size_t>(count * found.shape[2]));
+    found.pixels = pixelsOf(count, patch * patch, p);
+    found.pixels.frames = static_cast<size_t>(p.temporalPatchSize);  // a still picture repeats
     found.patchPosition.reserve(static_cast<size_t>(count) * 2);
-    const Levels levels(p);
+    uint8_t* to = found.pixels.levels.data();
     for (int64_t i = 0; i < count; ++i) {  // tokens row-major, and the patches within each
         const int64_t token = i / (merge * merge), within = i % (merge * merge);
         const int64_t y = token / columns * merge + within / merge, x = token % columns * merge + within % merge;
         found.patchPosition.push_back(static_cast<int32_t>(y));
         found.patchPosition.push_back(static_cast<int32_t>(x));
-        for (size_t channel = 0; channel < 3; ++channel) {
-            for (int32_t frame = 0; frame < p.temporalPatchSize; ++frame) {  // a still picture repeats
-                for (int64_t row = 0; row < patch; ++row) {
-                    const uint8_t* from = scaled.row(static_cast<int32_t>(y * patch + row)) + x * patch * 3;
-                    for (int64_t column = 0; column < patch; ++column) {
-                        found.pixels.push_back(levels.values[channel][from[3 * column + static_cast<int64_t>(channel)]]);
-                    }
-                }
-            }
+        for (int64_t row = 0; row < patch; ++row, to += patch) {
+            split(scaled.row(static_cast<int32_t>(y * patch + row)) + x * patch * 3, patch, found.pixels.inner, to);
         }
+        to += 2 * found.pixels.inner;
     }
     return found;
 }
 
-// The pixels of a tile of a picture, channel by channel.
-void addTile(const Image& image, int64_t left, int64_t top, int64_t side, const Levels& levels, Visual& visual) {
-    for (size_t channel = 0; channel < 3; ++channel) {
-        for (int64_t y = 0; y < side; ++y) {
-            const uint8_t* from = image.row(static_cast<int32_t>(top + y)) + left * 3;
-            for (int64_t x = 0; x < side; ++x) {
-                visual.pixels.push_back(levels.values[channel][from[3 * x + static_cast<int64_t>(channel)]]);
-            }
-        }
+// The pixels of a tile of a picture, as the tile `number`.
+void putTile(const Image& image, int64_t left, int64_t top, int64_t side, int64_t number, Pixels& pixels) {
+    uint8_t* to = pixels.levels.data() + static_cast<size_t>(number) * 3 * pixels.inner;
+    for (int64_t y = 0; y < side; ++y, to += side) {
+        split(image.row(static_cast<int32_t>(top + y)) + left * 3, side, pixels.inner, to);
     }
 }
 
@@ -151,7 +153,8 @@ Visual middle(const Image& image, const Manifest& manifest) {
     Visual found;
     found.grid = {p.tileSide, p.tileSide, 0};
     found.shape = {1, 3, side, side};
-    addTile(scaled, 0, 0, side, Levels(p), found);
+    found.pixels = pixelsOf(1, side * side, p);
+    putTile(scaled, 0, 0, side, 0, found.pixels);
     const auto square = static_cast<int32_t>(shorter);
     found.covered.left = (image.width - square) / 2;
     found.covered.top = (image.height - square) / 2;
@@ -171,15 +174,14 @@ Visual tiles(const Image& image, const Manifest& manifest) {
     Visual found;
     found.grid = {rows * p.tileSide, columns * p.tileSide, p.tileSide};
     found.shape = {all, 3, side, side};
-    found.pixels.reserve(static_cast<size_t>(all * 3 * side * side));
-    const Levels levels(p);
+    found.pixels = pixelsOf(all, side * side, p);
     for (int64_t tile = 0; tile < count; ++tile) {
-        addTile(canvas, tile % columns * side, tile / columns * side, side, levels, found);
+        putTile(canvas, tile % columns * side, tile / columns * side, side, tile, found.pixels);
     }
     if (count > 1) {
         Image thumbnail(p.tilePixels, p.tilePixels);
         scale(image, side, side, p, 0, 0, thumbnail);
-        addTile(thumbnail, 0, 0, side, levels, found);
+        putTile(thumbnail, 0, 0, side, count, found.pixels);
     }
     return found;
 }
@@ -233,27 +235,22 @@ Box contentOf(Size s, const Preprocessing& p) {
     return box;
 }
 
-// Adds a view of columns x rows tiles: the picture in the middle, and filling around it. Returns the part of the view
-// that shows the picture.
-Box addView(const Image& image, int32_t columns, int32_t rows, const Preprocessing& p, const Levels& levels,
-    Visual& visual) {
+// Puts a view of columns x rows tiles behind the first `before` tiles: the picture in the middle, and filling around it.
+// Returns the part of the view that shows the picture.
+Box putView(const Image& image, int32_t columns, int32_t rows, int32_t before, const Preprocessing& p, Pixels& pixels) {
     const int32_t side = p.tilePixels, width = columns * side, height = rows * side;
     const Size size = within({image.width, image.height}, width, height);
     Image scaled(size.width, size.height);
     scale(image, size.width, size.height, p, 0, 0, scaled);
     const auto middle = [](int32_t whole, int32_t part) { return static_cast<int32_t>(std::nearbyint((whole - part) / 2.0)); };
     const int32_t left = middle(width, size.width), top = middle(height, size.height);
+    Image view(width, height);
+    std::fill(view.pixels.begin(), view.pixels.end(), p.filling);
+    for (int32_t y = 0; y < size.height; ++y) {
+        std::copy_n(scaled.row(y), size_t{3} * static_cast<size_t>(size.width), view.row(top + y) + size_t{3} * static_cast<size_t>(left));
+    }
     for (int32_t tile = 0; tile < columns * rows; ++tile) {
-        for (size_t channel = 0; channel < 3; ++channel) {
-            const float filling = (p.filling - p.mean[channel]) / p.std[channel];
-            for (int32_t y = tile / columns * side - top, i = 0; i < side; ++i, ++y) {
-                for (int32_t x = tile % columns * side - left, j = 0; j < side; ++j, ++x) {
-                    const bool shows = y >= 0 && y < size.height && x >= 0 && x < size.width;
-                    visual.pixels.push_back(shows ? levels.values[channel][scaled.row(y)[3 * x + static_cast<int32_t>(channel)]]
-                                                  : filling);
-                }
-            }
-        }
+        putTile(view, tile % columns * side, tile / columns * side, side, before + tile, pixels);
     }
     return {left, top, left + size.width, top + size.height};
 }
@@ -287,11 +284,10 @@ Visual views(const Image& image, const Manifest& manifest) {
     Visual found;
     found.grid = {rows * p.tileSide, columns * p.tileSide, p.tileSide, contentOf(size, p)};
     found.shape = {all, 3, pixels, pixels};
-    found.pixels.reserve(static_cast<size_t>(all * 3 * pixels * pixels));
+    found.pixels = pixelsOf(all, pixels * pixels, p);
     found.tokenSource = tokenSource(columns, rows, p.tileSide);
-    const Levels levels(p);
-    addView(image, 1, 1, p, levels, found);
-    const Box shown = addView(image, columns, rows, p, levels, found);
+    putView(image, 1, 1, 0, p, found.pixels);
+    const Box shown = putView(image, columns, rows, 1, p, found.pixels);
     const auto scaled = [](int64_t part, int32_t whole, int32_t by) { return static_cast<int32_t>(part * whole / by); };
     const int32_t across = shown.right - shown.left, down = shown.bottom - shown.top;
     found.spread = {-scaled(shown.left, image.width, across), -scaled(shown.top, image.height, down),
@@ -300,6 +296,12 @@ Visual views(const Image& image, const Manifest& manifest) {
 }
 
 }  // namespace
+
+std::vector<float> Pixels::normalised() const {
+    std::vector<float> found(size());
+    write(values, 0, found.size(), found.data());
+    return found;
+}
 
 std::vector<int32_t> Grid::blocks() const {
     if (content) {

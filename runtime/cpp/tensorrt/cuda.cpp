@@ -48,6 +48,7 @@ CudaGpu::~CudaGpu() {
 
 // Pinned memory that a copy on the stream may use until it has run. size: at most kStaged.
 void* CudaGpu::stage(size_t size) {
+    size = (size + kAligned - 1) / kAligned * kAligned;
     if (size > kStaged - used_) synchronize();
     return staged_ + std::exchange(used_, used_ + size);
 }
@@ -66,11 +67,11 @@ void CudaGpu::free(void* address) noexcept {
     cudaFree(address);
 }
 
-void CudaGpu::upload(void* to, const void* from, size_t size) {
+void CudaGpu::write(void* to, size_t size, const Fill& fill) {
     for (size_t at = 0; at < size; at += kPiece) {
         const size_t some = std::min(size - at, kPiece);
         void* const staged = stage(some);
-        std::memcpy(staged, static_cast<const char*>(from) + at, some);
+        fill(staged, at, some);
         checkCuda(cudaMemcpyAsync(static_cast<char*>(to) + at, staged, some, cudaMemcpyHostToDevice, stream_));
     }
 }

@@ -24,7 +24,7 @@ class CudaGpu : public Gpu {
 
     void* allocate(size_t size) override;
     void free(void* address) noexcept override;
-    void upload(void* to, const void* from, size_t size) override;
+    void write(void* to, size_t size, const Fill& fill) override;
     void download(void* to, const void* from, size_t size) override;
     void copy(void* to, const void* from, size_t size) override;
     void copyBlocks(const Pitched& to, const Pitched& from, size_t size, size_t rows, size_t slices) override;
@@ -36,6 +36,7 @@ class CudaGpu : public Gpu {
 
     static constexpr size_t kStaged = size_t{4} << 20;     // bytes of pinned memory, which nothing else may use
     static constexpr size_t kPiece = size_t{512} << 10;    // that are copied while the next ones are made ready
+    static constexpr size_t kAligned = 16;                 // where each begins
 
     cudaStream_t stream_ = nullptr;
     char* staged_ = nullptr;  // what copies to and from the host pass through: they are asynchronous from there alone

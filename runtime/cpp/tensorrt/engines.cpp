@@ -134,29 +134,27 @@ struct SeenRows : Seen {
     std::map<std::string, Pool::Piece> rows;
 };
 
-// Floats in a type of theirs. name: of the tensor that they are.
-std::vector<char> converted(const std::vector<float>& values, Type type, const std::string& name) {
-    std::vector<char> out(values.size() * bytes(type));
+// Writes floats in the type of a tensor. name: the tensor's.
+void convert(const float* values, size_t count, Type type, const std::string& name, void* to) {
     if (type == Type::kFloat32) {
-        if (!values.empty()) std::memcpy(out.data(), values.data(), out.size());
-        return out;
+        if (count > 0) std::memcpy(to, values, count * sizeof(float));
+        return;
     }
     const float end = type == Type::kFloat16 ? 65520.0f : 3.3961775e38f;  // from there on values round to infinity
     int32_t beyond = 0;
-    for (const float value : values) {
-        const float size = std::fabs(value);
+    for (size_t i = 0; i < count; ++i) {
+        const float size = std::fabs(values[i]);
         beyond |= static_cast<int32_t>(size >= end) & static_cast<int32_t>(size < HUGE_VALF);
     }
     if (beyond != 0) {
         throw Error(name + " has values beyond the range of " + nameOf(type) + ": build engines with ivc-build --dtype float32");
     }
-    auto* halves = reinterpret_cast<uint16_t*>(out.data());
+    auto* halves = static_cast<uint16_t*>(to);
     if (type == Type::kFloat16) {
-        for (size_t i = 0; i < values.size(); ++i) halves[i] = toHalf(values[i]);
+        for (size_t i = 0; i < count; ++i) halves[i] = toHalf(values[i]);
     } else {
-        for (size_t i = 0; i < values.size(); ++i) halves[i] = toBfloat16(values[i]);
+        for (size_t i = 0; i < count; ++i) halves[i] = toBfloat16(values[i]);
     }
-    return out;
 }
 
 struct Placed {
@@ -523,21 +521,67 @@ class EnginesDevice : public Device {
     }
 
     void put(Stage& stage, const std::string& name, const std::vector<float>& values, Shape shape) {
+        write(stage, name, values.size(), std::move(shape), [&](Type type, void* to, size_t first, size_t some) {
+            convert(values.data() + first, some, type, name, to);
+        });
+    }
+
+    void put(Stage& stage, const std::string& name, const Pixels& pixels, Shape shape) {
+        const EngineTensor* found = tensor(name);
+        LevelTable<uint16_t> halves{};
+        if (found != nullptr && found->type != Type::kFloat32) {
+            for (size_t i = 0; i < halves.size(); ++i) {
+                convert(pixels.values[i].data(), halves[i].size(), found->type, name, halves[i].data());
+            }
+        }
+        write(stage, name, pixels.size(), std::move(shape), [&](Type type, void* to, size_t first, size_t some) {
+            if (type == Type::kFloat32) {
+                pixels.write(pixels.values, first, some, static_cast<float*>(to));
+            } else {
+                pixels.write(halves, first, some, static_cast<uint16_t*>(to));
+            }
+        });
+    }
+
+    // The embeddings of a run's tokens. Where they are stored in the engines' type, they are copied as they are.
+    void putEmbeds(Stage& stage, const std::vector<int32_t>& tokens) {
+        const EngineTensor* found = tensor(kInputsEmbeds);
+        const Shape shape{1, static_cast<int64_t>(tokens.size()), m_.decoder.hiddenSize};
+        if (found == nullptr || tokens.empty() || bundle_.storedEmbedding(tokens[0], nameOf(found->type)) == nullptr) {
+            put(stage, kInputsEmbeds, bundle_.embed(tokens), shape);
+            return;
+        }
+        const auto hidden = static_cast<size_t>(m_.decoder.hiddenSize);
+        write(stage, kInputsEmbeds, tokens.size() * hidden, shape, [&](Type type, void* to, size_t first, size_t some) {
+            auto* next = static_cast<char*>(to);
+            for (size_t i = first; i < first + some;) {
+                const size_t place = i % hidden, count = std::min(hidden - place, first + some - i), size = bytes(type);
+                std::memcpy(next, bundle_.storedEmbedding(tokens[i / hidden], nameOf(type)) + place * size, count * size);
+                next += count * size;
+                i += count;
+            }
+        });
+    }
+
+    // Sends what `fill` writes: `some` of the values in the engines' type, from the value `first` on.
+    void write(Stage& stage, const std::string& name, size_t values, Shape shape,
+        const std::function<void(Type type, void* to, size_t first, size_t some)>& fill) {
         const EngineTensor* found = tensor(name);
         if (found == nullptr) return;
-        checkSize(name, values.size(), shape);
-        const std::vector<char> sent = converted(values, found->type, name);
-        void* address = stage.buffers.get(name, sent.size());
-        gpu_->upload(address, sent.data(), sent.size());
-        stage.feeds[name] = {address, std::move(shape), found->type};
+        checkSize(name, values, shape);
+        const Type type = found->type;
+        const size_t one = bytes(type), size = values * one;
+        void* address = stage.buffers.get(name, size);
+        gpu_->write(address, size, [&](void* to, size_t first, size_t some) { fill(type, to, first / one, some / one); });
+        stage.feeds[name] = {address, std::move(shape), type};
     }
 
     void putInputs(Stage& stage, const Run& run) {
         const int64_t rows = run.rows(), hidden = m_.decoder.hiddenSize, visual = static_cast<int64_t>(run.visualIndex.size());
-        put(stage, kInputsEmbeds, bundle_.embed(run.tokens), {1, rows, hidden});
+        putEmbeds(stage, run.tokens);
         for (int32_t i = 0; i < m_.decoder.deepstack; ++i) {
-            const std::vector<float> zeros(static_cast<size_t>(visual * hidden), 0.0f);
-            put(stage, "deepstack." + std::to_string(i), zeros, {1, visual, hidden});
+            write(stage, "deepstack." + std::to_string(i), static_cast<size_t>(visual * hidden), {1, visual, hidden},
+                [](Type type, void* to, size_t, size_t some) { std::memset(to, 0, some * bytes(type)); });
         }
         put(stage, kPositionIds, run.positionIds, {static_cast<int64_t>(m_.axes()), 1, rows});
         put(stage, kVisualIndex, run.visualIndex);

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <map>
 #include <string>
@@ -32,7 +33,10 @@ class Gpu {
     virtual ~Gpu() = default;
     virtual void* allocate(size_t size) = 0;  // zeros, at a multiple of 256 bytes
     virtual void free(void* address) noexcept = 0;
-    virtual void upload(void* to, const void* from, size_t size) = 0;    // `from` may change afterwards
+    // Copies `size` bytes to the device, which `fill` writes to host memory piece by piece: `some` of them from the byte
+    // `first` on. `first` is a multiple of 8, and the host memory lies at one.
+    using Fill = std::function<void(void* to, size_t first, size_t some)>;
+    virtual void write(void* to, size_t size, const Fill& fill) = 0;
     virtual void download(void* to, const void* from, size_t size) = 0;  // waits until it is there
     virtual void copy(void* to, const void* from, size_t size) = 0;
     // Copies `rows` rows of `size` bytes of each of `slices` slices.
@@ -40,6 +44,10 @@ class Gpu {
     virtual void synchronize() = 0;
     // What puts on the stream, in one launch, all that `work` would; none where that cannot be captured.
     virtual std::function<void()> capture(const std::function<void()>& work) = 0;
+
+    void upload(void* to, const void* from, size_t size) {  // `from` may change afterwards
+        write(to, size, [from](void* at, size_t first, size_t some) { std::memcpy(at, static_cast<const char*>(from) + first, some); });
+    }
 };
 
 // An input or an output of an engine; -1 in its shape where a run decides.

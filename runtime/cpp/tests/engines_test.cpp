@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <iostream>
 
@@ -70,7 +71,9 @@ class MappedGpu : public ivc::Gpu {
         sizes_.erase(address);
         --facts_.held;
     }
-    void upload(void* to, const void* from, size_t size) override { copy(to, from, size); }
+    void write(void* to, size_t size, const Fill& fill) override {
+        for (size_t at = 0; at < size; at += kPiece) fill(static_cast<char*>(to) + at, at, std::min(size - at, kPiece));
+    }
     void download(void* to, const void* from, size_t size) override {
         facts_.downloaded += static_cast<int64_t>(size);
         synchronize();
@@ -96,7 +99,7 @@ class MappedGpu : public ivc::Gpu {
     }
 
    private:
-    static constexpr size_t kSize = size_t{1} << 30, kGuard = 256;
+    static constexpr size_t kSize = size_t{1} << 30, kGuard = 256, kPiece = 1000;
     static constexpr unsigned char kUntouched = 0xA5;
 
     Facts& facts_;
@@ -185,7 +188,7 @@ Json converse(const Json& command, Facts& facts) {
                 const auto found = kept.find(path);
                 ivc::Visual& visual = found == kept.end() ? kept[path] : found->second;
                 if (found == kept.end()) visual = prepare(ivc::readImage(path), bundle.manifest());
-                if (visual.seen) visual.pixels.clear();
+                if (visual.seen) visual.pixels = {};
                 pictures.push_back(&visual);
                 grids.push_back(visual.grid);
             }

@@ -208,7 +208,7 @@ Json answer(State& state, const Json& command) {
     }
     if (what == "prepare") {
         const ivc::Visual visual = ivc::prepare(ivc::readImage(command["path"]), state.manifest);
-        return {{"grid", gridOf(visual.grid)}, {"shape", visual.shape}, {"pixels", digest(visual.pixels)},
+        return {{"grid", gridOf(visual.grid)}, {"shape", visual.shape}, {"pixels", digest(visual.pixels.normalised())},
             {"positions", digest(visual.patchPosition)}, {"source", visual.tokenSource}, {"cells", visual.grid.cells()},
             {"covered", {visual.covered.left, visual.covered.top, visual.covered.right, visual.covered.bottom}}};
     }

@@ -37,6 +37,8 @@ class Bundle {
     std::string graphFile(const std::string& name) const;
     // The rows of the embedding table for these ids, float32, [tokens, hidden]. Throws if an id has no row.
     std::vector<float> embed(const std::vector<int32_t>& tokens) const;
+    // The row of an id as it is stored, [hidden]. nullptr if it is not stored in `dtype`. Throws if the id has no row.
+    const char* storedEmbedding(int32_t token, const std::string& dtype) const;
     // The token ids of `text`. Its i-th image token is repeated for each visual token of picture i. begin: whether a
     // conversation begins here. The tokenizer then adds its first token, unless the text has it. Throws if image tokens
     // and pictures differ in number, or if no text follows the last picture.
@@ -48,6 +50,7 @@ class Bundle {
     std::string render(const std::vector<Message>& messages) const;
 
    private:
+    size_t rowOf(int32_t token) const;
     Prompt encodeFrom(const std::string& text, const std::vector<Grid>& pictures, bool begin, size_t place) const;
 
     std::string folder_;

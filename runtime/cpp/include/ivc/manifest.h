@@ -69,7 +69,7 @@ struct Preprocessing {
     bool crop = false;                                     // for one tile
     int32_t tokenSide = 0;                                 // for views, as are the next two
     std::vector<std::pair<int32_t, int32_t>> shapes;       // columns and rows of tiles
-    float filling = 0;                                     // the level of the padding, times rescaleFactor
+    uint8_t filling = 0;                                   // the level of the padding
 
     bool cut() const { return kind == Kind::kTiles && !crop; }  // into tiles, with a thumbnail after several
     bool twice() const { return kind == Kind::kViews; }         // whether there are two views

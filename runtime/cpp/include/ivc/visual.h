@@ -2,6 +2,9 @@
 // Python.
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -37,6 +40,35 @@ struct Grid {
     std::vector<int32_t> cells() const;  // for each of rows by columns places, row-major, the visual token that shows it
 };
 
+// The values of pixel_values by channel and 8-bit level.
+template <class T>
+using LevelTable = std::array<std::array<T, 256>, 3>;
+
+// pixel_values, as the 8-bit levels that pixels have, and what each level is after normalisation.
+struct Pixels {
+    std::vector<uint8_t> levels;    // [patches or tiles, 3, inner]
+    size_t inner = 0;               // pixels of one channel of a patch or tile
+    size_t frames = 1;              // how often these are repeated: pixel_values are [patches or tiles, 3, frames, inner]
+    LevelTable<float> values{};
+
+    size_t size() const { return levels.size() * frames; }  // the number of values
+    std::vector<float> normalised() const;                  // all of them
+
+    // Writes `count` values, from the value `first` on. table: what to write for each level.
+    template <class T>
+    void write(const LevelTable<T>& table, size_t first, size_t count, T* to) const {
+        while (count > 0) {
+            const size_t block = first / inner, place = first % inner, some = std::min(count, inner - place);
+            const uint8_t* from = levels.data() + block / frames * inner + place;
+            const T* known = table[block / frames % 3].data();
+            for (size_t i = 0; i < some; ++i) to[i] = known[from[i]];
+            first += some;
+            count -= some;
+            to += some;
+        }
+    }
+};
+
 // Vision's output for a picture, which a device keeps in its own memory.
 struct Seen {
     virtual ~Seen() = default;
@@ -45,8 +77,8 @@ struct Seen {
 // A picture as the vision graph takes it. Names are those of the graph's inputs.
 struct Visual {
     Grid grid;
-    std::vector<int64_t> shape;          // the shape of `pixels`: [1, patches, values] or [tiles, 3, side, side]
-    std::vector<float> pixels;           // pixel_values
+    std::vector<int64_t> shape;          // the shape of pixel_values: [1, patches, values] or [tiles, 3, side, side]
+    Pixels pixels;                       // pixel_values
     std::vector<int32_t> patchPosition;  // [patches, 2]; empty for tiles and views
     std::vector<int32_t> tokenSource;    // [visual]; for views only
     int32_t width = 0, height = 0;       // those of the original picture

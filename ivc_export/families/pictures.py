@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +19,9 @@ PIXELS = "pixel_values"
 
 STRIP = 32_000_000
 """How many pixels are resized at a time: 128 MB in Pillow."""
+
+PIECE = 1 << 17
+"""How many levels are looked up at a time, so that what is in between stays in the processor's cache."""
 
 TILES_ASPECT_LIMIT = 3000
 """The largest aspect ratio of pictures that are cut into tiles. Beyond it they show nothing, and scaling them takes
@@ -129,9 +132,30 @@ class Levels:
     @cached_property
     def pixel_values(self) -> npt.NDArray[np.float32]:
         """Normalised, as a vision graph takes them."""
-        mean, std = (np.array(of, np.float32)[:, None, None] for of in (self.scaling.mean, self.scaling.std))
-        pixels = (self.values.astype(np.float32) * np.float32(self.scaling.rescale_factor) - mean) / std
-        return pixels.repeat(self.frames // pixels.shape[2], axis=2).reshape(self.shape)
+        pixels = np.empty(self.shape, np.float32)
+        self.write(pixels, self.table)
+        return pixels
+
+    @property
+    def table(self) -> npt.NDArray[np.float32]:
+        """Each level after normalisation, by channel, float32 [3, 256]."""
+        mean, std = (np.array(of, np.float32)[:, None] for of in (self.scaling.mean, self.scaling.std))
+        levels: npt.NDArray[np.float32] = np.arange(256, dtype=np.float32) * np.float32(self.scaling.rescale_factor)
+        return (levels - mean) / std
+
+    def write(self, pixels: npt.NDArray[Any], table: npt.NDArray[Any]) -> None:
+        """Write pixel_values to a contiguous array of their shape. table: what to write for each level, [3, 256]."""
+        outer, channels, _, inner = self.values.shape
+        target = pixels.reshape(outer, channels, self.frames, inner)
+        some = max(1, PIECE // (channels * inner))
+        for start in range(0, outer, some):
+            for channel, values in enumerate(self.values[start : start + some].transpose(1, 0, 2, 3)):
+                target[start : start + some, channel] = table[channel].take(values, mode="clip")
+
+    def split(self, count: int) -> list[Levels]:
+        """The same in `count` parts along the first axis."""
+        shape = (self.shape[0] // count, *self.shape[1:])
+        return [replace(self, values=part, shape=shape) for part in np.split(self.values, count)]
 
 
 class NormalisedInputs(Mapping[str, npt.NDArray[Any]]):
@@ -139,6 +163,10 @@ class NormalisedInputs(Mapping[str, npt.NDArray[Any]]):
 
     def __init__(self, levels: Levels, **others: npt.NDArray[Any]) -> None:
         self.levels, self._others = levels, others
+
+    def of(self, levels: Levels) -> NormalisedInputs:
+        """The same inputs with other pixels."""
+        return NormalisedInputs(levels, **self._others)
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
         return self.levels.pixel_values if name == PIXELS else self._others[name]
@@ -183,10 +211,12 @@ class Visual:
         return self.inputs[name].shape if name in self.inputs else None
 
     @property
-    def frames(self) -> list[dict[str, npt.NDArray[Any]]]:
+    def frames(self) -> list[Mapping[str, npt.NDArray[Any]]]:
         """The inputs of each frame alone. For a still picture these are all inputs."""
         if self.grid.time == 1:
-            return [dict(self.inputs)]
+            return [self.inputs]
+        if isinstance(self.inputs, NormalisedInputs):
+            return [self.inputs.of(levels) for levels in self.inputs.levels.split(self.grid.time)]
         pixels = np.split(self.inputs[PIXELS], self.grid.time)
         return [{**self.inputs, PIXELS: part} for part in pixels]
 

@@ -70,6 +70,9 @@ class HostDevice:
         assert array.flags.c_contiguous
         ctypes.memmove(address, array.ctypes.data, array.nbytes)
 
+    def write(self, address: int, size: int, fill: Callable[[Array], object]) -> None:
+        fill(np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)))
+
     def download(self, address: int, array: Array) -> None:
         self.downloads.append(array.nbytes)
         ctypes.memmove(array.ctypes.data, address, array.nbytes)

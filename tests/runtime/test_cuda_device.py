@@ -26,9 +26,10 @@ class LateCuda:
         self.memory: list[Any] = []
         self.pinned: list[range] = []
         self.waiting: list[Callable[[], object]] = []
-        self.waits = 0
+        self.waits = self.streams = 0
 
     def cudaStreamCreate(self) -> tuple[int, int]:  # noqa: N802
+        self.streams += 1
         return 0, 7
 
     def cudaMalloc(self, size: int) -> tuple[int, int]:  # noqa: N802
@@ -39,6 +40,19 @@ class LateCuda:
         _, address = self.cudaMalloc(size)
         self.pinned.append(range(address, address + size))
         return 0, address
+
+    def cudaFreeHost(self, address: int) -> tuple[int]:  # noqa: N802
+        if not address:
+            return (0,)
+        assert not self.waiting
+        (held,) = (one for one in self.pinned if one.start == address)
+        self.pinned.remove(held)
+        return (0,)
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[int]:  # noqa: N802
+        assert stream == 7 and not self.waiting
+        self.streams -= 1
+        return (0,)
 
     def cudaMemsetAsync(self, address: int, value: int, size: int, stream: int) -> tuple[int]:  # noqa: N802
         self.waiting.append(lambda: ctypes.memset(address, value, size))
@@ -85,3 +99,25 @@ def test_small_arrays_go_up_without_a_wait(cuda: LateCuda) -> None:
     for number in range(100):
         one.upload(place, np.full(16, number, np.int32))
     assert cuda.waits == before
+
+
+def test_what_is_written_may_change_once_it_went_up(cuda: LateCuda) -> None:
+    sizes = (0, 1, 5000, 4999, STAGED_BYTES + 3)
+    one, generator = CudaDevice(), np.random.default_rng(0)
+    arrays = [generator.integers(0, 256, size, np.uint8) for size in sizes]
+    places = [one.allocate(array.nbytes + 1) for array in arrays]
+    for place, array in zip(places, arrays, strict=True):
+        one.write(place, array.nbytes, lambda target, array=array: np.copyto(target, array))  # type: ignore[misc]
+    for place, array in zip(places, arrays, strict=True):
+        found = np.empty(array.nbytes + 1, np.uint8)
+        one.download(place, found)
+        assert np.array_equal(found, [*array, 0])
+
+
+def test_pinned_memory_and_the_stream_are_given_back(cuda: LateCuda) -> None:
+    one = CudaDevice()
+    one.upload(one.allocate(8), np.ones(8, np.uint8))
+    one.write(one.allocate(8), 8, lambda target: target.fill(1))
+    assert len(cuda.pinned) == 2 and cuda.streams == 1
+    del one
+    assert not cuda.pinned and not cuda.streams

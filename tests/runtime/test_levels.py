@@ -41,6 +41,20 @@ def test_levels_become_the_pixels_that_the_host_makes(bundle: Bundle) -> None:
         np.testing.assert_allclose(found["pixel_values"], pixels, rtol=3e-7, atol=3e-7)
 
 
+def test_pixels_are_levels_normalised(bundle: Bundle) -> None:
+    """Bit by bit, and in 16 bits what the float32 values round to."""
+    _, _, picture = make_prompt(bundle, draw_picture())
+    assert isinstance(picture, Visual) and picture.levels is not None
+    levels, scaling = picture.levels, picture.levels.scaling
+    mean, std = (np.array(of, np.float32)[:, None, None] for of in (scaling.mean, scaling.std))
+    wanted = (levels.values.astype(np.float32) * np.float32(scaling.rescale_factor) - mean) / std
+    wanted = wanted.repeat(levels.frames // wanted.shape[2], axis=2).reshape(levels.shape)
+    assert np.array_equal(levels.pixel_values, wanted) and len(np.unique(wanted)) > 3
+    halves = np.empty(levels.shape, np.float16)
+    levels.write(halves, levels.table.astype(np.float16))
+    assert np.array_equal(halves, wanted.astype(np.float16))
+
+
 def test_pixels_are_made_when_they_are_looked_at() -> None:
     calls: list[int] = []
 

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 from rich.filesize import decimal
 
@@ -36,6 +37,10 @@ class Device(Protocol):
 
     def upload(self, address: int, array: npt.NDArray[Any]) -> None:
         """Copy a contiguous array to the device. The array may be changed afterwards."""
+        ...
+
+    def write(self, address: int, size: int, fill: Callable[[npt.NDArray[np.uint8]], object]) -> None:
+        """Copy `size` bytes to the device, which `fill` writes to an array of host memory."""
         ...
 
     def download(self, address: int, array: npt.NDArray[Any]) -> None:
@@ -79,7 +84,9 @@ class CudaDevice:
         kinds = self._runtime.cudaMemcpyKind
         self._up, self._down = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
         self._within = kinds.cudaMemcpyDeviceToDevice
-        self._staged = self._used = 0
+        self._used = 0
+        self._pinned: dict[str, tuple[int, int]] = {}
+        """Addresses and sizes of pinned memory: "staged" for uploads, "written" for writes."""
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         status, *found = function(*arguments)
@@ -124,12 +131,38 @@ class CudaDevice:
 
     def _stage(self, size: int) -> int:
         """Pinned memory for one copy on the stream. A copy from other memory may read it after the call returned."""
-        if not self._staged:
-            self._staged = int(self._call(self._runtime.cudaMallocHost, STAGED_BYTES))
+        staged = self._pin("staged", STAGED_BYTES)
         if self._used + size > STAGED_BYTES:
             self.synchronize()
         self._used += size
-        return self._staged + self._used - size
+        return staged + self._used - size
+
+    def _pin(self, name: str, size: int) -> int:
+        """Pinned memory of at least `size` bytes. It is kept for the next time."""
+        address, held = self._pinned.get(name, (0, 0))
+        if held < size:
+            self._runtime.cudaFreeHost(address)
+            address = int(self._call(self._runtime.cudaMallocHost, size))
+            self._pinned[name] = (address, size)
+        return address
+
+    def write(self, address: int, size: int, fill: Callable[[npt.NDArray[np.uint8]], object]) -> None:
+        """As Device.write."""
+        if not size:
+            return
+        self.synchronize()  # the write before may still be under way
+        pinned = self._pin("written", size)
+        fill(np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pinned)))
+        self._call(self._runtime.cudaMemcpyAsync, address, pinned, size, self._up, self.stream)
+
+    def __del__(self) -> None:
+        """Give back pinned memory and the stream."""
+        if not hasattr(self, "_pinned"):  # there is no GPU
+            return
+        self._runtime.cudaStreamSynchronize(self.stream)
+        for address, _ in self._pinned.values():
+            self._runtime.cudaFreeHost(address)
+        self._runtime.cudaStreamDestroy(self.stream)
 
     def download(self, address: int, array: npt.NDArray[Any]) -> None:
         """As Device.download."""

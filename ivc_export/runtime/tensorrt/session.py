@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import GRAPH_NAMES
 from ivc_export.dtypes import FloatName, cast
 from ivc_export.errors import TooLongError, UserError
+from ivc_export.families.pictures import PIXELS, Levels, NormalisedInputs
 from ivc_export.lowering import LOWERINGS
 from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn
 from ivc_export.runtime.tensorrt.cache import EngineCache
@@ -102,7 +104,7 @@ class TensorrtSession:
         Raises:
             UserError: values do not fit `dtype`.
         """
-        array = np.ascontiguousarray(cast(array, dtype, name, "build engines with ivc-build --dtype float32"))
+        array = np.ascontiguousarray(cast(array, dtype, name, WIDER))
         where = f"{place}/{name}"
         tensor = Tensor(self.buffers.get(where, array.size * dtype.itemsize), array.shape, dtype)
         address, sent = self._sent.get(where, (0, None))
@@ -112,6 +114,18 @@ class TensorrtSession:
             self._sent[where] = (tensor.address, array.copy())
         else:
             self._sent.pop(where, None)
+        return tensor
+
+    def put_levels(self, place: str, name: str, levels: Levels, dtype: np.dtype[Any]) -> Tensor:
+        """Write the pixels of 8-bit levels to the device, in `dtype`.
+
+        Raises:
+            UserError: values do not fit `dtype`.
+        """
+        table = cast(levels.table, dtype, name, WIDER)
+        size = math.prod(levels.shape) * dtype.itemsize
+        tensor = Tensor(self.buffers.get(f"{place}/{name}", size), levels.shape, dtype)
+        self.device.write(tensor.address, size, lambda pixels: levels.write(pixels.view(dtype), table))
         return tensor
 
     def fetched(self, place: str, tensors: Mapping[str, Tensor]) -> Fetched[Tensor]:
@@ -144,6 +158,7 @@ class TensorrtSession:
         self._runs[place] = self._runs.get(place, 0) + 1
 
 
+WIDER = "build engines with ivc-build --dtype float32"
 MOST_REMEMBERED = 64
 """The most integers of an input that is not uploaded again if it equals that of the run before."""
 
@@ -266,9 +281,23 @@ class TensorrtConversation(Conversation):
         return engine.run(turn.stage, both, session.buffers, place, extents, self.cache.written)
 
     def _put(self, place: str, name: str, array: Array) -> Tensor:
+        return self.session.put(place, name, array, self._dtype(name, array.dtype))
+
+    def _dtype(self, name: str, other: np.dtype[Any]) -> np.dtype[Any]:
+        """An input's dtype in the engines; `other` if none reads it."""
         engines = self.session.engines.values()
-        dtype = next((engine.dtypes[name] for engine in engines if name in engine.dtypes), array.dtype)
-        return self.session.put(place, name, array, dtype)
+        return next((engine.dtypes[name] for engine in engines if name in engine.dtypes), other)
+
+    def _put_frame(self, arrays: Mapping[str, Array]) -> dict[str, Tensor]:
+        """The vision engine's inputs for a frame. Pixels are computed from 8-bit levels if these are known."""
+        found = dict[str, Tensor]()
+        for name in arrays:
+            if name == PIXELS and isinstance(arrays, NormalisedInputs):
+                dtype = self._dtype(name, np.dtype(np.float32))
+                found[name] = self.session.put_levels("vision", name, arrays.levels, dtype)
+            else:
+                found[name] = self._put("vision", name, arrays[name])
+        return found
 
     def _see(self, turn: Turn, targets: Mapping[str, Tensor]) -> tuple[Mapping[str, Array], ...]:
         """Run vision on the pictures, and copy its outputs to their rows of `targets`, by the outputs' names.
@@ -284,9 +313,9 @@ class TensorrtConversation(Conversation):
             frames = list[Mapping[str, Array]]()
             for frame, arrays in enumerate(picture.frames):
                 with self.timings.stage("vision"):
-                    inputs = {name: self._put("vision", name, array) for name, array in arrays.items()}
+                    inputs = self._put_frame(arrays)
                     place = f"vision-{number}" if picture.grid.time == 1 else f"vision-{number}.{frame}"
-                    extents = {"B": len(arrays["pixel_values"]), "visual": picture.grid.visual // picture.grid.batch}
+                    extents = {"B": inputs[PIXELS].shape[0], "visual": picture.grid.visual // picture.grid.batch}
                     outputs = session.engines["vision"].run("prefill", inputs, session.buffers, place, extents)
                     for name, target in targets.items():
                         start = (turn.places if name == "image_embeds" else turn.firsts)[number]

@@ -20,7 +20,7 @@ from ivc_export.graph.rotary import rotate
 class Layer:
     """One decoder layer of a graph.
 
-    cos, sin: of the rows' rotary angles, [rows, head_dim / 2]. visible: bool [rows, P + rows], to what each row
+    cos, sin: of the rows' rotary angles, float32 [rows, head_dim / 2]. visible: bool [rows, P + rows], to what each row
     attends. past_key, past_value: its caches.
     """
 

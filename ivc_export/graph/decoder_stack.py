@@ -32,8 +32,7 @@ class DecoderStack:
         self.g, self.block, self.sizes, self.numbers = g, block, sizes, numbers
         with g.scope("rotary"):
             positions = g.op("Squeeze", position_ids, g.ints(1))
-            cos, sin = rotary_angles(g, positions, rotary_frequencies(rotary))
-            self.cos, self.sin = g.to_graph_dtype(cos), g.to_graph_dtype(sin)
+            self.cos, self.sin = rotary_angles(g, positions, rotary_frequencies(rotary))
         self.masks: dict[int, ir.Value] = {}
         with g.scope("mask"):
 

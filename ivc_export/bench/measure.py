@@ -138,6 +138,7 @@ class Bench:
         bundle.check_portable("ivc-bench")
         self.bundle, self.settings, self.progress, self.failures = bundle, settings, progress, failures
         self.workload = Workload(bundle)
+        self._workloads = {bundle.folder: self.workload}
         self.ceilings: dict[tuple[str, FloatName], Ceilings] = {}
 
     def measure(self, contestants: Sequence[Contestant], prompt: Prompt) -> list[Row]:
@@ -215,7 +216,7 @@ class Bench:
         stages["host"] = median(answer.first - sum(answer.stages.values()) for answer in answers)
         decode = median(step for answer in answers for step in answer.steps)
         ceilings = self.ceilings[side.device, side.dtype]
-        limits = self.workload.work(prompt, kept).ideal(ceilings, answers[0].cache_bytes, count)
+        limits = self._workload(side).work(prompt, kept).ideal(ceilings, answers[0].cache_bytes, count)
         ideal = {name: 1000 * seconds for name, seconds in limits.items()}
         measured = {"vision": stages["vision"], "prefill": prefill, "decode": decode}
         return Row(
@@ -241,6 +242,13 @@ class Bench:
             tokens=answers[-1].tokens,
             agreement=None,
         )
+
+    def _workload(self, side: Side) -> Workload:
+        """Of the bundle that a side runs: another may have packed weights."""
+        bundle = side.session.bundle if isinstance(side, BundleSide) else self.bundle
+        if bundle.folder not in self._workloads:
+            self._workloads[bundle.folder] = Workload(bundle)
+        return self._workloads[bundle.folder]
 
     def _selection(
         self, side: Side, ratio: float, prompt: Prompt, prefill: float, decode: float

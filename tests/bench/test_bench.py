@@ -30,7 +30,7 @@ from ivc_export.contract.names import GRAPH_NAMES
 from ivc_export.errors import UserError
 from ivc_export.exporter.estimate import TEXT, Size, estimate_bundle
 from ivc_export.exporter.pipeline import export
-from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.exporter.recipe import ExportRecipe, Quantisation
 from ivc_export.lowering import lower
 from ivc_export.runtime.backends import BACKENDS
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
@@ -371,6 +371,17 @@ def test_torch_compiled_takes_part_where_it_is_asked_for(tmp_path: Path, monkeyp
     gpu_generate.main([*quick, "--output", str(tmp_path / "found.json")])
     both = ["onnxruntime-cpu", "torch-eager"]
     assert measured == [(25, both), (16, [*both, "torch-compiled"])]
+
+
+def test_packed_weights_are_measured_beside(tmp_path: Path) -> None:
+    output, checkpoint = tmp_path / "found.json", make_checkpoint(tmp_path / "checkpoint", TINY["qwen2_vl"])
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "packed", quantisation=Quantisation("int4", 32)))
+    one = ["--tokens", "2", "--rounds", "1", "--warmups", "0", "--sizes", "16", "--ratios", "1", "--peers"]
+    arguments = ["--tiny", "--backends", "onnxruntime-cpu", *one, "--packed", str(bundle.folder)]
+    gpu_generate.main([*arguments, "--output", str(output)])
+    mine, packed = json.loads(output.read_text())["rows"]
+    assert (mine["side"], packed["side"]) == ("onnxruntime-cpu", "onnxruntime-cpu, packed")
+    assert mine["ideal"]["decode"] > packed["ideal"]["decode"]  # each by its own bundle's weights
 
 
 def test_the_profile_names_operators(golden_bundle: Bundle) -> None:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.graph.functions import function as function_body
-from ivc_export.lowering.edit import Editor
+from ivc_export.lowering.edit import Editor, numbers
 from ivc_export.lowering.tensorrt.linears import ACTIVATIONS, OPTIONAL
 from ivc_export.lowering.tensorrt.plugin import KERNELS
 
@@ -69,7 +69,7 @@ def attend_in_place(edit: Editor, node: ir.Node) -> None:
 
 
 def turn_heads(edit: Editor, node: ir.Node) -> None:
-    for old, new in zip(node.outputs, turned(edit, node), strict=True):
+    for old, new in zip(node.outputs, turned(edit, node)[: 2 + node.attributes["values"].as_int()], strict=True):
         edit.replace(old, new)
     edit.graph.remove(node, safe=True)
 
@@ -142,13 +142,18 @@ def encode_attend(edit: Editor, node: ir.Node) -> None:
 
 
 def heads_of(edit: Editor, node: ir.Node, x: ir.Value, like: ir.Value) -> ir.Value:
-    """Rows by head, if they are not that yet: products of weights, and their parts, are whole rows."""
+    """Rows by head, if they are not that yet: products of weights, and their parts, are whole rows. The last columns
+    count."""
     producer = x.producer()
     assert producer is not None
-    if producer.op_type not in ("Add", "FusedLinear", "FusedLinearInt4", "Gemm", "MatMul", "Split"):
+    flat = producer.op_type == "Reshape" and len(numbers(producer.inputs[1])) == 2
+    if not flat and producer.op_type not in ("Add", "FusedLinear", "FusedLinearInt4", "Gemm", "MatMul", "Split"):
         return x
     (shape,) = edit.op(node, "Shape", like)
     frames, heads, size = (edit.op(node, "Gather", shape, edit.ints(axis), axis=0)[0] for axis in (0, 1, 3))
+    (width,) = edit.op(node, "Mul", heads, size)
+    (first,) = edit.op(node, "Neg", width)
+    (x,) = edit.op(node, "Slice", x, first, edit.ints(2**31 - 1), edit.ints(1))
     (shape,) = edit.op(node, "Concat", frames, edit.ints(-1), heads, size, axis=0)
     (x,) = edit.op(node, "Reshape", x, shape)
     return edit.op(node, "Transpose", x, perm=[0, 2, 1, 3])[0]

@@ -292,13 +292,21 @@ def readers(node: ir.Node) -> list[ir.Node]:
     return direct + [u for n in direct if n.op_type == "Mul" for u in n.outputs[0].consumers()]
 
 
-@pytest.mark.parametrize("family", ["internvl", "llava"])  # with layer norms
-def test_vision_graphs_of_our_kernels_mean_the_same(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "layer_norms", "in_place"),
+    [("internvl", 4, 0), ("llava", 4, 0), ("qwen2_vl", 4, 2), ("qwen2_5_vl", 0, 2)],
+)
+def test_vision_graphs_of_our_kernels_mean_the_same(
+    family: str, layer_norms: int, in_place: int, tmp_path: Path
+) -> None:
+    """in_place: layers whose attention reads values where the product wrote them, beside query and key."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", wide(family, heads=4))
     bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle"))
     fused = lower(load(bundle, "vision"), "plugin")
     linears = [node for node in fused.graph if node.op_type == "FusedLinear"]
-    assert sum(node.attributes["normed"].as_int() for node in linears) >= 4
+    assert sum(node.attributes["normed"].as_int() for node in linears) >= layer_norms
+    turned = [node for node in fused.graph if node.op_type == "TurnHeads"]
+    assert [len(node.outputs) for node in turned] == [2] * in_place
     found = []
     for number, model in enumerate((load(bundle, "vision"), spell_out(fused))):
         path = bundle.folder / f"vision.{number}.onnx"
@@ -307,10 +315,13 @@ def test_vision_graphs_of_our_kernels_mean_the_same(family: str, tmp_path: Path)
                 value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
         ir.save(model, path)
         session = onnxruntime.InferenceSession(path)
+        extents = {"B": 1, "patches": 24}
         given = {
-            one.name: np.random.default_rng(0).standard_normal(
-                [size if isinstance(size, int) else 1 for size in one.shape], np.float32
+            one.name: np.random.default_rng(0)
+            .standard_normal(
+                [size if isinstance(size, int) else extents.get(size, 1) for size in one.shape], np.float32
             )
+            .astype(np.int32 if "int32" in one.type else np.float32)
             for one in session.get_inputs()
         }
         found.append(session.run(None, given)[0])

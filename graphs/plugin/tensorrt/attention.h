@@ -28,10 +28,11 @@ size_t mostWorkspace(int32_t rows, Of of) {
     return most;
 }
 
-// Strides of heads [frames, heads, rows, D], or of rows [frames rows, heads D] that they were not split from.
+// Strides of heads [frames, heads, rows, D], or of rows [frames rows, heads D or more] from which they were not split.
 inline IvcStrides strides(const PluginTensorDesc& tensor, int64_t heads, int64_t rows, int64_t headDim) {
-    if (tensor.dims.nbDims == 2) return {rows * heads * headDim, headDim, heads * headDim};
-    return {heads * rows * headDim, rows * headDim, headDim};
+    if (tensor.dims.nbDims != 2) return {heads * rows * headDim, rows * headDim, headDim};
+    const int64_t width = extent(tensor, 1);
+    return {rows * width, headDim, width};
 }
 
 // AttendInPlace(q [1, heads, S, D], k [1, kv_heads, S, D], v [1, kv_heads, S, D] or [S, kv_heads D],
@@ -109,9 +110,9 @@ class AttendInPlace {
     Attributes attributes_;
 };
 
-// EncodeAttend(q, k [frames, heads, rows, D], v the same or [frames rows, heads D]) -> y [frames rows, heads D], or with
-// windows of `block_size` places at most EncodeAttend(q, k, v, window_of_place [rows]) -> y [frames, rows - 2 block_size,
-// heads D].
+// EncodeAttend(q, k [frames, heads, rows, D], v the same or [frames rows, heads D or more]) -> y [frames rows, heads D],
+// or with windows of `block_size` places at most EncodeAttend(q, k, v, window_of_place [rows]) -> y [frames, rows -
+// 2 block_size, heads D]. Of wider rows, v is the last heads D columns.
 class EncodeAttend {
    public:
     static constexpr const char* kName = "EncodeAttend";
@@ -153,12 +154,16 @@ class EncodeAttend {
     cudaError_t enqueue(const PluginTensorDesc* in, const void* const* inputs, void* const* outputs, void*,
         cudaStream_t stream) const {
         const int32_t heads = attributes_[1][0], rows = extent(in[0], 2), headDim = extent(in[0], 3);
+        const bool inRows = in[2].dims.nbDims == 2;
+        const int32_t before = inRows ? extent(in[2], 1) - heads * headDim : 0;  // columns of other heads
+        if (before < 0 || (inRows && extent(in[2], 0) != extent(in[0], 0) * rows)) return cudaErrorInvalidValue;
+        const void* v = static_cast<const char*>(inputs[2]) + before * static_cast<int64_t>(bytes(in[2].type));
         const IvcEncoder e{extent(in[0], 0), heads, rows, headDim, real(attributes_[0]), ivcType(in[0].type), block(),
             strides(in[0], heads, rows, headDim), strides(in[1], heads, rows, headDim),
             strides(in[2], heads, rows, headDim)};
         const void* windows = block() ? inputs[3] : nullptr;
         return ivcEncodeAttend(
-            &e, inputs[0], inputs[1], inputs[2], static_cast<const int32_t*>(windows), outputs[0], stream);
+            &e, inputs[0], inputs[1], v, static_cast<const int32_t*>(windows), outputs[0], stream);
     }
 
    private:

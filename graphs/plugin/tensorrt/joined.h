@@ -62,20 +62,21 @@ class JoinedRows {
     const Attributes& a_;
 };
 
-// TurnHeads(the inputs above) -> query [R / A, heads, A, head_dim], key and value [R / A, kv_heads, A, head_dim]
+// TurnHeads(the inputs above) -> query [R / A, heads, A, head_dim], key and, if `values`, value [R / A, kv_heads, A,
+// head_dim]
 class TurnHeads {
    public:
     static constexpr const char* kName = "TurnHeads";
     static constexpr Attribute kAttributes[] = {
-        {"heads"}, {"kv_heads"}, {"head_dim"}, {"grouped"}, {"normed"}, {"epsilon", true}, {"float_type"}};
+        {"heads"}, {"kv_heads"}, {"head_dim"}, {"grouped"}, {"normed"}, {"epsilon", true}, {"values"}, {"float_type"}};
 
     explicit TurnHeads(const Attributes& attributes) : attributes_(attributes) {}
 
-    static bool valid(const Attributes& a) { return JoinedRows::valid(a); }
+    static bool valid(const Attributes& a) { return JoinedRows::valid(a) && a[JoinedRows::kCount].size() == 1; }
 
     const Attributes& attributes() const { return attributes_; }
 
-    int32_t outputs() const { return 3; }
+    int32_t outputs() const { return attributes_[JoinedRows::kCount][0] ? 3 : 2; }
     int32_t aliased(int32_t) const { return -1; }
 
     bool supports(int32_t position, const PluginTensorDesc* tensors) const {
@@ -103,7 +104,8 @@ class TurnHeads {
         if (!given().fits(in)) return cudaErrorInvalidValue;
         const IvcJoined joined = given().joined(in, 0, 1, true);
         const IvcJoinedRows rows = given().rows(inputs);
-        return ivcTurnHeads(&joined, &rows, outputs[0], outputs[1], outputs[2], stream);
+        void* value = this->outputs() > 2 ? outputs[2] : nullptr;
+        return ivcTurnHeads(&joined, &rows, outputs[0], outputs[1], value, stream);
     }
 
    private:

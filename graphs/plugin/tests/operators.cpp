@@ -2,6 +2,7 @@
 #include "../tensorrt/joined.h"
 #include "../tensorrt/products.h"
 
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
@@ -13,6 +14,8 @@ namespace {
 
 int launched = 0;
 char memory[64];
+IvcEncoder encoder;
+ptrdiff_t valuesAt = 0;  // bytes
 
 void require(bool fact, const char* what) {
     if (fact) return;
@@ -40,6 +43,12 @@ cudaError_t ivcTurnHeads(const IvcJoined*, const IvcJoinedRows*, void*, void*, v
 }
 cudaError_t ivcAttendJoined(const IvcJoined*, const IvcJoinedRows*, void*, void*, const int32_t*, void*, void*, int32_t*,
     cudaStream_t) {
+    return ++launched, cudaSuccess;
+}
+cudaError_t ivcEncodeAttend(
+    const IvcEncoder* e, const void*, const void*, const void* v, const int32_t*, void*, cudaStream_t) {
+    encoder = *e;
+    valuesAt = static_cast<const char*>(v) - memory;
     return ++launched, cudaSuccess;
 }
 cudaError_t cudaMalloc(void** address, size_t) { return *address = memory, cudaSuccess; }
@@ -126,14 +135,29 @@ void testInt4() {
 }
 
 void testJoined() {
-    const Attributes heads{{4}, {2}, {64}, kNo, kYes, kNo}, attends{{4}, {2}, {64}, kNo, kYes, kNo, kNo};
+    const Attributes heads{{4}, {2}, {64}, kNo, kYes, kNo, kYes}, attends{{4}, {2}, {64}, kNo, kYes, kNo, kNo};
     const auto floats = [](std::initializer_list<int32_t> extents) { return tensor(extents, DataType::kFLOAT); };
     std::vector<PluginTensorDesc> in{
         tensor({5, 512}), floats({5, 32}), floats({5, 32}), tensor({64}), tensor({64})};
     refuseOthers<TurnHeads>(heads, in, "TurnHeads takes tensors that fit each other alone");
+    require(TurnHeads(heads).outputs() == 3, "TurnHeads gives query, key and value");
+    require(TurnHeads({{4}, {2}, {64}, kNo, kYes, kNo, kNo}).outputs() == 2, "or leaves the value where it is");
     for (int i = 0; i < 2; ++i) in.push_back(tensor({1, 2, 100, 64}));
     in.push_back(tensor({1}, DataType::kINT32));
     refuseOthers<AttendJoined>(attends, in, "AttendJoined takes tensors that fit each other alone");
+}
+
+void testEncoder() {
+    const Attributes attributes{kNo, {2}, kNo, kNo};
+    const auto heads = tensor({3, 2, 5, 64});
+    const auto runsWith = [&](const PluginTensorDesc& v) { return runs<EncodeAttend>(attributes, {heads, heads, v}); };
+    require(runsWith(heads) && valuesAt == 0 && encoder.v.head == 5 * 64 && encoder.v.row == 64, "heads may be split");
+    require(runsWith(tensor({15, 128})) && valuesAt == 0 && encoder.v.head == 64 && encoder.v.row == 128, "or be rows");
+    require(runsWith(tensor({15, 384})) && valuesAt == 2 * 256 && encoder.v.head == 64 && encoder.v.row == 384 &&
+                encoder.v.frame == 5 * 384,
+        "or the last columns of rows");
+    require(!runsWith(tensor({15, 120})), "rows hold all heads");
+    require(!runsWith(tensor({14, 128})), "and are as many as the queries");
 }
 
 }  // namespace
@@ -142,5 +166,6 @@ int main() {
     testLinear();
     testInt4();
     testJoined();
+    testEncoder();
     return 0;
 }

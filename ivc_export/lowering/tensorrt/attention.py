@@ -59,7 +59,8 @@ class EncodeAttendPass(ir.passes.InPlacePass):
     1. Needs: a portable graph.
     2. Leaves: for heads of ENCODED_SIZES, EncodeAttend(q, k, v) {scale, heads, block_size 0} for EncoderAttention and
        EncodeAttend(q, k, v, window_of_place) {scale, heads, block_size} for WindowAttention. q, k or v are [frames
-       rows, heads head_dim] if only SplitHeads made them. Inputs and outputs stay.
+       rows, heads head_dim] if only SplitHeads made them. If TurnHeads makes v for nothing else, v is the last columns
+       of its rows, and TurnHeads {values 0} gives query and key alone. Inputs and outputs stay.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -73,7 +74,7 @@ class EncodeAttendPass(ir.passes.InPlacePass):
                 "heads": node.attributes["heads"].as_int(),
                 "block_size": 0 if block is None else block.as_int(),
             }
-            inputs = [*node.inputs[:2], whole_rows(node.inputs[2]), *node.inputs[3:]]
+            inputs = in_place(edit, node)
             (y,) = edit.op(node, "EncodeAttend", *inputs, domain=IVC_DOMAIN, **attributes)
             take_over(edit, node.outputs[0], y)
         if nodes:
@@ -108,6 +109,22 @@ def whole_rows(x: ir.Value | None) -> ir.Value | None:
     """The rows from which heads [frames, heads, rows, D] were split, if nothing else was done to them."""
     split = called(x, "SplitHeads")
     return x if split is None else split.inputs[0]
+
+
+def in_place(edit: Editor, node: ir.Node) -> list[ir.Value | None]:
+    """Inputs of an encoder's attention, with the value where the product wrote it, if it lies there in one piece."""
+    query, key, value, *windows = node.inputs
+    turned = called(value, "TurnHeads")
+    if turned is None or value is None:
+        return [query, key, whole_rows(value), *windows]
+    alone = list(turned.outputs) == list(node.inputs[:3]) and len(value.uses()) == 1
+    if not alone or turned.attributes["grouped"].as_int():
+        return list(node.inputs)
+    attributes: dict[str, Any] = {name: attribute.value for name, attribute in turned.attributes.items()}
+    new = edit.op(turned, "TurnHeads", *turned.inputs, outputs=2, domain=IVC_DOMAIN, **(attributes | {"values": 0}))
+    for old, other in zip(turned.outputs[:2], new, strict=True):
+        take_over(edit, old, other)
+    return [*new, turned.inputs[0], *windows]
 
 
 def take_over(edit: Editor, old: ir.Value, new: ir.Value) -> None:
@@ -150,7 +167,7 @@ def turned_for(node: ir.Node) -> ir.Node | None:
 
 def attend_to_rows(edit: Editor, node: ir.Node, turned: ir.Node, length: ir.Value | None) -> None:
     """Replace one decoder layer's attention, from a product's rows."""
-    attributes: dict[str, Any] = {name: value.value for name, value in turned.attributes.items()}
+    attributes: dict[str, Any] = {name: value.value for name, value in turned.attributes.items() if name != "values"}
     attributes["scale"] = node.attributes["scale"].as_float()
     caches = node.inputs[3:5]
     y, *present = edit.op(

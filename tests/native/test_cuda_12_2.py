@@ -6,11 +6,13 @@ import re
 
 from tests.native.kernels import PLUGIN
 
-# Instructions by the version of PTX that brought them; CUDA 12.2 has 8.2. Of SM 80, but for griddepcontrol of SM 90.
+# Instructions by the version of PTX that brought them; CUDA 12.2 has 8.2. Of SM 80, but for griddepcontrol, the fence
+# and wgmma, of SM 90.
 INSTRUCTIONS = {
     "cp.async.cg.shared.global": 7.0,
     "cp.async.wait_all": 7.0,
     "ex2.approx.ftz.f32": 1.4,
+    "fence.proxy.async.shared::cta": 8.0,
     "griddepcontrol.launch_dependents": 7.8,
     "griddepcontrol.wait": 7.8,
     "ld.global.nc.L1::no_allocate.v4.u32": 7.4,
@@ -20,6 +22,11 @@ INSTRUCTIONS = {
     "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16": 6.5,
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": 7.0,
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": 7.0,
+    "setp.ne.b32": 1.0,
+    "wgmma.commit_group.sync.aligned": 8.0,
+    "wgmma.fence.sync.aligned": 8.0,
+    "wgmma.mma_async.sync.aligned.m64nk16.f32..": 8.0,
+    "wgmma.wait_group.sync.aligned": 8.0,
 }
 CUDA_12_2 = 8.2
 # Calls of the runtime by the version of CUDA that brought them.
@@ -40,8 +47,11 @@ def sources() -> dict[str, str]:
 def test_instructions_are_of_ptx_8_2_or_older() -> None:
     found: set[str] = set()
     for text in sources().values():
-        for assembly in re.findall(r"\basm(?:\s+volatile)?\s*\(\s*\"([^\"]*)", text):
-            found |= {instruction.split()[0] for instruction in assembly.split(";") if instruction.strip()}
+        text = re.sub(r"\\\n", " ", text)  # lines of a macro
+        for literals in re.findall(r"\basm(?:\s+volatile)?\s*\(\s*((?:\"[^\"]*\"(?:\s*#?[a-z]\w*)?\s*)+)", text):
+            assembly = "".join(re.findall(r"\"([^\"]*)\"", literals)).replace("\\n", " ")
+            statements = (statement.strip("{} ") for statement in assembly.split(";"))
+            found |= {one.split()[0] for one in statements if one and not one.startswith(".reg")}
     assert found == set(INSTRUCTIONS)
     assert max(INSTRUCTIONS.values()) <= CUDA_12_2
 

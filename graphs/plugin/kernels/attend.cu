@@ -1,22 +1,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "attend_plan.h"
+#include "attend_launch.h"
 #include "device.h"
 #include "ivc_kernels.h"
 #include "joined_plan.h"
 
 namespace ivc {
-
-template <class Value, Sight kSight, class S>
-__global__ void __launch_bounds__(S::kThreads) attendKernel(const __grid_constant__ Attend a) {
-#ifdef IVC_TENSOR_CORES
-    extern __shared__ __align__(128) char shared[];
-    Block block;
-    attend<Value, kSight, S>(block, shared, a, static_cast<int32_t>(blockIdx.x), static_cast<int32_t>(blockIdx.y),
-        static_cast<int32_t>(blockIdx.z));
-#endif
-}
 
 template <class Value, Sight kSight>
 __global__ void __launch_bounds__(PlainAttention<Value, kSight>::kThreads)
@@ -50,14 +40,6 @@ __global__ void __launch_bounds__(S::kThreads) attendRowKernel(const __grid_cons
 #endif
 }
 
-// Allows a kernel to use more shared memory than the default limit.
-template <class Kernel>
-cudaError_t allowShared(Kernel kernel, int bytes) {
-    if (bytes <= 48 * 1024) return cudaSuccess;
-    return cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
 struct Launch {
     cudaStream_t stream;
 
@@ -81,18 +63,13 @@ struct Launch {
     template <class Value, Sight kSight, class S>
     cudaError_t tiles(const Attend& a) const {
         static_assert(S::kSharedBytes <= 99 * 1024, "more shared memory than SM 86 has");
-        const Blocks blocks = blocksOf<kSight, S>(a);
-        const dim3 grid(
-            static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y), static_cast<unsigned>(blocks.z));
-        const auto kernel = attendKernel<Value, kSight, S>;
-        const cudaError_t allowed = allowShared(kernel, S::kSharedBytes);
-        if (allowed != cudaSuccess) return allowed;
-        kernel<<<grid, S::kThreads, S::kSharedBytes, stream>>>(a);
-        if (a.splits > 1) {
+        const cudaError_t status = launchTiles<Value, kSight, S>(a, stream);
+        if (status == cudaSuccess && a.splits > 1) {
             const unsigned lines = static_cast<unsigned>(a.kvHeads) * static_cast<unsigned>(a.queries());
             combineKernel<Value><<<lines, Combining<Value>::kThreads, 0, stream>>>(a);
+            return cudaGetLastError();
         }
-        return cudaGetLastError();
+        return status;
     }
 
     template <class Value, Sight kSight>
@@ -104,6 +81,21 @@ struct Launch {
         return cudaGetLastError();
     }
 };
+
+#ifndef IVC_SM_90A
+cudaError_t encodeInGroups(const IvcEncoder&, const Attend&, cudaStream_t) { return cudaErrorNotSupported; }
+#endif
+
+// How the device and this build of the kernels multiply.
+static cudaError_t coresOf(Cores& cores) {
+    int major = 0;
+    const cudaError_t status = majorCapability(major);
+    cores = major < 8 ? Cores::kNone : Cores::kWarps;
+#ifdef IVC_SM_90A
+    if (major == 9) cores = Cores::kGroups;
+#endif
+    return status;
+}
 
 }  // namespace ivc
 
@@ -142,10 +134,13 @@ cudaError_t ivcEncodeAttend(const IvcEncoder* c, const void* q, const void* k, c
     a.windowOfPlace = windowOfPlace;
     a.y = y;
     if (!wellPlaced(a, c->type)) return cudaErrorInvalidValue;
-    bool tensorCores = false;
-    const cudaError_t known = hasTensorCores(tensorCores);
+    Cores cores = Cores::kNone;
+    const cudaError_t known = coresOf(cores);
     if (known != cudaSuccess) return known;
-    return launchEncoder<__half, __nv_bfloat16>(*c, a, tensorCores, Launch{stream});
+    const auto groups = [&](const IvcEncoder& encoder, const Attend& attend) {
+        return encodeInGroups(encoder, attend, stream);
+    };
+    return launchEncoder<__half, __nv_bfloat16>(*c, a, cores, Launch{stream}, groups);
 }
 
 cudaError_t ivcTurnHeads(

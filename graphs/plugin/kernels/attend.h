@@ -10,11 +10,12 @@
 
 #include "ivc_types.h"
 #include "rows.h"
-#include "warp.h"
+#include "warp_group.h"
 
 namespace ivc {
 
 constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kMostAboveBase = 8;  // weights are at most 2 to this power, and keep the precision of their type
 
 // One launch's arguments. Strides are in elements.
 struct Attend {
@@ -161,15 +162,50 @@ struct Shape {
     static constexpr int kInputBytes = kQueryBytes + 2 * kStages * kTileBytes;
     static constexpr int kSharedBytes = kInputBytes < kMergeBytes ? kMergeBytes : kInputBytes;
 
-    IVC_HD static int at(int row, int chunk) { return row * kRowBytes + 16 * (kSwizzled ? chunk ^ (row & 7) : chunk); }
+    static constexpr bool kGrouped = false;
+    static constexpr int kLeastBlocks = 1;  // that a multiprocessor must be able to hold
+
+    // Where a chunk of a row lies in a tile of kRows rows.
+    template <int kRows>
+    IVC_HD static int at(int row, int chunk) {
+        return row * kRowBytes + 16 * (kSwizzled ? chunk ^ (row & 7) : chunk);
+    }
+};
+
+// Sizes of a block's tiles, the products of which groups of four warps make together (multiplyTogether). A group has 64
+// queries. kAhead: the scores of the next tile are computed while this one's weights are.
+template <int kDepth_, int kGroups_, int kKeys_, bool kAhead_, int kLeastBlocks_>
+struct GroupedShape {
+    static constexpr int kDepth = kDepth_;
+    static constexpr int kBands = 1, kRowWarps = 4 * kGroups_, kKeyWarps = 1;
+    static constexpr int kKeys = kKeys_, kStages = 2;
+    static constexpr int kWarps = kRowWarps, kThreads = kWarps * kWarp;
+    static constexpr int kQueries = 64 * kGroups_;
+    static constexpr int kColumns = kKeys;
+    static constexpr int kChunks = kDepth / 8;
+    static constexpr bool kGrouped = true, kAhead = kAhead_;
+    static constexpr int kLeastBlocks = kLeastBlocks_;
+    // A tile holds the first chunks of all rows, then their second chunks, and so on. The same row's chunks lie in
+    // different banks of shared memory.
+    template <int kRows>
+    static constexpr int kPitch = 16 * kRows + 16;
+    static constexpr int kTileBytes = kChunks * kPitch<kKeys>;
+    static constexpr int kQueryBytes = kChunks * kPitch<kQueries>;
+    static constexpr int kSharedBytes = kQueryBytes + 2 * kStages * kTileBytes;
+
+    template <int kRows>
+    IVC_HD static int at(int row, int chunk) {
+        return chunk * kPitch<kRows> + 16 * row;
+    }
 };
 
 // The partial results of a warp's queries. A lane has two rows of each band.
 template <class S>
 struct Found {
+    Lane<Fragment> query[S::kGrouped ? S::kDepth / 16 : 1];  // the queries, if they are held
     Lane<Product> score[S::kBands][S::kColumns / 8];
     Lane<Product> value[S::kBands][S::kDepth / 8];  // sums of weighted values
-    Lane<float> largest[S::kBands][2];              // largest scores, before scaling
+    Lane<float> largest[S::kBands][2];  // the score to which weights are relative, before scaling: about the largest
     Lane<float> sum[S::kBands][2];                  // of this lane's weights
     Lane<int32_t> limit[S::kBands][2];  // causal: number of the row; windows: number of the window
 };
@@ -205,7 +241,7 @@ struct Attention {
                         const Value* from = next(start, top, i * kStep);
 #pragma unroll
                         for (int piece = 0; piece < kPieces; ++piece) {
-                            char* to = target + S::at(row, chunk + 8 * piece);
+                            char* to = target + S::template at<kRows>(row, chunk + 8 * piece);
                             block.copy16(to, from + 64 * piece, real && valid(row));
                         }
                     }
@@ -301,14 +337,16 @@ struct Attention {
 #pragma unroll
             for (int band = 0; band < S::kBands; ++band) {
                 loadMatrices<false>(q[band], [&](int lane) {
-                    return shared + S::at((firstBand + band) * 16 + lane % 16, 2 * k + lane / 16);
+                    return shared + S::template at<S::kQueries>((firstBand + band) * 16 + lane % 16, 2 * k + lane / 16);
                 });
             }
 #pragma unroll
             for (int n = 0; n < S::kColumns / 16; ++n) {
                 Lane<Fragment> rows;
                 loadMatrices<false>(rows, [&](int lane) {
-                    return tile + S::at(firstColumn + 16 * n + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
+                    return tile +
+                           S::template at<S::kKeys>(
+                               firstColumn + 16 * n + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
                 });
 #pragma unroll
                 for (int band = 0; band < S::kBands; ++band) {
@@ -317,6 +355,53 @@ struct Attention {
                 }
             }
         }
+    }
+
+    // Keeps the warp's queries in registers.
+    IVC_WARP void hold(Found<S>& f, int warp) const {
+#pragma unroll
+        for (int k = 0; k < S::kDepth / 16; ++k) {
+            loadMatrices<false>(f.query[k], [&](int lane) {
+                return shared + S::template at<S::kQueries>(16 * warp + lane % 16, 2 * k + lane / 16);
+            });
+        }
+    }
+
+    // Starts to multiply the queries and keys of a group's warps.
+    IVC_WARP void startScores(Found<S>& f, Lane<Product> (&score)[S::kColumns / 8], int stage) const {
+        beginProducts();
+#pragma unroll
+        for (int k = 0; k < S::kDepth / 16; ++k) {
+            const char* tile = keys(stage) + S::template at<S::kKeys>(0, 2 * k);
+            multiplyTogether<Value, false>(score, f.query[k], tile, S::template kPitch<S::kKeys>, k > 0);
+        }
+        endProducts();
+    }
+
+    // The same as weighted() for a group's warps. Scores of the next tile may be on their way: they end, too.
+    IVC_WARP void weightedTogether(Found<S>& f, int stage) const {
+        Lane<Fragment> weight[S::kColumns / 16];
+#pragma unroll
+        for (int k = 0; k < S::kColumns / 16; ++k) {
+            eachLane([&](int lane) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float* s = f.score[0][2 * k + i / 2][lane].x + i % 2 * 2;
+                    weight[k][lane].x[i] = packed<Value>(s[0], s[1]);
+                }
+            });
+        }
+        settled(weight);
+        settled(f.value[0]);
+        beginProducts();
+#pragma unroll
+        for (int k = 0; k < S::kColumns / 16; ++k) {
+            const char* tile = values(stage) + S::template at<S::kKeys>(16 * k, 0);
+            multiplyTogether<Value, true>(f.value[0], weight[k], tile, S::template kPitch<S::kKeys>, true);
+        }
+        endProducts();
+        awaitProducts();
+        settled(f.value[0]);
     }
 
     // Sets the scores of keys that a query must not attend to to minus infinity.
@@ -345,13 +430,16 @@ struct Attention {
         });
     }
 
-    // Turns scores into weights. Scales the sums so far down if a larger score has appeared.
+    // Turns scores into weights, which are relative to a base. Only where a score exceeds the base by so much that
+    // weights could get too large for 16 bits, the base becomes the largest score, and the sums are scaled down.
     IVC_WARP void weights(Found<S>& f) const {
+        Lane<float> most[S::kBands][2];
+        Lane<bool> rises;
+        eachLane([&](int lane) { rises[lane] = false; });
 #pragma unroll
         for (int band = 0; band < S::kBands; ++band) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                Lane<float> most;
                 eachLane([&](int lane) {
                     float x = f.largest[band][half][lane];
 #pragma unroll
@@ -359,14 +447,23 @@ struct Attention {
                         const float* s = f.score[band][n][lane].x + 2 * half;
                         x = fmaxf(x, fmaxf(s[0], s[1]));
                     }
-                    most[lane] = x;
+                    most[band][half][lane] = x;
                 });
-                ofQuad(most, [](float x, float y) { return fmaxf(x, y); });
+                ofQuad(most[band][half], [](float x, float y) { return fmaxf(x, y); });
                 eachLane([&](int lane) {
-                    const float base = most[lane] == -INFINITY ? 0.0f : most[lane] * a.scale;
-                    const float kept = power2(f.largest[band][half][lane] * a.scale - base);
-                    f.largest[band][half][lane] = most[lane];
-                    float sum = f.sum[band][half][lane] * kept;
+                    const float base = f.largest[band][half][lane];
+                    rises[lane] = rises[lane] | (most[band][half][lane] * a.scale > base * a.scale + kMostAboveBase);
+                });
+            }
+        }
+        if (anyLane(rises)) rebase(f, most);
+#pragma unroll
+        for (int band = 0; band < S::kBands; ++band) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                eachLane([&](int lane) {
+                    const float base = scaledBase(f.largest[band][half][lane]);
+                    float sum = f.sum[band][half][lane];
 #pragma unroll
                     for (int n = 0; n < S::kColumns / 8; ++n) {
                         float* s = f.score[band][n][lane].x + 2 * half;
@@ -375,6 +472,24 @@ struct Attention {
                         sum += s[0] + s[1];
                     }
                     f.sum[band][half][lane] = sum;
+                });
+            }
+        }
+    }
+
+    IVC_WARP float scaledBase(float largest) const { return largest == -INFINITY ? 0.0f : largest * a.scale; }
+
+    // Makes `most` the bases.
+    IVC_WARP void rebase(Found<S>& f, const Lane<float> (&most)[S::kBands][2]) const {
+#pragma unroll
+        for (int band = 0; band < S::kBands; ++band) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                eachLane([&](int lane) {
+                    const float x = most[band][half][lane];
+                    const float kept = power2(f.largest[band][half][lane] * a.scale - scaledBase(x));
+                    f.largest[band][half][lane] = x;
+                    f.sum[band][half][lane] *= kept;
 #pragma unroll
                     for (int n = 0; n < S::kDepth / 8; ++n) {
                         float* value = f.value[band][n][lane].x + 2 * half;
@@ -418,7 +533,7 @@ struct Attention {
             for (int n = 0; n < S::kDepth / 16; ++n) {
                 Lane<Fragment> rows;
                 loadMatrices<true>(rows, [&](int lane) {
-                    return tile + S::at(firstColumn + 16 * k + lane % 16, 2 * n + lane / 16);
+                    return tile + S::template at<S::kKeys>(firstColumn + 16 * k + lane % 16, 2 * n + lane / 16);
                 });
 #pragma unroll
                 for (int band = 0; band < S::kBands; ++band) {
@@ -438,26 +553,34 @@ struct Attention {
         weighted(f, warp, stage);
     }
 
-    // Writes two neighbouring elements of a query's result.
-    IVC_WARP void write(int at, int element, float x0, float x1, float sum) const {
-        const int32_t query = firstQuery + at;
-        if (query >= endQuery || element >= a.headDim) return;
-        if (a.splits > 1) {
-            float* to = a.partial + statsAt(query) * a.headDim + element;
-            to[0] = x0;
-            to[1] = x1;
-        } else {
-            const float factor = sum == 0 ? 0.0f : 1 / sum;
-            const int32_t row = query / a.group, of = head * a.group + query % a.group;
-            const int64_t line = (static_cast<int64_t>(frame) * a.rows + row) * a.heads + of;
-            const uint32_t bits = packed<Value>(x0 * factor, x1 * factor);
-            memcpy(static_cast<Value*>(a.y) + line * a.headDim + element, &bits, sizeof bits);
+    // Where the elements of a query's result go: the result itself, or one split's part of it.
+    struct Line {
+        Value* y;
+        float* partial;
+        float factor;
+
+        IVC_WARP void write(int element, float x0, float x1) const {
+            if (y) {
+                const uint32_t bits = packed<Value>(x0 * factor, x1 * factor);
+                memcpy(y + element, &bits, sizeof bits);
+            } else {
+                partial[element] = x0;
+                partial[element + 1] = x1;
+            }
         }
+    };
+
+    IVC_WARP Line line(int at, float sum) const {
+        const int32_t query = firstQuery + at;
+        if (a.splits > 1) return {nullptr, a.partial + statsAt(query) * a.headDim, 1.0f};
+        const int32_t row = query / a.group, of = head * a.group + query % a.group;
+        const int64_t number = (static_cast<int64_t>(frame) * a.rows + row) * a.heads + of;
+        return {static_cast<Value*>(a.y) + number * a.headDim, nullptr, sum == 0 ? 0.0f : 1 / sum};
     }
 
     IVC_WARP void writeStats(int at, float largest, float sum) const {
         const int32_t query = firstQuery + at;
-        if (a.splits == 1 || query >= endQuery) return;
+        if (a.splits == 1) return;
         a.largest()[statsAt(query)] = largest * a.scale;
         a.sums()[statsAt(query)] = sum;
     }
@@ -475,10 +598,13 @@ struct Attention {
                 eachLane([&](int lane) {
                     const int at = queryAt(warp, band, half, lane);
                     const float sum = f.sum[band][half][lane];
+                    if (firstQuery + at >= endQuery) return;
+                    const Line to = line(at, sum);
 #pragma unroll
                     for (int n = 0; n < S::kDepth / 8; ++n) {
                         const float* x = f.value[band][n][lane].x + 2 * half;
-                        write(at, 8 * n + 2 * (lane % 4), x[0], x[1], sum);
+                        const int element = 8 * n + 2 * (lane % 4);
+                        if (8 * n < a.headDim) to.write(element, x[0], x[1]);
                     }
                     if (lane % 4 == 0) writeStats(at, f.largest[band][half][lane], sum);
                 });
@@ -532,9 +658,77 @@ struct Attention {
                     x0 += factor * merged.value[part][at][element];
                     x1 += factor * merged.value[part][at][element + 1];
                 }
-                write(at, element, x0, x1, sum);
+                if (element < a.headDim) line(at, sum).write(element, x0, x1);
                 if (element == 0) writeStats(at, most, sum);
             }
+        });
+    }
+
+    // run() for shapes whose warps multiply in groups.
+    IVC_WARP void runGrouped() const {
+        const Visit<Value, kSight, S::kKeys> visit(a, frame, head, firstQuery, endQuery, split);
+        const int32_t lowest = firstQuery / a.group, count = visit.to - visit.from;
+        PerWarp<Found<S>, S::kWarps> found;
+        const auto load = [&](int32_t i, bool keysToo, bool valuesToo) {
+            if (i >= count) return;
+            const Tile<Value> tile = visit[visit.from + i];
+            if (keysToo) loadKeys(tile, i % 2);
+            if (valuesToo) loadValues(tile, i % 2);
+        };
+        const auto awaitTile = [&] {
+            block.awaitCopies();
+            block.showCopies();
+            block.barrier();
+        };
+        loadQueries();
+        load(0, true, true);
+        block.each([&](int warp) { begin(found[warp], warp); });
+        awaitTile();
+        block.each([&](int warp) { hold(found[warp], warp); });
+        if constexpr (S::kAhead) {
+            load(1, true, false);
+            block.each([&](int warp) {
+                Found<S>& f = found[warp];
+                if (count > 0) startScores(f, f.score[0], 0);
+                awaitProducts();
+                settled(f.score[0]);
+            });
+        }
+        for (int32_t i = 0; i < count; ++i) {
+            const Tile<Value> tile = visit[visit.from + i];
+            const bool masked = visit.masked(tile, lowest);
+            const int stage = i % 2;
+            if (S::kAhead || i > 0) awaitTile();
+            if (S::kAhead) load(i + 2, true, false);
+            load(i + 1, !S::kAhead, true);
+            block.each([&](int warp) {
+                Found<S>& f = found[warp];
+                if constexpr (S::kAhead) {
+                    Lane<Product> next[S::kColumns / 8];
+                    startScores(f, next, 1 - stage);
+                    if (masked) mask(f, tile, warp);
+                    weights(f);
+                    weightedTogether(f, stage);
+                    settled(next);
+#pragma unroll
+                    for (int n = 0; n < S::kColumns / 8; ++n) f.score[0][n] = next[n];
+                } else {
+                    startScores(f, f.score[0], stage);
+                    awaitProducts();
+                    settled(f.score[0]);
+                    if (masked) mask(f, tile, warp);
+                    weights(f);
+                    weightedTogether(f, stage);
+                }
+            });
+        }
+        block.awaitCopies();
+        block.each([&](int warp) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                ofQuad(found[warp].sum[0][half], [](float x, float y) { return x + y; });
+            }
+            finish(found[warp], warp);
         });
     }
 
@@ -610,9 +804,13 @@ IVC_WARP void attend(Block& block, char* shared, const Attend& a, int32_t tile, 
             });
         });
     }
-    Attention<Value, kSight, S>{block, shared, a, kCausal ? 0 : splitOrFrame, head, split, firstQuery,
-        smaller(firstQuery + S::kQueries, a.queries())}
-        .run();
+    const Attention<Value, kSight, S> attention{block, shared, a, kCausal ? 0 : splitOrFrame, head, split, firstQuery,
+        smaller(firstQuery + S::kQueries, a.queries())};
+    if constexpr (S::kGrouped) {
+        attention.runGrouped();
+    } else {
+        attention.run();
+    }
 }
 
 // Combines the results of the splits for one row of y, `line` of [kvHeads, queries], in one block. Warps take splits in

@@ -20,6 +20,9 @@ using ManyQueries = Shape<kDepth, kDepth == 128 ? 1 : 2, 4, 1, 64, 1>;
 // Tiles of an encoder.
 template <int kDepth>
 using Patches = Shape<kDepth, kDepth == 128 ? 1 : 2, 4, 1, 64, 1>;
+// The same for SM 90.
+template <int kDepth>
+using GroupedPatches = GroupedShape<kDepth, 2, 64, false, kDepth == 128 ? 1 : 2>;
 
 constexpr int kMostFewQueries = 64;
 constexpr int kMostSomeBlocks = 256;
@@ -29,6 +32,9 @@ constexpr int kMostKeySplits = 16;  // more splits take longer to combine than t
 struct Blocks {
     int32_t x, y, z;
 };
+
+// How tensor cores multiply: not at all, for one warp at a time (SM 80 and later), or for a group of warps (SM 90).
+enum class Cores { kNone, kWarps, kGroups };
 
 enum class Queries { kFew, kSome, kMany };
 
@@ -156,27 +162,39 @@ auto launchDecoder(const IvcAttention& c, const Attend& a, bool tensorCores, Lau
     return c.type == IVC_FLOAT16 ? launchDecoderTiles<Half>(c, a, launch) : launchDecoderTiles<Brain>(c, a, launch);
 }
 
-template <class Value, Sight kSight, class Launch>
+template <class Value, Sight kSight, template <int> class Tiles, class Launch>
 auto launchEncoderTiles(const Attend& a, Launch launch) {
-    if (a.headDim == 64) return launch.template tiles<Value, kSight, Patches<64>>(a);
-    if (a.headDim <= 80) return launch.template tiles<Value, kSight, Patches<80>>(a);
-    return launch.template tiles<Value, kSight, Patches<128>>(a);
+    if (a.headDim == 64) return launch.template tiles<Value, kSight, Tiles<64>>(a);
+    if (a.headDim <= 80) return launch.template tiles<Value, kSight, Tiles<80>>(a);
+    return launch.template tiles<Value, kSight, Tiles<128>>(a);
 }
 
-template <class Half, class Brain, Sight kSight, class Launch>
-auto launchEncoder(const IvcEncoder& c, const Attend& a, bool tensorCores, Launch launch) {
-    if (c.type == IVC_FLOAT32) return launch.template plain<float, kSight>(a);
-    if (!tensorCores) {
-        return c.type == IVC_FLOAT16 ? launch.template plain<Half, kSight>(a) : launch.template plain<Brain, kSight>(a);
+template <class Half, class Brain, template <int> class Tiles, class Launch>
+auto launchEncoderTiles(const IvcEncoder& c, const Attend& a, Launch launch) {
+    const bool half = c.type == IVC_FLOAT16;
+    if (c.blockSize > 0) {
+        return half ? launchEncoderTiles<Half, Sight::kWindow, Tiles>(a, launch)
+                    : launchEncoderTiles<Brain, Sight::kWindow, Tiles>(a, launch);
     }
-    return c.type == IVC_FLOAT16 ? launchEncoderTiles<Half, kSight>(a, launch)
-                                 : launchEncoderTiles<Brain, kSight>(a, launch);
+    return half ? launchEncoderTiles<Half, Sight::kFrame, Tiles>(a, launch)
+                : launchEncoderTiles<Brain, Sight::kFrame, Tiles>(a, launch);
 }
 
-template <class Half, class Brain, class Launch>
-auto launchEncoder(const IvcEncoder& c, const Attend& a, bool tensorCores, Launch launch) {
-    return c.blockSize > 0 ? launchEncoder<Half, Brain, Sight::kWindow>(c, a, tensorCores, launch)
-                           : launchEncoder<Half, Brain, Sight::kFrame>(c, a, tensorCores, launch);
+template <class Value, class Launch>
+auto launchEncoderPlain(const IvcEncoder& c, const Attend& a, Launch launch) {
+    return c.blockSize > 0 ? launch.template plain<Value, Sight::kWindow>(a)
+                           : launch.template plain<Value, Sight::kFrame>(a);
+}
+
+// The same through `launch` or, where groups of warps multiply together, `groups`, which has no plain().
+template <class Half, class Brain, class Launch, class Groups>
+auto launchEncoder(const IvcEncoder& c, const Attend& a, Cores cores, Launch launch, Groups groups) {
+    if (c.type == IVC_FLOAT32) return launchEncoderPlain<float>(c, a, launch);
+    if (cores == Cores::kNone) {
+        return c.type == IVC_FLOAT16 ? launchEncoderPlain<Half>(c, a, launch) : launchEncoderPlain<Brain>(c, a, launch);
+    }
+    if (cores == Cores::kGroups) return groups(c, a);
+    return launchEncoderTiles<Half, Brain, Patches>(c, a, launch);
 }
 
 // The grid of a kernel that works by tiles.

@@ -74,8 +74,11 @@ struct RowAttention {
                     const int32_t i = item(lane), at = element(lane), other = at + t.half();
                     const Pairs<>::Both& x = pairs.x[lane];
                     if (i < group) {
-                        writeEach<Value>(shared + S::at(i, at / 8) + at % 8 * sizeof(Value), x.low);
-                        writeEach<Value>(shared + S::at(i, other / 8) + other % 8 * sizeof(Value), x.high);
+                        const auto place = [&](int e) {
+                            return shared + S::template at<S::kQueries>(i, e / 8) + e % 8 * sizeof(Value);
+                        };
+                        writeEach<Value>(place(at), x.low);
+                        writeEach<Value>(place(other), x.high);
                         return;
                     }
                     Value* near = i == group ? fresh.key : fresh.value;
@@ -97,7 +100,8 @@ struct RowAttention {
             eachLane([&](int lane) {
                 const int thread = warp * kWarp + lane, chunk = thread % S::kChunks;
                 if (thread >= 2 * S::kChunks) return;
-                char* to = (thread < S::kChunks ? tiles.keys(stage) : tiles.values(stage)) + S::at(row, chunk);
+                char* tile = thread < S::kChunks ? tiles.keys(stage) : tiles.values(stage);
+                char* to = tile + S::template at<S::kKeys>(row, chunk);
                 const Value* from = (thread < S::kChunks ? fresh.key : fresh.value) + 8 * chunk;
                 *reinterpret_cast<Vector16*>(to) = *reinterpret_cast<const Vector16*>(from);
             });

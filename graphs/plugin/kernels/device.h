@@ -5,11 +5,17 @@
 
 namespace ivc {
 
+// The first number of its compute capability.
+inline cudaError_t majorCapability(int& major) {
+    int device = 0;
+    const cudaError_t status = cudaGetDevice(&device);
+    return status ? status : cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+}
+
 // Whether it has the tensor cores that kernels over tiles need.
 inline cudaError_t hasTensorCores(bool& has) {
-    int device = 0, major = 0;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    int major = 0;
+    const cudaError_t status = majorCapability(major);
     has = major >= 8;
     return status;
 }
@@ -23,9 +29,8 @@ inline cudaError_t countProcessors(int& count) {
 
 // Whether a kernel can start before the previous one has ended, also in a captured graph.
 inline cudaError_t launchesEarly(bool& early) {
-    int device = 0, major = 0;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    int major = 0;
+    const cudaError_t status = majorCapability(major);
     early = major >= 9 && CUDART_VERSION >= 12030;
     return status;
 }

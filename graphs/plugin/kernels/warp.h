@@ -102,6 +102,13 @@ struct Block {
         asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
     }
+
+    // Lets products of groups of warps read, after the next barrier, what this thread has copied.
+    __device__ __forceinline__ void showCopies() const {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+    }
 };
 
 // Loads four 8 x 8 matrices of 16-bit values from shared memory. `address(lane)` is that of row lane % 8 of matrix lane
@@ -146,6 +153,9 @@ __device__ __forceinline__ void multiply(Lane<Product>& sum, const Lane<Fragment
     }
 #endif
 }
+
+// Whether `x` is true in some lane.
+__device__ __forceinline__ bool anyLane(const Lane<bool>& x) { return __any_sync(0xffffffffu, x.value); }
 
 // Gives each lane the `x` of lane `lane ^ mask`.
 __device__ __forceinline__ void exchange(Lane<float>& to, const Lane<float>& x, int mask) {
@@ -259,6 +269,8 @@ struct Block {
         for (const Copy& copy : copies) copy.run();
         copies.clear();
     }
+
+    void showCopies() {}
 };
 
 template <bool kTransposed, class Address>
@@ -305,6 +317,13 @@ inline void multiply(Lane<Product>& sum, const Lane<Fragment>& left, const Lane<
             sum[lane].x[i] += total;
         }
     }
+}
+
+inline bool anyLane(const Lane<bool>& x) {
+    for (int lane = 0; lane < kWarp; ++lane) {
+        if (x[lane]) return true;
+    }
+    return false;
 }
 
 inline void exchange(Lane<float>& to, const Lane<float>& x, int mask) {

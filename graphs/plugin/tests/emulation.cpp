@@ -355,8 +355,9 @@ int ivcAttendInPlace(const IvcAttention* c, const void* q, const void* k, const 
     return launchDecoder<Float16, BFloat16>(*c, a, true, Attending{backwards != 0});
 }
 
+// With 2 or 3, warps multiply in groups, as on SM 90.
 int ivcEncodeAttend(const IvcEncoder* c, const void* q, const void* k, const void* v, const int32_t* windowOfPlace,
-    void* y, size_t backwards) {
+    void* y, size_t order) {
     if (!possible(*c)) return 1;
     Attend a = planned(*c);
     a.q = q;
@@ -365,7 +366,11 @@ int ivcEncodeAttend(const IvcEncoder* c, const void* q, const void* k, const voi
     a.windowOfPlace = windowOfPlace;
     a.y = y;
     if (!wellPlaced(a, c->type)) return 1;
-    return launchEncoder<Float16, BFloat16>(*c, a, true, Attending{backwards != 0});
+    const Attending attending{order % 2 != 0};
+    const auto grouped = [&](const IvcEncoder& encoder, const Attend& attend) {
+        return launchEncoderTiles<Float16, BFloat16, GroupedPatches>(encoder, attend, attending);
+    };
+    return launchEncoder<Float16, BFloat16>(*c, a, order < 2 ? Cores::kWarps : Cores::kGroups, attending, grouped);
 }
 
 int ivcTurnHeads(const IvcJoined* c, const IvcJoinedRows* rows, void* q, void* k, void* v, size_t backwards) {

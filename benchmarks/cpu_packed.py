@@ -33,6 +33,7 @@ from ivc_export.bench.footprint import host_bytes
 from ivc_export.contract.names import GraphName
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
+from ivc_export.runtime.onnxruntime.library import load_onnxruntime
 from samples.make_sample import make_checkpoint
 
 RESULT = Path(__file__).parent / "results" / "cpu_packed.json"
@@ -81,10 +82,12 @@ def prompt() -> list[int]:
 
 def memory_of(folder: Path, level: int, threads: int) -> dict[str, int]:
     """What prefix and decoder take, in MB."""
-    bundle, before = Bundle.load(folder), host_bytes()
+    bundle, tokens = Bundle.load(folder), prompt()
+    load_onnxruntime()
+    before = host_bytes()
     session = LanguageSession(bundle, threads, accuracy_level=level)
     opened = host_bytes() - before
-    answer(session, prompt())
+    answer(session, tokens)
     return {"after_opening_mb": opened // 10**6, "after_an_answer_mb": (host_bytes() - before) // 10**6}
 
 

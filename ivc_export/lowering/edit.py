@@ -47,6 +47,17 @@ def numbers(value: ir.Value | None) -> list[float]:
     return [float(x) for x in tensor.numpy().ravel()]
 
 
+def remove_unused(graph: ir.Graph) -> None:
+    """Remove nodes and initializers that nothing reads. onnx_ir's pass also looks for unused optional outputs, and
+    loads onnx's table of operators for that, which takes 5 MB of memory."""
+    for node in reversed(graph):
+        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+            del graph.initializers[name]
+
+
 class Editor:
     """Adds nodes and constants to a graph. They are named after the nodes that they replace."""
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ivc_export.lowering.edit import CONTRIB, Editor
+from ivc_export.lowering.edit import CONTRIB, Editor, remove_unused
 from ivc_export.lowering.fused.activation import swish
 
 
@@ -25,7 +24,7 @@ class FuseActivationsPass(ir.passes.InPlacePass):
                 edit.replace(node.outputs[0], y)
                 changed = True
         if changed:
-            RemoveUnusedNodesPass()(model)
+            remove_unused(model.graph)
         return ir.passes.PassResult(model, changed)
 
     def ensures(self, model: ir.Model) -> None:

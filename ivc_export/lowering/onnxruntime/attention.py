@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.contract.caches import in_place_lengths
 from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.lowering.edit import CONTRIB, Editor, called, numbers
+from ivc_export.lowering.edit import CONTRIB, Editor, called, numbers, remove_unused
 
 Tables = dict[tuple[ir.Value, int], ir.Value]
 
@@ -46,7 +45,7 @@ class UseFusedAttentionPass(ir.passes.InPlacePass):
                 fuse_attention(edit, node, joined_inputs(edit, node, tables))
                 found = True
         if found:
-            RemoveUnusedNodesPass()(model)
+            remove_unused(model.graph)
         return ir.passes.PassResult(model, found)
 
     def ensures(self, model: ir.Model) -> None:
@@ -75,7 +74,7 @@ class UseRotaryEmbeddingPass(ir.passes.InPlacePass):
                 edit.replace(node.outputs[0], y)
                 found = True
         if found:
-            RemoveUnusedNodesPass()(model)
+            remove_unused(model.graph)
         return ir.passes.PassResult(model, found)
 
     def ensures(self, model: ir.Model) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.lowering.edit import CONTRIB, Editor, made_by
+from ivc_export.lowering.edit import CONTRIB, Editor, made_by, remove_unused
 
 NORMS = {"LayerNormalization": "LayerNormalization", "RMSNorm": "SimplifiedLayerNormalization"}
 """Norms of the portable graphs, and onnxruntime's operators for them."""
@@ -40,7 +39,7 @@ class FuseNormsPass(ir.passes.InPlacePass):
                 edit.replace(node.outputs[0], normed)
                 changed = True
         if changed:
-            RemoveUnusedNodesPass()(model)
+            remove_unused(model.graph)
         return ir.passes.PassResult(model, changed)
 
     def ensures(self, model: ir.Model) -> None:

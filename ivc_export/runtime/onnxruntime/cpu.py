@@ -88,6 +88,7 @@ class OnnxSession:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = SILENT
         options.intra_op_num_threads = self._threads or 0
+        options.enable_mem_pattern = False  # one would be kept for each length that a prompt or a cache ever had
         if not self._prepacking:
             options.add_session_config_entry("session.disable_prepacking", "1")
         # otherwise the idle threads of two pools would spin against those of the working one
@@ -107,14 +108,20 @@ class OnnxSession:
         if formats:  # with packed products, hundreds of small operators would take a third of a decode step
             passes += [UseRotaryEmbeddingPass(), FuseNormsPass(), FuseActivationsPass()]
         if passes:
-            model = self.bundle.graph(name)
-            for one in passes:
-                model = one(model).model
-            self._give(model, options)
-            source = ir.to_proto(model).SerializeToString()
+            source = self._rewritten(name, passes, options)
+            gc.collect()  # the graph, whose nodes and values refer to each other: the next one takes its memory
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         with told(f"{path} does not open in onnxruntime", "close other programs", "export the model again"):
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+    def _rewritten(self, name: GraphName, passes: list[ir.passes.PassBase], options: SessionOptions) -> bytes:
+        """A graph after some passes, serialised."""
+        model = self.bundle.graph(name)
+        for one in passes:
+            model = one(model).model
+        self._give(model, options)
+        content: bytes = ir.to_proto(model).SerializeToString()
+        return content
 
     def _give(self, model: ir.Model, options: SessionOptions) -> None:
         """Pass weights that passes computed, and that no file has, in memory. Floats among them are small."""

@@ -20,6 +20,7 @@ from ivc_export.lowering.onnxruntime.activations import FuseActivationsPass
 from ivc_export.lowering.onnxruntime.attention import UseFusedAttentionPass, UseRotaryEmbeddingPass
 from ivc_export.lowering.onnxruntime.biases import AddBiasesPass
 from ivc_export.lowering.onnxruntime.custom_operators import LIBRARY, UseCustomOpsPass
+from ivc_export.lowering.onnxruntime.joined_gathers import JoinGathersPass
 from ivc_export.lowering.onnxruntime.norms import FuseNormsPass
 from ivc_export.lowering.onnxruntime.own_attention import UseOwnAttentionPass
 from ivc_export.lowering.onnxruntime.projections import PackProjectionsPass
@@ -117,7 +118,7 @@ def fused(own: bool = False) -> Passes:
         RotateInAttentionPass(),
         FuseActivationsPass(),
         AddBiasesPass(),
-        *([UseCustomOpsPass()] if own else ()),
+        UseCustomOpsPass() if own else JoinGathersPass(),
         RemoveUnusedNodesPass(),
     )
 

@@ -125,10 +125,12 @@ def graph_dtype(prefix: ir.Model) -> ir.DataType:
 
 
 def compaction_part(decoder: ir.Model) -> ir.Model:
-    """The nodes of a decoder graph that gather kept rows. Uses the graph up."""
+    """The nodes of a decoder graph that gather kept rows, from caches that may be joined. Uses the graph up."""
     graph = decoder.graph
     indices = [value for value in graph.inputs if value.name in ("keep_index", "cache_index")]
     gathers = [node for node in graph if any(value in indices for value in node.inputs)]
+    splits = {use.node for node in gathers for use in node.outputs[0].uses() if use.node.op_type == "Split"}
+    gathers = [node for node in gathers if not any(use.node in splits for use in node.outputs[0].uses())] + [*splits]
     for node in gathers:
         for value in node.outputs:
             value.type = value.type or (node.inputs[0].type if node.inputs[0] is not None else None)

@@ -12,7 +12,7 @@ from ivc_export.errors import UserError
 
 SILENT = 4
 """The severity from which onnxruntime writes to standard error. Its exceptions have its errors anyway."""
-FIRST_REGION = 192 << 20
+FIRST_REGION = 208 << 20
 """Bytes that the shared arena takes at first. 2 B parameters need so much for a prompt with 1,024 visual tokens."""
 LEAST_REST = 1 << 20
 """The arena gives a larger free chunk to a request whole if less than this would be left. onnxruntime's 128 MiB waste

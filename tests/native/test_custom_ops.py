@@ -11,8 +11,10 @@ import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnxruntime
@@ -35,7 +37,8 @@ from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
 from ivc_export.runtime.onnxruntime.session_options import register
 from ivc_export.runtime.onnxruntime.shared_memory import functions
-from ivc_export.runtime.onnxruntime.stream import Stream
+from ivc_export.runtime.onnxruntime.staging import Staging
+from ivc_export.runtime.onnxruntime.stream import Place, Stream
 from ivc_export.verify.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY, wide
@@ -363,25 +366,58 @@ def test_a_failed_prefill_leaves_nothing_on_the_device(
 ) -> None:
     """What its first graphs used is given up, once the stream no longer uses it. The next run is as ever."""
     session = FusedSession(golden_bundle, "cpu", op_library=library)
-    assert session.stream is not None
+    assert session.stream is not None and session._staging is not None
     conversation, other = FusedConversation(session, capacity=60), FusedConversation(session, capacity=60)
-    wait, order = session.stream.wait, list[int]()
+    wait, used = session.stream.wait, list[int]()
 
     def fail(name: str, *_: object, **__: object) -> None:
         raise MemoryError(name)
 
-    def waited() -> None:
-        order.append(len(session._pending))
-        wait()
+    def waited() -> bool:
+        assert session._staging is not None
+        used.append(session._staging.used)
+        return wait()
 
     with monkeypatch.context() as full:
         full.setattr(session, "run", fail)
         full.setattr(session.stream, "wait", waited)
         with pytest.raises(MemoryError, match="prefix"):
             conversation.run([1, 2, 3])
-    assert order == [1] and not session._pending  # rows of embeddings were written
+    assert len(used) == 1 and used[0] > 0  # rows of embeddings were written
     np.testing.assert_array_equal(conversation.run([1, 2, 3]).logits, other.run([1, 2, 3]).logits)
-    assert not session._pending
+    assert not session._pending and session._staging.used == 0
+
+
+def test_a_run_that_the_device_cannot_finish_is_one_sentence(
+    golden_bundle: Bundle, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = FusedSession(golden_bundle, "cpu", op_library=library)
+    monkeypatch.setattr(session.stream, "wait", lambda: False)
+    with pytest.raises(UserError, match="cannot finish a run: check that the GPU and its driver work"):
+        FusedConversation(session, capacity=60).run([1, 2, 3])
+
+
+def test_arrays_reach_the_device_and_come_back(library: Path) -> None:
+    """None is overwritten before the memory is used again, however often it has to grow."""
+    staging = Staging(Stream(library), "cpu")
+    generator = np.random.default_rng(0)
+    for _ in range(3):
+        given, places, values = list[Any](), list[Place](), list[Any]()
+        for size in (3, 0, 70_000, 1, 200_000):
+            arrays: dict[str, npt.NDArray[Any]] = {"x": generator.integers(-9, 9, (2, size), np.int32)}
+            arrays["y"] = generator.random(size).astype(np.float32)
+            given += arrays.values()
+            places += staging.put(arrays).values()
+            held = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items() if size}
+            values += [(arrays[name], found) for name, found in staging.get(held).items()]
+        for array, place in zip(given, places, strict=True):
+            assert (place.shape, place.dtype) == (array.shape, array.dtype) and place.address % array.itemsize == 0
+            assert ctypes.string_at(place.address, array.nbytes) == array.tobytes()
+        for array, found in values:
+            np.testing.assert_array_equal(found, array)
+        assert staging.used >= sum(array.nbytes for array in given)
+        staging.reuse()
+        assert staging.used == 0 and len(staging._blocks) == 1
 
 
 def test_a_stream_outlives_its_sessions(golden_bundle: Bundle, library: Path) -> None:

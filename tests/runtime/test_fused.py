@@ -38,7 +38,7 @@ from ivc_export.runtime.onnxruntime import cuda as fused_module
 from ivc_export.runtime.onnxruntime import fused_graphs as graphs_module
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
-from ivc_export.runtime.onnxruntime.fused_graphs import take_float32
+from ivc_export.runtime.onnxruntime.pixel_types import pixel_bounds, take_float32
 from ivc_export.runtime.onnxruntime.session_options import cuda_options
 from ivc_export.runtime.onnxruntime.workspace import DeviceCache
 from ivc_export.verify.testdata import draw_picture, make_prompt
@@ -314,7 +314,7 @@ def test_pixels_beyond_float16_are_one_sentence(golden_bundle: Bundle, monkeypat
     """What normalisation makes of white and black is known before any picture."""
     m = golden_bundle.manifest
     narrow = m.preprocessing.model_copy(update={"std": (1.0, 1e-5, 1.0), "mean": (0.5, 0.9, 0.5)})
-    assert np.allclose(graphs_module.pixel_bounds(narrow)[:, 1], [-9e4, 1e4])
+    assert np.allclose(pixel_bounds(narrow)[:, 1], [-9e4, 1e4])
     bundle = replace(golden_bundle, manifest=m.model_copy(update={"preprocessing": narrow}))
     FusedSession(bundle, "cpu")
     monkeypatch.setitem(cast("dict[str, str]", graphs_module.DTYPES), "cpu", "float16")

@@ -5,6 +5,7 @@
 
 #include "choose.h"
 #include "device.h"
+#include "pixels.h"
 #include "rows.h"
 #include "selection.h"
 #include "votes.h"
@@ -52,6 +53,10 @@ __global__ void onlyTokenKernel(int32_t rows, int32_t* keepIndex, float* tokenSc
 
 __global__ void __launch_bounds__(kRowThreads) copyRowsKernel(const __grid_constant__ RowCopies copies) {
     copyRows(Team{}, copies, static_cast<int32_t>(blockIdx.x));
+}
+
+__global__ void __launch_bounds__(kPixelThreads) scalePixelsKernel(const __grid_constant__ Pixels p) {
+    scalePixels(Team{}, p, blockIdx.x);
 }
 
 __global__ void __launch_bounds__(kRowThreads) cacheIndexKernel(CacheRows c) {
@@ -169,4 +174,11 @@ cudaError_t ivcAppendRows(const IvcRows* tensors, int32_t count, int32_t rows, c
     c.targetRows = capacity;
     c.offset = pastLength;
     return launchRows(c, tensors, count, rows, stream);
+}
+
+cudaError_t ivcScalePixels(const IvcPixels* extents, const uint8_t* levels, float* pixels, cudaStream_t stream) {
+    const int64_t blocks = possible(*extents) ? pixelBlocks(*extents) : 0;
+    if (blocks == 0 || blocks > INT32_MAX) return cudaErrorInvalidValue;
+    scalePixelsKernel<<<static_cast<unsigned>(blocks), kPixelThreads, 0, stream>>>(Pixels{*extents, levels, pixels});
+    return cudaGetLastError();
 }

@@ -107,6 +107,11 @@ IVC_API size_t ivcAttendJoinedWorkspace(const IvcJoined* joined);
 IVC_API cudaError_t ivcAttendJoined(const IvcJoined* joined, const IvcJoinedRows* rows, void* keyCache,
     void* valueCache, const int32_t* pastLength, void* y, void* workspace, int32_t* counters, cudaStream_t stream);
 
+// Normalises pixels: pixels[o, c, f, i] = (levels[o, c, f % given, i] factor - mean[c]) / std[c], rounded to float32 after
+// each step.
+//   levels uint8 [outer, 3, given, inner]; pixels float32 [outer, 3, frames, inner]
+IVC_API cudaError_t ivcScalePixels(const IvcPixels* extents, const uint8_t* levels, float* pixels, cudaStream_t stream);
+
 // The first kernel of a decode step. It reads what the host has written into memory that host and device share (pinned
 // memory), when it runs. The next kernel starts to read weights meanwhile, if it can.
 //   step int32 [1 + axes + 1 or 2], in pinned memory: the token, its positions, and the numbers of valid rows in the

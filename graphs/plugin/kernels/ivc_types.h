@@ -112,6 +112,16 @@ typedef struct {
     int32_t rounded;  // 1: cosines and sines are rounded to the type
 } IvcStep;
 
+// Levels uint8 [outer, 3, given, inner] of pictures, and how pixels [outer, 3, frames, inner] are made of them.
+typedef struct {
+    int32_t outer;   // > 0
+    int32_t given;   // > 0, frames of the levels
+    int32_t frames;  // > 0; a multiple of `given`, whose frames are repeated
+    int32_t inner;   // > 0
+    float factor;    // of the levels
+    float mean[3], std[3];  // of channels
+} IvcPixels;
+
 // Size of the scratch memory of ivcGiveAnswer, in int32 numbers.
 #define IVC_ANSWER_SCRATCH 385
 

@@ -3,6 +3,7 @@
 // SelectTokens is that of graphs/ops/SelectTokens.onnxtxt. The others are what the lowering `ort-cuda-ops`
 // (ivc_export/lowering/onnxruntime) puts instead of many Gather nodes, instead of products, and around attention. All
 // launch on onnxruntime's stream, and do not wait.
+#include "calls.h"
 #include "joined.h"
 #include "linear.h"
 #include "operator.h"
@@ -240,45 +241,6 @@ OrtCustomOpDomain* domain() {
 }
 
 }  // namespace ivc
-
-// Whether a CUDA call failed. If so, its error is taken here, else the next launch of a kernel would report it.
-static bool failed(cudaError_t status) {
-    if (status) cudaGetLastError();
-    return status != cudaSuccess;
-}
-
-// Memory that host and device both read and write, or null; and the function that frees it.
-extern "C" IVC_API void* ivcSharedMemory(size_t bytes) {
-    void* memory = nullptr;
-    return failed(cudaHostAlloc(&memory, bytes, cudaHostAllocPortable | cudaHostAllocMapped)) ? nullptr : memory;
-}
-extern "C" IVC_API void ivcFreeSharedMemory(void* memory) { cudaFreeHost(memory); }
-
-// A stream on which all sessions of a model run, so that the host need not wait between them, or null; and the functions
-// that wait for all that it was given, and that free it.
-extern "C" IVC_API void* ivcStream() {
-    cudaStream_t stream = nullptr;
-    return failed(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)) ? nullptr : stream;
-}
-extern "C" IVC_API void ivcAwaitStream(void* stream) { failed(cudaStreamSynchronize(static_cast<cudaStream_t>(stream))); }
-extern "C" IVC_API void ivcFreeStream(void* stream) { cudaStreamDestroy(static_cast<cudaStream_t>(stream)); }
-
-// A mark behind what the stream was given so far, or null; and the seconds between two marks, or a negative number. It waits
-// until the stream has reached the second.
-extern "C" IVC_API void* ivcMark(void* stream) {
-    cudaEvent_t mark = nullptr;
-    if (failed(cudaEventCreateWithFlags(&mark, cudaEventDefault))) return nullptr;
-    if (!failed(cudaEventRecord(mark, static_cast<cudaStream_t>(stream)))) return mark;
-    cudaEventDestroy(mark);
-    return nullptr;
-}
-extern "C" IVC_API double ivcSeconds(void* from, void* to) {
-    const auto start = static_cast<cudaEvent_t>(from), end = static_cast<cudaEvent_t>(to);
-    float milliseconds = 0;
-    if (failed(cudaEventSynchronize(end)) || failed(cudaEventElapsedTime(&milliseconds, start, end))) return -1;
-    return 1e-3 * static_cast<double>(milliseconds);
-}
-extern "C" IVC_API void ivcFreeMark(void* mark) { cudaEventDestroy(static_cast<cudaEvent_t>(mark)); }
 
 // What SessionOptions.register_custom_ops_library looks for.
 extern "C" IVC_API OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {

@@ -11,6 +11,7 @@
 #include "../kernels/packed_plan.h"
 #include "../kernels/joined_plan.h"
 #include "../kernels/linear_plan.h"
+#include "../kernels/pixels.h"
 #include "../kernels/rows.h"
 #include "../kernels/selection.h"
 #include "../kernels/step.h"
@@ -384,6 +385,14 @@ int ivcAttendJoined(const IvcJoined* c, const IvcJoinedRows* rows, void* keyCach
     const int32_t* pastLength, void* y, void* workspace, int32_t* counters, size_t backwards) {
     return attendJoined<Float16, BFloat16>(*c, *rows, keyCache, valueCache, pastLength, y, workspace, counters, true, 1,
         Joining(backwards != 0));
+}
+
+int ivcScalePixels(const IvcPixels* extents, const uint8_t* levels, float* pixels, size_t backwards) {
+    if (!possible(*extents)) return 1;
+    launch(static_cast<int>(pixelBlocks(*extents)), 1, 1, backwards != 0, [&](int number, int, int) {
+        scalePixels(Team{kPixelThreads, backwards != 0}, Pixels{*extents, levels, pixels}, number);
+    });
+    return 0;
 }
 
 int ivcTakeStep(const IvcStep* c, const int32_t* step, const void* table, const void* row, const float* frequencies,

@@ -23,7 +23,7 @@ from ivc_export.runtime.onnxruntime.fused_graphs import TURNS, FusedGraphs, Prov
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
 from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU
 from ivc_export.runtime.onnxruntime.stream import StageTimes
-from ivc_export.runtime.onnxruntime.workspace import DeviceCache, HostStep, PictureRows, Values, Workspace
+from ivc_export.runtime.onnxruntime.workspace import DeviceCache, HostStep, PictureRows, Values, Workspace, on_host
 from ivc_export.runtime.plan import Run
 from ivc_export.selection.method import Method
 from ivc_export.tensorrt.memory import available_bytes
@@ -190,28 +190,30 @@ class FusedConversation(Conversation):
 
     def _prefill(self, turn: Turn) -> Step:
         plan, kept = turn.plan, turn.kept
-        session, cache, put = self.session, self.cache, self.session.value
+        session, cache = self.session, self.cache
         times = StageTimes(session.stream, self.timings)
         embeds, added = self._rows(turn)
         vision = self._see(turn, embeds, added, times)
-        arrays = turn.inputs
-        count = load_onnxruntime().OrtValue.ortvalue_from_numpy(arrays.pop("keep_count"))  # on the host
+        arrays, below, above = turn.inputs, self._lengths(plan.rows), self._lengths(kept)
+        count = on_host(arrays.pop("keep_count"))
+        if turn.keep_index is not None:
+            above |= {"keep_index": turn.keep_index, "cache_index": cache.index(turn.keep_index)}
+        totals = self._totals(plan.rows), self._totals(kept)
+        given = session.values(arrays)
         with times.stage("prefill.prefix"):
-            given = {name: put(array) for name, array in arrays.items()}
-            feeds = cache.inputs() | self._lengths(plan.rows) | given
+            feeds = cache.inputs() | given | session.values(below) | totals[0]
             feeds |= {"inputs_embeds": embeds, "keep_count": count} | added
             prefix = session.run("prefix", session.bind("prefix", feeds, cache.outputs()), wait=False)
         with times.stage("prefill.decoder"):
-            feeds = cache.inputs() | self._lengths(kept) | given | prefix
-            if turn.keep_index is not None:
-                feeds |= {"keep_index": put(turn.keep_index), "cache_index": put(cache.index(turn.keep_index))}
-            binding = session.bind("decoder", feeds, cache.outputs() | {"logits": "cpu"})
-            decoder = session.run("decoder", binding)
+            feeds = cache.inputs() | given | prefix | session.values(above) | totals[1]
+            decoder = session.run("decoder", session.bind("decoder", feeds, cache.outputs()), wait=False)
+        names = plan.method.record.operator.outputs
+        found = session.fetched({name: prefix[name] for name in names} | {"logits": decoder["logits"]})
         times.finish()
         cache.swap()
-        logits = self._checked(decoder["logits"].numpy())
-        below, above = self._shown(plan, kept, prefix)
-        return Step(plan, vision, below, above | {"logits": logits}, turn.keep_index)
+        logits = self._checked(found.pop("logits"))
+        more_below, more_above = self._shown(plan, kept, prefix)
+        return Step(plan, vision, found | more_below, {"logits": logits} | more_above, turn.keep_index)
 
     def _rows(self, turn: Turn) -> tuple[OrtValue, Values]:
         """`inputs_embeds` of a prefill, and features for pictures' rows. Vision has not written its rows yet."""
@@ -230,9 +232,9 @@ class FusedConversation(Conversation):
         return put.pop("image_embeds"), put
 
     def _shown(self, plan: Run, kept: int, prefix: Values) -> tuple[Arrays, Arrays]:
-        """The tensors of prefix and decoder that a prefill's Step has besides logits. Caches have their rows, but not
-        yet their lengths."""
-        return {name: prefix[name].numpy() for name in plan.method.record.operator.outputs}, {}
+        """More tensors of prefix and decoder for a prefill's Step. Caches have their rows, but not yet their
+        lengths."""
+        return {}, {}
 
     def _see(
         self, turn: Turn, embeds: OrtValue, added: Values, times: StageTimes
@@ -312,10 +314,9 @@ class FusedConversation(Conversation):
             raise
         return logits
 
-    def _lengths(self, rows: int) -> Values:
-        values: Values = {}
-        for suffix, total in self.cache.lengths(rows).items():
-            values[f"seqlens_k{suffix}"] = self.session.value(np.array([total - 1], np.int32))
-            length = load_onnxruntime().OrtValue.ortvalue_from_numpy(np.array(total, np.int32))
-            values[f"total_sequence_length{suffix}"] = length
-        return values
+    def _lengths(self, rows: int) -> Arrays:
+        return {f"seqlens_k{suffix}": np.array([n - 1], np.int32) for suffix, n in self.cache.lengths(rows).items()}
+
+    def _totals(self, rows: int) -> Values:
+        lengths = self.cache.lengths(rows).items()
+        return {f"total_sequence_length{suffix}": on_host(np.array(n, np.int32)) for suffix, n in lengths}

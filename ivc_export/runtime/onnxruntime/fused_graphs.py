@@ -34,12 +34,14 @@ from ivc_export.runtime.onnxruntime.library import (
     share_arena,
     small_workspaces,
 )
+from ivc_export.runtime.onnxruntime.pixel_types import pixel_bounds, take_float32
 from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU, NO_ROOM, cuda_options, register
 from ivc_export.runtime.onnxruntime.shared_memory import shared_array
-from ivc_export.runtime.onnxruntime.small_graphs import pixels_graph, rows_graph, table_graph
-from ivc_export.runtime.onnxruntime.stream import Stream
+from ivc_export.runtime.onnxruntime.small_graphs import pixels_graph, rows_graph, table_graph, tied_table
+from ivc_export.runtime.onnxruntime.staging import Staging
+from ivc_export.runtime.onnxruntime.stream import Place, Stream, address_of
 from ivc_export.runtime.onnxruntime.weights_memory import WeightsMemory, large_weights, room, view
-from ivc_export.runtime.onnxruntime.workspace import PictureRows, Values
+from ivc_export.runtime.onnxruntime.workspace import PictureRows, Values, on_host
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -53,8 +55,8 @@ Its CPU kernel takes float32."""
 WIDER = "use --backend onnxruntime-cpu, or TensorRT engines built with ivc-build --dtype float32"
 """What to do about values beyond float16."""
 
-STAGED, MOST_STAGED = 1 << 20, 1 << 26
-"""Sizes in bytes of arrays that are uploaded from pinned memory, if our library provides it."""
+Inputs = dict[str, "OrtValue | Place"]
+"""A graph's inputs by name."""
 
 TURNS = threading.RLock()
 """Held by whoever uses the GPU. Sessions of all models in the process share memory, so their runs take turns. Each turn
@@ -111,8 +113,8 @@ class FusedGraphs:
         self.stream = Stream(op_library) if op_library else None
         """On which all sessions run, so that the host need not wait between them."""
         self._pending: list[Any] = []
-        """Bindings of runs for which the host has not waited yet."""
-        self._staging = np.empty(0, np.uint8)
+        """Bindings of runs for which the host has not waited yet, and what else the device still reads."""
+        self._staging = Staging(self.stream, provider) if self.stream else None
         self._owners: list[OrtValue] = []
         """Weights that are not in one memory. On the CPU they are the arrays themselves."""
         self._weights: Values = {}
@@ -129,8 +131,10 @@ class FusedGraphs:
                 raise
             self.cuda_graph = False  # onnxruntime cannot capture a graph with a part on the host
             self._sessions["decode"] = self._open(self._decode(tied))
-        rows = rows_graph(DTYPE_OF_NAMES[self.dtype].onnx) if tied is None else table_graph(tied.name, tied.tensor)
-        self._sessions["rows"], self._gathers = self._open(rows), tied is not None
+        self._gathers, self._table = tied is not None, tied.name if tied else ""
+        if not self._staging:
+            rows = rows_graph(DTYPE_OF_NAMES[self.dtype].onnx) if tied is None else table_graph(tied.name, tied.tensor)
+            self._sessions["rows"] = self._open(rows)
         self._converted.clear()
         self._pixels: dict[Scaling, str] = {}
         """Sessions that normalise pixels, by the way they do it."""
@@ -242,44 +246,56 @@ class FusedGraphs:
         """
         embeds = self.memory((1, len(tokens), self.bundle.manifest.decoder.hidden_size))
         if self._gathers:
-            given = {"tokens": self.value(tokens)}
-            self.run_bound("rows", self.bind("rows", given, {"inputs_embeds": embeds}), wait=False)
+            if self._staging:
+                self._staging.take_rows(self._weights[self._table], tokens, embeds)
+            else:
+                given = {"tokens": self.value(tokens)}
+                self.run_bound("rows", self.bind("rows", given, {"inputs_embeds": embeds}), wait=False)
             return embeds
         for rows in np.split(text, np.flatnonzero(np.diff(text) > 1) + 1) if len(text) else ():
             place = PictureRows(embeds, self.dtype, int(rows[0]), len(rows), 1)
-            given = {"rows": self.value(self.embed(tokens[rows]))}
-            self.run_bound("rows", self.bind("rows", given, {"inputs_embeds": place}), wait=False)
+            found = self.embed(tokens[rows])
+            if self._staging:
+                self._staging.write(found, place.address)
+            else:
+                given = {"rows": self.value(found)}
+                self.run_bound("rows", self.bind("rows", given, {"inputs_embeds": place}), wait=False)
         return embeds
 
-    def memory(self, shape: tuple[int, ...]) -> OrtValue:
-        """Memory on the device for values in the computing dtype, with any content.
+    def memory(self, shape: tuple[int, ...], dtype: npt.DTypeLike | None = None) -> OrtValue:
+        """Memory on the device for values in a dtype, or else the computing dtype, with any content.
 
         Raises:
             UserError: the device has no memory left.
         """
         with told("GPU memory cannot be allocated", SMALLER, CHECK_GPU):
-            kind = np.dtype(self.dtype).type
+            kind = np.dtype(dtype or self.dtype).type
             return load_onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, kind, self.device, 0)
 
-    def picture_inputs(self, picture: Visual) -> Values:
+    def picture_inputs(self, picture: Visual) -> Inputs:
         """The vision graph's inputs for a picture. Its pixels are uploaded as 8-bit levels if these are known. On a
-        stream they are there after the next run that is waited for.
+        stream they are there for the next runs, up to one that is waited for.
         """
         levels = picture.levels
         names = [name for name in picture.inputs if name != PIXELS or levels is None]
-        feeds = {name: self.value(picture.inputs[name]) for name in names}
+        feeds = self.values({name: picture.inputs[name] for name in names})
         if levels is None:
             return feeds
+        if self.stream:
+            given, pixels = self.values({"levels": levels.values})["levels"], self.memory(levels.shape, np.float32)
+            self.stream.make_pixels(levels, address_of(given), address_of(pixels))
+            self._pending.append(given)
+            return feeds | {PIXELS: pixels}
         scaling = Scaling(**{name: getattr(levels.scaling, name) for name in Scaling.model_fields})
         if scaling not in self._pixels:
             self._pixels[scaling] = f"pixels.{len(self._pixels)}"
             self._sessions[self._pixels[scaling]] = self._open(pixels_graph(scaling))
         outer, channels, _, inner = levels.values.shape
         extents = {"expanded": (outer, channels, levels.frames, inner), "shape": levels.shape}
-        given = {"levels": self.value(levels.values)}
-        given |= {name: on_host(np.array(extent, np.int64)) for name, extent in extents.items()}
+        inputs = {"levels": self.value(levels.values)}
+        inputs |= {name: on_host(np.array(extent, np.int64)) for name, extent in extents.items()}
         name = self._pixels[scaling]
-        return feeds | self.run(name, self.bind(name, given, {}), wait=False)
+        return feeds | self.run(name, self.bind(name, inputs, {}), wait=False)
 
     def value(self, array: npt.NDArray[Any]) -> OrtValue:
         """An array in the device's memory. On the CPU this is the array itself.
@@ -288,27 +304,45 @@ class FusedGraphs:
             UserError: the device has no memory for it.
         """
         with told(f"{decimal(array.nbytes)} cannot be copied into GPU memory", SMALLER, CHECK_GPU):
-            given = self._staged(np.ascontiguousarray(array))
+            given = np.ascontiguousarray(array)
             return load_onnxruntime().OrtValue.ortvalue_from_numpy(given, self.device, 0)
 
-    def _staged(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The same where the device fetches it by itself, for what is worth the copy and no weight."""
-        if self.op_library is None or self.device == "cpu" or not STAGED <= array.nbytes <= MOST_STAGED:
-            return array
-        if array.nbytes > self._staging.nbytes:
-            self._staging = self.shared((array.nbytes,), np.uint8)
-        place: npt.NDArray[Any] = self._staging[: array.nbytes].view(array.dtype).reshape(array.shape)
-        place[...] = array
-        return place
+    def values(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Inputs:
+        """The same for several arrays. On a stream the host does not wait for copies of few bytes. They are then there
+        for the next runs, up to one that is waited for.
+        """
+        if self._staging and self._staging.takes(arrays):
+            return {**self._staging.put(arrays)}
+        return {name: self.value(array) for name, array in arrays.items()}
 
-    def bind(self, name: str, inputs: Values, outputs: Mapping[str, OrtValue | PictureRows | str]) -> Any:
+    def fetched(self, values: Values) -> dict[str, npt.NDArray[Any]]:
+        """Copies of values in host memory. This waits for all runs.
+
+        Raises:
+            UserError: one of them failed.
+        """
+        if not (self.stream and self._staging):
+            return {name: value.numpy() for name, value in values.items()}
+        found = self._staging.get(values)
+        if not self.stream.wait():
+            raise UserError(f"the GPU cannot finish a run: {CHECK_GPU}")
+        copies = {name: array.copy() for name, array in found.items()}
+        self._release()
+        return copies
+
+    def bind(self, name: str, inputs: Inputs, outputs: Mapping[str, OrtValue | PictureRows | str]) -> Any:
         """Bind a graph's inputs, and its outputs to memory of the caller's, or to new memory on "cpu" or "cuda"."""
         session = self._sessions[name]
         binding = session.io_binding()
         binding.stream = self.stream  # a binding keeps its session, which must not outlive the stream
         binding.held = inputs, outputs  # a run may outlast the caller's own references to them
         for tensor in session.get_inputs():
-            binding.bind_ortvalue_input(tensor.name, inputs[tensor.name])
+            given = inputs[tensor.name]
+            if isinstance(given, Place):
+                dtype = np.dtype(given.dtype).type
+                binding.bind_input(tensor.name, self.device, 0, dtype, given.shape, given.address)
+            else:
+                binding.bind_ortvalue_input(tensor.name, given)
         for tensor in session.get_outputs():
             place = outputs.get(tensor.name, self.device)
             if isinstance(place, str):
@@ -348,50 +382,16 @@ class FusedGraphs:
         with told(f"{name} cannot run", SMALLER, CHECK_GPU):
             session.run_with_iobinding(binding, options)
         if wait:
-            self._pending.clear()
+            self._release()
 
     def settle(self) -> None:
         """Wait for the runs after which a failure left no run that is waited for, and give up what they use."""
         if self.stream:
             self.stream.wait()
+        self._release()
+
+    def _release(self) -> None:
+        """Give up what runs use, which have all ended."""
         self._pending.clear()
-
-
-def on_host(array: npt.NDArray[Any]) -> OrtValue:
-    """An array in host memory."""
-    return load_onnxruntime().OrtValue.ortvalue_from_numpy(array)
-
-
-def tied_table(bundle: Bundle, decoder: ir.Model) -> Table | None:
-    """lm_head's weight in a lowered decoder, if the embedding table is the same tensor."""
-    table, portable = bundle.manifest.embedding, bundle.graph("decoder")
-    for name, value in portable.graph.initializers.items():
-        stored = value.const_value
-        if isinstance(stored, ir.ExternalTensor) and stored.location == table.file and table.packed is None:
-            lowered = decoder.graph.initializers.get(name)
-            if stored.offset == table.offset and lowered is not None and lowered.const_value is not None:
-                return Table(name, lowered.const_value)
-    return None
-
-
-def pixel_bounds(scaling: Scaling) -> npt.NDArray[np.float64]:
-    """The least and the largest value of each channel of a normalised picture, [2, 3]."""
-    pixels = np.array([[0.0], [255.0]])
-    bounds: npt.NDArray[np.float64] = (pixels * scaling.rescale_factor - np.array(scaling.mean)) / np.array(scaling.std)
-    return bounds
-
-
-def take_float32(vision: ir.Model) -> None:
-    """Let a vision graph take pixels in float32 and cast them itself. On the host, the cast takes tens of
-    milliseconds."""
-    graph = vision.graph
-    (pixels,) = [value for value in graph.inputs if value.name == "pixel_values"]
-    if pixels.dtype == ir.DataType.FLOAT:
-        return
-    given = ir.val("pixel_values", dtype=ir.DataType.FLOAT, shape=pixels.shape)
-    pixels.name = "pixel_values/narrow"
-    cast = ir.node("Cast", [given], {"to": int(pixels.dtype or 0)}, name="pixel_values/cast")
-    graph.inputs[list(graph.inputs).index(pixels)] = given
-    pixels.replace_all_uses_with(cast.outputs[0])
-    cast.outputs[0].name = pixels.name
-    graph.insert_before(graph[0], cast)
+        if self._staging:
+            self._staging.reuse()

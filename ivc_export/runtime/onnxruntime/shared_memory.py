@@ -22,14 +22,17 @@ def functions(library: Path) -> ctypes.CDLL:
         UserError: it lacks one.
     """
     found = ctypes.CDLL(str(library.resolve()))
-    address = ctypes.c_void_p
+    address, number, size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_size_t
     try:
         for name, gives, takes in (
-            ("ivcSharedMemory", address, [ctypes.c_size_t]),
+            ("ivcSharedMemory", address, [size]),
             ("ivcFreeSharedMemory", None, [address]),
             ("ivcStream", address, []),
-            ("ivcAwaitStream", None, [address]),
+            ("ivcAwaitStream", number, [address]),
             ("ivcFreeStream", None, [address]),
+            ("ivcCopy", number, [address, address, address, size]),
+            ("ivcTakeRows", number, [address, address, number, number, address, number, address]),
+            ("ivcMakePixels", number, [address, address, address, address]),
             ("ivcMark", address, [address]),
             ("ivcSeconds", ctypes.c_double, [address, address]),
             ("ivcFreeMark", None, [address]),

@@ -36,8 +36,8 @@ class ShownConversation(FusedConversation):
     """A FusedConversation with the contract's tensors in Step.prefix and Step.decoder of a prefill."""
 
     def _shown(self, plan: Run, kept: int, prefix: Values) -> tuple[Arrays, Arrays]:
-        below, above = super()._shown(plan, kept, prefix)
         m, cache = self.session.bundle.manifest, self.cache
+        below, above = Arrays(), Arrays()
         below["hidden_states"] = prefix["hidden_states"].numpy().astype(np.float32) / np.float32(SCALE)
         if SCORED_VALUES in prefix:
             below[SCORED_VALUES] = prefix[SCORED_VALUES].numpy().astype(np.float32)

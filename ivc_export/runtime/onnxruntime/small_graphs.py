@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import IR_VERSION, OPSET
 from ivc_export.contract.preprocessing import Scaling
+from ivc_export.lowering.onnxruntime.host_steps import Table
 
 INT64 = ir.DataType.INT64
 
@@ -49,6 +51,18 @@ def rows_graph(dtype: ir.DataType) -> ir.Model:
     copy = made.op("Identity", rows)
     copy.name, copy.type = "inputs_embeds", ir.TensorType(dtype)
     return made.model("rows", [rows], copy)
+
+
+def tied_table(bundle: Bundle, decoder: ir.Model) -> Table | None:
+    """lm_head's weight in a lowered decoder, if the embedding table is the same tensor."""
+    table, portable = bundle.manifest.embedding, bundle.graph("decoder")
+    for name, value in portable.graph.initializers.items():
+        stored = value.const_value
+        if isinstance(stored, ir.ExternalTensor) and stored.location == table.file and table.packed is None:
+            lowered = decoder.graph.initializers.get(name)
+            if stored.offset == table.offset and lowered is not None and lowered.const_value is not None:
+                return Table(name, lowered.const_value)
+    return None
 
 
 class Made:

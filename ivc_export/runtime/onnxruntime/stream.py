@@ -6,11 +6,37 @@ import ctypes
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from ivc_export.errors import UserError
+from ivc_export.families.pictures import Levels
 from ivc_export.runtime.interface import Timings
 from ivc_export.runtime.onnxruntime.shared_memory import functions
+
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
+
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32}
+"""NumPy's types by onnxruntime's names."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """An array in the device's memory, at an address."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: npt.DTypeLike
+
+
+def address_of(value: OrtValue | Place) -> int:
+    """Where it is on the device."""
+    return value.address if isinstance(value, Place) else int(value.data_ptr())
 
 
 class Stream:
@@ -21,19 +47,59 @@ class Stream:
     """
 
     def __init__(self, library: Path) -> None:
-        self._functions = functions(library)
+        self.library, self._functions = library, functions(library)
         self.address = self._functions.ivcStream()
         if not self.address:
             raise UserError("CUDA gives no stream: check that the GPU and its driver work")
         weakref.finalize(self, self._functions.ivcFreeStream, self.address).atexit = False
 
-    def wait(self) -> None:
-        """Wait until the device has done all that the stream was given."""
-        self._functions.ivcAwaitStream(self.address)
+    def wait(self) -> bool:
+        """Wait until the device has done all that the stream was given, and tell whether it could."""
+        return bool(self._functions.ivcAwaitStream(self.address))
+
+    def copy(self, to: int, start: int, size: int) -> None:
+        """Copy `size` bytes from address `start` to address `to`. What is on the host is `shared_array`'s."""
+        check_call(self._functions.ivcCopy(self.address, to, start, size))
+
+    def take_rows(self, table: OrtValue, index: Place, to: OrtValue) -> None:
+        """Write rows `index`, int32 [n], of a table [rows, width] to another tensor, [.., n, width]."""
+        rows, width = table.shape()
+        size, count = width * np.dtype(TYPES[table.data_type()]).itemsize, index.shape[0]
+        given, taken, found = address_of(table), address_of(index), address_of(to)
+        check_call(self._functions.ivcTakeRows(self.address, given, rows, size, taken, count, found))
+
+    def make_pixels(self, levels: Levels, start: int, to: int) -> None:
+        """Write the pixels of a picture, float32, to an address. start: the address of the levels' values."""
+        outer, _, given, inner = levels.values.shape
+        scaling = levels.scaling
+        extents = Pixels(outer, given, levels.frames, inner, scaling.rescale_factor)
+        extents.mean[:], extents.std[:] = scaling.mean, scaling.std
+        check_call(self._functions.ivcMakePixels(self.address, ctypes.byref(extents), start, to))
 
     def mark(self) -> Mark:
         """A mark behind all that the stream was given so far."""
         return Mark(self._functions, self.address)
+
+
+class Pixels(ctypes.Structure):
+    """IvcPixels of graphs/plugin/kernels/ivc_types.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("outer", "given", "frames", "inner")),
+        ("factor", ctypes.c_float),
+        ("mean", ctypes.c_float * 3),
+        ("std", ctypes.c_float * 3),
+    )
+
+
+def check_call(taken: int) -> None:
+    """Check that CUDA has taken a call.
+
+    Raises:
+        UserError: it has not.
+    """
+    if not taken:
+        raise UserError("CUDA refuses a copy or a kernel: check that the GPU and its driver work")
 
 
 class Mark:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ivc_export.contract.graphs import TensorName, cache_shape
+from ivc_export.contract.graphs import CacheRole, TensorName, cache_shape
 from ivc_export.contract.manifest import Manifest
 from ivc_export.dtypes import FloatName
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 Values = dict[str, "OrtValue"]
 Place = Callable[[npt.NDArray[Any]], "OrtValue"]
 """Puts an array into the device's memory."""
+
+
+def on_host(array: npt.NDArray[Any]) -> OrtValue:
+    """An array in host memory."""
+    return load_onnxruntime().OrtValue.ortvalue_from_numpy(array)
 
 
 @dataclass(frozen=True)
@@ -93,12 +99,12 @@ class DeviceCache:
 
     def inputs(self) -> Values:
         """past_key.i and past_value.i of all layers."""
-        return {TensorName.of(name).to("past"): value for name, value in self.current.items()}
+        return {in_role(name, "past"): value for name, value in self.current.items()}
 
     def outputs(self) -> Values:
         """present_key.i and present_value.i in place, and compact_key.i and compact_value.i in the second set."""
-        compact = {TensorName.of(name).to("compact"): value for name, value in self.spare.items()}
-        return compact | {TensorName.of(name).to("present"): value for name, value in self.current.items()}
+        compact = {in_role(name, "compact"): value for name, value in self.spare.items()}
+        return compact | {in_role(name, "present"): value for name, value in self.current.items()}
 
     def swap(self) -> None:
         """Make the compacted buffers the current ones."""
@@ -149,6 +155,12 @@ class DeviceCache:
     def lengths(self, rows: int) -> dict[str, int]:
         """Valid rows plus `rows`, by the suffix of a length's name: "", or ".0" for layer 0 kept whole."""
         return {"": self.length + rows} | dict.fromkeys(self.whole, self.whole_length + rows)
+
+
+@cache
+def in_role(name: str, role: CacheRole) -> str:
+    """The name of a layer's keys or values in another role. Each run asks for all layers'."""
+    return TensorName.of(name).to(role)
 
 
 def compacted(m: Manifest) -> list[str]:
@@ -215,7 +227,7 @@ class Workspace:
         cache = DeviceCache.make(m, capacity, dtype, place)
         logits = place(np.zeros((1, 1, m.decoder.vocab_size), np.float32))
         if host is not None:
-            values = {n: load_onnxruntime().OrtValue.ortvalue_from_numpy(x) for n, x in host.arrays.items()}
+            values = {name: on_host(array) for name, array in host.arrays.items()}
             return Workspace(cache, values, logits, host)
         step: Values = {
             "inputs_embeds": place(np.zeros((1, 1, m.decoder.hidden_size), dtype)),
@@ -223,7 +235,5 @@ class Workspace:
         }
         for suffix in cache.lengths(0):
             step[f"seqlens_k{suffix}"] = place(np.zeros(1, np.int32))
-            step[f"total_sequence_length{suffix}"] = load_onnxruntime().OrtValue.ortvalue_from_numpy(
-                np.array(capacity, np.int32)
-            )
+            step[f"total_sequence_length{suffix}"] = on_host(np.array(capacity, np.int32))
         return Workspace(cache, step, logits)

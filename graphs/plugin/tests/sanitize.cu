@@ -1,11 +1,15 @@
-// Calls with many extents, of attention and of products, for compute-sanitizer. Every buffer has its own allocation of
-// exactly the needed size, and cache rows that no call may read are not initialised.
+// Calls of every function of ivc_kernels.h with many extents, for compute-sanitizer. kKinds at the end lists them. Every
+// buffer has its own allocation of exactly the needed size, and cache rows that no call may read are not initialised.
 //
 //   nvcc -std=c++17 -arch=native sanitize.cu ../kernels/*.cu -o sanitize
-//   compute-sanitizer --tool memcheck|racecheck|initcheck ./sanitize [cases]
+//   compute-sanitizer --tool memcheck|racecheck|initcheck ./sanitize [part of a kind's name [cases of a kind]]
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
+#include <algorithm>
+#include <initializer_list>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -22,6 +26,8 @@ void require(cudaError_t status) {
     printf("%s\n", cudaGetErrorString(status));
     exit(1);
 }
+
+size_t bytesOf(IvcType type) { return type == IVC_FLOAT32 ? 4 : 2; }
 
 struct Buffer {
     void* data = nullptr;
@@ -45,9 +51,29 @@ struct Buffer {
         if (bytes > 0) require(cudaMemcpy(data, bits.data(), bytes, cudaMemcpyHostToDevice));
     }
     void fill(const std::vector<int32_t>& values) {
-        require(cudaMemcpy(data, values.data(), bytes, cudaMemcpyHostToDevice));
+        if (bytes > 0) require(cudaMemcpy(data, values.data(), bytes, cudaMemcpyHostToDevice));
     }
+    int32_t* integers() const { return static_cast<int32_t*>(data); }
+    float* floats() const { return static_cast<float*>(data); }
 };
+
+// Memory of the host that the device reads and writes.
+struct Pinned {
+    int32_t* data = nullptr;
+
+    explicit Pinned(size_t size) { require(cudaHostAlloc(reinterpret_cast<void**>(&data), size, cudaHostAllocDefault)); }
+    ~Pinned() { cudaFreeHost(data); }
+    Pinned(const Pinned&) = delete;
+    Pinned& operator=(const Pinned&) = delete;
+};
+
+// Waits, and reads what calls have written.
+void read(std::initializer_list<const Buffer*> buffers) {
+    for (const Buffer* buffer : buffers) {
+        std::vector<char> answer(buffer->bytes);
+        if (buffer->bytes > 0) require(cudaMemcpy(answer.data(), buffer->data, buffer->bytes, cudaMemcpyDeviceToHost));
+    }
+}
 
 void decoder(int number) {
     IvcAttention c{};
@@ -83,8 +109,7 @@ void decoder(int number) {
     length.fill({past});
     require(ivcAttendInPlace(&c, q.data, k.data, v.data, keys.data, values.data, static_cast<int32_t*>(length.data),
         y.data, workspace.data, nullptr));
-    std::vector<char> answer(y.bytes);
-    require(cudaMemcpy(answer.data(), y.data, y.bytes, cudaMemcpyDeviceToHost));
+    read({&y});
 }
 
 void encoder(int number) {
@@ -97,7 +122,7 @@ void encoder(int number) {
     c.blockSize = number % 2 ? between(1, 70) : 0;
     c.rows = c.blockSize ? c.blockSize * between(3, 5) : between(1, 300);
     c.scale = 0.1f;
-    const size_t size = c.type == IVC_FLOAT32 ? 4 : 2;
+    const size_t size = bytesOf(c.type);
     const size_t bytes = static_cast<size_t>(c.frames) * c.heads * c.rows * c.headDim * size;
     c.q = c.k = c.v = {static_cast<int64_t>(c.heads) * c.rows * c.headDim, static_cast<int64_t>(c.rows) * c.headDim,
         c.headDim};
@@ -108,8 +133,7 @@ void encoder(int number) {
     windows.fill(numbers);
     const auto* places = c.blockSize ? static_cast<int32_t*>(windows.data) : nullptr;
     require(ivcEncodeAttend(&c, q.data, k.data, v.data, places, y.data, nullptr));
-    std::vector<char> answer(y.bytes);
-    require(cudaMemcpy(answer.data(), y.data, y.bytes, cudaMemcpyDeviceToHost));
+    read({&y});
 }
 
 void joined(int number) {
@@ -124,7 +148,7 @@ void joined(int number) {
     c.capacity = c.rows + between(0, 300);
     c.scale = 0.1f;
     const int past = between(0, c.capacity - c.rows);
-    const size_t row = c.headDim * (c.type == IVC_FLOAT32 ? 4 : 2), rows = c.rows;
+    const size_t row = c.headDim * bytesOf(c.type), rows = c.rows;
     Buffer x(rows * (c.heads + 2 * c.kvHeads) * row), cos(2 * rows * c.headDim), sin(cos.bytes), norm(row), length(4);
     Buffer keys(c.capacity * c.kvHeads * row), values(keys.bytes), y(rows * c.heads * row), counters(4 * c.kvHeads);
     Buffer workspace(ivcAttendJoinedWorkspace(&c)), q(y.bytes), k(rows * c.kvHeads * row), v(k.bytes);
@@ -145,58 +169,200 @@ void joined(int number) {
     require(ivcTurnHeads(&c, &given, q.data, k.data, number % 3 ? v.data : nullptr, nullptr));
     require(ivcAttendJoined(&c, &given, keys.data, values.data, static_cast<int32_t*>(length.data), y.data,
         workspace.data, static_cast<int32_t*>(counters.data), nullptr));
-    std::vector<char> answer(y.bytes);
-    require(cudaMemcpy(answer.data(), y.data, y.bytes, cudaMemcpyDeviceToHost));
+    read({&y});
 }
 
-void product(int number) {
-    static const int kRows[] = {1, 2, 4, 7, 12};
+// Heads alone, of every size: eight elements of each half for a lane, or four where a half is no multiple of eight.
+void turned(int number) {
+    static const int kSizes[] = {64, 128, 16, 32, 80, 72, 8, 24, 104};
+    IvcJoined c{};
+    c.type = static_cast<IvcType>(number % 3);
+    c.headDim = kSizes[number % 9];
+    c.kvHeads = between(1, 3);
+    c.heads = c.kvHeads * between(1, 4);
+    c.angleRows = between(1, 30);
+    c.rows = c.angleRows * between(1, 3);
+    c.order = number % 2 ? IVC_HEADS_APART : IVC_HEADS_GROUPED;
+    c.epsilon = 1e-6f;
+    c.byHead = number / 2 % 2;
+    const size_t row = c.headDim * bytesOf(c.type), rows = c.rows;
+    const bool normed = (c.headDim & (c.headDim - 1)) == 0 && c.headDim >= 16 && number % 4, rotated = number % 5 != 0;
+    Buffer x(rows * (c.heads + 2 * c.kvHeads) * row), norm(row), cos(rotated ? 2 * c.angleRows * c.headDim : 0), sin(cos.bytes);
+    Buffer q(rows * c.heads * row), k(rows * c.kvHeads * row), v(number % 3 ? k.bytes : 0);
+    for (Buffer* one : {&x, &norm}) one->fill(c.type);
+    for (Buffer* one : {&cos, &sin}) one->fill(IVC_BFLOAT16);
+    const IvcJoinedRows given{x.data, cos.floats(), sin.floats(), normed ? norm.data : nullptr, normed ? norm.data : nullptr};
+    require(ivcTurnHeads(&c, &given, q.data, k.data, v.data, nullptr));
+    read({&q, &k, &v});
+}
+
+// Sizes of products, one for each kernel that extents can choose.
+struct Size {
+    int rows, features, out;
+};
+
+// Products of every plan: few and most octets of a row, rows that are longer, many columns, several rows, and rows that
+// cannot be read in octets.
+void linear(int number) {
+    static const Size kSizes[] = {{1, 72, 40}, {1, 6152, 24}, {1, 10248, 16}, {1, 64, 16392}, {1, 24, 2000}, {1, 40, 5000},
+        {4, 64, 100}, {7, 200, 4200}, {3, 37, 10}, {1, 33, 5}, {12, 2056, 9}};
+    const Size size = kSizes[number % 11];
+    const int turn = number / 11;
     IvcLinear c{};
-    c.type = number % 2 ? IVC_FLOAT16 : IVC_BFLOAT16;
-    c.rows = kRows[number / 5 % 5];
-    c.features = number % 3 ? between(1, 300) : 8 * between(1, 60);
-    c.out = number % 4 ? between(1, 200) : between(1000, 1300);
-    c.activation = IVC_SWISH;
-    c.gated = number % 2;
+    c.type = static_cast<IvcType>(turn % 3);
+    c.rows = size.rows;
+    c.features = size.features;
+    c.out = size.out;
+    c.activation = static_cast<IvcActivation>(number % 4);
+    c.gated = turn / 3 % 2;
     c.slope = c.scale = 1;
-    const int blockSize = 16 << number % 5, bits = number / 3 % 2 ? 8 : 4;
+    c.epsilon = 1e-6f;
+    const size_t one = bytesOf(c.type), features = one * c.features, rows = c.rows, results = one * rows * c.out;
+    const size_t columns = static_cast<size_t>(c.gated + 1) * c.out;
+    Buffer x(rows * features), weight(columns * features), y(results), activated(results);
+    Buffer norm(number % 5 ? features : 0), bias(number % 7 ? one * columns : 0), residual(number % 3 ? results : 0);
+    Buffer sums(one * rows * columns), both(2 * features), normed(rows * features), centred(rows * features);
+    for (Buffer* buffer : {&x, &weight, &norm, &bias, &residual, &sums, &both}) buffer->fill(c.type);
+    require(ivcFusedLinear(&c, x.data, norm.data, weight.data, bias.data, residual.data, y.data, nullptr));
+    require(ivcActivate(&c, sums.data, bias.data, residual.data, activated.data, nullptr));
+    if (norm.bytes > 0) require(ivcNormRows(&c, x.data, norm.data, normed.data, nullptr));
+    c.layerNorm = 1;  // weight, then bias
+    require(ivcNormRows(&c, x.data, both.data, centred.data, nullptr));
+    read({&y, &activated, norm.bytes > 0 ? &normed : &y, &centred});
+}
+
+// The same with packed weights, in blocks of every size.
+void packed(int number) {
+    static const Size kSizes[] = {{1, 40, 50}, {1, 64, 4100}, {2, 72, 60}, {2, 64, 4100}, {4, 136, 33}, {7, 96, 70}, {12, 48, 20},
+        {1, 37, 11}, {5, 300, 9}, {1, 544, 24}};
+    const Size size = kSizes[number % 10];
+    const int turn = number / 10, blockSize = 16 << number % 5, bits = turn % 2 ? 8 : 4;
+    IvcLinear c{};
+    c.type = turn / 2 % 2 ? IVC_FLOAT16 : IVC_BFLOAT16;
+    c.rows = size.rows;
+    c.features = size.features;
+    c.out = size.out;
+    c.activation = static_cast<IvcActivation>(number % 4);
+    c.gated = turn / 4 % 2;
+    c.slope = c.scale = 1;
+    c.epsilon = 1e-6f;
     const size_t blocks = (c.features + blockSize - 1) / blockSize, features = c.features, rows = c.rows;
     const size_t columns = static_cast<size_t>(c.gated + 1) * c.out, results = rows * c.out;
-    Buffer x(2 * rows * features), values(columns * blocks * blockSize * bits / 8), scales(2 * columns * blocks), y(2 * results);
+    Buffer x(2 * rows * features), values(columns * blocks * blockSize * bits / 8), scales(2 * columns * blocks);
     Buffer points(number % 2 ? (columns * ((blocks * bits + 7) / 8) + 1) / 2 * 2 : 0), weight(2 * columns * features);
-    Buffer norm(number % 5 ? 2 * features : 0), bias(number % 7 ? 2 * columns : 0), residual(number % 3 ? 2 * results : 0);
+    Buffer norm(number % 3 ? 2 * features : 0), bias(number % 7 ? 2 * columns : 0), residual(number % 5 ? 2 * results : 0);
+    Buffer y(2 * results);
     for (Buffer* buffer : {&x, &values, &scales, &points, &norm, &bias, &residual}) buffer->fill(c.type);
-    const IvcPacked packed{values.data, scales.data, points.data, blockSize, bits};
-    require(ivcFusedPacked(&c, &packed, x.data, norm.data, bias.data, residual.data, y.data, nullptr));
-    require(ivcUnpack(&c, &packed, weight.data, nullptr));
-    Buffer again(2 * results), normed(2 * rows * features), sums(2 * rows * columns), activated(2 * results);
-    sums.fill(c.type);
-    require(cudaDeviceSynchronize());  // weights are read before the previous kernel has ended
-    require(ivcFusedLinear(
-        &c, x.data, norm.data, weight.data, bias.data, residual.data, again.data, nullptr));
-    if (norm.bytes > 0) require(ivcNormRows(&c, x.data, norm.data, normed.data, nullptr));
-    IvcLinear layer = c;
-    layer.layerNorm = 1;
-    Buffer both(4 * features), centred(2 * rows * features);
-    both.fill(c.type);
-    require(ivcNormRows(&layer, x.data, both.data, centred.data, nullptr));
-    require(ivcActivate(&c, sums.data, bias.data, residual.data, activated.data, nullptr));
-    for (const Buffer* buffer : {&y, &weight, &again, norm.bytes > 0 ? &normed : &y, &centred, &activated}) {
-        std::vector<char> answer(buffer->bytes);
-        require(cudaMemcpy(answer.data(), buffer->data, buffer->bytes, cudaMemcpyDeviceToHost));
+    const IvcPacked given{values.data, scales.data, points.data, blockSize, bits};
+    require(ivcFusedPacked(&c, &given, x.data, norm.data, bias.data, residual.data, y.data, nullptr));
+    require(ivcUnpack(&c, &given, weight.data, nullptr));
+    read({&y, &weight});
+}
+
+// Votes, seeds, scores and kept rows, and the compaction that follows.
+void selection(int number) {
+    static const int kSizes[] = {64, 128, 8, 80, 20};
+    IvcSelection c{};
+    c.type = static_cast<IvcType>(number % 3);
+    c.softmax = number % 2 ? IVC_SOFTMAX_ALL : IVC_SOFTMAX_VISUAL;
+    c.kvHeads = between(1, 3);
+    c.headDim = kSizes[number % 5];
+    c.visual = number % 7 ? between(1, 400) : number % 2 + 1;
+    c.text = between(1, 90);
+    c.rows = c.visual + c.text;
+    c.queries = between(1, c.text);
+    c.keepCount = between(1, c.visual);
+    c.seedDivisor = 2 * between(1, 50);
+    std::vector<int32_t> order(c.rows);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), generator);
+    std::vector<int32_t> visual(order.begin(), order.begin() + c.visual), text(order.begin() + c.visual, order.end());
+    std::sort(visual.begin(), visual.end());
+    std::sort(text.begin(), text.end());
+    const int kept = c.text + c.keepCount, past = between(0, 9), capacity = past + kept + between(0, 5);
+    const size_t row = c.headDim * bytesOf(c.type);
+    Buffer values(c.kvHeads * c.rows * row), priority(4 * c.visual), seeds(4 * ivcSeedCount(c.visual, c.seedDivisor));
+    Buffer visualIndex(4 * c.visual), textIndex(4 * c.text), queryIndex(4 * c.queries), workspace(ivcSelectionWorkspace(&c));
+    Buffer keepIndex(4 * kept), scores(4 * c.visual), gathered(c.kvHeads * kept * row), length(4), origin(4 * capacity);
+    values.fill(c.type);
+    priority.fill(IVC_BFLOAT16);
+    visualIndex.fill(visual);
+    textIndex.fill(text);
+    queryIndex.fill(std::vector<int32_t>(text.end() - c.queries, text.end()));
+    length.fill({past});
+    require(ivcSelectTokens(&c, values.data, priority.floats(), visualIndex.integers(), textIndex.integers(),
+        queryIndex.integers(), keepIndex.integers(), scores.floats(), seeds.integers(), workspace.data, nullptr));
+    require(ivcCacheIndex(keepIndex.integers(), kept, past, capacity, origin.integers(), nullptr));
+    const auto bytes = static_cast<int32_t>(row);
+    const IvcRows rows{values.data, gathered.data, c.kvHeads, bytes};
+    require(ivcCompactGather(&rows, 1, c.rows, keepIndex.integers(), kept, nullptr));
+    Buffer cache(c.kvHeads * capacity * row), appended(c.kvHeads * capacity * row);
+    const IvcRows into{values.data, cache.data, c.kvHeads, bytes}, behind{gathered.data, appended.data, c.kvHeads, bytes};
+    require(ivcCompactGatherInto(&into, 1, c.rows, keepIndex.integers(), kept, length.integers(), capacity, nullptr));
+    require(ivcAppendRows(&behind, 1, kept, length.integers(), capacity, nullptr));
+    read({&keepIndex, &scores, &seeds, &origin, &gathered});
+    Buffer written(c.kvHeads * kept * row);  // caches' other rows are not initialised
+    for (const Buffer* one : {&cache, &appended}) {
+        require(cudaMemcpy2D(written.data, kept * row, static_cast<char*>(one->data) + past * row, capacity * row, kept * row,
+            c.kvHeads, cudaMemcpyDeviceToDevice));
+        read({&written});
     }
 }
+
+// The first and the last kernel of a decode step.
+void step(int number) {
+    static const int kHidden[] = {64, 1536, 37, 4104}, kVocab[] = {5, 1000, 33000, 151936};
+    IvcStep c{};
+    c.type = static_cast<IvcType>(number % 3);
+    c.axes = number % 2 ? 3 : between(1, 6);
+    c.pairs = number % 2 ? 64 : between(1, 70);
+    c.hidden = kHidden[number % 4];
+    c.vocab = kVocab[number / 2 % 4];
+    c.scale = 2;
+    c.rounded = number % 2;
+    const size_t one = bytesOf(c.type), lengths = number % 3 ? 2 : 1;
+    const bool ofTable = number % 5 != 0;
+    const int rows = ofTable ? std::min(c.vocab, 1000) : 1;
+    Pinned given(4 * (1 + c.axes + lengths)), row(one * c.hidden), wanted(4), best(8), told(4 * c.vocab);
+    for (size_t i = 0; i < 1 + c.axes + lengths; ++i) given.data[i] = between(0, rows - 1);
+    memset(row.data, 0, one * c.hidden);
+    *wanted.data = number / 3 % 2;
+    IvcStep begin = c;
+    begin.vocab = rows;
+    Buffer table(ofTable ? one * rows * c.hidden : 0), frequencies(4 * c.axes * c.pairs), embeds(one * c.hidden);
+    Buffer cos(4 * c.pairs), sin(4 * c.pairs), length(4), whole(lengths == 2 ? 4 : 0);
+    Buffer x(one * c.vocab), logits(4 * c.vocab), scratch(4 * IVC_ANSWER_SCRATCH);
+    for (Buffer* buffer : {&table, &x}) buffer->fill(c.type);
+    frequencies.fill(IVC_BFLOAT16);
+    require(cudaMemset(scratch.data, 0, scratch.bytes));
+    for (int i = 0; i < 2; ++i) {
+        require(ivcTakeStep(&begin, given.data, table.data, row.data, frequencies.floats(), embeds.data, cos.floats(),
+            sin.floats(), length.integers(), whole.integers(), nullptr));
+        require(ivcGiveAnswer(&c, x.data, wanted.data, logits.floats(), best.data,
+            reinterpret_cast<float*>(told.data), scratch.integers(), nullptr));
+    }
+    read({&embeds, &cos, &sin, &length, &whole, &logits, &scratch});
+}
+
+struct Kind {
+    const char* name;
+    void (*run)(int number);
+    int cases;
+};
+
+// Cases of a kind are numbered from 0 on.
+const Kind kKinds[] = {{"decoder", decoder, 30}, {"encoder", encoder, 24}, {"joined", joined, 30}, {"turned", turned, 36},
+    {"linear", linear, 66}, {"packed", packed, 80}, {"selection", selection, 30}, {"step", step, 24}};
 
 }  // namespace
 
 int main(int count, char** arguments) {
-    const int cases = count > 1 ? atoi(arguments[1]) : 40;
-    for (int i = 0; i < cases; ++i) {
-        decoder(i);
-        encoder(i);
-        joined(i);
-        product(i);
+    for (const Kind& kind : kKinds) {
+        if (count > 1 && !strstr(kind.name, arguments[1])) continue;
+        const int cases = count > 2 ? atoi(arguments[2]) : kind.cases;
+        for (int i = 0; i < cases; ++i) kind.run(i);
+        require(cudaDeviceSynchronize());
+        printf("%s: %d cases ran\n", kind.name, cases);
+        fflush(stdout);
     }
-    require(cudaDeviceSynchronize());
-    printf("%d cases ran\n", 4 * cases);
 }

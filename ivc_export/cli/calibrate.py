@@ -13,7 +13,7 @@ from rich.table import Table
 from ivc_export import __version__
 from ivc_export.cli import Parser, check_output, make_console
 from ivc_export.cli.methods import SCORED_HELP, add_method_options, given_method
-from ivc_export.contract.calibration import ENOUGH, Calibration, verdict
+from ivc_export.contract.calibration import ENOUGH, Calibration, shortfall, verdict
 from ivc_export.contract.manifest import Scored
 from ivc_export.contract.ratio import check_ratio
 from ivc_export.errors import UserError
@@ -113,9 +113,9 @@ def command(arguments: Sequence[str]) -> int:
         f"layer {found.layer} is proposed at ratio {found.ratio:g}: to use it, export with --calibration "
         f"{options.output}"
     )
-    sentence = verdict(found)
-    if sentence:
-        console.print(sentence, markup=False)
+    for sentence in (shortfall(found, options.agreement), verdict(found)):
+        if sentence:
+            console.print(sentence, markup=False)
     return 0
 
 

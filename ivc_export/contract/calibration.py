@@ -100,6 +100,17 @@ def propose(trials: Sequence[Trial], ratio: float, enough: float = ENOUGH) -> in
     return (agreeing[0] if agreeing else min(found, key=lambda trial: trial.divergence)).layer
 
 
+def shortfall(found: Calibration, enough: float = ENOUGH) -> str | None:
+    """A sentence if fewer than `enough` of the answers agree at the proposed layer, and so at every layer."""
+    (agreement,) = (t.agreement for t in found.trials if (t.layer, t.ratio) == (found.layer, found.ratio))
+    if agreement >= enough:
+        return None
+    return (
+        f"no layer keeps {enough:.4g} of the answers at ratio {found.ratio:g}: layer {found.layer} has the least "
+        f"divergence, and keeps {agreement:.4g}; give a larger --ratio, or a smaller --agreement"
+    )
+
+
 def verdict(found: Calibration) -> str | None:
     """A sentence on whether the choice of tokens makes a difference. None if there is no random choice to compare with.
 

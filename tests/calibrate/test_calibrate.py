@@ -22,7 +22,7 @@ from ivc_export.calibrate.sweep import (
     read_examples,
 )
 from ivc_export.checkpoint.folder import Checkpoint
-from ivc_export.contract.calibration import Calibration, Rival, Trial, propose, read_calibration, verdict
+from ivc_export.contract.calibration import Calibration, Rival, Trial, propose, read_calibration, shortfall, verdict
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
@@ -146,6 +146,15 @@ def test_the_verdict_says_where_chance_does_as_well(
     changes = {"trials": tuple(one for one, _ in cases), "rivals": tuple(rival for _, rival in cases)}
     said = verdict(found.model_copy(update=changes))
     assert (said is None) if words is None else (said is not None and words in said)
+
+
+@pytest.mark.parametrize(("enough", "reached"), [(0.8, True), (0.81, False)])
+def test_a_layer_that_falls_short_is_told(found: Calibration, enough: float, reached: bool) -> None:
+    trials = (trial(2, 0.7, 0.2), trial(3, 0.8, 0.1))
+    layer = propose(trials, 0.5, enough)
+    said = shortfall(found.model_copy(update={"trials": trials, "layer": layer, "ratio": 0.5}), enough)
+    assert (said is None) == reached
+    assert said is None or ("no layer keeps 0.81 of the answers at ratio 0.5: layer 3" in said and "keeps 0.8;" in said)
 
 
 def test_divergence_is_that_of_bundles(tmp_path: Path) -> None:

@@ -67,6 +67,19 @@ def test_impossible_rows_are_refused(kernels: Kernels) -> None:
         replace(case, cos=np.zeros((count + 1, case.size // 2), np.float32)).run(kernels)
 
 
+@pytest.mark.parametrize("name", ["cos", "sin"])
+def test_angles_that_cannot_be_read_at_once_are_refused(kernels: Kernels, name: str) -> None:
+    """Where they do not lie at a multiple of 16 bytes."""
+    case = next(c for c in map(joined_case, range(500)) if len(c.rows) == 1 and c.cos is not None)
+    joined, rows, _held = case.structs(kernels)
+    for offset in (4, 8, 12):
+        moved = type(rows.contents).from_buffer_copy(rows.contents)
+        setattr(moved, name, getattr(moved, name) + offset)
+        for function, others in (("ivcTurnHeads", 3), ("ivcAttendJoined", 6)):
+            with pytest.raises(AssertionError, match="returned 1"):
+                kernels.call(function, joined, ctypes.pointer(moved), *[ctypes.c_void_p(0)] * others)
+
+
 @pytest.mark.parametrize("name", ["rows", "heads", "kv_heads", "head_dim"])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_rows_without_extents_are_refused(kernels: Kernels, name: str, grouped: bool) -> None:

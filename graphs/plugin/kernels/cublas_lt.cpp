@@ -107,7 +107,7 @@ uint32_t alignment(const void* data) {
 // Describes a product to cuBLASLt, which reads matrices by columns: y^T = W x^T for tensors in rows.
 class Described {
    public:
-    explicit Described(const MatMul& m) {
+    explicit Described(const MatMul& m) : Described() {  // so that what is made is given back where this fails
         const IvcLinear& p = m.product;
         const auto type = typeOf(m);
         require(lt().MatmulDescCreate(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
@@ -131,6 +131,8 @@ class Described {
     cublasLtMatrixLayout_t weight = nullptr, x = nullptr, y = nullptr;
 
    private:
+    Described() = default;
+
     template <class Value>
     void set(cublasLtMatmulDescAttributes_t attribute, Value value) {
         require(lt().MatmulDescSetAttribute(product, attribute, &value, sizeof value));

@@ -97,7 +97,7 @@ typedef struct {
 // Joined rows, with the angles that rotate heads and the weights that normalise them.
 typedef struct {
     const void* rows;                 // [rows, (heads + 2 kvHeads) headDim]
-    const float *cos, *sin;           // [angleRows, headDim / 2]; null: no rotation
+    const float *cos, *sin;           // [angleRows, headDim / 2], at multiples of 16 bytes; null: no rotation
     const void *queryNorm, *keyNorm;  // weights [headDim] of an RMS norm of each head; null: no norm
 } IvcJoinedRows;
 

@@ -1,17 +1,26 @@
 // Chooses the kernels of a call on joined rows, from extents alone.
 #pragma once
 
+#include <initializer_list>
+
 #include "attend_plan.h"
 #include "attend_row.h"
 
 namespace ivc {
+
+// Whether addresses are multiples of 16 bytes.
+inline bool inSixteens(std::initializer_list<const void*> tensors) {
+    uintptr_t together = 0;
+    for (const void* tensor : tensors) together |= reinterpret_cast<uintptr_t>(tensor);
+    return together % 16 == 0;
+}
 
 inline bool possible(const IvcJoined& c, const IvcJoinedRows& r) {
     const bool normed = r.queryNorm || r.keyNorm;
     return c.rows > 0 && c.kvHeads > 0 && c.heads > 0 && c.heads % c.kvHeads == 0 && c.headDim > 0 &&
            c.headDim <= 128 && c.headDim % 8 == 0 && (!normed || (c.headDim & (c.headDim - 1)) == 0) &&
            c.type >= IVC_FLOAT32 && c.type <= IVC_BFLOAT16 && (r.cos == nullptr) == (r.sin == nullptr) &&
-           (!(r.cos || c.byHead) || (c.angleRows > 0 && c.rows % c.angleRows == 0)) &&
+           inSixteens({r.cos, r.sin}) && (!(r.cos || c.byHead) || (c.angleRows > 0 && c.rows % c.angleRows == 0)) &&
            static_cast<int64_t>(c.rows) * (c.heads + 2 * c.kvHeads) * (c.headDim / 8) < INT32_MAX - kTurnThreads;
 }
 

@@ -24,6 +24,7 @@ struct Description {
 };
 
 std::atomic<int> asked{0}, multiplied{0}, held{0};
+int until = -1;  // descriptions that can still be made; any number if it is below 0
 
 void require(bool fact, const char* what) {
     if (fact) return;
@@ -32,9 +33,12 @@ void require(bool fact, const char* what) {
 }
 
 template <class Kept, class Opaque>
-void keep(Opaque* to, Kept value) {
+cublasStatus_t keep(Opaque* to, Kept value) {
+    if (until == 0) return CUBLAS_STATUS_ALLOC_FAILED;
+    if (until > 0) --until;
     ++held;
     *to = reinterpret_cast<Opaque>(new Kept(value));
+    return CUBLAS_STATUS_SUCCESS;
 }
 
 template <class Kept, class Opaque>
@@ -55,8 +59,7 @@ cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* to, cublasComputeType_t, cudaDataType_t) {
-    keep(to, Description{});
-    return CUBLAS_STATUS_SUCCESS;
+    return keep(to, Description{});
 }
 cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t from) { return drop<Description>(from); }
 cublasStatus_t cublasLtMatmulDescSetAttribute(
@@ -68,13 +71,11 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(
 }
 cublasStatus_t cublasLtMatrixLayoutCreate(
     cublasLtMatrixLayout_t* to, cudaDataType, uint64_t rows, uint64_t columns, int64_t) {
-    keep(to, Layout{rows, columns});
-    return CUBLAS_STATUS_SUCCESS;
+    return keep(to, Layout{rows, columns});
 }
 cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t from) { return drop<Layout>(from); }
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* to) {
-    keep(to, 0);
-    return CUBLAS_STATUS_SUCCESS;
+    return keep(to, 0);
 }
 cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t from) { return drop<int>(from); }
 cublasStatus_t cublasLtMatmulPreferenceSetAttribute(
@@ -159,6 +160,18 @@ void testProduct() {
     require(y == std::vector<float>{118, 228, 330, 440}, "it is scale x W^T + b + r");
 }
 
+void testFailures() {
+    std::vector<float> memory(64, 1.0f);
+    const IvcLinear p = product(3, 5, 7);
+    float* const m = memory.data();
+    for (int made = 0; made < 5; ++made) {  // the description, three layouts and the preference
+        until = made;
+        require(ivcMatMul(&p, m, m, nullptr, nullptr, m, nullptr, nullptr) != cudaSuccess, "a description that fails is told");
+        require(held == 0, "what was made before it is given back");
+    }
+    until = -1;
+}
+
 // How often cuBLASLt was asked for a way to products of so many rows, one after the other.
 int askedFor(int32_t first, int32_t last) {
     alignas(256) static float memory[1 << 16];
@@ -187,6 +200,7 @@ void testWays() {
 int main() {
     testRefusals();
     testProduct();
+    testFailures();
     testWays();
     return 0;
 }

@@ -11,7 +11,6 @@ import pytest
 
 from tests.native.attention import STORED
 from tests.native.kernels import TYPES, Kernels
-from tests.native.linear import ROUNDING
 
 SCRATCH = 385
 
@@ -22,7 +21,6 @@ class IvcStep(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("axes", "pairs", "hidden", "vocab", "type")),
         ("scale", ctypes.c_float),
-        ("rounded", ctypes.c_int32),
     ]
 
 
@@ -44,18 +42,15 @@ def test_a_step_is_taken(kernels: Kernels, dtype: str, whole: bool, given: bool)
         step = np.array([token, *positions, 55, 77][: 5 + whole], np.int32)
         embeds, lengths = np.zeros(hidden, table.dtype), np.zeros((2, 1), np.int32)
         turns = np.full((2, pairs), np.nan, np.float32)
-        scale, rounded = (0.0625, 1) if token else (1, 0)
-        struct = IvcStep(axes, pairs, hidden, vocab, TYPES[dtype], scale, rounded)
+        scale = 0.0625 if token else 1
+        struct = IvcStep(axes, pairs, hidden, vocab, TYPES[dtype], scale)
         source = (None, table[token].copy()) if given else (table, None)
         arrays = (step, *source, frequencies, embeds, *turns, lengths[0], lengths[1] if whole else None)
         kernels.call("ivcTakeStep", ctypes.pointer(struct), *map(pointer, arrays))
         np.testing.assert_array_equal(embeds, (table[token].astype(np.float32) * scale).astype(table.dtype))
         np.testing.assert_array_equal(lengths[:, 0], [55, 77 * whole])
         angles = (positions[:, None] * frequencies.astype(np.float64)).sum(axis=0)
-        atol = 3e-4 + rounded * ROUNDING[dtype]
-        np.testing.assert_allclose(turns, [np.cos(angles), np.sin(angles)], atol=atol)
-        if rounded:
-            np.testing.assert_array_equal(turns, turns.astype(table.dtype).astype(np.float32))
+        np.testing.assert_allclose(turns, [np.cos(angles), np.sin(angles)], atol=3e-4)
 
 
 @pytest.mark.parametrize("dtype", STORED)
@@ -88,7 +83,7 @@ def test_impossible_steps_are_refused(kernels: Kernels) -> None:
     none = ctypes.c_void_p(0)
     for extents in ((0, 1, 1, 1), (254, 1, 1, 1), (1, 0, 1, 1), (1, 1, -1, 1), (1, 1, 1, 0)):
         with pytest.raises(AssertionError, match="returned 1"):
-            kernels.call("ivcTakeStep", ctypes.pointer(IvcStep(*extents, 0, 1, 0)), *[none] * 9)
+            kernels.call("ivcTakeStep", ctypes.pointer(IvcStep(*extents, 0, 1)), *[none] * 9)
     for vocab in (0, -1, 2**24 + 1):
         with pytest.raises(AssertionError, match="returned 1"):
             kernels.call("ivcGiveAnswer", ctypes.pointer(IvcStep(1, 1, 1, vocab, 0)), *[none] * 6)

@@ -108,8 +108,7 @@ typedef struct {
     int32_t hidden;  // > 0, elements of a row of embeddings
     int32_t vocab;   // > 0, up to 2^24
     IvcType type;    // of embeddings, and of the logits that the model gives
-    float scale;      // factor of a row of embeddings
-    int32_t rounded;  // 1: cosines and sines are rounded to the type
+    float scale;     // factor of a row of embeddings
 } IvcStep;
 
 // Levels uint8 [outer, 3, given, inner] of pictures, and how pixels [outer, 3, frames, inner] are made of them.

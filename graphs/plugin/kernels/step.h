@@ -30,7 +30,6 @@ struct TakeStep {
     int32_t* lengths[2];
     int32_t axes, pairs, hidden, vocab, lengthCount;
     float scale;
-    bool rounded;
     bool whole;  // rows can be read and written in octets
 };
 
@@ -38,7 +37,7 @@ inline TakeStep planned(const IvcStep& c, const int32_t* step, const void* table
     const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength) {
     const void* rows = table ? table : row;
     return {step, rows, table != nullptr, frequencies, embeds, cos, sin, {length, wholeLength}, c.axes, c.pairs,
-        c.hidden, c.vocab, wholeLength ? 2 : 1, c.scale, c.rounded != 0, inOctets(c.hidden, {rows, embeds})};
+        c.hidden, c.vocab, wholeLength ? 2 : 1, c.scale, inOctets(c.hidden, {rows, embeds})};
 }
 
 struct StepShared {
@@ -98,9 +97,9 @@ IVC_WARP void takeStep(Block& block, StepShared& shared, const TakeStep& t) {
             const int thread = warp * kWarp + lane;
             if (t.ofTable) takeRow<Value>(t, clamped(shared.step[0], t.vocab), thread);
             for (int32_t i = thread; i < t.pairs; i += kStepThreads) {
-                const float angle = angleOf(t, shared, i), cos = cosf(angle), sin = sinf(angle);
-                t.cos[i] = t.rounded ? static_cast<float>(static_cast<Value>(cos)) : cos;
-                t.sin[i] = t.rounded ? static_cast<float>(static_cast<Value>(sin)) : sin;
+                const float angle = angleOf(t, shared, i);
+                t.cos[i] = cosf(angle);
+                t.sin[i] = sinf(angle);
             }
             if (thread < t.lengthCount) *t.lengths[thread] = shared.step[1 + t.axes + thread];
         });

@@ -10,8 +10,7 @@ namespace ivc {
 // ivcTakeStep. Either table or row is given. step and row are in host memory, which is pinned if the device is a GPU.
 class TakeStep {
    public:
-    explicit TakeStep(const Ort::ConstKernelInfo& node)
-        : scale_(node.GetAttribute<float>("scale")), rounded_(node.GetAttribute<int64_t>("rounded") != 0) {}
+    explicit TakeStep(const Ort::ConstKernelInfo& node) : scale_(node.GetAttribute<float>("scale")) {}
 
     OrtStatusPtr ComputeV2(OrtKernelContext* context) const {
         return guarded([&] { compute(Ort::KernelContext(context)); });
@@ -32,7 +31,6 @@ class TakeStep {
         c.vocab = static_cast<int32_t>(shape[0]);
         c.type = ivcType(rows.GetTensorTypeAndShapeInfo().GetElementType());
         c.scale = scale_;
-        c.rounded = rounded_;
         const int32_t lengths = lengthOf(context.GetInput(0)) - 1 - c.axes;
         require(lengths == 1 || lengths == 2, "TakeStep: step must hold a token, its positions, and one or two lengths");
         auto embeds = context.GetOutput(0, Shape{1, 1, c.hidden});
@@ -48,7 +46,6 @@ class TakeStep {
     }
 
     float scale_;
-    bool rounded_;
 };
 
 // GiveAnswer(x [1, vocab], wanted int32 [1], best int32 [2], told float32 [vocab]) -> logits float32 [1, 1, vocab]: see

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +34,8 @@ def take_host_steps(model: ir.Model, table: Table | None, hidden: int) -> bool:
     All inputs except caches are replaced by these: step int32 [1 + axes + lengths] (the token, its positions, valid
     rows of the caches); wanted int32 [1] (whether all logits are wanted in host memory); best int32 [2] (written: the
     best token, and whether logits are finite); told float32 [vocab] (written if wanted: logits); and, without a table,
-    row [1, 1, hidden], the token's embedding. Where the row is read, it is scaled, and cosines and sines are computed,
-    and rounded if the graph does so. logits stay an output.
+    row [1, 1, hidden], the token's embedding. Where the row is read, it is scaled, and cosines and sines are computed.
+    logits stay an output.
 
     Returns whether it was possible. It is only for graphs of the known form; others stay unchanged.
     """
@@ -53,8 +52,6 @@ def take_host_steps(model: ir.Model, table: Table | None, hidden: int) -> bool:
     dtype = embedded.dtype
     assert dtype is not None
     scaled, scale = scaled_alone(embedded)
-    narrow = [node for one in angles.tables for node in one.consumers()]
-    rounded = dtype != ir.DataType.FLOAT and all(casts_to(node, dtype) for node in narrow)
     first = graph[0]
     step, wanted, best = (
         ir.val(name, dtype=ir.DataType.INT32, shape=[size])
@@ -68,13 +65,8 @@ def take_host_steps(model: ir.Model, table: Table | None, hidden: int) -> bool:
     if table and table.name not in graph.initializers:
         add_initializer(graph, table.name, table.tensor)
     inputs = [step, graph.initializers[STEP_FREQUENCIES], graph.initializers[table.name] if table else None, row]
-    attributes: dict[str, Any] = {"scale": scale, "rounded": int(rounded)}
-    embeds, cos, sin, *found = edit.op(
-        first, "TakeStep", *inputs, outputs=3 + len(lengths), domain=IVC_DOMAIN, **attributes
-    )
-    for node in narrow if rounded else ():  # back to float32, which rounds nothing any more
-        for wide in [user for user in node.outputs[0].consumers() if casts_to(user, ir.DataType.FLOAT)]:
-            wide.outputs[0].replace_all_uses_with(node.inputs[0])  # type: ignore[arg-type]
+    outputs = 3 + len(lengths)
+    embeds, cos, sin, *found = edit.op(first, "TakeStep", *inputs, outputs=outputs, domain=IVC_DOMAIN, scale=scale)
     for old, new in zip((scaled, *angles.tables, *lengths), (embeds, cos, sin, *found), strict=True):
         old.replace_all_uses_with(new)
     last = logits.producer()
@@ -127,11 +119,6 @@ def scaled_alone(embeds: ir.Value) -> tuple[ir.Value, float]:
         if len(by) == 1:
             return users[0].node.outputs[0], by[0]
     return embeds, 1.0
-
-
-def casts_to(node: ir.Node, dtype: ir.DataType) -> bool:
-    """Whether a node casts to a type."""
-    return node.op_type == "Cast" and node.attributes["to"].as_int() == dtype
 
 
 def logits_behind(logits: ir.Value) -> ir.Value | None:

@@ -31,6 +31,13 @@ def page(name: str) -> str:
     return " ".join(read(ROOT / name).split())
 
 
+def check_said(name: str, *sentences: str) -> None:
+    """Check that a page has these sentences."""
+    text = page(name)
+    for sentence in sentences:
+        assert sentence in text, sentence
+
+
 @pytest.mark.parametrize(("zero_points", "least", "most"), [(False, 8, 9), (True, 4, 5)])
 def test_the_search_saves_what_is_said_on_normal_values(zero_points: bool, least: int, most: int) -> None:
     values = np.random.default_rng(0).standard_normal((512, 1536)).astype(np.float32)
@@ -99,16 +106,15 @@ def test_what_is_said_of_answers_was_measured() -> None:
     part = half["IVC-Prune"]["all"]["accuracy"] / methods["none"]["1.0"]["first"]["all"]["accuracy"]
     boxes = [percent(half[name]["grounding"]["accuracy"]) for name in ("random", "IVC-Prune", "foreground only")]
     early = percent(before["IVC-Prune"]["0.5"]["first"]["all"]["accuracy"])
-    text = page("docs/benchmarks.md")
-    for sentence in (
+    check_said(
+        "docs/benchmarks.md",
         f"IVC-Prune keeps {percent(part)}% of the unpruned accuracy",
         "At 50%, {}% of boxes are right with random tokens, {}% with IVC-Prune, and {}% with foreground".format(*boxes),
         f"Before that part, IVC-Prune at 50% kept {early}%",
         f"was asked {result('spatial-vl-pruning')['test_questions']:,} held-out questions",
         f"k = {result('spatial-vl-pruning')['layer']} of 8, was chosen on "
         f"{result('spatial-vl-pruning')['calibration_questions']} other questions",
-    ):
-        assert sentence in text, sentence
+    )
 
 
 def test_what_is_said_of_onnxruntime_on_a_gpu_was_measured() -> None:
@@ -128,7 +134,8 @@ def test_what_is_said_of_onnxruntime_on_a_gpu_was_measured() -> None:
     plain = content["trial"]["as here"]["decode"]
     again = result("functions-h200")["after_by_before"]["1024 visual tokens, ratio 1"]
     text = page("docs/benchmarks.md")
-    for sentence in (
+    check_said(
+        "docs/benchmarks.md",
         f"the first token comes {first:.1f} times as fast as eager, and a token {decode:.1f} times as fast",
         "Our targets were 3 and 20 times",
         "it took {:.0f} and {:.0f} ms to the first token".format(*(peer["first_token"] for peer in peers)),
@@ -138,8 +145,7 @@ def test_what_is_said_of_onnxruntime_on_a_gpu_was_measured() -> None:
         f"a decode step was slower ({trial:.1f} ms instead of {plain:.1f} ms)",
         f"which the roofline allows in {ours['ideal']['decode']:.1f} ms",
         f"took {again['first_token']:.3f} times as long to the first token and {again['decode']:.3f} times as long",
-    ):
-        assert sentence in text, sentence
+    )
     intervals = [one["interval_95"] for one in result("functions-h200")["cpu"]["after_by_before"].values()]
     assert len(intervals) == 9 and all(low <= 1 <= high for low, high in intervals)
     assert (
@@ -165,8 +171,8 @@ def test_what_is_said_of_our_operators_was_measured() -> None:
     tokens = sorted(run["decode"] for run in earlier)
     beside = {row["side"]: row for row in content["beside"]["rows"] if row["ratio"] == 1.0}
     own, eager = beside["onnxruntime-cuda"], beside["torch-eager"]
-    text = page("docs/benchmarks.md")
-    for sentence in (
+    check_said(
+        "docs/benchmarks.md",
         "after {:.1f}, {:.1f} and {:.1f} ms. Before".format(*(now[size, 1.0]["first_token"] for size in sizes)),
         "it came after {:.1f}, {:.1f} and {:.1f} ms".format(*(before[size, 1.0]["first_token"] for size in sizes)),
         f"{steps[0][0]:.2f} to {steps[0][-1]:.2f} ms instead of {steps[1][0]:.2f} to {steps[1][-1]:.2f} ms",
@@ -193,8 +199,7 @@ def test_what_is_said_of_our_operators_was_measured() -> None:
         "and {:.2f} ms against {:.2f} ms a token".format(*(way[256, 1.0]["decode"] for way in (without, before))),
         f"ours took {own['first_token']:.1f} ms to the first token and {own['decode']:.2f} ms a token, and eager took "
         f"{eager['first_token']:.1f} and {eager['decode']:.1f} ms",
-    ):
-        assert sentence in text, sentence
+    )
 
 
 def test_what_is_said_of_the_profile_was_measured() -> None:
@@ -211,8 +216,8 @@ def test_what_is_said_of_the_profile_was_measured() -> None:
 
     norms = [taken(content, "cuApplyLayerNorm", "NormRows<__half, 5") for content in (before, now)]
     turns = [taken(content, "turnKernel") for content in (before, now)]
-    text = page("docs/profile.md")
-    for sentence in (
+    check_said(
+        "docs/profile.md",
         f"went from {norms[0]:.2f} to {norms[1]:.2f} ms at 1,024 visual tokens",
         f"`TurnHeads` from {turns[0]:.2f} to {turns[1]:.2f} ms",
         f"Kernels take {now[256]['first_token']['kernel_ms']:.1f} of {rows[256]['first_token']:.1f} ms",
@@ -231,8 +236,7 @@ def test_what_is_said_of_the_profile_was_measured() -> None:
         f"{result('generate-h200')['ceilings'][0]['copy_gb_per_second'] / 1000:.1f} TB/s",
         f"take {steps[256]['matrix products']:.2f} to {steps[4096]['matrix products']:.2f} ms in sum",
         f"from {steps[256]['attention']:.2f} ms at 256 to {steps[4096]['attention']:.2f} ms at 4,096",
-    ):
-        assert sentence in text, sentence
+    )
     assert sum(small.values()) < rows[256]["first_token"]
 
 
@@ -245,8 +249,8 @@ def test_what_is_said_of_weights_in_4_bits_on_a_gpu_was_measured() -> None:
     kinds = by_kind(step, count)
     head = sum(one["ms"] for one in step["kernels"] if "MatMulFloat8b" in one["name"]) / count
     less = 1 - packed["device_bytes"]["opened"] / floats["device_bytes"]["opened"]
-    text = page("docs/weights.md")
-    for sentence in (
+    check_said(
+        "docs/weights.md",
         f"take {percent(less, 0)}% less memory when the bundle is open, and "
         f"{percent(1 - packed['decode_of_float16s'], 0)}% less time a token",
         f"The first token takes {percent(packed['first_token_of_float16s'] - 1, 0)}% longer",
@@ -255,8 +259,7 @@ def test_what_is_said_of_weights_in_4_bits_on_a_gpu_was_measured() -> None:
         f"{kinds['matrix products']:.2f} of {step['kernel_ms'] / count:.2f} ms, and lm_head's are {head:.2f} ms",
         f"Attention ({kinds['attention']:.2f} ms)",
         f"there are {content['rounds']} rounds, and without them {content['without_library']['rounds']}",
-    ):
-        assert sentence in text, sentence
+    )
     assert (
         f"A token takes {packed['decode_of_float16s']:.2f} of float16's time, and the first token "
         f"{packed['first_token_of_float16s']:.2f}" in page("docs/benchmarks.md")
@@ -271,14 +274,13 @@ def test_what_is_said_of_answers_and_errors_on_cuda_was_measured() -> None:
     digits = re.compile(r"[(),0-9]+")
     parts = [one for run in content["runs"].values() for kept in run["ratios"].values() for one in kept["differing"]]
     logits = max(errors["logits"] for errors in content["parity"]["models"].values())
-    text = page("docs/benchmarks.md")
-    for sentence in (
+    check_said(
+        "docs/benchmarks.md",
         f"{words[differing[1]]} answers differ at ratio 1, and without them {words[differing[0]]}",
         f"At ratio 0.5, {words[differing[3]]} differ with them, and {words[differing[2]]} without",
         f"logits are within {logits:.1e} of the largest",
         f"within {max(content['library']['models'].values()):.1e} of the largest of those without",
-    ):
-        assert sentence in text, sentence
+    )
     assert len(content["library"]["models"]) == 7 and content["questions"] == 200
     assert all(digits.fullmatch(one[side]) for one in parts for side in ("bundle", "transformers"))
 
@@ -301,16 +303,15 @@ def test_what_is_said_of_tensorrt_was_measured() -> None:
     assert any("infinite" in note and "each of twelve builds" in note for note in exact["notes"])
     assert min(enqueued) >= 0.35 and max(enqueued) < 0.85 and ideal < 0.025
     ceilings = layers["ceilings"]
-    text = page("docs/benchmarks.md")
-    for sentence in (
+    check_said(
+        "docs/benchmarks.md",
         "at most 0.35% of the largest logit apart",
         f"takes {ceilings['flops_per_second'] / 1e12:.0f} TFLOP/s for matrix products and "
         f"{ceilings['bytes_per_second'] / 1e12:.1f} TB/s for copies",
         "without a CUDA graph takes 0.4 to 0.8 ms",
         f"took {min(seconds):.0f} to {max(seconds):.0f} s to build",
         "the roofline would take 0.02 ms",
-    ):
-        assert sentence in text, sentence
+    )
 
 
 def test_what_is_said_of_layers_on_an_h200_was_measured() -> None:
@@ -324,13 +325,12 @@ def test_what_is_said_of_layers_on_an_h200_was_measured() -> None:
     ]
     kinds = [content["build_seconds"][kind] for kind in ("plugin", "plugin-int4")]
     seconds = [kind[part] for kind in kinds for part in ("prefix", "decoder")]
-    text = page("docs/benchmarks.md")
-    for sentence in (
+    check_said(
+        "docs/benchmarks.md",
         f"takes {blocks[4096]:.2f} ms for 4,096 patches and {blocks[16384]:.2f} ms for 16,384",
         f"take {min(scratch):.2f} to {max(scratch):.2f} GB of scratch memory",
         f"Those of three layers took {min(seconds):.0f} to {max(seconds):.0f} s to build",
-    ):
-        assert sentence in text, sentence
+    )
 
 
 def test_what_is_said_of_a_whole_model_was_measured() -> None:
@@ -345,8 +345,8 @@ def test_what_is_said_of_a_whole_model_was_measured() -> None:
     (eager,) = sides["torch-eager"]["rows"]
     token_bytes = python["rows"][0]["cache_bytes"] / (1024 + python["text_tokens"])
     further = (cpp["rows"][0]["cache_bytes"] - python["rows"][0]["cache_bytes"]) / token_bytes
-    text = page("docs/benchmarks.md")
-    for sentence in (
+    check_said(
+        "docs/benchmarks.md",
         f"gave the same {len(python['rows'][0]['tokens'])} tokens at both ratios",
         f"vision takes {min(vision):.0f} to {max(vision):.0f} ms instead of {other} ms",
         f"Python takes {steps[0]:.1f} ms a token on TensorRT where C++ takes {steps[1]:.1f} ms",
@@ -356,20 +356,18 @@ def test_what_is_said_of_a_whole_model_was_measured() -> None:
         f"with {eager['text_tokens']} tokens of text",
         f"{eager['dtype']} (`torch-eager`)",
         f"converting {4 * 1024 * 3 * 2 * 14 * 14 * 2 / 1e6:.1f} MB of pixels",
-    ):
-        assert sentence in text, sentence
+    )
 
 
 def test_what_is_said_of_cpp_on_tensorrt_was_measured() -> None:
     run = next(run for run in result("cpp-tensorrt-h200")["runs"] if run["graphs"] == "plugin")
     host = [run["host_bytes"][side] / 1e6 for side in ("cpp", "python")]
     (device,) = {f"{taken / 1e9:.2f}" for taken in (run["device_bytes"]["python"], run["device_test"]["device_bytes"])}
-    text = page("docs/benchmarks.md")
-    for sentence in (
+    check_said(
+        "docs/benchmarks.md",
         f"C++ held {host[0]:.0f} MB of host memory and Python {host[1]:.0f} MB",
         f"both took {device} GB without the CUDA context",
-    ):
-        assert sentence in text, sentence
+    )
 
 
 def test_what_is_said_of_kernels_was_measured() -> None:
@@ -387,14 +385,13 @@ def test_what_is_said_of_kernels_was_measured() -> None:
 def test_what_is_said_of_the_server_was_measured() -> None:
     load, soak = result("serve-load"), result("serve-soak")
     first, growth = load["milliseconds_to_first_text"], soak["resident_set_over_the_last_half"]
-    text = page("docs/benchmarks.md")
     low, high = (end / 1000 for end in growth["interval"])
-    for sentence in (
+    check_said(
+        "docs/benchmarks.md",
         f"came after {first['server']:.1f} ms through the server, and after {first['chat']:.1f} ms from a `Chat`",
         f"the resident set of {growth['bytes_at_half_and_end'][0] / 1e6:.0f} MB grew by "
         f"{growth['bytes_a_minute'] / 1000:.1f} kB a minute (95% interval: {low:.1f} to {high:.1f})",
-    ):
-        assert sentence in text, sentence
+    )
 
 
 def test_what_is_said_of_decisions_was_measured() -> None:
@@ -409,8 +406,8 @@ def test_what_is_said_of_decisions_was_measured() -> None:
     speed = result("export_speed-cpu")
     ours, plain = (sorted(speed["copy"]["seconds"][name]) for name in ("ivc-export", "cp"))
     hashing = sorted(speed["copy"]["sha256_alone_seconds"])
-    text = page("docs/decisions.md")
-    for sentence in (
+    check_said(
+        "docs/decisions.md",
         f"took {functions['first_token']:.3f} times as long as with graphs of plain operators, and a decode step "
         f"{functions['decode']:.3f} times as long",
         f"takes {narrow['scratch MB, 16384 patches']:,} MB of workspace for 16,384 patches instead of "
@@ -430,8 +427,7 @@ def test_what_is_said_of_decisions_was_measured() -> None:
         f"`--weights link` takes {speed['link']['median_seconds']:.1f} s for {speed['parameters'] / 1e9:.1f} B",
         f"A copy of {speed['copy']['gigabytes']} GB takes {ours[0]:.1f} to {ours[-1]:.1f} s, where `cp` takes "
         f"{plain[0]:.1f} to {plain[-1]:.1f} s; SHA-256 alone takes {hashing[0]:.1f} to {hashing[-1]:.1f} s",
-    ):
-        assert sentence in text, sentence
+    )
 
 
 def test_the_sample_was_trained_as_its_card_says() -> None:

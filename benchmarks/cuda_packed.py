@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -125,12 +126,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(side, values, flush=True)
     installed = {one.metadata["Name"]: one.version for one in distributions()}
     content = {
-        "command": "python -m benchmarks.cuda_packed",
+        "command": shlex.join(["python", "-m", "benchmarks.cuda_packed", *given]),
         "gpu": gpu(),
         "versions": {name: installed.get(name) for name in ("onnxruntime-gpu", "onnxruntime", "numpy")},
         "op_library": options.op_library is not None,
         "visual_tokens": options.visual,
         "kept_tokens": kept_tokens(options.visual, RATIO),
+        "text_tokens": TEXT,
+        "decoded_tokens": STEPS,
         "rounds": options.rounds,
         "rows": rows,
         "bars": bars(rows),

@@ -173,6 +173,23 @@ def gpu_answers() -> list[str]:
     return table(f"{head}compiled", rows) + sources("generate")
 
 
+def gpu_beside() -> list[str]:
+    """Times beside stock transformers in one run, and in long answers, on an H200."""
+    content, rows = result("generate-h200"), []
+    runs = [content[name] for name in ("beside", "long") if name in content]
+    for run in runs:
+        for row in run["rows"]:
+            cells = [row["side"], f"{run['settings']['count']:,}", row["ratio"], milliseconds(row["first_token"])]
+            rows.append([*cells, number(row, "decode"), number(row, "decode_mean")])
+    head = "side | tokens | kept | first token, ms | a token, ms: median | mean"
+    told = [run["what"] for run in runs if "what" in run]
+    if not any(row["side"] == "torch-compiled" for run in runs for row in run["rows"]):
+        told.append("`torch.compile` was not measured")
+    more = [f"From `benchmarks/results/generate-h200.json`: {'; '.join([*told, ''])}`{runs[0]['command']}`"]
+    more += [f"Longer answers: `{run['command']}`" for run in runs[1:]]
+    return [*table(head, rows), *(line for text in more for line in ("", text))]
+
+
 def gpu_stages() -> list[str]:
     """Where the time to the first token goes, and memory."""
     rows = []
@@ -405,6 +422,7 @@ MAKERS = (
     follow_ups,
     cpu_answers,
     gpu_answers,
+    gpu_beside,
     gpu_stages,
     tensorrt_errors,
     tensorrt_layers,

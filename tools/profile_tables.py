@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 from tools.benchmark_tables import gpu_rows, milliseconds, number, source
 from tools.results import percent, result, table
 
 KERNELS = {
-    "matrix products": ("nvjet", "splitKreduce", "OneRowLinear", "FewInt4", "MatMulFloat8bKernel"),
-    "attention": ("sdpa", "lean_reduction", "attendRowKernel"),
+    "matrix products": ("nvjet", "splitKreduce", "OneRowLinear", "FewInt4", "FewPacked", "MatMulFloat8bKernel"),
+    "attention": ("sdpa", "lean_reduction", "attendKernel", "attendRowKernel", "combineKernel"),
     "copies to the device": ("Memcpy HtoD",),
     "rotations": ("RotaryEmbedding", "UnpackRoPEAppend", "turnKernel"),
     "activations": ("QuickGelu", "Activate"),
@@ -19,7 +21,9 @@ KERNELS = {
     "weights unpacked": ("unpackKernel",),
 }
 """What a kernel does, by parts of its name; the first that fits."""
+HEADS = ("OneRowLinear<__half, 4,", "MatMulFloat8bKernel", "FewPacked<__half, 8,")
 SIZES = (256, 1024, 4096)
+MIDDLE = 1024
 BEFORE, NOW = "profile_before-h200", "generate-h200"
 WAYS = {"before": BEFORE, "now": NOW}
 
@@ -109,7 +113,11 @@ def profile_walls() -> list[str]:
         "its kernels, ms | launches | roofline, ms"
     )
     told = [f"From `benchmarks/results/{name}.json`: `{command(name)}`" for name in (NOW, BEFORE)]
-    return [*table(head, rows), "", told[0], "", told[1]]
+    found = profiled()
+    for when in WAYS:
+        left = [f"{visual:,}" for visual in SIZES if (visual, when) not in found]
+        told += [f'"{when.capitalize()}" was not profiled at {" and ".join(left)} visual tokens.'] if left else []
+    return [*table(head, rows), *(line for text in told for line in ("", text))]
 
 
 def command(name: str) -> str:
@@ -123,22 +131,91 @@ def profile_first() -> list[str]:
     found = profiled()
     columns = [by_kind(one["first_token"]) for one in found.values()]
     head = " | ".join(f"{visual:,} {when}" for visual, when in found)
-    return table(f"kernels, ms | {head}", of_kinds(columns))
+    return [*table(f"kernels, ms | {head}", of_kinds(columns)), "", *wrapped(what_changed(found))]
+
+
+def what_changed(found: Mapping[tuple[int, str], dict[str, Any]]) -> str:
+    """What took less time from before to now, at 1,024 visual tokens."""
+
+    def taken(when: str, *names: str) -> float:
+        kernels = found[MIDDLE, when]["first_token"]["kernels"]
+        return float(sum(one["ms"] for one in kernels if any(name in one["name"] for name in names)))
+
+    norms, turns = (
+        [taken(when, *names) for when in WAYS]
+        for names in (("cuApplyLayerNorm", "NormRows<__half, 5"), ("turnKernel",))
+    )
+    return (
+        f"Layer norms alone went from {norms[0]:.2f} to {norms[1]:.2f} ms at {MIDDLE:,} visual tokens, and the splits "
+        f"and rotations of `TurnHeads` from {turns[0]:.2f} to {turns[1]:.2f} ms."
+    )
+
+
+def newest() -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
+    """The latest profile of each size, and the times of its run."""
+    found = profiled()
+    last = {visual: [when for size, when in found if size == visual][-1] for visual in SIZES}
+    return {visual: (found[visual, when], profiled_row(WAYS[when], visual)) for visual, when in last.items()}
+
+
+def profile_left() -> list[str]:
+    """What is left to the roofline, and why."""
+    lines = []
+    for visual, (profile, row) in newest().items():
+        first, kinds = profile["first_token"], by_kind(profile["first_token"])
+        ideal = row["ideal"]["vision"] + row["ideal"]["prefill"]
+        text = (
+            f"- **{visual:,} visual tokens.** Kernels take {first['kernel_ms']:.1f} of {row['first_token']:.1f} ms, "
+            f"where the roofline is {ideal:.1f} ms. Products take {kinds['matrix products']:.1f} ms, and attention "
+            f"{kinds['attention']:.1f} ms. The host's part is {row['stages']['host']:.1f} ms. The host enqueues "
+            f"{first['launches']} launches."
+        )
+        lines += wrapped(text, "  ")
+    middle = by_kind(newest()[MIDDLE][0]["first_token"])
+    others = sum(middle[kind] for kind in ("rotations", "activations", "norms, with the sums before them"))
+    text = f"- Rotations, activations and norms take {others:.1f} ms at {MIDDLE:,} visual tokens. "
+    text += "The roofline does not count them."
+    return lines + wrapped(text, "  ")
+
+
+def profile_reads() -> list[str]:
+    """What a decode step reads, and how long that takes."""
+    found = newest()
+    steps = {visual: by_kind(one["decode"], one["decoded_tokens"]) for visual, (one, _) in found.items()}
+    products, attention = (
+        sorted((step[kind], f"{visual:,}") for visual, step in steps.items())
+        for kind in ("matrix products", "attention")
+    )
+    row, speed = found[SIZES[0]][1], result(NOW)["ceilings"][0]["copy_gb_per_second"] / 1000
+    return wrapped(
+        f"The products read all weights. The roofline allows {row['ideal']['decode']:.2f} ms for it, at {speed:.1f} "
+        f"TB/s, the measured speed of a copy. Their kernels take {products[0][0]:.2f} to {products[-1][0]:.2f} ms in "
+        f"sum. Attention grows with the cache, from {attention[0][0]:.2f} ms at {attention[0][1]} to "
+        f"{attention[-1][0]:.2f} ms at {attention[-1][1]} visual tokens."
+    )
+
+
+def wrapped(text: str, indent: str = "") -> list[str]:
+    """A paragraph's lines."""
+    return textwrap.wrap(text, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def profile_step() -> list[str]:
-    """Kernels of a decode step by what they do."""
+    """Kernels of a decode step by what they do, in float16 and with weights in 4 bits."""
     found = profiled()
     columns = [by_kind(one["decode"], one["decoded_tokens"]) for one in found.values()]
-    for column, profile in zip(columns, found.values(), strict=True):
+    packed = result("cuda_packed-h200")["profile"]
+    columns.append(by_kind(packed["decode"], packed["decoded_tokens"]))
+    for column, profile in zip(columns, [*found.values(), packed], strict=True):
         column["of the products: lm_head"] = head_of(profile["decode"]) / profile["decoded_tokens"]
-    head = " | ".join(f"{visual:,} {when}" for visual, when in found)
-    return table(f"kernels, ms | {head}", of_kinds(columns))
+    heads = [f"{visual:,} {when}" for visual, when in found]
+    heads.append(f"{result('cuda_packed-h200')['visual_tokens']:,} now, 4 bits")
+    return table(f"kernels, ms | {' | '.join(heads)}", of_kinds(columns))
 
 
 def head_of(step: dict[str, Any]) -> float:
-    """Milliseconds of lm_head's products, of all profiled steps."""
-    return float(sum(one["ms"] for one in step["kernels"] if "OneRowLinear<__half, 4," in one["name"]))
+    """Milliseconds of lm_head's products, of all profiled steps: in float16, or in 8 bits."""
+    return float(sum(one["ms"] for one in step["kernels"] if any(part in one["name"] for part in HEADS)))
 
 
 def packed_on_cuda() -> list[str]:
@@ -186,6 +263,8 @@ MAKERS = (
     packed_kernels,
     packed_on_cuda,
     profile_first,
+    profile_left,
+    profile_reads,
     profile_step,
     profile_walls,
 )

@@ -22,7 +22,7 @@ from ivc_export.verify.baseline import ERRORS_FACTOR, LEAST_SHARE
 from tests.checkpoint.test_rounding import rounded
 from tests.repository.pages import ROOT, read
 from tools.benchmark_tables import gpu_rows
-from tools.profile_tables import by_kind, profiled_row, profiles
+from tools.profile_tables import by_kind, head_of, newest, profiled
 from tools.results import percent, result
 
 
@@ -154,7 +154,7 @@ def test_what_is_said_of_onnxruntime_on_a_gpu_was_measured() -> None:
 
 
 def test_what_is_said_of_our_operators_was_measured() -> None:
-    content, ours = result("generate-h200"), gpu_rows("generate-h200")
+    ours = gpu_rows("generate-h200")
     ways = {
         name: {(row["visual_tokens"], row["ratio"]): row for row in rows}
         for name, rows in result("operators-h200")["ways"].items()
@@ -169,8 +169,6 @@ def test_what_is_said_of_our_operators_was_measured() -> None:
     hosts = sorted(run["stages"]["host"] for run in earlier)
     firsts = sorted(run["first_token"] for run in earlier)
     tokens = sorted(run["decode"] for run in earlier)
-    beside = {row["side"]: row for row in content["beside"]["rows"] if row["ratio"] == 1.0}
-    own, eager = beside["onnxruntime-cuda"], beside["torch-eager"]
     check_said(
         "docs/benchmarks.md",
         "after {:.1f}, {:.1f} and {:.1f} ms. Before".format(*(now[size, 1.0]["first_token"] for size in sizes)),
@@ -197,47 +195,14 @@ def test_what_is_said_of_our_operators_was_measured() -> None:
             *(way[256, 1.0]["stages"]["prefix"] for way in (without, before))
         ),
         "and {:.2f} ms against {:.2f} ms a token".format(*(way[256, 1.0]["decode"] for way in (without, before))),
-        f"ours took {own['first_token']:.1f} ms to the first token and {own['decode']:.2f} ms a token, and eager took "
-        f"{eager['first_token']:.1f} and {eager['decode']:.1f} ms",
     )
 
 
-def test_what_is_said_of_the_profile_was_measured() -> None:
-    now, before = profiles("generate-h200"), profiles("profile_before-h200")
-    small, middle = (by_kind(now[visual]["first_token"]) for visual in (256, 1024))
-    large = by_kind(before[4096]["first_token"])
-    steps = {visual: by_kind(one["decode"], one["decoded_tokens"]) for visual, one in (before | now).items()}
-    rows = {visual: profiled_row("generate-h200", visual) for visual in (256, 1024)}
-    ideal = {visual: row["ideal"]["vision"] + row["ideal"]["prefill"] for visual, row in rows.items()}
-
-    def taken(content: dict[int, dict[str, Any]], *names: str) -> float:
-        kernels = content[1024]["first_token"]["kernels"]
-        return float(sum(one["ms"] for one in kernels if any(name in one["name"] for name in names)))
-
-    norms = [taken(content, "cuApplyLayerNorm", "NormRows<__half, 5") for content in (before, now)]
-    turns = [taken(content, "turnKernel") for content in (before, now)]
-    check_said(
-        "docs/profile.md",
-        f"went from {norms[0]:.2f} to {norms[1]:.2f} ms at 1,024 visual tokens",
-        f"`TurnHeads` from {turns[0]:.2f} to {turns[1]:.2f} ms",
-        f"Kernels take {now[256]['first_token']['kernel_ms']:.1f} of {rows[256]['first_token']:.1f} ms",
-        f"enqueues {now[256]['first_token']['launches']} launches",
-        f"The roofline is {ideal[256]:.1f} ms",
-        f"Kernels take {now[1024]['first_token']['kernel_ms']:.1f} of {rows[1024]['first_token']:.1f} ms, where the "
-        f"roofline is {ideal[1024]:.1f} ms",
-        f"Products take {middle['matrix products']:.1f} ms, and attention {middle['attention']:.1f} ms",
-        f"The host's part is {rows[1024]['stages']['host']:.1f} ms",
-        f"Attention takes {large['attention']:.1f} of {before[4096]['first_token']['kernel_ms']:.1f} ms of kernels",
-        f"Products take {large['matrix products']:.1f} ms",
-        "take {:.1f} ms at 1,024 visual tokens. The roofline does not".format(
-            sum(middle[kind] for kind in ("rotations", "activations", "norms, with the sums before them"))
-        ),
-        f"The roofline allows {rows[256]['ideal']['decode']:.2f} ms for it, at "
-        f"{result('generate-h200')['ceilings'][0]['copy_gb_per_second'] / 1000:.1f} TB/s",
-        f"take {steps[256]['matrix products']:.2f} to {steps[4096]['matrix products']:.2f} ms in sum",
-        f"from {steps[256]['attention']:.2f} ms at 256 to {steps[4096]['attention']:.2f} ms at 4,096",
-    )
-    assert sum(small.values()) < rows[256]["first_token"]
+def test_a_profiled_size_has_a_row_and_fewer_kernels_than_time() -> None:
+    for visual, (profile, row) in newest().items():
+        assert row["visual_tokens"] == visual
+        assert sum(by_kind(profile["first_token"]).values()) < row["first_token"]
+    assert {when for _, when in profiled()} == {"before", "now"}
 
 
 def test_what_is_said_of_weights_in_4_bits_on_a_gpu_was_measured() -> None:
@@ -247,7 +212,7 @@ def test_what_is_said_of_weights_in_4_bits_on_a_gpu_was_measured() -> None:
     first, step = content["profile"]["first_token"], content["profile"]["decode"]
     count = content["profile"]["decoded_tokens"]
     kinds = by_kind(step, count)
-    head = sum(one["ms"] for one in step["kernels"] if "MatMulFloat8b" in one["name"]) / count
+    head = head_of(step) / count
     less = 1 - packed["device_bytes"]["opened"] / floats["device_bytes"]["opened"]
     check_said(
         "docs/weights.md",

@@ -106,11 +106,14 @@ class Bundle:
         stored = np.memmap(path, np.uint8, "r", table.offset, shape)
         return stored, np.memmap(path, floats, "r", table.packed.scales, shape[:2])
 
-    def embed(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """Embeddings of `tokens`, int32 [S]: rows of the embedding table, float32 [S, hidden]."""
+    def embed(self, tokens: npt.NDArray[np.int32], stored: np.dtype[Any] | None = None) -> npt.NDArray[Any]:
+        """Embeddings of `tokens`, int32 [S]: rows of the embedding table, [S, hidden], in float32.
+
+        stored: if the table has this dtype, its rows are returned as they are.
+        """
         found = [part[tokens] for part in self._embedding_parts]
         if len(found) == 1:
-            return found[0].astype(np.float32)
-        stored, scales = found
-        values: npt.NDArray[np.float32] = (stored.astype(np.float32) - 128) * scales.astype(np.float32)[..., None]
+            return found[0] if found[0].dtype == stored else found[0].astype(np.float32)
+        levels, scales = found
+        values: npt.NDArray[np.float32] = (levels.astype(np.float32) - 128) * scales.astype(np.float32)[..., None]
         return values.reshape(len(tokens), -1)[:, : self.manifest.embedding.shape[1]]

@@ -10,6 +10,7 @@ import pytest
 
 from ivc_export import families
 from ivc_export.bundle.bundle import Bundle
+from ivc_export.dtypes import FLOATS
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import NormalisedInputs, Visual
@@ -79,6 +80,19 @@ def test_rows_of_text_are_the_tables(bundle: Bundle) -> None:
     for rows in (text, np.arange(7, dtype=np.int32)):
         found = session.embedded(tokens, rows).numpy()
         np.testing.assert_array_equal(found[0, rows], bundle.embed(tokens)[rows])
+
+
+def test_stored_embeddings_are_the_same_values(bundle: Bundle) -> None:
+    tokens, kinds = (
+        np.array([5, 9, 3, 3], np.int32),
+        [FLOATS[name].numpy for name in ("float32", "float16", "bfloat16")],
+    )
+    wanted = bundle.embed(tokens)
+    found = [bundle.embed(tokens, kind) for kind in kinds]
+    own = FLOATS[bundle.manifest.embedding.floats].numpy
+    assert [one.dtype for one in found] == [own if kind == own else np.float32 for kind in kinds]
+    for one in found:
+        np.testing.assert_array_equal(one.astype(np.float32), wanted)
 
 
 def test_lm_heads_weight_is_the_table_only_where_it_is(tmp_path: Path) -> None:

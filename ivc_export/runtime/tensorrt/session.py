@@ -206,7 +206,9 @@ class TensorrtConversation(Conversation):
         session, cache, plan, stage = self.session, self.cache, turn.plan, turn.stage
         self._check(turn)
         session.begin(stage)
-        rows = turn.added(session.bundle.manifest.decoder) | {"image_embeds": session.bundle.embed(plan.tokens)[None]}
+        wide = any(isinstance(picture, Seen) for picture in turn.pictures)  # their rows are in float32
+        table = session.bundle.embed(plan.tokens, None if wide else self._dtype("inputs_embeds", np.dtype(np.float32)))
+        rows = turn.added(session.bundle.manifest.decoder) | {"image_embeds": table[None]}
         turn.write_seen(rows)
         embeds = self._put(stage, "inputs_embeds", rows.pop("image_embeds"))
         added = {name: self._put(stage, name, array) for name, array in rows.items()}

@@ -30,6 +30,7 @@ from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.graph.counting import Tensors, linear_scratch
 from ivc_export.lowering import LOWERINGS, lower
+from ivc_export.lowering.edit import back
 from ivc_export.lowering.join_decode import join_decode
 from ivc_export.runtime.chat import Sampling, generate
 from ivc_export.runtime.host import HostConversation
@@ -186,6 +187,12 @@ def test_what_products_are_counted_to_take_is_what_they_ask_for(library: Path, n
         assert ask(ctypes.byref(struct), 1) == (most or 2 * rows * features)
 
 
+def test_a_product_has_the_axes_of_its_residual(library: Path) -> None:
+    case = next(c for seed in range(99) if (c := linear_case(seed)).residual is not None and len(c.x) > 2)
+    wanted = run_linear(library, "cpu", case)
+    np.testing.assert_array_equal(run_linear(library, "cpu", case, x=case.x[None]).reshape(wanted.shape), wanted)
+
+
 def test_impossible_products_are_refused(library: Path) -> None:
     case = next(c for seed in range(99) if (c := linear_case(seed)).gated and len(c.x) > 2)
     with pytest.raises(Exception, match="rows of x and of weight must have the same length"):
@@ -250,6 +257,12 @@ def test_our_attention_keeps_the_contract(wide_bundle: Bundle, name: str) -> Non
     assert found["TurnHeads"] == attending and not found["RotaryEmbedding"]
     joined = [node.inputs[0] for node in model.graph if node.op_type in ("AttendJoined", "TurnHeads")]
     assert not [value for value in joined if value is None or value.producer().op_type == "Concat"]  # type: ignore[union-attr]
+    sums = [node for node in model.graph if node.op_type == "FusedLinear" and len(node.inputs) == 5]
+    rows = [back(node.inputs[0], "Reshape") for node in sums]
+    made = [value.producer() for value in rows if value is not None]
+    assert not [
+        n for n in made if n and n.op_type in ("GroupQueryAttention", "MultiHeadAttention")
+    ]  # taken as they are
     lengths = {node.inputs[3] for node in model.graph if node.op_type == "AttendJoined"}
     given = [v for v in model.graph.inputs if str(v.name).startswith("seqlens_k")]  # some layers have their own
     assert len(lengths) <= len(given)  # computed once for all layers

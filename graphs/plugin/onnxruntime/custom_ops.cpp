@@ -9,6 +9,8 @@
 #include "operator.h"
 #include "step.h"
 
+#include <vector>
+
 namespace ivc {
 
 class SelectTokens {
@@ -39,9 +41,9 @@ class SelectTokens {
         const IvcSelection s{extent(1), extent(2), extent(3), visual, text, lengthOf(input(4)), keepCount, divisor_,
             ivcType(values.GetTensorTypeAndShapeInfo().GetElementType()), softmax_};
 
-        auto keep = context.GetOutput(0, Shape{text + keepCount});
-        auto score = context.GetOutput(1, Shape{visual});
-        auto seeds = context.GetOutput(2, Shape{ivcSeedCount(visual, divisor_)});
+        auto keep = outputOf(context, 0, Shape{text + keepCount});
+        auto score = outputOf(context, 1, Shape{visual});
+        auto seeds = outputOf(context, 2, Shape{ivcSeedCount(visual, divisor_)});
         void* const stream = context.GetGPUComputeStream();
         const Scratch scratch(raw, values, ivcSelectionWorkspace(&s), stream != nullptr);
         check(ivcSelectTokens(&s, values.GetTensorRawData(), input(1).GetTensorData<float>(), ints(2), ints(3), ints(4),
@@ -72,7 +74,7 @@ class CacheIndex {
         require(total.GetTensorTypeAndShapeInfo().GetElementCount() == 1, "CacheIndex: total_length must be one number");
         const auto capacity = static_cast<int32_t>(cache[2]);
         const auto past = *total.GetTensorData<int32_t>() - static_cast<int32_t>(positions[2]);
-        auto index = context.GetOutput(0, Shape{capacity});
+        auto index = outputOf(context, 0, Shape{capacity});
         check(ivcCacheIndex(keep.GetTensorData<int32_t>(), lengthOf(keep), past, capacity,
                   index.GetTensorMutableData<int32_t>(), static_cast<cudaStream_t>(context.GetGPUComputeStream())),
             "CacheIndex");
@@ -108,7 +110,7 @@ class CompactGatherN {
             for (size_t a = 0; a < axis; ++a) one.outer *= static_cast<int32_t>(shape[a]);
             for (size_t a = axis + 1; a < shape.size(); ++a) one.rowBytes *= static_cast<int32_t>(shape[a]);
             shape[axis] = kept;
-            one.target = context.GetOutput(i, shape).GetTensorMutableRawData();
+            one.target = outputOf(context, i, shape).GetTensorMutableRawData();
             tensors.push_back(one);
         }
         check(ivcCompactGather(tensors.data(), static_cast<int32_t>(tensors.size()), static_cast<int32_t>(rows),
@@ -151,8 +153,8 @@ class EncodeAttend {
             static_cast<int32_t>(query[1]), static_cast<int32_t>(headDim_), scale_,
             ivcType(q.GetTensorTypeAndShapeInfo().GetElementType()), static_cast<int32_t>(block_), strides, strides,
             strides};
-        auto y = context.GetOutput(
-            0, windows ? Shape{query[0], query[1] - 2 * block_, width} : Shape{query[0] * query[1], width});
+        const Shape given = windows ? Shape{query[0], query[1] - 2 * block_, width} : Shape{query[0] * query[1], width};
+        auto y = outputOf(context, 0, given);
         check(ivcEncodeAttend(&e, q.GetTensorRawData(), context.GetInput(1).GetTensorRawData(),
                   context.GetInput(2).GetTensorRawData(),
                   windows ? context.GetInput(3).GetTensorData<int32_t>() : nullptr, y.GetTensorMutableRawData(),

@@ -91,7 +91,7 @@ class TurnHeads {
         void* outputs[3];
         for (size_t i = 0; i < 3; ++i) {
             const int64_t width = i == 0 ? joined_.width() : joined_.kvWidth();
-            outputs[i] = context.GetOutput(i, Shape{frames, c.rows / frames, width}).GetTensorMutableRawData();
+            outputs[i] = outputOf(context, i, Shape{frames, c.rows / frames, width}).GetTensorMutableRawData();
         }
         check(ivcTurnHeads(&c, &rows, outputs[0], outputs[1], outputs[2],
                   static_cast<cudaStream_t>(context.GetGPUComputeStream())),
@@ -134,7 +134,7 @@ class Counters {
 void* presentOf(const Ort::KernelContext& context, size_t input, size_t output, const Shape& shape, size_t bytes,
     void* stream) {
     const void* const past = context.GetInput(input).GetTensorRawData();
-    void* const present = context.GetOutput(output, shape).GetTensorMutableRawData();
+    void* const present = outputOf(context, output, shape).GetTensorMutableRawData();
     if (present != past) {
         check(
             cudaMemcpyAsync(present, past, bytes, cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)), "ivc");
@@ -168,7 +168,7 @@ class AttendJoined {
         require(c.rows <= cache[2], "AttendJoined: the caches have no room for this run's rows");
         c.capacity = static_cast<int32_t>(cache[2]);
         c.scale = scale_;
-        auto y = context.GetOutput(0, Shape{c.rows, joined_.width()});
+        auto y = outputOf(context, 0, Shape{c.rows, joined_.width()});
         void* const stream = context.GetGPUComputeStream();
         void* present[2];
         const auto bytes = static_cast<size_t>(joined_.kvWidth() * cache[2] * (c.type == IVC_FLOAT32 ? 4 : 2));

@@ -12,42 +12,50 @@ namespace ivc {
 // scale, epsilon.
 class LinearAttributes {
    public:
-    explicit LinearAttributes(const Ort::ConstKernelInfo& node)
-        : activation_(activationOf(node.GetAttribute<std::string>("activation"))),
+    // first: number of the input norm, which bias and residual follow.
+    LinearAttributes(const Ort::ConstKernelInfo& node, size_t first)
+        : first_(first),
+          norm_(node, first),
+          bias_(node, first + 1),
+          activation_(activationOf(node.GetAttribute<std::string>("activation"))),
           gated_(node.GetAttribute<int64_t>("gated") != 0),
           slope_(node.GetAttribute<float>("slope")),
           scale_(node.GetAttribute<float>("scale")),
           epsilon_(node.GetAttribute<float>("epsilon")) {}
 
    protected:
-    // What surrounds a product, inputs from number `first` on: norm? [K] of an RMS norm, or
-    // [2 K] of a layer norm, the weight and then the bias; bias? [N], residual? [.., N].
+    // What surrounds a product: norm? [K] of an RMS norm, or
+    // [2 K] of a layer norm, the weight and then the bias; bias? [N], residual? [.., N], which has y's shape.
     struct Around {
         IvcLinear product;
         const void *norm, *bias, *residual;
         void* y;
     };
 
-    // columns: rows of the weight.
-    Around around(const Ort::KernelContext& context, size_t first, int64_t columns) const {
+    // shape: of x. columns: rows of the weight.
+    Around around(const Ort::KernelContext& context, Shape shape, int64_t columns) const {
         const auto x = context.GetInput(0);
-        const auto norm = input(context, first), bias = input(context, first + 1), residual = input(context, first + 2);
+        const auto norm = input(context, first_), bias = input(context, first_ + 1);
+        const auto residual = input(context, first_ + 2);
         const int64_t each = gated_ ? 2 : 1, out = columns / each;
-        Shape shape = shapeOf(x);
         const int64_t features = shape.back();
-        int64_t rows = 1;
-        for (size_t axis = 0; axis + 1 < shape.size(); ++axis) rows *= shape[axis];
+        const int64_t rows = shape.rows();
         shape.back() = out;
         require(columns % each == 0, "FusedLinear: the weight of a gated product must have an even number of rows");
-        const bool layerNorm = norm && shapeOf(norm) == Shape{2 * features};
-        require(!norm || layerNorm || shapeOf(norm) == Shape{features},
+        const Shape weights = norm ? norm_.of(norm) : Shape{features};
+        const bool layerNorm = norm && weights == Shape{2 * features};
+        require(layerNorm || weights == Shape{features},
             "FusedLinear: norm must have one weight for each feature, or a weight and a bias");
-        require(!bias || shapeOf(bias) == Shape{columns}, "FusedLinear: bias must have one value for each row of weight");
-        require(!residual || shapeOf(residual) == shape, "FusedLinear: residual must have the shape of y");
+        require(!bias || bias_.of(bias) == Shape{columns}, "FusedLinear: bias must have one value for each row of weight");
+        if (residual) {
+            shape = shapeOf(residual);
+            require(shape.size() > 1 && shape.back() == out && shape.rows() == rows,
+                "FusedLinear: residual must have the shape of y, or its rows along other axes");
+        }
         return {{static_cast<int32_t>(rows), static_cast<int32_t>(features), static_cast<int32_t>(out),
                     ivcType(x.GetTensorTypeAndShapeInfo().GetElementType()), activation_, gated_, slope_, scale_,
                     epsilon_, layerNorm},
-            data(norm), data(bias), data(residual), context.GetOutput(0, shape).GetTensorMutableRawData()};
+            data(norm), data(bias), data(residual), outputOf(context, 0, shape).GetTensorMutableRawData()};
     }
 
     static Ort::ConstValue input(const Ort::KernelContext& context, size_t i) {
@@ -76,24 +84,26 @@ class LinearAttributes {
         throw std::invalid_argument("FusedLinear: there is no activation " + name);
     }
 
+    size_t first_;
+    InputShape norm_, bias_;
     IvcActivation activation_;
     bool gated_;
     float slope_, scale_, epsilon_;
 };
 
 // FusedLinear(x [.., K], weight [N, K], norm?, bias?, residual?) -> y [.., N], as ivcLinear computes it; 2 N rows of
-// weight and bias where gated.
+// weight and bias where gated. y has the shape of residual if there is one: other axes than x for the same rows.
 class FusedLinear : LinearAttributes {
    public:
-    using LinearAttributes::LinearAttributes;
+    explicit FusedLinear(const Ort::ConstKernelInfo& node) : LinearAttributes(node, 2), weight_(node, 1) {}
 
     OrtStatusPtr ComputeV2(OrtKernelContext* raw) const {
         return guarded([&] {
             const Ort::KernelContext context(raw);
-            const Shape x = shapeOf(context.GetInput(0)), weight = shapeOf(context.GetInput(1));
+            const Shape x = shapeOf(context.GetInput(0)), weight = weight_.of(context.GetInput(1));
             require(x.size() > 1 && weight.size() == 2 && x.back() == weight[1],
                 "FusedLinear: rows of x and of weight must have the same length");
-            const Around a = around(context, 2, weight[0]);
+            const Around a = around(context, x, weight[0]);
             run(raw, context, a, ivcLinearWorkspace(&a.product, a.norm != nullptr),
                 [&](void* workspace, cudaStream_t stream) {
                     return ivcLinear(&a.product, data(context.GetInput(0)), a.norm, data(context.GetInput(1)), a.bias,
@@ -101,6 +111,9 @@ class FusedLinear : LinearAttributes {
                 });
         });
     }
+
+   private:
+    InputShape weight_;
 };
 
 // FusedLinearInt4(x [.., K], packed uint8 [N, blocks, block_size / 2], scales [N, blocks], zero_points? uint8
@@ -110,21 +123,25 @@ template <int kBits>
 class FusedLinearPacked : LinearAttributes {
    public:
     explicit FusedLinearPacked(const Ort::ConstKernelInfo& node)
-        : LinearAttributes(node), block_(node.GetAttribute<int64_t>("block_size")) {}
+        : LinearAttributes(node, 4),
+          packed_(node, 1),
+          scales_(node, 2),
+          points_(node, 3),
+          block_(node.GetAttribute<int64_t>("block_size")) {}
 
     OrtStatusPtr ComputeV2(OrtKernelContext* raw) const {
         return guarded([&] {
             const Ort::KernelContext context(raw);
-            const Shape x = shapeOf(context.GetInput(0)), packed = shapeOf(context.GetInput(1));
+            const Shape x = shapeOf(context.GetInput(0)), packed = packed_.of(context.GetInput(1));
             require(block_ > 0 && x.size() > 1 && packed.size() == 3 && packed[2] == block_ * kBits / 8 &&
                         packed[1] == (x.back() + block_ - 1) / block_,
                 "FusedLinear: packed must have the shape [N, ceil(K / block_size), block_size bits / 8]");
             const auto points = input(context, 3);
-            require(count(context.GetInput(2)) == packed[0] * packed[1],
+            require(scales_.of(context.GetInput(2)).elements() == packed[0] * packed[1],
                 "FusedLinear: scales must have one value for each block");
-            require(!points || count(points) == packed[0] * ((packed[1] * kBits + 7) / 8),
+            require(!points || points_.of(points).elements() == packed[0] * ((packed[1] * kBits + 7) / 8),
                 "FusedLinear: zero_points must have the bits of an entry for each block of a row");
-            const Around a = around(context, 4, packed[0]);
+            const Around a = around(context, x, packed[0]);
             const IvcPacked weight{data(context.GetInput(1)), data(context.GetInput(2)), data(points),
                 static_cast<int32_t>(block_), kBits};
             run(raw, context, a, ivcLinearPackedWorkspace(&a.product, a.norm != nullptr),
@@ -136,10 +153,7 @@ class FusedLinearPacked : LinearAttributes {
     }
 
    private:
-    static int64_t count(const Ort::ConstValue& tensor) {
-        return static_cast<int64_t>(tensor.GetTensorTypeAndShapeInfo().GetElementCount());
-    }
-
+    InputShape packed_, scales_, points_;
     int64_t block_;
 };
 

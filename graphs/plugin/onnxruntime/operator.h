@@ -5,11 +5,15 @@
 #include <onnxruntime_cxx_api.h>
 #undef ORT_API_MANUAL_INIT
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <functional>
+#include <initializer_list>
+#include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "../kernels/ivc_kernels.h"
 
@@ -24,8 +28,6 @@
 namespace ivc {
 
 using Type = ONNXTensorElementDataType;
-using Shape = std::vector<int64_t>;
-
 constexpr Type kInt32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
 constexpr Type kFloat32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 constexpr Type kFloat16 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
@@ -50,7 +52,65 @@ OrtStatus* guarded(Body body) noexcept {
     }
 }
 
-inline Shape shapeOf(const Ort::ConstValue& tensor) { return tensor.GetTensorTypeAndShapeInfo().GetShape(); }
+// Extents of a tensor. They need no memory of their own: a graph has hundreds of nodes, and the host runs ahead of a GPU
+// by little.
+class Shape {
+   public:
+    explicit Shape(size_t axes) : axes_(axes) { require(axes <= kMost, "ivc: a tensor has at most 8 axes"); }
+    Shape(std::initializer_list<int64_t> extents) : Shape(extents.size()) {
+        std::copy(extents.begin(), extents.end(), extents_);
+    }
+
+    size_t size() const { return axes_; }
+    int64_t* data() { return extents_; }
+    const int64_t* data() const { return extents_; }
+    int64_t& operator[](size_t axis) { return extents_[axis]; }
+    int64_t operator[](size_t axis) const { return extents_[axis]; }
+    int64_t& back() { return extents_[axes_ - 1]; }
+    int64_t back() const { return extents_[axes_ - 1]; }
+    int64_t elements() const { return product(axes_); }
+    int64_t rows() const { return product(axes_ - 1); }  // along the last axis
+    bool operator==(const Shape& other) const {
+        return axes_ == other.axes_ && std::equal(extents_, extents_ + axes_, other.extents_);
+    }
+
+   private:
+    static constexpr size_t kMost = 8;
+
+    int64_t product(size_t axes) const {
+        return std::accumulate(extents_, extents_ + axes, int64_t{1}, std::multiplies<int64_t>());
+    }
+
+    int64_t extents_[kMost]{};
+    size_t axes_;
+};
+
+inline Shape shapeOf(const Ort::ConstValue& tensor) {
+    const auto info = tensor.GetTensorTypeAndShapeInfo();
+    Shape shape(info.GetDimensionsCount());
+    Ort::ThrowOnError(Ort::GetApi().GetDimensions(info, shape.data(), shape.size()));
+    return shape;
+}
+
+// The shape of input `i` of a node. That of a constant is read once.
+class InputShape {
+   public:
+    InputShape(const Ort::ConstKernelInfo& node, size_t i) {
+        int constant = 0;
+        if (i >= node.GetInputCount()) return;
+        const auto value = node.GetTensorConstantInput(i, &constant);
+        if (constant) known_ = shapeOf(value);
+    }
+
+    Shape of(const Ort::ConstValue& tensor) const { return known_ ? *known_ : shapeOf(tensor); }
+
+   private:
+    std::optional<Shape> known_;
+};
+
+inline Ort::UnownedValue outputOf(const Ort::KernelContext& context, size_t i, const Shape& shape) {
+    return context.GetOutput(i, shape.data(), shape.size());
+}
 
 // Elements of a tensor that has one axis.
 inline int32_t lengthOf(const Ort::ConstValue& tensor) {

@@ -33,10 +33,10 @@ class TakeStep {
         c.scale = scale_;
         const int32_t lengths = lengthOf(context.GetInput(0)) - 1 - c.axes;
         require(lengths == 1 || lengths == 2, "TakeStep: step must hold a token, its positions, and one or two lengths");
-        auto embeds = context.GetOutput(0, Shape{1, 1, c.hidden});
-        auto cos = context.GetOutput(1, Shape{1, c.pairs}), sin = context.GetOutput(2, Shape{1, c.pairs});
-        auto length = context.GetOutput(3, Shape{1});
-        int32_t* whole = lengths == 2 ? context.GetOutput(4, Shape{1}).GetTensorMutableData<int32_t>() : nullptr;
+        auto embeds = outputOf(context, 0, Shape{1, 1, c.hidden});
+        auto cos = outputOf(context, 1, Shape{1, c.pairs}), sin = outputOf(context, 2, Shape{1, c.pairs});
+        auto length = outputOf(context, 3, Shape{1});
+        int32_t* whole = lengths == 2 ? outputOf(context, 4, Shape{1}).GetTensorMutableData<int32_t>() : nullptr;
         check(ivcTakeStep(&c, context.GetInput(0).GetTensorData<int32_t>(), table, row,
                   context.GetInput(1).GetTensorData<float>(), embeds.GetTensorMutableRawData(),
                   cos.GetTensorMutableData<float>(), sin.GetTensorMutableData<float>(),
@@ -71,7 +71,7 @@ class GiveAnswer {
         c.vocab = static_cast<int32_t>(shape[1]);
         c.type = ivcType(x.GetTensorTypeAndShapeInfo().GetElementType());
         const auto host = [&](size_t i) { return const_cast<void*>(context.GetInput(i).GetTensorRawData()); };
-        auto logits = context.GetOutput(0, Shape{1, 1, shape[1]});
+        auto logits = outputOf(context, 0, Shape{1, 1, shape[1]});
         check(ivcGiveAnswer(&c, x.GetTensorRawData(), static_cast<const int32_t*>(host(1)),
                   logits.GetTensorMutableData<float>(), static_cast<int32_t*>(host(2)), static_cast<float*>(host(3)),
                   scratch_.data(), static_cast<cudaStream_t>(context.GetGPUComputeStream())),

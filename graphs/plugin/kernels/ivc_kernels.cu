@@ -32,7 +32,14 @@ __global__ void __launch_bounds__(kChooseThreads) seedsKernel(Scoring s) {
 
 __global__ void __launch_bounds__(kChooseThreads) scoresKernel(Scoring s) {
     awaitKernelBefore();
-    scoreTokens(Team{}, s, static_cast<int>(blockIdx.x));
+    scoreTokens(Team{}, s, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+}
+
+__global__ void __launch_bounds__(kChooseThreads) endKernel(Ending e) {
+    __shared__ Choice choice;
+    awaitKernelBefore();
+    scoreTokens(Team{}, e.scoring, 0, 1);
+    keepRows(Team{}, choice, e.keeping);
 }
 
 __global__ void __launch_bounds__(kChooseThreads) rowsKernel(Keeping k) {
@@ -72,8 +79,9 @@ cudaError_t launchVotes(const Votes<Value>& votes, cudaStream_t stream) {
     return launchEarly(voteColumnsKernel<Value>, columns, kVoteThreads, stream, votes);
 }
 
+// All of SelectTokens before scoreTokens.
 template <class Value>
-cudaError_t launchScores(const IvcSelection& s, const void* values, const int32_t* visualIndex, const int32_t* queryIndex,
+cudaError_t launchAllVotes(const IvcSelection& s, const void* values, const int32_t* visualIndex, const int32_t* queryIndex,
     float* tokenScore, int32_t* seedIndex, void* workspace, cudaStream_t stream) {
     const Scratch scratch(s, workspace);
     const Scoring scoring = scratch.scoring(tokenScore, seedIndex);
@@ -83,8 +91,15 @@ cudaError_t launchScores(const IvcSelection& s, const void* values, const int32_
     if (!status) {
         status = launchVotes(scratch.seedVotes(static_cast<const Value*>(values), visualIndex, seedIndex), stream);
     }
-    const dim3 blocks(ceilDiv(s.visual, kChooseThreads));
-    return status ? status : launchEarly(scoresKernel, blocks, kChooseThreads, stream, scoring);
+    return status;
+}
+
+cudaError_t launchAllVotes(const IvcSelection& s, const void* values, const int32_t* visualIndex,
+    const int32_t* queryIndex, float* tokenScore, int32_t* seedIndex, void* workspace, cudaStream_t stream) {
+    const auto launch = s.type == IVC_FLOAT32   ? launchAllVotes<float>
+                        : s.type == IVC_FLOAT16 ? launchAllVotes<__half>
+                                                : launchAllVotes<__nv_bfloat16>;
+    return launch(s, values, visualIndex, queryIndex, tokenScore, seedIndex, workspace, stream);
 }
 
 cudaError_t launchRows(RowCopies& c, const IvcRows* tensors, int32_t count, int32_t copied, cudaStream_t stream) {
@@ -110,10 +125,11 @@ size_t ivcSelectionWorkspace(const IvcSelection* selection) { return Scratch(*se
 cudaError_t ivcTokenScores(const IvcSelection* s, const void* values, const int32_t* visualIndex,
     const int32_t* queryIndex, float* tokenScore, int32_t* seedIndex, void* workspace, cudaStream_t stream) {
     if (!possible(*s)) return cudaErrorInvalidValue;
-    const auto launch = s->type == IVC_FLOAT32   ? launchScores<float>
-                        : s->type == IVC_FLOAT16 ? launchScores<__half>
-                                                 : launchScores<__nv_bfloat16>;
-    return launch(*s, values, visualIndex, queryIndex, tokenScore, seedIndex, workspace, stream);
+    const cudaError_t status =
+        launchAllVotes(*s, values, visualIndex, queryIndex, tokenScore, seedIndex, workspace, stream);
+    if (status != cudaSuccess) return status;
+    const Scoring scoring = Scratch(*s, workspace).scoring(tokenScore, seedIndex);
+    return launchEarly(scoresKernel, ceilDiv(s->visual, kChooseThreads), kChooseThreads, stream, scoring);
 }
 
 cudaError_t ivcKeptRows(const IvcSelection* s, const float* tokenScore, const int32_t* seedIndex,
@@ -134,6 +150,15 @@ cudaError_t ivcSelectTokens(const IvcSelection* s, const void* values, const flo
         onlyTokenKernel<<<ceilDiv(rows, kChooseThreads), kChooseThreads, 0, stream>>>(
             rows, keepIndex, tokenScore, seedIndex);
         return cudaGetLastError();
+    }
+    if (s->visual <= kNear) {  // one block is enough for scores, too
+        const cudaError_t voted =
+            launchAllVotes(*s, values, visualIndex, queryIndex, tokenScore, seedIndex, workspace, stream);
+        if (voted != cudaSuccess) return voted;
+        const Scratch scratch(*s, workspace);
+        const Ending ending{scratch.scoring(tokenScore, seedIndex),
+            scratch.keeping(tokenScore, seedIndex, priority, visualIndex, textIndex, keepIndex)};
+        return launchEarly(endKernel, 1, kChooseThreads, stream, ending);
     }
     const cudaError_t scored =
         ivcTokenScores(s, values, visualIndex, queryIndex, tokenScore, seedIndex, workspace, stream);

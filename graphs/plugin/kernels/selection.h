@@ -50,16 +50,17 @@ IVC_BLOCK void scoreSeeds(const Team& team, Choice& choice, const Scoring& s) {
     chooseSeeds(team, choice, s.textSums, s.visual, s.seeds, s.keys, s.found, s.seedIndex);
 }
 
-IVC_BLOCK void scoreTokens(const Team& team, const Scoring& s, int block) {
+// The work of one of several blocks.
+IVC_BLOCK void scoreTokens(const Team& team, const Scoring& s, int block, int blocks) {
     team.each([&](int thread) {
-        const int32_t i = block * team.threads() + thread;
-        if (i >= s.visual) return;
-        float sum = s.textSums[i];
+        for (int32_t i = block * team.threads() + thread; i < s.visual; i += blocks * team.threads()) {
+            float sum = s.textSums[i];
 #pragma unroll 8
-        for (int32_t part = 0; part < s.seedParts; ++part) {
-            sum += s.seedColumns[static_cast<int64_t>(part) * s.visual + i];
+            for (int32_t part = 0; part < s.seedParts; ++part) {
+                sum += s.seedColumns[static_cast<int64_t>(part) * s.visual + i];
+            }
+            s.tokenScore[i] = sum / s.voters;
         }
-        s.tokenScore[i] = sum / s.voters;
     });
 }
 
@@ -115,6 +116,12 @@ IVC_BLOCK void keepRows(const Team& team, Choice& c, const Keeping& k) {
         }
     });
 }
+
+// scoreTokens and keepRows in one block.
+struct Ending {
+    Scoring scoring;
+    Keeping keeping;
+};
 
 // The scratch memory of one call. Its layout follows from the extents.
 struct Scratch {

@@ -115,7 +115,7 @@ void scores(const IvcSelection& s, const void* values, const int32_t* visualInde
     scoreSeeds(team, choice, scoring);
     votes(scratch.seedVotes(static_cast<const Value*>(values), visualIndex, seedIndex), backwards);
     launch(ceilDiv(s.visual, kChooseThreads), 1, 1, backwards,
-        [&](int block, int, int) { scoreTokens(team, scoring, block); });
+        [&](int block, int, int) { scoreTokens(team, scoring, block, ceilDiv(s.visual, kChooseThreads)); });
 }
 
 int copy(RowCopies& c, const IvcRows* tensors, int32_t count, int32_t copied, bool backwards) {

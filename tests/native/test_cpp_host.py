@@ -241,6 +241,18 @@ def test_pictures_are_resized_as_pillow_does(program: HostProgram, tmp_path: Pat
             assert found == digest(np.asarray(wanted)), (width, height, w, h)
 
 
+def test_large_pictures_are_resized_in_parts(program: HostProgram, tmp_path: Path) -> None:
+    """By several threads, each of which takes some rows."""
+    image, path = noise(900, 700, 3, 0), tmp_path / "large.png"
+    image.save(path)
+    for width, height in ((1100, 700), (900, 1101), (1001, 997)):
+        wanted = image.resize((width, 700), PIL.Image.Resampling.BICUBIC).resize(
+            (width, height), PIL.Image.Resampling.BICUBIC
+        )
+        found = program.ask("resize", path=str(path), width=width, height=height, filter="bicubic")
+        assert found == digest(np.asarray(wanted)), (width, height)
+
+
 # --- every family
 
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
+#include <thread>
 
 #include "ivc/error.h"
 
@@ -75,6 +77,31 @@ struct Weights {
 
 uint8_t rounded(int32_t sum) { return static_cast<uint8_t>(std::clamp(sum >> kBits, 0, 255)); }
 
+constexpr size_t kMostThreads = 4;
+
+// Calls work(part, first, end) for parts of `rows` rows, side by side if there is enough to compute. It must not throw.
+// values: those of a row.
+template <class Work>
+void inParts(int32_t rows, int32_t values, const Work& work) {
+    constexpr int64_t kEnough = 1 << 19;  // values for which a thread is worth starting
+    const auto wanted = static_cast<size_t>(int64_t{rows} * values / kEnough);
+    const size_t parts = std::min({kMostThreads, static_cast<size_t>(std::thread::hardware_concurrency()), wanted});
+    std::vector<std::thread> threads;
+    threads.reserve(kMostThreads);
+    int32_t first = 0;
+    for (size_t part = 1; part < parts; ++part) {
+        const auto end = static_cast<int32_t>(int64_t{rows} * static_cast<int64_t>(part) / static_cast<int64_t>(parts));
+        try {
+            threads.emplace_back(work, part, first, end);
+        } catch (const std::exception&) {  // the system has no more threads or memory
+            break;
+        }
+        first = end;
+    }
+    work(0, first, rows);
+    for (std::thread& thread : threads) thread.join();
+}
+
 // Each row of `image` resized to `width`; kept are those from `first` on, as many as `target` is wide.
 void resizeRows(const Image& image, int32_t width, int32_t first, Resample filter, Image& target) {
     if (width == image.width) {
@@ -85,23 +112,25 @@ void resizeRows(const Image& image, int32_t width, int32_t first, Resample filte
         return;
     }
     const Weights weights(image.width, width, first, target.width, filter);
-    for (int32_t y = 0; y < target.height; ++y) {
-        const uint8_t* from = image.row(y);
-        uint8_t* to = target.row(y);
-        for (size_t x = 0; x < static_cast<size_t>(target.width); ++x, to += 3) {
-            const int32_t* values = &weights.values[x * weights.most];
-            const uint8_t* pixel = from + static_cast<size_t>(weights.starts[x]) * 3;
-            int32_t red = 1 << (kBits - 1), green = red, blue = red;
-            for (int32_t i = 0; i < weights.counts[x]; ++i, pixel += 3) {
-                red += pixel[0] * values[i];
-                green += pixel[1] * values[i];
-                blue += pixel[2] * values[i];
+    inParts(target.height, 3 * target.width, [&](size_t, int32_t begin, int32_t end) {
+        for (int32_t y = begin; y < end; ++y) {
+            const uint8_t* from = image.row(y);
+            uint8_t* to = target.row(y);
+            for (size_t x = 0; x < static_cast<size_t>(target.width); ++x, to += 3) {
+                const int32_t* values = &weights.values[x * weights.most];
+                const uint8_t* pixel = from + static_cast<size_t>(weights.starts[x]) * 3;
+                int32_t red = 1 << (kBits - 1), green = red, blue = red;
+                for (int32_t i = 0; i < weights.counts[x]; ++i, pixel += 3) {
+                    red += pixel[0] * values[i];
+                    green += pixel[1] * values[i];
+                    blue += pixel[2] * values[i];
+                }
+                to[0] = rounded(red);
+                to[1] = rounded(green);
+                to[2] = rounded(blue);
             }
-            to[0] = rounded(red);
-            to[1] = rounded(green);
-            to[2] = rounded(blue);
         }
-    }
+    });
 }
 
 // The same of columns, a row at a time.
@@ -112,18 +141,21 @@ void resizeColumns(const Image& image, int32_t height, int32_t first, Resample f
         return;
     }
     const Weights weights(image.height, height, first, target.height, filter);
-    std::vector<int32_t> sums(row);
-    for (int32_t y = 0; y < target.height; ++y) {
-        const auto place = static_cast<size_t>(y);
-        std::fill(sums.begin(), sums.end(), 1 << (kBits - 1));
-        for (int32_t i = 0; i < weights.counts[place]; ++i) {
-            const int32_t value = weights.values[place * weights.most + static_cast<size_t>(i)];
-            const uint8_t* from = image.row(weights.starts[place] + i);
-            for (size_t x = 0; x < row; ++x) sums[x] += from[x] * value;
+    std::vector<int32_t> all(kMostThreads * row);
+    inParts(target.height, 3 * target.width, [&](size_t part, int32_t begin, int32_t end) {
+        int32_t* sums = &all[part * row];
+        for (int32_t y = begin; y < end; ++y) {
+            const auto place = static_cast<size_t>(y);
+            std::fill(sums, sums + row, 1 << (kBits - 1));
+            for (int32_t i = 0; i < weights.counts[place]; ++i) {
+                const int32_t value = weights.values[place * weights.most + static_cast<size_t>(i)];
+                const uint8_t* from = image.row(weights.starts[place] + i);
+                for (size_t x = 0; x < row; ++x) sums[x] += from[x] * value;
+            }
+            uint8_t* to = target.row(y);
+            for (size_t x = 0; x < row; ++x) to[x] = rounded(sums[x]);
         }
-        uint8_t* to = target.row(y);
-        for (size_t x = 0; x < row; ++x) to[x] = rounded(sums[x]);
-    }
+    });
 }
 
 // Pixels that the places of a resized line are taken from, one each.

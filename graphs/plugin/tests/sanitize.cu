@@ -44,8 +44,8 @@ struct Buffer {
     void fill(IvcType type) {
         std::vector<uint16_t> bits(bytes / 2);
         for (size_t i = 0; i < bits.size(); ++i) {
-            const uint16_t sign = static_cast<uint16_t>(between(0, 1) << 15);
-            const uint16_t some = static_cast<uint16_t>(between(0, 127));
+            const uint32_t drawn = generator();
+            const uint16_t sign = static_cast<uint16_t>(drawn >> 31 << 15), some = static_cast<uint16_t>(drawn % 128);
             bits[i] = static_cast<uint16_t>(sign | (type == IVC_FLOAT16 ? 0x3800 + some : 0x3f00 + some));
         }
         if (bytes > 0) require(cudaMemcpy(data, bits.data(), bytes, cudaMemcpyHostToDevice));
@@ -269,6 +269,11 @@ void selection(int number) {
     c.headDim = kSizes[number % 5];
     c.visual = number % 7 ? between(1, 400) : number % 2 + 1;
     c.text = between(1, 90);
+    if (number % 10 == 3) {  // more than one launch scores and keeps
+        c.kvHeads = 1;
+        c.visual = 4100;
+        c.text = 5;
+    }
     c.rows = c.visual + c.text;
     c.queries = between(1, c.text);
     c.keepCount = between(1, c.visual);

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,9 @@ SHORT = (16, 16)
 """Visual and text tokens of the first answer."""
 PACKED = ", packed"
 """Behind the name of a runtime that runs packed weights."""
+LONG_ROUNDS = 2
+SHOWN = 32
+"""Tokens of a long answer that are written."""
 TOP = 30
 """Kernels that a profile lists."""
 
@@ -61,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
     p.add_argument("--layer", type=int, default=16, help="k of 28")
     p.add_argument("--tokens", type=int, default=32)
+    p.add_argument("--long", type=int, help="also answers of so many tokens, at the first size, without torch-eager")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--warmups", type=int, default=2)
     p.add_argument("--seconds", type=float, default=400, help="no size and no profile begins later than this")
@@ -108,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             contestants[1:1] = open_packed(options.packed, replace(entrants, peers=()), say, failures)
         clock["open"] = time.perf_counter() - start
         rows: list[Row] = []
+        long: dict[str, Any] = {}
         profiles: list[dict[str, Any]] = []
         compiled = options.sizes if options.compiled_sizes is None else options.compiled_sizes
 
@@ -118,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "seconds_since_start": {name: round(x, 1) for name, x in clock.items()},
             }
             content |= {"profiles": profiles} if options.profile else {}
+            content |= {"long": long} if long else {}
             output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             say(f"{output} has {len(rows)} rows")
 
@@ -136,6 +142,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 prompts.append(noise_prompt(bundle, size, 64))
                 rows += bench.measure(takes_part, prompts[-1])
             clock[f"{size} visual tokens"] = time.perf_counter() - start
+            write()
+        if options.long and prompts and not late("long answers"):
+            patient = [one for one in contestants if one.side.name != "torch-eager"]
+            more = replace(settings, count=options.long, rounds=min(LONG_ROUNDS, options.rounds), warmups=1)
+            with noted(failures, "long answers"):
+                found = Bench(bundle, more, say, failures).measure(patient, prompts[0])
+                rows_of_long = [row.to_dict() | {"tokens": row.tokens[:SHOWN]} for row in found]
+                long |= {"settings": {**asdict(more), "ratios": more.all_ratios}, "rows": rows_of_long}
+                for row in found:
+                    say(f"{options.long} tokens, {row.side:24} {row.ratio:.1f} token {row.decode:8.3f}")
             write()
         ours = [one for one in contestants if isinstance(one.side, BundleSide)]
         for prompt, one in product(prompts if options.profile else (), ours):

@@ -4,7 +4,7 @@
     python -m benchmarks.join_results packed TURNS --without FILE --profile FILE [--note TEXT ...]
 
 generate: files of benchmarks.gpu_generate. TURNS has the rows; the others may be left out: a run with --profile, one
-with PyTorch beside, and one of long answers. Writes benchmarks/results/generate-GPU.json.
+with PyTorch beside, and one of long answers if that one had none (--long). Writes benchmarks/results/generate-GPU.json.
 packed: files of benchmarks.cuda_packed with and without our library, and one {"first": kernels, "decode": kernels} of
 weights in 4 bits, as gpu_generate.kernels gives them. Writes benchmarks/results/cuda_packed-GPU.json.
 Places of files in commands become names, and long answers keep their first tokens only.
@@ -96,6 +96,8 @@ def join_generate(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("beside", "long"):
         if other := read(getattr(options, name)):
             found[name] = some(other, "command", "settings", "sides", "rows", "failures")
+            if "long" in other and options.long is None:
+                found["long"] = {"command": other["command"], **other["long"]}
     return found | some({"notes": options.note}, "notes")
 
 

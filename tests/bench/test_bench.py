@@ -382,9 +382,15 @@ def test_packed_weights_are_measured_beside(tmp_path: Path) -> None:
     output, checkpoint = tmp_path / "found.json", make_checkpoint(tmp_path / "checkpoint", TINY["qwen2_vl"])
     bundle = export(ExportRecipe(checkpoint, tmp_path / "packed", quantisation=Quantisation("int4", 32)))
     one = ["--tokens", "2", "--rounds", "1", "--warmups", "0", "--sizes", "16", "--ratios", "1", "--peers"]
-    arguments = ["--tiny", "--backends", "onnxruntime-cpu", *one, "--packed", str(bundle.folder)]
+    arguments = ["--tiny", "--backends", "onnxruntime-cpu", *one, "--packed", str(bundle.folder), "--long", "40"]
     gpu_generate.main([*arguments, "--output", str(output)])
-    mine, packed = json.loads(output.read_text())["rows"]
+    content = json.loads(output.read_text())
+    mine, packed = content["rows"]
+    assert content["long"]["settings"]["count"] == 40
+    assert [(row["side"], len(row["tokens"])) for row in content["long"]["rows"]] == [
+        (mine["side"], 32),
+        (packed["side"], 32),
+    ]
     assert (mine["side"], packed["side"]) == ("onnxruntime-cpu", "onnxruntime-cpu, packed")
     assert mine["ideal"]["decode"] > packed["ideal"]["decode"]  # each by its own bundle's weights
 

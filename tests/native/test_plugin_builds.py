@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -34,6 +35,12 @@ def build(folder: Path, architecture: str, name: str = "ivc_kernels") -> Path:
 
 def exports(library: Path) -> str:
     return subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True).stdout
+
+
+def test_the_sanitizers_program_calls_every_kernel() -> None:
+    text = (PLUGIN / "tests" / "sanitize.cu").read_text()
+    functions = set(re.findall(r"IVC_API \w+ (ivc\w+)\(", (PLUGIN / "kernels" / "ivc_kernels.h").read_text()))
+    assert len(functions) > 15 and functions == {name for name in functions if f"{name}(" in text}
 
 
 def test_kernels_compile_and_link(tmp_path: Path) -> None:

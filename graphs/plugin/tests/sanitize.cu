@@ -297,6 +297,11 @@ void selection(int number) {
     length.fill({past});
     require(ivcSelectTokens(&c, values.data, priority.floats(), visualIndex.integers(), textIndex.integers(),
         queryIndex.integers(), keepIndex.integers(), scores.floats(), seeds.integers(), workspace.data, nullptr));
+    Buffer again(keepIndex.bytes), apart(scores.bytes), first(seeds.bytes), other(workspace.bytes);
+    require(ivcTokenScores(&c, values.data, visualIndex.integers(), queryIndex.integers(), apart.floats(), first.integers(),
+        other.data, nullptr));
+    require(ivcKeptRows(&c, apart.floats(), first.integers(), priority.floats(), visualIndex.integers(), textIndex.integers(),
+        again.integers(), other.data, nullptr));
     require(ivcCacheIndex(keepIndex.integers(), kept, past, capacity, origin.integers(), nullptr));
     const auto bytes = static_cast<int32_t>(row);
     const IvcRows rows{values.data, gathered.data, c.kvHeads, bytes};
@@ -305,13 +310,29 @@ void selection(int number) {
     const IvcRows into{values.data, cache.data, c.kvHeads, bytes}, behind{gathered.data, appended.data, c.kvHeads, bytes};
     require(ivcCompactGatherInto(&into, 1, c.rows, keepIndex.integers(), kept, length.integers(), capacity, nullptr));
     require(ivcAppendRows(&behind, 1, kept, length.integers(), capacity, nullptr));
-    read({&keepIndex, &scores, &seeds, &origin, &gathered});
+    read({&keepIndex, &scores, &seeds, &again, &apart, &first, &origin, &gathered});
     Buffer written(c.kvHeads * kept * row);  // caches' other rows are not initialised
     for (const Buffer* one : {&cache, &appended}) {
         require(cudaMemcpy2D(written.data, kept * row, static_cast<char*>(one->data) + past * row, capacity * row, kept * row,
             c.kvHeads, cudaMemcpyDeviceToDevice));
         read({&written});
     }
+}
+
+// Pixels of levels, of pictures and of frames.
+void pixels(int number) {
+    IvcPixels c{};
+    c.outer = between(1, 90);
+    c.given = number % 2 ? between(1, 2) : 1;
+    c.frames = c.given * between(1, 2);
+    c.inner = number % 3 ? 196 : between(1, 3000);
+    c.factor = 1 / 255.0f;
+    for (float& deviation : c.std) deviation = 0.25f;
+    const size_t size = size_t{3} * c.outer * c.inner;
+    Buffer levels((size * c.given + 1) / 2 * 2), made(4 * size * c.frames);
+    levels.fill(IVC_FLOAT16);
+    require(ivcScalePixels(&c, static_cast<const uint8_t*>(levels.data), made.floats(), nullptr));
+    read({&made});
 }
 
 // The first and the last kernel of a decode step.
@@ -324,7 +345,6 @@ void step(int number) {
     c.hidden = kHidden[number % 4];
     c.vocab = kVocab[number / 2 % 4];
     c.scale = 2;
-    c.rounded = number % 2;
     const size_t one = bytesOf(c.type), lengths = number % 3 ? 2 : 1;
     const bool ofTable = number % 5 != 0;
     const int rows = ofTable ? std::min(c.vocab, 1000) : 1;
@@ -357,11 +377,13 @@ struct Kind {
 
 // Cases of a kind are numbered from 0 on.
 const Kind kKinds[] = {{"decoder", decoder, 30}, {"encoder", encoder, 24}, {"joined", joined, 30}, {"turned", turned, 36},
-    {"linear", linear, 66}, {"packed", packed, 80}, {"selection", selection, 30}, {"step", step, 24}};
+    {"linear", linear, 66}, {"packed", packed, 80}, {"selection", selection, 30}, {"pixels", pixels, 12},
+    {"step", step, 24}};
 
 }  // namespace
 
 int main(int count, char** arguments) {
+    printf("kernels of version %d\n", ivcKernelsVersion());
     for (const Kind& kind : kKinds) {
         if (count > 1 && !strstr(kind.name, arguments[1])) continue;
         const int cases = count > 2 ? atoi(arguments[2]) : kind.cases;

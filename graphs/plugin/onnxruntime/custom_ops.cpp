@@ -96,7 +96,11 @@ class CompactGatherN {
         require(context.GetInputCount() == axes_.size() + 1, "CompactGatherN: axes must have one entry for each tensor");
         const auto index = context.GetInput(0);
         const int32_t kept = lengthOf(index);
+        require(!axes_.empty(), "CompactGatherN: there must be a tensor");
+        const auto type = context.GetInput(1).GetTensorTypeAndShapeInfo().GetElementType();  // of all of them
+        const auto size = static_cast<int32_t>(bytesOf(type));
         std::vector<IvcRows> tensors;
+        tensors.reserve(axes_.size());
         int64_t rows = -1;
         for (size_t i = 0; i < axes_.size(); ++i) {
             const auto x = context.GetInput(i + 1);
@@ -105,8 +109,7 @@ class CompactGatherN {
             require(axis < shape.size(), "CompactGatherN: an axis is out of range");
             require(rows < 0 || shape[axis] == rows, "CompactGatherN: all tensors must have the same number of rows");
             rows = shape[axis];
-            IvcRows one{x.GetTensorRawData(), nullptr, 1,
-                static_cast<int32_t>(bytesOf(x.GetTensorTypeAndShapeInfo().GetElementType()))};
+            IvcRows one{x.GetTensorRawData(), nullptr, 1, size};
             for (size_t a = 0; a < axis; ++a) one.outer *= static_cast<int32_t>(shape[a]);
             for (size_t a = axis + 1; a < shape.size(); ++a) one.rowBytes *= static_cast<int32_t>(shape[a]);
             shape[axis] = kept;

@@ -107,6 +107,8 @@ def packed_case(seed: int, bits: int = 4) -> PackedCase:
     out = int(generator.integers(1, 100))
     if seed % 50 == 1:  # of another row in the table of choices
         rows, features, out = 1, int(generator.integers(1, 80)), 4097 + int(generator.integers(0, 9))
+    if seed % 50 == 13:  # of one that is gated
+        rows, features, out = 1, int(generator.integers(1, 300)), 2049 + int(generator.integers(0, 9))
     if seed % 50 == 2:
         rows, features, out = 2, int(generator.integers(1, 80)), 4097 + int(generator.integers(0, 9))
     columns, blocks = out * (1 + gated), -(-features // block)

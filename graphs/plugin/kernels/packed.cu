@@ -8,7 +8,7 @@
 namespace ivc {
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) packedKernel(const __grid_constant__ PackedProduct a) {
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksEach) packedKernel(const __grid_constant__ PackedProduct a) {
 #ifdef IVC_TENSOR_CORES
     __shared__ typename Kernel::Shared shared;
     Block block;
@@ -44,10 +44,13 @@ cudaError_t ivcFusedPacked(const IvcLinear* c, const IvcPacked* w, const void* x
     const cudaError_t known = hasTensorCores(tensorCores);
     if (known != cudaSuccess) return known;
     if (!tensorCores) return cudaErrorNotSupported;
+    int processors = 0;
+    const cudaError_t counted = countProcessors(processors);
+    if (counted != cudaSuccess) return counted;
     const PackedProduct a = planned(*c, *w, x, norm, bias, residual, y);
     if (!wellPlaced(a.packed, *w)) return cudaErrorInvalidValue;
     return withHalf<__half, __nv_bfloat16>(
-        c->type, [&](auto value) { return launchPacked<decltype(value)>(*c, *w, a, PackedLaunch{stream}); });
+        c->type, [&](auto value) { return launchPacked<decltype(value)>(*c, *w, a, processors, PackedLaunch{stream}); });
 }
 
 cudaError_t ivcUnpack(const IvcLinear* c, const IvcPacked* w, void* weight, cudaStream_t stream) {

@@ -116,11 +116,13 @@ IVC_WARP void interleave(Fragment& to, const Octet<Value>& from) {
 // of a slice lies in one block of W. The lanes that load it have columns 2 (lane % 4), that + 1, that + 8 and that + 9
 // of a matrix. For each row of x, the right matrix has four columns, one for each chunk, with zeros outside the chunk.
 // So each chunk has its own sum of exact products, which is then scaled in float32.
-template <class Value, int kBits, int kChunk, bool kGated, int kRowsEach, int kParts, int kAheadEach>
+template <class Value, int kBits, int kChunk, bool kGated, int kRowsEach, int kParts, int kAheadEach, int kEachBlocks = 1>
 struct FewPacked {
     static constexpr int kTiles = kGated ? 2 : 1, kWarps = kTiles * kParts, kThreads = kWarps * kWarp;
     static constexpr int kWords = kChunk / 8, kSlice = 4 * kChunk;
-    static constexpr int kRows = kRowsEach, kPairs = (kRows + 1) / 2, kColumns = 16, kAhead = kAheadEach;
+    static constexpr int kRows = kRowsEach, kPairs = (kRows + 1) / 2, kColumns = 16, kAhead = kAheadEach, kBlocksEach = kEachBlocks;
+    static constexpr int kResults = (kRows * kColumns + kThreads - 1) / kThreads;
+    static constexpr int kNormed = kRows == 1 ? (kAhead * kSlice / 8 + kWarp - 1) / kWarp : 0;
 
     // The rows of x of a warp's slices: those that are multiplied, and as many that follow.
     using Batch = Value[kAhead][kRows][kSlice];
@@ -147,6 +149,16 @@ struct FewPacked {
         float x[kPairs][2];
     };
 
+    // The weights of the norm of a lane's part of the first slices, for one row of x.
+    struct Norms {
+        Octet<Value> x[kNormed > 0 ? kNormed : 1];
+    };
+
+    // What is added to a thread's results.
+    struct Added {
+        float bias[kResults], upBias[kResults], residual[kResults];
+    };
+
     static int32_t columnBlocks(const PackedProduct& a) { return ceilDiv(a.linear.out, kColumns); }
     static int32_t rowBlocks(const PackedProduct& a) { return ceilDiv(a.linear.rows, kRows); }
 
@@ -154,6 +166,8 @@ struct FewPacked {
         const int32_t firstRow = rowBlock * kRows, firstColumn = columnBlock * kColumns;
         const int32_t slices = ceilDiv(a.linear.features, kSlice);
         PerWarp<Lane<Fetched>, kWarps> fetched[kAhead];
+        PerWarp<Lane<Norms>, kWarps> norms;
+        PerWarp<Lane<Added>, kWarps> added;
         block.each([&](int warp) {
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
@@ -162,11 +176,16 @@ struct FewPacked {
                     eachLane([&](int lane) { fetched[i][warp][lane] = fetchedOf(a, firstColumn, slice, warp, lane); });
                 }
             }
+            if (kNormed > 0 && a.linear.norm) fetchNorms(norms[warp], a, warp % kParts);
+            eachLane([&](int lane) { fetchBias(added[warp][lane], a.linear, firstColumn, warp * kWarp + lane); });
         });
         awaitKernelBefore();
         block.each([&](int warp) {
             fetchRows(block, shared.x[warp][0], a, firstRow, warp % kParts);
-            if (a.linear.norm) sumSquares(shared.squares[warp], a.linear, firstRow, warp);
+            if (a.linear.norm) sumSquares(shared.squares[warp], a, firstRow, warp);
+            eachLane([&](int lane) {
+                fetchResidual(added[warp][lane], a.linear, firstRow, firstColumn, warp * kWarp + lane);
+            });
         });
         if (a.linear.norm) block.barrier();
         block.each([&](int warp) {
@@ -179,7 +198,7 @@ struct FewPacked {
                 block.awaitCopies();
                 block.warpBarrier();
                 if (a.linear.norm) {
-                    norm(shared.x[warp][place], factors, a, first);
+                    norm(shared.x[warp][place], factors, a, first, first == warp % kParts ? &norms[warp] : nullptr);
                     block.warpBarrier();
                 }
                 fetchRows(block, shared.x[warp][1 - place], a, firstRow, first + kAhead * kParts);
@@ -201,17 +220,26 @@ struct FewPacked {
         block.barrier();
         block.each([&](int warp) {
             eachLane([&](int lane) {
-                for (int at = warp * kWarp + lane; at < kRows * kColumns; at += kThreads) {
-                    const int row = at / kColumns, i = at % kColumns;
-                    if (firstRow + row >= a.linear.rows || firstColumn + i >= a.linear.out) continue;
-                    float products[kTiles] = {};
-#pragma unroll
-                    for (int part = 0; part < kWarps; ++part) products[part / kParts] += shared.sums[part][row][i];
-                    putResult<Value, kGated>(a.linear, a.linear.scale * products[0],
-                        a.linear.scale * products[kTiles - 1], firstRow + row, firstColumn + i);
-                }
+                finish(shared.sums, a.linear, added[warp][lane], firstRow, firstColumn, warp * kWarp + lane);
             });
         });
+    }
+
+    // Computes a thread's results, from the sums of all warps.
+    static IVC_WARP void finish(const float (&sums)[kWarps][kRows][kColumns], const Linear& a, const Added& added,
+        int32_t firstRow, int32_t firstColumn, int thread) {
+#pragma unroll
+        for (int result = 0; result < kResults; ++result) {
+            const int at = thread + result * kThreads, row = at / kColumns, i = at % kColumns;
+            if (row >= kRows || firstRow + row >= a.rows || firstColumn + i >= a.out) continue;
+            float products[kTiles] = {};
+#pragma unroll
+            for (int part = 0; part < kWarps; ++part) products[part / kParts] += sums[part][row][i];
+            float y = activated<Value>(a.scale * products[0] + added.bias[result], a.activation, a.slope);
+            if (kGated) y *= a.scale * products[kTiles - 1] + added.upBias[result];
+            static_cast<Value*>(a.y)[static_cast<int64_t>(firstRow + row) * a.out + firstColumn + i] =
+                static_cast<Value>(y + added.residual[result]);
+        }
     }
 
     static IVC_WARP Fetched fetchedOf(const PackedProduct& a, int32_t firstColumn, int32_t slice, int warp, int lane) {
@@ -236,17 +264,54 @@ struct FewPacked {
         return found;
     }
 
+    static IVC_WARP void fetchBias(Added& to, const Linear& a, int32_t firstColumn, int thread) {
+        const Value* bias = static_cast<const Value*>(a.bias);
+#pragma unroll
+        for (int result = 0; result < kResults; ++result) {
+            const int at = thread + result * kThreads;
+            const int32_t column = firstColumn + at % kColumns;
+            const bool there = bias && at < kRows * kColumns && column < a.out;
+            to.bias[result] = there ? static_cast<float>(bias[column]) : 0;
+            to.upBias[result] = kGated && there ? static_cast<float>(bias[a.out + column]) : 0;
+        }
+    }
+
+    static IVC_WARP void fetchResidual(Added& to, const Linear& a, int32_t firstRow, int32_t firstColumn, int thread) {
+        const Value* residual = static_cast<const Value*>(a.residual);
+#pragma unroll
+        for (int result = 0; result < kResults; ++result) {
+            const int at = thread + result * kThreads;
+            const int32_t row = firstRow + at / kColumns, column = firstColumn + at % kColumns;
+            const bool there = residual && at < kRows * kColumns && row < a.rows && column < a.out;
+            to.residual[result] = there ? static_cast<float>(residual[static_cast<int64_t>(row) * a.out + column]) : 0;
+        }
+    }
+
+    // The norm's weights for the slices of one row that a warp loads first.
+    static IVC_WARP void fetchNorms(Lane<Norms>& to, const PackedProduct& a, int32_t slice) {
+        const Value* weight = static_cast<const Value*>(a.linear.norm);
+        eachEight(a, slice, [&](int lane, int turn, int, int, int, int32_t at) {
+            to[lane].x[turn] = a.whole ? octetOf<true>(weight, at, a.linear.features)
+                                       : octetOf<false>(weight, at, a.linear.features);
+        });
+    }
+
     // A warp's part of the sum of squares of each row.
-    static IVC_WARP void sumSquares(float (&to)[kRows], const Linear& a, int32_t firstRow, int warp) {
+    static IVC_WARP void sumSquares(float (&to)[kRows], const PackedProduct& a, int32_t firstRow, int warp) {
+        const int32_t features = a.linear.features;
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
-            const Value* x = static_cast<const Value*>(a.x) +
-                             static_cast<int64_t>(smaller(firstRow + row, a.rows - 1)) * a.features;
+            const Value* x = static_cast<const Value*>(a.linear.x) +
+                             static_cast<int64_t>(smaller(firstRow + row, a.linear.rows - 1)) * features;
             shareSum(to[row], [&](int lane) {
                 float squares = 0;
-                for (int32_t at = warp * kWarp + lane; at < a.features; at += kThreads) {
-                    const float value = static_cast<float>(x[at]);
-                    squares += value * value;
+                for (int32_t at = 8 * (warp * kWarp + lane); at < features; at += 8 * kThreads) {
+                    const Octet<Value> octet = a.whole ? octetOf<true>(x, at, features) : octetOf<false>(x, at, features);
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) {
+                        const float value = static_cast<float>(octet.x[i]);
+                        squares += value * value;
+                    }
                 }
                 return squares;
             });
@@ -269,12 +334,13 @@ struct FewPacked {
         constexpr int kPieces = kSlice / 8, kEach = kAhead * kRows * kPieces;
         eachLane([&](int lane) {
 #pragma unroll
-            for (int first = 0; first < kEach; first += kWarp) {
+            for (int turn = 0; turn < (kEach + kWarp - 1) / kWarp; ++turn) {
+                const int first = turn * kWarp;
                 const int piece = (first + lane) % kPieces, row = (first + lane) / kPieces % kRows;
                 const int i = (first + lane) / kPieces / kRows;
                 const int32_t at = (slice + i * kParts) * kSlice + 8 * piece;
                 if (first + lane < kEach && at < ceilDiv(a.linear.features, kSlice) * kSlice) {
-                    work(i, row, 8 * piece, at);
+                    work(lane, turn, i, row, 8 * piece, at);
                 }
             }
         });
@@ -283,7 +349,7 @@ struct FewPacked {
     // Loads the rows of kAhead slices of a warp, from `slice` on, with zeros after the end of x.
     static IVC_WARP void fetchRows(Block& block, Batch& to, const PackedProduct& a, int32_t firstRow, int32_t slice) {
         const int32_t features = a.linear.features;
-        eachEight(a, slice, [&](int i, int row, int place, int32_t at) {
+        eachEight(a, slice, [&](int, int, int i, int row, int place, int32_t at) {
             const Value* x = static_cast<const Value*>(a.linear.x) +
                              static_cast<int64_t>(smaller(firstRow + row, a.linear.rows - 1)) * features;
             Value* target = &to[i][row][place];
@@ -296,11 +362,14 @@ struct FewPacked {
     }
 
     // Normalises in place, and rounds to Value as a separate kernel would.
-    static IVC_WARP void norm(Batch& x, const float (&factors)[kRows], const PackedProduct& a, int32_t slice) {
+    // norms: the weights, if they are loaded already.
+    static IVC_WARP void norm(Batch& x, const float (&factors)[kRows], const PackedProduct& a, int32_t slice,
+        Lane<Norms>* norms) {
         const Value* weight = static_cast<const Value*>(a.linear.norm);
-        eachEight(a, slice, [&](int i, int row, int place, int32_t at) {
-            const Octet<Value> by = a.whole ? octetOf<true>(weight, at, a.linear.features)
-                                            : octetOf<false>(weight, at, a.linear.features);
+        eachEight(a, slice, [&](int lane, int turn, int i, int row, int place, int32_t at) {
+            const Octet<Value> by = kNormed > 0 && norms ? (*norms)[lane].x[turn]
+                                    : a.whole            ? octetOf<true>(weight, at, a.linear.features)
+                                                         : octetOf<false>(weight, at, a.linear.features);
             Octet<Value>& octet = *reinterpret_cast<Octet<Value>*>(&x[i][row][place]);
             float factor = factors[0];
 #pragma unroll
@@ -314,6 +383,21 @@ struct FewPacked {
     }
 
     static IVC_WARP void add(Lane<Sums>& sums, const Lane<Fetched>& fetched, const Value (&rows)[kRows][kSlice]) {
+        addWith(sums, fetched, [&](int pair, int word, Lane<Fragment>& right) {
+            eachLane([&](int lane) {
+                const int row = 2 * pair + lane / 16, chunk = lane % 4;
+                Octet<Value> octet{};
+                if (lane / 4 % 4 == chunk && row < kRows) {
+                    octet = *reinterpret_cast<const Octet<Value>*>(&rows[row][chunk * kChunk + 8 * word]);
+                }
+                interleave<Value, kBits>(right[lane], octet);
+            });
+        });
+    }
+
+    // rightOf(pair, word, right): gives the right matrices of a word and of two rows.
+    template <class RightOf>
+    static IVC_WARP void addWith(Lane<Sums>& sums, const Lane<Fetched>& fetched, RightOf rightOf) {
         Lane<Product> products[kPairs][2];
         eachLane([&](int lane) {
 #pragma unroll
@@ -337,14 +421,7 @@ struct FewPacked {
 #pragma unroll
             for (int pair = 0; pair < kPairs; ++pair) {
                 Lane<Fragment> right;
-                eachLane([&](int lane) {
-                    const int row = 2 * pair + lane / 16, chunk = lane % 4;
-                    Octet<Value> octet{};
-                    if (lane / 4 % 4 == chunk && row < kRows) {
-                        octet = *reinterpret_cast<const Octet<Value>*>(&rows[row][chunk * kChunk + 8 * word]);
-                    }
-                    interleave<Value, kBits>(right[lane], octet);
-                });
+                rightOf(pair, word, right);
                 multiply<Value, 0>(products[pair][0], left[0], right);
                 multiply<Value, 1>(products[pair][1], left[1], right);
             }
@@ -376,6 +453,148 @@ struct FewPacked {
                 });
             }
         }
+    }
+};
+
+// Computes one row of x, which stays in registers as the right matrices of its products. Each block takes 16 columns of
+// y in turn, and reads the next columns' weights while it multiplies. kParts warps share a sum, and each has at most
+// kSlices slices of the row. kEachBlocks: blocks that a multiprocessor runs at a time.
+template <class Value, int kBits, bool kGated, int kParts, int kSlices, int kEachBlocks>
+struct OneRowPacked {
+    using Few = FewPacked<Value, kBits, 32, kGated, 1, kParts, kSlices, kEachBlocks>;
+    using Fetched = typename Few::Fetched;
+    static constexpr int kTiles = Few::kTiles, kWarps = Few::kWarps, kThreads = Few::kThreads;
+    static constexpr int kWords = Few::kWords, kSlice = Few::kSlice, kColumns = Few::kColumns;
+    static constexpr int kBlocksEach = kEachBlocks, kMostFeatures = kParts * kSlices * kSlice;
+
+    struct Shared {
+        float sums[2][kWarps][1][kColumns];
+        float squares[kWarps];
+    };
+
+    struct Octets {
+        Octet<Value> x[kSlices][kWords];
+    };
+
+    struct Rights {
+        Fragment x[kSlices][kWords];
+    };
+
+    static IVC_HD int32_t steps(const PackedProduct& a) { return ceilDiv(a.linear.out, kColumns); }
+    static IVC_HD int32_t columnBlocks(const PackedProduct& a) { return smaller(steps(a), a.linear.blocks); }
+    static int32_t rowBlocks(const PackedProduct&) { return 1; }
+
+    static IVC_WARP void run(Block& block, Shared& shared, const PackedProduct& a, int32_t number, int32_t) {
+        const int32_t end = steps(a), blocks = columnBlocks(a);
+        PerWarp<Lane<Fetched>, kWarps> fetched[kSlices];
+        PerWarp<Lane<Octets>, kWarps> octets, norms;
+        PerWarp<Lane<Rights>, kWarps> rights;
+        block.each([&](int warp) {
+#pragma unroll
+            for (int i = 0; i < kSlices; ++i) {
+                eachLane([&](int lane) { fetched[i][warp][lane] = fetchedOf(a, number, i, warp, lane); });
+            }
+            if (a.linear.norm) fetchOctets(norms[warp], a, a.linear.norm, warp);
+        });
+        awaitKernelBefore();
+        block.each([&](int warp) {
+            fetchOctets(octets[warp], a, a.linear.x, warp);
+            if (a.linear.norm) shareSum(shared.squares[warp], [&](int lane) { return squaresOf(octets[warp][lane]); });
+        });
+        if (a.linear.norm) block.barrier();
+        block.each([&](int warp) {
+            float squares = 0;
+            if (a.linear.norm) {
+#pragma unroll
+                for (int part = 0; part < kParts; ++part) squares += shared.squares[part];
+            }
+            const float factor = a.linear.norm ? normFactor(a.linear, squares) : 1;
+            eachLane([&](int lane) {
+#pragma unroll
+                for (int i = 0; i < kSlices; ++i) {
+#pragma unroll
+                    for (int word = 0; word < kWords; ++word) {
+                        Octet<Value> octet = octets[warp][lane].x[i][word];
+                        if (a.linear.norm) {
+#pragma unroll
+                            for (int j = 0; j < 8; ++j) {
+                                octet.x[j] = static_cast<Value>(static_cast<float>(octet.x[j]) * factor *
+                                                                static_cast<float>(norms[warp][lane].x[i][word].x[j]));
+                            }
+                        }
+                        interleave<Value, kBits>(rights[warp][lane].x[i][word], octet);
+                    }
+                }
+            });
+        });
+        int32_t turn = 0;
+        for (int32_t step = number; step < end; step += blocks, turn ^= 1) {
+            PerWarp<Lane<typename Few::Added>, kWarps> added;
+            block.each([&](int warp) {
+                Lane<typename Few::Sums> sums;
+                eachLane([&](int lane) {
+                    sums[lane] = typename Few::Sums{};
+                    Few::fetchBias(added[warp][lane], a.linear, step * kColumns, warp * kWarp + lane);
+                    Few::fetchResidual(added[warp][lane], a.linear, 0, step * kColumns, warp * kWarp + lane);
+                });
+#pragma unroll
+                for (int i = 0; i < kSlices; ++i) {
+                    Few::addWith(sums, fetched[i][warp], [&](int, int word, Lane<Fragment>& right) {
+                        eachLane([&](int lane) { right[lane] = rights[warp][lane].x[i][word]; });
+                    });
+                    if (step + blocks < end) {
+                        eachLane([&](int lane) {
+                            fetched[i][warp][lane] = fetchedOf(a, step + blocks, i, warp, lane);
+                        });
+                    }
+                }
+                Few::share(shared.sums[turn][warp], sums);
+            });
+            block.barrier();  // all have read the turn before the last: they passed this barrier since
+            block.each([&](int warp) {
+                eachLane([&](int lane) {
+                    Few::finish(shared.sums[turn], a.linear, added[warp][lane], 0, step * kColumns, warp * kWarp + lane);
+                });
+            });
+        }
+    }
+
+    static IVC_WARP Fetched fetchedOf(const PackedProduct& a, int32_t step, int i, int warp, int lane) {
+        return Few::fetchedOf(a, step * kColumns, warp % kParts + i * kParts, warp, lane);
+    }
+
+    // The values that a lane puts into right matrices, zeros elsewhere.
+    static IVC_WARP void fetchOctets(Lane<Octets>& to, const PackedProduct& a, const void* row, int warp) {
+        eachLane([&](int lane) {
+#pragma unroll
+            for (int i = 0; i < kSlices; ++i) {
+#pragma unroll
+                for (int word = 0; word < kWords; ++word) {
+                    const int32_t at = (warp % kParts + i * kParts) * kSlice + lane % 4 * 32 + 8 * word;
+                    const bool there = lane / 4 == lane % 4 && at < a.linear.features;
+                    const Value* from = static_cast<const Value*>(row);
+                    to[lane].x[i][word] = !there      ? Octet<Value>{}
+                                          : a.whole ? octetOf<true>(from, at, a.linear.features)
+                                                    : octetOf<false>(from, at, a.linear.features);
+                }
+            }
+        });
+    }
+
+    static IVC_WARP float squaresOf(const Octets& octets) {
+        float squares = 0;
+#pragma unroll
+        for (int i = 0; i < kSlices; ++i) {
+#pragma unroll
+            for (int word = 0; word < kWords; ++word) {
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    const float value = static_cast<float>(octets.x[i][word].x[j]);
+                    squares += value * value;
+                }
+            }
+        }
+        return squares;
     }
 };
 

@@ -7,29 +7,34 @@
 
 namespace ivc {
 
-// Rows of x, warps of a column, and slices that a warp loads at once.
-enum class PackedKernel { kOne12x4, kOne6x2, kOne4x2, kTwo12x2, kTwo4x2, kFour4x2, kEight4x2, kEight2x2 };
+// Rows of x, warps of a column, and slices that a warp loads at once; or one row that stays in registers.
+enum class PackedKernel { kHeld, kOne12x1, kOne12x4, kOne6x2, kTwo12x2, kTwo4x2, kFour4x2, kEight4x2, kEight2x2 };
 
-// The kernel for products of at most so many rows of x and of W.
+// The kernel for products of at most so many rows of x, so long, and of at least so many rows of W.
 struct PackedChoice {
-    int32_t rows, columns;
+    int32_t rows, features, columns;
     PackedKernel kernel, gated;
 };
 
-// The first that fits is used. That of 4 bits was the fastest on an H200 at Qwen2-VL-2B's sizes, with blocks of 32.
+constexpr int32_t kHeldFeatures = 1536;  // of a row that stays in registers
+
+// The first that fits is used. It was the fastest on an H200 at Qwen2-VL-2B's sizes, with blocks of 32.
 constexpr PackedChoice kInt4Choices[] = {
-    {1, 4096, PackedKernel::kOne12x4, PackedKernel::kOne6x2},
-    {1, INT32_MAX, PackedKernel::kOne6x2, PackedKernel::kOne4x2},
-    {2, 4096, PackedKernel::kTwo12x2, PackedKernel::kTwo4x2},
-    {2, INT32_MAX, PackedKernel::kTwo4x2, PackedKernel::kTwo4x2},
-    {4, INT32_MAX, PackedKernel::kFour4x2, PackedKernel::kFour4x2},
-    {INT32_MAX, INT32_MAX, PackedKernel::kEight4x2, PackedKernel::kEight2x2},
+    {1, kHeldFeatures, 4097, PackedKernel::kHeld, PackedKernel::kHeld},
+    {1, kHeldFeatures, 0, PackedKernel::kOne12x1, PackedKernel::kOne6x2},
+    {1, INT32_MAX, 4097, PackedKernel::kOne6x2, PackedKernel::kOne6x2},
+    {1, INT32_MAX, 0, PackedKernel::kOne12x4, PackedKernel::kOne6x2},
+    {2, INT32_MAX, 4097, PackedKernel::kTwo4x2, PackedKernel::kTwo4x2},
+    {2, INT32_MAX, 0, PackedKernel::kTwo12x2, PackedKernel::kTwo4x2},
+    {4, INT32_MAX, 0, PackedKernel::kFour4x2, PackedKernel::kFour4x2},
+    {INT32_MAX, INT32_MAX, 0, PackedKernel::kEight4x2, PackedKernel::kEight2x2},
 };
 constexpr PackedChoice kInt8Choices[] = {
-    {1, INT32_MAX, PackedKernel::kOne6x2, PackedKernel::kOne6x2},
-    {2, INT32_MAX, PackedKernel::kTwo4x2, PackedKernel::kTwo4x2},
-    {4, INT32_MAX, PackedKernel::kFour4x2, PackedKernel::kFour4x2},
-    {INT32_MAX, INT32_MAX, PackedKernel::kEight2x2, PackedKernel::kEight2x2},
+    {1, kHeldFeatures, 4097, PackedKernel::kHeld, PackedKernel::kHeld},
+    {1, INT32_MAX, 0, PackedKernel::kOne6x2, PackedKernel::kOne6x2},
+    {2, INT32_MAX, 0, PackedKernel::kTwo4x2, PackedKernel::kTwo4x2},
+    {4, INT32_MAX, 0, PackedKernel::kFour4x2, PackedKernel::kFour4x2},
+    {INT32_MAX, INT32_MAX, 0, PackedKernel::kEight2x2, PackedKernel::kEight2x2},
 };
 
 inline bool possible(const IvcLinear& c, const IvcPacked& w) {
@@ -42,7 +47,9 @@ template <size_t kCount>
 PackedKernel packedChoiceOf(const IvcLinear& c, const PackedChoice (&choices)[kCount]) {
     const int32_t columns = c.gated ? 2 * c.out : c.out;
     for (const PackedChoice& choice : choices) {
-        if (c.rows <= choice.rows && columns <= choice.columns) return c.gated ? choice.gated : choice.kernel;
+        if (c.rows <= choice.rows && c.features <= choice.features && columns >= choice.columns) {
+            return c.gated ? choice.gated : choice.kernel;
+        }
     }
     return PackedKernel::kEight2x2;
 }
@@ -71,11 +78,15 @@ inline bool wellPlaced(const Packed& p, const IvcPacked& w) {
 
 // Calls launch.run<Kernel>(a) with the kernel of a planned product.
 template <class Value, int kBits, bool kGated, class Launch>
-auto launchPacked(PackedKernel kernel, const PackedProduct& a, Launch launch) {
-    if constexpr (kBits == 4) {
-        if (kernel == PackedKernel::kOne4x2) return launch.template run<FewPacked<Value, kBits, 32, kGated, 1, 4, 2>>(a);
+auto launchPacked(PackedKernel kernel, PackedProduct a, int32_t processors, Launch launch) {
+    if (kernel == PackedKernel::kHeld) {
+        using Held = OneRowPacked<Value, kBits, kGated, 6, 2, kGated ? 1 : 2>;
+        static_assert(Held::kMostFeatures == kHeldFeatures, "rows that fit are known");
+        a.linear.blocks = processors * Held::kBlocksEach;
+        return launch.template run<Held>(a);
     }
     if constexpr (kBits == 4 && !kGated) {  // as many warps for each half would be too many
+        if (kernel == PackedKernel::kOne12x1) return launch.template run<FewPacked<Value, kBits, 32, kGated, 1, 12, 1, 2>>(a);
         if (kernel == PackedKernel::kOne12x4) return launch.template run<FewPacked<Value, kBits, 32, kGated, 1, 12, 4>>(a);
         if (kernel == PackedKernel::kTwo12x2) return launch.template run<FewPacked<Value, kBits, 32, kGated, 2, 12, 2>>(a);
         if (kernel == PackedKernel::kEight4x2) return launch.template run<FewPacked<Value, kBits, 32, kGated, 8, 4, 2>>(a);
@@ -90,21 +101,22 @@ auto launchPacked(PackedKernel kernel, const PackedProduct& a, Launch launch) {
 
 // Blocks of 16 are rare, and have two kernels only.
 template <class Value, int kBits, bool kGated, class Launch>
-auto launchPacked(const IvcLinear& c, const IvcPacked& w, const PackedProduct& a, Launch launch) {
-    if (w.blockSize > 16) return launchPacked<Value, kBits, kGated>(packedChoiceOf(c, kBits), a, launch);
+auto launchPacked(const IvcLinear& c, const IvcPacked& w, const PackedProduct& a, int32_t processors, Launch launch) {
+    if (w.blockSize > 16) return launchPacked<Value, kBits, kGated>(packedChoiceOf(c, kBits), a, processors, launch);
     return c.rows == 1 ? launch.template run<FewPacked<Value, kBits, 16, kGated, 1, 6, 2>>(a)
                        : launch.template run<FewPacked<Value, kBits, 16, kGated, 8, 2, 2>>(a);
 }
 
 template <class Value, int kBits, class Launch>
-auto launchPacked(const IvcLinear& c, const IvcPacked& w, const PackedProduct& a, Launch launch) {
-    return c.gated ? launchPacked<Value, kBits, true>(c, w, a, launch)
-                   : launchPacked<Value, kBits, false>(c, w, a, launch);
+auto launchPacked(const IvcLinear& c, const IvcPacked& w, const PackedProduct& a, int32_t processors, Launch launch) {
+    return c.gated ? launchPacked<Value, kBits, true>(c, w, a, processors, launch)
+                   : launchPacked<Value, kBits, false>(c, w, a, processors, launch);
 }
 
 template <class Value, class Launch>
-auto launchPacked(const IvcLinear& c, const IvcPacked& w, const PackedProduct& a, Launch launch) {
-    return w.bits == 4 ? launchPacked<Value, 4>(c, w, a, launch) : launchPacked<Value, 8>(c, w, a, launch);
+auto launchPacked(const IvcLinear& c, const IvcPacked& w, const PackedProduct& a, int32_t processors, Launch launch) {
+    return w.bits == 4 ? launchPacked<Value, 4>(c, w, a, processors, launch)
+                       : launchPacked<Value, 8>(c, w, a, processors, launch);
 }
 
 // Calls `of` with a value of the tensors' type. `Half` and `Brain` are float16 and bfloat16.

@@ -137,7 +137,7 @@ IVC_HD inline Best better(const Best& a, const Best& b) {
 
 struct AnswerShared {
     Best found[kStepThreads / kWarp];
-    int32_t flag;
+    int32_t flag, wanted;
 };
 
 // Combines the lanes of a warp. Every lane gets the result.
@@ -157,8 +157,14 @@ IVC_WARP void bestOfWarp(Lane<Best>& best) {
 template <class Value>
 IVC_WARP void giveAnswer(Block& block, AnswerShared& shared, const GiveAnswer& g, int32_t number) {
     const Best nothing{-INFINITY, 1e9f, 0};
-    const bool wanted = *g.wanted != 0;  // from the host, which is far; no kernel writes it
+    block.each([&](int warp) {
+        eachLane([&](int lane) {  // one of the block's threads asks the host, which is far; no kernel writes it
+            if (warp == 0 && lane == 0) shared.wanted = *g.wanted;
+        });
+    });
+    block.barrier();
     awaitKernelBefore();
+    const bool wanted = shared.wanted != 0;
     block.each([&](int warp) {
         Lane<Best> best;
         eachLane([&](int lane) {

@@ -230,7 +230,7 @@ int ivcFusedPacked(const IvcLinear* c, const IvcPacked* w, const void* x, const 
     const PackedProduct a = planned(*c, *w, x, norm, bias, residual, y);
     if (!wellPlaced(a.packed, *w)) return 1;
     return withHalf<Float16, BFloat16>(
-        c->type, [&](auto value) { return launchPacked<decltype(value)>(*c, *w, a, Multiplying{backwards != 0}); });
+        c->type, [&](auto value) { return launchPacked<decltype(value)>(*c, *w, a, 1, Multiplying{backwards != 0}); });
 }
 
 int ivcUnpack(const IvcLinear* c, const IvcPacked* w, void* weight, size_t backwards) {
@@ -413,7 +413,7 @@ int ivcGiveAnswer(const IvcStep* c, const void* x, const int32_t* wanted, float*
     const GiveAnswer g = planned(*c, x, wanted, logits, best, told, scratch);
     launch(kAnswerBlocks, 1, 1, backwards != 0, [&](int number, int, int) {
         Block block{kStepThreads / kWarp, backwards != 0};
-        AnswerShared shared;
+        AnswerShared shared{};
         switch (c->type) {
             case IVC_FLOAT32: return giveAnswer<float>(block, shared, g, number);
             case IVC_FLOAT16: return giveAnswer<Float16>(block, shared, g, number);

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +31,8 @@ class Run:
     visual_index: Ints
     text_index: Ints
     query_index: Ints
-    ivc_priority: npt.NDArray[np.float32]
+    priorities: Callable[[], npt.NDArray[np.float32]]
+    """Computes ivc_priority, which prefix is the first to read: vision can begin before."""
     keep_count: int
     tiles: Mapping[str, Ints]
     """thumbnail_index, tile_map and candidate_index, if the graph takes them."""
@@ -38,6 +40,11 @@ class Run:
     method: Method = IVC_PRUNE
     taken: Sequence[str] = ()
     """Names of the inputs that the bundle's selection takes."""
+
+    @cached_property
+    def ivc_priority(self) -> npt.NDArray[np.float32]:
+        """float32 [L]; see SelectionMethod.host_plan."""
+        return self.priorities()
 
     @property
     def rows(self) -> int:
@@ -112,14 +119,10 @@ def plan_run(
     method = method or find_method(manifest.selection, None)
     if grids:
         voting = rows[max(question, visual[-1] + 1 + manifest.selection.query_offset) :]
-        blocks = [block for grid in grids for block in ivc_blocks(grid, manifest.selection)]
-        priority = method.record.host_plan(manifest, positions[:, visual], blocks, method.seed)
-        starts = np.cumsum([0, *(grid.visual for grid in grids)])
-        for grid, first in zip(grids, starts, strict=False) if manifest.selection.views else ():
-            priority[first + grid.separators] = SEPARATOR_PRIORITY
+        priorities = partial(picture_priorities, manifest, positions[:, visual], grids, method)
         keep_count = sum(kept_tokens(grid.visual, ratio) for grid in grids)
     else:
-        visual, voting, priority, keep_count = rows[:1], rows[:0], np.zeros(1, np.float32), 1
+        visual, voting, priorities, keep_count = rows[:1], rows[:0], partial(np.zeros, 1, np.float32), 1
     return Run(
         tokens=tokens,
         grids=tuple(grids),
@@ -127,13 +130,25 @@ def plan_run(
         visual_index=visual,
         text_index=np.delete(rows, visual),
         query_index=voting if len(voting) else rows[-1:],
-        ivc_priority=priority,
+        priorities=priorities,
         keep_count=keep_count,
         tiles=thumbnail_inputs(grids, manifest.selection),
         next_position=next_position,
         method=method,
         taken=method.record.operator.inputs(manifest.selection),
     )
+
+
+def picture_priorities(
+    manifest: Manifest, positions: Ints, grids: Sequence[Grid], method: Method
+) -> npt.NDArray[np.float32]:
+    """ivc_priority, float32 [L], of the visual tokens of pictures, at positions int32 [axes, L]."""
+    blocks = [block for grid in grids for block in ivc_blocks(grid, manifest.selection)]
+    priority = method.record.host_plan(manifest, positions, blocks, method.seed)
+    starts = np.cumsum([0, *(grid.visual for grid in grids)])
+    for grid, first in zip(grids, starts, strict=False) if manifest.selection.views else ():
+        priority[first + grid.separators] = SEPARATOR_PRIORITY
+    return priority
 
 
 def check_inputs(manifest: Manifest, picture: Visual) -> None:

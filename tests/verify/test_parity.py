@@ -195,7 +195,7 @@ def choice(values: Floats, seed: int = 0) -> tuple[Run, Selected]:
     priority = np.zeros(VISUAL, np.float32)
     priority[np.random.default_rng(seed).permutation(VISUAL)[:30]] = IVC_PRIORITY - np.arange(30)
     parts = (rows[:VISUAL], rows[VISUAL:], rows[VISUAL + 2 :])
-    run = Run(rows, (), rows[None, None], *parts, priority, 100, {}, len(rows))
+    run = Run(rows, (), rows[None, None], *parts, lambda: priority, 100, {}, len(rows))
     return run, select(values, priority, *parts, 100, RULE)
 
 

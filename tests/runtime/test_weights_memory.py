@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from ivc_export.families.pictures import Grid
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
 from ivc_export.runtime.onnxruntime.fused_graphs import FusedGraphs
 from ivc_export.runtime.onnxruntime.library import share_arena, small_workspaces
-from ivc_export.runtime.onnxruntime.weights_memory import ALIGNMENT, WeightsMemory, large_weights, room, view
+from ivc_export.runtime.onnxruntime.weights_memory import ALIGNMENT, WeightsMemory, room, view
 from tests.conftest import random_picture
 
 PROMPT = [1, 2, 500, *[503] * 20, 501, 7, 8, 9, 10]
@@ -62,13 +62,14 @@ def test_sessions_read_weights_from_one_allocation(golden_bundle: Bundle, monkey
     picture, seen = random_picture(Grid(4, 5), 0), list[WeightsMemory]()
     wanted = FusedConversation(FusedSession(golden_bundle, "cpu"), 0.4, capacity=64).run(PROMPT, [picture])
 
-    def in_one(self: FusedGraphs, models: list[ir.Model]) -> WeightsMemory:
-        weights = {name: tensor for model in models for name, tensor in large_weights(model)}
-        seen.append(WeightsMemory(sum(room(tensor.nbytes) for tensor in weights.values()), "cpu"))
+    def of(models: list[ir.Model], device: str) -> WeightsMemory:
+        seen.append(cast(WeightsMemory, made(models, device)))
         return seen[0]
 
     assert WeightsMemory.works("cpu")
-    monkeypatch.setattr(FusedGraphs, "_memory_for", in_one)
+    made = WeightsMemory.of
+    monkeypatch.setattr(WeightsMemory, "of", of)
+    monkeypatch.setattr(FusedGraphs, "_in_one", lambda self: True)
     session = FusedSession(golden_bundle, "cpu")
     found = FusedConversation(session, 0.4, capacity=64).run(PROMPT, [picture])
     np.testing.assert_array_equal(found.logits, wanted.logits)

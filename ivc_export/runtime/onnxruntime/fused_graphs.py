@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,7 +40,7 @@ from ivc_export.runtime.onnxruntime.shared_memory import shared_array
 from ivc_export.runtime.onnxruntime.small_graphs import pixels_graph, rows_graph, table_graph, tied_table
 from ivc_export.runtime.onnxruntime.staging import Staging
 from ivc_export.runtime.onnxruntime.stream import Place, Stream, address_of
-from ivc_export.runtime.onnxruntime.weights_memory import WeightsMemory, large_weights, room, view
+from ivc_export.runtime.onnxruntime.weights_memory import WeightsMemory, large_weights, view
 from ivc_export.runtime.onnxruntime.workspace import PictureRows, Values, on_host
 
 if TYPE_CHECKING:
@@ -94,7 +94,6 @@ class FusedGraphs:
             )
         if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # CUDA's libraries, if pip installed them
-        grow_exactly()
         bundle.check_portable("the CUDA provider")
         self.bundle = bundle
         self.device = provider
@@ -115,11 +114,13 @@ class FusedGraphs:
         self._pending: list[Any] = []
         """Bindings of runs for which the host has not waited yet, and what else the device still reads."""
         self._staging = Staging(self.stream, provider) if self.stream else None
+        self._made: set[tuple[str, int]] = set()
+        """Sessions and threads that have cuBLAS handles."""
         self._owners: list[OrtValue] = []
         """Weights that are not in one memory. On the CPU they are the arrays themselves."""
         self._weights: Values = {}
         """Views of the weights: onnxruntime shares memory between sessions only if it does not own it."""
-        self._weights_memory = self._memory_for([*models.values(), decode])
+        self._weights_memory = WeightsMemory.of([*models.values(), decode], provider) if self._in_one() else None
         self._converted: Values = {}
         """Values that onnxruntime's optimisers read while sessions open, for weights that no file has in this dtype."""
         self._sessions: dict[str, InferenceSession] = {name: self._open(model) for name, model in models.items()}
@@ -164,14 +165,9 @@ class FusedGraphs:
         assert self.op_library is not None
         return shared_array(self.op_library, shape, dtype)
 
-    def _memory_for(self, models: Sequence[ir.Model]) -> WeightsMemory | None:
-        """Memory for the weights of these models on the device. None if each is to have its own."""
-        if self.device != "cuda" or not WeightsMemory.works(self.device):
-            return None
-        weights = {name: tensor for model in models for name, tensor in large_weights(model)}
-        size = sum(room(tensor.nbytes) for tensor in weights.values())
-        with told(f"{decimal(size)} of weights do not fit into GPU memory", NO_ROOM, CHECK_GPU):
-            return WeightsMemory(size, self.device) if size else None
+    def _in_one(self) -> bool:
+        """Whether all weights are in one allocation."""
+        return self.device == "cuda" and grow_exactly(self.op_library is not None) and WeightsMemory.works(self.device)
 
     def _weight(self, tensor: ir.LazyTensor | ir.ExternalTensor, array: npt.NDArray[Any]) -> OrtValue:
         """A weight on the device."""
@@ -192,13 +188,11 @@ class FusedGraphs:
         onnxruntime = load_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = SILENT
-        shares = False
         if self.op_library:
             register(self.op_library, options)
             options.enable_mem_pattern = False  # else a second prompt of one length takes all of its memory once more
-            shares = self.device == "cuda" and not cuda_graph and share_arena()
-        if shares:
-            options.add_session_config_entry("session.use_env_allocators", "1")
+            if self.device == "cuda" and not cuda_graph and share_arena():
+                options.add_session_config_entry("session.use_env_allocators", "1")
         folder = str(self.bundle.folder)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         for name, tensor in large_weights(model):
@@ -379,10 +373,18 @@ class FusedGraphs:
         if self.stream and not wait:
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             self._pending.append(binding)
-        with told(f"{name} cannot run", SMALLER, CHECK_GPU):
+        with told(f"{name} cannot run", SMALLER, CHECK_GPU), self._handles(name):
             session.run_with_iobinding(binding, options)
         if wait:
             self._release()
+
+    def _handles(self, name: str) -> AbstractContextManager[None]:
+        """For a session's run: its first one in a thread makes handles of cuBLAS."""
+        made = name, threading.get_ident()
+        if self.op_library is None or made in self._made:
+            return nullcontext()
+        self._made.add(made)
+        return small_workspaces()
 
     def settle(self) -> None:
         """Wait for the runs after which a failure left no run that is waited for, and give up what they use."""

@@ -70,8 +70,8 @@ def share_arena() -> bool:
 def small_workspaces() -> Iterator[None]:
     """Let cuBLAS handles that are made in the block have little memory, unless the user has chosen how much.
 
-    onnxruntime makes handles for each session, each with 64 MiB on recent GPUs. Where our operators multiply, with a
-    workspace of their own, hardly anything uses these.
+    onnxruntime makes handles for each session and thread, each with 64 MiB on recent GPUs. Where our operators
+    multiply, with a workspace of their own, hardly anything uses these.
     """
     if "CUBLAS_WORKSPACE_CONFIG" in os.environ:
         yield
@@ -83,15 +83,25 @@ def small_workspaces() -> Iterator[None]:
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-def grow_exactly() -> None:
+GROWTH_NAMES = ("ArenaExtendStrategy", "set_arena_extend_strategy")
+_GROWTH: list[bool] = []
+
+
+def grow_exactly(wanted: bool) -> bool:
     """Let GPU memory for values that no session owns, such as weights, grow by the requested amount.
 
-    By default it grows by powers of two, and up to 1 GB would be unused. onnxruntime offers this option only
-    internally, and not if it is built without CUDA. Then nothing changes.
+    By default it grows by powers of two, and up to half of it would be unused. Runs without our operators are a tenth
+    faster with the default, for a reason that we do not know. onnxruntime offers this option only internally, and not
+    if it is built without CUDA. The first model of a process decides.
+
+    Returns whether memory grows so.
     """
     load_onnxruntime()
     from onnxruntime.capi import _pybind_state
 
-    strategies = getattr(_pybind_state, "ArenaExtendStrategy", None)
-    if strategies is not None and hasattr(_pybind_state, "set_arena_extend_strategy"):
-        _pybind_state.set_arena_extend_strategy(strategies.kSameAsRequested)
+    if not _GROWTH:
+        _GROWTH.append(wanted and all(hasattr(_pybind_state, name) for name in GROWTH_NAMES))
+        if _GROWTH[0]:
+            strategy, choose = (getattr(_pybind_state, name) for name in GROWTH_NAMES)
+            choose(strategy.kSameAsRequested)
+    return _GROWTH[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from rich.filesize import decimal
 
-from ivc_export.runtime.failures import known
+from ivc_export.runtime.failures import known, told
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
+from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU, NO_ROOM
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -39,6 +41,18 @@ class WeightsMemory:
             memory = WeightsMemory(2 * ALIGNMENT, device)
             return all(np.array_equal(memory.place(numbers + i).numpy(), numbers + i) for i in range(2))
         return False
+
+    @staticmethod
+    def of(models: Sequence[ir.Model], device: str) -> WeightsMemory | None:
+        """Memory for the large weights of these models. None if there are none.
+
+        Raises:
+            UserError: the device has no room for them.
+        """
+        weights = {name: tensor for model in models for name, tensor in large_weights(model)}
+        size = sum(room(tensor.nbytes) for tensor in weights.values())
+        with told(f"{decimal(size)} of weights do not fit into GPU memory", NO_ROOM, CHECK_GPU):
+            return WeightsMemory(size, device) if size else None
 
     def __init__(self, size: int, device: str) -> None:
         self._owner = load_onnxruntime().OrtValue.ortvalue_from_shape_and_type((size,), np.uint8, device, 0)

@@ -43,8 +43,8 @@ def test_frames_agree_with_float64(encoders: Kernels) -> None:
     check_all(encoders, lambda seed: encoder_case(seed, False))
 
 
-def test_windows_agree_with_float64(encoders: Kernels) -> None:
-    check_all(encoders, lambda seed: encoder_case(seed, True))
+def test_windows_agree_with_float64(kernels: Kernels) -> None:
+    check_all(kernels, lambda seed: encoder_case(seed, True))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -82,21 +82,6 @@ struct Launch {
     }
 };
 
-#ifndef IVC_SM_90A
-cudaError_t encodeInGroups(const IvcEncoder&, const Attend&, cudaStream_t) { return cudaErrorNotSupported; }
-#endif
-
-// How the device and this build of the kernels multiply.
-static cudaError_t coresOf(Cores& cores) {
-    int major = 0;
-    const cudaError_t status = majorCapability(major);
-    cores = major < 8 ? Cores::kNone : Cores::kWarps;
-#ifdef IVC_SM_90A
-    if (major == 9) cores = Cores::kGroups;
-#endif
-    return status;
-}
-
 }  // namespace ivc
 
 using namespace ivc;
@@ -134,13 +119,13 @@ cudaError_t ivcEncodeAttend(const IvcEncoder* c, const void* q, const void* k, c
     a.windowOfPlace = windowOfPlace;
     a.y = y;
     if (!wellPlaced(a, c->type)) return cudaErrorInvalidValue;
-    Cores cores = Cores::kNone;
-    const cudaError_t known = coresOf(cores);
+    int major = 0;
+    const cudaError_t known = majorCapability(major);
     if (known != cudaSuccess) return known;
-    const auto groups = [&](const IvcEncoder& encoder, const Attend& attend) {
-        return encodeInGroups(encoder, attend, stream);
-    };
-    return launchEncoder<__half, __nv_bfloat16>(*c, a, cores, Launch{stream}, groups);
+#ifdef IVC_SM_90A
+    if (major == 9 && takesGroups(*c) && fasterInGroups(*c)) return attendInGroups(*c, a, stream);
+#endif
+    return launchEncoder<__half, __nv_bfloat16>(*c, a, major >= 8, Launch{stream});
 }
 
 cudaError_t ivcTurnHeads(

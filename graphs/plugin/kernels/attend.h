@@ -163,8 +163,6 @@ struct Shape {
     static constexpr int kSharedBytes = kInputBytes < kMergeBytes ? kMergeBytes : kInputBytes;
 
     static constexpr bool kGrouped = false;
-    static constexpr int kLeastBlocks = 1;  // that a multiprocessor must be able to hold
-
     // Where a chunk of a row lies in a tile of kRows rows.
     template <int kRows>
     IVC_HD static int at(int row, int chunk) {
@@ -172,9 +170,9 @@ struct Shape {
     }
 };
 
-// Sizes of a block's tiles, the products of which groups of four warps make together (multiplyTogether). A group has 64
-// queries. kAhead: the scores of the next tile are computed while this one's weights are.
-template <int kDepth_, int kGroups_, int kKeys_, bool kAhead_, int kLeastBlocks_>
+// Sizes of a block's tiles, the products of which groups of four warps make together (warp_group.h). A group has 64
+// queries.
+template <int kDepth_, int kGroups_, int kKeys_>
 struct GroupedShape {
     static constexpr int kDepth = kDepth_;
     static constexpr int kBands = 1, kRowWarps = 4 * kGroups_, kKeyWarps = 1;
@@ -183,8 +181,7 @@ struct GroupedShape {
     static constexpr int kQueries = 64 * kGroups_;
     static constexpr int kColumns = kKeys;
     static constexpr int kChunks = kDepth / 8;
-    static constexpr bool kGrouped = true, kAhead = kAhead_;
-    static constexpr int kLeastBlocks = kLeastBlocks_;
+    static constexpr bool kGrouped = true;
     // A tile holds the first chunks of all rows, then their second chunks, and so on. The same row's chunks lie in
     // different banks of shared memory.
     template <int kRows>
@@ -192,6 +189,9 @@ struct GroupedShape {
     static constexpr int kTileBytes = kChunks * kPitch<kKeys>;
     static constexpr int kQueryBytes = kChunks * kPitch<kQueries>;
     static constexpr int kSharedBytes = kQueryBytes + 2 * kStages * kTileBytes;
+    // Queries and weights are left matrices in registers. Where they were equally many, nvcc 13.0 gave both the same
+    // registers, and the second tile of keys met weights in the place of queries.
+    static_assert(kDepth != kKeys, "queries and weights must differ in size");
 
     template <int kRows>
     IVC_HD static int at(int row, int chunk) {
@@ -367,18 +367,20 @@ struct Attention {
         }
     }
 
-    // Starts to multiply the queries and keys of a group's warps.
-    IVC_WARP void startScores(Found<S>& f, Lane<Product> (&score)[S::kColumns / 8], int stage) const {
+    // The same as scores() for a group's warps.
+    IVC_WARP void scoresTogether(Found<S>& f, int stage) const {
         beginProducts();
 #pragma unroll
         for (int k = 0; k < S::kDepth / 16; ++k) {
             const char* tile = keys(stage) + S::template at<S::kKeys>(0, 2 * k);
-            multiplyTogether<Value, false>(score, f.query[k], tile, S::template kPitch<S::kKeys>, k > 0);
+            multiplyTogether<Value, false>(f.score[0], f.query[k], tile, S::template kPitch<S::kKeys>, k > 0);
         }
         endProducts();
+        awaitProducts();
+        settled(f.score[0]);
     }
 
-    // The same as weighted() for a group's warps. Scores of the next tile may be on their way: they end, too.
+    // The same as weighted() for a group's warps.
     IVC_WARP void weightedTogether(Found<S>& f, int stage) const {
         Lane<Fragment> weight[S::kColumns / 16];
 #pragma unroll
@@ -667,13 +669,12 @@ struct Attention {
     // run() for shapes whose warps multiply in groups.
     IVC_WARP void runGrouped() const {
         const Visit<Value, kSight, S::kKeys> visit(a, frame, head, firstQuery, endQuery, split);
-        const int32_t lowest = firstQuery / a.group, count = visit.to - visit.from;
+        const int32_t lowest = firstQuery / a.group;
         PerWarp<Found<S>, S::kWarps> found;
-        const auto load = [&](int32_t i, bool keysToo, bool valuesToo) {
-            if (i >= count) return;
-            const Tile<Value> tile = visit[visit.from + i];
-            if (keysToo) loadKeys(tile, i % 2);
-            if (valuesToo) loadValues(tile, i % 2);
+        const auto load = [&](int32_t i) {
+            if (i >= visit.to) return;
+            loadKeys(visit[i], (i - visit.from) % 2);
+            loadValues(visit[i], (i - visit.from) % 2);
         };
         const auto awaitTile = [&] {
             block.awaitCopies();
@@ -681,48 +682,23 @@ struct Attention {
             block.barrier();
         };
         loadQueries();
-        load(0, true, true);
+        load(visit.from);
         block.each([&](int warp) { begin(found[warp], warp); });
         awaitTile();
         block.each([&](int warp) { hold(found[warp], warp); });
-        if constexpr (S::kAhead) {
-            load(1, true, false);
-            block.each([&](int warp) {
-                Found<S>& f = found[warp];
-                if (count > 0) startScores(f, f.score[0], 0);
-                awaitProducts();
-                settled(f.score[0]);
-            });
-        }
-        for (int32_t i = 0; i < count; ++i) {
-            const Tile<Value> tile = visit[visit.from + i];
+        for (int32_t i = visit.from; i < visit.to; ++i) {
+            const Tile<Value> tile = visit[i];
             const bool masked = visit.masked(tile, lowest);
-            const int stage = i % 2;
-            if (S::kAhead || i > 0) awaitTile();
-            if (S::kAhead) load(i + 2, true, false);
-            load(i + 1, !S::kAhead, true);
+            const int stage = (i - visit.from) % 2;
+            if (i > visit.from) awaitTile();
+            load(i + 1);
             block.each([&](int warp) {
-                Found<S>& f = found[warp];
-                if constexpr (S::kAhead) {
-                    Lane<Product> next[S::kColumns / 8];
-                    startScores(f, next, 1 - stage);
-                    if (masked) mask(f, tile, warp);
-                    weights(f);
-                    weightedTogether(f, stage);
-                    settled(next);
-#pragma unroll
-                    for (int n = 0; n < S::kColumns / 8; ++n) f.score[0][n] = next[n];
-                } else {
-                    startScores(f, f.score[0], stage);
-                    awaitProducts();
-                    settled(f.score[0]);
-                    if (masked) mask(f, tile, warp);
-                    weights(f);
-                    weightedTogether(f, stage);
-                }
+                scoresTogether(found[warp], stage);
+                if (masked) mask(found[warp], tile, warp);
+                weights(found[warp]);
+                weightedTogether(found[warp], stage);
             });
         }
-        block.awaitCopies();
         block.each([&](int warp) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

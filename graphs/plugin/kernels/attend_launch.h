@@ -8,7 +8,7 @@
 namespace ivc {
 
 template <class Value, Sight kSight, class S>
-__global__ void __launch_bounds__(S::kThreads, S::kLeastBlocks) attendKernel(const __grid_constant__ Attend a) {
+__global__ void __launch_bounds__(S::kThreads) attendKernel(const __grid_constant__ Attend a) {
 #ifdef IVC_TENSOR_CORES
     extern __shared__ __align__(128) char shared[];
     Block block;
@@ -36,7 +36,7 @@ cudaError_t launchTiles(const Attend& a, cudaStream_t stream) {
     return cudaGetLastError();
 }
 
-// The encoder's attention where groups of warps multiply together (attend_groups.cu).
-cudaError_t encodeInGroups(const IvcEncoder& c, const Attend& a, cudaStream_t stream);
+// launchGroups on the device (attend_groups.cu, for SM 90 alone).
+cudaError_t attendInGroups(const IvcEncoder& c, const Attend& a, cudaStream_t stream);
 
 }  // namespace ivc

@@ -20,9 +20,17 @@ using ManyQueries = Shape<kDepth, kDepth == 128 ? 1 : 2, 4, 1, 64, 1>;
 // Tiles of an encoder.
 template <int kDepth>
 using Patches = Shape<kDepth, kDepth == 128 ? 1 : 2, 4, 1, 64, 1>;
-// The same for SM 90.
-template <int kDepth>
-using GroupedPatches = GroupedShape<kDepth, 2, 64, false, kDepth == 128 ? 1 : 2>;
+// The same for SM 90, for heads of 72 and 80. A block reads all keys, and what takes the time is their way into shared
+// memory: more groups share them. On an H200, microseconds for 16 heads of 80 at 1,024, 4,096 and 16,384 patches:
+//     Patches                                   35    292   4,324
+//     1 group, 4 blocks a multiprocessor        51    611   8,167
+//     2 groups, 2 blocks a multiprocessor       39    333   4,537
+//     3 groups                                  42    349   4,507
+//     4 groups                                  45    260   3,596
+//     PyTorch's, which is cuDNN's               19    202   3,460
+// Slower, too: tiles of 128 keys; scores of the next tile beside this tile's weights; copies begun after the scores.
+using GroupedPatches = GroupedShape<80, 4, 64>;
+constexpr int kLeastGroupedBlocks = 128;  // with fewer, multiprocessors have nothing to do
 
 constexpr int kMostFewQueries = 64;
 constexpr int kMostSomeBlocks = 256;
@@ -32,9 +40,6 @@ constexpr int kMostKeySplits = 16;  // more splits take longer to combine than t
 struct Blocks {
     int32_t x, y, z;
 };
-
-// How tensor cores multiply: not at all, for one warp at a time (SM 80 and later), or for a group of warps (SM 90).
-enum class Cores { kNone, kWarps, kGroups };
 
 enum class Queries { kFew, kSome, kMany };
 
@@ -162,39 +167,42 @@ auto launchDecoder(const IvcAttention& c, const Attend& a, bool tensorCores, Lau
     return c.type == IVC_FLOAT16 ? launchDecoderTiles<Half>(c, a, launch) : launchDecoderTiles<Brain>(c, a, launch);
 }
 
-template <class Value, Sight kSight, template <int> class Tiles, class Launch>
+template <class Value, Sight kSight, class Launch>
 auto launchEncoderTiles(const Attend& a, Launch launch) {
-    if (a.headDim == 64) return launch.template tiles<Value, kSight, Tiles<64>>(a);
-    if (a.headDim <= 80) return launch.template tiles<Value, kSight, Tiles<80>>(a);
-    return launch.template tiles<Value, kSight, Tiles<128>>(a);
+    if (a.headDim == 64) return launch.template tiles<Value, kSight, Patches<64>>(a);
+    if (a.headDim <= 80) return launch.template tiles<Value, kSight, Patches<80>>(a);
+    return launch.template tiles<Value, kSight, Patches<128>>(a);
 }
 
-template <class Half, class Brain, template <int> class Tiles, class Launch>
-auto launchEncoderTiles(const IvcEncoder& c, const Attend& a, Launch launch) {
-    const bool half = c.type == IVC_FLOAT16;
-    if (c.blockSize > 0) {
-        return half ? launchEncoderTiles<Half, Sight::kWindow, Tiles>(a, launch)
-                    : launchEncoderTiles<Brain, Sight::kWindow, Tiles>(a, launch);
+template <class Half, class Brain, Sight kSight, class Launch>
+auto launchEncoder(const IvcEncoder& c, const Attend& a, bool tensorCores, Launch launch) {
+    if (c.type == IVC_FLOAT32) return launch.template plain<float, kSight>(a);
+    if (!tensorCores) {
+        return c.type == IVC_FLOAT16 ? launch.template plain<Half, kSight>(a) : launch.template plain<Brain, kSight>(a);
     }
-    return half ? launchEncoderTiles<Half, Sight::kFrame, Tiles>(a, launch)
-                : launchEncoderTiles<Brain, Sight::kFrame, Tiles>(a, launch);
+    return c.type == IVC_FLOAT16 ? launchEncoderTiles<Half, kSight>(a, launch)
+                                 : launchEncoderTiles<Brain, kSight>(a, launch);
 }
 
-template <class Value, class Launch>
-auto launchEncoderPlain(const IvcEncoder& c, const Attend& a, Launch launch) {
-    return c.blockSize > 0 ? launch.template plain<Value, Sight::kWindow>(a)
-                           : launch.template plain<Value, Sight::kFrame>(a);
+template <class Half, class Brain, class Launch>
+auto launchEncoder(const IvcEncoder& c, const Attend& a, bool tensorCores, Launch launch) {
+    return c.blockSize > 0 ? launchEncoder<Half, Brain, Sight::kWindow>(c, a, tensorCores, launch)
+                           : launchEncoder<Half, Brain, Sight::kFrame>(c, a, tensorCores, launch);
 }
 
-// The same through `launch` or, where groups of warps multiply together, `groups`, which has no plain().
-template <class Half, class Brain, class Launch, class Groups>
-auto launchEncoder(const IvcEncoder& c, const Attend& a, Cores cores, Launch launch, Groups groups) {
-    if (c.type == IVC_FLOAT32) return launchEncoderPlain<float>(c, a, launch);
-    if (cores == Cores::kNone) {
-        return c.type == IVC_FLOAT16 ? launchEncoderPlain<Half>(c, a, launch) : launchEncoderPlain<Brain>(c, a, launch);
-    }
-    if (cores == Cores::kGroups) return groups(c, a);
-    return launchEncoderTiles<Half, Brain, Patches>(c, a, launch);
+// Whether launchGroups takes a call, and whether it is then the faster way.
+inline bool takesGroups(const IvcEncoder& c) {
+    return c.type != IVC_FLOAT32 && c.blockSize == 0 && (c.headDim == 72 || c.headDim == 80);
+}
+inline bool fasterInGroups(const IvcEncoder& c) {
+    return static_cast<int64_t>(ceilDiv(c.rows, GroupedPatches::kQueries)) * c.heads * c.frames >= kLeastGroupedBlocks;
+}
+
+// The same as launchEncoder where groups of warps can multiply together.
+template <class Half, class Brain, class Launch>
+auto launchGroups(const IvcEncoder& c, const Attend& a, Launch launch) {
+    return c.type == IVC_FLOAT16 ? launch.template tiles<Half, Sight::kFrame, GroupedPatches>(a)
+                                 : launch.template tiles<Brain, Sight::kFrame, GroupedPatches>(a);
 }
 
 // The grid of a kernel that works by tiles.

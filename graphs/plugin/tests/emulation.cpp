@@ -368,10 +368,8 @@ int ivcEncodeAttend(const IvcEncoder* c, const void* q, const void* k, const voi
     a.y = y;
     if (!wellPlaced(a, c->type)) return 1;
     const Attending attending{order % 2 != 0};
-    const auto grouped = [&](const IvcEncoder& encoder, const Attend& attend) {
-        return launchEncoderTiles<Float16, BFloat16, GroupedPatches>(encoder, attend, attending);
-    };
-    return launchEncoder<Float16, BFloat16>(*c, a, order < 2 ? Cores::kWarps : Cores::kGroups, attending, grouped);
+    if (order > 1 && takesGroups(*c)) return launchGroups<Float16, BFloat16>(*c, a, attending);
+    return launchEncoder<Float16, BFloat16>(*c, a, true, attending);
 }
 
 int ivcTurnHeads(const IvcJoined* c, const IvcJoinedRows* rows, void* q, void* k, void* v, size_t backwards) {

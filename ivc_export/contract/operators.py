@@ -56,7 +56,7 @@ JOINED = frozenset(("AttendJoined", "TurnHeads"))
 ATTENTION_OPERATORS = ATTENDING | {"AttendJoined", "CompactIntoCaches", "TurnHeads"}
 """The plugin's operators for attention, for the steps before it, and for caches that it writes in place."""
 
-LINEAR_OPERATORS = frozenset(("FusedLinear", "FusedLinearInt4", "FusedLinearInt8"))
+LINEAR_OPERATORS = frozenset(("FusedLinear", "FusedLinearInt4", "FusedLinearInt8", "FusedLinearWide"))
 """Such operators for products with the operators around them. The plugin has none for weights in 8 bits."""
 
 ATTENDED_SIZES = (64, 128)

@@ -86,7 +86,8 @@ class Tensors:
                 kind, [*self.shape(inputs[0])[:-1], columns]
             )
         elif node.op_type in LINEAR_OPERATORS:
-            kind = self.types[inputs[0]].tensor_type.elem_type
+            wide = node.op_type == "FusedLinearWide"
+            kind = onnx.TensorProto.FLOAT if wide else self.types[inputs[0]].tensor_type.elem_type
             shape = [*self.shape(inputs[0])[:-1], self.shape(inputs[1])[0] // halves_of(node)]
             self.types[node.output[0]] = onnx.helper.make_tensor_type_proto(kind, shape)
         elif node.op_type in ("AttendJoined", "TurnHeads"):
@@ -167,10 +168,13 @@ def halves_of(node: onnx.NodeProto) -> int:
 
 
 def linear_scratch(node: onnx.NodeProto, tensors: Tensors) -> int:
-    """Scratch memory of a product of our kernels, as ivcLinearWorkspace computes it. It is nothing for few rows.
+    """Scratch memory of a product of our kernels, as ivcLinearWorkspace computes it. It is nothing for few rows,
+    and for logits.
 
     For more rows it is cuBLASLt's memory, normed rows, both halves of a gate, and packed weights as floats.
     """
+    if node.op_type == "FusedLinearWide":
+        return 0
     rows, features = math.prod(tensors.shape(node.input[0])[:-1]), tensors.shape(node.input[0])[-1]
     if rows <= FEW_ROWS[node.op_type]:
         return 0

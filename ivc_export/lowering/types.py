@@ -41,6 +41,8 @@ def results(node: ir.Node, types: Types) -> list[ir.DataType]:
     inputs = [types[value] for value in node.inputs if value is not None]
     if (node.domain, node.op_type) == (IVC_DOMAIN, "CompactGatherN"):  # an operator of ours, of many inputs
         return inputs[1:]
+    if (node.domain, node.op_type) == (IVC_DOMAIN, "FusedLinearWide"):
+        return [ir.DataType.FLOAT]
     if node.domain == IVC_DOMAIN and node.op_type in ALIKE:
         return [inputs[ALIKE[node.op_type]]] * len(node.outputs)
     if node.domain == IVC_DOMAIN:

@@ -177,7 +177,7 @@ def fused_linear(edit: Editor, node: ir.Node) -> None:
     weights = rest[: len(rest) - len(more)]
     real = {name: node.attributes[name].as_float() for name in ("slope", "scale", "epsilon")}
     dtype, kind = (
-        edit.types[weights[-1 if node.op_type == "FusedLinear" else 1]],
+        edit.types[weights[1 if node.op_type == "FusedLinearInt4" else -1]],
         ACTIVATIONS[node.attributes["activation"].as_int()],
     )
 
@@ -185,7 +185,7 @@ def fused_linear(edit: Editor, node: ir.Node) -> None:
         return edit.op(node, name, *inputs, **attributes)[0]
 
     norm = given["normed"]
-    if norm is not None and node.op_type == "FusedLinear" and extent(norm, 0) == 2 * extent(weights[0], 1):
+    if norm is not None and node.op_type != "FusedLinearInt4" and extent(norm, 0) == 2 * extent(weights[0], 1):
         halves = edit.op(node, "Split", norm, outputs=2, axis=0)
         x = op("LayerNormalization", x, *halves, axis=-1, epsilon=real["epsilon"])
     elif norm is not None:
@@ -211,6 +211,8 @@ def fused_linear(edit: Editor, node: ir.Node) -> None:
     if given["summed"] is not None:
         y = op("Add", y, given["summed"])
     edit.types[y] = dtype
+    if node.op_type == "FusedLinearWide":
+        y = op("Cast", y, to=int(ir.DataType.FLOAT))
     edit.replace(node.outputs[0], y)
     edit.graph.remove(node, safe=True)
 
@@ -224,7 +226,7 @@ def extent(weight: ir.Value, axis: int) -> int:
 
 def product(edit: Editor, node: ir.Node, x: ir.Value, weights: list[ir.Value]) -> ir.Value:
     """Of floats, or of int32 that are packed bytes."""
-    if node.op_type == "FusedLinear":
+    if node.op_type != "FusedLinearInt4":
         return edit.op(node, "Gemm", x, weights[0], transB=1)[0]
     words, scales, *points = weights
     assert words.const_value is not None
@@ -246,6 +248,7 @@ def product(edit: Editor, node: ir.Node, x: ir.Value, weights: list[ir.Value]) -
 SPELLED = {
     "FusedLinear": fused_linear,
     "FusedLinearInt4": fused_linear,
+    "FusedLinearWide": fused_linear,
     "SelectTokens": select_tokens,
     "CompactGatherN": compact_gather,
     "CompactIntoCaches": compact_into_caches,

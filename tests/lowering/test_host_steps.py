@@ -23,7 +23,7 @@ ALIASES = {"Squeeze", "Unsqueeze"}
 @pytest.mark.parametrize(
     ("quantisation", "product", "head"),
     [
-        (Quantisation(), "FusedLinear", "FusedLinear"),
+        (Quantisation(), "FusedLinear", "FusedLinearWide"),
         (Quantisation("int4", 32, lm_head="int8"), "FusedLinearInt4", "FusedLinearInt8"),
         (Quantisation("int8", 32, lm_head="int8"), "FusedLinearInt8", "FusedLinearInt8"),
     ],

@@ -30,6 +30,8 @@ PACKED: dict[str, npt.NDArray[Any]] = {
     "hf": np.array(0.25, np.float16),
     "hb": np.ones(8, np.float16),
     "hn": np.ones(8, np.float16),
+    "hw": np.ones((8, 8), np.float16),
+    "axes": np.zeros(1, np.int64),
 }
 
 
@@ -137,6 +139,19 @@ def test_a_constant_row_is_a_bias() -> None:
 def test_a_product_that_is_an_output_keeps_its_name() -> None:
     (node,) = fused("y = Gemm <transB = 1> (x, w)")
     assert (node.op_type, node.outputs[0].name) == ("FusedLinear", "y")
+
+
+@pytest.mark.parametrize(
+    ("behind", "left"),
+    [
+        ("c = Cast <to = 1> (g) y = Unsqueeze (c, axes)", ["FusedLinearWide", "Unsqueeze"]),
+        ("c = Cast <to = 1> (g) y = Sqrt (c)", ["FusedLinear", "Cast", "Sqrt"]),
+        ("c = Cast <to = 1> (g) d = Neg (c) y = Unsqueeze (c, axes)", ["FusedLinear", "Cast", "Unsqueeze"]),
+    ],
+    ids=["logits", "no logits", "read twice"],
+)
+def test_logits_are_not_rounded(behind: str, left: list[str]) -> None:
+    assert [node.op_type for node in fused(f"g = Gemm <transB = 1> (hx, hw) {behind}")] == left
 
 
 def test_packed_products_are_one_node_too() -> None:

@@ -28,6 +28,7 @@ class IvcLinear(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("rows", "features", "out", "type", "activation", "gated")),
         *((name, ctypes.c_float) for name in ("slope", "scale", "epsilon")),
         ("layer_norm", ctypes.c_int32),
+        ("wide", ctypes.c_int32),
     ]
 
 
@@ -81,10 +82,11 @@ class LinearCase:
         self, kernels: Kernels, name: str, struct: IvcLinear, tensors: tuple[npt.NDArray[Any] | None, ...], width: int
     ) -> npt.NDArray[Any]:
         placed = [None if one is None else on_device(kernels, one) for one in tensors]
-        y = on_device(kernels, np.full((len(self.x), width), np.nan, self.x.dtype))
+        dtype = np.dtype(np.float32) if struct.wide else self.x.dtype
+        y = on_device(kernels, np.full((len(self.x), width), np.nan, dtype))
         pointers = [0 if one is None else kernels.address(one) for one in (*placed, y)]
         kernels.call(name, ctypes.pointer(struct), *map(ctypes.c_void_p, pointers))
-        found: npt.NDArray[Any] = kernels.to_host(y).view(self.x.dtype)
+        found: npt.NDArray[Any] = kernels.to_host(y).view(dtype)
         return found
 
     def check(self, kernels: Kernels) -> float:

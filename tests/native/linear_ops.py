@@ -29,9 +29,18 @@ def run_linear(library: Path, provider: Provider, case: LinearCase, **changed: n
 
 
 def run_node(
-    library: Path, provider: Provider, operator: str, case: LinearCase, operands: Operands, **more: int
+    library: Path,
+    provider: Provider,
+    operator: str,
+    case: LinearCase,
+    operands: Operands,
+    wide: bool = False,
+    **more: int,
 ) -> npt.NDArray[Any]:
-    """An operator of such attributes. Operands that are bytes go in as they are, those that are None are left out."""
+    """An operator of such attributes. Operands that are bytes go in as they are, those that are None are left out.
+
+    wide: whether y stays float32.
+    """
     given = {name: array for name, array in operands.items() if array is not None}
     typed = {name: name if array.dtype == np.uint8 else f"{name}/typed" for name, array in given.items()}
     attributes: dict[str, Any] = {"activation": case.activation, "gated": int(case.gated), "slope": case.slope}
@@ -47,7 +56,7 @@ def run_node(
     opened = session(library, provider, [*casts, node, back], inputs, tensors(1, ["y"], case.x.ndim))
     feeds = {n: array if array.dtype == np.uint8 else array.astype(np.float32) for n, array in given.items()}
     found: npt.NDArray[Any] = opened.run(None, feeds)[0]
-    return found.astype(case.x.dtype)
+    return found if wide else found.astype(case.x.dtype)
 
 
 def check_linear(library: Path, provider: Provider, case: LinearCase) -> None:

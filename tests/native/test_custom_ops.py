@@ -59,7 +59,7 @@ from tests.native.custom_ops import (
 from tests.native.joined import JoinedCase, joined_case
 from tests.native.kernels import TYPES, random_case
 from tests.native.linear import IvcLinear, linear_case
-from tests.native.linear_ops import check_linear, check_packed, run_linear, run_packed
+from tests.native.linear_ops import FEW, Operands, check_linear, check_packed, run_linear, run_node, run_packed
 from tests.native.packed import packed_case
 from tests.native.test_plugin_builds import build
 
@@ -152,6 +152,16 @@ def test_impossible_attention_is_refused(library: Path) -> None:
         encode(library, "cpu", replace(windows, block_size=0))
     with pytest.raises(Exception, match="window_of_place must have one entry for each row"):
         encode(library, "cpu", replace(windows, windows=windows.windows[1:]))  # type: ignore[index]
+
+
+def test_a_wide_product_gives_float32(library: Path) -> None:
+    cases = [c for seed in range(99) if (c := linear_case(seed)).dtype == "float16" and not c.layer_norm]
+    case = next(c for c in cases if len(c.x) > FEW)
+    operands: Operands = {"x": case.x, "weight": case.weight, "norm": case.norm, "bias": case.bias}
+    operands |= {"residual": case.residual}
+    wide = run_node(library, "cpu", "FusedLinearWide", case, operands, wide=True)
+    case.compare(wide.astype(case.x.dtype), 0.0)
+    assert (wide != wide.astype(np.float16)).any()
 
 
 def test_products_in_onnxruntime_agree_with_float64(library: Path) -> None:

@@ -57,6 +57,16 @@ def test_layer_norms_need_a_launch_of_their_own(kernels: Kernels) -> None:
         case.run(kernels)
 
 
+def test_a_wide_y_is_what_else_is_rounded(kernels: Kernels) -> None:
+    """Of one row and of several, in every type."""
+    for case in (c for seed in range(kernels.stream, 120, 2) if not (c := linear_case(seed)).layer_norm):
+        wide, rounded = case.run(kernels, wide=1), case.run(kernels)
+        assert wide.dtype == np.float32
+        np.testing.assert_array_equal(wide.astype(rounded.dtype), rounded)
+        if case.dtype != "float32" and wide.size > 32:
+            assert (wide != rounded.astype(np.float32)).any()
+
+
 @pytest.mark.parametrize("changed", [{"features": 0}, {"rows": 0}, {"out": -1}, {"activation": 4}])
 def test_impossible_products_are_refused(kernels: Kernels, changed: dict[str, int]) -> None:
     with pytest.raises(AssertionError, match="returned 1"):

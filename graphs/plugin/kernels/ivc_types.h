@@ -132,13 +132,14 @@ typedef struct {
     int32_t rows;      // > 0, rows of x and y
     int32_t features;  // K > 0, elements of a row of x
     int32_t out;       // N > 0, elements of a row of y
-    IvcType type;      // of all tensors; all arithmetic is in float32
+    IvcType type;      // of all tensors, but for a wide y; all arithmetic is in float32
     IvcActivation activation;
     int32_t gated;  // 1: y is f(gate) * up; weights are [2 N, K], the rows of gate first
     float slope;    // of IVC_SWISH
     float scale;    // factor of the product, before the bias is added
     float epsilon;  // of the norm
     int32_t layerNorm;  // what `norm` has; 0: the weight [K] of an RMS norm; 1: weight and then bias of a layer norm, [2 K]
+    int32_t wide;       // 1: y is float32, and not rounded; for ivcFusedLinear and ivcLinear
 } IvcLinear;
 
 // Weights in 4 or 8 bits of such a product: W = (stored - zero point) scale, stored as in

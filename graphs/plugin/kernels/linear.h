@@ -18,7 +18,7 @@ struct Linear {
     int32_t rows, features, out;
     IvcActivation activation;
     float slope, scale, epsilon;
-    int32_t layerNorm;
+    int32_t layerNorm, wide;
     int32_t parts;   // warps that share a sum; for few rows only
     int32_t blocks;  // the most; for one row only
 };
@@ -119,6 +119,16 @@ IVC_WARP float normFactor(const Linear& a, float squares) {
     return 1 / sqrtf(squares / static_cast<float>(a.features) + a.epsilon);
 }
 
+// Writes one result, into the tensors' type or into a wide y.
+template <class Value>
+IVC_WARP void writeResult(const Linear& a, int64_t at, float y) {
+    if (a.wide) {
+        static_cast<float*>(a.y)[at] = y;
+    } else {
+        static_cast<Value*>(a.y)[at] = static_cast<Value>(y);
+    }
+}
+
 // Computes one result from a column's product; if gated, from the products of the gate's and the gated column.
 template <class Value, bool kGated>
 IVC_WARP void putResult(const Linear& a, float product, float up, int32_t row, int32_t column) {
@@ -127,7 +137,7 @@ IVC_WARP void putResult(const Linear& a, float product, float up, int32_t row, i
     if (kGated) y *= up + (bias ? static_cast<float>(bias[a.out + column]) : 0);
     const int64_t at = static_cast<int64_t>(row) * a.out + column;
     if (a.residual) y += static_cast<float>(static_cast<const Value*>(a.residual)[at]);
-    static_cast<Value*>(a.y)[at] = static_cast<Value>(y);
+    writeResult<Value>(a, at, y);
 }
 
 // Computes kRows rows of x times kOut columns of y in `parts` warps, whose lanes take octets in turn. Gated columns
@@ -398,7 +408,7 @@ struct OneRowLinear {
         const float factor = a.norm ? a.scale * normFactor(a, squares) : a.scale;
         float y = activated<Value>(sum * factor + added.bias, a.activation, a.slope);
         if (kGated) y *= up * factor + added.upBias;
-        static_cast<Value*>(a.y)[column] = static_cast<Value>(y + added.residual);
+        writeResult<Value>(a, column, y + added.residual);
     }
 };
 

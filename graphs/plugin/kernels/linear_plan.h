@@ -44,7 +44,7 @@ inline LinearChoice choiceOf(const IvcLinear& c) {
 inline Linear planned(const IvcLinear& c, const void* x, const void* norm, const void* weight, const void* bias,
     const void* residual, void* y) {
     return {x, norm, weight, bias, residual, y, c.rows, c.features, c.out, c.activation, c.slope, c.scale, c.epsilon,
-        c.layerNorm, 1, 1};
+        c.layerNorm, c.wide, 1, 1};
 }
 
 // The number of warps that share a sum so that a lane has at most `octets` octets; 0 if a block has fewer warps.

@@ -5,6 +5,9 @@ namespace {
 
 constexpr int32_t kFewRows = 2;  // up to which our kernels are faster than cuBLASLt
 
+// Up to how many rows our kernels multiply: cuBLASLt gets no wide y, which is for few rows.
+int32_t fewRows(const IvcLinear& c) { return c.wide ? INT32_MAX : kFewRows; }
+
 // Bytes of rows of a width, rounded up so that what follows is aligned.
 size_t bytesOf(const IvcLinear& c, size_t width) {
     const size_t bytes = static_cast<size_t>(c.rows) * width * (c.type == IVC_FLOAT32 ? 4 : 2);
@@ -35,22 +38,22 @@ cudaError_t multiply(const IvcLinear& c, const void* x, const void* weight, cons
 
 size_t ivcLinearWorkspace(const IvcLinear* c, int32_t normed) {
     if (empty(*c)) return 0;
-    const size_t rows = normedBytes(*c, normed, kFewRows);
-    if (c->rows <= kFewRows) return rows;
+    const size_t rows = normedBytes(*c, normed, fewRows(*c));
+    if (c->rows <= fewRows(*c)) return rows;
     return rows + IVC_MATMUL_WORKSPACE + (c->gated ? bytesOf(*c, 2 * static_cast<size_t>(c->out)) : 0);
 }
 
 cudaError_t ivcLinear(const IvcLinear* c, const void* x, const void* norm, const void* weight, const void* bias,
     const void* residual, void* y, void* workspace, cudaStream_t stream) {
     char* free = static_cast<char*>(workspace);
-    if (const size_t bytes = empty(*c) ? 0 : normedBytes(*c, norm, kFewRows)) {
+    if (const size_t bytes = empty(*c) ? 0 : normedBytes(*c, norm, fewRows(*c))) {
         const cudaError_t normed = ivcNormRows(c, x, norm, free, stream);
         if (normed) return normed;
         x = free;
         norm = nullptr;
         free += bytes;
     }
-    if (c->rows <= kFewRows) return ivcFusedLinear(c, x, norm, weight, bias, residual, y, stream);
+    if (c->rows <= fewRows(*c)) return ivcFusedLinear(c, x, norm, weight, bias, residual, y, stream);
     return multiply(*c, x, weight, bias, residual, y, free, stream);
 }
 

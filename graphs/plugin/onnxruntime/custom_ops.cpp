@@ -233,7 +233,8 @@ OrtCustomOpDomain* domain() {
         add<CacheIndexOperator>(d);
         add<CompactGatherNOperator>(d);
         add<EncodeAttendOperator>(d);
-        add<FusedLinearOperator>(d);
+        add<FusedLinearOperator<false>>(d);
+        add<FusedLinearOperator<true>>(d);
         add<FusedLinearPackedOperator<4>>(d);
         add<FusedLinearPackedOperator<8>>(d);
         add<TurnHeadsOperator>(d);

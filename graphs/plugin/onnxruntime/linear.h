@@ -1,4 +1,4 @@
-// FusedLinear, FusedLinearInt4 and FusedLinearInt8: products with the norm before them and the bias, the activation and the sum behind.
+// FusedLinear, FusedLinearWide, FusedLinearInt4 and FusedLinearInt8: products with the norm before them and the bias, the activation and the sum behind.
 #pragma once
 
 #include <optional>
@@ -54,7 +54,7 @@ class LinearAttributes {
         }
         return {{static_cast<int32_t>(rows), static_cast<int32_t>(features), static_cast<int32_t>(out),
                     ivcType(x.GetTensorTypeAndShapeInfo().GetElementType()), activation_, gated_, slope_, scale_,
-                    epsilon_, layerNorm},
+                    epsilon_, layerNorm, 0},
             data(norm), data(bias), data(residual), outputOf(context, 0, shape).GetTensorMutableRawData()};
     }
 
@@ -92,7 +92,9 @@ class LinearAttributes {
 };
 
 // FusedLinear(x [.., K], weight [N, K], norm?, bias?, residual?) -> y [.., N], as ivcLinear computes it; 2 N rows of
-// weight and bias where gated. y has the shape of residual if there is one: other axes than x for the same rows.
+// weight and bias where gated. y has the shape of residual if there is one: other axes than x for the same rows. y of
+// FusedLinearWide is float32.
+template <bool kWide>
 class FusedLinear : LinearAttributes {
    public:
     explicit FusedLinear(const Ort::ConstKernelInfo& node) : LinearAttributes(node, 2), weight_(node, 1) {}
@@ -103,7 +105,8 @@ class FusedLinear : LinearAttributes {
             const Shape x = shapeOf(context.GetInput(0)), weight = weight_.of(context.GetInput(1));
             require(x.size() > 1 && weight.size() == 2 && x.back() == weight[1],
                 "FusedLinear: rows of x and of weight must have the same length");
-            const Around a = around(context, x, weight[0]);
+            Around a = around(context, x, weight[0]);
+            a.product.wide = kWide;
             run(raw, context, a, ivcLinearWorkspace(&a.product, a.norm != nullptr),
                 [&](void* workspace, cudaStream_t stream) {
                     return ivcLinear(&a.product, data(context.GetInput(0)), a.norm, data(context.GetInput(1)), a.bias,
@@ -157,14 +160,17 @@ class FusedLinearPacked : LinearAttributes {
     int64_t block_;
 };
 
-struct FusedLinearOperator : Description<FusedLinearOperator, FusedLinear> {
-    using Description::Description;
+template <bool kWide>
+struct FusedLinearOperator : Description<FusedLinearOperator<kWide>, FusedLinear<kWide>> {
+    using Base = Description<FusedLinearOperator<kWide>, FusedLinear<kWide>>;
+    using Base::Base;
+    using Base::values;
 
-    const char* GetName() const { return "FusedLinear"; }
+    const char* GetName() const { return kWide ? "FusedLinearWide" : "FusedLinear"; }
     size_t GetInputTypeCount() const { return 5; }
     size_t GetOutputTypeCount() const { return 1; }
     Type GetInputType(size_t) const { return values; }
-    Type GetOutputType(size_t) const { return values; }
+    Type GetOutputType(size_t) const { return kWide ? kFloat32 : values; }
     OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
         return i < 2 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
     }

@@ -31,6 +31,7 @@ Registration<ivc::CompactIntoCaches> compactIntoCaches;
 Registration<ivc::TurnHeads> turnHeads;
 Registration<ivc::AttendJoined> attendJoined;
 Registration<ivc::FusedLinear> fusedLinear;
+Registration<ivc::FusedLinearWide> fusedLinearWide;
 Registration<ivc::FusedLinearInt4> fusedLinearInt4;
 
 }  // namespace

@@ -43,7 +43,7 @@ class Surroundings {
         const int32_t last = in[0].dims.nbDims - 1;
         const bool layerNorm = flag(kNormed) && count(in[first]) == 2 * static_cast<int64_t>(extent(in[0], last));
         IvcLinear c{1, extent(in[0], last), extent(in[1], 0) / (flag(kGated) ? 2 : 1), ivcType(in[0].type),
-            static_cast<IvcActivation>(a_[0][0]), flag(kGated), real(a_[5]), real(a_[6]), real(a_[7]), layerNorm};
+            static_cast<IvcActivation>(a_[0][0]), flag(kGated), real(a_[5]), real(a_[6]), real(a_[7]), layerNorm, 0};
         for (int32_t a = 0; a < last; ++a) c.rows *= extent(in[0], a);
         return c;
     }
@@ -63,6 +63,11 @@ class Surroundings {
     struct Operands {
         const void *norm = nullptr, *bias = nullptr, *residual = nullptr;
     };
+
+    // The number of all inputs. first: as in `linear`.
+    int32_t operandCount(int32_t first) const {
+        return first + flag(kNormed) + flag(kNormed + 1) + flag(kNormed + 2);
+    }
 
     // first: as in `linear`.
     Operands operands(const void* const* inputs, int32_t first) const {
@@ -105,10 +110,12 @@ class Product {
     Attributes attributes_;
 };
 
-// FusedLinear(x [.., K], weight [N, K], the inputs above) -> y [.., N]; with 2 N rows of weight and bias where gated
-class FusedLinear : public Product {
+// FusedLinear(x [.., K], weight [N, K], the inputs above) -> y [.., N]; with 2 N rows of weight and bias where gated. y of
+// FusedLinearWide is float32.
+template <bool kWide>
+class FusedLinearOf : public Product {
    public:
-    static constexpr const char* kName = "FusedLinear";
+    static constexpr const char* kName = kWide ? "FusedLinearWide" : "FusedLinear";
     static constexpr Attribute kAttributes[] = {{"activation"}, {"gated"}, {"normed"}, {"biased"}, {"summed"},
         {"slope", true}, {"scale", true}, {"epsilon", true}, {"float_type"}};
 
@@ -116,26 +123,39 @@ class FusedLinear : public Product {
 
     static bool valid(const Attributes& a) { return Surroundings::valid(a); }
 
+    DataType outputType(int32_t, const DataType* inputs) const { return kWide ? DataType::kFLOAT : inputs[0]; }
+
     bool supports(int32_t position, const PluginTensorDesc* tensors) const {
         const auto& t = tensors[position];
         if (t.format != nvinfer1::TensorFormat::kLINEAR) return false;
-        return position ? t.type == tensors[0].type : takesFloats(t.type, attributes());
+        if (position == 0) return takesFloats(t.type, attributes());
+        return t.type == (kWide && position == around().operandCount(2) ? DataType::kFLOAT : tensors[0].type);
     }
 
     size_t workspace(const PluginTensorDesc* in) const {
-        const IvcLinear c = around().linear(in, 2);
+        const IvcLinear c = product(in);
         return ivcLinearWorkspace(&c, around().normed());
     }
 
     cudaError_t enqueue(const PluginTensorDesc* in, const void* const* inputs, void* const* outputs, void* workspace,
         cudaStream_t stream) const {
-        const IvcLinear c = around().linear(in, 2);
+        const IvcLinear c = product(in);
         const bool weight = in[1].dims.nbDims == 2 && extent(in[1], 1) == c.features;
         if (!weight || !around().fits(in, 2)) return cudaErrorInvalidValue;
         const auto given = around().operands(inputs, 2);
         return ivcLinear(&c, inputs[0], given.norm, inputs[1], given.bias, given.residual, outputs[0], workspace, stream);
     }
+
+   private:
+    IvcLinear product(const PluginTensorDesc* in) const {
+        IvcLinear c = around().linear(in, 2);
+        c.wide = kWide;
+        return c;
+    }
 };
+
+using FusedLinear = FusedLinearOf<false>;
+using FusedLinearWide = FusedLinearOf<true>;
 
 // FusedLinearInt4(x [.., K], packed int32 [N, blocks, block_size / 8], scales [N, blocks], zero_points int32
 // [ceil(N ceil(blocks / 2) / 4)], the inputs above) -> y [.., N], the zero points left out where `zero_points` is 0

@@ -126,7 +126,7 @@ void* dlsym(void*, const char* name) noexcept {
 namespace {
 
 IvcLinear product(int32_t rows, int32_t features, int32_t out) {
-    return {rows, features, out, IVC_FLOAT32, IVC_NO_ACTIVATION, 0, 0, 1, 0, 0};
+    return {rows, features, out, IVC_FLOAT32, IVC_NO_ACTIVATION, 0, 0, 1, 0, 0, 0};
 }
 
 void testRefusals() {

@@ -215,7 +215,7 @@ void product(const Linear& a) {
             }
             sum = activated<Value>(sum * a.scale + (bias ? static_cast<float>(bias[column]) : 0), a.activation, a.slope);
             if (residual) sum += static_cast<float>(residual[row * a.out + column]);
-            static_cast<Value*>(a.y)[row * a.out + column] = static_cast<Value>(sum);
+            writeResult<Value>(a, row * a.out + column, sum);
         }
     }
 }

@@ -118,6 +118,15 @@ void testLinear() {
         "a gated product has half the columns");
     require(!runs<FusedLinear>(attributes(true, false, false, false), {x, tensor({7, 16})}),
         "gates are as many as what they gate");
+    Attributes plain = attributes(false, false, true, false);
+    plain.push_back({});  // float_type, which may be missing
+    for (const DataType type : {DataType::kHALF, DataType::kFLOAT}) {
+        const PluginTensorDesc in[] = {tensor({1, 3, 16}, DataType::kHALF), tensor({8, 16}, DataType::kHALF),
+            tensor({8}, DataType::kHALF), tensor({1, 3, 8}, type)};
+        require(FusedLinear(plain).supports(3, in) == (type == DataType::kHALF), "y has the type of x");
+        require(FusedLinearWide(plain).supports(3, in) == (type == DataType::kFLOAT), "a wide y is float32");
+        require(FusedLinearWide(plain).supports(2, in), "what is read by a wide product has the type of x");
+    }
 }
 
 void testInt4() {

@@ -35,8 +35,9 @@ class FuseLinearsPass(ir.passes.InPlacePass):
        the first half multiplies the second: gate and up of a feed-forward. One such node gives the rows of query, key
        and value, which a Split along the last axis takes apart, where one attention reads products of the same rows. No
        LinearNBits of `bits` in float16 or bfloat16, but FusedLinearInt4 or FusedLinearInt8(x, packed, scales,
-       zero_points?, norm?, bias?, residual?) {block_size and the same}. Weights that are joined, and biases that are
-       scaled, are made when they are read.
+       zero_points?, norm?, bias?, residual?) {block_size and the same}. For logits, FusedLinearWide gives y in float32,
+       so that none of them are equal by rounding. Weights that are joined, and biases that are scaled, are made when
+       they are read.
 
     bits: of the packed weights that the runtime's kernels take.
     """
@@ -234,7 +235,7 @@ def fuse_product(edit: Editor, node: ir.Node) -> None:
     take_residual(edit, fused)
     take_norm(edit, fused, readers)
     operands = [fused.x, *fused.weights]
-    op_type = "FusedLinear"
+    op_type = "FusedLinearWide" if node.op_type == "Gemm" and take_cast(edit, fused) else "FusedLinear"
     if node.op_type != "Gemm":
         op_type = f"FusedLinearInt{node.attributes['bits'].as_int()}"
         operands += [None] * (4 - len(operands))
@@ -245,7 +246,7 @@ def fuse_product(edit: Editor, node: ir.Node) -> None:
     last = fused.result.producer()
     assert last is not None
     (y,) = edit.op(last, op_type, *operands, domain=IVC_DOMAIN, **attributes)
-    edit.types[y] = edit.types[fused.x]
+    edit.types[y] = ir.DataType.FLOAT if op_type == "FusedLinearWide" else edit.types[fused.x]
     edit.replace(fused.result, y)
     for one in readers:
         remove_unread(one)
@@ -302,6 +303,20 @@ def take_residual(edit: Editor, fused: FusedProduct) -> None:
         return
     if edit.types.get(other) == edit.types[fused.x]:
         fused.residual, fused.result = other, total.outputs[0]
+
+
+def take_cast(edit: Editor, fused: FusedProduct) -> bool:
+    """Whether the result is a graph's logits, which are cast to float32. The cast is then fused, and rounds nothing."""
+    cast = fused.reader
+    if cast is None or cast.op_type != "Cast" or edit.types[cast.outputs[0]] != ir.DataType.FLOAT:
+        return False
+    if edit.types[fused.x] == ir.DataType.FLOAT:
+        return False
+    batch = only_reader(cast.outputs[0])
+    if batch is None or batch.op_type != "Unsqueeze" or not batch.outputs[0].is_graph_output():
+        return False
+    fused.result = cast.outputs[0]
+    return True
 
 
 def take_norm(edit: Editor, fused: FusedProduct, readers: list[ir.Node]) -> None:

@@ -18,9 +18,10 @@ ACTIVATIONS = ("none", "swish", "gelu", "gelu_tanh")
 OPTIONAL = {
     "FusedLinear": {2: "normed", 3: "biased", 4: "summed"},
     "FusedLinearInt4": {3: "zero_points", 4: "normed", 5: "biased", 6: "summed"},
+    "FusedLinearWide": {2: "normed", 3: "biased", 4: "summed"},
 }
 """For each operator, attributes that say whether it has an input, by the input's number."""
-BYTES = {"FusedLinear": (), "FusedLinearInt4": (1, 3)}
+BYTES = {"FusedLinear": (), "FusedLinearInt4": (1, 3), "FusedLinearWide": ()}
 """Numbers of the inputs that are bytes."""
 BITS = (4,)
 """Of packed weights that the plugin's kernels take."""

@@ -22,7 +22,7 @@ KINDS = {"graph": 0, "int32": 1, "float32": 2}
 FLOAT_TYPE = "float_type"
 """The attribute that keeps an operator's floating-point tensors in the graph's type, whatever the builder prefers."""
 
-KERNELS = PLUGIN_OPERATORS | ATTENTION_OPERATORS | LINEAR_OPERATORS
+KERNELS = PLUGIN_OPERATORS | ATTENTION_OPERATORS | (LINEAR_OPERATORS - {"FusedLinearInt8"})
 """Operators that the plugin has."""
 
 KEPT = ("SelectTokens", "CompactGather", *KERNELS)

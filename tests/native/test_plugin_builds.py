@@ -68,3 +68,9 @@ def test_kernels_compile_and_link(tmp_path: Path) -> None:
 
 def test_custom_operators_compile_and_link(tmp_path: Path) -> None:
     assert " T RegisterCustomOps\n" in exports(build(tmp_path, "86", "ivc_onnxruntime"))
+
+
+def test_kernels_for_sm_90_alone_compile(tmp_path: Path) -> None:
+    build(tmp_path, "90", "ivc_kernels_90a")
+    (compiled,) = tmp_path.rglob("attend_groups.cu.o")
+    assert b"GroupedShape" in compiled.read_bytes() and b"sm_90a" in compiled.read_bytes()

@@ -77,6 +77,11 @@ class HostDevice:
         self.downloads.append(array.nbytes)
         ctypes.memmove(array.ctypes.data, address, array.nbytes)
 
+    def look(self, address: int, size: int) -> Array:
+        found = np.empty(size, np.uint8)
+        self.download(address, found)
+        return found
+
     def copy(self, target: int, source: int, size: int) -> None:
         ctypes.memmove(target, source, size)
 

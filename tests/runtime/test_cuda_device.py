@@ -42,8 +42,6 @@ class LateCuda:
         return 0, address
 
     def cudaFreeHost(self, address: int) -> tuple[int]:  # noqa: N802
-        if not address:
-            return (0,)
         assert not self.waiting
         (held,) = (one for one in self.pinned if one.start == address)
         self.pinned.remove(held)
@@ -114,10 +112,19 @@ def test_what_is_written_may_change_once_it_went_up(cuda: LateCuda) -> None:
         assert np.array_equal(found, [*array, 0])
 
 
+def test_what_is_looked_at_is_what_lies_there(cuda: LateCuda) -> None:
+    one = CudaDevice()
+    for size in (3, 5000, 40):
+        place, values = one.allocate(size), np.arange(size, dtype=np.uint8)
+        one.upload(place, values)
+        assert np.array_equal(one.look(place, size), values)
+
+
 def test_pinned_memory_and_the_stream_are_given_back(cuda: LateCuda) -> None:
     one = CudaDevice()
     one.upload(one.allocate(8), np.ones(8, np.uint8))
     one.write(one.allocate(8), 8, lambda target: target.fill(1))
-    assert len(cuda.pinned) == 2 and cuda.streams == 1
+    one.look(one.allocate(8), 8)
+    assert len(cuda.pinned) == 3 and cuda.streams == 1
     del one
     assert not cuda.pinned and not cuda.streams

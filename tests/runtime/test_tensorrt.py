@@ -32,6 +32,7 @@ from ivc_export.runtime.plan import plan_run
 from ivc_export.runtime.probes import SIZES
 from ivc_export.runtime.tensorrt import probes
 from ivc_export.runtime.tensorrt import session as tensorrt
+from ivc_export.runtime.tensorrt.engine import Tensor
 from ivc_export.runtime.tensorrt.session import TensorrtSession
 from ivc_export.tensorrt.profiles import Extents
 from ivc_export.tensorrt.recipe import Options
@@ -153,6 +154,20 @@ def test_nothing_but_logits_leaves_the_device(bundle: Bundle, monkeypatch: pytes
     session, device = opened(bundle, monkeypatch)
     tokens = list(generate(session.converse(), IMAGE_PROMPT, [random_picture(Grid(4, 5), 0)], Sampling(max_tokens=3)))
     assert device.downloads == [4 * bundle.manifest.decoder.vocab_size] * len(tokens)
+
+
+def test_the_best_token_is_found_where_nobody_wants_logits(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, device = opened(bundle, monkeypatch)
+    found, wanted = session.converse(), session.converse()
+    for tokens in ([1, 2, 5], [7], [8], [9]):
+        found.logits_wanted = False
+        step, reference = found.run(tokens), wanted.run(tokens)
+        assert step.best == int(reference.logits.argmax()) and reference.best is None
+    for bad in (np.nan, np.inf):
+        tensor = Tensor(device.allocate(12), (1, 1, 3), np.dtype(np.float32))
+        device.upload(tensor.address, np.array([1, bad, 2], np.float32))
+        with pytest.raises(UserError, match="NaN logits in float32 on tensorrt"):
+            session.best(tensor)
 
 
 def test_tensors_are_fetched_once_and_not_too_late(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,10 @@ class Device(Protocol):
         """Fill a contiguous array from the device, after everything before it on the stream."""
         ...
 
+    def look(self, address: int, size: int) -> npt.NDArray[np.uint8]:
+        """Bytes of the device, after everything before them on the stream. The array is valid until the next look."""
+        ...
+
     def copy(self, target: int, source: int, size: int) -> None:
         """Copy `size` bytes within the device."""
         ...
@@ -86,7 +90,7 @@ class CudaDevice:
         self._within = kinds.cudaMemcpyDeviceToDevice
         self._used = 0
         self._pinned: dict[str, tuple[int, int]] = {}
-        """Addresses and sizes of pinned memory: "staged" for uploads, "written" for writes."""
+        """Addresses and sizes of pinned memory: "staged" for uploads, "written" for writes, "seen" for looks."""
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         status, *found = function(*arguments)
@@ -141,7 +145,9 @@ class CudaDevice:
         """Pinned memory of at least `size` bytes. It is kept for the next time."""
         address, held = self._pinned.get(name, (0, 0))
         if held < size:
-            self._runtime.cudaFreeHost(address)
+            if address:
+                self.synchronize()  # copies may still use it
+                self._call(self._runtime.cudaFreeHost, address)
             address = int(self._call(self._runtime.cudaMallocHost, size))
             self._pinned[name] = (address, size)
         return address
@@ -152,7 +158,7 @@ class CudaDevice:
             return
         self.synchronize()  # the write before may still be under way
         pinned = self._pin("written", size)
-        fill(np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pinned)))
+        fill(memory(pinned, size))
         self._call(self._runtime.cudaMemcpyAsync, address, pinned, size, self._up, self.stream)
 
     def __del__(self) -> None:
@@ -168,6 +174,13 @@ class CudaDevice:
         """As Device.download."""
         self._call(self._runtime.cudaMemcpyAsync, array.ctypes.data, address, array.nbytes, self._down, self.stream)
         self.synchronize()
+
+    def look(self, address: int, size: int) -> npt.NDArray[np.uint8]:
+        """As Device.look."""
+        pinned = self._pin("seen", size)
+        self._call(self._runtime.cudaMemcpyAsync, pinned, address, size, self._down, self.stream)
+        self.synchronize()
+        return memory(pinned, size)
 
     def copy(self, target: int, source: int, size: int) -> None:
         """As Device.copy."""
@@ -211,6 +224,11 @@ class CudaDevice:
         status, runnable = self._runtime.cudaGraphInstantiate(graph, 0)
         self._call(self._runtime.cudaGraphDestroy, graph)
         return None if int(status) else CudaGraph(self._runtime, runnable, self.stream)
+
+
+def memory(address: int, size: int) -> npt.NDArray[np.uint8]:
+    """Bytes of the host's memory."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
 class CudaGraph:

@@ -18,7 +18,7 @@ from ivc_export.dtypes import FloatName, cast
 from ivc_export.errors import TooLongError, UserError
 from ivc_export.families.pictures import PIXELS, Levels, NormalisedInputs
 from ivc_export.lowering import LOWERINGS
-from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn
+from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn, no_numbers
 from ivc_export.runtime.tensorrt.cache import EngineCache
 from ivc_export.runtime.tensorrt.device import Buffers, CudaDevice, Device
 from ivc_export.runtime.tensorrt.engine import Array, Engine, Tensor, check_hand_over
@@ -153,6 +153,18 @@ class TensorrtSession:
 
         return Fetched(tensors, fetch)
 
+    def best(self, logits: Tensor) -> int:
+        """The first of the largest logits.
+
+        Raises:
+            UserError: a logit is NaN, or the largest is infinite.
+        """
+        seen = self.device.look(logits.address, logits.nbytes).view(logits.dtype)
+        best = int(seen.argmax())  # of NaN, if there is one
+        if not np.isfinite(seen[best]):
+            raise UserError(no_numbers(self))
+        return best
+
     def begin(self, place: str) -> None:
         """Begin a run in `place`. The tensors of the run before can no longer be read."""
         self._runs[place] = self._runs.get(place, 0) + 1
@@ -229,8 +241,11 @@ class TensorrtConversation(Conversation):
         with self.timings.stage(f"{stage}.decoder"):
             cache.append(prefix | decoder, turn.kept, plan.rows)
             session.device.synchronize()
-        step = Step(plan, vision, session.fetched(stage, prefix), session.fetched(stage, shown), turn.keep_index)
-        step.decoder["logits"]  # before another thread's run replaces them
+        best = None if self.logits_wanted else session.best(decoder["logits"])
+        given, found = session.fetched(stage, prefix), session.fetched(stage, shown)
+        step = Step(plan, vision, given, found, turn.keep_index, best)
+        if self.logits_wanted:
+            step.decoder["logits"]  # before another thread's run replaces them
         return step
 
     def _prefill(self, turn: Turn, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -138,6 +138,8 @@ def cuda(status: int) -> Any:
         cudaStreamCreate=lambda: (0, 1),
         cudaMalloc=lambda size: (status, 64),
         cudaMemsetAsync=lambda *_: (0,),
+        cudaStreamSynchronize=lambda stream: (0,),
+        cudaStreamDestroy=lambda stream: (0,),
         cudaGetErrorString=lambda status: (0, b"the driver is gone"),
     )
 

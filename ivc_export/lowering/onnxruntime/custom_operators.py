@@ -37,9 +37,9 @@ class UseCustomOpsPass(ir.passes.InPlacePass):
         ]
         if gathers:
             fuse_gathers(model.graph, gathers, {"axes": axes(gathers)})
-        products = [node for node in model.graph if attended(node) is not None]
+        products = [node for node in model.graph if rows_of_attention(node) is not None]
         for node in products:
-            node.replace_input_with(0, attended(node))
+            node.replace_input_with(0, rows_of_attention(node))
         return ir.passes.PassResult(model, changed or bool(gathers or products))
 
     def ensures(self, model: ir.Model) -> None:
@@ -49,7 +49,7 @@ class UseCustomOpsPass(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError(f"{node.name}: the library has no {node.op_type}")
 
 
-def attended(node: ir.Node) -> ir.Value | None:
+def rows_of_attention(node: ir.Node) -> ir.Value | None:
     """onnxruntime's attention whose rows a product with a residual reads through a Reshape."""
     whole = {"FusedLinear": 5}.get(node.op_type, 7)  # inputs with the residual, which is the last
     if node.op_type not in LINEAR_OPERATORS or len(node.inputs) < whole:

@@ -24,19 +24,19 @@ class JoinGathersPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Group by group."""
-        found = groups(model.graph)
+        found = joinable(model.graph)
         edit = Editor(model.graph)
         for nodes in found:
-            join(edit, nodes)
+            join_gathers(edit, nodes)
         return ir.passes.PassResult(model, bool(found))
 
     def ensures(self, model: ir.Model) -> None:
         """Check that nothing is left to join."""
-        for nodes in groups(model.graph):
+        for nodes in joinable(model.graph):
             raise ir.passes.PostconditionError(f"{nodes[0].name} is not joined with {nodes[1].name}")
 
 
-def groups(graph: ir.Graph) -> list[list[ir.Node]]:
+def joinable(graph: ir.Graph) -> list[list[ir.Node]]:
     """Nodes to be joined: those that gather from caches of one shape that are inputs of the graph."""
     found = defaultdict[object, list[ir.Node]](list)
     for node in graph:
@@ -49,7 +49,7 @@ def groups(graph: ir.Graph) -> list[list[ir.Node]]:
     return [nodes for nodes in parts if len(nodes) >= LEAST]
 
 
-def join(edit: Editor, nodes: list[ir.Node]) -> None:
+def join_gathers(edit: Editor, nodes: list[ir.Node]) -> None:
     """Replace nodes that gather by one index and axis from caches [1, ...]."""
     first = nodes[0]
     (caches,) = edit.op(first, "Concat", *(node.inputs[0] for node in nodes), axis=0)

@@ -321,6 +321,8 @@ def test_a_decode_step_begins_and_ends_in_host_memory(wide_bundle: Bundle, libra
     if latent:
         return
     inputs = {value.name for value in session._sessions["decode"].get_inputs()}
+    decoder = {value.name for value in session._sessions["decoder"].get_inputs()}
+    assert session.answers and {"wanted", "best", "told"} <= decoder & inputs
     assert {name for name in inputs if not name.startswith("past_")} == {"step", "wanted", "best", "told"} | (
         set() if wide_bundle.manifest.decoder.tied_embeddings else {"row"}
     )
@@ -328,7 +330,8 @@ def test_a_decode_step_begins_and_ends_in_host_memory(wide_bundle: Bundle, libra
     wanted = FusedConversation(FusedSession(wide_bundle, "cpu"), capacity=700)
     found = FusedConversation(session, capacity=700)
     step, reference = found.run(tokens, [picture]), wanted.run(tokens, [picture])
-    assert step.best is None
+    assert step.best == step.token == reference.token and "logits" in step.decoder
+    first, logits = step, reference.logits
     for number in range(6):
         found.logits_wanted = number % 2 == 0
         step, reference = found.run([reference.token]), wanted.run([reference.token])
@@ -336,6 +339,7 @@ def test_a_decode_step_begins_and_ends_in_host_memory(wide_bundle: Bundle, libra
         assert ("logits" in step.decoder) == found.logits_wanted
         if found.logits_wanted:
             assert np.abs(step.logits - reference.logits).max() < LOGIT_TOLERANCE
+    assert np.abs(first.logits - logits).max() < LOGIT_TOLERANCE  # the prefill's, on the device until now
 
 
 def test_answers_are_the_same_where_the_best_token_is_told(wide_bundle: Bundle, library: Path) -> None:

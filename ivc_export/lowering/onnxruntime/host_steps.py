@@ -16,6 +16,9 @@ from ivc_export.lowering.edit import Editor, made_by, numbers
 STEP, ROW, WANTED, BEST, TOLD = "step", "row", "wanted", "best", "told"
 """Inputs that replace all others except caches. All are in host memory."""
 
+ANSWER = (WANTED, BEST, TOLD)
+"""Those that a run's end takes."""
+
 STEP_FREQUENCIES = "step/frequencies"
 
 
@@ -53,12 +56,7 @@ def take_host_steps(model: ir.Model, table: Table | None, hidden: int) -> bool:
     assert dtype is not None
     scaled, scale = scaled_alone(embedded)
     first = graph[0]
-    step, wanted, best = (
-        ir.val(name, dtype=ir.DataType.INT32, shape=[size])
-        for name, size in ((STEP, 1 + len(angles.frequencies) + len(lengths)), (WANTED, 1), (BEST, 2))
-    )
-    vocab = int(list(logits.shape or ())[-1])  # type: ignore[arg-type]
-    numbers = ir.val(TOLD, dtype=ir.DataType.FLOAT, shape=[vocab])
+    step = ir.val(STEP, dtype=ir.DataType.INT32, shape=[1 + len(angles.frequencies) + len(lengths)])
     row = None if table else ir.val(ROW, dtype=dtype, shape=[1, 1, hidden])
     frequencies = ir.tensor(angles.frequencies[:, None].astype(np.float32), name=STEP_FREQUENCIES)
     add_initializer(graph, STEP_FREQUENCIES, frequencies)
@@ -69,15 +67,38 @@ def take_host_steps(model: ir.Model, table: Table | None, hidden: int) -> bool:
     embeds, cos, sin, *found = edit.op(first, "TakeStep", *inputs, outputs=outputs, domain=IVC_DOMAIN, scale=scale)
     for old, new in zip((scaled, *angles.tables, *lengths), (embeds, cos, sin, *found), strict=True):
         old.replace_all_uses_with(new)
-    last = logits.producer()
-    assert last is not None
-    (given,) = edit.op(last, "GiveAnswer", told, wanted, best, numbers, domain=IVC_DOMAIN)
-    edit.replace(logits, given)
-    added = [step, wanted, best, numbers, *([row] if row is not None else [])]
+    added = [step, *answered(edit, logits, told), *([row] if row is not None else [])]
     caches = [value for value in graph.inputs if TensorName.of(value.name).role == "past"]
     RemoveUnusedNodesPass()(model)
     graph.inputs[:] = [*added, *caches]
     return True
+
+
+def give_answer(model: ir.Model) -> bool:
+    """Let the decoder of the `ort-cuda-ops` lowering write the best token to host memory, as a decode step does: to its
+    new inputs wanted, best and told. logits stay an output.
+
+    Returns whether it was possible.
+    """
+    (logits,) = [value for value in model.graph.outputs if value.name == "logits"]
+    told = logits_behind(logits)
+    if told is None:
+        return False
+    model.graph.inputs.extend(answered(Editor(model.graph), logits, told))
+    RemoveUnusedNodesPass()(model)
+    return True
+
+
+def answered(edit: Editor, logits: ir.Value, told: ir.Value) -> list[ir.Value]:
+    """Tell the best token of a graph's logits, which are `told` before. Returns the inputs that this takes."""
+    wanted, best = (ir.val(name, dtype=ir.DataType.INT32, shape=[size]) for name, size in ((WANTED, 1), (BEST, 2)))
+    vocab = int(list(logits.shape or ())[-1])  # type: ignore[arg-type]
+    numbers = ir.val(TOLD, dtype=ir.DataType.FLOAT, shape=[vocab])
+    last = logits.producer()
+    assert last is not None
+    (given,) = edit.op(last, "GiveAnswer", told, wanted, best, numbers, domain=IVC_DOMAIN)
+    edit.replace(logits, given)
+    return [wanted, best, numbers]
 
 
 def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.graphs import deepstack_names
 from ivc_export.errors import TooLongError, UserError
+from ivc_export.lowering.onnxruntime.host_steps import ANSWER
 from ivc_export.runtime.cache import check_capacity
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn, check_numbers, no_numbers
@@ -111,10 +112,11 @@ class FusedSession(FusedGraphs):
         """Keep a workspace for the next conversation."""
         self._idle.append(workspace)
 
-    def fetch(self, rows: PictureRows) -> npt.NDArray[np.float32]:
+    def fetch(self, value: PictureRows | OrtValue) -> npt.NDArray[np.float32]:
         """Copy to host memory, while nothing runs: onnxruntime may be capturing a CUDA graph."""
         with self.lock:
-            return rows.fetch()
+            found: npt.NDArray[np.float32] = value.fetch() if isinstance(value, PictureRows) else value.numpy()
+            return found
 
 
 def blocks(rows: int) -> int:
@@ -199,21 +201,33 @@ class FusedConversation(Conversation):
         if turn.keep_index is not None:
             above |= {"keep_index": turn.keep_index, "cache_index": cache.index(turn.keep_index)}
         totals = self._totals(plan.rows), self._totals(kept)
+        host, answer = None, Values()
+        if session.answers and self._workspace is not None and self._workspace.host is not None:
+            host, answer = self._workspace.host, {name: self._workspace.step[name] for name in ANSWER}
+            host.wanted[0] = 0  # logits stay on the device until somebody reads them
         given = session.values(arrays)
         with times.stage("prefill.prefix"):
             feeds = cache.inputs() | given | session.values(below) | totals[0]
             feeds |= {"inputs_embeds": embeds, "keep_count": count} | added
             prefix = session.run("prefix", session.bind("prefix", feeds, cache.outputs()), wait=False)
         with times.stage("prefill.decoder"):
-            feeds = cache.inputs() | given | prefix | session.values(above) | totals[1]
+            feeds = cache.inputs() | given | prefix | session.values(above) | totals[1] | answer
             decoder = session.run("decoder", session.bind("decoder", feeds, cache.outputs()), wait=False)
-        names = plan.method.record.operator.outputs
-        found = session.fetched({name: prefix[name] for name in names} | {"logits": decoder["logits"]})
+        small = {name: prefix[name] for name in plan.method.record.operator.outputs}
+        logits = {"logits": decoder["logits"]}
+        found = session.fetched(small if host else small | logits)
         times.finish()
         cache.swap()
-        logits = self._checked(found.pop("logits"))
-        more_below, more_above = self._shown(plan, kept, prefix)
-        return Step(plan, vision, found | more_below, {"logits": logits} | more_above, turn.keep_index)
+        best: int | None = None
+        outputs: Mapping[str, npt.NDArray[Any]] = Fetched(logits, session.fetch)
+        if host:
+            best = self._best(host)
+        else:
+            outputs = {"logits": self._checked(found.pop("logits"))}
+        below_too, above_too = self._shown(plan, kept, prefix)
+        if above_too:
+            outputs = {**outputs, **above_too}
+        return Step(plan, vision, found | below_too, outputs, turn.keep_index, best)
 
     def _rows(self, turn: Turn) -> tuple[OrtValue, Values]:
         """`inputs_embeds` of a prefill, and features for pictures' rows. Vision has not written its rows yet."""
@@ -284,12 +298,17 @@ class FusedConversation(Conversation):
             if host.row is not None:
                 host.row[:] = session.embed(plan.tokens)
             self._run_step(self._workspace)
-            best, numbers = host.best.tolist()
-            if not numbers:
-                self._forget()
-                raise UserError(no_numbers(session))
+            best = self._best(host)
             found = {"logits": host.told[None, None].copy()} if self.logits_wanted else {}
         return Step(plan, (), {"keep_index": np.zeros(1, np.int32)}, found, best=best)
+
+    def _best(self, host: HostStep) -> int:
+        """The best token, which a run has told."""
+        best, numbers = host.best.tolist()
+        if not numbers:
+            self._forget()
+            raise UserError(no_numbers(self.session))
+        return int(best)
 
     def _run_step(self, workspace: Workspace) -> None:
         """Run a decode step in a workspace. It is bound once, and captured once, for each set of the workspace's

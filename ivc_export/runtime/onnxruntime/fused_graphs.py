@@ -23,7 +23,7 @@ from ivc_export.errors import UserError
 from ivc_export.families.pictures import PIXELS, Visual
 from ivc_export.lowering import lower
 from ivc_export.lowering.join_decode import join_decode
-from ivc_export.lowering.onnxruntime.host_steps import Table, take_host_steps
+from ivc_export.lowering.onnxruntime.host_steps import Table, give_answer, take_host_steps
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.onnxruntime.given import stand_in
@@ -107,6 +107,7 @@ class FusedGraphs:
         take_float32(models["vision"])
         tied = tied_table(bundle, models["decoder"])
         decode = self._decode(tied)
+        self.answers = self.host_steps and give_answer(models["decoder"])  # whether prefills end there, too
         if op_library:
             register(op_library, onnxruntime.SessionOptions())  # which says why it does not load
         self.stream = Stream(op_library) if op_library else None

@@ -128,7 +128,7 @@ def plan_run(
         grids=tuple(grids),
         position_ids=positions[:, None],
         visual_index=visual,
-        text_index=np.delete(rows, visual),
+        text_index=np.delete(rows, visual) if grids else rows[1:],
         query_index=voting if len(voting) else rows[-1:],
         priorities=priorities,
         keep_count=keep_count,

@@ -26,13 +26,6 @@ struct Packed {
         return *reinterpret_cast<const Words*>(values + (first + at) * kBits / 8);
     }
 
-    // Bytes of a row of W, and of its scales.
-    template <int kBits>
-    IVC_HD int64_t valueBytes() const {
-        return (static_cast<int64_t>(blocks) << blockBits) * kBits / 8;
-    }
-    IVC_HD int64_t scaleBytes() const { return 2 * static_cast<int64_t>(blocks); }
-
     template <class Value>
     IVC_HD Value scale(int32_t column, int32_t block) const {
         return static_cast<const Value*>(scales)[static_cast<int64_t>(column) * blocks + block];
@@ -183,9 +176,6 @@ struct FewPacked {
                     eachLane([&](int lane) { fetched[i][warp][lane] = fetchedOf(a, firstColumn, slice, warp, lane); });
                 }
             }
-            if (slices > kParts * kAhead) {
-                eachLane([&](int lane) { fetchRest(a, firstColumn, lane * kWarps + warp); });
-            }
             if (kNormed > 0 && a.linear.norm) fetchNorms(norms[warp], a, warp % kParts);
             eachLane([&](int lane) { fetchBias(added[warp][lane], a.linear, firstColumn, warp * kWarp + lane); });
         });
@@ -249,22 +239,6 @@ struct FewPacked {
             if (kGated) y *= a.scale * products[kTiles - 1] + added.upBias[result];
             static_cast<Value*>(a.y)[static_cast<int64_t>(firstRow + row) * a.out + firstColumn + i] =
                 static_cast<Value>(y + added.residual[result]);
-        }
-    }
-
-    // Lets the L2 cache read what the warps do not load at once of a row of W: values or scales of a row, by number.
-    static IVC_WARP void fetchRest(const PackedProduct& a, int32_t firstColumn, int number) {
-        constexpr int64_t kLoaded = kParts * kAhead * kSlice;
-        const Packed& w = a.packed;
-        const int32_t column = firstColumn + number % kColumns, half = number / kColumns % kTiles;
-        const int32_t what = number / (kColumns * kTiles);
-        if (what > 1 || column >= a.linear.out) return;
-        const int64_t row = column + static_cast<int64_t>(half) * a.linear.out;
-        const int64_t values = kLoaded * kBits / 8, scales = 2 * (kLoaded >> w.blockBits);
-        if (what == 0) {
-            fetchSoon(w.values + row * w.valueBytes<kBits>() + values, w.valueBytes<kBits>() - values);
-        } else {
-            fetchSoon(static_cast<const uint8_t*>(w.scales) + row * w.scaleBytes() + scales, w.scaleBytes() - scales);
         }
     }
 
@@ -492,7 +466,6 @@ struct OneRowPacked {
     static constexpr int kTiles = Few::kTiles, kWarps = Few::kWarps, kThreads = Few::kThreads;
     static constexpr int kWords = Few::kWords, kSlice = Few::kSlice, kColumns = Few::kColumns;
     static constexpr int kBlocksEach = kEachBlocks, kMostFeatures = kParts * kSlices * kSlice;
-    static constexpr int kSoon = 4;  // turns whose weights the L2 cache reads at the start
 
     struct Shared {
         float sums[2][kWarps][1][kColumns];
@@ -521,7 +494,6 @@ struct OneRowPacked {
             for (int i = 0; i < kSlices; ++i) {
                 eachLane([&](int lane) { fetched[i][warp][lane] = fetchedOf(a, number, i, warp, lane); });
             }
-            eachLane([&](int lane) { fetchTurns(a, number, blocks, lane * kWarps + warp); });
             if (a.linear.norm) fetchOctets(norms[warp], a, a.linear.norm, warp);
         });
         awaitKernelBefore();
@@ -584,21 +556,6 @@ struct OneRowPacked {
                     Few::finish(shared.sums[turn], a.linear, added[warp][lane], 0, step * kColumns, warp * kWarp + lane);
                 });
             });
-        }
-    }
-
-    // Lets the L2 cache read the weights of the next turns: values or scales of a turn, by number.
-    static IVC_WARP void fetchTurns(const PackedProduct& a, int32_t first, int32_t blocks, int number) {
-        static_assert(2 * kTiles * kSoon <= kThreads, "there is a thread for each");
-        const Packed& w = a.packed;
-        const int32_t step = first + (1 + number / (2 * kTiles)) * blocks, column = step * kColumns;
-        if (number >= 2 * kTiles * kSoon || step >= steps(a)) return;
-        const int64_t count = smaller(kColumns, a.linear.out - column);
-        const int64_t row = column + static_cast<int64_t>(number / 2 % kTiles) * a.linear.out;
-        if (number % 2 == 0) {
-            fetchSoon(w.values + row * w.valueBytes<kBits>(), count * w.valueBytes<kBits>());
-        } else {
-            fetchSoon(static_cast<const uint8_t*>(w.scales) + row * w.scaleBytes(), count * w.scaleBytes());
         }
     }
 

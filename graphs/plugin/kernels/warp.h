@@ -351,20 +351,6 @@ inline uint32_t packed(float low, float high) {
 
 #endif
 
-// Brings memory that will be read soon into the L2 cache, in whole 16 bytes, where the device can.
-IVC_WARP void fetchSoon(const void* from, int64_t bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    const uint64_t start = reinterpret_cast<uint64_t>(from), first = (start + 15) / 16 * 16;
-    const uint64_t end = (start + static_cast<uint64_t>(bytes)) / 16 * 16;
-    if (end > first) {
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first), "r"(static_cast<uint32_t>(end - first))
-                     : "memory");
-    }
-#else
-    (void)from, (void)bytes;
-#endif
-}
-
 // Waits for the end of the previous kernel, if this one was launched to start before that, and then lets the next
 // kernel start. What the next kernel reads before it waits may be written two kernels before it, but not by this one.
 IVC_WARP void awaitKernelBefore() {

@@ -10,7 +10,15 @@ from tools.benchmark_tables import gpu_rows, milliseconds, number, source
 from tools.results import percent, result, table
 
 KERNELS = {
-    "matrix products": ("nvjet", "splitKreduce", "OneRowLinear", "FewInt4", "FewPacked", "MatMulFloat8bKernel"),
+    "matrix products": (
+        "nvjet",
+        "splitKreduce",
+        "OneRowLinear",
+        "FewInt4",
+        "FewPacked",
+        "OneRowPacked",
+        "MatMulFloat8bKernel",
+    ),
     "attention": ("sdpa", "lean_reduction", "attendKernel", "attendRowKernel", "combineKernel"),
     "copies to the device": ("Memcpy HtoD",),
     "rotations": ("RotaryEmbedding", "UnpackRoPEAppend", "turnKernel"),
@@ -21,7 +29,7 @@ KERNELS = {
     "weights unpacked": ("unpackKernel",),
 }
 """What a kernel does, by parts of its name; the first that fits."""
-HEADS = ("OneRowLinear<__half, 4,", "MatMulFloat8bKernel", "FewPacked<__half, 8,")
+HEADS = ("OneRowLinear<__half, 4,", "MatMulFloat8bKernel", "FewPacked<__half, 8,", "OneRowPacked<__half, 8,")
 SIZES = (256, 1024, 4096)
 MIDDLE = 1024
 BEFORE, NOW = "profile_before-h200", "generate-h200"

@@ -36,8 +36,9 @@ pytestmark = [
         "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="onnxruntime has no CUDA provider"
     ),
 ]
-TOLERANCE = 5e-3
-"""Of the largest logit: kept rows are the same, but our products round otherwise than cuBLAS's. Measured: 2.7e-3."""
+TOLERANCE = 8e-3
+"""Of the largest logit: kept rows are the same, but our products round otherwise than cuBLAS's, and without the library
+cosines and sines are rounded to float16. Measured: 5.9e-3, and 2.7e-3 while both rounded them."""
 
 ATTENDED = 2e-2
 """Of the largest logit, where attention rounds otherwise."""

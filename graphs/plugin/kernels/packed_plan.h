@@ -1,9 +1,9 @@
 // Chooses the kernel of a product with weights in 4 or 8 bits, and its blocks, from extents alone.
 #pragma once
 
-#include "packed.h"
 #include "ivc_types.h"
 #include "linear_plan.h"
+#include "packed_row.h"
 
 namespace ivc {
 

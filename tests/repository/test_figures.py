@@ -451,6 +451,19 @@ def test_groups_of_32_are_faster_at_level_0() -> None:
         assert small < large
 
 
+def test_what_is_said_of_runs_on_two_threads_was_measured() -> None:
+    content, name = result("cpu_packed"), "int4, groups of 32, level {}"
+    runs = [run["times_faster_than_float32"]["threads 2"] for run in content["again"]]
+    runs.append({side: row["times_faster_than_float32"] for side, row in content["rows"]["threads 2"].items()})
+    four, none = ([run[name.format(level)] for run in runs] for level in (4, 0))
+    check_said(
+        "docs/weights.md",
+        f"medians over {content['rounds']} rounds on two cores",
+        f"three runs gave {min(four):.1f} to {max(four):.1f} times float32's speed at level 4, and {min(none):.1f} to "
+        f"{max(none):.1f} times at level 0",
+    )
+
+
 def test_the_samples_size_is_what_pages_say() -> None:
     with (ROOT / "samples" / "spatial-vl" / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))

@@ -12,14 +12,13 @@ from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
 from ivc_export.runtime.onnxruntime.shared_memory import shared_array
 from ivc_export.runtime.onnxruntime.stream import TYPES, Place, Stream
+from ivc_export.runtime.onnxruntime.weights_memory import room
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
 LEAST, MOST = 1 << 16, 1 << 26
-ALIGNED = 256
-"""Bytes of the smallest block, those from which on arrays should go another way, and those of which every address is a
-multiple."""
+"""Bytes of the smallest block, and those from which on arrays should go another way."""
 
 
 class Block:
@@ -34,8 +33,13 @@ class Block:
         start = self.used
         if start + size > len(self.host):
             return -1
-        self.used = -(-(start + size) // ALIGNED) * ALIGNED
+        self.used = room(start + size)
         return start
+
+    def array(self, start: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """The array on the host from byte `start`."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return self.host[start : start + size].view(dtype).reshape(shape)
 
 
 class Staging:
@@ -60,13 +64,12 @@ class Staging:
 
     def put(self, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Place]:
         """Copy arrays to the device. Runs that the stream is given later find them there."""
-        sizes = {name: -(-array.nbytes // ALIGNED) * ALIGNED for name, array in arrays.items()}
-        block, start = self._room(sum(sizes.values()))
+        block, start = self._room(sum(room(array.nbytes) for array in arrays.values()))
         found, at = {}, start
         for name, array in arrays.items():
-            block.host[at : at + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
+            block.array(at, array.shape, array.dtype)[...] = array
             found[name] = Place(block.on_device + at, array.shape, array.dtype)
-            at += sizes[name]
+            at += room(array.nbytes)
         if at > start:
             self._stream.copy(block.on_device + start, block.from_host + start, at - start)
         return found
@@ -74,7 +77,7 @@ class Staging:
     def write(self, array: npt.NDArray[Any], to: int) -> None:
         """Copy an array to an address on the device."""
         block, start = self._room(array.nbytes)
-        block.host[start : start + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
+        block.array(start, array.shape, array.dtype)[...] = array
         self._stream.copy(to, block.from_host + start, array.nbytes)
 
     def take_rows(self, table: OrtValue, index: npt.NDArray[np.int32], to: OrtValue) -> None:
@@ -89,7 +92,7 @@ class Staging:
             dtype, shape = np.dtype(TYPES[value.data_type()]), tuple(value.shape())
             size = int(np.prod(shape)) * dtype.itemsize
             block, start = self._room(size)
-            found[name] = block.host[start : start + size].view(dtype).reshape(shape)
+            found[name] = block.array(start, shape, dtype)
             if size:
                 self._stream.copy(block.from_host + start, int(value.data_ptr()), size)
         return found

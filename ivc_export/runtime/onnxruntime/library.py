@@ -90,9 +90,9 @@ _GROWTH: list[bool] = []
 def grow_exactly(wanted: bool) -> bool:
     """Let GPU memory for values that no session owns, such as weights, grow by the requested amount.
 
-    By default it grows by powers of two, and up to half of it would be unused. Runs without our operators are a tenth
-    faster with the default, for a reason that we do not know. onnxruntime offers this option only internally, and not
-    if it is built without CUDA. The first model of a process decides.
+    By default it grows by powers of two, and up to half of it would be unused. In one run without our operators the
+    default was a tenth faster, for a reason that we do not know. onnxruntime offers this option only internally, and
+    not if it is built without CUDA. The first model of a process decides.
 
     Returns whether memory grows so.
     """

@@ -23,7 +23,7 @@ def cuda_options(version: str, cuda_graph: bool, exact: bool = False) -> dict[st
     10,000, which some models have. The strict mode does not (github.com/microsoft/onnxruntime/issues/29034).
 
     exact: whether a session's own arena grows by the requested amount. By powers of two, up to half of it would be
-        unused. Without our operators, runs with many small allocations would then take a tenth longer.
+        unused. One run without our operators, with many small allocations, then took a tenth longer.
     """
     chosen = {"arena_extend_strategy": "kSameAsRequested"} if exact else {}
     if cuda_graph:

@@ -29,6 +29,7 @@ from typing import Any
 
 import onnxruntime
 
+from benchmarks.join_results import SHOWN
 from benchmarks.models import make_large_checkpoint, qwen2_vl_2b
 from ivc_export.bench.entrants import PEERS, Entrants, open_contestants, report
 from ivc_export.bench.facts import gpu
@@ -48,8 +49,6 @@ SHORT = (16, 16)
 PACKED = ", packed"
 """Behind the name of a runtime that runs packed weights."""
 LONG_ROUNDS = 2
-SHOWN = 32
-"""Tokens of a long answer that are written."""
 TOP = 30
 """Kernels that a profile lists."""
 

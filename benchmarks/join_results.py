@@ -25,8 +25,8 @@ RESULTS = Path(__file__).parent / "results"
 PLACES = {"--checkpoint": "CHECKPOINT", "--packed": "PACKED", "--folder": None, "--output": None, "--seconds": None}
 """What stands for the value of an option in a command. None leaves the option out."""
 LIBRARY = "--op-library"
-TOKENS = 32
-"""Tokens of an answer that are kept."""
+SHOWN = 32
+"""Tokens of a long answer that a results file holds."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,7 +61,7 @@ def read(path: Path | None) -> dict[str, Any] | None:
     if "command" in content:
         content["command"] = without_places(content["command"])
     for row in content["rows"] if isinstance(content.get("rows"), list) else ():
-        del row["tokens"][TOKENS:]
+        del row["tokens"][SHOWN:]
     return content
 
 

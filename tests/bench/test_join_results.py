@@ -33,7 +33,7 @@ def test_runs_are_joined_without_places_of_files(tmp_path: Path) -> None:
     assert found["profiles"] == ["profile"] and found["notes"] == ["a remark"]
     parts = (found["rows"], found["profile_rows"], found["beside"]["rows"], found["long"]["rows"])
     assert [rows[0]["side"] for rows in parts] == list(files)
-    assert found["rows"][0]["tokens"] == list(range(join_results.TOKENS))
+    assert found["rows"][0]["tokens"] == list(range(join_results.SHOWN))
     command = "python -m benchmarks.gpu_generate --sizes 256 --checkpoint CHECKPOINT --op-library lib.so"
     assert {found["command"], found["profile_command"], found["long"]["command"]} == {command}
 

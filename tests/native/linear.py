@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +137,24 @@ def activated(x: Doubles, activation: str, slope: float) -> Doubles:
     return found
 
 
+def drawing(
+    generator: np.random.Generator, dtype: str
+) -> tuple[Callable[..., npt.NDArray[Any]], Callable[..., npt.NDArray[Any] | None]]:
+    """What draws a tensor (shape, size=1), and what draws one (shape) or none."""
+
+    def tensor(*shape: int, size: float = 1) -> npt.NDArray[Any]:
+        found: npt.NDArray[Any] = generator.standard_normal(shape) * size
+        return found.astype(STORED[dtype])
+
+    return tensor, lambda *shape: tensor(*shape) if generator.integers(2) else None
+
+
+def numbers(generator: np.random.Generator) -> tuple[float, float, float]:
+    """A slope, a scale and an epsilon."""
+    slope, scale, epsilon = (float(generator.choice(some)) for some in ([1, 1.702], [1, 0.0625], [1e-6, 1e-5]))
+    return slope, scale, epsilon
+
+
 def linear_case(seed: int) -> LinearCase:
     """Every activation, gated or not, with a norm of each kind or none, with and without bias and residual; K not
     always in octets, and rows of layer norms not always around 0."""
@@ -156,13 +175,7 @@ def linear_case(seed: int) -> LinearCase:
     if seed % 50 == 4:  # rows longer than a block's registers, or than few of them
         rows, features, out = 1, int(generator.choice([10248, 6152])), int(generator.integers(1, 40))
 
-    def tensor(*shape: int, size: float = 1) -> npt.NDArray[Any]:
-        found: npt.NDArray[Any] = generator.standard_normal(shape) * size
-        return found.astype(STORED[dtype])
-
-    def perhaps(*shape: int) -> npt.NDArray[Any] | None:
-        return tensor(*shape) if generator.integers(2) else None
-
+    tensor, perhaps = drawing(generator, dtype)
     norm = perhaps(features)
     size = 1 if norm is None else float(generator.choice([0.01, 1, 1000]))  # squares beyond float16's range
     x = tensor(rows, features, size=size)
@@ -177,8 +190,6 @@ def linear_case(seed: int) -> LinearCase:
         perhaps(rows, out),
         gated,
         activation,
-        float(generator.choice([1, 1.702])),
-        float(generator.choice([1, 0.0625])),
-        float(generator.choice([1e-6, 1e-5])),
+        *numbers(generator),
         dtype,
     )

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ivc_export.checkpoint.formats.nbits import pack_values
-from tests.native.attention import STORED, on_device
+from tests.native.attention import on_device
 from tests.native.kernels import Kernels
-from tests.native.linear import ACTIVATIONS, ROUNDING, LinearCase
+from tests.native.linear import ACTIVATIONS, ROUNDING, LinearCase, drawing, numbers
 
 BLOCKS = (16, 32, 64, 128, 256)
 DTYPES = ("float16", "bfloat16")
@@ -113,13 +113,7 @@ def packed_case(seed: int, bits: int = 4) -> PackedCase:
         rows, features, out = 2, int(generator.integers(1, 80)), 4097 + int(generator.integers(0, 9))
     columns, blocks = out * (1 + gated), -(-features // block)
 
-    def tensor(*shape: int, size: float = 1) -> npt.NDArray[Any]:
-        found: npt.NDArray[Any] = generator.standard_normal(shape) * size
-        return found.astype(STORED[dtype])
-
-    def perhaps(*shape: int) -> npt.NDArray[Any] | None:
-        return tensor(*shape) if generator.integers(2) else None
-
+    tensor, perhaps = drawing(generator, dtype)
     most = 1 << bits
     stored = generator.integers(0, most, (columns, blocks * block), dtype=np.uint8)
     scales = tensor(columns, blocks, size=1.6 / most * features**-0.5)
@@ -136,9 +130,7 @@ def packed_case(seed: int, bits: int = 4) -> PackedCase:
         perhaps(rows, out),
         gated,
         activation,
-        float(generator.choice([1, 1.702])),
-        float(generator.choice([1, 0.0625])),
-        float(generator.choice([1e-6, 1e-5])),
+        *numbers(generator),
         dtype,
     )
     packed = pack_values(stored, bits).reshape(columns, blocks, block * bits // 8)

@@ -7,12 +7,10 @@ import onnx_ir as ir
 
 from ivc_export.checkpoint.weights import read_values
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.contract.operators import ATTENTION_OPERATORS, LINEAR_OPERATORS
+from ivc_export.contract.operators import ATTENTION_OPERATORS
 from ivc_export.lowering.fused.linears import ATTENTION, FuseLinearsPass, is_product
 from ivc_export.lowering.tensorrt.attention import attended, encoded
 
-KERNELS = ATTENTION_OPERATORS | LINEAR_OPERATORS
-"""If one of these is in a graph, our kernels compute its products."""
 ACTIVATIONS = ("none", "swish", "gelu", "gelu_tanh")
 """Activations of a product, by number."""
 OPTIONAL = {
@@ -20,9 +18,11 @@ OPTIONAL = {
     "FusedLinearInt4": {3: "zero_points", 4: "normed", 5: "biased", 6: "summed"},
     "FusedLinearWide": {2: "normed", 3: "biased", 4: "summed"},
 }
-"""For each operator, attributes that say whether it has an input, by the input's number."""
-BYTES = {"FusedLinear": (), "FusedLinearInt4": (1, 3), "FusedLinearWide": ()}
+"""The plugin's products. For each, attributes that say whether it has an input, by the input's number."""
+BYTES = {"FusedLinearInt4": (1, 3)}
 """Numbers of the inputs that are bytes."""
+COMPUTING = ATTENTION_OPERATORS | OPTIONAL.keys()
+"""If one of these is in a graph, our kernels compute its products."""
 BITS = (4,)
 """Of packed weights that the plugin's kernels take."""
 
@@ -61,14 +61,14 @@ def is_ours(graph: ir.Graph) -> bool:
     taken = {*attended(graph), *encoded(graph)}
     left = {node for node in own if node.op_type in ATTENTION} - taken
     return any(is_product(node, BITS) for node in own) or (
-        not left and bool(taken or KERNELS & {node.op_type for node in own})
+        not left and bool(taken or COMPUTING & {node.op_type for node in own})
     )
 
 
 def say_inputs(graph: ir.Graph, node: ir.Node) -> None:
     """Leave out inputs that a product lacks, and set the attributes that say which it has."""
     given = [*node.inputs, None, None, None, None]
-    for index in BYTES[node.op_type]:
+    for index in BYTES.get(node.op_type, ()):
         given[index] = None if given[index] is None else as_words(graph, given[index])  # type: ignore[arg-type]
     for index, name in OPTIONAL[node.op_type].items():
         node.attributes[name] = ir.AttrInt64(name, int(given[index] is not None))

@@ -8,9 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.contract.operators import ATTENTION_OPERATORS, LINEAR_OPERATORS, PLUGIN_OPERATORS
+from ivc_export.contract.operators import PLUGIN_OPERATORS
 from ivc_export.lowering.edit import called
 from ivc_export.lowering.inline import InlinePass
+from ivc_export.lowering.tensorrt.linears import COMPUTING
 
 INT64 = ir.DataType.INT64
 PLUGIN = {"plugin_namespace": IVC_DOMAIN, "plugin_version": "1"}
@@ -22,7 +23,7 @@ KINDS = {"graph": 0, "int32": 1, "float32": 2}
 FLOAT_TYPE = "float_type"
 """The attribute that keeps an operator's floating-point tensors in the graph's type, whatever the builder prefers."""
 
-KERNELS = PLUGIN_OPERATORS | ATTENTION_OPERATORS | (LINEAR_OPERATORS - {"FusedLinearInt8"})
+KERNELS = PLUGIN_OPERATORS | COMPUTING
 """Operators that the plugin has."""
 
 KEPT = ("SelectTokens", "CompactGather", *KERNELS)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.contract.caches import in_place_info, owned_caches_info
 from ivc_export.contract.manifest import GraphInfo
@@ -119,7 +118,6 @@ def fused(own: bool = False) -> Passes:
         FuseActivationsPass(),
         AddBiasesPass(),
         UseCustomOpsPass() if own else JoinGathersPass(),
-        RemoveUnusedNodesPass(),
     )
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.contract.caches import in_place_lengths
 from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.lowering.edit import Editor, called
+from ivc_export.lowering.edit import Editor, called, remove_unused
 
 INT32 = ir.DataType.INT32
 
@@ -48,7 +47,7 @@ class CompactCachesPass(ir.passes.InPlacePass):
         changed = chooses or drops or len(kept) < len(graph.outputs)
         if changed:
             graph.outputs[:] = kept
-            RemoveUnusedNodesPass()(model)
+            remove_unused(model.graph)
         return ir.passes.PassResult(model, changed)
 
     def ensures(self, model: ir.Model) -> None:

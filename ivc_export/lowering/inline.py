@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from ivc_export.contract.names import IVC_DOMAIN
+from ivc_export.lowering.edit import remove_unused
 from ivc_export.lowering.types import Types, add_types, types_of
 
 Array = npt.NDArray[Any]
@@ -72,7 +73,7 @@ class InlinePass(ir.passes.InPlacePass):
             graph.opset_imports.pop(IVC_DOMAIN, None)
         CommonSubexpressionEliminationPass()(model)
         fold(graph, constants)
-        RemoveUnusedNodesPass()(model)
+        remove_unused(model.graph)
         return ir.passes.PassResult(model, True)
 
     def ensures(self, model: ir.Model) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import IVC_DOMAIN, IVC_VERSION
-from ivc_export.lowering.edit import called
+from ivc_export.lowering.edit import called, remove_unused
 
 ABOVE = "above"
 """Prefix for names of the decoder that the prefix graph has too."""
@@ -54,7 +54,7 @@ def join_decode(prefix: ir.Model, decoder: ir.Model) -> ir.Model:
     graph.outputs[:] = [logits, *(v for v in graph.outputs if TensorName.of(v.name).role == "new"), *new]
     for identifier, function in decoder.functions.items():
         prefix.functions.setdefault(identifier, function)
-    RemoveUnusedNodesPass()(prefix)  # the selection
+    remove_unused(prefix.graph)  # the selection
     used = {(node.domain, node.op_type) for node in graph}
     for identifier in [i for i in prefix.functions if i[:2] not in used]:
         del prefix.functions[identifier]

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.contract.manifest import Manifest
 from ivc_export.contract.names import IR_VERSION, IVC_DOMAIN, OPSET
 from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.graph.functions import function
+from ivc_export.lowering.edit import remove_unused
 from ivc_export.runtime.plan import Run
 from ivc_export.selection.operators import SELECTIONS
 
@@ -142,7 +142,7 @@ def only(model: ir.Model, outputs: Sequence[ir.Value], inputs: Sequence[ir.Value
     """The part of a graph that its `outputs` need. inputs: the new inputs."""
     graph = model.graph
     graph.outputs[:] = outputs
-    RemoveUnusedNodesPass()(model)
+    remove_unused(model.graph)
     graph.inputs[:] = [value for value in (*graph.inputs, *inputs) if value.uses()]
     return model
 

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.checkpoint.weights import read_values
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.graph.functions import PACKED_LINEARS
-from ivc_export.lowering.edit import Editor, called, made_by, numbers
+from ivc_export.lowering.edit import Editor, called, made_by, numbers, remove_unused
 from ivc_export.lowering.fused.activation import Activation, activation
 
 ATTENTION = ("Attention", "EncoderAttention", "WindowAttention")
@@ -56,7 +55,7 @@ class FuseLinearsPass(ir.passes.InPlacePass):
             if node.graph is not None:  # otherwise it was the second half of a gated product
                 fuse_product(edit, node)
         if found:
-            RemoveUnusedNodesPass()(model)
+            remove_unused(model.graph)
             used = {(node.domain, node.op_type, "") for node in model.graph}
             for name in PACKED_LINEARS:
                 if (IVC_DOMAIN, name, "") not in used:

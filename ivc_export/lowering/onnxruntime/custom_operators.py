@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.contract.operators import CACHES, HOST_STEPS, JOINED, LINEAR_OPERATORS, PLUGIN_OPERATORS
-from ivc_export.lowering.edit import back
+from ivc_export.lowering.edit import back, remove_unused
 from ivc_export.lowering.inline import InlinePass
 from ivc_export.lowering.tensorrt.plugin import axes, fuse_gathers
 
@@ -40,6 +40,8 @@ class UseCustomOpsPass(ir.passes.InPlacePass):
         products = [node for node in model.graph if rows_of_attention(node) is not None]
         for node in products:
             node.replace_input_with(0, rows_of_attention(node))
+        if products:
+            remove_unused(model.graph)  # the reshapes
         return ir.passes.PassResult(model, changed or bool(gathers or products))
 
     def ensures(self, model: ir.Model) -> None:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.lowering.edit import Editor, made_by, numbers
+from ivc_export.lowering.edit import Editor, made_by, numbers, remove_unused
 
 STEP, ROW, WANTED, BEST, TOLD = "step", "row", "wanted", "best", "told"
 """Inputs that replace all others except caches. All are in host memory."""
@@ -69,7 +68,7 @@ def take_host_steps(model: ir.Model, table: Table | None, hidden: int) -> bool:
         old.replace_all_uses_with(new)
     added = [step, *answered(edit, logits, told), *([row] if row is not None else [])]
     caches = [value for value in graph.inputs if TensorName.of(value.name).role == "past"]
-    RemoveUnusedNodesPass()(model)
+    remove_unused(model.graph)
     graph.inputs[:] = [*added, *caches]
     return True
 
@@ -85,7 +84,7 @@ def give_answer(model: ir.Model) -> bool:
     if told is None:
         return False
     model.graph.inputs.extend(answered(Editor(model.graph), logits, told))
-    RemoveUnusedNodesPass()(model)
+    remove_unused(model.graph)
     return True
 
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.lowering.edit import Editor
+from ivc_export.lowering.edit import Editor, remove_unused
 from ivc_export.lowering.fused.joined_heads import join_heads
 from ivc_export.lowering.onnxruntime.attention import (
     Tables,
@@ -72,7 +71,7 @@ class UseOwnAttentionPass(ir.passes.InPlacePass):
         for node in list(model.graph):
             found |= self.replace(shared, node)
         if found:
-            RemoveUnusedNodesPass()(model)
+            remove_unused(model.graph)
         return ir.passes.PassResult(model, found)
 
     def replace(self, shared: Shared, node: ir.Node) -> bool:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.operators import LINEAR_OPERATORS
-from ivc_export.lowering.edit import Editor, made_by
+from ivc_export.lowering.edit import Editor, made_by, remove_unused
 from ivc_export.lowering.onnxruntime.projections import projected
 
 
@@ -36,7 +35,7 @@ class RotateInAttentionPass(ir.passes.InPlacePass):
         if len(ways) == layers:
             for node, way in ways.items():
                 take_packed_rows(edit, node, *way)
-            RemoveUnusedNodesPass()(model)  # the rotations
+            remove_unused(model.graph)  # the rotations
         else:
             read_first(edit, positions[0])
         positions[0].shape = ir.Shape([*list(positions[0].shape or ())[:-1], "P"])

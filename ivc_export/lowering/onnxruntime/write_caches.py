@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.lowering.edit import Editor, called
+from ivc_export.lowering.edit import Editor, called, remove_unused
 from ivc_export.lowering.in_place_caches import reading_caches
 from ivc_export.lowering.onnxruntime.attention import mask_of, start_of
 
@@ -37,7 +36,7 @@ class WriteCachesPass(ir.passes.InPlacePass):
         for node in found:
             write(edit, node, runs)
         if found:
-            RemoveUnusedNodesPass()(model)
+            remove_unused(model.graph)
         return ir.passes.PassResult(model, bool(found))
 
     def ensures(self, model: ir.Model) -> None:

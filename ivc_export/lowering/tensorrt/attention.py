@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.contract.operators import ATTENDED_SIZES, ENCODED_SIZES
-from ivc_export.lowering.edit import Editor, called, numbers
+from ivc_export.lowering.edit import Editor, called, numbers, remove_unused
 
 
 class AttendInPlacePass(ir.passes.InPlacePass):
@@ -44,7 +43,7 @@ class AttendInPlacePass(ir.passes.InPlacePass):
             attend(edit, node, append)
         if append:
             compact(edit)
-        RemoveUnusedNodesPass()(model)
+        remove_unused(model.graph)
         return ir.passes.PassResult(model, True)
 
     def ensures(self, model: ir.Model) -> None:
@@ -78,7 +77,7 @@ class EncodeAttendPass(ir.passes.InPlacePass):
             (y,) = edit.op(node, "EncodeAttend", *inputs, domain=IVC_DOMAIN, **attributes)
             take_over(edit, node.outputs[0], y)
         if nodes:
-            RemoveUnusedNodesPass()(model)
+            remove_unused(model.graph)
         return ir.passes.PassResult(model, bool(nodes))
 
     def ensures(self, model: ir.Model) -> None:

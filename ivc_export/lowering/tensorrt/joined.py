@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.lowering.edit import Editor
+from ivc_export.lowering.edit import Editor, remove_unused
 from ivc_export.lowering.fused.joined_heads import join_heads
 from ivc_export.lowering.tensorrt.attention import attended, encoded, take_over
 
@@ -29,7 +28,7 @@ class TurnHeadsPass(ir.passes.InPlacePass):
         edit, angles = Editor(model.graph), dict[ir.Value, ir.Value]()
         found = [turn(edit, node, angles) for node in (*attended(model.graph), *encoded(model.graph))]
         if any(found):
-            RemoveUnusedNodesPass()(model)
+            remove_unused(model.graph)
         return ir.passes.PassResult(model, any(found))
 
 

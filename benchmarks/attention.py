@@ -35,13 +35,13 @@ B = TypeVar("B", bound="Bench")
 
 
 class Bench:
-    """torch, imported by name since types need none of it, and the kernels' library."""
+    """torch, imported by name since types need none of it, and the library of kernels."""
 
-    def __init__(self, library: Path) -> None:
+    def __init__(self, kernels: Path) -> None:
         self.torch: Any = importlib.import_module("torch")
         self.sdpa: Any = importlib.import_module("torch.nn.functional").scaled_dot_product_attention
-        self.library = ctypes.CDLL(str(library.absolute()))
-        self.library.ivcAttendWorkspace.restype = ctypes.c_size_t
+        self.kernels = ctypes.CDLL(str(kernels.absolute()))
+        self.kernels.ivcAttendWorkspace.restype = ctypes.c_size_t
         self.torch.manual_seed(0)
 
     def random(self, *shape: int) -> Any:
@@ -55,7 +55,7 @@ class Bench:
         def run() -> None:
             stream = self.torch.cuda.current_stream().cuda_stream
             pointers = [ctypes.c_void_p(x.data_ptr() if x is not None else 0) for x in tensors]
-            status = getattr(self.library, name)(*given, *pointers, ctypes.c_void_p(stream))
+            status = getattr(self.kernels, name)(*given, *pointers, ctypes.c_void_p(stream))
             assert status == 0, f"{name} returned {status}"
 
         return run
@@ -95,7 +95,7 @@ class Bench:
         strides = IvcStrides(0, rows * SIZE, SIZE)
         extents = (rows, CAPACITY, HEADS, KV_HEADS, SIZE)
         struct = IvcAttention(*extents, SIZE**-0.5, FLOAT16, 1, strides, strides, strides)
-        workspace = torch.empty(self.library.ivcAttendWorkspace(ctypes.byref(struct)), device="cuda", dtype=torch.uint8)
+        workspace = torch.empty(self.kernels.ivcAttendWorkspace(ctypes.byref(struct)), device="cuda", dtype=torch.uint8)
         y = torch.empty(rows, HEADS * SIZE, device="cuda", dtype=torch.float16)
         ours = self.call("ivcAttendInPlace", (struct,), q, k, v, *caches, length, y, workspace)
         keys, values = (torch.cat([cache[:, :past], x], 1)[None] for cache, x in zip(caches, (k, v), strict=True))
@@ -128,12 +128,12 @@ class Bench:
 
 
 def run(description: str | None, make: Callable[[Path], B], measure: Callable[[B], dict[str, Any]]) -> None:
-    """Measure by the library that the command names, print what was found, and write it where asked."""
+    """Measure the kernels of the library that the command names, print what was found, and write it where asked."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("library", type=Path)
+    parser.add_argument("kernels", type=Path)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    bench = make(options.library)
+    bench = make(options.kernels)
     found: dict[str, Any] = {
         "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} build/libivc_kernels.so",
         "gpu": bench.torch.cuda.get_device_name(),

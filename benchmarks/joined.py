@@ -28,9 +28,9 @@ MANY = ((1024, 16, 16, 80), (4096, 16, 16, 80), (16384, 16, 16, 80), (1088, 12, 
 class JoinedBench(Bench):
     """The same over joined rows."""
 
-    def __init__(self, library: Path) -> None:
-        super().__init__(library)
-        self.library.ivcAttendJoinedWorkspace.restype = ctypes.c_size_t
+    def __init__(self, kernels: Path) -> None:
+        super().__init__(kernels)
+        self.kernels.ivcAttendJoinedWorkspace.restype = ctypes.c_size_t
 
     def rows(self, joined: IvcJoined, x: Any) -> IvcJoinedRows:
         """With angles at random; all of them stay until the next ones are made."""
@@ -47,7 +47,7 @@ class JoinedBench(Bench):
         caches = [[self.random(kv_heads, capacity, size) for _ in range(2)] for _ in range(LAYERS)]
         length = torch.tensor([past], device="cuda", dtype=torch.int32)
         counters = torch.zeros(kv_heads, device="cuda", dtype=torch.int32)
-        bytes_needed = self.library.ivcAttendJoinedWorkspace(ctypes.byref(struct))
+        bytes_needed = self.kernels.ivcAttendJoinedWorkspace(ctypes.byref(struct))
         workspace = torch.empty(bytes_needed, device="cuda", dtype=torch.uint8)
 
         def ours(layer: int) -> Call:

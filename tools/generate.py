@@ -24,7 +24,7 @@ from ivc_export import cli, families
 from ivc_export.checkpoint.formats import BUNDLED, FORMATS
 from ivc_export.checkpoint.weights import PlannedWeights
 from ivc_export.contract.axes import AXES
-from ivc_export.contract.caches import in_place_info
+from ivc_export.contract.caches import in_place_info, placed_rows_info
 from ivc_export.contract.graphs import GRAPHS, Layers, TensorSpec
 from ivc_export.contract.manifest import CONSTANTS, DecoderSizes, Manifest, SelectionRule
 from ivc_export.contract.names import (
@@ -253,7 +253,7 @@ def listings() -> dict[str, str]:
     found = {f"{name}.{graph}.txt": listing(model) for name in TINY for graph, model in tiny(TINY[name]).items()}
     for lowering in LOWERINGS:
         graphs: dict[str, ir.Model] = dict(tiny(wide(LOWERED, heads=4)).items())
-        if LOWERINGS[lowering].io is in_place_info:
+        if LOWERINGS[lowering].io in (in_place_info, placed_rows_info):
             again = tiny(wide(LOWERED, heads=4))
             graphs["decode"] = join_decode(again["prefix"], again["decoder"])
         for graph, model in graphs.items():

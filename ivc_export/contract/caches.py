@@ -55,6 +55,23 @@ def in_place_info(info: GraphInfo) -> GraphInfo:
     )
 
 
+def placed_rows_info(info: GraphInfo) -> GraphInfo:
+    """The same, where a graph that chooses rows gets the rows of the caches from its caller, instead of computing them.
+
+    cache_rows int32 [P] has the numbers 0 to P - 1, cache_place int32 [M] those from past_length on, and cache_start
+    int32 [1] is past_length. All three can be views of one array that never changes.
+    """
+    found = in_place_info(info)
+    if all(t.name != "keep_index" for t in found.outputs):
+        return found
+    rows = [TensorInfo(name=name, dtype="int32", shape=shape) for name, shape in PLACED_ROWS.items()]
+    return found.model_copy(update={"inputs": (*found.inputs, *rows)})
+
+
+PLACED_ROWS: dict[str, tuple[int | str, ...]] = {"cache_rows": ("P",), "cache_place": ("M",), "cache_start": (1,)}
+"""Inputs that number the rows of the caches, and their shapes."""
+
+
 def owned_caches_info(info: GraphInfo) -> GraphInfo:
     """Inputs and outputs of a graph whose decoder layers write to the caller's caches, by our plugin's operators.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ivc_export.contract.caches import in_place_info, owned_caches_info
+from ivc_export.contract.caches import in_place_info, owned_caches_info, placed_rows_info
 from ivc_export.contract.manifest import GraphInfo
 from ivc_export.contract.names import IVC_DOMAIN, OPSET, AnyGraphName
 from ivc_export.contract.operators import verify_graph
@@ -134,7 +134,7 @@ def standard(*functions: str) -> Passes:
 
 SELECTION = frozenset(("SelectAttended", "SelectTileTokens", "SelectTokens", "SelectViewTokens", "CompactGather"))
 FUSED_OPERATORS: Operators = frozenset(
-    [("", op) for op in ("Mod", "SimplifiedLayerNormalization", "TopK")]
+    [("", op) for op in ("Round", "SimplifiedLayerNormalization", "TopK")]
     + [("com.microsoft", op) for op in ("GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "RotaryEmbedding")]
     + [("com.microsoft", op) for op in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "QuickGelu")]
 )
@@ -183,7 +183,7 @@ LOWERINGS: dict[str, Lowering] = {
         opset=NEWEST,
     ),
     "ort-cuda": Lowering(
-        passes=fused, functions=SELECTION, operators=FUSED_OPERATORS, io=in_place_info, hidden_scale=SCALE
+        passes=fused, functions=SELECTION, operators=FUSED_OPERATORS, io=placed_rows_info, hidden_scale=SCALE
     ),
     # the same with our library of custom operators, which attends, selects and compacts
     "ort-cuda-ops": Lowering(

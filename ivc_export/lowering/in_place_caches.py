@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
-from ivc_export.contract.caches import in_place_lengths
+from ivc_export.contract.caches import PLACED_ROWS, in_place_lengths
 from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering.edit import Editor, called, remove_unused
@@ -16,11 +18,12 @@ class CompactCachesPass(ir.passes.InPlacePass):
     """Compact the caches of the layers below the cut, to which prefix has written this run's rows.
 
     1. Needs: graphs whose attention writes its caches in place (UseFusedAttentionPass, WriteCachesPass).
-    2. Leaves: inputs and outputs as contract.caches.in_place_info says. A graph that chooses rows gives cache_index:
+    2. Leaves: inputs and outputs as contract.caches.placed_rows_info says. A graph that chooses rows gives cache_index:
        for each row of a cache the row that it has after compaction. A graph that drops rows takes cache_index and the
        caches below the cut, and gives compact_key.i and compact_value.i as whole caches. No new_key.i and new_value.i.
 
-    own: whether a library of ours computes cache_index, by its operator CacheIndex.
+    own: whether a library of ours computes cache_index, by its operator CacheIndex. Inputs and outputs are then as
+        contract.caches.in_place_info says.
     """
 
     def __init__(self, own: bool = False) -> None:
@@ -70,8 +73,8 @@ def reading_caches(graph: ir.Graph) -> list[ir.Node]:
 def add_cache_index(graph: ir.Graph, own: bool) -> None:
     """cache_index int32 [P]: row p comes from itself, but row past + m comes from keep_index[m] of this run's rows.
 
-    Sizes, and past as a difference of the total length, are computed on the host: from the length on the device,
-    onnxruntime would fetch it, and wait for all that runs.
+    Our library's operator computes the rows from sizes. Otherwise they are inputs, views of an array that the caller
+    has: onnxruntime would need fourteen nodes for them.
     """
     values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
     select = values["keep_index"].producer()
@@ -79,27 +82,26 @@ def add_cache_index(graph: ir.Graph, own: bool) -> None:
     end = ir.node("Identity", [values["keep_index"]], name="cache_index")  # new nodes are put at this one's place
     graph.insert_after(select, end)
     edit = Editor(graph)
-
-    length, total = in_place_lengths("past_length")
-    whole = {TensorName.of(name).layer for name in values if TensorName.of(name).stem == length}  # and None
-    cache = next(
-        value
-        for name, value in values.items()
-        if TensorName.of(name).role == "past" and TensorName.of(name).layer not in whole
-    )
     if own:
-        given = (values["keep_index"], values[total], values["position_ids"], cache)
+        _, total = in_place_lengths("past_length")
+        given = (values["keep_index"], values[total], values["position_ids"], compacted_cache(values))
         (index,) = edit.op(end, "CacheIndex", *given, domain=IVC_DOMAIN)
     else:
-        (past,) = edit.op(end, "Sub", values[total], edit.size(end, values["position_ids"], 2))
-        (stop,) = edit.op(end, "Add", past, edit.size(end, values["keep_index"], 0))
-        (target,) = edit.op(end, "Range", past, stop, edit.scalar(1))
-        (rows,) = edit.op(end, "Range", edit.scalar(0), edit.size(end, cache, 2), edit.scalar(1))
-        (source,) = edit.op(end, "Add", values["keep_index"], past)
-        (index,) = edit.op(end, "ScatterElements", rows, target, source, axis=0)
+        rows, place, start = (ir.val(name, dtype=INT32, shape=shape) for name, shape in PLACED_ROWS.items())
+        graph.inputs.extend((rows, place, start))
+        (source,) = edit.op(end, "Add", values["keep_index"], start)
+        (index,) = edit.op(end, "ScatterElements", rows, place, source, axis=0)
     graph.remove(end, safe=True)
     index.name, index.type, index.shape = "cache_index", ir.TensorType(INT32), ir.Shape(["P"])
     graph.outputs.insert(list(graph.outputs).index(values["keep_index"]) + 1, index)
+
+
+def compacted_cache(values: Mapping[str | None, ir.Value]) -> ir.Value:
+    """A cache among a graph's inputs that is compacted. values: inputs by name."""
+    length, _ = in_place_lengths("past_length")
+    whole = {TensorName.of(name).layer for name in values if TensorName.of(name).stem == length}  # and None
+    named = ((TensorName.of(name), value) for name, value in values.items())
+    return next(value for name, value in named if name.role == "past" and name.layer not in whole)
 
 
 def gather_caches(graph: ir.Graph) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,12 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import IR_VERSION, IVC_DOMAIN, OPSET
 from ivc_export.graph.functions import function
+from ivc_export.lowering import lower
 from ivc_export.lowering.onnxruntime.sorted_selection import SortSelectionPass
+from ivc_export.runtime.probes import selection_part
 from tests.native.kernels import SEED_DIVISOR, Case, random_case
 
 NAMES = ("values", "ivc_priority", "visual_index", "text_index", "query_index", "keep_count")
@@ -96,3 +100,16 @@ def test_votes_that_other_rows_share_are_counted_as_before() -> None:
     assert not shared.modified
     names = [node.op_type for body in shared.model.functions.values() for node in body]
     assert "TopK" not in names
+
+
+def test_onnxruntime_selects_in_forty_nodes(golden_bundle: Bundle, tmp_path: Path) -> None:
+    part = selection_part(lower(golden_bundle.graph("prefix"), "ort-cuda"))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3  # it warns that the file fits this machine
+    content = ir.to_proto(part).SerializeToString()
+    onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    nodes = list(ir.load(options.optimized_model_filepath).graph)
+    assert len(nodes) <= 40
+    assert not any(node.op_type == "Sqrt" for node in nodes), "it computes a constant in each run"
+    assert sum(node.op_type == "FusedMatMul" for node in nodes) == 2, "it scales products in nodes of their own"

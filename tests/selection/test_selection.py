@@ -46,9 +46,9 @@ RULES = {
 }
 
 
-def body_model(rule: SelectionRule = RULE) -> onnx.ModelProto:
-    """The body of the rule's operator as a graph, its attributes replaced by the rule's."""
-    body = ir.to_proto(function(selection_operator(rule)))
+def body_model(rule: SelectionRule = RULE, *spelling: str) -> onnx.ModelProto:
+    """A body of the rule's operator as a graph, its attributes replaced by the rule's."""
+    body = ir.to_proto(function(selection_operator(rule), *spelling))
     values = {"seed_divisor": rule.seed_divisor, "softmax_all": int(rule.softmax == "all")}
     nodes = []
     for node in body.node:
@@ -76,8 +76,9 @@ def runner(model: onnx.ModelProto) -> Runner:
 
 @pytest.fixture(scope="module")
 def run_rule() -> dict[str, Runner]:
-    """Each rule's operator in onnxruntime."""
-    return {name: runner(body_model(rule)) for name, rule in RULES.items()}
+    """Each rule's operator in onnxruntime, and the body that sorts."""
+    found = {name: runner(body_model(rule)) for name, rule in RULES.items()}
+    return found | {"sorted": runner(body_model(RULE, "sorted"))}
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,9 @@ def test_selection_equals_the_official_code(name: str, path: Path, run_rule: dic
     )
     rule = next((n for n in ("views", "tiles") if getattr(model.selection, n)), model.selection.softmax)
     allowed = [] if golden["robust"] else golden["fragile_indices"].tolist()
-    for found in (case.in_numpy().keep_index, run_rule[rule](case.feeds)[0], case.torch_fill(*case.in_torch())):
+    bodies = (rule, "sorted") if rule == "visual" else (rule,)
+    in_onnx = [run_rule[body](case.feeds)[0] for body in bodies]
+    for found in (case.in_numpy().keep_index, *in_onnx, case.torch_fill(*case.in_torch())):
         assert set(np.setxor1d(found, golden["keep_indices"])) <= set(allowed)
         assert len(found) == len(golden["keep_indices"])
 

@@ -208,7 +208,7 @@ class FusedConversation(Conversation):
         given = session.values(arrays)
         with times.stage("prefill.prefix"):
             feeds = cache.inputs() | given | session.values(below) | totals[0]
-            feeds |= {"inputs_embeds": embeds, "keep_count": count} | added
+            feeds |= {"inputs_embeds": embeds, "keep_count": count} | added | cache.placed_rows(kept)
             prefix = session.run("prefix", session.bind("prefix", feeds, cache.outputs()), wait=False)
         with times.stage("prefill.decoder"):
             feeds = cache.inputs() | given | prefix | session.values(above) | totals[1] | answer

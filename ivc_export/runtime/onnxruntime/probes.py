@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ivc_export.contract.caches import PLACED_ROWS
 from ivc_export.contract.graphs import TensorName
 from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.lowering import LOWERINGS
@@ -74,6 +75,10 @@ def fused_times(session: Session, plan: Run, rows: int) -> SelectionTimes:
     prefix, decoder = session.lowered("prefix", lowering if whole else "ort-cuda"), session.lowered("decoder", lowering)
     sizes = extents(session.bundle.manifest, plan, rows)
     feeds = selection_feeds(plan) | {"total_sequence_length": np.array(plan.rows, np.int32)}
+    numbers = np.arange(rows, dtype=np.int32)
+    feeds |= dict(
+        zip(PLACED_ROWS, (numbers, numbers[: len(plan.text_index) + plan.keep_count], numbers[:1]), strict=True)
+    )
     select = Timed(selection_part(prefix), provider, library).seconds(feeds, sizes)
     compact = Timed(compaction_part(decoder), provider, library).seconds(compaction_feeds(plan, rows), sizes, True)
     empty = empty_run(provider)

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ivc_export.contract.caches import PLACED_ROWS
 from ivc_export.contract.graphs import CacheRole, TensorName, cache_shape
 from ivc_export.contract.manifest import Manifest
 from ivc_export.dtypes import FloatName
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
+from ivc_export.runtime.onnxruntime.stream import Place
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
 Values = dict[str, "OrtValue"]
-Place = Callable[[npt.NDArray[Any]], "OrtValue"]
+Put = Callable[[npt.NDArray[Any]], "OrtValue"]
 """Puts an array into the device's memory."""
 
 
@@ -63,28 +65,30 @@ class PictureRows:
 class DeviceCache:
     """Keys and values of all layers in buffers of `capacity` rows. Layers that are compacted have a second set.
 
-    length: valid rows. whole: layers that keep every row; they have `whole_length` valid rows. grows: whether its
-    conversation takes a larger cache when this one is full.
+    rows: int32 [capacity], 0 to capacity - 1. length: valid rows. whole: layers that keep every row; they have
+    `whole_length` valid rows. grows: whether its conversation takes a larger cache when this one is full.
     """
 
     capacity: int
     current: Values
     spare: Values
     whole: tuple[str, ...]
+    rows: OrtValue | None = None
     length: int = 0
     whole_length: int = 0
     swapped: bool = False
     grows: bool = False
 
     @staticmethod
-    def make(m: Manifest, capacity: int, dtype: FloatName, place: Place) -> DeviceCache:
+    def make(m: Manifest, capacity: int, dtype: FloatName, put: Put) -> DeviceCache:
         """Zeroed buffers."""
 
         def buffers(names: Iterable[str]) -> Values:
-            return {name: place(np.zeros(cache_shape(m.decoder, name, capacity), dtype)) for name in names}
+            return {name: put(np.zeros(cache_shape(m.decoder, name, capacity), dtype)) for name in names}
 
         everything = buffers(f"{kind}.{i}" for i in range(m.decoder.layers) for kind in ("key", "value"))
-        return DeviceCache(capacity, everything, buffers(compacted(m)), whole_layers(m))
+        rows = put(np.arange(capacity, dtype=np.int32))
+        return DeviceCache(capacity, everything, buffers(compacted(m)), whole_layers(m), rows)
 
     @staticmethod
     def empty(m: Manifest) -> DeviceCache:
@@ -105,6 +109,14 @@ class DeviceCache:
         """present_key.i and present_value.i in place, and compact_key.i and compact_value.i in the second set."""
         compact = {in_role(name, "compact"): value for name, value in self.spare.items()}
         return compact | {in_role(name, "present"): value for name, value in self.current.items()}
+
+    def placed_rows(self, kept: int) -> dict[str, Place]:
+        """The inputs that number rows, for a run that keeps so many: see contract.caches.placed_rows_info."""
+        assert self.rows is not None
+        address, size = int(self.rows.data_ptr()), np.dtype(np.int32).itemsize
+        parts = (0, self.capacity), (self.length, kept), (self.length, 1)
+        places = (Place(address + size * start, (count,), np.int32) for start, count in parts)
+        return dict(zip(PLACED_ROWS, places, strict=True))
 
     def swap(self) -> None:
         """Make the compacted buffers the current ones."""
@@ -222,18 +234,18 @@ class Workspace:
     bindings: dict[bool, tuple[Any, int]] = field(default_factory=dict)
 
     @staticmethod
-    def make(m: Manifest, capacity: int, dtype: FloatName, place: Place, host: HostStep | None = None) -> Workspace:
+    def make(m: Manifest, capacity: int, dtype: FloatName, put: Put, host: HostStep | None = None) -> Workspace:
         """Make it with zeroed memory."""
-        cache = DeviceCache.make(m, capacity, dtype, place)
-        logits = place(np.zeros((1, 1, m.decoder.vocab_size), np.float32))
+        cache = DeviceCache.make(m, capacity, dtype, put)
+        logits = put(np.zeros((1, 1, m.decoder.vocab_size), np.float32))
         if host is not None:
             values = {name: on_host(array) for name, array in host.arrays.items()}
             return Workspace(cache, values, logits, host)
         step: Values = {
-            "inputs_embeds": place(np.zeros((1, 1, m.decoder.hidden_size), dtype)),
-            "position_ids": place(np.zeros((len(m.rotary.sections), 1, capacity), np.int32)),
+            "inputs_embeds": put(np.zeros((1, 1, m.decoder.hidden_size), dtype)),
+            "position_ids": put(np.zeros((len(m.rotary.sections), 1, capacity), np.int32)),
         }
         for suffix in cache.lengths(0):
-            step[f"seqlens_k{suffix}"] = place(np.zeros(1, np.int32))
+            step[f"seqlens_k{suffix}"] = put(np.zeros(1, np.int32))
             step[f"total_sequence_length{suffix}"] = on_host(np.array(capacity, np.int32))
         return Workspace(cache, step, logits)

@@ -39,7 +39,12 @@ struct Attend {
     IVC_HD int32_t queries() const { return rows * group; }
     IVC_HD int32_t past() const {
         if (capacity == 0) return 0;
-        return larger(0, smaller(*pastLength, append ? capacity - rows : capacity));
+#ifdef __CUDA_ARCH__
+        const int32_t length = __ldcg(pastLength);  // kernels that start early may find older values in the L1 cache
+#else
+        const int32_t length = *pastLength;
+#endif
+        return larger(0, smaller(length, append ? capacity - rows : capacity));
     }
     IVC_HD int64_t stats() const { return static_cast<int64_t>(splits) * kvHeads * queries(); }
     IVC_HD float* largest() const { return partial + stats() * headDim; }

@@ -126,7 +126,7 @@ struct RowAttention {
         };
         tiles.loadKeys(tile(from, past), 0);
         tiles.loadValues(tile(from, past), 0);
-        awaitKernelBefore();  // which gives the row, but neither the caches nor their length
+        awaitKernelBefore();  // for the row; caches and their length are from before the step, or of its first kernel
         RowAttention::split(block, shared, fresh, r, head, past, to == tileCount);
         PerWarp<Found<S>, S::kWarps> found;
         block.each([&](int warp) { tiles.begin(found[warp], warp); });

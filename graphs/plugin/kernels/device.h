@@ -37,8 +37,8 @@ inline cudaError_t launchesEarly(bool& early) {
 
 #ifdef __CUDACC__
 
-// Launches a kernel that calls awaitKernelBefore. What it does before this call overlaps the previous kernel, if the
-// device allows it. shared: bytes of dynamic shared memory.
+// Launches a kernel that calls awaitKernelBefore (or awaitKernelBeforeNext). What it does before this call overlaps the
+// kernels before it, if the device allows it. shared: bytes of dynamic shared memory.
 template <class Arguments>
 cudaError_t launchEarly(
     void (*kernel)(Arguments), dim3 grid, int threads, cudaStream_t stream, const Arguments& arguments, int shared = 0) {

@@ -101,8 +101,8 @@ IVC_API size_t ivcAttendJoinedWorkspace(const IvcJoined* joined);
 
 // ivcTurnHeads, then ivcAttendInPlace with IVC_FRESH_APPENDED. For one row of a type with tensor cores, one launch does
 // both.
-//   keyCache, valueCache, pastLength: must not be written by a kernel of ours that was launched just before. With one
-//     row, this kernel reads them before that kernel has ended.
+//   keyCache, valueCache, pastLength: with one row, this kernel is an early one (see ivcFusedLinear) and reads them
+//     before it waits.
 //   counters int32 [kvHeads]: zeros before and after the call; two calls must not use them at the same time
 IVC_API cudaError_t ivcAttendJoined(const IvcJoined* joined, const IvcJoinedRows* rows, void* keyCache,
     void* valueCache, const int32_t* pastLength, void* y, void* workspace, int32_t* counters, cudaStream_t stream);
@@ -113,7 +113,8 @@ IVC_API cudaError_t ivcAttendJoined(const IvcJoined* joined, const IvcJoinedRows
 IVC_API cudaError_t ivcScalePixels(const IvcPixels* extents, const uint8_t* levels, float* pixels, cudaStream_t stream);
 
 // The first kernel of a decode step. It reads what the host has written into memory that host and device share (pinned
-// memory), when it runs. The next kernel starts to read weights meanwhile, if it can.
+// memory), when it runs. It starts after the end of all that was launched before, and the next kernel starts after its
+// end. So the kernels of a step may read caches and lengths early.
 //   step int32 [1 + axes + 1 or 2], in pinned memory: the token, its positions, and the numbers of valid rows in the
 //     caches
 //   table [vocab, hidden], the embeddings; or null, and row [hidden], in pinned memory, is the embedding; frequencies
@@ -125,7 +126,7 @@ IVC_API cudaError_t ivcTakeStep(const IvcStep* step, const int32_t* given, const
     cudaStream_t stream);
 
 // The last kernel of a decode step. It writes what the host needs of the logits x [vocab] into pinned memory. It reads
-// `wanted` before the previous kernel has ended.
+// `wanted` before the kernels before it have ended.
 //   best int32 [2]: the lowest id of the largest logit; and 1 if no logit is NaN and the largest is finite, else 0
 //   told float32 [vocab]: all logits, if wanted int32 [1], in pinned memory too, is not 0
 //   logits float32 [vocab]; scratch int32 [IVC_ANSWER_SCRATCH]: zeros before the first call; two calls must not use
@@ -134,8 +135,11 @@ IVC_API cudaError_t ivcGiveAnswer(const IvcStep* step, const void* x, const int3
     int32_t* best, float* told, int32_t* scratch, cudaStream_t stream);
 
 // y = f(scale n(x) W^T + b) + r. n is an RMS norm or nothing, and no layer norm; f is an activation. If gated, y = f(g) * u + r, where g and
-// u are the products with the two halves of W. Each weight is read once for 4 rows. The kernel starts to read weights
-// before the previous kernel has ended, so that kernel must not write weights.
+// u are the products with the two halves of W. Each weight is read once for 4 rows.
+//
+// This kernel, like those of ivcFusedPacked, ivcAttendJoined of one row and ivcGiveAnswer, is an early one from SM 90 on.
+// It starts before the kernels before it have ended, reads weights, and then waits for their end. Early kernels may be
+// launched one after the other. None of them may write the weights, nor the kernel before the first of them.
 //   x [rows, K]; norm [K], the weight of the norm, or null; weight [N, K], or [2 N, K] if gated; bias, one value for
 //     each row of weight, or null; residual [rows, N], or null; y [rows, N]
 IVC_API cudaError_t ivcFusedLinear(const IvcLinear* product, const void* x, const void* norm, const void* weight,

@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(kStepThreads) giveAnswerKernel(const __grid_co
 
 using namespace ivc;
 
-// It is not launched early itself: what the step before reads and writes is its own until it ends.
+// It is not launched early itself, and lets no kernel start before its end: what the step before reads and writes is its
+// own until it ends, and attention reads caches and lengths before it waits.
 cudaError_t ivcTakeStep(const IvcStep* c, const int32_t* step, const void* table, const void* row,
     const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength,
     cudaStream_t stream) {

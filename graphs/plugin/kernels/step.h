@@ -79,10 +79,10 @@ IVC_WARP float angleOf(const TakeStep& t, const StepShared& shared, int32_t pair
     return angle;
 }
 
-// Host memory is far: each thread reads all that it needs of it at once.
+// Host memory is far: each thread reads all that it needs of it at once. The second kernel of a step starts when this
+// one has ended, and lets others start that read the lengths before they wait.
 template <class Value>
 IVC_WARP void takeStep(Block& block, StepShared& shared, const TakeStep& t) {
-    awaitKernelBefore();
     block.each([&](int warp) {
         eachLane([&](int lane) {
             const int thread = warp * kWarp + lane;
@@ -101,7 +101,10 @@ IVC_WARP void takeStep(Block& block, StepShared& shared, const TakeStep& t) {
                 t.cos[i] = cosf(angle);
                 t.sin[i] = sinf(angle);
             }
-            if (thread < t.lengthCount) *t.lengths[thread] = shared.step[1 + t.axes + thread];
+            if (thread < t.lengthCount) {
+                *t.lengths[thread] = shared.step[1 + t.axes + thread];
+                showWrites();
+            }
         });
     });
 }

@@ -162,7 +162,7 @@ IVC_BLOCK void voteRows(
     const Team& team, VoteTile& tile, const Votes<Value>& v, int head, int queryTile, int keyTile) {
     const int firstQuery = queryTile * kQueries, firstKey = keyTile * kKeys;
     const int keys = smaller(kKeys, v.softmaxKeys() - firstKey);
-    awaitKernelBefore();
+    awaitKernelBeforeNext();  // voteColumns reads the same rows before it waits
     scoreTile(team, tile, v, head, firstQuery, firstKey, v.softmaxOverAll);
     team.each([&](int thread) {
         const int query = thread / kLanes, lane = thread % kLanes;

@@ -351,12 +351,32 @@ inline uint32_t packed(float low, float high) {
 
 #endif
 
-// Waits for the end of the previous kernel, if this one was launched to start before that, and then lets the next
-// kernel start. What the next kernel reads before it waits may be written two kernels before it, but not by this one.
+// Lets the next kernel start, and waits for the end of the previous one, if this one was launched to start before that.
+//
+// A kernel ends after its own wait, so the previous one ended after all before it. What comes after the wait may hence
+// read what any earlier kernel wrote, and write what any earlier one read. In each launch, some block must wait. Before
+// the wait, however, any number of earlier kernels may still run, back to the last that lets none start early. A kernel
+// may read there only what none of them writes: weights, and what a decode step has from before it.
 IVC_WARP void awaitKernelBefore() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Waits first, and then lets the next kernel start. This one is then the only one that may still run while the next
+// reads something before its wait.
+IVC_WARP void awaitKernelBeforeNext() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Makes what this thread has written visible to kernels that read it without waiting for this kernel.
+IVC_WARP void showWrites() {
+#ifdef __CUDA_ARCH__
+    __threadfence();
 #endif
 }
 

@@ -52,7 +52,8 @@ def open_session(bundle: Bundle, backend: str = DEFAULT, **options: Any) -> Sess
     Options of onnxruntime-cuda:
 
     - `op_library`: path of our library of custom operators.
-    - `cuda_graph`: whether the decode step is captured as a CUDA graph, if onnxruntime can. True by default.
+    - `cuda_graph`: whether the decode step is captured as a CUDA graph, if onnxruntime can; with `op_library`
+      also vision on small pictures whose size comes again. True by default.
 
     Options of tensorrt:
 

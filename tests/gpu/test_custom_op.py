@@ -29,6 +29,7 @@ from tests.native.linear import linear_case
 from tests.native.linear_ops import check_linear, check_packed
 from tests.native.packed import packed_case
 from tests.native.test_plugin_builds import build
+from tests.runtime.test_picture_graphs import ask, draw, same
 
 pytestmark = [
     pytest.mark.gpu,
@@ -103,3 +104,14 @@ def test_conversations_are_as_without_the_library(golden_bundle: Bundle, library
         for token in (5, 6, 7, 8):
             assert np.abs(step.logits - reference.logits).max() < TOLERANCE * np.abs(reference.logits).max()
             step, reference = found.run([token]), wanted.run([token])
+
+
+def test_small_pictures_are_captured_to_the_bit(golden_bundle: Bundle, library: Path) -> None:
+    """Also several of a size in one prompt, in between larger ones."""
+    session, launched = (FusedSession(golden_bundle, "cuda", graph, library) for graph in (True, False))
+    assert session.captures_vision and not launched.captures_vision
+    sizes = [[(3, 2)], [(3, 2)], [(4, 4), (3, 2)], [(3, 2), (4, 4), (3, 2)], [(4, 4)]]
+    for turn, prompt in enumerate(sizes):
+        pictures = [draw(golden_bundle, 10 * turn + i, *size) for i, size in enumerate(prompt)]
+        same(ask(session, pictures), ask(launched, pictures))
+    assert session.captures_vision and len(session._captured) == 2

@@ -358,6 +358,7 @@ def same_conversation(bundle: Bundle, session: FusedSession) -> None:
         reference, step = wanted.run(more, given), found.run(more, given)
         np.testing.assert_array_equal(step.keep_index, reference.keep_index)
         assert np.abs(step.logits - reference.logits).max() < LOGIT_TOLERANCE
+    assert len(session._captured) == 1  # the picture's second run would be a CUDA graph's
 
 
 @pytest.mark.parametrize("lowering", ["portable", "native"])

@@ -20,8 +20,9 @@ from ivc_export.lowering.onnxruntime.host_steps import ANSWER
 from ivc_export.runtime.cache import check_capacity
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn, check_numbers, no_numbers
-from ivc_export.runtime.onnxruntime.fused_graphs import TURNS, FusedGraphs, Provider
+from ivc_export.runtime.onnxruntime.fused_graphs import TURNS, Provider
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
+from ivc_export.runtime.onnxruntime.picture_graphs import PictureGraphs
 from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU
 from ivc_export.runtime.onnxruntime.stream import StageTimes
 from ivc_export.runtime.onnxruntime.workspace import DeviceCache, HostStep, PictureRows, Values, Workspace, on_host
@@ -38,7 +39,7 @@ BLOCK = 512
 """The rows of a growing cache are a multiple of it."""
 
 
-class FusedSession(FusedGraphs):
+class FusedSession(PictureGraphs):
     """The graphs of a bundle, and the memory of its conversations.
 
     Conversations of several threads take turns, one run at a time; see Session. On a GPU so do those of several models.
@@ -263,14 +264,13 @@ class FusedConversation(Conversation):
                 found.append(picture.outputs)
                 continue
             with times.stage("vision"):
-                feeds = session.picture_inputs(picture)
                 grid = picture.grid
                 targets = {"image_embeds": (embeds, place)} | {name: (rows, first) for name, rows in added.items()}
                 rows = {
                     name: PictureRows(target, session.dtype, start, grid.visual, grid.batch)
                     for name, (target, start) in targets.items()
                 }
-                session.run_bound("vision", session.bind("vision", feeds, rows), wait=False)
+                session.see(picture, rows)
             found.append(Fetched(rows, session.fetch))
         return tuple(found)
 

@@ -16,11 +16,9 @@ from rich.filesize import decimal
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.checkpoint.weights import read_values
 from ivc_export.contract.names import GRAPH_NAMES, GraphName
-from ivc_export.contract.preprocessing import Scaling
 from ivc_export.dtypes import DTYPES as DTYPE_OF_NAMES
 from ivc_export.dtypes import FloatName, cast
 from ivc_export.errors import UserError
-from ivc_export.families.pictures import PIXELS, Visual
 from ivc_export.lowering import lower
 from ivc_export.lowering.join_decode import join_decode
 from ivc_export.lowering.onnxruntime.host_steps import Table, give_answer, take_host_steps
@@ -37,11 +35,11 @@ from ivc_export.runtime.onnxruntime.library import (
 from ivc_export.runtime.onnxruntime.pixel_types import pixel_bounds, take_float32
 from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU, NO_ROOM, cuda_options, register
 from ivc_export.runtime.onnxruntime.shared_memory import shared_array
-from ivc_export.runtime.onnxruntime.small_graphs import pixels_graph, rows_graph, table_graph, tied_table
+from ivc_export.runtime.onnxruntime.small_graphs import rows_graph, table_graph, tied_table
 from ivc_export.runtime.onnxruntime.staging import Staging
-from ivc_export.runtime.onnxruntime.stream import Place, Stream, address_of
+from ivc_export.runtime.onnxruntime.stream import Place, Stream
 from ivc_export.runtime.onnxruntime.weights_memory import WeightsMemory, large_weights, view
-from ivc_export.runtime.onnxruntime.workspace import PictureRows, Values, on_host
+from ivc_export.runtime.onnxruntime.workspace import PictureRows, Values
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -61,7 +59,10 @@ Inputs = dict[str, "OrtValue | Place"]
 TURNS = threading.RLock()
 """Held by whoever uses the GPU. Sessions of all models in the process share memory, so their runs take turns. Each turn
 ends with a run that is waited for: then nothing on the device uses shared memory. A captured CUDA graph keeps the
-addresses of its memory, so decode steps do not share theirs."""
+addresses of its memory, so the sessions that capture do not share theirs."""
+
+SMALL_VISION = "vision.small"
+"""The session of vision for small pictures."""
 
 NOT_CAPTURED = "cannot use the graph capture feature"
 """onnxruntime's message if it computes a part of a graph on the host."""
@@ -71,7 +72,8 @@ class FusedGraphs:
     """The vision graph, prefix and decoder, and one graph of both for decode steps, with one copy of the weights.
 
     provider: "cuda", or "cpu" to check the same graphs and hand-over without a GPU.
-    cuda_graph: whether to capture and replay the decode step. The attribute is false if onnxruntime refuses.
+    cuda_graph: whether to capture and replay the decode step; with op_library also vision on small pictures. The
+        attribute is false if onnxruntime does not capture the decode step.
     op_library: our library of custom operators (graphs/plugin/onnxruntime). It then selects, compacts, multiplies with
         the operators around products, splits and rotates heads, and attends if that is faster.
 
@@ -137,9 +139,9 @@ class FusedGraphs:
         if not self._staging:
             rows = rows_graph(DTYPE_OF_NAMES[self.dtype].onnx) if tied is None else table_graph(tied.name, tied.tensor)
             self._sessions["rows"] = self._open(rows)
+        self.captures_vision = cuda_graph and self._stream_captures(models["vision"])
+        """Whether small pictures have a session of their own, in which vision is captured."""
         self._converted.clear()
-        self._pixels: dict[Scaling, str] = {}
-        """Sessions that normalise pixels, by the way they do it."""
 
     def lowered(self, name: GraphName, lowering: str) -> ir.Model:
         """A graph of the bundle, lowered, in the computing dtype."""
@@ -160,6 +162,17 @@ class FusedGraphs:
         if self.op_library:
             self.host_steps = take_host_steps(model, table, self.bundle.manifest.decoder.hidden_size)
         return model
+
+    def _stream_captures(self, vision: ir.Model) -> bool:
+        """Open vision once more, with memory that no other graph uses: a captured CUDA graph keeps its addresses. Only
+        on a stream, and where onnxruntime can capture it."""
+        if self.stream is None:
+            return False
+        try:
+            self._sessions[SMALL_VISION] = self._open(vision, self.device == "cuda")
+        except UserError:  # nobody needs it
+            return False
+        return True
 
     def shared(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
         """Zeros in host memory that the device also reads and writes."""
@@ -206,6 +219,7 @@ class FusedGraphs:
             options.add_initializer(name, self._weights[name])
             if isinstance(tensor, ir.LazyTensor):
                 model.graph.initializers[name].const_value = stand_in(self.bundle, name, tensor)
+            if name in self._converted:
                 options.add_external_initializers([name], [self._converted[name]])
         chosen = cuda_options(onnxruntime.__version__, cuda_graph, exact=self.op_library is not None)
         if self.stream:
@@ -267,31 +281,6 @@ class FusedGraphs:
             kind = np.dtype(dtype or self.dtype).type
             return load_onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, kind, self.device, 0)
 
-    def picture_inputs(self, picture: Visual) -> Inputs:
-        """The vision graph's inputs for a picture. Its pixels are uploaded as 8-bit levels if these are known. On a
-        stream they are there for the next runs, up to one that is waited for.
-        """
-        levels = picture.levels
-        names = [name for name in picture.inputs if name != PIXELS or levels is None]
-        feeds = self.values({name: picture.inputs[name] for name in names})
-        if levels is None:
-            return feeds
-        if self.stream:
-            given, pixels = self.values({"levels": levels.values})["levels"], self.memory(levels.shape, np.float32)
-            self.stream.make_pixels(levels, address_of(given), address_of(pixels))
-            self._pending.append(given)
-            return feeds | {PIXELS: pixels}
-        scaling = Scaling(**{name: getattr(levels.scaling, name) for name in Scaling.model_fields})
-        if scaling not in self._pixels:
-            self._pixels[scaling] = f"pixels.{len(self._pixels)}"
-            self._sessions[self._pixels[scaling]] = self._open(pixels_graph(scaling))
-        outer, channels, _, inner = levels.values.shape
-        extents = {"expanded": (outer, channels, levels.frames, inner), "shape": levels.shape}
-        inputs = {"levels": self.value(levels.values)}
-        inputs |= {name: on_host(np.array(extent, np.int64)) for name, extent in extents.items()}
-        name = self._pixels[scaling]
-        return feeds | self.run(name, self.bind(name, inputs, {}), wait=False)
-
     def value(self, array: npt.NDArray[Any]) -> OrtValue:
         """An array in the device's memory. On the CPU this is the array itself.
 
@@ -325,7 +314,7 @@ class FusedGraphs:
         self._release()
         return copies
 
-    def bind(self, name: str, inputs: Inputs, outputs: Mapping[str, OrtValue | PictureRows | str]) -> Any:
+    def bind(self, name: str, inputs: Inputs, outputs: Mapping[str, OrtValue | PictureRows | Place | str]) -> Any:
         """Bind a graph's inputs, and its outputs to memory of the caller's, or to new memory on "cpu" or "cuda"."""
         session = self._sessions[name]
         binding = session.io_binding()
@@ -342,7 +331,7 @@ class FusedGraphs:
             place = outputs.get(tensor.name, self.device)
             if isinstance(place, str):
                 binding.bind_output(tensor.name, place)
-            elif isinstance(place, PictureRows):
+            elif isinstance(place, PictureRows | Place):
                 dtype = np.dtype(place.dtype).type
                 binding.bind_output(tensor.name, self.device, 0, dtype, place.shape, place.address)
             else:

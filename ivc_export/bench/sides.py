@@ -75,10 +75,13 @@ class BundleSide:
         total = conversation.cache.bytes_used
         part = visual_part(m, prompt, step.run.keep_count)
         steps, conversation.logits_wanted = [], False
-        for _ in range(count):
-            start = time.perf_counter()
+        start = time.perf_counter()
+        for left in reversed(range(count)):
+            conversation.more = left
             tokens.append(conversation.run(tokens[-1:]).token)
-            steps.append(time.perf_counter() - start)
+            end = time.perf_counter()
+            steps.append(end - start)
+            start = end
         return Answer(stages, first, steps, tokens, total, round(total * part))
 
 

@@ -71,11 +71,11 @@ def continue_from(
         full = conversation.next_position >= manifest.decoder.max_positions or conversation.cache.room == 0
         if token in stop or not left or full:
             return
-        conversation.logits_wanted = not sampler.sampling.takes_best
+        conversation.logits_wanted, conversation.more = not sampler.sampling.takes_best, left - 1
         try:
             step = conversation.run([token])
         finally:
-            conversation.logits_wanted = True
+            conversation.logits_wanted, conversation.more = True, None
 
 
 PROCESSORS: WeakKeyDictionary[Session, Processor] = WeakKeyDictionary()

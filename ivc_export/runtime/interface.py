@@ -301,6 +301,9 @@ class Conversation(ABC):
         """How many rows will probably follow the next run, as an answer. A cache that grows leaves room for them."""
         self.logits_wanted = True
         """Whether steps must have logits even if the runtime finds the best token itself."""
+        self.more: int | None = None
+        """How many decode steps will probably follow the next run, if that is known. Without logits a runtime may begin
+        one of them before the caller asks for it."""
         self.next_position = 0
         self.timings = Timings()
 

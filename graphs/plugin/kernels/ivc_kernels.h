@@ -117,13 +117,14 @@ IVC_API cudaError_t ivcScalePixels(const IvcPixels* extents, const uint8_t* leve
 // end. So the kernels of a step may read caches and lengths early.
 //   step int32 [1 + axes + 1 or 2], in pinned memory: the token, its positions, and the numbers of valid rows in the
 //     caches
+//   before int32 [2], in pinned memory, or null: `best` of the step before, whose token is taken if step has none (-1)
 //   table [vocab, hidden], the embeddings; or null, and row [hidden], in pinned memory, is the embedding; frequencies
 //     float32 [axes, pairs]
 //   embeds [hidden], the row times `scale`; cos, sin float32 [pairs], of the sum of positions times frequencies; length int32 [1];
 //     wholeLength int32 [1], or null
 IVC_API cudaError_t ivcTakeStep(const IvcStep* step, const int32_t* given, const void* table, const void* row,
-    const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength,
-    cudaStream_t stream);
+    const int32_t* before, const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length,
+    int32_t* wholeLength, cudaStream_t stream);
 
 // The last kernel of a decode step. It writes what the host needs of the logits x [vocab] into pinned memory. It reads
 // `wanted` before the kernels before it have ended.

@@ -15,13 +15,13 @@ constexpr int kAnswerBlocks = 128;
 // Whether a step can start with such extents, and whether it can end with them. A thread reads one number of the step.
 // Ids are compared as floats, which limits vocab.
 inline bool canBegin(const IvcStep& c) {
-    return c.axes > 0 && c.axes <= kStepThreads - 3 && c.pairs > 0 && c.hidden > 0 && c.vocab > 0;
+    return c.axes > 0 && c.axes <= kStepThreads - 4 && c.pairs > 0 && c.hidden > 0 && c.vocab > 0;
 }
 inline bool canEnd(const IvcStep& c) { return c.vocab > 0 && c.vocab <= 1 << 24; }
 
 // One launch's arguments; see ivcTakeStep.
 struct TakeStep {
-    const int32_t* step;
+    const int32_t *step, *before;  // before: may be null
     const void* row;  // the table, or the caller's row
     bool ofTable;
     const float* frequencies;
@@ -34,9 +34,9 @@ struct TakeStep {
 };
 
 inline TakeStep planned(const IvcStep& c, const int32_t* step, const void* table, const void* row,
-    const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength) {
+    const int32_t* before, const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength) {
     const void* rows = table ? table : row;
-    return {step, rows, table != nullptr, frequencies, embeds, cos, sin, {length, wholeLength}, c.axes, c.pairs,
+    return {step, before, rows, table != nullptr, frequencies, embeds, cos, sin, {length, wholeLength}, c.axes, c.pairs,
         c.hidden, c.vocab, wholeLength ? 2 : 1, c.scale, inOctets(c.hidden, {rows, embeds})};
 }
 
@@ -86,7 +86,9 @@ IVC_WARP void takeStep(Block& block, StepShared& shared, const TakeStep& t) {
     block.each([&](int warp) {
         eachLane([&](int lane) {
             const int thread = warp * kWarp + lane;
-            const int32_t number = thread < 1 + t.axes + t.lengthCount ? t.step[thread] : 0;
+            const int32_t count = 1 + t.axes + t.lengthCount;
+            const int32_t* from = thread < count ? t.step + thread : thread == count ? t.before : nullptr;
+            const int32_t number = from ? *from : 0;
             if (!t.ofTable) takeRow<Value>(t, 0, thread);
             shared.step[thread] = number;
         });
@@ -95,7 +97,8 @@ IVC_WARP void takeStep(Block& block, StepShared& shared, const TakeStep& t) {
     block.each([&](int warp) {
         eachLane([&](int lane) {
             const int thread = warp * kWarp + lane;
-            if (t.ofTable) takeRow<Value>(t, clamped(shared.step[0], t.vocab), thread);
+            const int32_t token = shared.step[0] < 0 ? shared.step[1 + t.axes + t.lengthCount] : shared.step[0];
+            if (t.ofTable) takeRow<Value>(t, clamped(token, t.vocab), thread);
             for (int32_t i = thread; i < t.pairs; i += kStepThreads) {
                 const float angle = angleOf(t, shared, i);
                 t.cos[i] = cosf(angle);

@@ -6,8 +6,9 @@
 namespace ivc {
 
 // TakeStep(step int32 [1 + axes + 1 or 2], frequencies float32 [axes, 1, pairs], table? [vocab, hidden], row? [1, 1,
-//     hidden]) -> embeds [1, 1, hidden], times the attribute `scale`; cos, sin float32 [1, pairs], length int32 [1], whole_length? int32 [1]: see
-// ivcTakeStep. Either table or row is given. step and row are in host memory, which is pinned if the device is a GPU.
+//     hidden], before? int32 [2]) -> embeds [1, 1, hidden], times the attribute `scale`; cos, sin float32 [1, pairs], length int32 [1], whole_length? int32 [1]: see
+// ivcTakeStep. Either table or row is given. step, row and before are in host memory, which is pinned if the device is a
+// GPU.
 class TakeStep {
    public:
     explicit TakeStep(const Ort::ConstKernelInfo& node) : scale_(node.GetAttribute<float>("scale")) {}
@@ -22,6 +23,8 @@ class TakeStep {
         const void *table = given(context, 2), *row = given(context, 3);
         require(frequencies.size() == 3 && frequencies[1] == 1, "TakeStep: frequencies must have the shape [axes, 1, pairs]");
         require((table == nullptr) != (row == nullptr), "TakeStep: either a table or a row must be given");
+        const void* before = given(context, 4);
+        require(before == nullptr || lengthOf(context.GetInput(4)) == 2, "TakeStep: before must have two elements");
         const auto rows = context.GetInput(table ? 2 : 3);
         const Shape shape = shapeOf(rows);
         IvcStep c{};
@@ -38,7 +41,7 @@ class TakeStep {
         auto length = outputOf(context, 3, Shape{1});
         int32_t* whole = lengths == 2 ? outputOf(context, 4, Shape{1}).GetTensorMutableData<int32_t>() : nullptr;
         check(ivcTakeStep(&c, context.GetInput(0).GetTensorData<int32_t>(), table, row,
-                  context.GetInput(1).GetTensorData<float>(), embeds.GetTensorMutableRawData(),
+                  static_cast<const int32_t*>(before), context.GetInput(1).GetTensorData<float>(), embeds.GetTensorMutableRawData(),
                   cos.GetTensorMutableData<float>(), sin.GetTensorMutableData<float>(),
                   length.GetTensorMutableData<int32_t>(), whole,
                   static_cast<cudaStream_t>(context.GetGPUComputeStream())),
@@ -85,9 +88,9 @@ struct TakeStepOperator : Description<TakeStepOperator, TakeStep> {
     using Description::Description;
 
     const char* GetName() const { return "TakeStep"; }
-    size_t GetInputTypeCount() const { return 4; }
+    size_t GetInputTypeCount() const { return 5; }
     size_t GetOutputTypeCount() const { return 5; }
-    Type GetInputType(size_t i) const { return i == 0 ? kInt32 : i == 1 ? kFloat32 : values; }
+    Type GetInputType(size_t i) const { return i % 4 == 0 ? kInt32 : i == 1 ? kFloat32 : values; }
     Type GetOutputType(size_t i) const { return i == 0 ? values : i < 3 ? kFloat32 : kInt32; }
     OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
         return i > 1 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
@@ -95,7 +98,7 @@ struct TakeStepOperator : Description<TakeStepOperator, TakeStep> {
     OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t i) const {
         return i > 3 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
     }
-    OrtMemType GetInputMemoryType(size_t i) const { return i == 0 || i == 3 ? OrtMemTypeCPUInput : OrtMemTypeDefault; }
+    OrtMemType GetInputMemoryType(size_t i) const { return i % 4 == 0 || i == 3 ? OrtMemTypeCPUInput : OrtMemTypeDefault; }
 };
 
 struct GiveAnswerOperator : Description<GiveAnswerOperator, GiveAnswer> {

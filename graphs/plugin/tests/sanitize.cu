@@ -355,6 +355,8 @@ void step(int number) {
     const int rows = ofTable ? std::min(c.vocab, 1000) : 1;
     Pinned given(4 * (1 + c.axes + lengths)), row(one * c.hidden), wanted(4), best(8), told(4 * c.vocab);
     for (size_t i = 0; i < 1 + c.axes + lengths; ++i) given.data[i] = between(0, rows - 1);
+    if (number % 4 == 1) given.data[0] = -1;  // the token of the answer before
+    best.data[0] = rows - 1;
     memset(row.data, 0, one * c.hidden);
     *wanted.data = number / 3 % 2;
     IvcStep begin = c;
@@ -366,8 +368,9 @@ void step(int number) {
     frequencies.fill(IVC_BFLOAT16);
     require(cudaMemset(scratch.data, 0, scratch.bytes));
     for (int i = 0; i < 2; ++i) {
-        require(ivcTakeStep(&begin, given.data, table.data, row.data, frequencies.floats(), embeds.data, cos.floats(),
-            sin.floats(), length.integers(), whole.integers(), nullptr));
+        require(ivcTakeStep(&begin, given.data, table.data, row.data, number % 2 ? best.data : nullptr,
+            frequencies.floats(), embeds.data, cos.floats(), sin.floats(), length.integers(), whole.integers(),
+            nullptr));
         require(ivcGiveAnswer(&c, x.data, wanted.data, logits.floats(), best.data,
             reinterpret_cast<float*>(told.data), scratch.integers(), nullptr));
     }

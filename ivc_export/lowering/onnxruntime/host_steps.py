@@ -12,8 +12,11 @@ from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering.edit import Editor, made_by, numbers, remove_unused
 
-STEP, ROW, WANTED, BEST, TOLD = "step", "row", "wanted", "best", "told"
+STEP, ROW, BEFORE, WANTED, BEST, TOLD = "step", "row", "before", "wanted", "best", "told"
 """Inputs that replace all others except caches. All are in host memory."""
+
+NO_TOKEN = -1
+"""Instead of a step's token: it takes the best of the step before."""
 
 ANSWER = (WANTED, BEST, TOLD)
 """Those that a run's end takes."""
@@ -35,9 +38,10 @@ def take_host_steps(model: ir.Model, table: Table | None, hidden: int) -> bool:
 
     All inputs except caches are replaced by these: step int32 [1 + axes + lengths] (the token, its positions, valid
     rows of the caches); wanted int32 [1] (whether all logits are wanted in host memory); best int32 [2] (written: the
-    best token, and whether logits are finite); told float32 [vocab] (written if wanted: logits); and, without a table,
-    row [1, 1, hidden], the token's embedding. Where the row is read, it is scaled, and cosines and sines are computed.
-    logits stay an output.
+    best token, and whether logits are finite); told float32 [vocab] (written if wanted: logits); with a table, before
+    int32 [2], `best` of the step before, whose token is taken if step has NO_TOKEN; and, without a table, row [1, 1,
+    hidden], the token's embedding. Where the row is read, it is scaled, and cosines and sines are computed. logits stay
+    an output.
 
     Returns whether it was possible. It is only for graphs of the known form; others stay unchanged.
     """
@@ -57,16 +61,23 @@ def take_host_steps(model: ir.Model, table: Table | None, hidden: int) -> bool:
     first = graph[0]
     step = ir.val(STEP, dtype=ir.DataType.INT32, shape=[1 + len(angles.frequencies) + len(lengths)])
     row = None if table else ir.val(ROW, dtype=dtype, shape=[1, 1, hidden])
+    before = ir.val(BEFORE, dtype=ir.DataType.INT32, shape=[2]) if table else None
     frequencies = ir.tensor(angles.frequencies[:, None].astype(np.float32), name=STEP_FREQUENCIES)
     add_initializer(graph, STEP_FREQUENCIES, frequencies)
     if table and table.name not in graph.initializers:
         add_initializer(graph, table.name, table.tensor)
-    inputs = [step, graph.initializers[STEP_FREQUENCIES], graph.initializers[table.name] if table else None, row]
+    inputs = [
+        step,
+        graph.initializers[STEP_FREQUENCIES],
+        graph.initializers[table.name] if table else None,
+        row,
+        before,
+    ]
     outputs = 3 + len(lengths)
     embeds, cos, sin, *found = edit.op(first, "TakeStep", *inputs, outputs=outputs, domain=IVC_DOMAIN, scale=scale)
     for old, new in zip((scaled, *angles.tables, *lengths), (embeds, cos, sin, *found), strict=True):
         old.replace_all_uses_with(new)
-    added = [step, *answered(edit, logits, told), *([row] if row is not None else [])]
+    added = [step, *answered(edit, logits, told), *(value for value in (row, before) if value is not None)]
     caches = [value for value in graph.inputs if TensorName.of(value.name).role == "past"]
     remove_unused(model.graph)
     graph.inputs[:] = [*added, *caches]

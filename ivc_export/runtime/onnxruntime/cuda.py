@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.graphs import deepstack_names
 from ivc_export.errors import TooLongError, UserError
-from ivc_export.lowering.onnxruntime.host_steps import ANSWER
+from ivc_export.lowering.onnxruntime.host_steps import ANSWER, NO_TOKEN
 from ivc_export.runtime.cache import check_capacity
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn, check_numbers, no_numbers
@@ -84,6 +84,8 @@ class FusedSession(PictureGraphs):
             sizes = {number: workspace.cache.capacity for number, workspace in enumerate([*self._idle])}
             fit = [number for number, rows in sizes.items() if rows == capacity or (least and rows > capacity)]
             workspace = self._idle.pop(min(fit, key=sizes.__getitem__)) if fit else self._make(capacity, least)
+            if not workspace.give_up():
+                return self.lend(capacity, least)
         workspace.cache.clear()
         workspace.cache.grows = least is not None
         return workspace
@@ -94,10 +96,12 @@ class FusedSession(PictureGraphs):
 
         def attempt(rows: int) -> Workspace:
             with told(f"caches of {rows:,} rows cannot be allocated", SMALLER, CHECK_GPU):
-                m, host = self.bundle.manifest, None
-                if self.host_steps:
-                    host = HostStep.make(m, self.dtype, self._gathers, self.shared)
-                return Workspace.make(m, rows, self.dtype, self.value, host)
+                m = self.bundle.manifest
+                if not self.host_steps:
+                    return Workspace.make(m, rows, self.dtype, self.value)
+                hosts = HostStep.make(m, self.dtype, self._gathers, self.shared)
+                stream = self.stream if self.runs_ahead else None
+                return Workspace.make_on_host(m, rows, self.dtype, self.value, hosts, stream)
 
         with suppress(UserError):  # outside this block, everything allocated before memory ran short is freed
             return attempt(capacity)
@@ -160,6 +164,7 @@ class FusedConversation(Conversation):
 
     def _grow(self, needed: int, more: int) -> None:
         """Continue in caches of `needed` rows, with room for `more` behind them if the device has it."""
+        self._give_up_ahead()
         old, give_back, most = self.cache, self._give_back, self.session.rows_that_fit()
         wanted, least = blocks(max(needed + more, old.capacity * 3 // 2)), blocks(needed)
         workspace = self.session.lend(least if most is not None and most < wanted else wanted, least)
@@ -170,7 +175,16 @@ class FusedConversation(Conversation):
             give_back()
 
     def _clear(self) -> None:
+        self._give_up_ahead()
+        if self._give_back is not None and not self._give_back.alive:
+            rows = self.cache.capacity
+            self._take(self.session.lend(rows, rows if self.cache.grows else None))
         self.cache.clear()
+
+    def _give_up_ahead(self) -> None:
+        """Give up a decode step that ran ahead."""
+        if self._workspace is not None and not self._workspace.give_up():
+            self._forget()
 
     def _go(self, turn: Turn) -> Step:
         plan, cache = turn.plan, self.cache
@@ -186,6 +200,7 @@ class FusedConversation(Conversation):
             step = self._decode(plan) if turn.stage == "decode" else self._prefill(turn)
         except BaseException:
             self.session.settle()  # else what the failed run used would stay on the device
+            self._give_up_ahead()
             raise
         self.cache.length += len(step.keep_index)
         self.cache.whole_length += plan.rows
@@ -219,6 +234,8 @@ class FusedConversation(Conversation):
         found = session.fetched(small if host else small | logits)
         times.finish()
         cache.swap()
+        if self._workspace is not None:
+            self._workspace.ahead = None  # its row is overwritten
         best: int | None = None
         outputs: Mapping[str, npt.NDArray[Any]] = Fetched(logits, session.fetch)
         if host:
@@ -277,7 +294,7 @@ class FusedConversation(Conversation):
     def _decode(self, plan: Run) -> Step:
         assert self._workspace is not None  # since the run before
         if self._workspace.host is not None:
-            return self._decode_from_host(plan, self._workspace.host)
+            return self._decode_from_host(plan, self._workspace)
         session, cache, step = self.session, self.cache, self._workspace.step
         with self.timings.stage("decode.decoder"):
             step["inputs_embeds"].update_inplace(session.embed(plan.tokens))
@@ -288,19 +305,48 @@ class FusedConversation(Conversation):
             found = self._checked(np.array(self._workspace.logits.numpy()))  # the next step writes to the same memory
         return Step(plan, (), {"keep_index": np.zeros(1, np.int32)}, {"logits": found})
 
-    def _decode_from_host(self, plan: Run, host: HostStep) -> Step:
-        """A decode step that reads and writes host memory. Nothing is copied, and the host waits once."""
-        assert self._workspace is not None
-        session, cache = self.session, self.cache
+    def _decode_from_host(self, plan: Run, workspace: Workspace) -> Step:
+        """A decode step that reads and writes host memory. Nothing is copied, and the host waits once.
+
+        Where only best tokens are wanted, the next step runs ahead: the device takes its token from this one's answer.
+        If the next run gives this token, it only waits. Otherwise that step is void: the next run overwrites its rows.
+        """
+        token, wanted = int(plan.tokens[0]), self.logits_wanted
+        numbers = [*plan.position_ids[:, 0, 0].tolist(), *self.cache.lengths(0).values()]
         with self.timings.stage("decode.decoder"):
-            host.step[:] = [plan.tokens[0], *plan.position_ids[:, 0, 0], *cache.lengths(0).values()]
-            host.wanted[0] = self.logits_wanted
-            if host.row is not None:
-                host.row[:] = session.embed(plan.tokens)
-            self._run_step(self._workspace)
+            place = None if wanted else workspace.taken(token, numbers)
+            void = place is None and workspace.ahead is not None
+            if place is None:
+                place = workspace.turn() if void else workspace.last
+                if place.host is not None and place.host.row is not None:
+                    place.host.row[:] = self.session.embed(plan.tokens)
+                self._begin_step(place, [token, *numbers], wanted)
+            workspace.ahead = None
+            if not void and not wanted and self._runs_ahead(plan):
+                workspace.ahead = [number + 1 for number in numbers]
+                self._begin_step(workspace.turn(), [NO_TOKEN, *workspace.ahead])
+            host = place.host
+            assert host is not None
+            if place.mark and not place.mark.wait():
+                raise UserError(f"the GPU cannot finish a run: {CHECK_GPU}")
             best = self._best(host)
-            found = {"logits": host.told[None, None].copy()} if self.logits_wanted else {}
+            found = {"logits": host.told[None, None].copy()} if wanted else {}
         return Step(plan, (), {"keep_index": np.zeros(1, np.int32)}, found, best=best)
+
+    def _runs_ahead(self, plan: Run) -> bool:
+        """Whether another decode step may run before the answer of this one is seen."""
+        last = self.session.bundle.manifest.decoder.max_positions
+        fits = max(self.cache.lengths(2).values()) <= self.cache.capacity and plan.next_position < last
+        return self.session.runs_ahead and self.more != 0 and fits
+
+    def _begin_step(self, place: Workspace, numbers: list[int], wanted: bool = False) -> None:
+        """Give a decode step to the device. It may wait for its end."""
+        assert place.host is not None
+        place.host.step[:] = numbers
+        place.host.wanted[0] = wanted
+        self._run_step(place, wait=place.mark is None)
+        if place.mark:
+            place.mark.move()
 
     def _best(self, host: HostStep) -> int:
         """The best token, which a run has told."""
@@ -310,15 +356,15 @@ class FusedConversation(Conversation):
             raise UserError(no_numbers(self.session))
         return int(best)
 
-    def _run_step(self, workspace: Workspace) -> None:
+    def _run_step(self, workspace: Workspace, wait: bool = True) -> None:
         """Run a decode step in a workspace. It is bound once, and captured once, for each set of the workspace's
-        buffers."""
+        buffers. wait: see FusedGraphs.run_bound."""
         session, cache, bindings = self.session, workspace.cache, workspace.bindings
         if cache.swapped not in bindings:
             outputs = cache.outputs() | {"logits": workspace.logits}
             binding = session.bind("decode", workspace.step | cache.inputs(), outputs)
             bindings[cache.swapped] = (binding, next(session.captures))
-        session.run_bound("decode", *bindings[cache.swapped])
+        session.run_bound("decode", *bindings[cache.swapped], wait=wait)
 
     def _forget(self) -> None:
         """Do not give these caches to another conversation: their rows may not be finite; see DeviceCache.clear."""

@@ -33,7 +33,7 @@ from ivc_export.runtime.onnxruntime.library import (
     small_workspaces,
 )
 from ivc_export.runtime.onnxruntime.pixel_types import pixel_bounds, take_float32
-from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU, NO_ROOM, cuda_options, register
+from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU, NO_ROOM, cuda_options, register, replays_alone
 from ivc_export.runtime.onnxruntime.shared_memory import shared_array
 from ivc_export.runtime.onnxruntime.small_graphs import rows_graph, table_graph, tied_table
 from ivc_export.runtime.onnxruntime.staging import Staging
@@ -59,7 +59,8 @@ Inputs = dict[str, "OrtValue | Place"]
 TURNS = threading.RLock()
 """Held by whoever uses the GPU. Sessions of all models in the process share memory, so their runs take turns. Each turn
 ends with a run that is waited for: then nothing on the device uses shared memory. A captured CUDA graph keeps the
-addresses of its memory, so the sessions that capture do not share theirs."""
+addresses of its memory, so the sessions that capture do not share theirs. A decode step that runs ahead may thus
+outlast a turn."""
 
 SMALL_VISION = "vision.small"
 """The session of vision for small pictures."""
@@ -135,6 +136,9 @@ class FusedGraphs:
                 raise
             self.cuda_graph = False  # onnxruntime cannot capture a graph with a part on the host
             self._sessions["decode"] = self._open(self._decode(tied))
+        alone = provider == "cpu" or (self.cuda_graph and replays_alone(onnxruntime.__version__))
+        self.runs_ahead = self.host_steps and tied is not None and alone
+        """Whether a decode step can be given to the device before the answer of the step before is seen."""
         self._gathers, self._table = tied is not None, tied.name if tied else ""
         if not self._staging:
             rows = rows_graph(DTYPE_OF_NAMES[self.dtype].onnx) if tied is None else table_graph(tied.name, tied.tensor)
@@ -362,7 +366,8 @@ class FusedGraphs:
             options.add_run_config_entry("gpu_graph_id", str(captured))
         if self.stream and not wait:
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-            self._pending.append(binding)
+            if captured is None:  # else the caller keeps it anyway
+                self._pending.append(binding)
         with told(f"{name} cannot run", SMALLER, CHECK_GPU), self._handles(name):
             session.run_with_iobinding(binding, options)
         if wait:

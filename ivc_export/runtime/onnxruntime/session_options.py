@@ -33,6 +33,13 @@ def cuda_options(version: str, cuda_graph: bool, exact: bool = False) -> dict[st
     return chosen
 
 
+def replays_alone(version: str) -> bool:
+    """Whether this onnxruntime can replay a CUDA graph without waiting for its end. 1.31.1 does. Once it always waited
+    (github.com/microsoft/onnxruntime/pull/28686).
+    """
+    return tuple(int(part) for part in version.split(".")[:2]) >= (1, 31)
+
+
 def register(library: Path, options: SessionOptions) -> None:
     """Add a library of custom operators to a session before it is opened.
 

@@ -34,6 +34,8 @@ def functions(library: Path) -> ctypes.CDLL:
             ("ivcTakeRows", number, [address, address, number, number, address, number, address]),
             ("ivcMakePixels", number, [address, address, address, address]),
             ("ivcMark", address, [address]),
+            ("ivcMoveMark", number, [address, address]),
+            ("ivcAwaitMark", number, [address]),
             ("ivcSeconds", ctypes.c_double, [address, address]),
             ("ivcFreeMark", None, [address]),
         ):

@@ -106,9 +106,17 @@ class Mark:
     """A place in a stream."""
 
     def __init__(self, found: ctypes.CDLL, stream: int) -> None:
-        self._functions, self._address = found, found.ivcMark(stream)
+        self._functions, self._stream, self._address = found, stream, found.ivcMark(stream)
         if self._address:
             weakref.finalize(self, found.ivcFreeMark, self._address).atexit = False
+
+    def move(self) -> None:
+        """Move it behind all that the stream was given so far."""
+        check_call(self._functions.ivcMoveMark(self._address, self._stream))
+
+    def wait(self) -> bool:
+        """Wait until the device has done all that is before it, and tell whether it could."""
+        return bool(self._functions.ivcAwaitMark(self._address))
 
     def seconds_since(self, other: Mark) -> float:
         """Seconds that the device took from another mark to this one, for which this waits; 0 if CUDA failed."""

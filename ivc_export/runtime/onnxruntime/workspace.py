@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,7 +16,7 @@ from ivc_export.contract.graphs import CacheRole, TensorName, cache_shape
 from ivc_export.contract.manifest import Manifest
 from ivc_export.dtypes import FloatName
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
-from ivc_export.runtime.onnxruntime.stream import Place
+from ivc_export.runtime.onnxruntime.stream import Mark, Place, Stream
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -191,7 +192,8 @@ def whole_layers(m: Manifest) -> tuple[str, ...]:
 class HostStep:
     """The inputs and results of a decode step, in host memory that the device also reads and writes.
 
-    row exists only if the embedding table is not on the device. See lowering.onnxruntime.host_steps.
+    row exists only if the embedding table is not on the device, and before, the step before's best, only if it is. See
+    lowering.onnxruntime.host_steps.
     """
 
     step: npt.NDArray[np.int32]
@@ -199,24 +201,31 @@ class HostStep:
     best: npt.NDArray[np.int32]
     told: npt.NDArray[np.float32]
     row: npt.NDArray[Any] | None
+    before: npt.NDArray[np.int32] | None
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """The arrays by the inputs' names."""
         found = {"step": self.step, "wanted": self.wanted, "best": self.best, "told": self.told}
-        return found | ({} if self.row is None else {"row": self.row})
+        either = {"row": self.row, "before": self.before}
+        return found | {name: array for name, array in either.items() if array is not None}
 
     @staticmethod
-    def make(m: Manifest, dtype: FloatName, gathered: bool, shared: Callable[..., npt.NDArray[Any]]) -> HostStep:
-        """Make it of zeros. shared: makes memory of a shape and a type. gathered: whether rows come from a table."""
-        lengths = 1 + bool(whole_layers(m))
-        return HostStep(
-            shared((1 + len(m.rotary.sections) + lengths,), np.int32),
-            shared((1,), np.int32),
-            shared((2,), np.int32),
-            shared((m.decoder.vocab_size,), np.float32),
-            None if gathered else shared((1, 1, m.decoder.hidden_size), dtype),
-        )
+    def make(
+        m: Manifest, dtype: FloatName, gathered: bool, shared: Callable[..., npt.NDArray[Any]]
+    ) -> tuple[HostStep, HostStep]:
+        """Make two of zeros, for steps by turns: each is the step before the other. Only one of them may want logits at
+        a time. shared: makes memory of a shape and a type. gathered: whether rows come from a table.
+        """
+        size = 1 + len(m.rotary.sections) + 1 + bool(whole_layers(m))
+        told, bests = shared((m.decoder.vocab_size,), np.float32), [shared((2,), np.int32) for _ in range(2)]
+        row = None if gathered else shared((1, 1, m.decoder.hidden_size), dtype)
+
+        def one(best: npt.NDArray[np.int32], before: npt.NDArray[np.int32]) -> HostStep:
+            numbers = shared((size,), np.int32), shared((1,), np.int32)
+            return HostStep(*numbers, best, told, row, before if gathered else None)
+
+        return one(*bests), one(*reversed(bests))
 
 
 @dataclass
@@ -224,7 +233,9 @@ class Workspace:
     """Memory of one conversation at fixed addresses: caches, a decode step's other inputs, and its logits.
 
     host: the other inputs if they are in host memory. bindings: of decode steps over both, and numbers of their
-    captured CUDA graphs, by DeviceCache.swapped: each set of buffers has its own.
+    captured CUDA graphs, by DeviceCache.swapped: each set of buffers has its own. mark: behind the last step, if that
+    may run ahead. other: a second one over the same caches and logits: the two then take steps by turns. second:
+    whether the last step was in the other one. ahead: positions and lengths of the last step, if it runs ahead.
     """
 
     cache: DeviceCache
@@ -232,15 +243,15 @@ class Workspace:
     logits: OrtValue
     host: HostStep | None = None
     bindings: dict[bool, tuple[Any, int]] = field(default_factory=dict)
+    mark: Mark | None = None
+    other: Workspace | None = None
+    second: bool = False
+    ahead: list[int] | None = None
 
     @staticmethod
-    def make(m: Manifest, capacity: int, dtype: FloatName, put: Put, host: HostStep | None = None) -> Workspace:
+    def make(m: Manifest, capacity: int, dtype: FloatName, put: Put) -> Workspace:
         """Make it with zeroed memory."""
         cache = DeviceCache.make(m, capacity, dtype, put)
-        logits = put(np.zeros((1, 1, m.decoder.vocab_size), np.float32))
-        if host is not None:
-            values = {name: on_host(array) for name, array in host.arrays.items()}
-            return Workspace(cache, values, logits, host)
         step: Values = {
             "inputs_embeds": put(np.zeros((1, 1, m.decoder.hidden_size), dtype)),
             "position_ids": put(np.zeros((len(m.rotary.sections), 1, capacity), np.int32)),
@@ -248,4 +259,55 @@ class Workspace:
         for suffix in cache.lengths(0):
             step[f"seqlens_k{suffix}"] = put(np.zeros(1, np.int32))
             step[f"total_sequence_length{suffix}"] = on_host(np.array(capacity, np.int32))
-        return Workspace(cache, step, logits)
+        return Workspace(cache, step, logits_of(m, put))
+
+    @staticmethod
+    def make_on_host(
+        m: Manifest,
+        capacity: int,
+        dtype: FloatName,
+        put: Put,
+        hosts: tuple[HostStep, HostStep],
+        stream: Stream | None,
+    ) -> Workspace:
+        """Make it with steps' inputs in host memory. stream: on which steps may run ahead, if they may."""
+        cache, logits = DeviceCache.make(m, capacity, dtype, put), logits_of(m, put)
+
+        def one(host: HostStep) -> Workspace:
+            values = {name: on_host(array) for name, array in host.arrays.items()}
+            return Workspace(cache, values, logits, host, mark=stream.mark() if stream else None)
+
+        first, second = map(one, hosts)
+        if stream:
+            first.other = second
+            weakref.finalize(first, stream.wait)  # a step that ran ahead still uses the memory
+        return first
+
+    @property
+    def last(self) -> Workspace:
+        """Where the last step was taken."""
+        return self.other if self.second and self.other is not None else self
+
+    def turn(self) -> Workspace:
+        """Where to take the next step."""
+        self.second = self.other is not None and not self.second
+        return self.last
+
+    def taken(self, token: int, numbers: list[int]) -> Workspace | None:
+        """Where a step with such positions and lengths runs already, if one does."""
+        host, known = self.last.host, self.ahead == numbers
+        return self.last if known and host and host.before is not None and host.before[0] == token else None
+
+    def give_up(self) -> bool:
+        """Give up the step that ran ahead, if there is one, and wait for its end.
+
+        Returns whether the row that it wrote behind the valid ones is finite; see DeviceCache.clear.
+        """
+        ahead, self.ahead = self.ahead, None
+        mark, host = self.last.mark, self.last.host
+        return ahead is None or mark is None or host is None or (mark.wait() and bool(host.best[1]))
+
+
+def logits_of(m: Manifest, put: Put) -> OrtValue:
+    """Memory for a step's logits."""
+    return put(np.zeros((1, 1, m.decoder.vocab_size), np.float32))

@@ -24,6 +24,14 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Our custom operators for onnxruntime, over emulated kernels."""
+    from tests.native.test_plugin_builds import build  # a module of tests, which pytest itself must import first
+
+    return build(tmp_path_factory.mktemp("operators"), "86", "ivc_onnxruntime_emulated")
+
+
 @pytest.fixture(scope="module", params=[0, 1], ids=["forwards", "backwards"])
 def kernels(emulation: Path, request: pytest.FixtureRequest) -> Kernels:
     """Threads, warps and blocks in rising or falling order: an algorithm that depends on it would race on a GPU.

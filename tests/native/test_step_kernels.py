@@ -45,7 +45,13 @@ def test_a_step_is_taken(kernels: Kernels, dtype: str, whole: bool, given: bool)
         scale = 0.0625 if token else 1
         struct = IvcStep(axes, pairs, hidden, vocab, TYPES[dtype], scale)
         source = (None, table[token].copy()) if given else (table, None)
-        arrays = (step, *source, frequencies, embeds, *turns, lengths[0], lengths[1] if whole else None)
+        before = np.array([token, 1], np.int32)
+        if token == 7:
+            step[0] = -1  # that of the answer before
+        elif whole:
+            before[0] = 50  # which counts only there
+        arrays = (step, *source, None if token == 0 else before, frequencies, embeds, *turns, lengths[0])
+        arrays = (*arrays, lengths[1] if whole else None)
         kernels.call("ivcTakeStep", ctypes.pointer(struct), *map(pointer, arrays))
         np.testing.assert_array_equal(embeds, (table[token].astype(np.float32) * scale).astype(table.dtype))
         np.testing.assert_array_equal(lengths[:, 0], [55, 77 * whole])
@@ -81,9 +87,9 @@ def test_the_best_token_is_told(kernels: Kernels, dtype: str) -> None:
 
 def test_impossible_steps_are_refused(kernels: Kernels) -> None:
     none = ctypes.c_void_p(0)
-    for extents in ((0, 1, 1, 1), (254, 1, 1, 1), (1, 0, 1, 1), (1, 1, -1, 1), (1, 1, 1, 0)):
+    for extents in ((0, 1, 1, 1), (253, 1, 1, 1), (1, 0, 1, 1), (1, 1, -1, 1), (1, 1, 1, 0)):
         with pytest.raises(AssertionError, match="returned 1"):
-            kernels.call("ivcTakeStep", ctypes.pointer(IvcStep(*extents, 0, 1)), *[none] * 9)
+            kernels.call("ivcTakeStep", ctypes.pointer(IvcStep(*extents, 0, 1)), *[none] * 10)
     for vocab in (0, -1, 2**24 + 1):
         with pytest.raises(AssertionError, match="returned 1"):
             kernels.call("ivcGiveAnswer", ctypes.pointer(IvcStep(1, 1, 1, vocab, 0)), *[none] * 6)

@@ -100,6 +100,36 @@ def test_an_answer_is_the_same_and_no_step_is_void(bundle: Bundle, session: Watc
         assert session.begun() == 8
 
 
+def test_a_stop_token_leaves_one_void_step(bundle: Bundle, session: Watched, plain: FusedSession) -> None:
+    """The conversation goes on as if there were none."""
+    _, tokens, picture = make_prompt(bundle, draw_picture())
+    conversations = [one.converse(0.4) for one in (session, plain)]
+    known = list(generate(plain.converse(0.4), tokens, [picture], Sampling(max_tokens=9), ()))
+    stop = next(token for i, token in enumerate(known[2:], 2) if token not in known[:i])
+    said = [list(generate(one, tokens, [picture], Sampling(max_tokens=9), (stop,))) for one in conversations]
+    assert said[0] == said[1] == known[: known.index(stop) + 1]
+    assert session.begun() == len(said[0])
+    same(conversations, [*said[0][-1:], 5, 6])
+
+
+def test_no_step_runs_ahead_of_a_sampled_token(bundle: Bundle, session: Watched, plain: FusedSession) -> None:
+    _, tokens, picture = make_prompt(bundle, draw_picture())
+    sampling = Sampling(max_tokens=9, temperature=0.8, seed=3)
+    said = [list(generate(one.converse(0.4), tokens, [picture], sampling, ())) for one in (session, plain)]
+    assert said[0] == said[1]
+    assert session.begun() == 8
+
+
+def test_where_replays_wait_each_step_does(bundle: Bundle, library: Path, plain: FusedSession) -> None:
+    session = Watched(bundle, library)
+    session.runs_ahead = False
+    conversations = [FusedConversation(one, capacity=30) for one in (session, plain)]
+    token = same(conversations, PROMPT)
+    said = [answer(one, token, 5) for one in conversations]
+    assert said[0] == said[1]
+    assert session.notes == ["waits"] * 5
+
+
 def test_a_step_begins_before_the_answer_of_the_one_before(session: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host then waits for the earlier one alone: its mark stands before the other's."""
     conversation = FusedConversation(session, capacity=20)

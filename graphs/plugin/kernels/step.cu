@@ -28,8 +28,8 @@ using namespace ivc;
 // It is not launched early itself, and lets no kernel start before its end: what the step before reads and writes is its
 // own until it ends, and attention reads caches and lengths before it waits.
 cudaError_t ivcTakeStep(const IvcStep* c, const int32_t* step, const void* table, const void* row,
-    const int32_t* before, const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength,
-    cudaStream_t stream) {
+    const int32_t* before, const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length,
+    int32_t* wholeLength, cudaStream_t stream) {
     if (!canBegin(*c)) return cudaErrorInvalidValue;
     const TakeStep t = planned(*c, step, table, row, before, frequencies, embeds, cos, sin, length, wholeLength);
     return withType<__half, __nv_bfloat16>(c->type, [&](auto value) {

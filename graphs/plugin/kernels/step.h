@@ -34,7 +34,8 @@ struct TakeStep {
 };
 
 inline TakeStep planned(const IvcStep& c, const int32_t* step, const void* table, const void* row,
-    const int32_t* before, const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength) {
+    const int32_t* before, const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length,
+    int32_t* wholeLength) {
     const void* rows = table ? table : row;
     return {step, before, rows, table != nullptr, frequencies, embeds, cos, sin, {length, wholeLength}, c.axes, c.pairs,
         c.hidden, c.vocab, wholeLength ? 2 : 1, c.scale, inOctets(c.hidden, {rows, embeds})};

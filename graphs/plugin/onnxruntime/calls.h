@@ -62,7 +62,9 @@ extern "C" IVC_API int ivcMoveMark(void* mark, void* stream) {
     return !failed(cudaEventRecord(static_cast<cudaEvent_t>(mark), static_cast<cudaStream_t>(stream)));
 }
 // Waits until the device has done all that is before a mark, and tells whether all has succeeded.
-extern "C" IVC_API int ivcAwaitMark(void* mark) { return !failed(cudaEventSynchronize(static_cast<cudaEvent_t>(mark))); }
+extern "C" IVC_API int ivcAwaitMark(void* mark) {
+    return !failed(cudaEventSynchronize(static_cast<cudaEvent_t>(mark)));
+}
 extern "C" IVC_API double ivcSeconds(void* from, void* to) {
     const auto start = static_cast<cudaEvent_t>(from), end = static_cast<cudaEvent_t>(to);
     float milliseconds = 0;

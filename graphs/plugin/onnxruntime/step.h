@@ -6,9 +6,9 @@
 namespace ivc {
 
 // TakeStep(step int32 [1 + axes + 1 or 2], frequencies float32 [axes, 1, pairs], table? [vocab, hidden], row? [1, 1,
-//     hidden], before? int32 [2]) -> embeds [1, 1, hidden], times the attribute `scale`; cos, sin float32 [1, pairs], length int32 [1], whole_length? int32 [1]: see
-// ivcTakeStep. Either table or row is given. step, row and before are in host memory, which is pinned if the device is a
-// GPU.
+//     hidden], before? int32 [2]) -> embeds [1, 1, hidden], times the attribute `scale`; cos, sin float32 [1, pairs],
+//     length int32 [1], whole_length? int32 [1]: see ivcTakeStep. Either table or row is given. step, row and before are
+//     in host memory, which is pinned if the device is a GPU.
 class TakeStep {
    public:
     explicit TakeStep(const Ort::ConstKernelInfo& node) : scale_(node.GetAttribute<float>("scale")) {}
@@ -41,8 +41,9 @@ class TakeStep {
         auto length = outputOf(context, 3, Shape{1});
         int32_t* whole = lengths == 2 ? outputOf(context, 4, Shape{1}).GetTensorMutableData<int32_t>() : nullptr;
         check(ivcTakeStep(&c, context.GetInput(0).GetTensorData<int32_t>(), table, row,
-                  static_cast<const int32_t*>(before), context.GetInput(1).GetTensorData<float>(), embeds.GetTensorMutableRawData(),
-                  cos.GetTensorMutableData<float>(), sin.GetTensorMutableData<float>(),
+                  static_cast<const int32_t*>(before), context.GetInput(1).GetTensorData<float>(),
+                  embeds.GetTensorMutableRawData(), cos.GetTensorMutableData<float>(),
+                  sin.GetTensorMutableData<float>(),
                   length.GetTensorMutableData<int32_t>(), whole,
                   static_cast<cudaStream_t>(context.GetGPUComputeStream())),
             "TakeStep");
@@ -98,7 +99,9 @@ struct TakeStepOperator : Description<TakeStepOperator, TakeStep> {
     OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t i) const {
         return i > 3 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
     }
-    OrtMemType GetInputMemoryType(size_t i) const { return i % 4 == 0 || i == 3 ? OrtMemTypeCPUInput : OrtMemTypeDefault; }
+    OrtMemType GetInputMemoryType(size_t i) const {
+        return i == 1 || i == 2 ? OrtMemTypeDefault : OrtMemTypeCPUInput;
+    }
 };
 
 struct GiveAnswerOperator : Description<GiveAnswerOperator, GiveAnswer> {

@@ -394,7 +394,8 @@ int ivcScalePixels(const IvcPixels* extents, const uint8_t* levels, float* pixel
 }
 
 int ivcTakeStep(const IvcStep* c, const int32_t* step, const void* table, const void* row, const int32_t* before,
-    const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength, size_t backwards) {
+    const float* frequencies, void* embeds, float* cos, float* sin, int32_t* length, int32_t* wholeLength,
+    size_t backwards) {
     if (!canBegin(*c)) return 1;
     const TakeStep t = planned(*c, step, table, row, before, frequencies, embeds, cos, sin, length, wholeLength);
     return withType<Float16, BFloat16>(c->type, [&](auto value) {

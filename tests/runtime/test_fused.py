@@ -40,6 +40,7 @@ from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
 from ivc_export.runtime.onnxruntime.pixel_types import pixel_bounds, take_float32
 from ivc_export.runtime.onnxruntime.session_options import cuda_options
+from ivc_export.runtime.onnxruntime.stream import address_of
 from ivc_export.runtime.onnxruntime.workspace import DeviceCache
 from ivc_export.verify.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
@@ -153,7 +154,7 @@ def addresses(conversation: FusedConversation) -> set[int]:
     workspace = conversation._workspace
     assert workspace is not None
     values = (*workspace.cache.current.values(), *workspace.cache.spare.values(), *workspace.step.values())
-    return {value.data_ptr() for value in (*values, workspace.logits)}
+    return {address_of(value) for value in (*values, workspace.logits)}
 
 
 def test_a_conversation_works_where_a_finished_one_did(golden_bundle: Bundle) -> None:

@@ -25,7 +25,15 @@ from ivc_export.runtime.onnxruntime.library import load_onnxruntime
 from ivc_export.runtime.onnxruntime.picture_graphs import PictureGraphs
 from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU
 from ivc_export.runtime.onnxruntime.stream import StageTimes
-from ivc_export.runtime.onnxruntime.workspace import DeviceCache, HostStep, PictureRows, Values, Workspace, on_host
+from ivc_export.runtime.onnxruntime.workspace import (
+    DeviceCache,
+    HostStep,
+    Inputs,
+    PictureRows,
+    Values,
+    Workspace,
+    on_host,
+)
 from ivc_export.runtime.plan import Run
 from ivc_export.selection.method import Method
 from ivc_export.tensorrt.memory import available_bytes
@@ -217,7 +225,7 @@ class FusedConversation(Conversation):
         if turn.keep_index is not None:
             above |= {"keep_index": turn.keep_index, "cache_index": cache.index(turn.keep_index)}
         totals = self._totals(plan.rows), self._totals(kept)
-        host, answer = None, Values()
+        host, answer = None, Inputs()
         if session.answers and self._workspace is not None and self._workspace.host is not None:
             host, answer = self._workspace.host, {name: self._workspace.step[name] for name in ANSWER}
             host.wanted[0] = 0  # logits stay on the device until somebody reads them
@@ -295,14 +303,17 @@ class FusedConversation(Conversation):
         assert self._workspace is not None  # since the run before
         if self._workspace.host is not None:
             return self._decode_from_host(plan, self._workspace)
-        session, cache, step = self.session, self.cache, self._workspace.step
+        session, step = self.session, self._workspace.uploaded
+        assert step is not None  # there is no HostStep
         with self.timings.stage("decode.decoder"):
-            step["inputs_embeds"].update_inplace(session.embed(plan.tokens))
-            step["position_ids"].update_inplace(plan.position_ids.repeat(cache.capacity, axis=2))
-            for suffix, length in cache.lengths(0).items():
-                step[f"seqlens_k{suffix}"].update_inplace(np.array([length], np.int32))
+            step.arrays["inputs_embeds"][:] = session.embed(plan.tokens)
+            step.arrays["position_ids"][:] = plan.position_ids
+            for suffix, length in self.cache.lengths(0).items():
+                step.arrays[f"seqlens_k{suffix}"][:] = length
+            step.upload()
             self._run_step(self._workspace)
-            found = self._checked(np.array(self._workspace.logits.numpy()))  # the next step writes to the same memory
+            logits = self._workspace.logits.numpy()  # on the CPU it may be the memory to which the next step writes
+            found = self._checked(np.require(logits, requirements="O"))
         return Step(plan, (), {"keep_index": np.zeros(1, np.int32)}, {"logits": found})
 
     def _decode_from_host(self, plan: Run, workspace: Workspace) -> Step:

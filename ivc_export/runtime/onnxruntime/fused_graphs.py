@@ -39,7 +39,7 @@ from ivc_export.runtime.onnxruntime.small_graphs import rows_graph, table_graph,
 from ivc_export.runtime.onnxruntime.staging import Staging
 from ivc_export.runtime.onnxruntime.stream import Place, Stream
 from ivc_export.runtime.onnxruntime.weights_memory import WeightsMemory, large_weights, view
-from ivc_export.runtime.onnxruntime.workspace import PictureRows, Values
+from ivc_export.runtime.onnxruntime.workspace import Inputs, PictureRows, Values
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -52,9 +52,6 @@ Its CPU kernel takes float32."""
 
 WIDER = "use --backend onnxruntime-cpu, or TensorRT engines built with ivc-build --dtype float32"
 """What to do about values beyond float16."""
-
-Inputs = dict[str, "OrtValue | Place"]
-"""A graph's inputs by name."""
 
 TURNS = threading.RLock()
 """Held by whoever uses the GPU. Sessions of all models in the process share memory, so their runs take turns. Each turn
@@ -249,7 +246,8 @@ class FusedGraphs:
         Raises:
             UserError: they are beyond its range.
         """
-        return cast(self.bundle.embed(tokens), self.dtype, "an embedding of this model", WIDER)[None]
+        found = self.bundle.embed(tokens, np.dtype(self.dtype))
+        return cast(found, self.dtype, "an embedding of this model", WIDER)[None]
 
     def embedded(self, tokens: npt.NDArray[np.int32], text: npt.NDArray[np.int32]) -> OrtValue:
         """The same on the device, for the rows `text`, ascending. Other rows have any content.

@@ -18,11 +18,11 @@ from ivc_export.contract.preprocessing import Scaling
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import PIXELS, Levels, Visual
 from ivc_export.runtime.failures import known
-from ivc_export.runtime.onnxruntime.fused_graphs import SMALL_VISION, FusedGraphs, Inputs, Provider
+from ivc_export.runtime.onnxruntime.fused_graphs import SMALL_VISION, FusedGraphs, Provider
 from ivc_export.runtime.onnxruntime.small_graphs import pixels_graph
 from ivc_export.runtime.onnxruntime.stream import Place, address_of
 from ivc_export.runtime.onnxruntime.weights_memory import room
-from ivc_export.runtime.onnxruntime.workspace import PictureRows, on_host
+from ivc_export.runtime.onnxruntime.workspace import Inputs, PictureRows, on_host
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue

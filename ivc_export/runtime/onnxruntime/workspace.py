@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,12 @@ from ivc_export.runtime.onnxruntime.stream import Mark, Place, Stream
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
+ALIGNMENT = 256
+"""Addresses of uploaded inputs are multiples of it, as those of CUDA's own allocations are."""
+
 Values = dict[str, "OrtValue"]
+Inputs = dict[str, "OrtValue | Place"]
+"""A graph's inputs by name."""
 Put = Callable[[npt.NDArray[Any]], "OrtValue"]
 """Puts an array into the device's memory."""
 
@@ -228,20 +234,52 @@ class HostStep:
         return one(*bests), one(*reversed(bests))
 
 
+@dataclass(frozen=True)
+class UploadedStep:
+    """The inputs of a decode step, which one copy uploads.
+
+    arrays: the inputs by name, to be written on the host. places: the same on the device.
+    """
+
+    arrays: dict[str, npt.NDArray[Any]]
+    places: dict[str, Place]
+    _host: npt.NDArray[np.uint8]
+    _device: OrtValue
+
+    @staticmethod
+    def make(inputs: Mapping[str, tuple[tuple[int, ...], npt.DTypeLike]], put: Put) -> UploadedStep:
+        """Make it of zeros, for inputs of these shapes and types."""
+        starts, end = dict[str, int](), 0
+        for name, (shape, dtype) in inputs.items():
+            starts[name] = end
+            end += -(-math.prod(shape) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
+        host, device = np.zeros(end, np.uint8), put(np.zeros(end, np.uint8))
+        address = int(device.data_ptr())
+        arrays = {n: np.ndarray(shape, dtype, host.data, starts[n]) for n, (shape, dtype) in inputs.items()}
+        places = {n: Place(address + starts[n], shape, dtype) for n, (shape, dtype) in inputs.items()}
+        return UploadedStep(arrays, places, host, device)
+
+    def upload(self) -> None:
+        """Copy all inputs to the device."""
+        self._device.update_inplace(self._host)
+
+
 @dataclass
 class Workspace:
     """Memory of one conversation at fixed addresses: caches, a decode step's other inputs, and its logits.
 
-    host: the other inputs if they are in host memory. bindings: of decode steps over both, and numbers of their
-    captured CUDA graphs, by DeviceCache.swapped: each set of buffers has its own. mark: behind the last step, if that
-    may run ahead. other: a second one over the same caches and logits: the two then take steps by turns. second:
-    whether the last step was in the other one. ahead: positions and lengths of the last step, if it runs ahead.
+    host: the other inputs if they are in host memory. uploaded: those that are uploaded otherwise. bindings: of decode
+    steps over both, and numbers of their captured CUDA graphs, by DeviceCache.swapped: each set of buffers has its own.
+    mark: behind the last step, if that may run ahead. other: a second one over the same caches and logits: the two then
+    take steps by turns. second: whether the last step was in the other one. ahead: positions and lengths of the last
+    step, if it runs ahead.
     """
 
     cache: DeviceCache
-    step: Values
+    step: Inputs
     logits: OrtValue
     host: HostStep | None = None
+    uploaded: UploadedStep | None = None
     bindings: dict[bool, tuple[Any, int]] = field(default_factory=dict)
     mark: Mark | None = None
     other: Workspace | None = None
@@ -252,14 +290,16 @@ class Workspace:
     def make(m: Manifest, capacity: int, dtype: FloatName, put: Put) -> Workspace:
         """Make it with zeroed memory."""
         cache = DeviceCache.make(m, capacity, dtype, put)
-        step: Values = {
-            "inputs_embeds": put(np.zeros((1, 1, m.decoder.hidden_size), dtype)),
-            "position_ids": put(np.zeros((len(m.rotary.sections), 1, capacity), np.int32)),
+        shapes: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {
+            "inputs_embeds": ((1, 1, m.decoder.hidden_size), dtype),
+            "position_ids": ((len(m.rotary.sections), 1, capacity), np.int32),
+            **{f"seqlens_k{suffix}": ((1,), np.int32) for suffix in cache.lengths(0)},
         }
-        for suffix in cache.lengths(0):
-            step[f"seqlens_k{suffix}"] = put(np.zeros(1, np.int32))
-            step[f"total_sequence_length{suffix}"] = on_host(np.array(capacity, np.int32))
-        return Workspace(cache, step, logits_of(m, put))
+        uploaded = UploadedStep.make(shapes, put)
+        totals = {
+            f"total_sequence_length{suffix}": on_host(np.array(capacity, np.int32)) for suffix in cache.lengths(0)
+        }
+        return Workspace(cache, uploaded.places | totals, logits_of(m, put), uploaded=uploaded)
 
     @staticmethod
     def make_on_host(
@@ -275,7 +315,7 @@ class Workspace:
 
         def one(host: HostStep) -> Workspace:
             values = {name: on_host(array) for name, array in host.arrays.items()}
-            return Workspace(cache, values, logits, host, mark=stream.mark() if stream else None)
+            return Workspace(cache, {**values}, logits, host, mark=stream.mark() if stream else None)
 
         first, second = map(one, hosts)
         if stream:

@@ -6,12 +6,14 @@ import re
 
 from tests.native.kernels import PLUGIN
 
-# Instructions by the version of PTX that brought them; CUDA 12.2 has 8.2. Of SM 80, but for griddepcontrol, the fence
-# and wgmma, of SM 90.
+# Instructions by the version of PTX that brought them; CUDA 12.2 has 8.2. Of SM 80, but for bulk copies, fences,
+# griddepcontrol, mbarrier, setmaxnreg and wgmma, of SM 90.
 INSTRUCTIONS = {
+    "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes": 8.0,
     "cp.async.cg.shared.global": 7.0,
     "cp.async.wait_all": 7.0,
     "ex2.approx.ftz.f32": 1.4,
+    "fence.mbarrier_init.release.cluster": 8.0,
     "fence.proxy.async.shared::cta": 8.0,
     "griddepcontrol.launch_dependents": 7.8,
     "griddepcontrol.wait": 7.8,
@@ -22,10 +24,18 @@ INSTRUCTIONS = {
     "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16": 6.5,
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": 7.0,
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": 7.0,
+    "mbarrier.arrive.expect_tx.shared::cta.b64": 8.0,
+    "mbarrier.arrive.shared::cta.b64": 7.8,
+    "mbarrier.init.shared::cta.b64": 7.8,
+    "mbarrier.try_wait.parity.shared::cta.b64": 7.8,
+    "nanosleep.u32": 6.3,
+    "selp.u32": 1.0,
+    "setmaxnreg.dec.sync.aligned.u32": 8.0,
+    "setmaxnreg.inc.sync.aligned.u32": 8.0,
     "setp.ne.b32": 1.0,
     "wgmma.commit_group.sync.aligned": 8.0,
     "wgmma.fence.sync.aligned": 8.0,
-    "wgmma.mma_async.sync.aligned.m64nk16.f32..": 8.0,
+    "wgmma.mma_async.sync.aligned.m64n80k16.f32..": 8.0,
     "wgmma.wait_group.sync.aligned": 8.0,
 }
 CUDA_12_2 = 8.2
@@ -34,10 +44,11 @@ CALLS = {
     "cudaDeviceGetAttribute": 2.2,
     "cudaFuncSetAttribute": 9.0,
     "cudaGetDevice": 1.0,
+    "cudaGetDriverEntryPoint": 11.3,
     "cudaGetLastError": 1.0,
     "cudaLaunchKernelEx": 11.8,
 }
-HEADERS = {"cuda_bf16.h", "cuda_fp16.h", "cuda_runtime_api.h"}
+HEADERS = {"cuda.h", "cuda_bf16.h", "cuda_fp16.h", "cuda_runtime_api.h"}
 
 
 def sources() -> dict[str, str]:
@@ -57,7 +68,7 @@ def test_instructions_are_of_ptx_8_2_or_older() -> None:
 
 
 def test_calls_and_headers_are_of_cuda_12_2_or_older() -> None:
-    text = "\n".join(sources().values())
+    text = re.sub(r"#if CUDART_VERSION >= 13000\n.*?#else\n", "", "\n".join(sources().values()), flags=re.DOTALL)
     assert set(re.findall(r"\b(cuda[A-Z]\w*)\(", text)) == set(CALLS)
     assert max(CALLS.values()) <= 12.2
     assert set(re.findall(r"#include <(cuda\w*\.h|cooperative_groups\S*|mma\.h|cuda/\S+)>", text)) == HEADERS

@@ -10,7 +10,7 @@
 
 #include "ivc_types.h"
 #include "rows.h"
-#include "warp_group.h"
+#include "warp.h"
 
 namespace ivc {
 
@@ -167,7 +167,6 @@ struct Shape {
     static constexpr int kInputBytes = kQueryBytes + 2 * kStages * kTileBytes;
     static constexpr int kSharedBytes = kInputBytes < kMergeBytes ? kMergeBytes : kInputBytes;
 
-    static constexpr bool kGrouped = false;
     // Where a chunk of a row lies in a tile of kRows rows.
     template <int kRows>
     IVC_HD static int at(int row, int chunk) {
@@ -175,39 +174,9 @@ struct Shape {
     }
 };
 
-// Sizes of a block's tiles, the products of which groups of four warps make together (warp_group.h). A group has 64
-// queries.
-template <int kDepth_, int kGroups_, int kKeys_>
-struct GroupedShape {
-    static constexpr int kDepth = kDepth_;
-    static constexpr int kBands = 1, kRowWarps = 4 * kGroups_, kKeyWarps = 1;
-    static constexpr int kKeys = kKeys_, kStages = 2;
-    static constexpr int kWarps = kRowWarps, kThreads = kWarps * kWarp;
-    static constexpr int kQueries = 64 * kGroups_;
-    static constexpr int kColumns = kKeys;
-    static constexpr int kChunks = kDepth / 8;
-    static constexpr bool kGrouped = true;
-    // A tile holds the first chunks of all rows, then their second chunks, and so on. The same row's chunks lie in
-    // different banks of shared memory.
-    template <int kRows>
-    static constexpr int kPitch = 16 * kRows + 16;
-    static constexpr int kTileBytes = kChunks * kPitch<kKeys>;
-    static constexpr int kQueryBytes = kChunks * kPitch<kQueries>;
-    static constexpr int kSharedBytes = kQueryBytes + 2 * kStages * kTileBytes;
-    // Queries and weights are left matrices in registers. Where they were equally many, nvcc 13.0 gave both the same
-    // registers, and the second tile of keys met weights in the place of queries.
-    static_assert(kDepth != kKeys, "queries and weights must differ in size");
-
-    template <int kRows>
-    IVC_HD static int at(int row, int chunk) {
-        return chunk * kPitch<kRows> + 16 * row;
-    }
-};
-
 // The partial results of a warp's queries. A lane has two rows of each band.
 template <class S>
 struct Found {
-    Lane<Fragment> query[S::kGrouped ? S::kDepth / 16 : 1];  // the queries, if they are held
     Lane<Product> score[S::kBands][S::kColumns / 8];
     Lane<Product> value[S::kBands][S::kDepth / 8];  // sums of weighted values
     Lane<float> largest[S::kBands][2];  // the score to which weights are relative, before scaling: about the largest
@@ -362,55 +331,6 @@ struct Attention {
         }
     }
 
-    // Keeps the warp's queries in registers.
-    IVC_WARP void hold(Found<S>& f, int warp) const {
-#pragma unroll
-        for (int k = 0; k < S::kDepth / 16; ++k) {
-            loadMatrices<false>(f.query[k], [&](int lane) {
-                return shared + S::template at<S::kQueries>(16 * warp + lane % 16, 2 * k + lane / 16);
-            });
-        }
-    }
-
-    // The same as scores() for a group's warps.
-    IVC_WARP void scoresTogether(Found<S>& f, int stage) const {
-        beginProducts();
-#pragma unroll
-        for (int k = 0; k < S::kDepth / 16; ++k) {
-            const char* tile = keys(stage) + S::template at<S::kKeys>(0, 2 * k);
-            multiplyTogether<Value, false>(f.score[0], f.query[k], tile, S::template kPitch<S::kKeys>, k > 0);
-        }
-        endProducts();
-        awaitProducts();
-        settled(f.score[0]);
-    }
-
-    // The same as weighted() for a group's warps.
-    IVC_WARP void weightedTogether(Found<S>& f, int stage) const {
-        Lane<Fragment> weight[S::kColumns / 16];
-#pragma unroll
-        for (int k = 0; k < S::kColumns / 16; ++k) {
-            eachLane([&](int lane) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float* s = f.score[0][2 * k + i / 2][lane].x + i % 2 * 2;
-                    weight[k][lane].x[i] = packed<Value>(s[0], s[1]);
-                }
-            });
-        }
-        settled(weight);
-        settled(f.value[0]);
-        beginProducts();
-#pragma unroll
-        for (int k = 0; k < S::kColumns / 16; ++k) {
-            const char* tile = values(stage) + S::template at<S::kKeys>(16 * k, 0);
-            multiplyTogether<Value, true>(f.value[0], weight[k], tile, S::template kPitch<S::kKeys>, true);
-        }
-        endProducts();
-        awaitProducts();
-        settled(f.value[0]);
-    }
-
     // Sets the scores of keys that a query must not attend to to minus infinity.
     IVC_WARP void mask(Found<S>& f, const Tile<Value>& t, int warp) const {
         const int32_t firstKey = t.first + warp % S::kKeyWarps * S::kColumns;
@@ -519,6 +439,19 @@ struct Attention {
         }
     }
 
+    // The weights of 16 keys, rounded.
+    IVC_WARP Lane<Fragment> weightsOf(Found<S>& f, int band, int k) const {
+        Lane<Fragment> weight;
+        eachLane([&](int lane) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float* s = f.score[band][2 * k + i / 2][lane].x + i % 2 * 2;
+                weight[lane].x[i] = packed<Value>(s[0], s[1]);
+            }
+        });
+        return weight;
+    }
+
     // Adds the values, multiplied by their weights.
     IVC_WARP void weighted(Found<S>& f, int warp, int stage) const {
         const int firstColumn = warp % S::kKeyWarps * S::kColumns;
@@ -528,13 +461,7 @@ struct Attention {
             Lane<Fragment> weight[S::kBands];
 #pragma unroll
             for (int band = 0; band < S::kBands; ++band) {
-                eachLane([&](int lane) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const float* s = f.score[band][2 * k + i / 2][lane].x + i % 2 * 2;
-                        weight[band][lane].x[i] = packed<Value>(s[0], s[1]);
-                    }
-                });
+                weight[band] = weightsOf(f, band, k);
             }
 #pragma unroll
             for (int n = 0; n < S::kDepth / 16; ++n) {
@@ -671,46 +598,12 @@ struct Attention {
         });
     }
 
-    // run() for shapes whose warps multiply in groups.
-    IVC_WARP void runGrouped() const {
-        const Visit<Value, kSight, S::kKeys> visit(a, frame, head, firstQuery, endQuery, split);
-        const int32_t lowest = firstQuery / a.group;
-        PerWarp<Found<S>, S::kWarps> found;
-        const auto load = [&](int32_t i) {
-            if (i >= visit.to) return;
-            loadKeys(visit[i], (i - visit.from) % 2);
-            loadValues(visit[i], (i - visit.from) % 2);
-        };
-        const auto awaitTile = [&] {
-            block.awaitCopies();
-            block.showCopies();
-            block.barrier();
-        };
-        loadQueries();
-        load(visit.from);
-        block.each([&](int warp) { begin(found[warp], warp); });
-        awaitTile();
-        block.each([&](int warp) { hold(found[warp], warp); });
-        for (int32_t i = visit.from; i < visit.to; ++i) {
-            const Tile<Value> tile = visit[i];
-            const bool masked = visit.masked(tile, lowest);
-            const int stage = (i - visit.from) % 2;
-            if (i > visit.from) awaitTile();
-            load(i + 1);
-            block.each([&](int warp) {
-                scoresTogether(found[warp], stage);
-                if (masked) mask(found[warp], tile, warp);
-                weights(found[warp]);
-                weightedTogether(found[warp], stage);
-            });
-        }
-        block.each([&](int warp) {
+    // Makes the sums of weights those of rows.
+    IVC_WARP void total(Found<S>& f) const {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                ofQuad(found[warp].sum[0][half], [](float x, float y) { return x + y; });
-            }
-            finish(found[warp], warp);
-        });
+        for (int i = 0; i < 2 * S::kBands; ++i) {
+            ofQuad(f.sum[i / 2][i % 2], [](float x, float y) { return x + y; });
+        }
     }
 
     IVC_WARP void run() const {
@@ -750,12 +643,7 @@ struct Attention {
             });
         }
         block.awaitCopies();
-        block.each([&](int warp) {
-#pragma unroll
-            for (int i = 0; i < 2 * S::kBands; ++i) {
-                ofQuad(found[warp].sum[i / 2][i % 2], [](float x, float y) { return x + y; });
-            }
-        });
+        block.each([&](int warp) { total(found[warp]); });
         if constexpr (S::kKeyWarps == 1) {
             block.each([&](int warp) { finish(found[warp], warp); });
         } else {
@@ -787,11 +675,7 @@ IVC_WARP void attend(Block& block, char* shared, const Attend& a, int32_t tile, 
     }
     const Attention<Value, kSight, S> attention{block, shared, a, kCausal ? 0 : splitOrFrame, head, split, firstQuery,
         smaller(firstQuery + S::kQueries, a.queries())};
-    if constexpr (S::kGrouped) {
-        attention.runGrouped();
-    } else {
-        attention.run();
-    }
+    attention.run();
 }
 
 // Combines the results of the splits for one row of y, `line` of [kvHeads, queries], in one block. Warps take splits in

@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "attend.h"
+#include "attend_grouped.h"
 #include "attend_plain.h"
 
 namespace ivc {
@@ -20,16 +21,14 @@ using ManyQueries = Shape<kDepth, kDepth == 128 ? 1 : 2, 4, 1, 64, 1>;
 // Tiles of an encoder.
 template <int kDepth>
 using Patches = Shape<kDepth, kDepth == 128 ? 1 : 2, 4, 1, 64, 1>;
-// The same for SM 90, for heads of 72 and 80. A block reads all keys, and what takes the time is their way into shared
-// memory: more groups share them. On an H200, microseconds for 16 heads of 80 at 1,024, 4,096 and 16,384 patches:
+// The same for SM 90, for heads of 72 and 80. On an H200, microseconds for 16 heads of 80 at 1,024, 4,096 and 16,384
+// patches:
 //     Patches                                   35    292   4,324
-//     1 group, 4 blocks a multiprocessor        51    611   8,167
-//     2 groups, 2 blocks a multiprocessor       39    333   4,537
-//     3 groups                                  42    349   4,507
-//     4 groups                                  45    260   3,596
-//     PyTorch's, which is cuDNN's               19    202   3,460
-// Slower, too: tiles of 128 keys; scores of the next tile beside this tile's weights; copies begun after the scores.
-using GroupedPatches = GroupedShape<80, 4, 64>;
+//     these, of 256 queries                     39    212   2,840
+//     all threads copy, and wait at a barrier   45    263   3,644
+//     PyTorch's, which is cuDNN's               19    201   3,393
+// Slower, too: 64 keys; pieces of 128 bytes; a warp with one band of queries and no order of groups.
+using GroupedPatches = GroupedShape<80, 2, 80, 4>;
 constexpr int kLeastGroupedBlocks = 128;  // with fewer, multiprocessors have nothing to do
 
 constexpr int kMostFewQueries = 64;
@@ -201,8 +200,8 @@ inline bool fasterInGroups(const IvcEncoder& c) {
 // The same as launchEncoder where groups of warps can multiply together.
 template <class Half, class Brain, class Launch>
 auto launchGroups(const IvcEncoder& c, const Attend& a, Launch launch) {
-    return c.type == IVC_FLOAT16 ? launch.template tiles<Half, Sight::kFrame, GroupedPatches>(a)
-                                 : launch.template tiles<Brain, Sight::kFrame, GroupedPatches>(a);
+    return c.type == IVC_FLOAT16 ? launch.template grouped<Half, GroupedPatches>(a)
+                                 : launch.template grouped<Brain, GroupedPatches>(a);
 }
 
 // The grid of a kernel that works by tiles.

@@ -9,6 +9,16 @@
 
 namespace ivc {
 
+// A tile of rows in shared memory holds the first piece of 32 bytes of all rows, then their second pieces, and so on.
+// In every other four rows the two chunks of 16 bytes of a piece change places: the same chunks of eight rows lie in
+// different banks. The pattern is one of addresses, so a tile starts at a multiple of its length.
+constexpr int kPieceBytes = 32, kTileAlignment = 8 * kPieceBytes;
+
+// Where a chunk of a row lies in a tile of `rows` rows.
+IVC_HD inline int placeInTile(int rows, int row, int chunk) {
+    return chunk / 2 * rows * kPieceBytes + row * kPieceBytes + 16 * ((chunk ^ row >> 2) & 1);
+}
+
 #ifdef __CUDACC__
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -23,46 +33,56 @@ namespace ivc {
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define IVC_NAMES_40 IVC_NAMES_32 ", " \
     "%32, %33, %34, %35, %36, %37, %38, %39"
-#define IVC_NAMES_64 IVC_NAMES_40 ", " \
-    "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, " \
-    "%56, %57, %58, %59, %60, %61, %62, %63"
-// names: of the sums. The numbers after it: of the left matrix' registers, the right matrix, `add` and `kAcross`.
-#define IVC_MULTIPLY_TOGETHER(columns, type, names, left0, left1, left2, left3, right, added, turned, ...)           \
-    asm volatile(                                                                                                    \
-        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %" #added ", 0;\n"                                                   \
-        "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" names "}, {%" #left0 ", %" #left1 \
-        ", %" #left2 ", %" #left3 "}, %" #right ", adds, 1, 1, %" #turned ";\n}"                                      \
-        : __VA_ARGS__                                                                                                \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(add)), "n"(kAcross))
+// type: of the values. arguments: the left matrix and the right one, then what follows `adds`.
+#define IVC_MULTIPLY_80(type, left, right, add, rest, ...)                                                          \
+    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " add ", 0;\n"                                              \
+                 "wgmma.mma_async.sync.aligned.m64n80k16.f32." type "." type " {" IVC_NAMES_40 "}, " left ", " right \
+                 ", adds, 1, 1, " rest ";\n}"                                                                        \
+                 : IVC_SUMS_8(0), IVC_SUMS_2(8)                                                                      \
+                 : __VA_ARGS__)
 
-// sum = left * right, plus the old sum if `add`. Four warps call it together, each with 16 rows of the left matrix. The
-// right matrix is 16 x kColumns, of a tile in which the 16-byte chunk c of row r lies at c * pitch + 16 r. Its column n
-// is row n of the tile, or with kAcross its row k is row k. `tile` is the first chunk. `sum` and `left` must not be used
-// between beginProducts and awaitProducts.
-template <class Value, bool kAcross, int kCount>
-__device__ __forceinline__ void multiplyTogether(
-    Lane<Product> (&sum)[kCount], const Lane<Fragment>& left, const char* tile, int pitch, bool add) {
-    constexpr int kColumns = 8 * kCount;
-    static_assert(kColumns == 64 || kColumns == 80 || kColumns == 128, "the instructions are written out");
-#ifdef IVC_WARP_GROUPS
-    constexpr bool kHalf = std::is_same<Value, __half>::value;
-    const uint32_t* a = left.value.x;
+// The descriptor of a matrix in a tile. Its row k is row k of the tile with kAcross, else column k.
+template <bool kAcross>
+__device__ __forceinline__ uint64_t described(const char* tile, int rows) {
     const uint32_t start = static_cast<uint32_t>(__cvta_generic_to_shared(tile));
-    // strides in units of 16 bytes: between chunks, and between groups of 8 rows
-    const uint64_t chunks = static_cast<uint64_t>(pitch / 16), eights = 8;
-    const uint64_t b = (start & 0x3ffff) >> 4 | (kAcross ? eights : chunks) << 16 | (kAcross ? chunks : eights) << 32;
-    if constexpr (kColumns == 64 && kHalf) {
-        IVC_MULTIPLY_TOGETHER(64, "f16", IVC_NAMES_32, 32, 33, 34, 35, 36, 37, 38, IVC_SUMS_8(0));
-    } else if constexpr (kColumns == 64) {
-        IVC_MULTIPLY_TOGETHER(64, "bf16", IVC_NAMES_32, 32, 33, 34, 35, 36, 37, 38, IVC_SUMS_8(0));
-    } else if constexpr (kColumns == 80 && kHalf) {
-        IVC_MULTIPLY_TOGETHER(80, "f16", IVC_NAMES_40, 40, 41, 42, 43, 44, 45, 46, IVC_SUMS_8(0), IVC_SUMS_2(8));
-    } else if constexpr (kColumns == 80) {
-        IVC_MULTIPLY_TOGETHER(80, "bf16", IVC_NAMES_40, 40, 41, 42, 43, 44, 45, 46, IVC_SUMS_8(0), IVC_SUMS_2(8));
-    } else if constexpr (kHalf) {
-        IVC_MULTIPLY_TOGETHER(128, "f16", IVC_NAMES_64, 64, 65, 66, 67, 68, 69, 70, IVC_SUMS_8(0), IVC_SUMS_8(8));
+    // strides in units of 16 bytes: between pieces, if a product has several, and between groups of 8 rows
+    const uint64_t pieces = kAcross ? static_cast<uint64_t>(rows * kPieceBytes / 16) : 1, eights = 8 * kPieceBytes / 16;
+    const uint64_t swizzle = 3;  // of 32 bytes
+    return (start & 0x3ffff) >> 4 | pieces << 16 | eights << 32 | swizzle << 62;
+}
+
+// sum = left * right, plus the old sum if `add`. Four warps call it together, each with 16 rows of the sum. The left
+// matrix is 64 rows of the first piece of a tile, and column n of the right one is row n of such a piece. `warp` is the
+// warp's number in its group. `sum` must not be used between beginProducts and awaitProducts.
+template <class Value>
+__device__ __forceinline__ void multiplyShared(
+    Lane<Product> (&sum)[10], const char* left, int, const char* right, bool add) {
+#ifdef IVC_WARP_GROUPS
+    const uint64_t a = described<false>(left, 0), b = described<false>(right, 0);
+    const int32_t adds = add;
+    if constexpr (std::is_same<Value, __half>::value) {
+        IVC_MULTIPLY_80("f16", "%40", "%41", "%42", "0, 0", "l"(a), "l"(b), "r"(adds));
     } else {
-        IVC_MULTIPLY_TOGETHER(128, "bf16", IVC_NAMES_64, 64, 65, 66, 67, 68, 69, 70, IVC_SUMS_8(0), IVC_SUMS_8(8));
+        IVC_MULTIPLY_80("bf16", "%40", "%41", "%42", "0, 0", "l"(a), "l"(b), "r"(adds));
+    }
+#endif
+}
+
+// sum += left * right. The left matrix is in registers, and row k of the right one is row k of a tile of `rows` rows.
+// `left` must not be used either.
+template <class Value>
+__device__ __forceinline__ void multiplyAcross(
+    Lane<Product> (&sum)[10], const Lane<Fragment>& left, const char* right, int rows) {
+#ifdef IVC_WARP_GROUPS
+    const uint32_t* a = left.value.x;
+    const uint64_t b = described<true>(right, rows);
+    const int32_t adds = 1;
+    if constexpr (std::is_same<Value, __half>::value) {
+        IVC_MULTIPLY_80("f16", "{%40, %41, %42, %43}", "%44", "%45", "1", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
+            "l"(b), "r"(adds));
+    } else {
+        IVC_MULTIPLY_80("bf16", "{%40, %41, %42, %43}", "%44", "%45", "1", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
+            "l"(b), "r"(adds));
     }
 #endif
 }
@@ -79,10 +99,11 @@ __device__ __forceinline__ void endProducts() {
 #endif
 }
 
-// Waits until all products are done.
+// Waits until all products are done, but for those of the last kSeries series.
+template <int kSeries>
 __device__ __forceinline__ void awaitProducts() {
 #ifdef IVC_WARP_GROUPS
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kSeries) : "memory");
 #endif
 }
 
@@ -92,6 +113,25 @@ __device__ __forceinline__ void settled(Lane<Product> (&sum)[kCount]) {
 #ifdef IVC_WARP_GROUPS
 #pragma unroll
     for (int n = 0; n < kCount; ++n) asm volatile("" : IVC_SUM(n)::"memory");
+#endif
+}
+
+// Keeps ptxas from waiting for products before these sums are computed. Without a branch that depends on them, it does.
+__device__ __forceinline__ void computed(const Lane<float>& x, const Lane<float>& y) {
+#ifdef IVC_WARP_GROUPS
+    if (__any_sync(0xffffffffu, x.value + y.value < 0)) asm volatile("nanosleep.u32 0;");
+#endif
+}
+
+// Says that these registers' values are not needed any more.
+template <int kCount>
+__device__ __forceinline__ void forgotten(Lane<Product> (&sum)[kCount]) {
+#ifdef IVC_WARP_GROUPS
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+        float* x = sum[n].value.x;
+        asm volatile("" : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]));
+    }
 #endif
 }
 
@@ -108,19 +148,16 @@ __device__ __forceinline__ void settled(Lane<Fragment> (&left)[kCount]) {
 
 #else
 
-// The product of one warp of the group: each has rows of its own.
-template <class Value, bool kAcross, int kCount>
-inline void multiplyTogether(
-    Lane<Product> (&sum)[kCount], const Lane<Fragment>& left, const char* tile, int pitch, bool add) {
-    for (int n = 0; n < kCount; n += 2) {
+// The product of one warp of the group: each has rows of its own. at(column, k) is where a value of the right matrix lies.
+template <class Value, class At>
+inline void multiplyRows(Lane<Product> (&sum)[10], const Lane<Fragment>& left, bool add, At at) {
+    for (int n = 0; n < 10; n += 2) {
         Lane<Fragment> right;
         for (int lane = 0; lane < kWarp; ++lane) {
             for (int i = 0; i < 4; ++i) {
                 uint16_t pair[2];
                 for (int j = 0; j < 2; ++j) {
-                    const int column = 8 * (n + i / 2) + lane / 4, k = 8 * (i % 2) + 2 * (lane % 4) + j;
-                    const int row = kAcross ? k : column, at = kAcross ? column : k;
-                    memcpy(pair + j, tile + at / 8 * pitch + 16 * row + 2 * (at % 8), sizeof *pair);
+                    memcpy(pair + j, at(8 * (n + i / 2) + lane / 4, 8 * (i % 2) + 2 * (lane % 4) + j), sizeof *pair);
                 }
                 right[lane].x[i] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
             }
@@ -131,11 +168,33 @@ inline void multiplyTogether(
     }
 }
 
+template <class Value>
+inline void multiplyShared(Lane<Product> (&sum)[10], const char* left, int warp, const char* right, bool add) {
+    Lane<Fragment> own;
+    loadMatrices<false>(own, [&](int lane) { return left + placeInTile(0, 16 * warp + lane % 16, lane / 16); });
+    multiplyRows<Value>(
+        sum, own, add, [&](int column, int k) { return right + placeInTile(0, column, k / 8) + 2 * (k % 8); });
+}
+
+template <class Value>
+inline void multiplyAcross(Lane<Product> (&sum)[10], const Lane<Fragment>& left, const char* right, int rows) {
+    multiplyRows<Value>(
+        sum, left, true, [&](int column, int k) { return right + placeInTile(rows, k, column / 8) + 2 * (column % 8); });
+}
+
 inline void beginProducts() {}
 inline void endProducts() {}
+template <int>
 inline void awaitProducts() {}
+inline void computed(const Lane<float>&, const Lane<float>&) {}
 template <class T, int kCount>
 inline void settled(Lane<T> (&)[kCount]) {}
+template <int kCount>
+inline void forgotten(Lane<Product> (&sum)[kCount]) {
+    for (Lane<Product>& part : sum) {
+        for (int lane = 0; lane < kWarp; ++lane) part[lane] = Product{{NAN, NAN, NAN, NAN}};
+    }
+}
 
 #endif
 

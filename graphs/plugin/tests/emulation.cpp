@@ -150,6 +150,22 @@ struct Attending {
         return 0;
     }
 
+    template <class Value, class S>
+    int grouped(const Attend& a) const {
+        const auto map = [&](const void* start, const IvcStrides& stride) {
+            return RowMap{static_cast<const char*>(start), stride, a.keys, a.headDim};
+        };
+        const AttendMaps maps{map(a.q, a.qStride), map(a.k, a.kStride), map(a.v, a.vStride)};
+        const Blocks blocks = blocksOf<Sight::kFrame, S>(a);
+        std::vector<Vector16> shared(S::kSharedBytes / sizeof(Vector16));
+        launch(blocks.x, blocks.y, blocks.z, backwards, [&](int tile, int head, int frame) {
+            memset(shared.data(), 0xff, S::kSharedBytes);  // NaN
+            Block block{S::Line::kWarps, backwards};
+            attendGrouped<Value, S>(block, reinterpret_cast<char*>(shared.data()), a, maps, tile, head, frame);
+        });
+        return 0;
+    }
+
     template <class Value, Sight kSight>
     int plain(Attend a) const {
         a.splits = 1;

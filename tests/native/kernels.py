@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,20 @@ class Kernels:
         references = [ctypes.byref(a) if isinstance(a, IvcSelection) else a for a in converted]
         status = getattr(self.functions, name)(*references, ctypes.c_void_p(self.stream))
         assert status == 0, f"{name} returned {status}"
+
+    @property
+    def staged(self) -> int:
+        """How many emulated launches had weights that wait in shared memory."""
+        return ctypes.c_int32.in_dll(self.functions, "ivcStagedLaunches").value
+
+    @contextmanager
+    def sharing(self, kib: int) -> Iterator[None]:
+        """Emulate a device whose multiprocessors have so much shared memory for kernels that start early."""
+        self.call("ivcEmulateShared", kib * 1024)
+        try:
+            yield
+        finally:
+            self.call("ivcEmulateShared", 228 * 1024)
 
     def workspace(self, struct: IvcSelection) -> Array:
         """Scratch memory, filled with a pattern that no call may rely on."""

@@ -109,6 +109,8 @@ def packed_case(seed: int, bits: int = 4) -> PackedCase:
         rows, features, out = 1, int(generator.integers(1, 80)), 4097 + int(generator.integers(0, 9))
     if seed % 50 == 13:  # of one that is gated
         rows, features, out = 1, int(generator.integers(1, 300)), 2049 + int(generator.integers(0, 9))
+    if seed % 100 in (33, 34):  # of one whose weights wait in shared memory
+        rows, features, out = 1, int(generator.integers(1, 1537)), 2064 + 16 * int(generator.integers(0, 2))
     if seed % 50 == 2:
         rows, features, out = 2, int(generator.integers(1, 80)), 4097 + int(generator.integers(0, 9))
     columns, blocks = out * (1 + gated), -(-features // block)

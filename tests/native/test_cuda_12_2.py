@@ -11,7 +11,9 @@ from tests.native.kernels import PLUGIN
 INSTRUCTIONS = {
     "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes": 8.0,
     "cp.async.cg.shared.global": 7.0,
+    "cp.async.commit_group": 7.0,
     "cp.async.wait_all": 7.0,
+    "cp.async.wait_group": 7.0,
     "ex2.approx.ftz.f32": 1.4,
     "fence.mbarrier_init.release.cluster": 8.0,
     "fence.proxy.async.shared::cta": 8.0,

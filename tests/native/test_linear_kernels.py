@@ -19,6 +19,23 @@ def test_500_cases_agree_with_float64(kernels: Kernels) -> None:
         case.check_apart(kernels)
 
 
+def test_weights_that_wait_in_shared_memory_give_the_same_bits(kernels: Kernels) -> None:
+    """Gated products of one row, of one turn of a block and of several, with one stage of weights or two."""
+    turns = set()
+    for seed in range(kernels.stream, 1500, 2):
+        case = linear_case(seed)
+        if not case.gated or len(case.x) > 1 or case.dtype == "float32" or case.layer_norm:
+            continue
+        before, staged = kernels.staged, case.run(kernels)
+        after = kernels.staged
+        with kernels.sharing(64):
+            np.testing.assert_array_equal(case.run(kernels), staged)
+        assert kernels.staged == after
+        if after > before:
+            turns.add(min(case.out // 32, 2))
+    assert turns == {0, 1, 2}
+
+
 def test_random_cases_hold_what_they_are_for() -> None:
     cases = [linear_case(seed) for seed in range(500)]
     assert {(c.dtype, c.activation, c.gated, len(c.x) == 1) for c in cases} == {

@@ -21,6 +21,17 @@ def test_500_cases_agree_with_float64(kernels: Kernels, bits: int) -> None:
         case.check_unpacked(kernels)
 
 
+@pytest.mark.parametrize("kib", [0, 64])
+def test_weights_wait_in_registers_where_shared_memory_is_small(kernels: Kernels, kib: int) -> None:
+    for seed in (33, 34, 133, 134):
+        case, before = packed_case(seed), kernels.staged
+        case.check(kernels)
+        assert kernels.staged == before + 1
+        with kernels.sharing(kib):
+            case.check(kernels)
+        assert kernels.staged == before + 1
+
+
 def test_random_cases_hold_what_they_are_for() -> None:
     cases = [packed_case(seed) for seed in range(500)]
     assert {(c.linear.dtype, c.block_size, c.points is None, c.linear.gated) for c in cases} == {

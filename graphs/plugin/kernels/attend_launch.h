@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "attend_plan.h"
+#include "device.h"
 
 namespace ivc {
 
@@ -15,14 +16,6 @@ __global__ void __launch_bounds__(S::kThreads) attendKernel(const __grid_constan
     attend<Value, kSight, S>(block, shared, a, static_cast<int32_t>(blockIdx.x), static_cast<int32_t>(blockIdx.y),
         static_cast<int32_t>(blockIdx.z));
 #endif
-}
-
-// Allows a kernel to use more shared memory than the default limit.
-template <class Kernel>
-cudaError_t allowShared(Kernel kernel, int bytes) {
-    if (bytes <= 48 * 1024) return cudaSuccess;
-    return cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
 template <class Value, Sight kSight, class S>

@@ -35,7 +35,26 @@ inline cudaError_t launchesEarly(bool& early) {
     return status;
 }
 
+// Bytes of shared memory of a multiprocessor, if kernels can start early, else 0.
+inline cudaError_t findEarlyShared(int& bytes) {
+    bool early = false;
+    bytes = 0;
+    int device = 0;
+    cudaError_t status = launchesEarly(early);
+    if (status || !early) return status;
+    status = cudaGetDevice(&device);
+    return status ? status : cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+}
+
 #ifdef __CUDACC__
+
+// Allows a kernel to use more shared memory than the default limit.
+template <class Kernel>
+cudaError_t allowShared(Kernel kernel, int bytes) {
+    if (bytes <= 48 * 1024) return cudaSuccess;
+    return cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
 
 // Launches a kernel that calls awaitKernelBefore (or awaitKernelBeforeNext). What it does before this call overlaps the
 // kernels before it, if the device allows it. shared: bytes of dynamic shared memory.

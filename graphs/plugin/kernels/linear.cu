@@ -4,6 +4,7 @@
 #include "device.h"
 #include "ivc_kernels.h"
 #include "linear_plan.h"
+#include "staged_launch.h"
 
 namespace ivc {
 
@@ -23,6 +24,11 @@ struct LinearLaunch {
             static_cast<unsigned>(Kernel::columnBlocks(a)), static_cast<unsigned>(Kernel::rowBlocks(a)));
         return launchEarly(linearKernel<Kernel>, grid, Kernel::kThreads, stream, a);
     }
+
+    template <class Kernel>
+    cudaError_t staged(const Linear& a) const {
+        return launchStaged<Kernel>(a, stream);
+    }
 };
 
 }  // namespace ivc
@@ -32,12 +38,12 @@ using namespace ivc;
 cudaError_t ivcFusedLinear(const IvcLinear* c, const void* x, const void* norm, const void* weight, const void* bias,
     const void* residual, void* y, cudaStream_t stream) {
     if (!possible(*c, norm)) return cudaErrorInvalidValue;
-    int processors = 0;
-    const cudaError_t known = countProcessors(processors);
-    if (known != cudaSuccess) return known;
+    Device device{};
+    if (const cudaError_t counted = countProcessors(device.processors)) return counted;
+    if (const cudaError_t found = findEarlyShared(device.earlyShared)) return found;
     const Linear a = planned(*c, x, norm, weight, bias, residual, y);
     return withType<__half, __nv_bfloat16>(
-        c->type, [&](auto value) { return launchLinear<decltype(value)>(*c, a, processors, LinearLaunch{stream}); });
+        c->type, [&](auto value) { return launchLinear<decltype(value)>(*c, a, device, LinearLaunch{stream}); });
 }
 
 cudaError_t ivcNormRows(const IvcLinear* c, const void* x, const void* norm, void* y, cudaStream_t stream) {

@@ -5,6 +5,7 @@
 
 #include "linear.h"
 #include "linear_extents.h"
+#include "linear_stages.h"
 
 namespace ivc {
 
@@ -34,6 +35,18 @@ constexpr int kFewOctets = 3, kMostOctets = 5;
 constexpr int kFewNormed = 5, kMostNormed = 8;  // those of NormRows, which reads the rest of longer rows repeatedly
 constexpr int32_t kManyColumns = 16384;  // of y; from this number on, a warp computes four at a time
 
+// What the launches of one row need to know of a device.
+struct Device {
+    int32_t processors;
+    int32_t earlyShared;  // bytes of shared memory of a multiprocessor, if kernels can start early, else 0
+};
+
+// Whether the blocks that Staged wants on a multiprocessor find room there. Each has 1 KiB beside its own.
+template <class Staged, class Operands>
+bool hasRoom(const Device& device, const Operands& a) {
+    return Staged::kBlocksEach * (Staged::sharedBytes(a) + 1024) <= device.earlyShared;
+}
+
 inline LinearChoice choiceOf(const IvcLinear& c) {
     for (const LinearChoice& choice : kLinearChoices) {
         if (c.rows <= choice.rows && c.out <= choice.out) return choice;
@@ -61,15 +74,15 @@ inline bool inOctets(int32_t width, std::initializer_list<const void*> tensors) 
 }
 
 template <class Kernel, class Launch>
-auto launchOneRow(Linear a, int32_t processors, Launch launch) {
-    a.blocks = processors * Kernel::kBlocksEach;
+auto launchOneRow(Linear a, const Device& device, Launch launch) {
+    a.blocks = device.processors * Kernel::kBlocksEach;
     return launch.template run<Kernel>(a);
 }
 
-// Calls launch.run<Kernel>(a) with the kernel of a product. Rows that cannot be read in octets are rare, and have one
-// kernel.
+// Calls launch.run<Kernel>(a) or launch.staged<Kernel>(a) with the kernel of a product. Rows that cannot be read in
+// octets are rare, and have one kernel.
 template <class Value, bool kGated, class Launch>
-auto launchLinear(const LinearChoice& choice, Linear a, int32_t processors, Launch launch) {
+auto launchLinear(const LinearChoice& choice, Linear a, const Device& device, Launch launch) {
     a.parts = choice.parts;
     while (a.parts > 1 && a.parts / 2 * 8 * kWarp >= a.features) a.parts /= 2;  // a warp reads 8 values per lane at once
     if (!inOctets(a.features, {a.x, a.norm, a.weight})) {
@@ -79,14 +92,20 @@ auto launchLinear(const LinearChoice& choice, Linear a, int32_t processors, Laun
         Linear one = a;
         one.parts = a.rows == 1 ? partsFor(a.features, kFewOctets, 8) : 0;
         if (one.parts > 0 && !kGated && a.out >= kManyColumns) {
-            return launchOneRow<OneRowLinear<Value, 4, false, kFewOctets, 2>>(one, processors, launch);
+            return launchOneRow<OneRowLinear<Value, 4, false, kFewOctets, 2>>(one, device, launch);
         }
         if (one.parts > 0) {
-            return launchOneRow<OneRowLinear<Value, 2, kGated, kFewOctets, kGated ? 2 : 3>>(one, processors, launch);
+            if constexpr (kGated) {
+                using Staged = StagedLinear<Value, 2, true, kFewOctets, 2, 2>;
+                Linear staged = one;
+                staged.blocks = device.processors * Staged::kBlocksEach;
+                if (hasRoom<Staged>(device, staged)) return launch.template staged<Staged>(staged);
+            }
+            return launchOneRow<OneRowLinear<Value, 2, kGated, kFewOctets, kGated ? 2 : 3>>(one, device, launch);
         }
         one.parts = a.rows == 1 ? partsFor(a.features, kMostOctets, 8) : 0;
         if (one.parts > 0) {
-            return launchOneRow<OneRowLinear<Value, kGated ? 1 : 2, kGated, kMostOctets, 2>>(one, processors, launch);
+            return launchOneRow<OneRowLinear<Value, kGated ? 1 : 2, kGated, kMostOctets, 2>>(one, device, launch);
         }
     }
     switch (choice.kernel) {
@@ -97,10 +116,10 @@ auto launchLinear(const LinearChoice& choice, Linear a, int32_t processors, Laun
 }
 
 template <class Value, class Launch>
-auto launchLinear(const IvcLinear& c, const Linear& a, int32_t processors, Launch launch) {
+auto launchLinear(const IvcLinear& c, const Linear& a, const Device& device, Launch launch) {
     const LinearChoice choice = choiceOf(c);
-    return c.gated ? launchLinear<Value, true>(choice, a, processors, launch)
-                   : launchLinear<Value, false>(choice, a, processors, launch);
+    return c.gated ? launchLinear<Value, true>(choice, a, device, launch)
+                   : launchLinear<Value, false>(choice, a, device, launch);
 }
 
 template <class Value, class Launch>

@@ -3,6 +3,7 @@
 
 #include "device.h"
 #include "packed_plan.h"
+#include "staged_launch.h"
 #include "ivc_kernels.h"
 
 namespace ivc {
@@ -31,6 +32,11 @@ struct PackedLaunch {
             static_cast<unsigned>(Kernel::columnBlocks(a)), static_cast<unsigned>(Kernel::rowBlocks(a)));
         return launchEarly(packedKernel<Kernel>, grid, Kernel::kThreads, stream, a);
     }
+
+    template <class Kernel>
+    cudaError_t staged(const PackedProduct& a) const {
+        return launchStaged<Kernel>(a, stream);
+    }
 };
 
 }  // namespace ivc
@@ -44,13 +50,13 @@ cudaError_t ivcFusedPacked(const IvcLinear* c, const IvcPacked* w, const void* x
     const cudaError_t known = hasTensorCores(tensorCores);
     if (known != cudaSuccess) return known;
     if (!tensorCores) return cudaErrorNotSupported;
-    int processors = 0;
-    const cudaError_t counted = countProcessors(processors);
-    if (counted != cudaSuccess) return counted;
+    Device device{};
+    if (const cudaError_t counted = countProcessors(device.processors)) return counted;
+    if (const cudaError_t found = findEarlyShared(device.earlyShared)) return found;
     const PackedProduct a = planned(*c, *w, x, norm, bias, residual, y);
     if (!wellPlaced(a.packed, *w)) return cudaErrorInvalidValue;
     return withHalf<__half, __nv_bfloat16>(
-        c->type, [&](auto value) { return launchPacked<decltype(value)>(*c, *w, a, processors, PackedLaunch{stream}); });
+        c->type, [&](auto value) { return launchPacked<decltype(value)>(*c, *w, a, device, PackedLaunch{stream}); });
 }
 
 cudaError_t ivcUnpack(const IvcLinear* c, const IvcPacked* w, void* weight, cudaStream_t stream) {

@@ -19,11 +19,16 @@ struct Packed {
     int32_t columns, features, blocks, blockSize;
     int32_t blockBits;  // blockSize is 2 to the power of this
 
-    // Reads stored values of a row of W.
+    // Where stored values of a row of W lie.
+    template <int kBits>
+    IVC_HD const uint8_t* place(int32_t column, int32_t at) const {
+        const int64_t first = static_cast<int64_t>(column) * blocks << blockBits;
+        return values + (first + at) * kBits / 8;
+    }
+
     template <int kBits, class Words>
     IVC_HD Words stored(int32_t column, int32_t at) const {
-        const int64_t first = static_cast<int64_t>(column) * blocks << blockBits;
-        return *reinterpret_cast<const Words*>(values + (first + at) * kBits / 8);
+        return *reinterpret_cast<const Words*>(place<kBits>(column, at));
     }
 
     template <class Value>

@@ -3,7 +3,7 @@
 
 #include "ivc_types.h"
 #include "linear_plan.h"
-#include "packed_row.h"
+#include "packed_stages.h"
 
 namespace ivc {
 
@@ -76,13 +76,19 @@ inline bool wellPlaced(const Packed& p, const IvcPacked& w) {
            reinterpret_cast<uintptr_t>(p.scales) % 2 == 0;
 }
 
-// Calls launch.run<Kernel>(a) with the kernel of a planned product.
+// Calls launch.run<Kernel>(a) or launch.staged<Kernel>(a) with the kernel of a planned product.
 template <class Value, int kBits, bool kGated, class Launch>
-auto launchPacked(PackedKernel kernel, PackedProduct a, int32_t processors, Launch launch) {
+auto launchPacked(PackedKernel kernel, PackedProduct a, const Device& device, Launch launch) {
     if (kernel == PackedKernel::kHeld) {
         using Held = OneRowPacked<Value, kBits, kGated, 6, 2, kGated ? 1 : 2>;
         static_assert(Held::kMostFeatures == kHeldFeatures, "rows that fit are known");
-        a.linear.blocks = processors * Held::kBlocksEach;
+        if constexpr (kGated && kBits == 4) {  // of 8 bits, they are slower
+            using Staged = StagedPacked<Value, 12, 3, 2>;
+            static_assert(Staged::kMostFeatures == kHeldFeatures, "rows that fit are known");
+            a.linear.blocks = device.processors * Staged::kBlocksEach;
+            if (Staged::fits(a) && hasRoom<Staged>(device, a)) return launch.template staged<Staged>(a);
+        }
+        a.linear.blocks = device.processors * Held::kBlocksEach;
         return launch.template run<Held>(a);
     }
     if constexpr (kBits == 4 && !kGated) {  // as many warps for each half would be too many
@@ -101,22 +107,22 @@ auto launchPacked(PackedKernel kernel, PackedProduct a, int32_t processors, Laun
 
 // Blocks of 16 are rare, and have two kernels only.
 template <class Value, int kBits, bool kGated, class Launch>
-auto launchPacked(const IvcLinear& c, const IvcPacked& w, const PackedProduct& a, int32_t processors, Launch launch) {
-    if (w.blockSize > 16) return launchPacked<Value, kBits, kGated>(packedChoiceOf(c, kBits), a, processors, launch);
+auto launchPacked(const IvcLinear& c, const IvcPacked& w, const PackedProduct& a, const Device& device, Launch launch) {
+    if (w.blockSize > 16) return launchPacked<Value, kBits, kGated>(packedChoiceOf(c, kBits), a, device, launch);
     return c.rows == 1 ? launch.template run<FewPacked<Value, kBits, 16, kGated, 1, 6, 2>>(a)
                        : launch.template run<FewPacked<Value, kBits, 16, kGated, 8, 2, 2>>(a);
 }
 
 template <class Value, int kBits, class Launch>
-auto launchPacked(const IvcLinear& c, const IvcPacked& w, const PackedProduct& a, int32_t processors, Launch launch) {
-    return c.gated ? launchPacked<Value, kBits, true>(c, w, a, processors, launch)
-                   : launchPacked<Value, kBits, false>(c, w, a, processors, launch);
+auto launchPacked(const IvcLinear& c, const IvcPacked& w, const PackedProduct& a, const Device& device, Launch launch) {
+    return c.gated ? launchPacked<Value, kBits, true>(c, w, a, device, launch)
+                   : launchPacked<Value, kBits, false>(c, w, a, device, launch);
 }
 
 template <class Value, class Launch>
-auto launchPacked(const IvcLinear& c, const IvcPacked& w, const PackedProduct& a, int32_t processors, Launch launch) {
-    return w.bits == 4 ? launchPacked<Value, 4>(c, w, a, processors, launch)
-                       : launchPacked<Value, 8>(c, w, a, processors, launch);
+auto launchPacked(const IvcLinear& c, const IvcPacked& w, const PackedProduct& a, const Device& device, Launch launch) {
+    return w.bits == 4 ? launchPacked<Value, 4>(c, w, a, device, launch)
+                       : launchPacked<Value, 8>(c, w, a, device, launch);
 }
 
 // Calls `of` with a value of the tensors' type. `Half` and `Brain` are float16 and bfloat16.

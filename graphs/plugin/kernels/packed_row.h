@@ -51,31 +51,7 @@ struct OneRowPacked {
             if (a.linear.norm) shareSum(shared.squares[warp], [&](int lane) { return squaresOf(octets[warp][lane]); });
         });
         if (a.linear.norm) block.barrier();
-        block.each([&](int warp) {
-            float squares = 0;
-            if (a.linear.norm) {
-#pragma unroll
-                for (int part = 0; part < kParts; ++part) squares += shared.squares[part];
-            }
-            const float factor = a.linear.norm ? normFactor(a.linear, squares) : 1;
-            eachLane([&](int lane) {
-#pragma unroll
-                for (int i = 0; i < kSlices; ++i) {
-#pragma unroll
-                    for (int word = 0; word < kWords; ++word) {
-                        Octet<Value> octet = octets[warp][lane].x[i][word];
-                        if (a.linear.norm) {
-#pragma unroll
-                            for (int j = 0; j < 8; ++j) {
-                                octet.x[j] = static_cast<Value>(static_cast<float>(octet.x[j]) * factor *
-                                                                static_cast<float>(norms[warp][lane].x[i][word].x[j]));
-                            }
-                        }
-                        interleave<Value, kBits>(rights[warp][lane].x[i][word], octet);
-                    }
-                }
-            });
-        });
+        block.each([&](int warp) { prepare(rights[warp], octets[warp], norms[warp], shared.squares, a.linear); });
         int32_t turn = 0;
         for (int32_t step = number; step < end; step += blocks, turn ^= 1) {
             PerWarp<Lane<typename Few::Added>, kWarps> added;
@@ -88,9 +64,7 @@ struct OneRowPacked {
                 });
 #pragma unroll
                 for (int i = 0; i < kSlices; ++i) {
-                    Few::addWith(sums, fetched[i][warp], [&](int, int word, Lane<Fragment>& right) {
-                        eachLane([&](int lane) { right[lane] = rights[warp][lane].x[i][word]; });
-                    });
+                    Few::addWith(sums, fetched[i][warp], rightOf(rights[warp], i));
                     if (step + blocks < end) {
                         eachLane([&](int lane) {
                             fetched[i][warp][lane] = fetchedOf(a, step + blocks, i, warp, lane);
@@ -110,6 +84,42 @@ struct OneRowPacked {
 
     static IVC_WARP Fetched fetchedOf(const PackedProduct& a, int32_t step, int i, int warp, int lane) {
         return Few::fetchedOf(a, step * kColumns, warp % kParts + i * kParts, warp, lane);
+    }
+
+    // Makes a warp's right matrices of its part of x, normalised and rounded to Value as a separate kernel would.
+    template <int kCount>
+    static IVC_WARP void prepare(Lane<Rights>& to, const Lane<Octets>& octets, const Lane<Octets>& norms,
+        const float (&squares)[kCount], const Linear& a) {
+        float sum = 0;
+        if (a.norm) {
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) sum += squares[part];
+        }
+        const float factor = a.norm ? normFactor(a, sum) : 1;
+        eachLane([&](int lane) {
+#pragma unroll
+            for (int i = 0; i < kSlices; ++i) {
+#pragma unroll
+                for (int word = 0; word < kWords; ++word) {
+                    Octet<Value> octet = octets[lane].x[i][word];
+                    if (a.norm) {
+#pragma unroll
+                        for (int j = 0; j < 8; ++j) {
+                            octet.x[j] = static_cast<Value>(static_cast<float>(octet.x[j]) * factor *
+                                                            static_cast<float>(norms[lane].x[i][word].x[j]));
+                        }
+                    }
+                    interleave<Value, kBits>(to[lane].x[i][word], octet);
+                }
+            }
+        });
+    }
+
+    // Gives the right matrices of slice i to FewPacked::addWith.
+    static IVC_WARP auto rightOf(const Lane<Rights>& rights, int i) {
+        return [&rights, i](int, int word, Lane<Fragment>& right) {
+            eachLane([&](int lane) { right[lane] = rights[lane].x[i][word]; });
+        };
     }
 
     // The values that a lane puts into right matrices, zeros elsewhere.

@@ -103,6 +103,21 @@ struct Block {
 #endif
     }
 
+    // Ends a group of copies. It may be empty.
+    __device__ __forceinline__ void endCopies() const {
+#ifdef IVC_TENSOR_CORES
+        asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+    }
+
+    // Waits for this thread's groups of copies, but for the last kLater.
+    template <int kLater>
+    __device__ __forceinline__ void awaitCopiesBut() const {
+#ifdef IVC_TENSOR_CORES
+        asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
+#endif
+    }
+
     // Lets products of groups of warps read, after the next barrier, what this thread has copied.
     __device__ __forceinline__ void showCopies() const {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -240,6 +255,7 @@ struct Block {
     int warps;
     bool backwards = false;  // the last warp runs first, and copies end as late as possible: no result may depend on this
     std::vector<Copy> copies{};
+    std::vector<std::vector<Copy>> groups{};
 
     template <class Work>
     void each(Work work) {
@@ -266,8 +282,20 @@ struct Block {
     }
 
     void awaitCopies() {
-        for (const Copy& copy : copies) copy.run();
+        endCopies();
+        awaitCopiesBut<0>();
+    }
+
+    void endCopies() {
+        groups.push_back(std::move(copies));
         copies.clear();
+    }
+
+    template <size_t kLater>
+    void awaitCopiesBut() {
+        for (; groups.size() > kLater; groups.erase(groups.begin())) {
+            for (const Copy& copy : groups[0]) copy.run();
+        }
     }
 
     void showCopies() {}

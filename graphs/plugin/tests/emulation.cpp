@@ -204,8 +204,31 @@ struct Joining : Attending {
     }
 };
 
+// The device of products; see ivcEmulateShared.
+Device device{1, 228 * 1024};
+
+}  // namespace
+
+// Launches whose weights wait in shared memory.
+extern "C" int32_t ivcStagedLaunches;
+int32_t ivcStagedLaunches = 0;
+
+namespace {
+
 struct Multiplying {
     bool backwards;
+
+    template <class Kernel, class Operands>
+    int staged(const Operands& a) const {
+        ++ivcStagedLaunches;
+        std::vector<Vector16> shared(static_cast<size_t>(Kernel::sharedBytes(a)) / sizeof(Vector16));
+        launch(Kernel::columnBlocks(a), 1, 1, backwards, [&](int number, int, int) {
+            memset(static_cast<void*>(shared.data()), 0xff, shared.size() * sizeof(Vector16));  // NaN
+            Block block{Kernel::kWarps, backwards};
+            Kernel::run(block, reinterpret_cast<char*>(shared.data()), a, number);
+        });
+        return 0;
+    }
 
     template <class Kernel, class Operands>
     int run(const Operands& a) const {
@@ -240,13 +263,19 @@ void product(const Linear& a) {
 
 extern "C" {
 
+// Emulates multiprocessors with so many bytes of shared memory for kernels that start early.
+int ivcEmulateShared(size_t bytes, size_t) {
+    device.earlyShared = static_cast<int32_t>(bytes);
+    return 0;
+}
+
 int ivcFusedPacked(const IvcLinear* c, const IvcPacked* w, const void* x, const void* norm, const void* bias,
     const void* residual, void* y, size_t backwards) {
     if (!possible(*c, *w) || !possible(*c, norm)) return 1;
     const PackedProduct a = planned(*c, *w, x, norm, bias, residual, y);
     if (!wellPlaced(a.packed, *w)) return 1;
     return withHalf<Float16, BFloat16>(
-        c->type, [&](auto value) { return launchPacked<decltype(value)>(*c, *w, a, 1, Multiplying{backwards != 0}); });
+        c->type, [&](auto value) { return launchPacked<decltype(value)>(*c, *w, a, device, Multiplying{backwards != 0}); });
 }
 
 int ivcUnpack(const IvcLinear* c, const IvcPacked* w, void* weight, size_t backwards) {
@@ -268,7 +297,7 @@ int ivcFusedLinear(const IvcLinear* c, const void* x, const void* norm, const vo
     if (!possible(*c, norm)) return 1;
     const Linear a = planned(*c, x, norm, weight, bias, residual, y);
     return withType<Float16, BFloat16>(
-        c->type, [&](auto value) { return launchLinear<decltype(value)>(*c, a, 1, Multiplying{backwards != 0}); });
+        c->type, [&](auto value) { return launchLinear<decltype(value)>(*c, a, device, Multiplying{backwards != 0}); });
 }
 
 // Replaces cuBLASLt.

@@ -210,9 +210,9 @@ struct Size {
 // cannot be read in octets.
 void linear(int number) {
     static const Size kSizes[] = {{1, 72, 40}, {1, 6152, 24}, {1, 10248, 16}, {1, 64, 16392}, {1, 24, 2000}, {1, 40, 5000},
-        {4, 64, 100}, {7, 200, 4200}, {3, 37, 10}, {1, 33, 5}, {12, 2056, 9}};
-    const Size size = kSizes[number % 11];
-    const int turn = number / 11;
+        {4, 64, 100}, {7, 200, 4200}, {3, 37, 10}, {1, 33, 5}, {12, 2056, 9}, {1, 1536, 3000}};
+    const Size size = kSizes[number % 12];
+    const int turn = number / 12;
     IvcLinear c{};
     c.type = static_cast<IvcType>(turn % 3);
     c.rows = size.rows;
@@ -239,9 +239,10 @@ void linear(int number) {
 // The same with packed weights, in blocks of every size.
 void packed(int number) {
     static const Size kSizes[] = {{1, 40, 50}, {1, 64, 4100}, {2, 72, 60}, {2, 64, 4100}, {4, 136, 33}, {7, 96, 70}, {12, 48, 20},
-        {1, 37, 11}, {5, 300, 9}, {1, 544, 24}, {1, 1640, 30}, {1, 1600, 4100}, {1, 1536, 4097}};
-    const Size size = kSizes[number % 13];
-    const int turn = number / 13, blockSize = 16 << number % 5, bits = turn % 2 ? 8 : 4;
+        {1, 37, 11}, {5, 300, 9}, {1, 544, 24}, {1, 1640, 30}, {1, 1600, 4100}, {1, 1536, 4097},
+        {1, 1500, 6400}};
+    const Size size = kSizes[number % 14];
+    const int turn = number / 14, blockSize = 16 << number % 5, bits = turn % 2 ? 8 : 4;
     IvcLinear c{};
     c.type = turn / 2 % 2 ? IVC_FLOAT16 : IVC_BFLOAT16;
     c.rows = size.rows;
@@ -385,7 +386,7 @@ struct Kind {
 
 // Cases of a kind are numbered from 0 on.
 const Kind kKinds[] = {{"decoder", decoder, 30}, {"encoder", encoder, 24}, {"joined", joined, 30}, {"turned", turned, 36},
-    {"linear", linear, 66}, {"packed", packed, 104}, {"selection", selection, 30}, {"pixels", pixels, 12},
+    {"linear", linear, 72}, {"packed", packed, 112}, {"selection", selection, 30}, {"pixels", pixels, 12},
     {"step", step, 24}};
 
 }  // namespace

@@ -6,6 +6,7 @@ import enum
 import itertools
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal, NamedTuple
 
 from ivc_export.contract.manifest import DecoderSizes, GraphInfo, RotarySizes, Selection, SelectionRule, TensorInfo
@@ -343,6 +344,7 @@ class TensorName(NamedTuple):
     layer: int | None
 
     @staticmethod
+    @cache
     def of(name: str | None) -> TensorName:
         """Take the name of a graph's input or output apart, or its name in a run."""
         stem, dot, number = (name or "").partition(".")

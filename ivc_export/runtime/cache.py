@@ -37,6 +37,9 @@ class KVCache:
         self._lengths: dict[int | None, int] = dict.fromkeys(range(sizes.layers), 0)
         names = input_names(range(sizes.layers))
         self._arrays = {name: np.zeros(cache_shape(sizes, name, capacity or 0), np.float32) for name in names}
+        named = {name: TensorName.of(name) for name in names}
+        self._outputs = {name: (of.to("compact"), of.to("new"), of.layer) for name, of in named.items()}
+        """For each array, the outputs that may give its rows, and its layer: made once, as each step appends."""
 
     def clear(self) -> None:
         """Start again. Rows of a buffer stay, but are masked."""
@@ -74,9 +77,8 @@ class KVCache:
         """
         rows = {}
         for name, past in self._arrays.items():
-            cache = TensorName.of(name)
-            compact, layer = cache.to("compact"), cache.layer
-            new = outputs[compact if compact in outputs else cache.to("new")]
+            compact, every, layer = self._outputs[name]
+            new = outputs[compact if compact in outputs else every]
             start, rows[layer] = self._lengths[layer], new.shape[2]
             if self.capacity is None:
                 self._arrays[name] = np.concatenate([past, new], axis=2)

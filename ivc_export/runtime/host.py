@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import GraphName
 from ivc_export.runtime.cache import KVCache
 from ivc_export.runtime.interface import Conversation, Seen, Session, Step, Turn, image_rows
@@ -69,12 +68,10 @@ class HostConversation(Conversation):
             feeds = {name: inputs[name] for name in names} | {"inputs_embeds": embeds[None]} | added
             prefix = session.run("prefix", feeds | cache.inputs(range(m.selection_layer)))
         with self.timings.stage(f"{turn.stage}.decoder"):
-            feeds = {name: inputs[name] for name in ("position_ids", "logit_index")}
-            feeds["hidden_states"] = prefix["hidden_states"]
-            feeds["keep_index"] = prefix["keep_index"] if turn.keep_index is None else turn.keep_index
-            named = {name: TensorName.of(name) for name in prefix}
-            compacted = [name for name, of in named.items() if of.role == "new" and of.layer not in cache.whole]
-            feeds |= {name: prefix[name] for name in compacted}
+            feeds = {tensor.name: prefix[tensor.name] for tensor in m.graphs["decoder"].inputs if tensor.name in prefix}
+            feeds |= {name: inputs[name] for name in ("position_ids", "logit_index")}
+            if turn.keep_index is not None:
+                feeds["keep_index"] = turn.keep_index
             decoder = session.run("decoder", feeds | cache.inputs(range(m.selection_layer, m.decoder.layers)))
         cache.append(prefix | decoder)
         return Step(turn.plan, tuple(vision), prefix, decoder, turn.keep_index)

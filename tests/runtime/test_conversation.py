@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -202,3 +203,13 @@ def test_the_vision_encoder_takes_every_grid(golden: Golden, golden_session: Onn
     with torch.no_grad():
         (wanted,) = model.get_image_features(**given.inputs).pooler_output
     assert np.abs(found - wanted.numpy()).max() < LOGIT_TOLERANCE
+
+
+def test_threads_do_not_spin_between_runs(golden_bundle: Bundle) -> None:
+    """Each graph has threads of its own, which would take time from another graph's."""
+    conversation = HostConversation(OnnxSession(golden_bundle, threads=2))
+    conversation.run([1, 2, 3])
+    time.sleep(0.01)
+    start = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - start < 0.05

@@ -125,7 +125,11 @@ class OnnxRuntimeDevice : public Device {
         check(api().CreateSessionOptions(&raw), "session options cannot be created");
         const Owned<OrtSessionOptions> settings(raw);
         check(api().SetIntraOpNumThreads(settings.get(), options.threads), "the number of threads cannot be set");
-        check(api().AddSessionConfigEntry(settings.get(), "session.intra_op.allow_spinning", "0"), "spinning cannot be turned off");
+        // threads spin for a short time while a graph runs, and not between runs: each graph has threads of its own
+        for (const auto& [key, value] : {std::pair{"session.intra_op.allow_spinning", "1"},
+                 std::pair{"session.intra_op.spin_duration_us", "50"}, std::pair{"session.force_spinning_stop", "1"}}) {
+            check(api().AddSessionConfigEntry(settings.get(), key, value), std::string(key) + " cannot be set");
+        }
         for (const char* name : {"vision", "prefix", "decoder"}) {
             const std::string path = bundle.graphFile(name);
             OrtSession* session = nullptr;

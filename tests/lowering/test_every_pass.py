@@ -25,6 +25,7 @@ from ivc_export.lowering.join_decode import join_decode
 from ivc_export.lowering.onnxruntime.accuracy import SetAccuracyPass
 from ivc_export.lowering.onnxruntime.attention import UseFusedAttentionPass
 from ivc_export.lowering.onnxruntime.custom_operators import LIBRARY
+from ivc_export.lowering.onnxruntime.rotate_together import RotateTogetherPass
 from ivc_export.lowering.onnxruntime.split_bytes import SplitBytesPass
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.lowering.precision.scale_residuals import ScaleResidualsPass
@@ -39,6 +40,7 @@ Passes = Callable[[], Sequence[ir.passes.PassBase]]
 PASSES: dict[str, Passes] = {name: one.passes for name, one in LOWERINGS.items()} | {
     "float16 as TensorRT gets it": lambda: (RetypeFloatsPass("float16"), ScaleResidualsPass(), WidenResidualsPass()),
     "accuracy of packed products": lambda: (SetAccuracyPass(4),),
+    "packed products of query, key and value": lambda: (RotateTogetherPass(),),
     "packed products of 8 bits": lambda: (SplitBytesPass(),),
     "retyped to what it is": lambda: (RetypeFloatsPass("float32"), WidenResidualsPass(), WidenFloatsPass()),
     "retyped and widened": lambda: (RetypeFloatsPass("bfloat16"), WidenFloatsPass(), WidenFloatsPass()),

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from ivc_export.bundle.bundle import Bundle
 from ivc_export.errors import UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe

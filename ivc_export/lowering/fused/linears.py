@@ -118,14 +118,16 @@ def only_reader(value: ir.Value) -> ir.Node | None:
     return users[0] if len(users) == 1 and not value.is_graph_output() else None
 
 
-def is_product(node: ir.Node, bits: Collection[int] = BITS) -> bool:
-    """Whether a node is a linear layer over a weight of floats [N, K], or over a packed weight of `bits` that a kernel
-    takes."""
+def is_product(node: ir.Node, bits: Collection[int] = BITS, packed: Collection[ir.DataType] = FLOATS[1:]) -> bool:
+    """Whether a node is a linear layer over a weight of floats [N, K], or over a packed weight of `bits`.
+
+    packed: dtypes of a packed weight's scales; by default those that our kernels take.
+    """
     constants = [value.const_value if value is not None else None for value in node.inputs[1:]]
     if node.domain == IVC_DOMAIN and node.op_type in PACKED_LINEARS:
         scales = node.inputs[2]
-        narrow = scales is not None and scales.dtype in FLOATS[1:]
-        return narrow and node.attributes["bits"].as_int() in bits and None not in constants
+        taken = scales is not None and scales.dtype in packed
+        return taken and node.attributes["bits"].as_int() in bits and None not in constants
     if node.domain != "" or node.op_type != "Gemm" or "transA" in node.attributes:
         return False
     transposed = node.attributes.get("transB")
@@ -169,23 +171,28 @@ def constant_row(graph: ir.Graph, value: ir.Value | None) -> ir.Value | None:
     return value if tensor is not None and len(tensor.shape) == 1 else None
 
 
-def product_of(graph: ir.Graph, value: ir.Value | None) -> BiasedProduct | None:
+def product_of(
+    graph: ir.Graph, value: ir.Value | None, packed: Collection[ir.DataType] = FLOATS[1:]
+) -> BiasedProduct | None:
     """The product that gives a value, with its bias."""
     total = made_by(value, "Add")
     node = (total.inputs[0] if total is not None else value).producer() if value is not None else None  # type: ignore[union-attr]
-    if node is None or not is_product(node):
+    if node is None or not is_product(node, packed=packed):
         return None
     found = product_at(graph, node)
     return found if found.result is value else None
 
 
-def join_projections(edit: Editor, attention: ir.Node, bits: Collection[int]) -> None:
-    """Let one product give the rows of query, key and value, if three products of the same rows give them."""
+def join_projections(
+    edit: Editor, attention: ir.Node, bits: Collection[int], packed: Collection[ir.DataType] = FLOATS[1:]
+) -> bool:
+    """Let one product give the rows of query, key and value, if three products of the same rows give them, and say
+    whether they do. packed: as in is_product."""
     rows = [rows_of(value) for value in attention.inputs[:3]]
-    products = [found for value in rows if (found := product_of(edit.graph, value)) is not None]
-    products = [one for one in products if is_product(one.node, bits)]
+    products = [found for value in rows if (found := product_of(edit.graph, value, packed)) is not None]
+    products = [one for one in products if is_product(one.node, bits, packed)]
     if len({one.node for one in products}) != 3 or len({one.kind for one in products}) != 1:
-        return
+        return False
     place = list(edit.graph).index
     first = min(products, key=lambda one: place(one.node)).node
     sizes = [one.columns for one in products]
@@ -202,6 +209,7 @@ def join_projections(edit: Editor, attention: ir.Node, bits: Collection[int]) ->
     for one, part in zip(products, parts, strict=True):
         edit.replace(one.result, part)
         remove_unread(one.node)
+    return True
 
 
 def rows_of(value: ir.Value | None) -> ir.Value | None:

@@ -27,6 +27,7 @@ from ivc_export.lowering.onnxruntime.accuracy import LEVELS, SetAccuracyPass
 from ivc_export.lowering.onnxruntime.activations import FuseActivationsPass
 from ivc_export.lowering.onnxruntime.attention import UseRotaryEmbeddingPass
 from ivc_export.lowering.onnxruntime.norms import FuseNormsPass
+from ivc_export.lowering.onnxruntime.rotate_together import RotateTogetherPass
 from ivc_export.lowering.onnxruntime.split_bytes import SplitBytesPass
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.failures import SMALLER, told
@@ -40,6 +41,14 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+
+SPINNING = {
+    "session.intra_op.allow_spinning": "1",
+    "session.intra_op.spin_duration_us": "50",
+    "session.force_spinning_stop": "1",
+}
+"""A thread that waits for work spins for so many microseconds, then sleeps: to wake it takes as long as a product of a
+small model. It stops when the run ends, because each graph has threads of its own."""
 
 
 class OnnxSession:
@@ -91,22 +100,22 @@ class OnnxSession:
         options.enable_mem_pattern = False  # one would be kept for each length that a prompt or a cache ever had
         if not self._prepacking:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        # otherwise the idle threads of two pools would spin against those of the working one
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        for key, value in SPINNING.items():
+            options.add_session_config_entry(key, value)
         options.add_session_config_entry(
             "session.use_device_allocator_for_initializers", "1"
         )  # just as large as they are
         source: str | bytes = str(path)
         passes: list[ir.passes.PassBase] = []
+        formats = {stored.format for stored in self.bundle.manifest.weight_formats.values()}
+        if "int8" in formats and not self.accuracy_level:
+            passes.append(SplitBytesPass())
+        if formats:  # with packed products, hundreds of small operators would take a third of a decode step
+            passes += [RotateTogetherPass(), UseRotaryEmbeddingPass(), FuseNormsPass(), FuseActivationsPass()]
         if self.bundle.manifest.dtype != self.dtype:
             passes.append(WidenFloatsPass())
-        formats = {stored.format for stored in self.bundle.manifest.weight_formats.values()}
         if formats and self.accuracy_level:
             passes.append(SetAccuracyPass(self.accuracy_level))
-        elif "int8" in formats:
-            passes.insert(0, SplitBytesPass())
-        if formats:  # with packed products, hundreds of small operators would take a third of a decode step
-            passes += [UseRotaryEmbeddingPass(), FuseNormsPass(), FuseActivationsPass()]
         if passes:
             source = self._rewritten(name, passes, options)
             gc.collect()  # the graph, whose nodes and values refer to each other: the next one takes its memory
@@ -124,11 +133,12 @@ class OnnxSession:
         return content
 
     def _give(self, model: ir.Model, options: SessionOptions) -> None:
-        """Pass weights that passes computed, and that no file has, in memory. Floats among them are small."""
+        """Pass weights that passes computed, and that no file has, in memory. Those in bfloat16, which are small and
+        which NumPy does not have, stay in the graph."""
         onnxruntime = load_onnxruntime()
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
-            if isinstance(tensor, ir.LazyTensor) and tensor.dtype == ir.DataType.UINT8:
+            if isinstance(tensor, ir.LazyTensor) and tensor.dtype != ir.DataType.BFLOAT16:
                 value.const_value = stand_in(self.bundle, name, tensor)
                 given = onnxruntime.OrtValue.ortvalue_from_numpy(mapped(tensor.numpy()))
                 options.add_external_initializers([name], [given])
@@ -158,7 +168,7 @@ class OnnxSession:
         return dict(zip(self._outputs[name], outputs, strict=True))
 
 
-def mapped(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def mapped(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """A copy in a file without a name, so that the system may drop its pages. onnxruntime reads it once, to rearrange
     it.
 
@@ -169,7 +179,7 @@ def mapped(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         with tempfile.TemporaryFile() as file:
             if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill the process when pages are written
                 os.posix_fallocate(file.fileno(), 0, array.nbytes)
-            place = np.memmap(file, np.uint8, "w+", shape=array.shape)
+            place = np.memmap(file, array.dtype, "w+", shape=array.shape)
     except OSError as error:
         advice = "make room in the folder for temporary files, or set TMPDIR to another folder"
         what = f"a temporary file of {decimal(array.nbytes)} cannot be written ({error.strerror})"

@@ -108,7 +108,7 @@ class JoinedCase:
                 near(kernels.to_host(found).view(x.dtype), answer, self.dtype)
 
     def run(self, kernels: Kernels) -> tuple[Array, Array, Array]:
-        """y and both caches afterwards, twice over the same counters."""
+        """y and both caches afterwards, twice over the same counters, with the same y bit by bit."""
         joined, rows, _held = self.structs(kernels)
         workspace = kernels.functions.ivcAttendJoinedWorkspace
         workspace.restype = ctypes.c_size_t
@@ -117,10 +117,13 @@ class JoinedCase:
         past = kernels.to_device(np.array([self.past_length], np.int32))
         caches = [on_device(kernels, x) for x in (self.key_cache, self.value_cache)]
         y = on_device(kernels, np.full((len(self.rows), self.heads * self.size), np.nan, self.rows.dtype))
+        answers = []
         for _ in range(2):
             pointers = [kernels.address(x) for x in (*caches, past, y, scratch, counters)]
             kernels.call("ivcAttendJoined", joined, rows, *map(ctypes.c_void_p, pointers))
             assert not kernels.to_host(counters).any()
+            answers.append(kernels.to_host(y).tobytes())
+        assert answers[0] == answers[1]
         found = [kernels.to_host(x).view(self.rows.dtype) for x in (y, *caches)]
         return found[0], found[1], found[2]
 

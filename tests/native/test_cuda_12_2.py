@@ -6,9 +6,11 @@ import re
 
 from tests.native.kernels import PLUGIN
 
-# Instructions by the version of PTX that brought them; CUDA 12.2 has 8.2. Of SM 80, but for bulk copies, fences,
-# griddepcontrol, mbarrier, setmaxnreg and wgmma, of SM 90.
+# Instructions by the version of PTX that brought them; CUDA 12.2 has 8.2. Of SM 80, but for barrier.cluster, bulk
+# copies, fences, griddepcontrol, mapa, mbarrier, setmaxnreg and wgmma, of SM 90.
 INSTRUCTIONS = {
+    "barrier.cluster.arrive.aligned": 7.8,
+    "barrier.cluster.wait.aligned": 7.8,
     "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes": 8.0,
     "cp.async.cg.shared.global": 7.0,
     "cp.async.commit_group": 7.0,
@@ -24,6 +26,7 @@ INSTRUCTIONS = {
     "ld.global.cg.v4.f32": 2.0,
     "ldmatrix.sync.aligned.m8n8.x4.shared.b16": 6.5,
     "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16": 6.5,
+    "mapa.u64": 7.8,
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": 7.0,
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": 7.0,
     "mbarrier.arrive.expect_tx.shared::cta.b64": 8.0,
@@ -44,11 +47,13 @@ CUDA_12_2 = 8.2
 # Calls of the runtime by the version of CUDA that brought them.
 CALLS = {
     "cudaDeviceGetAttribute": 2.2,
+    "cudaFuncGetAttributes": 1.0,
     "cudaFuncSetAttribute": 9.0,
     "cudaGetDevice": 1.0,
     "cudaGetDriverEntryPoint": 11.3,
     "cudaGetLastError": 1.0,
     "cudaLaunchKernelEx": 11.8,
+    "cudaOccupancyMaxActiveClusters": 11.8,
 }
 HEADERS = {"cuda.h", "cuda_bf16.h", "cuda_fp16.h", "cuda_runtime_api.h"}
 

@@ -17,10 +17,22 @@ def test_heads_are_split_normed_and_turned_as_in_float64(kernels: Kernels) -> No
         split_case(seed).check_split(kernels)
 
 
-def test_attention_over_joined_rows_agrees_with_float64(kernels: Kernels) -> None:
+# KiB of shared memory of a block of a cluster: no clusters, room for one tile of keys (SM 120), and for all (SM 90)
+CLUSTERS = [pytest.param(0, id="apart"), pytest.param(99, id="clusters of 99 KiB"), pytest.param(227, id="of 227 KiB")]
+
+
+def in_clusters(kernels: Kernels, kib: int) -> Kernels:
+    """The emulated kernels of a device where a block of a cluster has so much shared memory."""
+    return replace(kernels, stream=kernels.stream + 2 * kib)
+
+
+@pytest.mark.parametrize("kib", [CLUSTERS[0], CLUSTERS[2]])  # a block's keys are one tile
+def test_attention_over_joined_rows_agrees_with_float64(kernels: Kernels, kib: int) -> None:
+    cases = (joined_case(seed) for seed in range(kernels.stream, 500, 2))
     with np.errstate(all="ignore"):  # NaN and infinities stand where nothing may be read
-        for seed in range(kernels.stream, 500, 2):
-            joined_case(seed).check(kernels)
+        for case in cases:
+            if kib == 0 or (len(case.rows) == 1 and case.dtype != "float32"):  # others need no clusters
+                case.check(in_clusters(kernels, kib))
 
 
 def test_random_cases_hold_what_they_are_for() -> None:
@@ -39,15 +51,41 @@ def test_random_cases_hold_what_they_are_for() -> None:
     assert {c.layer().past % 64 for c in rows} >= {0, 1, 63}
 
 
+@pytest.mark.parametrize("kib", CLUSTERS)
 @pytest.mark.parametrize("size", [64, 128])
-def test_many_cached_rows_are_split_over_blocks(kernels: Kernels, size: int) -> None:
+def test_many_cached_rows_are_split_over_blocks(kernels: Kernels, size: int, kib: int) -> None:
     """Of one key-value head and of several, with as many keys as fill tiles and with one more or less."""
     generator = np.random.default_rng(size)
     case = next(c for c in map(joined_case, range(1, 500, 3)) if (c.size, len(c.rows), c.dtype) == (size, 1, "float16"))
     shape = (case.kv_heads, 4224, size)
     caches = [generator.standard_normal(shape).astype(np.float16) for _ in range(2)]
     for past in (0, 1, 63, 64, 65, 4000, 4159, 4223):
-        replace(case, key_cache=caches[0], value_cache=caches[1], past_length=past).check(kernels)
+        long = replace(case, key_cache=caches[0], value_cache=caches[1], past_length=past)
+        long.check(in_clusters(kernels, kib))
+
+
+@pytest.mark.parametrize("kv_heads", [8, 9, 40, 130])  # more than 8 have no clusters
+def test_keys_of_many_heads_are_split_over_blocks(kernels: Kernels, kv_heads: int) -> None:
+    generator = np.random.default_rng(kv_heads)
+    case = next(c for c in map(joined_case, range(1, 500, 3)) if (c.size, len(c.rows), c.dtype) == (64, 1, "float16"))
+    heads = replace(case, heads=kv_heads, kv_heads=kv_heads, rows=generator.standard_normal((1, 3 * kv_heads * 64)))
+    caches = [generator.standard_normal((kv_heads, 300, 64)).astype(np.float16) for _ in range(2)]
+    rows = replace(heads, rows=heads.rows.astype(np.float16), key_cache=caches[0], value_cache=caches[1])
+    for past in (0, 1, 127, 128, 299):
+        replace(rows, past_length=past).check(in_clusters(kernels, 227))
+
+
+@pytest.mark.parametrize("kib", CLUSTERS)
+def test_keys_whose_scores_are_all_minus_infinity_get_no_weight(kernels: Kernels, kib: int) -> None:
+    """Also where they are all keys of a warp or a block."""
+    case = next(c for c in map(joined_case, range(1, 500, 3)) if (len(c.rows), c.dtype, c.size) == (1, "bfloat16", 64))
+    plain = replace(case, cos=None, sin=None, query_norm=None, key_norm=None, rows=np.ones_like(case.rows))
+    shape = (case.kv_heads, 200, 64)
+    generator = np.random.default_rng(1)
+    keys, values = (generator.standard_normal(shape).astype(case.rows.dtype) for _ in range(2))
+    keys[:, 40:150] = -3e38
+    with np.errstate(all="ignore"):
+        replace(plain, key_cache=keys, value_cache=values, past_length=199).check(in_clusters(kernels, kib))
 
 
 def test_impossible_rows_are_refused(kernels: Kernels) -> None:

@@ -40,6 +40,19 @@ __global__ void __launch_bounds__(S::kThreads) attendRowKernel(const __grid_cons
 #endif
 }
 
+template <class Value, class S>
+__global__ void __launch_bounds__(S::kThreads, S::kLeastBlocks)
+    attendTogetherKernel([[maybe_unused]] const __grid_constant__ AttendTogether r) {
+#ifdef IVC_CLUSTERS
+    extern __shared__ __align__(128) char shared[];
+    Block block;
+    const Together<Value, S> together(
+        block, shared, r, static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.x));
+    together.attend([&](int32_t rank) { return block.inBlock(shared, rank); });
+    together.finish();
+#endif
+}
+
 struct Launch {
     cudaStream_t stream;
 
@@ -58,6 +71,17 @@ struct Launch {
         if (allowed != cudaSuccess) return allowed;
         const dim3 grid(static_cast<unsigned>(r.a.kvHeads), static_cast<unsigned>(r.a.splits));
         return launchEarly(kernel, grid, S::kThreads, stream, r, kBytes);
+    }
+
+    template <class Value, class S>
+    cudaError_t together(const AttendTogether& r) const {
+        const int bytes = Together<Value, S>::sharedBytes(r);
+        const auto kernel = attendTogetherKernel<Value, S>;
+        const cudaError_t allowed = allowShared(kernel, bytes);
+        if (allowed != cudaSuccess) return allowed;
+        if (!runsInClusters(kernel, r.blocks, S::kThreads, bytes)) return row<Value, OneRow<S::kDepth>>(r);
+        const dim3 grid(static_cast<unsigned>(r.blocks), static_cast<unsigned>(r.a.kvHeads));
+        return launchEarly(kernel, grid, S::kThreads, stream, r, bytes, r.blocks);
     }
 
     template <class Value, Sight kSight, class S>
@@ -142,8 +166,10 @@ size_t ivcAttendJoinedWorkspace(const IvcJoined* c) {
 cudaError_t ivcAttendJoined(const IvcJoined* c, const IvcJoinedRows* rows, void* keyCache, void* valueCache,
     const int32_t* pastLength, void* y, void* workspace, int32_t* counters, cudaStream_t stream) {
     bool tensorCores = false;
-    const cudaError_t known = hasTensorCores(tensorCores);
+    int clusterBytes = 0;
+    cudaError_t known = hasTensorCores(tensorCores);
+    if (known == cudaSuccess) known = sharedOfClusters(clusterBytes);
     if (known != cudaSuccess) return known;
     return attendJoined<__half, __nv_bfloat16>(*c, *rows, keyCache, valueCache, pastLength, y, workspace, counters,
-        tensorCores, cudaErrorInvalidValue, Launch{stream});
+        tensorCores, clusterBytes, cudaErrorInvalidValue, Launch{stream});
 }

@@ -1,5 +1,5 @@
 // Attention of a decode step in one launch. It splits the heads of one row, normalises and rotates them, appends key
-// and value to the caches, and attends to the caches.
+// and value to the caches, and attends to the caches. From SM 90 on, attend_together.h does the same, by parts of this.
 //
 // The cached keys are split over blocks. Every block rotates the queries of its key-value head itself. The block with
 // the last keys also rotates and appends the row's own key. Each block writes its partial result, and the last block of
@@ -94,6 +94,18 @@ struct RowAttention {
         });
     }
 
+    // Makes zeros of the tile's queries after the last, so that no result depends on what shared memory held before.
+    IVC_WARP static void clear(Block& block, char* shared, int32_t group) {
+        block.each([&](int warp) {
+            eachLane([&](int lane) {
+                for (int i = group * S::kChunks + warp * kWarp + lane; i < S::kQueries * S::kChunks; i += S::kThreads) {
+                    char* to = shared + S::template at<S::kQueries>(i / S::kChunks, i % S::kChunks);
+                    *reinterpret_cast<Vector16*>(to) = Vector16{};
+                }
+            });
+        });
+    }
+
     // Puts the row's own key and value at their place in the last tile.
     IVC_WARP static void place(Block& block, const Tiles& tiles, const Fresh& fresh, int32_t row, int stage) {
         block.each([&](int warp) {
@@ -126,6 +138,7 @@ struct RowAttention {
         };
         tiles.loadKeys(tile(from, past), 0);
         tiles.loadValues(tile(from, past), 0);
+        clear(block, shared, a.group);
         awaitKernelBefore();  // for the row; caches and their length are from before the step, or of its first kernel
         RowAttention::split(block, shared, fresh, r, head, past, to == tileCount);
         PerWarp<Found<S>, S::kWarps> found;

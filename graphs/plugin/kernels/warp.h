@@ -41,6 +41,10 @@ struct Product {
 #define IVC_TENSOR_CORES 1
 #endif
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define IVC_CLUSTERS 1
+#endif
+
 template <class T>
 struct Lane {
     T value;
@@ -118,6 +122,27 @@ struct Block {
 #endif
     }
 
+    // A barrier for all threads of a cluster, in two steps. What they write before the first can be read after the second.
+    __device__ __forceinline__ void arriveAtCluster() const {
+#ifdef IVC_CLUSTERS
+        asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+#endif
+    }
+    __device__ __forceinline__ void awaitCluster() const {
+#ifdef IVC_CLUSTERS
+        asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+    }
+
+    // The address of shared memory of this block in block `rank` of its cluster.
+    __device__ __forceinline__ char* inBlock(char* shared, [[maybe_unused]] int32_t rank) const {
+        char* found = shared;
+#ifdef IVC_CLUSTERS
+        asm("mapa.u64 %0, %1, %2;" : "=l"(found) : "l"(shared), "r"(rank));
+#endif
+        return found;
+    }
+
     // Lets products of groups of warps read, after the next barrier, what this thread has copied.
     __device__ __forceinline__ void showCopies() const {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -180,6 +205,12 @@ __device__ __forceinline__ void exchange(Lane<float>& to, const Lane<float>& x, 
 // Gives every lane the `x` of lane `lane`.
 __device__ __forceinline__ void spread(Lane<float>& to, const Lane<float>& x, int lane) {
     to.value = __shfl_sync(0xffffffffu, x.value, lane);
+}
+
+// Gives each lane the `x` of lane `from(lane)`.
+template <class From>
+__device__ __forceinline__ void gather(Lane<float>& to, const Lane<float>& x, From from) {
+    to.value = __shfl_sync(0xffffffffu, x.value, from(static_cast<int>(threadIdx.x) % kWarp));
 }
 
 // Reads what other blocks of the same launch have written.
@@ -298,6 +329,9 @@ struct Block {
         }
     }
 
+    void arriveAtCluster() const {}
+    void awaitCluster() const {}
+
     void showCopies() {}
 };
 
@@ -362,6 +396,12 @@ inline void exchange(Lane<float>& to, const Lane<float>& x, int mask) {
 inline void spread(Lane<float>& to, const Lane<float>& x, int lane) {
     const float value = x[lane];
     for (int i = 0; i < kWarp; ++i) to[i] = value;
+}
+
+template <class From>
+inline void gather(Lane<float>& to, const Lane<float>& x, From from) {
+    const Lane<float> all = x;
+    for (int lane = 0; lane < kWarp; ++lane) to[lane] = all[from(lane)];
 }
 
 inline float fromOthers(const float* from) { return *from; }

@@ -1,6 +1,6 @@
 // Runs the algorithms of the kernels on the host, block after block and thread after thread, so that they are tested
 // without a GPU. The functions have the signatures of the kernels' functions, except that the stream gives the order:
-// 0, or 1 for backwards.
+// 0, or 1 for backwards. For ivcAttendJoined, twice the KiB of shared memory of a block of a cluster are added to it.
 #include <stddef.h>
 #include <stdlib.h>
 
@@ -180,7 +180,12 @@ struct Attending {
 };
 
 struct Joining : Attending {
-    explicit Joining(bool backwards) : Attending{backwards} {}
+    int before = 0;  // what shared memory holds at first: NaN, and in every second call large numbers
+
+    explicit Joining(bool backwards) : Attending{backwards} {
+        static int calls = 0;
+        before = calls++ % 2 == 0 ? 0xff : 0x7b;
+    }
 
     template <class Value>
     int turn(const Turn& t) const {
@@ -196,10 +201,32 @@ struct Joining : Attending {
         using Row = RowAttention<Value, S>;
         std::vector<Vector16> shared(Row::kSharedBytes / sizeof(Vector16));
         launch(r.a.kvHeads, r.a.splits, 1, backwards, [&](int head, int split, int) {
-            memset(shared.data(), 0xff, Row::kSharedBytes);  // NaN
+            memset(shared.data(), before, Row::kSharedBytes);
             Block block{S::kWarps, backwards};
             Row::run(block, reinterpret_cast<char*>(shared.data()), r, head, split);
         });
+        return 0;
+    }
+
+    template <class Value, class S>
+    int together(const AttendTogether& r) const {
+        const size_t each = (Together<Value, S>::sharedBytes(r) + 127) / 128 * 128 / sizeof(Vector16);
+        std::vector<Vector16> shared(each * r.blocks);
+        const auto of = [&](int32_t rank) { return reinterpret_cast<char*>(shared.data() + rank * each); };
+        for (int head = 0; head < r.a.kvHeads; ++head) {
+            memset(shared.data(), before, shared.size() * sizeof(Vector16));
+            for (const bool finishes : {false, true}) {
+                launch(r.blocks, 1, 1, backwards, [&](int rank, int, int) {
+                    Block block{S::kWarps, backwards};
+                    const Together<Value, S> one(block, of(rank), r, head, rank);
+                    if (finishes) {
+                        one.finish();
+                    } else {
+                        one.attend(of);
+                    }
+                });
+            }
+        }
         return 0;
     }
 };
@@ -425,9 +452,9 @@ int ivcTurnHeads(const IvcJoined* c, const IvcJoinedRows* rows, void* q, void* k
 size_t ivcAttendJoinedWorkspace(const IvcJoined* c) { return workspaceOf(*c, true); }
 
 int ivcAttendJoined(const IvcJoined* c, const IvcJoinedRows* rows, void* keyCache, void* valueCache,
-    const int32_t* pastLength, void* y, void* workspace, int32_t* counters, size_t backwards) {
-    return attendJoined<Float16, BFloat16>(*c, *rows, keyCache, valueCache, pastLength, y, workspace, counters, true, 1,
-        Joining(backwards != 0));
+    const int32_t* pastLength, void* y, void* workspace, int32_t* counters, size_t stream) {
+    return attendJoined<Float16, BFloat16>(*c, *rows, keyCache, valueCache, pastLength, y, workspace, counters, true,
+        static_cast<int>(stream / 2 * 1024), 1, Joining(stream % 2 != 0));
 }
 
 int ivcScalePixels(const IvcPixels* extents, const uint8_t* levels, float* pixels, size_t backwards) {

@@ -19,7 +19,9 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.families.pictures import Grid
+from ivc_export.runtime.chat import Sampling, generate
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
+from ivc_export.runtime.onnxruntime.session_options import replays_alone
 from ivc_export.verify.testdata import draw_picture, make_prompt
 from samples.make_sample import make_checkpoint
 from samples.tiny import wide
@@ -115,3 +117,25 @@ def test_small_pictures_are_captured_to_the_bit(golden_bundle: Bundle, library: 
         pictures = [draw(golden_bundle, 10 * turn + i, *size) for i, size in enumerate(prompt)]
         same(ask(session, pictures), ask(launched, pictures))
     assert session.captures_vision and len(session._captured) == 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_steps_that_run_ahead_answer_the_same(library: Path, tmp_path: Path, tied: bool) -> None:
+    """By turns in two conversations, and after answers that end at a stop token. Without tied embeddings the device
+    reads them in host memory."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", wide("qwen2_vl", heads=4) | {"tie_word_embeddings": tied})
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="float16"))
+    _, tokens, picture = make_prompt(bundle, draw_picture())
+    sessions = [FusedSession(bundle, "cuda", graph, library) for graph in (True, False)]
+    assert [one.runs_ahead for one in sessions] == [replays_alone(onnxruntime.__version__), False]
+    found: list[list[int]] = []
+    for session in sessions:
+        first, second = session.converse(0.4), session.converse(1.0, 400)
+        said = list(generate(first, tokens, [picture], Sampling(max_tokens=40), ()))
+        for left in (first, second):
+            said += generate(left, tokens, [picture], Sampling(max_tokens=20), said[5:6])
+            said += generate(left, [5, 6, 7], [], Sampling(max_tokens=9), ())
+        turns = [generate(left, [9], [], Sampling(max_tokens=30), ()) for left in (first, second)]
+        said += [token for pair in zip(*turns, strict=True) for token in pair]
+        found.append(said)
+    assert found[0] == found[1]

@@ -14,6 +14,7 @@ from ivc_export.errors import TooLongError, UserError
 from ivc_export.exporter.pipeline import export
 from ivc_export.exporter.recipe import ExportRecipe
 from ivc_export.runtime.chat import Sampling, generate
+from ivc_export.runtime.onnxruntime import small_graphs
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
 from ivc_export.runtime.onnxruntime.session_options import replays_alone
 from ivc_export.runtime.onnxruntime.stream import Mark, Stream
@@ -48,6 +49,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """With tied embeddings, and a layer that keeps all rows."""
     folder, config = tmp_path_factory.mktemp("tied"), wide("qwen2_vl", heads=4) | {"tie_word_embeddings": True}
     return export(ExportRecipe(make_checkpoint(folder / "checkpoint", config), folder / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("untied")
+    return export(ExportRecipe(make_checkpoint(folder / "checkpoint", wide("qwen2_vl", heads=4)), folder / "bundle"))
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +135,37 @@ def test_where_replays_wait_each_step_does(bundle: Bundle, library: Path, plain:
     said = [answer(one, token, 5) for one in conversations]
     assert said[0] == said[1]
     assert session.notes == ["waits"] * 5
+
+
+@pytest.mark.parametrize("scarce", [False, True])
+def test_without_tied_embeddings_the_table_is_shared(
+    untied: Bundle, library: Path, scarce: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So steps run ahead. Where host memory is scarce, each step gets the row of its token, and is waited for."""
+    table = untied.manifest.embedding.shape
+    free = 4 * 4 * table[0] * table[1]
+    monkeypatch.setattr(small_graphs, "available_bytes", lambda: free - scarce)
+    monkeypatch.setattr(small_graphs, "SHARED_ROWS", 100)
+    session, plain = Watched(untied, library), FusedSession(untied, "cpu")
+    assert session.runs_ahead == bool(session.table) != scarce
+    _, tokens, picture = make_prompt(untied, draw_picture())
+    answers = [
+        list(generate(one.converse(0.4), tokens, [picture], Sampling(max_tokens=9), ())) for one in (session, plain)
+    ]
+    assert answers[0] == answers[1] and len(set(answers[0])) > 1
+    assert session.notes == ["waits" if scarce else "begins"] * 8
+    inputs = {value.name for value in session._sessions["decode"].get_inputs()}
+    assert ({"row", "table", "before"} & inputs) == ({"row"} if scarce else {"table", "before"})
+
+
+def test_a_table_of_another_dtype_is_not_shared(tmp_path: Path, library: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", wide("qwen2_vl", heads=4))
+    bundle = export(ExportRecipe(checkpoint, tmp_path / "bundle", dtype="float16"))
+    assert small_graphs.shared_table(bundle, "float32", library) is None
+    found = small_graphs.shared_table(bundle, "float16", library)
+    assert found is not None
+    tokens = np.arange(found.shape[0], dtype=np.int32)
+    np.testing.assert_array_equal(found.owner, bundle.embed(tokens, np.dtype(np.float16)))
 
 
 def test_a_step_begins_before_the_answer_of_the_one_before(session: Watched, monkeypatch: pytest.MonkeyPatch) -> None:

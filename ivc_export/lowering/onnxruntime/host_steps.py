@@ -12,8 +12,8 @@ from ivc_export.contract.graphs import TensorName
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.lowering.edit import Editor, made_by, numbers, remove_unused
 
-STEP, ROW, BEFORE, WANTED, BEST, TOLD = "step", "row", "before", "wanted", "best", "told"
-"""Inputs that replace all others except caches. All are in host memory."""
+STEP, ROW, TABLE, BEFORE, WANTED, BEST, TOLD = "step", "row", "table", "before", "wanted", "best", "told"
+"""Inputs that replace all others except caches. All are in host memory, but the device reads `table` by its address."""
 
 NO_TOKEN = -1
 """Instead of a step's token: it takes the best of the step before."""
@@ -32,7 +32,7 @@ class Table:
     tensor: ir.TensorProtocol
 
 
-def take_host_steps(model: ir.Model, table: Table | None, hidden: int) -> bool:
+def take_host_steps(model: ir.Model, table: Table | str | None, hidden: int) -> bool:
     """Let a decode graph of the `ort-cuda-ops` lowering read its inputs from host memory and write the best token
     there.
 
@@ -42,6 +42,8 @@ def take_host_steps(model: ir.Model, table: Table | None, hidden: int) -> bool:
     int32 [2], `best` of the step before, whose token is taken if step has NO_TOKEN; and, without a table, row [1, 1,
     hidden], the token's embedding. Where the row is read, it is scaled, and cosines and sines are computed. logits stay
     an output.
+
+    table: an initializer, or the name of one more input, [vocab, hidden].
 
     Returns whether it was possible. It is only for graphs of the known form; others stay unchanged.
     """
@@ -64,20 +66,18 @@ def take_host_steps(model: ir.Model, table: Table | None, hidden: int) -> bool:
     before = ir.val(BEFORE, dtype=ir.DataType.INT32, shape=[2]) if table else None
     frequencies = ir.tensor(angles.frequencies[:, None].astype(np.float32), name=STEP_FREQUENCIES)
     add_initializer(graph, STEP_FREQUENCIES, frequencies)
-    if table and table.name not in graph.initializers:
-        add_initializer(graph, table.name, table.tensor)
-    inputs = [
-        step,
-        graph.initializers[STEP_FREQUENCIES],
-        graph.initializers[table.name] if table else None,
-        row,
-        before,
-    ]
+    given = ir.val(table, dtype=dtype, shape=["vocab", hidden]) if isinstance(table, str) else None
+    rows = given
+    if isinstance(table, Table):
+        if table.name not in graph.initializers:
+            add_initializer(graph, table.name, table.tensor)
+        rows = graph.initializers[table.name]
+    inputs = [step, graph.initializers[STEP_FREQUENCIES], rows, row, before]
     outputs = 3 + len(lengths)
     embeds, cos, sin, *found = edit.op(first, "TakeStep", *inputs, outputs=outputs, domain=IVC_DOMAIN, scale=scale)
     for old, new in zip((scaled, *angles.tables, *lengths), (embeds, cos, sin, *found), strict=True):
         old.replace_all_uses_with(new)
-    added = [step, *answered(edit, logits, told), *(value for value in (row, before) if value is not None)]
+    added = [step, *answered(edit, logits, told), *(value for value in (row, given, before) if value is not None)]
     caches = [value for value in graph.inputs if TensorName.of(value.name).role == "past"]
     remove_unused(model.graph)
     graph.inputs[:] = [*added, *caches]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.graphs import deepstack_names
 from ivc_export.errors import TooLongError, UserError
-from ivc_export.lowering.onnxruntime.host_steps import ANSWER, NO_TOKEN
+from ivc_export.lowering.onnxruntime.host_steps import ANSWER, NO_TOKEN, TABLE
 from ivc_export.runtime.cache import check_capacity
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn, check_numbers, no_numbers
@@ -107,7 +107,7 @@ class FusedSession(PictureGraphs):
                 m = self.bundle.manifest
                 if not self.host_steps:
                     return Workspace.make(m, rows, self.dtype, self.value)
-                hosts = HostStep.make(m, self.dtype, self._gathers, self.shared)
+                hosts = HostStep.make(m, self.dtype, self.reads_table, self.shared)
                 stream = self.stream if self.runs_ahead else None
                 return Workspace.make_on_host(m, rows, self.dtype, self.value, hosts, stream)
 
@@ -373,7 +373,8 @@ class FusedConversation(Conversation):
         session, cache, bindings = self.session, workspace.cache, workspace.bindings
         if cache.swapped not in bindings:
             outputs = cache.outputs() | {"logits": workspace.logits}
-            binding = session.bind("decode", workspace.step | cache.inputs(), outputs)
+            inputs = workspace.step | cache.inputs() | ({TABLE: session.table} if session.table else {})
+            binding = session.bind("decode", inputs, outputs)
             bindings[cache.swapped] = (binding, next(session.captures))
         session.run_bound("decode", *bindings[cache.swapped], wait=wait)
 

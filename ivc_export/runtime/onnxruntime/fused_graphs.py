@@ -21,7 +21,7 @@ from ivc_export.dtypes import FloatName, cast
 from ivc_export.errors import UserError
 from ivc_export.lowering import lower
 from ivc_export.lowering.join_decode import join_decode
-from ivc_export.lowering.onnxruntime.host_steps import Table, give_answer, take_host_steps
+from ivc_export.lowering.onnxruntime.host_steps import TABLE, Table, give_answer, take_host_steps
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.onnxruntime.given import stand_in
@@ -35,7 +35,7 @@ from ivc_export.runtime.onnxruntime.library import (
 from ivc_export.runtime.onnxruntime.pixel_types import pixel_bounds, take_float32
 from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU, NO_ROOM, cuda_options, register, replays_alone
 from ivc_export.runtime.onnxruntime.shared_memory import shared_array
-from ivc_export.runtime.onnxruntime.small_graphs import rows_graph, table_graph, tied_table
+from ivc_export.runtime.onnxruntime.small_graphs import rows_graph, shared_table, table_graph, tied_table
 from ivc_export.runtime.onnxruntime.staging import Staging
 from ivc_export.runtime.onnxruntime.stream import Place, Stream
 from ivc_export.runtime.onnxruntime.weights_memory import WeightsMemory, large_weights, view
@@ -106,10 +106,15 @@ class FusedGraphs:
         models = {name: self.lowered(name, self.lowering) for name in GRAPH_NAMES}
         take_float32(models["vision"])
         tied = tied_table(bundle, models["decoder"])
-        decode = self._decode(tied)
-        self.answers = self.host_steps and give_answer(models["decoder"])  # whether prefills end there, too
         if op_library:
             register(op_library, onnxruntime.SessionOptions())  # which says why it does not load
+        alone = provider == "cpu" or (cuda_graph and replays_alone(onnxruntime.__version__))
+        self.table = shared_table(bundle, self.dtype, op_library) if op_library and alone and not tied else None
+        """The embedding table where decode steps have it as an input: in host memory that the device reads."""
+        decode = self._decode(TABLE if self.table else tied)
+        if not self.host_steps:
+            self.table = None
+        self.answers = self.host_steps and give_answer(models["decoder"])  # whether prefills end there, too
         self.stream = Stream(op_library) if op_library else None
         """On which all sessions run, so that the host need not wait between them."""
         self._pending: list[Any] = []
@@ -132,9 +137,11 @@ class FusedGraphs:
             if not (self.cuda_graph and NOT_CAPTURED in str(error)):
                 raise
             self.cuda_graph = False  # onnxruntime cannot capture a graph with a part on the host
+            self.table, alone = None, False
             self._sessions["decode"] = self._open(self._decode(tied))
-        alone = provider == "cpu" or (self.cuda_graph and replays_alone(onnxruntime.__version__))
-        self.runs_ahead = self.host_steps and tied is not None and alone
+        self.reads_table = tied is not None or self.table is not None
+        """Whether the device reads embeddings of decode steps itself."""
+        self.runs_ahead = self.host_steps and self.reads_table and alone
         """Whether a decode step can be given to the device before the answer of the step before is seen."""
         self._gathers, self._table = tied is not None, tied.name if tied else ""
         if not self._staging:
@@ -157,7 +164,7 @@ class FusedGraphs:
         """The graph of decode steps."""
         return self._lower(join_decode(self.bundle.graph("prefix"), self.bundle.graph("decoder")), self.lowering)
 
-    def _decode(self, table: Table | None) -> ir.Model:
+    def _decode(self, table: Table | str | None) -> ir.Model:
         """The same as it is opened."""
         model = self._joined()
         if self.op_library:

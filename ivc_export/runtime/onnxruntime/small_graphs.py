@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,17 @@ import onnx_ir as ir
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.contract.names import IR_VERSION, OPSET
 from ivc_export.contract.preprocessing import Scaling
+from ivc_export.dtypes import FloatName
+from ivc_export.errors import UserError
 from ivc_export.lowering.onnxruntime.host_steps import Table
+from ivc_export.runtime.onnxruntime.shared_memory import shared_array
+from ivc_export.runtime.onnxruntime.stream import Place
+from ivc_export.tensorrt.memory import available_bytes
 
 INT64 = ir.DataType.INT64
+
+SHARED_ROWS = 4096
+"""Rows of the embedding table that are copied at a time."""
 
 
 def pixels_graph(scaling: Scaling) -> ir.Model:
@@ -62,6 +72,22 @@ def tied_table(bundle: Bundle, decoder: ir.Model) -> Table | None:
             lowered = decoder.graph.initializers.get(name)
             if stored.offset == table.offset and lowered is not None and lowered.const_value is not None:
                 return Table(name, lowered.const_value)
+    return None
+
+
+def shared_table(bundle: Bundle, dtype: FloatName, library: Path) -> Place | None:
+    """The embedding table in host memory that the device reads, if it is stored in this dtype and memory is not scarce:
+    at most a quarter of what programs can still allocate."""
+    table, free = bundle.manifest.embedding, available_bytes()
+    size = int(np.prod(table.shape)) * np.dtype(dtype).itemsize
+    if table.dtype != dtype or (free is not None and 4 * size > free):
+        return None
+    with suppress(UserError):
+        rows = shared_array(library, table.shape, dtype)
+        for start in range(0, len(rows), SHARED_ROWS):
+            tokens = np.arange(start, min(start + SHARED_ROWS, len(rows)), dtype=np.int32)
+            rows[tokens] = bundle.embed(tokens, np.dtype(dtype))
+        return Place(rows.ctypes.data, rows.shape, rows.dtype, rows)
     return None
 
 

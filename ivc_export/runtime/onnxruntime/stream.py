@@ -27,11 +27,12 @@ TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int
 
 @dataclass(frozen=True)
 class Place:
-    """An array in the device's memory, at an address."""
+    """An array in the device's memory, at an address. owner: what the memory is freed with, if this place keeps it."""
 
     address: int
     shape: tuple[int, ...]
     dtype: npt.DTypeLike
+    owner: object = None
 
 
 def address_of(value: OrtValue | Place) -> int:

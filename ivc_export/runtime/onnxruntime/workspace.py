@@ -198,8 +198,8 @@ def whole_layers(m: Manifest) -> tuple[str, ...]:
 class HostStep:
     """The inputs and results of a decode step, in host memory that the device also reads and writes.
 
-    row exists only if the embedding table is not on the device, and before, the step before's best, only if it is. See
-    lowering.onnxruntime.host_steps.
+    row exists only if the device does not read the embedding table, and before, the step before's best, only if it
+    does. See lowering.onnxruntime.host_steps.
     """
 
     step: npt.NDArray[np.int32]
@@ -221,7 +221,7 @@ class HostStep:
         m: Manifest, dtype: FloatName, gathered: bool, shared: Callable[..., npt.NDArray[Any]]
     ) -> tuple[HostStep, HostStep]:
         """Make two of zeros, for steps by turns: each is the step before the other. Only one of them may want logits at
-        a time. shared: makes memory of a shape and a type. gathered: whether rows come from a table.
+        a time. shared: makes memory of a shape and a type. gathered: whether the device reads the table.
         """
         size = 1 + len(m.rotary.sections) + 1 + bool(whole_layers(m))
         told, bests = shared((m.decoder.vocab_size,), np.float32), [shared((2,), np.int32) for _ in range(2)]

@@ -59,6 +59,14 @@ def test_scores_may_grow_from_key_to_key(encoders: Kernels, dtype: str, step: fl
     EncoderCase(q, k, v, dtype, "by head").check(encoders)
 
 
+@pytest.mark.parametrize("size", ENCODER_SIZES)
+def test_frames_are_longer_than_shared_memory(encoders: Kernels, size: int) -> None:
+    """Tiles of keys take the places of earlier ones."""
+    generator = np.random.default_rng(size)
+    q, k, v = (generator.standard_normal((1, 1, 601, size)).astype(np.float16) for _ in range(3))
+    EncoderCase(q, k, v, "float16", "by head").check(encoders)
+
+
 def test_random_cases_hold_what_they_are_for() -> None:
     decoders = [decoder_case(seed) for seed in range(500)]
     assert {(c.q.shape[2], c.dtype, c.layout) for c in decoders if c.dtype != "float32"} == {

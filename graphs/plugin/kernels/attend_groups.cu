@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "attend_grouped.h"
 #include "attend_launch.h"
 
 namespace ivc {

@@ -4,7 +4,6 @@
 #include <initializer_list>
 
 #include "attend.h"
-#include "attend_grouped.h"
 #include "attend_plain.h"
 
 namespace ivc {
@@ -21,14 +20,7 @@ using ManyQueries = Shape<kDepth, kDepth == 128 ? 1 : 2, 4, 1, 64, 1>;
 // Tiles of an encoder.
 template <int kDepth>
 using Patches = Shape<kDepth, kDepth == 128 ? 1 : 2, 4, 1, 64, 1>;
-// The same for SM 90, for heads of 72 and 80. On an H200, microseconds for 16 heads of 80 at 1,024, 4,096 and 16,384
-// patches:
-//     Patches                                   35    292   4,324
-//     these, of 256 queries                     39    212   2,840
-//     all threads copy, and wait at a barrier   45    263   3,644
-//     PyTorch's, which is cuDNN's               19    201   3,393
-// Slower, too: 64 keys; pieces of 128 bytes; a warp with one band of queries and no order of groups.
-using GroupedPatches = GroupedShape<80, 2, 80, 4>;
+constexpr int kGroupedQueries = 256;      // of a block of attend_grouped.h
 constexpr int kLeastGroupedBlocks = 128;  // with fewer, multiprocessors have nothing to do
 
 constexpr int kMostFewQueries = 64;
@@ -189,19 +181,12 @@ auto launchEncoder(const IvcEncoder& c, const Attend& a, bool tensorCores, Launc
                            : launchEncoder<Half, Brain, Sight::kFrame>(c, a, tensorCores, launch);
 }
 
-// Whether launchGroups takes a call, and whether it is then the faster way.
+// Whether launchGroups (attend_grouped.h) takes a call, and whether it is then the faster way.
 inline bool takesGroups(const IvcEncoder& c) {
     return c.type != IVC_FLOAT32 && c.blockSize == 0 && (c.headDim == 72 || c.headDim == 80);
 }
 inline bool fasterInGroups(const IvcEncoder& c) {
-    return static_cast<int64_t>(ceilDiv(c.rows, GroupedPatches::kQueries)) * c.heads * c.frames >= kLeastGroupedBlocks;
-}
-
-// The same as launchEncoder where groups of warps can multiply together.
-template <class Half, class Brain, class Launch>
-auto launchGroups(const IvcEncoder& c, const Attend& a, Launch launch) {
-    return c.type == IVC_FLOAT16 ? launch.template grouped<Half, GroupedPatches>(a)
-                                 : launch.template grouped<Brain, GroupedPatches>(a);
+    return static_cast<int64_t>(ceilDiv(c.rows, kGroupedQueries)) * c.heads * c.frames >= kLeastGroupedBlocks;
 }
 
 // The grid of a kernel that works by tiles.

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <memory>
 
+#include "../kernels/attend_grouped.h"
 #include "../kernels/attend_plan.h"
 #include "../kernels/packed_plan.h"
 #include "../kernels/joined_plan.h"

@@ -459,7 +459,7 @@ def test_what_is_said_of_runs_on_two_threads_was_measured() -> None:
     check_said(
         "docs/weights.md",
         f"medians over {content['rounds']} rounds on two cores",
-        f"three runs gave {min(four):.1f} to {max(four):.1f} times float32's speed at level 4, and {min(none):.1f} to "
+        f"four runs gave {min(four):.1f} to {max(four):.1f} times float32's speed at level 4, and {min(none):.1f} to "
         f"{max(none):.1f} times at level 0",
     )
 

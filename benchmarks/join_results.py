@@ -92,7 +92,7 @@ def join_generate(options: argparse.Namespace) -> dict[str, Any]:
     assert found is not None
     if profile := read(options.profile):
         found["profiles"] = profile["profiles"]
-        found |= {"profile_rows": profile["rows"], "profile_command": profile["command"]}
+        found["profile_command"] = profile["command"]
     for name in ("beside", "long"):
         if other := read(getattr(options, name)):
             found[name] = some(other, "command", "settings", "sides", "rows", "failures")

@@ -17,9 +17,10 @@ KERNELS = {
         "FewInt4",
         "FewPacked",
         "OneRowPacked",
+        "stagedKernel",
         "MatMulFloat8bKernel",
     ),
-    "attention": ("sdpa", "lean_reduction", "attendKernel", "attendRowKernel", "combineKernel"),
+    "attention": ("sdpa", "lean_reduction", "attendKernel", "attendRowKernel", "attendTogetherKernel", "combineKernel"),
     "copies to the device": ("Memcpy HtoD",),
     "rotations": ("RotaryEmbedding", "UnpackRoPEAppend", "turnKernel"),
     "activations": ("QuickGelu", "Activate"),
@@ -72,9 +73,8 @@ def gpu_kernels() -> list[str]:
 
 
 def profiled_row(name: str, visual: int) -> dict[str, Any]:
-    """The times of a profiled run before it was profiled, nothing pruned."""
-    content = result(name)
-    found = (row for row in content.get("profile_rows", content["rows"]) if row["visual_tokens"] == visual)
+    """The times of a run that was not profiled, nothing pruned."""
+    found = (row for row in result(name)["rows"] if row["visual_tokens"] == visual)
     return dict(next(row for row in found if row["ratio"] == 1.0))
 
 
@@ -175,7 +175,7 @@ def profile_left() -> list[str]:
         text = (
             f"- **{visual:,} visual tokens.** Kernels take {first['kernel_ms']:.1f} of {row['first_token']:.1f} ms, "
             f"where the roofline is {ideal:.1f} ms. Products take {kinds['matrix products']:.1f} ms, and attention "
-            f"{kinds['attention']:.1f} ms. The host's part is {row['stages']['host']:.1f} ms. The host enqueues "
+            f"{kinds['attention']:.1f} ms. The host's part is {row['stages']['host']:.1f} ms. There are "
             f"{first['launches']} launches."
         )
         lines += wrapped(text, "  ")

@@ -31,8 +31,8 @@ def test_runs_are_joined_without_places_of_files(tmp_path: Path) -> None:
     join_results.main(["generate", files["turns"], *others, "--note", "a remark", "--output", str(output)])
     found = json.loads(output.read_text())
     assert found["profiles"] == ["profile"] and found["notes"] == ["a remark"]
-    parts = (found["rows"], found["profile_rows"], found["beside"]["rows"], found["long"]["rows"])
-    assert [rows[0]["side"] for rows in parts] == list(files)
+    parts = (found["rows"], found["beside"]["rows"], found["long"]["rows"])
+    assert [rows[0]["side"] for rows in parts] == ["turns", "beside", "long"]
     assert found["rows"][0]["tokens"] == list(range(join_results.SHOWN))
     command = "python -m benchmarks.gpu_generate --sizes 256 --checkpoint CHECKPOINT --op-library lib.so"
     assert {found["command"], found["profile_command"], found["long"]["command"]} == {command}

@@ -189,7 +189,7 @@ IVC_WARP void attendGrouped(
 //     these, of 256 queries                     39    212   2,840
 //     all threads copy, and wait at a barrier   45    263   3,644
 //     PyTorch's, which is cuDNN's               19    201   3,393
-// Slower, too: 64 keys; pieces of 128 bytes; a warp with one band of queries and no order of groups.
+// Slower, too: 64 keys; pieces of 128 bytes.
 using GroupedPatches = GroupedShape<80, 2, 80, 4>;
 static_assert(GroupedPatches::kQueries == kGroupedQueries, "the plan counts other blocks");
 

@@ -68,6 +68,9 @@ def value_size(model: ir.Model) -> int | None:
 def sorting(size: int | None) -> ir.Function:
     """The body `sorted`, for values of a size."""
     body = function(NAME, "sorted").clone()
+    (least,) = [node for node in body if node.outputs[0].name == "least"]
+    number = ir.tensor(np.finfo(np.float32).smallest_subnormal)  # not in the text, which older versions of onnx read
+    least.attributes["value"] = ir.AttrTensor("value", number)
     if size is not None:
         (root,) = [node for node in body if node.outputs[0].name == "root"]
         constant = ir.node("Constant", [], {"value": ir.tensor(np.sqrt(np.float32(size)))}, name=root.name)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
-from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.graph.functions import function
 
 Spellings = Mapping[str, str]
@@ -18,12 +17,13 @@ class SpellPass(ir.passes.InPlacePass):
 
     1. Needs: the called functions have bodies. The other body of each has the same inputs, outputs and attributes.
     2. Leaves: every call unchanged. Functions in `spellings` have the bodies named there, which may be of another
-       opset.
+       opset. Those of `bodies` have these.
     """
 
-    def __init__(self, spellings: Spellings) -> None:
+    def __init__(self, spellings: Spellings, bodies: Iterable[ir.Function] = ()) -> None:
         super().__init__()
-        self.bodies = {(IVC_DOMAIN, name, ""): function(name, spelling) for name, spelling in spellings.items()}
+        named = (function(name, spelling) for name, spelling in spellings.items())
+        self.bodies = {body.identifier(): body for body in (*named, *bodies)}
 
     def requires(self, model: ir.Model) -> None:
         """Check that calls mean the same with the other bodies."""

@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from ivc_export.contract.graphs import TensorName
 from ivc_export.graph.functions import function
-from ivc_export.lowering.edit import called
-from ivc_export.lowering.spell import differ, signature
+from ivc_export.lowering.edit import called, remove_unused
+from ivc_export.lowering.spell import SpellPass
 
 NAME = "SelectTokens"
 
@@ -25,29 +25,20 @@ class SortSelectionPass(ir.passes.InPlacePass):
     """
 
     def requires(self, model: ir.Model) -> None:
-        """Check that calls mean the same with the other body."""
+        """Check that calls have a body. SpellPass checks that they mean the same with the other one."""
         for node in selections(model):
-            body = model.functions.get(node.op_identifier())
-            if body is None or signature(body) != signature(sorting(None)):
-                raise ir.passes.PreconditionError(f"{node.name}: ivc::{NAME} has no body or another signature")
+            if node.op_identifier() not in model.functions:
+                raise ir.passes.PreconditionError(f"{node.name}: ivc::{NAME} has no body")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Exchange the body."""
         calls = selections(model)
         if not calls or any(node.attributes["softmax_all"].as_int() for node in calls):
             return ir.passes.PassResult(model, False)
-        body = sorting(value_size(model))
-        changed = differ(model.functions[body.identifier()], body)
-        if changed:
-            model.functions[body.identifier()] = body.clone()
-        return ir.passes.PassResult(model, changed)
+        return SpellPass({}, [sorting(value_size(model))])(model)
 
     def ensures(self, model: ir.Model) -> None:
-        """Check the body."""
-        calls = selections(model)
-        shared = any(node.attributes["softmax_all"].as_int() for node in calls)
-        if calls and not shared and differ(model.functions[calls[0].op_identifier()], sorting(value_size(model))):
-            raise ir.passes.PostconditionError(f"{calls[0].name}: ivc::{NAME} has kept another body")
+        """Nothing more to check: SpellPass has."""
 
 
 def selections(model: ir.Model) -> list[ir.Node]:
@@ -76,9 +67,6 @@ def sorting(size: int | None) -> ir.Function:
         constant = ir.node("Constant", [], {"value": ir.tensor(np.sqrt(np.float32(size)))}, name=root.name)
         body.insert_before(root, constant)
         root.outputs[0].replace_all_uses_with(constant.outputs[0])
-        unused: ir.Value | None = root.outputs[0]
-        while unused is not None and (node := unused.producer()) is not None:
-            unused = node.inputs[0]
-            body.remove(node, safe=True)
+        remove_unused(body.graph)
         constant.outputs[0].name = "root"
     return body

@@ -268,7 +268,7 @@ class Timer:
         feeds: dict[str, npt.NDArray[Any]] = selection_feeds(plan) | {
             "inputs_embeds": noise.astype(np.float16),
             "past_length": np.array([rows], np.int32),
-            "logit_index": np.array([len(plan.text_index) + plan.keep_count - 1], np.int32),
+            "logit_index": np.array([plan.kept - 1], np.int32),
         }
         whole = full or any(written(engine) for engine in self.engines.values())
         capacity = RECIPE.capacity if whole else 0

@@ -240,7 +240,7 @@ class Turn:
     @property
     def kept(self) -> int:
         """M, the number of kept rows."""
-        return len(self.plan.text_index) + self.plan.keep_count if self.keep_index is None else len(self.keep_index)
+        return self.plan.kept if self.keep_index is None else len(self.keep_index)
 
     @property
     def inputs(self) -> dict[str, npt.NDArray[Any]]:

@@ -51,6 +51,11 @@ class Run:
         """S, the rows of this run."""
         return len(self.tokens)
 
+    @property
+    def kept(self) -> int:
+        """M, the rows that the prefix graph chooses, also where the caller keeps others."""
+        return len(self.text_index) + self.keep_count
+
     def stage(self, cached: int) -> Literal["prefill", "decode"]:
         """Whether this run is a prefill or a decode step over caches of `cached` rows. A decode step is one row of text
         behind others."""

@@ -85,7 +85,7 @@ def test_the_part_that_selects_is_the_selection(golden_bundle: Bundle, lowering:
         "total_sequence_length": np.array(plan.rows, np.int32),
         "past_key.0": np.zeros((1, m.decoder.kv_heads, capacity, m.decoder.head_dim), np.float32),
         "cache_rows": np.arange(capacity, dtype=np.int32),
-        "cache_place": np.arange(len(plan.text_index) + plan.keep_count, dtype=np.int32),
+        "cache_place": np.arange(plan.kept, dtype=np.int32),
         "cache_start": np.zeros(1, np.int32),
     }
     names = [value.name for value in session.get_inputs()]

@@ -232,8 +232,7 @@ class FusedConversation(Conversation):
         given = session.values(arrays)
         with times.stage("prefill.prefix"):
             feeds = cache.inputs() | given | session.values(below) | totals[0]
-            feeds |= {"inputs_embeds": embeds, "keep_count": count} | added
-            feeds |= cache.placed_rows(len(plan.text_index) + plan.keep_count)  # also where the caller chooses others
+            feeds |= {"inputs_embeds": embeds, "keep_count": count} | added | cache.placed_rows(plan.kept)
             prefix = session.run("prefix", session.bind("prefix", feeds, cache.outputs()), wait=False)
         with times.stage("prefill.decoder"):
             feeds = cache.inputs() | given | prefix | session.values(above) | totals[1] | answer

@@ -76,9 +76,7 @@ def fused_times(session: Session, plan: Run, rows: int) -> SelectionTimes:
     sizes = extents(session.bundle.manifest, plan, rows)
     feeds = selection_feeds(plan) | {"total_sequence_length": np.array(plan.rows, np.int32)}
     numbers = np.arange(rows, dtype=np.int32)
-    feeds |= dict(
-        zip(PLACED_ROWS, (numbers, numbers[: len(plan.text_index) + plan.keep_count], numbers[:1]), strict=True)
-    )
+    feeds |= dict(zip(PLACED_ROWS, (numbers, numbers[: plan.kept], numbers[:1]), strict=True))
     select = Timed(selection_part(prefix), provider, library).seconds(feeds, sizes)
     compact = Timed(compaction_part(decoder), provider, library).seconds(compaction_feeds(plan, rows), sizes, True)
     empty = empty_run(provider)

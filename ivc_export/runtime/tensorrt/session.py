@@ -286,7 +286,7 @@ class TensorrtConversation(Conversation):
 
     def _run_prefix(self, turn: Turn, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         session, plan = self.session, turn.plan
-        extents = {"S": plan.rows, "L": len(plan.visual_index), "M": len(plan.text_index) + plan.keep_count}
+        extents = {"S": plan.rows, "L": len(plan.visual_index), "M": plan.kept}
         place = f"{turn.stage}/prefix"
         return session.engines["prefix"].run(turn.stage, inputs, session.buffers, place, extents)
 

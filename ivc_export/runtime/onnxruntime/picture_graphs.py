@@ -20,8 +20,7 @@ from ivc_export.families.pictures import PIXELS, Levels, Visual
 from ivc_export.runtime.failures import known
 from ivc_export.runtime.onnxruntime.fused_graphs import SMALL_VISION, FusedGraphs, Provider
 from ivc_export.runtime.onnxruntime.small_graphs import pixels_graph
-from ivc_export.runtime.onnxruntime.stream import Place, address_of
-from ivc_export.runtime.onnxruntime.weights_memory import room
+from ivc_export.runtime.onnxruntime.stream import Place, Shapes, address_of, places_from
 from ivc_export.runtime.onnxruntime.workspace import Inputs, PictureRows, on_host
 
 if TYPE_CHECKING:
@@ -109,15 +108,13 @@ class PictureGraphs(FusedGraphs):
         self, levels: Levels, others: Mapping[str, npt.NDArray[Any]], rows: Mapping[str, PictureRows]
     ) -> Capture:
         """Bind a run for pictures of one size. It is captured when it first runs."""
-        shapes = {PIXELS: (levels.shape, np.float32)} | {name: (to.shape, to.dtype) for name, to in rows.items()}
-        sizes = {name: room(int(np.prod(shape)) * np.dtype(dtype).itemsize) for name, (shape, dtype) in shapes.items()}
-        size = sum(sizes.values())
+        shapes: Shapes = {PIXELS: (levels.shape, np.float32)} | {
+            name: (to.shape, to.dtype) for name, to in rows.items()
+        }
+        _, size = places_from(0, shapes)
         if not self._memory or self._memory[-1].shape()[0] < size:
             self._memory.append(self.memory((size,), np.uint8))
-        places, address = {}, int(self._memory[-1].data_ptr())
-        for name, (shape, dtype) in shapes.items():
-            places[name] = Place(address, shape, dtype)
-            address += sizes[name]
+        places, _ = places_from(int(self._memory[-1].data_ptr()), shapes)
         pixels = places.pop(PIXELS)
         inputs = {PIXELS: pixels} | {name: self.value(array) for name, array in others.items()}
         return Capture(len(self._captured) + 1, self.bind(SMALL_VISION, inputs, places), pixels, places)
@@ -128,8 +125,7 @@ class PictureGraphs(FusedGraphs):
         self._make_pixels(levels, capture.pixels)
         self.run_bound(SMALL_VISION, capture.binding, capture.number, wait=False)
         for name, place in capture.outputs.items():
-            size = int(np.prod(place.shape)) * np.dtype(place.dtype).itemsize
-            self.stream.copy(rows[name].address, place.address, size)
+            self.stream.copy(rows[name].address, place.address, place.nbytes)
 
     def _make_pixels(self, levels: Levels, to: OrtValue | Place) -> None:
         """Upload levels, and write their pixels to memory on the device."""

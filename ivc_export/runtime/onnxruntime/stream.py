@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,17 @@ from ivc_export.errors import UserError
 from ivc_export.families.pictures import Levels
 from ivc_export.runtime.interface import Timings
 from ivc_export.runtime.onnxruntime.shared_memory import functions
+from ivc_export.runtime.onnxruntime.weights_memory import room
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32}
 """NumPy's types by onnxruntime's names."""
+
+
+Shapes = Mapping[str, tuple[tuple[int, ...], npt.DTypeLike]]
+"""Shapes and types of arrays, by name."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,20 @@ class Place:
     shape: tuple[int, ...]
     dtype: npt.DTypeLike
     owner: object = None
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def places_from(address: int, shapes: Shapes) -> tuple[dict[str, Place], int]:
+    """Arrays of these shapes and types, one behind the other from an address on, and the bytes that they take."""
+    found, end = dict[str, Place](), address
+    for name, (shape, dtype) in shapes.items():
+        found[name] = Place(end, shape, dtype)
+        end += room(found[name].nbytes)
+    return found, end - address
 
 
 def address_of(value: OrtValue | Place) -> int:

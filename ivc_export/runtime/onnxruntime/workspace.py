@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,10 @@ from ivc_export.contract.graphs import CacheRole, TensorName, cache_shape
 from ivc_export.contract.manifest import Manifest
 from ivc_export.dtypes import FloatName
 from ivc_export.runtime.onnxruntime.library import load_onnxruntime
-from ivc_export.runtime.onnxruntime.stream import Mark, Place, Stream
+from ivc_export.runtime.onnxruntime.stream import Mark, Place, Shapes, Stream, places_from
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
-
-ALIGNMENT = 256
-"""Addresses of uploaded inputs are multiples of it, as those of CUDA's own allocations are."""
 
 Values = dict[str, "OrtValue"]
 Inputs = dict[str, "OrtValue | Place"]
@@ -247,16 +243,12 @@ class UploadedStep:
     _device: OrtValue
 
     @staticmethod
-    def make(inputs: Mapping[str, tuple[tuple[int, ...], npt.DTypeLike]], put: Put) -> UploadedStep:
+    def make(inputs: Shapes, put: Put) -> UploadedStep:
         """Make it of zeros, for inputs of these shapes and types."""
-        starts, end = dict[str, int](), 0
-        for name, (shape, dtype) in inputs.items():
-            starts[name] = end
-            end += -(-math.prod(shape) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
-        host, device = np.zeros(end, np.uint8), put(np.zeros(end, np.uint8))
-        address = int(device.data_ptr())
-        arrays = {n: np.ndarray(shape, dtype, host.data, starts[n]) for n, (shape, dtype) in inputs.items()}
-        places = {n: Place(address + starts[n], shape, dtype) for n, (shape, dtype) in inputs.items()}
+        starts, size = places_from(0, inputs)
+        host, device = np.zeros(size, np.uint8), put(np.zeros(size, np.uint8))
+        arrays = {name: np.ndarray(of.shape, of.dtype, host.data, of.address) for name, of in starts.items()}
+        places, _ = places_from(int(device.data_ptr()), inputs)
         return UploadedStep(arrays, places, host, device)
 
     def upload(self) -> None:
@@ -290,7 +282,7 @@ class Workspace:
     def make(m: Manifest, capacity: int, dtype: FloatName, put: Put) -> Workspace:
         """Make it with zeroed memory."""
         cache = DeviceCache.make(m, capacity, dtype, put)
-        shapes: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {
+        shapes: Shapes = {
             "inputs_embeds": ((1, 1, m.decoder.hidden_size), dtype),
             "position_ids": ((len(m.rotary.sections), 1, capacity), np.int32),
             **{f"seqlens_k{suffix}": ((1,), np.int32) for suffix in cache.lengths(0)},

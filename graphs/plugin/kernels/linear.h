@@ -337,13 +337,18 @@ struct OneRowLinear {
         return 8 * (lane + kWarp * (warp % a.parts + a.parts * octet));
     }
 
-    static IVC_WARP Weights weightsOf(const Linear& a, int32_t step, int warp, int lane) {
+    // Row i of the weight's rows that a warp multiplies with in a turn.
+    static IVC_WARP const Value* weightRow(const Linear& a, int32_t step, int warp, int i) {
         const int32_t first = (step * (kWarps / a.parts) + warp / a.parts) * kOut;
+        const int32_t column = smaller(first + i % kOut, a.out - 1) + (i < kOut ? 0 : a.out);
+        return static_cast<const Value*>(a.weight) + static_cast<int64_t>(column) * a.features;
+    }
+
+    static IVC_WARP Weights weightsOf(const Linear& a, int32_t step, int warp, int lane) {
         Weights found;
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
-            const int32_t column = smaller(first + i % kOut, a.out - 1) + (i < kOut ? 0 : a.out);
-            const Value* row = static_cast<const Value*>(a.weight) + static_cast<int64_t>(column) * a.features;
+            const Value* row = weightRow(a, step, warp, i);
 #pragma unroll
             for (int octet = 0; octet < kOctets; ++octet) {
                 const int32_t at = placeOf(a, warp, lane, octet);

@@ -75,11 +75,9 @@ struct StagedLinear {
         if (step < steps(a)) {
             block.each([&](int warp) {
                 eachLane([&](int lane) {
-                    const int32_t first = (step * (kWarps / a.parts) + warp / a.parts) * kOut;
 #pragma unroll
                     for (int i = 0; i < kColumns; ++i) {
-                        const int32_t column = smaller(first + i % kOut, a.out - 1) + (i < kOut ? 0 : a.out);
-                        const Value* row = static_cast<const Value*>(a.weight) + static_cast<int64_t>(column) * a.features;
+                        const Value* row = Held::weightRow(a, step, warp, i);
 #pragma unroll
                         for (int octet = 0; octet < kOctets; ++octet) {
                             const int32_t at = Held::placeOf(a, warp, lane, octet);

@@ -33,7 +33,7 @@ from ivc_export.bench.footprint import host_bytes
 from ivc_export.contract.names import GraphName
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
-from ivc_export.runtime.onnxruntime.library import load_onnxruntime
+from ivc_export.runtime.onnxruntime.loading import load_onnxruntime
 from samples.make_sample import make_checkpoint
 
 RESULT = Path(__file__).parent / "results" / "cpu_packed.json"

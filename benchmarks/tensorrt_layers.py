@@ -58,7 +58,7 @@ from ivc_export.runtime.tensorrt.engine import Engine, Tensor
 from ivc_export.tensorrt.build import working_folder
 from ivc_export.tensorrt.compile import compile_graph
 from ivc_export.tensorrt.graphs import EngineChoices, lowered
-from ivc_export.tensorrt.library import load_plugin, load_tensorrt, make_logger, own_capability
+from ivc_export.tensorrt.loading import load_plugin, load_tensorrt, make_logger, own_capability
 from ivc_export.tensorrt.profiles import profiles
 from ivc_export.tensorrt.recipe import EngineRecipe, Options
 

@@ -43,7 +43,7 @@ from ivc_export.runtime.backends import BACKENDS, open_session
 from ivc_export.tensorrt.build import link_weights, working_folder
 from ivc_export.tensorrt.compile import compile_graph
 from ivc_export.tensorrt.graphs import choose_graphs, lowered
-from ivc_export.tensorrt.library import load_plugin, load_tensorrt, own_capability
+from ivc_export.tensorrt.loading import load_plugin, load_tensorrt, own_capability
 from ivc_export.tensorrt.profiles import profile_names, profiles
 from ivc_export.tensorrt.recipe import EngineRecipe
 from ivc_export.tensorrt.store import RECORD, BuiltEngine, engine_folder, make_record

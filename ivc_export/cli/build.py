@@ -15,7 +15,7 @@ from ivc_export.cli.bundles import add_bundle_argument, given_bundle
 from ivc_export.dtypes import FLOATS, long_name
 from ivc_export.errors import UserError
 from ivc_export.tensorrt.build import build
-from ivc_export.tensorrt.library import MODULES
+from ivc_export.tensorrt.loading import MODULES
 from ivc_export.tensorrt.recipe import RTX_CAPABILITIES, AttentionChoice, EngineRecipe, SoftmaxChoice
 
 

@@ -52,7 +52,7 @@ from ivc_export.families.family import Family, Model
 from ivc_export.graph.functions import PACKED_LINEARS
 from ivc_export.lowering import LOWERINGS, exported, lower
 from ivc_export.lowering.types import types_of
-from ivc_export.runtime.onnxruntime.library import load_onnxruntime
+from ivc_export.runtime.onnxruntime.loading import load_onnxruntime
 from ivc_export.selection.method import METHODS
 from ivc_export.source.configuration import Configuration, Description, read_configuration, read_description
 from ivc_export.source.hub import open_checkpoint

@@ -28,7 +28,7 @@ from ivc_export.checkpoint.weights import read_values
 from ivc_export.contract.names import IVC_DOMAIN
 from ivc_export.dtypes import FLOATS, FloatName
 from ivc_export.errors import UserError
-from ivc_export.tensorrt.library import major, make_logger, polygraphy
+from ivc_export.tensorrt.loading import major, make_logger, polygraphy
 from ivc_export.tensorrt.profiles import Extents, make_profile
 from ivc_export.tensorrt.recipe import Options
 

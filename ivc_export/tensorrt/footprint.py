@@ -14,7 +14,7 @@ from ivc_export.dtypes import FLOATS
 from ivc_export.errors import UserError
 from ivc_export.graph.counting import count
 from ivc_export.tensorrt.graphs import EngineChoices
-from ivc_export.tensorrt.library import device_bytes
+from ivc_export.tensorrt.loading import device_bytes
 from ivc_export.tensorrt.memory import available_bytes
 from ivc_export.tensorrt.profiles import profiles
 from ivc_export.tensorrt.recipe import EngineRecipe

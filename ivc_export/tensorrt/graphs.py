@@ -18,7 +18,7 @@ from ivc_export.lowering.precision.scale_residuals import SCALE, ScaleResidualsP
 from ivc_export.lowering.precision.widen_residuals import WidenResidualsPass
 from ivc_export.lowering.spell import Spellings, SpellPass
 from ivc_export.lowering.tensorrt.opset import RaiseOpsetPass
-from ivc_export.tensorrt.library import Target, major, version
+from ivc_export.tensorrt.loading import Target, major, version
 from ivc_export.tensorrt.recipe import EngineRecipe
 
 EngineGraphs = Literal["native", "plugin", "opset-21", "opset-23-attention", "opset-23"]

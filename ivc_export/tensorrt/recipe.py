@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from ivc_export.contract.names import MOST_VISUAL
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
-from ivc_export.tensorrt.library import Target
+from ivc_export.tensorrt.loading import Target
 
 AttentionChoice = Literal["auto", "grouped", "repeated"]
 SoftmaxChoice = Literal["float16", "float32"]

@@ -28,7 +28,7 @@ from ivc_export.tensorrt.graphs import (
     packed_weights,
     residual_scale,
 )
-from ivc_export.tensorrt.library import Target
+from ivc_export.tensorrt.loading import Target
 from ivc_export.tensorrt.profiles import profile_names
 from ivc_export.tensorrt.recipe import EngineRecipe
 

@@ -11,7 +11,7 @@ import pytest
 
 from ivc_export import cli
 from ivc_export.bundle.bundle import Bundle
-from ivc_export.runtime.onnxruntime.library import load_onnxruntime
+from ivc_export.runtime.onnxruntime.loading import load_onnxruntime
 
 EVERYTHING = """
 import sys

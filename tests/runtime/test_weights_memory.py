@@ -16,7 +16,7 @@ from ivc_export.bundle.bundle import Bundle
 from ivc_export.families.pictures import Grid
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
 from ivc_export.runtime.onnxruntime.fused_graphs import FusedGraphs
-from ivc_export.runtime.onnxruntime.library import share_arena, small_workspaces
+from ivc_export.runtime.onnxruntime.loading import share_arena, small_workspaces
 from ivc_export.runtime.onnxruntime.weights_memory import ALIGNMENT, WeightsMemory, room, view
 from tests.conftest import random_picture
 

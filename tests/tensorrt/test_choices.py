@@ -25,7 +25,7 @@ from ivc_export.lowering.types import types_of
 from ivc_export.tensorrt import footprint
 from ivc_export.tensorrt.decide import decide
 from ivc_export.tensorrt.graphs import EngineChoices, choose_graphs, lowered
-from ivc_export.tensorrt.library import Target
+from ivc_export.tensorrt.loading import Target
 from ivc_export.tensorrt.recipe import EngineRecipe
 
 SMALL: dict[str, Any] = {"max_visual": 64, "max_text": 32, "max_new": 32, "opt_visual": 32, "opt_text": 16}

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from ivc_export.errors import UserError
 from ivc_export.tensorrt.compile import compile_graph
-from ivc_export.tensorrt.library import make_logger, polygraphy
+from ivc_export.tensorrt.loading import make_logger, polygraphy
 from ivc_export.tensorrt.profiles import Extents
 from ivc_export.tensorrt.recipe import Options
 

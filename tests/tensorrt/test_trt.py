@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from ivc_export.tensorrt.compile import choices, fix_precisions
-from ivc_export.tensorrt.library import Target
+from ivc_export.tensorrt.loading import Target
 from ivc_export.tensorrt.recipe import Options
 
 

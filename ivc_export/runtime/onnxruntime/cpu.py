@@ -34,7 +34,7 @@ from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.host import HostConversation
 from ivc_export.runtime.interface import Session
 from ivc_export.runtime.onnxruntime.given import stand_in
-from ivc_export.runtime.onnxruntime.library import SILENT, load_onnxruntime
+from ivc_export.runtime.onnxruntime.loading import SILENT, load_onnxruntime
 from ivc_export.selection.method import Method
 
 if TYPE_CHECKING:

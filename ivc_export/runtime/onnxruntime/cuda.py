@@ -21,7 +21,7 @@ from ivc_export.runtime.cache import check_capacity
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn, check_numbers, no_numbers
 from ivc_export.runtime.onnxruntime.fused_graphs import TURNS, Provider
-from ivc_export.runtime.onnxruntime.library import load_onnxruntime
+from ivc_export.runtime.onnxruntime.loading import load_onnxruntime
 from ivc_export.runtime.onnxruntime.picture_graphs import PictureGraphs
 from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU
 from ivc_export.runtime.onnxruntime.stream import StageTimes

@@ -25,7 +25,7 @@ from ivc_export.lowering.onnxruntime.host_steps import TABLE, Table, give_answer
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.onnxruntime.given import stand_in
-from ivc_export.runtime.onnxruntime.library import (
+from ivc_export.runtime.onnxruntime.loading import (
     SILENT,
     grow_exactly,
     load_onnxruntime,

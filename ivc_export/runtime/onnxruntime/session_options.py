@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ivc_export.errors import UserError
 from ivc_export.runtime.failures import told
-from ivc_export.runtime.onnxruntime.library import load_onnxruntime
+from ivc_export.runtime.onnxruntime.loading import load_onnxruntime
 
 if TYPE_CHECKING:
     from onnxruntime import SessionOptions

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ivc_export.runtime.failures import SMALLER, told
-from ivc_export.runtime.onnxruntime.library import load_onnxruntime
+from ivc_export.runtime.onnxruntime.loading import load_onnxruntime
 from ivc_export.runtime.onnxruntime.shared_memory import shared_array
 from ivc_export.runtime.onnxruntime.stream import TYPES, Place, Stream
 from ivc_export.runtime.onnxruntime.weights_memory import room

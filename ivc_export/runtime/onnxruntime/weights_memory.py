@@ -14,7 +14,7 @@ import onnx_ir as ir
 from rich.filesize import decimal
 
 from ivc_export.runtime.failures import known, told
-from ivc_export.runtime.onnxruntime.library import load_onnxruntime
+from ivc_export.runtime.onnxruntime.loading import load_onnxruntime
 from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU, NO_ROOM
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from ivc_export.contract.caches import PLACED_ROWS
 from ivc_export.contract.graphs import CacheRole, TensorName, cache_shape
 from ivc_export.contract.manifest import Manifest
 from ivc_export.dtypes import FloatName
-from ivc_export.runtime.onnxruntime.library import load_onnxruntime
+from ivc_export.runtime.onnxruntime.loading import load_onnxruntime
 from ivc_export.runtime.onnxruntime.stream import Mark, Place, Shapes, Stream, places_from
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from ivc_export.runtime.tensorrt.cache import EngineCache
 from ivc_export.runtime.tensorrt.device import Buffers, CudaDevice, Device
 from ivc_export.runtime.tensorrt.engine import Array, Engine, Tensor, check_hand_over
 from ivc_export.selection.method import Method
-from ivc_export.tensorrt.library import Target, load_plugin, load_tensorrt, make_logger, own_capability
+from ivc_export.tensorrt.loading import Target, load_plugin, load_tensorrt, make_logger, own_capability
 from ivc_export.tensorrt.store import find_engines
 
 

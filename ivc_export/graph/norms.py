@@ -8,7 +8,7 @@ from ivc_export.graph.builder import Graph
 
 
 def rms_norm(g: Graph, x: ir.Value, name: str, size: int, epsilon: float) -> ir.Value:
-    """Root-mean-square norm over the last axis, computed in float32; the weight is applied in the graph's dtype.
+    """Root-mean-square norm over the last axis, computed in float32 with its weight.
 
     x: [rows, size]; returns the same shape. Source: Zhang and Sennrich 2019, eq. 4; Qwen2RMSNorm in transformers.
     """

@@ -27,6 +27,7 @@ from ivc_export.lowering.onnxruntime.rotate_in_attention import RotateInAttentio
 from ivc_export.lowering.onnxruntime.sorted_selection import SortSelectionPass
 from ivc_export.lowering.onnxruntime.write_caches import WriteCachesPass
 from ivc_export.lowering.precision.scale_residuals import SCALE, ScaleResidualsPass
+from ivc_export.lowering.precision.widen_gelu import WidenGeluPass
 from ivc_export.lowering.spell import SpellPass
 from ivc_export.lowering.tensorrt.attention import AttendInPlacePass, EncodeAttendPass
 from ivc_export.lowering.tensorrt.block_dequantise import BlockDequantisePass
@@ -115,6 +116,7 @@ def fused(own: bool = False) -> Passes:
         *([FuseLinearsPass()] if own else ()),  # in bodies
         PackProjectionsPass(),
         RotateInAttentionPass(),
+        WidenGeluPass(),
         FuseActivationsPass(),
         AddBiasesPass(),
         UseCustomOpsPass() if own else JoinGathersPass(),
@@ -128,6 +130,7 @@ def standard(*functions: str) -> Passes:
         DequantiseWeightsPass(),
         SpellPass(dict.fromkeys(functions, "standard")),
         InlinePass(),
+        WidenGeluPass(),
         RaiseOpsetPass(),
     )
 
@@ -137,6 +140,7 @@ FUSED_OPERATORS: Operators = frozenset(
     [("", op) for op in ("Round", "SimplifiedLayerNormalization", "TopK")]
     + [("com.microsoft", op) for op in ("GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "RotaryEmbedding")]
     + [("com.microsoft", op) for op in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "QuickGelu")]
+    + [("com.microsoft", op) for op in ("BiasGelu", "Gelu")]
 )
 
 ATTENTION = ("Attention", "EncoderAttention", "WindowAttention")
@@ -146,7 +150,9 @@ LOWERINGS: dict[str, Lowering] = {
     # keeps ivc functions and their bodies: onnxruntime inlines them
     "portable": Lowering(passes=lambda: (), functions=frozenset(RESULTS), exported=True),
     # standard operators only: any TensorRT, no plugin
-    "native": Lowering(passes=lambda: (DequantiseWeightsPass(), InlinePass()), exported=True, packed_weights=False),
+    "native": Lowering(
+        passes=lambda: (DequantiseWeightsPass(), InlinePass(), WidenGeluPass()), exported=True, packed_weights=False
+    ),
     # nodes without bodies: TensorRT with our plugin library
     "plugin": Lowering(
         passes=lambda: (
@@ -157,6 +163,7 @@ LOWERINGS: dict[str, Lowering] = {
             EncodeAttendPass(),
             InlinePass(kept=KEPT),
             FuseOwnLinearsPass(),  # in bodies, and over weights in 8 bits
+            WidenGeluPass(),
             UsePluginPass(),
         ),
         functions=KERNELS,
@@ -164,7 +171,13 @@ LOWERINGS: dict[str, Lowering] = {
     ),
     # standard operators only, weights in 4 bits: TensorRT from 10.0
     "opset-21": Lowering(
-        passes=lambda: (BlockDequantisePass(), DequantiseWeightsPass(), InlinePass(), RaiseOpsetPass(BLOCKS)),
+        passes=lambda: (
+            BlockDequantisePass(),
+            DequantiseWeightsPass(),
+            InlinePass(),
+            WidenGeluPass(),
+            RaiseOpsetPass(BLOCKS),
+        ),
         operators=frozenset([("", "DequantizeLinear")]),
         opset=BLOCKS,
     ),

@@ -105,6 +105,16 @@ def test_rms_norm_takes_wider_rows_than_its_weight() -> None:
     check(run("RMSNorm", {"x": x, "weight": weight}, epsilon=1e-6), wanted, "float16")
 
 
+def test_rms_norm_rounds_once() -> None:
+    """A weight that is applied to rounded rows would round twice."""
+    x, weight = normal((64, 32), "float16", 0), normal((32,), "float16", 1)
+    wide = x.astype(np.float64)
+    wanted = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + 1e-6) * weight.astype(np.float64)
+    found = run("RMSNorm", {"x": x, "weight": weight}, epsilon=1e-6)
+    unit = np.spacing(np.abs(wanted).astype(np.float16)).astype(np.float64)
+    assert (np.abs(found - wanted) <= 0.501 * unit).all()
+
+
 @pytest.mark.parametrize(("dtype", "angles"), [("float32", "float32"), ("float16", "float16"), ("float16", "float32")])
 def test_rotate(dtype: str, angles: str) -> None:
     x, turns = normal((2, 3, 5, 8), dtype, 0), normal((5, 4), "float64", 1, 10.0)

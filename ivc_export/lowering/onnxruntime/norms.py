@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import onnx_ir as ir
@@ -53,7 +54,7 @@ class FuseNormsPass(ir.passes.InPlacePass):
 def fuse_sum(edit: Editor, total: ir.Node, norm: ir.Node, op_type: str, epsilon: float) -> None:
     """Replace a sum and its norm, whose last node is `norm`, by one node. The weights have the type of its first
     input."""
-    bias = detached_bias(edit, total.inputs[1])
+    bias = detached_bias(edit, total.inputs[1], {total})
     inputs = [*total.inputs, *norm.inputs[1:], *([bias] if bias is not None else [])]
     values = edit.op(total, op_type, *inputs, outputs=4, domain=CONTRIB, epsilon=epsilon)
     for unused in (1, 2):
@@ -62,10 +63,10 @@ def fuse_sum(edit: Editor, total: ir.Node, norm: ir.Node, op_type: str, epsilon:
     edit.replace(norm.outputs[0], values[0])
 
 
-def detached_bias(edit: Editor, value: ir.Value | None) -> ir.Value | None:
-    """Take the bias from the product that makes `value`, if nothing else reads the product."""
+def detached_bias(edit: Editor, value: ir.Value | None, readers: Set[ir.Node]) -> ir.Value | None:
+    """Take the bias from the product that makes `value`, if nothing but `readers` reads the product."""
     product = made_by(value, "Gemm")
-    if product is None or value is None or len(value.consumers()) > 1 or len(product.inputs) < 3:
+    if product is None or value is None or not readers >= {*value.consumers()} or len(product.inputs) < 3:
         return None
     bias = edit.added_bias(product)
     product.resize_inputs(2)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.onnxruntime.loading import load_onnxruntime
 from ivc_export.runtime.onnxruntime.shared_memory import shared_array
-from ivc_export.runtime.onnxruntime.stream import TYPES, Place, Stream
+from ivc_export.runtime.onnxruntime.stream import Place, Stream, place_of
 from ivc_export.runtime.onnxruntime.weights_memory import room
 
 if TYPE_CHECKING:
@@ -62,16 +62,21 @@ class Staging:
         """Whether there is room for arrays: host memory that the device reads is scarce."""
         return self.used + sum(array.nbytes for array in arrays.values()) <= MOST
 
-    def put(self, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Place]:
-        """Copy arrays to the device. Runs that the stream is given later find them there."""
+    def put(self, arrays: Mapping[str, npt.NDArray[Any]], to: int | None = None) -> dict[str, Place]:
+        """Copy arrays to the device, in one copy. Runs that the stream is given later find them there.
+
+        to: an address of the caller's from which on they lie, as `places_from` says. Otherwise they are there until
+            `reuse`.
+        """
         block, start = self._room(sum(room(array.nbytes) for array in arrays.values()))
-        found, at = {}, start
+        first = block.on_device + start if to is None else to
+        found, at = dict[str, Place](), 0
         for name, array in arrays.items():
-            block.array(at, array.shape, array.dtype)[...] = array
-            found[name] = Place(block.on_device + at, array.shape, array.dtype)
+            block.array(start + at, array.shape, array.dtype)[...] = array
+            found[name] = Place(first + at, array.shape, array.dtype)
             at += room(array.nbytes)
-        if at > start:
-            self._stream.copy(block.on_device + start, block.from_host + start, at - start)
+        if at:
+            self._stream.copy(first, block.from_host + start, at)
         return found
 
     def write(self, array: npt.NDArray[Any], to: int) -> None:
@@ -84,17 +89,16 @@ class Staging:
         """Write rows `index` of a table [rows, width] to another tensor, [.., width]."""
         self._stream.take_rows(table, self.put({"index": index})["index"], to)
 
-    def get(self, values: Mapping[str, OrtValue]) -> dict[str, npt.NDArray[Any]]:
+    def get(self, values: Mapping[str, OrtValue | Place]) -> dict[str, npt.NDArray[Any]]:
         """Copy values from the device. They are there when the device has done all that the stream was given, until
         `reuse`."""
         found = {}
         for name, value in values.items():
-            dtype, shape = np.dtype(TYPES[value.data_type()]), tuple(value.shape())
-            size = int(np.prod(shape)) * dtype.itemsize
-            block, start = self._room(size)
-            found[name] = block.array(start, shape, dtype)
-            if size:
-                self._stream.copy(block.from_host + start, int(value.data_ptr()), size)
+            place = place_of(value)
+            block, start = self._room(place.nbytes)
+            found[name] = block.array(start, place.shape, place.dtype)
+            if place.nbytes:
+                self._stream.copy(block.from_host + start, place.address, place.nbytes)
         return found
 
     def reuse(self) -> None:

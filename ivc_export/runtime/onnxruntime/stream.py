@@ -60,6 +60,13 @@ def address_of(value: OrtValue | Place) -> int:
     return value.address if isinstance(value, Place) else int(value.data_ptr())
 
 
+def place_of(value: OrtValue | Place) -> Place:
+    """Where it is on the device, and its shape and type."""
+    if isinstance(value, Place):
+        return value
+    return Place(int(value.data_ptr()), tuple(value.shape()), TYPES[value.data_type()])
+
+
 class Stream:
     """A stream of work for the device. What is given to it runs in this order, and the host need not wait in between.
 

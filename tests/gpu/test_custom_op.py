@@ -30,6 +30,7 @@ from tests.native.custom_ops import DTYPES, OwnAttentionSession, check_attention
 from tests.native.linear import linear_case
 from tests.native.linear_ops import check_linear, check_packed
 from tests.native.packed import packed_case
+from tests.native.test_captured_prefills import compare
 from tests.native.test_plugin_builds import build
 from tests.runtime.test_picture_graphs import ask, draw, same
 
@@ -117,6 +118,20 @@ def test_small_pictures_are_captured_to_the_bit(golden_bundle: Bundle, library: 
         pictures = [draw(golden_bundle, 10 * turn + i, *size) for i, size in enumerate(prompt)]
         same(ask(session, pictures), ask(launched, pictures))
     assert session.captures_vision and len(session._captured) == 2
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "internvl", "deepseek_vl_v2"])
+def test_short_prefills_are_captured_to_the_bit(
+    library: Path, tmp_path: Path, family: str, record_property: Callable[[str, object], None]
+) -> None:
+    """In conversations by turns, also in second turns, with steps that run ahead in between. What onnxruntime cannot
+    capture, since it copies from the host, is launched again."""
+    bundle = export(ExportRecipe(make_checkpoint(tmp_path / "checkpoint", wide(family, heads=4)), tmp_path / "bundle"))
+    session, launched = (FusedSession(bundle, "cuda", True, library) for _ in range(2))
+    launched.captures_prefills = launched.captures_vision = False
+    compare(session, launched)
+    record_property(f"captured prefills of {family}", session._prefills if session.captures_prefills else "none")
+    assert not family.startswith("qwen2") or (session.captures_prefills and session._prefills == 6)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -24,6 +24,7 @@ from ivc_export.runtime.onnxruntime import picture_graphs
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
 from ivc_export.runtime.onnxruntime.fused_graphs import SMALL_VISION, FusedGraphs
 from ivc_export.runtime.onnxruntime.pixel_types import take_float32
+from ivc_export.runtime.onnxruntime.stream import Place
 from samples.make_sample import make_checkpoint
 from samples.tiny import TINY
 
@@ -34,7 +35,7 @@ UNIT = 28
 class HostStream:
     """As Stream, on the host."""
 
-    address = 0
+    address, library = 0, Path()
 
     def wait(self) -> bool:
         return True
@@ -45,6 +46,11 @@ class HostStream:
     def make_pixels(self, levels: Levels, start: int, to: int) -> None:
         del start
         ctypes.memmove(to, levels.pixel_values.ctypes.data, levels.pixel_values.nbytes)
+
+    def take_rows(self, table: Any, index: Place, to: Any) -> None:
+        tokens = np.ctypeslib.as_array((ctypes.c_int32 * index.shape[0]).from_address(index.address))
+        rows = np.ascontiguousarray(table.numpy()[tokens])
+        ctypes.memmove(to.data_ptr(), rows.ctypes.data, rows.nbytes)
 
     def mark(self) -> HostStream:
         return self
@@ -67,7 +73,7 @@ class StreamSession(FusedSession):
         self.stream = HostStream()  # type: ignore[assignment]
         vision = self.lowered("vision", self.lowering)
         take_float32(vision)
-        self.captures_vision = self._stream_captures(vision)
+        self.captures_vision = self._open_again({SMALL_VISION: vision})
 
     def run_bound(self, name: str, binding: Any, captured: int | None = None, wait: bool = True) -> None:
         if name == SMALL_VISION and self.broken:

@@ -22,17 +22,17 @@ from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn, check_numbers, no_numbers
 from ivc_export.runtime.onnxruntime.fused_graphs import TURNS, Provider
 from ivc_export.runtime.onnxruntime.loading import load_onnxruntime
-from ivc_export.runtime.onnxruntime.picture_graphs import PictureGraphs
+from ivc_export.runtime.onnxruntime.prefill_graphs import PrefillGraphs, calls_of
 from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU
 from ivc_export.runtime.onnxruntime.stream import StageTimes
 from ivc_export.runtime.onnxruntime.workspace import (
+    Arrays,
     DeviceCache,
     HostStep,
     Inputs,
     PictureRows,
     Values,
     Workspace,
-    on_host,
 )
 from ivc_export.runtime.plan import Run
 from ivc_export.selection.method import Method
@@ -41,13 +41,11 @@ from ivc_export.tensorrt.memory import available_bytes
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
-Arrays = dict[str, npt.NDArray[Any]]
-
 BLOCK = 512
 """The rows of a growing cache are a multiple of it."""
 
 
-class FusedSession(PictureGraphs):
+class FusedSession(PrefillGraphs):
     """The graphs of a bundle, and the memory of its conversations.
 
     Conversations of several threads take turns, one run at a time; see Session. On a GPU so do those of several models.
@@ -215,45 +213,32 @@ class FusedConversation(Conversation):
         return step
 
     def _prefill(self, turn: Turn) -> Step:
-        plan, kept = turn.plan, turn.kept
-        session, cache = self.session, self.cache
+        session, cache, plan, workspace = self.session, self.cache, turn.plan, self._workspace
+        assert workspace is not None  # the cache has rows
         times = StageTimes(session.stream, self.timings)
         embeds, added = self._rows(turn)
         vision = self._see(turn, embeds, added, times)
-        arrays, below, above = turn.inputs, self._lengths(plan.rows), self._lengths(kept)
-        count = on_host(arrays.pop("keep_count"))
-        if turn.keep_index is not None:
-            above |= {"keep_index": turn.keep_index, "cache_index": cache.index(turn.keep_index)}
-        totals = self._totals(plan.rows), self._totals(kept)
-        host, answer = None, Inputs()
-        if session.answers and self._workspace is not None and self._workspace.host is not None:
-            host, answer = self._workspace.host, {name: self._workspace.step[name] for name in ANSWER}
+        host, answer = workspace.host if session.answers else None, Inputs()
+        if host:
+            answer = {name: workspace.step[name] for name in ANSWER}
             host.wanted[0] = 0  # logits stay on the device until somebody reads them
-        given = session.values(arrays)
-        with times.stage("prefill.prefix"):
-            feeds = cache.inputs() | given | session.values(below) | totals[0]
-            feeds |= {"inputs_embeds": embeds, "keep_count": count} | added | cache.placed_rows(plan.kept)
-            prefix = session.run("prefix", session.bind("prefix", feeds, cache.outputs()), wait=False)
-        with times.stage("prefill.decoder"):
-            feeds = cache.inputs() | given | prefix | session.values(above) | totals[1] | answer
-            decoder = session.run("decoder", session.bind("decoder", feeds, cache.outputs()), wait=False)
-        small = {name: prefix[name] for name in plan.method.record.operator.outputs}
-        logits = {"logits": decoder["logits"]}
-        found = session.fetched(small if host else small | logits)
+        calls = calls_of(session.bundle.manifest, turn, cache, {"inputs_embeds": embeds} | added, answer)
+        prefix, last = session.prefill(workspace, *calls, times)
+        small, logits = {name: prefix[name] for name in plan.method.record.operator.outputs}, {"logits": last}
+        found = session.fetched(small if host else {**small, **logits})
         times.finish()
         cache.swap()
-        if self._workspace is not None:
-            self._workspace.ahead = None  # its row is overwritten
+        workspace.ahead = None  # its row is overwritten
         best: int | None = None
         outputs: Mapping[str, npt.NDArray[Any]] = Fetched(logits, session.fetch)
         if host:
             best = self._best(host)
         else:
             outputs = {"logits": self._checked(found.pop("logits"))}
-        below_too, above_too = self._shown(plan, kept, prefix)
-        if above_too:
-            outputs = {**outputs, **above_too}
-        return Step(plan, vision, found | below_too, outputs, turn.keep_index, best)
+        below, above = self._shown(plan, turn.kept, prefix)
+        if above:
+            outputs = {**outputs, **above}
+        return Step(plan, vision, found | below, outputs, turn.keep_index, best)
 
     def _rows(self, turn: Turn) -> tuple[OrtValue, Values]:
         """`inputs_embeds` of a prefill, and features for pictures' rows. Vision has not written its rows yet."""
@@ -271,7 +256,7 @@ class FusedConversation(Conversation):
         put = {name: session.value(array.astype(session.dtype, copy=False)) for name, array in rows.items()}
         return put.pop("image_embeds"), put
 
-    def _shown(self, plan: Run, kept: int, prefix: Values) -> tuple[Arrays, Arrays]:
+    def _shown(self, plan: Run, kept: int, prefix: Inputs) -> tuple[Arrays, Arrays]:
         """More tensors of prefix and decoder for a prefill's Step. Caches have their rows, but not yet their
         lengths."""
         return {}, {}
@@ -390,10 +375,3 @@ class FusedConversation(Conversation):
             self._forget()
             raise
         return logits
-
-    def _lengths(self, rows: int) -> Arrays:
-        return {f"seqlens_k{suffix}": np.array([n - 1], np.int32) for suffix, n in self.cache.lengths(rows).items()}
-
-    def _totals(self, rows: int) -> Values:
-        lengths = self.cache.lengths(rows).items()
-        return {f"total_sequence_length{suffix}": on_host(np.array(n, np.int32)) for suffix, n in lengths}

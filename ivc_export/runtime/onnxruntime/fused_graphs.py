@@ -61,6 +61,8 @@ outlast a turn."""
 
 SMALL_VISION = "vision.small"
 """The session of vision for small pictures."""
+SHORT: Mapping[GraphName, str] = {"prefix": "prefix.short", "decoder": "decoder.short"}
+"""The sessions of prefix and decoder for short prefills."""
 
 NOT_CAPTURED = "cannot use the graph capture feature"
 """onnxruntime's message if it computes a part of a graph on the host."""
@@ -70,8 +72,8 @@ class FusedGraphs:
     """The vision graph, prefix and decoder, and one graph of both for decode steps, with one copy of the weights.
 
     provider: "cuda", or "cpu" to check the same graphs and hand-over without a GPU.
-    cuda_graph: whether to capture and replay the decode step; with op_library also vision on small pictures. The
-        attribute is false if onnxruntime does not capture the decode step.
+    cuda_graph: whether to capture and replay the decode step; with op_library also vision on small pictures and short
+        prefills. The attribute is false if onnxruntime does not capture the decode step.
     op_library: our library of custom operators (graphs/plugin/onnxruntime). It then selects, compacts, multiplies with
         the operators around products, splits and rotates heads, and attends if that is faster.
 
@@ -147,8 +149,10 @@ class FusedGraphs:
         if not self._staging:
             rows = rows_graph(DTYPE_OF_NAMES[self.dtype].onnx) if tied is None else table_graph(tied.name, tied.tensor)
             self._sessions["rows"] = self._open(rows)
-        self.captures_vision = cuda_graph and self._stream_captures(models["vision"])
+        self.captures_vision = cuda_graph and self._open_again({SMALL_VISION: models["vision"]})
         """Whether small pictures have a session of their own, in which vision is captured."""
+        self.captures_prefills = cuda_graph and self._open_again({SHORT[name]: models[name] for name in SHORT})
+        """Whether short prefills have sessions of their own, in which prefix and decoder are captured."""
         self._converted.clear()
 
     def lowered(self, name: GraphName, lowering: str) -> ir.Model:
@@ -160,25 +164,22 @@ class FusedGraphs:
             model = RetypeFloatsPass(self.dtype)(model).model
         return lower(model, lowering)
 
-    def _joined(self) -> ir.Model:
-        """The graph of decode steps."""
-        return self._lower(join_decode(self.bundle.graph("prefix"), self.bundle.graph("decoder")), self.lowering)
-
     def _decode(self, table: Table | str | None) -> ir.Model:
-        """The same as it is opened."""
-        model = self._joined()
+        """The graph of decode steps, as it is opened."""
+        joined = join_decode(self.bundle.graph("prefix"), self.bundle.graph("decoder"))
+        model = self._lower(joined, self.lowering)
         if self.op_library:
             self.host_steps = take_host_steps(model, table, self.bundle.manifest.decoder.hidden_size)
         return model
 
-    def _stream_captures(self, vision: ir.Model) -> bool:
-        """Open vision once more, with memory that no other graph uses: a captured CUDA graph keeps its addresses. Only
-        on a stream, and where onnxruntime can capture it."""
+    def _open_again(self, models: Mapping[str, ir.Model]) -> bool:
+        """Open graphs once more, with memory that no other graph uses: a captured CUDA graph keeps its addresses. Only
+        on a stream, and where onnxruntime can capture them."""
         if self.stream is None:
             return False
         try:
-            self._sessions[SMALL_VISION] = self._open(vision, self.device == "cuda")
-        except UserError:  # nobody needs it
+            self._sessions |= {name: self._open(model, self.device == "cuda") for name, model in models.items()}
+        except UserError:  # nobody needs them
             return False
         return True
 
@@ -308,14 +309,14 @@ class FusedGraphs:
             return {**self._staging.put(arrays)}
         return {name: self.value(array) for name, array in arrays.items()}
 
-    def fetched(self, values: Values) -> dict[str, npt.NDArray[Any]]:
+    def fetched(self, values: Inputs) -> dict[str, npt.NDArray[Any]]:
         """Copies of values in host memory. This waits for all runs.
 
         Raises:
             UserError: one of them failed.
         """
         if not (self.stream and self._staging):
-            return {name: value.numpy() for name, value in values.items()}
+            return {name: value.numpy() for name, value in values.items()}  # type: ignore[union-attr]  # no Place
         found = self._staging.get(values)
         if not self.stream.wait():
             raise UserError(f"the GPU cannot finish a run: {CHECK_GPU}")
@@ -329,22 +330,22 @@ class FusedGraphs:
         binding = session.io_binding()
         binding.stream = self.stream  # a binding keeps its session, which must not outlive the stream
         binding.held = inputs, outputs  # a run may outlast the caller's own references to them
-        for tensor in session.get_inputs():
-            given = inputs[tensor.name]
+        for name in (tensor.name for tensor in session.get_inputs()):
+            given = inputs[name]
             if isinstance(given, Place):
                 dtype = np.dtype(given.dtype).type
-                binding.bind_input(tensor.name, self.device, 0, dtype, given.shape, given.address)
+                binding.bind_input(name, self.device, 0, dtype, given.shape, given.address)
             else:
-                binding.bind_ortvalue_input(tensor.name, given)
-        for tensor in session.get_outputs():
-            place = outputs.get(tensor.name, self.device)
+                binding.bind_ortvalue_input(name, given)
+        for name in (tensor.name for tensor in session.get_outputs()):
+            place = outputs.get(name, self.device)
             if isinstance(place, str):
-                binding.bind_output(tensor.name, place)
+                binding.bind_output(name, place)
             elif isinstance(place, PictureRows | Place):
                 dtype = np.dtype(place.dtype).type
-                binding.bind_output(tensor.name, self.device, 0, dtype, place.shape, place.address)
+                binding.bind_output(name, self.device, 0, dtype, place.shape, place.address)
             else:
-                binding.bind_ortvalue_output(tensor.name, place)
+                binding.bind_ortvalue_output(name, place)
         return binding
 
     def run(self, name: str, binding: Any, wait: bool = True) -> Values:

@@ -68,7 +68,7 @@ class PictureGraphs(FusedGraphs):
         self._once: deque[Key] = deque(maxlen=REMEMBERED)
         self._captured: dict[Key, Capture] = {}
         self._memory: list[OrtValue] = []
-        """What captured runs read pixels from and write outputs to. All that fit use the last: runs are one after the
+        """What captured runs read inputs from and write outputs to. All that fit use the last: runs are one after the
         other, and their outputs are copied in between."""
 
     def see(self, picture: Visual, rows: Mapping[str, PictureRows]) -> None:
@@ -89,7 +89,7 @@ class PictureGraphs(FusedGraphs):
         values = ((name, array.shape, array.tobytes()) for name, array in others.items())
         key = (threading.get_ident(), levels.shape, *values)
         if key in self._captured:
-            self._replay(self._captured[key], levels, rows)
+            self._replay_vision(self._captured[key], levels, rows)
             return True
         if key not in self._once:
             self._once.append(key)
@@ -98,7 +98,7 @@ class PictureGraphs(FusedGraphs):
             return False
         with suppress(UserError, *known()):
             capture = self._prepare(levels, others, rows)
-            self._replay(capture, levels, rows)
+            self._replay_vision(capture, levels, rows)
             self._captured[key] = capture
             return True
         self.captures_vision = False  # memory is short, or CUDA cannot capture a part of the run
@@ -112,14 +112,18 @@ class PictureGraphs(FusedGraphs):
             name: (to.shape, to.dtype) for name, to in rows.items()
         }
         _, size = places_from(0, shapes)
-        if not self._memory or self._memory[-1].shape()[0] < size:
-            self._memory.append(self.memory((size,), np.uint8))
-        places, _ = places_from(int(self._memory[-1].data_ptr()), shapes)
+        places, _ = places_from(self.captured_memory(size), shapes)
         pixels = places.pop(PIXELS)
         inputs = {PIXELS: pixels} | {name: self.value(array) for name, array in others.items()}
         return Capture(len(self._captured) + 1, self.bind(SMALL_VISION, inputs, places), pixels, places)
 
-    def _replay(self, capture: Capture, levels: Levels, rows: Mapping[str, PictureRows]) -> None:
+    def captured_memory(self, size: int) -> int:
+        """The address of so many bytes, for what a captured run reads and writes between others."""
+        if not self._memory or self._memory[-1].shape()[0] < size:
+            self._memory.append(self.memory((size,), np.uint8))
+        return int(self._memory[-1].data_ptr())
+
+    def _replay_vision(self, capture: Capture, levels: Levels, rows: Mapping[str, PictureRows]) -> None:
         """Run what was captured on other pixels, and copy its outputs to rows."""
         assert self.stream is not None  # captures_vision says so
         self._make_pixels(levels, capture.pixels)

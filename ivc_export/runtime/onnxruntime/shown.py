@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from ivc_export.contract.graphs import SCORED_VALUES
 from ivc_export.lowering.precision.scale_residuals import SCALE
-from ivc_export.runtime.onnxruntime.cuda import Arrays, FusedConversation, FusedSession
-from ivc_export.runtime.onnxruntime.workspace import Values
+from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
+from ivc_export.runtime.onnxruntime.workspace import Arrays, Inputs
 from ivc_export.runtime.plan import Run
 from ivc_export.selection.method import Method
 
@@ -35,12 +35,13 @@ class ShownSession(FusedSession):
 class ShownConversation(FusedConversation):
     """A FusedConversation with the contract's tensors in Step.prefix and Step.decoder of a prefill."""
 
-    def _shown(self, plan: Run, kept: int, prefix: Values) -> tuple[Arrays, Arrays]:
+    def _shown(self, plan: Run, kept: int, prefix: Inputs) -> tuple[Arrays, Arrays]:
         m, cache = self.session.bundle.manifest, self.cache
         below, above = Arrays(), Arrays()
-        below["hidden_states"] = prefix["hidden_states"].numpy().astype(np.float32) / np.float32(SCALE)
-        if SCORED_VALUES in prefix:
-            below[SCORED_VALUES] = prefix[SCORED_VALUES].numpy().astype(np.float32)
+        between = {name: prefix[name] for name in ("hidden_states", SCORED_VALUES) if name in prefix}
+        for name, array in self.session.fetched(between).items():
+            below[name] = array.astype(np.float32)
+        below["hidden_states"] /= np.float32(SCALE)
         for i in range(m.decoder.layers):
             for name in (f"key.{i}", f"value.{i}"):
                 if i in m.selection.whole_layers:

@@ -28,6 +28,10 @@ Put = Callable[[npt.NDArray[Any]], "OrtValue"]
 """Puts an array into the device's memory."""
 
 
+Arrays = dict[str, npt.NDArray[Any]]
+"""Arrays in host memory by name."""
+
+
 def on_host(array: npt.NDArray[Any]) -> OrtValue:
     """An array in host memory."""
     return load_onnxruntime().OrtValue.ortvalue_from_numpy(array)
@@ -262,6 +266,7 @@ class Workspace:
 
     host: the other inputs if they are in host memory. uploaded: those that are uploaded otherwise. bindings: of decode
     steps over both, and numbers of their captured CUDA graphs, by DeviceCache.swapped: each set of buffers has its own.
+    prefills: captured prefills over these caches, by form; see prefill_graphs.
     mark: behind the last step, if that may run ahead. other: a second one over the same caches and logits: the two then
     take steps by turns. second: whether the last step was in the other one. ahead: positions and lengths of the last
     step, if it runs ahead.
@@ -273,6 +278,7 @@ class Workspace:
     host: HostStep | None = None
     uploaded: UploadedStep | None = None
     bindings: dict[bool, tuple[Any, int]] = field(default_factory=dict)
+    prefills: dict[Any, Any] = field(default_factory=dict)
     mark: Mark | None = None
     other: Workspace | None = None
     second: bool = False

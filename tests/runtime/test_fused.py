@@ -246,7 +246,7 @@ def test_weights_go_to_the_device_once(stored: FloatName, tmp_path: Path, monkey
 
 
 def test_float16_graphs_follow_float32(golden_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the CUDA provider gets, weights converted, on the CPU provider, which rounds after each operator."""
+    """What the CUDA provider gets, weights converted, on the CPU provider, which rounds less often."""
     monkeypatch.setitem(cast("dict[str, str]", graphs_module.DTYPES), "cpu", "float16")
     found = FusedConversation(FusedSession(golden_bundle, "cpu"), 0.4, capacity=80)
     wanted = HostConversation(OnnxSession(golden_bundle), 0.4)

@@ -58,8 +58,8 @@ class OnnxSession:
     threads: threads of one operator; None takes onnxruntime's default, one for each core.
     prepacking: True lets onnxruntime copy weights into the layout that its kernels prefer. False leaves them in the
         memory map, where the system can share and drop them; runs are then slower.
-    dtype: "float16" leaves a float16 bundle's graphs as they are, to see the errors of float16. The provider then
-        rounds to float16 after each operator, slowly.
+    dtype: "float16" leaves a float16 bundle's graphs as they are, to see errors of float16. The provider then rounds
+        less often than a GPU: between operators for which it has no kernel in float16, it keeps float32. It is slow.
     accuracy_level: how packed weights are multiplied: 0 in float32; 4 rounds activations to int8, which is faster.
 
     Conversations of several threads take turns, one run at a time; see Session.

@@ -38,8 +38,7 @@ class Block:
 
     def array(self, start: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """The array on the host from byte `start`."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return self.host[start : start + size].view(dtype).reshape(shape)
+        return np.ndarray(shape, dtype, self.host.data, start)
 
 
 class Staging:

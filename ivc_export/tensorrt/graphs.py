@@ -13,6 +13,7 @@ from ivc_export.contract.operators import ATTENDED_SIZES
 from ivc_export.dtypes import FloatName
 from ivc_export.errors import UserError
 from ivc_export.lowering import ATTENTION, lower
+from ivc_export.lowering.precision.narrow_angles import NarrowAnglesPass
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.lowering.precision.scale_residuals import SCALE, ScaleResidualsPass
 from ivc_export.lowering.precision.widen_residuals import WidenResidualsPass
@@ -56,6 +57,11 @@ class EngineChoices:
             return {"Attention": "repeated"} if self.attention == "repeated" else {}
         narrow = self.softmax == "float16" and self.lowering(name) in SPELLED
         return dict.fromkeys(("EncoderAttention", "WindowAttention"), "narrow") if narrow else {}
+
+    def narrow_angles(self, name: GraphName) -> bool:
+        """Whether a decoder's rotations compute in float16: in float32, older versions of TensorRT take longer for a
+        decode step. Operators of ours and of opset 23 compute in float32 anyway."""
+        return self.dtype == "float16" and name != "vision" and self.graphs in SPELLED and self.attention != "operator"
 
     def own_products(self, name: GraphName) -> bool:
         """Whether our plugin's products add to a decoder's residual stream. They do if its kernels attend."""
@@ -151,8 +157,10 @@ def build_dtype(bundle: Bundle, recipe: EngineRecipe, trt: Any, capability: str)
 
 def lowered(bundle: Bundle, name: GraphName, choices: EngineChoices) -> ir.Model:
     """A graph in the form for TensorRT."""
-    spelled = SpellPass(choices.spellings(name))(typed(bundle, name, choices.dtype, choices.own_products(name))).model
-    return lower(spelled, choices.lowering(name))
+    model = typed(bundle, name, choices.dtype, choices.own_products(name))
+    if choices.narrow_angles(name):
+        model = NarrowAnglesPass()(model).model
+    return lower(SpellPass(choices.spellings(name))(model).model, choices.lowering(name))
 
 
 def graph_to_count(bundle: Bundle, name: GraphName, choices: EngineChoices) -> ir.Model:

@@ -27,6 +27,7 @@ from ivc_export.lowering.onnxruntime.attention import UseFusedAttentionPass
 from ivc_export.lowering.onnxruntime.custom_operators import LIBRARY
 from ivc_export.lowering.onnxruntime.rotate_together import RotateTogetherPass
 from ivc_export.lowering.onnxruntime.split_bytes import SplitBytesPass
+from ivc_export.lowering.precision.narrow_angles import NarrowAnglesPass
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.lowering.precision.scale_residuals import ScaleResidualsPass
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
@@ -38,7 +39,12 @@ from samples.tiny import TINY
 Passes = Callable[[], Sequence[ir.passes.PassBase]]
 
 PASSES: dict[str, Passes] = {name: one.passes for name, one in LOWERINGS.items()} | {
-    "float16 as TensorRT gets it": lambda: (RetypeFloatsPass("float16"), ScaleResidualsPass(), WidenResidualsPass()),
+    "float16 as TensorRT gets it": lambda: (
+        RetypeFloatsPass("float16"),
+        ScaleResidualsPass(),
+        WidenResidualsPass(),
+        NarrowAnglesPass(),
+    ),
     "accuracy of packed products": lambda: (SetAccuracyPass(4),),
     "packed products of query, key and value": lambda: (RotateTogetherPass(),),
     "packed products of 8 bits": lambda: (SplitBytesPass(),),

@@ -9,7 +9,7 @@ import pytest
 
 from ivc_export.bundle.bundle import Bundle
 from ivc_export.exporter.pipeline import export
-from ivc_export.exporter.recipe import ExportRecipe
+from ivc_export.exporter.recipe import ExportRecipe, Quantisation
 from ivc_export.runtime.chat import Sampling, generate
 from ivc_export.runtime.interface import Step
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
@@ -54,6 +54,16 @@ def compare(session: FusedSession, launched: FusedSession) -> None:
             same(found, step)
             assert found.token == found.logits.argmax()
     assert len({step.logits.tobytes() for (steps, _), _ in talks for step in steps}) == 16
+
+
+def test_prefills_over_packed_weights_are_launched(library: Path, tmp_path: Path) -> None:
+    """Each captured graph would keep memory to which weights are unpacked."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", wide("qwen2_vl", heads=4))
+    packed = export(ExportRecipe(checkpoint, tmp_path / "packed", quantisation=Quantisation("int4", 32)))
+    session = Watched(packed, library)
+    assert session.captures_vision and not session.captures_prefills and not {*SHORT.values()} & {*session._sessions}
+    steps = [talk(session, 0) for _ in range(3)]
+    assert session.runs == {"decoder": 18, SHORT["decoder"]: 0} and steps[0][1] == steps[1][1] == steps[2][1]
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "llava", "deepseek_vl_v2"])

@@ -126,6 +126,25 @@ def test_graphs_have_the_softmax_that_was_chosen(
     assert choices.score_bytes(name) == scores
 
 
+@pytest.mark.parametrize(
+    ("choices", "name", "rotations"),
+    [
+        (NATIVE, "prefix", "FLOAT16"),
+        (replace(NATIVE, attention="repeated"), "decoder", "FLOAT16"),
+        (replace(NATIVE, graphs="plugin"), "decoder", "FLOAT16"),  # heads of a size that our kernels do not take
+        (NATIVE, "vision", "FLOAT"),
+        (EngineChoices("tensorrt", "bfloat16", "native", "float32", "grouped"), "prefix", "FLOAT"),
+        (EngineChoices("tensorrt", "float32", "native", "float32", "grouped"), "prefix", "FLOAT"),
+    ],
+)
+def test_decoders_rotate_in_float16_where_standard_operators_rotate(
+    sample_bundle: Bundle, choices: EngineChoices, name: Any, rotations: str
+) -> None:
+    model = lowered(sample_bundle, name, choices)
+    types, products = types_of(model.graph), [n for n in model.graph if n.op_type == "Mul" and "/Rotate" in str(n.name)]
+    assert products and {types[value].name for node in products for value in node.inputs} == {rotations}  # type: ignore[index]
+
+
 def test_repeated_heads_are_gathered_by_a_constant(sample_bundle: Bundle) -> None:
     """The one spelling that TensorRT 8.6 fuses."""
     model = lowered(sample_bundle, "decoder", replace(NATIVE, attention="repeated"))

@@ -150,9 +150,9 @@ class FusedGraphs:
             rows = rows_graph(DTYPE_OF_NAMES[self.dtype].onnx) if tied is None else table_graph(tied.name, tied.tensor)
             self._sessions["rows"] = self._open(rows)
         self.captures_vision = cuda_graph and self._open_again({SMALL_VISION: models["vision"]})
-        """Whether small pictures have a session of their own, in which vision is captured."""
-        self.captures_prefills = cuda_graph and self._open_again({SHORT[name]: models[name] for name in SHORT})
-        """Whether short prefills have sessions of their own, in which prefix and decoder are captured."""
+        short = () if bundle.manifest.weight_formats else SHORT  # packed ones would be unpacked to memory of its own
+        self.captures_prefills = cuda_graph and self._open_again({SHORT[name]: models[name] for name in short})
+        """Whether sessions of their own capture vision of small pictures and short prefills."""
         self._converted.clear()
 
     def lowered(self, name: GraphName, lowering: str) -> ir.Model:
@@ -173,15 +173,15 @@ class FusedGraphs:
         return model
 
     def _open_again(self, models: Mapping[str, ir.Model]) -> bool:
-        """Open graphs once more, with memory that no other graph uses: a captured CUDA graph keeps its addresses. Only
-        on a stream, and where onnxruntime can capture them."""
+        """Open graphs once more, with memory of their own, since a captured CUDA graph keeps its addresses. Only on a
+        stream, and where onnxruntime can capture them. Returns whether there are such graphs now."""
         if self.stream is None:
             return False
         try:
             self._sessions |= {name: self._open(model, self.device == "cuda") for name, model in models.items()}
         except UserError:  # nobody needs them
             return False
-        return True
+        return bool(models)
 
     def shared(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
         """Zeros in host memory that the device also reads and writes."""

@@ -92,7 +92,7 @@ CUDA_FLOAT16 = Tolerances(
             5e-3,
             "CUDA's kernels fuse operators and sum in another order; 1.0e-3 measured on small models, H200",
         ),
-        "hidden_states": (1e-2, "as image_embeds; 1.2e-3 measured"),
+        "hidden_states": (1e-2, "as image_embeds; 1.3e-3 measured"),
         "keys and values": (1.5e-2, "as image_embeds; 1.9e-3 measured"),
         "token_score": (
             1e-3,

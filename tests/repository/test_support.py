@@ -96,7 +96,7 @@ def test_answers_on_an_h200_are_the_measured_ones() -> None:
         f"{plugin['1.0']['identical']} and {plugin['0.5']['identical']} with the plugin."
     ) in " ".join(TEXT.split())
     gaps = [one["gap"] for ratios in (native, plugin) for ratio in ratios.values() for one in ratio["differing"]]
-    assert 0.0030 < max(gaps) <= 0.0035
+    assert 0.0010 < max(gaps) <= 0.0015 and "at most 0.15% of the largest apart (`benchmarks/results/agree" in TEXT
 
 
 def test_what_is_said_of_cuda_was_measured() -> None:

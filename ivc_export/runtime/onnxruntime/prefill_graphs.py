@@ -146,9 +146,11 @@ class PrefillGraphs(PictureGraphs):
         if form in workspace.prefills and self.captures_prefills:
             return self._replay(workspace.prefills[form], prefix, decoder, times)
         with times.stage("prefill.prefix"):
-            found = self._launch(prefix, prefix.rows)
+            given = self.values(prefix.arrays)
+            found = self._launch(prefix, {**prefix.rows, **given})
         with times.stage("prefill.decoder"):
-            logits = self._launch(decoder, found)
+            others = {name: array for name, array in decoder.arrays.items() if array is not prefix.arrays.get(name)}
+            logits = self._launch(decoder, {**given, **found, **self.values(others)})
         if short:
             self._forms.pop(form, None)
             if len(self._forms) == REMEMBERED:
@@ -156,10 +158,10 @@ class PrefillGraphs(PictureGraphs):
             self._forms[form] = shapes_of(found), shapes_of(logits)
         return found, logits["logits"]
 
-    def _launch(self, call: PrefillCall, more: Values) -> Values:
-        """Run a graph, with these inputs beside its own. Returns its outputs that are not caches."""
+    def _launch(self, call: PrefillCall, given: Inputs) -> Values:
+        """Run a graph. given: its rows and arrays on the device. Returns its outputs that are not caches."""
         caches = call.cache.outputs()
-        binding = self.bind(call.graph, call.inputs({**more, **self.values(call.arrays)}), caches)
+        binding = self.bind(call.graph, call.inputs(given), caches)
         found = self.run(call.graph, binding, wait=False)
         return {name: value for name, value in found.items() if name not in caches}
 

@@ -46,8 +46,6 @@ def activation(node: ir.Node | None) -> Activation | None:
 
 def swish(node: ir.Node) -> Activation | None:
     """x sigmoid(slope x)."""
-    if node.domain != "" or node.op_type != "Mul":
-        return None
     x, sigmoid = node.inputs[0], made_by(node.inputs[1], "Sigmoid")
     if x is None or sigmoid is None:
         return None

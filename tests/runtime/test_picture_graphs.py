@@ -35,7 +35,7 @@ UNIT = 28
 class HostStream:
     """As Stream, on the host."""
 
-    address, library = 0, Path()
+    address, op_library = 0, Path()
 
     def wait(self) -> bool:
         return True

@@ -112,6 +112,6 @@ class Staging:
             whole = max(LEAST, self.used + size)  # so that next time one block has room for everything
             with told("GPU memory cannot be allocated", SMALLER, "check that the GPU and its driver work"):
                 made = load_onnxruntime().OrtValue.ortvalue_from_shape_and_type((whole,), np.uint8, self._device, 0)
-            self._blocks.append(Block(shared_array(self._stream.library, (whole,), np.uint8), made))
+            self._blocks.append(Block(shared_array(self._stream.op_library, (whole,), np.uint8), made))
             start = self._blocks[-1].take(size)
         return self._blocks[-1], start

@@ -75,7 +75,7 @@ class Stream:
     """
 
     def __init__(self, library: Path) -> None:
-        self.library, self._functions = library, functions(library)
+        self.op_library, self._functions = library, functions(library)
         self.address = self._functions.ivcStream()
         if not self.address:
             raise UserError("CUDA gives no stream: check that the GPU and its driver work")

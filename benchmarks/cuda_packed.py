@@ -32,7 +32,7 @@ from ivc_export.bench.prompts import noise_prompt
 from ivc_export.bench.sides import Answer, BundleSide
 from ivc_export.contract.ratio import kept_tokens
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
-from ivc_export.runtime.onnxruntime.fused_graphs import Provider
+from ivc_export.runtime.onnxruntime.session_options import Provider
 from samples.tiny import TINY
 
 RESULT = Path(__file__).parent / "results" / "cuda_packed.json"

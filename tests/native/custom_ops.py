@@ -18,8 +18,7 @@ from ivc_export.lowering import LOWERINGS
 from ivc_export.lowering.onnxruntime.own_attention import OwnAttention, UseOwnAttentionPass
 from ivc_export.lowering.precision.retype_floats import RetypeFloatsPass
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
-from ivc_export.runtime.onnxruntime.fused_graphs import PROVIDERS, Provider
-from ivc_export.runtime.onnxruntime.session_options import register
+from ivc_export.runtime.onnxruntime.session_options import PROVIDERS, Provider, register
 from tests.conftest import SCORE_TOLERANCE
 from tests.native.attention import STORED, EncoderCase, encoder_case
 from tests.native.joined import EPSILON, JoinedCase, joined_case, near, split_case

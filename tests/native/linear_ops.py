@@ -11,7 +11,7 @@ import numpy.typing as npt
 from onnx import TensorProto, helper
 
 from ivc_export.contract.names import IVC_DOMAIN
-from ivc_export.runtime.onnxruntime.fused_graphs import Provider
+from ivc_export.runtime.onnxruntime.session_options import Provider
 from tests.native.custom_ops import DTYPES, session, tensors
 from tests.native.linear import ROUNDING, LinearCase
 from tests.native.packed import PackedCase

@@ -39,7 +39,7 @@ from ivc_export.runtime.onnxruntime import fused_graphs as graphs_module
 from ivc_export.runtime.onnxruntime.cpu import OnnxSession
 from ivc_export.runtime.onnxruntime.cuda import FusedConversation, FusedSession
 from ivc_export.runtime.onnxruntime.pixel_types import pixel_bounds, take_float32
-from ivc_export.runtime.onnxruntime.session_options import cuda_options
+from ivc_export.runtime.onnxruntime.session_options import PROVIDERS, cuda_options
 from ivc_export.runtime.onnxruntime.stream import address_of
 from ivc_export.runtime.onnxruntime.workspace import DeviceCache
 from ivc_export.verify.testdata import draw_picture, make_prompt
@@ -540,7 +540,7 @@ def test_what_onnxruntime_does_not_capture_is_launched(
 
     session_class = onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
-    monkeypatch.setitem(cast("dict[str, str]", graphs_module.PROVIDERS), "cuda", "CPUExecutionProvider")
+    monkeypatch.setitem(cast("dict[str, str]", PROVIDERS), "cuda", "CPUExecutionProvider")
     monkeypatch.setitem(cast("dict[str, str]", graphs_module.DTYPES), "cuda", "float32")
     monkeypatch.setattr(FusedSession, "value", lambda self, array: onnxruntime.OrtValue.ortvalue_from_numpy(array))
     if sentence:

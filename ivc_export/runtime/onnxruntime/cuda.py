@@ -20,10 +20,10 @@ from ivc_export.lowering.onnxruntime.host_steps import ANSWER, NO_TOKEN, TABLE
 from ivc_export.runtime.cache import check_capacity
 from ivc_export.runtime.failures import SMALLER, told
 from ivc_export.runtime.interface import Conversation, Fetched, Seen, Step, Turn, check_numbers, no_numbers
-from ivc_export.runtime.onnxruntime.fused_graphs import TURNS, Provider
+from ivc_export.runtime.onnxruntime.fused_graphs import TURNS
 from ivc_export.runtime.onnxruntime.loading import load_onnxruntime
 from ivc_export.runtime.onnxruntime.prefill_graphs import PrefillGraphs, calls_of
-from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU
+from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU, GraphOptions, Provider
 from ivc_export.runtime.onnxruntime.stream import StageTimes
 from ivc_export.runtime.onnxruntime.workspace import (
     Arrays,
@@ -50,6 +50,8 @@ class FusedSession(PrefillGraphs):
 
     Conversations of several threads take turns, one run at a time; see Session. On a GPU so do those of several models.
 
+    provider, cuda_graph, op_library: see GraphOptions.
+
     Raises:
         UserError: see FusedGraphs.
     """
@@ -61,7 +63,7 @@ class FusedSession(PrefillGraphs):
         cuda_graph: bool = True,
         op_library: Path | None = None,
     ) -> None:
-        super().__init__(bundle, provider, cuda_graph, op_library)
+        super().__init__(bundle, GraphOptions(provider, cuda_graph, op_library))
         self.lock: AbstractContextManager[Any] = TURNS if provider == "cuda" else threading.RLock()
         self.backend = f"onnxruntime-{provider}"
         self.versions: Mapping[str, str] = {"onnxruntime": load_onnxruntime().__version__}

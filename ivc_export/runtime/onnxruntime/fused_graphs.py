@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +32,16 @@ from ivc_export.runtime.onnxruntime.loading import (
     small_workspaces,
 )
 from ivc_export.runtime.onnxruntime.pixel_types import pixel_bounds, take_float32
-from ivc_export.runtime.onnxruntime.session_options import CHECK_GPU, NO_ROOM, cuda_options, register, replays_alone
+from ivc_export.runtime.onnxruntime.session_options import (
+    CHECK_GPU,
+    NO_ROOM,
+    PROVIDERS,
+    GraphOptions,
+    Provider,
+    cuda_options,
+    register,
+    replays_alone,
+)
 from ivc_export.runtime.onnxruntime.shared_memory import shared_array
 from ivc_export.runtime.onnxruntime.small_graphs import rows_graph, shared_table, table_graph, tied_table
 from ivc_export.runtime.onnxruntime.staging import Staging
@@ -44,8 +52,6 @@ from ivc_export.runtime.onnxruntime.workspace import Inputs, PictureRows, Values
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
 
-Provider = Literal["cuda", "cpu"]
-PROVIDERS: Mapping[Provider, str] = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 DTYPES: Mapping[Provider, FloatName] = {"cuda": "float16", "cpu": "float32"}
 """The dtype of each provider. GroupQueryAttention's CUDA kernels take float16 and bfloat16, but NumPy has no bfloat16.
 Its CPU kernel takes float32."""
@@ -71,23 +77,12 @@ NOT_CAPTURED = "cannot use the graph capture feature"
 class FusedGraphs:
     """The vision graph, prefix and decoder, and one graph of both for decode steps, with one copy of the weights.
 
-    provider: "cuda", or "cpu" to check the same graphs and hand-over without a GPU.
-    cuda_graph: whether to capture and replay the decode step; with op_library also vision on small pictures and short
-        prefills. The attribute is false if onnxruntime does not capture the decode step.
-    op_library: our library of custom operators (graphs/plugin/onnxruntime). It then selects, compacts, multiplies with
-        the operators around products, splits and rotates heads, and attends if that is faster.
-
     Raises:
         UserError: onnxruntime has no such provider, or cannot open a graph or the library.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        provider: Provider = "cuda",
-        cuda_graph: bool = True,
-        op_library: Path | None = None,
-    ) -> None:
+    def __init__(self, bundle: Bundle, options: GraphOptions) -> None:
+        provider, cuda_graph, op_library = options.provider, options.cuda_graph, options.op_library
         onnxruntime = load_onnxruntime()
         if PROVIDERS[provider] not in onnxruntime.get_available_providers():
             raise UserError(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from ivc_export.contract.preprocessing import Scaling
 from ivc_export.errors import UserError
 from ivc_export.families.pictures import PIXELS, Levels, Visual
 from ivc_export.runtime.failures import known
-from ivc_export.runtime.onnxruntime.fused_graphs import SMALL_VISION, FusedGraphs, Provider
+from ivc_export.runtime.onnxruntime.fused_graphs import SMALL_VISION, FusedGraphs
+from ivc_export.runtime.onnxruntime.session_options import GraphOptions
 from ivc_export.runtime.onnxruntime.small_graphs import pixels_graph
 from ivc_export.runtime.onnxruntime.stream import Place, Shapes, address_of, places_from
 from ivc_export.runtime.onnxruntime.workspace import Inputs, PictureRows, on_host
@@ -32,7 +33,7 @@ vision than a fast GPU to run them. For more, a CUDA graph would save no time, a
 MOST_SIZES = 8
 """How many sizes are captured. Pictures of further sizes are launched: onnxruntime never frees a captured graph."""
 REMEMBERED = 32
-"""How many sizes that came once are remembered."""
+"""How many sizes, or forms of prefills, that came once are remembered."""
 
 Key = tuple[Any, ...]
 """A thread, since onnxruntime captures for each of its own, and all of vision's inputs but pixels, of which it is only
@@ -55,14 +56,8 @@ class PictureGraphs(FusedGraphs):
     Sizes come again in videos and from cameras. The first picture of a size is launched like any other.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        provider: Provider = "cuda",
-        cuda_graph: bool = True,
-        op_library: Path | None = None,
-    ) -> None:
-        super().__init__(bundle, provider, cuda_graph, op_library)
+    def __init__(self, bundle: Bundle, options: GraphOptions) -> None:
+        super().__init__(bundle, options)
         self._pixels: dict[Scaling, str] = {}
         """Sessions that normalise pixels, by the way they do it."""
         self._once: deque[Key] = deque(maxlen=REMEMBERED)
@@ -111,17 +106,18 @@ class PictureGraphs(FusedGraphs):
         shapes: Shapes = {PIXELS: (levels.shape, np.float32)} | {
             name: (to.shape, to.dtype) for name, to in rows.items()
         }
-        _, size = places_from(0, shapes)
-        places, _ = places_from(self.captured_memory(size), shapes)
+        (places,) = self.captured_places([shapes])
         pixels = places.pop(PIXELS)
         inputs = {PIXELS: pixels} | {name: self.value(array) for name, array in others.items()}
         return Capture(len(self._captured) + 1, self.bind(SMALL_VISION, inputs, places), pixels, places)
 
-    def captured_memory(self, size: int) -> int:
-        """The address of so many bytes, for what a captured run reads and writes between others."""
-        if not self._memory or self._memory[-1].shape()[0] < size:
-            self._memory.append(self.memory((size,), np.uint8))
-        return int(self._memory[-1].data_ptr())
+    def captured_places(self, groups: Sequence[Shapes]) -> list[dict[str, Place]]:
+        """Places for groups of arrays, one behind the other, that captured runs read and write between others."""
+        sizes = [places_from(0, shapes)[1] for shapes in groups]
+        if not self._memory or self._memory[-1].shape()[0] < sum(sizes):
+            self._memory.append(self.memory((sum(sizes),), np.uint8))
+        starts = accumulate(sizes, initial=int(self._memory[-1].data_ptr()))
+        return [places_from(start, shapes)[0] for start, shapes in zip(starts, groups, strict=False)]
 
     def _replay_vision(self, capture: Capture, levels: Levels, rows: Mapping[str, PictureRows]) -> None:
         """Run what was captured on other pixels, and copy its outputs to rows."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +16,10 @@ from ivc_export.contract.names import GraphName
 from ivc_export.errors import UserError
 from ivc_export.runtime.failures import known
 from ivc_export.runtime.interface import Turn
-from ivc_export.runtime.onnxruntime.fused_graphs import SHORT, Provider
-from ivc_export.runtime.onnxruntime.picture_graphs import PictureGraphs
-from ivc_export.runtime.onnxruntime.stream import TYPES, Place, Shapes, StageTimes, address_of, places_from
+from ivc_export.runtime.onnxruntime.fused_graphs import SHORT
+from ivc_export.runtime.onnxruntime.picture_graphs import REMEMBERED, PictureGraphs
+from ivc_export.runtime.onnxruntime.session_options import GraphOptions
+from ivc_export.runtime.onnxruntime.stream import Place, Shapes, StageTimes, address_of, place_of
 from ivc_export.runtime.onnxruntime.workspace import Arrays, DeviceCache, Inputs, Values, Workspace, on_host
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ and decoder than a fast GPU to run them. For more, CUDA graphs would save little
 large."""
 MOST_FORMS = 8
 """How many forms are captured. Prefills of further forms are launched: onnxruntime never frees a captured graph."""
-REMEMBERED = 32
-"""How many forms that came once are remembered."""
 
 Form = tuple[Any, ...]
 """A thread, since onnxruntime captures for each of its own; the capacity of caches, and which of them are read; and the
@@ -113,14 +110,8 @@ class PrefillGraphs(PictureGraphs):
     knows. From then on, what a prefill reads is copied to where the captured runs read it.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        provider: Provider = "cuda",
-        cuda_graph: bool = True,
-        op_library: Path | None = None,
-    ) -> None:
-        super().__init__(bundle, provider, cuda_graph, op_library)
+    def __init__(self, bundle: Bundle, options: GraphOptions) -> None:
+        super().__init__(bundle, options)
         self._forms: dict[Form, tuple[Shapes, Shapes]] = {}
         """Outputs of prefix and decoder that are not caches, by forms that came before."""
         self._prefills = 0
@@ -167,7 +158,7 @@ class PrefillGraphs(PictureGraphs):
 
     def _capture(self, prefix: PrefillCall, decoder: PrefillCall, found: Shapes, logits: Shapes) -> CapturedPrefill:
         """Capture both graphs. This runs them, with no other effect than that of the run that follows."""
-        rows, below, hidden, above, last = self._places(
+        rows, below, hidden, above, last = self.captured_places(
             [shapes_of(prefix.rows), arrays_of(prefix), found, arrays_of(decoder), logits]
         )
         caches = prefix.cache.outputs()
@@ -204,12 +195,6 @@ class PrefillGraphs(PictureGraphs):
         self._staging.put(call.arrays, next(iter(capture.arrays.values())).address)
         self.run_bound(SHORT[call.graph], capture.binding, number, wait=False)
 
-    def _places(self, groups: Sequence[Shapes]) -> list[dict[str, Place]]:
-        """Places for groups of arrays, one behind the other, in memory that captured runs share."""
-        sizes = [places_from(0, shapes)[1] for shapes in groups]
-        starts = accumulate(sizes, initial=self.captured_memory(sum(sizes)))
-        return [places_from(start, shapes)[0] for start, shapes in zip(starts, groups, strict=False)]
-
 
 def form_of(prefix: PrefillCall, decoder: PrefillCall) -> Form:
     """The form of a prefill."""
@@ -225,7 +210,8 @@ def form_of(prefix: PrefillCall, decoder: PrefillCall) -> Form:
 
 def shapes_of(values: Values) -> Shapes:
     """Shapes and types of values, by name."""
-    return {name: (tuple(value.shape()), TYPES[value.data_type()]) for name, value in values.items()}
+    places = {name: place_of(value) for name, value in values.items()}
+    return {name: (place.shape, place.dtype) for name, place in places.items()}
 
 
 def arrays_of(call: PrefillCall) -> Shapes:

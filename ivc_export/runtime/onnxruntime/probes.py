@@ -19,9 +19,8 @@ from ivc_export.lowering import LOWERINGS
 from ivc_export.lowering.precision.widen_floats import WidenFloatsPass
 from ivc_export.runtime.interface import Session
 from ivc_export.runtime.onnxruntime.cuda import FusedSession
-from ivc_export.runtime.onnxruntime.fused_graphs import PROVIDERS, Provider
 from ivc_export.runtime.onnxruntime.loading import SILENT, load_onnxruntime
-from ivc_export.runtime.onnxruntime.session_options import register
+from ivc_export.runtime.onnxruntime.session_options import PROVIDERS, Provider, register
 from ivc_export.runtime.plan import Run, plan_run
 from ivc_export.runtime.probes import (
     SELECTION_RUNS,

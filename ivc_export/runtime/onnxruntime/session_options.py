@@ -1,9 +1,11 @@
-"""Options of onnxruntime's sessions on a GPU."""
+"""Providers of onnxruntime, and options of its sessions on a GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ivc_export.errors import UserError
 from ivc_export.runtime.failures import told
@@ -12,8 +14,27 @@ from ivc_export.runtime.onnxruntime.loading import load_onnxruntime
 if TYPE_CHECKING:
     from onnxruntime import SessionOptions
 
+Provider = Literal["cuda", "cpu"]
+PROVIDERS: Mapping[Provider, str] = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+
 NO_ROOM = "close other programs that use the GPU, or use --backend onnxruntime-cpu"
 CHECK_GPU = "check that the GPU and its driver work, or use --backend onnxruntime-cpu"
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """How graphs are opened.
+
+    provider: "cuda", or "cpu" to check the same graphs and hand-over without a GPU.
+    cuda_graph: whether to capture and replay the decode step; with op_library also vision on small pictures and short
+        prefills. FusedGraphs.cuda_graph is false if onnxruntime does not capture the decode step.
+    op_library: our library of custom operators (graphs/plugin/onnxruntime). It then selects, compacts, multiplies with
+        the operators around products, splits and rotates heads, and attends if that is faster.
+    """
+
+    provider: Provider
+    cuda_graph: bool
+    op_library: Path | None
 
 
 def cuda_options(version: str, cuda_graph: bool, exact: bool = False) -> dict[str, str]:
